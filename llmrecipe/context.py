@@ -1,0 +1,89 @@
+"""The context of one forward pass: what every injected port may know besides its tensors.
+
+A `Context` is immutable and travels with the forward. When activation checkpointing replays a block during the backward
+pass, the context of the original forward is put back around the replay, so a port never sees another role or layout than
+it saw the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens inside one packed row.
+
+    A segment attends causally to itself and fully to its parent (a shared prompt), never to its neighbours.
+    """
+
+    row: int
+    """Row of the packed batch, 0 <= row < R."""
+    start: int
+    """First column."""
+    length: int
+    parent: int | None = None
+    """Index of the segment whose tokens come right before this one's, or None."""
+    prompt: int = 0
+    """How many of its tokens belong to the prompt (positions a prompt-only method may edit)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a packed batch (R, T) belong together."""
+
+    segments: tuple[Segment, ...]
+    rows: int
+    columns: int
+    cache: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+    """Masks and indices derived once per batch by whoever needs them."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a port may read during one forward pass."""
+
+    role: str = "policy"
+    """policy, reference, value, reward, ...: a port that does not serve the role steps aside."""
+    layout: Layout | None = None
+    """Layout of packed rows; None for ordinary padded rows."""
+    attention_mask: torch.Tensor | None = None
+    """(R, T) ones on real tokens, for padded rows."""
+    positions: torch.Tensor | None = None
+    """(R, T) position of each token in its document."""
+    task_ids: torch.Tensor | None = None
+    """(R, T) or (R, 1) task of each token, for mixed-task batches."""
+    prompt_lengths: torch.Tensor | None = None
+    """(R,) real prompt tokens of each padded row."""
+    off: frozenset[str] = frozenset()
+    """Names of wrappers whose ports step aside."""
+
+
+_current: ContextVar[Context] = ContextVar("llmrecipe_context", default=Context())
+
+
+def current() -> Context:
+    """The context of the forward pass that is running."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def activate(context: Context) -> Iterator[Context]:
+    """Run a forward pass under a context."""
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)
+
+
+def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """`context_fn` for non-reentrant checkpointing: the replay runs under the context of the original forward."""
+    return contextlib.nullcontext(), activate(current())

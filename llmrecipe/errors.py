@@ -1,0 +1,55 @@
+"""The errors a user can meet, and the exit code each one ends with.
+
+    LlmRecipeError          1   our bug: the traceback is saved
+    └── UserError           2   the user's input: one message that teaches, no traceback
+        ├── RecipeError     2   a recipe: key path, what was given, what is allowed, nearest spelling
+        ├── DataError       2   data: file and row, what was found, the shortest fix
+        ├── ModelError      2   weights, tokenizer or anatomy
+        └── RunError        2   a run directory, a checkpoint or the disk
+    Interrupted           130   Ctrl-C or SIGTERM, after a checkpoint was written
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LlmRecipeError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(LlmRecipeError):
+    """Something the user can mend; shown as one message, exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run."""
+
+
+class DataError(UserError):
+    """Data that cannot be trained on."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or target that does not fit."""
+
+
+class RunError(UserError):
+    """A run directory or checkpoint that cannot be used, or a disk that cannot hold it."""
+
+
+class Interrupted(LlmRecipeError):
+    """The run was stopped from outside after it had written a checkpoint."""
+
+    exit_code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

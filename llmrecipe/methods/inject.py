@@ -1,0 +1,192 @@
+"""Ports: the only way a method touches a forward pass.
+
+A port is a small module added as a child of the module it changes, under its wrapper's name. The host module's `forward`
+becomes `_ported_forward`, which looks the ports up by name on the module it is given, so deep copies, checkpoints and
+sharded rebuilds keep working, and names of base parameters never change.
+
+Kinds of port (a port overrides exactly one method):
+
+    before     x -> x'                    prompts at the embedding, IA3 on an input
+    after      (x, y) -> y'               LoRA, adapters, ReFT
+    around     (call, x) -> y             where the call itself is replaced: DoRA, CoDA, sparse entries, merged products
+    attention  (q, k, v) -> (q, k, v)     prefix tuning; shapes (R, heads, T, head size); see models.attention
+
+Order at one site: befores in stack order, then the arounds (the last one outermost), then the afters by `order`, ties in
+stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.context import current
+
+DELTA, SCALE, SERIAL, EDIT = 0, 10, 20, 30
+"""Values of `Port.order`."""
+
+KINDS = ("before", "after", "around", "attention")
+
+
+class Port(nn.Module):
+    """Base of every injected module."""
+
+    order: ClassVar[int] = DELTA
+    owner: str
+    """Name of the wrapper (its key in the stack) this port belongs to; set by `inject`."""
+    roles: frozenset[str] | None = None
+    """Roles this port serves; None serves every role but `reference`."""
+
+    def active(self) -> bool:
+        """Whether the port takes part in the forward pass that is running."""
+        context = current()
+        if self.owner in context.off:
+            return False
+        return context.role != "reference" if self.roles is None else context.role in self.roles
+
+    def before(self, x: Tensor) -> Tensor:
+        """x -> x'."""
+        raise NotImplementedError
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) -> y'."""
+        raise NotImplementedError
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """(call, x) -> y."""
+        raise NotImplementedError
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, v) -> (q, k, v); extra key/value columns go in front and are seen by every query."""
+        raise NotImplementedError
+
+    def merge(self, module: nn.Module) -> None:
+        """Fold this port into the weights of its host module.
+
+        Raises:
+            NotImplementedError: the port cannot be folded; its wrapper says so before anything is written.
+        """
+        raise NotImplementedError
+
+
+@functools.cache
+def _kind(cls: type[Port]) -> str:
+    kinds = [kind for kind in KINDS if getattr(cls, kind) is not getattr(Port, kind)]
+    if len(kinds) != 1:
+        raise TypeError(f"{cls.__name__} must override exactly one of {', '.join(KINDS)}, not {kinds}")
+    return kinds[0]
+
+
+def kind_of(port: Port) -> str:
+    """Which of the port methods a port overrides (exactly one)."""
+    return _kind(type(port))
+
+
+def inject(module: nn.Module, name: str, port: Port, owner: str) -> Port:
+    """Add a port to a module.
+
+    Args:
+        module: the host.
+        name: child name; the wrapper's name, with `__part` appended where one module has several sites.
+        owner: the wrapper's name.
+
+    Raises:
+        ValueError: the module already has a child of that name.
+    """
+    if hasattr(module, name):
+        raise ValueError(f"{type(module).__name__} already has a child called '{name}'")
+    port.owner = owner
+    module.add_module(name, port)
+    ports = [*getattr(module, "_port_names", ()), name]
+    module._port_names = tuple(ports)  # type: ignore[assignment]
+    if kind_of(port) != "attention" and "_inner_forward" not in module.__dict__:
+        # accelerate and bitsandbytes may already have replaced `forward` on the instance; keep what is there.
+        object.__setattr__(module, "_inner_forward", module.__dict__.get("forward"))
+        module.forward = types.MethodType(_ported_forward, module)  # type: ignore[method-assign]
+    return port
+
+
+def eject(module: nn.Module, name: str) -> None:
+    """Take a port out again; the last one restores the module's own forward."""
+    delattr(module, name)
+    module._port_names = tuple(n for n in module._port_names if n != name)  # type: ignore[assignment,union-attr]
+    if not any(kind_of(getattr(module, n)) != "attention" for n in module._port_names):  # type: ignore[union-attr]
+        inner = module.__dict__.pop("_inner_forward", None)
+        module.__dict__.pop("forward", None)
+        if inner is not None:
+            module.forward = inner  # type: ignore[method-assign]
+
+
+def ports_of(module: nn.Module, kind: str | None = None, active: bool = False) -> list[Port]:
+    """The ports of a module in stack order, optionally of one kind and only those active now."""
+    ports = [getattr(module, name) for name in getattr(module, "_port_names", ())]
+    return [p for p in ports if (kind is None or kind_of(p) == kind) and (not active or p.active())]
+
+
+def all_ports(model: nn.Module, owner: str | None = None) -> Iterator[tuple[str, nn.Module, str, Port]]:
+    """Yield (module path, module, port name, port) for every injected port, in module order."""
+    for path, module in model.named_modules():
+        for name in getattr(module, "_port_names", ()):
+            port = getattr(module, name)
+            if owner is None or port.owner == owner:
+                yield path, module, name, port
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The tensor of a module output that may be a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def with_first(value: Any, tensor: Tensor) -> Any:
+    """The same output with its first tensor replaced."""
+    return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+
+
+def _ported_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    ports = [p for p in ports_of(self) if p.active()]
+    inner = self.__dict__.get("_inner_forward") or types.MethodType(type(self).forward, self)
+    if not ports:
+        return inner(*args, **kwargs)
+    if args:
+        x, rest, key = args[0], args[1:], None
+    else:
+        key = next(k for k in ("hidden_states", "input", "x", *kwargs) if isinstance(kwargs.get(k), Tensor))
+        x, rest = kwargs.pop(key), ()
+    for port in ports:
+        if kind_of(port) == "before":
+            x = port.before(x)
+
+    extra: list[Any] = []
+
+    def base(value: Tensor) -> Tensor:
+        out = inner(value, *rest, **kwargs) if key is None else inner(**{key: value}, **kwargs)
+        extra[:] = [out]
+        return first_tensor(out)
+
+    call: Callable[[Tensor], Tensor] = base
+    for port in ports:
+        if kind_of(port) == "around":
+            call = _bind(port, call)
+    y = call(x)
+    for port in sorted((p for p in ports if kind_of(p) == "after"), key=lambda p: p.order):
+        y = port.after(x, y)
+    return with_first(extra[0], y) if extra else y
+
+
+def _bind(port: Port, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: port.around(call, x)
+
+
+@torch.no_grad()
+def merge_ports(model: nn.Module, owner: str) -> int:
+    """Fold every port of a wrapper into its host and take it out; returns how many there were."""
+    found = list(all_ports(model, owner))
+    for _, module, name, port in found:
+        port.merge(module)
+        eject(module, name)
+    return len(found)

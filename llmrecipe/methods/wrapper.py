@@ -1,0 +1,173 @@
+"""The interface of a method: named hooks, each method overrides only what it needs."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.registry import CONFIG
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmrecipe.training.rules import UpdateRule
+
+
+class Stage(enum.IntEnum):
+    """When a wrapper acts; list order decides only inside a stage."""
+
+    BASE = 0
+    """Changes how base weights are stored (quantization)."""
+    INJECT = 1
+    """Adds modules at sites; the base is frozen."""
+    SELECT = 2
+    """Opens base parameters, or entries of them."""
+    RULE = 3
+    """Replaces how one update is made."""
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Trained parameters that want their own learning rate or weight decay."""
+
+    names: frozenset[str]
+    """Full parameter names."""
+    lr_scale: float = 1.0
+    """Multiplies the learning rate."""
+    weight_decay: float | None = None
+    """Replaces the optimizer's decay; None keeps it."""
+
+
+@dataclass
+class Probe:
+    """What `calibrate` may look at before step 0."""
+
+    batches: Any
+    """`batches(n) -> Iterator[Batch]`: training batches in a seeded order that training does not share."""
+    loss: Any
+    """`loss(batch) -> Tensor`: the objective's mean loss of a batch with its graph."""
+    world: Any = field(default=None)
+    """The runtime, for reductions over ranks."""
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Wrapper:
+    """One method of the stack. A frozen config: what it learns or counts lives in named tensors of the model, or in `state()`."""
+
+    group: ClassVar[str] = "stack"
+    stage: ClassVar[Stage] = Stage.INJECT
+    mergeable: ClassVar[bool] = False
+    """Whether `merge` folds the method into the base weights exactly (up to rounding)."""
+    identity: ClassVar[bool] = True
+    """Whether the wrapped model equals the base at step 0; where not, the docstring says why."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Kinds that must be in the stack too."""
+    conflicts: ClassVar[dict[str, str]] = {}
+    """Kind -> the one-line reason why it cannot share a stack with this one."""
+    hooks: ClassVar[tuple[str, ...]] = ()
+    """Lifecycle hooks the method depends on; the run stops when one has not fired by the end of step 1."""
+
+    name: str = ""
+    """Its key in the stack; owns every tensor called `....<name>....`."""
+
+    def expand(self, model: nn.Module) -> list[Wrapper]:
+        """The wrappers this one stands for; a hybrid returns others, with placements and gates."""
+        return [self]
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """Arguments `from_pretrained` needs for this method (NF4, int8)."""
+        return {}
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Inject modules at sites and open parameters.
+
+        Args:
+            structure: what `structure()` returned when a delta was saved (ranks, masks); None for a fresh start.
+        """
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """JSON facts `attach` needs to rebuild the same tensors for a saved delta."""
+        return {}
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """A data-dependent choice before step 0; not run again on resume."""
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """A term added to the mean loss of every optimizer step."""
+        return 0.0
+
+    def before_step(self, model: nn.Module, step: int) -> bool | None:
+        """Before the micro-batches of a step; True when the set of trained tensors must change (see `rebuild`)."""
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Gradients of the whole step exist and are clipped; the optimizer has not moved."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """The optimizer has moved; gradients still exist."""
+
+    def rule(self) -> UpdateRule | None:
+        """An update rule that replaces back-propagation; at most one in a stack."""
+        return None
+
+    def groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Parameters with their own learning rate or decay."""
+        return []
+
+    def frozen(self, model: nn.Module) -> set[str]:
+        """Names of its own injected parameters that do not train (LoRA-FA's A)."""
+        return set()
+
+    def opened(self, model: nn.Module) -> set[str]:
+        """Names of base parameters a SELECT wrapper trains."""
+        return set()
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the method into the base weights and take its ports out.
+
+        Raises:
+            ModelError: the method cannot be folded (see `mergeable`).
+        """
+        from llmrecipe.errors import ModelError
+
+        raise ModelError(f"stack.{self.name}: {type(self).__name__} cannot be merged into the base weights")
+
+    def delta(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
+        from llmrecipe.methods.stack import own_tensors
+
+        names = {path for path in own_tensors(model, self.name)} | self.opened(model)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: state[name].detach() for name in sorted(names)}
+
+    def restore(self, model: nn.Module, delta: dict[str, Tensor]) -> None:
+        """Put a saved delta back into an attached model, bit for bit."""
+        import torch
+
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with torch.no_grad():
+            for name, value in delta.items():
+                state[name].copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """JSON facts of a running method that tensors do not hold."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
+        return {}
+
+    def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """(what, how many parameters) lines shown at start."""
+        from llmrecipe.methods.stack import own_tensors
+
+        parameters = dict(model.named_parameters())
+        for name in own_tensors(model, self.name):
+            if name in parameters:
+                yield name, parameters[name].numel()

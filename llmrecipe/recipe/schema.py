@@ -1,0 +1,161 @@
+"""The validated recipe: every top-level key, its type, its default and what it means.
+
+`Recipe` is what the rest of the package receives. Components (`objective`, each entry of `stack`, `optim`, `schedule`)
+stay mappings here; `recipe.validate` turns them into their registered classes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A section of a recipe: strict types, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class ModelSection(Section):
+    """Which model is trained, and how it is loaded."""
+
+    path: str = Field("tiny", description="Folder, hub name, run directory, or `tiny` (the model inside the package).")
+    init: Literal["pretrained", "random"] = Field("pretrained", description="Trained weights, or fresh ones from the config.")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Config values to set (with init=random: `model_type` and sizes, no path needed)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of frozen weights and of the computation; trained tensors stay float32."
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="Attention backend.")
+    gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
+    compile: bool = Field(False, description="torch.compile the forward pass; pays off after thousands of steps.")
+    revision: str | None = Field(None, description="Hub revision.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint. Off unless you opt in.")
+    allow_pickle: bool = Field(False, description="Read pickle weights (.bin). Off unless you opt in.")
+    allow_mismatch: list[str] = Field(
+        default_factory=list, description="Name patterns of weights that may be missing, extra or newly initialised."
+    )
+    anatomy: dict[str, str] | None = Field(None, description="Site names by hand, when inference cannot find them.")
+    continue_: bool = Field(False, alias="continue", description="With a run directory: train its own adapters further.")
+
+
+class TokenizerSection(Section):
+    """The tokenizer, by default the model's own."""
+
+    path: str | None = Field(None, description="Folder or hub name; default: the model's.")
+    chat_template: str | None = Field(None, description="Name of a built-in template, a file, or the Jinja text itself.")
+    add_tokens: list[str] = Field(default_factory=list, description="Tokens to add; their embedding rows are trained.")
+    pad_token: str | None = Field(None, description="Token used as padding where the tokenizer has none.")
+
+
+class DataSection(Section):
+    """Where rows come from and how they become tokens."""
+
+    path: str | list[str] | dict[str, float] | None = Field(
+        None,
+        description="File, folder with train/valid/test files, hub name, built-in set (`builtin:NAME`), list, or {path: weight}.",
+    )
+    format: str = Field("auto", description="Row format; `auto` detects and prints it.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
+    validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
+    test: str | Share | None = Field(None, description="Like validation; opened once, after training.")
+    max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
+    truncation: Literal["drop", "keep_start", "truncate_prompt_left", "error"] = Field(
+        "drop", description="What happens to longer rows."
+    )
+    packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")
+    limit: PositiveInt | None = Field(None, description="Use this many training rows, drawn with the seed.")
+    streaming: bool = Field(False, description="Read rows as they come; no shuffle beyond a buffer, no token cache.")
+    workers: NonNegativeInt = Field(0, description="Processes that tokenize; 0 picks one per core for large data.")
+    cache: bool = Field(True, description="Keep token ids on disk, keyed by content.")
+    system: str | None = Field(None, description="System message put before conversations that have none.")
+    max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
+
+
+class BatchSection(Section):
+    """How much one optimizer step sees."""
+
+    size: PositiveInt = Field(8, description="Rows (or pairs) in one optimizer step, over all processes.")
+    micro: PositiveInt | None = Field(None, description="Rows a process puts through the model at once; default: as many as fit `size`.")
+    tokens: PositiveInt | None = Field(None, description="Cut micro-batches so that none holds more tokens than this.")
+
+
+class RuntimeSection(Section):
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device.")
+    threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's own choice.")
+    deterministic: bool = Field(False, description="Only deterministic kernels (GPU); the CPU always is.")
+    processes: PositiveInt = Field(1, description="Processes this run expects; `launch --nproc N` sets it.")
+
+
+class EvalSection(Section):
+    """Validation, early stopping, best checkpoint and test."""
+
+    every: PositiveInt | None = Field(None, description="Evaluate every so many steps; default: at the start and the end.")
+    at_start: bool = Field(True, description="Evaluate before the first step.")
+    batches: PositiveInt | None = Field(None, description="At most so many batches an evaluation.")
+    monitor: str = Field("eval/loss", description="Metric that decides which checkpoint is best.")
+    mode: Literal["min", "max"] = Field("min", description="Whether smaller or larger is better.")
+    patience: PositiveInt | None = Field(None, description="Stop after so many evaluations without improvement.")
+    min_delta: float = Field(0.0, ge=0.0, description="Smallest change that counts as improvement.")
+    load_best: bool = Field(True, description="End with the best checkpoint's weights rather than the last.")
+    test: bool = Field(True, description="Score the test split once at the end, if there is one.")
+    metrics: list[str] = Field(default_factory=list, description="Further metrics by name, such as exact_match or rouge_l.")
+    samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
+    max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
+
+
+class SaveSection(Section):
+    """Checkpoints."""
+
+    every: PositiveInt | None = Field(None, description="Write a checkpoint every so many steps; default: at the end and on a signal.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept (the best one is kept besides).")
+
+
+class LogSection(Section):
+    """What is shown and where it goes."""
+
+    every: PositiveInt = Field(1, description="Write a step event every so many steps.")
+    live: Literal["auto", "on", "off"] = Field("auto", description="Live display when a person watches, plain lines otherwise.")
+    trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
+        default_factory=list, description="Trackers to mirror events to (each an optional extra)."
+    )
+
+
+class RunSection(Section):
+    """Where the run directory is."""
+
+    dir: str | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
+    root: str = Field("runs", description="Folder that holds run directories.")
+    name: str | None = Field(None, description="Name used in the path; default: the recipe's.")
+    on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved either way.")
+
+
+class Recipe(Section):
+    """A whole recipe, validated except for its components, which are still mappings with a `kind`."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    data: DataSection = Field(default_factory=DataSection)
+    objective: dict[str, Any] = Field(default_factory=dict)
+    roles: dict[str, Any] = Field(default_factory=dict)
+    stack: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    optim: dict[str, Any] = Field(default_factory=dict)
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    runtime: RuntimeSection = Field(default_factory=RuntimeSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    save: SaveSection = Field(default_factory=SaveSection)
+    log: LogSection = Field(default_factory=LogSection)
+    run: RunSection = Field(default_factory=RunSection)
+    seed: NonNegativeInt = 0
+    steps: NonNegativeInt | None = Field(None, description="Optimizer steps; wins over epochs.")
+    epochs: PositiveFloat | None = Field(None, description="Passes over the training rows.")
+    batch: BatchSection = Field(default_factory=BatchSection)
+    search: dict[str, Any] | None = None
+    stages: dict[str, Any] | None = None
+    plugins: list[str] = Field(default_factory=list)
