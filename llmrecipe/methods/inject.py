@@ -9,7 +9,8 @@ Kinds of port (a port overrides exactly one method):
     before     x -> x'                    prompts at the embedding, IA3 on an input
     after      (x, y) -> y'               LoRA, adapters, ReFT
     around     (call, x) -> y             where the call itself is replaced: DoRA, CoDA, sparse entries, merged products
-    attention  (q, k, v) -> (q, k, v)     prefix tuning; shapes (R, heads, T, head size); see models.attention
+    weight     W -> W'                    a named tensor of the host for one call: 3-D experts
+    attention  (attend, q, k, v) -> out   prefix tuning, head-wise adapters; see models.attention
 
 Order at one site: befores in stack order, then the arounds (the last one outermost), then the afters by `order`, ties in
 stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
@@ -17,6 +18,7 @@ stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ from llmrecipe.context import current
 DELTA, SCALE, SERIAL, EDIT = 0, 10, 20, 30
 """Values of `Port.order`."""
 
-KINDS = ("before", "after", "around", "attention")
+KINDS = ("before", "after", "around", "weight", "attention")
 
 
 class Port(nn.Module):
@@ -41,6 +43,8 @@ class Port(nn.Module):
     """Name of the wrapper (its key in the stack) this port belongs to; set by `inject`."""
     roles: frozenset[str] | None = None
     """Roles this port serves; None serves every role but `reference`."""
+    tensor: str = "weight"
+    """For a weight port: the attribute of the host it changes."""
 
     def active(self) -> bool:
         """Whether the port takes part in the forward pass that is running."""
@@ -61,8 +65,12 @@ class Port(nn.Module):
         """(call, x) -> y."""
         raise NotImplementedError
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, k, v) -> (q, k, v); extra key/value columns go in front and are seen by every query."""
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W', for the length of one call of the host."""
+        raise NotImplementedError
+
+    def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output (R, heads, T, head size); `attend(q, k, v, *prefixes)` computes it without this port."""
         raise NotImplementedError
 
     def merge(self, module: nn.Module) -> None:
@@ -172,10 +180,25 @@ def _ported_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for port in ports:
         if kind_of(port) == "around":
             call = _bind(port, call)
-    y = call(x)
+    with _replaced_tensors(self, [p for p in ports if kind_of(p) == "weight"]):
+        y = call(x)
     for port in sorted((p for p in ports if kind_of(p) == "after"), key=lambda p: p.order):
         y = port.after(x, y)
     return with_first(extra[0], y) if extra else y
+
+
+@contextlib.contextmanager
+def _replaced_tensors(module: nn.Module, ports: list[Port]) -> Iterator[None]:
+    """The host's tensors as its weight ports want them, for one call."""
+    kept: dict[str, Any] = {}
+    try:
+        for port in ports:
+            kept.setdefault(port.tensor, module._parameters[port.tensor])
+            # The entry keeps its place in the dictionary, so the order of parameters never changes.
+            module._parameters[port.tensor] = port.weight(getattr(module, port.tensor))  # type: ignore[assignment]
+        yield
+    finally:
+        module._parameters.update(kept)
 
 
 def _bind(port: Port, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,223 @@
+"""Attention for packed rows and attention ports, through Transformers' AttentionInterface.
+
+Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P prefix columns.
+
+`install(model, backend)` switches a model to an attention function of ours around a stock backend:
+
+- packed rows: one call per document, so no T x T mask exists. A segment sees itself causally, its parent (a shared prompt)
+  and every prefix fully, and nothing else.
+- attention ports: a port wraps the call and may put key/value columns in front (`Prefix`); they carry no position.
+- everything else is the stock backend, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipe.context import Layout, current
+from llmrecipe.methods.inject import ports_of
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Key/value columns every query of a row sees."""
+
+    k: Tensor
+    """(1 | R | S, G, P, E): one for all, one a row, or one a segment of a packed row."""
+    v: Tensor
+    """(1 | R | S, G, P, Ev)"""
+    bias: Tensor | None = None
+    """(P,) added to the logits of these columns."""
+
+
+Attend = Callable[..., Tensor]
+"""attend(q, k, v, *prefixes) -> (R, Hq, T, Ev)"""
+
+
+def install(model: nn.Module, backend: str) -> str:
+    """Route a model's attention through this module; returns the name Transformers knows it by."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"llmrecipe_{backend}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention(backend))
+        stock_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            # Packed rows carry their layout in the context; a T x T mask would only undo the saving.
+            return None if current().layout is not None else stock_mask(*args, **kwargs)
+
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    model.set_attn_implementation(name)
+    return name
+
+
+def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layout = current().layout
+        ports = ports_of(module, "attention", active=True)
+        if layout is None and not ports:
+            return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
+
+        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix) -> Tensor:
+            if layout is not None:
+                return _packed(module, layout, q, k, v, prefixes, kwargs)
+            return _padded(backend, module, q, k, v, attention_mask, prefixes, kwargs)
+
+        call: Attend = base
+        for port in ports:
+            call = _wrap(port, call)
+        return call(query, key, value).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _wrap(port: Any, call: Attend) -> Attend:
+    def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix) -> Tensor:
+        return port.attention(lambda q, k, v, *own: call(q, k, v, *outer, *own), q, k, v)
+
+    return wrapped
+
+
+def _stock(backend: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if backend == "eager":
+        import importlib
+
+        return importlib.import_module(type(module).__module__).eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[backend]
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _packed(
+    module: nn.Module, layout: Layout, q: Tensor, k: Tensor, v: Tensor, prefixes: tuple[Prefix, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """One attention call a segment; `split` and `cat` keep the backward pass linear in the number of tokens."""
+    heads = q.shape[1]
+    k, v = _repeat(k, heads), _repeat(v, heads)
+    lengths = [s.length for s in layout.segments]
+    qs, ks, vs = q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)
+    causal = _is_causal(module, kwargs)
+    window = kwargs.get("sliding_window")
+    outs: list[Tensor] = []
+    for index, segment in enumerate(layout.segments):
+        key, value, bias, free = ks[index], vs[index], None, 0
+        if segment.parent is not None:
+            free = lengths[segment.parent]
+            key, value = torch.cat((ks[segment.parent], key), 2), torch.cat((vs[segment.parent], value), 2)
+        for prefix in reversed(prefixes):
+            key, value, bias = _with_prefix(prefix, index, heads, key, value, bias)
+        columns = key.shape[2] - free - segment.length
+        mask = _segment_mask(layout, segment.length, free, columns, causal, window, q.device)
+        outs.append(_attend(qs[index], key, value, mask, bias, causal and mask is None and segment.length > 1, kwargs))
+    return torch.cat(outs, 2)
+
+
+def _with_prefix(
+    prefix: Prefix, row: int, heads: int, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    pick = slice(row, row + 1) if prefix.k.shape[0] > 1 and key.shape[0] == 1 else slice(None)
+    pk = _repeat(prefix.k[pick], heads).to(key.dtype).expand(key.shape[0], -1, -1, -1)
+    pv = _repeat(prefix.v[pick], heads).to(value.dtype).expand(key.shape[0], -1, -1, -1)
+    if prefix.bias is not None or bias is not None:
+        rest = key.new_zeros(key.shape[2]) if bias is None else bias
+        own = key.new_zeros(pk.shape[2]) if prefix.bias is None else prefix.bias.to(key.dtype)
+        bias = torch.cat((own, rest))
+    return torch.cat((pk, key), 2), torch.cat((pv, value), 2), bias
+
+
+def _segment_mask(
+    layout: Layout, length: int, parent: int, prefix: int, causal: bool, window: int | None, device: torch.device
+) -> Tensor | None:
+    """(length, prefix + parent + length) booleans, or None where plain causal (or full) attention is meant."""
+    narrow = window is not None and parent + length > window
+    if not causal or (not parent and not prefix and not narrow):
+        return None
+    key = ("mask", length, parent, prefix, window if narrow else None, device)
+    if key not in layout.cache:
+        q_position = torch.arange(parent, parent + length, device=device)[:, None]
+        k_position = torch.arange(parent + length, device=device)[None, :]
+        allowed = k_position <= q_position
+        if narrow:
+            allowed &= k_position > q_position - window  # type: ignore[operator]
+        layout.cache[key] = F.pad(allowed, (prefix, 0), value=True)
+    return layout.cache[key]  # type: ignore[return-value]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, kwargs: dict[str, Any]
+) -> Tensor:
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    dropout = kwargs.get("dropout", 0.0)
+    if bias is not None:
+        rows = q.new_zeros(q.shape[2], k.shape[2]) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        mask = rows + bias
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    weights = torch.matmul(q, k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = torch.tanh(weights / softcap) * softcap
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        weights = weights.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else weights + mask
+    return torch.matmul(F.dropout(weights.softmax(-1, dtype=torch.float32).to(q.dtype), dropout), v)
+
+
+def _padded(
+    backend: str,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    prefixes: tuple[Prefix, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The stock backend over keys and values widened by the prefixes' columns."""
+    rows, columns, bias = k.shape[0], k.shape[2], None
+    for prefix in reversed(prefixes):
+        k, v, bias = _with_prefix(prefix, 0, k.shape[1], k, v, bias)
+    extra = k.shape[2] - columns
+    if extra:
+        mask = _widen(module, q, columns, extra, mask, bias, kwargs)
+        position_bias = kwargs.get("position_bias")
+        if position_bias is not None:
+            kwargs = {**kwargs, "position_bias": F.pad(position_bias, (extra, 0))}
+        kwargs = {**kwargs, "is_causal": False}
+    out, _ = _stock(backend, module)(module, q, k, v, mask, **kwargs)
+    return out.reshape(rows, q.shape[2], q.shape[1], -1).transpose(1, 2)
+
+
+def _widen(
+    module: nn.Module, q: Tensor, columns: int, extra: int, mask: Tensor | None, bias: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """An additive mask (R | 1, 1, Tq, extra + columns) whose first `extra` columns are open."""
+    low = torch.finfo(q.dtype).min
+    if mask is None:
+        rows = torch.zeros(q.shape[2], columns, dtype=q.dtype, device=q.device)
+        if _is_causal(module, kwargs) and q.shape[2] > 1:
+            allowed = torch.ones(q.shape[2], columns, dtype=torch.bool, device=q.device).tril(columns - q.shape[2])
+            rows = rows.masked_fill(~allowed, low)
+        mask = rows[None, None]
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, low)
+    wide = F.pad(mask[..., :columns], (extra, 0))
+    return wide if bias is None else wide + bias

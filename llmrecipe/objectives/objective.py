@@ -1,0 +1,91 @@
+"""The interface of an objective, and the models it may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.registry import CONFIG
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llmrecipe.data.batch import Batch
+    from llmrecipe.training.roles import Roles
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch contributes to an optimizer step."""
+
+    total: Tensor
+    """A sum, not a mean; the loop divides by the weight of the whole step."""
+    metrics: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    """name -> (sum, count); reduced over micro-batches and ranks, then divided once."""
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Objective:
+    """What is optimised. Fields are the keys of the recipe's `objective` section."""
+
+    group: ClassVar[str] = "objective"
+    rows: ClassVar[str] = "dialogue"
+    """Row type it reads (see llmrecipe.data)."""
+    head: ClassVar[str] = "causal"
+    """Kind of model head: causal, classification, masked or seq2seq."""
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Further models it asks: reference, reward, value, judge, hypermodel."""
+    differentiable: ClassVar[bool] = True
+    """False needs an update rule that does without gradients (MeZO)."""
+    dropout: ClassVar[bool] = True
+    """Whether dropout stays on while training; comparisons with a reference switch it off."""
+    mask: ClassVar[str | None] = None
+    """What the data layer marks as trained when the objective has no `mask` option of its own."""
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Token rows -> one micro-batch. No rows give a batch without targets."""
+        raise NotImplementedError
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """Rows of each optimizer step -> its micro-batches. Objectives that sample do it here."""
+        for rows in source:
+            yield [self.collate(part, roles) for part in roles.split(rows)]
+
+    def at_boundary(self) -> bool:
+        """Whether a checkpoint may be written now (false between the updates of one rollout)."""
+        return True
+
+    def weight(self, batch: Batch) -> float:
+        """What the sum of losses is divided by: supervised tokens, by default."""
+        return float(batch.target.numel())
+
+    def start(self, roles: Roles) -> None:
+        """Called once before the first step, after calibration: precomputed references, step-0 checks."""
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """The summed loss of a micro-batch, with its graph."""
+        raise NotImplementedError
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """name -> (sum, count) for one evaluation batch; `loss` by default."""
+        loss = self.loss(batch, roles)
+        return {"loss": (loss.total, self.weight(batch)), **loss.metrics}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics that need the whole set at once (macro F1): from gathered tensors of `collect`."""
+        return {}
+
+    def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """Per-row tensors gathered over the whole evaluation set for `finish_evaluation`."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """JSON facts of a running objective (a KL controller, a rollout cursor)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""

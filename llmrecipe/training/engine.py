@@ -1,0 +1,103 @@
+"""The one module that is prepared for DDP, FSDP or DeepSpeed: backbone, heads and log-prob engine behind one `forward`.
+
+Objectives ask it for token log-probabilities, hidden states, scores or class logits and never call a submodule of the
+model, so every rank's gradients are synchronised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.context import activate
+from llmrecipe.data.batch import Batch
+from llmrecipe.training.logprob import Post, token_logprobs
+
+
+class Engine(nn.Module):
+    """A model with everything an objective may ask of it."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.post = Post.of(model.config)
+        self.is_pair_model = bool(getattr(model.config, "is_encoder_decoder", False))
+
+    def forward(self, batch: Batch, want: str = "logprobs", role: str = "policy", entropy: bool = False) -> dict[str, Tensor]:
+        """One pass over a batch.
+
+        Args:
+            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token;
+                `values` (N,) of the value head before each target; `scores` (S, C) of a sequence head.
+            role: which ports take part (see `Context.role`).
+
+        Returns:
+            The wanted tensors by name.
+        """
+        device = batch.input_ids.device.type
+        with (
+            activate(batch.context(role)),
+            torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
+        ):
+            if want == "scores":
+                return {"scores": self.scores(batch)}
+            hidden = self.hidden(batch)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            if want == "hidden":
+                return {"hidden": flat[batch.last]}
+            if want == "values":
+                return {"values": self.head_of(role)(flat[batch.source].float()).squeeze(-1)}
+            return token_logprobs(flat[batch.source], batch.target, self.head, self.post, entropy)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that turns hidden states into logits."""
+        cls = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
+        return cls if isinstance(cls, nn.Module) else self.model.get_output_embeddings()
+
+    def head_of(self, role: str) -> nn.Module:
+        """A role's own scalar head, held under `task_head` of the model."""
+        heads = getattr(self.model, "task_head", None)
+        if not isinstance(heads, nn.ModuleDict) or role not in heads:
+            raise KeyError(f"the model has no task head for the role '{role}'")
+        return heads[role]
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(R, T, D) last hidden states of the backbone."""
+        if self.is_pair_model:
+            return self._pair_hidden(batch)
+        backbone = self.model.base_model
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
+        if "token_type_ids" in batch.extra:
+            inputs["token_type_ids"] = batch.extra["token_type_ids"]
+        if getattr(self.model.config, "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        return backbone(**inputs).last_hidden_state
+
+    def _pair_hidden(self, batch: Batch) -> Tensor:
+        """Encoder-decoder: the encoder reads `encoder_ids`, the batch's own rows are the decoder's."""
+        model = self.model
+        out = model.get_encoder()(input_ids=batch.extra["encoder_ids"], attention_mask=batch.extra["encoder_mask"])
+        decoder = model.get_decoder()
+        return decoder(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            encoder_hidden_states=out.last_hidden_state,
+            encoder_attention_mask=batch.extra["encoder_mask"],
+            use_cache=False,
+        ).last_hidden_state
+
+    def scores(self, batch: Batch) -> Tensor:
+        """(S, C) logits of a sequence head: at the last real token for decoders, by the family's own pooling otherwise."""
+        head = getattr(self.model, "score", None)
+        if isinstance(head, nn.Module):
+            hidden = self.hidden(batch)
+            return head(hidden.reshape(-1, hidden.shape[-1])[batch.last]).float()
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if "token_type_ids" in batch.extra:
+            inputs["token_type_ids"] = batch.extra["token_type_ids"]
+        return self.model(**inputs).logits.float()

@@ -1,0 +1,50 @@
+"""The loop: one page, one training run, whatever the objective, the stack and the update rule."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from llmrecipe.errors import Interrupted, RunError
+from llmrecipe.training.rules import backprop
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run import Run
+
+
+def train(run: Run) -> None:
+    """Train until `run.steps`; every line of the body happens once per optimizer step.
+
+    Raises:
+        RunError: a loss was NaN or infinite (`run.on_nan: stop`), or a declared hook of a method never fired.
+        Interrupted: a signal arrived; a checkpoint has been written.
+    """
+    rule = run.stack.rule() or backprop
+    feed = run.feed()
+    if run.due_evaluation(run.progress.step, at_start=True):
+        run.evaluate()
+    while run.progress.step < run.steps:
+        started = time.perf_counter()
+        step = run.progress.step
+        if run.stack.before_step(run.model, step):
+            run.rebuild()
+            feed = run.feed()
+        micros = next(feed)
+        run.set_learning_rate(step)
+        result = rule(run, micros)
+        if not result.finite:
+            run.not_finite(result, micros)
+        run.stack.after_step(run.model, step)
+        run.zero_gradients()
+        run.progress.advance(micros)
+        if step == run.first_step and (unfired := run.stack.unfired()):
+            raise RunError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
+        run.report_step(result, micros, time.perf_counter() - started)
+        if run.due_evaluation(run.progress.step) and run.evaluate():
+            break
+        if run.stopping() and run.objective.at_boundary():
+            run.save()
+            raise Interrupted(f"stopped by a signal at step {run.progress.step}; continue with resume={run.dir.path}")
+        if run.due_save(run.progress.step) and run.objective.at_boundary():
+            run.save()
+    run.finish()

@@ -1,0 +1,118 @@
+"""The models an objective may ask, by role: the policy, and others that mostly share its base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.data.batch import Batch, Sequence, pack, pad
+from llmrecipe.methods.stack import Stack
+from llmrecipe.training.engine import Engine
+from llmrecipe.training.reference import ReferenceCache
+
+
+class Roles:
+    """What an objective sees of a run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        stack: Stack,
+        tokenizer: Any,
+        device: torch.device,
+        packing: bool,
+        micro_rows: int | None = None,
+        micro_tokens: int | None = None,
+        reference_cache: ReferenceCache | None = None,
+    ):
+        self.engine = engine
+        self.prepared: nn.Module = engine
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.device = device
+        self.packing = packing
+        self.micro_rows = micro_rows
+        self.micro_tokens = micro_tokens
+        self.cache = reference_cache or ReferenceCache()
+        self.others: dict[str, Any] = {}
+        """Separate models by role name (a reward model, a judge); filled by the run."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy's model, unwrapped."""
+        return self.engine.model
+
+    @property
+    def pad_id(self) -> int:
+        """Token written into padding; never used to find padding."""
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
+
+    def layout(self, sequences: list[Sequence], rows: Any = (), extra: dict[str, Tensor] | None = None) -> Batch:
+        """Sequences -> a batch on the device, packed where the attention backend can isolate documents."""
+        batch = pack(sequences, rows, extra) if self.packing else pad(sequences, self.pad_id, "right", rows, extra)
+        return batch.to(self.device)
+
+    def split(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Cut the rows of an optimizer step into micro-batches; no rows still give one empty micro-batch."""
+        part: list[dict[str, Any]] = []
+        tokens = 0
+        for row in rows:
+            size = row_tokens(row)
+            full = (self.micro_rows and len(part) >= self.micro_rows) or (self.micro_tokens and tokens + size > self.micro_tokens)
+            if part and full:
+                yield part
+                part, tokens = [], 0
+            part.append(row)
+            tokens += size
+        if part or not rows:
+            yield part
+
+    def policy(self, batch: Batch, want: str = "logprobs", entropy: bool = False) -> dict[str, Tensor]:
+        """The trained model, through the prepared module, so that ranks synchronise."""
+        return self.prepared(batch, want=want, entropy=entropy)
+
+    def reference(self, batch: Batch) -> Tensor:
+        """(S,) summed log-probabilities of each sequence's targets under the policy of step 0.
+
+        Rows seen before come from the cache; the rest take one forward pass without gradients, dropout off.
+        """
+        known = self.cache.get(batch)
+        if known is not None:
+            return known.to(self.device)
+        sums = batch.sum_by_sequence(self.reference_tokens(batch))
+        self.cache.put(batch, sums)
+        return sums
+
+    @torch.no_grad()
+    def reference_tokens(self, batch: Batch) -> Tensor:
+        """(N,) log-probabilities under the policy of step 0."""
+        with self.evaluating(), self.stack.reference(self.model):
+            # A remembered snapshot keeps its ports on; switched-off stacks compute under the role `reference`.
+            role = "policy" if self.stack.snapshot is not None else "reference"
+            return self.engine(batch, role=role)["logprobs"]
+
+    def evaluating(self) -> Any:
+        """Context manager: eval mode inside, the former mode restored after."""
+        return _EvalMode(self.engine)
+
+
+def row_tokens(row: dict[str, Any]) -> int:
+    """Tokens of a token row, all its id lists together."""
+    return sum(len(v) for k, v in row.items() if k == "ids" or k.endswith("_ids"))
+
+
+@dataclasses.dataclass
+class _EvalMode:
+    module: nn.Module
+    was: bool = False
+
+    def __enter__(self) -> None:
+        self.was = self.module.training
+        self.module.eval()
+
+    def __exit__(self, *_: Any) -> None:
+        self.module.train(self.was)
