@@ -1,0 +1,349 @@
+"""The same training here and in TRL + PEFT, in turn, each run in a process of its own.
+
+    python tests/benchmarks/harness.py                          every case at 10m, 3 rounds
+    python tests/benchmarks/harness.py --shapes 10m 60m --rounds 5
+    python tests/benchmarks/harness.py --cases sft_lora --against best_float32 --steps 8
+
+A case is a recipe (`sft_lora`, `dpo_lora`) on a model shape against one setting of the peer:
+
+    defaults        TRL with nothing set that it sets by itself; this program with its own defaults
+    best_float32    TRL with packing (SFT) or precomputed reference (DPO), nothing recomputed; both sides in float32
+    best_bfloat16   the same with bfloat16 weights and autocast; this program with bfloat16 weights
+
+Both sides get the same model folder, the same rows in the same order, the same LoRA, learning rate, batch and one thread.
+Rounds alternate (peer, product, peer, ...). What is measured, for each process, from outside:
+
+    rate         tokens per CPU-second between the end of step 1 and the end of the last step (CPU time of the process read
+                 from the kernel when a step's line appears in its event file); tokens are the rows' own, padding excluded and
+                 a prompt counted with each of its answers, so the ratio is one of CPU time for the same rows
+    peak         peak resident memory of the process, as the kernel reports it at exit
+    first_step   wall time from process start to the end of step 1; `first_step_cpu` is the CPU time in it
+    whole        tokens per CPU-second of the whole process: imports, data, reference pass and saving included
+
+The reported ratio is the median over rounds of the ratios of neighbours. Results go to tests/benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+sys.path.insert(0, str(HERE))
+
+from workload import ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
+
+AGAINST = ("defaults", "best_float32", "best_bfloat16")
+BATCH = {"sft": 8, "dpo": 4}
+STEPS = {"tiny": 6, "10m": 16, "60m": 8}
+LORA = {"r": 16, "alpha": 32}
+TARGET = "attn.q|k|v|o + mlp.gate|up|down"
+LEARNING_RATE, BETA, SEED = 1e-3, 0.1, 0
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Measurement:
+    """One process, seen from outside."""
+
+    side: str
+    rate: float
+    whole: float
+    peak_mb: float
+    first_step: float
+    first_step_cpu: float
+    wall: float
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides do."""
+
+    recipe: str
+    shape: str
+    against: str
+    steps: int
+
+    @property
+    def task(self) -> str:
+        """`sft` or `dpo`."""
+        return self.recipe.split("_")[0]
+
+    @property
+    def dtype(self) -> str | None:
+        """The stated precision, or None where each side keeps its own default."""
+        return None if self.against == "defaults" else self.against.split("_")[1]
+
+
+def peer_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[str], Path]:
+    """The command that trains in TRL, and its event file."""
+    events = out / "events.jsonl"
+    spec = {
+        "task": case.task,
+        "model": str(model),
+        "data": str(data),
+        "out": str(out),
+        "events": str(events),
+        "setting": case.against.split("_")[0],
+        "dtype": case.dtype,
+        "batch": BATCH[case.task],
+        "pack": 512,
+        "packs": 2,
+        "lr": LEARNING_RATE,
+        "beta": BETA,
+        "seed": SEED,
+        **LORA,
+    }
+    (out / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    return [sys.executable, str(HERE / "peer.py"), str(out / "spec.json")], events
+
+
+def product_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[str], Path]:
+    """The command line of this program, and its event file."""
+    run = out / "run"
+    overrides = [
+        f"recipe={case.recipe}",
+        f"model.path={model}",
+        f"data.path={data}",
+        f"run.dir={run}",
+        f"stack.lora.r={LORA['r']}",
+        f"stack.lora.alpha={LORA['alpha']}",
+        f'stack.lora.target="{TARGET}"',
+        f"optim.lr={LEARNING_RATE}",
+        "optim.weight_decay=0.0",
+        "schedule=constant",
+        f"batch.size={BATCH[case.task]}",
+        f"steps={case.steps}",
+        f"seed={SEED}",
+        "runtime.threads=1",
+        "eval.at_start=false",
+        "data.cache=false",
+        *([f"objective.beta={BETA}"] if case.task == "dpo" else []),
+        *([f"model.dtype={case.dtype}"] if case.dtype else []),
+    ]
+    start = "import sys; from llmrecipe.cli.app import main; sys.exit(main())"
+    return [sys.executable, "-c", start, "train", *overrides], run / "events.jsonl"
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a live process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def step_events(path: Path) -> list[dict[str, Any]]:
+    """The step events written so far; a half-written last line waits for its end."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [event for event in map(json.loads, lines) if event["event"] == "step"]
+
+
+def measure(side: str, command: list[str], events: Path, tokens: int, log: Path) -> Measurement:
+    """Run a command to its end and watch its event file."""
+    marks: list[tuple[float, float]] = []
+    size, began = -1, time.perf_counter()
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            now = events.stat().st_size if events.exists() else -1
+            if now != size:
+                size = now
+                mark = (time.perf_counter() - began, cpu_seconds(process.pid))
+                marks += [mark] * (len(step_events(events)) - len(marks))
+            time.sleep(0.004)
+    wall = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    steps = step_events(events)
+    if process.returncode or len(marks) < 2:
+        raise SystemExit(f"{side} failed ({process.returncode}):\n{' '.join(command)}\n{log.read_text()[-3000:]}")
+    # Sides count a step's tokens in ways of their own; the share of the steps after the first is what is needed of them.
+    share = sum(s["tokens"] for s in steps[1:]) / sum(s["tokens"] for s in steps)
+    return Measurement(
+        side=side,
+        rate=tokens * share / (marks[-1][1] - marks[0][1]),
+        whole=tokens / (usage.ru_utime + usage.ru_stime),
+        peak_mb=usage.ru_maxrss / 1024,
+        first_step=marks[0][0],
+        first_step_cpu=marks[0][1],
+        wall=wall,
+        losses=[s["loss"] for s in steps],
+    )
+
+
+def build_models(folder: Path, shapes: list[str]) -> None:
+    """Write the model folders, in a process of its own, so that this one never holds torch (see `product_order`)."""
+    for shape in shapes:
+        code = (
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; import workload; "
+            f"workload.build_model(Path({str(folder / shape)!r}), workload.SHAPES[{shape!r}])"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **ENVIRONMENT})
+
+
+def rows_for(case: Case, folder: Path) -> tuple[Path, Path, int]:
+    """(rows for the product, the same rows in the order it takes them for the peer, their tokens)."""
+    import numpy as np
+
+    rows = ROWS[case.task](case.steps * BATCH[case.task], SEED)
+    order = product_order(len(rows))
+    ours = write_rows(folder / f"{case.task}-{case.steps}.jsonl", rows)
+    peers = write_rows(folder / f"{case.task}-{case.steps}-ordered.jsonl", [rows[i] for i in np.asarray(order)])
+    return ours, peers, sum(map(tokens_of, rows))
+
+
+def product_order(count: int) -> Any:
+    """The order in which the product visits so many rows in its first epoch, asked in a process of its own.
+
+    The harness itself stays small: a child's peak memory as the kernel reports it includes its parent's at the fork.
+    """
+    code = (
+        "import json, sys; from llmrecipe.data import order; "
+        f"print(json.dumps([int(i) for i in order([None] * {count}, {SEED}, 0)]))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
+    )
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def run_case(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
+    """Alternate the two sides and sum up."""
+    model = folder / case.shape
+    ours, peers, tokens = rows_for(case, folder)
+    pairs = []
+    for number in range(rounds):
+        pair = {}
+        for side, command_of, data in (("peer", peer_command, peers), ("product", product_command, ours)):
+            out = Path(tempfile.mkdtemp(prefix=f"{side}-", dir=folder))
+            command, events = command_of(case, model, data, out)
+            pair[side] = measure(side, command, events, tokens, out / "log.txt")
+            seen = pair[side]
+            print(
+                f"  round {number + 1} {side:8s} {seen.rate:7.0f} tok/cpu-s  peak {seen.peak_mb:6.0f} MB  "
+                f"first step {seen.first_step:5.1f} s (cpu {seen.first_step_cpu:.1f})  whole {seen.whole:6.0f}",
+                flush=True,
+            )
+        pairs.append(pair)
+    return {
+        "case": asdict(case),
+        "tokens": tokens,
+        **summary(pairs),
+        "runs": [{k: asdict(m) for k, m in p.items()} for p in pairs],
+    }
+
+
+def summary(pairs: list[dict[str, Measurement]]) -> dict[str, Any]:
+    """Medians of each side, and medians over rounds of the ratios (above 1: this program is the better one)."""
+    better_high, better_low = ("rate", "whole"), ("peak_mb", "first_step", "first_step_cpu")
+    ratios: dict[str, Any] = {}
+    for name in (*better_high, *better_low):
+        each = [getattr(p["product"], name) / getattr(p["peer"], name) for p in pairs]
+        ratios[name] = {"median": statistics.median(each), "low": min(each), "high": max(each)}
+    sides = {
+        side: {name: statistics.median(getattr(p[side], name) for p in pairs) for name in (*better_high, *better_low)}
+        for side in ("peer", "product")
+    }
+    losses = {side: statistics.fmean(pairs[0][side].losses) for side in ("peer", "product")}
+    return {"ratios": ratios, "sides": sides, "mean_loss": losses}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, one line a case."""
+    lines = [
+        "| case | shape | TRL setting | tok/CPU-s here | TRL | **ratio** (low-high) | peak MB here | TRL | ratio "
+        "| first step s here | TRL | ratio | whole run ratio | mean loss here | TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        case, ours, peer, ratio = result["case"], result["sides"]["product"], result["sides"]["peer"], result["ratios"]
+        cells = [
+            case["recipe"],
+            case["shape"],
+            case["against"],
+            f"{ours['rate']:.0f}",
+            f"{peer['rate']:.0f}",
+            f"**{ratio['rate']['median']:.2f}x** ({ratio['rate']['low']:.2f}-{ratio['rate']['high']:.2f})",
+            f"{ours['peak_mb']:.0f}",
+            f"{peer['peak_mb']:.0f}",
+            f"{ratio['peak_mb']['median']:.2f}x",
+            f"{ours['first_step']:.1f}",
+            f"{peer['first_step']:.1f}",
+            f"{ratio['first_step']['median']:.2f}x",
+            f"{ratio['whole']['median']:.2f}x",
+            f"{result['mean_loss']['product']:.4f}",
+            f"{result['mean_loss']['peer']:.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, str]:
+    """Processor and versions."""
+    from importlib.metadata import version
+
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+    return {"cpu": f"{model} x{os.cpu_count()}", "python": platform.python_version(), **packages}
+
+
+def main() -> None:
+    """Parse arguments, run the cases, write the results."""
+    parser = argparse.ArgumentParser(description="tokens per CPU-second, memory and start here and in TRL + PEFT")
+    parser.add_argument("--cases", nargs="+", default=["sft_lora", "dpo_lora"])
+    parser.add_argument("--shapes", nargs="+", default=["10m"], choices=list(SHAPES))
+    parser.add_argument("--against", nargs="+", default=list(AGAINST), choices=AGAINST)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: by shape)")
+    parser.add_argument("--folder", type=Path, help="where models, rows and runs go (default: a temporary folder)")
+    parser.add_argument("--name", default="latest", help="stem of the result files")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="llmrecipe-benchmark-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    build_models(folder, options.shapes)
+    results = []
+    for shape in options.shapes:
+        for recipe in options.cases:
+            for against in options.against:
+                case = Case(recipe, shape, against, options.steps or STEPS[shape])
+                print(f"{recipe} {shape} against {against}, {case.steps} steps", flush=True)
+                results.append(run_case(case, folder, options.rounds))
+                write(results, options.name)
+    print(table(results))
+
+
+def write(results: list[dict[str, Any]], name: str) -> None:
+    """JSON with every run, and the table."""
+    RESULTS.mkdir(exist_ok=True)
+    report = {"machine": machine(), "results": results}
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    (RESULTS / f"{name}.md").write_text(f"{facts}; one thread\n\n{table(results)}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
