@@ -1,0 +1,258 @@
+"""The low-rank engine: a branch of rank r beside a frozen weight.
+
+    y = W x + s B A x        A (r, in), B (out, r)
+
+Letters: T tokens, r rank, V vocabulary, D width, E experts. The scale is folded into the last product, `B A` is never formed
+in a forward pass (3-D experts excepted, whose host takes a whole tensor), and A and B are float32 masters cast to the
+activation's dtype where they are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipe.errors import ModelError
+from llmrecipe.methods.inject import DELTA, Port
+
+if TYPE_CHECKING:
+    from llmrecipe.models.anatomy import Site
+
+Init = Literal["default", "gaussian", "orthogonal", "pissa"]
+
+
+def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tensor | None = None) -> Tensor:
+    """y + scale * (x A^T) B^T, added to all outputs or to the listed ones."""
+    h = F.linear(x, A.to(x.dtype))
+    B = B.to(h.dtype)
+    if rows is not None:
+        return y.index_add(-1, rows, (F.linear(h, B) * scale).to(y.dtype))
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]).to(h.dtype), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
+    return flat.view(y.shape)
+
+
+class LowRank(Port):
+    """The branch at a linear layer (Linear, Conv1D, 4- and 8-bit), or at some rows of a fused one."""
+
+    order = DELTA
+
+    def __init__(self, width_in: int, width_out: int, r: int, scale: float, dropout: float = 0.0, rows: Tensor | None = None):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(r, width_in))
+        self.B = nn.Parameter(torch.empty(width_out, r))
+        self.scale = scale
+        self.dropout = dropout
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s B A dropout(x), less the frozen start of a PiSSA branch."""
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        y = branch(dropped, self.A, self.B, self.scale, y, self.rows)
+        if self.A0 is not None:
+            y = branch(x, self.A0, self.B0, -self.scale, y, self.rows)
+        return y
+
+    def product(self) -> Tensor:
+        """s (B A - B0 A0) in float32, (out, in)."""
+        full = self.B.float() @ self.A.float()
+        if self.A0 is not None:
+            full = full - self.B0.float() @ self.A0.float()
+        return full * self.scale
+
+    def merge(self, module: nn.Module) -> None:
+        """W <- W + s B A, computed in float32, cast once."""
+        add_to_weight(module, self.product(), self.rows)
+
+
+class LowRankEmbedding(Port):
+    """The branch at a token embedding: y = E[x] + c s (A[:, x])^T B^T; c is the module's own scale (Gemma)."""
+
+    order = DELTA
+
+    def __init__(self, vocabulary: int, width: int, r: int, scale: float):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(r, vocabulary))
+        self.B = nn.Parameter(torch.empty(width, r))
+        self.scale = scale
+        self.embed_scale = 1.0
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """x holds token ids here."""
+        h = F.embedding(x, self.A.t()).to(y.dtype)
+        return y + F.linear(h, self.B.to(y.dtype)) * (self.scale * self.embed_scale)
+
+    def product(self) -> Tensor:
+        """s (B A)^T in float32, (V, D)."""
+        return (self.B.float() @ self.A.float()).t() * self.scale
+
+    def merge(self, module: nn.Module) -> None:
+        """E <- E + s (B A)^T."""
+        add_to_weight(module, self.product(), None)
+
+
+class LowRankTiedHead(Port):
+    """The embedding's branch seen from a tied output head: logits + s (x B) A, with the embedding's own A and B."""
+
+    order = DELTA
+
+    def __init__(self, embedding: LowRankEmbedding):
+        super().__init__()
+        # In a list, so that the pair stays the embedding's parameters and is not registered twice.
+        self.pair = [embedding]
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds the logits of the shared pair."""
+        port = self.pair[0]
+        return y + F.linear(F.linear(x, port.B.t().to(x.dtype)), port.A.t().to(x.dtype)).to(y.dtype) * port.scale
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing to do: the tied weight is merged once, at the embedding."""
+
+
+class LowRankExperts(Port):
+    """One branch an expert of a fused 3-D tensor (E, out, in), or (E, in, out) where the family stores it transposed."""
+
+    order = DELTA
+
+    def __init__(self, experts: int, width_in: int, width_out: int, r: int, scale: float, tensor: str, transposed: bool):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(experts, r, width_in))
+        self.B = nn.Parameter(torch.empty(experts, width_out, r))
+        self.scale = scale
+        self.tensor = tensor
+        self.transposed = transposed
+
+    def product(self) -> Tensor:
+        """s B_e A_e in the layout of the host's tensor."""
+        full = torch.bmm(self.B, self.A) * self.scale
+        return full.transpose(1, 2) if self.transposed else full
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W_e + s B_e A_e."""
+        return value + self.product().to(value.dtype)
+
+    def merge(self, module: nn.Module) -> None:
+        """Fold every expert's product into the host's tensor."""
+        target = getattr(module, self.tensor)
+        target.data = (target.float() + self.product().float()).to(target.dtype)
+
+
+def add_to_weight(module: nn.Module, product: Tensor, rows: Tensor | None) -> None:
+    """W <- W + product in float32, one cast back; the transposed storage of Conv1D is handled here.
+
+    Raises:
+        ModelError: the weight is quantized, so that merging in place would quantize it again.
+    """
+    weight = module.weight
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        raise ModelError("merging into a quantized weight would quantize it again; dequantize the model first (export does)")
+    full = weight.data.float()
+    product = product.to(full.device)
+    if _is_transposed(module):
+        product = product.t()
+        full = full + product if rows is None else full.index_add(1, rows, product)
+    else:
+        full = full + product if rows is None else full.index_add(0, rows, product)
+    weight.data = full.to(weight.dtype)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def row_index(site: Site) -> Tensor | None:
+    """The output rows a site owns in a fused layer, as an index."""
+    if site.rows is None:
+        return None
+    rows = range(10**9)[site.rows] if isinstance(site.rows, slice) else site.rows
+    return torch.tensor(list(rows), dtype=torch.long, device=device_of(site.module))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter."""
+    return next(module.parameters()).device
+
+
+def build(site: Site, r: int, scale: float, dropout: float = 0.0) -> Port:
+    """The low-rank port that fits a site: linear, fused rows, embedding or 3-D experts.
+
+    Raises:
+        ModelError: the site has no weight a low-rank branch can stand beside.
+    """
+    with torch.device(device_of(site.module)):
+        if site.tensor is not None:
+            if dropout:
+                raise ModelError(f"{site.path}: dropout on the input cannot be factored out of a fused expert tensor; set dropout to 0")
+            return LowRankExperts(site.experts, site.width_in, site.width_out, r, scale, site.tensor, site.transposed)
+        if isinstance(site.module, nn.Embedding):
+            port = LowRankEmbedding(site.module.num_embeddings, site.module.embedding_dim, r, scale)
+            port.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
+            return port
+        if not hasattr(site.module, "weight") or site.role.startswith("norm"):
+            raise ModelError(f"{site.path}: a low-rank branch needs a linear layer, an embedding or an expert tensor")
+        return LowRank(site.width_in, site.width_out, r, scale, dropout, row_index(site))
+
+
+@torch.no_grad()
+def initialise(port: Port, init: Init, module: nn.Module) -> None:
+    """Start values: B = 0 (A = 0 at embeddings), or another start whose branch is zero at step 0 as well.
+
+    default     A Kaiming-uniform(a = sqrt 5), B = 0; embeddings A = 0, B ~ N(0, 1)
+    gaussian    A ~ N(0, 1 / r^2), B = 0
+    orthogonal  A and B from one orthogonal matrix with B A = 0
+    pissa       A, B from the top r singular triplets of W; the frozen start is subtracted, so W itself stays untouched
+    """
+    if isinstance(port, LowRankTiedHead):
+        return
+    if isinstance(port, LowRankEmbedding):
+        nn.init.zeros_(port.A)
+        nn.init.normal_(port.B)
+        return
+    if not isinstance(port, LowRank | LowRankExperts):
+        raise TypeError(type(port).__name__)
+    nn.init.zeros_(port.B)
+    if init == "gaussian":
+        nn.init.normal_(port.A, std=1.0 / port.A.shape[-2])
+        return
+    if isinstance(port, LowRankExperts) or init == "default":
+        # Each expert is a matrix of its own: the fan is that of the last axis.
+        bound = math.sqrt(6.0 / (6.0 * port.A.shape[-1]))
+        nn.init.uniform_(port.A, -bound, bound)
+        return
+    _SPECIAL[init](port, module)
+
+
+def _orthogonal(port: LowRank, module: nn.Module) -> None:
+    r = port.A.shape[0]
+    if r % 2:
+        raise ModelError(f"init: orthogonal needs an even rank, got {r}")
+    q = torch.linalg.qr(torch.randn(r, r, device=port.A.device))[0]
+    even, odd = q[0::2], q[1::2]
+    # A's rows live in the span of `even`, B's in that of `odd`: their product is zero although neither factor is.
+    port.A.copy_((torch.randn(port.A.shape[1], r // 2, device=port.A.device) @ even).t() / 10)
+    port.B.copy_(torch.randn(port.B.shape[0], r // 2, device=port.A.device) @ odd / 10)
+
+
+def _pissa(port: LowRank, module: nn.Module) -> None:
+    weight = module.weight
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        raise ModelError("init: pissa reads singular vectors of the weight; it needs a weight that is not quantized")
+    full = weight.float().t() if _is_transposed(module) else weight.float()
+    if port.rows is not None:
+        full = full[port.rows]
+    r = port.A.shape[0]
+    u, s, vh = torch.linalg.svd(full, full_matrices=False)
+    root = (s[:r] / port.scale).sqrt()
+    port.A.copy_(root[:, None] * vh[:r])
+    port.B.copy_(u[:, :r] * root)
+    port.A0, port.B0 = port.A.detach().clone(), port.B.detach().clone()
+
+
+_SPECIAL: dict[str, Callable[[LowRank, nn.Module], None]] = {"orthogonal": _orthogonal, "pissa": _pissa}

@@ -1,0 +1,146 @@
+"""LoRA."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.methods import low_rank
+from llmrecipe.methods.inject import inject, merge_ports
+from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmrecipe.models.anatomy import Site
+
+
+@register
+class Lora(Wrapper):
+    """LoRA: y = W x + s B A dropout(x), s = alpha / r (alpha / sqrt r with `use_rslora`).
+
+    A (r, in) starts Kaiming-uniform and B (out, r) at zero, so training starts at the base model. A and B train; W is frozen.
+    Merging W <- W + s B A is exact up to rounding. Embeddings: y = E[x] + s (A[:, x])^T B^T with A at zero. Fused 3-D experts:
+    one pair an expert. Tied embeddings: when `embed` and `head` are both targeted one pair serves both.
+
+    Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
+    for Fine-Tuning with LoRA (arXiv 2312.03732); PiSSA start: arXiv 2404.02948. Departure: a PiSSA start subtracts its frozen
+    first product instead of rewriting W, so base weights stay bit-equal and deltas stay portable.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    mergeable: ClassVar[bool] = True
+
+    target: str = "attn.q|v"
+    """Sites that get a low-rank branch."""
+    r: PositiveInt = 8
+    """Rank of A and B."""
+    alpha: PositiveFloat = 16.0
+    """The branch is scaled by alpha / r."""
+    dropout: OpenFraction = 0.0
+    """Dropout on the branch's input while training."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r), so that larger ranks keep learning."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """Start of A and B; every choice starts at the base model."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Rank by site path: regular expressions matched against the end of the module path."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Alpha by site path, like rank_pattern."""
+    lr_ratio: PositiveFloat = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Put a pair beside every site of `target`."""
+        from llmrecipe.models.anatomy import anatomy
+
+        sites = anatomy(model).at(self.target)
+        tied = _tied(model, sites)
+        for site in sites:
+            r = _pattern(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
+            alpha = _pattern(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
+            scale = alpha / (math.sqrt(r) if self.use_rslora else r)
+            if tied is not None and site.role == "head":
+                port = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
+            else:
+                port = low_rank.build(site, r, scale, self.dropout)
+                low_rank.initialise(port, self.init, site.module)
+            inject(site.module, site.name(self.name), port, self.name)
+
+    def groups(self, model: nn.Module) -> list[ParamGroup]:
+        """B's own learning rate where `lr_ratio` asks for one."""
+        if self.lr_ratio == 1.0:
+            return []
+        names = {n for n, _ in model.named_parameters() if n.endswith(".B") and _owner_part(n).startswith(self.name)}
+        return [ParamGroup(frozenset(names), lr_scale=self.lr_ratio)]
+
+    def merge(self, model: nn.Module) -> None:
+        """W <- W + s B A at every site.
+
+        Raises:
+            ModelError: one side of a tied pair is adapted alone; merging would change the other side too.
+        """
+        from llmrecipe.methods.inject import all_ports
+
+        ports = {path: port for path, _, _, port in all_ports(model, self.name)}
+        shared = _shared_weights(model)
+        for path, port in ports.items():
+            partners = shared.get(path, set()) - {path}
+            if partners and not (partners & set(ports)) and not isinstance(port, low_rank.LowRankExperts):
+                raise ModelError(
+                    f"stack.{self.name}: {path} shares its weight with {', '.join(sorted(partners))}, which has no branch; "
+                    "merging would change both. Target both (`embed + head`) or load the adapter unmerged."
+                )
+        merge_ports(model, self.name)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: sum of r (in + out); AdamW keeps 8 bytes for each."""
+        count = sum(n for _, n in self.describe(model))
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
+
+
+def _pattern(patterns: dict[str, Any], path: str, default: Any, where: str) -> Any:
+    """The value of the most specific (longest) pattern that matches the end of a path.
+
+    Raises:
+        RecipeError: two different patterns of one length match.
+    """
+    hits = [key for key in patterns if re.search(rf"(?:^|\.)(?:{key})$", path)]
+    if not hits:
+        return default
+    longest = max(len(h) for h in hits)
+    best = [h for h in hits if len(h) == longest]
+    if len(best) > 1:
+        raise RecipeError(f"{where}: both '{best[0]}' and '{best[1]}' match {path}; make one of them longer")
+    return patterns[best[0]]
+
+
+def _owner_part(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def _tied(model: nn.Module, sites: list[Site]) -> Site | None:
+    """The embedding site, when it and the head are both targeted and share their weight."""
+    embed = next((s for s in sites if s.role == "embed"), None)
+    head = next((s for s in sites if s.role == "head"), None)
+    if embed is None or head is None or embed.module.weight is not head.module.weight:
+        return None
+    # The embedding must be attached before the head that borrows its pair.
+    sites.sort(key=lambda s: s.role == "head")
+    return embed
+
+
+def _shared_weights(model: nn.Module) -> dict[str, set[str]]:
+    """Module path -> paths of the modules that use the very same weight."""
+    by_tensor: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(weight, torch.nn.Parameter):
+            by_tensor.setdefault(id(weight), set()).add(path)
+    return {path: paths for paths in by_tensor.values() if len(paths) > 1 for path in paths}

@@ -1,0 +1,79 @@
+"""What the pair objectives share: a prompt, a chosen and a rejected answer, and their summed log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.batch import Batch, Sequence
+from llmrecipe.training.roles import Roles
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probabilities of a micro-batch of P pairs."""
+
+    chosen: Tensor
+    """(P,) summed over the chosen answer's tokens."""
+    rejected: Tensor
+    """(P,)"""
+    chosen_tokens: Tensor
+    """(P,) number of answer tokens."""
+    rejected_tokens: Tensor
+
+
+def collate_pairs(rows: list[dict[str, Any]], roles: Roles) -> Batch:
+    """Three sequences a pair: the prompt, once, and both answers that continue it.
+
+    A packed batch reads each prompt once; padded rows write it out before each answer.
+    """
+    sequences: list[Sequence] = []
+    for row in rows:
+        at = len(sequences)
+        prompt = row["prompt_ids"]
+        sequences.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt)))
+        for answer in (row["chosen_ids"], row["rejected_ids"]):
+            sequences.append(Sequence(answer, [1] * len(answer), parent=at))
+    extra: dict[str, Tensor] = {}
+    if rows and "margin" in rows[0]:
+        extra["margin"] = torch.tensor([float(r["margin"] or 0.0) for r in rows])
+    return roles.layout(sequences, [r["row"] for r in rows], extra)
+
+
+def pair_count(batch: Batch) -> int:
+    """P; an empty micro-batch holds one stand-in sequence and no pair."""
+    return batch.sequences // 3
+
+
+def split_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(3P,) values a sequence -> chosen (P,), rejected (P,)."""
+    usable = values[: values.shape[0] // 3 * 3].view(-1, 3)
+    return usable[:, 1], usable[:, 2]
+
+
+def policy_scores(batch: Batch, roles: Roles, logprobs: Tensor | None = None) -> PairScores:
+    """Summed log-probabilities under the policy, in one forward pass for both answers."""
+    t = roles.policy(batch)["logprobs"] if logprobs is None else logprobs
+    chosen, rejected = split_pairs(batch.sum_by_sequence(t))
+    chosen_tokens, rejected_tokens = split_pairs(batch.counts().to(t.device))
+    return PairScores(chosen, rejected, chosen_tokens, rejected_tokens)
+
+
+def reference_scores(batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of chosen (P,) and rejected (P,) under the policy of step 0."""
+    return split_pairs(roles.reference(batch))
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Any, float]]:
+    """Implicit rewards: means, margin, and the share of pairs whose chosen reward is strictly larger."""
+    count = float(chosen.shape[0])
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "rewards/chosen": (chosen.sum(), count),
+        "rewards/rejected": (rejected.sum(), count),
+        "rewards/margins": ((chosen - rejected).sum(), count),
+        "rewards/accuracies": ((chosen > rejected).float().sum(), count),
+    }

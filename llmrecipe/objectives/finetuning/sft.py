@@ -1,0 +1,45 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.fields import Literal
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.tokens import collate_tokens, token_loss
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+
+@register
+class Sft(Objective):
+    """Supervised fine-tuning: L = -(1/N) sum over supervised tokens of log p(y_t | y_<t, x).
+
+    `mask` says which tokens are supervised: the completion, every assistant turn, the last turn, or all. The token that ends
+    a turn is always among them. N counts supervised tokens over all micro-batches and processes of an optimizer step.
+    `loss_type: dft` weights each token by its own detached probability.
+
+    Papers: Training language models to follow instructions (arXiv 2203.02155); FLAN (arXiv 2109.01652); DFT (arXiv 2508.05629).
+    """
+
+    rows: ClassVar[str] = "dialogue"
+    head: ClassVar[str] = "causal"
+
+    mask: Literal["completion", "assistant", "last", "all"] = "assistant"
+    """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """Negative log-likelihood, or dynamic fine-tuning."""
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Dialogues laid out for one pass."""
+        return collate_tokens(rows, roles)
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed loss of the supervised tokens."""
+        return token_loss(batch, roles, self.loss_type)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Always the plain negative log-likelihood, so that evaluations of different losses compare."""
+        loss = token_loss(batch, roles)
+        return {"loss": (loss.total, self.weight(batch)), **loss.metrics}

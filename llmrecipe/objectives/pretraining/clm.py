@@ -1,0 +1,34 @@
+"""Causal language modelling."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.tokens import collate_tokens, token_loss
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+
+@register
+class Clm(Objective):
+    """Causal language modelling: L = -(1/N) sum_t log P(x_t | x_<t), over all tokens after the first of each document.
+
+    Documents start with the tokenizer's beginning token where it has one and end with the end token, both predicted except
+    the very first. N counts predicted tokens over the whole optimizer step. Perplexity is exp(L) over the whole set.
+
+    Source: next-token prediction as in GPT-2; shift and counting as in the transformers loss for causal models.
+    """
+
+    rows: ClassVar[str] = "text"
+    head: ClassVar[str] = "causal"
+    mask: ClassVar[str | None] = "all"
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Documents laid out for one pass."""
+        return collate_tokens(rows, roles)
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed negative log-likelihood."""
+        return token_loss(batch, roles)
