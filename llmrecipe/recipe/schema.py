@@ -64,8 +64,8 @@ class DataSection(Section):
     validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
     test: str | Share | None = Field(None, description="Like validation; opened once, after training.")
     max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
-    truncation: Literal["drop", "keep_start", "truncate_prompt_left", "error"] = Field(
-        "drop", description="What happens to longer rows."
+    truncation: Literal["drop", "keep_start", "truncate_prompt_left", "split", "error"] = Field(
+        "drop", description="What happens to longer rows; `split` cuts plain text into consecutive rows."
     )
     packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")
     limit: PositiveInt | None = Field(None, description="Use this many training rows, drawn with the seed.")
@@ -74,6 +74,9 @@ class DataSection(Section):
     cache: bool = Field(True, description="Keep token ids on disk, keyed by content.")
     system: str | None = Field(None, description="System message put before conversations that have none.")
     max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
+    max_moved: float = Field(
+        0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."
+    )
 
 
 class BatchSection(Section):
