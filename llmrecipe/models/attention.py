@@ -45,6 +45,8 @@ def install(model: nn.Module, backend: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if backend == "sdpa" and not getattr(model, "_supports_sdpa", True):
+        backend = "eager"
     name = f"llmrecipe_{backend}"
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, _attention(backend))
