@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class RMSprop(Optimizer):
     """RMSprop: v = alpha v + (1 - alpha) g^2, w -= lr g / (sqrt(v) + eps).
 
-    Half of Adam's state. Used with a linear warm-up of 150 steps and lr 1e-6 in "Direct Preference Optimization", arXiv 2305.18290.
+    Half of Adam's state. Used with a linear warm-up of 150 steps and lr 1e-6 in "Direct Preference Optimization",
+    arXiv 2305.18290.
     """
 
     lr: PositiveFloat = 1e-6
