@@ -18,9 +18,9 @@ class Muon(Optimizer):
     """Muon: u = momentum u + g, w -= lr (orthogonalised u + decay w) for every matrix inside the network.
 
     A few Newton-Schulz steps replace u by the nearest matrix with singular values near 1. Its size is matched to that of an
-    AdamW update, so AdamW's rates carry over. Embeddings, the output head, vectors and stacked experts are
-    stepped by AdamW with the same rate. torch's implementation of K. Jordan's Muon (2024); the size matching is that of "Muon is Scalable for LLM
-    Training", arXiv 2502.16982.
+    AdamW update, so AdamW's rates carry over. Embeddings, the output head, vectors and stacked experts are stepped by
+    AdamW with the same rate. torch's implementation of K. Jordan's Muon (2024); the size matching is that of
+    "Muon is Scalable for LLM Training", arXiv 2502.16982.
     """
 
     lr: PositiveFloat = 2e-4

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @register
 class PagedLion8bit(Optimizer):
-    """Lion with an 8-bit momentum in paged memory: w -= lr (sign(beta1 m + (1 - beta1) g) + decay w), then m = beta2 m + (1 - beta2) g.
+    """Lion with an 8-bit momentum in paged memory.
+
+    w -= lr (sign(beta1 m + (1 - beta1) g) + decay w), then m = beta2 m + (1 - beta2) g.
 
     Every entry moves by lr, so use a third to a tenth of AdamW's rate and 3 to 10 times its decay.
     "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675 (bitsandbytes).
