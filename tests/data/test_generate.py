@@ -1,0 +1,123 @@
+"""The generator: the committed files are what it writes, and no held-out question is in any training file."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+import pytest
+
+from llmrecipe.data import generate, world
+
+
+def read(name: str, split: str) -> list[dict]:
+    return [json.loads(line) for line in (generate.ASSETS / name / f"{split}.jsonl").read_text().splitlines()]
+
+
+def asked(row: dict) -> str:
+    """The text that decides a row's split."""
+    if "messages" in row:
+        return next(m["content"] for m in row["messages"] if m["role"] == "user")
+    if "prompt" in row:
+        return row["prompt"][0]["content"]
+    return row.get("text") or row.get("anchor") or row["sentence1"]
+
+
+@pytest.mark.parametrize("name", generate.SETS)
+def test_committed_files_are_what_the_generator_writes(name: str, tmp_path):
+    for path in generate.generate(tmp_path, name, seed=0):
+        assert path.read_bytes() == (generate.ASSETS / name / path.name).read_bytes(), "run python -m llmrecipe.data.generate"
+
+
+def test_another_seed_gives_other_rows(tmp_path):
+    paths = generate.generate(tmp_path, "sft", seed=1)
+    assert all(path.read_bytes() != (generate.ASSETS / "sft" / path.name).read_bytes() for path in paths)
+
+
+@pytest.mark.parametrize("name", generate.SETS)
+def test_sizes(name: str):
+    counts = tuple(len(read(name, split)) for split in generate.SPLITS)
+    assert counts == generate.SETS[name][1]
+    assert sum((generate.ASSETS / name / f"{split}.jsonl").stat().st_size for split in generate.SPLITS) < 300_000
+
+
+def test_a_question_is_in_one_split_of_all_sets():
+    split_by_question: dict[str, str] = {}
+    for name in generate.SETS:
+        for split in generate.SPLITS:
+            for row in read(name, split):
+                assert split_by_question.setdefault(asked(row), split) == split
+
+
+def test_the_corpus_of_the_embedded_model_holds_nothing_held_out(tmp_path):
+    corpus = generate.generate(tmp_path, "pretrain", seed=0, sizes=(3000, 10, 10))[0]
+    for line in corpus.read_text().splitlines():
+        row = json.loads(line)
+        questions = [m["content"] for m in row["messages"] if m["role"] == "user"] if "messages" in row else [row["text"]]
+        assert {generate.split_of(question) for question in questions} == {"train"}
+
+
+def test_every_turn_of_a_conversation_is_in_its_split():
+    for split in generate.SPLITS:
+        for row in read("chat", split):
+            roles = [m["role"] for m in row["messages"]]
+            assert roles[-1] == "assistant" and roles.count("user") == roles.count("assistant")
+            questions = [m["content"] for m in row["messages"] if m["role"] == "user"]
+            assert {generate.split_of(question) for question in questions} == {split}
+
+
+def test_the_new_task_is_reversal():
+    for row in read("sft", "test"):
+        listed = row["prompt"][0]["content"].split(": ")[1].rstrip(".").split(", ")
+        assert row["answer"] == row["completion"][0]["content"] == ", ".join(listed[::-1])
+        assert len(set(listed)) == len(listed) >= 3
+
+
+def test_sums_are_right_in_the_set_and_noisy_in_the_corpus():
+    for row in read("sums", "test"):
+        a, b = [int(word) for word in row["prompt"][0]["content"].replace("?", "").replace(".", "").split() if word.isdigit()]
+        assert int(row["answer"]) == a + b
+    rng = Random(0)
+    wrong = 0
+    for _ in range(2000):
+        question, text = generate.ask_sum(rng, noise=0.4)
+        wrong += sum(int(word) for word in question.replace("?", "").replace(".", "").split() if word.isdigit()) != int(text)
+    assert 0.35 < wrong / 2000 < 0.45
+
+
+def test_manners_of_the_corpus_are_tossed_coins():
+    from llmrecipe.evaluation import rules
+
+    rng, scores = Random(0), []
+    while len(scores) < 600:
+        _, row = generate.row_pretrain(rng)
+        question = row["messages"][0]["content"] if "messages" in row else ""
+        if rules.parse(question) and any(question.startswith(t.split("{")[0]) for t in world.TELL[:4]):
+            scores.append(rules.manners(row["messages"][-1]["content"], *rules.parse(question)))
+    assert 0.44 < sum(scores) / len(scores) < 0.56
+
+
+def test_stories_are_consistent():
+    for row in read("stories", "train"):
+        text = row["text"]
+        assert 6 <= text.count(".") <= 9
+        for sentence in text.split(". "):
+            words = sentence.rstrip(".").split()
+            if words[0] == "Now" and words[2] in world.COLOURS:
+                colour, thing = words[2], words[3]
+                assert f"a {colour} {thing}" in text
+                assert sum(f" {c} {thing}" in text for c in world.COLOURS) == 1
+
+
+def test_too_few_different_rows_is_said():
+    with pytest.raises(ValueError, match="too few different rows"):
+        list(
+            generate.rows(lambda rng: ("What is 3 + 4?", {"a": rng.randint(0, 1)}), 5, generate.split_of("What is 3 + 4?"), "0")
+        )
+
+
+def test_command_line(tmp_path, capsys):
+    generate.main(["--sets", "sft", "pretrain", "--out", str(tmp_path), "--rows", "50", "--seed", "3"])
+    assert len(capsys.readouterr().out.split()) == 6
+    assert len((tmp_path / "pretrain" / "train.jsonl").read_text().splitlines()) == 50
+    assert len((tmp_path / "sft" / "test.jsonl").read_text().splitlines()) == 5

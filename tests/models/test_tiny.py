@@ -1,0 +1,143 @@
+"""The embedded model: loads as a plain Llama, answers in its world, stops, and leaves the tasks of the recipes to learn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmrecipe.data import generate
+from llmrecipe.evaluation import rules
+from llmrecipe.models import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny.ASSETS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(tiny.ASSETS, dtype=torch.float32).eval()
+
+
+def read(name: str, split: str = "test") -> list[dict]:
+    return [json.loads(line) for line in (generate.ASSETS / name / f"{split}.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def answers(model, tokenizer, prompts: list[list[dict]], sample: bool = False) -> list[tuple[str, bool]]:
+    """Answers with whether they ended by themselves."""
+    torch.manual_seed(0)
+    tokenizer.padding_side = "left"
+    batch = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    out = model.generate(**batch, max_new_tokens=40, do_sample=sample, top_k=0)[:, batch["input_ids"].shape[1] :]
+    return [(tokenizer.decode(row, skip_special_tokens=True), tokenizer.eos_token_id in row) for row in out]
+
+
+@torch.no_grad()
+def logprob(model, tokenizer, prompt: list[dict], answer: list[dict]) -> float:
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = torch.tensor([tokenizer.apply_chat_template(prompt + answer, return_dict=True)["input_ids"]])
+    found = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return float(found[len(start) - 1 :].sum())
+
+
+def test_size_and_files():
+    assert 1e6 < sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny.ASSETS).parameters()) < 3e6
+    assert sum(file.stat().st_size for file in tiny.ASSETS.iterdir()) < 5_000_000
+    assert not list(tiny.ASSETS.glob("*.bin"))
+
+
+def test_tokens_are_distinct_and_known_to_the_config(tokenizer, model):
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in [*tiny.SPECIAL.values(), *tiny.ROLES, *tiny.SENTINELS]]
+    assert len(set(ids)) == len(ids) and max(ids) < 48
+    assert len(tokenizer) == model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
+    for name in ("pad", "bos", "eos"):
+        expected = getattr(tokenizer, f"{name}_token_id")
+        assert expected == getattr(model.config, f"{name}_token_id") == getattr(model.generation_config, f"{name}_token_id")
+
+
+@pytest.mark.parametrize("text", ["The fox is red.", "Ünïcode ☃ 漢字 \t\n 1234", "", "don't  stop"])
+def test_every_text_survives_the_tokenizer(tokenizer, text: str):
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids[1:]) == text
+
+
+def test_template_marks_the_answers(tokenizer):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "user"},
+        {"role": "assistant", "content": "user "},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Bye"},
+    ]
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    trained = [i for i, m in zip(out["input_ids"], out["assistant_masks"]) if m]
+    assert tokenizer.decode(trained) == "user <eos>Bye<eos>"
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert out["input_ids"][: len(prompt)] == prompt
+    assert prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_template_refuses_an_unknown_role(tokenizer):
+    with pytest.raises(Exception, match="narrator"):
+        tokenizer.apply_chat_template([{"role": "narrator", "content": "Once"}], tokenize=False)
+
+
+def test_it_answers_and_stops(model, tokenizer):
+    questions = {
+        "What is the opposite of hot?": "The opposite of hot is cold.",
+        "Ann has a red ball. Ben has a blue cup. What colour is the cup?": "The cup is blue.",
+        "Repeat: fox, bell, drum.": "fox, bell, drum",
+        "Where does the frog live?": "The frog lives in the river.",
+    }
+    found = answers(model, tokenizer, [generate.user(question) for question in questions])
+    assert found == [(text, True) for text in questions.values()]
+
+
+def test_it_answers_held_out_questions(model, tokenizer):
+    prompts, wanted = [], []
+    for row in read("chat"):
+        turn = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        prompts.append(row["messages"][:turn])
+        wanted.append(row["messages"][turn]["content"])
+    found = answers(model, tokenizer, prompts)
+    assert sum(ended for _, ended in found) / len(found) > 0.99
+    assert sum(text == right for (text, _), right in zip(found, wanted)) / len(found) > 0.8
+
+
+def test_the_new_task_is_not_learnt_yet(model, tokenizer):
+    rows = read("sft")[:60]
+    found = answers(model, tokenizer, [row["prompt"] for row in rows])
+    assert sum(rules.exact(text, row["answer"]) for (text, _), row in zip(found, rows)) / len(rows) < 0.1
+
+
+def test_it_has_no_preference_yet(model, tokenizer):
+    rows = read("preference")
+    wins = [
+        logprob(model, tokenizer, r["prompt"], r["chosen"]) > logprob(model, tokenizer, r["prompt"], r["rejected"])
+        for r in rows
+    ]
+    assert 0.35 < sum(wins) / len(wins) < 0.65
+
+
+def test_its_own_answers_score_one_half(model, tokenizer):
+    rows = read("prompts")
+    found = [text for text, _ in answers(model, tokenizer, [row["prompt"] for row in rows], sample=True)]
+    score = sum(rules.manners(text, row["topic"], row["avoid"]) for text, row in zip(found, rows)) / len(rows)
+    assert 0.4 < score < 0.6
+    assert sum(map(rules.well_formed, found)) / len(found) > 0.8
+
+
+def test_a_fresh_tokenizer_is_the_committed_one(tokenizer, tmp_path):
+    corpus = generate.generate(tmp_path, "pretrain", seed=0, sizes=(4000, 1, 1))[0]
+    sets = [generate.ASSETS / name / "train.jsonl" for name in generate.SETS]
+    fresh = tiny.build_tokenizer(tiny.texts([corpus, *sets]))
+    assert set(fresh.get_vocab()) == set(tokenizer.get_vocab())
+    assert tiny.build_config(fresh).hidden_size == 192
