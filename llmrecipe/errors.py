@@ -50,6 +50,23 @@ class Interrupted(LlmRecipeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """`; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near.
+
+    One slip of the keyboard (a letter more, less, wrong, or two swapped) counts as near also in words too short for a ratio;
+    so do half a word and a dash for an underscore.
+    """
+    choices = list(known)
+    plain = word.lower().replace("-", "_")
+    near = [c for c in choices if c == plain] or [c for c in choices if _one_slip(plain, c)]
+    near = near or difflib.get_close_matches(plain, choices, n=1, cutoff=0.6)
+    near = near or [c for c in choices if len(plain) > 1 and c.startswith(plain)]
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _one_slip(word: str, other: str) -> bool:
+    if abs(len(word) - len(other)) > 1 or min(len(word), len(other)) < 1 or len(word) + len(other) < 3:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b), min(len(word), len(other)))
+    rest, target = word[start:], other[start:]
+    swapped = len(rest) > 1 and rest[1] + rest[0] + rest[2:] == target
+    return swapped or rest[1:] == target or rest == target[1:] or rest[1:] == target[1:]
