@@ -1,0 +1,41 @@
+"""llmrecipe: a recipe in, a trained model out.
+
+    from llmrecipe import compose, check, train, load
+
+    recipe = compose("dpo_lora", ["optim.lr=1e-4"])
+    run = train(recipe)
+    model, tokenizer = load(run.dir)
+
+The four functions are imported when they are first used, so `import llmrecipe` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmrecipe.export.load import load
+    from llmrecipe.recipe.compose import compose
+    from llmrecipe.training.check import check
+    from llmrecipe.training.run import train
+
+__version__ = "0.1.0"
+__all__ = ["check", "compose", "load", "train"]
+
+_HOMES = {
+    "compose": "llmrecipe.recipe.compose",
+    "check": "llmrecipe.training.check",
+    "train": "llmrecipe.training.run",
+    "load": "llmrecipe.export.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'llmrecipe' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

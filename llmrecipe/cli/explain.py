@@ -1,0 +1,45 @@
+"""`llmrecipe explain`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmrecipe.cli.words import Json, Words, need_recipe, print_json, sort_words, tell
+
+PANEL = "Look"
+ORDER = 1
+
+
+def verb(
+    words: Words = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Leave out values that are defaults.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show every value of a recipe with the file and line, or the override, that set it."""
+    request = sort_words(words)
+    recipe = need_recipe(request, "explain")
+    from llmrecipe.recipe.compose import compose
+    from llmrecipe.recipe.explain import explain
+    from llmrecipe.recipe.yaml_file import dotted
+
+    composition = compose(recipe, request.overrides)
+    lines = [line for line in explain(composition) if not (changed and line.origin.kind == "default")]
+    tell(composition.notes)
+    if as_json:
+        facts = [line.as_json() for line in lines]
+        print_json({"recipe": composition.name, "file": str(composition.path), "notes": composition.notes, "values": facts})
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmrecipe.cli.show_table import console, value_text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("key", "value", "set by"):
+        table.add_column(heading, overflow="fold")
+    for line in lines:
+        style = "dim" if line.origin.kind == "default" else "bold" if line.origin.kind == "override" else ""
+        table.add_row(Text(dotted(line.key), style), Text(value_text(line.value), style), Text(str(line.origin), style))
+    console().print(table)

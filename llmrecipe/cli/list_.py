@@ -1,0 +1,67 @@
+"""`llmrecipe list`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from llmrecipe.cli.words import Json, print_json
+
+PANEL = "Look"
+ORDER = 2
+
+
+def verb(
+    group: Annotated[str | None, typer.Argument(help="stack, objective, optim, schedule, recipes, model, ...", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List what there is: methods, objectives, optimizers, schedules, recipes, presets."""
+    rows = collect(group)
+    if as_json:
+        print_json(rows)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmrecipe.cli.show_table import console
+
+    out = console()
+    for name in dict.fromkeys(row["group"] for row in rows):
+        table = Table(box=None, pad_edge=False, title=name, title_justify="left", title_style="bold", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        for row in (r for r in rows if r["group"] == name):
+            table.add_row(row["name"], row["family"], Text(row["summary"]))
+        out.print(table)
+        out.print()
+
+
+def collect(group: str | None) -> list[dict[str, Any]]:
+    """Facts of everything in a group, or in all groups.
+
+    Raises:
+        RecipeError: there is no such group.
+    """
+    from llmrecipe import registry
+    from llmrecipe.errors import RecipeError, did_you_mean
+    from llmrecipe.recipe.card import headline
+    from llmrecipe.recipe.compose import load_entry_points
+    from llmrecipe.recipe.search import PRESET_GROUPS, all_recipes, presets
+
+    load_entry_points()
+    known = list(dict.fromkeys([*registry.groups(), *PRESET_GROUPS, "recipes"]))
+    if group is not None and group not in known:
+        raise RecipeError(f"list: there is no group '{group}'{did_you_mean(group, known)} (groups: {', '.join(known)})")
+    rows: list[dict[str, Any]] = []
+    for each in known if group is None else [group]:
+        for name in registry.names(each):
+            spec = registry.spec(each, name)
+            facts = {"file": str(spec.path), "papers": spec.papers}
+            rows.append({"group": each, "name": name, "family": spec.family, "summary": spec.summary, **facts})
+        files = all_recipes() if each == "recipes" else presets(each)
+        for name, path in files.items():
+            family = path.parent.name if each == "recipes" else "preset"
+            rows.append({"group": each, "name": name, "family": family, "summary": headline(path), "file": str(path), "papers": []})
+    return rows

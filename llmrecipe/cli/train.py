@@ -1,0 +1,17 @@
+"""`llmrecipe train`."""
+
+from __future__ import annotations
+
+from llmrecipe.cli.words import Words, need_recipe, sort_words
+
+PANEL = "Train"
+ORDER = 1
+
+
+def verb(words: Words = None) -> None:
+    """Run a recipe, or all stages of a pipeline recipe. `resume=RUN_DIR` continues a run."""
+    request = sort_words(words)
+    recipe = request.recipe if request.resume else need_recipe(request, "train")
+    from llmrecipe.training.run import train_cli
+
+    train_cli(recipe, request.overrides, request.resume)

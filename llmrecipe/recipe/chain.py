@@ -1,0 +1,167 @@
+"""A recipe and the recipes it extends: every file of the chain, read once, with its defaults list made ready for Hydra.
+
+A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself. Each file of the chain gets an
+id without folders, so that Hydra merges all of them at the top of the recipe whatever folder they lie in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, lookup, packaged, roots
+from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
+
+
+@dataclass
+class Link:
+    """One file of a chain."""
+
+    id: str
+    """The name Hydra knows it by."""
+    source: YamlFile
+    extends: list[str] = field(default_factory=list)
+    """Ids of the recipes it extends, in order."""
+    choices: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    """Group -> (what the file's own defaults list chooses, line)."""
+    defaults: list[Any] = field(default_factory=list)
+    """The defaults list Hydra gets."""
+
+
+class Chain:
+    """All files of a recipe, by id; the recipe itself is `primary`."""
+
+    def __init__(self, primary: Path):
+        self.links: dict[str, Link] = {}
+        self.folders = [primary.resolve().parent, *roots()]
+        self.primary = self._add(primary.resolve(), ())
+
+    def _add(self, path: Path, under: tuple[Path, ...]) -> Link:
+        if path in under:
+            circle = " -> ".join(short(p) for p in (*under[under.index(path) :], path))
+            raise RecipeError(f"defaults: recipes extend each other in a circle: {circle}")
+        known = next((link for link in self.links.values() if link.source.path.resolve() == path), None)
+        if known is not None:
+            return known
+        link = Link(id=f"recipe{len(self.links)}", source=read_yaml(path))
+        self.links[link.id] = link
+        _check_body(link.source)
+        self._read_defaults(link, (*under, path))
+        return link
+
+    def _read_defaults(self, link: Link, under: tuple[Path, ...]) -> None:
+        source = link.source
+        entries = source.value.get("defaults")
+        if entries is None:
+            entries = _implied(source)
+        if not isinstance(entries, list):
+            raise RecipeError(f"{source.where('defaults')}: defaults is a list, such as `- /base`; got {entries!r:.60}")
+        parents: list[Any] = []
+        chosen: dict[str, Any] = {}
+        for index, entry in enumerate(entries):
+            where = source.where("defaults", index)
+            if isinstance(entry, str) and entry != "_self_" and entry.strip("/").split("/")[0].split("@")[0] not in GROUPS:
+                before = len(self.links)
+                parent = self._add(self._resolve(entry, source.path, where), under)
+                link.extends.append(parent.id)
+                # A file reached by two ways is merged once, where it is first named.
+                if len(self.links) > before:
+                    parents.append(f"/{parent.id}")
+            elif isinstance(entry, dict) and len(entry) == 1:
+                group, choice = _group_entry(entry, where)
+                chosen[group] = choice
+                link.choices[group] = (choice, _line(source, index))
+            elif entry == "_self_":
+                parents.append(entry)
+            else:
+                raise RecipeError(f"{where}: an entry of defaults is `- /RECIPE`, `- override /GROUP: NAME` or `- _self_`; got {entry!r:.60}")
+        is_base = source.path.stem == "base" and source.path.parent in [*roots(), packaged().resolve()]
+        if not is_base and not any(self._stands_on_base(i) for i in link.extends):
+            base = self._add(self._resolve("/base", source.path, short(source.path)), under)
+            link.extends.insert(0, base.id)
+            parents.insert(0, f"/{base.id}")
+        if "_self_" not in parents:
+            parents.append("_self_")
+        link.defaults = parents
+        inherited = set().union(*(self._groups(i) for i in link.extends))
+        for group, choice in chosen.items():
+            link.defaults.append({f"override /{group}" if group in inherited else f"/{group}": choice})
+
+    def _stands_on_base(self, link_id: str) -> bool:
+        link = self.links[link_id]
+        return link.source.path.stem == "base" or any(self._stands_on_base(i) for i in link.extends)
+
+    def _groups(self, link_id: str) -> set[str]:
+        link = self.links[link_id]
+        return set(link.choices).union(*(self._groups(i) for i in link.extends))
+
+    def _resolve(self, name: str, source: Path, where: str) -> Path:
+        if name.endswith((".yaml", ".yml")):
+            beside = (source.parent / name).resolve()
+            if beside.is_file():
+                return beside
+        folders = [source.parent, *self.folders]
+        found = lookup(name, list(dict.fromkeys(folders)), exclude=source)
+        if found is None:
+            from llmrecipe.recipe.search import all_recipes
+
+            raise RecipeError(f"{where}: there is no recipe '{name.strip('/')}' to extend{did_you_mean(name.strip('/'), ['base', *all_recipes()])}")
+        return found.resolve()
+
+    def choice(self, link_id: str, group: str) -> Any:
+        """What a file, together with all it extends, chooses for a group."""
+        link = self.links[link_id]
+        if group in link.choices:
+            return link.choices[group][0]
+        inherited = [self.choice(i, group) for i in link.extends]
+        return next((c for c in reversed(inherited) if c is not None), None)
+
+    def plugins(self) -> list[str]:
+        """Packages named under `plugins` by any file of the chain."""
+        named = [p for link in self.links.values() for p in link.source.value.get("plugins") or []]
+        return [p for p in named if isinstance(p, str)]
+
+
+def _line(source: YamlFile, index: int) -> int:
+    return source.lines.get(("defaults", index), source.lines.get(("defaults",), 1))
+
+
+def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
+    word, choice = next(iter(entry.items()))
+    group = word.removeprefix("override ").strip().strip("/")
+    if group not in GROUPS:
+        raise RecipeError(f"{where}: defaults has no group '{group}'{did_you_mean(group, GROUPS)} (groups: {', '.join(GROUPS)})")
+    if group == "stack":
+        choice = [] if choice is None else [choice] if isinstance(choice, str) else choice
+        if not (isinstance(choice, list) and all(isinstance(c, str) for c in choice)):
+            raise RecipeError(f"{where}: stack is a list of methods, such as [nf4, lora]; got {choice!r:.60}")
+        repeated = {c for c in choice if choice.count(c) > 1}
+        if repeated:
+            raise RecipeError(
+                f"{where}: '{sorted(repeated)[0]}' stands twice in the list; name the second one: "
+                f"`stack: {{second: {{kind: {sorted(repeated)[0]}}}}}`"
+            )
+    elif choice is not None and not isinstance(choice, str):
+        raise RecipeError(f"{where}: {group} is one name; got {choice!r:.60}")
+    return group, choice
+
+
+def _implied(source: YamlFile) -> list[Any]:
+    """The defaults list of a file that has none: base, and the kinds its body names (a run's own recipe.yaml is such a file)."""
+    entries: list[Any] = ["/base"]
+    for group in COMPONENT_GROUPS:
+        body = source.value.get(group)
+        if group != "stack" and isinstance(body, dict) and isinstance(body.get("kind"), str):
+            entries.append({f"override /{group}": body["kind"]})
+    return [*entries, "_self_"]
+
+
+def _check_body(source: YamlFile) -> None:
+    """Refuse an empty section: YAML reads it as null, and whatever was meant to stand below it is lost."""
+    for key, value in source.value.items():
+        if value is None and key in {*GROUPS, "tokenizer", "roles", "eval", "save", "log", "run", "batch"}:
+            raise RecipeError(f"{source.where(key)}: '{dotted((key,))}' is empty; remove the line or put its keys below it, indented")
+        if key == "hydra":
+            raise RecipeError(f"{source.where(key)}: there is no key 'hydra' in a recipe")

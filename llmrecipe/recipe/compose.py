@@ -1,0 +1,174 @@
+"""From a recipe's name and the words of the command line to one complete mapping, with the origin of every value.
+
+    find the file -> read it and what it extends -> Hydra merges components, presets and files -> words of the command line
+    -> defaults of sections and components -> interpolation -> validation
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe import registry
+from llmrecipe.errors import RecipeError
+from llmrecipe.recipe.chain import Chain
+from llmrecipe.recipe.origins import Origin, Origins, leaves
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.search import find_recipe
+from llmrecipe.recipe.yaml_file import short
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.overrides import Word
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed and validated recipe."""
+
+    name: str
+    """The recipe's stem; names the run's folder."""
+    path: Path
+    """The recipe's file."""
+    overrides: list[str]
+    """The words of the command line."""
+    mapping: dict[str, Any]
+    """Every key with its value, defaults included; written as YAML it is again a recipe."""
+    origins: Origins
+    """Key path -> where its value comes from."""
+    recipe: Recipe
+    """The validated view."""
+    notes: list[str] = field(default_factory=list)
+    """One line for every value that was dropped because its component was replaced."""
+
+
+def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composition:
+    """Compose and validate a recipe.
+
+    Args:
+        recipe: a name in the search path (`dpo_lora`, `alignment/dpo_lora`), a YAML file, or a run directory.
+        overrides: words such as `optim.lr=1e-4`, `stack=[nf4,lora]`, `~stack.lora`.
+
+    Raises:
+        RecipeError: everything that is wrong, in one message.
+    """
+    from llmrecipe.recipe.validate import validate
+
+    name, path, mapping, origins, notes = compose_mapping(recipe, list(overrides))
+    return Composition(name, path, list(overrides), mapping, origins, validate(mapping, origins), notes)
+
+
+def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path, dict[str, Any], Origins, list[str]]:
+    """Name, file, complete mapping, origins and notes of a recipe, not validated yet."""
+    from llmrecipe.recipe.hydra_compose import merge, refused_choices
+    from llmrecipe.recipe.interpolation import resolve
+    from llmrecipe.recipe.overrides import apply, hydra_words, parse
+    from llmrecipe.recipe.residue import Cleaner
+
+    path = find_recipe(recipe)
+    chain = Chain(path)
+    words = parse(overrides)
+    _open_plugins(chain, words)
+    choices = [(str(w.key[0]), w.value, f"'{w.text}'") for w in words if w.choice]
+    for link in chain.links.values():
+        choices += [(group, choice, f"{short(link.source.path)}:{line}") for group, (choice, line) in link.choices.items()]
+    wrong = [message for choice in choices for message in refused_choices(*choice)]
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+    composed = merge(chain, hydra_words(words))
+    mapping, origins = composed.mapping, composed.origins
+    mapping.pop("defaults", None)
+    apply(words, mapping, origins)
+    _mark_choices(chain, words, mapping, origins)
+    cleaner = Cleaner(mapping, origins, chain, words)
+    cleaner.clean()
+    whole = _complete(mapping, origins)
+    name = _name(path, whole)
+    return name, path, resolve(whole, origins), origins, cleaner.notes
+
+
+def load_entry_points() -> None:
+    """Also know the components of installed packages that announce themselves under the entry-point group `llmrecipe.plugins`."""
+    for point in entry_points(group="llmrecipe.plugins"):
+        registry.add_plugin(point.value)
+
+
+def _open_plugins(chain: Chain, words: list[Word]) -> None:
+    load_entry_points()
+    named = chain.plugins()
+    for word in words:
+        if word.key == ("plugins",) and isinstance(word.value, list):
+            named = [str(v) for v in word.value]
+    for package in named:
+        registry.add_plugin(package)
+
+
+def _mark_choices(chain: Chain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
+    """A component's `kind` comes from the defaults list or the word that chose it, not from the component's own file."""
+    for group in ("objective", "optim", "schedule"):
+        at = (group, "kind")
+        if at in origins and origins[at].kind == "default":
+            origins[at] = _choice_origin(chain, words, group) or origins[at]
+    for name in mapping.get("stack") or {}:
+        at = ("stack", str(name), "kind")  # type: ignore[assignment]
+        if at in origins and origins[at].kind == "default":
+            origins[at] = _choice_origin(chain, words, "stack") or origins[at]
+
+
+def _choice_origin(chain: Chain, words: list[Word], group: str) -> Origin | None:
+    for word in reversed(words):
+        if word.choice and word.key[0] == group:
+            return Origin("override", word=word.text)
+    link = chain.primary
+    while group not in link.choices:
+        parents = [chain.links[i] for i in link.extends if chain.choice(i, group) is not None]
+        if not parents:
+            return None
+        link = parents[-1]
+    return Origin("file", link.source.path, link.choices[group][1])
+
+
+@functools.cache
+def section_defaults() -> dict[str, Any]:
+    """Every key outside components with its default."""
+    return Recipe().model_dump(mode="json", by_alias=True)
+
+
+def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
+    """Defaults of sections below what was composed, in the order of the schema; unknown keys last."""
+    from llmrecipe.recipe.explain import schema_origin
+
+    whole: dict[str, Any] = {}
+    for key, default in section_defaults().items():
+        given = mapping.get(key, default)
+        is_section = isinstance(default, dict) and bool(default)
+        if is_section and isinstance(given, dict):
+            whole[key] = {**default, **given}
+        else:
+            whole[key] = given
+        for inner, _ in leaves(default, (key,)):
+            if is_section and isinstance(given, dict) and inner[1] not in given or key not in mapping:
+                origins.setdefault(inner, schema_origin(inner))
+    return {**whole, **{k: v for k, v in mapping.items() if k not in whole}}
+
+
+def _name(path: Path, mapping: dict[str, Any]) -> str:
+    """The stem of a recipe; a run's own recipe.yaml keeps the name its run had."""
+    run = mapping.get("run")
+    given = run.get("name") if isinstance(run, dict) else None
+    if isinstance(given, str) and given:
+        return given
+    if path.name == "recipe.yaml" and path.resolve().parent.parent.name not in ("", "runs"):
+        return path.resolve().parent.parent.name
+    return path.stem
+
+
+def to_yaml(mapping: dict[str, Any]) -> str:
+    """A composed mapping as text that reads back as the same recipe."""
+    from llmrecipe.recipe.interpolation import escape
+    from llmrecipe.recipe.yaml_file import write_yaml
+
+    return write_yaml(escape(mapping))

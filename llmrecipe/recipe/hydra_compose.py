@@ -1,0 +1,202 @@
+"""The one place that talks to Hydra: merging the files of a chain with the chosen components and presets.
+
+Hydra sees three sources: the chain's files by id, the preset folders, and the registered components as plain mappings in its ConfigStore
+(`stack/lora` holds `{lora: {kind: lora, ...}}`, `objective/dpo` holds `{kind: dpo, ...}`).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmrecipe import registry
+from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.chain import Chain
+from llmrecipe.recipe.origins import Origin, Origins, leaves
+from llmrecipe.recipe.search import COMPONENT_GROUPS, PRESET_GROUPS, presets
+from llmrecipe.recipe.yaml_file import YamlFile, read_yaml, short
+
+_chain: contextvars.ContextVar[Chain | None] = contextvars.ContextVar("chain", default=None)
+_lock = threading.Lock()
+
+
+class _RecipeSource(ConfigSource):
+    """Serves the files of the current chain, and the preset folders."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "llmrecipe"
+
+    def available(self) -> bool:
+        return True
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        name = config_path.removesuffix(".yaml")
+        chain = _chain.get()
+        if chain is not None and name in chain.links:
+            link = chain.links[name]
+            return self._result(config_path, {"defaults": link.defaults, **_body(link.source)}, "")
+        group, _, option = name.partition("/")
+        path = presets(group).get(option)
+        if path is None:
+            raise ConfigLoadError(f"no config {config_path}")
+        return self._result(config_path, read_yaml(path).value, group)
+
+    def _result(self, config_path: str, value: dict[str, Any], package: str) -> ConfigResult:
+        return ConfigResult(provider=self.provider, path=config_path, config=OmegaConf.create(value), header={"package": package})
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path.strip("/") in PRESET_GROUPS
+
+    def is_config(self, config_path: str) -> bool:
+        name = config_path.removesuffix(".yaml").strip("/")
+        chain = _chain.get()
+        group, _, option = name.partition("/")
+        return (chain is not None and name in chain.links) or option in presets(group)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return sorted(presets(config_path.strip("/")))
+
+
+class _RecipeSearchPath(SearchPathPlugin):
+    """Puts the source before all others."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if _chain.get() is not None:
+            search_path.prepend(provider="llmrecipe", path="llmrecipe://")
+
+
+def _body(source: YamlFile) -> dict[str, Any]:
+    return {key: value for key, value in source.value.items() if key != "defaults"}
+
+
+def _publish_components() -> None:
+    """Put every registered component into Hydra's ConfigStore."""
+    store = ConfigStore.instance()
+    for group in COMPONENT_GROUPS:
+        for name in registry.names(group):
+            defaults = registry.spec(group, name).defaults()
+            node = {name: defaults} if group == "stack" else defaults
+            store.store(group=group, name=name, node=OmegaConf.create(node), provider="registry")
+
+
+@contextmanager
+def _hydra(chain: Chain) -> Iterator[None]:
+    plugins = Plugins.instance()
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if _RecipeSearchPath not in plugins.discover(SearchPathPlugin):
+            plugins.register(_RecipeSource)
+            plugins.register(_RecipeSearchPath)
+        _publish_components()
+        token = _chain.set(chain)
+        try:
+            with initialize(version_base="1.3", config_path=None):
+                yield
+        finally:
+            _chain.reset(token)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What Hydra made of a chain and the group choices of the command line."""
+
+    mapping: dict[str, Any]
+    origins: Origins
+
+
+def merge(chain: Chain, words: list[str]) -> Composed:
+    """Merge a chain under the group choices of the command line (`stack=[lora]`, `optim=lion`).
+
+    Raises:
+        RecipeError: files that contradict each other in shape.
+    """
+    primary = chain.primary.id
+    try:
+        with _hydra(chain):
+            config = hydra_compose(config_name=primary, overrides=words)
+            loader = GlobalHydra.instance().config_loader()
+            layers = loader.compute_defaults_list(config_name=primary, overrides=words, run_mode=RunMode.RUN).defaults
+            mapping = OmegaConf.to_container(config, resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(f"{chain.primary.source.where()}: this recipe cannot be composed: {_reason(error)}") from error
+    origins: Origins = {}
+    for layer in layers:
+        if layer.config_path and not layer.config_path.startswith("hydra/"):
+            _mark(origins, chain, layer.config_path)
+    return Composed({str(k): v for k, v in dict(mapping).items() if k != "hydra"}, origins)  # type: ignore[call-overload]
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost first line, without Hydra's advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "append to your config" not in line]
+    return lines[-1] if lines and lines[0].startswith("In '") else lines[0] if lines else type(error).__name__
+
+
+def _mark(origins: Origins, chain: Chain, config_path: str) -> None:
+    """Record which values a merged layer set."""
+    if config_path in chain.links:
+        source = chain.links[config_path].source
+        _mark_file(origins, source, _body(source), ())
+        return
+    group, _, option = config_path.partition("/")
+    path = presets(group).get(option)
+    if path is not None:
+        source = read_yaml(path)
+        _mark_file(origins, source, _body(source), (group,))
+        return
+    spec = registry.spec(group, option)
+    at = ("stack", option) if group == "stack" else (group,)
+    for key, _ in leaves(spec.defaults()):
+        known = spec.options.get(str(key[0]))
+        origins[(*at, *key)] = Origin("default", spec.path, known.line if known else spec.line)
+
+
+def _mark_file(origins: Origins, source: YamlFile, body: dict[str, Any], at: tuple[str, ...]) -> None:
+    for key, _ in leaves(body):
+        line = source.lines.get(key, 1) if key else 1
+        if key:
+            # A value that replaces a mapping, or a mapping that replaces a value, hides what was known below or above.
+            for hidden in [k for k in origins if k[: len(at) + len(key)] == (*at, *key)]:
+                del origins[hidden]
+            origins[(*at, *key)] = Origin("file", source.path, line)
+
+
+def refused_choices(group: str, choice: Any, where: str) -> list[str]:
+    """A message for every component or preset a choice names that does not exist: what there is, and the nearest spelling."""
+    known = {*presets(group), *(registry.names(group) if group in COMPONENT_GROUPS else ())}
+    listed = ", ".join(sorted(known)) or "none"
+    messages: list[str] = []
+    for name in [choice] if isinstance(choice, str) else choice or []:
+        near = did_you_mean(str(name), known)
+        if name not in known and group in COMPONENT_GROUPS:
+            what = "method" if group == "stack" else group
+            messages.append(f"{group}: there is no {what} '{name}'{near} (known: {listed}) [{where}]")
+        elif name not in known:
+            key = "device" if group == "runtime" else "path"
+            instead = f"to give a value write {group}.{key}={name}"
+            messages.append(f"{group}: there is no {group} preset '{name}'{near} (presets: {listed}); {instead} [{where}]")
+        elif name in presets(group) and group in COMPONENT_GROUPS and name in registry.names(group):
+            messages.append(f"{short(presets(group)[name])}: a preset may not have the name of the registered {group} '{name}'")
+    return messages

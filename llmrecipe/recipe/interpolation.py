@@ -1,0 +1,104 @@
+"""The two things a recipe may interpolate: another value (`${data.max_length}`) and the result of a stage (`${stage:sft}`)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.origins import Origins, leaves, origin_of
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
+
+PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
+PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
+STAGE = re.compile(r"^stage:\s*([A-Za-z_][\w-]*)$")
+
+
+def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
+    """Replace every `${a.b}` by the value it names; `${stage:x}` stays as it is, for the pipeline to fill in.
+
+    Raises:
+        RecipeError: anything else inside `${...}`, a name that does not exist, or values that name each other in a circle.
+    """
+    texts = [(key, text) for key, text in _texts(mapping) if "${" in text]
+    wrong = [message for key, text in texts if (message := _refuse(mapping, key, text))]
+    if wrong:
+        raise RecipeError("\n".join(f"{m}{_at(origins, key)}" for m, key in wrong))
+    if not texts:
+        return mapping
+    shielded = _each(mapping, lambda text: PIECE.sub(lambda m: "\0" + m[1] + "\1" if STAGE.match(m[1].strip()) else m[0], text))
+    config = OmegaConf.create(shielded)
+    for key, text in texts:
+        try:
+            _value(config, key)
+        except (OmegaConfBaseException, RecursionError) as error:
+            reason = "names itself in a circle" if isinstance(error, RecursionError) or "recurs" in str(error).lower() else str(error).split("\n")[0]
+            raise RecipeError(f"{dotted(key)}: {text} {reason}{_at(origins, key)}") from error
+    resolved = OmegaConf.to_container(config, resolve=True)
+    return _each(resolved, lambda text: text.replace("\0", "${").replace("\1", "}"))
+
+
+def _value(config: Any, key: KeyPath) -> Any:
+    node = config
+    for part in key:
+        node = node[part]
+    return node
+
+
+def _texts(value: Any, at: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+    found: list[tuple[KeyPath, str]] = []
+    for key, leaf in leaves(value, at):
+        if isinstance(leaf, str):
+            found.append((key, leaf))
+        elif isinstance(leaf, list):
+            for index, item in enumerate(leaf):
+                found += _texts(item, (*key, index))
+    return found
+
+
+def _each(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _each(v, change) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_each(v, change) for v in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _refuse(mapping: dict[str, Any], key: KeyPath, text: str) -> tuple[str, KeyPath] | None:
+    for match in PIECE.finditer(text):
+        inside = match[1].strip()
+        if not match[0].endswith("}"):
+            return f"{dotted(key)}: '{text}' opens ${{ and never closes it; write \\${{ for the characters themselves", key
+        if STAGE.match(inside):
+            continue
+        if not PLAIN.match(inside):
+            return f"{dotted(key)}: ${{{inside}}} is not allowed; a recipe interpolates only another key, as in ${{data.max_length}}, or ${{stage:NAME}}", key
+        if not inside.startswith(".") and (near := _missing(mapping, inside)) is not None:
+            return f"{dotted(key)}: ${{{inside}}} names no key of this recipe{near}", key
+    return None
+
+
+def _missing(mapping: dict[str, Any], path: str) -> str | None:
+    """None where the path exists, else the hint."""
+    node: Any = mapping
+    for part in path.split("."):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return did_you_mean(part, [str(k) for k in node]) if isinstance(node, dict) else ""
+    return None
+
+
+def _at(origins: Origins, key: KeyPath) -> str:
+    origin = origin_of(origins, key)
+    return f" [{origin}]" if origin else ""
+
+
+def escape(value: Any) -> Any:
+    """The inverse for writing a resolved mapping down: `${` that is plain text gets its backslash back, stages stay."""
+    return _each(value, lambda text: PIECE.sub(lambda m: m[0] if STAGE.match(m[1].strip()) else "\\" + m[0], text))

@@ -1,0 +1,53 @@
+"""Where a value of a composed recipe comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmrecipe.recipe.yaml_file import KeyPath, short
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file and line, the command-line word, or the default in the source that set a value."""
+
+    kind: Literal["file", "override", "default"]
+    file: Path | None = None
+    line: int = 0
+    word: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "override":
+            return f"override {self.word}"
+        return f"{short(self.file)}:{self.line}" if self.file else "default"
+
+
+Origins = dict[KeyPath, Origin]
+
+
+def leaves(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Key path and value of everything in nested mappings that is not itself a mapping with keys."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, (*at, key))
+    else:
+        yield at, value
+
+
+def origin_of(origins: Mapping[KeyPath, Origin], key: KeyPath) -> Origin | None:
+    """Origin of a key: its own, that of the first value below it, or that of the nearest key above."""
+    if key in origins:
+        return origins[key]
+    below = [o for k, o in origins.items() if k[: len(key)] == key]
+    if below:
+        return below[0]
+    return next((origins[key[:n]] for n in range(len(key) - 1, 0, -1) if key[:n] in origins), None)
+
+
+def forget(origins: Origins, key: KeyPath) -> None:
+    """Remove what is known of a key and everything below it."""
+    for known in [k for k in origins if k[: len(key)] == key]:
+        del origins[known]

@@ -1,0 +1,163 @@
+"""Words of the command line: `optim.lr=1e-4 stack=[nf4,lora] ~stack.lora '+stack.top={kind: lora}'`.
+
+Hydra's grammar reads them. Choices of a group go back to Hydra; values are set here, so that an unknown key meets our validation (with near
+names, all mistakes at once) and a mapping given for one option replaces it instead of being merged into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.origins import Origin, Origins, forget, leaves
+from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS
+from llmrecipe.recipe.yaml_file import KeyPath
+
+
+@dataclass(frozen=True)
+class Word:
+    """One parsed override."""
+
+    text: str
+    key: KeyPath
+    value: Any
+    delete: bool
+    choice: bool
+    """Whether it chooses an option of a group rather than setting a value."""
+
+
+def parse(words: list[str]) -> list[Word]:
+    """Parse the overrides of a command line.
+
+    Raises:
+        RecipeError: a word that is not `key=value`, `+key=value` or `~key`, or one that lists several values.
+    """
+    return [_word(text) for text in words]
+
+
+def _word(text: str) -> Word:
+    bare = text.lstrip("+~")
+    if "=" not in text and not text.startswith("~"):
+        near = " (options start with --, such as --json)" if text.startswith("-") else ""
+        raise RecipeError(f"'{text}': an override is key=value, +key=value or ~key{near}; nothing was set")
+    if bare.split("=")[0].split(".")[0] in ("hydra", "recipe", "resume"):
+        raise RecipeError(f"'{text}': {bare.split('=')[0].split('.')[0]} cannot be set by an override")
+    try:
+        parsed = OverridesParser.create().parse_overrides([text])[0]
+        sweep = parsed.is_sweep_override()
+        value = None if sweep else _plain(parsed.value())
+    except (HydraException, OmegaConfBaseException) as error:
+        key = bare.split("=")[0]
+        raise RecipeError(
+            f"'{text}': this override cannot be read ({_syntax(text)}); quote a value with special characters: "
+            f"'{key}=\"...\"', write a list as '{key}=[a, b]' and a mapping as '{key}={{a: 1}}'"
+        ) from error
+    if sweep:
+        key, _, given = text.partition("=")
+        raise RecipeError(f"'{text}': one value is wanted, several were given; write a list as '{key}=[{given}]', or use `llmrecipe search`")
+    return _classify(text, parsed, value)
+
+
+def _classify(text: str, parsed: Override, value: Any) -> Word:
+    name = parsed.get_key_element().lstrip("+~")
+    key: KeyPath = tuple(name.replace("/", ".").split("."))
+    if name not in GROUPS:
+        return Word(text, key, value, parsed.is_delete(), False)
+    if parsed.is_delete():
+        raise RecipeError(f"'{text}': {name} cannot be removed as a whole; choose another one, as in {name}={'[]' if name == 'stack' else 'NAME'}")
+    if name == "stack":
+        value = [] if value in (None, "", "none") else [value] if isinstance(value, str) else value
+        if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise RecipeError(f"'{text}': stack= takes a list of methods, as in stack=[nf4,lora]; add a named one with '+stack.NAME={{kind: ...}}'")
+        repeated = next((v for v in value if value.count(v) > 1), None)
+        if repeated:
+            raise RecipeError(f"'{text}': '{repeated}' stands twice; add the second as '+stack.NAME={{kind: {repeated}}}'")
+    elif not isinstance(value, str):
+        if isinstance(value, dict):
+            return Word(text, key, value, False, False)
+        raise RecipeError(f"'{text}': {name}= takes one name; got {value!r}")
+    return Word(text, key, value, False, True)
+
+
+def _syntax(text: str) -> str:
+    pairs = (("{", "}"), ("[", "]"), ("(", ")"))
+    for left, right in pairs:
+        if text.count(left) != text.count(right):
+            return f"'{left}' and '{right}' do not match"
+    return "an unclosed quote" if text.count("'") % 2 or text.count('"') % 2 else "a character Hydra's grammar keeps for itself"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, dict):
+        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def hydra_words(words: list[Word]) -> list[str]:
+    """The group choices, as Hydra wants them."""
+    return [f"{word.key[0]}={_choice_text(word.value)}" for word in words if word.choice]
+
+
+def _choice_text(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+
+
+def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
+    """Set and remove the values the command line names, in order, in place.
+
+    Raises:
+        RecipeError: a key below something that is not a mapping, or the removal of what is not there.
+    """
+    for word in words:
+        if word.choice:
+            continue
+        node = _parent(word, mapping)
+        last = word.key[-1]
+        if word.delete:
+            if last not in node:
+                raise RecipeError(f"'{word.text}': there is no {'.'.join(map(str, word.key))} to remove{did_you_mean(str(last), node)}")
+            del node[last]
+            forget(origins, word.key)
+            continue
+        merge = isinstance(word.value, dict) and isinstance(node.get(last), dict) and _holds_keys(word.key)
+        if not merge:
+            forget(origins, word.key)
+            node[last] = word.value
+        else:
+            node[last] = {**node[last], **word.value}
+        for key, _ in leaves(word.value):
+            forget(origins, (*word.key, *key))
+            origins[(*word.key, *key)] = Origin("override", word=word.text)
+
+
+def _holds_keys(key: KeyPath) -> bool:
+    """Whether a key is a section, a component or a stack entry (a given mapping adds to it) rather than one option (it replaces)."""
+    return len(key) == 1 or (key[0] == "stack" and len(key) == 2)
+
+
+def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
+    node: Any = mapping
+    for depth, part in enumerate(word.key[:-1]):
+        if word.delete and part not in node:
+            raise RecipeError(f"'{word.text}': there is no {'.'.join(map(str, word.key[: depth + 1]))}{did_you_mean(str(part), node)}")
+        inner = node.get(part)
+        if inner is None:
+            inner = node[part] = {}
+        if not isinstance(inner, dict):
+            above = ".".join(map(str, word.key[: depth + 1]))
+            raise RecipeError(f"'{word.text}': {above} is {inner!r}, which has no keys below it")
+        node = inner
+    return node
+
+
+def chosen(words: list[Word]) -> dict[str, Word]:
+    """Group -> the last word that chose it."""
+    return {str(word.key[0]): word for word in words if word.choice and word.key[0] in {*COMPONENT_GROUPS, *GROUPS}}

@@ -1,0 +1,352 @@
+"""From a composed mapping to the validated `Recipe`, and from that to objects.
+
+Every mistake of a recipe is found in one pass and listed together: the key's path, what was given, what is allowed, the nearest spelling, and
+the file and line (or the word of the command line) that set it. Nothing here imports torch except `instantiate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from llmrecipe import registry
+from llmrecipe.errors import RecipeError, UserError, did_you_mean
+from llmrecipe.recipe.origins import Origin, origin_of
+from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
+
+SINGLE = ("objective", "optim", "schedule")
+"""Groups a recipe has exactly one component of."""
+MISSING = "???"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong."""
+
+    key: KeyPath
+    text: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects a recipe names."""
+
+    objective: Any
+    wrappers: list[Any]
+    """In the recipe's order; each carries its key of the stack as `name`."""
+    optimizer: Any
+    schedule: Any
+
+
+def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | None = None) -> Recipe:
+    """Check a composed mapping.
+
+    Raises:
+        RecipeError: every mistake, one line each.
+    """
+    mistakes = _unset(mapping)
+    unset = {m.key for m in mistakes}
+    checked = dict(mapping)
+    for group in SINGLE:
+        body, found = check_component(group, mapping.get(group), (group,))
+        checked[group] = body
+        mistakes += found
+    stack = mapping.get("stack", {})
+    if isinstance(stack, Mapping):
+        checked["stack"] = {}
+        for name, entry in stack.items():
+            body, found = check_component("stack", entry, ("stack", str(name)))
+            checked["stack"][name] = body
+            mistakes += found
+        mistakes += check_stack(stack)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate_json(_json(checked))
+    except ValidationError as error:
+        mistakes += translate(error, mapping, Recipe, ())
+    mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes
+    if mistakes or recipe is None:
+        raise RecipeError(report(mistakes, origins or {}))
+    return recipe
+
+
+def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Validated options of one component (`kind` included), without importing it.
+
+    Raises:
+        RecipeError: every mistake in it, one line each.
+    """
+    checked, mistakes = check_component(group, body, tuple(where.split(".")))
+    if mistakes:
+        raise RecipeError(report(mistakes, {}))
+    return checked
+
+
+def check_component(group: str, body: Any, at: KeyPath) -> tuple[dict[str, Any], list[Mistake]]:
+    """The options of a component with defaults filled in, and what is wrong with them."""
+    if not isinstance(body, Mapping):
+        return {}, [Mistake(at, f"must be a mapping with a kind, such as {{kind: {_example(group)}}}; got {show(body)}")]
+    kind = body.get("kind")
+    if kind is None:
+        return dict(body), [Mistake(at, _no_kind(group, at))]
+    try:
+        spec = registry.spec(group, kind if isinstance(kind, str) else str(kind), dotted(at))
+    except RecipeError as error:
+        return dict(body), [Mistake((*at, "kind"), str(error).removeprefix(f"{dotted(at)}: "))]
+    options = {key: value for key, value in body.items() if key != "kind"}
+    try:
+        model = spec.schema_model.model_validate_json(_json(options))
+    except ValidationError as error:
+        return dict(body), translate(error, options, spec.schema_model, at, str(kind))
+    values = json.loads(model.model_dump_json(by_alias=True))
+    return {"kind": kind, **{k: options.get(k, v) for k, v in values.items()}}, []
+
+
+def _example(group: str) -> str:
+    names = registry.names(group)
+    return names[0] if names else "NAME"
+
+
+def _no_kind(group: str, at: KeyPath) -> str:
+    known = registry.names(group)
+    name = str(at[-1])
+    if group == "stack":
+        if name in known:
+            return f"{name} is not in the stack, so it has no options to set; put it there with `- override /stack: [{name}]` or stack=[{name}]"
+        return f"the stack has no '{name}'{did_you_mean(name, known)}; a further method needs a kind: '+stack.{name}={{kind: ...}}'"
+    return f"names no {group}; choose one with `- override /{group}: NAME` or {group}=NAME (known: {', '.join(known)})"
+
+
+def check_stack(stack: Mapping[str, Any]) -> list[Mistake]:
+    """What the declared facts of the kinds forbid: conflicts, missing companions, two update rules."""
+    entries = {str(name): body.get("kind") for name, body in stack.items() if isinstance(body, Mapping)}
+    known = {name: registry.spec("stack", kind) for name, kind in entries.items() if kind in registry.names("stack")}
+    mistakes: list[Mistake] = []
+    refused: set[frozenset[str]] = set()
+    for name, spec in known.items():
+        conflicts = spec.facts.get("conflicts") or {}
+        for other, other_spec in known.items():
+            pair = frozenset((name, other))
+            if other != name and isinstance(conflicts, dict) and other_spec.name in conflicts and pair not in refused:
+                refused.add(pair)
+                mistakes.append(Mistake(("stack", name), f"{name} and {other} cannot share a stack: {conflicts[other_spec.name]}"))
+        requires = spec.facts.get("requires") or ()
+        for kind in requires if isinstance(requires, tuple | list) else ():
+            if kind not in {s.name for s in known.values()}:
+                mistakes.append(Mistake(("stack", name), f"{spec.name} needs {kind} in the stack too"))
+    rules = [name for name, spec in known.items() if str(spec.facts.get("stage")).endswith("RULE")]
+    if len(rules) > 1:
+        mistakes.append(Mistake(("stack", rules[1]), f"{' and '.join(rules)} both replace how an update is made; keep one"))
+    return mistakes
+
+
+def instantiate(recipe: Recipe) -> Parts:
+    """Import the components a recipe names and build them.
+
+    Raises:
+        RecipeError: a component refuses its options.
+    """
+    single = {group: _build(group, getattr(recipe, group), group) for group in SINGLE}
+    wrappers = [_build("stack", body, f"stack.{name}", name=name) for name, body in recipe.stack.items()]
+    return Parts(single["objective"], wrappers, single["optim"], single["schedule"])
+
+
+def _build(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
+    kind = str(body["kind"])
+    options = {key: value for key, value in body.items() if key != "kind"}
+    checked = registry.spec(group, kind, where).schema_model.model_validate_json(_json(options))
+    values = {name: getattr(checked, name) for name in type(checked).model_fields}
+    try:
+        return registry.load(group, kind, where)(**values, **extra)
+    except UserError as error:
+        raise type(error)(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+    except ValidationError as error:
+        at: KeyPath = tuple(where.split("."))
+        raise RecipeError(report(translate(error, options, type(checked), at, kind), {})) from error
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _unset(mapping: Mapping[str, Any]) -> list[Mistake]:
+    from llmrecipe.recipe.origins import leaves
+
+    text = "the recipe leaves this open; set it here or on the command line: KEY=VALUE"
+    return [Mistake(key, text) for key, value in leaves(mapping) if value == MISSING]
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def report(mistakes: list[Mistake], origins: Mapping[KeyPath, Origin]) -> str:
+    """The message for a list of mistakes, in the order of their keys' first appearance."""
+    lines: list[str] = []
+    for mistake in mistakes:
+        origin = origin_of(origins, mistake.key) if origins else None
+        where = f" [{origin}]" if origin is not None else ""
+        line = f"{dotted(mistake.key) or 'recipe'}: {mistake.text}{where}"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def translate(error: ValidationError, given: Mapping[str, Any], model: type[BaseModel], at: KeyPath, owner: str = "") -> list[Mistake]:
+    """Pydantic's errors in this project's words; the branches of a union become one line."""
+    grouped: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in error.errors():
+        key = _given_path(detail, given)
+        grouped.setdefault(key, []).append(detail)
+    mistakes: list[Mistake] = []
+    for key, details in grouped.items():
+        unknown = next((d for d in details if d["type"] in ("extra_forbidden", "unexpected_keyword_argument")), None)
+        if unknown is not None:
+            mistakes.append(Mistake((*at, *key), _unknown_key(model, key, owner or dotted((*at, *key[:-1])))))
+        elif details[0]["type"] in ("missing", "missing_keyword_only_argument"):
+            mistakes.append(Mistake((*at, *key), f"must be given; {owner or 'it'} has no default for it"))
+        else:
+            wanted = list(dict.fromkeys(_wanted(d) for d in details))
+            value = details[0]["input"] if len(details) == 1 else _value_at(given, key)
+            mistakes.append(Mistake((*at, *key), f"must be {' or '.join(wanted)}; got {show(value)}{_hint(details, value)}"))
+    return mistakes
+
+
+def _given_path(detail: ErrorDetails, given: Any) -> KeyPath:
+    """The part of an error's location that stands in what was given; the rest names branches of a union."""
+    node = given
+    path: list[str | int] = []
+    for part in detail["loc"]:
+        if isinstance(node, Mapping) and str(part) in node:
+            node = node[str(part)]
+            path.append(str(part))
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+            path.append(part)
+        else:
+            if detail["type"].startswith("missing"):
+                path.append(part)
+            break
+    return tuple(path)
+
+
+def _value_at(given: Any, key: KeyPath) -> Any:
+    for part in key:
+        given = given[part]
+    return given
+
+
+def _unknown_key(model: type[BaseModel], key: KeyPath, owner: str) -> str:
+    name = str(key[-1])
+    for part in key[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+    known = [field.alias or n for n, field in model.model_fields.items()]
+    hint = did_you_mean(name, known) or _elsewhere(name)
+    if model is Recipe:
+        return f"a recipe has no key '{name}'{hint}" + ("" if hint else f" (keys: {', '.join(known)})")
+    noun = "option" if not issubclass(model, Section) else "key"
+    return f"{owner} has no {noun} '{name}'{hint}" + ("" if hint else f" ({noun}s: {', '.join(known) or 'none'})")
+
+
+@functools.cache
+def _homes() -> dict[str, str]:
+    """Key -> where it lives, for keys that are written at the wrong place."""
+    found: dict[str, str] = {}
+    for section, field in Recipe.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            for name, option in inner.model_fields.items():
+                found.setdefault(option.alias or name, f"{section}.{option.alias or name}")
+        else:
+            found[section] = section
+    return found
+
+
+def _elsewhere(name: str) -> str:
+    places = [home] if (home := _homes().get(name)) else []
+    for group in SINGLE:
+        kinds = [kind for kind in registry.names(group) if name in registry.spec(group, kind).options]
+        if kinds:
+            places.append(f"{group}.{name}")
+    methods = [kind for kind in registry.names("stack") if name in registry.spec("stack", kind).options]
+    places += [f"stack.{methods[0]}.{name}"] if methods else []
+    return f"; did you mean '{places[0]}'?" if places else ""
+
+
+TYPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "none_required": "null",
+    "finite_number": "a finite number",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "dataclass_type": "a mapping",
+}
+BOUNDS = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">="), "less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    context = detail.get("ctx", {})
+    if kind in BOUNDS:
+        name, sign = BOUNDS[kind]
+        return f"{sign} {context[name]:g}"
+    if kind in ("literal_error", "enum"):
+        return f"one of {context['expected']}".replace(" or ", ", ")
+    if kind in ("value_error", "assertion_error"):
+        return str(context.get("error", detail["msg"]))
+    if kind in TYPES:
+        return TYPES[kind]
+    return detail["msg"][0].lower() + detail["msg"][1:]
+
+
+def _hint(details: list[ErrorDetails], value: Any) -> str:
+    """What the writer most likely meant."""
+    kinds = {d["type"] for d in details}
+    for detail in details:
+        if detail["type"] == "literal_error" and isinstance(value, str):
+            choices = [c.strip("'") for c in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+            return did_you_mean(value, choices)
+    if isinstance(value, str):
+        if "bool_type" in kinds and value.lower() in ("yes", "no", "on", "off", "y", "n", "true", "false"):
+            return f"; write {'true' if value.lower() in ('yes', 'on', 'y', 'true') else 'false'}"
+        if kinds & {"int_type", "float_type", "int_from_float"} and _is_number(value):
+            return "; write it without quotes and leading zeros"
+    if isinstance(value, bool) and "literal_error" in kinds:
+        return f"; write {'on' if value else 'off'}" if "'on'" in str(details[0].get("ctx")) else ""
+    if isinstance(value, float) and kinds & {"int_type", "int_from_float"} and value.is_integer():
+        return f"; write {int(value)}"
+    if isinstance(value, int | float) and kinds == {"string_type"}:
+        return "; put it in quotes: '\"...\"' on the command line"
+    if value is None:
+        return " (nothing stands behind the colon); remove the line to take the default"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace("_", ""))
+    except ValueError:
+        return False
+    return True
+
+
+def show(value: Any) -> str:
+    """A given value as it looks in YAML, short."""
+    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,156 @@
+"""Reading one YAML file so that every value keeps its line.
+
+Scalars follow YAML 1.2 with two comforts: `1e-5` is a number, `1_000` is a number. `yes`, `no`, `on`, `off`, `010`, `1:30` and dates
+stay text (YAML 1.1 turns them into booleans, octals, base-60 numbers and dates behind the writer's back). A repeated key is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmrecipe.errors import RecipeError
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the top of a mapping to a value."""
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """A parsed YAML mapping and the line of each of its keys."""
+
+    path: Path
+    value: dict[str, Any]
+    lines: dict[KeyPath, int]
+    """Line (from 1) of every key and list entry."""
+
+    def where(self, *key: str | int) -> str:
+        """`file:line` of a key, or of the nearest key above it."""
+        for length in range(len(key), -1, -1):
+            if key[:length] in self.lines:
+                return f"{short(self.path)}:{self.lines[key[:length]]}"
+        return short(self.path)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+def _resolve(tag: str, pattern: str, first: str) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), [*first, ""] if tag == "null" else list(first))
+
+
+_resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
+_resolve("null", r"^(?:~|null|Null|NULL|)$", "~nN")
+_resolve("int", r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$", "-+0123456789")
+_resolve(
+    "float",
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+    "-+.0123456789",
+)
+_resolve("merge", r"^<<$", "<")
+
+
+def dotted(key: KeyPath) -> str:
+    """A key path as it is written on the command line."""
+    return ".".join(map(str, key))
+
+
+def short(path: Path) -> str:
+    """A path as a person would type it: relative to the working directory where it lies below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Parse a recipe or preset file.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, repeats a key, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{short(path)}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[KeyPath, int] = {}
+            value = {} if node is None else _build(loader, node, (), lines, path)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise RecipeError(_yaml_message(path, text, error)) from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{short(path)}:1: a recipe is a mapping `key: value`; this file holds {type(value).__name__} {value!r:.60}")
+    return YamlFile(path, value, lines)
+
+
+def _build(
+    loader: _Loader, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path, parents: tuple[yaml.Node, ...] = ()
+) -> Any:
+    if any(node is parent for parent in parents):
+        raise RecipeError(f"{short(path)}:{node.start_mark.line + 1}: this alias contains itself")
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            lines[(*at, index)] = child.start_mark.line + 1
+        inside = (*parents, node)
+        return [_build(loader, child, (*at, index), lines, path, inside) for index, child in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    _refuse_repeated_keys(node, at, path)
+    loader.flatten_mapping(node)
+    mapping: dict[str, Any] = {}
+    for key, child in node.value:
+        name = str(key.value)
+        lines[(*at, name)] = key.start_mark.line + 1
+        mapping[name] = _build(loader, child, (*at, name), lines, path, (*parents, node))
+    return mapping
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode, at: KeyPath, path: Path) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{short(path)}:{line}: a key must be plain text")
+        if key.value in first:
+            raise RecipeError(f"{short(path)}:{line}: '{dotted((*at, key.value))}' is given twice (first on line {first[key.value]})")
+        first[key.value] = line
+
+
+def _yaml_message(path: Path, text: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    if mark is None:
+        return f"{short(path)}: not valid YAML: {problem}"
+    rows = text.splitlines()
+    row = rows[mark.line] if mark.line < len(rows) else ""
+    hint = "; YAML indents with spaces, never tabs" if "\t" in row else ""
+    return f"{short(path)}:{mark.line + 1}: not valid YAML: {problem}{hint}\n    {row.strip()}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every text the reader above, or a YAML 1.1 reader, would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _first, _rules in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _rules:
+        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
+
+
+def write_yaml(value: dict[str, Any]) -> str:
+    """YAML text that `read_yaml` reads back as the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
