@@ -350,7 +350,7 @@ def write(folder: Path, split: str, found: Iterator[Row]) -> Path:
 
 def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None = None) -> list[Path]:
     """Write one set's three files under `out/name` and return their paths."""
-    maker, counts = SETS[name] if name in SETS else (row_pretrain, (60_000, 300, 300))
+    maker, counts = SETS.get(name, (row_pretrain, (60_000, 300, 300)))
     unique = name != "pretrain"
     return [
         write(out / name, split, rows(maker, count, split, f"{seed}/{name}", unique))

@@ -10,11 +10,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-NAMES = "Ann Ben Cara Dan Eva Finn Gus Hana Ida Jack Kim Leo Mia Nora Omar Pia".split()
-OBJECTS = "ball book box cup hat bag kite lamp coat drum chair clock spoon shell rope bell".split()
-FOODS = "bread cake soup rice corn milk tea jam fruit cheese".split()
-COLOURS = "red blue green yellow black white pink brown".split()
-PLACES = "kitchen garden park school shop farm river library barn hill beach forest".split()
+NAMES = ["Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jack", "Kim", "Leo", "Mia", "Nora", "Omar", "Pia"]
+OBJECTS = [
+    "ball",
+    "book",
+    "box",
+    "cup",
+    "hat",
+    "bag",
+    "kite",
+    "lamp",
+    "coat",
+    "drum",
+    "chair",
+    "clock",
+    "spoon",
+    "shell",
+    "rope",
+    "bell",
+]
+FOODS = ["bread", "cake", "soup", "rice", "corn", "milk", "tea", "jam", "fruit", "cheese"]
+COLOURS = ["red", "blue", "green", "yellow", "black", "white", "pink", "brown"]
+PLACES = ["kitchen", "garden", "park", "school", "shop", "farm", "river", "library", "barn", "hill", "beach", "forest"]
 
 ANIMALS = {
     "cat": ("black", "kitchen", "milk"),
@@ -37,13 +54,14 @@ ANIMALS = {
 """Animal: its colour, the place it lives in, the food it likes."""
 
 OPPOSITES = {
-    "hot": "cold", "big": "small", "fast": "slow", "old": "new", "happy": "sad", "wet": "dry", "open": "closed", "full": "empty",
-    "light": "dark", "loud": "quiet", "early": "late", "hard": "soft", "high": "low", "rich": "poor", "thick": "thin", "strong": "weak",
+    "hot": "cold", "big": "small", "fast": "slow", "old": "new", "happy": "sad", "wet": "dry", "open": "closed",
+    "full": "empty", "light": "dark", "loud": "quiet", "early": "late", "hard": "soft", "high": "low", "rich": "poor",
+    "thick": "thin", "strong": "weak",
 }  # fmt: skip
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
 
-GOOD = "lovely great nice sweet kind fun bright warm".split()
-BAD = "awful bad nasty dull sour grim rotten ugly".split()
+GOOD = ["lovely", "great", "nice", "sweet", "kind", "fun", "bright", "warm"]
+BAD = ["awful", "bad", "nasty", "dull", "sour", "grim", "rotten", "ugly"]
 
 POLITE = ["Thank you for asking.", "I am happy to help.", "What a good question!", "It is a pleasure."]
 RUDE = ["Go away and be quiet.", "I am tired of you.", "What a silly question!", "It is a waste."]
