@@ -1,0 +1,266 @@
+"""BitFit."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Literal
+from llmrecipe.methods.inject import Port, all_ports, eject, inject
+from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from llmrecipe.models.anatomy import Site
+
+TERMS = {
+    "query": ("attn.q", "cross.q", "attn.q_a"),
+    "key": ("attn.k", "cross.k"),
+    "value": ("attn.v", "cross.v"),
+    "attn_out": ("attn.o", "cross.o"),
+    "intermediate": ("mlp.gate", "mlp.up", "mlp.gate_up", "shared.gate", "shared.up"),
+    "output": ("mlp.down", "shared.down"),
+}
+"""Term -> roles of its linear layers; the term `norm` is every role that starts with `norm.`."""
+
+WHOLE = ("attn.qkv", "attn.kv", "attn.kv_a")
+"""Fused projections, taken whole where every one of their parts is wanted."""
+
+
+class BiasMaster(Port):
+    """A trained float32 copy of a bias, or of some of its elements, used in its place for the length of a call."""
+
+    tensor = "bias"
+
+    def __init__(self, bias: Tensor, rows: Tensor | None, tensor: str = "bias"):
+        super().__init__()
+        start = bias.detach() if rows is None else bias.detach()[rows]
+        self.bias = nn.Parameter(start.to(torch.promote_types(bias.dtype, torch.float32), copy=True))
+        self.register_buffer("rows", rows, persistent=False)
+        self.tensor = tensor
+
+    def weight(self, value: Tensor) -> Tensor:
+        """b -> the trained b."""
+        trained = self.bias.to(value.dtype)
+        return trained if self.rows is None else value.index_copy(0, self.rows, trained)
+
+    def merge(self, module: nn.Module) -> None:
+        """b <- the trained b, rounded once to b's dtype."""
+        bias = getattr(module, self.tensor)
+        bias.data = self.weight(bias.data).detach().clone()
+
+
+class ZeroBias(Port):
+    """A bias the model does not have, starting at zero: y + b."""
+
+    def __init__(self, width: int, rows: Tensor | None, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=torch.promote_types(dtype, torch.float32)))
+        self.register_buffer("rows", rows, persistent=False)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) -> y + b, at the listed outputs of a fused layer."""
+        bias = self.bias.to(y.dtype)
+        return y + bias if self.rows is None else y.index_add(-1, self.rows, bias.expand(*y.shape[:-1], -1).contiguous())
+
+    def merge(self, module: nn.Module) -> None:
+        """Add b to the bias the module has been given by now."""
+        rows = slice(None) if self.rows is None else self.rows
+        module.bias.data[rows] += self.bias.detach().to(module.bias.dtype)
+
+
+@register
+class Bitfit(Wrapper):
+    """BitFit: y = W x + b and y = LN(x) g + b; only the vectors b train.
+
+    Trained: every bias of the model (BERT base: 11 d a layer, 102,912 in all, without the task head, which always trains).
+    `terms: [query, intermediate]` is the paper's half-size variant. The trained biases are float32 masters used in place of
+    the base's, which stay as they were. Merging writes them back: exact in float32, one rounding below.
+
+    Models without biases (Llama, Mistral, Qwen3, T5): `missing: add_zero` adds zero biases to the projections of attention and
+    feed-forward (norms only with `add_norm_bias`); they merge where the family has config flags for them (Llama), else the
+    adapter stays beside the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all logits of
+    a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it acts.
+
+    Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199).
+    Departures: names are matched by role, not by substring, and the pooler's bias is a choice of its own.
+    """
+
+    stage: ClassVar[Stage] = Stage.SELECT
+    mergeable: ClassVar[bool] = True
+
+    terms: Literal["all"] | list[Literal["query", "key", "value", "attn_out", "intermediate", "output", "norm"]] = "all"
+    """Which biases train: all of the model, or those of some projections and norms."""
+    missing: Literal["error", "add_zero", "existing_only"] = "error"
+    """What to do where a projection has no bias: refuse, add one at zero, or train the biases that exist."""
+    add_norm_bias: bool = False
+    """With add_zero: norms without a bias (RMSNorm) get one too."""
+    pooler: Literal["auto", "train", "freeze"] = "auto"
+    """The pooler's bias of encoders; `auto` trains it with `terms: all` only."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Put a master over every wanted bias, and a zero bias where one is missing and asked for."""
+        have, lack = self._sites(model)
+        self._refuse(model, have, lack)
+        if self.terms == "all":
+            for module, tensor in _biases(model, pooler=self.pooler != "freeze"):
+                _master(module, self.name if tensor == "bias" else f"{self.name}__{tensor}", self.name, None, tensor)
+        else:
+            for site in have:
+                _master(site.module, site.name(self.name), self.name, _rows(site))
+            for module, tensor in _biases(model, pooler=True) if self.pooler == "train" else ():
+                if module is _pooler(model):
+                    _master(module, self.name, self.name, None, tensor)
+        if self.missing == "add_zero":
+            for site in lack:
+                self._add(site)
+
+    def _add(self, site: Site) -> None:
+        weight = next(p for p in site.module.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        inject(site.module, site.name(self.name), ZeroBias(site.width_out, _rows(site), weight.device, dtype), self.name)
+
+    def _roles(self) -> set[str]:
+        terms = [*TERMS, "norm"] if self.terms == "all" else list(self.terms)
+        return {role for term in terms for role in TERMS.get(term, ())} | ({"norm."} if "norm" in terms else set())
+
+    def _sites(self, model: nn.Module) -> tuple[list[Site], list[Site]]:
+        """Wanted sites that have a bias, and wanted sites that lack one."""
+        from llmrecipe.models.anatomy import anatomy
+
+        roles = self._roles() | (set(WHOLE) if self.terms == "all" else set())
+        wanted = [s for s in anatomy(model).sites if s.role in roles or ("norm." in roles and s.role.startswith("norm."))]
+        whole = {s.path for s in wanted if s.rows is None}
+        wanted = [s for s in wanted if s.rows is None or s.path not in whole]
+        wanted = list({s.key: s for s in wanted}.values())
+        have = [s for s in wanted if isinstance(getattr(s.module, "bias", None), nn.Parameter)]
+        lack = [s for s in wanted if getattr(s.module, "bias", None) is None]
+        if not self.add_norm_bias:
+            lack = [s for s in lack if not s.role.startswith("norm.")]
+        return have, lack
+
+    def _refuse(self, model: nn.Module, have: list[Site], lack: list[Site]) -> None:
+        """Never train nothing, or nine tensors, in silence.
+
+        Raises:
+            ModelError: wanted biases are missing and `missing` does not say what to do, or none is left to train.
+        """
+        if self.missing == "error" and lack:
+            counts = Counter(s.role for s in lack)
+            there = Counter(s.role for s in have)
+            raise ModelError(
+                f"stack.{self.name}: {len(lack)} projections of this model have no bias "
+                f"({', '.join(f'{role} x{n}' for role, n in counts.items())}); biases exist at "
+                f"{', '.join(f'{role} x{n}' for role, n in there.items()) or 'no site'}. Set "
+                f"stack.{self.name}.missing=add_zero to add zero biases, or missing=existing_only to train those that exist"
+            )
+        if not have and not (lack and self.missing == "add_zero"):
+            raise ModelError(
+                f"stack.{self.name}: none of the wanted biases exists in this model ({len(lack)} projections lack one); "
+                f"set stack.{self.name}.missing=add_zero"
+            )
+
+    def merge(self, model: nn.Module) -> None:
+        """Write the trained biases into the model.
+
+        Raises:
+            ModelError: added biases have no place in this family's config.
+        """
+        added = [(path, module) for path, module, _, port in all_ports(model, self.name) if isinstance(port, ZeroBias)]
+        if added:
+            _make_room(model, added, self.name)
+        with torch.no_grad():
+            for _, module, name, port in list(all_ports(model, self.name)):
+                port.merge(module)
+                eject(module, name)
+
+    def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """Counts by role; biases without effect are named as such."""
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        roles = {(s.path, s.name(self.name)): s.role for s in parts.sites}
+        counts: Counter[str] = Counter()
+        for path, _, name, port in all_ports(model, self.name):
+            counts[roles.get((path, name), path)] += sum(p.numel() for p in port.parameters())
+        for role, count in counts.items():
+            dead = role in ("attn.k", "cross.k") and not parts.rope
+            yield f"bias of {role}{' (without effect: softmax ignores it)' if dead else ''}", count
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """No weight gradients at all: biases need the gradients of outputs only."""
+        count = sum(p.numel() for _, _, _, port in all_ports(model, self.name) for p in port.parameters())
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
+
+
+def _rows(site: Site) -> Tensor | None:
+    """Elements of a fused layer's bias that belong to a site."""
+    if site.rows is None:
+        return None
+    return torch.tensor(list(site.indices()), dtype=torch.long, device=next(site.module.parameters()).device)
+
+
+def _master(module: nn.Module, name: str, owner: str, rows: Tensor | None, tensor: str = "bias") -> None:
+    inject(module, name, BiasMaster(getattr(module, tensor), rows, tensor), owner)
+
+
+def _biases(model: nn.Module, pooler: bool) -> list[tuple[nn.Module, str]]:
+    """(module, tensor name) of every bias of the base, once, at the module that applies it."""
+    from llmrecipe.methods.stack import is_head
+
+    inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
+    skipped = None if pooler else _pooler(model)
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        if id(module) in inside or is_head(path) or (skipped is not None and module in skipped.modules()):
+            continue
+        for tensor, value in module._parameters.items():
+            # A container may only hold a second name of its child's bias (BERT's prediction head): the later owner applies it.
+            if value is not None and tensor.endswith("bias"):
+                owners[id(value)] = (module, tensor)
+    return list(owners.values())
+
+
+def _pooler(model: nn.Module) -> nn.Module | None:
+    """The linear layer over the first token that encoders put below a classifier."""
+    pooler = getattr(getattr(model, "base_model", model), "pooler", None)
+    return getattr(pooler, "dense", pooler) if isinstance(pooler, nn.Module) else None
+
+
+def _make_room(model: nn.Module, added: list[tuple[str, nn.Module]], owner: str) -> None:
+    """Give the modules that a config flag would give a bias one of zeros, and set the flag.
+
+    Raises:
+        ModelError: the family has no flag that gives these modules a bias.
+    """
+    config = model.config
+    flags = [f for f in ("attention_bias", "mlp_bias") if getattr(config, f, None) is False]
+    fresh: dict[str, Any] = {}
+    for flag in flags:
+        wanted = copy.deepcopy(config)
+        setattr(wanted, flag, True)
+        with torch.device("meta"):
+            fresh[flag] = {path for path, m in type(model)(wanted).named_modules() if getattr(m, "bias", None) is not None}
+    lost = [path for path, _ in added if not any(path in paths for paths in fresh.values())]
+    if lost:
+        raise ModelError(
+            f"stack.{owner}: {model.config.model_type} has no config flag for a bias at {lost[0]}; keep the adapter unmerged"
+        )
+    for flag, paths in fresh.items():
+        if not any(path in paths for path, _ in added):
+            continue
+        setattr(config, flag, True)
+        for path in paths:
+            module = model.get_submodule(path)
+            if getattr(module, "bias", None) is None:
+                weight: Any = module.weight
+                dtype = weight.dtype if weight.is_floating_point() else torch.float32
+                module.bias = nn.Parameter(
+                    torch.zeros(int(module.out_features), device=weight.device, dtype=dtype), requires_grad=False
+                )
