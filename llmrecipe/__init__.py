@@ -12,6 +12,7 @@ The four functions are imported when they are first used, so `import llmrecipe` 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.compose import compose
     from llmrecipe.training.check import check
     from llmrecipe.training.run import train
+
+# bitsandbytes, which Transformers imports along with any model, warns about an optional kernel whether or not it is used.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["check", "compose", "load", "train"]

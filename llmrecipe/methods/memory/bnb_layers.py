@@ -1,0 +1,46 @@
+"""The two quantized linear layers of bitsandbytes, with forwards that are safe to evaluate in the middle of training.
+
+Imported only where a model is quantized: the library is slow to import and has no build for some machines.
+
+Three things of the library's own forwards are undone here:
+
+- an `eval()` forward on a CPU with AVX512-BF16 repacks the 4-bit weight for another kernel; training forwards cannot read it;
+- the bias is cast in place to the compute dtype, so a trained float32 bias would become 16-bit without a word;
+- 8-bit layers on CPU compute with integer activations in eval mode and float ones in training mode: two different models.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """y = x dequantize(W)^T + b. `compute_dtype` None computes in the dtype of x, or of autocast where that is on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        # A sharded rebuild replaces the parameter object; the module remembers the state that belongs to it.
+        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        kind = x.device.type
+        if self.compute_dtype is not None:
+            dtype, out = self.compute_dtype, x.dtype
+        elif torch.is_autocast_enabled(kind):
+            dtype = out = torch.get_autocast_dtype(kind)
+        else:
+            dtype = out = x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return bnb.matmul_4bit(x.to(dtype), self.weight, bias=bias, quant_state=state).to(out)
+
+
+class Linear8bit(bnb.nn.Linear8bitLt):
+    """y = x (C diag(s) / 127)^T + b with int8 codes C and one scale a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        self.state.is_training = self.training or x.device.type == "cpu"
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return bnb.matmul(x, self.weight, bias=bias, state=self.state)
