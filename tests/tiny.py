@@ -35,6 +35,8 @@ def tiny_config(family: str = "llama", **more: Any) -> Any:
     elif family in ("bert", "roberta"):
         shape.pop("num_key_value_heads")
         shape |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    elif family == "mixtral":
+        shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     elif family in ("gemma2", "gemma3_text", "qwen3"):
         shape |= {"head_dim": 8}
     return AutoConfig.for_model(family, **{**shape, **more})

@@ -61,6 +61,8 @@ class Batch:
     """(R,) for padded rows."""
     rows: tuple[int, ...] = ()
     """Indices of the token rows in their data set."""
+    keys: tuple[int, ...] = ()
+    """A digest of each row's tokens, for what is remembered by content (reference log-probabilities)."""
     tokens: int = 0
     """Real tokens the model reads."""
     extra: dict[str, Tensor] = field(default_factory=dict)

@@ -43,6 +43,8 @@ class Port(nn.Module):
     """Name of the wrapper (its key in the stack) this port belongs to; set by `inject`."""
     roles: frozenset[str] | None = None
     """Roles this port serves; None serves every role but `reference`."""
+    mounted: bool = False
+    """Whether the port belongs to the run this one continues: it is part of the reference and never steps aside for it."""
     tensor: str = "weight"
     """For a weight port: the attribute of the host it changes."""
 
@@ -51,6 +53,8 @@ class Port(nn.Module):
         context = current()
         if self.owner in context.off:
             return False
+        if self.mounted:
+            return True
         return context.role != "reference" if self.roles is None else context.role in self.roles
 
     def before(self, x: Tensor) -> Tensor:

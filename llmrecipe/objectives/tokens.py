@@ -49,11 +49,10 @@ def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     start = int(roles.model.config.decoder_start_token_id)
     decoder: list[Sequence] = []
     encoder: list[list[int]] = []
-    for row, s in zip(rows, sequences_of(rows), strict=True):
+    for s in sequences_of(rows):
         answer = list(s.ids[s.prompt :])
         encoder.append(list(s.ids[: s.prompt]) or [roles.pad_id])
         decoder.append(Sequence([start, *answer], [0, *list(s.trained[s.prompt :])]))
-        del row
     encoder = encoder or [[roles.pad_id]]
     width = max(len(e) for e in encoder)
     ids = torch.tensor([e + [roles.pad_id] * (width - len(e)) for e in encoder])

@@ -65,6 +65,11 @@ class Engine(nn.Module):
             raise KeyError(f"the model has no task head for the role '{role}'")
         return heads[role]
 
+    def hidden_of(self, batch: Batch) -> Tensor:
+        """(R, T, D) last hidden states under the batch's own context, without any head."""
+        with activate(batch.context()):
+            return self.hidden(batch)
+
     def hidden(self, batch: Batch) -> Tensor:
         """(R, T, D) last hidden states of the backbone."""
         if self.is_pair_model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,14 @@ def collate_pairs(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     extra: dict[str, Tensor] = {}
     if rows and "margin" in rows[0]:
         extra["margin"] = torch.tensor([float(r["margin"] or 0.0) for r in rows])
-    return roles.layout(sequences, [r["row"] for r in rows], extra)
+    batch = roles.layout(sequences, [r["row"] for r in rows], extra)
+    keys = tuple(content_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
+    return dataclasses.replace(batch, keys=keys)
+
+
+def content_key(*parts: list[int]) -> int:
+    """A 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
+    return hash(tuple(tuple(p) for p in parts))
 
 
 def pair_count(batch: Batch) -> int:

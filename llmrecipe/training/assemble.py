@@ -1,0 +1,237 @@
+"""Building a run: data, model, stack, engine, optimizer, in that order, each from the validated recipe."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmrecipe.data.batch import Sequence, pack
+from llmrecipe.errors import RecipeError, RunError
+from llmrecipe.methods.stack import Stack
+from llmrecipe.methods.wrapper import Stage
+from llmrecipe.training import opened
+from llmrecipe.training.engine import Engine
+from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
+from llmrecipe.training.reference import ReferenceCache
+from llmrecipe.training.roles import Roles
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run import Run
+
+MICRO_TOKENS = 8192
+"""Most tokens of a micro-batch where the recipe does not say."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    dir: Any
+    runtime: Any
+    events: Any
+    objective: Any
+    stack: Stack
+    optim: Any
+    schedule: Any
+    opened: opened.Opened
+    data: Any
+    validation: Any
+    roles: Roles
+    optimizer: torch.optim.Optimizer | None
+    steps: int
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build(run: Run, resume: Path | None) -> Parts:
+    """Everything the loop needs, or one teaching error before weights are read."""
+    from llmrecipe.recipe.validate import instantiate
+    from llmrecipe.training.events import Events
+    from llmrecipe.training.run_dir import RunDir
+    from llmrecipe.training.runtime import Runtime
+
+    recipe = run.recipe
+    parts = instantiate(recipe)
+    check_objective(parts.objective, parts.stack)
+    data, validation, tokenizer_labels = read_data(recipe, parts.objective)
+    steps = step_count(recipe, len(data))
+    parts.schedule.check(steps)
+    directory = RunDir.open(resume) if resume else RunDir.create(run.composition)
+    runtime = Runtime.start(recipe.runtime)
+    events = Events(directory.path if runtime.is_main else None, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers)
+    seed_everything(recipe.seed)
+    stack = Stack(parts.stack)
+    model = open_for(recipe, parts.objective, stack, tokenizer_labels)
+    seed_everything(recipe.seed)
+    attach(model, stack, everything_trains(stack), finish_structures(resume))
+    model.model.to(runtime.device)
+    engine = Engine(model.model, autocast_of(recipe.model.dtype, stack))
+    roles = Roles(
+        engine,
+        stack,
+        model.tokenizer,
+        runtime.device,
+        packing_for(recipe.data.packing, engine, runtime.device),
+        recipe.batch.micro,
+        recipe.batch.tokens or (None if recipe.batch.micro else MICRO_TOKENS),
+        ReferenceCache(),
+    )
+    roles.prepared = runtime.prepare(engine)
+    optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optim, stack)
+    return Parts(
+        directory, runtime, events, parts.objective, stack, parts.optim, parts.schedule,
+        model, data, validation, roles, optimizer, steps,
+    )  # fmt: skip
+
+
+def check_objective(objective: Any, wrappers: list[Any]) -> None:
+    """Refuse an objective without gradients under a rule that needs them.
+
+    Raises:
+        RecipeError: no wrapper of the stack can train the objective.
+    """
+    if not objective.differentiable and not any(w.stage is Stage.RULE for w in wrappers):
+        raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
+
+
+def read_data(recipe: Any, objective: Any) -> tuple[Any, Any, list[str] | None]:
+    """Training rows, validation rows (or None) and, for labelled rows, the label names."""
+    from llmrecipe.data import prepare
+    from llmrecipe.models.load import load_tokenizer
+
+    base, _, folder = opened.resolve(recipe.model)
+    section = recipe.tokenizer
+    if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
+        section = section.model_copy(update={"path": str(folder)})
+    tokenizer = load_tokenizer(base, section)
+    mask = getattr(objective, "mask", None) or "completion"
+    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed)
+    labels = getattr(data, "labels", None)
+    validation = prepare(
+        recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels
+    )
+    return data, validation, labels
+
+
+def step_count(recipe: Any, rows: int) -> int:
+    """Optimizer steps of the run: `steps`, or passes over the rows."""
+    if recipe.steps is not None:
+        return recipe.steps
+    per_epoch = math.ceil(rows / recipe.batch.size)
+    return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch))
+
+
+def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> opened.Opened:
+    """The model of a recipe with its attention routed, its blocks sped up and its mounted stacks underneath."""
+    from llmrecipe.models.load import prepare_for_training
+
+    section = recipe.model
+    if everything_trains(stack) and section.dtype in ("bfloat16", "float16"):
+        # Weights that all train are float32 masters; the lower precision is autocast's.
+        section = section.model_copy(update={"dtype": "float32"})
+    model = opened.open_model(
+        section, recipe.tokenizer, head=objective.head, labels=labels, load_kwargs=stack.load_kwargs(), seed=recipe.seed
+    )
+    prepare_for_training(model.model, recipe.model)
+    return model
+
+
+def finish_structures(resume: Path | None) -> dict[str, Any] | None:
+    """Structures (ranks, masks) of the checkpoint a resumed run goes on from."""
+    from llmrecipe.training.finish import saved_structures
+
+    return saved_structures(resume) if resume is not None else None
+
+
+def attach(model: opened.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
+    """Attach the stack; a continued run's own layer gives the structures and start values."""
+    if everything and model.mounted:
+        opened.merge_mounted(model)
+    if model.continued is None or structures is not None:
+        stack.attach(model.model, structures)
+        return
+    missing = sorted(set(model.continued.wrappers) ^ {w.name for w in stack})
+    if missing:
+        raise RunError(
+            f"model.continue: the run was trained with stack [{', '.join(model.continued.wrappers)}], this recipe has "
+            f"[{', '.join(w.name for w in stack)}]; use the same stack, or drop model.continue to train on top of it"
+        )
+    stack.attach(model.model, model.continued.structures)
+    stack.restore(model.model, model.continued.tensors)
+
+
+def everything_trains(stack: Stack) -> bool:
+    """Whether no wrapper freezes the base."""
+    return not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in stack)
+
+
+def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
+    """Mixed precision where float32 masters and low-precision compute meet inside base modules."""
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    if everything_trains(stack) or any(w.stage is Stage.SELECT for w in stack):
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    return None
+
+
+def packing_for(wanted: str, engine: Engine, device: torch.device) -> bool:
+    """Whether rows are packed: measured on the model at hand, not looked up in a list.
+
+    Raises:
+        RecipeError: packing is `on` and documents of a packed row would see each other.
+    """
+    if wanted == "off":
+        return False
+    if isolates(engine, device):
+        return True
+    if wanted == "on":
+        raise RecipeError("data.packing: this model's attention cannot keep packed documents apart; use packing=auto or off")
+    return False
+
+
+@torch.no_grad()
+def isolates(engine: Engine, device: torch.device) -> bool:
+    """Whether two documents packed into one row give the hidden states of separate passes."""
+    if engine.is_pair_model:
+        return False
+    was = engine.training
+    engine.eval()
+    try:
+        vocabulary = int(engine.model.get_input_embeddings().num_embeddings)
+        first = Sequence([i % vocabulary for i in range(3, 9)], [0] * 6)
+        second = Sequence([i % vocabulary for i in range(11, 16)], [0] * 5)
+        both = engine.hidden_of(pack([first, second]).to(device))[0].float()
+        apart = [engine.hidden_of(pack([s]).to(device))[0].float() for s in (first, second)]
+        scale = both.abs().max().clamp_min(1e-6)
+        tolerance = 1e-4 if both.dtype == torch.float32 and engine.autocast is None else 5e-2
+        low = next(engine.model.parameters()).dtype != torch.float32
+        return bool(((both - torch.cat(apart)).abs().max() / scale) < (5e-2 if low else tolerance))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    finally:
+        engine.train(was)
+
+
+def optimizer_for(
+    model: nn.Module, optim: Optimizer, stack: Stack, keep: torch.optim.Optimizer | None = None
+) -> torch.optim.Optimizer:
+    """The torch optimizer of what trains now; states of parameters that were trained before are kept."""
+    optimizer = build_optimizer(optim, parameter_groups(model, optim, stack.groups(model)))
+    if keep is not None:
+        trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        for parameter, state in keep.state.items():
+            if id(parameter) in trained:
+                optimizer.state[parameter] = state
+    return optimizer

@@ -1,0 +1,107 @@
+"""Evaluation over a whole split, and the judge that keeps the best checkpoint and stops early."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run import Run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one evaluation."""
+
+    best: bool
+    stop: bool
+
+
+class Judge:
+    """Best value so far and patience.
+
+    `improved = value < best - min_delta` (mode min) or `value > best + min_delta` (mode max); stop after `patience`
+    evaluations in a row without improvement.
+    """
+
+    def __init__(self, section: Any):
+        self.section = section
+        self.best: float | None = None
+        self.best_step = 0
+        self.waited = 0
+
+    def see(self, step: int, metrics: dict[str, float]) -> Verdict:
+        """Judge one evaluation.
+
+        Raises:
+            RecipeError: the monitored metric does not exist.
+        """
+        from llmrecipe.errors import RecipeError, did_you_mean
+
+        name = self.section.monitor
+        if name not in metrics:
+            raise RecipeError(
+                f"eval.monitor: this run has no metric '{name}'{did_you_mean(name, metrics)} (it has {', '.join(sorted(metrics))})"
+            )
+        value, delta = metrics[name], self.section.min_delta
+        sign = 1.0 if self.section.mode == "min" else -1.0
+        improved = not math.isnan(value) and (self.best is None or sign * value < sign * self.best - delta)
+        if improved:
+            self.best, self.best_step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        patience = self.section.patience
+        return Verdict(improved, patience is not None and self.waited >= patience)
+
+    def state(self) -> dict[str, Any]:
+        """JSON facts for a checkpoint."""
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+
+
+def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
+    """Metrics of a split: sums over all its rows and all processes, divided once.
+
+    The result does not depend on the evaluation batch size, padding or the number of processes; random states are put back,
+    so a run with evaluations trains exactly as one without.
+    """
+    state = torch.get_rng_state()
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    gathered: dict[str, list[torch.Tensor]] = defaultdict(list)
+    try:
+        with run.roles.evaluating(), torch.no_grad():
+            for batch in _batches(run, data, limit):
+                for name, (value, count) in run.objective.evaluate(batch, run.roles).items():
+                    sums[name] += float(value)
+                    counts[name] += float(count)
+                for name, tensor in run.objective.collect(batch, run.roles).items():
+                    gathered[name].append(tensor)
+    finally:
+        torch.set_rng_state(state)
+    names = sorted(sums)
+    flat = torch.tensor([sums[n] for n in names] + [counts[n] for n in names], dtype=torch.float64)
+    reduced = run.runtime.sum(flat).tolist()
+    metrics = {n: reduced[i] / reduced[len(names) + i] if reduced[len(names) + i] else float("nan") for i, n in enumerate(names)}
+    tensors = {n: torch.cat(run.runtime.gather(parts)) for n, parts in gathered.items()}
+    metrics |= run.objective.finish_evaluation(metrics, tensors)
+    if "nll" in metrics:
+        metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
+    return metrics
+
+
+def _batches(run: Run, data: Any, limit: int | None) -> Any:
+    """This process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
+    most = limit or run.recipe.eval.batches
+    indices = list(range(len(data)))[run.runtime.rank :: run.runtime.world]
+    if most is not None:
+        indices = indices[: most * run.recipe.batch.size]
+    for part in run.roles.split([data[i] for i in indices]):
+        yield run.objective.collate(part, run.roles)

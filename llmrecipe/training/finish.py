@@ -1,0 +1,231 @@
+"""Writing and reading what a run leaves behind: checkpoints, the best weights, the final folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.errors import RunError
+from llmrecipe.training import assemble, card, delta
+from llmrecipe.training.checkpoint import latest_checkpoint, read_checkpoint, rotate, save_checkpoint
+from llmrecipe.training.evaluate import evaluate
+from llmrecipe.training.state import optimizer_state, random_state, restore_optimizer, restore_random_state
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run import Run
+
+FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
+"""Keys a resumed run may not change: another value would make the rest of the run another experiment."""
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of the device, or of the process on the CPU, in MB."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def save(run: Run) -> Path | None:
+    """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes."""
+    states = run.runtime.gather_json(random_state())
+    path = None
+    if run.runtime.is_main:
+        tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
+        documents: dict[str, Any] = {
+            "progress": run.progress_state(),
+            "random": states,
+            "judge": run.judge.state(),
+            "objective": run.objective.state(),
+            "wrappers": {w.name: w.state() for w in run.stack},
+            "structures": run.stack.structures(run.model),
+        }
+        if run.optimizer is not None:
+            tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)
+        root = run.dir.path / "checkpoints"
+        path = save_checkpoint(root, run.progress.step, tensors, documents)
+        rotate(root, run.recipe.save.keep, run.judge.best_step)
+        run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
+    run.runtime.barrier()
+    return path
+
+
+def restore(run: Run) -> None:
+    """Continue a run from its newest intact checkpoint, bit for bit.
+
+    Raises:
+        RunError: the recipe changed in a way that would make it another run.
+    """
+    check_same(run)
+    path = latest_checkpoint(run.dir.path / "checkpoints")
+    if path is None:
+        return
+    saved = read_checkpoint(path)
+    run.stack.restore(run.model, saved.tensors["delta"])
+    run.stack.set_trainable(run.model)
+    for name, value in saved.documents["progress"].items():
+        setattr(run.progress, name, value)
+    run.judge.load_state(saved.documents["judge"])
+    run.objective.load_state(saved.documents["objective"])
+    for wrapper in run.stack:
+        wrapper.load_state(saved.documents["wrappers"].get(wrapper.name, {}))
+    if run.optimizer is not None:
+        run.optimizer = assemble.optimizer_for(run.model, run.optim, run.stack)
+        restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"])
+    states = saved.documents["random"]
+    restore_random_state(states[min(run.runtime.rank, len(states) - 1)])
+    run.events.resume(run.progress.step)
+
+
+def check_same(run: Run) -> None:
+    """Refuse a resume under another recipe.
+
+    Raises:
+        RunError: one of the fixed keys differs; both values are shown.
+    """
+    before = run.dir.recipe()
+    now = run.composition.mapping
+    changed = [key for key in FIXED_ON_RESUME if before.get(key) != now.get(key)]
+    if changed:
+        lines = "\n".join(f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed)
+        raise RunError(f"resume: these keys cannot change in a run that goes on:\n{lines}\nStart a new run instead.")
+
+
+def saved_structures(folder: Path) -> dict[str, Any] | None:
+    """Structures of the newest intact checkpoint, which the stack needs before its tensors can be restored."""
+    path = latest_checkpoint(folder / "checkpoints")
+    return read_checkpoint(path).documents["structures"] if path is not None else None
+
+
+def save_best(run: Run) -> None:
+    """Keep what was learned so far as the best; trained tensors only."""
+    if not run.runtime.is_main:
+        return
+    root = run.dir.path / "best"
+    save_checkpoint(root, run.progress.step, {"delta": run.stack.delta(run.model)}, {"judge": run.judge.state()})
+    rotate(root, 1)
+
+
+def load_best(run: Run) -> bool:
+    """Put the best weights back; False when the last ones are the best or nothing was kept."""
+    if not run.recipe.eval.load_best or run.judge.best is None or run.judge.best_step == run.progress.step:
+        return False
+    run.runtime.barrier()
+    path = latest_checkpoint(run.dir.path / "best")
+    if path is None:
+        return False
+    run.stack.restore(run.model, read_checkpoint(path).tensors["delta"])
+    return True
+
+
+def save_batch(run: Run, micros: list[Batch]) -> Path:
+    """Keep the token ids of a step that went wrong."""
+    path = run.dir.path / f"bad_step_{run.progress.step + 1:06d}_rank{run.runtime.rank}.json"
+    content = [{"rows": list(m.rows), "input_ids": m.input_ids.tolist(), "target": m.target.tolist()} for m in micros]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def finish(run: Run) -> None:
+    """Best weights back, the test split scored once, `final/` written."""
+    restored = load_best(run)
+    metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.judge.best_step if restored else run.progress.step}
+    if run.validation is not None and run.judge.best is not None:
+        metrics[run.recipe.eval.monitor] = run.judge.best
+    metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
+    run.roles.cache.save()
+    if run.runtime.is_main:
+        write_final(run, metrics)
+        root = run.dir.path / "best"
+        if root.exists():
+            shutil.rmtree(root)
+    run.runtime.barrier()
+
+
+def score_test(run: Run) -> dict[str, float]:
+    """Metrics of the sealed test split: opened here, once, and nowhere else in training."""
+    if not run.recipe.eval.test:
+        return {}
+    from llmrecipe.data import prepare
+
+    mask = getattr(run.objective, "mask", None) or "completion"
+    test = prepare(
+        run.recipe.data, run.tokenizer, run.objective.rows, mask=mask, split="test", seed=run.recipe.seed,
+        label_map=getattr(run.data, "labels", None), unseal=True,
+    )  # fmt: skip
+    if test is None:
+        return {}
+    metrics = evaluate(run, test)
+    run.events.evaluation(step=run.progress.step, **{f"test/{k}": v for k, v in metrics.items()})
+    return metrics
+
+
+def write_final(run: Run, metrics: dict[str, Any]) -> Path:
+    """Write `final/` aside and move it into place: a delta with its stack, or the whole model when everything was trained.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    final = run.dir.path / "final"
+    aside = run.dir.path / ".writing-final"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        if assemble.everything_trains(run.stack) and not run.opened.layers:
+            save_whole(run, aside / "model")
+        else:
+            delta.write(aside, saved_of(run))
+        run.tokenizer.save_pretrained(aside)
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(card.model_card(run, metrics), encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+    except OSError as error:
+        raise RunError(f"cannot write {final}: {error.strerror or error}; the last checkpoint is intact") from error
+    return final
+
+
+def save_whole(run: Run, folder: Path) -> None:
+    """A Transformers folder in the dtype the recipe names (float32 masters are cast once)."""
+    dtype = run.recipe.model.dtype
+    attention = run.model.config._attn_implementation
+    state = dict(run.model.state_dict())
+    if dtype in ("bfloat16", "float16"):
+        state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
+    # The stock name, so that the folder loads where this package is not installed.
+    run.model.config._attn_implementation_internal = attention.removeprefix("llmrecipe_")
+    try:
+        run.model.save_pretrained(folder, state_dict=state)
+    finally:
+        run.model.config._attn_implementation_internal = attention
+    run.tokenizer.save_pretrained(folder)
+
+
+def saved_of(run: Run) -> delta.Saved:
+    """The run's stacks, oldest first, its own last."""
+    layers = [
+        delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.opened.layers)
+    ]
+    own = delta.Layer(
+        {w.name: delta.wrapper_mapping(w) for w in run.stack},
+        run.stack.structures(run.model),
+        delta.DELTA_FILE,
+        run.stack.delta(run.model),
+    )
+    section = run.opened.section
+    base = {
+        "path": section.path,
+        "fingerprint": run.opened.base_fingerprint,
+        "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_"}),
+    }
+    labels = getattr(run.data, "labels", None)
+    return delta.Saved(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))

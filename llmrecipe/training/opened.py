@@ -1,0 +1,123 @@
+"""Opening a model for any purpose: a checkpoint, a hub name, the embedded model, or a run directory with its stacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmrecipe.errors import ModelError, RunError
+from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.training import delta
+
+
+@dataclass
+class Opened:
+    """A model with what it was built from."""
+
+    model: nn.Module
+    tokenizer: Any
+    section: ModelSection
+    """The section that loaded the base weights."""
+    layers: list[delta.Layer] = field(default_factory=list)
+    """Saved stacks mounted underneath, oldest first."""
+    mounted: list[Wrapper] = field(default_factory=list)
+    base_fingerprint: str = ""
+    continued: delta.Layer | None = None
+    """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
+
+
+def run_folder(path: str) -> Path | None:
+    """The `final` folder of a run directory, when a path names one (or the folder itself)."""
+    for folder in (Path(path) / "final", Path(path)):
+        if (folder / delta.STACK_FILE).is_file() or (folder / "model" / "config.json").is_file():
+            return folder
+    if (Path(path) / "status.json").is_file():
+        raise RunError(f"model.path: {path} is a run that has not finished (no final/ folder); continue it with resume={path}")
+    return None
+
+
+def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
+    """What a model section really loads: (section of the base, saved stacks, folder they lie in)."""
+    folder = run_folder(section.path)
+    if folder is None:
+        return section, None, None
+    if (folder / "model" / "config.json").is_file():
+        return section.model_copy(update={"path": str(folder / "model")}), None, folder
+    saved = delta.read(folder)
+    own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
+    base = ModelSection(**{**saved.base.get("section", {}), **own, "path": saved.base["path"]})
+    return base, saved, folder
+
+
+def open_model(
+    section: ModelSection,
+    tokenizer: TokenizerSection,
+    *,
+    head: str = "causal",
+    labels: list[str] | None = None,
+    load_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Opened:
+    """Load a model and mount the stacks of the run it comes from.
+
+    Raises:
+        ModelError: the weights, the tokenizer or the fingerprint do not fit.
+    """
+    from llmrecipe.models.load import load_model, load_tokenizer
+
+    base, saved, folder = resolve(section)
+    kwargs = dict(load_kwargs or {})
+    bases = _base_wrappers(saved)
+    for wrapper in bases:
+        kwargs |= wrapper.load_kwargs()
+    if saved is not None and saved.labels and not labels and saved.head == head:
+        labels = saved.labels
+    if folder is not None and tokenizer.path is None and (folder / "tokenizer_config.json").is_file():
+        tokenizer = tokenizer.model_copy(update={"path": str(folder)})
+    text = load_tokenizer(base, tokenizer)
+    model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
+    for wrapper in bases:
+        wrapper.attach(model)
+    opened = Opened(model, text, base, base_fingerprint=delta.fingerprint(model))
+    if saved is None:
+        return opened
+    delta.check_base(model, saved, str(folder))
+    layers = list(saved.layers)
+    if section.continue_:
+        opened.continued = layers.pop()
+    for index, layer in enumerate(layers):
+        opened.mounted += delta.mount(model, layer, index)
+    opened.layers = layers
+    return opened
+
+
+def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
+    """BASE wrappers (quantization) the saved stacks were trained on, each kind once."""
+    found: dict[str, Wrapper] = {}
+    for layer in saved.layers if saved else []:
+        for name, mapping in layer.wrappers.items():
+            wrapper = delta.build_wrapper(name, mapping)
+            if wrapper.stage is Stage.BASE:
+                found.setdefault(mapping["kind"], wrapper)
+    return list(found.values())
+
+
+def merge_mounted(opened: Opened) -> None:
+    """Fold mounted stacks into the base weights, for runs that train every weight.
+
+    Raises:
+        ModelError: a mounted method cannot be folded.
+    """
+    for wrapper in opened.mounted:
+        if not wrapper.mergeable:
+            raise ModelError(
+                f"model.path: this run's '{wrapper.name.split('_', 1)[1]}' cannot be merged into the weights, so they cannot all be "
+                "trained further; add a stack, or set model.continue=true"
+            )
+    for wrapper in opened.mounted:
+        wrapper.merge(opened.model)
+    opened.mounted, opened.layers = [], []

@@ -1,0 +1,306 @@
+"""A training run: everything the loop asks for, built in one direction from a validated recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
+from llmrecipe.methods.wrapper import Probe
+from llmrecipe.training import assemble, finish, reference
+from llmrecipe.training.evaluate import Judge, evaluate
+from llmrecipe.training.loop import train as loop
+from llmrecipe.training.optimizer import set_learning_rate
+from llmrecipe.training.rules import StepResult
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    drawn: int = 0
+    """Row batches drawn from the source."""
+    tokens: int = 0
+    """Real tokens the model has read in training, on this process."""
+
+    def advance(self, micros: list[Batch]) -> None:
+        """One more optimizer step."""
+        self.step += 1
+        self.tokens += sum(m.tokens for m in micros)
+
+
+class Run:
+    """One run, ready for the loop."""
+
+    def __init__(self, composition: Composition, resume: Path | None = None):
+        self.composition = composition
+        self.recipe = composition.recipe
+        self.progress = Progress()
+        self.first_step = 0
+        self.learning_rate = 0.0
+        self.signal: int | None = None
+        parts = assemble.build(self, resume)
+        self.dir, self.runtime, self.events = parts.dir, parts.runtime, parts.events
+        self.objective, self.stack = parts.objective, parts.stack
+        self.optim, self.schedule = parts.optim, parts.schedule
+        self.opened, self.data, self.validation = parts.opened, parts.data, parts.validation
+        self.roles, self.optimizer, self.steps = parts.roles, parts.optimizer, parts.steps
+        self.judge = Judge(self.recipe.eval)
+        if resume is not None:
+            # The freshly built model is the policy of step 0: remember it before what was learned is put back.
+            reference.take(self)
+            finish.restore(self)
+        self.first_step = self.progress.step
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, unwrapped."""
+        return self.roles.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.opened.tokenizer
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def feed(self) -> Iterator[list[Batch]]:
+        """Micro-batches of each optimizer step, from where the run stands."""
+        return self.objective.batches(self.source(), self.roles)
+
+    def source(self) -> Iterator[list[dict[str, Any]]]:
+        """This process's rows of each step: a pure function of seed, epoch and position, so resume needs no state."""
+        size = self.recipe.batch.size
+        while True:
+            epoch, at = divmod(self.progress.drawn, self.steps_per_epoch)
+            rows = self.order(epoch)[at * size : (at + 1) * size]
+            self.progress.drawn += 1
+            yield [self.data[int(i)] for i in rows[self.runtime.rank :: self.runtime.world]]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Row batches in one pass; the last one may be short."""
+        return max(1, math.ceil(len(self.data) / self.recipe.batch.size))
+
+    def order(self, epoch: int) -> Any:
+        """Row indices of an epoch in training order."""
+        from llmrecipe.data import order
+
+        if getattr(self, "_order_epoch", None) != epoch:
+            self._order, self._order_epoch = order(self.data, self.recipe.seed, epoch), epoch
+        return self._order
+
+    def probe(self) -> Probe:
+        """What `calibrate` may look at: training rows in an order of its own."""
+
+        def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
+            from llmrecipe.data import order
+
+            size = rows or self.recipe.batch.size
+            indices = order(self.data, self.recipe.seed + 1_000_003, 0)
+            for i in range(n):
+                picked = [int(indices[(i * size + j) % len(indices)]) for j in range(min(size, len(indices)))]
+                yield self.objective.collate([self.data[j] for j in picked], self.roles)
+
+        def loss(batch: Batch) -> torch.Tensor:
+            return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
+
+        return Probe(batches, loss, self.runtime)
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def total_weight(self, micros: list[Batch]) -> float:
+        """The denominator of a step, over all micro-batches and processes."""
+        own = sum(self.objective.weight(m) for m in micros)
+        return float(self.runtime.sum(torch.tensor([own], dtype=torch.float64)))
+
+    def set_learning_rate(self, step: int) -> None:
+        """Give the optimizer the schedule's rate for this step."""
+        factor = self.schedule.factor(step, self.steps)
+        self.learning_rate = self.optim.lr * factor
+        if self.optimizer is not None:
+            self.learning_rate = set_learning_rate(self.optimizer, factor)
+
+    def clip(self) -> float:
+        """Clip the gradient norm over everything that trains; returns the norm before clipping."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if not parameters:
+            return 0.0
+        limit = self.optim.clip or float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def zero_gradients(self) -> None:
+        """Free the gradients."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def not_finite(self, result: StepResult, micros: list[Batch]) -> None:
+        """Keep the batch, then stop or say that the step was skipped.
+
+        Raises:
+            RunError: `run.on_nan` is `stop`.
+        """
+        path = finish.save_batch(self, micros)
+        text = f"step {self.progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the batch is in {path}"
+        self.events.warning(text)
+        if self.recipe.run.on_nan == "stop":
+            raise RunError(f"{text}. A lower optim.lr often helps; run.on_nan=skip leaves such steps out")
+
+    def report_step(self, result: StepResult, micros: list[Batch], seconds: float) -> None:
+        """Write the step event."""
+        if self.progress.step % self.recipe.log.every and self.progress.step != self.steps:
+            return
+        tokens = sum(m.tokens for m in micros)
+        self.events.step(
+            step=self.progress.step,
+            loss=result.loss,
+            lr=self.learning_rate,
+            grad_norm=result.grad_norm,
+            tokens=self.progress.tokens,
+            tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
+            peak_mem_mb=finish.peak_memory_mb(),
+            **result.metrics,
+        )
+
+    # --- what is due ----------------------------------------------------------------------------------------------
+
+    def due_evaluation(self, step: int, at_start: bool = False) -> bool:
+        """Whether an evaluation is due after `step` steps."""
+        if self.validation is None:
+            return False
+        if at_start:
+            return self.recipe.eval.at_start and step == 0
+        every = self.recipe.eval.every
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def due_save(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        every = self.recipe.save.every
+        return every is not None and step % every == 0 and step < self.steps
+
+    def stopping(self) -> bool:
+        """Whether a signal asked any process to stop."""
+        asked = torch.tensor([1.0 if self.signal else 0.0], dtype=torch.float64)
+        return bool(float(self.runtime.sum(asked)) > 0)
+
+    def evaluate(self) -> bool:
+        """Evaluate on the validation split; True when early stopping says so."""
+        metrics = evaluate(self, self.validation)
+        verdict = self.judge.see(self.progress.step, {f"eval/{k}": v for k, v in metrics.items()})
+        self.events.evaluation(step=self.progress.step, **{f"eval/{k}": v for k, v in metrics.items()})
+        if verdict.best and self.recipe.eval.load_best:
+            finish.save_best(self)
+        return verdict.stop
+
+    def rebuild(self) -> None:
+        """The set of trained tensors changed: the optimizer is built anew and keeps the state of what survived."""
+        if self.optimizer is not None:
+            self.optimizer = assemble.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
+        self.roles.prepared = self.runtime.prepare(self.roles.engine)
+
+    def save(self) -> Path | None:
+        """Write a checkpoint."""
+        return finish.save(self)
+
+    def finish(self) -> None:
+        """Best weights, test split, final folder, model card."""
+        finish.finish(self)
+
+    def progress_state(self) -> dict[str, Any]:
+        """JSON of the progress, for a checkpoint."""
+        return asdict(self.progress)
+
+
+def train(composition: Composition, resume: str | Path | None = None) -> Run:
+    """Run a recipe to its end.
+
+    Args:
+        composition: what `compose` returned.
+        resume: a run directory to continue.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: the recipe, data or model is unusable, or the run stopped itself.
+        Interrupted: a signal arrived; a checkpoint has been written.
+    """
+    run = Run(composition, Path(resume) if resume else None)
+    try:
+        with _signals(run):
+            start(run)
+            loop(run)
+        run.dir.status("done", step=run.progress.step)
+    except (Interrupted, KeyboardInterrupt):
+        run.dir.status("interrupted", step=run.progress.step)
+        raise
+    except LlmRecipeError as error:
+        run.dir.status("failed", error=str(error), step=run.progress.step)
+        raise
+    except Exception as error:
+        run.dir.status("failed", error=f"{type(error).__name__}: {error}", step=run.progress.step)
+        raise
+    finally:
+        run.events.close()
+        run.runtime.close()
+    return run
+
+
+def start(run: Run) -> None:
+    """What happens once before the first step: calibration, the reference, step-0 checks."""
+    run.dir.status("running", step=run.progress.step)
+    run.roles.engine.train(run.objective.dropout)
+    if run.first_step == 0:
+        run.stack.calibrate(run.model, run.probe())
+        run.rebuild()
+        reference.take(run)
+    run.objective.start(run.roles)
+
+
+@contextlib.contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the loop to write a checkpoint; a second Ctrl-C stops at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if run.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.signal = number
+
+    kept = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
+        kept = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def train_cli(recipe: str, overrides: list[str], resume: str | None = None) -> None:
+    """The `train` verb: compose, run (or run all stages), say where the result is."""
+    from llmrecipe.recipe.compose import compose
+
+    if resume is not None:
+        recipe = recipe or str(Path(resume) / "recipe.yaml")
+    composition = compose(recipe, overrides)
+    for note in composition.notes:
+        print(note)
+    if composition.recipe.stages:
+        raise UserError("stages: pipelines are run by `llmrecipe train` once llmrecipe.recipe.stages is present")
+    run = train(composition, resume)
+    if run.runtime.is_main:
+        print(f"done: {run.dir.path}")

@@ -1,0 +1,197 @@
+"""LoRA against peft: outputs, gradients and five AdamW steps; its start, its merge, its switch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from llmrecipe.context import Context, activate
+from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.methods.stack import Stack
+from tests.tiny import tiny_model
+
+IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 2]])
+
+
+def fill(model: nn.Module, seed: int = 3) -> None:
+    """Random non-zero branches, so that every part of the formula shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, _, _, port in all_ports(model):
+        for parameter in port.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+
+
+def adapted(family: str = "llama", **options: object) -> tuple[nn.Module, Stack]:
+    model = tiny_model(family)
+    stack = Stack([Lora(name="lora", **options)])
+    stack.attach(model)
+    return model, stack
+
+
+def peft_twin(model: nn.Module, family: str, targets: list[str], **config: object) -> nn.Module:
+    """The same base under peft with the same A and B."""
+    from peft import LoraConfig, get_peft_model
+
+    twin = get_peft_model(tiny_model(family), LoraConfig(target_modules=targets, **config))
+    ours = {path: port for path, _, _, port in all_ports(model)}
+    for name, module in twin.base_model.model.named_modules():
+        if hasattr(module, "lora_A") and name in ours:
+            port = ours[name]
+            if "default" in module.lora_embedding_A:
+                module.lora_embedding_A["default"].data = port.A.data.clone()
+                module.lora_embedding_B["default"].data = port.B.data.clone()
+            else:
+                module.lora_A["default"].weight.data = port.A.data.clone()
+                module.lora_B["default"].weight.data = port.B.data.clone()
+    return twin
+
+
+CASES = [
+    ("llama", "attn.q|v", ["q_proj", "v_proj"], {}),
+    ("llama", "all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], {}),
+    ("llama", "attn.q", ["q_proj"], {"use_rslora": True}),
+    ("gpt2", "attn.qkv", ["c_attn"], {}),
+    ("llama", "embed", ["embed_tokens"], {}),
+]
+
+
+@pytest.mark.parametrize(("family", "target", "targets", "extra"), CASES)
+def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, targets: list[str], extra: dict) -> None:
+    model, _ = adapted(family, target=target, r=4, alpha=6.0, **extra)
+    fill(model)
+    fan = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    twin = peft_twin(model, family, targets, r=4, lora_alpha=6, **fan, **extra)
+    ports = {path: port for path, _, _, port in all_ports(model)}
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0) for m in (model, twin)
+    ]
+    for _ in range(5):
+        losses = []
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            logits = m(input_ids=IDS).logits
+            loss = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:])
+            loss.backward()
+            losses.append(loss)
+        torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+        for name, module in twin.base_model.model.named_modules():
+            if name in ports and hasattr(module, "lora_A") and "default" in module.lora_A:
+                torch.testing.assert_close(ports[name].A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(ports[name].B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa"])
+@pytest.mark.parametrize("target", ["attn.q|v", "all-linear", "embed", "embed + head"])
+def test_starts_at_the_base_model(init: str, target: str) -> None:
+    base = tiny_model()(input_ids=IDS).logits
+    model, _ = adapted(target=target, init=init)
+    torch.testing.assert_close(model(input_ids=IDS).logits, base, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("llama", "all-linear"), ("gpt2", "attn.q|v"), ("gpt_neox", "attn.q|v"), ("phi3", "attn.q|v"), ("llama", "embed"), ("mixtral", "experts")],
+)
+def test_merging_gives_the_same_logits(family: str, target: str) -> None:
+    model, stack = adapted(family, target=target)
+    fill(model)
+    unmerged = model(input_ids=IDS).logits
+    next(iter(stack)).merge(model)
+    assert not list(all_ports(model))
+    torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
+
+
+def test_merging_one_side_of_a_tied_pair_is_refused_and_both_sides_merge() -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    stack = Stack([Lora(name="lora", target="head")])
+    stack.attach(model)
+    with pytest.raises(ModelError, match="shares its weight"):
+        next(iter(stack)).merge(model)
+    model = tiny_model(tie_word_embeddings=True)
+    stack = Stack([Lora(name="lora", target="embed + head")])
+    stack.attach(model)
+    fill(model)
+    pairs = [p for p in model.parameters() if p.requires_grad]
+    assert len(pairs) == 2
+    unmerged = model(input_ids=IDS).logits
+    next(iter(stack)).merge(model)
+    torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
+
+
+def test_switched_off_the_base_is_back_bit_for_bit_and_copies_keep_their_own_branch() -> None:
+    base = tiny_model()(input_ids=IDS).logits
+    model, _ = adapted()
+    fill(model)
+    changed = model(input_ids=IDS).logits
+    assert not torch.equal(changed, base)
+    with activate(Context(role="reference")):
+        assert torch.equal(model(input_ids=IDS).logits, base)
+    twin = copy.deepcopy(model)
+    fill(twin, seed=11)
+    assert torch.equal(model(input_ids=IDS).logits, changed)
+    assert not torch.equal(twin(input_ids=IDS).logits, changed)
+
+
+def test_fused_rows_equal_separate_projections() -> None:
+    """A branch on q and v of a fused layer changes exactly those rows of its output."""
+    model, _ = adapted("gpt2", target="attn.q|v")
+    fill(model)
+    layer = model.transformer.h[0].attn.c_attn
+    x = torch.randn(3, 32)
+    with activate(Context(role="reference")):
+        plain = layer(x)
+    difference = (layer(x) - plain).abs().sum(0)
+    assert bool((difference[:32] > 0).all())
+    assert bool((difference[32:64] == 0).all())
+    assert bool((difference[64:] > 0).all())
+
+
+def test_expert_branches_equal_a_loop_over_experts() -> None:
+    model, _ = adapted("mixtral", target="experts")
+    fill(model)
+    _, module, _, port = next(iter(all_ports(model)))
+    weight = getattr(module, port.tensor)
+    changed = port.weight(weight)
+    for e in range(weight.shape[0]):
+        torch.testing.assert_close(changed[e], weight[e] + port.scale * port.B[e] @ port.A[e], atol=1e-6, rtol=1e-5)
+
+
+def test_counts_follow_the_formula() -> None:
+    model, stack = adapted(target="attn.q|v", r=4)
+    # q: 32 -> 32, v: 32 -> 16 (two of four heads are key/value heads), two layers
+    wanted = 2 * 4 * ((32 + 32) + (32 + 16))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
+    assert next(iter(stack)).memory(model)["trainable"] == wanted
+
+
+def test_patterns_choose_rank_and_scale_and_two_that_tie_are_refused() -> None:
+    model, _ = adapted(target="attn.q|v", r=4, rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 4.0})
+    ranks = {path: (port.A.shape[0], port.scale) for path, _, _, port in all_ports(model)}
+    assert ranks["model.layers.1.self_attn.q_proj"] == (2, 8.0)
+    assert ranks["model.layers.0.self_attn.q_proj"] == (4, 4.0)
+    assert ranks["model.layers.0.self_attn.v_proj"] == (4, 1.0)
+    with pytest.raises(RecipeError, match="both"):
+        adapted(target="attn.q", rank_pattern={"q_proj": 2, "q_pro.": 3})
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model, _ = adapted(target="all-linear")
+        fill(model)
+        model.train()
+        if checkpointing:
+            from llmrecipe.context import checkpoint_contexts
+
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name])
