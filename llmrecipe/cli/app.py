@@ -28,7 +28,7 @@ def build() -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog="Overrides are plain words: llmrecipe train recipe=dpo_lora optim.lr=1e-4 stack=[nf4,lora]",
+        epilog="Overrides are plain words: llmrecipe train recipe=dpo_lora optim.lr=1e-4 stack=\\[nf4,lora]",
     )
     app.callback()(_root)
     modules = []

@@ -13,7 +13,9 @@ ORDER = 2
 
 
 def verb(
-    group: Annotated[str | None, typer.Argument(help="stack, objective, optim, schedule, recipes, model, ...", show_default=False)] = None,
+    group: Annotated[
+        str | None, typer.Argument(help="stack, objective, optim, schedule, recipes, model, ...", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List what there is: methods, objectives, optimizers, schedules, recipes, presets."""
@@ -63,5 +65,7 @@ def collect(group: str | None) -> list[dict[str, Any]]:
         files = all_recipes() if each == "recipes" else presets(each)
         for name, path in files.items():
             family = path.parent.name if each == "recipes" else "preset"
-            rows.append({"group": each, "name": name, "family": family, "summary": headline(path), "file": str(path), "papers": []})
+            rows.append(
+                {"group": each, "name": name, "family": family, "summary": headline(path), "file": str(path), "papers": []}
+            )
     return rows

@@ -25,7 +25,12 @@ def complete_names(incomplete: str) -> list[str]:
 
 
 def verb(
-    name: Annotated[str, typer.Argument(help="A method, objective, optimizer, schedule, recipe, preset or section.", autocompletion=complete_names)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A method, objective, optimizer, schedule, recipe, preset or section.", autocompletion=complete_names
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Show one card: formula, what is trained, options, limits, paper, recipes."""

@@ -35,7 +35,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[recipe=NAME] [key=value ...]",
-        help="recipe=NAME or recipe=FILE, and overrides such as optim.lr=1e-4 stack=[nf4,lora] ~stack.lora",
+        help="recipe=NAME or recipe=FILE, and overrides such as optim.lr=1e-4 stack=\\[nf4,lora] ~stack.lora",
         autocompletion=complete,
         show_default=False,
     ),
@@ -85,7 +85,11 @@ def need_recipe(request: Request, verb: str) -> str:
 
     known = list(all_recipes())
     bare = next((w for w in request.overrides if "=" not in w), None)
-    near = f"; did you mean 'llmrecipe {verb} recipe={bare}'?" if bare in known else did_you_mean(f"recipe={bare}", [f"recipe={k}" for k in known])
+    near = (
+        f"; did you mean 'llmrecipe {verb} recipe={bare}'?"
+        if bare in known
+        else did_you_mean(f"recipe={bare}", [f"recipe={k}" for k in known])
+    )
     raise RecipeError(f"llmrecipe {verb}: no recipe given; write recipe=NAME{near if bare else ''} (known: {', '.join(known)})")
 
 

@@ -97,7 +97,15 @@ def recipe_card(name: str, path: Path) -> dict[str, Any]:
     choices = {group: chain.choice(chain.primary.id, group) for group in COMPONENT_GROUPS}
     extends = [short(chain.links[i].source.path) for i in chain.primary.extends]
     text = path.read_text(encoding="utf-8")
-    return {"group": "recipes", "name": name, "file": str(path), "doc": "\n".join(comment(path)), "extends": extends, **choices, "text": text}
+    return {
+        "group": "recipes",
+        "name": name,
+        "file": str(path),
+        "doc": "\n".join(comment(path)),
+        "extends": extends,
+        **choices,
+        "text": text,
+    }
 
 
 def section_card(name: str) -> dict[str, Any]:
@@ -111,7 +119,12 @@ def section_card(name: str) -> dict[str, Any]:
         for key, option in model.model_fields.items():
             shown = option.alias or key
             default = option.get_default(call_default_factory=True)
-            facts = {"type": _bounds(schema[shown]), "default": default, "required": option.is_required(), "allowed": _bounds(schema[shown])}
+            facts = {
+                "type": _bounds(schema[shown]),
+                "default": default,
+                "required": option.is_required(),
+                "allowed": _bounds(schema[shown]),
+            }
             options.append({"name": shown, "description": option.description or "", **facts})
     doc = field.description or (model.__doc__ if model else "") or _component_section(name)
     return {"group": "section", "name": name, "doc": doc, "options": options, "presets": sorted(presets(name))}

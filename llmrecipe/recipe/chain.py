@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, lookup, packaged, roots
+from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, all_recipes, lookup, packaged, presets, roots
 from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 
 
@@ -27,7 +27,7 @@ class Link:
     choices: dict[str, tuple[Any, int]] = field(default_factory=dict)
     """Group -> (what the file's own defaults list chooses, line)."""
     defaults: list[Any] = field(default_factory=list)
-    """The defaults list Hydra gets."""
+    """The defaults list Hydra gets; `Chain.place` completes it."""
 
 
 class Chain:
@@ -59,7 +59,6 @@ class Chain:
         if not isinstance(entries, list):
             raise RecipeError(f"{source.where('defaults')}: defaults is a list, such as `- /base`; got {entries!r:.60}")
         parents: list[Any] = []
-        chosen: dict[str, Any] = {}
         for index, entry in enumerate(entries):
             where = source.where("defaults", index)
             if isinstance(entry, str) and entry != "_self_" and entry.strip("/").split("/")[0].split("@")[0] not in GROUPS:
@@ -71,12 +70,13 @@ class Chain:
                     parents.append(f"/{parent.id}")
             elif isinstance(entry, dict) and len(entry) == 1:
                 group, choice = _group_entry(entry, where)
-                chosen[group] = choice
                 link.choices[group] = (choice, _line(source, index))
             elif entry == "_self_":
                 parents.append(entry)
             else:
-                raise RecipeError(f"{where}: an entry of defaults is `- /RECIPE`, `- override /GROUP: NAME` or `- _self_`; got {entry!r:.60}")
+                raise RecipeError(
+                    f"{where}: an entry of defaults is `- /RECIPE`, `- override /GROUP: NAME` or `- _self_`; got {entry!r:.60}"
+                )
         is_base = source.path.stem == "base" and source.path.parent in [*roots(), packaged().resolve()]
         if not is_base and not any(self._stands_on_base(i) for i in link.extends):
             base = self._add(self._resolve("/base", source.path, short(source.path)), under)
@@ -85,17 +85,51 @@ class Chain:
         if "_self_" not in parents:
             parents.append("_self_")
         link.defaults = parents
-        inherited = set().union(*(self._groups(i) for i in link.extends))
-        for group, choice in chosen.items():
-            link.defaults.append({f"override /{group}" if group in inherited else f"/{group}": choice})
+
+    def place(self, words: dict[str, Any]) -> None:
+        """Write the group choices into the defaults lists, those of the command line (group -> choice) over all others.
+
+        A component replaces the one base chose. A preset is merged just before the body of the file that chose it, or after everything when the
+        command line did, so that a choice is never hidden by what an extended recipe says.
+        """
+        files = {group for link in self.links.values() for group in link.choices}
+        for group in sorted(files | set(words)):
+            holder = self.holder(self.primary.id, group)
+            choice = words[group] if group in words else holder.choices[group][0] if holder else None
+            preset = isinstance(choice, str) and choice in presets(group)
+            if preset:
+                owner = self.primary if group in words else holder or self.primary
+                entry = f"/{group}/{choice}"
+                at = len(owner.defaults) if group in words else owner.defaults.index("_self_")
+                owner.defaults.insert(at, entry)
+        for link in self.links.values():
+            inherited = set().union(*(self._components(i) for i in link.extends))
+            for group in self._own_components(link):
+                word = f"override /{group}" if group in inherited else f"/{group}"
+                link.defaults.append({word: link.choices[group][0]})
+
+    def holder(self, link_id: str, group: str) -> Link | None:
+        """The file whose choice for a group counts: the outermost one."""
+        link = self.links[link_id]
+        if group in link.choices:
+            return link
+        found = [holder for i in link.extends if (holder := self.holder(i, group)) is not None]
+        return found[-1] if found else None
+
+    def _own_components(self, link: Link) -> list[str]:
+        return [
+            g
+            for g, (choice, _) in link.choices.items()
+            if choice is not None and not (isinstance(choice, str) and choice in presets(g))
+        ]
+
+    def _components(self, link_id: str) -> set[str]:
+        link = self.links[link_id]
+        return set(self._own_components(link)).union(*(self._components(i) for i in link.extends))
 
     def _stands_on_base(self, link_id: str) -> bool:
         link = self.links[link_id]
         return link.source.path.stem == "base" or any(self._stands_on_base(i) for i in link.extends)
-
-    def _groups(self, link_id: str) -> set[str]:
-        link = self.links[link_id]
-        return set(link.choices).union(*(self._groups(i) for i in link.extends))
 
     def _resolve(self, name: str, source: Path, where: str) -> Path:
         if name.endswith((".yaml", ".yml")):
@@ -105,18 +139,15 @@ class Chain:
         folders = [source.parent, *self.folders]
         found = lookup(name, list(dict.fromkeys(folders)), exclude=source)
         if found is None:
-            from llmrecipe.recipe.search import all_recipes
-
-            raise RecipeError(f"{where}: there is no recipe '{name.strip('/')}' to extend{did_you_mean(name.strip('/'), ['base', *all_recipes()])}")
+            raise RecipeError(
+                f"{where}: there is no recipe '{name.strip('/')}' to extend{did_you_mean(name.strip('/'), ['base', *all_recipes()])}"
+            )
         return found.resolve()
 
     def choice(self, link_id: str, group: str) -> Any:
         """What a file, together with all it extends, chooses for a group."""
-        link = self.links[link_id]
-        if group in link.choices:
-            return link.choices[group][0]
-        inherited = [self.choice(i, group) for i in link.extends]
-        return next((c for c in reversed(inherited) if c is not None), None)
+        holder = self.holder(link_id, group)
+        return holder.choices[group][0] if holder else None
 
     def plugins(self) -> list[str]:
         """Packages named under `plugins` by any file of the chain."""
@@ -132,7 +163,9 @@ def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
     word, choice = next(iter(entry.items()))
     group = word.removeprefix("override ").strip().strip("/")
     if group not in GROUPS:
-        raise RecipeError(f"{where}: defaults has no group '{group}'{did_you_mean(group, GROUPS)} (groups: {', '.join(GROUPS)})")
+        raise RecipeError(
+            f"{where}: defaults has no group '{group}'{did_you_mean(group, GROUPS)} (groups: {', '.join(GROUPS)})"
+        )
     if group == "stack":
         choice = [] if choice is None else [choice] if isinstance(choice, str) else choice
         if not (isinstance(choice, list) and all(isinstance(c, str) for c in choice)):
@@ -162,6 +195,8 @@ def _check_body(source: YamlFile) -> None:
     """Refuse an empty section: YAML reads it as null, and whatever was meant to stand below it is lost."""
     for key, value in source.value.items():
         if value is None and key in {*GROUPS, "tokenizer", "roles", "eval", "save", "log", "run", "batch"}:
-            raise RecipeError(f"{source.where(key)}: '{dotted((key,))}' is empty; remove the line or put its keys below it, indented")
+            raise RecipeError(
+                f"{source.where(key)}: '{dotted((key,))}' is empty; remove the line or put its keys below it, indented"
+            )
         if key == "hydra":
             raise RecipeError(f"{source.where(key)}: there is no key 'hydra' in a recipe")

@@ -1,7 +1,7 @@
 """From a recipe's name and the words of the command line to one complete mapping, with the origin of every value.
 
-    find the file -> read it and what it extends -> Hydra merges components, presets and files -> words of the command line
-    -> defaults of sections and components -> interpolation -> validation
+find the file -> read it and what it extends -> Hydra merges components, presets and files -> words of the command line
+-> defaults of sections and components -> interpolation -> validation
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path
     """Name, file, complete mapping, origins and notes of a recipe, not validated yet."""
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
     from llmrecipe.recipe.interpolation import resolve
-    from llmrecipe.recipe.overrides import apply, hydra_words, parse
+    from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
     from llmrecipe.recipe.residue import Cleaner
 
     path = find_recipe(recipe)
@@ -78,6 +78,7 @@ def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path
     wrong = [message for choice in choices for message in refused_choices(*choice)]
     if wrong:
         raise RecipeError("\n".join(wrong))
+    chain.place({group: word.value for group, word in chosen(words).items()})
     composed = merge(chain, hydra_words(words))
     mapping, origins = composed.mapping, composed.origins
     mapping.pop("defaults", None)
@@ -122,13 +123,8 @@ def _choice_origin(chain: Chain, words: list[Word], group: str) -> Origin | None
     for word in reversed(words):
         if word.choice and word.key[0] == group:
             return Origin("override", word=word.text)
-    link = chain.primary
-    while group not in link.choices:
-        parents = [chain.links[i] for i in link.extends if chain.choice(i, group) is not None]
-        if not parents:
-            return None
-        link = parents[-1]
-    return Origin("file", link.source.path, link.choices[group][1])
+    holder = chain.holder(chain.primary.id, group)
+    return Origin("file", holder.source.path, holder.choices[group][1]) if holder else None
 
 
 @functools.cache

@@ -50,7 +50,9 @@ def _schema_lines() -> dict[str, dict[str, int]]:
     tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     return {
         node.name: {
-            item.target.id: item.lineno for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            item.target.id: item.lineno
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         }
         for node in tree.body
         if isinstance(node, ast.ClassDef)

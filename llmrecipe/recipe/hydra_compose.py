@@ -62,7 +62,9 @@ class _RecipeSource(ConfigSource):
         return self._result(config_path, read_yaml(path).value, group)
 
     def _result(self, config_path: str, value: dict[str, Any], package: str) -> ConfigResult:
-        return ConfigResult(provider=self.provider, path=config_path, config=OmegaConf.create(value), header={"package": package})
+        return ConfigResult(
+            provider=self.provider, path=config_path, config=OmegaConf.create(value), header={"package": package}
+        )
 
     def is_group(self, config_path: str) -> bool:
         return config_path.strip("/") in PRESET_GROUPS

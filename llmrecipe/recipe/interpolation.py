@@ -35,7 +35,11 @@ def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
         try:
             _value(config, key)
         except (OmegaConfBaseException, RecursionError) as error:
-            reason = "names itself in a circle" if isinstance(error, RecursionError) or "recurs" in str(error).lower() else str(error).split("\n")[0]
+            reason = (
+                "names itself in a circle"
+                if isinstance(error, RecursionError) or "recurs" in str(error).lower()
+                else str(error).split("\n")[0]
+            )
             raise RecipeError(f"{dotted(key)}: {text} {reason}{_at(origins, key)}") from error
     resolved = OmegaConf.to_container(config, resolve=True)
     return _each(resolved, lambda text: text.replace("\0", "${").replace("\1", "}"))
@@ -75,7 +79,10 @@ def _refuse(mapping: dict[str, Any], key: KeyPath, text: str) -> tuple[str, KeyP
         if STAGE.match(inside):
             continue
         if not PLAIN.match(inside):
-            return f"{dotted(key)}: ${{{inside}}} is not allowed; a recipe interpolates only another key, as in ${{data.max_length}}, or ${{stage:NAME}}", key
+            return (
+                f"{dotted(key)}: ${{{inside}}} is not allowed; a recipe interpolates only another key, as in ${{data.max_length}}, or ${{stage:NAME}}",
+                key,
+            )
         if not inside.startswith(".") and (near := _missing(mapping, inside)) is not None:
             return f"{dotted(key)}: ${{{inside}}} names no key of this recipe{near}", key
     return None

@@ -8,7 +8,11 @@ from llmrecipe import registry
 from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS
 
-REFERENCE = {"type": "string", "pattern": r"\$\{[^}]+\}", "description": "Another value of the recipe, as in ${data.max_length}."}
+REFERENCE = {
+    "type": "string",
+    "pattern": r"\$\{[^}]+\}",
+    "description": "Another value of the recipe, as in ${data.max_length}.",
+}
 
 
 def json_schema() -> dict[str, Any]:
@@ -38,7 +42,13 @@ def _component(spec: registry.Spec, definitions: dict[str, Any]) -> dict[str, An
     _allow_references(schema)
     kind = {"const": spec.name, "description": f"The {spec.group} this entry is."}
     properties = {"kind": kind, **schema.get("properties", {})}
-    return {"type": "object", "title": spec.name, "description": spec.doc, "properties": properties, "additionalProperties": False}
+    return {
+        "type": "object",
+        "title": spec.name,
+        "description": spec.doc,
+        "properties": properties,
+        "additionalProperties": False,
+    }
 
 
 def _allow_references(schema: dict[str, Any]) -> None:
@@ -61,4 +71,8 @@ def _defaults() -> dict[str, Any]:
         value = {"type": "array", "items": name} if group == "stack" else name
         choices |= {word: value for word in (group, f"/{group}", f"override {group}", f"override /{group}")}
     choice = {"type": "object", "properties": choices, "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
-    return {"type": "array", "items": {"anyOf": [{"type": "string"}, choice]}, "description": "What the recipe extends and chooses."}
+    return {
+        "type": "array",
+        "items": {"anyOf": [{"type": "string"}, choice]},
+        "description": "What the recipe extends and chooses.",
+    }

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.origins import Origin, Origins, forget, leaves
-from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS
+from llmrecipe.recipe.search import GROUPS, presets
 from llmrecipe.recipe.yaml_file import KeyPath
 
 
@@ -60,7 +60,9 @@ def _word(text: str) -> Word:
         ) from error
     if sweep:
         key, _, given = text.partition("=")
-        raise RecipeError(f"'{text}': one value is wanted, several were given; write a list as '{key}=[{given}]', or use `llmrecipe search`")
+        raise RecipeError(
+            f"'{text}': one value is wanted, several were given; write a list as '{key}=[{given}]', or use `llmrecipe search`"
+        )
     return _classify(text, parsed, value)
 
 
@@ -70,11 +72,15 @@ def _classify(text: str, parsed: Override, value: Any) -> Word:
     if name not in GROUPS:
         return Word(text, key, value, parsed.is_delete(), False)
     if parsed.is_delete():
-        raise RecipeError(f"'{text}': {name} cannot be removed as a whole; choose another one, as in {name}={'[]' if name == 'stack' else 'NAME'}")
+        raise RecipeError(
+            f"'{text}': {name} cannot be removed as a whole; choose another one, as in {name}={'[]' if name == 'stack' else 'NAME'}"
+        )
     if name == "stack":
         value = [] if value in (None, "", "none") else [value] if isinstance(value, str) else value
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise RecipeError(f"'{text}': stack= takes a list of methods, as in stack=[nf4,lora]; add a named one with '+stack.NAME={{kind: ...}}'")
+            raise RecipeError(
+                f"'{text}': stack= takes a list of methods, as in stack=[nf4,lora]; add a named one with '+stack.NAME={{kind: ...}}'"
+            )
         repeated = next((v for v in value if value.count(v) > 1), None)
         if repeated:
             raise RecipeError(f"'{text}': '{repeated}' stands twice; add the second as '+stack.NAME={{kind: {repeated}}}'")
@@ -102,8 +108,13 @@ def _plain(value: Any) -> Any:
 
 
 def hydra_words(words: list[Word]) -> list[str]:
-    """The group choices, as Hydra wants them."""
-    return [f"{word.key[0]}={_choice_text(word.value)}" for word in words if word.choice]
+    """The choices of components, as Hydra wants them; presets are placed by the chain."""
+    last = chosen(words)
+    return [f"{group}={_choice_text(word.value)}" for group, word in last.items() if not _is_preset(group, word.value)]
+
+
+def _is_preset(group: str, value: Any) -> bool:
+    return isinstance(value, str) and value in presets(group)
 
 
 def _choice_text(value: Any) -> str:
@@ -123,7 +134,9 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
         last = word.key[-1]
         if word.delete:
             if last not in node:
-                raise RecipeError(f"'{word.text}': there is no {'.'.join(map(str, word.key))} to remove{did_you_mean(str(last), node)}")
+                raise RecipeError(
+                    f"'{word.text}': there is no {'.'.join(map(str, word.key))} to remove{did_you_mean(str(last), node)}"
+                )
             del node[last]
             forget(origins, word.key)
             continue
@@ -147,7 +160,9 @@ def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
     node: Any = mapping
     for depth, part in enumerate(word.key[:-1]):
         if word.delete and part not in node:
-            raise RecipeError(f"'{word.text}': there is no {'.'.join(map(str, word.key[: depth + 1]))}{did_you_mean(str(part), node)}")
+            raise RecipeError(
+                f"'{word.text}': there is no {'.'.join(map(str, word.key[: depth + 1]))}{did_you_mean(str(part), node)}"
+            )
         inner = node.get(part)
         if inner is None:
             inner = node[part] = {}
@@ -160,4 +175,4 @@ def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
 
 def chosen(words: list[Word]) -> dict[str, Word]:
     """Group -> the last word that chose it."""
-    return {str(word.key[0]): word for word in words if word.choice and word.key[0] in {*COMPONENT_GROUPS, *GROUPS}}
+    return {str(word.key[0]): word for word in words if word.choice}

@@ -12,7 +12,8 @@ from llmrecipe import registry
 from llmrecipe.recipe.chain import Chain
 from llmrecipe.recipe.origins import Origin, Origins, forget, origin_of
 from llmrecipe.recipe.overrides import Word, chosen
-from llmrecipe.recipe.yaml_file import KeyPath, dotted
+from llmrecipe.recipe.search import presets
+from llmrecipe.recipe.yaml_file import KeyPath, dotted, read_yaml
 
 
 class Cleaner:
@@ -53,7 +54,9 @@ class Cleaner:
         stack.update(entries)
 
     def _given_whole(self, name: str) -> bool:
-        return any(o.kind == "override" and o.word.split("=")[0].lstrip("+") == f"stack.{name}" for o in self._below(("stack", name)))
+        return any(
+            o.kind == "override" and o.word.split("=")[0].lstrip("+") == f"stack.{name}" for o in self._below(("stack", name))
+        )
 
     def _below(self, at: KeyPath) -> list[Origin]:
         return [o for key, o in self.origins.items() if key[: len(at)] == at]
@@ -120,6 +123,8 @@ class Cleaner:
             body = body.get(part, {}) if isinstance(body, dict) else {}
         choice = self.chain.choice(link.id, group)
         believed = body.get("kind") if isinstance(body, dict) and "kind" in body else at[-1] if group == "stack" else choice
+        if group != "stack" and believed in presets(group):
+            believed = read_yaml(presets(group)[believed]).value.get("kind")
         if believed == kind or believed not in registry.names(group) or option not in registry.spec(group, believed).options:
             return None
         return str(believed)

@@ -37,7 +37,11 @@ def recipes_in(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(root.rglob("*.y*ml")):
         relative = path.relative_to(root)
-        if path.suffix not in (".yaml", ".yml") or relative.parts[0] in GROUPS or any(p.startswith(".") for p in relative.parts):
+        if (
+            path.suffix not in (".yaml", ".yml")
+            or relative.parts[0] in GROUPS
+            or any(p.startswith(".") for p in relative.parts)
+        ):
             continue
         found[relative.with_suffix("").as_posix()] = path
     return found
@@ -77,7 +81,9 @@ def lookup(name: str, folders: list[Path], exclude: Path | None = None) -> Path 
         matches = [path for path in known.values() if path.stem == wanted]
         if len(matches) > 1:
             listed = ", ".join(short(path) for path in matches)
-            raise RecipeError(f"recipe={name}: several recipes have that name: {listed}; give the folder too, as in recipe=FOLDER/{wanted}")
+            raise RecipeError(
+                f"recipe={name}: several recipes have that name: {listed}; give the folder too, as in recipe=FOLDER/{wanted}"
+            )
         if matches:
             return matches[0]
     return None

@@ -136,7 +136,9 @@ def check_stack(stack: Mapping[str, Any]) -> list[Mistake]:
             pair = frozenset((name, other))
             if other != name and isinstance(conflicts, dict) and other_spec.name in conflicts and pair not in refused:
                 refused.add(pair)
-                mistakes.append(Mistake(("stack", name), f"{name} and {other} cannot share a stack: {conflicts[other_spec.name]}"))
+                mistakes.append(
+                    Mistake(("stack", name), f"{name} and {other} cannot share a stack: {conflicts[other_spec.name]}")
+                )
         requires = spec.facts.get("requires") or ()
         for kind in requires if isinstance(requires, tuple | list) else ():
             if kind not in {s.name for s in known.values()}:
@@ -198,7 +200,9 @@ def report(mistakes: list[Mistake], origins: Mapping[KeyPath, Origin]) -> str:
     return "\n".join(lines)
 
 
-def translate(error: ValidationError, given: Mapping[str, Any], model: type[BaseModel], at: KeyPath, owner: str = "") -> list[Mistake]:
+def translate(
+    error: ValidationError, given: Mapping[str, Any], model: type[BaseModel], at: KeyPath, owner: str = ""
+) -> list[Mistake]:
     """Pydantic's errors in this project's words; the branches of a union become one line."""
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors():
@@ -297,7 +301,12 @@ TYPES = {
     "set_type": "a list",
     "dataclass_type": "a mapping",
 }
-BOUNDS = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">="), "less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
+BOUNDS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
 
 
 def _wanted(detail: ErrorDetails) -> str:

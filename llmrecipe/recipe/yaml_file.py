@@ -43,7 +43,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _resolve(tag: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), [*first, ""] if tag == "null" else list(first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(pattern), [*first, ""] if tag == "null" else list(first)
+    )
 
 
 _resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
@@ -91,7 +93,9 @@ def read_yaml(path: Path) -> YamlFile:
     except yaml.YAMLError as error:
         raise RecipeError(_yaml_message(path, text, error)) from error
     if not isinstance(value, dict):
-        raise RecipeError(f"{short(path)}:1: a recipe is a mapping `key: value`; this file holds {type(value).__name__} {value!r:.60}")
+        raise RecipeError(
+            f"{short(path)}:1: a recipe is a mapping `key: value`; this file holds {type(value).__name__} {value!r:.60}"
+        )
     return YamlFile(path, value, lines)
 
 
@@ -124,7 +128,9 @@ def _refuse_repeated_keys(node: yaml.MappingNode, at: KeyPath, path: Path) -> No
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(f"{short(path)}:{line}: a key must be plain text")
         if key.value in first:
-            raise RecipeError(f"{short(path)}:{line}: '{dotted((*at, key.value))}' is given twice (first on line {first[key.value]})")
+            raise RecipeError(
+                f"{short(path)}:{line}: '{dotted((*at, key.value))}' is given twice (first on line {first[key.value]})"
+            )
         first[key.value] = line
 
 
