@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-all check format tiny-model bench clean
+
+demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it something
+	$(BIN)/llmrecipe train recipe=dpo_lora run.dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(READY)  ## the fast suite
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-all: $(READY)  ## everything: parity with trl and peft, whole recipes, two processes
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check llmrecipe tests
+	$(BIN)/ruff format --check llmrecipe tests
+	$(BIN)/mypy llmrecipe
+
+format: $(READY)  ## put the code into shape
+	$(BIN)/ruff check --fix llmrecipe tests
+	$(BIN)/ruff format llmrecipe tests
+
+bench: $(READY)  ## the same work here and in TRL + PEFT, in turn; prints ratios
+	$(BIN)/python tests/benchmarks/harness.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch by itself first: its exact version decides which build the rest is resolved against.
+	$(PIP) "torch$$(sed -n 's/^torch==/==/p' .ci/constraints.txt)"
+	$(PIP) -e ".[dev,plots]"
+	touch $(READY)
