@@ -1,0 +1,11 @@
+"""Data: from files to token rows.
+
+`prepare` turns a recipe's `data` section into `TokenData`, `order` shuffles an epoch, `TokenStream` reads rows as they come.
+"""
+
+from llmrecipe.data.prepare import TokenData, order, prepare
+from llmrecipe.data.report import Report
+from llmrecipe.data.sources import has_split
+from llmrecipe.data.stream import TokenStream
+
+__all__ = ["Report", "TokenData", "TokenStream", "has_split", "order", "prepare"]

@@ -1,0 +1,237 @@
+"""The token cache: Arrow files read memory-mapped, keyed by content.
+
+The key is a hash of what decides the token rows and of nothing else: the content of the data, the tokenizer with its
+template, the row type and mask, the length options, the split or draw taken, and the code that encodes. A table is written
+beside its place and renamed into it, so a reader never sees half of one and two writers do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrecipe.data.rows import RowType
+from llmrecipe.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+FILE, FACTS = "rows.arrow", "facts.json"
+
+
+def cache_root() -> Path:
+    """`$LLMRECIPE_CACHE`, or ~/.cache/llmrecipe."""
+    named = os.environ.get("LLMRECIPE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "llmrecipe"
+
+
+def key_of(ingredients: dict[str, Any]) -> str:
+    """The key of a table: hash of its ingredients, independent of their order."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything in a tokenizer that decides ids: vocabulary, merges, rules, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text = backend.to_str()
+        text = text[max(text.find('"added_tokens"'), 0) :]  # what stands before is padding and truncation of the last call
+    else:
+        text = json.dumps([sorted(tokenizer.get_vocab().items()), type(tokenizer).__name__])
+    rest = [
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        getattr(tokenizer, "init_kwargs", {}).get("llmrecipe_template"),
+    ]
+    return hashlib.sha256((text + json.dumps(rest, sort_keys=True, default=str)).encode()).hexdigest()
+
+
+def keep_picture(content: bytes) -> Path:
+    """A file in the cache that holds these bytes, named by their hash."""
+    path = cache_root() / "pictures" / hashlib.sha256(content).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        aside.write_bytes(content)
+        aside.rename(path)
+    return path
+
+
+def schema_of(kind: RowType) -> pa.Schema:
+    """The Arrow schema of a row type's token rows."""
+    import pyarrow as pa
+
+    types = {"float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
+    fields = [pa.field(name, pa.list_(pa.int32())) for name in kind.lists]
+    fields += [pa.field(name, pa.list_(pa.uint8())) for name in kind.masks]
+    fields += [pa.field(name, types[type_name]) for name, type_name in kind.scalars]
+    return pa.schema([*fields, pa.field("source_row", pa.int64())])
+
+
+def to_batch(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Columns of Python lists as one Arrow record batch."""
+    import pyarrow as pa
+
+    return pa.record_batch([pa.array(columns[f.name], type=f.type) for f in schema], schema=schema)
+
+
+class TokenTable:
+    """Token rows of one key, read straight from the file's pages.
+
+    Lists are sliced out of the record batches' own buffers; nothing is copied until a row is asked for.
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch], kind: RowType, facts: dict[str, Any]) -> None:
+        self.kind, self.facts = kind, facts
+        self._batches = [_Batch(b) for b in batches if b.num_rows]
+        self._starts = [0]
+        for batch in self._batches:
+            self._starts.append(self._starts[-1] + batch.rows)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part = bisect_right(self._starts, index) - 1
+        return self._batches[part].row(index - self._starts[part])
+
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row, over all its id columns."""
+        parts = [batch.lengths([n for n in self.kind.lists if n != "type_ids"]) for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def strings(self, column: str) -> list[str | None]:
+        """A text column, whole."""
+        return [value for batch in self._batches for value in batch.scalars[column].to_pylist()]
+
+
+class _Batch:
+    """One record batch, as offsets and values."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        import pyarrow as pa
+
+        self.rows = batch.num_rows
+        self.lists: dict[str, tuple[np.ndarray, np.ndarray, bool]] = {}
+        self.scalars: dict[str, pa.Array] = {}
+        for name, column in zip(batch.schema.names, batch.columns):
+            if pa.types.is_list(column.type):
+                offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+                self.lists[name] = (offsets, values, column.null_count == self.rows)
+            else:
+                self.scalars[name] = column
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row as Python lists and scalars; empty optional columns are left out."""
+        found: dict[str, Any] = {}
+        for name, (offsets, values, missing) in self.lists.items():
+            if not missing:
+                found[name] = values[offsets[index] : offsets[index + 1]].tolist()
+        for name, column in self.scalars.items():
+            value = column[index].as_py()
+            if value is not None:
+                found[name] = value
+        return found
+
+    def lengths(self, names: Sequence[str]) -> np.ndarray:
+        """Tokens of each row over some columns."""
+        return sum((np.diff(self.lists[n][0]).astype(np.int64) for n in names), np.zeros(self.rows, dtype=np.int64))
+
+
+class Writer:
+    """Collects record batches of a table and puts it into its place at once.
+
+    Args:
+        folder: where the table will lie; None keeps it in memory.
+    """
+
+    def __init__(self, kind: RowType, folder: Path | None) -> None:
+        self.kind, self.folder, self.schema = kind, folder, schema_of(kind)
+        self.batches: list[pa.RecordBatch] = []
+        self._aside = None if folder is None else folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+        self._file: Any = None
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Append a batch."""
+        import pyarrow as pa
+
+        if self._aside is None:
+            self.batches.append(batch)
+            return
+        try:
+            if self._file is None:
+                self._aside.mkdir(parents=True)
+                self._file = pa.ipc.new_file(str(self._aside / FILE), self.schema)
+            self._file.write_batch(batch)
+        except OSError as error:
+            self.abandon()
+            raise _no_room(self._aside, error) from error
+
+    def finish(self, facts: dict[str, Any]) -> TokenTable:
+        """Close the table, move it into place, and open it."""
+        if self._aside is None or self.folder is None:
+            return TokenTable(self.batches, self.kind, facts)
+        try:
+            if self._file is None:
+                self.add(to_batch({name: [] for name in self.schema.names}, self.schema))
+            self._file.close()
+            self._file = None
+            (self._aside / FACTS).write_text(json.dumps(facts, ensure_ascii=False))
+            for name in (FILE, FACTS):
+                with (self._aside / name).open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            self.abandon()
+            raise _no_room(self._aside, error) from error
+        try:
+            self._aside.rename(self.folder)
+        except OSError:  # another process was first; its table is the same
+            self.abandon()
+        found = open_table(self.folder, self.kind)
+        assert found is not None
+        return found
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._aside is not None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+
+
+def _no_room(place: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{place.parent}: the token cache cannot be written ({error.strerror or error}); free some space, "
+        "set LLMRECIPE_CACHE to another folder, or set data.cache=false"
+    )
+
+
+def table_folder(key: str) -> Path:
+    """Where the table of a key lies."""
+    return cache_root() / "tokens" / key[:2] / key
+
+
+def open_table(folder: Path, kind: RowType) -> TokenTable | None:
+    """The table in a folder, memory-mapped; None when there is none, or one that cannot be read (it is removed)."""
+    import pyarrow as pa
+
+    if not (folder / FACTS).exists():
+        return None
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
+        return TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
+    except (OSError, ValueError, pa.ArrowException):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None

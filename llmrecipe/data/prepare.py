@@ -1,0 +1,192 @@
+"""From the recipe's data section to token rows: `prepare`, the list-like `TokenData`, and the order of an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from llmrecipe.data import gate
+from llmrecipe.data.build import build
+from llmrecipe.data.cache import TokenTable
+from llmrecipe.data.report import Report
+from llmrecipe.data.sources import Part, open_split
+from llmrecipe.errors import DataError, LlmRecipeError
+from llmrecipe.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+class TokenData(Sequence[Row]):
+    """Token rows of a split, read from memory-mapped tables.
+
+    `data[i]` is a dict of Python lists and scalars (`data.rows` has the columns) with `row` = i.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TokenTable],
+        weights: Sequence[float] | None,
+        key: str,
+        report: Report,
+        label_map: dict[str, int] | None,
+    ) -> None:
+        self.tables, self.weights, self.key, self.report, self.label_map = list(tables), weights, key, report, label_map
+        self.starts = np.cumsum([0, *map(len, self.tables)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= at < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        part = int(np.searchsorted(self.starts, at, side="right")) - 1 if len(self.tables) > 1 else 0
+        row = self.tables[part][at - int(self.starts[part])]
+        if isinstance(row.get("label"), str):
+            row["label"] = self.label(row["label"])
+        row["row"] = at
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def label(self, text: str) -> int | float | list[int]:
+        """A stored label (JSON text) as a class index, a list of them, or a number."""
+        value = json.loads(text)
+        if self.label_map is None:
+            return value
+        if isinstance(value, list):
+            return [self.label_map[str(one)] for one in value]
+        return self.label_map[str(value)]
+
+    def lengths(self) -> np.ndarray:
+        """(rows,) total tokens of each row."""
+        return np.concatenate([t.lengths() for t in self.tables])
+
+    def source_rows(self) -> list[int]:
+        """Index of the raw row each token row was made from."""
+        return [self[i]["source_row"] for i in range(len(self))]
+
+
+def prepare(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: str,
+    *,
+    mask: str = "completion",
+    split: str = "train",
+    seed: int,
+    label_map: dict[str, int] | None = None,
+    unseal: bool = False,
+) -> TokenData:
+    """Token rows of a split, from the cache where they are there already.
+
+    Args:
+        data: the recipe's section.
+        tokenizer: with its chat template set (`templates.set_template`).
+        rows: row type the objective asks for.
+        mask: completion, assistant, last or all.
+        split: train, validation or test.
+        seed: decides which rows `data.limit` draws; token rows do not depend on it.
+        label_map: of the training rows, so that every split numbers labels alike.
+        unseal: must be True for the test split; only the one final test passes it.
+
+    Raises:
+        DataError: the split is missing or sealed, the format is unknown, or the gate stops.
+    """
+    if split == "test" and not unseal:
+        raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
+    if data.streaming and split == "train":
+        raise LlmRecipeError("data.streaming: training rows of this recipe come from data.stream.TokenStream, not from prepare")
+    parts = open_split(data, split)
+    draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
+    tables = [build(part, data, tokenizer, rows, mask, draw) for part, draw in zip(parts, draws)]
+    report = Report()
+    for table in tables:
+        report.merge(Report.from_dict(table.facts["report"]))
+    gate.check(report, data)
+    empty = next((p for p, t in zip(parts, tables) if p.weight is not None and not len(t)), None)
+    if empty is not None:
+        raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")
+    weights = [part.weight for part in parts]
+    weighted = None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
+    joined = "".join([*(t.facts["key"] for t in tables), json.dumps(weighted)])
+    key = hashlib.sha256(joined.encode()).hexdigest()
+    found = label_map
+    if rows in ("labelled", "pairs"):
+        found = _label_map(tables, label_map, split, report.source)
+    return TokenData(tables, weighted, key, report, found)
+
+
+def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[int, int] | None]:
+    """How many rows of each source make up `data.limit`, with the seed of the draw."""
+    assert data.limit is not None
+    shares = np.array([part.weight if part.weight is not None else len(part.reader) for part in parts], dtype=float)
+    exact = shares / shares.sum() * data.limit
+    counts = np.floor(exact).astype(int)
+    for i in np.argsort(counts - exact)[: data.limit - int(counts.sum())]:
+        counts[i] += 1
+    return [(max(int(count), 1), seed) for count in counts]
+
+
+def _natural(text: str) -> list[tuple[int, float, str]]:
+    """Sort key under which '2' comes before '10'."""
+    pieces = re.split(r"(-?\d+(?:\.\d+)?)", text)
+    return [(0, float(p), "") if i % 2 else (1, 0.0, p) for i, p in enumerate(pieces) if p]
+
+
+def _label_map(tables: Sequence[TokenTable], given: dict[str, int] | None, split: str, source: str) -> dict[str, int] | None:
+    """Label -> class index; None where labels are real numbers.
+
+    Raises:
+        DataError: the split has labels the training rows lack.
+    """
+    values = [json.loads(text) for table in tables for text in {*table.strings("label")} if text is not None]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    if given is None:
+        if not flat or any(isinstance(v, float) and not v.is_integer() for v in flat):
+            return None
+        names = sorted({str(v) for v in flat}, key=_natural)
+        return {name: i for i, name in enumerate(names)}
+    unknown = sorted({str(v) for v in flat} - set(given))
+    if unknown:
+        raise DataError(
+            f"{source}: the {split} rows have labels the training rows lack: {', '.join(unknown[:8])} "
+            f"(known: {', '.join(list(given)[:20])}); add training rows for them or take them out"
+        )
+    return given
+
+
+def order(data: TokenData, seed: int, epoch: int) -> np.ndarray:
+    """Row indices of one epoch, shuffled by (seed, epoch).
+
+    Without weights it is a permutation. With weights it has as many entries as there are rows; each is drawn from source i
+    with probability weight_i / sum(weights), and within a source rows come in a shuffled order that starts over when it is
+    used up, so no row of a source is seen n + 1 times before all were seen n times.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if data.weights is None:
+        return rng.permutation(len(data))
+    shares = np.array(data.weights) / np.sum(data.weights)
+    sources = rng.choice(len(shares), size=len(data), p=shares)
+    drawn = np.empty(len(data), dtype=np.int64)
+    for i, (start, end) in enumerate(zip(data.starts[:-1], data.starts[1:])):
+        places = np.flatnonzero(sources == i)
+        rounds = -(-len(places) // int(end - start))
+        rows = [rng.permutation(np.arange(start, end)) for _ in range(rounds)]
+        drawn[places] = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])[: len(places)]
+    return drawn

@@ -1,0 +1,148 @@
+"""What happened to the rows on their way to tokens: shown at the start of a run and stored with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """Counts over a data set. Reports of chunks and of sources add up with `merge`."""
+
+    source: str = ""
+    format: str = ""
+    mapping: dict[str, str] = field(default_factory=dict)
+    template: str = ""
+    mask: str = ""
+    read: int = 0
+    """Raw rows looked at."""
+    kept: int = 0
+    """Token rows made (more than raw rows where one gives several)."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Raw rows left out, by reason."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason -> where it was met first, and what was found."""
+    tokens: int = 0
+    trained: int = 0
+    longest: int = 0
+    truncated: int = 0
+    """Token rows that lost tokens to `max_length`."""
+    tokens_lost: int = 0
+    """Tokens of truncated and dropped rows that are not trained on."""
+    moved: int = 0
+    """Rows whose prompt ids are no prefix of the whole: the boundary moved."""
+    prompts: int = 0
+    """Rows that have such a boundary."""
+    ended: int = 0
+    """Sequences whose last trained token (white space aside) is an end token."""
+    endable: int = 0
+    """Sequences that train on an answer."""
+    bos: Counter[int] = field(default_factory=Counter)
+    """Leading BOS tokens -> sequences."""
+    eos: Counter[int] = field(default_factory=Counter)
+    """End tokens in a sequence -> sequences."""
+    equal: int = 0
+    """Preference rows whose two answers are the same tokens."""
+    labels: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str, where: str, detail: str = "", tokens: int = 0) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, f"{where}: {detail}" if detail else where)
+        self.tokens_lost += tokens
+
+    def merge(self, other: Report) -> Report:
+        """Add another report to this one."""
+        for name in (
+            "read",
+            "kept",
+            "tokens",
+            "trained",
+            "truncated",
+            "tokens_lost",
+            "moved",
+            "prompts",
+            "ended",
+            "endable",
+            "equal",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("dropped", "bos", "eos", "labels"):
+            getattr(self, name).update(getattr(other, name))
+        for reason, where in other.first.items():
+            self.first.setdefault(reason, where)
+        self.longest = max(self.longest, other.longest)
+        for name in ("source", "format", "template", "mask"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs and theirs not in mine.split(" + "):
+                setattr(self, name, f"{mine} + {theirs}" if mine else theirs)
+        self.mapping = {**self.mapping, **other.mapping}
+        return self
+
+    @property
+    def lost(self) -> int:
+        """Raw rows left out, for whichever reason."""
+        return sum(self.dropped.values())
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of raw rows left out."""
+        return self.lost / self.read if self.read else 0.0
+
+    @property
+    def ended_share(self) -> float | None:
+        """Share of answers that end with an end token, or None where no answer is trained."""
+        return self.ended / self.endable if self.endable else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values; what is empty is left out."""
+        values = {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
+        values = {k: v for k, v in values.items() if v not in ({}, "")}
+        return {**values, "ended_share": self.ended_share, "dropped_share": self.dropped_share}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report `to_dict` wrote."""
+        names = cls.__dataclass_fields__
+        report = cls(**{k: v for k, v in values.items() if k in names})
+        report.dropped, report.labels = Counter(report.dropped), Counter(report.labels)
+        report.bos = Counter({int(k): v for k, v in report.bos.items()})
+        report.eos = Counter({int(k): v for k, v in report.eos.items()})
+        return report
+
+    def lines(self) -> list[str]:
+        """The report as text, one fact a line."""
+        mapping = ", ".join(f"{w} <- {c}" for w, c in self.mapping.items())
+        share = f"{self.trained / self.tokens:.0%}" if self.tokens else "none"
+        out = [
+            f"source: {self.source}",
+            f"format: {self.format}" + (f" (columns: {mapping})" if mapping else ""),
+            f"template: {self.template}",
+            f"rows: {self.read} read, {self.kept} kept, {self.lost} dropped ({self.dropped_share:.1%})",
+            *(f"  {count} x {reason}, first at {self.first.get(reason, '?')}" for reason, count in self.dropped.most_common()),
+            f"tokens: {self.tokens}, longest row {self.longest}, trained {self.trained} ({share}), lost {self.tokens_lost}",
+        ]
+        if self.truncated:
+            out.append(f"truncated: {self.truncated} rows")
+        if self.ended_share is not None:
+            out.append(f"answers that end with an end token: {self.ended_share:.1%}")
+        if self.prompts:
+            out.append(f"prompt boundaries moved by merged tokens: {self.moved} of {self.prompts}")
+        if self.bos:
+            out.append("leading BOS tokens: " + _histogram(self.bos) + "; end tokens a row: " + _histogram(self.eos))
+        if self.equal:
+            out.append(f"pairs with equal answers: {self.equal}")
+        if self.labels:
+            out.append("labels: " + ", ".join(f"{k} x {v}" for k, v in self.labels.most_common(12)))
+        return out
+
+
+def _histogram(counts: Counter[int]) -> str:
+    common = sorted(counts.items())
+    if len(common) > 4:
+        rows = sum(counts.values())
+        return f"{common[0][0]} to {common[-1][0]} (mean {sum(k * v for k, v in common) / rows:.1f})"
+    return ", ".join(f"{k} in {v}" for k, v in common)
