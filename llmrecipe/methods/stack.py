@@ -49,9 +49,6 @@ class Stack:
     def __iter__(self) -> Iterator[Wrapper]:
         return iter(self.wrappers)
 
-    def __bool__(self) -> bool:
-        return bool(self.wrappers)
-
     # --- building -------------------------------------------------------------------------------------------------
 
     def load_kwargs(self) -> dict[str, Any]:
@@ -172,9 +169,9 @@ class Stack:
 
     def reference_is_off(self) -> bool:
         """Whether switching every port off gives the policy of step 0: all ports start as identity and nothing else trains."""
-        return bool(self.wrappers) and all(
-            w.stage in (Stage.BASE, Stage.RULE) or (w.stage is Stage.INJECT and w.identity) for w in self.wrappers
-        ) and any(w.stage is Stage.INJECT for w in self.wrappers)
+        injected = [w for w in self.wrappers if w.stage is Stage.INJECT]
+        others = [w for w in self.wrappers if w.stage is Stage.SELECT]
+        return bool(injected) and not others and all(w.identity for w in injected)
 
     def take_reference(self, model: nn.Module) -> None:
         """Remember the policy of step 0. Call once, before the first update."""
