@@ -30,7 +30,8 @@ def check(report: Report, data: DataSection) -> None:
     if twice:
         raise DataError(
             f"{report.first[TWO_BOS]}: the row starts with two BOS tokens (as do {twice} rows in all): "
-            "one comes from the text or template, one from the tokenizer; take it out of the text, or name a template with tokenizer.chat_template"
+            "one comes from the text or template, one from the tokenizer; take it out of the text, "
+            "or name a template with tokenizer.chat_template"
         )
     if not report.kept:
         raise DataError(f"{report.source}: none of the {report.read} rows can be used.\n{_reasons(report)}")
@@ -45,7 +46,8 @@ def check(report: Report, data: DataSection) -> None:
         raise DataError(
             f"{report.source}: in {report.moved} of {report.prompts} rows ({share:.1%}) the prompt's last tokens "
             f"merge with the answer's first, so the model would be trained on prompts it never meets "
-            f"(more than data.max_moved={data.max_moved:g}). End prompts on a token boundary (no trailing space), use a chat template, or set data.max_moved=1 if it is meant"
+            f"(more than data.max_moved={data.max_moved:g}). End prompts on a token boundary "
+            "(no trailing space), use a chat template, or set data.max_moved=1 if it is meant"
         )
 
 

@@ -14,7 +14,7 @@ from llmrecipe.data import gate
 from llmrecipe.data.build import build
 from llmrecipe.data.cache import TokenTable
 from llmrecipe.data.report import Report
-from llmrecipe.data.sources import Part, open_split
+from llmrecipe.data.sources import NoSplitError, Part, open_split
 from llmrecipe.errors import DataError, LlmRecipeError
 from llmrecipe.recipe.schema import DataSection
 
@@ -27,7 +27,8 @@ Row = dict[str, Any]
 class TokenData(Sequence[Row]):
     """Token rows of a split, read from memory-mapped tables.
 
-    `data[i]` is a dict of Python lists and scalars (`data.rows` has the columns) with `row` = i.
+    `data[i]` is a dict of Python lists and scalars (`data.rows` has the columns) with `row` = i. `labels` are the class
+    names in the order of their numbers; None where labels are real numbers or there are none.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class TokenData(Sequence[Row]):
     def label(self, text: str) -> int | float | list[int]:
         """A stored label (JSON text) as a class index, a list of them, or a number."""
         value = json.loads(text)
-        if self.label_map is None:
+        if self.labels is None:
             return value
         if isinstance(value, list):
-            return [self.label_map[str(one)] for one in value]
-        return self.label_map[str(value)]
+            return [self._numbers[str(one)] for one in value]
+        return self._numbers[str(value)]
 
     def lengths(self) -> np.ndarray:
         """(rows,) total tokens of each row."""
@@ -90,9 +91,9 @@ def prepare(
     mask: str = "completion",
     split: str = "train",
     seed: int,
-    label_map: dict[str, int] | None = None,
+    label_map: Sequence[str] | None = None,
     unseal: bool = False,
-) -> TokenData:
+) -> TokenData | None:
     """Token rows of a split, from the cache where they are there already.
 
     Args:
@@ -102,17 +103,25 @@ def prepare(
         mask: completion, assistant, last or all.
         split: train, validation or test.
         seed: decides which rows `data.limit` draws; token rows do not depend on it.
-        label_map: of the training rows, so that every split numbers labels alike.
+        label_map: `labels` of the training rows, so that every split numbers them alike.
         unseal: must be True for the test split; only the one final test passes it.
 
+    Returns:
+        The rows, or None where the recipe has no validation (or test) split.
+
     Raises:
-        DataError: the split is missing or sealed, the format is unknown, or the gate stops.
+        DataError: there are no training rows, the test split is sealed, the format is unknown, or the gate stops.
     """
     if split == "test" and not unseal:
         raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
     if data.streaming and split == "train":
-        raise LlmRecipeError("data.streaming: training rows of this recipe come from data.stream.TokenStream, not from prepare")
-    parts = open_split(data, split)
+        raise LlmRecipeError("streamed training rows come from data.stream.TokenStream, not from prepare")
+    try:
+        parts = open_split(data, split)
+    except NoSplitError:
+        if split == "train":
+            raise
+        return None
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
     tables = [build(part, data, tokenizer, rows, mask, draw) for part, draw in zip(parts, draws)]
     report = Report()
@@ -126,10 +135,8 @@ def prepare(
     weighted = None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
     joined = "".join([*(t.facts["key"] for t in tables), json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
-    found = label_map
-    if rows in ("labelled", "pairs"):
-        found = _label_map(tables, label_map, split, report.source)
-    return TokenData(tables, weighted, key, report, found)
+    labels = _labels(tables, label_map, split, report.source) if rows in ("labelled", "pairs") else None
+    return TokenData(tables, weighted, key, report, labels)
 
 
 def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[int, int] | None]:
@@ -149,8 +156,8 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
     return [(0, float(p), "") if i % 2 else (1, 0.0, p) for i, p in enumerate(pieces) if p]
 
 
-def _label_map(tables: Sequence[TokenTable], given: dict[str, int] | None, split: str, source: str) -> dict[str, int] | None:
-    """Label -> class index; None where labels are real numbers.
+def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: str, source: str) -> list[str] | None:
+    """Class names in the order of their numbers; None where labels are real numbers.
 
     Raises:
         DataError: the split has labels the training rows lack.
@@ -158,17 +165,15 @@ def _label_map(tables: Sequence[TokenTable], given: dict[str, int] | None, split
     values = [json.loads(text) for table in tables for text in {*table.strings("label")} if text is not None]
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
     if given is None:
-        if not flat or any(isinstance(v, float) and not v.is_integer() for v in flat):
-            return None
-        names = sorted({str(v) for v in flat}, key=_natural)
-        return {name: i for i, name in enumerate(names)}
-    unknown = sorted({str(v) for v in flat} - set(given))
+        real = not flat or any(isinstance(v, float) for v in flat)
+        return None if real else sorted({str(v) for v in flat}, key=_natural)
+    unknown = sorted({str(v) for v in flat} - set(given), key=_natural)
     if unknown:
         raise DataError(
             f"{source}: the {split} rows have labels the training rows lack: {', '.join(unknown[:8])} "
             f"(known: {', '.join(list(given)[:20])}); add training rows for them or take them out"
         )
-    return given
+    return list(given)
 
 
 def order(data: TokenData, seed: int, epoch: int) -> np.ndarray:

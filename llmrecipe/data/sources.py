@@ -29,6 +29,10 @@ ALIASES = {
 }
 
 
+class NoSplitError(DataError):
+    """The sources have no such split."""
+
+
 class JoinedReader(Reader):
     """Several readers one after the other (the shards of a split)."""
 
@@ -132,12 +136,8 @@ def has_split(data: DataSection, split: str) -> bool:
     """Whether the recipe has rows for a split. Reads no rows."""
     try:
         return bool(open_split(data, split))
-    except _NoSplitError:
+    except NoSplitError:
         return False
-
-
-class _NoSplitError(DataError):
-    """The sources have no such split."""
 
 
 def open_split(data: DataSection, split: str) -> list[Part]:
@@ -155,7 +155,7 @@ def open_split(data: DataSection, split: str) -> list[Part]:
             raise DataError(f"data.{split}: {setting} has no {split} rows")
         return [Part(reader)]
     if setting is not None and not setting:
-        raise _NoSplitError(f"data.{split}: 0 of the rows are left for the {split} split")
+        raise NoSplitError(f"data.{split}: 0 of the rows are left for the {split} split")
     interval = _interval(data, split)
     wanted = "train" if split == "train" or setting is not None else split
     parts = []
@@ -166,7 +166,7 @@ def open_split(data: DataSection, split: str) -> list[Part]:
     if not parts:
         names = ", ".join(paths_of(data))
         hint = f"set data.{split}=FILE or a share such as data.{split}=0.1" if split != "train" else "name a file of rows"
-        raise _NoSplitError(f"data.path: {names} has no {split} split; {hint}")
+        raise NoSplitError(f"data.path: {names} has no {split} split; {hint}")
     return parts
 
 
