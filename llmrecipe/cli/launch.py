@@ -1,0 +1,38 @@
+"""`llmrecipe launch`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmrecipe.cli.words import Words, need_recipe, sort_words
+
+PANEL = "Train"
+ORDER = 3
+
+
+def verb(
+    words: Words = None,
+    nproc: Annotated[int, typer.Option("--nproc", "-n", help="Processes on this machine, one per GPU.", min=1)] = 2,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines that train together.", min=1)] = 1,
+    node: Annotated[int, typer.Option("--node", help="Which machine this is, from 0.", min=0)] = 0,
+    master: Annotated[str, typer.Option("--master", help="HOST:PORT of machine 0.")] = "127.0.0.1:29400",
+) -> int:
+    """Train on several processes or machines: the same recipe and overrides as `train`."""
+    request = sort_words(words)
+    if request.resume is None:
+        recipe = need_recipe(request, "launch")
+        from llmrecipe.recipe.compose import compose
+
+        # A mistake in the recipe is told once, here, and not once by every worker.
+        compose(recipe, [*request.overrides, *_processes(request.overrides, nproc * nodes)])
+    from llmrecipe.training.launch import Cluster, launch
+
+    args = ["train", *(words or []), *_processes(request.overrides, nproc * nodes)]
+    return launch(args, nproc, Cluster(nodes, node, master))
+
+
+def _processes(overrides: list[str], world: int) -> list[str]:
+    """The override that tells the workers how many they are, unless the user said so."""
+    return [] if any(w.startswith("runtime.processes=") for w in overrides) else [f"runtime.processes={world}"]
