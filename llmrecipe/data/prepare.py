@@ -37,9 +37,11 @@ class TokenData(Sequence[Row]):
         weights: Sequence[float] | None,
         key: str,
         report: Report,
-        label_map: dict[str, int] | None,
+        labels: Sequence[str] | None,
     ) -> None:
-        self.tables, self.weights, self.key, self.report, self.label_map = list(tables), weights, key, report, label_map
+        self.tables, self.weights, self.key, self.report = list(tables), weights, key, report
+        self.labels = None if labels is None else list(labels)
+        self._numbers = {name: i for i, name in enumerate(labels or ())}
         self.starts = np.cumsum([0, *map(len, self.tables)])
 
     def __len__(self) -> int:

@@ -121,7 +121,7 @@ class Template:
 
         bare = [{k: v for k, v in m.items() if v is not None} for m in messages]
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render_jinja_template(  # type: ignore[str-unpack]
                 conversations=[bare],
                 tools=tools,
                 chat_template=self.text,
