@@ -12,8 +12,8 @@ Kinds of port (a port overrides exactly one method):
     weight     W -> W'                    a named tensor of the host for one call: 3-D experts
     attention  (attend, q, k, v) -> out   prefix tuning, head-wise adapters; see models.attention
 
-Order at one site: befores in stack order, then the arounds (the last one outermost), then the afters by `order`, ties in
-stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
+Order at one site: befores in stack order, then the arounds (the last one outermost) with weights replaced by `order`, then
+the afters by `order`, ties in stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -184,7 +184,7 @@ def _ported_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     for port in ports:
         if kind_of(port) == "around":
             call = _bind(port, call)
-    with _replaced_tensors(self, [p for p in ports if kind_of(p) == "weight"]):
+    with _replaced_tensors(self, sorted((p for p in ports if kind_of(p) == "weight"), key=lambda p: p.order)):
         y = call(x)
     for port in sorted((p for p in ports if kind_of(p) == "after"), key=lambda p: p.order):
         y = port.after(x, y)
@@ -207,6 +207,20 @@ def _replaced_tensors(module: nn.Module, ports: list[Port]) -> Iterator[None]:
 
 def _bind(port: Port, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: port.around(call, x)
+
+
+@contextlib.contextmanager
+def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Inside, `enter(module)` runs before and `leave(module)` after every forward of the modules, also after one that raises."""
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(lambda m, _: enter(m), prepend=True))
+            handles.append(module.register_forward_hook(lambda m, *_: leave(m), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
