@@ -19,10 +19,6 @@ from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 if TYPE_CHECKING:
     from llmrecipe.training.rules import UpdateRule
 
-HEADS = ("task_head",)
-"""Names of modules that are new task heads: they always train."""
-
-
 def own_tensors(model: nn.Module, owner: str) -> list[str]:
     """Full names of the parameters and persistent buffers inside a wrapper's ports, and of its shared modules."""
     found: list[str] = []
@@ -82,7 +78,7 @@ class Stack:
         for name, parameter in model.named_parameters():
             can = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
             everything = not changes and not getattr(parameter, "frozen_base", False)
-            parameter.requires_grad_(can and (everything or name in trained or is_head(name)))
+            parameter.requires_grad_(can and (everything or name in trained or is_head(model, name)))
 
     # --- hooks of the loop ----------------------------------------------------------------------------------------
 
@@ -146,7 +142,7 @@ class Stack:
         """Everything training changed: all wrappers' deltas and task heads, or all weights when everything trains."""
         if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in self.wrappers):
             return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        tensors: dict[str, Tensor] = {n: p.detach() for n, p in model.named_parameters() if is_head(n)}
+        tensors: dict[str, Tensor] = {n: p.detach() for n, p in model.named_parameters() if is_head(model, n)}
         for wrapper in self.wrappers:
             tensors |= wrapper.delta(model)
         return tensors
@@ -196,9 +192,10 @@ class Stack:
                 parameter.data = kept[name]
 
 
-def is_head(name: str) -> bool:
-    """Whether a parameter belongs to a new task head."""
-    return any(part in HEADS for part in name.split("."))
+def is_head(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to a task head that is new here: initialised by the loader, or a role's own scalar head."""
+    heads = ("task_head", *getattr(model, "new_heads", ()))
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def check_legal(wrappers: list[Wrapper]) -> None:

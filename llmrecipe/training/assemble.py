@@ -64,7 +64,7 @@ def build(run: Run, resume: Path | None) -> Parts:
 
     recipe = run.recipe
     parts = instantiate(recipe)
-    check_objective(parts.objective, parts.stack)
+    check_objective(parts.objective, parts.wrappers)
     data, validation, tokenizer_labels = read_data(recipe, parts.objective)
     steps = step_count(recipe, len(data))
     parts.schedule.check(steps)
@@ -72,7 +72,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
     events = Events(directory.path if runtime.is_main else None, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers)
     seed_everything(recipe.seed)
-    stack = Stack(parts.stack)
+    stack = Stack(parts.wrappers)
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
     seed_everything(recipe.seed)
     attach(model, stack, everything_trains(stack), finish_structures(resume))
@@ -89,9 +89,9 @@ def build(run: Run, resume: Path | None) -> Parts:
         ReferenceCache(),
     )
     roles.prepared = runtime.prepare(engine)
-    optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optim, stack)
+    optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optimizer, stack)
     return Parts(
-        directory, runtime, events, parts.objective, stack, parts.optim, parts.schedule,
+        directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule,
         model, data, validation, roles, optimizer, steps,
     )  # fmt: skip
 

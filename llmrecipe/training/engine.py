@@ -101,7 +101,8 @@ class Engine(nn.Module):
         head = getattr(self.model, "score", None)
         if isinstance(head, nn.Module):
             hidden = self.hidden(batch)
-            return head(hidden.reshape(-1, hidden.shape[-1])[batch.last]).float()
+            pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
+            return head(pooled.to(head.weight.dtype)).float()
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]

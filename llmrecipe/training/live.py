@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -44,7 +45,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
         return ""
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(part) / len(part) for a, b in zip(edges, edges[1:], strict=False) if (part := values[a:b])]
+    means = [sum(part) / len(part) for a, b in itertools.pairwise(edges) if (part := values[a:b])]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(BARS[min(len(BARS) - 1, int((m - low) / span * len(BARS)))] for m in means)
@@ -93,10 +94,8 @@ class Panel:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.console = Console(file=stream)
-        self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.console,
-        )  # fmt: skip
+        clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), *clock, console=self.console)
         self.task = self.progress.add_task("step", total=steps)
         self.losses: list[float] = []
         self.newest: dict[str, dict[str, Any]] = {}

@@ -133,7 +133,7 @@ class _FrozenHead(torch.autograd.Function):
             hits.append((z.argmax(-1, keepdim=True) == y).float().squeeze(-1))
             # p overwrites the logits: one buffer of chunk x V is all that exists.
             if entropy:
-                ents.append((lse.squeeze(-1) - (torch.exp(z - lse) * z).sum(-1)))
+                ents.append(lse.squeeze(-1) - (torch.exp(z - lse) * z).sum(-1))
             if slope is None:
                 continue
             derivative = None if post.cap is None else 1.0 - (z / post.cap) ** 2
