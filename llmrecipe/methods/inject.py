@@ -211,7 +211,7 @@ def _bind(port: Port, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 
 @contextlib.contextmanager
 def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Inside, `enter(module)` runs before and `leave(module)` after every forward of the modules, also after one that raises."""
+    """Inside, `enter(module)` runs before and `leave(module)` after every forward of the modules, also one that raises."""
     handles: list[Any] = []
     try:
         for module in modules:

@@ -64,6 +64,8 @@ class Wrapper:
     """Whether `merge` folds the method into the base weights exactly (up to rounding)."""
     identity: ClassVar[bool] = True
     """Whether the wrapped model equals the base at step 0; where not, the docstring says why."""
+    masters: ClassVar[bool] = True
+    """False for a rule that trains 16-bit weights as they are, without float32 copies."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Kinds that must be in the stack too."""
     conflicts: ClassVar[dict[str, str]] = {}

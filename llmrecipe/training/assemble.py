@@ -138,7 +138,7 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     from llmrecipe.models.load import prepare_for_training
 
     section = recipe.model
-    if everything_trains(stack) and section.dtype in ("bfloat16", "float16"):
+    if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):
         # Weights that all train are float32 masters; the lower precision is autocast's.
         section = section.model_copy(update={"dtype": "float32"})
     model = opened.open_model(
@@ -179,7 +179,7 @@ def everything_trains(stack: Stack) -> bool:
 
 def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
     """Mixed precision where float32 masters and low-precision compute meet inside base modules."""
-    if dtype not in ("bfloat16", "float16"):
+    if dtype not in ("bfloat16", "float16") or not all(w.masters for w in stack):
         return None
     if everything_trains(stack) or any(w.stage is Stage.SELECT for w in stack):
         return torch.bfloat16 if dtype == "bfloat16" else torch.float16
