@@ -77,6 +77,7 @@ class Encoder:
         self.limit = Limit(data.max_length, data.truncation, header, self.tokens.bos)
         self._space: dict[int, bool] = {}
         self._talks = False
+        self._turns = False
 
     def encode(self, raw: Iterable[tuple[int, dict[str, Any], str]]) -> tuple[dict[str, list[Any]], Report]:
         """Encode raw rows given as (index in the source, row, place).
@@ -124,8 +125,11 @@ class Encoder:
         else:
             labelled.encode_pairs(self, items, report)
 
-    def need_template(self, where: str) -> None:
+    def need_template(self, where: str, turns: bool = False) -> None:
         """Conversations cannot be encoded without a template.
+
+        Args:
+            turns: assistant turns are looked for, not just the end of a prompt.
 
         Raises:
             DataError: the tokenizer has none.
@@ -136,13 +140,14 @@ class Encoder:
                 "set tokenizer.chat_template to chatml, plain, alpaca, a file, or Jinja text"
             )
         self._talks = True
+        self._turns |= turns
 
     def describe(self) -> str:
         """Which template was used, for the report."""
         template = self.tokens.template
         if self._talks and template is not None:
-            how = "turns from {% generation %} marks" if template.marks and self.tokens.fast else "turns from token prefixes"
-            return f"{template.name} ({how})"
+            how = "{% generation %} marks" if self._turns and template.marks and self.tokens.fast else "token prefixes"
+            return f"{template.name} (boundaries from {how})"
         return "none (raw text)" if template is None else "none (raw text; tokenizer.chat_template=own would wrap it)"
 
     def note(self, report: Report, ids: Sequence[int], where: str, answers: Sequence[Sequence[int]] = ()) -> None:

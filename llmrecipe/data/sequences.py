@@ -32,7 +32,8 @@ def encode(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
         _strings(encoder, groups["strings"], report)
     for name in ("prompted", "talks"):
         if groups[name]:
-            encoder.need_template(groups[name][0].where)
+            turns = encoder.mask != "all" and (name == "talks" or encoder.mask != "completion")
+            encoder.need_template(groups[name][0].where, turns)
             (_prompted if name == "prompted" else _talks)(encoder, groups[name], report)
 
 

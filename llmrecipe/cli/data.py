@@ -1,0 +1,141 @@
+"""`llmrecipe data`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmrecipe.cli.words import Json, Words, need_recipe, print_json, sort_words, tell
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from llmrecipe.data.prepare import TokenData
+    from llmrecipe.recipe.schema import Recipe
+
+PANEL = "Look"
+ORDER = 4
+TRAINED, MASKED, PAD = "bold green", "dim", "dim red"
+
+
+def verb(
+    words: Words = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="How many rows to print.")] = 3,
+    start: Annotated[int, typer.Option("--start", min=0, help="First row to print.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train or validation; the test split stays sealed.")] = "train",
+    each: Annotated[bool, typer.Option("--tokens", help="Separate tokens with a bar.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show rows as the model sees them: trained and masked tokens, template, truncation and end tokens."""
+    request = sort_words(words)
+    recipe = need_recipe(request, "data")
+    from llmrecipe.recipe.compose import compose
+
+    composition = compose(recipe, request.overrides)
+    tell(composition.notes)
+    data, tokenizer, mask = _read(composition.recipe, split)
+    from llmrecipe.data import gate, show
+
+    shown = [data[i] for i in range(start, min(start + rows, len(data)))]
+    facts = show.length_facts(data, composition.recipe.batch.size, composition.recipe.seed)
+    warnings = gate.warnings(data.report)
+    if as_json:
+        print_json(
+            {
+                "recipe": composition.name,
+                "split": split,
+                "mask": mask,
+                "key": data.key,
+                "report": data.report.to_dict(),
+                "lengths": facts,
+                "labels": data.labels,
+                "warnings": warnings,
+                "rows": [show.row_facts(row, tokenizer) for row in shown],
+            }
+        )
+        return
+    _print(data, tokenizer, shown, facts, each, composition.recipe)
+    tell(warnings)
+
+
+def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
+    """The rows of a split, the tokenizer and the mask in use; class names come from the training rows."""
+    from llmrecipe import registry
+    from llmrecipe.data import prepare
+    from llmrecipe.errors import DataError
+    from llmrecipe.models.load import load_tokenizer
+    from llmrecipe.training.opened import resolve
+
+    kind = str(recipe.objective["kind"])
+    spec = registry.spec("objective", kind, "objective.kind")
+    rows = spec.facts.get("rows") or registry.load("objective", kind).rows  # type: ignore[attr-defined]
+    default = spec.options["mask"].default if "mask" in spec.options else spec.facts.get("mask")
+    mask = recipe.objective.get("mask") or default or "completion"
+    base, _, folder = resolve(recipe.model)
+    section = recipe.tokenizer
+    if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
+        section = section.model_copy(update={"path": str(folder)})
+    tokenizer = load_tokenizer(base, section)
+    whole = recipe.data.model_copy(update={"streaming": False})
+    labels = None
+    if split != "train" and rows in ("labelled", "pairs"):
+        training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed)
+        labels = training.labels if training is not None else None
+    data = prepare(whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels)
+    if data is None:
+        raise DataError(f"this recipe has no {split} split; set data.{split} to a file or a share")
+    return data, tokenizer, mask
+
+
+def _print(
+    data: TokenData, tokenizer: Any, shown: list[dict[str, Any]], facts: dict[str, float], each: bool, recipe: Recipe
+) -> None:
+    from rich.text import Text
+
+    from llmrecipe.cli.show_table import console
+
+    out = console()
+    colour = out.is_terminal
+    for line in data.report.lines():
+        key, _, rest = line.partition(": ")
+        out.print(Text.assemble((f"{key}: ", "bold"), rest) if not line.startswith(" ") else Text(line))
+    out.print(
+        Text.assemble(
+            ("lengths: ", "bold"),
+            f"{facts['shortest']:.0f} to {facts['longest']:.0f}, median {facts['median']:.0f}, 95 % under {facts['p95']:.0f}; "
+            f"padding of random batches of {recipe.batch.size} if they were padded: {facts['padding_if_padded']:.0%}",
+        )
+    )
+    if shown:
+        legend = [("trained", TRAINED), " ", ("masked", MASKED)] if colour else ["«trained» masked"]
+        out.print(Text.assemble(("\nrows: ", "bold"), *legend))
+    longest = max((sum(len(v) for k, v in row.items() if k.endswith("ids")) for row in shown), default=0)
+    for row in shown:
+        out.print(_row_text(row, tokenizer, each, colour, longest if recipe.data.packing == "off" else 0))
+
+
+def _row_text(row: dict[str, Any], tokenizer: Any, each: bool, colour: bool, longest: int) -> Text:
+    """One row as coloured text; without colours trained text stands between « and »."""
+    from rich.text import Text
+
+    from llmrecipe.data import show
+
+    text = Text(f"\n[{row['row']}] ", "bold")
+    text.append(f"source row {row['source_row']}", "dim")
+    for name in ("label", "score", "margin", "image", "columns"):
+        if name in row:
+            text.append(f"  {name}: {row[name]}", "cyan")
+    tokens = 0
+    for name, parts in show.pieces(row, tokenizer, each).items():
+        text.append("\n" if name == "ids" else f"\n{name.removesuffix('_ids').removeprefix('ids_')}: ", "bold")
+        for n, piece in enumerate(parts):
+            tokens += len(piece.ids)
+            if each and n:
+                text.append("|", "red")
+            opened = piece.trained and not colour and not each
+            shown = f"«{piece.text}»" if opened else piece.text
+            text.append(shown, TRAINED if piece.trained else MASKED)
+    if longest > tokens:
+        text.append(f" [pad x {longest - tokens}]", PAD)
+    return text
