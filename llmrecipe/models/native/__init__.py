@@ -1,0 +1,41 @@
+"""The transformer of this package: embedding, attention, feed-forward, positions and norms as named parts.
+
+Importing it registers `llmrecipe_native` with Transformers, so `model.init=random model.config.model_type=llmrecipe_native`
+builds one and saved ones load like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.native.heads import (
+    NativeForCausalLM,
+    NativeForMaskedLM,
+    NativeForSeq2SeqLM,
+    NativeForSequenceClassification,
+)
+from llmrecipe.models.native.model import NativeModel
+
+AutoConfig.register(NativeConfig.model_type, NativeConfig, exist_ok=True)
+AutoModel.register(NativeConfig, NativeModel, exist_ok=True)
+AutoModelForCausalLM.register(NativeConfig, NativeForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(NativeConfig, NativeForMaskedLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(NativeConfig, NativeForSeq2SeqLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NativeConfig, NativeForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "NativeConfig",
+    "NativeForCausalLM",
+    "NativeForMaskedLM",
+    "NativeForSeq2SeqLM",
+    "NativeForSequenceClassification",
+    "NativeModel",
+]

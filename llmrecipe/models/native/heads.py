@@ -1,0 +1,165 @@
+"""Native transformers with an output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, Seq2SeqLMOutput
+
+from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.native.model import NativeModel, NativePreTrainedModel
+from llmrecipe.models.native.parts import make_norm
+
+
+def _expect(config: NativeConfig, kind: str, name: str) -> None:
+    if config.kind != kind:
+        raise ValueError(f"{name} needs kind: {kind}, not {config.kind}")
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]
+
+
+class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
+    """A decoder that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+
+    def __init__(self, config: NativeConfig):
+        _expect(config, "decoder", type(self).__name__)
+        super().__init__(config)
+        self.model = NativeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), or of the last `logits_to_keep` positions only, and the mean loss where labels are given."""
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+class NativeMaskedHead(nn.Module):
+    """decoder(norm(act(dense x))): the decoder is tied to the embedding and has its own bias."""
+
+    def __init__(self, config: NativeConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = make_norm(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        return self.decoder(self.norm(self.act(self.dense(hidden))))
+
+
+class NativeForMaskedLM(NativePreTrainedModel):
+    """An encoder that predicts masked tokens."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.encoder.embed_tokens.weight"}
+
+    def __init__(self, config: NativeConfig):
+        _expect(config, "encoder", type(self).__name__)
+        super().__init__(config)
+        self.model = NativeModel(config)
+        self.lm_head = NativeMaskedHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The matrix that scores the vocabulary."""
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the matrix that scores the vocabulary."""
+        self.lm_head.decoder = new_embeddings
+
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> MaskedLMOutput:
+        """Logits (B, T, V) and the mean loss over labels other than -100."""
+        out = self.model(input_ids, **kwargs)
+        logits = self.lm_head(out.last_hidden_state)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
+
+
+class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
+    """An encoder-decoder that predicts the target from the source."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+
+    def __init__(self, config: NativeConfig):
+        _expect(config, "encoder_decoder", type(self).__name__)
+        super().__init__(config)
+        self.model = NativeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """The bidirectional stack."""
+        return self.model.encoder
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """The causal stack."""
+        return self.model.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Targets moved one place to the right behind the start token; ignored places become padding."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError("decoder_start_token_id and pad_token_id must be set")
+        first = labels.new_full((labels.shape[0], 1), start)
+        return torch.cat((first, labels[:, :-1]), 1).masked_fill(torch.cat((first, labels[:, :-1]), 1) == -100, pad)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits (B, T, V) of the decoder and the mean loss over labels other than -100."""
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        out = self.model(input_ids, decoder_input_ids=decoder_input_ids, **kwargs)
+        logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            decoder_hidden_states=out.decoder_hidden_states,
+            encoder_last_hidden_state=out.encoder_last_hidden_state,
+        )
+
+
+class NativeForSequenceClassification(GenericForSequenceClassification, NativePreTrainedModel):
+    """A linear classifier on the state of the last real token."""

@@ -1,0 +1,261 @@
+"""The native backbone: one stack of blocks, or an encoder and a decoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.native.parts import (
+    IntoResidual,
+    NativeAttention,
+    NativeLayer,
+    NativeRMSNorm,
+    NativeRotary,
+    RelativeBias,
+    make_norm,
+    sinusoids,
+)
+
+
+class NativePreTrainedModel(PreTrainedModel):
+    """What Transformers needs to know about the family."""
+
+    config_class = NativeConfig
+    config: NativeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NativeLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": NativeLayer,
+        "attentions": OutputRecorder(NativeAttention, layer_name="self_attn", index=1),
+        "cross_attentions": OutputRecorder(NativeAttention, layer_name="cross_attn", index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, std); with pre-norm, projections into the residual stream by 1/sqrt(2 L) less, so depth adds no variance."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            shrink = (
+                math.sqrt(2 * self.config.num_hidden_layers) if isinstance(module, IntoResidual) and self.config.pre_norm else 1
+            )
+            init.normal_(module.weight, std=std / shrink)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, (nn.LayerNorm, NativeRMSNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RelativeBias):
+            init.normal_(module.weight, std=std)
+
+
+class NativeStack(NativePreTrainedModel):
+    """Embedding, positions and blocks of one side."""
+
+    def __init__(self, config: NativeConfig, side: str):
+        super().__init__(config)
+        self.causal = side == "decoder"
+        cross = self.causal and config.is_encoder_decoder
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
+        )
+        self.types = (
+            nn.Embedding(config.type_vocab_size, config.hidden_size)
+            if config.type_vocab_size and not config.is_encoder_decoder
+            else None
+        )
+        self.rotary = NativeRotary(config) if config.positions == "rotary" else None
+        self.relative = RelativeBias(config, self.causal) if config.positions == "relative" else None
+        self.embed_norm = make_norm(config) if config.embed_norm else None
+        self.drop = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(NativeLayer(config, i, self.causal, cross) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config) if config.pre_norm else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _embed(self, x: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.hidden_size)
+        if self.positions is not None:
+            x = x + self.positions(position_ids)
+        elif self.config.positions == "sinusoidal":
+            x = x + sinusoids(position_ids, self.config.hidden_size).to(x.dtype)
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
+        return self.drop(x if self.embed_norm is None else self.embed_norm(x))
+
+    def _places(self, x: Tensor, mask: Tensor | None, seen: int) -> Tensor:
+        """(B, T) positions: tokens count from the first real one, so left and right padding mean the same."""
+        rows, columns = x.shape[:2]
+        if mask is not None and mask.dim() == 2:
+            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            return counted[:, -columns:]
+        return (torch.arange(columns, device=x.device) + seen).expand(rows, -1)
+
+    def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Tensor | None:
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        # Positions that restart tell the mask builder of packed documents; they are passed only where the caller gave them.
+        if self.causal:
+            found = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=mask,
+                past_key_values=own,
+                position_ids=position_ids if packed else None,
+                allow_is_causal_skip=self.relative is None,
+            )
+        else:
+            found = create_bidirectional_mask(
+                config=self.config, inputs_embeds=x, attention_mask=mask, allow_is_bidirectional_skip=self.relative is None
+            )
+        if self.relative is None:
+            return found
+        columns = x.shape[1] + (own.get_seq_length() if own is not None else 0)
+        keys = position_ids
+        if columns > x.shape[1]:
+            past = torch.arange(columns, device=x.device).expand(x.shape[0], -1)
+            keys = past if mask is None or mask.dim() != 2 else (mask.long().cumsum(-1) - 1).clamp(min=0)
+        bias = self.relative(position_ids, keys).to(x.dtype)
+        if found is None:
+            return bias
+        return bias.masked_fill(~found, torch.finfo(bias.dtype).min) if found.dtype == torch.bool else bias + found
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Ids (B, T) or embeddings (B, T, D) -> states (B, T, D) and, for decoders, the cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.causal and (self.config.use_cache if use_cache is None else use_cache)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+            if encoder_hidden_states is not None:
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        packed = position_ids is not None
+        if position_ids is None:
+            position_ids = self._places(x, attention_mask, seen)
+        mask = self._mask(x, attention_mask, past_key_values, position_ids, packed)
+        states_mask = None
+        if encoder_hidden_states is not None and encoder_attention_mask is not None:
+            states_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        angles = None if self.rotary is None else self.rotary(position_ids)
+        x = self._embed(x, position_ids, token_type_ids)
+        for layer in self.layers:
+            x = layer(x, mask, angles, past_key_values, encoder_hidden_states, states_mask, **kwargs)
+        x = x if self.norm is None else self.norm(x)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=x, past_key_values=past_key_values if use_cache else None
+        )
+
+
+class NativeModel(NativePreTrainedModel):
+    """The backbone without a head: `decoder`, `encoder`, or both over one embedding."""
+
+    def __init__(self, config: NativeConfig):
+        super().__init__(config)
+        self.encoder = NativeStack(config, "encoder") if config.kind != "decoder" else None
+        self.decoder = NativeStack(config, "decoder") if config.kind != "encoder" else None
+        if config.is_encoder_decoder:
+            # Both sides read one table, whether or not the head is tied to it as well.
+            self.decoder.embed_tokens = self.encoder.embed_tokens
+            self._tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
+        self.post_init()
+
+    @property
+    def main(self) -> NativeStack:
+        """The stack that reads the input ids first."""
+        return self.decoder if self.encoder is None else self.encoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of token embeddings."""
+        return self.main.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the table on every side."""
+        for stack in (self.encoder, self.decoder):
+            if stack is not None:
+                stack.embed_tokens = value
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """The bidirectional stack."""
+        return self.encoder
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """The causal stack."""
+        return self.decoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """States of the last stack, (B, T, D)."""
+        if not self.config.is_encoder_decoder:
+            kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+            return self.main(input_ids, past_key_values=past_key_values, **kwargs)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        states = encoder_outputs[0]
+        out = self.decoder(
+            decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            encoder_hidden_states=states,
+            encoder_attention_mask=attention_mask,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=out.last_hidden_state,
+            past_key_values=out.past_key_values,
+            decoder_hidden_states=out.hidden_states,
+            decoder_attentions=out.attentions,
+            encoder_last_hidden_state=states,
+        )
