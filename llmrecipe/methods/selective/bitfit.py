@@ -218,7 +218,7 @@ def _biases(model: nn.Module, pooler: bool) -> list[tuple[nn.Module, str]]:
     skipped = None if pooler else _pooler(model)
     owners: dict[int, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        if id(module) in inside or is_head(path) or (skipped is not None and module in skipped.modules()):
+        if id(module) in inside or is_head(model, path) or (skipped is not None and module in skipped.modules()):
             continue
         for tensor, value in module._parameters.items():
             # A container may only hold a second name of its child's bias (BERT's prediction head): the later owner applies it.
