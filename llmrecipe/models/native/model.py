@@ -112,7 +112,7 @@ class NativeStack(NativePreTrainedModel):
             return counted[:, -columns:]
         return (torch.arange(columns, device=x.device) + seen).expand(rows, -1)
 
-    def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Tensor | None:
+    def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Any:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         # Positions that restart tell the mask builder of packed documents; they are passed only where the caller gave them.
         if self.causal:
@@ -202,7 +202,9 @@ class NativeModel(NativePreTrainedModel):
     @property
     def main(self) -> NativeStack:
         """The stack that reads the input ids first."""
-        return self.decoder if self.encoder is None else self.encoder
+        stack = self.decoder if self.encoder is None else self.encoder
+        assert stack is not None
+        return stack
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of token embeddings."""

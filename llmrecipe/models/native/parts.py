@@ -174,21 +174,18 @@ class NativeAttention(nn.Module):
         return self.o_proj(out.flatten(2)), weights
 
     def _keys_values(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        both = isinstance(cache, EncoderDecoderCache)
-        if self.cross and both and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+        pair = cache if isinstance(cache, EncoderDecoderCache) else None
+        if self.cross and pair is not None and pair.is_updated.get(self.layer_idx):
+            layer: Any = pair.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         key, value = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         if angles is not None:
             key = turn(key, angles)
-        if cache is None or (self.cross and not both):
-            return key, value
-        if not both:
-            return cache.update(key, value, self.layer_idx)
-        if self.cross:
-            cache.is_updated[self.layer_idx] = True
-            return cache.cross_attention_cache.update(key, value, self.layer_idx)
-        return cache.self_attention_cache.update(key, value, self.layer_idx)
+        if pair is not None and self.cross:
+            pair.is_updated[self.layer_idx] = True
+            return pair.cross_attention_cache.update(key, value, self.layer_idx)
+        own = pair.self_attention_cache if pair is not None else cache
+        return (key, value) if own is None or self.cross else own.update(key, value, self.layer_idx)
 
 
 class NativeFeedForward(nn.Module):

@@ -1,0 +1,94 @@
+"""Tokens and the rows that stand for them: padding, added tokens, growing embeddings."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from llmrecipe.errors import ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+"""Tokens that serve as padding in known vocabularies, in order of preference."""
+BRACKETED = re.compile(r"<[^<>\s]+>|\[[A-Z_0-9]+\]")
+
+
+def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
+    """Make sure there is a padding token, without adding one to the vocabulary.
+
+    Which token pads does not matter to training: targets and masks are decided by length, never by comparing ids, so an end
+    token that also pads is still learned.
+
+    Raises:
+        ModelError: the wanted token is not one token of the vocabulary, or nothing can pad.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if wanted is not None:
+        if wanted not in vocabulary:
+            raise ModelError(
+                f"tokenizer.pad_token: '{wanted}' is not in the vocabulary{did_you_mean(wanted, vocabulary)}; "
+                "add it with tokenizer.add_tokens, or leave the key out"
+            )
+        tokenizer.pad_token = wanted
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id is not None:
+        return
+    found = next((token for token in PADDING if token in vocabulary), None) or tokenizer.unk_token or tokenizer.eos_token
+    if found is None:
+        raise ModelError("tokenizer: it has no padding, unknown or end token; name one with tokenizer.pad_token")
+    tokenizer.pad_token = found
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
+    """Add tokens, those in brackets as special ones; returns how many were new.
+
+    Raises:
+        ModelError: an empty token.
+    """
+    from tokenizers import AddedToken
+
+    if any(not token.strip() for token in tokens):
+        raise ModelError("tokenizer.add_tokens: a token must have at least one visible character")
+    special = [AddedToken(t, special=True, normalized=False) for t in tokens if BRACKETED.fullmatch(t)]
+    plain = [AddedToken(t, normalized=False) for t in tokens if not BRACKETED.fullmatch(t)]
+    return tokenizer.add_tokens(special, special_tokens=True) + tokenizer.add_tokens(plain)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows an embedding needs: one more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Grow the embedding (and head) to the tokenizer's vocabulary; returns how many rows are new.
+
+    New rows start at the mean of the old ones, the same on every load, so that a run's base can be rebuilt. A tied head stays
+    tied and the config carries the new size. Models with spare rows are left alone. Also tells the config which token pads.
+    """
+    import torch
+
+    embed = model.get_input_embeddings()
+    rows, needed = int(embed.weight.shape[0]), vocabulary_size(tokenizer)
+    text = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = tokenizer.pad_token_id
+    if needed <= rows:
+        return 0
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+                if tensor is not None and tensor.shape[0] == needed:
+                    tensor[rows:] = tensor[:rows].float().mean(dim=0).to(tensor.dtype)
+    return needed - rows
+
+
+def position_offset(model: nn.Module) -> int:
+    """What RoBERTa-like families add to a position: they count from padding_idx + 1."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
