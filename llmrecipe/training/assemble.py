@@ -88,8 +88,11 @@ def build(run: Run, resume: Path | None) -> Parts:
         recipe.batch.tokens or (None if recipe.batch.micro else MICRO_TOKENS),
         ReferenceCache(),
     )
-    roles.prepared = runtime.prepare(engine)
-    optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optimizer, stack)
+    optimizer = None
+    # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
+    if any(p.requires_grad for p in model.model.parameters()):
+        roles.prepared = runtime.prepare(engine)
+        optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optimizer, stack)
     return Parts(
         directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule,
         model, data, validation, roles, optimizer, steps,
@@ -125,6 +128,19 @@ def read_data(recipe: Any, objective: Any) -> tuple[Any, Any, list[str] | None]:
     return data, validation, labels
 
 
+def test_rows(run: Run) -> Any:
+    """The sealed test split, or None: for its reference scores before step 0 and its one evaluation after the last."""
+    from llmrecipe.data import prepare
+
+    if not run.recipe.eval.test:
+        return None
+    mask = getattr(run.objective, "mask", None) or "completion"
+    labels = getattr(run.data, "labels", None)
+    return prepare(
+        run.recipe.data, run.tokenizer, run.objective.rows, mask=mask, split="test", seed=run.recipe.seed, label_map=labels, unseal=True
+    )
+
+
 def step_count(recipe: Any, rows: int) -> int:
     """Optimizer steps of the run: `steps`, or passes over the rows."""
     if recipe.steps is not None:
@@ -137,6 +153,9 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     """The model of a recipe with its attention routed, its blocks sped up and its mounted stacks underneath."""
     from llmrecipe.models.load import prepare_for_training
 
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     section = recipe.model
     if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):
         # Weights that all train are float32 masters; the lower precision is autocast's.
@@ -144,6 +163,8 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     model = opened.open_model(
         section, recipe.tokenizer, head=objective.head, labels=labels, load_kwargs=stack.load_kwargs(), seed=recipe.seed
     )
+    if objective.head == "classification" and recipe.model.init == "random":
+        model.model.new_heads = tuple(n for n in ("score", "classifier") if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
     return model
 

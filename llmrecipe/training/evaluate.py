@@ -90,11 +90,18 @@ def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
     flat = torch.tensor([sums[n] for n in names] + [counts[n] for n in names], dtype=torch.float64)
     reduced = run.runtime.sum(flat).tolist()
     metrics = {n: reduced[i] / reduced[len(names) + i] if reduced[len(names) + i] else float("nan") for i, n in enumerate(names)}
-    tensors = {n: torch.cat(run.runtime.gather(parts)) for n, parts in gathered.items()}
+    tensors = {n: _gathered(run, torch.cat(gathered[n])) for n in sorted(gathered)}
     metrics |= run.objective.finish_evaluation(metrics, tensors)
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
     return metrics
+
+
+def _gathered(run: Run, own: torch.Tensor) -> torch.Tensor:
+    """Every process's rows of a per-row tensor, on every process."""
+    if run.runtime.world == 1:
+        return own
+    return torch.cat([torch.tensor(part, dtype=own.dtype) for part in run.runtime.gather_json(own.tolist())])
 
 
 def _batches(run: Run, data: Any, limit: int | None) -> Any:

@@ -154,13 +154,7 @@ def score_test(run: Run) -> dict[str, float]:
     """Metrics of the sealed test split: opened here, once, and nowhere else in training."""
     if not run.recipe.eval.test:
         return {}
-    from llmrecipe.data import prepare
-
-    mask = getattr(run.objective, "mask", None) or "completion"
-    test = prepare(
-        run.recipe.data, run.tokenizer, run.objective.rows, mask=mask, split="test", seed=run.recipe.seed,
-        label_map=getattr(run.data, "labels", None), unseal=True,
-    )  # fmt: skip
+    test = assemble.test_rows(run)
     if test is None:
         return {}
     metrics = evaluate(run, test)

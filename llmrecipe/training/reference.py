@@ -18,6 +18,8 @@ from torch import Tensor
 
 from llmrecipe.data.batch import Batch
 
+from llmrecipe.errors import LlmRecipeError
+
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
 
@@ -35,6 +37,8 @@ class ReferenceCache:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.known: dict[int, Tensor] = {}
+        self.complete = False
+        """Whether every row of the run is here, so that a missing one cannot be scored any more."""
         self.hits = 0
         self.misses = 0
         if path is not None and path.exists():
@@ -43,6 +47,8 @@ class ReferenceCache:
     def get(self, batch: Batch) -> Tensor | None:
         """(S,) sums in the batch's order, or None when a row is missing."""
         if not batch.keys or any(key not in self.known for key in batch.keys):
+            if self.complete and batch.keys:
+                raise LlmRecipeError("a row has no reference log-probabilities although all rows were scored before step 0")
             return None
         self.hits += len(batch.keys)
         return torch.cat([self.known[key] for key in batch.keys])
@@ -102,16 +108,21 @@ def take(run: Run) -> None:
         run.stack.take_reference(run.model)
         return
     score_all(run)
+    run.roles.cache.complete = True
     run.roles.cache.save()
 
 
 def score_all(run: Run) -> None:
     """Score the rows of every step the run will make, and of the validation split."""
+    from llmrecipe.training import assemble
+
     size, per_epoch = run.recipe.batch.size, run.steps_per_epoch
     epochs = math.ceil(run.steps / per_epoch)
     used = range(len(run.data)) if epochs > 1 else run.order(0)[: run.steps * size]
+    # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
+    others = [split for split in (run.validation, assemble.test_rows(run)) if split is not None]
     with torch.no_grad(), run.roles.evaluating():
-        for data, indices in ((run.data, used), (run.validation or [], range(len(run.validation or [])))):
+        for data, indices in [(run.data, used), *((split, range(len(split))) for split in others)]:
             for part in run.roles.split([data[int(i)] for i in indices]):
                 batch = run.objective.collate(part, run.roles)
                 if batch.keys and run.roles.cache.get(batch) is None:

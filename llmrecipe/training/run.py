@@ -119,7 +119,7 @@ class Run:
         def loss(batch: Batch) -> torch.Tensor:
             return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
 
-        return Probe(batches, loss, self.runtime)
+        return Probe(batches, loss, self.runtime, self.objective.weight)
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class Run:
 
     def rebuild(self) -> None:
         """The set of trained tensors changed: the optimizer is built anew and keeps the state of what survived."""
-        if self.optimizer is not None:
+        if self.stack.rule() is None:
             self.optimizer = assemble.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
         self.roles.prepared = self.runtime.prepare(self.roles.engine)
 
