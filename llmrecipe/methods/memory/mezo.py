@@ -100,7 +100,7 @@ class Mezo(Wrapper):
         Raises:
             RecipeError: the model recomputes activations, which only a backward pass would want.
         """
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise RecipeError(_CHECKPOINTING)
 
     def merge(self, model: nn.Module) -> None:

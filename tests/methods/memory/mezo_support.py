@@ -1,0 +1,108 @@
+"""A stand-in for a run: the parts an update rule reads, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.methods.memory.mezo import Mezo
+from llmrecipe.methods.stack import Stack
+from llmrecipe.objectives.objective import Loss
+
+
+class Alone:
+    """One process."""
+
+    world, rank = 1, 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+
+class Squares:
+    """Summed squared error of micro-batches (x, y)."""
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        self.modes: list[bool] = []
+        self.with_graph = 0
+
+    def weight(self, micro: Any) -> float:
+        return float(len(micro[0]))
+
+    def loss(self, micro: Any, roles: Any) -> Loss:
+        x, y = micro
+        out = roles.prepared(x)
+        self.modes.append(roles.engine.training)
+        total = (out - y).square().sum()
+        self.with_graph += total.requires_grad
+        return Loss(total, {"error": (total, len(x))})
+
+
+class Accuracy:
+    """Minus the number of right answers: piecewise constant, no gradient anywhere."""
+
+    differentiable = False
+
+    def weight(self, micro: Any) -> float:
+        return float(len(micro[0]))
+
+    def loss(self, micro: Any, roles: Any) -> Loss:
+        x, label = micro
+        return Loss(-(roles.prepared(x).argmax(-1) == label).sum())
+
+
+class Next:
+    """Next-token loss of a Transformers model on a (1, T) tensor of ids."""
+
+    differentiable = True
+
+    def weight(self, micro: Tensor) -> float:
+        return float(micro.shape[1] - 1)
+
+    def loss(self, micro: Tensor, roles: Any) -> Loss:
+        logits = roles.prepared(input_ids=micro).logits[0, :-1]
+        return Loss(nn.functional.cross_entropy(logits.float(), micro[0, 1:], reduction="sum"))
+
+
+@dataclass
+class FakeRun:
+    model: nn.Module
+    stack: Stack
+    dir: Any
+    objective: Any = field(default_factory=Squares)
+    runtime: Any = field(default_factory=Alone)
+    learning_rate: float = 0.1
+    steps: int = 10
+    seed: int = 7
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        self.roles = SimpleNamespace(engine=self.model, prepared=self.model, device=torch.device("cpu"))
+        self.progress = SimpleNamespace(step=0)
+        self.optimizer = None
+        self.recipe = SimpleNamespace(seed=self.seed, model=SimpleNamespace(gradient_checkpointing=self.checkpointing))
+
+    def total_weight(self, micros: list[Any]) -> float:
+        own = sum(self.objective.weight(m) for m in micros)
+        return float(self.runtime.sum(torch.tensor([own], dtype=torch.float64)))
+
+    def step(self, micros: list[Any]) -> Any:
+        result = self.stack.rule()(self, micros)
+        self.progress.step += 1
+        return result
+
+
+def make_run(
+    model: nn.Module, path: Path, wrappers: tuple[Any, ...] = (), run: dict[str, Any] | None = None, **mezo: Any
+) -> FakeRun:
+    """A fake run with MeZO, attached."""
+    stack = Stack([*wrappers, Mezo(name="mezo", **mezo)])
+    stack.attach(model)
+    return FakeRun(model, stack, SimpleNamespace(path=path), **(run or {}))
