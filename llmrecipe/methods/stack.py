@@ -87,6 +87,7 @@ class Stack:
         for wrapper in self.wrappers:
             wrapper.calibrate(model, probe)
             self._mark(wrapper, "calibrate")
+        self.set_trainable(model)
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Sum of the wrappers' penalties."""
@@ -102,6 +103,8 @@ class Stack:
         for wrapper in self.wrappers:
             changed = bool(wrapper.before_step(model, step)) or changed
             self._mark(wrapper, "before_step")
+        if changed:
+            self.set_trainable(model)
         return changed
 
     def after_backward(self, model: nn.Module, step: int) -> None:

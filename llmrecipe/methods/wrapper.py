@@ -52,6 +52,8 @@ class Probe:
     """`loss(batch) -> Tensor`: the objective's mean loss of a batch with its graph."""
     world: Any = field(default=None)
     """The runtime, for reductions over ranks."""
+    weight: Any = field(default=None)
+    """`weight(batch) -> float`: what the mean loss of a batch was divided by (tokens, pairs or rows)."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)

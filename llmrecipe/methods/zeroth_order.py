@@ -91,6 +91,11 @@ class Perturbation(Protocol):
         """Around all passes of a step."""
 
 
+def moved(parameter: Tensor) -> None:
+    """Say that a parameter holds other numbers: writes through `.data` do not, and sparse deltas look at its version."""
+    torch.autograd.graph.increment_version(parameter)
+
+
 class InPlace:
     """theta itself is moved: + eps, - 2 eps, + eps. No extra memory; exact up to the rounding of three additions."""
 
@@ -109,6 +114,7 @@ class InPlace:
         if scale != self.at:
             for item in self.trained:
                 shift(item.parameter.data, item.name, self.noise, *self.address, scale - self.at)
+                moved(item.parameter)
         self.at = scale
 
     def missed(self) -> bool:
@@ -195,15 +201,17 @@ class Layerwise:
         # Other data means that somebody computes with other weights on purpose (the policy of step 0): not ours to move.
         if self.scale == 0.0 or item.name in self.kept or item.parameter.data.data_ptr() != own.data_ptr():
             return
-        moved = own.clone()
-        shift(moved, item.name, self.noise, *self.address, self.scale)
+        away = own.clone()
+        shift(away, item.name, self.noise, *self.address, self.scale)
         self.kept[item.name] = own
-        item.parameter.data = moved
+        item.parameter.data = away
+        moved(item.parameter)
 
     def _restore(self, item: Trained) -> None:
         own = self.kept.pop(item.name, None)
         if own is not None:
             item.parameter.data = own
+            moved(item.parameter)
 
 
 def _split(model: nn.Module, trained: Sequence[Trained]) -> tuple[dict[nn.Module, list[Trained]], list[Trained]]:
