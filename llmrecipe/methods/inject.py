@@ -12,8 +12,9 @@ Kinds of port (a port overrides exactly one method):
     weight     W -> W'                    a named tensor of the host for one call: 3-D experts
     attention  (attend, q, k, v) -> out   prefix tuning, head-wise adapters; see models.attention
 
-Order at one site: befores in stack order, then the arounds (the last one outermost) with weights replaced by `order`, then
-the afters by `order`, ties in stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
+Order at one site: befores in stack order, then the arounds (the last one outermost) with weights replaced by `order`,
+then the afters by `order`, ties in stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the
+result (30).
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Port(nn.Module):
     """Roles this port serves; None serves every role but `reference`."""
     mounted: bool = False
     """Whether the port belongs to the run this one continues: it is part of the reference and never steps aside for it."""
+    rowwise: ClassVar[bool] = False
+    """Whether each row of its output depends on that row of its input alone, wherever the row stands: then it also works on
+    some of a batch's rows (see `models.speed`)."""
     tensor: str = "weight"
     """For a weight port: the attribute of the host it changes."""
 
