@@ -1,7 +1,8 @@
 """The command line: one file of this folder is one verb.
 
-A module with a function `verb` is a verb named after the file (a trailing underscore is dropped: `list_.py` is `list`); its docstring is the
-help text and `PANEL` the group it is listed under. Modules import nothing heavy at the top, so `--help` answers at once.
+A module with a function `verb` is a verb named after the file (a trailing underscore is dropped: `list_.py` is
+`list`); its docstring is the help text and `PANEL` the group it is listed under. Modules import nothing heavy at
+the top, so `--help` answers at once.
 """
 
 from __future__ import annotations

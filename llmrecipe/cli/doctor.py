@@ -37,13 +37,14 @@ def verb(as_json: Json = False) -> None:
         print_json(facts)
         return
     from rich.table import Table
+    from rich.text import Text
 
     from llmrecipe.cli.show_table import console
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(key, shown)
+        table.add_row(key, Text(shown))
     console().print(table)
 
 

@@ -1,7 +1,8 @@
 """A recipe and the recipes it extends: every file of the chain, read once, with its defaults list made ready for Hydra.
 
-A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself. Each file of the chain gets an
-id without folders, so that Hydra merges all of them at the top of the recipe whatever folder they lie in.
+A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself.
+Each file of the chain gets an id without folders, so that Hydra merges all of them at the top of the recipe
+whatever folder they lie in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.interpolation import check_file
 from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, all_recipes, lookup, packaged, presets, roots
 from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 
@@ -45,7 +47,7 @@ class Chain:
         known = next((link for link in self.links.values() if link.source.path.resolve() == path), None)
         if known is not None:
             return known
-        link = Link(id=f"recipe{len(self.links)}", source=read_yaml(path))
+        link = Link(id=f"recipe{len(self.links)}", source=check_file(read_yaml(path)))
         self.links[link.id] = link
         _check_body(link.source)
         self._read_defaults(link, (*under, path))
@@ -89,8 +91,8 @@ class Chain:
     def place(self, words: dict[str, Any]) -> None:
         """Write the group choices into the defaults lists, those of the command line (group -> choice) over all others.
 
-        A component replaces the one base chose. A preset is merged just before the body of the file that chose it, or after everything when the
-        command line did, so that a choice is never hidden by what an extended recipe says.
+        A component replaces the one base chose. A preset is merged just before the body of the file that chose it, or after
+        everything when the command line did, so that a choice is never hidden by what an extended recipe says.
         """
         files = {group for link in self.links.values() for group in link.choices}
         for group in sorted(files | set(words)):
@@ -139,9 +141,8 @@ class Chain:
         folders = [source.parent, *self.folders]
         found = lookup(name, list(dict.fromkeys(folders)), exclude=source)
         if found is None:
-            raise RecipeError(
-                f"{where}: there is no recipe '{name.strip('/')}' to extend{did_you_mean(name.strip('/'), ['base', *all_recipes()])}"
-            )
+            word = name.strip("/")
+            raise RecipeError(f"{where}: there is no recipe '{word}' to extend{did_you_mean(word, ['base', *all_recipes()])}")
         return found.resolve()
 
     def choice(self, link_id: str, group: str) -> Any:
@@ -151,8 +152,13 @@ class Chain:
 
     def plugins(self) -> list[str]:
         """Packages named under `plugins` by any file of the chain."""
-        named = [p for link in self.links.values() for p in link.source.value.get("plugins") or []]
-        return [p for p in named if isinstance(p, str)]
+        lists = [link.source.value.get("plugins") for link in self.links.values()]
+        return [p for named in lists if isinstance(named, list) for p in named if isinstance(p, str)]
+
+    def below(self, link: Link) -> list[Link]:
+        """The files a file extends, at any depth."""
+        direct = [self.links[i] for i in link.extends]
+        return [*direct, *(further for inner in direct for further in self.below(inner))]
 
 
 def _line(source: YamlFile, index: int) -> int:
@@ -182,7 +188,7 @@ def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
 
 
 def _implied(source: YamlFile) -> list[Any]:
-    """The defaults list of a file that has none: base, and the kinds its body names (a run's own recipe.yaml is such a file)."""
+    """The defaults list of a file that has none, such as a run's own recipe.yaml: base, and the kinds its body names."""
     entries: list[Any] = ["/base"]
     for group in COMPONENT_GROUPS:
         body = source.value.get(group)

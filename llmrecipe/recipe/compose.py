@@ -92,7 +92,7 @@ def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path
 
 
 def load_entry_points() -> None:
-    """Also know the components of installed packages that announce themselves under the entry-point group `llmrecipe.plugins`."""
+    """Also know the components of installed packages that announce themselves as entry points `llmrecipe.plugins`."""
     for point in entry_points(group="llmrecipe.plugins"):
         registry.add_plugin(point.value)
 
@@ -108,11 +108,20 @@ def _open_plugins(chain: Chain, words: list[Word]) -> None:
 
 
 def _mark_choices(chain: Chain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
-    """A component's `kind` comes from the defaults list or the word that chose it, not from the component's own file."""
+    """A component's `kind` comes from the defaults list or the word that chose it, not from the component's own file.
+
+    A choice further out also wins over a kind named in the body of a file further in.
+    """
     for group in ("objective", "optim", "schedule"):
         at = (group, "kind")
-        if at in origins and origins[at].kind == "default":
-            origins[at] = _choice_origin(chain, words, group) or origins[at]
+        holder = chain.holder(chain.primary.id, group)
+        origin = origins.get(at)
+        inner = [link.source.path for link in chain.below(holder)] if holder else []
+        if holder and origin and origin.kind == "file" and origin.file in inner and isinstance(mapping.get(group), dict):
+            mapping[group]["kind"] = holder.choices[group][0]
+            origins[at] = Origin("file", holder.source.path, holder.choices[group][1])
+        elif origin and origin.kind == "default":
+            origins[at] = _choice_origin(chain, words, group) or origin
     for name in mapping.get("stack") or {}:
         at = ("stack", str(name), "kind")  # type: ignore[assignment]
         if at in origins and origins[at].kind == "default":
@@ -130,7 +139,7 @@ def _choice_origin(chain: Chain, words: list[Word], group: str) -> Origin | None
 @functools.cache
 def section_defaults() -> dict[str, Any]:
     """Every key outside components with its default."""
-    return Recipe().model_dump(mode="json", by_alias=True)
+    return Recipe.model_validate({}).model_dump(mode="json", by_alias=True)
 
 
 def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
@@ -146,7 +155,7 @@ def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
         else:
             whole[key] = given
         for inner, _ in leaves(default, (key,)):
-            if is_section and isinstance(given, dict) and inner[1] not in given or key not in mapping:
+            if key not in mapping or (is_section and isinstance(given, dict) and inner[1] not in given):
                 origins.setdefault(inner, schema_origin(inner))
     return {**whole, **{k: v for k, v in mapping.items() if k not in whole}}
 

@@ -1,7 +1,8 @@
 """The one place that talks to Hydra: merging the files of a chain with the chosen components and presets.
 
-Hydra sees three sources: the chain's files by id, the preset folders, and the registered components as plain mappings in its ConfigStore
-(`stack/lora` holds `{lora: {kind: lora, ...}}`, `objective/dpo` holds `{kind: dpo, ...}`).
+Hydra sees three sources: the chain's files by id, the preset folders, and the registered components as plain
+mappings in its ConfigStore (`stack/lora` holds `{lora: {kind: lora, ...}}`, `objective/dpo` holds `{kind: dpo,
+...}`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmrecipe import registry
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.chain import Chain
+from llmrecipe.recipe.interpolation import check_file
 from llmrecipe.recipe.origins import Origin, Origins, leaves
 from llmrecipe.recipe.search import COMPONENT_GROUPS, PRESET_GROUPS, presets
 from llmrecipe.recipe.yaml_file import YamlFile, read_yaml, short
@@ -59,7 +61,7 @@ class _RecipeSource(ConfigSource):
         path = presets(group).get(option)
         if path is None:
             raise ConfigLoadError(f"no config {config_path}")
-        return self._result(config_path, read_yaml(path).value, group)
+        return self._result(config_path, check_file(read_yaml(path)).value, group)
 
     def _result(self, config_path: str, value: dict[str, Any], package: str) -> ConfigResult:
         return ConfigResult(
@@ -91,25 +93,31 @@ def _body(source: YamlFile) -> dict[str, Any]:
     return {key: value for key, value in source.value.items() if key != "defaults"}
 
 
-def _publish_components() -> None:
-    """Put every registered component into Hydra's ConfigStore."""
+def _publish_components(chain: Chain, words: list[str]) -> None:
+    """Put the components that are chosen anywhere into Hydra's ConfigStore (all of them would cost a tenth of a second)."""
     store = ConfigStore.instance()
+    text = " ".join([*words, *(str(link.choices) for link in chain.links.values())])
+    open_ended = any(
+        "defaults" in read_yaml(path).value for group in PRESET_GROUPS for path in presets(group).values() if path.stem in text
+    )
     for group in COMPONENT_GROUPS:
         for name in registry.names(group):
+            if name not in text and not open_ended:
+                continue
             defaults = registry.spec(group, name).defaults()
             node = {name: defaults} if group == "stack" else defaults
             store.store(group=group, name=name, node=OmegaConf.create(node), provider="registry")
 
 
 @contextmanager
-def _hydra(chain: Chain) -> Iterator[None]:
+def _hydra(chain: Chain, words: list[str]) -> Iterator[None]:
     plugins = Plugins.instance()
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if _RecipeSearchPath not in plugins.discover(SearchPathPlugin):
             plugins.register(_RecipeSource)
             plugins.register(_RecipeSearchPath)
-        _publish_components()
+        _publish_components(chain, words)
         token = _chain.set(chain)
         try:
             with initialize(version_base="1.3", config_path=None):
@@ -134,7 +142,7 @@ def merge(chain: Chain, words: list[str]) -> Composed:
     """
     primary = chain.primary.id
     try:
-        with _hydra(chain):
+        with _hydra(chain, words):
             config = hydra_compose(config_name=primary, overrides=words)
             loader = GlobalHydra.instance().config_loader()
             layers = loader.compute_defaults_list(config_name=primary, overrides=words, run_mode=RunMode.RUN).defaults

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.origins import Origins, leaves, origin_of
-from llmrecipe.recipe.yaml_file import KeyPath, dotted
+from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
 
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
@@ -72,20 +72,39 @@ def _each(value: Any, change: Any) -> Any:
 
 
 def _refuse(mapping: dict[str, Any], key: KeyPath, text: str) -> tuple[str, KeyPath] | None:
+    wrong = _syntax(text)
+    if wrong is not None:
+        return f"{dotted(key)}: {wrong}", key
+    for match in PIECE.finditer(text):
+        inside = match[1].strip()
+        if not STAGE.match(inside) and not inside.startswith(".") and (near := _missing(mapping, inside)) is not None:
+            return f"{dotted(key)}: ${{{inside}}} names no key of this recipe{near}", key
+    return None
+
+
+def _syntax(text: str) -> str | None:
+    """What is wrong with the interpolations of a text, whatever they name."""
     for match in PIECE.finditer(text):
         inside = match[1].strip()
         if not match[0].endswith("}"):
-            return f"{dotted(key)}: '{text}' opens ${{ and never closes it; write \\${{ for the characters themselves", key
-        if STAGE.match(inside):
-            continue
-        if not PLAIN.match(inside):
-            return (
-                f"{dotted(key)}: ${{{inside}}} is not allowed; a recipe interpolates only another key, as in ${{data.max_length}}, or ${{stage:NAME}}",
-                key,
-            )
-        if not inside.startswith(".") and (near := _missing(mapping, inside)) is not None:
-            return f"{dotted(key)}: ${{{inside}}} names no key of this recipe{near}", key
+            return f"'{text}' opens ${{ and never closes it; write \\${{ for the characters themselves"
+        if not STAGE.match(inside) and not PLAIN.match(inside):
+            allowed = "another key, as in ${data.max_length}, or ${stage:NAME}"
+            return f"${{{inside}}} is not allowed; a recipe names only {allowed}"
     return None
+
+
+def check_file(source: YamlFile) -> YamlFile:
+    """Refuse a file with an interpolation that cannot be read, before Hydra meets it.
+
+    Raises:
+        RecipeError: every such value, with its line.
+    """
+    found = [(key, _syntax(text)) for key, text in _texts(source.value) if "${" in text]
+    wrong = [f"{dotted(key)}: {message} [{source.where(*key)}]" for key, message in found if message]
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+    return source
 
 
 def _missing(mapping: dict[str, Any], path: str) -> str | None:

@@ -69,7 +69,7 @@ def _defaults() -> dict[str, Any]:
         known = registry.names(group) if group in COMPONENT_GROUPS else []
         name: dict[str, Any] = {"type": "string", "examples": known} if known else {"type": ["string", "null"]}
         value = {"type": "array", "items": name} if group == "stack" else name
-        choices |= {word: value for word in (group, f"/{group}", f"override {group}", f"override /{group}")}
+        choices |= dict.fromkeys((group, f"/{group}", f"override {group}", f"override /{group}"), value)
     choice = {"type": "object", "properties": choices, "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
     return {
         "type": "array",

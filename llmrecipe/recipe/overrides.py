@@ -1,7 +1,8 @@
 """Words of the command line: `optim.lr=1e-4 stack=[nf4,lora] ~stack.lora '+stack.top={kind: lora}'`.
 
-Hydra's grammar reads them. Choices of a group go back to Hydra; values are set here, so that an unknown key meets our validation (with near
-names, all mistakes at once) and a mapping given for one option replaces it instead of being merged into it.
+Hydra's grammar reads them. Choices of a group go back to Hydra; values are set here, so that an unknown key meets
+our validation (with near names, all mistakes at once) and a mapping given for one option replaces it instead of
+being merged into it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.origins import Origin, Origins, forget, leaves
-from llmrecipe.recipe.search import GROUPS, presets
+from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, presets
 from llmrecipe.recipe.yaml_file import KeyPath
 
 
@@ -72,14 +73,12 @@ def _classify(text: str, parsed: Override, value: Any) -> Word:
     if name not in GROUPS:
         return Word(text, key, value, parsed.is_delete(), False)
     if parsed.is_delete():
-        raise RecipeError(
-            f"'{text}': {name} cannot be removed as a whole; choose another one, as in {name}={'[]' if name == 'stack' else 'NAME'}"
-        )
+        raise RecipeError(f"'{text}': {name} cannot be removed as a whole; write {name}={'[]' if name == 'stack' else 'NAME'}")
     if name == "stack":
         value = [] if value in (None, "", "none") else [value] if isinstance(value, str) else value
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise RecipeError(
-                f"'{text}': stack= takes a list of methods, as in stack=[nf4,lora]; add a named one with '+stack.NAME={{kind: ...}}'"
+                f"'{text}': stack= takes a list of methods, as in stack=[nf4,lora]; a named one is '+stack.NAME={{kind: ...}}'"
             )
         repeated = next((v for v in value if value.count(v) > 1), None)
         if repeated:
@@ -129,6 +128,7 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
     """
     for word in words:
         if word.choice:
+            _choose(word, mapping, origins)
             continue
         node = _parent(word, mapping)
         last = word.key[-1]
@@ -151,8 +151,17 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
             origins[(*word.key, *key)] = Origin("override", word=word.text)
 
 
+def _choose(word: Word, mapping: dict[str, Any], origins: Origins) -> None:
+    """The kind the command line chose, also where a file names another one in its body."""
+    group = str(word.key[0])
+    body = mapping.get(group)
+    if group in COMPONENT_GROUPS and group != "stack" and isinstance(body, dict) and not _is_preset(group, word.value):
+        body["kind"] = word.value
+        origins[(group, "kind")] = Origin("override", word=word.text)
+
+
 def _holds_keys(key: KeyPath) -> bool:
-    """Whether a key is a section, a component or a stack entry (a given mapping adds to it) rather than one option (it replaces)."""
+    """Whether a mapping given for a key adds to it (a section, a component, a stack entry) rather than replaces it."""
     return len(key) == 1 or (key[0] == "stack" and len(key) == 2)
 
 

@@ -1,7 +1,9 @@
 """Completing the components of a composed mapping: defaults of the chosen kind in, what was meant for a replaced one out.
 
-A recipe that says `objective: {beta: 0.3}` for DPO leaves `beta` behind when the command line says `objective=sft`. Such a value is dropped with
-one line that says so. A value nobody knows stays, for validation to refuse; a value the new kind knows too is kept.
+A recipe that says `objective: {beta: 0.3}` for DPO leaves `beta` behind when the command line says `objective=sft`.
+Such a value is dropped with one line that says so. A value nobody knows stays, for validation to refuse.
+A value is kept where the option means the same in both kinds: same name, type and default (`clip` of two optimizers,
+but not the learning rate of AdamW for Lion).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Cleaner:
             for name in list(stack):
                 entry = stack[name]
                 if self._left_behind(name, entry):
-                    self._drop(("stack", name), f"'{name}' is no longer in the stack")
+                    self._drop([("stack", name)], f"'{name}' is no longer in the stack")
                     del stack[name]
                 elif isinstance(entry, dict):
                     if "kind" not in entry and self._given_whole(name) and name in registry.names("stack"):
@@ -84,27 +86,30 @@ class Cleaner:
             return body
         spec = registry.spec(group, kind)
         defaults = spec.defaults()
-        whole: dict[str, Any] = {"kind": kind}
-        for name in spec.options:
-            if name in body and self._was_set((*at, name)):
-                whole[name] = body[name]
-            elif name in defaults:
-                whole[name] = defaults[name]
-                forget(self.origins, (*at, name))
-                self.origins[(*at, name)] = Origin("default", spec.path, spec.options[name].line)
+        whole: dict[str, Any] = {"kind": kind, **defaults}
         dropped: dict[str, list[str]] = {}
-        for name in (n for n in body if n not in whole):
-            key = (*at, str(name))
+        for name in (str(n) for n in body if n != "kind"):
+            key = (*at, name)
             if not self._was_set(key):
                 forget(self.origins, key)
-            elif (old := self._old_kind(group, at, str(name), str(kind))) is not None:
-                dropped.setdefault(old, []).append(str(name))
-            else:
+                continue
+            old = self._old_kind(group, at, name, str(kind))
+            if old is None or self._means_the_same(spec.options.get(name), registry.spec(group, old).options[name]):
                 whole[name] = body[name]
+            elif body[name] == registry.spec(group, old).defaults().get(name, ...):
+                forget(self.origins, key)
+            else:
+                dropped.setdefault(old, []).append(name)
         for old, names in dropped.items():
-            for name in names:
-                self._drop((*at, name), f"it belongs to {old}, and {dotted(at)} is now {kind}")
+            self._drop([(*at, name) for name in names], f"set for {old}, and {dotted(at)} is now {kind}")
+        for name in defaults:
+            if name != "kind" and not self._below((*at, name)):
+                self.origins[(*at, name)] = Origin("default", spec.path, spec.options[name].line)
         return whole
+
+    @staticmethod
+    def _means_the_same(new: registry.Option | None, old: registry.Option) -> bool:
+        return new is not None and new.type_text == old.type_text and new.default == old.default
 
     def _was_set(self, key: KeyPath) -> bool:
         origin = origin_of(self.origins, key)
@@ -129,10 +134,10 @@ class Cleaner:
             return None
         return str(believed)
 
-    def _drop(self, key: KeyPath, reason: str) -> None:
-        origin = origin_of(self.origins, key)
-        where = f" (set in {origin})" if origin is not None and origin.kind != "default" else ""
-        forgotten = origin is None or origin.kind == "default"
-        forget(self.origins, key)
-        if not forgotten:
-            self.notes.append(f"dropped {dotted(key)}{where}: {reason}")
+    def _drop(self, keys: list[KeyPath], reason: str) -> None:
+        origins = {key: origin_of(self.origins, key) for key in keys}
+        for key in keys:
+            forget(self.origins, key)
+        set_by_files = [f"{dotted(key)} ({origin})" for key, origin in origins.items() if origin and origin.kind != "default"]
+        if set_by_files:
+            self.notes.append(f"dropped {', '.join(set_by_files)}: {reason}")

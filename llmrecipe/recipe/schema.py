@@ -57,7 +57,7 @@ class DataSection(Section):
 
     path: str | list[str] | dict[str, float] | None = Field(
         None,
-        description="File, folder with train/valid/test files, hub name, built-in set (`builtin:NAME`), list, or {path: weight}.",
+        description="File, folder with train/valid/test files, hub name, `builtin:NAME`, list, or {path: weight}.",
     )
     format: str = Field("auto", description="Row format; `auto` detects and prints it.")
     columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
@@ -83,7 +83,7 @@ class BatchSection(Section):
     """How much one optimizer step sees."""
 
     size: PositiveInt = Field(8, description="Rows (or pairs) in one optimizer step, over all processes.")
-    micro: PositiveInt | None = Field(None, description="Rows a process puts through the model at once; default: as many as fit `size`.")
+    micro: PositiveInt | None = Field(None, description="Rows put through the model at once; default: as many as fit `size`.")
     tokens: PositiveInt | None = Field(None, description="Cut micro-batches so that none holds more tokens than this.")
 
 
@@ -116,7 +116,7 @@ class EvalSection(Section):
 class SaveSection(Section):
     """Checkpoints."""
 
-    every: PositiveInt | None = Field(None, description="Write a checkpoint every so many steps; default: at the end and on a signal.")
+    every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at the end and on a signal.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept (the best one is kept besides).")
 
 
@@ -136,7 +136,7 @@ class RunSection(Section):
     dir: str | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
     root: str = Field("runs", description="Folder that holds run directories.")
     name: str | None = Field(None, description="Name used in the path; default: the recipe's.")
-    on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved either way.")
+    on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
 
 
 class Recipe(Section):

@@ -1,14 +1,15 @@
 """From a composed mapping to the validated `Recipe`, and from that to objects.
 
-Every mistake of a recipe is found in one pass and listed together: the key's path, what was given, what is allowed, the nearest spelling, and
-the file and line (or the word of the command line) that set it. Nothing here imports torch except `instantiate`.
+Every mistake of a recipe is found in one pass and listed together: the key's path, what was given, what is allowed,
+the nearest spelling, and the file and line (or the word of the command line) that set it. Nothing here imports
+torch except `instantiate`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
     if isinstance(stack, Mapping):
         checked["stack"] = {}
         for name, entry in stack.items():
-            body, found = check_component("stack", entry, ("stack", str(name)))
+            body, found = check_component("stack", entry, ("stack", str(name)), others=[str(n) for n in stack if n != name])
             checked["stack"][name] = body
             mistakes += found
         mistakes += check_stack(stack)
@@ -89,13 +90,13 @@ def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str
     return checked
 
 
-def check_component(group: str, body: Any, at: KeyPath) -> tuple[dict[str, Any], list[Mistake]]:
+def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = ()) -> tuple[dict[str, Any], list[Mistake]]:
     """The options of a component with defaults filled in, and what is wrong with them."""
     if not isinstance(body, Mapping):
         return {}, [Mistake(at, f"must be a mapping with a kind, such as {{kind: {_example(group)}}}; got {show(body)}")]
     kind = body.get("kind")
     if kind is None:
-        return dict(body), [Mistake(at, _no_kind(group, at))]
+        return dict(body), [Mistake(at, _no_kind(group, at, others))]
     try:
         spec = registry.spec(group, kind if isinstance(kind, str) else str(kind), dotted(at))
     except RecipeError as error:
@@ -114,13 +115,14 @@ def _example(group: str) -> str:
     return names[0] if names else "NAME"
 
 
-def _no_kind(group: str, at: KeyPath) -> str:
+def _no_kind(group: str, at: KeyPath, others: Sequence[str]) -> str:
     known = registry.names(group)
     name = str(at[-1])
     if group == "stack":
         if name in known:
-            return f"{name} is not in the stack, so it has no options to set; put it there with `- override /stack: [{name}]` or stack=[{name}]"
-        return f"the stack has no '{name}'{did_you_mean(name, known)}; a further method needs a kind: '+stack.{name}={{kind: ...}}'"
+            return f"{name} is not in the stack, so it has no options; put it there: stack=[{', '.join([*others, name])}]"
+        near = did_you_mean(name, [*others, *known])
+        return f"the stack has no '{name}'{near}; a new entry needs a kind: '+stack.{name}={{kind: ...}}'"
     return f"names no {group}; choose one with `- override /{group}: NAME` or {group}=NAME (known: {', '.join(known)})"
 
 

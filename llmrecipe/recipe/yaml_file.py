@@ -1,7 +1,8 @@
 """Reading one YAML file so that every value keeps its line.
 
-Scalars follow YAML 1.2 with two comforts: `1e-5` is a number, `1_000` is a number. `yes`, `no`, `on`, `off`, `010`, `1:30` and dates
-stay text (YAML 1.1 turns them into booleans, octals, base-60 numbers and dates behind the writer's back). A repeated key is an error.
+Scalars follow YAML 1.2 with two comforts: `1e-5` is a number, `1_000` is a number. `yes`, `no`, `on`, `off`, `010`,
+`1:30` and dates stay text (YAML 1.1 turns them into booleans, octals, base-60 numbers and dates behind the writer's
+back). A repeated key is an error.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def _build(
 ) -> Any:
     if any(node is parent for parent in parents):
         raise RecipeError(f"{short(path)}:{node.start_mark.line + 1}: this alias contains itself")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise RecipeError(f"{short(path)}:{node.start_mark.line + 1}: not valid YAML for a recipe: the tag {node.tag}")
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             lines[(*at, index)] = child.start_mark.line + 1

@@ -1,0 +1,212 @@
+"""The command line: exit codes, messages, verbs that need no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.cli.app import build, run
+from llmrecipe.cli.words import complete, sort_words
+from llmrecipe.errors import Interrupted, RecipeError
+
+
+def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "recipe=dpo_lora", "stack.lora.rr=8"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "Error: stack.lora.rr: lora has no option 'rr'; did you mean 'r'? [override stack.lora.rr=8]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["explain"], "no recipe given"),
+        (["explain", "dpo_lora"], "did you mean 'llmrecipe explain recipe=dpo_lora'?"),
+        (["train"], "no recipe given"),
+        (["check", "recipe=dpo_lora", "optim.lrr=1"], "did you mean 'lr'?"),
+        (["train", "recipe=dpo_lora", "--typo"], "--typo"),
+        (["trian", "recipe=dpo_lora"], "did you mean 'train'?"),
+        (["explain", "recipe=sft", "recipe=dpo"], "given twice"),
+        (["explain", "recipe="], "needs a name"),
+        (["list", "stak"], "did you mean 'stack'?"),
+        (["show", "lroa"], "did you mean 'lora'?"),
+        (["new", "x", "--stack", "lroa"], "did you mean 'lora'?"),
+    ],
+)
+def test_input_mistakes_are_exit_code_two(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert expected.lower() in err.lower() and "Traceback" not in err
+
+
+def fake_train(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None = None) -> list[Any]:
+    """Put a stand-in where the `train` verb finds its work."""
+    calls: list[Any] = []
+
+    def train_cli(*given: Any) -> None:
+        calls.append(given)
+        if outcome is not None:
+            raise outcome
+
+    module = types.ModuleType("llmrecipe.training.run")
+    module.train_cli = train_cli  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llmrecipe.training.run", module)
+    return calls
+
+
+def test_train_hands_over_its_words_unmangled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_train(monkeypatch)
+    words = ['data.path="a b=c.jsonl"', "~stack.lora", "+stack.top={kind: lora}", "run.name='it''s'"]
+    assert run(["train", words[0], "recipe=sft", *words[1:]]) == 0
+    assert run(["train", "resume=runs/x"]) == 0
+    assert calls == [("sft", words, None), (None, [], "runs/x")]
+
+
+def test_a_bug_is_exit_code_one_with_its_traceback_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    fake_train(monkeypatch, ZeroDivisionError("our fault"))
+    assert run(["train", "recipe=sft"]) == 1
+    err = capsys.readouterr().err
+    assert "bug" in err and "our fault" in err and "Traceback" not in err
+    (saved,) = tmp_path.glob("llmrecipe-bug-*.txt")
+    assert str(saved) in err
+    assert "Traceback" in saved.read_text() and "ZeroDivisionError: our fault" in saved.read_text()
+
+
+@pytest.mark.parametrize("outcome", [Interrupted("checkpoint written"), KeyboardInterrupt()])
+def test_an_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, outcome: BaseException) -> None:
+    fake_train(monkeypatch, outcome)
+    assert run(["train", "recipe=sft"]) == 130
+
+
+def test_explain_as_json_is_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "recipe=sft_lora", "stack.lora.r=3", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    values = {row["key"]: row for row in facts["values"]}
+    assert values["stack.lora.r"]["value"] == 3
+    assert values["stack.lora.r"]["override"] == "stack.lora.r=3"
+    assert values["objective.kind"]["file"].endswith("sft.yaml") and values["objective.kind"]["line"] > 0
+    assert all(row["source"] in ("file", "override", "default") for row in facts["values"])
+
+
+def test_explain_prints_dropped_values_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "recipe=sft_lora", "stack=[]"]) == 0
+    out, err = capsys.readouterr()
+    assert "note: dropped stack.lora" in err and "note:" not in out
+
+
+def test_list_shows_every_registered_name(capsys: pytest.CaptureFixture[str]) -> None:
+    from llmrecipe import registry
+
+    assert run(["list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    listed = {(row["group"], row["name"]) for row in rows}
+    assert {(g, n) for g in registry.groups() for n in registry.names(g)} <= listed
+    assert ("recipes", "dpo_lora") in listed and ("model", "smollm2") in listed
+    assert all(row["summary"] for row in rows), "every name has a summary"
+
+
+def test_show_a_method_tells_its_options_papers_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", "lora", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    options = {option["name"]: option for option in card["options"]}
+    assert options["r"]["default"] == 8 and options["r"]["allowed"] == "integer > 0" and options["r"]["description"]
+    assert "2106.09685" in card["papers"]
+    assert {"sft_lora", "dpo_lora", "qlora"} <= set(card["recipes"])
+    assert run(["show", "lora"]) == 0
+    text = capsys.readouterr().out
+    assert "B (r, out)" in text or "B" in text
+    assert "https://arxiv.org/abs/2106.09685" in text
+
+
+@pytest.mark.parametrize("name", ["dpo_lora", "data", "stack", "adamw", "smollm2", "optim.pretraining"])
+def test_show_knows_recipes_sections_presets_and_components(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", name]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_new_writes_a_recipe_that_composes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["new", "mine", "--objective", "dpo", "--stack", "nf4,lora"]) == 0
+    assert run(["explain", "recipe=mine", "--json"]) == 0
+    out = capsys.readouterr().out
+    values = {row["key"]: row["value"] for row in json.loads(out[out.index("{") :])["values"]}
+    assert values["objective.kind"] == "dpo" and values["stack.nf4.kind"] == "nf4"
+    assert run(["new", "mine"]) == 2
+    assert run(["new", "other", "--extends", "nowhere"]) == 2
+    assert not (tmp_path / "recipes" / "other.yaml").exists()
+
+
+def test_schema_describes_every_key_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    from llmrecipe import registry
+    from llmrecipe.recipe.schema import Recipe
+
+    assert run(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == {*Recipe.model_fields, "defaults"}
+    assert schema["additionalProperties"] is False and schema["required"] == []
+    assert "continue" in schema["$defs"]["ModelSection"]["properties"]
+    kinds = {ref["$ref"].rsplit(".", 1)[-1] for ref in schema["properties"]["stack"]["additionalProperties"]["anyOf"]}
+    assert kinds == set(registry.names("stack"))
+    lora = schema["$defs"]["stack.lora"]
+    assert lora["additionalProperties"] is False
+    assert lora["properties"]["r"]["anyOf"][0]["exclusiveMinimum"] == 0 and lora["properties"]["r"]["description"]
+
+
+def test_completion_offers_recipes_groups_and_keys() -> None:
+    assert "recipe=dpo_lora" in complete("recipe=dpo")
+    assert complete("optim=ada") == ["optim=adafactor", "optim=adamw", "optim=adamw_8bit"]
+    assert "data.max_length=" in complete("data.max")
+
+
+def test_words_are_sorted() -> None:
+    request = sort_words(["a.b=1", "recipe=x=y", "recipe.z=1"])
+    assert (request.recipe, request.overrides) == ("x=y", ["a.b=1", "recipe.z=1"])
+    with pytest.raises(RecipeError):
+        sort_words(["resume=a", "resume=b"])
+
+
+def test_every_verb_has_help_and_short_help_works(capsys: pytest.CaptureFixture[str]) -> None:
+    app = build()
+    names = [command.name for command in app.registered_commands]
+    assert {"train", "check", "explain", "list", "show", "schema", "new", "doctor"} <= set(names)
+    assert all(command.callback is not None and command.callback.__doc__ for command in app.registered_commands)
+    assert run(["train", "-h"]) == 0
+    assert "stack=[nf4,lora]" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["list"], ["show", "lora"], ["show", "data"], ["explain", "recipe=dpo_lora"], ["schema"], ["train", "--help"]],
+    ids=" ".join,
+)
+def test_looking_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom llmrecipe.cli.app import run\n"
+        f"run({arguments!r})\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'bitsandbytes'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmrecipe", "explain", "recipe=nope"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == "" and "there is no recipe" in done.stderr and "Traceback" not in done.stderr

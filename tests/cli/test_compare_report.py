@@ -1,0 +1,178 @@
+"""compare, report and launch: what they read, what they say, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from llmrecipe.cli.app import run
+from llmrecipe.training.events import Events
+from llmrecipe.training.page import svg
+from llmrecipe.training.summary import differences, read_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(folder: Path, lr: float, losses: list[float], status: str = "done") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(f"optim:\n  kind: adamw\n  lr: {lr}\nseed: 0\nrun:\n  dir: {folder}\n")
+    (folder / "status.json").write_text(
+        json.dumps({"status": status, "error": "<b>no</b>"} if status == "failed" else {"status": status})
+    )
+    (folder / "command.txt").write_text("llmrecipe train 'recipe=<x>'\n")
+    (folder / "environment.json").write_text('{"python": "3.11"}\n')
+    events = Events(folder, live="off")
+    for step, loss in enumerate(losses, 1):
+        events.step(step=step, loss=loss, lr=lr, tokens=100 * step, tokens_per_s=50.0 * step, peak_mem_mb=10.0 + step)
+    events.evaluation(step=len(losses), **{"eval/loss": losses[-1] + 0.5})
+    events.sample(step=len(losses), prompt="<script>alert(1)</script>", answer="ok")
+    events.warning("mind & this")
+    events.close()
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    return [
+        str(make_run(tmp_path / "a" / "first", 1e-4, [3.0, 2.0, 1.0])),
+        str(make_run(tmp_path / "a" / "second", 2e-4, [3.0, 2.5, float("nan")], "failed")),
+    ]
+
+
+def test_compare_as_json(two, capsys):
+    assert run(["compare", *two, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["differences"] == {"optim.lr": [1e-4, 2e-4]}, "folders do not count as a difference"
+    first, second = value["runs"]["first"], value["runs"]["second"]
+    assert first == {
+        "status": "done", "steps": 3, "loss": 1.0, "eval/loss": 1.5, "tokens": 300.0, "tokens_per_s": 100.0, "peak_mem_mb": 13.0,
+    }  # fmt: skip
+    assert (second["status"], second["steps"], second["loss"]) == ("failed", 3, 2.5)
+    assert value["curves"]["second"]["loss"] == [[1, 3.0], [2, 2.5]]
+
+
+def test_compare_as_text(two, capsys):
+    assert run(["compare", *two]) == 0
+    out = capsys.readouterr().out
+    for part in ("first", "second", "optim.lr", "eval/loss", "3 -> 1", "█▅▁", "done", "failed"):
+        assert part in out, part
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [str(make_run(tmp_path / folder / "same", 1e-4, [1.0])) for folder in ("x", "y")]
+    records = read_runs(paths)
+    assert [r.name for r in records] == ["x/same", "y/same"]
+    assert differences(records) == {}
+
+
+def test_what_compare_refuses(two, tmp_path, capsys):
+    assert run(["compare", *two, "-m", "los"]) == 2
+    assert "no run has a metric 'los'; did you mean 'loss'?" in capsys.readouterr().err
+    assert run(["compare", str(tmp_path / "a" / "frist")]) == 2
+    assert "is not a run directory (it has no recipe.yaml and status.json); did you mean 'first'?" in capsys.readouterr().err
+    assert run(["compare", *two, "--plot", str(tmp_path / "x.nothing")]) == 2
+    assert "--plot: cannot write" in capsys.readouterr().err
+
+
+def test_compare_draws_curves(two, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(["compare", *two, "--plot", str(tmp_path / "x.svg"), "-m", "loss", "-m", "lr"]) == 0
+    text = (tmp_path / "x.svg").read_text()
+    assert text.lstrip().startswith("<?xml") and len(text) > 5000
+
+
+def test_plot_without_matplotlib_says_how_to_get_it(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(["compare", *two, "--plot", str(tmp_path / "x.png")]) == 2
+    assert "pip install 'llmrecipe[plots]'" in capsys.readouterr().err
+    assert run(["compare", *two]) == 0
+
+
+class Tags(HTMLParser):
+    """Collects tags and checks that they nest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_is_one_safe_self_contained_page(two, capsys):
+    for path in two:
+        assert run(["report", path]) == 0
+    text = (Path(two[1]) / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == [] and "script" not in tags.seen and not re.search(r"(?:src|href)=|https?:|@import", text)
+    assert tags.seen.count("svg") == 6
+    for part in (
+        "&lt;script&gt;alert(1)",
+        "&lt;b&gt;no&lt;/b&gt;",
+        "mind &amp; this",
+        "recipe=&lt;x&gt;",
+        "kind: adamw",
+        "eval/loss",
+    ):
+        assert part in text, part
+
+
+def test_report_of_a_run_that_has_not_begun(tmp_path, capsys):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("seed: 0\n")
+    (folder / "status.json").write_text('{"status": "failed", "error": "no data"}')
+    assert run(["report", str(folder), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "failed"
+    assert "No steps yet." in (tmp_path / "page.html").read_text()
+
+
+def test_a_long_curve_is_thinned_but_keeps_its_ends():
+    curve = [(s, float(s)) for s in range(1, 5001)]
+    drawn = svg("loss", curve)
+    points = re.search(r'points="([^"]*)"', drawn)[1].split()
+    assert len(points) <= 402 and ">5000</text>" in drawn and "1 &rarr; 5000" in drawn
+    assert svg("loss", []) == "" and "<circle" in svg("loss", [(1, 2.0)])
+
+
+def test_compare_and_report_import_no_torch(two):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llmrecipe.cli.app import run\n"
+        f"assert run(['compare', *{two!r}]) == 0 and run(['report', {two[0]!r}]) == 0\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_launch_tells_a_mistake_once_and_starts_nothing(capsys, monkeypatch):
+    import llmrecipe.training.launch as launcher
+
+    started = []
+    monkeypatch.setattr(launcher, "launch", lambda args, nproc, cluster: started.append((args, nproc, cluster.nodes)) or 0)
+    assert run(["launch", "recipe=dpo_lora", "stack.lora.rr=8", "--nproc", "2"]) == 2
+    assert "did you mean 'r'?" in capsys.readouterr().err and started == []
+    assert run(["launch", "recipe=dpo_lora", "data.path=a b=c\n", "-n", "3", "--nodes", "2"]) == 0
+    assert started == [(["train", "recipe=dpo_lora", "data.path=a b=c\n", "runtime.processes=6"], 3, 2)]
+
+
+def test_launch_hands_on_the_exit_code_of_the_workers(monkeypatch):
+    import llmrecipe.training.launch as launcher
+
+    monkeypatch.setattr(launcher, "launch", lambda args, nproc, cluster: 130)
+    assert run(["launch", "recipe=dpo_lora"]) == 130
