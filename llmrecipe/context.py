@@ -62,6 +62,8 @@ class Context:
     """(R, T) or (R, 1) task of each token, for mixed-task batches."""
     prompt_lengths: torch.Tensor | None = None
     """(R,) real prompt tokens of each padded row."""
+    read: torch.Tensor | None = None
+    """(M,) sorted flat indices into R * T of the final states somebody reads; None when that is not known, or all are."""
     off: frozenset[str] = frozenset()
     """Names of wrappers whose ports step aside."""
 

@@ -40,6 +40,7 @@ class LowRank(Port):
     """The branch at a linear layer (Linear, Conv1D, 4- and 8-bit), or at some rows of a fused one."""
 
     order = DELTA
+    rowwise = True
 
     def __init__(self, width_in: int, width_out: int, r: int, scale: float, dropout: float = 0.0, rows: Tensor | None = None):
         super().__init__()

@@ -6,6 +6,7 @@ model, so every rank's gradients are synchronised.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Engine(nn.Module):
         """
         device = batch.input_ids.device.type
         with (
-            activate(batch.context(role)),
+            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want))),
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
         ):
             if want == "scores":
@@ -107,3 +108,9 @@ class Engine(nn.Module):
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
         return self.model(**inputs).logits.float()
+
+
+def read_rows(batch: Batch, want: str) -> Tensor | None:
+    """(M,) sorted flat indices of the final states that a wanted tensor is made from; None where all may be."""
+    rows = {"logprobs": batch.source, "values": batch.source, "hidden": batch.last}.get(want)
+    return None if rows is None else torch.unique(rows)

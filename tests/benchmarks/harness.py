@@ -180,8 +180,8 @@ def measure(side: str, command: list[str], events: Path, tokens: int, log: Path)
     steps = step_events(events)
     if process.returncode or len(marks) < 2:
         raise SystemExit(f"{side} failed ({process.returncode}):\n{' '.join(command)}\n{log.read_text()[-3000:]}")
-    # Sides count a step's tokens in ways of their own; the share of the steps after the first is what is needed of them.
-    share = sum(s["tokens"] for s in steps[1:]) / sum(s["tokens"] for s in steps)
+    # `tokens` counts from the start, by each side in its own way; the share of the steps after the first is what is needed.
+    share = 1 - steps[0]["tokens"] / steps[-1]["tokens"]
     return Measurement(
         side=side,
         rate=tokens * share / (marks[-1][1] - marks[0][1]),
@@ -222,7 +222,8 @@ def product_order(count: int) -> Any:
     """
     code = (
         "import json, sys; from llmrecipe.data import order; "
-        f"print(json.dumps([int(i) for i in order([None] * {count}, {SEED}, 0)]))"
+        "rows = type('Rows', (list,), {'weights': None}); "
+        f"print(json.dumps([int(i) for i in order(rows([0] * {count}), {SEED}, 0)]))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -104,12 +103,15 @@ def recorder(path: Path, counts: deque[int]) -> Any:
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
+        seen = 0
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" not in logs:
                 return
-            event = {"event": "step", "step": state.global_step, "loss": logs["loss"], "tokens": counts.popleft()}
+            self.seen += counts.popleft()
+            event = {"event": "step", "step": state.global_step, "loss": logs["loss"], "tokens": self.seen}
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**event, "time": time.time()}) + "\n")
+                file.write(json.dumps(event) + "\n")
 
     return Recorder()
 
