@@ -239,7 +239,8 @@ def load_model(
         rows_head: `causal`, `classification`, `masked` or `seq2seq`.
         labels: class names of a classification head, in order of their ids.
         load_kwargs: what quantizing wrappers need (`quantization_config`).
-        tokenizer: where it has more tokens than the model has rows, the embedding grows (see `vocabulary.fit`).
+        tokenizer: where it has more tokens than the model has rows, the embedding grows (see `vocabulary.fit`) and the new
+            rows always train (see `new_rows`).
         device: decides the meaning of `dtype: auto`; the weights stay where Transformers puts them.
         seed: of everything that is initialised here.
 
@@ -359,7 +360,7 @@ def _pattern(key: str) -> str:
 
 
 def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokenizer: Any) -> PreTrainedModel:
-    from llmrecipe.models import vocabulary
+    from llmrecipe.models import new_rows, vocabulary
     from llmrecipe.models.anatomy import name_by_hand
     from llmrecipe.models.attention import install
 
@@ -369,8 +370,8 @@ def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokeniz
     if model.attention_routed and backend in ("sdpa", "eager"):
         with _quiet():
             install(model, backend)
-    if tokenizer is not None:
-        vocabulary.fit(model, tokenizer)
+    if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
+        new_rows.add(model, count)
     # A config that says tied beside weights that are not, or the other way round, would change the model when it is reloaded.
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and embed is not None and hasattr(model.config, "tie_word_embeddings"):

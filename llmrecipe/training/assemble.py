@@ -178,6 +178,10 @@ def finish_structures(resume: Path | None) -> dict[str, Any] | None:
 
 def attach(model: opened.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
     """Attach the stack; a continued run's own layer gives the structures and start values."""
+    from llmrecipe.models import new_rows
+
+    if everything:
+        new_rows.fold(model.model)
     if everything and model.mounted:
         opened.merge_mounted(model)
     if model.continued is None or structures is not None:

@@ -67,6 +67,7 @@ def open_model(
     Raises:
         ModelError: the weights, the tokenizer or the fingerprint do not fit.
     """
+    from llmrecipe.models import new_rows
     from llmrecipe.models.load import load_model, load_tokenizer
 
     base, saved, folder = resolve(section)
@@ -91,6 +92,8 @@ def open_model(
         opened.continued = layers.pop()
     for index, layer in enumerate(layers):
         opened.mounted += delta.mount(model, layer, index)
+    if any("new_rows" in name for layer in layers for name in layer.tensors):
+        new_rows.fold(model)
     opened.layers = layers
     return opened
 

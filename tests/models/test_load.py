@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrecipe.context import Context, activate, current
 from llmrecipe.errors import ModelError
-from llmrecipe.models import load, source
+from llmrecipe.models import load, new_rows, source
 from llmrecipe.models.load import load_model, load_tokenizer, prepare_for_training, resolve_dtype, skeleton
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from tests.models.configs import GROUPED, tiny
@@ -415,6 +415,7 @@ def test_added_tokens_grow_the_model(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(embed[:64], before.get_input_embeddings().weight)
     assert torch.allclose(embed[64], embed[:64].mean(0)) and torch.allclose(head[65], head[:64].mean(0))
     assert torch.equal(model(ids()).logits[..., :64], before(ids()).logits)
+    assert new_rows.fold(model) == 2
     model.save_pretrained(tmp_path / "grown")
     again = load_model(section(tmp_path / "grown"), tokenizer=tokenizer)
     assert torch.equal(again(ids()).logits, model(ids()).logits)
