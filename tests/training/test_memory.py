@@ -17,7 +17,6 @@ from llmrecipe.training.memory import activation_elements, estimate, optimizer_b
 from llmrecipe.training.optimizer import build_optimizer, parameter_groups
 from tests.tiny import tiny_model
 
-
 LLAMA = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
 
 

@@ -1,0 +1,101 @@
+"""`llmrecipe compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmrecipe.cli.words import Json, print_json
+
+if TYPE_CHECKING:
+    from llmrecipe.training.summary import Record
+
+PANEL = "Look"
+ORDER = 30
+
+
+def verb(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", "-m", help="Curves to show; default: loss, eval/loss.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves into this file (.png, .svg, .pdf).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare runs: what differs in their recipes, where they ended, how their curves went."""
+    from llmrecipe.training.summary import check_metric, differences, read_runs
+
+    records = read_runs([str(r) for r in runs])
+    for name in metric or []:
+        check_metric(records, name)
+    wanted = metric or [m for m in ("loss", "eval/loss") if any(r.curve(m) for r in records)]
+    if plot is not None:
+        draw(records, wanted, plot)
+    if as_json:
+        curves = {r.name: {m: r.curve(m) for m in wanted} for r in records}
+        facts = {r.name: r.facts() for r in records}
+        print_json({"runs": facts, "differences": differences(records), "curves": curves})
+        return
+    _show(records, differences(records), wanted)
+    if plot is not None:
+        print(f"curves: {plot}")
+
+
+def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str]) -> None:
+    from rich.table import Table
+
+    from llmrecipe.cli.show_table import console, value_text
+    from llmrecipe.training.live import number, sparkline
+
+    screen = console()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for record in records:
+        table.add_column(record.name, overflow="fold")
+    facts = [r.facts() for r in records]
+    for key in dict.fromkeys(k for f in facts for k in f):
+        table.add_row(key, *(number(f.get(key)) for f in facts))
+    for key, values in differ.items():
+        table.add_row(key, *(value_text(v) for v in values), style="cyan")
+    screen.print(table)
+    for metric in metrics:
+        for record in records:
+            curve = [v for _, v in record.curve(metric)]
+            if curve:
+                ends = f"{number(curve[0])} -> {number(curve[-1])}"
+                screen.print(f"{metric:12} {sparkline(curve, 50):50} {ends}  {record.name}", markup=False)
+
+
+def draw(records: list[Record], metrics: list[str], path: Path) -> None:
+    """Draw one panel a metric, one line a run.
+
+    Raises:
+        RunError: matplotlib is not installed, or the file's kind is unknown to it.
+    """
+    from llmrecipe.errors import RunError
+
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RunError("--plot needs matplotlib: pip install 'llmrecipe[plots]'; without it the table is complete") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, max(1, len(metrics)), figsize=(5 * max(1, len(metrics)), 3.6), squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=False):
+        for record in records:
+            curve = record.curve(metric)
+            if curve:
+                axis.plot(*zip(*curve, strict=True), label=record.name, marker="." if len(curve) < 20 else None)
+        axis.set_title(metric)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise RunError(f"--plot: cannot write {path}: {error}") from error
+    finally:
+        pyplot.close(figure)
