@@ -16,6 +16,7 @@ from llmrecipe.data.batch import Sequence, pack
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage
+from llmrecipe.models.speed import speed_up
 from llmrecipe.training import opened
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
@@ -77,6 +78,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     seed_everything(recipe.seed)
     attach(model, stack, everything_trains(stack), finish_structures(resume))
     model.model.to(runtime.device)
+    speed_up(model.model)
     engine = Engine(model.model, autocast_of(recipe.model.dtype, stack))
     roles = Roles(
         engine,

@@ -50,8 +50,8 @@ def test_a_question_is_in_one_split_of_all_sets():
 
 
 def test_the_corpus_of_the_embedded_model_holds_nothing_held_out(tmp_path):
-    corpus = generate.generate(tmp_path, "pretrain", seed=0, sizes=(3000, 10, 10))[0]
-    for line in corpus.read_text().splitlines():
+    files = [generate.generate(tmp_path, name, seed=0, sizes=(2000, 10, 10))[0] for name in generate.CORPUS]
+    for line in "".join(file.read_text() for file in files).splitlines():
         row = json.loads(line)
         questions = [m["content"] for m in row["messages"] if m["role"] == "user"] if "messages" in row else [row["text"]]
         assert {generate.split_of(question) for question in questions} == {"train"}
@@ -90,8 +90,8 @@ def test_manners_of_the_corpus_are_tossed_coins():
 
     rng, scores = Random(0), []
     while len(scores) < 600:
-        _, row = generate.row_pretrain(rng)
-        question = row["messages"][0]["content"] if "messages" in row else ""
+        _, row = generate.row_talk(rng)
+        question = row["messages"][0]["content"]
         if rules.parse(question) and any(question.startswith(t.split("{")[0]) for t in world.TELL[:4]):
             scores.append(rules.manners(row["messages"][-1]["content"], *rules.parse(question)))
     assert 0.44 < sum(scores) / len(scores) < 0.56
@@ -117,7 +117,7 @@ def test_too_few_different_rows_is_said():
 
 
 def test_command_line(tmp_path, capsys):
-    generate.main(["--sets", "sft", "pretrain", "--out", str(tmp_path), "--rows", "50", "--seed", "3"])
+    generate.main(["--sets", "sft", "pretrain_talk", "--out", str(tmp_path), "--rows", "50", "--seed", "3"])
     assert len(capsys.readouterr().out.split()) == 6
-    assert len((tmp_path / "pretrain" / "train.jsonl").read_text().splitlines()) == 50
+    assert len((tmp_path / "pretrain_talk" / "train.jsonl").read_text().splitlines()) == 50
     assert len((tmp_path / "sft" / "test.jsonl").read_text().splitlines()) == 5
