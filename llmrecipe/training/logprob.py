@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llmrecipe.methods.inject import ports_of
 
-CHUNK_BYTES = 32 << 20
-"""Size of one chunk of float32 logits."""
+CHUNK_BYTES = 16 << 20
+"""Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Post:
             z = z * self.scale
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
+    def derivative(self, z: Tensor) -> Tensor | None:
+        """d post / d logit from the result z; None where it is 1 everywhere."""
+        if self.cap is None:
+            return None if self.scale == 1.0 else torch.full_like(z, self.scale)
+        return (1.0 - (z / self.cap) ** 2) * self.scale
+
     @staticmethod
     def of(config: Any) -> Post:
         """Read a family's logit scaling from its config."""
@@ -54,7 +60,9 @@ class Post:
         return Post(scale, getattr(text, "final_logit_softcapping", None))
 
 
-def token_logprobs(hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False) -> dict[str, Tensor]:
+def token_logprobs(
+    hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False
+) -> dict[str, Tensor]:
     """Log-probabilities of targets.
 
     Args:
@@ -124,26 +132,28 @@ class _FrozenHead(torch.autograd.Function):
         hits: list[Tensor] = []
         ents: list[Tensor] = []
         size = chunk_rows(weight.shape[0])
+        W = weight.to(hidden.dtype)
         for first in range(0, hidden.shape[0], size):
             h, y = hidden[first : first + size], target[first : first + size, None]
-            raw = torch.nn.functional.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).float()
-            z = post(raw)
-            lse = torch.logsumexp(z, -1, keepdim=True)
-            out.append((z.gather(-1, y) - lse).squeeze(-1))
-            hits.append((z.argmax(-1, keepdim=True) == y).float().squeeze(-1))
-            # p overwrites the logits: one buffer of chunk x V is all that exists.
+            z = post(torch.nn.functional.linear(h, W, None if bias is None else bias.to(h.dtype)).float())
+            top = z.amax(-1, keepdim=True)
+            zy = z.gather(-1, y)
+            hits.append((zy == top).float().squeeze(-1))
+            derivative = post.derivative(z) if slope is not None else None
+            # exp(z - max) overwrites the logits: one buffer of chunk x V is all that exists, and one exp is all it costs.
+            shifted = z.sub_(top)
+            e = shifted.exp() if entropy else shifted.exp_()
+            total = e.sum(-1, keepdim=True)
+            out.append((zy - top - total.log()).squeeze(-1))
             if entropy:
-                ents.append(lse.squeeze(-1) - (torch.exp(z - lse) * z).sum(-1))
+                ents.append((total.log() - (e * shifted).sum(-1, keepdim=True) / total).squeeze(-1))
             if slope is None:
                 continue
-            derivative = None if post.cap is None else 1.0 - (z / post.cap) ** 2
-            p = z.sub_(lse).exp_().neg_()
-            p.scatter_add_(-1, y, torch.ones_like(lse))
-            if derivative is not None:
-                p *= derivative
-            if post.scale != 1.0:
-                p *= post.scale
-            torch.mm(p.to(h.dtype), weight.to(h.dtype), out=slope[first : first + size])
+            # d t / d h = post'(z_y) W_y - (sum_v e_v post'(z_v) W_v) / sum_v e_v
+            part = slope[first : first + size]
+            torch.mm((e if derivative is None else e.mul_(derivative)).to(h.dtype), W, out=part)
+            own = W[target[first : first + size]]
+            part.div_(-total).add_(own if derivative is None else own * derivative.gather(-1, y).to(own.dtype))
         if slope is not None:
             ctx.save_for_backward(slope)
         t, correct = torch.cat(out), torch.cat(hits)
