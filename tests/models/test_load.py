@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrecipe.context import Context, activate, current
 from llmrecipe.errors import ModelError
-from llmrecipe.models import load, new_rows, source
-from llmrecipe.models.load import load_model, load_tokenizer, prepare_for_training, resolve_dtype, skeleton
+from llmrecipe.models import new_rows, source
+from llmrecipe.models.choose import load_config, resolve_dtype
+from llmrecipe.models.load import load_model, load_tokenizer, prepare_for_training, skeleton
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from tests.models.configs import GROUPED, tiny
 from tests.support import ROOT, shared
@@ -338,7 +339,7 @@ def test_dtypes(folder: Path, tmp_path: Path) -> None:
     tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     assert load_model(section(tmp_path / "half")).dtype == torch.float32
     assert load_model(section(tmp_path / "half", dtype="bfloat16")).dtype == torch.bfloat16
-    config = load.load_config(section(tmp_path / "half"))
+    config = load_config(section(tmp_path / "half"))
     assert resolve_dtype("auto", config, "cuda") == torch.bfloat16
     assert resolve_dtype("float16", config, "cuda") == torch.float16
 
