@@ -1,0 +1,104 @@
+"""FishMask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
+from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from
+from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@register
+class Fishmask(SparseHooks, Wrapper):
+    """FishMask: train the entries with the largest empirical Fisher information, chosen once, before step 0.
+
+    F_i = sum_n (d log p(y_n | x_n) / d theta_i)^2 over `num_samples` examples, one backward pass each; the mask is the top
+    k = floor(density N) of all N candidate entries at once, not of each layer. Selected entries train as float32 deltas on the
+    sparse-delta engine: everything else stays bit-equal under any optimizer and weight decay, and optimizer state and
+    checkpoint hold k numbers. Starts at the base model. Merging adds the deltas (exact in float32, one rounding below).
+
+    Paper: Training Neural Networks with Fixed Sparse Masks (arXiv 2111.09839). Departures: a new task head trains in full
+    outside the budget (`budget: with_head` counts it inside, as the reference code does); scores are taken in evaluation
+    mode; log p(y|x) is summed over target tokens (`reduction: mean` would weigh an example of T targets by 1 / T^2).
+    """
+
+    stage: ClassVar[Stage] = Stage.SELECT
+    mergeable: ClassVar[bool] = True
+    hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")
+
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
+    """Share of the candidate entries that trains."""
+    num_samples: PositiveInt = 1024
+    """Examples scored; each costs one forward and one backward pass."""
+    sample_type: Literal["label", "expect"] = "label"
+    """y of the data, or an expectation under the model: all classes by probability, or tokens drawn `draws` times."""
+    draws: PositiveInt = 1
+    """Samples of y an example, with expect on a language model."""
+    grad_type: Literal["square", "absolute"] = "square"
+    """Power of the gradient that is summed."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Whether the score is of log p(y|x) or of the mean loss."""
+    budget: Literal["base", "with_head"] = "base"
+    """Whether a new task head's numbers come out of k."""
+    scope: str = "all"
+    """Candidates: `all` base tensors, `blocks`, or a target."""
+    eval_mode: bool = True
+    """Score without dropout."""
+    score_device: Literal["auto", "cpu"] = "auto"
+    """Where the 4 bytes a candidate are kept while scoring."""
+    layer_groups: PositiveInt = 1
+    """Score the model in this many parts, one pass each, for a buffer of that fraction."""
+    seed: int = 0
+    """Seed of sampled targets."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """A saved mask takes its place; a fresh one is chosen by `calibrate`."""
+        if structure is not None:
+            attach_chosen(model, self.name, chosen_from(structure))
+        else:
+            self.count(model)
+
+    def count(self, model: nn.Module) -> int:
+        """k, from the density.
+
+        Raises:
+            ModelError: nothing is left for the base.
+        """
+        from llmrecipe.methods.stack import is_head
+
+        total = sum(w.numel for w in base_weights(model, self.scope).values())
+        k = int(self.density * total)
+        if self.budget == "with_head":
+            k -= sum(p.numel() for n, p in model.named_parameters() if is_head(model, n))
+        if k < 1:
+            raise ModelError(f"stack.{self.name}.density: {self.density} of {total} entries leaves none to train")
+        return k
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Score, take the top k, inject their ports."""
+        from llmrecipe.methods import selection
+        from llmrecipe.methods.sparse_delta import Chosen
+
+        targets = selection.sampled_targets(model, self.draws, self.seed) if self.sample_type == "expect" else None
+
+        def scorer(group: dict[str, Any]) -> dict[str, Any]:
+            return selection.score(
+                model,
+                probe,
+                group,
+                self.num_samples,
+                power=self.grad_type,
+                reduction=self.reduction,
+                training=not self.eval_mode,
+                device=self.score_device,
+                targets=targets,
+            )
+
+        best = selection.select_top(base_weights(model, self.scope), self.count(model), self.layer_groups, scorer)
+        attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in best.items()})
