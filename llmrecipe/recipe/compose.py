@@ -87,8 +87,9 @@ def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path
     cleaner = Cleaner(mapping, origins, chain, words)
     cleaner.clean()
     whole = _complete(mapping, origins)
-    name = _name(path, whole)
-    return name, path, resolve(whole, origins), origins, cleaner.notes
+    _name(path, whole, origins)
+    resolved = resolve(whole, origins)
+    return _name(path, resolved, origins), path, resolved, origins, cleaner.notes
 
 
 def load_entry_points() -> None:
@@ -160,15 +161,15 @@ def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     return {**whole, **{k: v for k, v in mapping.items() if k not in whole}}
 
 
-def _name(path: Path, mapping: dict[str, Any]) -> str:
-    """The stem of a recipe; a run's own recipe.yaml keeps the name its run had."""
+def _name(path: Path, mapping: dict[str, Any], origins: Origins) -> str:
+    """`run.name`, the recipe's stem unless given; written down, so that a run's recipe.yaml keeps the name."""
     run = mapping.get("run")
-    given = run.get("name") if isinstance(run, dict) else None
-    if isinstance(given, str) and given:
-        return given
-    if path.name == "recipe.yaml" and path.resolve().parent.parent.name not in ("", "runs"):
-        return path.resolve().parent.parent.name
-    return path.stem
+    if not isinstance(run, dict):
+        return path.stem
+    if run.get("name") is None:
+        run["name"] = path.stem
+        origins[("run", "name")] = Origin("file", path, 1)
+    return str(run["name"])
 
 
 def to_yaml(mapping: dict[str, Any]) -> str:
