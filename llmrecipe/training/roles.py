@@ -51,9 +51,16 @@ class Roles:
         """Token written into padding; never used to find padding."""
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
 
-    def layout(self, sequences: list[Sequence], rows: Any = (), extra: dict[str, Tensor] | None = None) -> Batch:
-        """Sequences -> a batch on the device, packed where the attention backend can isolate documents."""
-        batch = pack(sequences, rows, extra) if self.packing else pad(sequences, self.pad_id, "right", rows, extra)
+    def layout(
+        self, sequences: list[Sequence], rows: Any = (), extra: dict[str, Tensor] | None = None, packed: bool = True
+    ) -> Batch:
+        """Sequences -> a batch on the device, packed where the attention backend can isolate documents.
+
+        Args:
+            packed: False where what reads the hidden states needs one row a sequence.
+        """
+        packed = packed and self.packing
+        batch = pack(sequences, rows, extra) if packed else pad(sequences, self.pad_id, "right", rows, extra)
         return batch.to(self.device)
 
     def split(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

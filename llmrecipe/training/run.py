@@ -53,6 +53,16 @@ class Run:
         self.first_step = 0
         self.learning_rate = 0.0
         self.signal: int | None = None
+        self.dir: Any = None
+        self.runtime: Any = None
+        try:
+            self._build(resume)
+        except BaseException as error:
+            self._abandon(error, resume)
+            raise
+        self.first_step = self.progress.step
+
+    def _build(self, resume: Path | None) -> None:
         parts = assemble.build(self, resume)
         self.dir, self.runtime, self.events = parts.dir, parts.runtime, parts.events
         self.objective, self.stack = parts.objective, parts.stack
@@ -64,7 +74,15 @@ class Run:
             # The freshly built model is the policy of step 0: remember it before what was learned is put back.
             reference.take(self)
             finish.restore(self)
-        self.first_step = self.progress.step
+
+    def _abandon(self, error: BaseException, resume: Path | None) -> None:
+        """Leave a run that could not be built: a new one says why it failed, one to be resumed stays as it was."""
+        if self.dir is not None:
+            if resume is None:
+                self.dir.status("failed", error=str(error) or type(error).__name__, step=0)
+            self.dir.unlock()
+        if self.runtime is not None:
+            self.runtime.close()
 
     @property
     def model(self) -> nn.Module:

@@ -55,7 +55,9 @@ class Classification(Objective):
         kind = torch.long if self.problem == "single_label" else torch.float32
         labels = torch.tensor([r["label"] for r in rows], dtype=kind)
         extra = {"labels": labels}
-        batch = roles.layout(sequences, [r["row"] for r in rows], extra)
+        # Encoders pool inside their own head, which takes the first token of each row.
+        packed = hasattr(roles.model, "score")
+        batch = roles.layout(sequences, [r["row"] for r in rows], extra, packed)
         if rows and rows[0].get("type_ids") and batch.layout is None:
             types = torch.zeros_like(batch.input_ids)
             for i, row in enumerate(rows):

@@ -1,0 +1,88 @@
+"""A run that was stopped and continued is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmrecipe.errors import RunError
+from llmrecipe.recipe.compose import compose
+from llmrecipe.training.run import train
+from tests.runs import QUIET, curve, events, learned, resume, stop_after, train_recipe
+
+# Ten rows in batches of four: three steps an epoch, the last of two rows; eight steps end in the third epoch.
+SHORT = ["steps=8", "batch.size=4", "batch.micro=2", "data.limit=10"]
+STACKS = {
+    "lora with dropout": ["sft_lora", "stack.lora.dropout=0.2"],
+    "everything": ["sft"],
+    "bitfit": ["sft", "stack=[bitfit]", "stack.bitfit.missing=add_zero"],
+    "mezo": ["mezo"],
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("step", [2, 5])
+def test_stopping_at_any_step_changes_nothing(name: str, step: int, tmp_path: Path) -> None:
+    recipe, *options = STACKS[name]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_recipe(whole, recipe, *SHORT, *options)
+    stop_after(step, parts, recipe, *SHORT, *options)
+    assert json.loads((parts / "status.json").read_text())["status"] == "interrupted"
+    resume(parts)
+    assert json.loads((parts / "status.json").read_text())["status"] == "done"
+    assert curve(parts) == curve(whole)
+    assert [e["step"] for e in events(parts)] == list(range(1, 9))
+    ours, theirs = learned(parts), learned(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_dpo_keeps_its_reference_over_a_stop(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    short = ["steps=6", "batch.size=4", "data.limit=10"]
+    for recipe in ("dpo_lora", "dpo"):
+        train_recipe(whole / recipe, recipe, *short)
+        stop_after(4, parts / recipe, recipe, *short, number=signal.SIGINT)
+        resume(parts / recipe)
+        assert curve(parts / recipe) == curve(whole / recipe)
+
+
+def test_two_interruptions_are_as_good_as_none(tmp_path: Path) -> None:
+    train_recipe(tmp_path / "whole", "sft_lora", *SHORT)
+    stop_after(3, tmp_path / "parts", "sft_lora", *SHORT, "save.every=2")
+    original = curve(tmp_path / "parts")
+    assert [step for step, *_ in original] == [1, 2, 3]
+    # The newest checkpoint is lost: the run goes back to the one before it and its later events are written anew.
+    newest = tmp_path / "parts" / "checkpoints" / "step-000003" / "delta.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    resume(tmp_path / "parts")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def test_a_changed_recipe_is_refused_and_shown(tmp_path: Path) -> None:
+    stop_after(2, tmp_path / "run", "sft_lora", *SHORT)
+    changed = compose(tmp_path / "run" / "recipe.yaml", ["stack.lora.alpha=3.0"])
+    with pytest.raises(RunError, match="stack") as caught:
+        train(changed, tmp_path / "run")
+    assert "3.0" in str(caught.value)
+    longer = train(compose(tmp_path / "run" / "recipe.yaml", ["save.keep=1"]), tmp_path / "run")
+    assert longer.progress.step == 8
+
+
+def test_evaluating_changes_nothing(tmp_path: Path) -> None:
+    options = [*SHORT, "stack.lora.dropout=0.2"]
+    train_recipe(tmp_path / "with", "sft_lora", *options, "eval.every=2")
+    train_recipe(tmp_path / "without", "sft_lora", *options, "eval.at_start=false", "eval.every=100")
+    assert curve(tmp_path / "with") == curve(tmp_path / "without")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    runs = {name: train_recipe(tmp_path / name, "sft_lora", *SHORT, f"seed={seed}") for name, seed in [("a", 1), ("b", 1), ("c", 2)]}
+    assert len(runs) == 3
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert curve(tmp_path / "a") != curve(tmp_path / "c")
+    assert QUIET
