@@ -72,12 +72,17 @@ class Stack:
         """
         changes = [w for w in self.wrappers if w.stage in (Stage.INJECT, Stage.SELECT)]
         trained: set[str] = set()
+        opened: set[str] = set()
         for wrapper in changes:
             trained |= set(own_tensors(model, wrapper.name)) - wrapper.frozen(model)
-            trained |= wrapper.opened(model)
+            opened |= wrapper.opened(model)
+        trained |= opened
         for name, parameter in model.named_parameters():
             can = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
             everything = not changes and not getattr(parameter, "frozen_base", False)
+            if can and name in opened:
+                # Trained tensors are float32 masters whatever the base's dtype: 16 bits would lose small updates.
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(can and (everything or name in trained or is_head(model, name)))
 
     # --- hooks of the loop ----------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ class Probe:
     """The runtime, for reductions over ranks."""
     weight: Any = field(default=None)
     """`weight(batch) -> float`: what the mean loss of a batch was divided by (tokens, pairs or rows)."""
+    rows: int = 0
+    """How many training rows there are."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
