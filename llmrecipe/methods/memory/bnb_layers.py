@@ -11,6 +11,8 @@ Three things of the library's own forwards are undone here:
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from torch import Tensor
@@ -39,7 +41,8 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self.weight.CB is not None:
+        weight: Any = self.weight
+        if weight.CB is not None:
             self.init_8bit_state()
         self.state.is_training = self.training or x.device.type == "cpu"
         bias = None if self.bias is None else self.bias.to(x.dtype)
