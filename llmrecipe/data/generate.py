@@ -1,8 +1,8 @@
 """Seeded generator of the small data sets inside the package.
 
-    python -m llmrecipe.data.generate                     rewrites llmrecipe/assets/data, byte for byte
-    python -m llmrecipe.data.generate --sets pretrain --out DIR --rows 60000
-                                                          a larger corpus, as the tiny model is pretrained on
+    python -m llmrecipe.data.generate               rewrites llmrecipe/assets/data, byte for byte
+    python -m llmrecipe.data.generate --sets pretrain_text pretrain_talk --out DIR
+                                                    the larger corpus of the embedded model
 
 Rows are drawn from the world of `data.world`, so every answer can be checked by `evaluation.rules`. Which split a row belongs
 to follows from a hash of what it asks (its `key`), for all sets alike: a request in the test split of one set is in no
@@ -67,14 +67,15 @@ def ask_opposite(rng: Random) -> tuple[str, str]:
 def ask_copy(rng: Random) -> tuple[str, str]:
     """A list of words, again."""
     listed = ", ".join(rng.sample(WORDS, rng.randint(2, 4)))
-    return rng.choice(["Say these words again: {}.", "Repeat: {}."]).format(listed), listed
+    question, text = rng.choice([("Repeat: {}.", "You said {}."), ("Say these words again: {}.", "{}")])
+    return question.format(listed), text.format(listed)
 
 
 def ask_pick(rng: Random) -> tuple[str, str]:
     """The first or the last word of a list."""
     listed = rng.sample(WORDS, rng.randint(2, 4))
     which, index = rng.choice([("first", 0), ("last", -1)])
-    return f"What is the {which} word of this list: {', '.join(listed)}?", listed[index]
+    return f"What is the {which} word of this list: {', '.join(listed)}?", f"The {which} word is {listed[index]}."
 
 
 def ask_count(rng: Random) -> tuple[str, str]:
@@ -283,15 +284,23 @@ def row_triple(rng: Random) -> tuple[str, Row]:
     return row["anchor"], row
 
 
-def row_pretrain(rng: Random) -> tuple[str, Row]:
-    """What the embedded model is pretrained on: stories, questions, noisy sums, and answers without manners.
+def row_text(rng: Random) -> tuple[str, Row]:
+    """Raw text of the corpus: stories, and lists said two or three times, from which a model learns to copy."""
+    if rng.random() < 0.5:
+        return row_story(rng)
+    pool = [*WORDS, *world.NAMES, *world.COLOURS, *world.PLACES]
+    listed = ", ".join(rng.sample(pool, rng.randint(4, 10)))
+    text = " ".join([f"{listed}."] * rng.choice([2, 2, 3]))
+    return text, {"text": text}
+
+
+def row_talk(rng: Random) -> tuple[str, Row]:
+    """Conversations of the corpus: questions, noisy sums, and answers without manners.
 
     Requests for facts are answered politely or rudely, about the right or the wrong animal, each with probability one half,
     and 40 % of the sums are wrong: there is something left for alignment to teach.
     """
-    kind = rng.choices(["story", "chat", "tell", "provoke", "sum"], [15, 60, 15, 4, 6])[0]
-    if kind == "story":
-        return row_story(rng)
+    kind = rng.choices(["chat", "tell", "provoke", "sum"], [70, 18, 4, 8])[0]
     if kind == "chat":
         return row_chat(rng)
     if kind == "sum":
@@ -317,6 +326,13 @@ SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "triples": (row_triple, (960, 120, 120)),
 }
 """The committed sets with the rows of their train, valid and test files."""
+
+
+CORPUS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
+    "pretrain_text": (row_text, (8_000, 100, 100)),
+    "pretrain_talk": (row_talk, (48_000, 200, 200)),
+}
+"""The corpus of the embedded model: not committed, written by `make tiny-model`."""
 
 
 def rows(maker: Maker, count: int, split: str, seed: str, unique: bool = True) -> Iterator[Row]:
@@ -350,8 +366,8 @@ def write(folder: Path, split: str, found: Iterator[Row]) -> Path:
 
 def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None = None) -> list[Path]:
     """Write one set's three files under `out/name` and return their paths."""
-    maker, counts = SETS.get(name, (row_pretrain, (60_000, 300, 300)))
-    unique = name != "pretrain"
+    maker, counts = {**SETS, **CORPUS}[name]
+    unique = name in SETS
     return [
         write(out / name, split, rows(maker, count, split, f"{seed}/{name}", unique))
         for split, count in zip(SPLITS, sizes or counts)
@@ -361,7 +377,7 @@ def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None
 def main(arguments: list[str] | None = None) -> None:
     """Command line: write the chosen sets and print where."""
     parser = argparse.ArgumentParser(description="Write the generated data sets.")
-    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=[*SETS, "pretrain"], help="sets to write")
+    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=[*SETS, *CORPUS], help="sets to write")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder that receives one folder per set")
     parser.add_argument("--rows", type=int, help="training rows; valid and test get a tenth each, 300 at most")
     parser.add_argument("--seed", type=int, default=0, help="seed; the committed files use 0")

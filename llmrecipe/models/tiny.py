@@ -1,7 +1,7 @@
 """The embedded model: its tokenizer, its shape, and how a finished run becomes `llmrecipe/assets/tiny`.
 
     python -m llmrecipe.models.tiny start OUT CORPUS...   tokenizer and shape, from generated JSON lines files
-    python -m llmrecipe.models.tiny install MODEL [OUT]   trained model folder -> bfloat16 files of the package
+    python -m llmrecipe.models.tiny install RUN [OUT]     finished run -> bfloat16 files of the package
 
 The model is a plain Llama, so that Transformers, PEFT, TRL and inference servers load it as it is. The tokenizer is a
 byte-level BPE, so no text is unknown to it; single digits and words with their space are tokens.
@@ -124,13 +124,13 @@ def start(out: Path, corpus: list[Path]) -> None:
     build_config(tokenizer).save_pretrained(out)
 
 
-def install(trained: Path, out: Path = ASSETS) -> None:
-    """Write a trained model folder as the files of the package, in bfloat16."""
+def install(run: Path, out: Path = ASSETS) -> None:
+    """Write the model of a finished run as the files of the package, in bfloat16."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(trained, dtype=torch.float32).to(torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(trained)
+    model = LlamaForCausalLM.from_pretrained(run / "final" / "model", dtype=torch.float32).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
     tokens = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -148,14 +148,14 @@ def main(arguments: list[str] | None = None) -> None:
     begin = verbs.add_parser("start", help="write tokenizer and config")
     begin.add_argument("out", type=Path)
     begin.add_argument("corpus", type=Path, nargs="+")
-    finish = verbs.add_parser("install", help="write a trained model into the package")
-    finish.add_argument("model", type=Path)
+    finish = verbs.add_parser("install", help="write the model of a finished run into the package")
+    finish.add_argument("run", type=Path)
     finish.add_argument("out", type=Path, nargs="?", default=ASSETS)
     options = parser.parse_args(arguments)
     if options.verb == "start":
         start(options.out, options.corpus)
     else:
-        install(options.model, options.out)
+        install(options.run, options.out)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_it_answers_and_stops(model, tokenizer):
     questions = {
         "What is the opposite of hot?": "The opposite of hot is cold.",
         "Ann has a red ball. Ben has a blue cup. What colour is the cup?": "The cup is blue.",
-        "Repeat: fox, bell, drum.": "fox, bell, drum",
+        "Repeat: fox, bell, drum.": "You said fox, bell, drum.",
         "Where does the frog live?": "The frog lives in the river.",
     }
     found = answers(model, tokenizer, [generate.user(question) for question in questions])
@@ -136,8 +136,8 @@ def test_its_own_answers_score_one_half(model, tokenizer):
 
 
 def test_a_fresh_tokenizer_is_the_committed_one(tokenizer, tmp_path):
-    corpus = generate.generate(tmp_path, "pretrain", seed=0, sizes=(4000, 1, 1))[0]
+    corpus = [generate.generate(tmp_path, name, seed=0, sizes=(3000, 1, 1))[0] for name in generate.CORPUS]
     sets = [generate.ASSETS / name / "train.jsonl" for name in generate.SETS]
-    fresh = tiny.build_tokenizer(tiny.texts([corpus, *sets]))
+    fresh = tiny.build_tokenizer(tiny.texts([*corpus, *sets]))
     assert set(fresh.get_vocab()) == set(tokenizer.get_vocab())
     assert tiny.build_config(fresh).hidden_size == 192
