@@ -87,49 +87,91 @@ def _by_marks(tokens: Tokens, template: Template, batch: Sequence[Conversation],
         texts.append(text)
         marks.append(spans[-1:] if last_only else spans)
     if kept:
-        for one, spans, ids, offsets in zip(kept, marks, *tokens.rendered_with_offsets(texts)):
-            found[one.index] = Turns(ids, [s for s in (_overlap(offsets, span) for span in spans) if s[0] < s[1]])
+        for one, spans, ids, encoding in zip(kept, marks, *tokens.rendered_encodings(texts)):
+            found[one.index] = Turns(ids, [s for s in (_overlap(encoding, span) for span in spans) if s[0] < s[1]])
     return found
 
 
-def _overlap(offsets: Sequence[tuple[int, int]], span: Span) -> Span:
-    """Token range that overlaps a character span; offsets rise, so a bisection finds both ends."""
+def _overlap(encoding: Any, span: Span) -> Span:
+    """Token range that overlaps a character span."""
     start, end = span
-
-    def first(test: Any) -> int:
-        low, high = 0, len(offsets)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if test(offsets[middle]) else (middle + 1, high)
-        return low
-
-    return first(lambda o: o[1] > start), first(lambda o: o[0] >= end)
+    if start >= end:
+        return (0, 0)
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is None or last is None:  # a character the tokenizer leaves out
+        inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > start]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:  # further bytes of the last character
+        last += 1
+    return (first, last + 1)
 
 
 def _by_prefixes(
     tokens: Tokens, template: Template, batch: Sequence[Conversation], last_only: bool
 ) -> dict[int, Turns | BadRow]:
     found: dict[int, Turns | BadRow] = {}
-    texts: list[str] = []
-    plans: list[tuple[Conversation, int, list[tuple[int, int]]]] = []
+    kept: list[Conversation] = []
+    plans: list[tuple[str, list[tuple[str, str]]]] = []
     for one in batch:
         try:
-            full, turns = _prefix_texts(template, one, last_only)
+            plans.append(_prefix_texts(template, one, last_only))
+            kept.append(one)
         except BadRow as bad:
             found[one.index] = bad
-            continue
-        whole = len(texts)
-        texts.append(full)
-        places = []
+    if not kept:
+        return found
+    boundaries = _boundaries if tokens.fast else _boundaries_slow
+    for one, (ids, spans) in zip(kept, boundaries(tokens, plans)):
+        moved = any(start < length for start, _, length in spans)
+        turns = [(start, _end_of_turn(tokens, ids, start, end)) for start, end, _ in spans]
+        found[one.index] = Turns(ids, [(start, end) for start, end in turns if start < end], moved)
+    return found
+
+
+Boundaries = tuple[Ids, list[tuple[int, int, int]]]
+"""Ids of a conversation, and for each turn: first token, last token + 1, length in tokens of the text before it."""
+
+
+def _boundaries_slow(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]]]) -> list[Boundaries]:
+    """Encode every prefix whole: what defines a boundary."""
+    texts = [text for full, turns in plans for text in (full, *(part for turn in turns for part in turn))]
+    ids = iter(tokens.rendered(texts))
+    found: list[Boundaries] = []
+    for _, turns in plans:
+        full = next(ids)
+        spans = []
+        for _ in turns:
+            before, after = next(ids), next(ids)
+            spans.append((common_prefix(before, full), common_prefix(after, full), len(before)))
+        found.append((full, spans))
+    return found
+
+
+def _boundaries(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]]]) -> list[Boundaries]:
+    """The same boundaries from one encoding of the whole text.
+
+    Text never merges across an added token, and prefixes of one text find the same added tokens. So the ids of a prefix
+    are those of the whole up to the last added token inside the prefix, and only what follows it has to be encoded again.
+    """
+    found: list[Boundaries] = []
+    for (full, turns), ids, encoding in zip(plans, *tokens.rendered_encodings([full for full, _ in plans])):
+        places = [(0, 0, 0)] + [(i, *encoding.token_to_chars(i)) for i, token in enumerate(ids) if token in tokens.special]
+
+        def boundary(prefix: str, ids: Ids = ids, full: str = full, places: Any = places) -> tuple[int, int]:
+            if prefix == full:
+                return len(ids), len(ids)
+            if not full.startswith(prefix):  # a header the whole does not have: nothing can be reused
+                own = tokens.tail(prefix)
+                return common_prefix(own, ids), len(own)
+            at, start, _ = next(place for place in reversed(places) if place[2] <= len(prefix))
+            own = tokens.tail(prefix[start:]) if start < len(prefix) else []
+            return at + common_prefix(own, ids[at:]), at + len(own)
+
+        spans = []
         for before, after in turns:
-            texts.append(before)
-            places.append((len(texts) - 1, whole if after == full else len(texts)))
-            if after != full:
-                texts.append(after)
-        plans.append((one, whole, places))
-    ids = tokens.rendered(texts)
-    for one, whole, places in plans:
-        found[one.index] = _turns_from_prefixes(tokens, ids, whole, places)
+            start, length = boundary(before)
+            spans.append((start, boundary(after)[0], length))
+        found.append((ids, spans))
     return found
 
 
@@ -150,17 +192,6 @@ def _prefix_texts(template: Template, one: Conversation, last_only: bool) -> tup
         before = template.render(one.messages[:i], True, one.tools, one.kwargs) if i else ""
         pairs.append((before, after))
     return full, pairs
-
-
-def _turns_from_prefixes(tokens: Tokens, ids: list[Ids], whole: int, places: Sequence[tuple[int, int]]) -> Turns:
-    full, spans, moved = ids[whole], [], False
-    for before, after in places:
-        start, end = common_prefix(ids[before], full), common_prefix(ids[after], full)
-        moved |= start < len(ids[before])
-        end = _end_of_turn(tokens, full, start, end)
-        if start < end:
-            spans.append((start, end))
-    return Turns(full, spans, moved)
 
 
 def _end_of_turn(tokens: Tokens, ids: Ids, start: int, end: int) -> int:

@@ -31,6 +31,7 @@ class Tokens:
         self.ends = frozenset(end_tokens(tokenizer))
         self.special = frozenset(special_ids(tokenizer))
         self.fast = bool(getattr(tokenizer, "is_fast", False))
+        self._tails: dict[str, Ids] = {}
 
     def _encode(self, texts: Sequence[str], special: bool, offsets: bool = False) -> Any:
         return self.tokenizer(
@@ -62,10 +63,18 @@ class Tokens:
         """Ids of rendered templates: nothing is added."""
         return self._encode(texts, special=False)["input_ids"] if texts else []
 
-    def rendered_with_offsets(self, texts: Sequence[str]) -> tuple[list[Ids], list[list[tuple[int, int]]]]:
-        """Ids of rendered templates with each token's character span."""
-        found = self._encode(texts, special=False, offsets=True)
-        return found["input_ids"], found["offset_mapping"]
+    def rendered_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Any]]:
+        """Ids of rendered templates, with the library's encodings, which know where each token stands in the text."""
+        found = self._encode(texts, special=False)
+        return found["input_ids"], found.encodings
+
+    def tail(self, text: str) -> Ids:
+        """Ids of a short piece of template, remembered: headers and turn ends are the same in every row."""
+        if text not in self._tails:
+            if len(self._tails) > 4096:
+                self._tails.clear()
+            self._tails[text] = self.rendered([text])[0]
+        return self._tails[text]
 
     def header(self) -> int:
         """Length in tokens of the assistant's header, which no truncation may cut off."""

@@ -8,15 +8,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrecipe.data import masks
 from llmrecipe.data.encode import Encoder
 from llmrecipe.data.masks import common_prefix
 from llmrecipe.data.templates import CHATML
+from llmrecipe.data.tokens import Tokens
 from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, trained_text, turn
+from tests.support import shared
 
 BYTES = {name: byte_tokenizer(template=text) for name, text in {"marks": CHATML, "prefixes": PREFIX_ONLY}.items()}
-WORDS = ["user", "assistant", "hi", " hi ", "\n", "a\n", "\n\nx", "", " ", "né", "你好", "🙂", "hello hello", "<", "im_end", "hi"]
+WORDS = [
+    "user",
+    "assistant",
+    "hi",
+    " hi ",
+    "\n",
+    "a\n",
+    "\n\nx",
+    "",
+    " ",
+    "né",
+    "你好",
+    "🙂",
+    "hello hello",
+    "<",
+    "im_end",
+    "hi",
+]
 content = st.lists(st.sampled_from(WORDS), min_size=0, max_size=3).map("".join)
 answer = st.builds(lambda a, b: a + "y" + b, content, content)
 
@@ -31,7 +51,9 @@ def conversations(draw: Any) -> list[dict[str, str]]:
     return messages + ([turn("user", draw(content))] if draw(st.booleans()) else [])
 
 
-def encode(tokenizer: Any, row: dict[str, Any], mask: str = "completion", rows: str = "dialogue", name: str = "messages", **data: Any):
+def encode(
+    tokenizer: Any, row: dict[str, Any], mask: str = "completion", rows: str = "dialogue", name: str = "messages", **data: Any
+):
     encoder = Encoder(tokenizer, rows, mask, DataSection(max_length=data.pop("max_length", 4096), **data), name)
     columns, report = encoder.encode([(0, row, "row 1")])
     return {k: v[0] for k, v in columns.items() if v}, report
@@ -51,12 +73,16 @@ def test_trained_text_is_the_assistant_turns_with_their_ends(way: str, messages:
 
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations(), chosen=answer, rejected=answer)
-def test_pairs_share_their_prompt_ids_and_keep_their_answers(messages: list[dict[str, str]], chosen: str, rejected: str) -> None:
+def test_pairs_share_their_prompt_ids_and_keep_their_answers(
+    messages: list[dict[str, str]], chosen: str, rejected: str
+) -> None:
     tokenizer = BYTES["prefixes"]
     prompt = messages if messages[-1]["role"] == "user" else messages[:-1]
     pair = {"prompt": prompt, "chosen": [turn("assistant", chosen)], "rejected": [turn("assistant", rejected)]}
     row, _ = encode(tokenizer, pair, rows="preference", name="preference")
-    assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True
+    )
     assert tokenizer.decode(row["chosen_ids"]) == chosen + "<|im_end|>\n"
     assert tokenizer.decode(row["rejected_ids"]) == rejected + "<|im_end|>\n"
 
@@ -111,16 +137,16 @@ def test_boundary_moves_into_the_prompt_when_tokens_merge_across_it() -> None:
 
 def test_shorter_common_prefix_of_a_pair_is_the_prompt() -> None:
     tokenizer = byte_tokenizer([("a", "b")])
-    row, report = encode(
-        tokenizer, {"prompt": "xa", "chosen": "bc", "rejected": "cc"}, rows="preference", name="preference"
-    )
+    row, report = encode(tokenizer, {"prompt": "xa", "chosen": "bc", "rejected": "cc"}, rows="preference", name="preference")
     tokens = {k: tokenizer.convert_ids_to_tokens(v) for k, v in row.items() if k.endswith("ids")}
     assert tokens == {"prompt_ids": ["x"], "chosen_ids": ["ab", "c", "</s>"], "rejected_ids": ["a", "c", "c", "</s>"]}
     assert report.moved == 1
 
 
 def test_template_that_rewrites_earlier_turns_stops_and_names_the_turn() -> None:
-    forgetful = PREFIX_ONLY.replace("message['content']", "(message['content'] if loop.last else message['content'] | trim('!'))")
+    forgetful = PREFIX_ONLY.replace(
+        "message['content']", "(message['content'] if loop.last else message['content'] | trim('!'))"
+    )
     tokenizer = byte_tokenizer(template=forgetful)
     talk = [turn("user", "u"), turn("assistant", "a!"), turn("user", "v"), turn("assistant", "b!")]
     with pytest.raises(DataError, match=r"row 1: .* turn 2 of 4 .*objective.mask=last"):
@@ -153,6 +179,20 @@ def test_common_prefix_against_a_plain_loop(first: list[int], second: list[int])
     assert common_prefix(first, second) == count
 
 
+MERGES = [("\u010a", "\u010a"), ("h", "i"), ("\u0120", "hi"), ("y", "\u0120"), ("a", "\u010a")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=conversations(), trims=st.booleans())
+def test_boundaries_from_one_encoding_are_those_of_whole_prefixes(messages: list[dict[str, str]], trims: bool) -> None:
+    """The quick way must equal encoding every prefix, also where tokens merge across the end of a header."""
+    text = PREFIX_ONLY.replace("message['content']", "message['content'] | trim") if trims else PREFIX_ONLY
+    tokens = Tokens(byte_tokenizer(MERGES, template=text))
+    assert tokens.template is not None
+    plan = masks._prefix_texts(tokens.template, masks.Conversation(0, messages), False)
+    assert masks._boundaries(tokens, [plan]) == masks._boundaries_slow(tokens, [plan])
+
+
 def test_rows_whose_roles_or_answers_are_unusable_are_dropped_by_reason() -> None:
     encoder = Encoder(BYTES["marks"], "dialogue", "assistant", DataSection(), "messages")
     rows = [
@@ -167,3 +207,25 @@ def test_rows_whose_roles_or_answers_are_unusable_are_dropped_by_reason() -> Non
     assert report.dropped == {
         "an assistant turn is empty": 1, "unknown role 'narrator'": 1, "no trained token": 1, "'messages' holds no messages": 1,
     }  # fmt: skip
+
+
+def test_marks_and_prefixes_agree_on_real_conversations() -> None:
+    import json
+
+    from transformers import AutoTokenizer
+
+    from llmrecipe.data.templates import set_template
+
+    tokenizer = AutoTokenizer.from_pretrained(shared("models", "stories260k"))
+    set_template(tokenizer, "plain")
+    lines = shared("data", "chat_multiturn", "valid.jsonl").read_text().splitlines()
+    raw = [(i, json.loads(line), f"row {i}") for i, line in enumerate(lines)]
+    marked, _ = Encoder(tokenizer, "dialogue", "assistant", DataSection(max_length=10_000), "messages").encode(raw)
+    plain = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.chat_template = plain
+    by_prefix, report = Encoder(tokenizer, "dialogue", "assistant", DataSection(max_length=10_000), "messages").encode(raw)
+    assert marked == by_prefix and report.kept == len(lines) and report.ended_share == 1.0
+    tokens = Tokens(tokenizer)
+    assert tokens.template is not None
+    plans = [masks._prefix_texts(tokens.template, masks.Conversation(0, row["messages"]), False) for _, row, _ in raw]
+    assert masks._boundaries(tokens, plans) == masks._boundaries_slow(tokens, plans)

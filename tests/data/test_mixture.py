@@ -79,7 +79,7 @@ def test_limit_of_a_mixture_follows_the_weights(tmp_path: Path) -> None:
 
 
 def test_weights_must_be_positive(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="weight 0.0 must be larger than 0"):
+    with pytest.raises(DataError, match=r"weight 0.0 must be larger than 0"):
         read(path={texts(tmp_path / "a.jsonl", "a", 3): 0.0})
 
 
@@ -113,7 +113,10 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     assert prepare(section, byte_tokenizer(), "text", split="validation", seed=0) is None
     assert has_split(section, "train") and not has_split(section, "validation")
     named = DataSection(path=section.path, validation=texts(tmp_path / "v.jsonl", "v", 2))
-    assert has_split(named, "validation") and words(read(path=named.path, validation=named.validation, split="validation"))[0] == "v0000"
+    assert (
+        has_split(named, "validation")
+        and words(read(path=named.path, validation=named.validation, split="validation"))[0] == "v0000"
+    )
     with pytest.raises(DataError, match="leaves no rows to train on"):
         read(path=section.path, validation=0.5, test=0.5)
 
@@ -138,7 +141,7 @@ def test_labels_are_numbered_naturally_and_alike_in_every_split(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("labels", "names", "found"),
-    [([0.5, 2.0], None, [0.5, 2.0]), ([3, 1], ["1", "3"], [1, 0]), ([["a", "b"], ["b"]], ["a", "b"], [[0, 1], [1]]), ([True, False], ["0", "1"], [1, 0])],
+    [([0.5, 2.0], None, [0.5, 2.0]), ([3, 1], ["1", "3"], [1, 0]), ([["a", "b"], ["b"]], ["a", "b"], [[0, 1], [1]]), ([True, False], ["0", "1"], [1, 0])],  # noqa: E501
 )  # fmt: skip
 def test_kinds_of_labels(tmp_path: Path, labels: list[Any], names: Any, found: Any) -> None:
     data = prepare(DataSection(path=labelled(tmp_path / "a.jsonl", labels)), byte_tokenizer(), "labelled", seed=0)

@@ -21,7 +21,7 @@ def word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = "user assistant system : a b c ? the cat sat . Paris is it".split()
+    words = ["user", "assistant", "system", ":", "a", "b", "c", "?", "the", "cat", "sat", ".", "Paris", "is", "it"]
     vocabulary = {w: i for i, w in enumerate(["<unk>", "</s>", "<|im_start|>", "<|im_end|>", *words])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -67,7 +67,7 @@ def trl_sft(tokenizer: Any, rows: list[dict[str, Any]], completion_only: bool, a
         _tokenizer=tokenizer, chat_template=tokenizer.chat_template, completion_only_loss=completion_only, _is_vlm=False
     )
     args = SimpleNamespace(
-        dataset_num_proc=None, dataset_text_field="text", assistant_only_loss=assistant_only, max_length=None, shuffle_dataset=False,
+        dataset_num_proc=None, dataset_text_field="text", assistant_only_loss=assistant_only, max_length=None, shuffle_dataset=False,  # noqa: E501
         eos_token=None, packing=False, seed=0, truncation_mode="keep_start", packing_strategy="bfd", use_liger_kernel=False,
     )  # fmt: skip
     out = []
@@ -149,7 +149,7 @@ def test_keep_start_cuts_pairs_as_trl_does(limit: int) -> None:
     rows = [PAIRS[0], PAIRS[1]]
     theirs = trl_dpo(tokenizer, rows, limit)
     data = DataSection(max_length=limit, truncation="keep_start")
-    columns, report = Encoder(tokenizer, "preference", "completion", data, "preference").encode(
+    columns, _report = Encoder(tokenizer, "preference", "completion", data, "preference").encode(
         [(i, r, f"row {i}") for i, r in enumerate(rows)]
     )
     mine = [dict(zip(columns, values)) for values in zip(*columns.values())]

@@ -1,0 +1,285 @@
+"""TRAPS B11: every format from every file kind, and errors that teach."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.data import prepare
+from llmrecipe.data.detect import detect
+from llmrecipe.data.files import open_file
+from llmrecipe.data.formats import FORMATS, Options
+from llmrecipe.data.rows import BadRow
+from llmrecipe.errors import DataError
+from llmrecipe.recipe.schema import DataSection
+from tests.data.toys import byte_tokenizer, turn
+
+U, A, B = turn("user", "u"), turn("assistant", "a"), turn("assistant", "b")
+HH = {"chosen": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: x\n\nAssistant: good", "rejected": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: x\n\nAssistant: gone"}  # noqa: E501  # fmt: skip
+HH_PROMPT = [turn("user", "hi"), turn("assistant", "yo"), turn("user", "x")]
+CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("text", "text", {"text": "t"}, {"text": "t"}),
+    ("dialogue", "messages", {"messages": [U, A]}, {"messages": [U, A]}),
+    ("dialogue", "messages", {"conversations": [U, A], "id": 3}, {"messages": [U, A]}),
+    (
+        "dialogue", "sharegpt", {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], "system": "s"},  # noqa: E501
+        {"messages": [turn("system", "s"), U, A]},
+    ),
+    (
+        "dialogue", "sharegpt",
+        {"conversations": [{"from": "user", "value": "u"}, {"from": "chatgpt", "value": "a"}, {"from": "observation", "value": "o"}]},  # noqa: E501
+        {"messages": [U, A, turn("tool", "o")]},
+    ),
+    ("dialogue", "prompt_completion", {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}),
+    ("dialogue", "prompt_completion", {"prompt": [U], "completion": [A]}, {"prompt": [U], "completion": [A]}),
+    ("dialogue", "prompt_completion", {"prompt": [U], "completion": "a"}, {"prompt": [U], "completion": [A]}),
+    ("dialogue", "tokens", {"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [-100, 2]}),
+    ("dialogue", "text", {"text": "t"}, {"text": "t"}),
+    ("preference", "preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),  # noqa: E501
+    ("preference", "preference", {"prompt": "p", "chosen": [A], "rejected": [B], "margin": 2}, {"prompt": [turn("user", "p")], "chosen": [A], "rejected": [B], "margin": 2.0}),  # noqa: E501
+    ("preference", "preference_implicit", {"chosen": [U, A], "rejected": [U, B]}, {"prompt": [U], "chosen": [A], "rejected": [B]}),  # noqa: E501
+    ("preference", "preference_implicit", {"chosen": "abc x", "rejected": "abc y"}, {"prompt": "abc", "chosen": " x", "rejected": " y"}),  # noqa: E501
+    ("preference", "preference_implicit", HH, {"prompt": HH_PROMPT, "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "gone")]}),  # noqa: E501
+    ("unpaired", "unpaired", {"prompt": "p", "completion": "c", "label": "false"}, {"prompt": "p", "completion": "c", "label": False}),  # noqa: E501
+    ("labelled", "labelled", {"text": "t", "label": 1}, {"text": "t", "label": 1}),
+    ("labelled", "labelled_pair", {"premise": "p", "hypothesis": "h", "label": "x"}, {"text": "p", "text_b": "h", "label": "x"}),  # noqa: E501
+    ("labelled", "labelled_pair", {"sentence1": "p", "sentence2": "h", "score": 3}, {"text": "p", "text_b": "h", "label": 3.0}),
+    ("pairs", "pairs", {"sentence1": "p", "sentence2": "h", "score": 4.2}, {"texts": ["p", "h"], "score": 4.2, "label": None}),
+    ("pairs", "triples", {"anchor": "x", "positive": "y", "negative": "z"}, {"texts": ["x", "y", "z"], "score": None, "label": None}),  # noqa: E501
+    ("prompt", "prompt", {"prompt": "p", "answer": "18"}, {"prompt": "p", "columns": {"answer": "18"}}),
+    ("prompt", "messages", {"messages": [U, A], "k": 1}, {"prompt": [U], "columns": {"k": 1, "completion": "a"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "name", "row", "expected"), CASES, ids=[f"{c[0]}-{c[1]}-{i}" for i, c in enumerate(CASES)])
+def test_detected_and_converted(rows: str, name: str, row: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = detect([row], rows, "auto", "f.jsonl:1")
+    assert found.name == name
+    assert found.convert(row, Options(rows, template=True)) == [expected]
+
+
+def test_transcripts_stay_text_without_a_template() -> None:
+    (row,) = FORMATS["preference_implicit"].convert(HH, Options("preference"))
+    assert row["prompt"] == "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: x\n\nAssistant:"
+    assert (row["chosen"], row["rejected"]) == (" good", " gone")
+
+
+def test_alpaca_has_two_forms_and_becomes_a_conversation_where_there_is_a_template() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    (plain,) = FORMATS["alpaca"].convert(row, Options("dialogue"))
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n" in plain["prompt"] and plain["completion"] == "3"
+    (short,) = FORMATS["alpaca"].convert({**row, "input": ""}, Options("dialogue"))
+    assert "### Input" not in short["prompt"] and short["prompt"].endswith("### Instruction:\nAdd.\n\n### Response:\n")
+    (talk,) = FORMATS["alpaca"].convert(row, Options("dialogue", template=True))
+    assert talk["prompt"][0]["content"] == "Add.\n\n1 2" and talk["completion"] == [turn("assistant", "3")]
+
+
+def test_a_named_template_wraps_strings_and_system_goes_first() -> None:
+    options = Options("dialogue", wrap=True, template=True, system="S")
+    (row,) = FORMATS["prompt_completion"].convert({"prompt": "p", "completion": "c"}, options)
+    assert row == {"prompt": [turn("system", "S"), turn("user", "p")], "completion": [turn("assistant", "c")]}
+    with pytest.raises(DataError, match=r"data.system is set, but prompts here are plain text"):
+        FORMATS["prompt_completion"].convert({"prompt": "p", "completion": "c"}, Options("dialogue", system="S"))
+
+
+def test_a_pair_becomes_two_unpaired_rows() -> None:
+    rows = FORMATS["preference"].convert({"prompt": "p", "chosen": "c", "rejected": "r"}, Options("unpaired"))
+    assert [(r["completion"], r["label"]) for r in rows] == [("c", True), ("r", False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("prompt_completion", {"prompt": "p", "completion": "  "}, "'completion' is empty"),
+        ("prompt_completion", {"prompt": None, "completion": "c"}, "'prompt' is not text"),
+        ("unpaired", {"prompt": "p", "completion": "c", "label": 0.3}, "'label' is neither true nor false"),
+        ("messages", {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
+        ("tokens", {"input_ids": [1, 2], "labels": [1]}, "'labels' and 'input_ids' differ in length"),
+        ("preference_implicit", {"chosen": [U, A], "rejected": [B]}, "chosen and rejected share no prompt"),
+        ("image_text", {"image": "no/such.png", "text": "t"}, "the image file does not exist"),
+    ],
+)
+def test_bad_rows_have_a_reason(name: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        FORMATS[name].convert(row, Options("dialogue", template=True))
+    assert caught.value.reason == reason
+
+
+def save(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow as pa
+    from pyarrow import csv, feather, parquet
+
+    path = folder / f"rows.{kind}"
+    text = "".join(json.dumps(row, default=str) + "\n\n" for row in rows)
+    if kind == "jsonl":
+        path.write_text("\ufeff" + text, encoding="utf-8")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "csv":
+        csv.write_csv(pa.Table.from_pylist(rows), path)
+    elif kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        feather.write_feather(pa.Table.from_pylist(rows), str(path), compression="uncompressed")
+    return path
+
+
+FLAT = {"text", "prompt_completion", "preference", "unpaired", "labelled", "labelled_pair", "pairs", "triples", "prompt"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "arrow"])
+def test_every_file_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    for rows, name, row, _ in CASES:
+        flat = all(not isinstance(v, list | dict) for v in row.values())
+        if kind == "csv" and not flat:
+            continue
+        reader = open_file(save(tmp_path, kind, [row, row]))
+        assert len(reader) == 2
+        for found in (reader.rows(range(2)), reader.rows([1, 0]), [r for _, r in reader.stream()]):
+            assert detect(found, rows, "auto", "x").convert(found[1], Options(rows, template=True)) == detect(
+                [row], rows, "auto", "x"
+            ).convert(row, Options(rows, template=True))
+        assert name in FORMATS
+
+
+def test_csv_text_keeps_its_zeros_and_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n007,"a, b\nc"\n')
+    assert open_file(path).rows([0]) == [{"prompt": "007", "completion": "a, b\nc"}]
+
+
+def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\nstill one\n\n\n  \ntwo\n")
+    reader = open_file(path)
+    assert reader.rows(range(2)) == [{"text": "one\nstill one"}, {"text": "two"}]
+    assert reader.where(1) == f"{path}:6"
+
+
+DAMAGED = [
+    ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a.jsonl:2: not valid JSON .*the line was cut off, the file is incomplete"),
+    ("a.jsonl", b'{"text": "x"}\n\n[1, 2]\n', r'a.jsonl:3: a row must be an object like \{"text": "..."\}, this is a list'),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a.jsonl:2: not UTF-8 text"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], r"a.jsonl.gz: the gzip file is damaged"),
+    ("a.json", b'[{"text": "x"},\n {"text": }]', r"a.json:2: not valid JSON"),
+    ("a.csv", b"text,label\na,1\nb,2,3\n", r"a.csv:3: 3 columns where the header has 2; quote commas"),
+    ("a.parquet", b"PAR1 nonsense", r"a.parquet: the file is damaged or not parquet"),
+    ("a.arrow", b"nonsense", r"a.arrow: the file is damaged or not arrow"),
+    ("a.jsonl", b"", r"a.jsonl: the file is empty"),
+    ("a.xlsx", b"x", r"cannot read '.xlsx' files; known: .jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_damaged_files_say_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        reader = open_file(path)
+        reader.rows(range(len(reader)))
+
+
+def test_unknown_columns_print_the_row_and_the_nearest_mapping() -> None:
+    with pytest.raises(DataError) as caught:
+        detect([{"question": "q", "answer": "a"}], "dialogue", "auto", "qa.jsonl:1")
+    assert str(caught.value) == (
+        "qa.jsonl:1: no dialogue row can be made of the columns question, answer.\n"
+        "  messages             needs messages or conversations  (a list of {role, content})\n"
+        "  sharegpt             needs conversations  (a list of {from, value})\n"
+        "  prompt_completion    needs prompt+completion  (a prompt and its answer)\n"
+        "  alpaca               needs instruction+output  (instruction, input, output)\n"
+        "  tokens               needs input_ids  (token ids, with or without labels)\n"
+        "  text                 needs text  (plain text)\n"
+        "Nearest: data.columns='{prompt: question, completion: answer}'"
+    )
+
+
+def test_the_nearest_mapping_works(tmp_path: Path) -> None:
+    path = save(tmp_path, "jsonl", [{"question": "q", "answer": "a"}])
+    data = DataSection(path=str(path), columns={"prompt": "question", "completion": "answer"})
+    found = prepare(data, byte_tokenizer(), "dialogue", seed=0)
+    assert found is not None and found.report.mapping == {"prompt": "question", "completion": "answer"}
+    assert byte_tokenizer().decode(found[0]["ids"]) == "qa</s>"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"columns": {"prompt": "qestion"}}, r"data.columns.prompt: .* has no column 'qestion'; did you mean 'question'\?"),
+        ({"format": "sharegtp"}, r"there is no format 'sharegtp'; did you mean 'sharegpt'\?"),
+        ({"format": "preference"}, r"preference cannot become dialogue rows"),
+        ({"format": "alpaca"}, r"needs instruction\+output"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
+    path = save(tmp_path, "jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=message):
+        prepare(DataSection(path=str(path), **setting), byte_tokenizer(), "dialogue", seed=0)
+
+
+def test_sources_that_do_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"no such file or folder; did you mean 'pairs.jsonl'\?"):
+        prepare(DataSection(path=str(tmp_path / "pair.jsonl")), byte_tokenizer(), "text", seed=0)
+    with pytest.raises(DataError, match=r"no built-in set is called 'storys'; did you mean 'stories'\?"):
+        prepare(DataSection(path="builtin:storys"), byte_tokenizer(), "text", seed=0)
+    with pytest.raises(DataError, match="no training file"):
+        (tmp_path / "empty").mkdir()
+        prepare(DataSection(path=str(tmp_path / "empty")), byte_tokenizer(), "text", seed=0)
+    with pytest.raises(DataError, match=r"data.path: missing"):
+        prepare(DataSection(), byte_tokenizer(), "text", seed=0)
+
+
+def test_hub_names_go_through_datasets(monkeypatch: Any) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(path: str, config: str | None, split: str, streaming: bool) -> Any:
+        asked.append((path, config, split, streaming))
+        return datasets.Dataset.from_list([{"text": split}])
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config: ["train", "validation"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = DataSection(path="owner/name:main")
+    for split in ("train", "validation"):
+        found = prepare(data, byte_tokenizer(), "text", split=split, seed=0)
+        assert found is not None and byte_tokenizer().decode(found[0]["ids"]) == f"{split}</s>"
+    assert asked == [("owner/name", "main", "train", False), ("owner/name", "main", "validation", False)]
+    assert prepare(data, byte_tokenizer(), "text", split="test", seed=0, unseal=True) is None
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no route to hub\nmore")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
+    with pytest.raises(DataError, match=r"'owner/other' is neither a file or folder here nor .* \(no route to hub\)"):
+        prepare(DataSection(path="owner/other"), byte_tokenizer(), "text", seed=0)
+
+
+def test_folders_with_shards_and_saved_data_sets(tmp_path: Path) -> None:
+    import datasets
+
+    for i in range(2):
+        save(tmp_path, "parquet", [{"text": f"t{i}"}]).rename(tmp_path / f"train-0000{i}-of-00002.parquet")
+    found = prepare(DataSection(path=str(tmp_path)), byte_tokenizer(), "text", seed=0)
+    assert found is not None and [byte_tokenizer().decode(r["ids"]) for r in found] == ["t0</s>", "t1</s>"]
+    folder = tmp_path / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])}).save_to_disk(str(folder))
+    found = prepare(DataSection(path=str(folder)), byte_tokenizer(), "text", seed=0)
+    assert found is not None and len(found) == 1
+
+
+def test_pictures(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(b"png")
+    path = save(tmp_path, "jsonl", [{"image": "p.png", "text": "a cat"}])
+    found = prepare(DataSection(path=str(path)), byte_tokenizer(), "multimodal", seed=0)
+    assert found is not None and Path(found[0]["image"]).read_bytes() == b"png"
+    held = save(tmp_path, "parquet", [{"image": {"bytes": b"held", "path": None}, "text": "a cat"}])
+    found = prepare(DataSection(path=str(held)), byte_tokenizer(), "multimodal", seed=0)
+    assert found is not None and Path(found[0]["image"]).read_bytes() == b"held"
