@@ -62,7 +62,7 @@ def verb(
 def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     """The rows of a split, the tokenizer and the mask in use; class names come from the training rows."""
     from llmrecipe import registry
-    from llmrecipe.data import prepare
+    from llmrecipe.data import TokenData, prepare
     from llmrecipe.errors import DataError
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.training.opened import resolve
@@ -83,7 +83,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
         training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed)
         labels = training.labels if training is not None else None
     data = prepare(whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels)
-    if data is None:
+    if not isinstance(data, TokenData):
         raise DataError(f"this recipe has no {split} split; set data.{split} to a file or a share")
     return data, tokenizer, mask
 

@@ -6,6 +6,6 @@
 from llmrecipe.data.prepare import TokenData, order, prepare
 from llmrecipe.data.report import Report
 from llmrecipe.data.sources import has_split
-from llmrecipe.data.stream import TokenStream
+from llmrecipe.data.stream import StreamedRows, TokenStream
 
-__all__ = ["Report", "TokenData", "TokenStream", "has_split", "order", "prepare"]
+__all__ = ["Report", "StreamedRows", "TokenData", "TokenStream", "has_split", "order", "prepare"]

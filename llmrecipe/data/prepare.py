@@ -12,10 +12,11 @@ import numpy as np
 
 from llmrecipe.data import gate
 from llmrecipe.data.build import build
-from llmrecipe.data.cache import TokenTable
+from llmrecipe.data.cache import TokenTable, key_of, tokenizer_fingerprint
 from llmrecipe.data.report import Report
 from llmrecipe.data.sources import NoSplitError, Part, open_split
-from llmrecipe.errors import DataError, LlmRecipeError
+from llmrecipe.data.stream import StreamedRows, TokenStream
+from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def prepare(
     seed: int,
     label_map: Sequence[str] | None = None,
     unseal: bool = False,
-) -> TokenData | None:
+) -> TokenData | StreamedRows | None:
     """Token rows of a split, from the cache where they are there already.
 
     Args:
@@ -109,7 +110,8 @@ def prepare(
         unseal: must be True for the test split; only the one final test passes it.
 
     Returns:
-        The rows, or None where the recipe has no validation (or test) split.
+        The rows, or None where the recipe has no validation (or test) split. With `data.streaming`, training rows are
+        read as they are asked for.
 
     Raises:
         DataError: there are no training rows, the test split is sealed, the format is unknown, or the gate stops.
@@ -117,7 +119,8 @@ def prepare(
     if split == "test" and not unseal:
         raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
     if data.streaming and split == "train":
-        raise LlmRecipeError("streamed training rows come from data.stream.TokenStream, not from prepare")
+        ingredients = [data.model_dump(mode="json"), tokenizer_fingerprint(tokenizer), rows, mask, seed]
+        return StreamedRows(TokenStream(data, tokenizer, rows, mask=mask, seed=seed), key_of({"stream": ingredients}))
     try:
         parts = open_split(data, split)
     except NoSplitError:
@@ -178,13 +181,15 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     return list(given)
 
 
-def order(data: TokenData, seed: int, epoch: int) -> np.ndarray:
-    """Row indices of one epoch, shuffled by (seed, epoch).
+def order(data: TokenData | StreamedRows, seed: int, epoch: int) -> np.ndarray | range:
+    """Row indices of one epoch, shuffled by (seed, epoch); a stream shuffles itself, so its rows come in their own order.
 
     Without weights it is a permutation. With weights it has as many entries as there are rows; each is drawn from source i
     with probability weight_i / sum(weights), and within a source rows come in a shuffled order that starts over when it is
     used up, so no row of a source is seen n + 1 times before all were seen n times.
     """
+    if isinstance(data, StreamedRows):
+        return data.order(epoch)
     rng = np.random.default_rng([seed, epoch])
     if data.weights is None:
         return rng.permutation(len(data))

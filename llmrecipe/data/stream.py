@@ -7,16 +7,16 @@ state = stream.state()       # JSON; `stream.load_state(state)` continues behind
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from llmrecipe.data import gate
 from llmrecipe.data.build import make_encoder
 from llmrecipe.data.encode import TWO_BOS, Encoder
 from llmrecipe.data.report import Report
-from llmrecipe.data.sources import Part, open_split
+from llmrecipe.data.sources import HubStream, Part, open_split
 from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 
@@ -30,6 +30,8 @@ BATCH = 64
 """Raw rows encoded at a time."""
 CHECKED = 1000
 """Rows after which the gate looks at the counts."""
+ENDLESS = 1 << 40
+"""Length of a stream whose sources do not know theirs."""
 
 
 class TokenStream:
@@ -162,3 +164,50 @@ class TokenStream:
         """Continue behind the row after which `state` was taken. Rows before it are read again but not encoded."""
         self._start(state["epoch"], state["batches"], state["within"])
         self.emitted = state["emitted"]
+
+    def seek(self, row: int) -> None:
+        """Stand before the row of that running number: exact, but rows before it are encoded again."""
+        if row < self.emitted:
+            self._start(0, 0, 0)
+            self.emitted = 0
+        for _ in range(row - self.emitted):
+            next(self)
+
+
+class StreamedRows(Sequence[Row]):
+    """A stream that is indexed like `TokenData`, by running number, and read forwards.
+
+    An index ahead reads on; one behind starts over. The length is the number of raw rows where the sources know theirs
+    (rows the gate drops make a pass end a little later than the data), else `ENDLESS`: then a run needs `steps`.
+    """
+
+    labels: list[str] | None = None
+    weights: list[float] | None = None
+
+    def __init__(self, stream: TokenStream, key: str) -> None:
+        self.stream, self.key = stream, key
+        readers = [part.reader for part in stream.parts]
+        self._length = ENDLESS if any(isinstance(r, HubStream) for r in readers) else sum(map(len, readers))
+
+    @property
+    def report(self) -> Report:
+        """Counts over the rows read so far."""
+        return self.stream.report
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        if index != self.stream.emitted:
+            self.stream.seek(int(index))
+        return next(self.stream)
+
+    def order(self, epoch: int) -> range:
+        """Running numbers of one pass; the stream itself shuffles."""
+        return range(epoch * self._length, (epoch + 1) * self._length)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.data import TokenStream, prepare
+from llmrecipe.data import StreamedRows, TokenStream, order, prepare
 from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer
@@ -94,3 +94,16 @@ def test_gzip_lines_are_read_as_they_come(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps({"text": f"a{i}"}) + "\n" for i in range(10)).encode()))
     assert len(list(islice(stream(str(path)), 10))) == 10
+
+
+def test_streamed_rows_are_indexed_forwards_like_any_data(tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", "a", 100)
+    rows = prepare(DataSection(path=path, streaming=True), byte_tokenizer(), "text", seed=0)
+    assert isinstance(rows, StreamedRows) and len(rows) == 100
+    expected = list(islice(stream(path, buffer=1000), 250))
+    indices = [i for epoch in range(2) for i in order(rows, 0, epoch)]
+    assert indices == list(range(200))
+    assert [rows[i] for i in indices[:90]] == expected[:90]
+    assert [rows[i] for i in indices[101::2]] == expected[101:200:2], "a rank takes every other row"
+    assert rows[40] == expected[40] and rows[41] == expected[41]
+    assert rows.report.format == "text" and rows.report.read > 0
