@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.evaluation.answers import ROWS, answer_rows, score
+from llmrecipe.evaluation.generation import Sampling
+
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
 
@@ -92,9 +95,29 @@ def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
     metrics = {n: reduced[i] / reduced[len(names) + i] if reduced[len(names) + i] else float("nan") for i, n in enumerate(names)}
     tensors = {n: _gathered(run, torch.cat(gathered[n])) for n in sorted(gathered)}
     metrics |= run.objective.finish_evaluation(metrics, tensors)
+    metrics |= generated(run, data)
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
     return metrics
+
+
+def generated(run: Run, data: Any) -> dict[str, float]:
+    """Text metrics of greedily generated answers (`eval.metrics`), and a few of them as samples (`eval.samples`).
+
+    The answers are shared out over processes by row; every process generates its own share.
+    """
+    section = run.recipe.eval
+    if not (section.metrics or section.samples) or run.objective.rows not in ROWS or not len(data):
+        return {}
+    count = len(data) if section.metrics else min(section.samples, len(data))
+    if section.metrics and section.batches is not None:
+        count = min(count, section.batches * run.recipe.batch.size)
+    own = list(range(count))[run.runtime.rank :: run.runtime.world]
+    rows = answer_rows(data, run.roles, own, Sampling(max_new_tokens=section.max_new_tokens))
+    rows = [row for part in run.runtime.gather_json(rows) for row in part]
+    for row in rows[: section.samples]:
+        run.events.sample(step=run.progress.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])
+    return score(rows, section.metrics)
 
 
 def _gathered(run: Run, own: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,36 @@
+"""The interface of a text metric: how good a generated answer is against its reference."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.registry import CONFIG
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Metric:
+    """A score in [0, 1] of one answer; an evaluation reports the mean over rows."""
+
+    group: ClassVar[str] = "metric"
+
+    def score(self, prediction: str, reference: str) -> float:
+        """How good the prediction is."""
+        raise NotImplementedError
+
+
+def normalise(text: str, lower: bool = False, articles: bool = False, punctuation: bool = False) -> str:
+    """Strip, and on request lower-case, drop articles, drop punctuation; runs of white space become one space."""
+    if lower:
+        text = text.lower()
+    if punctuation:
+        text = text.translate(PUNCTUATION)
+    if articles:
+        text = ARTICLES.sub(" ", text)
+    return " ".join(text.split())
