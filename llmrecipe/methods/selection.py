@@ -33,8 +33,8 @@ OWNER = "selection_scores"
 class Scores:
     """Accumulated scores of tensors, flat, float32 (float64 for float64 weights)."""
 
-    def __init__(self, weights: Mapping[str, Weight], power: Power, device: str = "auto"):
-        self.power = power
+    def __init__(self, weights: Mapping[str, Weight], power: Power, device: str = "auto", clip: float | None = None):
+        self.power, self.clip = power, clip
         self.totals = {}
         for name, weight in weights.items():
             kind = torch.float64 if weight.value.dtype == torch.float64 else torch.float32
@@ -62,6 +62,8 @@ class Scores:
 
     def _add(self, total: Tensor, flat: Tensor) -> None:
         flat = flat.to(total.device)
+        if self.clip is not None:
+            flat = flat * (self.clip / (flat.norm() + 1e-6)).clamp_max(1.0)
         if self.power == "square":
             total.addcmul_(flat, flat)
         else:
@@ -189,6 +191,7 @@ def score(
     reduction: Literal["sum", "mean"] = "sum",
     training: bool = False,
     device: str = "auto",
+    clip: float | None = None,
     targets: Callable[[Any], Iterator[tuple[Any, float]]] | None = None,
 ) -> dict[str, Tensor]:
     """Scores of every entry of some tensors.
@@ -198,6 +201,7 @@ def score(
         rows: rows in one batch; 1 for scores an example, None for the batch size of the recipe.
         reduction: `sum` scores log p(y|x), `mean` the mean loss, which would weigh an example of T targets by 1 / T^2.
         training: dropout on.
+        clip: largest norm of one tensor's gradient before the power is taken.
         targets: batch -> batches with other targets and their weights, where y is an expectation.
 
     Returns:
@@ -206,7 +210,7 @@ def score(
     Raises:
         ModelError: no gradient reached any of the tensors.
     """
-    scores = Scores(weights, power, device)
+    scores = Scores(weights, power, device, clip)
     world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)
     with mode(model, training), frozen(model), watching(weights, scores):
         for index, batch in enumerate(probe.batches(examples, rows)):

@@ -30,7 +30,7 @@ class Fishmask(SparseHooks, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")
+    hooks: ClassVar[tuple[str, ...]] = ("after_step",)
 
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
     """Share of the candidate entries that trains."""

@@ -1,0 +1,192 @@
+"""Child-tuning, task-free (F) and task-driven (D)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
+from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from
+from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CHUNK = 1 << 22
+MASK = 0xFFFFFFFF
+COMPAT_CLIP = 1.0
+
+
+def _mix(x: Tensor) -> Tensor:
+    """An avalanche of 32 bits held in int64."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def child(address: str, first: int, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """Bernoulli(p) of the entries first .. first + count of a tensor, by address: no state, no order, any chunking, any device.
+
+    Args:
+        address: seed, step and tensor name.
+    """
+    words = hashlib.sha256(address.encode()).digest()
+    low, high = int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little")
+    index = torch.arange(first, first + count, device=device, dtype=torch.int64)
+    x = _mix(((index & MASK) ^ low) & MASK)
+    x = _mix((x + high + (index >> 32) * 0x9E3779B1) & MASK)
+    return x < int(p * 2**32)
+
+
+@register
+class ChildTuning(SparseHooks, Wrapper):
+    """Child-tuning: only a child network's gradients are used.
+
+    Variant f: at every step M_t ~ Bernoulli(p), g_t <- g_t * M_t / p, then the optimizer. Every weight trains; this is
+    regularised full fine-tuning, not a small adapter: checkpoints hold the whole model. A masked entry still moves by momentum
+    and decay, as in the paper's code; `mask_target: update` holds it still instead (at the price of a copy of the weights).
+    Under Adam the factor 1 / p cancels. The mask is a function of seed, step, tensor and position, hence equal on every
+    process and after a resume, and never stored.
+
+    Variant d: the p largest entries of the Fisher information F_i = (1 / |D|) sum_j (d log p(y_j | x_j) / d theta_i)^2 of
+    the blocks, chosen once; they train on the sparse-delta engine, everything outside the blocks trains in full
+    (`rest: train`) or not at all. Masked entries never move. Merging adds the deltas.
+
+    Paper: Raise a Child in Large Language Model (arXiv 2109.05687). Departures: d takes the gradient of each example, in
+    evaluation mode (`code_compat` follows the authors' code: clipped gradients of batches, dropout on); exactly k entries are
+    chosen where many are equal; masked entries of d do not decay.
+    """
+
+    stage: ClassVar[Stage] = Stage.SELECT
+    mergeable: ClassVar[bool] = True
+    hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")
+    conflicts: ClassVar[dict[str, str]] = {"mezo": "it masks gradients, and zeroth-order training has none"}
+
+    variant: Literal["f", "d"] = "d"
+    """f: a fresh random mask each step; d: one Fisher mask for the run."""
+    p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """Share of entries in the child network."""
+    scope: str = ""
+    """Masked tensors: `all` (default of f), `blocks` (of d), a target, or (f) `trainable`: what other methods train."""
+    rest: Literal["train", "freeze"] = "train"
+    """d: what tensors outside the scope do."""
+    mask_target: Literal["gradient", "update"] = "gradient"
+    """f: mask gradients (momentum still moves masked entries), or let masked entries keep their value in that step."""
+    num_samples: PositiveInt | None = None
+    """d: examples scored; default: every training row."""
+    code_compat: bool = False
+    """d: score as the authors' code does."""
+    layer_groups: PositiveInt = 1
+    """d: score the model in this many passes for a buffer of that fraction."""
+    seed: int = 0
+    """f: seed of the masks."""
+
+    def _scope(self) -> str:
+        return self.scope or ("all" if self.variant == "f" else "blocks")
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Variant d puts a saved mask in its place.
+
+        Raises:
+            ModelError: variant f on quantized weights, which cannot train in full.
+        """
+        if self.variant == "d" and structure is not None:
+            attach_chosen(model, self.name, chosen_from(structure))
+        if self.variant == "f" and self._scope() != "trainable" and any(w.quantized for w in self._masked(model).values()):
+            raise ModelError(f"stack.{self.name}: variant f trains every weight, and quantized weights cannot; use variant=d")
+
+    def _masked(self, model: nn.Module) -> dict[str, Any]:
+        return base_weights(model, self._scope())
+
+    def opened(self, model: nn.Module) -> set[str]:
+        """f: the whole scope; d: what lies outside it."""
+        if self.variant == "f":
+            return set() if self._scope() == "trainable" else set(self._masked(model))
+        if self.rest == "freeze":
+            return set()
+        return {name for name, w in base_weights(model).items() if not w.quantized} - set(self._masked(model))
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """d: score the scope and take the top p of it."""
+        if self.variant == "f":
+            return
+        from llmrecipe.methods import selection
+        from llmrecipe.methods.sparse_delta import Chosen
+
+        weights = self._masked(model)
+        examples = self.num_samples or probe.rows
+        compat: dict[str, Any] = {"rows": None, "reduction": "mean", "training": True, "clip": COMPAT_CLIP}
+
+        def scorer(group: dict[str, Any]) -> dict[str, Tensor]:
+            return selection.score(model, probe, group, examples, **(compat if self.code_compat else {}))
+
+        k = int(self.p * sum(w.numel for w in weights.values()))
+        best = selection.select_top(weights, k, self.layer_groups, scorer)
+        attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in best.items()})
+
+    def _gradients(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        names = None if self._scope() == "trainable" else self.opened(model)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and (names is None or name in names):
+                yield name, parameter
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """f: g <- g * M / p, after clipping and after processes have summed their gradients."""
+        if self.variant == "d":
+            super().after_backward(model, step)
+            return
+        kept = _kept(model, self.name)
+        for name, parameter in self._gradients(model):
+            if self.mask_target == "update":
+                kept[name] = parameter.detach().clone()
+            parameter.grad = parameter.grad.contiguous()
+            flat = parameter.grad.view(-1)
+            for first in range(0, flat.numel(), CHUNK):
+                part = flat[first : first + CHUNK]
+                part.mul_(child(f"{self.seed}:{step}:{name}", first, part.numel(), self.p, part.device)).div_(self.p)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """f with `mask_target: update`: masked entries keep the value they had."""
+        super().after_step(model, step)
+        kept = _kept(model, self.name)
+        for name, parameter in model.named_parameters():
+            if name in kept:
+                mask = child(f"{self.seed}:{step}:{name}", 0, parameter.numel(), self.p, parameter.device)
+                parameter.copy_(torch.where(mask.view_as(parameter), parameter, kept.pop(name)))
+
+    def delta(self, model: nn.Module) -> dict[str, Tensor]:
+        """f: the opened tensors whole; d: indices and values, and the tensors outside the scope."""
+        return Wrapper.delta(self, model)
+
+    def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """What trains, with a word on what f is."""
+        if self.variant == "f":
+            count = sum(w.numel for name, w in base_weights(model).items() if name in self.opened(model))
+            yield f"every tensor of '{self._scope()}' (regularised full fine-tuning)", count
+            return
+        yield from super().describe(model)
+        rest = self.opened(model)
+        yield "outside the scope, in full", sum(w.numel for name, w in base_weights(model).items() if name in rest)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """f: dense; d: 20 bytes an entry, and the rest dense."""
+        facts = super().memory(model)
+        dense = sum(w.numel for name, w in base_weights(model).items() if name in self.opened(model))
+        for key, size in (("trainable", 1), ("optimizer_bytes", 8), ("gradient_bytes", 4)):
+            facts[key] += size * dense
+        return facts
+
+
+def _kept(model: nn.Module, owner: str) -> dict[str, Tensor]:
+    """Weights as they were before the running step; on the model, because a wrapper holds no tensors."""
+    return model.__dict__.setdefault(f"_{owner}_before_step", {})
