@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
+from llmrecipe.methods.counter import bernoulli
 from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
@@ -19,31 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHUNK = 1 << 22
-MASK = 0xFFFFFFFF
 COMPAT_CLIP = 1.0
-
-
-def _mix(x: Tensor) -> Tensor:
-    """An avalanche of 32 bits held in int64."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & MASK
-    return x ^ (x >> 16)
-
-
-def child(address: str, first: int, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """Bernoulli(p) of the entries first .. first + count of a tensor, by address: no state, no order, any chunking, any device.
-
-    Args:
-        address: seed, step and tensor name.
-    """
-    words = hashlib.sha256(address.encode()).digest()
-    low, high = int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little")
-    index = torch.arange(first, first + count, device=device, dtype=torch.int64)
-    x = _mix(((index & MASK) ^ low) & MASK)
-    x = _mix((x + high + (index >> 32) * 0x9E3779B1) & MASK)
-    return x < int(p * 2**32)
 
 
 @register
@@ -152,7 +128,7 @@ class ChildTuning(SparseHooks, Wrapper):
             flat = parameter.grad.view(-1)
             for first in range(0, flat.numel(), CHUNK):
                 part = flat[first : first + CHUNK]
-                part.mul_(child(f"{self.seed}:{step}:{name}", first, part.numel(), self.p, part.device)).div_(self.p)
+                part.mul_(bernoulli(f"{self.seed}:{step}:{name}", first, part.numel(), self.p, part.device)).div_(self.p)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -161,7 +137,7 @@ class ChildTuning(SparseHooks, Wrapper):
         kept = _kept(model, self.name)
         for name, parameter in model.named_parameters():
             if name in kept:
-                mask = child(f"{self.seed}:{step}:{name}", 0, parameter.numel(), self.p, parameter.device)
+                mask = bernoulli(f"{self.seed}:{step}:{name}", 0, parameter.numel(), self.p, parameter.device)
                 parameter.copy_(torch.where(mask.view_as(parameter), parameter, kept.pop(name)))
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from llmrecipe.methods import selection
-from llmrecipe.methods.selective.child_tuning import ChildTuning, child
+from llmrecipe.methods.counter import bernoulli as child
+from llmrecipe.methods.selective.child_tuning import ChildTuning
 from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
 from llmrecipe.methods.stack import Stack
 from tests.methods.probe import language_probe
