@@ -175,7 +175,7 @@ class Stack:
         """Whether switching every port off gives the policy of step 0: all ports start as identity and nothing else trains."""
         injected = [w for w in self.wrappers if w.stage is Stage.INJECT]
         others = [w for w in self.wrappers if w.stage is Stage.SELECT]
-        return bool(injected) and not others and all(w.identity for w in injected)
+        return bool(injected) and not others and all(w.starts_at_base() for w in injected)
 
     def take_reference(self, model: nn.Module) -> None:
         """Remember the policy of step 0. Call once, before the first update."""

@@ -119,6 +119,10 @@ class Wrapper:
         """An update rule that replaces back-propagation; at most one in a stack."""
         return None
 
+    def starts_at_base(self) -> bool:
+        """Whether the base model is the policy of step 0; where `identity` depends on an option, the option decides here."""
+        return self.identity
+
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Parameters with their own learning rate or decay."""
         return []

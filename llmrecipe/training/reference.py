@@ -139,7 +139,7 @@ def cache_path(run: Run) -> Path:
         "autocast": str(run.roles.engine.autocast),
         "data": run.data.key,
     }
-    if any(not w.identity for w in run.stack) or run.opened.continued is not None:
+    if any(not w.starts_at_base() for w in run.stack) or run.opened.continued is not None:
         facts["start"] = weights_digest(run.stack.delta(run.model))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))
