@@ -1,0 +1,40 @@
+"""`llmrecipe chat`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmrecipe.cli.words import Json, Words, print_json
+
+PANEL = "Use"
+ORDER = 2
+
+
+def verb(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, a model folder, a hub name or `tiny`.")],
+    words: Words = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Answer this and stop; may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Talk to a run or a model; with --prompt, answer and stop."""
+    from llmrecipe.evaluation.chat import Chat
+    from llmrecipe.evaluation.generation import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed if temperature else None)
+    chat = Chat.open(path, list(words or []), sampling, system)
+    if prompt:
+        answers = [{"prompt": text, "answer": chat.answer(text, remember=False)} for text in prompt]
+        if as_json:
+            print_json(answers)
+            return
+        for pair in answers:
+            print(pair["answer"])
+        return
+    chat.interactive()

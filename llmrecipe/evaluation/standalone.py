@@ -1,0 +1,107 @@
+"""Evaluating and asking a finished run or a plain model, outside of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llmrecipe.errors import DataError, UserError
+from llmrecipe.methods.stack import Stack
+from llmrecipe.recipe.compose import Composition, compose
+from llmrecipe.training import assemble
+from llmrecipe.training.engine import Engine
+from llmrecipe.training.evaluate import evaluate
+from llmrecipe.training.opened import Opened, open_model, run_folder
+from llmrecipe.training.roles import Roles
+from llmrecipe.training.runtime import Runtime
+
+LOCAL = ("run", "search", "stages", "steps", "epochs", "save")
+"""Sections of a run's recipe that say nothing about its evaluation."""
+
+
+@dataclass
+class Subject:
+    """A model that is asked, with the recipe that says on what."""
+
+    composition: Composition
+    opened: Opened
+    roles: Roles
+    objective: Any
+    runtime: Runtime
+
+
+def recipe_of(path: str, overrides: list[str]) -> Composition:
+    """The recipe an evaluation of a run or model follows: the run's own, or the defaults for a plain model."""
+    if run_folder(path) is None:
+        return compose("base", [f"model.path={path}", *overrides])
+    recipe = Path(path) / "recipe.yaml"
+    if not recipe.is_file():
+        recipe = Path(path).parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective")
+    found = compose(recipe, [f"model.path={path}", "model.continue=false", *overrides])
+    # The run's stack is part of the model it left; nothing is stacked on top of it here.
+    return dataclasses.replace(found, recipe=found.recipe.model_copy(update={"stack": {}}))
+
+
+def open_subject(path: str, overrides: list[str]) -> Subject:
+    """Open a run directory or a model for evaluation or chat.
+
+    Raises:
+        UserError: the path, the recipe or the weights do not fit.
+    """
+    from transformers.utils import logging
+
+    from llmrecipe.recipe.validate import instantiate
+
+    logging.disable_progress_bar()
+    composition = recipe_of(path, overrides)
+    recipe = composition.recipe
+    parts = instantiate(recipe)
+    runtime = Runtime.start(recipe.runtime)
+    opened = open_model(recipe.model, recipe.tokenizer, head=parts.objective.head, seed=recipe.seed)
+    opened.model.to(runtime.device)
+    stack = Stack([])
+    engine = Engine(opened.model).eval()
+    roles = Roles(
+        engine, stack, opened.tokenizer, runtime.device, assemble.packing_for(recipe.data.packing, engine, runtime.device),
+        recipe.batch.micro, recipe.batch.tokens or assemble.MICRO_TOKENS,
+    )  # fmt: skip
+    return Subject(composition, opened, roles, parts.objective, runtime)
+
+
+def evaluate_path(path: str, overrides: list[str], split: str = "validation") -> dict[str, float]:
+    """Metrics of a run or model on a split of the data its recipe (or the overrides) names.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    from llmrecipe.data import prepare
+
+    subject = open_subject(path, overrides)
+    recipe = subject.composition.recipe
+    labels = getattr(subject.opened.model.config, "label2id", None) if subject.objective.head == "classification" else None
+    names = sorted(labels, key=labels.get) if labels else None  # type: ignore[arg-type]
+    mask = getattr(subject.objective, "mask", None) or "completion"
+    data = prepare(
+        recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
+        label_map=names, unseal=split == "test",
+    )  # fmt: skip
+    if data is None:
+        raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")
+    run = SimpleNamespace(
+        recipe=recipe, roles=subject.roles, runtime=subject.runtime, objective=subject.objective, events=_Silent(),
+        progress=SimpleNamespace(step=0),
+    )  # fmt: skip
+    return {"rows": float(len(data)), **evaluate(run, data)}  # type: ignore[arg-type]
+
+
+class _Silent:
+    """Events of an evaluation outside a run: samples are printed, nothing is written."""
+
+    def sample(self, step: int, prompt: str, answer: str, **facts: Any) -> None:
+        """Print one answer."""
+        print(f"{prompt!r} -> {answer!r}")
