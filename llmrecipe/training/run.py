@@ -17,6 +17,7 @@ from llmrecipe.data.batch import Batch
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.methods.wrapper import Probe
 from llmrecipe.training import assemble, finish, reference
+from llmrecipe.training.announce import announce
 from llmrecipe.training.evaluate import Judge, evaluate
 from llmrecipe.training.loop import train as loop
 from llmrecipe.training.optimizer import set_learning_rate
@@ -286,6 +287,7 @@ def start(run: Run) -> None:
         run.stack.calibrate(run.model, run.probe())
         run.rebuild()
         reference.take(run)
+    announce(run)
     run.objective.start(run.roles)
 
 
