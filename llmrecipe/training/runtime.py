@@ -8,6 +8,7 @@ trainings instead of one.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 from contextlib import AbstractContextManager
@@ -91,11 +92,15 @@ class Runtime:
         """
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
-        # Every trained tensor takes part in every step, so no search for unused ones; buffers are equal by construction.
-        return nn.parallel.DistributedDataParallel(
+        ddp = nn.parallel.DistributedDataParallel
+        # Every trained tensor takes part in every step, so no search for unused ones; buffers are equal by construction
+        # (the option that says so has another name since torch 2.13).
+        known = inspect.signature(ddp).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return ddp(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **buffers,
             gradient_as_bucket_view=True,
             find_unused_parameters=False,
         )
