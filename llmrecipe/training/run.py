@@ -230,6 +230,9 @@ class Run:
         if self.stack.rule() is None:
             self.optimizer = assemble.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
         self.roles.prepared = self.runtime.prepare(self.roles.engine)
+        if self.progress.step:
+            # Weights kept as the best belong to another set of tensors and could not be put back.
+            self.judge = Judge(self.recipe.eval)
 
     def save(self) -> Path | None:
         """Write a checkpoint."""
