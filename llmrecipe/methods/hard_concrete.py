@@ -1,8 +1,8 @@
 """Hard-concrete gates over base tensors: the relaxed L0 phase of diff pruning.
 
-    s = sigma(ln u - ln(1 - u) + alpha),  z = min(1, max(0, s (r - l) + l)),  u ~ U(0, 1)
+    s = sigma(ln u - ln(1 - u) + alpha),  z = min(1, max(0, s (high - low) + low)),  u ~ U(0, 1)
     W' = W + z w            or  W + z z_g w  with one more gate z_g for the whole tensor
-    P(z > 0) = sigma(alpha - ln(-l / r)),  E ||delta||_0 = sum_i P(z_i > 0) [P(z_g > 0)]
+    P(z > 0) = sigma(alpha - ln(-low / high)),  E ||delta||_0 = sum_i P(z_i > 0) [P(z_g > 0)]
 
 u is drawn by address (seed, step, tensor, position): the same in forward, recomputation and backward pass, on every process
 and for every micro-batch of a step, and never stored. Without gradients z is the gate at u = 1/2.
@@ -24,12 +24,12 @@ from llmrecipe.methods.sparse_delta import Weight
 CHUNK = 1 << 22
 
 
-def gate(alpha: Tensor, u: Tensor | None, l: float, r: float) -> tuple[Tensor, Tensor]:
+def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
     """(z, dz / d alpha); u None is u = 1/2."""
     s = torch.sigmoid(alpha if u is None else alpha + torch.logit(u).to(alpha.dtype))
-    stretched = s * (r - l) + l
+    stretched = s * (high - low) + low
     inside = (stretched > 0) & (stretched < 1)
-    return stretched.clamp(0, 1), torch.where(inside, (r - l) * s * (1 - s), torch.zeros_like(s))
+    return stretched.clamp(0, 1), torch.where(inside, (high - low) * s * (1 - s), torch.zeros_like(s))
 
 
 class DiffGate(Port):
@@ -37,7 +37,7 @@ class DiffGate(Port):
 
     order = -1
 
-    def __init__(self, weight: Weight, tensor: str, l: float, r: float, alpha: float | None, grouped: bool):
+    def __init__(self, weight: Weight, tensor: str, low: float, high: float, alpha: float | None, grouped: bool):
         super().__init__()
         wide = torch.promote_types(weight.value.dtype, torch.float32)
         device = weight.value.device
@@ -45,7 +45,7 @@ class DiffGate(Port):
         start = 0.0 if alpha is None else alpha
         self.alpha = None if alpha is None else nn.Parameter(torch.full(weight.shape, start, dtype=wide, device=device))
         self.group = nn.Parameter(torch.full((), start, dtype=wide, device=device)) if grouped and alpha is not None else None
-        self.tensor, self.source, self.l, self.r = tensor, weight.name, l, r
+        self.tensor, self.source, self.low, self.high = tensor, weight.name, low, high
         self.draw = ""
         """Address of the running step's u."""
 
@@ -63,7 +63,7 @@ class DiffGate(Port):
             one = torch.ones((), dtype=self.w.dtype, device=self.w.device)
             return one, torch.zeros_like(one)
         u = None if draw is None else uniform(f"{draw}:{self.source}:group", 0, 1, self.w.device)[0]
-        return gate(self.group.detach(), u, self.l, self.r)
+        return gate(self.group.detach(), u, self.low, self.high)
 
     @torch.no_grad()
     def difference(self, draw: str) -> Tensor:
@@ -74,14 +74,14 @@ class DiffGate(Port):
         flat = self.alpha.detach().view(-1)
         for first in range(0, flat.numel(), CHUNK):
             part = flat[first : first + CHUNK]
-            found[first : first + CHUNK] *= gate(part, self.uniforms(draw, first, part.numel()), self.l, self.r)[0]
+            found[first : first + CHUNK] *= gate(part, self.uniforms(draw, first, part.numel()), self.low, self.high)[0]
         return found * self.group_gate(draw)[0]
 
     def expected(self, product: bool) -> Tensor:
         """E ||delta||_0 of this tensor; `product` as in the paper, else the sum the authors' code takes."""
         if self.alpha is None:
             return self.w.new_zeros(())
-        shift = math.log(-self.l / self.r)
+        shift = math.log(-self.low / self.high)
         own = _Expected.apply(self.alpha, shift)
         if self.group is None:
             return own
@@ -132,7 +132,9 @@ class _Gated(torch.autograd.Function):
             part = slice(first, first + CHUNK)
             delta = flat[part]
             if alpha is not None:
-                delta = delta * gate(alpha.view(-1)[part], _u(port, draw, first, delta.numel()), port.l, port.r)[0] * shared
+                delta = (
+                    delta * gate(alpha.view(-1)[part], _u(port, draw, first, delta.numel()), port.low, port.high)[0] * shared
+                )
             target[part] = (base[part].to(w.dtype) + delta).to(weight.dtype)
         return out
 
@@ -149,7 +151,7 @@ class _Gated(torch.autograd.Function):
         for first in range(0, g.numel(), CHUNK):
             part = slice(first, first + CHUNK)
             chunk, value = g[part].to(w.dtype), w.view(-1)[part]
-            z, dz = gate(alpha.view(-1)[part], _u(port, ctx.draw, first, chunk.numel()), port.l, port.r)
+            z, dz = gate(alpha.view(-1)[part], _u(port, ctx.draw, first, chunk.numel()), port.low, port.high)
             dw.view(-1)[part] = chunk * z * shared
             da.view(-1)[part] = chunk * value * dz * shared
             of_group += (chunk * value * z).sum(dtype=torch.float64)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @register
 class DiffPruning(SparseHooks, Wrapper):
-    """Diff pruning: theta = theta_0 + delta, delta_i = z_i w_i with gates z that an L0 penalty closes; then the survivors train.
+    """Diff pruning: theta = theta_0 + delta, delta_i = z_i w_i; an L0 penalty closes the gates z, then the survivors train.
 
     Phase 1 (steps 0 to l0_steps): every entry has a difference w and a hard-concrete gate z in [0, 1],
-    z = min(1, max(0, s (r - l) + l)), s = sigma(logit u + alpha), one draw of u a step. The loss gains
-    l0 * E ||delta||_0, E ||delta||_0 = sum_i sigma(alpha_i - ln(-l / r)). `mode: structured` gives every tensor one more
+    z = min(1, max(0, s (high - low) + low)), s = sigma(logit u + alpha), one draw of u a step. The loss gains
+    l0 * E ||delta||_0, E ||delta||_0 = sum_i sigma(alpha_i - ln(-low / high)). `mode: structured` gives every tensor one more
     gate, delta_i = z_i z_g w_i, and multiplies the probabilities. Phase 2: u is drawn once and the `density` largest |delta|
     of all entries together are kept, exactly. Phase 3: these train on from their w with z = 1, on the sparse-delta engine.
 
@@ -64,9 +64,9 @@ class DiffPruning(SparseHooks, Wrapper):
     """Steps over which l0 grows from zero; the paper has none."""
     penalty_form: Literal["paper", "code"] = "paper"
     """structured: product of both probabilities, or their sum, as the authors' code has it."""
-    l: Annotated[float, Field(lt=0.0)] = -1.5
+    low: Annotated[float, Field(lt=0.0)] = -1.5
     """Lower end of the stretched gate."""
-    r: Annotated[float, Field(gt=1.0)] = 1.5
+    high: Annotated[float, Field(gt=1.0)] = 1.5
     """Upper end of the stretched gate."""
     alpha_init: float = 5.0
     """Start of the gates' logits: P(z > 0) = 0.993."""
@@ -100,7 +100,7 @@ class DiffPruning(SparseHooks, Wrapper):
                 child = self.name if tensor == "weight" else f"{self.name}__{tensor}"
                 if first is None:
                     alpha = self.alpha_init if self.adaptive else None
-                    first = DiffGate(weight, tensor, self.l, self.r, alpha, self.mode == "structured")
+                    first = DiffGate(weight, tensor, self.low, self.high, alpha, self.mode == "structured")
                     inject(module, child, first, self.name)
                 else:
                     inject(module, child, DiffTied(first, tensor), self.name)

@@ -89,7 +89,7 @@ def test_expected_norm_equals_monte_carlo(mode: str):
 
 def test_code_penalty_adds_the_group_once():
     model = tiny_model("llama").double()
-    wrapper, _ = pruned(model, l0=1.0, scope="layers.0.mlp.up", penalty_form="code", l=-1.0, r=2.0)
+    wrapper, _ = pruned(model, l0=1.0, scope="layers.0.mlp.up", penalty_form="code", low=-1.0, high=2.0)
     randomise(model)
     (port,) = gates(model).values()
     shift = math.log(0.5)
