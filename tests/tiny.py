@@ -62,6 +62,7 @@ class Tokenizer:
     """Just enough of a tokenizer for collation."""
 
     pad_token_id = 0
+    bos_token_id = 1
     eos_token_id = 2
 
 

@@ -1,0 +1,329 @@
+"""Every registered wrapper and objective through the same promises.
+
+A wrapper is found by its registration; the tables below only say what a kind needs to run on a two-layer model (options, a
+family with the parts it names). A kind that is in no table runs with its defaults on a small Llama.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmrecipe import registry
+from llmrecipe.data.batch import Batch
+from llmrecipe.errors import ModelError
+from llmrecipe.methods.stack import Stack
+from llmrecipe.methods.wrapper import Probe, Stage
+from llmrecipe.objectives.alignment.dpo import Dpo
+from llmrecipe.objectives.finetuning.sft import Sft
+from llmrecipe.training import assemble
+from llmrecipe.training.engine import Engine
+from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+from llmrecipe.training.roles import Roles
+from tests.tiny import Tokenizer, tiny_model
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bitfit": {"missing": "add_zero"},
+    "fishmask": {"density": 0.05, "num_samples": 4},
+    "child_tuning": {"variant": "d"},
+    "spt": {"num_batches": 2},
+    "coda": {"blocks": "all", "causal": "prompt_only"},
+    "adalora": {"total_step": 50},
+    "prefix_tuning": {"num_virtual_tokens": 4, "hidden": 8},
+    "p_tuning_v2": {"num_virtual_tokens": 4},
+    "prompt_tuning": {"num_virtual_tokens": 4},
+    "apt": {"num_virtual_tokens": 4},
+}
+"""Options a kind needs on a model this small."""
+FAMILY: dict[str, str] = {"coda": "bert"}
+"""A family other than Llama, where a method is not defined on decoders."""
+KINDS = registry.names("stack")
+TRAINED = [k for k in KINDS if registry.spec("stack", k).facts.get("stage") in ("Stage.INJECT", "Stage.SELECT", None)]
+CAUSAL = [k for k in TRAINED if k not in FAMILY]
+ROWS = [
+    {"row": 0, "ids": [1, 5, 6, 7, 8, 9, 2], "trained": [0, 0, 0, 1, 1, 1, 1]},
+    {"row": 1, "ids": [1, 12, 13, 2], "trained": [0, 0, 1, 1]},
+    {"row": 2, "ids": [1, 20, 21, 22, 23, 24, 25, 26, 2], "trained": [0, 0, 0, 0, 1, 1, 1, 1, 1]},
+]
+PAIRS = [
+    {"row": 0, "prompt_ids": [1, 5, 6, 7], "chosen_ids": [8, 9, 10, 2], "rejected_ids": [11, 2]},
+    {"row": 1, "prompt_ids": [1, 12], "chosen_ids": [13, 2], "rejected_ids": [14, 15, 16, 2]},
+]
+
+
+@dataclass
+class Subject:
+    """A tiny model under one wrapper, ready for its first step."""
+
+    model: nn.Module
+    stack: Stack
+    roles: Roles
+    objective: Any
+
+    @property
+    def wrapper(self) -> Any:
+        return self.stack.wrappers[0]
+
+    def batch(self) -> Batch:
+        return self.objective.collate(ROWS, self.roles)
+
+    def loss(self) -> torch.Tensor:
+        batch = self.batch()
+        return self.objective.loss(batch, self.roles).total / self.objective.weight(batch)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        self.stack.before_step(self.model, step)
+        loss = self.loss() + self.stack.penalty(self.model)
+        loss.backward()
+        self.stack.after_backward(self.model, step)
+        optimizer.step()
+        self.stack.after_step(self.model, step)
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def build(kind: str, packing: bool = True, calibrate: bool = True, **options: Any) -> Subject:
+    """A subject; data-dependent choices are made on the rows above."""
+    torch.manual_seed(0)
+    model = tiny_model(FAMILY.get(kind, "llama"))
+    wrapper = registry.load("stack", kind)(name=kind, **{**OPTIONS.get(kind, {}), **options})
+    stack = Stack([wrapper])
+    torch.manual_seed(1)
+    stack.attach(model)
+    roles = Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), packing)
+    subject = Subject(model, stack, roles, Sft())
+    if calibrate:
+        subject.stack.calibrate(model, probe_of(subject))
+    model.eval()
+    return subject
+
+
+def probe_of(subject: Subject) -> Probe:
+    """A probe over the rows above."""
+
+    def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
+        size = rows or len(ROWS)
+        for i in range(n):
+            yield subject.objective.collate([ROWS[(i * size + j) % len(ROWS)] for j in range(size)], subject.roles)
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return subject.objective.loss(batch, subject.roles).total / max(subject.objective.weight(batch), 1e-12)
+
+    fields = {"batches": batches, "loss": loss}
+    known = {f for f in Probe.__dataclass_fields__}
+    more = {"rows": len(ROWS)} if "rows" in known else {}
+    return Probe(**fields, **more)
+
+
+def optimizer_of(subject: Subject, decay: float = 0.1) -> torch.optim.Optimizer:
+    config = registry.load("optim", "adamw")(lr=1e-2, weight_decay=decay)
+    return build_optimizer(config, parameter_groups(subject.model, config, subject.stack.groups(subject.model)))
+
+
+def outputs(subject: Subject) -> torch.Tensor:
+    with torch.no_grad():
+        return subject.roles.engine(subject.batch())["logprobs"]
+
+
+def run_steps(subject: Subject, steps: int = 3) -> list[float]:
+    optimizer = optimizer_of(subject)
+    losses = []
+    for step in range(steps):
+        if subject.stack.before_step(subject.model, step):
+            optimizer = assemble.optimizer_for(subject.model, registry.load("optim", "adamw")(lr=1e-2), subject.stack, keep=optimizer)
+        losses.append(subject.step(optimizer, step))
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documentation_names_formula_and_source(kind: str) -> None:
+    spec = registry.spec("stack", kind)
+    assert "=" in spec.doc or "<-" in spec.doc, "the docstring states no formula"
+    assert spec.papers, "the docstring names no arXiv id"
+    assert all(option.doc for option in spec.options.values()), "an option is not explained"
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_step_zero_is_the_base_or_the_wrapper_says_it_is_not(kind: str) -> None:
+    subject = build(kind)
+    torch.manual_seed(0)
+    base = Subject(tiny_model(), Stack([]), None, Sft())  # type: ignore[arg-type]
+    base.roles = Roles(Engine(base.model), base.stack, Tokenizer(), torch.device("cpu"), True)
+    same = torch.allclose(outputs(subject), outputs(base), atol=2e-5, rtol=1e-5)
+    assert same == bool(subject.wrapper.identity)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_only_what_is_declared_moves_and_all_of_it_has_gradients(kind: str) -> None:
+    subject = build(kind)
+    trained = set(subject.trained())
+    assert trained, "nothing trains"
+    frozen = {n: p.detach().clone() for n, p in subject.model.named_parameters() if n not in trained}
+    optimizer = optimizer_of(subject)
+    seen: set[str] = set()
+    for step in range(3):
+        subject.stack.before_step(subject.model, step)
+        (subject.loss() + subject.stack.penalty(subject.model)).backward()
+        seen |= {n for n, p in subject.model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+        subject.stack.after_backward(subject.model, step)
+        optimizer.step()
+        subject.stack.after_step(subject.model, step)
+        optimizer.zero_grad(set_to_none=True)
+    assert seen <= trained
+    dead = {n for n in trained - seen}
+    # A key bias without positions after it shifts all logits of a query alike; nothing else may be without gradient.
+    assert not dead, f"trained but never touched by a gradient in three steps: {sorted(dead)[:5]}"
+    if subject.wrapper.stage is Stage.INJECT:
+        now = dict(subject.model.named_parameters())
+        assert all(torch.equal(now[n], value) for n, value in frozen.items())
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_trained_tensors_are_float32(kind: str) -> None:
+    assert {p.dtype for p in build(kind).trained().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_saved_delta_gives_the_same_model_bit_for_bit(kind: str) -> None:
+    subject = build(kind)
+    run_steps(subject)
+    structures = copy.deepcopy(subject.stack.structures(subject.model))
+    delta = {n: t.clone() for n, t in subject.stack.delta(subject.model).items()}
+    states = [copy.deepcopy(w.state()) for w in subject.stack]
+    wanted = outputs(subject)
+    torch.manual_seed(0)
+    model = tiny_model()
+    stack = Stack([registry.load("stack", kind)(name=kind, **OPTIONS.get(kind, {}))])
+    torch.manual_seed(99)
+    stack.attach(model, structures)
+    stack.restore(model, delta)
+    for wrapper, state in zip(stack, states, strict=True):
+        wrapper.load_state(state)
+    again = Subject(model.eval(), stack, Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), True), Sft())
+    assert torch.equal(outputs(again), wanted)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_merging_keeps_the_outputs_or_is_refused(kind: str) -> None:
+    subject = build(kind)
+    run_steps(subject)
+    wanted = outputs(subject)
+    if not subject.wrapper.mergeable:
+        with pytest.raises(ModelError):
+            subject.wrapper.merge(subject.model)
+        assert torch.equal(outputs(subject), wanted)
+        return
+    subject.wrapper.merge(subject.model)
+    plain = Stack([])
+    merged = Subject(subject.model, plain, Roles(Engine(subject.model), plain, Tokenizer(), torch.device("cpu"), True), Sft())
+    torch.testing.assert_close(outputs(merged), wanted, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_dpo_starts_at_log_two_and_its_reference_never_moves(kind: str, steps: int) -> None:
+    subject = build(kind)
+    subject.stack.take_reference(subject.model)
+    objective = Dpo(beta=0.3)
+    batch = objective.collate(PAIRS, subject.roles)
+    before = subject.roles.reference_tokens(batch)
+    if steps == 0:
+        loss = objective.loss(batch, subject.roles).total / 2
+        assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-5)
+        return
+    run_steps(subject, steps)
+    assert torch.equal(subject.roles.reference_tokens(batch), before)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_packed_rows_give_the_padded_gradients(kind: str) -> None:
+    grads = []
+    for packing in (True, False):
+        subject = build(kind, packing=packing)
+        optimizer = optimizer_of(subject)
+        subject.step(optimizer, 0)
+        subject.stack.before_step(subject.model, 1)
+        subject.loss().backward()
+        grads.append({n: p.grad for n, p in subject.trained().items() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_checkpointing_changes_no_gradient(kind: str) -> None:
+    from llmrecipe.models.load import prepare_for_training
+    from llmrecipe.recipe.schema import ModelSection
+
+    grads = []
+    for checkpointing in (False, True):
+        subject = build(kind)
+        prepare_for_training(subject.model, ModelSection(gradient_checkpointing=checkpointing))
+        subject.model.train()
+        subject.stack.before_step(subject.model, 0)
+        subject.loss().backward()
+        grads.append({n: p.grad for n, p in subject.trained().items() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
+    from llmrecipe.evaluation.generation import Sampling, generate
+
+    subject = build(kind)
+    run_steps(subject)
+    prompts = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24]]
+    batched = generate(subject.model, Tokenizer(), prompts, Sampling(8))
+    alone = [generate(subject.model, Tokenizer(), [p], Sampling(8))[0] for p in prompts]
+    assert batched == alone
+    uncached = [_greedy(subject, p, 8) for p in prompts]
+    assert batched == uncached
+
+
+def _greedy(subject: Subject, prompt: list[int], steps: int) -> list[int]:
+    """Greedy decoding by a whole forward pass a token."""
+    from llmrecipe.evaluation.generation import Sampling, generate
+
+    out: list[int] = []
+    for _ in range(steps):
+        # One new token at a time, each from a fresh cache: what is cached can play no part.
+        new = generate(subject.model, Tokenizer(), [prompt + out], Sampling(1))[0]
+        out += new
+        if new[-1] == Tokenizer.eos_token_id:
+            break
+    return out
+
+
+@pytest.mark.parametrize("name", registry.names("objective"))
+def test_objectives_state_formula_and_source(name: str) -> None:
+    spec = registry.spec("objective", name)
+    assert "=" in spec.doc
+    assert all(option.doc for option in spec.options.values())
+
+
+@pytest.mark.parametrize("name", [n for g in registry.groups() for n in registry.names(g)])
+def test_the_source_view_of_a_component_is_its_class(name: str) -> None:
+    """Options, types and defaults read from the text equal those of the imported class."""
+    import dataclasses
+
+    for spec in registry.find(name):
+        cls = registry.load(spec.group, spec.name)
+        real = {f.name: f for f in dataclasses.fields(cls) if f.name != "name"}
+        assert set(real) == set(spec.options)
+        optional = {k: v for k, v in spec.defaults().items() if k != "kind"}
+        required = [o.name for o in spec.options.values() if o.default is ...]
+        if not required:
+            instance = cls(**({"name": "x"} if spec.group == "stack" else {}))
+            assert {k: getattr(instance, k) for k in optional} == optional
