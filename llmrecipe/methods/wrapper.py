@@ -66,6 +66,10 @@ class Wrapper:
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = False
     """Whether `merge` folds the method into the base weights exactly (up to rounding)."""
+    unmergeable: ClassVar[str] = ""
+    """Why the method cannot be folded, for the message of an export; only where `mergeable` is False."""
+    adjustable: ClassVar[tuple[str, ...]] = ()
+    """Options that may be chosen anew on a finished run (`eval RUN stack.dylora.rank=2`)."""
     identity: ClassVar[bool] = True
     """Whether the wrapped model equals the base at step 0; where not, the docstring says why."""
     masters: ClassVar[bool] = True

@@ -140,6 +140,25 @@ def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
     return stack.wrappers
 
 
+def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
+    """The layer with options that may be chosen anew on a finished run, such as the rank DyLoRA computes with.
+
+    Raises:
+        RunError: an option is fixed by what was trained.
+    """
+    wrappers = dict(layer.wrappers)
+    for name, wanted in options.items():
+        if name not in wrappers:
+            continue
+        allowed = registry.load("stack", wrappers[name]["kind"]).adjustable
+        for option, value in wanted.items():
+            if option not in allowed and wrappers[name].get(option) != value:
+                free = f"; free to choose: {', '.join(allowed)}" if allowed else ""
+                raise RunError(f"stack.{name}.{option}: fixed by the training of this run{free}")
+        wrappers[name] = {**wrappers[name], **wanted}
+    return replace(layer, wrappers=wrappers)
+
+
 def freeze(model: nn.Module, stack: Stack) -> None:
     """Nothing of a mounted stack trains, and its ports serve every role, the reference included."""
     for wrapper in stack:

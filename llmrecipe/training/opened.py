@@ -61,8 +61,12 @@ def open_model(
     labels: list[str] | None = None,
     load_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
+    options: dict[str, dict[str, Any]] | None = None,
 ) -> Opened:
     """Load a model and mount the stacks of the run it comes from.
+
+    Args:
+        options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
 
     Raises:
         ModelError: the weights, the tokenizer or the fingerprint do not fit.
@@ -91,7 +95,7 @@ def open_model(
     if section.continue_:
         opened.continued = layers.pop()
     for index, layer in enumerate(layers):
-        opened.mounted += delta.mount(model, layer, index)
+        opened.mounted += delta.mount(model, delta.adjust(layer, options or {}), index)
     if any("new_rows" in name for layer in layers for name in layer.tensors):
         new_rows.fold(model)
     opened.layers = layers

@@ -1,0 +1,63 @@
+"""Opening a finished run in Python or for an export: its base model with every stack of its chain on top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.errors import RunError
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.training import delta
+from llmrecipe.training.opened import Opened, open_model, run_folder
+
+HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
+"""End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""
+
+
+def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """The model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
+
+    Args:
+        run: a run directory, its `final` folder, a PEFT adapter folder, or anything with a `path` (`run.dir`).
+        device: where to put the model; default: a GPU where there is one.
+        dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
+
+    Returns:
+        (model, tokenizer); the model is in evaluation mode and nothing in it trains.
+
+    Raises:
+        RunError: the folder holds no finished run.
+        ModelError: the base model is gone or is another one.
+    """
+    import torch
+
+    opened = open_run(str(getattr(run, "path", run)), dtype=dtype)
+    opened.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened.model.requires_grad_(False)
+    return opened.model.eval(), opened.tokenizer
+
+
+def open_run(path: str, *, dtype: str = "auto", options: dict[str, dict[str, Any]] | None = None) -> Opened:
+    """A finished run's model with its stacks mounted, for the head it was trained with.
+
+    Args:
+        options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    folder = run_folder(path)
+    if folder is None:
+        raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
+    section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
+    return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
+
+
+def head_of(folder: Path) -> str:
+    """The head a finished run was trained with."""
+    if (folder / delta.STACK_FILE).is_file():
+        return delta.read(folder).head
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [""])[0]
+    return next((head for ending, head in HEADS if name.endswith(ending)), "causal")
