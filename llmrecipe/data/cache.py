@@ -71,7 +71,7 @@ def schema_of(kind: RowType) -> pa.Schema:
     """The Arrow schema of a row type's token rows."""
     import pyarrow as pa
 
-    types = {"float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
+    types = {"float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
     fields = [pa.field(name, pa.list_(pa.int32())) for name in kind.lists]
     fields += [pa.field(name, pa.list_(pa.uint8())) for name in kind.masks]
     fields += [pa.field(name, types[type_name]) for name, type_name in kind.scalars]

@@ -41,6 +41,8 @@ class Item:
     done: list[dict[str, Any]] = field(default_factory=list)
     """Its token rows."""
     bad: BadRow | None = None
+    task: int | None = None
+    """Number of its task, for batches that mix tasks."""
 
 
 class Encoder:
@@ -90,7 +92,9 @@ class Encoder:
         for index, row, where in raw:
             report.read += 1
             try:
-                items += [Item(index, where, one) for one in self.format.convert(rename(row, self.columns), self.options)]
+                named = rename(row, self.columns)
+                task = named.get("task") if isinstance(named.get("task"), int) else None
+                items += [Item(index, where, one, task=task) for one in self.format.convert(named, self.options)]
             except BadRow as bad:
                 report.drop(bad.reason, where, bad.detail)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -108,8 +112,9 @@ class Encoder:
                 continue
             for done in item.done:
                 report.kept += 1
+                done |= {"source_row": item.index, "task": item.task}
                 for name in names:
-                    columns[name].append(item.index if name == "source_row" else done.get(name))
+                    columns[name].append(done.get(name))
         return columns, report
 
     def _dispatch(self, items: Sequence[Item], report: Report) -> None:

@@ -15,7 +15,8 @@ into a token row. Shapes below: every `*ids` is a list of token ids, `trained` h
 | pairs | texts (two or three), score, label | ids_a, ids_b (+ ids_c), score, label |
 | multimodal | image, text | ids, trained, image (a path) |
 
-Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from.
+Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
+of text and dialogue rows that have a `task`, its number too, for batches that mix tasks.
 `trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.
 """
 
@@ -44,7 +45,13 @@ ROW_TYPES: dict[str, RowType] = {
     kind.name: kind
     for kind in (
         RowType("text", ("text", "tokens"), ("ids",), ("trained",)),
-        RowType("dialogue", ("messages", "sharegpt", "prompt_completion", "alpaca", "tokens", "text"), ("ids",), ("trained",)),
+        RowType(
+            "dialogue",
+            ("messages", "sharegpt", "prompt_completion", "alpaca", "tokens", "text"),
+            ("ids",),
+            ("trained",),
+            scalars=(("task", "int64"),),
+        ),
         RowType("tokens", ("tokens",), ("ids",), ("trained",)),
         RowType(
             "preference",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -342,3 +343,25 @@ def test_the_recipe_learns(tmp_path) -> None:
     train_recipe(tmp_path / "run", "ia3")
     losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path) -> None:
+    """Two tasks that ask for opposite answers to the same prompts: only separate vectors can serve both."""
+    rows = [
+        {"prompt": f"w{i % 4}?", "completion": ("yes" if task else "no"), "task": task} for i in range(16) for task in (0, 1)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    run = train_recipe(
+        tmp_path / "run",
+        "ia3",
+        f"data.path={tmp_path}",
+        "stack.ia3.tasks=[no,yes]",
+        "steps=12",
+        "batch.size=32",
+        "optim.lr=0.1",
+    )
+    first, last = (curve(tmp_path / "run")[i][1] for i in (0, -1))
+    assert last < 0.5 * first
+    assert [run.data[i].get("task") for i in range(4)] == [0, 1, 0, 1]
+    gaps = [(port.l[0] - port.l[1]).detach().abs().max() for _, _, _, port in all_ports(run.model)]
+    assert all(float(gap) > 0 for gap in gaps)
