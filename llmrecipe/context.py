@@ -8,10 +8,10 @@ it saw the first time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,8 @@ class Context:
     """(M,) sorted flat indices into R * T of the final states somebody reads; None when that is not known, or all are."""
     off: frozenset[str] = frozenset()
     """Names of wrappers whose ports step aside."""
+    shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a `whole` port computed once for the ports inside its host, by wrapper name."""
 
 
 _current: ContextVar[Context] = ContextVar("llmrecipe_context", default=Context())

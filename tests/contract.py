@@ -106,7 +106,7 @@ def build(kind: str, packing: bool = True, calibrate: bool = True, **options: An
     subject = Subject(model, stack, roles, Sft())
     if calibrate:
         subject.stack.calibrate(model, probe_of(subject))
-    model.eval()
+    roles.engine.eval()
     return subject
 
 

@@ -11,16 +11,19 @@ Kinds of port (a port overrides exactly one method):
     around     (call, x) -> y             where the call itself is replaced: DoRA, CoDA, sparse entries, merged products
     weight     W -> W'                    a named tensor of the host for one call: 3-D experts
     attention  (attend, q, k, v) -> out   prefix tuning, head-wise adapters; see models.attention
+    whole      (call, inputs) -> output   the host with all its inputs by name: prompts that lengthen rows, tensors that are
+                                          computed once a forward pass and handed to the ports inside (`Context.shared`)
 
-Order at one site: befores in stack order, then the arounds (the last one outermost) with weights replaced by `order`,
-then the afters by `order`, ties in stack order: parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the
-result (30).
+Order at one site: wholes outside everything else, the first one outermost; then befores in stack order, then the arounds (the
+last one outermost) with weights replaced by `order`, then the afters by `order`, ties in stack order: parallel deltas (0),
+scalings (10), serial bottlenecks (20), edits of the result (30).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
@@ -33,7 +36,7 @@ from llmrecipe.context import current
 DELTA, SCALE, SERIAL, EDIT = 0, 10, 20, 30
 """Values of `Port.order`."""
 
-KINDS = ("before", "after", "around", "weight", "attention")
+KINDS = ("before", "after", "around", "weight", "attention", "whole")
 
 
 class Port(nn.Module):
@@ -79,6 +82,10 @@ class Port(nn.Module):
 
     def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (R, heads, T, head size); `attend(q, k, v, *prefixes)` computes it without this port."""
+        raise NotImplementedError
+
+    def whole(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Whatever the host returns; `call(**inputs)` computes it without this port."""
         raise NotImplementedError
 
     def merge(self, module: nn.Module) -> None:
@@ -166,8 +173,23 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 def _ported_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     ports = [p for p in ports_of(self) if p.active()]
     inner = self.__dict__.get("_inner_forward") or types.MethodType(type(self).forward, self)
-    if not ports:
-        return inner(*args, **kwargs)
+    wholes = [p for p in ports if kind_of(p) == "whole"]
+    others = any(kind_of(p) not in ("whole", "attention") for p in ports)
+    call = functools.partial(_forward_with, self, ports, inner) if others else inner
+    if wholes and args:
+        names = [n for n in inspect.signature(type(self).forward).parameters if n != "self"]
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    for port in reversed(wholes):
+        call = _with_inputs(port, call)
+    return call(*args, **kwargs)
+
+
+def _with_inputs(port: Port, call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **inputs: port.whole(call, inputs)
+
+
+def _forward_with(self: nn.Module, ports: list[Port], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The host's forward with the ports that see its first tensor."""
     if args:
         x, rest, key = args[0], args[1:], None
     else:

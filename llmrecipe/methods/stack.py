@@ -124,6 +124,11 @@ class Stack:
             wrapper.after_step(model, step)
             self._mark(wrapper, "after_step")
 
+    def finish(self, model: nn.Module) -> None:
+        """Forwarded to every wrapper."""
+        for wrapper in self.wrappers:
+            wrapper.finish(model)
+
     def rule(self) -> UpdateRule | None:
         """The one update rule of the stack, if a wrapper brings one."""
         rules = [rule for wrapper in self.wrappers if (rule := wrapper.rule()) is not None]

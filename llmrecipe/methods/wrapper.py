@@ -56,6 +56,8 @@ class Probe:
     """`weight(batch) -> float`: what the mean loss of a batch was divided by (tokens, pairs or rows)."""
     rows: int = 0
     """How many training rows there are."""
+    tokenizer: Any = field(default=None)
+    """The run's tokenizer, for starts that are written as text."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -118,6 +120,9 @@ class Wrapper:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """The optimizer has moved; gradients still exist."""
+
+    def finish(self, model: nn.Module) -> None:
+        """After the last step, before what was learned is written: drop what only training needed (the MLP of a prefix)."""
 
     def rule(self) -> UpdateRule | None:
         """An update rule that replaces back-propagation; at most one in a stack."""

@@ -34,6 +34,9 @@ class Prefix:
     """(1 | R | S, G, P, Ev)"""
     bias: Tensor | None = None
     """(P,) added to the logits of these columns."""
+    gate: Tensor | None = None
+    """A number; with it the columns have a softmax of their own and join as out + gate * softmax(q k^T) v, so a gate of zero
+    leaves attention as it was."""
 
 
 Attend = Callable[..., Tensor]
@@ -71,9 +74,15 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
 
         def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix) -> Tensor:
+            joined = tuple(p for p in prefixes if p.gate is None)
             if layout is not None:
-                return _packed(module, layout, q, k, v, prefixes, kwargs)
-            return _padded(backend, module, q, k, v, attention_mask, prefixes, kwargs)
+                out = _packed(module, layout, q, k, v, joined, kwargs)
+            else:
+                out = _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
+            for prefix in prefixes:
+                if prefix.gate is not None:
+                    out = out + prefix.gate.to(out.dtype) * _apart(layout, q, prefix, kwargs)
+            return out
 
         call: Attend = base
         for port in ports:
@@ -147,6 +156,18 @@ def _with_prefix(
         own = key.new_zeros(pk.shape[2]) if prefix.bias is None else prefix.bias.to(key.dtype)
         bias = torch.cat((own, rest))
     return torch.cat((pk, key), 2), torch.cat((pv, value), 2), bias
+
+
+def _apart(layout: Layout | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
+    """softmax(q k^T) v over the columns of one prefix alone, (R, Hq, T, Ev)."""
+    k, v = (_repeat(x, q.shape[1]).to(q.dtype) for x in (prefix.k, prefix.v))
+    bias = None if prefix.bias is None else prefix.bias.to(q.dtype)
+    if layout is not None and k.shape[0] > 1:
+        parts = q.split([s.length for s in layout.segments], 2)
+        rows = range(len(parts))
+        return torch.cat([_attend(parts[i], k[i : i + 1], v[i : i + 1], None, bias, False, kwargs) for i in rows], 2)
+    k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
+    return _attend(q, k, v, None, bias, False, kwargs)
 
 
 def _segment_mask(

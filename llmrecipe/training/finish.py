@@ -137,6 +137,7 @@ def save_batch(run: Run, micros: list[Batch]) -> Path:
 def finish(run: Run) -> None:
     """Best weights back, the test split scored once, `final/` written."""
     restored = load_best(run)
+    run.stack.finish(run.model)
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.judge.best_step if restored else run.progress.step}
     if run.validation is not None and run.judge.best is not None:
         metrics[run.recipe.eval.monitor] = run.judge.best

@@ -138,7 +138,7 @@ class Run:
         def loss(batch: Batch) -> torch.Tensor:
             return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
 
-        return Probe(batches, loss, self.runtime, self.objective.weight, len(self.data))
+        return Probe(batches, loss, self.runtime, self.objective.weight, len(self.data), self.tokenizer)
 
     # --- one step -------------------------------------------------------------------------------------------------
 

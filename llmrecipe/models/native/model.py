@@ -235,9 +235,12 @@ class NativeModel(NativePreTrainedModel):
         decoder_inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """States of the last stack, (B, T, D)."""
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
         if not self.config.is_encoder_decoder:
             kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
             return self.main(input_ids, past_key_values=past_key_values, **kwargs)

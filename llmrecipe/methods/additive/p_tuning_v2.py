@@ -1,0 +1,67 @@
+"""P-tuning v2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmrecipe.fields import Literal, OpenFraction, PositiveInt
+from llmrecipe.methods import prefix_kv
+from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@register
+class PTuningV2(Wrapper):
+    """P-tuning v2: one table M (P, 2 L d_kv), trained directly, gives every layer's self-attention P key/value columns.
+
+    y = softmax(Q [P_K; K]^T / sqrt(e) + mask) [P_V; V], with dropout on the columns while training. Meant for classification
+    with a linear head; it serves every objective. `reparam: mlp` adds the optional projection M = W_2 tanh(W_1 X + b_1) + b_2.
+    Entries start standard normal. Step 0 is not the base model: the columns take their shares of each softmax. A flat table
+    wants a learning rate 10 to 100 times that of LoRA.
+
+    Paper: P-Tuning v2 (arXiv 2110.07602).
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    identity: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "its columns enter the softmax of attention; no weight holds them"
+
+    target: str = "attn"
+    """Attention modules that get a prefix, with sides and ranges of layers."""
+    num_virtual_tokens: PositiveInt = 128
+    """Slots in front of the keys and values; the paper chooses it for each task, 8 to 128."""
+    reparam: Literal["flat", "mlp"] = "flat"
+    """Train the columns themselves, or a small table and an MLP."""
+    hidden: PositiveInt = 512
+    """Width of the MLP."""
+    dropout: OpenFraction = 0.1
+    """Dropout on the columns while training."""
+    positions: Literal["free", "shift"] = "free"
+    """Where documents start: at 0, or behind the prefix."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """A table at each stack of blocks, a port at each attention module of `target`."""
+        plan = prefix_kv.Plan(
+            self.target,
+            self.num_virtual_tokens,
+            self.reparam,
+            self.hidden,
+            dropout=self.dropout,
+            shift=self.positions == "shift",
+        )
+        prefix_kv.attach(model, self.name, plan, structure)
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """Whether the MLP has been dropped."""
+        return prefix_kv.structure(model, self.name)
+
+    def finish(self, model: nn.Module) -> None:
+        """Keep the columns, drop the MLP."""
+        prefix_kv.eject(model, self.name)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: 2 L P d_kv."""
+        return prefix_kv.memory(model, self.name)

@@ -1,0 +1,92 @@
+"""Prefix-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmrecipe.fields import Literal, OpenFraction, PositiveInt
+from llmrecipe.methods import prefix_kv
+from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@register
+class PrefixTuning(Wrapper):
+    """Prefix-tuning: y = softmax(Q [P_K; K]^T / sqrt(e) + mask) [P_V; V] with trained P_K, P_V (g, P, e) in every attention.
+
+    `reparam: mlp` makes the columns of all layers of one stack at once, M = W_2 tanh(W_1 X + b_1) + b_2, once a forward pass;
+    after training only M is kept (`eject`, exact). `flat` trains M itself. Every query of a document sees every slot.
+    Encoder, decoder and cross-attention have a table each: `target: attn` takes all self-attention, `attn + cross` the
+    cross-attention too, `layers.4:.attn` some layers. The prefix carries no position (`positions: free`): documents start at
+    0 and no context length is spent; `shift` starts them at P, as PEFT does.
+
+    Step 0 is not the base model: even zero keys take P shares of each softmax. `gate_init: closed` starts at the base: the
+    columns get a softmax of their own and a learned factor that begins at zero.
+
+    Paper: Prefix-Tuning (arXiv 2101.00190). `closed` is an extension after LLaMA-Adapter (arXiv 2303.16199): a logit bias that
+    closes the joint softmax would leave the table without gradient.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    identity: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "its columns enter the softmax of attention; no weight holds them"
+
+    target: str = "attn"
+    """Attention modules that get a prefix: attn (self-attention), cross, with sides and ranges of layers."""
+    num_virtual_tokens: PositiveInt = 30
+    """Slots in front of the keys and values."""
+    reparam: Literal["mlp", "flat"] = "mlp"
+    """What is trained: a small table and an MLP, or the columns themselves."""
+    hidden: PositiveInt = 512
+    """Width of the MLP."""
+    width: PositiveInt | None = None
+    """Width of the small table; the keys' width where null."""
+    dropout: OpenFraction = 0.0
+    """Dropout on the columns while training."""
+    init: Literal["random", "zero", "text"] = "random"
+    """Start of a flat table: standard normal, zeros, or the keys and values of `init_text`."""
+    init_text: str = ""
+    """Text for `init: text`, repeated or cut to the number of slots."""
+    positions: Literal["free", "shift"] = "free"
+    """Where documents start: at 0, or behind the prefix."""
+    gate_init: Literal["open", "closed"] = "open"
+    """`closed` starts at the base model."""
+
+    def starts_at_base(self) -> bool:
+        """Only a closed gate leaves the softmax alone."""
+        return self.gate_init == "closed"
+
+    def plan(self) -> prefix_kv.Plan:
+        """The options as the shared code reads them."""
+        return prefix_kv.Plan(
+            self.target, self.num_virtual_tokens, self.reparam, self.hidden, self.width, self.dropout, self.init,
+            self.positions == "shift", self.gate_init == "closed",
+        )  # fmt: skip
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """A table at each stack of blocks, a port at each attention module of `target`."""
+        prefix_kv.attach(model, self.name, self.plan(), structure)
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Fill the table from `init_text`."""
+        if self.init == "text":
+            prefix_kv.start_from_text(model, self.name, self.plan(), probe.tokenizer, self.init_text)
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """Whether the MLP has been dropped."""
+        return prefix_kv.structure(model, self.name)
+
+    def finish(self, model: nn.Module) -> None:
+        """Keep the columns, drop the MLP."""
+        self.eject(model)
+
+    def eject(self, model: nn.Module) -> None:
+        """Replace the MLP by the table it makes, exactly."""
+        prefix_kv.eject(model, self.name)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv."""
+        return prefix_kv.memory(model, self.name)
