@@ -248,11 +248,8 @@ def top_k(parts: Sequence[Part], k: int) -> dict[str, Tensor]:
     k = min(k, total)
     if k == 0:
         return {name: torch.empty(0, dtype=torch.int64) for name, _, _ in parts}
-    keys = [(name, _pattern(values), idx) for name, values, idx in parts]
-    high, above = _bin(torch.stack([_histogram(key >> 16) for _, key, _ in keys]).sum(0), k)
-    lows = torch.stack([_histogram(key[(key >> 16) == high] & 0xFFFF) for _, key, _ in keys]).sum(0)
-    low, more = _bin(lows, k - above)
-    threshold, ties = (high << 16) | low, k - above - more
+    keys = [(name, pattern(values), idx) for name, values, idx in parts]
+    threshold, ties = cut([key for _, key, _ in keys], k)
     found: dict[str, Tensor] = {}
     for name, key, idx in keys:
         keep = key > threshold
@@ -268,7 +265,28 @@ def top_k(parts: Sequence[Part], k: int) -> dict[str, Tensor]:
     return found
 
 
-def _pattern(values: Tensor) -> Tensor:
+def cut(keys: Sequence[Tensor], k: int) -> tuple[int, int]:
+    """(threshold, ties): the k largest of all keys are those above the threshold and so many that equal it."""
+    high, above = _bin(torch.stack([_histogram(key >> 16) for key in keys]).sum(0), k)
+    lows = torch.stack([_histogram(key[(key >> 16) == high] & 0xFFFF) for key in keys]).sum(0)
+    low, more = _bin(lows, k - above)
+    return (high << 16) | low, k - above - more
+
+
+def counts_at(keys: Sequence[Tensor], k: int) -> list[int]:
+    """How many of the k largest lie in each tensor; ties go to the earlier tensor."""
+    if k == 0:
+        return [0 for _ in keys]
+    threshold, ties = cut(keys, k)
+    counts = []
+    for key in keys:
+        equal = min(ties, int((key == threshold).sum()))
+        ties -= equal
+        counts.append(int((key > threshold).sum()) + equal)
+    return counts
+
+
+def pattern(values: Tensor) -> Tensor:
     """float32 bits of non-negative scores, which order as the scores do."""
     single = values.to(torch.float32)
     if not bool((single >= 0).all()):

@@ -1,0 +1,194 @@
+"""Sensitivity-aware parameter-efficient tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from, sparse_ports
+from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmrecipe.methods.allocation import Allocation, Tunable
+    from llmrecipe.models.anatomy import Site
+
+
+@register
+class Spt(SparseHooks, Wrapper):
+    """SPT: sensitivity decides, under one budget, which matrices get a LoRA or an adapter and which single entries train.
+
+    Tuning entry n alone lowers the loss by about g_n dw_n, and dw_n = -e g_n, hence s_n = g_n^2, summed over batches. The
+    tau most sensitive entries are taken of all candidates together. A matrix (o, i) that holds c >= P / matrix_ratio of them
+    gets a structured module of P numbers, P = r (i + o) for LoRA (y + B A x, B = 0) or 2 o r + r + o for an adapter
+    (y + W_u GELU(W_d y), W_u = 0); else just those entries train. A vector of size v with c >= v / vector_ratio trains whole.
+    tau is the largest whose total (structured + vectors + entries) is within the budget. Candidates: projections, norms and
+    biases; embeddings are frozen, a new task head trains in full outside the budget. Starts at the base model. LoRA, entries
+    and vectors merge; adapters do not. Entries stand on the sparse-delta engine, so a matrix costs what it counts.
+
+    Paper: Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning (arXiv 2303.08566). Departures: tau by bisection instead of
+    a sweep, and the total never exceeds the budget; entries of norms really train; no drop path.
+    """
+
+    stage: ClassVar[Stage] = Stage.SELECT
+    mergeable: ClassVar[bool] = True
+    hooks: ClassVar[tuple[str, ...]] = ("after_step",)
+
+    budget: PositiveFloat = 0.005
+    """Numbers that may train: a count from 1 on, or below 1 a share of the candidates."""
+    structured: Literal["lora", "adapter"] = "lora"
+    """What a sensitive matrix gets."""
+    r: PositiveInt = 8
+    """Rank of the LoRA, width of the adapter."""
+    matrix_ratio: PositiveFloat = 10.0
+    """A matrix becomes structured from P / matrix_ratio sensitive entries on."""
+    vector_ratio: PositiveFloat = 5.0
+    """A vector trains whole from v / vector_ratio sensitive entries on."""
+    structured_vector: bool = True
+    """Whether vectors may train whole."""
+    structured_only: bool = False
+    """Leave single entries out."""
+    num_batches: PositiveInt = 16
+    """Batches scored."""
+    batch_size: PositiveInt = 32
+    """Rows in each of them."""
+    per_example: bool = False
+    """Square the gradient of each row instead of each batch's."""
+    eval_mode: bool = False
+    """Score without dropout."""
+    dropout: OpenFraction = 0.1
+    """Dropout of structured modules while training."""
+    layer_groups: PositiveInt = 1
+    """Score the model in this many passes for a buffer of that fraction (the scores themselves stay on the CPU)."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """A saved allocation takes its place; a fresh one is made by `calibrate`.
+
+        Raises:
+            ModelError: the budget is less than one number.
+        """
+        if structure is None:
+            self.limit(self._tunables(model))
+            return
+        self._modules(model, structure["structured"])
+        attach_chosen(model, self.name, chosen_from(structure))
+
+    def _tunables(self, model: nn.Module) -> list[Tunable]:
+        """Candidates: matrices of projections, and the one-dimensional tensors of the blocks and the final norm."""
+        from llmrecipe.methods.allocation import Tunable
+
+        matrices = {id(site.module.weight): site for site in _projections(model)}
+        found = []
+        for name, weight in base_weights(model).items():
+            site = matrices.get(id(weight.value))
+            if site is not None:
+                i, o = site.width_in, site.width_out
+                cost = self.r * (i + o) if self.structured == "lora" else 2 * o * self.r + self.r + o
+                found.append(Tunable(name, weight.numel, cost, cost / self.matrix_ratio, site.path))
+            elif len(weight.shape) == 1:
+                whole = weight.numel / self.vector_ratio if self.structured_vector else float("inf")
+                found.append(Tunable(name, weight.numel, weight.numel, whole))
+        return found
+
+    def limit(self, tunables: list[Tunable]) -> int:
+        """The budget as a count.
+
+        Raises:
+            ModelError: it is less than one number.
+        """
+        total = sum(t.size for t in tunables)
+        count = int(self.budget if self.budget >= 1 else self.budget * total)
+        if count < 1:
+            raise ModelError(f"stack.{self.name}.budget: {self.budget} of {total} candidates leaves nothing to train")
+        return count
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Score the candidates, allocate the budget, inject what was chosen."""
+        from llmrecipe.methods.allocation import allocate
+        from llmrecipe.methods.selection import pattern
+
+        tunables = self._tunables(model)
+        scores = self._scores(model, probe, [t.name for t in tunables])
+        keys = [pattern(scores[t.name]) for t in tunables]
+        self._inject(model, allocate(tunables, keys, self.limit(tunables), self.structured_only))
+
+    def _scores(self, model: nn.Module, probe: Probe, names: list[str]) -> dict[str, Tensor]:
+        from llmrecipe.methods import selection
+
+        weights = base_weights(model)
+        rows = 1 if self.per_example else self.batch_size
+        batches = self.num_batches * (self.batch_size if self.per_example else 1)
+        size = -(-len(names) // self.layer_groups)
+        found: dict[str, Tensor] = {}
+        for first in range(0, len(names), size):
+            part = {name: weights[name] for name in names[first : first + size]}
+            totals = selection.score(
+                model, probe, part, batches, rows=rows, reduction="mean", training=not self.eval_mode,
+            )  # fmt: skip
+            found |= totals if self.layer_groups == 1 else {name: value.cpu() for name, value in totals.items()}
+        return found
+
+    def _inject(self, model: nn.Module, allocation: Allocation) -> None:
+        from llmrecipe.methods.sparse_delta import Chosen
+
+        self._modules(model, allocation.structured)
+        attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in allocation.entries.items()})
+
+    def _modules(self, model: nn.Module, paths: list[str]) -> None:
+        from llmrecipe.methods.allocation import inject_structured
+
+        sites = {site.path: site for site in _projections(model)}
+        for path in paths:
+            inject_structured(sites[path], self.name, self.structured, self.r, self.dropout)
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """The allocation: structured modules by path, and the shapes of the selection."""
+        return {"structured": self._structured(model), **super().structure(model)}
+
+    def _structured(self, model: nn.Module) -> list[str]:
+        from llmrecipe.methods.allocation import SequentialAdapter
+        from llmrecipe.methods.low_rank import LowRank
+
+        return [path for path, _, _, p in all_ports(model, self.name) if isinstance(p, LowRank | SequentialAdapter)]
+
+    def merge(self, model: nn.Module) -> None:
+        """W <- W + B A and W <- W + delta.
+
+        Raises:
+            ModelError: an adapter was allocated; it is not linear.
+        """
+        if self.structured == "adapter" and self._structured(model):
+            raise ModelError(f"stack.{self.name}: an adapter is not linear and cannot be merged; export it beside the model")
+        super().merge(model)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """20 bytes an entry, 16 a number of a structured module."""
+        facts = super().memory(model)
+        dense = self._dense(model)
+        for key, size in (("trainable", 1), ("optimizer_bytes", 8), ("gradient_bytes", 4)):
+            facts[key] += size * dense
+        return facts
+
+    def _dense(self, model: nn.Module) -> int:
+        selected = {id(port) for _, _, port in sparse_ports(model, self.name)}
+        return sum(
+            p.numel() for _, _, _, port in all_ports(model, self.name) if id(port) not in selected for p in port.parameters()
+        )
+
+    def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """Structured modules, then selections."""
+        for path in self._structured(model):
+            port = getattr(model.get_submodule(path), self.name)
+            yield f"{path} ({self.structured})", sum(p.numel() for p in port.parameters())
+        yield from super().describe(model)
+
+
+def _projections(model: nn.Module) -> list[Site]:
+    from llmrecipe.models.anatomy import anatomy
+
+    return anatomy(model).at("all-linear")
