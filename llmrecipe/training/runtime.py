@@ -8,6 +8,7 @@ trainings instead of one.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import json
 import os
@@ -160,6 +161,10 @@ class Runtime:
 
             self.accelerator = None
             if dist.is_initialized():
+                # The destructor of a gloo group joins gloo's threads while it holds the interpreter lock, and one of them may
+                # wait for that lock to drop its last tensor: a process that hangs at exit, about one in ten. One more
+                # reference keeps the destructor from running; the operating system closes the sockets.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
                 dist.destroy_process_group()
             # accelerate keeps its state in the process; the next run in this process starts clean.
             AcceleratorState._reset_state(reset_partial_state=False)
