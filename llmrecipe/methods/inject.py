@@ -124,6 +124,7 @@ def inject(module: nn.Module, name: str, port: Port, owner: str) -> Port:
     if hasattr(module, name):
         raise ValueError(f"{type(module).__name__} already has a child called '{name}'")
     port.owner = owner
+    port.train(module.training)
     module.add_module(name, port)
     ports = [*getattr(module, "_port_names", ()), name]
     module._port_names = tuple(ports)  # type: ignore[assignment]
