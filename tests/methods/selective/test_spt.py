@@ -47,7 +47,7 @@ def train(model: nn.Module, stack: Stack, steps: int = 3) -> None:
 
 def test_sensitivity_is_the_square_of_a_batch_gradient():
     model = tiny_model("llama")
-    wrapper, _ = Spt(name="spt", num_batches=2, batch_size=4), None
+    wrapper = Spt(name="spt", num_batches=2, batch_size=4)
     names = ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"]
     got = wrapper._scores(model, language_probe(model), names)
     probe = language_probe(model)
