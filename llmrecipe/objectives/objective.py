@@ -43,8 +43,34 @@ class Objective:
     """False needs an update rule that does without gradients (MeZO)."""
     dropout: ClassVar[bool] = True
     """Whether dropout stays on while training; comparisons with a reference switch it off."""
+    pairs_rows: ClassVar[bool] = False
+    """Whether a row's reference log-probabilities depend on the other rows of its step (mismatched pairs)."""
     mask: ClassVar[str | None] = None
     """What the data layer marks as trained when the objective has no `mask` option of its own."""
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Refuse a recipe this objective cannot run on these training rows.
+
+        Raises:
+            RecipeError: naming the key to change.
+        """
+
+    def reference_of(self) -> str:
+        """Which policy the reference is: `initial` (step 0), `base` (the model without any stack) or `none`."""
+        return "initial" if "reference" in self.roles else "none"
+
+    def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
+        """The batches whose reference log-probabilities the rows of one step need."""
+        for part in roles.split(rows):
+            yield self.collate(part, roles)
+
+    def step_zero(self) -> dict[str, float]:
+        """name -> value that the loss and the metrics must have before the first step, where policy and reference agree."""
+        return {}
+
+    def facts(self, roles: Roles) -> dict[str, Any]:
+        """JSON facts for the run's report: what was counted or chosen from the data."""
+        return {}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Token rows -> one micro-batch. No rows give a batch without targets."""
@@ -69,6 +95,10 @@ class Objective:
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """The summed loss of a micro-batch, with its graph."""
         raise NotImplementedError
+
+    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+        """The rows of a split that one process evaluates."""
+        return [data[i] for i in indices]
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """name -> (sum, count) for one evaluation batch; `loss` by default."""

@@ -67,11 +67,13 @@ def build(run: Run, resume: Path | None) -> Parts:
     parts = instantiate(recipe)
     check_objective(parts.objective, parts.wrappers)
     data, validation, tokenizer_labels = read_data(recipe, parts.objective)
+    parts.objective.check(recipe, data)
     steps = step_count(recipe, len(data))
     parts.schedule.check(steps)
     run.runtime = runtime = Runtime.start(recipe.runtime)
     run.dir = directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
-    events = Events(directory.path if runtime.is_main else None, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers)
+    folder, config = directory.path if runtime.is_main else None, run.composition.mapping
+    events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
     seed_everything(recipe.seed)
     stack = Stack(parts.wrappers)
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
@@ -90,6 +92,7 @@ def build(run: Run, resume: Path | None) -> Parts:
         recipe.batch.tokens or (None if recipe.batch.micro else MICRO_TOKENS),
         ReferenceCache(),
     )
+    roles.runtime, roles.data = runtime, data
     optimizer = None
     # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
     if any(p.requires_grad for p in model.model.parameters()):
@@ -139,7 +142,14 @@ def test_rows(run: Run) -> Any:
     mask = getattr(run.objective, "mask", None) or "completion"
     labels = getattr(run.data, "labels", None)
     return prepare(
-        run.recipe.data, run.tokenizer, run.objective.rows, mask=mask, split="test", seed=run.recipe.seed, label_map=labels, unseal=True
+        run.recipe.data,
+        run.tokenizer,
+        run.objective.rows,
+        mask=mask,
+        split="test",
+        seed=run.recipe.seed,
+        label_map=labels,
+        unseal=True,
     )
 
 

@@ -27,20 +27,28 @@ class Engine(nn.Module):
         self.post = Post.of(model.config)
         self.is_pair_model = bool(getattr(model.config, "is_encoder_decoder", False))
 
-    def forward(self, batch: Batch, want: str = "logprobs", role: str = "policy", entropy: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        want: str = "logprobs",
+        role: str = "policy",
+        entropy: bool = False,
+        off: frozenset[str] = frozenset(),
+    ) -> dict[str, Tensor]:
         """One pass over a batch.
 
         Args:
             want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token;
                 `values` (N,) of the value head before each target; `scores` (S, C) of a sequence head.
             role: which ports take part (see `Context.role`).
+            off: names of wrappers that step aside.
 
         Returns:
             The wanted tensors by name.
         """
         device = batch.input_ids.device.type
         with (
-            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want))),
+            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want), off=off)),
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
         ):
             if want == "scores":

@@ -92,7 +92,9 @@ def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
     names = sorted(sums)
     flat = torch.tensor([sums[n] for n in names] + [counts[n] for n in names], dtype=torch.float64)
     reduced = run.runtime.sum(flat).tolist()
-    metrics = {n: reduced[i] / reduced[len(names) + i] if reduced[len(names) + i] else float("nan") for i, n in enumerate(names)}
+    metrics = {
+        n: reduced[i] / reduced[len(names) + i] if reduced[len(names) + i] else float("nan") for i, n in enumerate(names)
+    }
     tensors = {n: _gathered(run, torch.cat(gathered[n])) for n in sorted(gathered)}
     metrics |= run.objective.finish_evaluation(metrics, tensors)
     metrics |= generated(run, data)
@@ -133,5 +135,5 @@ def _batches(run: Run, data: Any, limit: int | None) -> Any:
     indices = list(range(len(data)))[run.runtime.rank :: run.runtime.world]
     if most is not None:
         indices = indices[: most * run.recipe.batch.size]
-    for part in run.roles.split([data[i] for i in indices]):
+    for part in run.roles.split(run.objective.evaluation_rows(data, indices)):
         yield run.objective.collate(part, run.roles)

@@ -5,6 +5,7 @@
     {"event": "sample", "step": 50, "prompt": "...", "answer": "..."}
     {"event": "save", "step": 200, "path": "checkpoints/step-000200"}
     {"event": "warning", "step": 7, "message": "..."}
+    {"event": "check", "step": 0, "loss": 0.6931, "loss/wanted": 0.6931, ...}
 
 Lines are flushed one by one. A resumed run cuts the file behind the checkpoint it continues from, so each step is there once.
 NaN and infinities, which JSON does not have, are written as null.
@@ -25,7 +26,7 @@ from llmrecipe.training.live import Display, display
 from llmrecipe.training.trackers import Tracker, open_trackers
 
 FILE = "events.jsonl"
-KINDS = ("step", "evaluation", "sample", "save", "warning")
+KINDS = ("step", "evaluation", "sample", "save", "warning", "check")
 
 
 class Events:
@@ -72,6 +73,10 @@ class Events:
     def warning(self, message: str, step: int | None = None) -> None:
         """Something the user should know; the run goes on."""
         self._emit("warning", self.last_step if step is None else step, {"message": message})
+
+    def check(self, step: int, **values: Any) -> None:
+        """What was verified or counted before the first step, each measured value beside the one it must have."""
+        self._emit("check", step, values)
 
     def resume(self, step: int) -> None:
         """Forget events after `step`: the run continues from the checkpoint of that step."""

@@ -79,7 +79,7 @@ class Lines:
         if kind == "sample":
             return f"sample: {event['prompt']!r} -> {event['answer']!r}"
         pairs = "  ".join(f"{k} {number(v)}" for k, v in event.items() if k not in HIDDEN)
-        return pairs if kind == "step" else f"evaluation: {pairs}"
+        return pairs if kind == "step" else f"{kind}: {pairs}"
 
     def close(self) -> None:
         """See `Display.close`."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.batch import Batch
-
-from llmrecipe.errors import LlmRecipeError
+from llmrecipe.errors import LlmRecipeError, RecipeError
+from llmrecipe.methods.wrapper import Stage
 
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
@@ -97,9 +97,14 @@ def take(run: Run) -> None:
     Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
     train, every row the run will use is scored now, so that no second model is ever held.
     """
-    if "reference" not in run.objective.roles:
+    which = run.objective.reference_of()
+    if which == "none":
         return
-    run.roles.cache = ReferenceCache(cache_path(run))
+    off = base_names(run) if which == "base" else None
+    run.roles.cache = ReferenceCache(cache_path(run, off is not None))
+    if off is not None:
+        run.roles.reference_off = off
+        return
     if run.stack.reference_is_off() and run.opened.continued is None:
         return
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -112,24 +117,50 @@ def take(run: Run) -> None:
     run.roles.cache.save()
 
 
+def base_names(run: Run) -> frozenset[str] | None:
+    """The mounted wrappers to switch off so that the base answers; None where the policy of step 0 is the base.
+
+    Raises:
+        RecipeError: the base's weights are no longer in memory.
+    """
+    stack, mounted = run.stack, run.opened.mounted
+    if not mounted and run.opened.continued is None and all(w.starts_at_base() for w in stack):
+        return None
+    injected = [w for w in stack if w.stage is Stage.INJECT]
+    opens = [w.name for w in (*stack, *mounted) if w.stage is Stage.SELECT]
+    if opens or not injected:
+        what = f"{', '.join(opens)} changes" if opens else "this run trains"
+        raise RecipeError(
+            f"objective.reference: {what} the base's own weights, so the base cannot answer beside the policy; "
+            "use reference=initial, or a stack of injected methods such as lora"
+        )
+    return frozenset(w.name for w in mounted)
+
+
 def score_all(run: Run) -> None:
     """Score the rows of every step the run will make, and of the validation split."""
     from llmrecipe.training import assemble
 
-    size, per_epoch = run.recipe.batch.size, run.steps_per_epoch
-    epochs = math.ceil(run.steps / per_epoch)
-    used = range(len(run.data)) if epochs > 1 else run.order(0)[: run.steps * size]
     # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
     others = [split for split in (run.validation, assemble.test_rows(run)) if split is not None]
+    groups = [run.objective.evaluation_rows(split, list(range(len(split)))) for split in others]
     with torch.no_grad(), run.roles.evaluating():
-        for data, indices in [(run.data, used), *((split, range(len(split))) for split in others)]:
-            for part in run.roles.split([data[int(i)] for i in indices]):
-                batch = run.objective.collate(part, run.roles)
+        for rows in (*groups, *_steps(run)):
+            for batch in run.objective.reference_batches(rows, run.roles):
                 if batch.keys and run.roles.cache.get(batch) is None:
                     run.roles.cache.put(batch, batch.sum_by_sequence(run.roles.engine(batch)["logprobs"]))
 
 
-def cache_path(run: Run) -> Path:
+def _steps(run: Run) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every step over all processes; one pass where an objective looks at rows one by one."""
+    size, per_epoch = run.recipe.batch.size, run.steps_per_epoch
+    last = run.steps if run.objective.pairs_rows else min(run.steps, per_epoch)
+    for step in range(last):
+        epoch, at = divmod(step, per_epoch)
+        yield [run.data[int(i)] for i in run.order(epoch)[at * size : (at + 1) * size]]
+
+
+def cache_path(run: Run, base: bool = False) -> Path:
     """Where the numbers of this reference lie: keyed by weights, mounted stacks, start of the stack, data and engine."""
     facts: dict[str, Any] = {
         "version": VERSION,
@@ -139,7 +170,9 @@ def cache_path(run: Run) -> Path:
         "autocast": str(run.roles.engine.autocast),
         "data": run.data.key,
     }
-    if any(not w.starts_at_base() for w in run.stack) or run.opened.continued is not None:
+    if base:
+        facts["reference"] = "base"
+    elif any(not w.starts_at_base() for w in run.stack) or run.opened.continued is not None:
         facts["start"] = weights_digest(run.stack.delta(run.model))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))

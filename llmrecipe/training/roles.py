@@ -38,6 +38,12 @@ class Roles:
         self.micro_rows = micro_rows
         self.micro_tokens = micro_tokens
         self.cache = reference_cache or ReferenceCache()
+        self.reference_off: frozenset[str] = frozenset()
+        """Wrappers that step aside in the reference besides the run's own: mounted ones, where the base is the reference."""
+        self.runtime: Any = None
+        """Reductions over processes; None where there is one process without a run."""
+        self.data: Any = None
+        """The training rows of the run."""
         self.others: dict[str, Any] = {}
         """Separate models by role name (a reward model, a judge); filled by the run."""
 
@@ -69,7 +75,9 @@ class Roles:
         tokens = 0
         for row in rows:
             size = row_tokens(row)
-            full = (self.micro_rows and len(part) >= self.micro_rows) or (self.micro_tokens and tokens + size > self.micro_tokens)
+            full = (self.micro_rows and len(part) >= self.micro_rows) or (
+                self.micro_tokens and tokens + size > self.micro_tokens
+            )
             if part and full:
                 yield part
                 part, tokens = [], 0
@@ -100,7 +108,17 @@ class Roles:
         with self.evaluating(), self.stack.reference(self.model):
             # A remembered snapshot keeps its ports on; switched-off stacks compute under the role `reference`.
             role = "policy" if self.stack.snapshot is not None else "reference"
-            return self.engine(batch, role=role)["logprobs"]
+            return self.engine(batch, role=role, off=self.reference_off)["logprobs"]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all processes."""
+        if self.runtime is None:
+            return values
+        return self.runtime.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's JSON value, by rank."""
+        return [value] if self.runtime is None else self.runtime.gather_json(value)
 
     def evaluating(self) -> Any:
         """Context manager: eval mode inside, the former mode restored after."""

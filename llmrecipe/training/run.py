@@ -16,7 +16,7 @@ from torch import nn
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.methods.wrapper import Probe
-from llmrecipe.training import assemble, finish, reference
+from llmrecipe.training import assemble, finish, reference, step_zero
 from llmrecipe.training.announce import announce
 from llmrecipe.training.evaluate import Judge, evaluate
 from llmrecipe.training.loop import train as loop
@@ -183,13 +183,14 @@ class Run:
         """Write the step event."""
         if self.progress.step % self.recipe.log.every and self.progress.step != self.steps:
             return
-        tokens = sum(m.tokens for m in micros)
+        own = torch.tensor([sum(m.tokens for m in micros), self.progress.tokens], dtype=torch.float64)
+        tokens, total = self.runtime.sum(own).tolist()
         self.events.step(
             step=self.progress.step,
             loss=result.loss,
             lr=self.learning_rate,
             grad_norm=result.grad_norm,
-            tokens=self.progress.tokens,
+            tokens=int(total),
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             peak_mem_mb=finish.peak_memory_mb(),
             **result.metrics,
@@ -292,6 +293,8 @@ def start(run: Run) -> None:
         reference.take(run)
     announce(run)
     run.objective.start(run.roles)
+    if run.first_step == 0:
+        step_zero.check(run)
 
 
 @contextlib.contextmanager

@@ -26,16 +26,19 @@ class PairScores:
     rejected_tokens: Tensor
 
 
-def collate_pairs(rows: list[dict[str, Any]], roles: Roles) -> Batch:
+def collate_pairs(rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool = False) -> Batch:
     """Three sequences a pair: the prompt, once, and both answers that continue it.
 
     A packed batch reads each prompt once; padded rows write it out before each answer.
+
+    Args:
+        prompt_targets: score the prompt's tokens too, once a pair.
     """
     sequences: list[Sequence] = []
     for row in rows:
         at = len(sequences)
         prompt = row["prompt_ids"]
-        sequences.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt)))
+        sequences.append(Sequence(prompt, [int(prompt_targets)] * len(prompt), prompt=len(prompt)))
         for answer in (row["chosen_ids"], row["rejected_ids"]):
             sequences.append(Sequence(answer, [1] * len(answer), parent=at))
     extra: dict[str, Tensor] = {}
@@ -73,6 +76,57 @@ def policy_scores(batch: Batch, roles: Roles, logprobs: Tensor | None = None) ->
 def reference_scores(batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities of chosen (P,) and rejected (P,) under the policy of step 0."""
     return split_pairs(roles.reference(batch))
+
+
+def log_ratios(batch: Batch, roles: Roles, which: str = "initial") -> tuple[PairScores, Tensor, Tensor, Tensor]:
+    """(scores, r_w (P,), r_l (P,), token log-probabilities (N,)), r = S_pi - S_ref; S_ref = 0 where there is no reference.
+
+    The reference is asked before the policy, so that nothing is switched between the policy's forward and backward pass.
+    """
+    with torch.no_grad():
+        zero = torch.zeros(pair_count(batch), device=roles.device)
+        reference = (zero, zero) if which == "none" else reference_scores(batch, roles)
+    t = roles.policy(batch)["logprobs"]
+    scores = policy_scores(batch, roles, t)
+    return scores, scores.chosen - reference[0], scores.rejected - reference[1], t
+
+
+def answer_nll(batch: Batch, logprobs: Tensor) -> tuple[Tensor, float]:
+    """(negative log-likelihood summed over the targets outside rejected answers, how many they are)."""
+    kept = batch.sequence % 3 != 2
+    return -(logprobs * kept).sum(), float(kept.sum())
+
+
+def share_tokens(micros: list[Batch], roles: Roles) -> list[Batch]:
+    """Give every micro-batch P / M of the whole step (pairs over likelihood targets, all micro-batches and processes).
+
+    A summed likelihood times this, added up and divided by P, is the mean over the step's tokens.
+    """
+    pairs, tokens = roles.sum(
+        [
+            sum(float(pair_count(m)) for m in micros),
+            sum(float((m.sequence % 3 != 2).sum()) for m in micros),
+        ]
+    )
+    scale = torch.tensor([pairs / max(tokens, 1.0)], device=roles.device)
+    return [m.with_extra(pairs_per_token=scale) for m in micros]
+
+
+def pairs_per_token(batch: Batch) -> Tensor | float:
+    """What `share_tokens` gave the batch; a batch on its own is the whole step."""
+    given = batch.extra.get("pairs_per_token")
+    if given is not None:
+        return given.squeeze()
+    return float(pair_count(batch)) / max(float((batch.sequence % 3 != 2).sum()), 1.0)
+
+
+def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:
+    """Mean summed log-probabilities of both answers, and their mean length in tokens."""
+    count = float(scores.chosen.shape[0])
+    return {
+        "logps/chosen": (scores.chosen.detach().sum(), count),
+        "logps/rejected": (scores.rejected.detach().sum(), count),
+    }
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Any, float]]:

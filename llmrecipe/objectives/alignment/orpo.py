@@ -1,0 +1,117 @@
+"""Odds-ratio preference optimisation: supervised fine-tuning and preference in one stage, without a reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.fields import Literal, NonNegativeFloat
+from llmrecipe.objectives.alignment.pairs import (
+    answer_nll,
+    collate_pairs,
+    logp_metrics,
+    pair_count,
+    pairs_per_token,
+    policy_scores,
+    reward_metrics,
+    share_tokens,
+)
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+LOG_HALF = -math.log(2.0)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0: by expm1 above -log 2, by log1p below, so neither end loses its digits.
+
+    A probability of 1 gives the logarithm of the smallest step below it rather than minus infinity.
+    """
+    x = x.clamp_max(-torch.finfo(x.dtype).tiny)
+    near = x > LOG_HALF
+    # Each branch sees only values it is exact for; the other branch's gradient would be 0 times infinity.
+    close = torch.log(-torch.expm1(torch.where(near, x, torch.full_like(x, LOG_HALF))))
+    far = torch.log1p(-torch.exp(torch.where(near, torch.full_like(x, LOG_HALF), x)))
+    return torch.where(near, close, far)
+
+
+def log_odds_ratio(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """log [odds(e^w) / odds(e^l)] = (w - l) - (log1mexp(w) - log1mexp(l)), odds(p) = p / (1 - p), (P,)."""
+    return (w - l) - (log1mexp(w) - log1mexp(l))
+
+
+def orpo_loss(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """-log sigma(log odds ratio) of each pair, from mean log-probabilities w and l < 0, (P,)."""
+    return -F.logsigmoid(log_odds_ratio(w, l))
+
+
+@register
+class Orpo(Objective):
+    """ORPO: L = NLL(chosen) + odds_weight (1/P) sum -log sigma(log odds_w - log odds_l), odds = p / (1 - p).
+
+    p is the length-averaged likelihood of an answer, exp(S/n). One model, no reference. The likelihood is a mean over tokens:
+    of prompt and chosen answer (`nll_on: all`, the authors' and the reference trainer's) or of the chosen answer alone. It
+    also teaches the answers themselves, so it wants the learning rate of fine-tuning, not DPO's.
+
+    Paper: ORPO: Monolithic Preference Optimization without Reference Model (arXiv 2403.07691).
+    """
+
+    rows: ClassVar[str] = "preference"
+    head: ClassVar[str] = "causal"
+    dropout: ClassVar[bool] = False
+
+    odds_weight: NonNegativeFloat = 0.1
+    """Weight of the odds-ratio term (the paper's lambda)."""
+    nll_on: Literal["all", "completion"] = "all"
+    """Tokens of the likelihood term: prompt and chosen answer, or the chosen answer."""
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Pairs that share their prompt, whose tokens are targets too where the likelihood covers it."""
+        return collate_pairs(rows, roles, prompt_targets=self.nll_on == "all")
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """Micro-batches that know how many tokens the whole step has: the likelihood is a mean over them."""
+        for rows in source:
+            yield share_tokens([self.collate(part, roles) for part in roles.split(rows)], roles)
+
+    def weight(self, batch: Batch) -> float:
+        """Pairs."""
+        return float(pair_count(batch))
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed loss of the pairs."""
+        odds, nll, metrics = self._parts(batch, roles)
+        return Loss(pairs_per_token(batch) * nll + self.odds_weight * odds, metrics)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """The odds-ratio term and the likelihood, joined over the whole split by `finish_evaluation`."""
+        odds, _, metrics = self._parts(batch, roles)
+        return {"odds_loss": (odds, self.weight(batch)), **metrics}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
+        """The whole loss of the split."""
+        return {"loss": sums["nll"] + self.odds_weight * sums["odds_loss"]}
+
+    def _parts(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor, dict[str, tuple[Any, float]]]:
+        t = roles.policy(batch)["logprobs"]
+        scores = policy_scores(batch, roles, t)
+        w = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
+        l = scores.rejected / scores.rejected_tokens.clamp_min(1.0)  # noqa: E741
+        nll, tokens = answer_nll(batch, t)
+        count = float(w.shape[0])
+        ratio = log_odds_ratio(w.detach(), l.detach())
+        metrics = {
+            **reward_metrics(self.odds_weight * w, self.odds_weight * l),
+            **logp_metrics(scores),
+            "nll": (nll.detach(), tokens),
+            "log_odds_chosen": (ratio.sum(), count),
+            "log_odds_ratio": (F.logsigmoid(ratio).sum(), count),
+        }
+        return orpo_loss(w, l).sum(), nll, metrics
