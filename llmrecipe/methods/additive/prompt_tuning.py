@@ -1,0 +1,57 @@
+"""Prompt tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmrecipe.fields import Literal, PositiveInt
+from llmrecipe.methods import prefix_kv, slots
+from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@register
+class PromptTuning(Wrapper):
+    """Prompt tuning: X' = [E; X] with P trained embeddings E (P, d) in front of every document; only E trains.
+
+    The slots are ordinary positions: documents begin at P, every document of a packed row has its own copy, none is a target,
+    and a key/value cache holds them once. Encoder-decoder models get them in the encoder, where the decoder's cross-attention
+    reads them too. E lives in the space of the embedding's output, so a prompt copied from tokens behaves as those tokens.
+
+    Step 0 is not the base model; with `init: text` it equals the base model fed that text.
+
+    Paper: The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv 2104.08691). Encoders whose head reads the first
+    position read a slot there, as PEFT does; `position: after_bos` keeps the first token in front.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    identity: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "its rows stand in front of every document; no weight holds them"
+
+    num_virtual_tokens: PositiveInt = 20
+    """Trained positions of each document."""
+    init: Literal["vocab", "uniform", "normal", "text"] = "vocab"
+    """Start: embeddings of random tokens, uniform in [-0.5, 0.5], standard normal, or the embeddings of `init_text`."""
+    init_text: str = ""
+    """Text for `init: text`, repeated or cut to the number of slots."""
+    position: Literal["prefix", "after_bos"] = "prefix"
+    """In front of a document, or behind its first token."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Open the slots and fill them."""
+        slots.attach(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
+        slots.start(model, self.name, self.init)
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Copy the embeddings of `init_text`."""
+        if self.init == "text":
+            ids = prefix_kv.text_ids(probe.tokenizer, self.init_text, self.num_virtual_tokens, self.name)
+            slots.copy_tokens(model, self.name, ids)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: P d."""
+        count = sum(n for _, n in self.describe(model))
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
