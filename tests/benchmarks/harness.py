@@ -137,6 +137,7 @@ def product_command(case: Case, model: Path, data: Path, out: Path) -> tuple[lis
         f"seed={SEED}",
         "runtime.threads=1",
         "eval.at_start=false",
+        "data.max_length=1024",
         "data.cache=false",
         *([f"objective.beta={BETA}"] if case.task == "dpo" else []),
         *([f"model.dtype={case.dtype}"] if case.dtype else []),
