@@ -73,6 +73,11 @@ def logits(model: nn.Module, ids: Tensor = IDS, **more: object) -> Tensor:
     return model(input_ids=ids, **more).logits
 
 
+def base_logits(family: str) -> Tensor:
+    """What the untouched model says, frozen as under a stack: a T5 whose position biases train takes another attention kernel."""
+    return logits(model_of(family).requires_grad_(False))
+
+
 def attached(family: str, *wrappers: Wrapper, seed: int = 0) -> tuple[nn.Module, Stack]:
     """A tiny model with a stack on it."""
     model = model_of(family, seed)

@@ -1,0 +1,147 @@
+"""Serial adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
+from llmrecipe.methods import bottleneck
+from llmrecipe.methods.inject import inject
+from llmrecipe.methods.low_rank import device_of
+from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from llmrecipe.methods.bottleneck import Sublayer
+    from llmrecipe.models.anatomy import Anatomy
+
+
+@register
+class Adapter(Wrapper):
+    """Serial adapter: A(z) = s (W_u f(W_d z + b_d) + b_u), added behind a sublayer's output y before its residual sum.
+
+    houlsby   x' = x + y + A(y), post-norm x' = LN(x + y + A(y)); behind attention and feed-forward
+    pfeiffer  x' = x + y + A(x + y), post-norm x' = LN(x + y + A(LN(x + y))) with the block's own LN twice; feed-forward only
+
+    Trained: each adapter 2 d r + r + d (with biases; + 1 or d for a learned scale, + 2 d for each own norm), so 2 L and L of
+    them; `train_norms` opens the norms of the adapted blocks too. W_u and biases start at zero, so training starts at the base
+    model; `init: houlsby` and `bert` are the published near-identity starts. Mixtures are adapted behind the sum of their
+    experts. Sandwich-norm blocks (Gemma): y is the output of the norm that follows the sublayer. Not mergeable: A is no
+    linear map.
+
+    Papers: Parameter-Efficient Transfer Learning for NLP (arXiv 1902.00751); AdapterFusion, placement (arXiv 2005.00247).
+    Departures: zero start of W_u and frozen norms by default (Houlsby et al. train norms: `train_norms: true`); y is read
+    before the dropout of families that apply it outside the sublayer's last matrix (BERT, BART, T5), not after it.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    mergeable: ClassVar[bool] = False
+
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """Where adapters stand and what they read."""
+    r: PositiveInt | None = None
+    """Width of the bottleneck; default the model's width over `reduction`."""
+    reduction: PositiveInt = 16
+    """Width of the model over the width of the bottleneck."""
+    sizes: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Bottleneck by layer number, instead of r; 0 leaves a layer out."""
+    layers: str = "*"
+    """Blocks that get adapters: a range such as `0:4`, `-1` or `4:`."""
+    side: Literal["both", "encoder", "decoder"] = "both"
+    """Side of an encoder-decoder model."""
+    sublayers: list[Literal["attn", "ffn"]] | None = None
+    """Sublayers with an adapter; default both for houlsby, the feed-forward for pfeiffer."""
+    cross_attention: bool = False
+    """Also behind cross-attention (houlsby)."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "identity"] = "relu"
+    """Nonlinearity of the bottleneck."""
+    bias: bool = True
+    """Biases of both projections."""
+    scale: float | Literal["learned", "channel"] = 1.0
+    """Factor s: a number, one trained number, or one trained number a feature."""
+    dropout: OpenFraction = 0.0
+    """Dropout on the inner activation while training."""
+    ln_before: bool = False
+    """A trained LayerNorm in front of the down-projection."""
+    ln_after: bool = False
+    """A trained LayerNorm behind the up-projection."""
+    init: Literal["zero_up", "houlsby", "bert"] = "zero_up"
+    """Start: exact identity, N(0, 0.01^2) cut at two deviations, or N(0, 0.02^2)."""
+    train_norms: bool = False
+    """Also train the norms of the adapted blocks."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Put an adapter behind every chosen sublayer.
+
+        Raises:
+            ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
+        """
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        for sub in self._places(parts):
+            r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
+            if not r:
+                continue
+            with torch.device(device_of(sub.block.module)):
+                kind = bottleneck.Behind if self.placement == "houlsby" or parts.pre_norm else bottleneck.BeforeNorm
+                port = kind(parts.width, parts.width, r, self._shape())
+            inject(self._host(sub, parts), self.name, port, self.name)
+
+    def _host(self, sub: Sublayer, parts: Anatomy) -> nn.Module:
+        """Where the adapter stands: at y, at the end of a pre-norm block (x + y), or at the norm that ends a post-norm one."""
+        if self.placement == "houlsby":
+            return sub.output.module
+        if parts.pre_norm:
+            return sub.block.module
+        if sub.norm is None:
+            raise ModelError(
+                f"{sub.block.path}: pfeiffer needs the norm behind the feed-forward, and this block has none of its own"
+            )
+        return sub.norm.module
+
+    def _places(self, parts: Anatomy) -> list[Sublayer]:
+        names: list[str] = list(self.sublayers or (["attn", "ffn"] if self.placement == "houlsby" else ["ffn"]))
+        if self.placement == "pfeiffer":
+            if parts.parallel_blocks:
+                raise ModelError(
+                    f"stack.{self.name}.placement: pfeiffer reads the stream between attention and feed-forward; "
+                    f"{parts.family} adds both to one residual, use placement: houlsby"
+                )
+            if names != ["ffn"] or self.cross_attention:
+                raise ModelError(f"stack.{self.name}.sublayers: pfeiffer stands behind the feed-forward only")
+        if self.cross_attention:
+            names.append("cross")
+        return bottleneck.sublayers(parts, names, self.layers, None if self.side == "both" else self.side)
+
+    def _shape(self) -> bottleneck.Shape:
+        return bottleneck.Shape(self.activation, self.bias, self.scale, self.dropout, self.ln_before, self.ln_after, self.init)
+
+    def starts_at_base(self) -> bool:
+        """With `init: zero_up` and frozen norms."""
+        return self.init == "zero_up" and not self.train_norms
+
+    def opened(self, model: nn.Module) -> set[str]:
+        """Norms of the adapted blocks, where `train_norms` asks for them."""
+        from llmrecipe.models.anatomy import anatomy
+
+        if not self.train_norms:
+            return set()
+        parts = anatomy(model)
+        blocks = [s.block for s in self._places(parts) if self.sizes.get(str(s.layer), 1)]
+        return bottleneck.norm_parameters(model, blocks, parts)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: 2 d r + r + d an adapter; AdamW keeps 8 bytes for each."""
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        sizes = [bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes) for s in self._places(parts)]
+        trained = sum(bottleneck.count(parts.width, parts.width, r, self._shape()) for r in sizes if r)
+        parameters = dict(model.named_parameters())
+        trained += sum(parameters[name].numel() for name in self.opened(model))
+        return {"trainable": trained, "optimizer_bytes": 8 * trained, "gradient_bytes": 4 * trained}
