@@ -19,6 +19,7 @@ from llmrecipe.export import proof
 from llmrecipe.export.load import open_run
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.quantized import dequantize_model
+from llmrecipe.models.choose import quiet
 from llmrecipe.training.opened import Opened
 
 
@@ -69,8 +70,9 @@ def export_merged(
     wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
     with writing(target) as folder:
         write_model(opened, folder, wide)
-        opened.model.to("meta")
-        plain = type(opened.model).from_pretrained(folder, dtype=wide)
+        family, opened.model = type(opened.model), torch.nn.Identity()  # one model in memory at a time
+        with quiet():
+            plain = family.from_pretrained(folder, dtype=wide)
         difference = proof.compare(wanted, proof.logits_of(plain, ids), wide, bound)
         proof.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
         proof.write_golden(folder, proof.golden(plain, opened.tokenizer))
@@ -90,7 +92,9 @@ def fold(opened: Opened) -> list[str]:
     """
     notes = []
     if count := dequantize_model(opened.model):
-        notes.append(f"{count} quantized layers were dequantized: the methods were trained on these weights, not on the originals")
+        notes.append(
+            f"{count} quantized layers were dequantized: the methods were trained on these weights, not on the originals"
+        )
     for wrapper in opened.mounted:
         wrapper.merge(opened.model)
         notes.append(f"folded {wrapper.name.split('_', 1)[1]}")
@@ -120,7 +124,8 @@ def write_model(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
     model.config._attn_implementation_internal = (attention or "").removeprefix("llmrecipe_") or None
     model.to(dtype)
     model.config.dtype = dtype
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 
 

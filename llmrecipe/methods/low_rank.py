@@ -60,6 +60,17 @@ class LowRank(Port):
             y = branch(x, self.A0, self.B0, -self.scale, y, self.rows)
         return y
 
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(A, B, s) with s B A the whole change: a frozen start is laid beside the learned pair."""
+        A, B = self.A.detach(), self.B.detach()
+        if self.A0 is not None:
+            A, B = torch.cat([A, self.A0.to(A)]), torch.cat([B, -self.B0.to(B)], 1)
+        return A, B, self.scale
+
+    def vector(self) -> Tensor | None:
+        """DoRA's magnitudes; None for a plain branch."""
+        return None
+
     def product(self) -> Tensor:
         """s (B A - B0 A0) in float32, (out, in)."""
         full = self.B.float() @ self.A.float()
@@ -88,6 +99,10 @@ class LowRankEmbedding(Port):
         """x holds token ids here."""
         h = F.embedding(x, self.A.t()).to(y.dtype)
         return y + F.linear(h, self.B.to(y.dtype)) * (self.scale * self.embed_scale)
+
+    def vector(self) -> Tensor | None:
+        """DoRA's magnitudes; None for a plain branch."""
+        return None
 
     def product(self) -> Tensor:
         """s (B A)^T in float32, (V, D)."""
@@ -190,7 +205,9 @@ def build(site: Site, r: int, scale: float, dropout: float = 0.0) -> Port:
     with torch.device(device_of(site.module)):
         if site.tensor is not None:
             if dropout:
-                raise ModelError(f"{site.path}: dropout on the input cannot be factored out of a fused expert tensor; set dropout to 0")
+                raise ModelError(
+                    f"{site.path}: dropout on the input cannot be factored out of a fused expert tensor; set dropout to 0"
+                )
             return LowRankExperts(site.experts, site.width_in, site.width_out, r, scale, site.tensor, site.transposed)
         if isinstance(site.module, nn.Embedding):
             port = LowRankEmbedding(site.module.num_embeddings, site.module.embedding_dim, r, scale)

@@ -14,6 +14,7 @@ from llmrecipe.registry import CONFIG
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from llmrecipe.export.peft_format import Adapter
     from llmrecipe.training.rules import UpdateRule
 
 
@@ -153,6 +154,10 @@ class Wrapper:
         from llmrecipe.errors import ModelError
 
         raise ModelError(f"stack.{self.name}: {type(self).__name__} cannot be merged into the base weights")
+
+    def to_peft(self, model: nn.Module) -> Adapter | None:
+        """The method in PEFT's layout, where PEFT has it and it is not a plain low-rank change; None otherwise."""
+        return None
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors that hold what was learned; by default the wrapper's own and those it opened."""

@@ -40,6 +40,9 @@ class ModelSection(Section):
         default_factory=list, description="Name patterns of weights that may be missing, extra or newly initialised."
     )
     anatomy: dict[str, str] | None = Field(None, description="Site names by hand, when inference cannot find them.")
+    adapters: dict[str, float] = Field(
+        default_factory=dict, description="PEFT adapter folders to mount on the model, each with its weight: {FOLDER: 1.0}."
+    )
     continue_: bool = Field(False, alias="continue", description="With a run directory: train its own adapters further.")
 
 

@@ -140,6 +140,15 @@ def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
     return stack.wrappers
 
 
+def without_injected(saved: Saved) -> Saved:
+    """The same base and its quantization, without anything that was trained on it."""
+    layers = []
+    for layer in saved.layers:
+        bases = {n: m for n, m in layer.wrappers.items() if build_wrapper(n, m).stage is Stage.BASE}
+        layers.append(Layer(bases))
+    return replace(saved, layers=layers)
+
+
 def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
     """The layer with options that may be chosen anew on a finished run, such as the rank DyLoRA computes with.
 

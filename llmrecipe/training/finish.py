@@ -220,7 +220,7 @@ def saved_of(run: Run) -> delta.Saved:
     base = {
         "path": section.path,
         "fingerprint": run.opened.base_fingerprint,
-        "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_"}),
+        "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters"}),
     }
     labels = getattr(run.data, "labels", None)
     return delta.Saved(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Opened:
     layers: list[delta.Layer] = field(default_factory=list)
     """Saved stacks mounted underneath, oldest first."""
     mounted: list[Wrapper] = field(default_factory=list)
+    quantized: list[str] = field(default_factory=list)
+    """Kinds of the wrappers that quantized the base for the saved stacks."""
     base_fingerprint: str = ""
     continued: delta.Layer | None = None
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
@@ -40,8 +43,32 @@ def run_folder(path: str) -> Path | None:
     return None
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a path is a PEFT adapter folder."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def adapter_base(path: str) -> str:
+    """The base model a PEFT adapter folder names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"model.path: the adapter {path} does not name its base model; give model.path=BASE 'model.adapters={{{path}: 1.0}}'"
+        )
+    return str(base)
+
+
 def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
     """What a model section really loads: (section of the base, saved stacks, folder they lie in)."""
+    if is_adapter(section.path):
+        base = adapter_base(section.path)
+        adapters = {section.path: 1.0, **section.adapters}
+        return section.model_copy(update={"path": base, "adapters": adapters}), None, Path(section.path)
     folder = run_folder(section.path)
     if folder is None:
         return section, None, None
@@ -71,10 +98,30 @@ def open_model(
     Raises:
         ModelError: the weights, the tokenizer or the fingerprint do not fit.
     """
+    base, saved, folder = resolve(section)
+    return open_saved(
+        base, saved, folder, tokenizer,
+        head=head, labels=labels, load_kwargs=load_kwargs, seed=seed, options=options, continue_=section.continue_,
+    )  # fmt: skip
+
+
+def open_saved(
+    base: ModelSection,
+    saved: delta.Saved | None,
+    folder: Path | None,
+    tokenizer: TokenizerSection,
+    *,
+    head: str = "causal",
+    labels: list[str] | None = None,
+    load_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+    options: dict[str, dict[str, Any]] | None = None,
+    continue_: bool = False,
+) -> Opened:
+    """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
     from llmrecipe.models import new_rows
     from llmrecipe.models.load import load_model, load_tokenizer
 
-    base, saved, folder = resolve(section)
     kwargs = dict(load_kwargs or {})
     bases = _base_wrappers(saved)
     for wrapper in bases:
@@ -87,12 +134,13 @@ def open_model(
     model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
     for wrapper in bases:
         wrapper.attach(model)
-    opened = Opened(model, text, base, base_fingerprint=delta.fingerprint(model))
-    if saved is None:
-        return opened
-    delta.check_base(model, saved, str(folder))
-    layers = list(saved.layers)
-    if section.continue_:
+    opened = Opened(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
+    opened.quantized = [delta.kind_name(wrapper) for wrapper in bases]
+    layers = list(saved.layers) if saved is not None else []
+    if saved is not None:
+        delta.check_base(model, saved, str(folder))
+    layers += imported(base, model)
+    if continue_ and layers:
         opened.continued = layers.pop()
     for index, layer in enumerate(layers):
         opened.mounted += delta.mount(model, delta.adjust(layer, options or {}), index)
@@ -100,6 +148,15 @@ def open_model(
         new_rows.fold(model)
     opened.layers = layers
     return opened
+
+
+def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
+    """The PEFT adapters a model section names, as layers."""
+    if not section.adapters:
+        return []
+    from llmrecipe.export.peft_import import adapter_layer
+
+    return [adapter_layer(path, model, weight) for path, weight in section.adapters.items()]
 
 
 def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:

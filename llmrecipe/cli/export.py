@@ -1,0 +1,85 @@
+"""`llmrecipe export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmrecipe.cli.words import Json, print_json
+
+PANEL = "Use"
+ORDER = 3
+
+FORMATS = ("merged", "peft")
+
+
+def verb(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="merged: a Transformers folder; peft: a PEFT adapter folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/merged or RUN/peft.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps it.")] = "auto",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of a method trained for several (dylora).")] = None,
+    as_: Annotated[str | None, typer.Option("--as", help="lora: write AdaLoRA as plain LoRA.")] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One rank and scale for servers that ignore patterns (vLLM).")
+    ] = False,
+    bound: Annotated[
+        float | None,
+        typer.Option("--bound", min=0.0, help="Largest logit difference that passes, as a share of the largest logit."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
+    from llmrecipe.errors import UserError, did_you_mean
+
+    for key, value, allowed in (
+        ("--to", to, FORMATS),
+        ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
+        ("--as", as_ or "lora", ("lora",)),
+    ):
+        if value not in allowed:
+            raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+    options = _rank_options(run, rank) if rank is not None else None
+    if to == "merged":
+        from llmrecipe.export.merged import export_merged
+
+        done = export_merged(run, out, dtype=dtype, bound=bound, options=options)
+    else:
+        from llmrecipe.export.peft import export_peft
+
+        done = export_peft(run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options)
+    if as_json:
+        print_json(done.facts())
+        return
+    for note in done.notes:
+        print(note)
+    print(f"proven: {done.difference}")
+    print(f"done: {done.path}")
+
+
+def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """`--rank` for every wrapper of the run that was trained for several ranks.
+
+    Raises:
+        UserError: the run has none.
+    """
+    from llmrecipe import registry
+    from llmrecipe.errors import UserError
+    from llmrecipe.training import delta
+    from llmrecipe.training.opened import run_folder
+
+    folder = run_folder(str(run))
+    layers = delta.read(folder).layers if folder is not None and (folder / delta.STACK_FILE).is_file() else []
+    found = {
+        name: {"rank": rank}
+        for layer in layers
+        for name, mapping in layer.wrappers.items()
+        if "rank" in registry.load("stack", mapping["kind"]).adjustable
+    }
+    if not found:
+        raise UserError(
+            f"--rank: nothing in {run} was trained for several ranks; dylora is the method that can be cut afterwards"
+        )
+    return found

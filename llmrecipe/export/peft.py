@@ -1,0 +1,179 @@
+"""PEFT export: an adapter folder that `peft` loads, proven by reading it back onto a fresh base.
+
+The proof does not need peft: the written files are read by `peft_import`, put on a base that was loaded anew, and must give
+the logits of the run. What PEFT cannot express is refused, with the reason, before anything is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmrecipe.errors import ModelError
+from llmrecipe.export import peft_format, proof
+from llmrecipe.export.load import open_run
+from llmrecipe.export.merged import Exported, dtype_of, target_folder, writing
+from llmrecipe.export.peft_format import Adapter, Branch
+from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.low_rank import LowRank, LowRankEmbedding, LowRankExperts, LowRankTiedHead
+from llmrecipe.models.sites import widths
+from llmrecipe.models.source import locate
+from llmrecipe.training import delta
+from llmrecipe.training.opened import Opened, open_saved, run_folder
+
+TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
+
+
+def export_peft(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    bound: float | None = None,
+    uniform: bool = False,
+    as_lora: bool = False,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Exported:
+    """Write a run's methods as a PEFT adapter folder.
+
+    Args:
+        out: the folder; default `RUN/peft`. It must not exist yet.
+        bound: see `export_merged`.
+        uniform: one rank and scale everywhere, for servers that ignore rank and alpha patterns (vLLM).
+        as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
+        options: see `open_run`.
+
+    Raises:
+        ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
+        RunError: the folder exists, or the disk is full.
+    """
+    target = target_folder(run, out, "peft")
+    opened = open_run(str(run), options=options)
+    folder = run_folder(str(run))
+    if folder is None or not (folder / delta.STACK_FILE).is_file():
+        raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
+    saved = delta.read(folder)
+    adapter = adapter_of(opened, saved, uniform=uniform, as_lora=as_lora)
+    ids = proof.probe_ids(opened.model, opened.tokenizer)
+    wanted = proof.logits_of(opened.model, ids)
+    answer = proof.golden(opened.model, opened.tokenizer)
+    wide = dtype_of(opened.model)
+    with writing(target) as aside:
+        peft_format.write(aside, adapter)
+        opened.tokenizer.save_pretrained(aside)
+        proof.write_golden(aside, answer)
+        opened.model = nn.Identity()  # one model in memory at a time
+        difference = proof.compare(wanted, proof.logits_of(reread(aside, opened, saved), ids), wide, bound)
+        proof.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
+    return Exported(target, difference, _notes(opened, adapter))
+
+
+def reread(folder: Path, opened: Opened, saved: delta.Saved) -> nn.Module:
+    """A fresh base, stored as training had it, with the written adapter on top."""
+    from llmrecipe.recipe.schema import TokenizerSection
+
+    bases = {n: m for layer in saved.layers for n, m in layer.wrappers.items()}
+    plain = delta.Saved(saved.base, [delta.Layer(bases)], saved.head, saved.labels)
+    section = opened.section.model_copy(update={"adapters": {str(folder): 1.0}})
+    return open_saved(section, delta.without_injected(plain), folder, TokenizerSection(), head=saved.head).model
+
+
+def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
+    """The adapter of a run in PEFT's layout.
+
+    Raises:
+        ModelError: PEFT has no counterpart for something in the stack.
+    """
+    if any("new_rows" in name for layer in saved.layers for name in layer.tensors):
+        raise ModelError(
+            "export --to peft: tokens were added to the vocabulary, which the base an adapter names does not have; use --to merged"
+        )
+    native = [(w, made) for w in opened.mounted if (made := None if as_lora else w.to_peft(opened.model)) is not None]
+    if native and len(opened.mounted) == 1:
+        adapter = native[0][1]
+    else:
+        branches = branches_of(opened)
+        first = opened.mounted[0]
+        adapter = peft_format.lora_adapter(
+            peft_format.uniform(peft_format.joined(branches)) if uniform else branches,
+            use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
+            dropout=float(getattr(first, "dropout", 0.0)),
+        )
+    heads = head_tensors(opened, saved)
+    adapter.tensors |= {peft_format.PREFIX + name: value for name, value in heads.items()}
+    adapter.config |= {
+        "base_model_name_or_path": locate(saved.base["path"])[0],
+        "task_type": TASKS.get(saved.head, "FEATURE_EXTRACTION"),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in heads}) or None,
+    }
+    _shorten(adapter.config, opened.model)
+    return adapter
+
+
+def branches_of(opened: Opened) -> list[Branch]:
+    """Every low-rank change of the mounted stacks.
+
+    Raises:
+        ModelError: something mounted is not a low-rank change of a weight.
+    """
+    branches = []
+    for wrapper in opened.mounted:
+        found = [branch_of(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
+        if not found or any(branch is None for branch in found):
+            name = wrapper.name.split("_", 1)[1]
+            others = len(opened.mounted) > 1 and wrapper.to_peft(opened.model) is not None
+            why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
+            raise ModelError(
+                f"export --to peft: {why} ('{name}')"
+                + ("; use --to merged" if wrapper.mergeable else "; llmrecipe.load(run) uses it as it is")
+            )
+        branches += found
+    return branches
+
+
+def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
+    """A port as a low-rank change of its host's weight; None where it is something else."""
+    if isinstance(port, LowRank):
+        A, B, scale = port.factors()
+        if port.rows is not None:
+            B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
+        return Branch(path, "linear", A, B, scale, "", port.vector())
+    if isinstance(port, LowRankTiedHead):
+        pair = port.pair[0]
+        return Branch(path, "linear", pair.B.detach().t(), pair.A.detach().t(), pair.scale)
+    if isinstance(port, LowRankEmbedding):
+        return Branch(path, "embedding", port.A.detach(), port.B.detach(), port.scale, "", port.vector())
+    if isinstance(port, LowRankExperts):
+        return Branch(path, "experts", port.A.detach(), port.B.detach(), port.scale, port.tensor)
+    return None
+
+
+def head_tensors(opened: Opened, saved: delta.Saved) -> dict[str, Tensor]:
+    """Task heads that were trained with the methods, as they are now."""
+    from llmrecipe.methods.stack import is_head
+
+    return {n: p.detach() for n, p in opened.model.named_parameters() if is_head(opened.model, n)}
+
+
+def _shorten(config: dict[str, Any], model: nn.Module) -> None:
+    """Write `q_proj` for the paths of all modules of that name."""
+    paths = set(config.get("target_modules") or [])
+    everywhere: dict[str, set[str]] = {}
+    for path, _ in model.named_modules():
+        everywhere.setdefault(path.rpartition(".")[2], set()).add(path)
+    short = {leaf for leaf in {p.rpartition(".")[2] for p in paths} if everywhere[leaf] <= paths}
+    config["target_modules"] = sorted(short | {p for p in paths if p.rpartition(".")[2] not in short})
+    config["fan_in_fan_out"] = any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths)
+
+
+def _notes(opened: Opened, adapter: Adapter) -> list[str]:
+    config = adapter.config
+    notes = [f"{config['peft_type']} for {config['base_model_name_or_path']}"]
+    for name in opened.quantized:
+        notes.append(f"trained on a base quantized by {name}: load the base with the same quantization, or export merged")
+    if len(opened.mounted) > 1:
+        notes.append(f"{len(opened.mounted)} stacks of this run's chain were joined into one adapter")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        notes.append("ranks or scales differ between modules; servers that ignore patterns (vLLM) need --uniform")
+    return notes

@@ -1,0 +1,239 @@
+"""Reading PEFT adapter folders: as a starting point, for merging, and to prove what an export wrote.
+
+The tensors say which modules are adapted; the config is asked only for the scale and for what the method is. Each adapter
+becomes a wrapper of this package with its tensors, so everything that works on a run works on it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.errors import ModelError
+from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
+from llmrecipe.models.anatomy import Anatomy, Site, anatomy
+from llmrecipe.training.delta import Layer
+
+FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<part>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
+REFUSED = {
+    "lora_bias": "a bias inside the branch",
+    "megatron_config": "Megatron layers",
+    "trainable_token_indices": "trained token rows",
+    "alora_invocation_tokens": "activated LoRA",
+}
+"""Options that change the function and have no counterpart here."""
+
+
+def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> Layer:
+    """An adapter folder as a layer that can be mounted on a model.
+
+    Args:
+        weight: multiplies the adapter's change.
+
+    Raises:
+        ModelError: the adapter does not fit the model, or cannot be expressed here; the message says what and why.
+    """
+    folder = Path(folder)
+    adapter = read(folder)
+    kind = str(adapter.config.get("peft_type", "")).upper()
+    if kind == "ADALORA":
+        branches, rest = _adalora(adapter)
+    elif kind == "LORA":
+        branches, rest = _lora(adapter, model, folder)
+    else:
+        raise ModelError(
+            f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here (LORA with DoRA, and ADALORA can)"
+        )
+    if weight != 1.0:
+        if any(b.magnitude is not None for b in branches):
+            raise ModelError(f"{folder}: a DoRA adapter rescales whole weights; it cannot be taken with a weight of {weight:g}")
+        branches = [Branch(**{**vars(b), "scale": b.scale * weight}) for b in branches]
+    return layer_of(branches, rest, model, float(adapter.config.get("lora_dropout") or 0.0), str(folder))
+
+
+def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, dropout: float, where: str) -> Layer:
+    """Branches -> a `lora` (or `dora`) layer: its target, its ranks and scales by path, and its tensors by our names."""
+    parts = anatomy(model)
+    pairs = [(b, _site(parts, b, where)) for b in branches]
+    kind = "dora" if any(b.magnitude is not None for b in branches) else "lora"
+    first = branches[0]
+    options: dict[str, Any] = {
+        "kind": kind,
+        "target": target_of([site for _, site in pairs], parts),
+        "r": first.r,
+        "alpha": first.scale * first.r,
+        "dropout": 0.0 if first.kind == "experts" else dropout,
+        "rank_pattern": {re.escape(b.path): b.r for b in branches if b.r != first.r},
+        "alpha_pattern": {re.escape(b.path): b.scale * b.r for b in branches if b.scale * b.r != first.scale * first.r},
+    }
+    _check_tied(pairs, model, where)
+    tensors = dict(rest)
+    for branch, site in pairs:
+        if site.role == "head" and branch.kind == "linear" and _is_tied_pair(branches, branch, model):
+            continue
+        home = f"{branch.path}.{site.name(kind)}"
+        tensors |= {f"{home}.A": branch.A, f"{home}.B": branch.B}
+        if branch.magnitude is not None:
+            tensors[f"{home}.magnitude"] = branch.magnitude
+    return Layer({kind: options}, {}, tensors=tensors)
+
+
+def _site(parts: Anatomy, branch: Branch, where: str) -> Site:
+    for site in parts.sites:
+        if site.path == branch.path and site.rows is None and (site.tensor or "") == branch.tensor and _adaptable(site):
+            if site.tensor is None and branch.kind == "linear":
+                wanted = (branch.B.shape[0], branch.A.shape[1])
+                if (site.width_out, site.width_in) != wanted:
+                    raise ModelError(
+                        f"{where}: the adapter of {branch.path} is for a weight of {wanted[0]} x {wanted[1]}, this model has "
+                        f"{site.width_out} x {site.width_in}; was it trained on another base?"
+                    )
+            return site
+    raise ModelError(
+        f"{where}: it adapts {branch.path}{'.' * bool(branch.tensor)}{branch.tensor}, which this model does not have"
+    )
+
+
+def _adaptable(site: Site) -> bool:
+    return site.tensor is not None or hasattr(site.module, "weight")
+
+
+def target_of(sites: list[Site], parts: Anatomy) -> str:
+    """A target that names exactly these sites: `attn.q|v`-like roles, with layers where not all of them are named."""
+    wanted = {site.key for site in sites}
+    groups: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        role = site.role if site.tensor is None else f"experts.{site.tensor.removesuffix('_proj')}"
+        groups.setdefault((site.side, role), []).append(site)
+    terms = []
+    for (side, role), members in groups.items():
+        prefix = f"{side}." if parts.encoder_decoder and members[0].layer is not None else ""
+        if all(s.key in wanted for s in parts.at(f"{prefix}{role}")):
+            terms.append(f"{prefix}{role}")
+        else:
+            numbers = "|".join(str(site.layer) for site in members)
+            terms.append(f"{prefix}layers.{numbers}.{role}")
+    return " + ".join(dict.fromkeys(terms))
+
+
+def _head_and_embedding(branches: list[Branch], head: Branch) -> Branch | None:
+    return next((b for b in branches if b.kind == "embedding"), None) if head.kind == "linear" else None
+
+
+def _is_tied_pair(branches: list[Branch], head: Branch, model: nn.Module) -> bool:
+    embed, out = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    return out is not None and out.weight is embed.weight and _head_and_embedding(branches, head) is not None
+
+
+def _check_tied(pairs: list[tuple[Branch, Site]], model: nn.Module, where: str) -> None:
+    branches = [b for b, _ in pairs]
+    for branch, site in pairs:
+        if site.role != "head" or not _is_tied_pair(branches, branch, model):
+            continue
+        embed = _head_and_embedding(branches, branch)
+        same = (
+            embed is not None
+            and embed.r == branch.r
+            and torch.equal(embed.B.t(), branch.A)
+            and torch.equal(embed.A.t(), branch.B)
+        )
+        if not same or embed.scale != branch.scale:
+            raise ModelError(
+                f"{where}: the model's head is tied to its embedding, but the adapter changes the two differently; "
+                "here one pair serves both. Train it again with target `embed + head`, or untie the model"
+            )
+
+
+def _plain(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Factors by module path, and the tensors that are no factors."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, value in adapter.tensors.items():
+        name = key.removeprefix(PREFIX)
+        found = FACTOR.fullmatch(name)
+        if found:
+            factors.setdefault(found["path"], {})[found["part"]] = value.float()
+        else:
+            rest[name.replace(".modules_to_save.", ".")] = value
+    return factors, rest
+
+
+def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the path."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor]]:
+    config = adapter.config
+    for option, what in REFUSED.items():
+        if config.get(option):
+            raise ModelError(f"{folder}: {option}: {what} cannot be read here")
+    factors, rest = _plain(adapter)
+    parameters = list(config.get("target_parameters") or [])
+    branches = []
+    for path, found in factors.items():
+        home = path.replace(".base_layer", "")
+        r = _pattern(config.get("rank_pattern"), home, config["r"])
+        alpha = _pattern(config.get("alpha_pattern"), home, config["lora_alpha"])
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        own = [p.rpartition(".")[2] for p in parameters if _names(p, home)]
+        if "embedding_A" in found:
+            branches.append(
+                Branch(home, "embedding", found["embedding_A"], found["embedding_B"], scale, "", found.get("magnitude_vector"))
+            )
+        elif own:
+            tensor = own[len(own) - 1 - path.count(".base_layer")]
+            branches.append(_experts(home, tensor, found, r, scale))
+        else:
+            branches.append(Branch(home, "linear", found["A"], found["B"], scale, "", found.get("magnitude_vector")))
+    return branches, _saved_modules(rest, model, folder)
+
+
+def _names(parameter: str, home: str) -> bool:
+    module = parameter.rpartition(".")[0]
+    return home == module or home.endswith(f".{module}")
+
+
+def _experts(home: str, tensor: str, found: dict[str, Tensor], r: int, scale: float) -> Branch:
+    count = found["A"].shape[0] // r
+    A = found["A"].reshape(count, r, -1)
+    B = found["B"].reshape(found["B"].shape[0], r, count).permute(2, 0, 1)
+    return Branch(home, "experts", A, B.contiguous(), scale, tensor)
+
+
+def _saved_modules(rest: dict[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Modules saved whole: kept where they are new, dropped where they are the base's own.
+
+    Raises:
+        ModelError: a tensor has no place in this model.
+    """
+    state = dict(model.named_parameters())
+    kept: dict[str, Tensor] = {}
+    for name, value in rest.items():
+        home = name.replace(".base_layer.", ".")
+        if home not in state or state[home].shape != value.shape:
+            raise ModelError(f"{folder}: it holds {name} {tuple(value.shape)}, which this model has no place for")
+        if name == home:
+            kept[home] = value
+        elif not torch.equal(state[home].float(), value.to(state[home].device).float()):
+            raise ModelError(
+                f"{folder}: it was trained with another {home.rpartition('.')[0]} than this model has (a resized vocabulary?)"
+            )
+    return kept
+
+
+def _adalora(adapter: Adapter) -> tuple[list[Branch], dict[str, Tensor]]:
+    """P diag(l) Q alpha / (R + 1e-5) as plain branches; modules that lost every rank are left out."""
+    factors, rest = _plain(adapter)
+    config = adapter.config
+    branches = []
+    for path, found in factors.items():
+        if found["A"].shape[0]:
+            scale = (config["lora_alpha"] or config["init_r"]) / (config["init_r"] + 1e-5)
+            branches.append(Branch(path, "linear", found["A"] * found["E"], found["B"], scale))
+    return branches, rest
