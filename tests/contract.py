@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 4, "hidden": 8},
     "p_tuning_v2": {"num_virtual_tokens": 4},
     "prompt_tuning": {"num_virtual_tokens": 4},
-    "apt": {"num_virtual_tokens": 4},
+    "apt": {"num_virtual_tokens": 4, "summary": "first"},
 }
 """Options a kind needs on a model this small."""
 BEFORE_MERGE: dict[str, dict[str, Any]] = {"diff_pruning": {"l0_steps": 2}}

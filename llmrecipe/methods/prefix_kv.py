@@ -124,6 +124,8 @@ class Made:
 
     columns: dict[str, Columns]
     gates: dict[str, Tensor]
+    factor: Tensor | None = None
+    """(1 | R | S, P) multiplies the keys and values of the layer that runs."""
     facts: Any = None
     """What a method with input-dependent columns worked out for the whole pass."""
 
@@ -158,14 +160,13 @@ class PrefixColumns(Port):
         super().__init__()
         self.role, self.index = role, index
 
-    def columns(self, made: Made) -> tuple[Tensor, Tensor]:
-        """This layer's keys and values."""
-        return made.columns[self.role][self.index]
-
     def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the columns and everything else."""
         made = shared_of(self.owner)
-        keys, values = self.columns(made)
+        keys, values = made.columns[self.role][self.index]
+        if made.factor is not None:
+            factor = made.factor[:, None, :, None]
+            keys, values = keys * factor, values * factor
         gate = made.gates[self.role][self.index] if self.role in made.gates else None
         return attend(q, k, v, Prefix(keys, values, gate=gate))
 
@@ -262,7 +263,6 @@ def attach(
     plan: Plan,
     structure: dict[str, Any] | None = None,
     tables_port: type[PrefixTables] = PrefixTables,
-    columns_port: type[PrefixColumns] = PrefixColumns,
 ) -> list[tuple[PrefixTables, dict[str, list[Site]]]]:
     """Inject the tables at each stack of blocks, and a port without tensors at each attention module.
 
@@ -287,7 +287,7 @@ def attach(
         inject(host, name, port.to(next(model.parameters()).device), name)
         for role, sites in roles.items():
             for index, site in enumerate(sites):
-                inject(site.module, name, columns_port(role, index), name)
+                inject(site.module, name, PrefixColumns(role, index), name)
         made.append((port, roles))
     return made
 

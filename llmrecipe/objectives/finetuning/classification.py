@@ -51,7 +51,7 @@ class Classification(Objective):
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Sequences with their labels."""
-        sequences = [Sequence(r["ids"], [0] * len(r["ids"])) for r in rows]
+        sequences = [Sequence(r["ids"], [0] * len(r["ids"]), prompt=len(r["ids"])) for r in rows]
         kind = torch.long if self.problem == "single_label" else torch.float32
         labels = torch.tensor([r["label"] for r in rows], dtype=kind)
         extra = {"labels": labels}

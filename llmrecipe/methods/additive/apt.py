@@ -1,0 +1,75 @@
+"""Adaptive prefix tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmrecipe.fields import Literal, OpenFraction, PositiveInt
+from llmrecipe.methods import prefix_kv, prefix_scores
+from llmrecipe.methods.inject import inject
+from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@register
+class Apt(Wrapper):
+    """Adaptive prefix tuning: P'_i = lambda_i alpha_i P_i, with alpha_i = sigmoid(h_{i-1} W_i) a score of each slot.
+
+    P-tuning v2 whose columns P_i = (P_K, P_V) of layer i are scaled for each document before they join its keys and values:
+    alpha (P) from a summary h of the layer's input, lambda a learned number a layer. The summary is the first token where
+    attention looks both ways ([CLS]) and the mean of the prompt in decoders: the same for every target of a document, kept
+    with the cache while it is continued. W starts at N(0, 0.02^2), so alpha begins near one half, and lambda at one.
+
+    Step 0 is not the base model, and a small lambda does not remove a slot: its logits go to 0 and it keeps its share of the
+    softmax. Trained: 2 L P d_kv + L d P + L; the scores outweigh the columns where d > 2 d_kv.
+
+    Paper: Towards Adaptive Prefix Tuning (arXiv 2305.15212); sigmoid, summary and start values are our reading of it.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    identity: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "its columns enter the softmax of attention; no weight holds them"
+
+    target: str = "attn"
+    """Self-attention modules that get a prefix, with sides and ranges of layers."""
+    num_virtual_tokens: PositiveInt = 128
+    """Slots in front of the keys and values."""
+    token_gate: Literal["input", "static", "off"] = "input"
+    """Scores from the input, learned scores that are the same for every document, or none."""
+    layer_gate: bool = True
+    """Whether each layer learns lambda."""
+    summary: Literal["auto", "first", "prompt_mean"] = "auto"
+    """What h is: the first token, or the mean of the prompt; auto takes the first in encoders, the mean in decoders."""
+    gate_bias: bool = False
+    """Whether the scores from the input have a bias."""
+    dropout: OpenFraction = 0.1
+    """Dropout on the columns while training."""
+    positions: Literal["free", "shift"] = "free"
+    """Where documents start: at 0, or behind the prefix."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """A table at each stack of blocks, scores at each block, a port at each attention module."""
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        shift = self.positions == "shift"
+        plan = prefix_kv.Plan(self.target, self.num_virtual_tokens, dropout=self.dropout, shift=shift)
+        for port, roles in prefix_kv.attach(model, self.name, plan, structure, prefix_scores.ScoredTables):
+            sites = [site for group in roles.values() for site in group]
+            decoder = sites[0].side == "decoder" and parts.causal
+            port.summary = ("prompt_mean" if decoder else "first") if self.summary == "auto" else self.summary  # type: ignore[assignment]
+            blocks = {(s.side, s.layer): s for s in parts.sites if s.role == "block"}
+            for layer in dict.fromkeys((s.side, s.layer) for s in sites):
+                block = blocks[layer]
+                scores = prefix_scores.BlockScores(
+                    block.layer or 0, block.width_out, self.num_virtual_tokens, self.token_gate, self.layer_gate, self.gate_bias
+                )
+                inject(block.module, self.name, scores.to(next(model.parameters()).device), self.name)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: 2 L P d_kv + L d P + L."""
+        count = sum(n for _, n in self.describe(model))
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

@@ -1,0 +1,166 @@
+"""Scores that make a prefix depend on its document: one number a slot and layer, from a summary of the layer's input.
+
+Letters: R rows, S segments of a packed row, T columns, P slots, d width.
+
+    summary    h = sum_t w_t x_t over the document: its first token, or the mean of its prompt
+    score      alpha = sigmoid(h W + b)   (R | S, P);   columns of the layer times lambda alpha
+
+The weights w come once a pass from the layout or the masks; nothing they touch lies behind a target. During cached
+generation the scores of the first pass stay with the cache and move with its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.context import Context, Layout, activate, current
+from llmrecipe.methods.inject import Port
+from llmrecipe.methods.prefix_kv import Made, PrefixTables, cached, shared_of, tokens_of
+
+Scores = dict[int, Tensor]
+"""alpha (R, P) by layer."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How documents are summarised in one pass."""
+
+    weights: Tensor | None
+    """(R, T), or (S, T) over one packed row; None in a pass over a cache."""
+    packed: bool
+    kept: Scores | None
+    """Scores to read in a pass over a cache, or to fill for later ones; None where no cache will follow."""
+
+
+class ScoredTables(PrefixTables):
+    """Tables whose columns each block multiplies by its own scores."""
+
+    summary: str = "first"
+
+    def make(self, inputs: dict[str, Any]) -> Made:
+        """The columns, and how to summarise the documents of this pass."""
+        if cached(inputs):
+            facts = Facts(None, False, _kept_by(inputs["past_key_values"])[self.owner])
+        else:
+            weights = summary_weights(self.summary, current(), inputs)
+            kept: Scores | None = None if torch.is_grad_enabled() else {}
+            facts = Facts(weights, current().layout is not None, kept)
+        return dataclasses.replace(super().make(inputs), facts=facts)
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The stack; a cache it returns keeps the scores."""
+        facts: list[Facts] = []
+
+        def noting(**changed: Any) -> Any:
+            facts.append(shared_of(self.owner).facts)
+            return call(**changed)
+
+        out = super().whole(noting, inputs)
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None and facts[0].kept is not None:
+            _kept_by(cache)[self.owner] = facts[0].kept
+        return out
+
+
+class BlockScores(Port):
+    """At a block: the scores of its prefix, from the residual stream that enters it."""
+
+    def __init__(self, layer: int, width: int, slots: int, token: str, layer_gate: bool, bias: bool):
+        super().__init__()
+        self.layer, self.token = layer, token
+        if token == "input":
+            self.gate = nn.Parameter(torch.randn(width, slots) * 0.02)
+        if (token == "input" and bias) or token == "static":
+            self.bias = nn.Parameter(torch.zeros(slots))
+        if layer_gate:
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The block with its factor lambda alpha in the context."""
+        made = shared_of(self.owner)
+        factor = self.token_scores(made.facts, tokens_of(inputs))
+        if hasattr(self, "scale"):
+            factor = self.scale * factor
+        shared = {**current().shared, self.owner: dataclasses.replace(made, factor=factor)}
+        with activate(dataclasses.replace(current(), shared=shared)):
+            return call(**inputs)
+
+    def token_scores(self, facts: Facts, x: Tensor) -> Tensor:
+        """alpha (1 | R | S, P)."""
+        if self.token == "off":
+            return x.new_ones(1, 1, dtype=self._float(x))
+        if self.token == "static":
+            return torch.sigmoid(self.bias)[None]
+        if facts.weights is None:
+            return facts.kept[self.layer]  # type: ignore[index]
+        score = self.summary(facts, x).to(self.gate.dtype) @ self.gate
+        alpha = torch.sigmoid(score + self.bias if hasattr(self, "bias") else score)
+        if facts.kept is not None:
+            facts.kept[self.layer] = alpha
+        return alpha
+
+    @staticmethod
+    def _float(x: Tensor) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def summary(self, facts: Facts, x: Tensor) -> Tensor:
+        """(R | S, d) in float32."""
+        wide = x.to(self._float(x))
+        weights = facts.weights.to(wide.dtype)  # type: ignore[union-attr]
+        return weights @ wide[0] if facts.packed else torch.einsum("rt,rtd->rd", weights, wide)
+
+
+def summary_weights(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
+    """w, whose rows sum to one: (S, T) for a packed row, (R, T) for padded ones."""
+    tokens = tokens_of(inputs)
+    if context.layout is not None:
+        return _packed_weights(summary, context.layout, tokens.device)
+    rows, columns = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        mask = context.attention_mask
+    if mask is None or mask.shape != (rows, columns):
+        mask = torch.ones(rows, columns, dtype=torch.long, device=tokens.device)
+    real = mask != 0
+    count = real.long().cumsum(1)
+    most = count.new_ones(rows)
+    if summary == "prompt_mean":
+        given = context.prompt_lengths
+        # Beams repeat the rows of a prompt; where no prompt is marked off, everything read so far is one.
+        most = count[:, -1] if given is None else given.to(count).repeat_interleave(rows // given.shape[0]).clamp(min=1)
+    weights = (real & (count <= most[:, None])).float()
+    return weights / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+def _packed_weights(summary: str, layout: Layout, device: torch.device) -> Tensor:
+    key = ("summary", summary)
+    if key not in layout.cache:
+        weights = torch.zeros(len(layout.segments), layout.columns)
+        for index, segment in enumerate(layout.segments):
+            while segment.parent is not None:
+                segment = layout.segments[segment.parent]
+            count = max(1, segment.prompt) if summary == "prompt_mean" else 1
+            weights[index, segment.start : segment.start + count] = 1.0 / count
+        layout.cache[key] = weights.to(device)
+    return layout.cache[key]  # type: ignore[return-value]
+
+
+def _kept_by(cache: Any) -> dict[str, Scores]:
+    """Scores a cache carries, by wrapper; they are reordered with its rows."""
+    if "prefix_scores" not in cache.__dict__:
+        cache.prefix_scores = {}
+        inner = cache.reorder_cache
+
+        def reorder(rows: Tensor) -> None:
+            inner(rows)
+            for scores in cache.prefix_scores.values():
+                for layer, alpha in scores.items():
+                    scores[layer] = alpha.index_select(0, rows.to(alpha.device))
+
+        cache.reorder_cache = reorder
+    return cache.prefix_scores
