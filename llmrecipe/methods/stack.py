@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import activate, current
-from llmrecipe.errors import RecipeError
+from llmrecipe.errors import RecipeError, UserError
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 
 if TYPE_CHECKING:
     from llmrecipe.training.rules import UpdateRule
+
 
 def own_tensors(model: nn.Module, owner: str) -> list[str]:
     """Full names of the parameters and persistent buffers inside a wrapper's ports, and of its shared modules."""
@@ -60,7 +61,8 @@ class Stack:
         self.wrappers = sorted(expanded, key=lambda w: w.stage)
         check_legal(self.wrappers)
         for wrapper in self.wrappers:
-            wrapper.attach(model, (structures or {}).get(wrapper.name))
+            with _named(wrapper):
+                wrapper.attach(model, (structures or {}).get(wrapper.name))
         self.set_trainable(model)
 
     def set_trainable(self, model: nn.Module) -> None:
@@ -209,6 +211,17 @@ def is_head(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to a task head that is new here: initialised by the loader, or a role's own scalar head."""
     heads = ("task_head", *getattr(model, "new_heads", ()))
     return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
+@contextlib.contextmanager
+def _named(wrapper: Wrapper) -> Iterator[None]:
+    """Errors of a wrapper say which entry of the stack they are about."""
+    try:
+        yield
+    except UserError as error:
+        if f"stack.{wrapper.name}" in str(error):
+            raise
+        raise type(error)(f"stack.{wrapper.name}: {error}") from error
 
 
 def check_legal(wrappers: list[Wrapper]) -> None:

@@ -1,0 +1,126 @@
+"""A dry run: everything a recipe would build, on the meta device, without reading a weight."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from llmrecipe.methods.stack import Stack, kind_name
+from llmrecipe.training import assemble, delta, opened
+from llmrecipe.training.memory import Estimate, estimate
+from llmrecipe.training.optimizer import parameter_groups
+
+
+@dataclass
+class Findings:
+    """What a recipe would do."""
+
+    recipe: str
+    objective: str
+    stack: list[dict[str, str]]
+    """name, kind and stage of each wrapper in the order they act."""
+    parameters: int
+    trained: int
+    groups: list[dict[str, Any]]
+    """Optimizer groups: what trains at which rate and decay."""
+    steps: int
+    rows: int
+    tokens_per_step: int
+    memory_mb: dict[str, float]
+    seconds: float
+    """A rough estimate: 6 floating-point operations a parameter and token at this machine's matmul rate."""
+    data: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(recipe: str, overrides: list[str]) -> Findings:
+    """Compose, validate and build a recipe on the meta device.
+
+    Raises:
+        UserError: everything that would stop the run before its first step, except what only the weights can tell.
+    """
+    from llmrecipe.models.load import load_tokenizer, skeleton
+    from llmrecipe.recipe.compose import compose
+    from llmrecipe.recipe.validate import instantiate
+    from llmrecipe.training.runtime import pick_device
+    from llmrecipe.training.trackers import check_trackers
+
+    composition = compose(recipe, overrides)
+    settings = composition.recipe
+    parts = instantiate(settings)
+    check_trackers(settings.log.trackers)
+    assemble.check_objective(parts.objective, parts.wrappers)
+    stack = Stack(parts.wrappers)
+    device = pick_device(settings.runtime.device)
+    base, saved, _ = opened.resolve(settings.model)
+    tokenizer = load_tokenizer(base, settings.tokenizer)
+    model = skeleton(base, rows_head=parts.objective.head, tokenizer=tokenizer, device=device)
+    for index, layer in enumerate(saved.layers if saved else []):
+        delta.mount(model, layer, index)
+    stack.attach(model)
+    data, validation, _ = assemble.read_data(settings, parts.objective)
+    steps = assemble.step_count(settings, len(data))
+    parts.schedule.check(steps)
+    groups = parameter_groups(model, parts.optimizer, stack.groups(model))
+    mean = data.report.tokens / max(len(data), 1)
+    per_step = round(mean * settings.batch.size)
+    micro = min(per_step, settings.batch.tokens or assemble.MICRO_TOKENS)
+    share = data.report.trained / max(data.report.tokens, 1)
+    memory = estimate(
+        model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
+        activation_bytes=2 if settings.model.dtype in ("bfloat16", "float16") else 4,
+        checkpointing=settings.model.gradient_checkpointing,
+    )  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
+    return Findings(
+        composition.name, kind_name(parts.objective),
+        [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],
+        total, sum(g.count for g in groups), [g.row() for g in groups], steps, len(data), per_step,
+        _megabytes(memory), 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
+    )  # fmt: skip
+
+
+def _megabytes(memory: Estimate) -> dict[str, float]:
+    return {name: round(size / 2**20, 1) for name, size in [*memory.rows(), ("total", memory.total)]}
+
+
+def matmul_rate(device: str) -> float:
+    """Floating-point operations a second of one float32 product, measured in a few milliseconds."""
+    a = torch.randn(512, 512, device=device)
+    a @ a
+    started, rounds = time.perf_counter(), 5
+    for _ in range(rounds):
+        b = a @ a
+    float(b[0, 0])
+    return rounds * 2 * 512**3 / max(time.perf_counter() - started, 1e-9)
+
+
+def check_recipe(recipe: str, overrides: list[str], as_json: bool = False) -> None:
+    """The `check` verb: print what a recipe would do."""
+    found = check(recipe, overrides)
+    if as_json:
+        from llmrecipe.cli.words import print_json
+
+        print_json(asdict(found))
+        return
+    from rich.table import Table
+
+    from llmrecipe.cli.show_table import console
+
+    out = console()
+    out.print(f"[bold]{found.recipe}[/bold]: {found.objective}, {found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step")
+    names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
+    out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
+    out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")
+    table = Table(*found.groups[0], box=None, header_style="bold")
+    for row in found.groups:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    out.print(table)
+    out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
+    out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
+    for note in found.notes:
+        out.print(f"note: {note}")

@@ -1,0 +1,52 @@
+"""`check` builds every packaged recipe without weights, and counts what training counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrecipe.errors import ModelError, UserError
+from llmrecipe.recipe.search import all_recipes
+from llmrecipe.training.check import check
+from tests.runs import train_recipe
+
+RUNNABLE = [name for name in all_recipes() if name != "base"]
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_recipe_can_be_built(name: str) -> None:
+    from llmrecipe.recipe.compose import compose
+
+    if compose(name).recipe.stages or compose(name).recipe.search:
+        pytest.skip("a pipeline or search: its stages are checked by their own tests")
+    found = check(name, [])
+    assert found.steps > 0 and found.rows > 0 and found.parameters > 0
+
+
+@pytest.mark.parametrize("recipe", ["sft", "sft_lora", "dpo_lora", "classify"])
+def test_the_dry_run_counts_what_training_trains(recipe: str, tmp_path: Path) -> None:
+    found = check(recipe, [])
+    run = train_recipe(tmp_path, recipe, "steps=1", "data.limit=40", "batch.size=2", "eval.at_start=false", "eval.batches=1")
+    assert found.trained == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert found.parameters == sum(p.numel() for p in run.model.parameters())
+
+
+def test_a_target_that_matches_nothing_names_its_key_and_shows_the_anatomy() -> None:
+    with pytest.raises(ModelError, match=r"stack\.lora: target 'attn\.z' matches nothing") as caught:
+        check("sft_lora", ["stack.lora.target=attn.z"])
+    assert "did you mean 'attn.q'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["schedule.warmup=1000", "steps=10"], "schedule.warmup"),
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["model.path=no/such/folder"], "no/such/folder"),
+        (["data.max_length=4"], "data.max_length"),
+    ],
+)
+def test_impossible_recipes_are_one_message(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check("sft_lora", words)
