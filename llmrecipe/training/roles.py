@@ -116,6 +116,11 @@ class Roles:
             return values
         return self.runtime.sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
+    @property
+    def rank(self) -> int:
+        """Which process this is."""
+        return 0 if self.runtime is None else int(self.runtime.rank)
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's JSON value, by rank."""
         return [value] if self.runtime is None else self.runtime.gather_json(value)
