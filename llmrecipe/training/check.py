@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llmrecipe.methods.stack import Stack, kind_name
+from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.training import assemble, delta, opened
 from llmrecipe.training.memory import Estimate, estimate
 from llmrecipe.training.optimizer import parameter_groups
@@ -64,7 +65,10 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     data, validation, _ = assemble.read_data(settings, parts.objective)
     steps = assemble.step_count(settings, len(data))
     parts.schedule.check(steps)
-    groups = parameter_groups(model, parts.optimizer, stack.groups(model))
+    later = [w for w in stack if type(w).calibrate is not Wrapper.calibrate]
+    chosen = sum(w.memory(model).get("trainable", 0) for w in later)
+    now = any(p.requires_grad for p in model.parameters())
+    groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
     mean = data.report.tokens / max(len(data), 1)
     per_step = round(mean * settings.batch.size)
     micro = min(per_step, settings.batch.tokens or assemble.MICRO_TOKENS)
@@ -76,10 +80,11 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
+    notes += [f"{w.name} chooses what it trains from data before step 0" for w in later]
     return Findings(
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],
-        total, sum(g.count for g in groups), [g.row() for g in groups], steps, len(data), per_step,
+        total, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
         _megabytes(memory), 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
     )  # fmt: skip
 
@@ -116,10 +121,11 @@ def check_recipe(recipe: str, overrides: list[str], as_json: bool = False) -> No
     names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
     out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
     out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")
-    table = Table(*found.groups[0], box=None, header_style="bold")
-    for row in found.groups:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    out.print(table)
+    if found.groups:
+        table = Table(*found.groups[0], box=None, header_style="bold")
+        for row in found.groups:
+            table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        out.print(table)
     out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
     out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
     for note in found.notes:
