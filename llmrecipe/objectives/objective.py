@@ -45,6 +45,8 @@ class Objective:
     """Whether dropout stays on while training; comparisons with a reference switch it off."""
     pairs_rows: ClassVar[bool] = False
     """Whether a row's reference log-probabilities depend on the other rows of its step (mismatched pairs)."""
+    samples: ClassVar[bool] = False
+    """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
     mask: ClassVar[str | None] = None
     """What the data layer marks as trained when the objective has no `mask` option of its own."""
 
@@ -80,6 +82,10 @@ class Objective:
         """Rows of each optimizer step -> its micro-batches. Objectives that sample do it here."""
         for rows in source:
             yield [self.collate(part, roles) for part in roles.split(rows)]
+
+    def updates(self) -> int:
+        """Optimizer steps made from the rows of one batch."""
+        return 1
 
     def at_boundary(self) -> bool:
         """Whether a checkpoint may be written now (false between the updates of one rollout)."""

@@ -68,7 +68,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     check_objective(parts.objective, parts.wrappers)
     data, validation, tokenizer_labels = read_data(recipe, parts.objective)
     parts.objective.check(recipe, data)
-    steps = step_count(recipe, len(data))
+    steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     run.runtime = runtime = Runtime.start(recipe.runtime)
     run.dir = directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
@@ -92,7 +92,7 @@ def build(run: Run, resume: Path | None) -> Parts:
         recipe.batch.tokens or (None if recipe.batch.micro else MICRO_TOKENS),
         ReferenceCache(),
     )
-    roles.runtime, roles.data = runtime, data
+    roles.runtime, roles.data, roles.events = runtime, data, events
     optimizer = None
     # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
     if any(p.requires_grad for p in model.model.parameters()):
@@ -153,12 +153,12 @@ def test_rows(run: Run) -> Any:
     )
 
 
-def step_count(recipe: Any, rows: int) -> int:
-    """Optimizer steps of the run: `steps`, or passes over the rows."""
+def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
+    """Optimizer steps of the run: `steps`, or passes over the rows with so many updates from each batch of them."""
     if recipe.steps is not None:
         return recipe.steps
     per_epoch = math.ceil(rows / recipe.batch.size)
-    return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch))
+    return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch)) * updates
 
 
 def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> opened.Opened:

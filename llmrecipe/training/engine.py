@@ -34,6 +34,7 @@ class Engine(nn.Module):
         role: str = "policy",
         entropy: bool = False,
         off: frozenset[str] = frozenset(),
+        temperature: float = 1.0,
     ) -> dict[str, Tensor]:
         """One pass over a batch.
 
@@ -42,6 +43,7 @@ class Engine(nn.Module):
                 `values` (N,) of the value head before each target; `scores` (S, C) of a sequence head.
             role: which ports take part (see `Context.role`).
             off: names of wrappers that step aside.
+            temperature: divides the logits of `logprobs`.
 
         Returns:
             The wanted tensors by name.
@@ -59,7 +61,8 @@ class Engine(nn.Module):
                 return {"hidden": flat[batch.last]}
             if want == "values":
                 return {"values": self.head_of(role)(flat[batch.source].float()).squeeze(-1)}
-            return token_logprobs(flat[batch.source], batch.target, self.head, self.post, entropy)
+            post = dataclasses.replace(self.post, temperature=temperature)
+            return token_logprobs(flat[batch.source], batch.target, self.head, post, entropy)
 
     @property
     def head(self) -> nn.Module:

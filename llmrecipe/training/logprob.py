@@ -29,22 +29,26 @@ CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Post:
-    """What a family does to the head's output: z -> cap * tanh(scale * z / cap)."""
+    """What happens to the head's output: z -> cap * tanh(scale * z / cap) / temperature."""
 
     scale: float = 1.0
     cap: float | None = None
+    temperature: float = 1.0
+    """Of the sampling whose log-probabilities are wanted; 1 leaves the model's own distribution."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """Apply to float32 logits."""
         if self.scale != 1.0:
             z = z * self.scale
-        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+        z = z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+        return z if self.temperature == 1.0 else z / self.temperature
 
     def derivative(self, z: Tensor) -> Tensor | None:
         """d post / d logit from the result z; None where it is 1 everywhere."""
+        scale = self.scale / self.temperature
         if self.cap is None:
-            return None if self.scale == 1.0 else torch.full_like(z, self.scale)
-        return (1.0 - (z / self.cap) ** 2) * self.scale
+            return None if scale == 1.0 else torch.full_like(z, scale)
+        return (1.0 - (z * self.temperature / self.cap) ** 2) * scale
 
     @staticmethod
     def of(config: Any) -> Post:

@@ -21,6 +21,7 @@ def train(run: Run) -> None:
     """
     rule = run.stack.rule() or backprop
     feed = run.feed()
+    owed = False
     if run.due_evaluation(run.progress.step, at_start=True):
         run.evaluate()
     while run.progress.step < run.steps:
@@ -45,6 +46,8 @@ def train(run: Run) -> None:
         if run.stopping() and run.objective.at_boundary():
             run.save()
             raise Interrupted(f"stopped by a signal at step {run.progress.step}; continue with resume={run.dir.path}")
-        if run.due_save(run.progress.step) and run.objective.at_boundary():
+        owed = owed or run.due_save(run.progress.step)
+        if owed and run.objective.at_boundary():
             run.save()
+            owed = False
     run.finish()

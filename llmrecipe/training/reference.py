@@ -95,7 +95,8 @@ def take(run: Run) -> None:
     """Make the policy of step 0 available for the whole run. Call with the model as step 0 has it.
 
     Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
-    train, every row the run will use is scored now, so that no second model is ever held.
+    train, every row the run will use is scored now, so that no second model is ever held; rows that the policy will sample
+    cannot be, so there all trained tensors are remembered.
     """
     which = run.objective.reference_of()
     if which == "none":
@@ -106,6 +107,9 @@ def take(run: Run) -> None:
         run.roles.reference_off = off
         return
     if run.stack.reference_is_off() and run.opened.continued is None:
+        return
+    if run.objective.samples:
+        run.stack.take_reference(run.model)
         return
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())

@@ -44,6 +44,8 @@ class Roles:
         """Reductions over processes; None where there is one process without a run."""
         self.data: Any = None
         """The training rows of the run."""
+        self.events: Any = None
+        """Where samples are shown; None without a run."""
         self.others: dict[str, Any] = {}
         """Separate models by role name (a reward model, a judge); filled by the run."""
 
@@ -86,9 +88,11 @@ class Roles:
         if part or not rows:
             yield part
 
-    def policy(self, batch: Batch, want: str = "logprobs", entropy: bool = False) -> dict[str, Tensor]:
+    def policy(
+        self, batch: Batch, want: str = "logprobs", entropy: bool = False, temperature: float = 1.0
+    ) -> dict[str, Tensor]:
         """The trained model, through the prepared module, so that ranks synchronise."""
-        return self.prepared(batch, want=want, entropy=entropy)
+        return self.prepared(batch, want=want, entropy=entropy, temperature=temperature)
 
     def reference(self, batch: Batch) -> Tensor:
         """(S,) summed log-probabilities of each sequence's targets under the policy of step 0.
@@ -103,12 +107,12 @@ class Roles:
         return sums
 
     @torch.no_grad()
-    def reference_tokens(self, batch: Batch) -> Tensor:
+    def reference_tokens(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """(N,) log-probabilities under the policy of step 0."""
         with self.evaluating(), self.stack.reference(self.model):
             # A remembered snapshot keeps its ports on; switched-off stacks compute under the role `reference`.
             role = "policy" if self.stack.snapshot is not None else "reference"
-            return self.engine(batch, role=role, off=self.reference_off)["logprobs"]
+            return self.engine(batch, role=role, off=self.reference_off, temperature=temperature)["logprobs"]
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all processes."""

@@ -60,6 +60,7 @@ def same_policy(run: Run) -> bool:
 def measure(run: Run) -> dict[str, float]:
     """Mean loss and metrics of the first step's rows, over all processes."""
     sums = MetricSums()
+    state = run.objective.state()
     size, rank, world = run.recipe.batch.size, run.runtime.rank, run.runtime.world
     rows = [run.data[int(i)] for i in run.order(0)[:size]][rank::world]
     # In the mode training will have: dropout that stayed on must show here.
@@ -67,4 +68,5 @@ def measure(run: Run) -> dict[str, float]:
         for batch in next(iter(run.objective.batches(iter([rows]), run.roles))):
             loss = run.objective.loss(batch, run.roles)
             sums.add({"loss": (loss.total, run.objective.weight(batch)), **loss.metrics})
+    run.objective.load_state(state)
     return sums.mean(run)
