@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llmrecipe import registry
 from llmrecipe.errors import DataError, UserError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.recipe.compose import Composition, compose
@@ -42,9 +43,7 @@ def recipe_of(path: str, overrides: list[str]) -> Composition:
         recipe = Path(path).parent / "recipe.yaml"
     if not recipe.is_file():
         raise UserError(f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective")
-    found = compose(recipe, [f"model.path={path}", "model.continue=false", *overrides])
-    # The run's stack is part of the model it left; nothing is stacked on top of it here.
-    return dataclasses.replace(found, recipe=found.recipe.model_copy(update={"stack": {}}))
+    return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides])
 
 
 def open_subject(path: str, overrides: list[str]) -> Subject:
@@ -59,10 +58,13 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
 
     logging.disable_progress_bar()
     composition = recipe_of(path, overrides)
+    options = chosen_anew(composition) if run_folder(path) is not None else {}
+    # The run's stack is part of the model it left; nothing is stacked on top of it here.
+    composition = dataclasses.replace(composition, recipe=composition.recipe.model_copy(update={"stack": {}}))
     recipe = composition.recipe
     parts = instantiate(recipe)
     runtime = Runtime.start(recipe.runtime)
-    opened = open_model(recipe.model, recipe.tokenizer, head=parts.objective.head, seed=recipe.seed)
+    opened = open_model(recipe.model, recipe.tokenizer, head=parts.objective.head, seed=recipe.seed, options=options)
     opened.model.to(runtime.device)
     stack = Stack([])
     engine = Engine(opened.model).eval()
@@ -71,6 +73,15 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
         recipe.batch.micro, recipe.batch.tokens or assemble.MICRO_TOKENS,
     )  # fmt: skip
     return Subject(composition, opened, roles, parts.objective, runtime)
+
+
+def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:
+    """Options of the run's own stack that may be chosen after training, as the words give them (`stack.dylora.rank=2`)."""
+    found = {}
+    for name, mapping in composition.recipe.stack.items():
+        free = registry.load("stack", mapping["kind"]).adjustable
+        found[name] = {option: mapping[option] for option in free if option in mapping}
+    return found
 
 
 def evaluate_path(path: str, overrides: list[str], split: str = "validation") -> dict[str, float]:

@@ -131,6 +131,18 @@ class Stack:
         for wrapper in self.wrappers:
             wrapper.finish(model)
 
+    @contextlib.contextmanager
+    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Every wrapper's context around the optimizer's own step."""
+        with contextlib.ExitStack() as entered:
+            for wrapper in self.wrappers:
+                entered.enter_context(wrapper.stepping(model, optimizer))
+            yield
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the wrappers show at every step, each under its name."""
+        return {f"{w.name}/{key}": value for w in self.wrappers for key, value in w.metrics(model).items()}
+
     def rule(self) -> UpdateRule | None:
         """The one update rule of the stack, if a wrapper brings one."""
         rules = [rule for wrapper in self.wrappers if (rule := wrapper.rule()) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from llmrecipe.registry import CONFIG
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from llmrecipe.export.peft_format import Adapter
@@ -57,6 +59,8 @@ class Probe:
     """`weight(batch) -> float`: what the mean loss of a batch was divided by (tokens, pairs or rows)."""
     rows: int = 0
     """How many training rows there are."""
+    steps: int = 0
+    """Optimizer steps of the run."""
     tokenizer: Any = field(default=None)
     """The run's tokenizer, for starts that are written as text."""
 
@@ -124,6 +128,14 @@ class Wrapper:
 
     def finish(self, model: nn.Module) -> None:
         """After the last step, before what was learned is written: drop what only training needed (the MLP of a prefix)."""
+
+    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+        """Around the optimizer's own step: for methods that keep entries, moments included, out of it."""
+        return contextlib.nullcontext()
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the method shows at every step (ranks, masks), by name."""
+        return {}
 
     def rule(self) -> UpdateRule | None:
         """An update rule that replaces back-propagation; at most one in a stack."""

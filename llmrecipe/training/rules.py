@@ -83,7 +83,8 @@ def backprop(run: Run, micros: list[Batch]) -> StepResult:
         run.optimizer.zero_grad(set_to_none=True)
         return StepResult(mean, norm, metrics, finite=False)
     run.stack.after_backward(run.model, run.progress.step)
-    run.optimizer.step()
+    with run.stack.stepping(run.model, run.optimizer):
+        run.optimizer.step()
     return StepResult(mean, norm, metrics)
 
 

@@ -138,7 +138,7 @@ class Run:
         def loss(batch: Batch) -> torch.Tensor:
             return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
 
-        return Probe(batches, loss, self.runtime, self.objective.weight, len(self.data), self.tokenizer)
+        return Probe(batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps)
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -194,6 +194,7 @@ class Run:
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             peak_mem_mb=finish.peak_memory_mb(),
             **result.metrics,
+            **self.stack.metrics(self.model),
         )
 
     # --- what is due ----------------------------------------------------------------------------------------------
