@@ -180,6 +180,31 @@ class Tap(Port):
         return x
 
 
+class HeadBeside(Port):
+    """o_i -> o_i + s f(q_i P_i^T) V_i for each attention head i, before the output projection.
+
+    P (H, r, E) and V (H, r, Ev) have the shape of a prefix's keys and values; f stands where a prefix has a softmax.
+    """
+
+    def __init__(self, heads: int, width_in: int, width_out: int, r: int, shape: Shape):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(heads, r, width_in))
+        self.up = nn.Parameter(torch.empty(heads, width_out, r))
+        self.activation = shape.activation
+        self.dropout = shape.dropout
+        self.fixed = shape.scale if isinstance(shape.scale, float) else 1.0
+        self.scale = None if isinstance(shape.scale, float) else nn.Parameter(torch.ones(1))
+        for down, up in zip(self.down, self.up, strict=True):
+            initialise(down, up, shape.init)
+
+    def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (R, H, T, E) -> (R, H, T, Ev)."""
+        h = ACTIVATIONS[self.activation](q @ self.down.to(q.dtype).transpose(1, 2))
+        h = F.dropout(h, self.dropout, self.training) if self.dropout else h
+        scale = self.fixed if self.scale is None else self.scale.to(h.dtype)
+        return attend(q, k, v) + (h * scale) @ self.up.to(h.dtype).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Sublayer:
     """One attention, cross-attention or feed-forward of a block."""
@@ -194,12 +219,7 @@ class Sublayer:
     input: Site
     """The first module that reads its normed input."""
     norm: Site | None
-    """In front of it (pre-norm) or behind its residual sum (post-norm); None where it shares the norm of another."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether one module goes from input to output."""
-        return self.output.module is self.input.module
+    """In front of it (in a parallel block perhaps attention's) or, post-norm, behind its residual sum."""
 
 
 PARTS = {
@@ -242,12 +262,16 @@ def _sublayer(name: str, block: Site, inside: dict[str, Site], parts: Anatomy) -
         whole = inside.get("mlp")
         if whole is not None:
             after = sandwiched[0] if sandwiched else whole
-            return Sublayer(name, block.side, int(block.layer or 0), block, after, whole, inside.get(norm))
+            return Sublayer(name, block.side, int(block.layer or 0), block, after, whole, _norm_of(norm, inside, parts))
     output = next((inside[r] for r in outputs if r in inside), None)
     entry = next((inside[r] for r in inputs if r in inside), None)
     if output is None or entry is None:
         raise ModelError(f"{block.path}: cannot tell where its {name} sublayer begins and ends\n{parts.describe()}")
-    return Sublayer(name, block.side, int(block.layer or 0), block, output, entry, inside.get(norm))
+    return Sublayer(name, block.side, int(block.layer or 0), block, output, entry, _norm_of(norm, inside, parts))
+
+
+def _norm_of(role: str, inside: dict[str, Site], parts: Anatomy) -> Site | None:
+    return inside.get(role) or (inside.get("norm.attn") if parts.parallel_blocks else None)
 
 
 def size_of(sub: Sublayer, width: int, r: int | None, reduction: int, sizes: dict[str, int]) -> int:

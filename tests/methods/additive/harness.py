@@ -74,7 +74,7 @@ def logits(model: nn.Module, ids: Tensor = IDS, **more: object) -> Tensor:
 
 
 def base_logits(family: str) -> Tensor:
-    """What the untouched model says, frozen as under a stack: a T5 whose position biases train takes another attention kernel."""
+    """What the untouched model says, frozen as under a stack: position biases that train choose another attention kernel."""
     return logits(model_of(family).requires_grad_(False))
 
 
