@@ -21,6 +21,7 @@ from llmrecipe.methods.sparse_delta import (
     Weight,
     Writer,
     is_conv1d,
+    take,
 )
 
 
@@ -137,7 +138,7 @@ def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
     for _, module, port in sparse_ports(model, owner):
         fact: dict[str, Any] = {"layout": port.layout, "count": port.idx.numel(), "idx": digest(port.idx)}
         if port.mode != "term" and port.values.device.type != "meta":
-            fact["base"] = digest(port.original(getattr(module, port.tensor)))
+            fact["base"] = base_digest(module, port)
         tensors[port.source] = fact
     return {"tensors": tensors}
 
@@ -148,6 +149,18 @@ def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
         name: Chosen(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""))
         for name, fact in structure.get("tensors", {}).items()
     }
+
+
+def take_off(module: nn.Module, port: SparseDelta) -> None:
+    """Have the tensor hold what lies below this stack: the base and mounted deltas; the next forward pass writes the rest."""
+    if port.mode == "inplace":
+        port.sync(getattr(module, port.tensor), tuple(p.mounted for p in port.writer.ports))
+
+
+def base_digest(module: nn.Module, port: SparseDelta) -> str:
+    """Digest of the numbers a delta is added to."""
+    take_off(module, port)
+    return digest(take(getattr(module, port.tensor), port.layout, port.idx))
 
 
 def digest(value: Tensor) -> str:
@@ -165,12 +178,11 @@ def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) ->
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for _, module, port in sparse_ports(model, owner):
-        if port.mode == "inplace":
-            port.sync(getattr(module, port.tensor), tuple(False for _ in port.writer.ports))
+        take_off(module, port)
     for name, value in delta.items():
         state[name].copy_(value)
     for _, module, port in sparse_ports(model, owner):
-        if port.expected and port.mode != "term" and digest(port.original(getattr(module, port.tensor))) != port.expected:
+        if port.expected and port.mode != "term" and base_digest(module, port) != port.expected:
             raise ModelError(
                 f"stack.{owner}: {port.source} is not the tensor this delta was trained on; use its own base model"
             )

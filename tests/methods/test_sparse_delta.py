@@ -385,3 +385,47 @@ def largest_allocation(action: Any) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         action()
     return max(event.self_cpu_memory_usage for event in seen.events())
+
+
+def test_a_delta_on_top_of_a_mounted_one_reloads():
+    """sft -> dpo without a merge: the second delta's base is the first one's result, whatever was written meanwhile."""
+    from llmrecipe.methods.selective.fishmask import Fishmask
+    from llmrecipe.methods.stack import Stack
+    from llmrecipe.training.delta import Layer, mount, rename
+
+    def layer(chosen: dict[str, Chosen], seed: int, below: list[Layer]) -> Layer:
+        model = tiny_model("llama")
+        for index, lower in enumerate(below):
+            mount(model, lower, index)
+        attach_chosen(model, "fish", chosen)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for _, _, port in sparse_ports(model, "fish"):
+                port.values.normal_(std=0.1)
+        results.append(loss_of(model).detach())
+        stack = Stack([Fishmask(name="fish")])
+        tensors = {n: t.clone() for n, t in stack.wrappers[0].delta(model).items()}
+        found = Layer({"fish": {"kind": "fishmask"}}, {"fish": structure_of(model, "fish")}, tensors=tensors)
+        torch.testing.assert_close(loss_of(model), results[-1], rtol=0, atol=0)
+        return found
+
+    results: list[torch.Tensor] = []
+    model = tiny_model("llama")
+    first = layer(pick(model, 0.05), 1, [])
+    second = layer(pick(model, 0.05, seed=3), 2, [first])
+    for index, saved in enumerate((first, second)):
+        mount(model, saved, index)
+    assert torch.equal(loss_of(model), results[1]) and not torch.equal(results[0], results[1])
+    assert rename("a.fish.values", {"fish": "mounted1_fish"}) == "a.mounted1_fish.values"
+
+
+def test_zeroth_order_steps_reach_the_values():
+    from llmrecipe.methods.zeroth_order import moved
+
+    model = tiny_model("llama")
+    attach_chosen(model, "picked", pick(model, 0.05))
+    start = loss_of(model)
+    for _, _, port in sparse_ports(model, "picked"):
+        port.values.data.add_(0.1)
+        moved(port.values)
+    assert not torch.equal(loss_of(model), start)
