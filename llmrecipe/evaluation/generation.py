@@ -84,8 +84,14 @@ def _batch(
     lengths = mask.sum(1)
     from dataclasses import replace
 
-    with activate(replace(context, attention_mask=mask, prompt_lengths=lengths)):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
+    kept = getattr(model, "generation_config", None)
+    try:
+        model.generation_config = GenerationConfig()  # type: ignore[assignment]
+        with activate(replace(context, attention_mask=mask, prompt_lengths=lengths)):
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        model.generation_config = kept  # type: ignore[assignment]
     new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, width:]
     return [_cut(row, ends) for row in new.tolist()]
 

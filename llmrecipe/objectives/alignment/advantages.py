@@ -1,0 +1,102 @@
+"""Advantages and the clipped losses they enter: pure functions, worked by hand in their test.
+
+Letters: B answers, T token slots, P prompts, G answers a prompt, N tokens of a batch in one flat list. Slots at or after an
+answer's length never reach a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Sum = Callable[[list[float]], list[float]]
+"""Adds numbers up over all processes."""
+
+
+def alone(values: list[float]) -> list[float]:
+    """The sum over one process."""
+    return values
+
+
+def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, total: Sum = alone) -> Tensor:
+    """(P, G) scores -> (P, G) advantages, (s - mean of its group) / (std + eps) (GRPO, arXiv 2402.03300).
+
+    Args:
+        scale: `group` divides by the group's standard deviation, `batch` by that of all scores, `none` not at all
+            (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n - 1.
+    """
+    centred = scores - scores.mean(1, keepdim=True)
+    if scale == "none":
+        return centred
+    if scale == "group":
+        return centred / (scores.std(1, keepdim=True) + eps)
+    return centred / (moments(scores.flatten(), total)[1] ** 0.5 + eps)
+
+
+def leave_one_out(scores: Tensor) -> Tensor:
+    """(P, G) scores -> s_i - mean of the other answers' scores (RLOO, arXiv 2402.14740)."""
+    group = scores.shape[1]
+    return (scores - scores.mean(1, keepdim=True)) * (group / (group - 1))
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438).
+
+        delta_t = r_t + gamma V_{t+1} - V_t        V past the end is 0
+        A_t = delta_t + gamma lam A_{t+1}          R_t = A_t + V_t
+
+    Args:
+        rewards: (B, T).
+        values: (B, T), V_t is the value of the state before token t.
+        lengths: (B,) real slots of each row.
+
+    Returns:
+        advantages (B, T) and returns (B, T), 0 behind the end.
+    """
+    real = torch.arange(rewards.shape[1], device=rewards.device)[None] < lengths[:, None]
+    rewards, values = rewards.masked_fill(~real, 0.0), values.masked_fill(~real, 0.0)
+    after = torch.cat([values[:, 1:], values.new_zeros(values.shape[0], 1)], 1)
+    delta = rewards + gamma * after - values
+    advantages = torch.zeros_like(rewards)
+    running = rewards.new_zeros(rewards.shape[0])
+    for t in reversed(range(rewards.shape[1])):
+        running = delta[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, (advantages + values).masked_fill(~real, 0.0)
+
+
+def moments(values: Tensor, total: Sum = alone) -> tuple[float, float]:
+    """Mean and variance (divided by n - 1) of numbers that lie on several processes, in two passes."""
+    flat = values.detach().double()
+    first, count = total([float(flat.sum()), float(flat.numel())])
+    mean = first / max(count, 1.0)
+    (second,) = total([float(((flat - mean) ** 2).sum())])
+    return mean, second / max(count - 1.0, 1.0)
+
+
+def whiten(values: Tensor, total: Sum = alone, shift: bool = True) -> Tensor:
+    """(N,) -> (x - mean) / sqrt(var + 1e-8) over the tokens of all processes; `shift=False` keeps the mean."""
+    mean, variance = moments(values, total)
+    white = (values - mean) * (variance + 1e-8) ** -0.5
+    return white if shift else white + mean
+
+
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high)), elementwise (PPO, arXiv 1707.06347)."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
+
+
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2, elementwise; without a clip the plain square."""
+    plain = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * plain
+    near = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum(plain, (near - returns) ** 2)
+
+
+def clipped_share(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """1 where clipping cuts the gradient off."""
+    return ((ratio < 1.0 - low) & (advantages < 0)) | ((ratio > 1.0 + high) & (advantages > 0))

@@ -1,0 +1,187 @@
+"""Group relative policy optimisation: several answers to a prompt are judged against each other, without a value model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.errors import RecipeError
+from llmrecipe.fields import Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.objectives.alignment.advantages import clipped_policy_loss, clipped_share, group_relative
+from llmrecipe.objectives.alignment.kl import kl_estimate
+from llmrecipe.objectives.alignment.rollout import (
+    Plan,
+    Rollouts,
+    Sample,
+    answer_count,
+    check_rewards,
+    held_out,
+    held_out_metrics,
+    ratio_metrics,
+    rollout_metrics,
+    score_groups,
+    sum_by_answer,
+    with_metrics,
+)
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+
+@register
+class Grpo(Objective):
+    """GRPO: an answer's advantage is its score against the other answers to the same prompt (arXiv 2402.03300).
+
+        A_i = (s_i - mean_j s_j) / (std_j s_j + 1e-4)
+        loss = mean over tokens of max(-A rho, -A clip(rho, 1 - e_low, 1 + e_high)) + beta KL(pi || pi_ref)
+
+    `loss_type` says what the mean is taken over (DAPO, arXiv 2503.14476; Dr. GRPO, arXiv 2503.20783), `ratio: sequence` gives
+    one ratio an answer (GSPO, arXiv 2507.18071). One batch of prompts is one rollout; `steps` counts its updates.
+    """
+
+    rows: ClassVar[str] = "prompt"
+    roles: ClassVar[tuple[str, ...]] = ("reference", "reward")
+    dropout: ClassVar[bool] = False
+    samples: ClassVar[bool] = True
+
+    reward: dict[str, Any] = Field(default_factory=dict)
+    """name -> {kind, weight, options}: what an answer is worth, a weighted sum."""
+    answers: PositiveInt = 8
+    """Answers sampled to each prompt."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits when sampling, and in every log-probability."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer."""
+    beta: NonNegativeFloat = 0.04
+    """Weight of the divergence from the policy of step 0; 0 asks for no reference."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """Estimate of the divergence in the loss (see `alignment.kl`)."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps a pass."""
+    clip: NonNegativeFloat = 0.2
+    """How far below 1 the ratio still has a gradient."""
+    clip_high: NonNegativeFloat | None = None
+    """How far above 1; the same as `clip` where not given."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation divides the advantages."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """Mean over all tokens; over answers of their token means; or token sums over answers times `max_new_tokens`."""
+    ratio: Literal["token", "sequence"] = "token"
+    """A ratio for each token, or one an answer, exp of its mean log-ratio."""
+    missing_end: float | None = None
+    """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
+    eval_temperature: NonNegativeFloat | None = None
+    """Temperature of the answers to held-out prompts; null takes `temperature`, 0 is greedy."""
+    generation_batch: PositiveInt = 64
+    """Answers generated at once."""
+    show: NonNegativeInt = 2
+    """Answers of each rollout written to the events, with their scores."""
+
+    @functools.cached_property
+    def live(self) -> Rollouts:
+        """Where the rollouts stand."""
+        plan = Plan(
+            self.temperature, self.max_new_tokens, self.answers, self.epochs, self.minibatches, self.beta > 0, self.missing_end,
+            self.eval_temperature, self.generation_batch, self.show,
+        )  # fmt: skip
+        return Rollouts(plan, self.reward)
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Groups of at least two answers, and rewards that the rows can be scored with.
+
+        Raises:
+            RecipeError: naming the key to change.
+        """
+        if self.answers < 2:
+            raise RecipeError("objective.answers: a group of one answer has no advantage; give at least 2")
+        check_rewards(self.live.rewards, data)
+
+    def reference_of(self) -> str:
+        """The policy of step 0, unless nothing asks for it."""
+        return "initial" if self.beta > 0 else "none"
+
+    def step_zero(self) -> dict[str, float]:
+        """The policy that sampled is the policy that is trained."""
+        return {
+            "policy/ratio": 1.0,
+            "policy/approxkl": 0.0,
+            "policy/clipfrac": 0.0,
+            **({"objective/kl": 0.0} if self.beta else {}),
+        }
+
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.live.plan.updates
+
+    def at_boundary(self) -> bool:
+        """Between rollouts."""
+        return self.live.boundary
+
+    def advantages(self, samples: list[Sample], roles: Roles) -> None:
+        """Give every token of an answer the answer's advantage."""
+        scores = score_groups(samples, self.answers)
+        found = group_relative(scores, self.scale, total=roles.sum).flatten().float()
+        for sample, value in zip(samples, found, strict=True):
+            sample.tokens["advantages"] = value.expand(sample.length)
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """A rollout for each batch of prompts, then its updates."""
+        for rows in source:
+            yield from self.live.updates(rows, roles, functools.partial(self.advantages, roles=roles))
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Fresh answers to the rows' prompts."""
+        judge = functools.partial(self.advantages, roles=roles)
+        return self.live.whole(rows, roles, judge)
+
+    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+        """Held-out prompts, answered at `eval_temperature`."""
+        return held_out(data, indices)
+
+    def weight(self, batch: Batch) -> float:
+        """Tokens or answers, by `loss_type`."""
+        return float(batch.target.numel()) if self.loss_type == "dapo" else float(answer_count(batch))
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed clipped surrogate, plus the divergence."""
+        out = roles.policy(batch, entropy=True, temperature=self.temperature)
+        t, extra = out["logprobs"], batch.extra
+        log_ratio = t - extra["old"]
+        advantages = extra["advantages"]
+        measured = log_ratio
+        if self.ratio == "sequence":
+            measured = sum_by_answer(batch, log_ratio) / extra["length"]
+            log_ratio = measured[extra["answer"]]
+        high = self.clip if self.clip_high is None else self.clip_high
+        ratio = log_ratio.exp()
+        each = clipped_policy_loss(ratio, advantages, self.clip, high)
+        if self.beta:
+            each = each + self.beta * kl_estimate(t, extra["reference"], self.kl_estimator)
+        clipped = clipped_share(ratio.detach(), advantages, self.clip, high)
+        return with_metrics(
+            self.reduce(each, batch), rollout_metrics(batch, self.beta), ratio_metrics(measured, clipped, out["entropy"])
+        )
+
+    def reduce(self, each: Tensor, batch: Batch) -> Tensor:
+        """(N,) token losses -> their sum, weighted as `loss_type` says."""
+        if self.loss_type == "grpo":
+            return (each / batch.extra["length"][batch.extra["answer"]]).sum()
+        return each.sum() / (self.max_new_tokens if self.loss_type == "dr_grpo" else 1)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Scores of held-out prompts."""
+        return held_out_metrics(batch)
+
+    def state(self) -> dict[str, Any]:
+        """Where the rollouts stand."""
+        return self.live.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on after the last whole rollout."""
+        self.live.load_state(state)

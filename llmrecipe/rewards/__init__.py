@@ -1,0 +1,1 @@
+"""Rewards: what a sampled answer is worth, one kind a file."""
