@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llmrecipe.training import delta
 from llmrecipe.training.opened import open_model
 from tests.tiny import tiny_model
 
-VOCABULARY = 906
+VOCABULARY = int(json.loads((TINY / "config.json").read_text())["vocab_size"])
 
 
 def base_folder(root: Path, family: str = "llama", **more: Any) -> Path:

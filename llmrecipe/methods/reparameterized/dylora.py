@@ -31,6 +31,7 @@ class NestedLowRank(low_rank.LowRank):
     def __init__(self, width_in: int, width_out: int, r: int, alpha: float, dropout: float, rows: Tensor | None):
         super().__init__(width_in, width_out, r, alpha / r, dropout, rows)
         self.alpha = alpha
+        self.drawn = r
         self.register_buffer("gain", torch.empty(r), persistent=False)
         self.register_buffer("learns", torch.empty(r, dtype=torch.bool), persistent=False)
         self.use(r)
@@ -40,7 +41,9 @@ class NestedLowRank(low_rank.LowRank):
         self.b = b
         ranks = torch.arange(len(self.gain), device=self.gain.device)
         self.gain.copy_((ranks < b) * (self.alpha / b))
-        self.learns.copy_(torch.ones_like(self.learns) if learning is None else (ranks >= learning.start) & (ranks < learning.stop))
+        self.learns.copy_(
+            torch.ones_like(self.learns) if learning is None else (ranks >= learning.start) & (ranks < learning.stop)
+        )
         self.partly = learning is not None
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -122,7 +125,9 @@ class Dylora(Wrapper):
             raise RecipeError(f"stack.{self.name}.{name}: {value} is larger than r={self.r}, the largest rank that is trained")
         for site in anatomy(model).at(self.target):
             if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
-                raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer; dylora nests the ranks of linear layers")
+                raise ModelError(
+                    f"stack.{self.name}: {site.path} is not a linear layer; dylora nests the ranks of linear layers"
+                )
             with torch.device(low_rank.device_of(site.module)):
                 rows = low_rank.row_index(site)
                 port = NestedLowRank(site.width_in, site.width_out, self.r, self.alpha, self.dropout, rows)
@@ -155,6 +160,7 @@ class Dylora(Wrapper):
         b = self.draw(step)
         for port in self._ports(model):
             port.use(b, self.learning(b))
+            port.drawn = b
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -177,12 +183,15 @@ class Dylora(Wrapper):
             active = port.learns & (port.gain > 0)
             for parameter, still in ((port.A, ~active[:, None]), (port.B, ~active)):
                 state = optimizer.state.get(parameter, {})
-                for tensor in (parameter.data, *(v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape)):
+                for tensor in (
+                    parameter.data,
+                    *(v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape),
+                ):
                     yield tensor, tensor.clone(), still
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """The rank evaluation uses."""
-        return {"rank": float(self.rank or self.r)}
+        """The rank drawn for the last step."""
+        return {"rank": float(port.drawn) for port in self._ports(model)[:1]}
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + (alpha / b) B[:, :b] A[:b] at the rank in use."""

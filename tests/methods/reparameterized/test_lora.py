@@ -97,7 +97,14 @@ def test_starts_at_the_base_model(init: str, target: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "target"),
-    [("llama", "all-linear"), ("gpt2", "attn.q|v"), ("gpt_neox", "attn.q|v"), ("phi3", "attn.q|v"), ("llama", "embed"), ("mixtral", "experts")],
+    [
+        ("llama", "all-linear"),
+        ("gpt2", "attn.q|v"),
+        ("gpt_neox", "attn.q|v"),
+        ("phi3", "attn.q|v"),
+        ("llama", "embed"),
+        ("mixtral", "experts"),
+    ],
 )
 def test_merging_gives_the_same_logits(family: str, target: str) -> None:
     model, stack = adapted(family, target=target)

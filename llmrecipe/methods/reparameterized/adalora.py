@@ -1,0 +1,313 @@
+"""AdaLoRA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.methods import low_rank
+from llmrecipe.methods.inject import all_ports, inject, merge_ports
+from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from llmrecipe.export.peft_format import Adapter
+
+FACTORS = ("A", "E", "B")
+"""Q (r, in), the singular values (r, 1), P (out, r)."""
+
+
+def budget(t: int, first: int, last: int, total: int, start: int, end: int) -> int:
+    """Triplets kept after t steps: `start` until step `first`, then a cubic fall to `end`, reached `last` steps before `total`."""
+    if t <= first:
+        return start
+    if t >= total - last:
+        return end
+    left = 1.0 - (t - first) / (total - last - first)
+    return int(end + (start - end) * left**3)
+
+
+def keep_best(scores: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest scores; of equal ones the first are kept, so that every process agrees."""
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[torch.sort(scores, descending=True, stable=True).indices[:count]] = True
+    return kept
+
+
+class SvdLowRank(low_rank.LowRank):
+    """y + s B (E * A dropout(x)), with the smoothed importance of every entry while it is needed."""
+
+    def __init__(self, width_in: int, width_out: int, r: int, scale: float, dropout: float, rows: Tensor | None, scored: bool):
+        super().__init__(width_in, width_out, r, scale, dropout, rows)
+        self.E = nn.Parameter(torch.zeros(r, 1))
+        self.register_buffer("kept", torch.ones(r, dtype=torch.bool))
+        for name in FACTORS:
+            like = getattr(self, name)
+            self.register_buffer(f"mean_{name}", torch.zeros_like(like, requires_grad=False) if scored else None)
+            self.register_buffer(f"spread_{name}", torch.zeros_like(like, requires_grad=False) if scored else None)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s B (E * A dropout(x))."""
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return low_rank.branch(dropped, self.A * self.E, self.B, self.scale, y, self.rows)
+
+    @torch.no_grad()
+    def observe(self, beta1: float, beta2: float) -> None:
+        """I = |w dL/dw|; mean <- beta1 mean + (1 - beta1) I; spread <- beta2 spread + (1 - beta2) |I - mean|."""
+        for name in FACTORS:
+            parameter, mean, spread = getattr(self, name), getattr(self, f"mean_{name}"), getattr(self, f"spread_{name}")
+            if parameter.grad is None or mean is None:
+                continue
+            now = (parameter * parameter.grad).abs()
+            mean.mul_(beta1).add_(now, alpha=1 - beta1)
+            spread.mul_(beta2).add_((now - mean).abs_(), alpha=1 - beta2)
+
+    def scores(self) -> Tensor:
+        """(r,) importance of each triplet: s(E_k) + mean_j s(B_jk) + mean_j s(A_kj), s = mean * spread."""
+        return (
+            (self.mean_E * self.spread_E)[:, 0] + (self.mean_B * self.spread_B).mean(0) + (self.mean_A * self.spread_A).mean(1)
+        )
+
+    @torch.no_grad()
+    def mask(self) -> None:
+        """Set the singular values of dropped triplets to zero; their vectors stay, so that they may come back."""
+        self.E.masked_fill_(~self.kept[:, None], 0.0)
+
+    def forget(self) -> None:
+        """Drop the importances: the pattern is final."""
+        for name in FACTORS:
+            setattr(self, f"mean_{name}", None)
+            setattr(self, f"spread_{name}", None)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(E A, B, s) of the kept triplets; one that is zero where none is."""
+        kept = self.kept.clone()
+        kept[0] |= not bool(kept.any())
+        return (self.A * self.E).detach()[kept], self.B.detach()[:, kept], self.scale
+
+    def product(self) -> Tensor:
+        """s B diag(E) A in float32."""
+        return (self.B.float() @ (self.A * self.E).float()) * self.scale
+
+
+class Budget(nn.Module):
+    """What the allocator knows about the run: its length, and what it last did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.long))
+        self.orth = 0.0
+
+
+@register
+class Adalora(Wrapper):
+    """AdaLoRA: y = W x + alpha / (R + 1e-5) P diag(l) Q x; a budget of ranks moves to the modules where it matters.
+
+    P (out, r) and Q (r, in) start as N(0, 0.02^2), the singular values l at zero: step 0 is the base. R is `init_r`, constant.
+    After every step each entry's sensitivity |w dL/dw| is smoothed (beta1), so is its uncertainty (beta2); a triplet's score is
+    s(l_k) + mean s(P_k) + mean s(Q_k) with s their product. Every `deltaT` steps the top b(t) triplets of all modules are kept
+    and the other l set to zero; b falls from n init_r to n target_r by a cubic between `tinit` and `tfinal` steps before the
+    end, then the pattern is frozen and enforced after every step. A penalty keeps P and Q near orthogonal. Merging is exact up
+    to rounding.
+
+    Paper: AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv 2303.10512). Departures, as in its
+    code: the budget is continuous at tinit, scores use the weights after the step, and `orth: fro_mean` averages un-squared
+    norms. Ties are kept in order instead of all being dropped.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    mergeable: ClassVar[bool] = True
+    hooks: ClassVar[tuple[str, ...]] = ("penalty", "after_step")
+    conflicts: ClassVar[dict[str, str]] = {"mezo": "the allocator scores gradients, and mezo makes none"}
+
+    target: str = "all-linear"
+    """Linear sites that share the budget."""
+    init_r: PositiveInt = 12
+    """Rank of every site at the start."""
+    target_r: PositiveInt = 8
+    """Mean rank at the end."""
+    alpha: PositiveFloat = 8.0
+    """The branch is scaled by alpha / (init_r + 1e-5)."""
+    dropout: OpenFraction = 0.0
+    """Dropout on the branch's input while training."""
+    tinit: NonNegativeFloat = 0.0
+    """Steps before the budget starts to fall; below 1 a share of the run."""
+    tfinal: NonNegativeFloat = 0.0
+    """Steps at the end with a fixed pattern; below 1 a share of the run."""
+    deltaT: PositiveInt = 1
+    """Steps between two allocations."""
+    beta1: OpenFraction = 0.85
+    """Smoothing of the sensitivity."""
+    beta2: OpenFraction = 0.85
+    """Smoothing of its uncertainty."""
+    orth_reg_weight: NonNegativeFloat = 0.5
+    """Weight of the orthogonality penalty."""
+    orth: Literal["fro_mean", "fro_sq_sum"] = "fro_mean"
+    """Mean of ||P^T P - I|| over all P and Q (the code), or the sum of squares (the paper)."""
+    total_step: PositiveInt | None = None
+    """Steps of the whole schedule; default: those of the run."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Put a triplet form beside every site of `target`.
+
+        Raises:
+            RecipeError: the final rank is above the first one.
+            ModelError: a site is not a linear layer.
+        """
+        from llmrecipe.models.anatomy import anatomy
+
+        if self.target_r > self.init_r:
+            raise RecipeError(
+                f"stack.{self.name}.target_r: {self.target_r} is larger than init_r={self.init_r}; ranks only fall"
+            )
+        for site in anatomy(model).at(self.target):
+            if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
+                raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer; adalora ranks linear layers")
+            with torch.device(low_rank.device_of(site.module)):
+                scored = bool((structure or {}).get("scored", True))
+                scale = self.alpha / (self.init_r + 1e-5)
+                rows = low_rank.row_index(site)
+                port = SvdLowRank(site.width_in, site.width_out, self.init_r, scale, self.dropout, rows, scored)
+                nn.init.normal_(port.A, std=0.02)
+                nn.init.normal_(port.B, std=0.02)
+            inject(site.module, site.name(self.name), port, self.name)
+        shared = Budget().to(low_rank.device_of(model))
+        shared.total.fill_(self.total_step or 0)
+        model.add_module(f"{self.name}_shared", shared)
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """Whether importances are still kept, and the rank of every module."""
+        ports = self._ports(model)
+        ranks = {path: int(port.kept.sum()) for path, port in ports.items()}
+        return {"scored": any(port.mean_E is not None for port in ports.values()), "ranks": ranks}
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Take the length of the schedule from the run.
+
+        Raises:
+            RecipeError: the phases leave no step for the budget to fall.
+        """
+        if self.total_step is None:
+            self._shared(model).total.fill_(probe.steps)
+        total, first, last = self._phases(model)
+        if first >= total - last:
+            raise RecipeError(
+                f"stack.{self.name}: tinit={first} and tfinal={last} leave no step of {total} for the budget to fall; "
+                "shorten them, or give them as shares of the run such as 0.1"
+            )
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products in float32, one shape at a time."""
+        matrices: dict[torch.Size, list[Tensor]] = {}
+        for port in self._ports(model).values():
+            for wide in (port.A, port.B.t()):
+                matrices.setdefault(wide.shape, []).append(wide.float())
+        grams = torch.cat([(m := torch.stack(group)) @ m.mT for group in matrices.values()])
+        apart = torch.linalg.matrix_norm(grams - torch.eye(self.init_r, device=grams.device))
+        value = apart.mean() if self.orth == "fro_mean" else apart.square().sum()
+        self._shared(model).orth = float(value.detach())
+        return self.orth_reg_weight * value
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Score, allocate when due, enforce the pattern at the end."""
+        t, ports = step + 1, list(self._ports(model).values())
+        total, first, last = self._phases(model)
+        end = total - last
+        if t < end:
+            for port in ports:
+                port.observe(self.beta1, self.beta2)
+        if t == end or (first < t < end and t % self.deltaT == 0):
+            n = len(ports)
+            count = budget(t, first, last, total, n * self.init_r, n * self.target_r)
+            kept = keep_best(torch.cat([port.scores() for port in ports]), count)
+            for port, mask in zip(ports, kept.split(self.init_r), strict=True):
+                port.kept.copy_(mask)
+                port.mask()
+        elif t > end:
+            for port in ports:
+                port.mask()
+        if t == end:
+            for port in ports:
+                port.forget()
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """The ranks now, and how far P and Q are from orthogonal."""
+        ranks = [float(port.kept.sum()) for port in self._ports(model).values()]
+        return {
+            "rank_mean": sum(ranks) / len(ranks),
+            "rank_min": min(ranks),
+            "rank_max": max(ranks),
+            "orth": self._shared(model).orth,
+        }
+
+    def merge(self, model: nn.Module) -> None:
+        """W <- W + s P diag(l) Q."""
+        merge_ports(model, self.name)
+
+    def to_peft(self, model: nn.Module) -> Adapter | None:
+        """An AdaLoRA folder with its rank pattern; None where two parts of one fused layer are adapted."""
+        from llmrecipe.export.peft_format import PREFIX, Adapter
+        from llmrecipe.models.sites import widths
+
+        ports = [(path, module, port) for path, module, _, port in all_ports(model, self.name)]
+        if len({path for path, _, _ in ports}) < len(ports):
+            return None
+        total, first, last = self._phases(model)
+        config: dict[str, Any] = {
+            "peft_type": "ADALORA",
+            "target_modules": sorted(path for path, _, _ in ports),
+            "init_r": self.init_r,
+            "target_r": self.target_r,
+            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "lora_dropout": self.dropout,
+            "tinit": first,
+            "tfinal": last,
+            "deltaT": self.deltaT,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "orth_reg_weight": self.orth_reg_weight,
+            "total_step": total,
+            "rank_pattern": {f"{path}.lora_E": port.kept.tolist() for path, _, port in ports},
+            "inference_mode": True,
+        }
+        tensors = {}
+        for path, module, port in ports:
+            B = port.B.detach()[:, port.kept]
+            if port.rows is not None:
+                B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
+            home = PREFIX + path
+            tensors |= {
+                f"{home}.lora_A": port.A.detach()[port.kept],
+                f"{home}.lora_B": B,
+                f"{home}.lora_E": port.E.detach()[port.kept],
+            }
+        return Adapter(config, tensors)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable r (in + out + 1) a site; two more numbers an entry for the importances."""
+        count = sum(p.numel() for port in self._ports(model).values() for p in port.parameters())
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "state_bytes": 8 * count}
+
+    def _ports(self, model: nn.Module) -> dict[str, SvdLowRank]:
+        found = all_ports(model, self.name)
+        return {f"{path}.{name}": port for path, _, name, port in found if isinstance(port, SvdLowRank)}
+
+    def _shared(self, model: nn.Module) -> Budget:
+        return getattr(model, f"{self.name}_shared")
+
+    def _phases(self, model: nn.Module) -> tuple[int, int, int]:
+        """(steps of the schedule, steps before the fall, steps after it).
+
+        Raises:
+            RecipeError: nobody said how long the run is.
+        """
+        total = int(self._shared(model).total)
+        if total == 0:
+            raise RecipeError(f"stack.{self.name}.total_step: the length of the run is not known here; set it")
+        first, last = (int(v if v >= 1 or v == 0 else v * total) for v in (self.tinit, self.tfinal))
+        return total, first, last

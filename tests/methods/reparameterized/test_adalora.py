@@ -1,0 +1,217 @@
+"""AdaLoRA against peft: ten steps with masks, the budget, the penalty by hand, reload, export as LoRA, resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmrecipe.errors import RecipeError
+from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank, budget, keep_best
+from llmrecipe.methods.stack import Stack
+from llmrecipe.methods.wrapper import Probe
+from tests.export.saved_runs import VOCABULARY, base_folder
+from tests.tiny import tiny_model
+
+IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 2]])
+SCHEDULE: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 10}
+
+
+def adapted(family: str = "llama", model: nn.Module | None = None, **options: Any) -> tuple[nn.Module, Stack, Adalora]:
+    model = model or tiny_model(family)
+    wrapper = Adalora(name="adalora", **{"target": "attn.q|v", "alpha": 6.0, **SCHEDULE, **options})
+    stack = Stack([wrapper])
+    torch.manual_seed(0)
+    stack.attach(model)
+    stack.calibrate(model, Probe(None, None, steps=10))
+    return model, stack, wrapper
+
+
+def ports(model: nn.Module) -> dict[str, SvdLowRank]:
+    return {path: port for path, _, _, port in all_ports(model)}
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(input_ids=IDS).logits[0, :-1], IDS[0, 1:])
+
+
+def train(model: nn.Module, stack: Stack, first: int = 0, last: int = 10, optimizer: Any = None) -> Any:
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for step in range(first, last):
+        stack.before_step(model, step)
+        (loss_of(model) + stack.penalty(model)).backward()
+        optimizer.step()
+        stack.after_step(model, step)
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ten_steps_with_masks_equal_peft(family: str) -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    target = "attn.q|v" if family == "llama" else "attn.qkv"
+    model, stack, _ = adapted(family, target=target)
+    names = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}[family]
+    # Without a task type peft calls the base model past the forward that adds the penalty.
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=names, lora_alpha=6, fan_in_fan_out=family == "gpt2", **SCHEDULE
+    )
+    twin = get_peft_model(tiny_model(family), config)
+    ours = ports(model)
+    theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_E") and n in ours}
+    assert len(theirs) == len(ours)
+    for path, module in theirs.items():
+        for name in ("A", "B", "E"):
+            getattr(module, f"lora_{name}")["default"].data.copy_(getattr(ours[path], name).data)
+    own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    other = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for step in range(10):
+        train(model, stack, step, step + 1, own)
+        out = twin(input_ids=IDS, labels=IDS)
+        out.loss.backward()
+        other.step()
+        twin.base_model.update_and_allocate(step + 1)
+        other.zero_grad()
+        for path, module in theirs.items():
+            for name in ("A", "B", "E"):
+                torch.testing.assert_close(
+                    getattr(ours[path], name),
+                    getattr(module, f"lora_{name}")["default"],
+                    atol=2e-6,
+                    rtol=1e-4,
+                    check_dtype=False,
+                )
+    pattern = twin.peft_config["default"].rank_pattern
+    for path in theirs:
+        key = next(k for k in pattern if path in k)
+        assert pattern[key] == ours[path].kept.tolist()
+    assert sum(int(p.kept.sum()) for p in ours.values()) == 2 * len(ours)
+
+
+def test_the_budget_is_the_cubic_at_every_step_and_masks_keep_exactly_it() -> None:
+    assert [budget(t, 2, 3, 10, 16, 8) for t in range(1, 11)] == [16, 16, 12, 9, 8, 8, 8, 8, 8, 8]
+    model, stack, _ = adapted(deltaT=1)
+    found = ports(model)
+    seen = []
+    optimizer = None
+    for step in range(10):
+        optimizer = train(model, stack, step, step + 1, optimizer)
+        seen.append(sum(int((p.E != 0).sum()) for p in found.values()))
+        assert stack.metrics(model)["adalora/rank_mean"] * len(found) == sum(int(p.kept.sum()) for p in found.values())
+    assert seen == [16, 16, 12, 9, 8, 8, 8, 8, 8, 8]
+
+
+def test_ties_keep_exactly_the_budget() -> None:
+    assert keep_best(torch.tensor([1.0, 2.0, 1.0, 1.0]), 2).tolist() == [True, True, False, False]
+    assert keep_best(torch.zeros(3), 3).all()
+
+
+def test_scores_follow_the_smoothing_by_hand() -> None:
+    """One entry a factor: I = |w g|; mean 0.85 * 0 + 0.15 I; spread 0.15 |I - mean|; the score is their product, summed."""
+    port = SvdLowRank(1, 1, 1, 1.0, 0.0, None, True)
+    for name, value in (("A", 2.0), ("E", 3.0), ("B", 5.0)):
+        parameter = getattr(port, name)
+        parameter.data.fill_(value)
+        parameter.grad = torch.full_like(parameter, 0.1)
+    port.observe(0.85, 0.85)
+    wanted = sum((0.15 * i) * (0.15 * abs(i - 0.15 * i)) for i in (0.2, 0.3, 0.5))
+    assert float(port.scores()) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("orth", ["fro_mean", "fro_sq_sum"])
+def test_the_penalty_equals_a_loop_over_matrices(orth: str) -> None:
+    model, _, wrapper = adapted(target="all-linear", orth=orth)
+    norms = []
+    for port in ports(model).values():
+        for gram in (port.A @ port.A.t(), port.B.t() @ port.B):
+            norms.append(torch.linalg.norm(gram.double() - torch.eye(4)))
+    wanted = sum(norms) / len(norms) if orth == "fro_mean" else sum(n * n for n in norms)
+    assert float(wrapper.penalty(model)) == pytest.approx(0.5 * float(wanted), rel=1e-5)
+
+
+def test_starts_at_the_base_and_merges_to_the_same_logits() -> None:
+    base = tiny_model()(input_ids=IDS).logits
+    model, stack, wrapper = adapted()
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    train(model, stack)
+    wanted = model(input_ids=IDS).logits
+    wrapper.merge(model)
+    torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_resumed_run_makes_the_same_masks(stop: int) -> None:
+    model, stack, _ = adapted()
+    optimizer = train(model, stack, 0, stop)
+    twin = tiny_model()
+    other = Stack([Adalora(name="adalora", target="attn.q|v", alpha=6.0, **SCHEDULE)])
+    other.attach(twin, json.loads(json.dumps(stack.structures(model))))
+    other.restore(twin, {k: v.clone() for k, v in stack.delta(model).items()})
+    second = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, stack, stop, 10, optimizer)
+    train(twin, other, stop, 10, second)
+    for path, port in ports(model).items():
+        assert torch.equal(port.E, ports(twin)[path].E)
+        assert torch.equal(port.kept, ports(twin)[path].kept)
+
+
+def test_importances_are_gone_when_the_pattern_is_final() -> None:
+    model, stack, _ = adapted()
+    train(model, stack)
+    assert not [name for name in stack.delta(model) if "mean" in name or "spread" in name]
+    assert stack.structures(model)["adalora"]["scored"] is False
+
+
+def test_an_impossible_schedule_is_refused() -> None:
+    with pytest.raises(RecipeError, match="leave no step of 10"):
+        adapted(tinit=8, tfinal=0.3)
+    with pytest.raises(RecipeError, match="ranks only fall"):
+        adapted(target_r=5)
+
+
+def test_without_its_hook_nothing_is_ever_masked() -> None:
+    """The mutant: a loop that forgets `after_step` is what the declared hooks are for."""
+    model, stack, _ = adapted()
+    loss_of(model).backward()
+    stack.penalty(model)
+    assert stack.unfired() == ["adalora.after_step"]
+
+
+@pytest.mark.parametrize("as_lora", [False, True])
+def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lora: bool) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from llmrecipe.export.peft import export_peft
+    from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+    from llmrecipe.training import delta
+    from llmrecipe.training.opened import open_model
+
+    base = base_folder(tmp_path)
+    opened = open_model(ModelSection(path=str(base)), TokenizerSection())
+    model, stack, wrapper = adapted(model=opened.model)
+    train(model, stack)
+    for port in ports(model).values():
+        port.E.data *= 30
+    layer = delta.Layer(
+        {"adalora": delta.wrapper_mapping(wrapper)}, stack.structures(model), delta.DELTA_FILE, stack.delta(model)
+    )
+    facts = {"path": str(base), "fingerprint": opened.base_fingerprint, "section": {}}
+    delta.write(tmp_path / "run" / "final", delta.Saved(facts, [layer]))
+    wanted = model(input_ids=IDS).logits
+    assert (wanted - tiny_model(vocab_size=VOCABULARY)(input_ids=IDS).logits).abs().max() > 0.05
+    folder = export_peft(tmp_path / "run", as_lora=as_lora).path
+    twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    torch.testing.assert_close(twin(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+    ranks = {int(p.kept.sum()) for p in ports(model).values()}
+    config = twin.peft_config["default"]
+    assert config.peft_type.value == ("LORA" if as_lora else "ADALORA")
+    assert as_lora or {sum(v) for v in config.rank_pattern.values()} == ranks
