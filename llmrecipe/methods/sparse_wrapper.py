@@ -193,6 +193,10 @@ class SparseHooks:
 
     name: str
 
+    def plan(self, model: nn.Module) -> int:
+        """How many entries will be selected, while the choice has yet to be made."""
+        return 0
+
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Shapes and digests of the selection."""
         return structure_of(model, self.name)
@@ -226,8 +230,8 @@ class SparseHooks:
     def memory(self, model: nn.Module) -> dict[str, int]:
         """20 bytes an entry: index, value, gradient and two moments."""
         ports = [port for _, _, port in sparse_ports(model, self.name)]
-        count = sum(p.values.numel() for p in ports)
-        index = sum(p.idx.numel() * p.idx.element_size() for p in ports)
+        count = sum(p.values.numel() for p in ports) if ports else self.plan(model)
+        index = sum(p.idx.numel() * p.idx.element_size() for p in ports) if ports else 4 * count
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": index}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:

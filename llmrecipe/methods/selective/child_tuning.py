@@ -79,6 +79,10 @@ class ChildTuning(SparseHooks, Wrapper):
         if self.variant == "f" and self._scope() != "trainable" and any(w.quantized for w in self._masked(model).values()):
             raise ModelError(f"stack.{self.name}: variant f trains every weight, and quantized weights cannot; use variant=d")
 
+    def plan(self, model: nn.Module) -> int:
+        """d: the p of the scope that will be chosen."""
+        return 0 if self.variant == "f" else int(self.p * sum(w.numel for w in self._masked(model).values()))
+
     def _masked(self, model: nn.Module) -> dict[str, Any]:
         return base_weights(model, self._scope())
 
@@ -104,8 +108,7 @@ class ChildTuning(SparseHooks, Wrapper):
         def scorer(group: dict[str, Any]) -> dict[str, Tensor]:
             return selection.score(model, probe, group, examples, **(compat if self.code_compat else {}))
 
-        k = int(self.p * sum(w.numel for w in weights.values()))
-        best = selection.select_top(weights, k, self.layer_groups, scorer)
+        best = selection.select_top(weights, self.plan(model), self.layer_groups, scorer)
         attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in best.items()})
 
     def _gradients(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

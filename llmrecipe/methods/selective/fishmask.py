@@ -64,6 +64,10 @@ class Fishmask(SparseHooks, Wrapper):
         else:
             self.count(model)
 
+    def plan(self, model: nn.Module) -> int:
+        """k."""
+        return self.count(model)
+
     def count(self, model: nn.Module) -> int:
         """k, from the density.
 

@@ -73,6 +73,12 @@ class GroupMask(SparseHooks, Wrapper):
         else:
             self.budget(families(model, self.group, self.scope))
 
+    def plan(self, model: nn.Module) -> int:
+        """At most so many numbers."""
+        from llmrecipe.methods.weight_groups import families
+
+        return self.budget(families(model, self.group, self.scope))
+
     def budget(self, found: list[Family]) -> int:
         """Numbers that may train.
 

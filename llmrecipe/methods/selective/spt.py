@@ -95,6 +95,10 @@ class Spt(SparseHooks, Wrapper):
                 found.append(Tunable(name, weight.numel, weight.numel, whole))
         return found
 
+    def plan(self, model: nn.Module) -> int:
+        """At most so many numbers, in whatever form."""
+        return 0 if self._structured(model) else self.limit(self._tunables(model))
+
     def limit(self, tunables: list[Tunable]) -> int:
         """The budget as a count.
 

@@ -143,8 +143,10 @@ def test_a_mask_that_no_gradient_reaches_is_refused():
 
 def test_memory_is_twenty_bytes_an_entry():
     model = tiny_model("llama")
+    planned = Fishmask(name="fish", density=0.02).memory(model)
     stack = fish(model, density=0.02)
     facts = stack.wrappers[0].memory(model)
+    assert planned == facts
     assert sum(facts[k] for k in ("optimizer_bytes", "gradient_bytes", "index_bytes")) + 4 * facts["trainable"] == (
         20 * facts["trainable"]
     )
