@@ -60,9 +60,9 @@ class Port(nn.Module):
         context = current()
         if self.owner in context.off:
             return False
-        if self.mounted:
-            return True
-        return context.role != "reference" if self.roles is None else context.role in self.roles
+        if self.roles is not None:
+            return context.role in self.roles
+        return self.mounted or context.role != "reference"
 
     def before(self, x: Tensor) -> Tensor:
         """x -> x'."""

@@ -90,6 +90,8 @@ class Wrapper:
 
     name: str = ""
     """Its key in the stack; owns every tensor called `....<name>....`."""
+    role: str = ""
+    """The one role its ports serve (`value`, `reward`); empty for the policy's own methods, which serve all but `reference`."""
 
     def expand(self, model: nn.Module) -> list[Wrapper]:
         """The wrappers this one stands for; a hybrid returns others, with placements and gates."""

@@ -36,7 +36,7 @@ class Rule(Reward):
 def _rules() -> dict[str, Callable[..., float]]:
     from llmrecipe.evaluation import rules
 
-    found = {}
+    found: dict[str, Callable[..., float]] = {}
     for name, function in inspect.getmembers(rules, inspect.isfunction):
         parameters = list(inspect.signature(function).parameters)
         if (

@@ -68,6 +68,10 @@ class Plan:
     generation_batch: int = 64
     show: int = 2
     """Answers shown of each rollout."""
+    token_names: tuple[str, ...] = ("advantages",)
+    """What the objective adds to each token of an answer."""
+    number_names: tuple[str, ...] = ()
+    """What it adds to each answer."""
 
     @property
     def updates(self) -> int:
@@ -151,7 +155,7 @@ class Rollouts:
             parts = parts if epoch == 0 else self.deal(samples, roles)
             for index, part in enumerate(parts):
                 self.boundary = epoch == self.plan.epochs - 1 and index == len(parts) - 1
-                yield [lay_out(micro, roles) for micro in part]
+                yield [self.lay_out(micro, roles) for micro in part]
 
     def whole(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Batch:
         """Fresh answers to the rows in one batch: for evaluation, and for methods that look at gradients before step 0."""
@@ -159,7 +163,7 @@ class Rollouts:
         self.measure(samples, roles)
         if not (rows and rows[0].get(HELD_OUT)):
             value(samples)
-        return lay_out(samples, roles)
+        return self.lay_out(samples, roles)
 
     def deal(self, samples: list[Sample], roles: Roles) -> list[list[list[Sample]]]:
         """Samples -> minibatches -> micro-batches, prompts in a new order; answers to one prompt stay together."""
@@ -177,7 +181,7 @@ class Rollouts:
         """Log-probabilities under the sampling policy and the reference, by the forward pass that training uses."""
         if not samples:
             return
-        batch = lay_out(samples, roles)
+        batch = self.lay_out(samples, roles)
         lengths = [s.length for s in samples]
         found = {"old": roles.engine(batch, temperature=self.plan.temperature)["logprobs"]}
         if self.plan.reference:
@@ -187,6 +191,36 @@ class Rollouts:
                 sample.tokens[name] = own.cpu()
         for s in samples:
             s.numbers["kl"] = float((s.tokens["old"] - s.tokens["reference"]).sum()) if self.plan.reference else 0.0
+
+    def lay_out(self, samples: list[Sample], roles: Roles) -> Batch:
+        """Samples -> a batch whose targets are the answers' tokens, in order; `extra` holds what the samples know.
+
+        Per token: what `Sample.tokens` holds, and `answer`, the index of the token's answer. Per answer: `score`, `length`,
+        `finished` and what `Sample.numbers` holds. Answers to one prompt share it where rows are packed. A batch without
+        answers has the same names, so that every process reports the same metrics.
+        """
+        lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
+        extra: dict[str, Tensor] = {
+            "answer": torch.repeat_interleave(torch.arange(len(samples)), lengths),
+            "score": torch.tensor([s.score for s in samples]),
+            "length": lengths.float(),
+            "finished": torch.tensor([float(s.answer.finished) for s in samples]),
+        }
+        plan = self.plan
+        tokens = list(samples[0].tokens if samples else ("old", *(("reference",) if plan.reference else ()), *plan.token_names))
+        numbers = list(samples[0].numbers if samples else (*self.reward_names, "kl", *plan.number_names))
+        extra |= {name: torch.cat([s.tokens[name] for s in samples]) if samples else torch.zeros(0) for name in tokens}
+        extra |= {name: torch.tensor([s.numbers[name] for s in samples]) for name in numbers}
+        rows = [s.row for s in samples]
+        if roles.engine.is_pair_model:
+            whole = [{"row": s.row, "ids": [*s.answer.prompt_ids, *s.answer.ids], "trained": _trained(s)} for s in samples]
+            return collate_tokens(whole, roles).with_extra(**{k: v.to(roles.device) for k, v in extra.items()})
+        return roles.layout(_sequences(samples), rows, extra)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the rewards in batches and metrics."""
+        return [f"rewards/{name}" for name in self.rewards.parts]
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -220,32 +254,6 @@ def check_rewards(rewards: Rewards, data: Any) -> None:
 def score_groups(samples: list[Sample], answers: int) -> Tensor:
     """(P, G) scores in float64, one row a prompt."""
     return torch.tensor([s.score for s in samples], dtype=torch.float64).view(-1, answers)
-
-
-def lay_out(samples: list[Sample], roles: Roles) -> Batch:
-    """Samples -> a batch whose targets are the answers' tokens, in order; `extra` holds what the samples know.
-
-    Per token: what `Sample.tokens` holds, and `answer`, the index of the token's answer. Per answer: `score`, `length`,
-    `finished` and what `Sample.numbers` holds. Answers to one prompt share it where rows are packed.
-    """
-    extra: dict[str, Tensor] = {
-        "answer": torch.repeat_interleave(
-            torch.arange(len(samples)), torch.tensor([s.length for s in samples], dtype=torch.long)
-        ),
-        "score": torch.tensor([s.score for s in samples]),
-        "length": torch.tensor([float(s.length) for s in samples]),
-        "finished": torch.tensor([float(s.answer.finished) for s in samples]),
-    }
-    for name in samples[0].tokens if samples else ():
-        extra[name] = torch.cat([s.tokens[name] for s in samples])
-    for name in samples[0].numbers if samples else ():
-        extra[name] = torch.tensor([s.numbers[name] for s in samples])
-    rows = [s.row for s in samples]
-    if roles.engine.is_pair_model:
-        whole = [{"row": s.row, "ids": [*s.answer.prompt_ids, *s.answer.ids], "trained": _trained(s)} for s in samples]
-        batch = collate_tokens(whole, roles)
-        return batch.with_extra(**{k: v.to(roles.device) for k, v in extra.items()})
-    return roles.layout(_sequences(samples), rows, extra)
 
 
 def _trained(sample: Sample) -> list[int]:

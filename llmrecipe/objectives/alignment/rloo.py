@@ -1,0 +1,163 @@
+"""REINFORCE with a leave-one-out baseline: whole answers as actions, the other answers as the baseline."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.errors import RecipeError
+from llmrecipe.fields import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.objectives.alignment.advantages import clipped_policy_loss, clipped_share, leave_one_out, moments
+from llmrecipe.objectives.alignment.rollout import (
+    Plan,
+    Rollouts,
+    Sample,
+    answer_count,
+    check_rewards,
+    held_out,
+    held_out_metrics,
+    ratio_metrics,
+    rollout_metrics,
+    score_groups,
+    sum_by_answer,
+    with_metrics,
+)
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+
+@register
+class Rloo(Objective):
+    """RLOO: an answer's advantage is its reward minus the mean reward of the other answers (arXiv 2402.14740).
+
+        R_i = s_i - beta sum_t (log pi - log pi_ref)          A_i = R_i - mean_{j != i} R_j
+        loss = mean over answers of max(-A rho, -A clip(rho, 1 - e, 1 + e)),   rho = pi(y|x) / pi_old(y|x)
+
+    The divergence is part of the reward, and one ratio stands for the whole answer. One batch of prompts is one rollout;
+    `steps` counts its updates.
+    """
+
+    rows: ClassVar[str] = "prompt"
+    roles: ClassVar[tuple[str, ...]] = ("reference", "reward")
+    dropout: ClassVar[bool] = False
+    samples: ClassVar[bool] = True
+
+    reward: dict[str, Any] = Field(default_factory=dict)
+    """name -> {kind, weight, options}: what an answer is worth, a weighted sum."""
+    answers: PositiveInt = 4
+    """Answers sampled to each prompt."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits when sampling, and in every log-probability."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer."""
+    beta: NonNegativeFloat = 0.05
+    """Weight of the divergence from the policy of step 0; 0 asks for no reference."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps a pass."""
+    clip: NonNegativeFloat = 0.2
+    """How far from 1 the ratio still has a gradient."""
+    normalise: bool = False
+    """Subtract the mean of all advantages and divide by their standard deviation."""
+    missing_end: float | None = None
+    """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
+    eval_temperature: NonNegativeFloat | None = None
+    """Temperature of the answers to held-out prompts; null takes `temperature`, 0 is greedy."""
+    generation_batch: PositiveInt = 64
+    """Answers generated at once."""
+    show: NonNegativeInt = 2
+    """Answers of each rollout written to the events, with their scores."""
+
+    @functools.cached_property
+    def live(self) -> Rollouts:
+        """Where the rollouts stand."""
+        plan = Plan(
+            self.temperature, self.max_new_tokens, self.answers, self.epochs, self.minibatches, self.beta > 0, self.missing_end,
+            self.eval_temperature, self.generation_batch, self.show, token_names=(), number_names=("advantages",),
+        )  # fmt: skip
+        return Rollouts(plan, self.reward)
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Groups of at least two answers, and rewards that the rows can be scored with.
+
+        Raises:
+            RecipeError: naming the key to change.
+        """
+        if self.answers < 2:
+            raise RecipeError("objective.answers: one answer has no others to be compared with; give at least 2")
+        check_rewards(self.live.rewards, data)
+
+    def reference_of(self) -> str:
+        """The policy of step 0, unless nothing asks for it."""
+        return "initial" if self.beta > 0 else "none"
+
+    def step_zero(self) -> dict[str, float]:
+        """The policy that sampled is the policy that is trained."""
+        return {
+            "policy/ratio": 1.0,
+            "policy/approxkl": 0.0,
+            "policy/clipfrac": 0.0,
+            **({"objective/kl": 0.0} if self.beta else {}),
+        }
+
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.live.plan.updates
+
+    def at_boundary(self) -> bool:
+        """Between rollouts."""
+        return self.live.boundary
+
+    def advantages(self, samples: list[Sample], roles: Roles) -> None:
+        """Give every answer its advantage."""
+        rewards = score_groups(samples, self.answers)
+        if self.beta:
+            rewards = rewards - self.beta * rewards.new_tensor([s.numbers["kl"] for s in samples]).view_as(rewards)
+        found = leave_one_out(rewards).flatten()
+        if self.normalise:
+            mean, variance = moments(found, roles.sum)
+            found = (found - mean) / (variance**0.5 + 1e-4)
+        for sample, value in zip(samples, found.tolist(), strict=True):
+            sample.numbers["advantages"] = value
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """A rollout for each batch of prompts, then its updates."""
+        for rows in source:
+            yield from self.live.updates(rows, roles, functools.partial(self.advantages, roles=roles))
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Fresh answers to the rows' prompts."""
+        return self.live.whole(rows, roles, functools.partial(self.advantages, roles=roles))
+
+    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+        """Held-out prompts, answered at `eval_temperature`."""
+        return held_out(data, indices)
+
+    def weight(self, batch: Batch) -> float:
+        """Answers."""
+        return float(answer_count(batch))
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed clipped surrogate of the answers."""
+        out = roles.policy(batch, entropy=True, temperature=self.temperature)
+        log_ratio = sum_by_answer(batch, out["logprobs"] - batch.extra["old"])
+        advantages = batch.extra["advantages"]
+        total = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip).sum()
+        clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
+        return with_metrics(total, rollout_metrics(batch, self.beta), ratio_metrics(log_ratio, clipped, out["entropy"]))
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Scores of held-out prompts."""
+        return held_out_metrics(batch)
+
+    def state(self) -> dict[str, Any]:
+        """Where the rollouts stand."""
+        return self.live.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on after the last whole rollout."""
+        self.live.load_state(state)
