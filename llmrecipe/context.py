@@ -70,7 +70,8 @@ class Context:
     """What a `whole` port computed once for the ports inside its host, by wrapper name."""
 
 
-_current: ContextVar[Context] = ContextVar("llmrecipe_context", default=Context())
+_PLAIN = Context()
+_current: ContextVar[Context] = ContextVar("llmrecipe_context", default=_PLAIN)
 
 
 def current() -> Context:

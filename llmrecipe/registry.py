@@ -227,8 +227,8 @@ def spec(group: str, name: str, where: str | None = None) -> Spec:
     return known[name]
 
 
-def load(group: str, name: str, where: str | None = None) -> type:
-    """Import one component and return its class."""
+def load(group: str, name: str, where: str | None = None) -> Any:
+    """Import one component and return its class (its own type is known to the caller's group only)."""
     found = spec(group, name, where)
     return getattr(importlib.import_module(found.module), found.class_name)
 

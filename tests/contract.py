@@ -122,7 +122,7 @@ def probe_of(subject: Subject) -> Probe:
         return subject.objective.loss(batch, subject.roles).total / max(subject.objective.weight(batch), 1e-12)
 
     fields = {"batches": batches, "loss": loss}
-    known = {f for f in Probe.__dataclass_fields__}
+    known = set(Probe.__dataclass_fields__)
     more = {"rows": len(ROWS)} if "rows" in known else {}
     return Probe(**fields, **more)
 
@@ -142,7 +142,9 @@ def run_steps(subject: Subject, steps: int = 3) -> list[float]:
     losses = []
     for step in range(steps):
         if subject.stack.before_step(subject.model, step):
-            optimizer = assemble.optimizer_for(subject.model, registry.load("optim", "adamw")(lr=1e-2), subject.stack, keep=optimizer)
+            optimizer = assemble.optimizer_for(
+                subject.model, registry.load("optim", "adamw")(lr=1e-2), subject.stack, keep=optimizer
+            )
         losses.append(subject.step(optimizer, step))
     return losses
 
@@ -182,7 +184,7 @@ def test_only_what_is_declared_moves_and_all_of_it_has_gradients(kind: str) -> N
         subject.stack.after_step(subject.model, step)
         optimizer.zero_grad(set_to_none=True)
     assert seen <= trained
-    dead = {n for n in trained - seen}
+    dead = trained - seen
     # A key bias without positions after it shifts all logits of a query alike; nothing else may be without gradient.
     assert not dead, f"trained but never touched by a gradient in three steps: {sorted(dead)[:5]}"
     if subject.wrapper.stage is Stage.INJECT:

@@ -30,7 +30,15 @@ def tiny_config(family: str = "llama", **more: Any) -> Any:
         "pad_token_id": 0,
     }
     if family == "gpt2":
-        shape = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+        shape = {
+            "vocab_size": 64,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     elif family in ("bert", "roberta"):
         shape.pop("num_key_value_heads")

@@ -18,7 +18,7 @@ def verb(
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "validation",
     as_json: Json = False,
 ) -> None:
-    """Score a run or a model: its recipe's metrics on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]')."""
+    """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]')."""
     from llmrecipe.errors import UserError, did_you_mean
 
     splits = ("train", "validation", "test")

@@ -42,7 +42,9 @@ def recipe_of(path: str, overrides: list[str]) -> Composition:
     if not recipe.is_file():
         recipe = Path(path).parent / "recipe.yaml"
     if not recipe.is_file():
-        raise UserError(f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective")
+        raise UserError(
+            f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective"
+        )
     return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides])
 
 

@@ -49,6 +49,8 @@ class LowRank(Port):
         self.scale = scale
         self.dropout = dropout
         self.register_buffer("rows", rows, persistent=False)
+        self.A0: Tensor | None
+        self.B0: Tensor | None
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
 

@@ -15,7 +15,8 @@ def model_card(run: Run, metrics: dict[str, Any]) -> str:
     stack = ", ".join(f"{w.name} ({kind_name(w)})" for w in run.stack) or "none: every weight was trained"
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
-    rows = "\n".join(f"| {name} | {value:.6g} |" if isinstance(value, float) else f"| {name} | {value} |" for name, value in metrics.items())
+    values = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in metrics.items()}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
     return (
         f"# {run.composition.name}\n\n"
         f"Trained with llmrecipe from `{run.opened.section.path}`.\n\n"

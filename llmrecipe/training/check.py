@@ -61,9 +61,11 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     model = skeleton(base, rows_head=parts.objective.head, tokenizer=tokenizer, device=device)
     for index, layer in enumerate(saved.layers if saved else []):
         delta.mount(model, layer, index)
+    parts.objective.prepare_model(model, settings.seed)
     stack.attach(model)
     data, validation, _ = assemble.read_data(settings, parts.objective)
-    steps = assemble.step_count(settings, len(data))
+    parts.objective.check(settings, data)
+    steps = assemble.step_count(settings, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     later = [w for w in stack if type(w).calibrate is not Wrapper.calibrate]
     chosen = sum(w.memory(model).get("trainable", 0) for w in later)
@@ -117,7 +119,8 @@ def check_recipe(recipe: str, overrides: list[str], as_json: bool = False) -> No
     from llmrecipe.cli.show_table import console
 
     out = console()
-    out.print(f"[bold]{found.recipe}[/bold]: {found.objective}, {found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step")
+    size = f"{found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step"
+    out.print(f"[bold]{found.recipe}[/bold]: {found.objective}, {size}")
     names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
     out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
     out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")

@@ -47,9 +47,8 @@ class Judge:
 
         name = self.section.monitor
         if name not in metrics:
-            raise RecipeError(
-                f"eval.monitor: this run has no metric '{name}'{did_you_mean(name, metrics)} (it has {', '.join(sorted(metrics))})"
-            )
+            known = ", ".join(sorted(metrics))
+            raise RecipeError(f"eval.monitor: this run has no metric '{name}'{did_you_mean(name, metrics)} (it has {known})")
         value, delta = metrics[name], self.section.min_delta
         sign = 1.0 if self.section.mode == "min" else -1.0
         improved = not math.isnan(value) and (self.best is None or sign * value < sign * self.best - delta)

@@ -66,9 +66,9 @@ def adapter_base(path: str) -> str:
 def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
     """What a model section really loads: (section of the base, saved stacks, folder they lie in)."""
     if is_adapter(section.path):
-        base = adapter_base(section.path)
         adapters = {section.path: 1.0, **section.adapters}
-        return section.model_copy(update={"path": base, "adapters": adapters}), None, Path(section.path)
+        update = {"path": adapter_base(section.path), "adapters": adapters}
+        return section.model_copy(update=update), None, Path(section.path)
     folder = run_folder(section.path)
     if folder is None:
         return section, None, None
@@ -119,7 +119,7 @@ def open_saved(
     continue_: bool = False,
 ) -> Opened:
     """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
-    from llmrecipe.models import new_rows
+    from llmrecipe.models import heads, new_rows
     from llmrecipe.models.load import load_model, load_tokenizer
 
     kwargs = dict(load_kwargs or {})
@@ -135,6 +135,8 @@ def open_saved(
     for wrapper in bases:
         wrapper.attach(model)
     opened = Opened(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
+    if folder is not None:
+        heads.read(model, folder)
     opened.quantized = [delta.kind_name(wrapper) for wrapper in bases]
     layers = list(saved.layers) if saved is not None else []
     if saved is not None:

@@ -81,7 +81,9 @@ def test_evaluating_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
-    runs = {name: train_recipe(tmp_path / name, "sft_lora", *SHORT, f"seed={seed}") for name, seed in [("a", 1), ("b", 1), ("c", 2)]}
+    runs = {
+        name: train_recipe(tmp_path / name, "sft_lora", *SHORT, f"seed={seed}") for name, seed in [("a", 1), ("b", 1), ("c", 2)]
+    }
     assert len(runs) == 3
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert curve(tmp_path / "a") != curve(tmp_path / "c")
