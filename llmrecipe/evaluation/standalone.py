@@ -72,7 +72,7 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     engine = Engine(opened.model).eval()
     roles = Roles(
         engine, stack, opened.tokenizer, runtime.device, assemble.packing_for(recipe.data.packing, engine, runtime.device),
-        recipe.batch.micro, recipe.batch.tokens or assemble.MICRO_TOKENS,
+        recipe.batch.micro, recipe.batch.tokens or assemble.micro_tokens(runtime.device),
     )  # fmt: skip
     return Subject(composition, opened, roles, parts.objective, runtime)
 

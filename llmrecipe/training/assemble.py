@@ -26,8 +26,9 @@ from llmrecipe.training.roles import Roles
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
 
-MICRO_TOKENS = 8192
-"""Most tokens of a micro-batch where the recipe does not say."""
+MICRO_TOKENS = {"cpu": 1024}
+"""Most tokens of a micro-batch by device, where the recipe does not say: a CPU gains nothing from more, it only holds them."""
+MICRO_TOKENS_ELSEWHERE = 8192
 
 
 @dataclass
@@ -47,6 +48,11 @@ class Parts:
     roles: Roles
     optimizer: torch.optim.Optimizer | None
     steps: int
+
+
+def micro_tokens(device: torch.device) -> int:
+    """The default size of a micro-batch on a device."""
+    return MICRO_TOKENS.get(device.type, MICRO_TOKENS_ELSEWHERE)
 
 
 def seed_everything(seed: int) -> None:
@@ -89,7 +95,7 @@ def build(run: Run, resume: Path | None) -> Parts:
         runtime.device,
         packing_for(recipe.data.packing, engine, runtime.device),
         recipe.batch.micro,
-        recipe.batch.tokens or (None if recipe.batch.micro else MICRO_TOKENS),
+        recipe.batch.tokens or (None if recipe.batch.micro else micro_tokens(runtime.device)),
         ReferenceCache(),
     )
     roles.runtime, roles.data, roles.events = runtime, data, events

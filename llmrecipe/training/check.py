@@ -73,7 +73,7 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
     mean = data.report.tokens / max(len(data), 1)
     per_step = round(mean * settings.batch.size)
-    micro = min(per_step, settings.batch.tokens or assemble.MICRO_TOKENS)
+    micro = min(per_step, settings.batch.tokens or assemble.micro_tokens(torch.device(device)))
     share = data.report.trained / max(data.report.tokens, 1)
     memory = estimate(
         model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
