@@ -15,6 +15,7 @@ from llmrecipe.context import activate, current
 from llmrecipe.errors import RecipeError, UserError
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
+from llmrecipe.models import heads
 
 if TYPE_CHECKING:
     from llmrecipe.training.rules import UpdateRule
@@ -63,6 +64,9 @@ class Stack:
         for wrapper in self.wrappers:
             with _named(wrapper):
                 wrapper.attach(model, (structures or {}).get(wrapper.name))
+            if wrapper.role:
+                for _, _, _, port in all_ports(model, wrapper.name):
+                    port.roles = frozenset({wrapper.role})
         self.set_trainable(model)
 
     def set_trainable(self, model: nn.Module) -> None:
@@ -85,6 +89,7 @@ class Stack:
             if can and name in opened:
                 # Trained tensors are float32 masters whatever the base's dtype: 16 bits would lose small updates.
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            everything = everything and not heads.is_frozen(model, name)
             parameter.requires_grad_(can and (everything or name in trained or is_head(model, name)))
 
     # --- hooks of the loop ----------------------------------------------------------------------------------------
@@ -168,8 +173,10 @@ class Stack:
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """Everything training changed: all wrappers' deltas and task heads, or all weights when everything trains."""
         if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in self.wrappers):
-            return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        tensors: dict[str, Tensor] = {n: p.detach() for n, p in model.named_parameters() if is_head(model, n)}
+            facts = {n: b for n, b in model.named_buffers() if n.startswith("task_head.") and is_head(model, n)}
+            return {**{n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, **facts}
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors: dict[str, Tensor] = {n: v.detach() for n, v in state.items() if is_head(model, n)}
         for wrapper in self.wrappers:
             tensors |= wrapper.delta(model)
         return tensors
@@ -180,7 +187,7 @@ class Stack:
         for wrapper in self.wrappers:
             own = {name: left.pop(name) for name in wrapper.delta(model) if name in left}
             wrapper.restore(model, own)
-        state = dict(model.named_parameters())
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         unknown = sorted(set(left) - set(state))
         if unknown:
             raise RecipeError(f"the saved delta holds tensors this stack does not have: {', '.join(unknown[:5])}")
@@ -220,9 +227,11 @@ class Stack:
 
 
 def is_head(model: nn.Module, name: str) -> bool:
-    """Whether a parameter belongs to a task head that is new here: initialised by the loader, or a role's own scalar head."""
-    heads = ("task_head", *getattr(model, "new_heads", ()))
-    return any(name == head or name.startswith(f"{head}.") for head in heads)
+    """Whether a tensor belongs to a task head that is new here: initialised by the loader, or a role's own scalar head."""
+    if heads.is_frozen(model, name):
+        return False
+    new = ("task_head", *getattr(model, "new_heads", ()))
+    return any(name == head or name.startswith(f"{head}.") for head in new)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ class Objective:
             RecipeError: naming the key to change.
         """
 
+    def role_wrappers(self, stack: list[Any]) -> list[Any]:
+        """Adapters of other roles on the same base (`Wrapper.role`), to be trained beside the policy's stack."""
+        return []
+
     def reference_of(self) -> str:
         """Which policy the reference is: `initial` (step 0), `base` (the model without any stack) or `none`."""
         return "initial" if "reference" in self.roles else "none"
@@ -94,6 +98,12 @@ class Objective:
     def weight(self, batch: Batch) -> float:
         """What the sum of losses is divided by: supervised tokens, by default."""
         return float(batch.target.numel())
+
+    def prepare_model(self, model: Any, seed: int) -> None:
+        """Give a freshly loaded model the heads the objective trains; called before the stack is attached."""
+
+    def finish(self, roles: Roles) -> None:
+        """Called once after the last step, with the weights that will be kept, before they are written."""
 
     def start(self, roles: Roles) -> None:
         """Called once before the first step, after calibration: precomputed references, step-0 checks."""

@@ -81,8 +81,9 @@ def build(run: Run, resume: Path | None) -> Parts:
     folder, config = directory.path if runtime.is_main else None, run.composition.mapping
     events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
     seed_everything(recipe.seed)
-    stack = Stack(parts.wrappers)
+    stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
+    parts.objective.prepare_model(model.model, recipe.seed)
     seed_everything(recipe.seed)
     attach(model, stack, everything_trains(stack), finish_structures(resume))
     model.model.to(runtime.device)
@@ -169,9 +170,9 @@ def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
 
 def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> opened.Opened:
     """The model of a recipe with its attention routed, its blocks sped up and its mounted stacks underneath."""
-    from llmrecipe.models.load import prepare_for_training
-
     from transformers.utils import logging
+
+    from llmrecipe.models.load import prepare_for_training
 
     logging.disable_progress_bar()
     section = recipe.model

@@ -22,6 +22,7 @@ from llmrecipe.errors import ModelError, RunError
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.stack import Stack, kind_name
 from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.models import heads
 
 STACK_FILE = "stack.yaml"
 DELTA_FILE = "delta.safetensors"
@@ -56,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     ports = {id(p) for _, _, _, port in all_ports(model) for p in port.parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if id(parameter) in ports or name.split(".")[0].endswith("_shared"):
+        if id(parameter) in ports or name.split(".")[0].endswith(("_shared", heads.ATTRIBUTE)):
             continue
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLE)
@@ -70,7 +71,7 @@ def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
     """The `{kind, options}` mapping that builds the same wrapper again."""
     import dataclasses
 
-    values = {f.name: getattr(wrapper, f.name) for f in dataclasses.fields(wrapper) if f.name != "name"}
+    values = {f.name: getattr(wrapper, f.name) for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
     return {"kind": kind_name(wrapper), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
@@ -133,9 +134,10 @@ def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
         if (w := build_wrapper(name, mapping)).stage in (Stage.INJECT, Stage.SELECT)
     ]
     renamed = [replace(w, name=names[w.name]) for w in wrappers]
+    heads.mount(model, layer.tensors)
     stack = Stack(renamed)
     stack.attach(model, {names[n]: s for n, s in layer.structures.items() if n in names})
-    stack.restore(model, {rename(name, names): value for name, value in layer.tensors.items()})
+    stack.restore(model, {rename(name, names): value for name, value in heads.split(layer.tensors)[0].items()})
     freeze(model, stack)
     return stack.wrappers
 

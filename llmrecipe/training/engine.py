@@ -7,6 +7,7 @@ model, so every rank's gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from torch import Tensor, nn
 from llmrecipe.context import activate
 from llmrecipe.data.batch import Batch
 from llmrecipe.training.logprob import Post, token_logprobs
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value function read in the same forward call as the policy."""
+
+    trunk: str = "own"
+    """`own`: a second pass under the role's own adapter; `shared`: the policy's states; `detached`: those, without gradient."""
+    role: str = "value"
+    off: frozenset[str] = frozenset()
+    """Wrappers that step aside in a pass of its own: the policy's."""
 
 
 class Engine(nn.Module):
@@ -35,22 +47,25 @@ class Engine(nn.Module):
         entropy: bool = False,
         off: frozenset[str] = frozenset(),
         temperature: float = 1.0,
+        critic: Critic | None = None,
     ) -> dict[str, Tensor]:
         """One pass over a batch.
 
         Args:
             want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token;
-                `values` (N,) of the value head before each target; `scores` (S, C) of a sequence head.
+                `values` (N,) of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence head; `reward` (S,) of the
+                reward head at each sequence's last token (or where `extra["pool"]` points).
             role: which ports take part (see `Context.role`).
             off: names of wrappers that step aside.
             temperature: divides the logits of `logprobs`.
+            critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
             The wanted tensors by name.
         """
         device = batch.input_ids.device.type
         with (
-            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want), off=off)),
+            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic), off=off)),
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
         ):
             if want == "scores":
@@ -59,10 +74,22 @@ class Engine(nn.Module):
             flat = hidden.reshape(-1, hidden.shape[-1])
             if want == "hidden":
                 return {"hidden": flat[batch.last]}
+            if want == "reward":
+                return {"reward": self.head_of("reward")(flat[pooled(batch)]).squeeze(-1)}
             if want == "values":
-                return {"values": self.head_of(role)(flat[batch.source].float()).squeeze(-1)}
+                return self.values(flat, batch, role)
             post = dataclasses.replace(self.post, temperature=temperature)
-            return token_logprobs(flat[batch.source], batch.target, self.head, post, entropy)
+            out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy)
+            if critic is None:
+                return out
+            if critic.trunk == "own":
+                return out | self.forward(batch, "values", critic.role, off=off | critic.off)
+            return out | self.values(flat.detach() if critic.trunk == "detached" else flat, batch, critic.role)
+
+    def values(self, flat: Tensor, batch: Batch, role: str) -> dict[str, Tensor]:
+        """A role's scalar of the state before each target (N,), and of each sequence's last state (S,)."""
+        head = self.head_of(role)
+        return {"values": head(flat[batch.source]).squeeze(-1), "values_end": head(flat[batch.last]).squeeze(-1)}
 
     @property
     def head(self) -> nn.Module:
@@ -121,7 +148,14 @@ class Engine(nn.Module):
         return self.model(**inputs).logits.float()
 
 
-def read_rows(batch: Batch, want: str) -> Tensor | None:
+def pooled(batch: Batch) -> Tensor:
+    """(S,) flat index of the state a sequence is judged by."""
+    return batch.extra.get("pool", batch.last)
+
+
+def read_rows(batch: Batch, want: str, critic: Critic | None = None) -> Tensor | None:
     """(M,) sorted flat indices of the final states that a wanted tensor is made from; None where all may be."""
-    rows = {"logprobs": batch.source, "values": batch.source, "hidden": batch.last}.get(want)
+    both = torch.cat([batch.source, batch.last])
+    sources = both if critic is not None and critic.trunk != "own" else batch.source
+    rows = {"logprobs": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)
     return None if rows is None else torch.unique(rows)

@@ -14,6 +14,7 @@ import torch
 
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import RunError
+from llmrecipe.models import heads
 from llmrecipe.training import assemble, card, delta
 from llmrecipe.training.checkpoint import latest_checkpoint, read_checkpoint, rotate, save_checkpoint
 from llmrecipe.training.evaluate import evaluate
@@ -143,6 +144,7 @@ def finish(run: Run) -> None:
         metrics[run.recipe.eval.monitor] = run.judge.best
     metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
     run.roles.cache.save()
+    run.objective.finish(run.roles)
     if run.runtime.is_main:
         write_final(run, metrics)
         root = run.dir.path / "best"
@@ -193,7 +195,8 @@ def save_whole(run: Run, folder: Path) -> None:
     """A Transformers folder in the dtype the recipe names (float32 masters are cast once)."""
     dtype = run.recipe.model.dtype
     attention = run.model.config._attn_implementation
-    state = dict(run.model.state_dict())
+    state, scalars = heads.split(run.model.state_dict())
+    heads.write(scalars, folder.parent)
     if dtype in ("bfloat16", "float16"):
         state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
     # The stock name, so that the folder loads where this package is not installed.
@@ -210,11 +213,19 @@ def saved_of(run: Run) -> delta.Saved:
     layers = [
         delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.opened.layers)
     ]
+    # What other roles learned (a value function) is training's own; checkpoints keep it, the finished model does without.
+    others = {w.role: w for w in run.stack if w.role}
+    beside = {n for w in others.values() for n in w.delta(run.model)}
+    tensors = {
+        n: t
+        for n, t in run.stack.delta(run.model).items()
+        if n not in beside and not any(n.startswith(f"task_head.{role}.") for role in others)
+    }
     own = delta.Layer(
-        {w.name: delta.wrapper_mapping(w) for w in run.stack},
-        run.stack.structures(run.model),
+        {w.name: delta.wrapper_mapping(w) for w in run.stack if not w.role},
+        {n: s for n, s in run.stack.structures(run.model).items() if n not in {w.name for w in others.values()}},
         delta.DELTA_FILE,
-        run.stack.delta(run.model),
+        tensors,
     )
     section = run.opened.section
     base = {

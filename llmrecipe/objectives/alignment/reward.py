@@ -1,0 +1,198 @@
+"""Reward modelling from comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.fields import Literal, NonNegativeFloat
+from llmrecipe.models import heads
+from llmrecipe.objectives.alignment.pairs import collate_pairs, pair_count, split_pairs
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+SAMPLE = 512
+"""Training rows whose scores decide the normalisation."""
+BINS = 10
+
+
+def reward_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, p: Tensor | float = 1.0, center: float = 0.0
+) -> Tensor:
+    """Loss of each pair, (P,), from scores s_w and s_l.
+
+    -[p log sigma(d) + (1 - p) log sigma(-d)] + c (s_w + s_l)^2,   d = s_w - s_l - margin,
+    with p the probability that the chosen answer is the better one.
+    """
+    d = chosen - rejected - margin
+    return -(p * F.logsigmoid(d) + (1.0 - p) * F.logsigmoid(-d)) + center * (chosen + rejected) ** 2
+
+
+def calibration_error(d: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error of sigma(|d|) as the probability that the higher score is right, in equal bins from 1/2 to 1."""
+    sure = torch.sigmoid(d.abs())
+    right = (d > 0).double() + 0.5 * (d == 0).double()
+    place = ((sure - 0.5) * 2 * bins).long().clamp(0, bins - 1)
+    gaps = [float(abs(sure[place == b].mean() - right[place == b].mean()) * (place == b).sum()) for b in place.unique()]
+    return sum(gaps) / max(d.numel(), 1)
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's correlation; 0 where one side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(x.norm() * y.norm())
+    return float((x * y).sum()) / scale if scale else 0.0
+
+
+@register
+class Reward(Objective):
+    """Reward model: L = -(1/P) sum log sigma(s_w - s_l - margin) + center (s_w + s_l)^2, s = w . h at the last token.
+
+    A linear head without bias, in float32, on the policy's own backbone (`task_head.reward`), so a reward adapter lies beside
+    policy and value adapters on one base. Only differences of scores are learned: `center` holds their mean near 0, and
+    `normalise` stores a gain and a bias that the finished run applies (`zscore`: mean 0, deviation 1 over training answers;
+    `demo_bias`: chosen answers score 0 on average). `margin` reads the rows' margins. One pass over the data is usual.
+
+    `pooling: last_non_pad_id` takes the last token that is not the padding token, which is the token before the end where
+    one token serves as both; it is there for comparisons with models trained that way.
+
+    Papers: Training language models to follow instructions (arXiv 2203.02155); Learning to summarize (arXiv 2009.01325);
+    margin: Llama 2 (arXiv 2307.09288); centering: arXiv 2312.09244.
+    """
+
+    rows: ClassVar[str] = "preference"
+    head: ClassVar[str] = "causal"
+    dropout: ClassVar[bool] = False
+
+    margin: bool = True
+    """Subtract the rows' margins, where they have some."""
+    center: NonNegativeFloat = 0.0
+    """Weight of the squared sum of both scores."""
+    pooling: Literal["last_token", "last_non_pad_id"] = "last_token"
+    """Which token's state is scored."""
+    head_init: Literal["scaled", "small", "zero"] = "scaled"
+    """Start of the head: normal with deviation 1/sqrt(D + 1), normal with 0.02, or zero."""
+    normalise: Literal["none", "zscore", "demo_bias"] = "zscore"
+    """Gain and bias stored with the finished run; training itself is on raw scores."""
+
+    def prepare_model(self, model: Any, seed: int) -> None:
+        """A reward head; the language-model head gets no gradient and does not train."""
+        heads.add(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
+        heads.without_language_head(model)
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Pairs that share their prompt; no token is a target."""
+        batch = collate_pairs(rows, roles)
+        lengths = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
+        extra = {"lengths": torch.tensor(lengths, dtype=torch.float32, device=roles.device).reshape(-1, 2)}
+        if rows and "p" in rows[0]:
+            extra["p"] = torch.tensor([1.0 if r["p"] is None else float(r["p"]) for r in rows], device=roles.device)
+        if self.pooling == "last_non_pad_id" and rows:
+            extra["pool"] = _last_non_pad(batch, rows, roles.pad_id).to(roles.device)
+        none = torch.zeros(0, dtype=torch.long, device=roles.device)
+        batch = dataclasses.replace(batch, source=none, target=none, sequence=none)
+        return batch.with_extra(**extra)
+
+    def weight(self, batch: Batch) -> float:
+        """Pairs."""
+        return float(pair_count(batch))
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed loss of the pairs."""
+        chosen, rejected = self._scores(batch, roles)
+        total = self._losses(batch, chosen, rejected).sum()
+        count = float(chosen.shape[0])
+        d = (chosen - rejected).detach()
+        metrics: dict[str, tuple[Any, float]] = {
+            "rewards/chosen": (chosen.detach().sum(), count),
+            "rewards/rejected": (rejected.detach().sum(), count),
+            "rewards/margins": (d.sum(), count),
+            "rewards/accuracies": ((d > 0).float().sum(), count),
+            "rewards/ties": ((d == 0).float().sum(), count),
+        }
+        return Loss(total, metrics)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Nothing by itself: `collect` has the scores of the whole split."""
+        return {}
+
+    def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """Scores, losses and answer lengths of every pair."""
+        chosen, rejected = self._scores(batch, roles)
+        found = {"chosen": chosen, "rejected": rejected, "losses": self._losses(batch, chosen, rejected)}
+        return {k: v.detach().double().cpu() for k, v in {**found, "lengths": batch.extra["lengths"]}.items()}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
+        """Accuracy (ties count as wrong), margin, spread, calibration and the correlation of score and length."""
+        chosen, rejected = tensors["chosen"], tensors["rejected"]
+        d, both = chosen - rejected, torch.cat((chosen, rejected))
+        lengths = tensors["lengths"].reshape(-1, 2)
+        return {
+            "loss": float(tensors["losses"].mean()),
+            "rewards/accuracies": float((d > 0).double().mean()),
+            "rewards/ties": float((d == 0).double().mean()),
+            "rewards/margins": float(d.mean()),
+            "rewards/chosen": float(chosen.mean()),
+            "rewards/rejected": float(rejected.mean()),
+            "rewards/std": float(both.std(correction=0)),
+            "rewards/min": float(both.min()),
+            "rewards/max": float(both.max()),
+            "rewards/length_correlation": correlation(both, torch.cat((lengths[:, 0], lengths[:, 1]))),
+            "calibration_error": calibration_error(d),
+        }
+
+    def finish(self, roles: Roles) -> None:
+        """Measure scores of training answers and keep gain and bias in the head."""
+        if self.normalise == "none" or roles.data is None or not len(roles.data):
+            return
+        rows = [roles.data[i] for i in range(min(SAMPLE, len(roles.data)))]
+        with torch.no_grad(), roles.evaluating():
+            parts = [self._scores(self.collate(part, roles), roles) for part in roles.split(rows)]
+        chosen, rejected = (torch.cat(side).double() for side in zip(*parts, strict=True))
+        gain, bias = normalisation(chosen, rejected, self.normalise)
+        head = roles.engine.head_of("reward")
+        with torch.no_grad():
+            head.gain.fill_(gain)  # type: ignore[union-attr,operator]
+            head.bias.fill_(bias)  # type: ignore[union-attr,operator]
+
+    def _scores(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
+        return split_pairs(roles.policy(batch, want="reward")["reward"])
+
+    def _losses(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        margin = batch.extra["margin"] if self.margin and "margin" in batch.extra else 0.0
+        return reward_loss(chosen, rejected, margin, batch.extra.get("p", 1.0), self.center)
+
+
+def normalisation(chosen: Tensor, rejected: Tensor, kind: str) -> tuple[float, float]:
+    """(gain, bias) with gain * s + bias of mean 0 and deviation 1 over all answers, or of mean 0 over the chosen ones."""
+    if kind == "demo_bias":
+        return 1.0, -float(chosen.mean())
+    both = torch.cat((chosen, rejected))
+    gain = 1.0 / max(float(both.std(correction=0)), 1e-6)
+    return gain, -float(both.mean()) * gain
+
+
+def _last_non_pad(batch: Batch, rows: list[dict[str, Any]], pad_id: int) -> Tensor:
+    """(S,) index of each sequence's last token that is not the padding token."""
+    found = batch.last.cpu().clone()
+    for i, row in enumerate(rows):
+        prompt = _trailing(row["prompt_ids"], pad_id)
+        found[3 * i] -= prompt
+        for k, side in ((1, "chosen_ids"), (2, "rejected_ids")):
+            count = _trailing(row[side], pad_id)
+            found[3 * i + k] = found[3 * i] if count == len(row[side]) else found[3 * i + k] - count
+    return found
+
+
+def _trailing(ids: list[int], token: int) -> int:
+    """How many times a token stands at the end of ids."""
+    count = 0
+    while count < len(ids) and ids[-1 - count] == token:
+        count += 1
+    return count
