@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmrecipe.data.batch import Batch, Sequence, pack, pad
 from llmrecipe.methods.stack import Stack
-from llmrecipe.training.engine import Engine
+from llmrecipe.training.engine import Critic, Engine
 from llmrecipe.training.reference import ReferenceCache
 
 
@@ -89,10 +89,15 @@ class Roles:
             yield part
 
     def policy(
-        self, batch: Batch, want: str = "logprobs", entropy: bool = False, temperature: float = 1.0
+        self,
+        batch: Batch,
+        want: str = "logprobs",
+        entropy: bool = False,
+        temperature: float = 1.0,
+        critic: Critic | None = None,
     ) -> dict[str, Tensor]:
         """The trained model, through the prepared module, so that ranks synchronise."""
-        return self.prepared(batch, want=want, entropy=entropy, temperature=temperature)
+        return self.prepared(batch, want=want, entropy=entropy, temperature=temperature, critic=critic)
 
     def reference(self, batch: Batch) -> Tensor:
         """(S,) summed log-probabilities of each sequence's targets under the policy of step 0.

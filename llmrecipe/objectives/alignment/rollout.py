@@ -22,6 +22,7 @@ from llmrecipe.evaluation.generation import Sampling, end_tokens, generate, text
 from llmrecipe.objectives.objective import Loss
 from llmrecipe.objectives.tokens import collate_tokens
 from llmrecipe.rewards.reward import Answer, Rewards
+from llmrecipe.training.engine import Critic
 from llmrecipe.training.roles import Roles
 
 HELD_OUT = "held_out"
@@ -72,6 +73,8 @@ class Plan:
     """What the objective adds to each token of an answer."""
     number_names: tuple[str, ...] = ()
     """What it adds to each answer."""
+    critic: Callable[[Roles], Critic] | None = None
+    """The value function to be asked besides, where there is one."""
 
     @property
     def updates(self) -> int:
@@ -183,13 +186,17 @@ class Rollouts:
             return
         batch = self.lay_out(samples, roles)
         lengths = [s.length for s in samples]
-        found = {"old": roles.engine(batch, temperature=self.plan.temperature)["logprobs"]}
+        critic = self.plan.critic(roles) if self.plan.critic is not None else None
+        out = roles.engine(batch, temperature=self.plan.temperature, critic=critic)
+        found = {"old": out["logprobs"], **({"values": out["values"]} if critic is not None else {})}
         if self.plan.reference:
             found["reference"] = roles.reference_tokens(batch, self.plan.temperature)
         for name, values in found.items():
             for sample, own in zip(samples, values.split(lengths), strict=True):
                 sample.tokens[name] = own.cpu()
-        for s in samples:
+        for index, s in enumerate(samples):
+            if critic is not None:
+                s.numbers["value_end"] = float(out["values_end"][index])
             s.numbers["kl"] = float((s.tokens["old"] - s.tokens["reference"]).sum()) if self.plan.reference else 0.0
 
     def lay_out(self, samples: list[Sample], roles: Roles) -> Batch:
@@ -287,7 +294,7 @@ def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
     return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
 
 
-def rollout_metrics(batch: Batch, beta: float) -> dict[str, tuple[Any, float]]:
+def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, float]]:
     """What the answers are worth, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
     extra, count = batch.extra, float(answer_count(batch))
     metrics: dict[str, tuple[Any, float]] = {"objective/scores": (extra["score"].sum(), count)}

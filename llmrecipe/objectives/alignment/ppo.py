@@ -1,0 +1,311 @@
+"""Reinforcement learning from a reward: proximal policy optimisation with a value function and a leash to the start."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.errors import RecipeError
+from llmrecipe.fields import Field, Fraction, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.objectives.alignment.advantages import (
+    clipped_policy_loss,
+    clipped_share,
+    clipped_value_loss,
+    gae,
+    moments,
+    whiten,
+)
+from llmrecipe.objectives.alignment.kl import KlController, kl_estimate
+from llmrecipe.objectives.alignment.rollout import (
+    Plan,
+    Rollouts,
+    Sample,
+    check_rewards,
+    held_out,
+    held_out_metrics,
+    ratio_metrics,
+    rollout_metrics,
+    with_metrics,
+)
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.registry import register
+from llmrecipe.training.engine import Critic
+from llmrecipe.training.roles import Roles
+
+ADDED = (("values", "advantages", "returns"), ("value_end", "return_end", "extended", "beta", "explained_variance"))
+"""What PPO adds to the tokens of an answer, and to the answer."""
+
+
+def shaped_rewards(kl: Tensor, score: float, beta: float, extended: bool) -> Tensor:
+    """r_t = -beta kl_t, plus the score at the last token, or in the slot after it where there is one.
+
+    Args:
+        kl: (n,) per-token divergence of the answer.
+    """
+    rewards = -beta * kl
+    if extended:
+        return torch.cat([rewards, rewards.new_tensor([score])])
+    rewards = rewards.clone()
+    rewards[-1] += score
+    return rewards
+
+
+@register
+class Ppo(Objective):
+    """PPO against a reward, with generalised advantages, a value function and a divergence penalty (arXiv 1707.06347, 2203.02155).
+
+        r_t = -beta (log pi_old - log pi_ref) + [t = end] score
+        A, R = GAE(r, V; gamma, lam), A whitened over all tokens of the rollout
+        loss = mean_t max(-A rho, -A clip(rho, 1 - e, 1 + e)) + value_coef mean_t max((V - R)^2, (clip(V) - R)^2) / 2
+
+    Policy, value function and reference share one base: the value function has its own adapter and head (role `value`), the
+    reference is the policy of step 0. One batch of prompts is one rollout; `steps` counts its updates. Details follow
+    arXiv 2403.17031 (the whitening divides by n - 1).
+    """
+
+    rows: ClassVar[str] = "prompt"
+    roles: ClassVar[tuple[str, ...]] = ("reference", "reward", "value")
+    dropout: ClassVar[bool] = False
+    samples: ClassVar[bool] = True
+
+    reward: dict[str, Any] = Field(default_factory=dict)
+    """name -> {kind, weight, options}: what an answer is worth, a weighted sum."""
+    temperature: PositiveFloat = 0.7
+    """Divides the logits when sampling, and in every log-probability."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer."""
+    epochs: PositiveInt = 4
+    """Passes over each rollout."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps a pass."""
+    beta: NonNegativeFloat = 0.05
+    """Weight of the divergence from the policy of step 0, at the start where `kl_target` is given."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether the divergence is part of the reward or of the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimate of the divergence; k1 has no gradient to give, so a loss needs k2 or k3."""
+    kl_target: PositiveFloat | None = None
+    """Divergence of a whole answer that beta is steered towards; null keeps beta fixed."""
+    kl_horizon: PositiveFloat = 10000.0
+    """Answers after which beta may have changed by a fifth."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    lam: Fraction = 0.95
+    """Decay of generalised advantage estimation."""
+    clip: NonNegativeFloat = 0.2
+    """How far from 1 the ratio still has a gradient."""
+    value_clip: PositiveFloat | None = 0.2
+    """How far a value may move from the rollout's; null does not clip."""
+    value_coef: NonNegativeFloat = 0.1
+    """Weight of the value loss."""
+    value: Literal["auto", "adapter", "shared", "head"] = "auto"
+    """An adapter of its own on the frozen base; a head on the policy's states, with gradient or without. `auto` takes the
+    adapter where the stack leaves the base frozen, `shared` elsewhere."""
+    value_rank: PositiveInt = 8
+    """Rank of the value function's adapter."""
+    value_target: str = "attn.q|v"
+    """Sites of the value function's adapter."""
+    score_at: Literal["last", "after_eos"] = "last"
+    """The token that earns the score: the last one, or the slot after the end where the answer leaves room for one."""
+    score_clip: PositiveFloat | None = None
+    """Clip scores to [-c, c]."""
+    missing_end: float | None = -1.0
+    """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
+    whiten_rewards: bool = False
+    """Divide the shaped rewards by their standard deviation; their mean stays."""
+    eval_temperature: NonNegativeFloat | None = None
+    """Temperature of the answers to held-out prompts; null takes `temperature`, 0 is greedy."""
+    generation_batch: PositiveInt = 64
+    """Answers generated at once."""
+    show: NonNegativeInt = 2
+    """Answers of each rollout written to the events, with their scores."""
+
+    @functools.cached_property
+    def live(self) -> Rollouts:
+        """Where the rollouts stand."""
+        plan = Plan(
+            self.temperature, self.max_new_tokens, 1, self.epochs, self.minibatches, True, self.missing_end,
+            self.eval_temperature, self.generation_batch, self.show, *ADDED, critic=self.critic,
+        )  # fmt: skip
+        return Rollouts(plan, self.reward)
+
+    @functools.cached_property
+    def controller(self) -> KlController:
+        """beta, as it moves."""
+        return KlController(self.beta, self.kl_target, self.kl_horizon)
+
+    # --- before the first step ------------------------------------------------------------------------------------
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Options that fit each other, and rewards that the rows can be scored with.
+
+        Raises:
+            RecipeError: naming the key to change.
+        """
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise RecipeError(
+                "objective.kl_estimator: the gradient of k1 is zero on average, so as a loss it does nothing; use k2 or k3"
+            )
+        check_rewards(self.live.rewards, data)
+
+    def role_wrappers(self, stack: list[Any]) -> list[Any]:
+        """The value function's adapter.
+
+        Raises:
+            RecipeError: it would stand on a base that the policy trains.
+        """
+        from llmrecipe.methods.reparameterized.lora import Lora
+        from llmrecipe.methods.wrapper import Stage
+
+        frozen = any(w.stage is Stage.INJECT for w in stack) and not any(w.stage is Stage.SELECT for w in stack)
+        if self.value == "adapter" and not frozen:
+            raise RecipeError(
+                "objective.value: an adapter of its own needs a frozen base, and this stack trains the base's weights; "
+                "use objective.value=shared or head, or a stack of injected methods such as lora"
+            )
+        if self.value not in ("auto", "adapter") or not frozen:
+            return []
+        return [Lora(name="critic", role="value", target=self.value_target, r=self.value_rank, alpha=2.0 * self.value_rank)]
+
+    def prepare_model(self, model: Any, seed: int) -> None:
+        """The value head, which starts at zero."""
+        from llmrecipe.models import heads
+
+        heads.add(model, "value", std=0.0, seed=seed)
+
+    def critic(self, roles: Roles) -> Critic:
+        """Where values are read."""
+        if any(w.role == "value" for w in roles.stack):
+            return Critic("own", off=frozenset(w.name for w in roles.stack if not w.role))
+        return Critic("detached" if self.value == "head" else "shared")
+
+    def step_zero(self) -> dict[str, float]:
+        """The policy that sampled is the policy that is trained, and the reference."""
+        return {"policy/ratio": 1.0, "policy/approxkl": 0.0, "policy/clipfrac": 0.0, "objective/kl": 0.0}
+
+    # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.live.plan.updates
+
+    def at_boundary(self) -> bool:
+        """Between rollouts."""
+        return self.live.boundary
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """A rollout for each batch of prompts, then its updates."""
+        judge = functools.partial(self.advantages, roles=roles)
+        for rows in source:
+            for micros in self.live.updates(rows, roles, judge):
+                yield share_slots(micros, roles)
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Fresh answers to the rows' prompts."""
+        return share_slots([self.live.whole(rows, roles, functools.partial(self.advantages, roles=roles))])[0]
+
+    def advantages(self, samples: list[Sample], roles: Roles) -> None:
+        """Rewards, advantages and returns of a rollout; then beta follows its divergence."""
+        lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
+        room = torch.tensor(
+            [self.score_at == "after_eos" and s.length < self.max_new_tokens for s in samples], dtype=torch.bool
+        )
+        slots = lengths + room
+        shape = (len(samples), int(slots.max()) if samples else 0)
+        rewards, values = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        for i, s in enumerate(samples):
+            rewards[i, : slots[i]] = self.rewards_of(s, bool(room[i]))
+            values[i, : s.length] = s.tokens["values"].double()
+            if room[i]:
+                values[i, s.length] = s.numbers["value_end"]
+        real = torch.arange(shape[1])[None] < slots[:, None]
+        if self.whiten_rewards:
+            rewards[real] = whiten(rewards[real], roles.sum, shift=False)
+        advantages, returns = gae(rewards, values, slots, self.gamma, self.lam)
+        explained = explained_variance(values[real], returns[real], roles)
+        tokens = torch.arange(shape[1])[None] < lengths[:, None]
+        advantages[tokens] = whiten(advantages[tokens], roles.sum)
+        for i, s in enumerate(samples):
+            s.tokens |= {"advantages": advantages[i, : s.length].float(), "returns": returns[i, : s.length].float()}
+            end = float(returns[i, s.length]) if room[i] else 0.0
+            s.numbers |= {"return_end": end, "extended": float(room[i]), "beta": self.controller.coef}
+            s.numbers["explained_variance"] = explained
+        if torch.is_grad_enabled():
+            total, count = roles.sum([sum(s.numbers["kl"] for s in samples), float(len(samples))])
+            self.controller.update(total / max(count, 1.0), int(count))
+
+    def rewards_of(self, sample: Sample, extended: bool) -> Tensor:
+        """(slots,) shaped rewards of one answer."""
+        kl = kl_estimate(sample.tokens["old"].double(), sample.tokens["reference"].double(), self.kl_estimator)
+        score = sample.score
+        if self.score_clip is not None:
+            score = min(max(score, -self.score_clip), self.score_clip)
+        return shaped_rewards(kl, score, self.controller.coef if self.kl_in == "reward" else 0.0, extended)
+
+    # --- the loss -------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed policy loss, and the value loss of the same tokens."""
+        out = roles.policy(batch, entropy=True, temperature=self.temperature, critic=self.critic(roles))
+        t, extra = out["logprobs"], batch.extra
+        log_ratio, advantages = t - extra["old"], extra["advantages"]
+        policy = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip)
+        if self.kl_in == "loss":
+            policy = policy + extra["beta"][extra["answer"]] * kl_estimate(t, extra["reference"], self.kl_estimator)
+        value = clipped_value_loss(out["values"], extra["values"], extra["returns"], self.value_clip).sum()
+        # A batch without answers holds one stand-in sequence.
+        end = out["values_end"][: extra["extended"].numel()]
+        value = (
+            value
+            + (extra["extended"] * clipped_value_loss(end, extra["value_end"], extra["return_end"], self.value_clip)).sum()
+        )
+        total = policy.sum() + self.value_coef * extra["slots"] * value
+        clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
+        own = {
+            "policy/loss": (policy.detach().sum(), float(t.numel())),
+            "value/loss": (value.detach(), float(t.numel()) + float(extra["extended"].sum())),
+            "value/explained_variance": (extra["explained_variance"].sum(), float(extra["score"].numel())),
+            "value/returns": (extra["returns"].sum(), float(t.numel())),
+            "objective/kl_coef": (extra["beta"].sum(), float(extra["score"].numel())),
+        }
+        return with_metrics(
+            total, rollout_metrics(batch, extra["beta"]), ratio_metrics(log_ratio, clipped, out["entropy"]), own
+        )
+
+    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+        """Held-out prompts, answered at `eval_temperature`."""
+        return held_out(data, indices)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Scores of held-out prompts."""
+        return held_out_metrics(batch)
+
+    def state(self) -> dict[str, Any]:
+        """Where the rollouts and beta stand."""
+        return {**self.live.state(), "kl": self.controller.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on after the last whole rollout."""
+        self.live.load_state(state)
+        self.controller.load_state(state["kl"])
+
+
+def explained_variance(values: Tensor, returns: Tensor, roles: Roles) -> float:
+    """1 - Var(R - V) / Var(R) over the slots of all processes; 0 where the returns do not vary."""
+    whole, left = moments(returns, roles.sum)[1], moments(returns - values, roles.sum)[1]
+    return 1.0 - left / whole if whole > 0 else 0.0
+
+
+def share_slots(micros: list[Batch], roles: Roles | None = None) -> list[Batch]:
+    """Give each micro-batch tokens / value slots of the whole step, since both losses are divided by the tokens."""
+    tokens = float(sum(m.target.numel() for m in micros))
+    slots = tokens + sum(float(m.extra["extended"].sum()) for m in micros if "extended" in m.extra)
+    if roles is not None:
+        tokens, slots = roles.sum([tokens, slots])
+    share = tokens / slots if slots else 1.0
+    return [m.with_extra(slots=m.extra["score"].new_tensor(share)) for m in micros]
