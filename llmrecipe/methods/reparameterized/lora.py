@@ -63,8 +63,8 @@ class Lora(Wrapper):
         sites = anatomy(model).at(self.target)
         tied = _tied(model, sites)
         for site in sites:
-            r = _pattern(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
-            alpha = _pattern(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
+            r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
+            alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
             if tied is not None and site.role == "head":
                 port = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
@@ -105,7 +105,7 @@ class Lora(Wrapper):
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
 
 
-def _pattern(patterns: dict[str, Any], path: str, default: Any, where: str) -> Any:
+def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str) -> Any:
     """The value of the most specific (longest) pattern that matches the end of a path.
 
     Raises:

@@ -1,0 +1,254 @@
+"""DoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.methods import low_rank
+from llmrecipe.methods.inject import Port, all_ports, inject, merge_ports
+from llmrecipe.methods.quantized import dense_weight
+from llmrecipe.methods.reparameterized.lora import pattern_value
+from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from llmrecipe.models.anatomy import Site
+
+CANCELLED = 1e-3
+"""Share of ||w||^2 below which the three-term norm of a row has lost its digits and is computed from the row itself."""
+
+
+def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Row norms of V = W + s B A without forming it: ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, then the root.
+
+    Args:
+        squares: (out,) ||w||^2 of each row.
+        WA: (out, r) W A^T.
+
+    Returns:
+        (out,) float32, NaN where the terms cancel.
+    """
+    A, B, WA = A.float(), B.float(), WA.float()
+    total = squares + 2 * scale * (WA * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
+    return torch.where(total < CANCELLED * squares, torch.nan, total).sqrt()
+
+
+class _Direction:
+    """What the two DoRA ports share: the magnitude, the norm of the direction, and its cache."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    host: list[nn.Module]
+    magnitude: nn.Parameter
+    squares: Tensor
+    detach_norm: bool
+    cached: tuple[Any, Tensor] | None = None
+
+    def weight_rows(self) -> Tensor:
+        """(out, in) float32 rows of W this port stands on."""
+        raise NotImplementedError
+
+    def gain(self, product: Callable[[], Tensor]) -> Tensor:
+        """(out,) float32 g = m / ||V||; the norm is a constant to the gradient unless `detach_norm` is off."""
+        if not self.detach_norm:
+            return self.magnitude / self._norm(product)
+        key = tuple((p.data_ptr(), p._version) for p in (self.A, self.B))
+        if self.cached is None or self.cached[0] != key:
+            with torch.no_grad():
+                self.cached = (key, self._norm(product))
+        return self.magnitude / self.cached[1]
+
+    def _norm(self, product: Callable[[], Tensor]) -> Tensor:
+        norm = norm_of_sum(self.squares, product(), self.A, self.B, self.scale)
+        lost = norm.isnan()
+        if bool(lost.any()):
+            rows = self.weight_rows()[lost] + self.scale * (self.B.float()[lost] @ self.A.float())
+            norm = norm.masked_scatter(lost, rows.norm(dim=1))
+        return norm
+
+    def start(self) -> None:
+        """m = ||W||, by the formula that the forward pass uses, so that g is exactly one at step 0."""
+        with torch.no_grad():
+            self.squares = self.weight_rows().square().sum(1)  # type: ignore[misc]
+            self.magnitude.copy_(self.squares.sqrt())
+
+
+class DoraLinear(_Direction, low_rank.LowRank):
+    """y + (g - 1) (W x) + g s B A x at a linear layer, quantized or not, or at some rows of a fused one."""
+
+    after = Port.after  # it replaces the call instead: the norm needs the bare layer
+
+    def __init__(self, site: Site, r: int, scale: float, dropout: float, dropout_mode: str, detach_norm: bool):
+        super().__init__(site.width_in, site.width_out, r, scale, dropout, low_rank.row_index(site))
+        self.magnitude = nn.Parameter(torch.empty(site.width_out))
+        self.register_buffer("squares", torch.empty(site.width_out), persistent=False)
+        # In a list: the host is this port's parent, not its child.
+        self.host = [site.module]
+        self.dropout_mode, self.detach_norm = dropout_mode, detach_norm
+
+    def weight_rows(self) -> Tensor:
+        """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
+        weight = dense_weight(self.host[0]).float()
+        return weight if self.rows is None else weight[self.rows]
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The scaled and adapted output."""
+        bias = getattr(self.host[0], "bias", None)
+
+        def bare(value: Tensor) -> Tensor:
+            out = call(value)
+            out = out if bias is None else out - bias
+            return out if self.rows is None else out.index_select(-1, self.rows)
+
+        # A's rows go through the layer as if they were tokens: W A^T without ever holding W in full precision.
+        gain = self.gain(lambda: bare(self.A.to(x.dtype)).t())
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        direct = bare(dropped) if dropped is not x and self.dropout_mode == "reference" else None
+        y = call(x)
+        if direct is None:
+            direct = y if bias is None else y - bias
+            direct = direct if self.rows is None else direct.index_select(-1, self.rows)
+        h = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        change = ((gain - 1).to(y.dtype) * direct + gain.to(y.dtype) * h).to(y.dtype)
+        return y + change if self.rows is None else y.index_add(-1, self.rows, change)
+
+    def vector(self) -> Tensor | None:
+        """(out,) magnitudes of the whole layer: those of rows without a branch are their norms."""
+        if self.rows is None:
+            return self.magnitude.detach()
+        return dense_weight(self.host[0]).float().norm(dim=1).index_copy(0, self.rows, self.magnitude.detach())
+
+    def merge(self, module: nn.Module) -> None:
+        """W <- g (W + s B A) in float32, one cast back."""
+        old = self.weight_rows()
+        gain = self.gain(lambda: old @ self.A.float().t())
+        low_rank.add_to_weight(module, gain[:, None] * (old + self.product()) - old, self.rows)
+
+
+class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
+    """g (E[x] + s (A[:, x])^T B^T) at a token embedding; one magnitude a dimension."""
+
+    def __init__(self, site: Site, r: int, scale: float, detach_norm: bool):
+        super().__init__(site.module.num_embeddings, site.module.embedding_dim, r, scale)
+        self.magnitude = nn.Parameter(torch.empty(site.module.embedding_dim))
+        self.register_buffer("squares", torch.empty(site.module.embedding_dim), persistent=False)
+        self.host, self.detach_norm = [site.module], detach_norm
+        self.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
+
+    def weight_rows(self) -> Tensor:
+        """(D, V) float32."""
+        return self.host[0].weight.detach().float().t()  # type: ignore[union-attr,operator]
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """x holds token ids here."""
+        gain = self.gain(lambda: (self.A.float() @ self.weight_rows().t()).t())
+        return super().after(x, y) * gain.to(y.dtype)
+
+    def vector(self) -> Tensor | None:
+        """(D,) magnitudes."""
+        return self.magnitude.detach()
+
+    def merge(self, module: nn.Module) -> None:
+        """E <- g (E + s (B A)^T)."""
+        old = self.weight_rows().t()
+        gain = self.gain(lambda: (self.A.float() @ old).t())
+        low_rank.add_to_weight(module, gain * (old + self.product()) - old, None)
+
+
+@register
+class Dora(Wrapper):
+    """DoRA: W' = m V / ||V||, V = W + s B A, s = alpha / r; one magnitude m an output, LoRA moves the direction.
+
+    With g = m / ||V||: y = y_base + (g - 1) (W x) + g s B A x. A (r, in) starts Kaiming-uniform, B (out, r) at zero, m at ||W||
+    of the weight as the layer computes it, so step 0 is the base also on 4-bit weights (QDoRA: stack=[nf4,dora]). A, B and m
+    train, m without weight decay; the norm is a constant to the gradient (section 4.3 of the paper). ||V|| comes from
+    ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B> with W A^T made by sending A's rows through the frozen layer: neither B A nor a
+    dequantized W exists, and one computation serves all micro-batches of a step. Merging W <- g (W + s B A) is exact up to
+    rounding; the change has full rank, so there is no LoRA export.
+
+    Paper: DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv 2402.09353). The norm runs over the inputs of each output, as in
+    its code.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    mergeable: ClassVar[bool] = True
+
+    target: str = "attn.q|v"
+    """Sites whose weight is decomposed: linear layers and the embedding."""
+    r: PositiveInt = 8
+    """Rank of A and B."""
+    alpha: PositiveFloat = 16.0
+    """The branch is scaled by alpha / r."""
+    dropout: OpenFraction = 0.0
+    """Dropout while training; above 0 `dropout_mode: reference` costs a second product with W."""
+    dropout_mode: Literal["reference", "lora_only"] = "reference"
+    """reference: the rescaled W x also reads the dropped input, as in the paper's code; lora_only: only the branch does."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Rank by site path: regular expressions matched against the end of the module path."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Alpha by site path, like rank_pattern."""
+    detach_norm: bool = True
+    """Treat ||V|| as a constant in the backward pass; false is the exact gradient, for study."""
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Decompose the weight of every site of `target`.
+
+        Raises:
+            ModelError: a site is neither a linear layer nor an embedding, or one side of a tied pair.
+        """
+        from llmrecipe.models.anatomy import anatomy
+
+        for site in anatomy(model).at(self.target):
+            r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
+            alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
+            port = self._port(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
+            low_rank.initialise(port, "default", site.module)
+            port.start()
+            inject(site.module, site.name(self.name), port, self.name)
+
+    def _port(self, site: Site, r: int, scale: float) -> DoraLinear | DoraEmbedding:
+        if site.tensor is not None or not hasattr(site.module, "weight") or site.role.startswith("norm"):
+            raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer or embedding; dora has no norm of its rows")
+        with torch.device(low_rank.device_of(site.module)):
+            if isinstance(site.module, nn.Embedding):
+                return DoraEmbedding(site, r, scale, self.detach_norm)
+            return DoraLinear(site, r, scale, self.dropout, self.dropout_mode, self.detach_norm)
+
+    def before_step(self, model: nn.Module, step: int) -> bool | None:
+        """Forget cached norms: some optimizers write parameters without telling autograd."""
+        self._forget(model)
+        return None
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Forget cached norms."""
+        self._forget(model)
+
+    def _forget(self, model: nn.Module) -> None:
+        for _, _, _, port in all_ports(model, self.name):
+            port.cached = None  # type: ignore[assignment]
+
+    def groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Magnitudes do not decay: decay would pull every weight to zero."""
+        ports = all_ports(model, self.name)
+        names = {f"{path}.{name}.magnitude" if path else f"{name}.magnitude" for path, _, name, _ in ports}
+        return [ParamGroup(frozenset(names), weight_decay=0.0)]
+
+    def merge(self, model: nn.Module) -> None:
+        """W <- g (W + s B A) at every site."""
+        merge_ports(model, self.name)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: sum of r (in + out) + out; AdamW keeps 8 bytes for each."""
+        count = sum(n for _, n in self.describe(model))
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
