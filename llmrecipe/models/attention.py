@@ -39,8 +39,22 @@ class Prefix:
     leaves attention as it was."""
 
 
+@dataclass(frozen=True)
+class Picked:
+    """The tokens of a batch that attention is computed for; the others come out as zeros."""
+
+    index: Tensor
+    """(R, K) their columns, in order."""
+    valid: Tensor
+    """(R, K) False where a row has fewer of them than K."""
+    counts: tuple[int, ...] = ()
+    """How many of them each segment of a packed row has."""
+    keys: bool = False
+    """Whether they see each other only, instead of every token they saw before."""
+
+
 Attend = Callable[..., Tensor]
-"""attend(q, k, v, *prefixes) -> (R, Hq, T, Ev)"""
+"""attend(q, k, v, *prefixes, picked=None) -> (R, Hq, T, Ev)"""
 
 
 def install(model: nn.Module, backend: str) -> str:
@@ -73,9 +87,13 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if layout is None and not ports:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
 
-        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix) -> Tensor:
+        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix, picked: Picked | None = None) -> Tensor:
             joined = tuple(p for p in prefixes if p.gate is None)
-            if layout is not None:
+            if picked is not None and layout is not None:
+                out = _picked_packed(module, layout, picked, q, k, v, joined, kwargs)
+            elif picked is not None:
+                out = _picked_padded(backend, module, picked, q, k, v, attention_mask, joined, kwargs)
+            elif layout is not None:
                 out = _packed(module, layout, q, k, v, joined, kwargs)
             else:
                 out = _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
@@ -93,8 +111,11 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def _wrap(port: Any, call: Attend) -> Attend:
-    def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix) -> Tensor:
-        return port.attention(lambda q, k, v, *own: call(q, k, v, *outer, *own), q, k, v)
+    def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix, picked: Picked | None = None) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, *own: Prefix, **more: Any) -> Tensor:
+            return call(q, k, v, *outer, *own, **{"picked": picked, **more})
+
+        return port.attention(attend, q, k, v)
 
     return wrapped
 
@@ -249,3 +270,98 @@ def _widen(
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, low)
     wide = F.pad(mask[..., :columns], (extra, 0))
     return wide if bias is None else wide + bias
+
+
+# --- some of the tokens ----------------------------------------------------------------------------------------------
+
+
+def _picked_padded(
+    backend: str,
+    module: nn.Module,
+    picked: Picked,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    prefixes: tuple[Prefix, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The stock backend for the picked queries, over all keys or over the picked ones."""
+    columns, bias = k.shape[2], None
+    if picked.keys:
+        k, v = _take(k, picked.index, 2), _take(v, picked.index, 2)
+    own = k.shape[2]
+    for prefix in reversed(prefixes):
+        k, v, bias = _with_prefix(prefix, 0, k.shape[1], k, v, bias)
+    extra = k.shape[2] - own
+    if mask is not None or extra or _is_causal(module, kwargs):
+        mask = _pick(_widen(module, q, columns, extra, mask, bias, kwargs), picked, extra)
+    if picked.keys:
+        low = q.new_zeros(picked.valid.shape).masked_fill(~picked.valid, torch.finfo(q.dtype).min)
+        low = F.pad(low, (extra, 0))[:, None, None, :]
+        mask = low.expand(-1, -1, picked.index.shape[1], -1) if mask is None else mask + low
+    if kwargs.get("position_bias") is not None:
+        kwargs = {**kwargs, "position_bias": _pick(F.pad(kwargs["position_bias"], (extra, 0)), picked, extra)}
+    queries = _take(q, picked.index, 2)
+    out, _ = _stock(backend, module)(module, queries, k, v, mask, **{**kwargs, "is_causal": False})
+    out = out.reshape(*queries.transpose(1, 2).shape[:3], -1).transpose(1, 2)
+    place = picked.index[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
+    return out.new_zeros(*q.shape[:3], out.shape[3]).scatter(2, place, out)
+
+
+def _take(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Columns (R, K) of a four-dimensional x along an axis."""
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = index.shape
+    wide = [*x.shape]
+    wide[0], wide[axis] = index.shape
+    return x.expand(index.shape[0], -1, -1, -1).gather(axis, index.view(shape).expand(wide))
+
+
+def _pick(scores: Tensor, picked: Picked, extra: int) -> Tensor:
+    """Rows, and where asked columns behind the `extra` first ones, of something (R | 1, H | 1, T | 1, extra + T)."""
+    if scores.shape[2] > 1:
+        scores = _take(scores, picked.index, 2)
+    if picked.keys:
+        scores = torch.cat(
+            (scores[..., :extra].expand(picked.index.shape[0], -1, -1, -1), _take(scores[..., extra:], picked.index, 3)), 3
+        )
+    return scores
+
+
+def _picked_packed(
+    module: nn.Module,
+    layout: Layout,
+    picked: Picked,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: tuple[Prefix, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """One attention call a segment that has picked tokens."""
+    heads, causal = q.shape[1], _is_causal(module, kwargs)
+    k, v = _repeat(k, heads), _repeat(v, heads)
+    index = picked.index[0]
+    outs: list[Tensor] = []
+    for place, (segment, local) in enumerate(zip(layout.segments, index.split(list(picked.counts)), strict=True)):
+        if not len(local):
+            continue
+        own = local if picked.keys else torch.arange(segment.start, segment.start + segment.length, device=q.device)
+        parent = layout.segments[segment.parent] if segment.parent is not None else None
+        free = parent.length if parent is not None else 0
+        seen = own if parent is None else torch.cat((torch.arange(parent.start, parent.start + free, device=q.device), own))
+        key, value, bias = k[:, :, seen], v[:, :, seen], None
+        for prefix in reversed(prefixes):
+            key, value, bias = _with_prefix(prefix, place, heads, key, value, bias)
+        mask = None
+        if causal:
+            allowed = (seen[None, :] <= local[:, None]) | (torch.arange(len(seen), device=q.device) < free)
+            window = kwargs.get("sliding_window")
+            if window is not None:
+                at = torch.cat((torch.arange(free, device=q.device), own - segment.start + free))
+                allowed = allowed & (at[None, :] > (local - segment.start + free)[:, None] - window)
+            mask = F.pad(allowed, (key.shape[2] - len(seen), 0), value=True)
+        outs.append(_attend(q[:, :, local], key, value, mask, bias, False, kwargs))
+    out = torch.cat(outs, 2)
+    return out.new_zeros(*q.shape[:3], out.shape[3]).index_copy(2, index, out)

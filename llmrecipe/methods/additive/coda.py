@@ -1,0 +1,310 @@
+"""CoDA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.context import Context, activate, current
+from llmrecipe.errors import ModelError
+from llmrecipe.fields import Literal, PositiveFloat, PositiveInt
+from llmrecipe.methods import bottleneck
+from llmrecipe.methods.inject import DELTA, Port, inject
+from llmrecipe.methods.low_rank import device_of
+from llmrecipe.methods.routing import iterated_top_k, soft_top_k
+from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.models.attention import Attend, Picked
+from llmrecipe.registry import register
+
+if TYPE_CHECKING:
+    from llmrecipe.models.anatomy import Anatomy, Site
+
+ROWS = ("attn.q", "attn.q_a", "attn.o", "mlp", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down")
+"""Roles that compute chosen tokens only."""
+KEYS = ("attn.k", "attn.v", "attn.qkv", "attn.kv", "attn.kv_a")
+"""Roles that do so too where keys and values come from chosen tokens only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which tokens of a batch compete with each other."""
+
+    place: Tensor
+    """(G, L) flat index into R * T of each competitor."""
+    exists: Tensor
+    """(G, L) False where a group is shorter than L."""
+    dense: Tensor
+    """(R, T) tokens that always go through the block, unweighted."""
+
+
+def padded_groups(mask: Tensor, prompt: Tensor | None, causal: bool) -> Groups:
+    """One group a row (R, T): its real tokens, or the first `prompt` (R,) of them in a causal model."""
+    mask = mask.bool()
+    rows, columns = mask.shape
+    place = torch.arange(rows * columns, device=mask.device).view(rows, columns)
+    chosen_from = mask
+    if causal and prompt is not None:
+        chosen_from = mask & (mask.long().cumsum(1) <= prompt[:, None])
+    return Groups(place, chosen_from, mask & ~chosen_from)
+
+
+def packed_groups(context: Context, causal: bool, device: torch.device) -> Groups:
+    """One group a segment: all of it, or, in a causal model, a shared prompt or the prompt at its beginning.
+
+    Raises:
+        ModelError: a segment that continues a shared prompt has a prompt of its own.
+    """
+    layout = context.layout
+    assert layout is not None
+    key = ("coda", causal, device)
+    if key not in layout.cache:
+        parents = {s.parent for s in layout.segments if s.parent is not None}
+        spans: list[tuple[int, int]] = []
+        for i, segment in enumerate(layout.segments):
+            if causal and segment.parent is not None and segment.prompt:
+                raise ModelError(
+                    "coda: a packed row whose prompt is shared only in part cannot be routed; set data.packing=off"
+                )
+            length = segment.prompt if causal and i not in parents else segment.length
+            if length:
+                spans.append((segment.start, length))
+        wide = max((size for _, size in spans), default=0)
+        starts, sizes = torch.tensor(spans, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+        at = torch.arange(wide, device=device)
+        exists = at < sizes[:, None]
+        place = starts[:, None] + at * exists
+        dense = torch.ones(1, layout.columns, dtype=torch.bool, device=device)
+        dense[0, place[exists]] = False
+        layout.cache[key] = Groups(place, exists, dense)
+    return layout.cache[key]  # type: ignore[return-value]
+
+
+class Router(bottleneck.Bottleneck):
+    """Around a block: y = x + A(n) + m * (block(x) - x), with n = N(x) and the block computing the chosen tokens only."""
+
+    order = DELTA
+
+    def __init__(self, wrapper: Coda, width: int, r: int, norm: nn.Module | None, causal: bool):
+        super().__init__(width, width, r, bottleneck.Shape(wrapper.activation))
+        self.router = nn.Parameter(torch.randn(width) / width**0.5)
+        self.wrapper = wrapper
+        self.causal = causal
+        # In a list, so that the block's norm is not registered twice.
+        self.norm = [] if norm is None else [norm]
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The conditional block."""
+        normed = self.norm[0](x) if self.norm else x
+        groups = self._groups(x)
+        if groups is None or not groups.place.numel():
+            return call(x) + self.network(normed)
+        weight = self._weights(normed, groups)
+        context = current()
+        shared = {**context.shared, self.owner: self._picked(weight, groups, context)}
+        with activate(dataclasses.replace(context, shared=shared)):
+            increment = call(x) - x
+        return x + self.network(normed) + weight[..., None].to(x.dtype) * increment
+
+    def _groups(self, x: Tensor) -> Groups | None:
+        """Who competes; None where everything is computed (a cached step of generation)."""
+        context = current()
+        shape = x.shape[:2]
+        if context.layout is not None and (context.layout.rows, context.layout.columns) == tuple(shape):
+            return packed_groups(context, self.causal, x.device)
+        if self.causal and shape[1] == 1:
+            return None
+        mask = context.attention_mask
+        if mask is None or mask.shape != shape:
+            mask = torch.ones(shape, dtype=torch.long, device=x.device)
+        prompt = context.prompt_lengths
+        fits = prompt is not None and prompt.shape[0] == shape[0]
+        return padded_groups(mask, prompt if fits else None, self.causal)
+
+    def _weights(self, normed: Tensor, groups: Groups) -> Tensor:
+        """(R, T) m: soft top-k of the chosen tokens, one for dense ones, zero for the rest."""
+        with torch.autocast(normed.device.type, enabled=False):
+            full = torch.promote_types(normed.dtype, torch.float32)
+            flat = (normed.to(full) @ self.router.to(full)).flatten()
+            size = groups.exists.sum(1)
+            wanted = self.wrapper.k_of(size)
+            scores = flat[groups.place]
+            soft = self.wrapper.solve(scores, wanted, groups.exists)
+        rank = scores.masked_fill(~groups.exists, float("-inf")).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        hard = (rank < wanted[:, None]) & groups.exists
+        weight = groups.dense.to(soft.dtype).flatten()
+        return weight.index_put((groups.place[hard],), soft[hard]).view(groups.dense.shape)
+
+    def _picked(self, weight: Tensor, groups: Groups, context: Context) -> Picked:
+        """The tokens with a weight, as columns of each row."""
+        chosen = (weight.detach() > 0) | groups.dense
+        wide = int(chosen.sum(1).max())
+        # A stable sort puts the chosen ones first and keeps their order.
+        index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :wide].sort(1).values
+        counts: tuple[int, ...] = ()
+        if context.layout is not None and context.layout.columns == chosen.shape[1]:
+            counts = tuple(int(c.sum()) for c in chosen[0].cpu().split([s.length for s in context.layout.segments]))
+        return Picked(index, chosen.gather(1, index), counts, self.wrapper.kv == "selected")
+
+
+class OnRows(Port):
+    """y[chosen] = f(x[chosen]), zero elsewhere."""
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The host on chosen tokens."""
+        picked = current().shared.get(self.owner)
+        if picked is None:
+            return call(x)
+        y = call(x.gather(1, picked.index[..., None].expand(-1, -1, x.shape[2])))
+        return y.new_zeros(*x.shape[:2], y.shape[2]).scatter(1, picked.index[..., None].expand(-1, -1, y.shape[2]), y)
+
+
+class OnQueries(Port):
+    """Attention of the chosen queries."""
+
+    def attention(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(R, H, T, Ev), zero where nobody asked."""
+        return attend(q, k, v, picked=current().shared.get(self.owner))
+
+
+class KeepMask(Port):
+    """Around a stack of blocks: its padding mask becomes the context's, also where generation or an encoder brings its own."""
+
+    def whole(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Nothing else changes."""
+        mask, context = inputs.get("attention_mask"), current()
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or context.layout is not None:
+            return call(**inputs)
+        with activate(dataclasses.replace(context, attention_mask=mask)):
+            return call(**inputs)
+
+
+@register
+class Coda(Wrapper):
+    """CoDA: y = x + A(N(x)) + m * Z; an adapter A for all n tokens of a block, its frozen part for k routed ones only.
+
+    Scores s = N(x) w; l = argmax s.l + e H(l) with sum l = k, 0 <= l <= 1 (soft top-k); m_i = l_i for the k largest, else zero.
+    Z is what attention and feed-forward add to the k chosen tokens, which are gathered: their cost falls as n / k. `kv: all`
+    lets chosen tokens attend to every token (keys and values of all are computed), `kv: selected` to each other. Padding
+    never competes; packed sequences are routed one by one. At k = n the block is the dense one with a parallel adapter.
+
+    Trained: for each conditional block an adapter (2 d r + r + d), a router w (d) and, with `train_norms`, its norms. W_u
+    starts at zero and w at N(0, 1/d). Not the base model at step 0: unchosen tokens skip the block, and that is the method.
+
+    Encoders only by default: choosing among all tokens of a decoder lets later ones decide for earlier ones. `causal:
+    prompt_only` routes inside the prompt of a decoder, with generated tokens dense; rows without a prompt stay dense.
+    Not mergeable.
+
+    Paper: Conditional Adapters: Parameter-efficient Transfer Learning with Fast Inference (arXiv 2304.04947); iteration from
+    the same line of work (CoLT5, arXiv 2303.09752). Departures: the soft top-k is solved in closed form (`solver: iterative`
+    is the paper's, whose weights sum to less than k at small e); post-norm blocks take Z = block(x) - x and read x itself;
+    no conditional pre-training phase of its own: run the same stack on `clm` or masked rows first and continue.
+    """
+
+    stage: ClassVar[Stage] = Stage.INJECT
+    identity: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+
+    r: PositiveInt = 64
+    """Width of the adapters' bottleneck."""
+    reduction: PositiveFloat = 4.0
+    """Tokens over chosen tokens: k = ceil(n / reduction)."""
+    k: PositiveInt | None = None
+    """Chosen tokens of every sequence, instead of `reduction`."""
+    kv: Literal["all", "selected"] = "all"
+    """Which tokens have keys and values."""
+    solver: Literal["exact", "iterative"] = "exact"
+    """Closed form, or the paper's coordinate steps."""
+    eps: PositiveFloat = 0.03
+    """Entropy weight e of the soft top-k."""
+    eps_init: PositiveFloat = 4.0
+    """Iterative: e at the first step."""
+    eps_decay: PositiveFloat = 0.7
+    """Iterative: factor of e between steps."""
+    iters: PositiveInt = 20
+    """Iterative: steps."""
+    layers: str = "*"
+    """Blocks that are conditional: a range such as `2:` or `-1`."""
+    causal: Literal["refuse", "prompt_only"] = "refuse"
+    """What a decoder-only model gets: an explanation, or routing inside the prompt."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "identity"] = "relu"
+    """Nonlinearity of the adapters."""
+    train_norms: bool = True
+    """Also train the norms of the conditional blocks."""
+
+    def k_of(self, size: Tensor) -> Tensor:
+        """(G,) how many of each group's tokens are chosen."""
+        wanted = torch.full_like(size, self.k) if self.k is not None else torch.ceil(size / self.reduction).long()
+        return torch.minimum(wanted.clamp_min(1), size)
+
+    def solve(self, scores: Tensor, k: Tensor, exists: Tensor) -> Tensor:
+        """(G, L) soft top-k weights."""
+        if self.solver == "exact":
+            return soft_top_k(scores, k, exists, self.eps)
+        return iterated_top_k(scores, k, exists, self.eps, self.eps_init, self.eps_decay, self.iters)
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Put a router around every conditional block and gathers on what it computes.
+
+        Raises:
+            ModelError: a decoder without `causal: prompt_only`, or one with `kv: selected`.
+        """
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        roles = ROWS if self.kv == "all" else ROWS + KEYS
+        for block in self._blocks(parts):
+            inside = [s for s in parts.sites if (s.side, s.layer) == (block.side, block.layer) and s.rows is None]
+            norm = next((s.module for s in inside if s.role == "norm.attn"), None) if parts.pre_norm else None
+            with torch.device(device_of(block.module)):
+                port = Router(self, parts.width, self.r, norm, block.side == "decoder")
+            inject(block.module, self.name, port, self.name)
+            done: list[nn.Module] = []
+            for site in inside:
+                # Where the feed-forward is one module its inside already sees chosen tokens only.
+                nested = any(site.module is m for d in done for m in d.modules())
+                if site.role in roles and not nested:
+                    inject(site.module, self.name, OnRows(), self.name)
+                    done += [site.module] if site.role == "mlp" else []
+                elif site.role == "attn":
+                    inject(site.module, self.name, OnQueries(), self.name)
+        inject(_stack_of(model, parts), self.name, KeepMask(), self.name)
+
+    def _blocks(self, parts: Anatomy) -> list[Site]:
+        if any(s.role == "block" and s.side == "encoder" for s in parts.sites):
+            return parts.at(f"encoder.layers.{self.layers}.block")
+        if self.causal == "refuse":
+            raise ModelError(
+                f"stack.{self.name}: {parts.family} is a decoder: choosing among all its tokens lets later ones decide for "
+                "earlier ones. Use an encoder or encoder-decoder, or set causal: prompt_only to route inside prompts"
+            )
+        if self.kv == "selected":
+            raise ModelError(f"stack.{self.name}.kv: generated tokens attend to the whole prompt; a decoder needs kv: all")
+        return parts.at(f"layers.{self.layers}.block")
+
+    def opened(self, model: nn.Module) -> set[str]:
+        """Norms of the conditional blocks, where `train_norms` asks for them."""
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        return bottleneck.norm_parameters(model, self._blocks(parts), parts) if self.train_norms else set()
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Trainable: 2 d r + r + 2 d a block and its norms; AdamW keeps 8 bytes for each."""
+        from llmrecipe.models.anatomy import anatomy
+
+        parts = anatomy(model)
+        each = bottleneck.count(parts.width, parts.width, self.r, bottleneck.Shape()) + parts.width
+        parameters = dict(model.named_parameters())
+        trained = each * len(self._blocks(parts)) + sum(parameters[name].numel() for name in self.opened(model))
+        return {"trainable": trained, "optimizer_bytes": 8 * trained, "gradient_bytes": 4 * trained}
+
+
+def _stack_of(model: nn.Module, parts: Anatomy) -> nn.Module:
+    """The module that gets the two-dimensional padding mask on the way to the conditional blocks."""
+    if parts.encoder_decoder:
+        return model.get_encoder()  # type: ignore[operator]
+    return model.base_model if isinstance(model.base_model, nn.Module) else model
