@@ -223,11 +223,15 @@ def takes_positions(host: nn.Module) -> bool:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def host_of(model: Any, side: str) -> nn.Module:
-    """The module that runs one stack of blocks."""
-    if anatomy(model).encoder_decoder:
-        return model.get_encoder() if side == "encoder" else model.get_decoder()
-    return model.base_model
+def host_of(model: nn.Module, side: str) -> nn.Module:
+    """The module that turns ids into the states of one stack of blocks: the innermost one every pass goes through."""
+    path = next(s.path for s in anatomy(model).sites if s.role == "block" and s.side == side)
+    while path:
+        path = path.rpartition(".")[0]
+        host = model.get_submodule(path)
+        if not isinstance(host, nn.ModuleList) and "input_ids" in inspect.signature(type(host).forward).parameters:
+            break
+    return host
 
 
 def shape_of(site: Site, model: nn.Module) -> Shape:
@@ -360,7 +364,7 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
     try:
         with activate(dataclasses.replace(current(), off=current().off | {name}, layout=None)):
             place = torch.arange(start, start + plan.slots, device=device)[None]
-            host = host_of(model, "decoder")
+            host = host_of(model, sites[0].side)
             inputs = {"position_ids": place + position_offset(host)} if takes_positions(host) else {}
             model.base_model(input_ids=torch.tensor([ids], device=device), **inputs)
         (port,) = tables_of(model, name)

@@ -2,10 +2,10 @@
 
 Letters: R rows, S segments of a packed row, T columns, P slots, d width.
 
-    summary    h = sum_t w_t x_t over the document: its first token, or the mean of its prompt
+    summary    h = the document's first token, or the mean of its prompt
     score      alpha = sigmoid(h W + b)   (R | S, P);   columns of the layer times lambda alpha
 
-The weights w come once a pass from the layout or the masks; nothing they touch lies behind a target. During cached
+Which tokens those are follows once a pass from the layout or the masks; none of them lies behind a target. During cached
 generation the scores of the first pass stay with the cache and move with its rows.
 """
 
@@ -30,8 +30,8 @@ Scores = dict[int, Tensor]
 class Facts:
     """How documents are summarised in one pass."""
 
-    weights: Tensor | None
-    """(R, T), or (S, T) over one packed row; None in a pass over a cache."""
+    tokens: Tensor | None
+    """Which tokens, (R, T), or (S, T) over one packed row; None in a pass over a cache."""
     packed: bool
     kept: Scores | None
     """Scores to read in a pass over a cache, or to fill for later ones; None where no cache will follow."""
@@ -47,9 +47,9 @@ class ScoredTables(PrefixTables):
         if cached(inputs):
             facts = Facts(None, False, _kept_by(inputs["past_key_values"])[self.owner])
         else:
-            weights = summary_weights(self.summary, current(), inputs)
+            tokens = summarised(self.summary, current(), inputs)
             kept: Scores | None = None if torch.is_grad_enabled() else {}
-            facts = Facts(weights, current().layout is not None, kept)
+            facts = Facts(tokens, current().layout is not None, kept)
         return dataclasses.replace(super().make(inputs), facts=facts)
 
     def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
@@ -96,7 +96,7 @@ class BlockScores(Port):
             return x.new_ones(1, 1, dtype=self._float(x))
         if self.token == "static":
             return torch.sigmoid(self.bias)[None]
-        if facts.weights is None:
+        if facts.tokens is None:
             return facts.kept[self.layer]  # type: ignore[index]
         score = self.summary(facts, x).to(self.gate.dtype) @ self.gate
         alpha = torch.sigmoid(score + self.bias if hasattr(self, "bias") else score)
@@ -111,15 +111,16 @@ class BlockScores(Port):
     def summary(self, facts: Facts, x: Tensor) -> Tensor:
         """(R | S, d) in float32."""
         wide = x.to(self._float(x))
-        weights = facts.weights.to(wide.dtype)  # type: ignore[union-attr]
+        weights = facts.tokens.to(wide.dtype)  # type: ignore[union-attr]
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         return weights @ wide[0] if facts.packed else torch.einsum("rt,rtd->rd", weights, wide)
 
 
-def summary_weights(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
-    """w, whose rows sum to one: (S, T) for a packed row, (R, T) for padded ones."""
+def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
+    """The tokens a summary is the mean of: (S, T) for a packed row, (R, T) for padded ones."""
     tokens = tokens_of(inputs)
     if context.layout is not None:
-        return _packed_weights(summary, context.layout, tokens.device)
+        return _summarised_packed(summary, context.layout, tokens.device)
     rows, columns = tokens.shape[:2]
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
@@ -133,20 +134,19 @@ def summary_weights(summary: str, context: Context, inputs: dict[str, Any]) -> T
         given = context.prompt_lengths
         # Beams repeat the rows of a prompt; where no prompt is marked off, everything read so far is one.
         most = count[:, -1] if given is None else given.to(count).repeat_interleave(rows // given.shape[0]).clamp(min=1)
-    weights = (real & (count <= most[:, None])).float()
-    return weights / weights.sum(1, keepdim=True).clamp(min=1)
+    return real & (count <= most[:, None])
 
 
-def _packed_weights(summary: str, layout: Layout, device: torch.device) -> Tensor:
+def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Tensor:
     key = ("summary", summary)
     if key not in layout.cache:
-        weights = torch.zeros(len(layout.segments), layout.columns)
+        chosen = torch.zeros(len(layout.segments), layout.columns, dtype=torch.bool)
         for index, segment in enumerate(layout.segments):
             while segment.parent is not None:
                 segment = layout.segments[segment.parent]
             count = max(1, segment.prompt) if summary == "prompt_mean" else 1
-            weights[index, segment.start : segment.start + count] = 1.0 / count
-        layout.cache[key] = weights.to(device)
+            chosen[index, segment.start : segment.start + count] = True
+        layout.cache[key] = chosen.to(device)
     return layout.cache[key]  # type: ignore[return-value]
 
 

@@ -242,8 +242,9 @@ def _closed(out: Any, opened: Opening) -> Any:
 
 def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
     """Inject the slots at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
-    pair = anatomy(model).encoder_decoder
-    host = host_of(model, "encoder" if pair else "decoder")
+    parts = anatomy(model)
+    pair = parts.encoder_decoder
+    host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
     embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
     inject(host, name, Slots(slots, behind, position_offset(host), takes_positions(host), pair), name)
     if pair:
