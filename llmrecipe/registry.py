@@ -137,6 +137,11 @@ def add_plugin(package: str) -> None:
     _index.cache_clear()
 
 
+def plugins() -> list[tuple[str, Path]]:
+    """Packages that are walked besides this one, with their folders."""
+    return list(_plugins)
+
+
 def _roots() -> list[tuple[str, Path]]:
     return [("llmrecipe", PACKAGE), *_plugins]
 

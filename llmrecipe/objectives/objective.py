@@ -57,6 +57,13 @@ class Objective:
             RecipeError: naming the key to change.
         """
 
+    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+        """Mount other roles' finished models on the policy's freshly loaded base, before the stack is attached.
+
+        Args:
+            frozen: whether the stack leaves the weights of the base as they are.
+        """
+
     def role_wrappers(self, stack: list[Any]) -> list[Any]:
         """Adapters of other roles on the same base (`Wrapper.role`), to be trained beside the policy's stack."""
         return []

@@ -13,6 +13,7 @@ from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.registry import CONFIG
 
 if TYPE_CHECKING:
+    from llmrecipe.training.opened import Opened
     from llmrecipe.training.roles import Roles
 
 
@@ -50,6 +51,13 @@ class Reward:
             RecipeError: naming what is missing.
         """
 
+    def prepare(self, opened: Opened, frozen: bool) -> None:
+        """Put what scoring needs on the policy's freshly loaded base, before the policy's own stack is attached.
+
+        Args:
+            frozen: whether the policy leaves the weights of its base as they are.
+        """
+
     def open(self, roles: Roles) -> None:
         """Load what scoring needs; called once, before the first answer."""
 
@@ -85,6 +93,11 @@ class Rewards:
         """Every reward's own check."""
         for name, (reward, _) in self.parts.items():
             reward.check(columns, f"{self.where}.{name}")
+
+    def prepare(self, opened: Opened, frozen: bool) -> None:
+        """Every reward's own preparation."""
+        for reward, _ in self.parts.values():
+            reward.prepare(opened, frozen)
 
     def open(self, roles: Roles) -> None:
         """Every reward's own start, once."""

@@ -83,6 +83,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     seed_everything(recipe.seed)
     stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
+    parts.objective.prepare_roles(model, base_is_frozen(stack))
     parts.objective.prepare_model(model.model, recipe.seed)
     seed_everything(recipe.seed)
     attach(model, stack, everything_trains(stack), finish_structures(resume))
@@ -219,6 +220,11 @@ def attach(model: opened.Opened, stack: Stack, everything: bool, structures: dic
 def everything_trains(stack: Stack) -> bool:
     """Whether no wrapper freezes the base."""
     return not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in stack)
+
+
+def base_is_frozen(stack: Stack) -> bool:
+    """Whether nothing in the stack changes a weight of the base."""
+    return not everything_trains(stack) and not any(w.stage is Stage.SELECT for w in stack)
 
 
 def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:

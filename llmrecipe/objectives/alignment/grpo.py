@@ -102,6 +102,10 @@ class Grpo(Objective):
             raise RecipeError("objective.answers: a group of one answer has no advantage; give at least 2")
         check_rewards(self.live.rewards, data)
 
+    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+        """Reward models on the policy's base."""
+        self.live.rewards.prepare(opened, frozen)
+
     def reference_of(self) -> str:
         """The policy of step 0, unless nothing asks for it."""
         return "initial" if self.beta > 0 else "none"

@@ -57,7 +57,7 @@ def shaped_rewards(kl: Tensor, score: float, beta: float, extended: bool) -> Ten
 
 @register
 class Ppo(Objective):
-    """PPO against a reward, with generalised advantages, a value function and a divergence penalty (arXiv 1707.06347, 2203.02155).
+    """PPO against a reward, with a value function and a divergence penalty (arXiv 1707.06347, 2203.02155).
 
         r_t = -beta (log pi_old - log pi_ref) + [t = end] score
         A, R = GAE(r, V; gamma, lam), A whitened over all tokens of the rollout
@@ -171,6 +171,10 @@ class Ppo(Objective):
         if self.value not in ("auto", "adapter") or not frozen:
             return []
         return [Lora(name="critic", role="value", target=self.value_target, r=self.value_rank, alpha=2.0 * self.value_rank)]
+
+    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+        """Reward models on the policy's base."""
+        self.live.rewards.prepare(opened, frozen)
 
     def prepare_model(self, model: Any, seed: int) -> None:
         """The value head, which starts at zero."""

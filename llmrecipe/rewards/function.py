@@ -1,0 +1,84 @@
+"""A Python function as a reward."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from llmrecipe import registry
+from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.registry import register
+from llmrecipe.rewards.reward import Answer, Reward, need_column
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def reward_function(function: F) -> F:
+    """Make a function a reward by its name.
+
+    It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the whole
+    `Answer`) or a column of the row. It returns a number. A package named in `plugins` is searched for such functions.
+    """
+    FUNCTIONS[function.__name__] = function
+    return function
+
+
+@register
+class Function(Reward):
+    """A function marked with `@reward_function`, in this process or in a package of `plugins`."""
+
+    function: str = ""
+    """Its name."""
+
+    def check(self, columns: Sequence[str], where: str) -> None:
+        """The function must exist, and the rows must hold what it asks for."""
+        known = functions()
+        if self.function not in known:
+            hint = did_you_mean(self.function, known) if self.function else ""
+            raise RecipeError(
+                f"{where}.function: no reward function is called '{self.function}'{hint} (known: {', '.join(sorted(known)) or 'none'}); "
+                "mark one with llmrecipe.rewards.function.reward_function in a package and name the package: plugins=[PACKAGE]"
+            )
+        for name in wanted(known[self.function]):
+            if name not in ("prompt", "answer"):
+                need_column(name, columns, where)
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        """The function's numbers.
+
+        Raises:
+            RecipeError: it returned something else.
+        """
+        function = functions()[self.function]
+        names = wanted(function)
+        scores = []
+        for a in answers:
+            given = {"prompt": a.prompt, "answer": a}
+            value = function(a.text, **{n: given[n] if n in given else a.columns[n] for n in names})
+            if isinstance(value, bool | int | float) and value == value:
+                scores.append(float(value))
+                continue
+            raise RecipeError(
+                f"objective.reward: the function '{self.function}' returned {value!r} for {a.text!r}; it must return a number"
+            )
+        return scores
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """Every marked function; packages of `plugins` are searched and the files that mark one imported."""
+    for package, root in registry.plugins():
+        for path in sorted(root.rglob("*.py")):
+            if "@reward_function" in path.read_text(encoding="utf-8"):
+                importlib.import_module(
+                    ".".join([package, *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
+                )
+    return FUNCTIONS
+
+
+def wanted(function: Callable[..., Any]) -> list[str]:
+    """Names a function asks for besides the text."""
+    return list(inspect.signature(function).parameters)[1:]
