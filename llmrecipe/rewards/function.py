@@ -20,8 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def reward_function(function: F) -> F:
     """Make a function a reward by its name.
 
-    It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the whole
-    `Answer`) or a column of the row. It returns a number. A package named in `plugins` is searched for such functions.
+    It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the
+    whole `Answer`) or a column of the row. It returns a number. Packages named in `plugins` are searched for such functions.
     """
     FUNCTIONS[function.__name__] = function
     return function
@@ -39,9 +39,10 @@ class Function(Reward):
         known = functions()
         if self.function not in known:
             hint = did_you_mean(self.function, known) if self.function else ""
+            names = ", ".join(sorted(known)) or "none"
             raise RecipeError(
-                f"{where}.function: no reward function is called '{self.function}'{hint} (known: {', '.join(sorted(known)) or 'none'}); "
-                "mark one with llmrecipe.rewards.function.reward_function in a package and name the package: plugins=[PACKAGE]"
+                f"{where}.function: no reward function is called '{self.function}'{hint} (known: {names}); mark "
+                "one with llmrecipe.rewards.function.reward_function in a package and name the package: plugins=[PACKAGE]"
             )
         for name in wanted(known[self.function]):
             if name not in ("prompt", "answer"):

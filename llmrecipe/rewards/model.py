@@ -31,8 +31,8 @@ class Place:
 class Model(Reward):
     """Scores of a finished `reward` run, normalised as that run stored them.
 
-    Where the run's adapters stand on the policy's own base, and the policy leaves that base frozen, they are mounted there for the
-    role `reward`: no second base is held. Elsewhere the run is opened as a model of its own.
+    Where the run's adapters stand on the policy's own base, and the policy leaves that base frozen, they are mounted there for
+    the role `reward`: no second base is held. Elsewhere the run is opened as a model of its own.
     """
 
     path: str = ""
@@ -85,7 +85,8 @@ class Model(Reward):
         model, tokenizer = load(self.path, device=str(roles.device))
         if tokenizer.get_vocab() != roles.tokenizer.get_vocab():
             raise ModelError(
-                f"objective.reward: {self.path} reads other tokens than the policy writes; train the reward model from the policy's base"
+                f"objective.reward: {self.path} reads other tokens than the policy writes; train the reward model from the "
+                "policy's base"
             )
         self.place.model = model
 

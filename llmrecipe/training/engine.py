@@ -52,9 +52,9 @@ class Engine(nn.Module):
         """One pass over a batch.
 
         Args:
-            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `values` (N,) of
-                the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence head;
-                `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
+            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `values` (N,)
+                of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
+                head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
             role: which ports take part (see `Context.role`).
             off: names of wrappers that step aside.
             temperature: divides the logits of `logprobs`.

@@ -170,7 +170,8 @@ class Ppo(Objective):
             )
         if self.value not in ("auto", "adapter") or not frozen:
             return []
-        return [Lora(name="critic", role="value", target=self.value_target, r=self.value_rank, alpha=2.0 * self.value_rank)]
+        options: dict[str, Any] = {"target": self.value_target, "r": self.value_rank, "alpha": 2.0 * self.value_rank}
+        return [Lora(name="critic", role="value", **options)]
 
     def prepare_roles(self, opened: Any, frozen: bool) -> None:
         """Reward models on the policy's base."""
