@@ -97,9 +97,10 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 out = _packed(module, layout, q, k, v, joined, kwargs)
             else:
                 out = _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
+            queries = q if picked is None else _take(q, picked.index, 2)
             for prefix in prefixes:
                 if prefix.gate is not None:
-                    out = out + prefix.gate.to(out.dtype) * _apart(layout, q, prefix, kwargs)
+                    out = out + prefix.gate.to(out.dtype) * _apart(layout, picked, queries, prefix, kwargs)
             return out
 
         call: Attend = base
@@ -179,12 +180,12 @@ def _with_prefix(
     return torch.cat((pk, key), 2), torch.cat((pv, value), 2), bias
 
 
-def _apart(layout: Layout | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
+def _apart(layout: Layout | None, picked: Picked | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
     """softmax(q k^T) v over the columns of one prefix alone, (R, Hq, T, Ev)."""
     k, v = (_repeat(x, q.shape[1]).to(q.dtype) for x in (prefix.k, prefix.v))
     bias = None if prefix.bias is None else prefix.bias.to(q.dtype)
     if layout is not None and k.shape[0] > 1:
-        parts = q.split([s.length for s in layout.segments], 2)
+        parts = q.split([s.length for s in layout.segments] if picked is None else list(picked.counts), 2)
         rows = range(len(parts))
         return torch.cat([_attend(parts[i], k[i : i + 1], v[i : i + 1], None, bias, False, kwargs) for i in rows], 2)
     k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
