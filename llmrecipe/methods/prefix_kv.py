@@ -126,6 +126,8 @@ class Made:
     gates: dict[str, Tensor]
     factor: Tensor | None = None
     """(1 | R | S, P) multiplies the keys and values of the layer that runs."""
+    scale: Tensor | None = None
+    """(R, 1, T, 1) multiplies them as each query of the layer that runs sees them."""
     facts: Any = None
     """What a method with input-dependent columns worked out for the whole pass."""
 
@@ -168,7 +170,7 @@ class PrefixColumns(Port):
             factor = made.factor[:, None, :, None]
             keys, values = keys * factor, values * factor
         gate = made.gates[self.role][self.index] if self.role in made.gates else None
-        return attend(q, k, v, Prefix(keys, values, gate=gate))
+        return attend(q, k, v, Prefix(keys, values, gate=gate, scale=made.scale))
 
 
 def shared_of(owner: str) -> Made:

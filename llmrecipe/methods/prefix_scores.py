@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import Context, Layout, activate, current
-from llmrecipe.methods.inject import Port
-from llmrecipe.methods.prefix_kv import Made, PrefixTables, cached, shared_of, tokens_of
+from llmrecipe.errors import RecipeError
+from llmrecipe.methods.inject import Port, inject
+from llmrecipe.methods.prefix_kv import Made, Plan, PrefixTables, attach, cached, shared_of, tokens_of
+from llmrecipe.models.anatomy import anatomy
 
 Scores = dict[int, Tensor]
 """alpha (R, P) by layer."""
@@ -45,7 +47,7 @@ class ScoredTables(PrefixTables):
     def make(self, inputs: dict[str, Any]) -> Made:
         """The columns, and how to summarise the documents of this pass."""
         if cached(inputs):
-            facts = Facts(None, False, _kept_by(inputs["past_key_values"])[self.owner])
+            facts = Facts(None, False, _kept_by(inputs["past_key_values"]).get(self.owner))
         else:
             tokens = summarised(self.summary, current(), inputs)
             kept: Scores | None = None if torch.is_grad_enabled() else {}
@@ -116,6 +118,55 @@ class BlockScores(Port):
         return weights @ wide[0] if facts.packed else torch.einsum("rt,rtd->rd", weights, wide)
 
 
+class ColumnsGate(Port):
+    """At an attention module: g = sigmoid(w x + b) of its input scales its columns, keys and values.
+
+    `token`: each query by its own g; `mean`: a document by the mean over its tokens, which only a layer may do that sees
+    them all.
+    """
+
+    def __init__(self, width: int, pool: str):
+        super().__init__()
+        self.pool = pool
+        self.gate = nn.Parameter(torch.randn(width) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The attention module with its gate in the context."""
+        x = tokens_of(inputs)
+        made = shared_of(self.owner)
+        g = torch.sigmoid(x.to(self.gate.dtype) @ self.gate + self.bias)
+        if self.pool == "token":
+            made = dataclasses.replace(made, scale=g[:, None, :, None])
+        else:
+            weights = made.facts.tokens.to(g.dtype)
+            rows = g[0].expand(weights.shape[0], -1) if made.facts.packed else g
+            made = dataclasses.replace(made, factor=((weights * rows).sum(1) / weights.sum(1))[:, None])
+        with activate(dataclasses.replace(current(), shared={**current().shared, self.owner: made})):
+            return call(**inputs)
+
+
+class GatedTables(ScoredTables):
+    """Tables for modules that gate their columns themselves."""
+
+    summary = "all"
+
+
+def attach_gated(model: nn.Module, name: str, plan: Plan, structure: dict[str, Any] | None, pool: str) -> None:
+    """A prefix whose attention modules gate their columns.
+
+    Raises:
+        RecipeError: a mean over tokens a causal layer has not seen yet.
+    """
+    parts = anatomy(model)
+    for _, roles in attach(model, name, plan, structure, GatedTables):
+        for site in (s for group in roles.values() for s in group):
+            if pool == "mean" and site.side == "decoder" and parts.causal:
+                raise RecipeError(f"stack.{name}.gate: a mean over {site.path}'s input reads tokens to come; use gate: token")
+            port = ColumnsGate(site.width_in, pool).to(next(model.parameters()).device)
+            inject(site.module, f"{name}__gate", port, name)
+
+
 def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
     """The tokens a summary is the mean of: (S, T) for a packed row, (R, T) for padded ones."""
     tokens = tokens_of(inputs)
@@ -130,7 +181,9 @@ def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor
     real = mask != 0
     count = real.long().cumsum(1)
     most = count.new_ones(rows)
-    if summary == "prompt_mean":
+    if summary == "all":
+        most = count[:, -1]
+    elif summary == "prompt_mean":
         given = context.prompt_lengths
         # Beams repeat the rows of a prompt; where no prompt is marked off, everything read so far is one.
         most = count[:, -1] if given is None else given.to(count).repeat_interleave(rows // given.shape[0]).clamp(min=1)
@@ -142,9 +195,10 @@ def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Te
     if key not in layout.cache:
         chosen = torch.zeros(len(layout.segments), layout.columns, dtype=torch.bool)
         for index, segment in enumerate(layout.segments):
-            while segment.parent is not None:
+            while segment.parent is not None and summary != "all":
                 segment = layout.segments[segment.parent]
-            count = max(1, segment.prompt) if summary == "prompt_mean" else 1
+            whole = segment.length if summary == "all" else 1
+            count = max(1, segment.prompt) if summary == "prompt_mean" else whole
             chosen[index, segment.start : segment.start + count] = True
         layout.cache[key] = chosen.to(device)
     return layout.cache[key]  # type: ignore[return-value]

@@ -13,7 +13,7 @@ Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Prefix:
     gate: Tensor | None = None
     """A number; with it the columns have a softmax of their own and join as out + gate * softmax(q k^T) v, so a gate of zero
     leaves attention as it was."""
+    scale: Tensor | None = None
+    """(R | 1, Hq | 1, T, 1) multiplies the keys and values of these columns as each query sees them."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,21 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if layout is None and not ports:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
 
-        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix, picked: Picked | None = None) -> Tensor:
-            joined = tuple(p for p in prefixes if p.gate is None)
+        def attended(
+            q: Tensor, k: Tensor, v: Tensor, joined: tuple[Prefix, ...], kwargs: dict[str, Any], picked: Picked | None
+        ) -> Tensor:
             if picked is not None and layout is not None:
-                out = _picked_packed(module, layout, picked, q, k, v, joined, kwargs)
-            elif picked is not None:
-                out = _picked_padded(backend, module, picked, q, k, v, attention_mask, joined, kwargs)
-            elif layout is not None:
-                out = _packed(module, layout, q, k, v, joined, kwargs)
-            else:
-                out = _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
+                return _picked_packed(module, layout, picked, q, k, v, joined, kwargs)
+            if picked is not None:
+                return _picked_padded(backend, module, picked, q, k, v, attention_mask, joined, kwargs)
+            if layout is not None:
+                return _packed(module, layout, q, k, v, joined, kwargs)
+            return _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
+
+        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix, picked: Picked | None = None) -> Tensor:
+            joined = [p for p in prefixes if p.gate is None]
+            wide = _Widened(q, joined, kwargs)
+            out = wide.fold(attended(*wide.tensors(k, v), wide.prefixes, wide.kwargs, picked), picked)
             queries = q if picked is None else _take(q, picked.index, 2)
             for prefix in prefixes:
                 if prefix.gate is not None:
@@ -178,6 +185,45 @@ def _with_prefix(
         own = key.new_zeros(pk.shape[2]) if prefix.bias is None else prefix.bias.to(key.dtype)
         bias = torch.cat((own, rest))
     return torch.cat((pk, key), 2), torch.cat((pv, value), 2), bias
+
+
+class _Widened:
+    """Prefixes that each query scales, as plain ones: heads grow so that q' k' = q k and q' p' = g q p, and so do values.
+
+    q' = [q, g q]    k' = [k, 0]    p_k' = [0, p_k]    v' = [v, 0]    p_v' = [0, p_v]    out = out'_1 + g out'_2
+    """
+
+    def __init__(self, q: Tensor, prefixes: list[Prefix], kwargs: dict[str, Any]):
+        self.scales = [p.scale.to(q.dtype) for p in prefixes if p.scale is not None]
+        self.q, self.kwargs, self.count = q, kwargs, len(self.scales)
+        if self.count:
+            self.q = torch.cat([q, *(g * q for g in self.scales)], -1)
+            scaling = kwargs.get("scaling")
+            self.kwargs = {**kwargs, "scaling": q.shape[-1] ** -0.5 if scaling is None else scaling}
+        places = iter(range(1, self.count + 1))
+        self.prefixes = tuple(self._place(p, 0 if p.scale is None else next(places)) for p in prefixes)
+
+    def _place(self, prefix: Prefix, place: int) -> Prefix:
+        def at(x: Tensor) -> Tensor:
+            return F.pad(x, (place * x.shape[-1], (self.count - place) * x.shape[-1]))
+
+        return prefix if not self.count else replace(prefix, k=at(prefix.k), v=at(prefix.v), scale=None)
+
+    def tensors(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q', k', v'."""
+        if not self.count:
+            return self.q, k, v
+        return self.q, F.pad(k, (0, self.count * k.shape[-1])), F.pad(v, (0, self.count * v.shape[-1]))
+
+    def fold(self, out: Tensor, picked: Picked | None) -> Tensor:
+        """(R, Hq, T, (1 + n) Ev) -> (R, Hq, T, Ev)."""
+        if not self.count:
+            return out
+        first, *rest = out.chunk(self.count + 1, -1)
+        for g, part in zip(self.scales, rest, strict=True):
+            wide = g.expand(out.shape[0], -1, -1, -1)
+            first = first + (wide if picked is None else _take(wide, picked.index, 2)) * part
+        return first
 
 
 def _apart(layout: Layout | None, picked: Picked | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:

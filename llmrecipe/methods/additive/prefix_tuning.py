@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.fields import Literal, OpenFraction, PositiveInt
-from llmrecipe.methods import prefix_kv
+from llmrecipe.methods import prefix_kv, prefix_scores
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -24,10 +24,11 @@ class PrefixTuning(Wrapper):
     0 and no context length is spent; `shift` starts them at P, as PEFT does.
 
     Step 0 is not the base model: even zero keys take P shares of each softmax. `gate_init: closed` starts at the base: the
-    columns get a softmax of their own and a learned factor that begins at zero.
+    columns get a softmax of their own and a learned factor that begins at zero. A `gate` scales the columns and is no switch:
+    at zero they still take their share.
 
     Paper: Prefix-Tuning (arXiv 2101.00190). `closed` is an extension after LLaMA-Adapter (arXiv 2303.16199): a logit bias that
-    closes the joint softmax would leave the table without gradient.
+    closes the joint softmax would leave the table without gradient. Gates: UniPELT (arXiv 2110.07577).
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
@@ -54,6 +55,8 @@ class PrefixTuning(Wrapper):
     """Where documents start: at 0, or behind the prefix."""
     gate_init: Literal["open", "closed"] = "open"
     """`closed` starts at the base model."""
+    gate: Literal["none", "token", "mean"] = "none"
+    """A gate sigmoid(w x + b) of the attention's input on keys and values: each query's own, or a document's mean (UniPELT)."""
 
     def starts_at_base(self) -> bool:
         """Only a closed gate leaves the softmax alone."""
@@ -68,7 +71,10 @@ class PrefixTuning(Wrapper):
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """A table at each stack of blocks, a port at each attention module of `target`."""
-        prefix_kv.attach(model, self.name, self.plan(), structure)
+        if self.gate == "none":
+            prefix_kv.attach(model, self.name, self.plan(), structure)
+        else:
+            prefix_scores.attach_gated(model, self.name, self.plan(), structure, self.gate)
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Fill the table from `init_text`."""

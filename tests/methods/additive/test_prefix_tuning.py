@@ -292,6 +292,60 @@ def test_a_prefix_from_text_is_that_text_in_front(family: str, positions: str) -
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
 
 
+def test_a_gate_of_each_query_is_the_formula_in_float64_packed_or_not() -> None:
+    """softmax([g q P_K^T, q K^T] / sqrt(e)) [g P_V; V] with a different g at every query."""
+    model = adapted(prefix(reparam="flat", gate="token"), num_hidden_layers=1).double()
+    attention = model.model.layers[0].self_attn
+    attention.prefix__gate.gate.data.normal_()
+    seen: dict[str, Tensor] = {}
+    attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(out=args[0]))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: out, "x": args[0]}))
+    model(input_ids=IDS, position_ids=torch.zeros(1, 7, dtype=torch.long), attention_mask=torch.ones(1, 7))
+    # Positions all zero: rotary angles vanish.
+    q, k, v = (seen[n].view(7, -1, 8).transpose(0, 1) for n in ("q_proj", "k_proj", "v_proj"))
+    k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+    keys, values = (x[0].repeat_interleave(2, 0) for x in tables_of(model, "prefix")[0].tables["attn"]()[0])
+    g = torch.sigmoid(seen["x"][0] @ attention.prefix__gate.gate + attention.prefix__gate.bias)[None, :, None]
+    scores = torch.einsum("hqe,hke->hqk", q, k).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+    weights = (torch.cat((g * torch.einsum("hqe,hpe->hqp", q, keys), scores), -1) * 8**-0.5).softmax(-1)
+    wanted = g * weights[..., :P] @ values + weights[..., P:] @ v
+    torch.testing.assert_close(seen["out"][0], wanted.transpose(0, 1).reshape(7, 32), atol=1e-12, rtol=1e-10)
+
+
+def test_gated_prefixes_packed_cached_and_replayed() -> None:
+    model = adapted(prefix(reparam="flat", gate="token"))
+    for _, _, _, port in all_ports(model):
+        if hasattr(port, "gate"):
+            port.gate.data.normal_()
+    sequences = [Sequence([5, 9, 3], [0, 1, 1]), Sequence([60, 7], [1, 1], parent=0), Sequence([4, 4, 8, 2], [0, 1, 1, 1])]
+    values = []
+    for packing in (True, False):
+        roles = roles_for(model, packing=packing)
+        batch = roles.layout(sequences)
+        values.append(batch.sum_by_sequence(roles.engine(batch)["logprobs"]))
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-4)
+    model.eval()
+    prompts = [[5, 9, 3, 60, 7], [4, 8]]
+    assert greedy_cached(model, prompts, 8) == [greedy_whole(model, p, 8) for p in prompts]
+    plain, replayed = (gradients(adapted(prefix(gate="token")), c) for c in (False, True))
+    assert all(bool((g != 0).any()) for g in plain.values())
+    for name, grad in plain.items():
+        torch.testing.assert_close(grad, replayed[name])
+
+
+def test_a_mean_gate_ignores_padding_and_is_refused_where_it_would_look_ahead() -> None:
+    from tests.methods.additive.prefix_support import bert_classifier
+
+    model = bert_classifier()
+    Stack([prefix(reparam="flat", gate="mean")]).attach(model)
+    alone = model(input_ids=IDS[:, :4], attention_mask=torch.ones(1, 4, dtype=torch.long)).logits
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    torch.testing.assert_close(model(input_ids=IDS, attention_mask=mask).logits, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RecipeError, match="gate: token"):
+        adapted(prefix(gate="mean"))
+
+
 def test_some_layers_only() -> None:
     model = adapted(prefix(reparam="flat", target="layers.1:.attn"), num_hidden_layers=3)
     (port,) = tables_of(model, "prefix")

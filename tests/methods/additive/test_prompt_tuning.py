@@ -182,7 +182,7 @@ def test_two_prompts_stand_in_front_of_each_other_and_a_mounted_one_next_to_the_
     for name in ("inner", "outer"):
         Stack([PromptTuning(name=name, num_virtual_tokens=2)]).attach(model)
     for name, ids in (("inner", [21, 22]), ("outer", [31, 32])):
-        module, rows = rows_of(model, name)
+        _, rows = rows_of(model, name)
         rows.embeddings.data.copy_(tiny_model().get_input_embeddings().weight[ids])
     wanted = tiny_model()(input_ids=torch.tensor([[31, 32, 21, 22, *IDS[0].tolist()]])).logits[:, 4:]
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-5, rtol=1e-5)
