@@ -52,7 +52,8 @@ def test_an_encoder_with_a_head_equals_peft() -> None:
     from peft import PrefixTuningConfig, get_peft_model
 
     model = bert_classifier()
-    Stack([p_tuning()]).attach(model)
+    # peft moves BERT's positions behind the prefix; the P-tuning v2 code does not.
+    Stack([p_tuning(positions="shift")]).attach(model)
     twin = get_peft_model(bert_classifier(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)).eval()
     (port,) = tables_of(model, "prefix")
     with torch.no_grad():
