@@ -29,6 +29,11 @@ def verb(
         float | None,
         typer.Option("--bound", min=0.0, help="Largest logit difference that passes, as a share of the largest logit."),
     ] = None,
+    add: Annotated[
+        list[str] | None, typer.Option("--add", metavar="RUN=WEIGHT", help="Add another run or PEFT folder on the same base.")
+    ] = None,
+    weight: Annotated[float, typer.Option("--weight", help="Weight of the run itself beside --add.")] = 1.0,
+    combine: Annotated[str, typer.Option("--combine", help="cat: the exact sum; linear: keeps the rank.")] = "cat",
     as_json: Json = False,
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
@@ -38,18 +43,24 @@ def verb(
         ("--to", to, FORMATS),
         ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
         ("--as", as_ or "lora", ("lora",)),
+        ("--combine", combine, ("cat", "linear")),
     ):
         if value not in allowed:
             raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
     options = _rank_options(run, rank) if rank is not None else None
+    opened = None
+    if add or weight != 1.0:
+        from llmrecipe.export.combine import open_combination
+
+        opened = open_combination([(str(run), weight), *map(_weighted, add or [])], combine)  # type: ignore[arg-type]
     if to == "merged":
         from llmrecipe.export.merged import export_merged
 
-        done = export_merged(run, out, dtype=dtype, bound=bound, options=options)
+        done = export_merged(run, out, dtype=dtype, bound=bound, options=options, opened=opened)
     else:
         from llmrecipe.export.peft import export_peft
 
-        done = export_peft(run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options)
+        done = export_peft(run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, opened=opened)
     if as_json:
         print_json(done.facts())
         return
@@ -57,6 +68,24 @@ def verb(
         print(note)
     print(f"proven: {done.difference}")
     print(f"done: {done.path}")
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`RUN=0.5` -> (RUN, 0.5).
+
+    Raises:
+        UserError: there is no weight, or it is no number.
+    """
+    from llmrecipe.errors import UserError
+
+    path, _, weight = text.rpartition("=")
+    try:
+        value = float(weight) if path else None
+    except ValueError:
+        value = None
+    if value is None:
+        raise UserError(f"--add {text}: write RUN=WEIGHT, for example --add runs/other=0.5")
+    return path, value
 
 
 def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from llmrecipe.errors import RunError
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
-from llmrecipe.training.opened import Opened, open_model, run_folder
+from llmrecipe.training.opened import Opened, is_adapter, open_model, run_folder
 
 HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
 """End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""
@@ -47,11 +47,19 @@ def open_run(path: str, *, dtype: str = "auto", options: dict[str, dict[str, Any
     Raises:
         RunError: the folder holds no finished run.
     """
+    if is_adapter(path):
+        return open_model(ModelSection(path=path, dtype=dtype), TokenizerSection(), head=adapter_head(Path(path)))  # type: ignore[arg-type]
     folder = run_folder(path)
     if folder is None:
         raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
     section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
     return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
+
+
+def adapter_head(folder: Path) -> str:
+    """The head a PEFT adapter folder was made for."""
+    kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
 
 
 def head_of(folder: Path) -> str:

@@ -43,6 +43,7 @@ def export_merged(
     dtype: str = "auto",
     bound: float | None = None,
     options: dict[str, dict[str, Any]] | None = None,
+    opened: Opened | None = None,
 ) -> Exported:
     """Write a run as a Transformers folder.
 
@@ -51,13 +52,14 @@ def export_merged(
         dtype: of the written weights: `auto` keeps the one they have.
         bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`proof.BOUNDS`).
         options: see `open_run`.
+        opened: what to write instead of the run itself (see `combine.open_combination`).
 
     Raises:
         ModelError: a method of the stack cannot be folded (said before anything is written), or the logits moved.
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "merged")
-    opened = open_run(str(run), options=options)
+    opened = opened or open_run(str(run), options=options)
     for wrapper in opened.mounted:
         if not wrapper.mergeable:
             raise ModelError(

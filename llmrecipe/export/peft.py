@@ -21,7 +21,7 @@ from llmrecipe.methods.low_rank import LowRank, LowRankEmbedding, LowRankExperts
 from llmrecipe.models.sites import widths
 from llmrecipe.models.source import locate
 from llmrecipe.training import delta
-from llmrecipe.training.opened import Opened, open_saved, run_folder
+from llmrecipe.training.opened import Opened, open_saved
 
 TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
 
@@ -34,6 +34,7 @@ def export_peft(
     uniform: bool = False,
     as_lora: bool = False,
     options: dict[str, dict[str, Any]] | None = None,
+    opened: Opened | None = None,
 ) -> Exported:
     """Write a run's methods as a PEFT adapter folder.
 
@@ -43,17 +44,17 @@ def export_peft(
         uniform: one rank and scale everywhere, for servers that ignore rank and alpha patterns (vLLM).
         as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
         options: see `open_run`.
+        opened: what to write instead of the run itself (see `combine.open_combination`).
 
     Raises:
         ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "peft")
-    opened = open_run(str(run), options=options)
-    folder = run_folder(str(run))
-    if folder is None or not (folder / delta.STACK_FILE).is_file():
+    opened = opened or open_run(str(run), options=options)
+    if not opened.mounted:
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
-    saved = delta.read(folder)
+    saved = saved_from(opened)
     adapter = adapter_of(opened, saved, uniform=uniform, as_lora=as_lora)
     ids = proof.probe_ids(opened.model, opened.tokenizer)
     wanted = proof.logits_of(opened.model, ids)
@@ -69,14 +70,19 @@ def export_peft(
     return Exported(target, difference, _notes(opened, adapter))
 
 
+def saved_from(opened: Opened) -> delta.Saved:
+    """What a `stack.yaml` of this model would say."""
+    section = opened.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters"})
+    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": section}
+    return delta.Saved(base, opened.layers, opened.head, opened.labels)
+
+
 def reread(folder: Path, opened: Opened, saved: delta.Saved) -> nn.Module:
     """A fresh base, stored as training had it, with the written adapter on top."""
     from llmrecipe.recipe.schema import TokenizerSection
 
-    bases = {n: m for layer in saved.layers for n, m in layer.wrappers.items()}
-    plain = delta.Saved(saved.base, [delta.Layer(bases)], saved.head, saved.labels)
     section = opened.section.model_copy(update={"adapters": {str(folder): 1.0}})
-    return open_saved(section, delta.without_injected(plain), folder, TokenizerSection(), head=saved.head).model
+    return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
 
 
 def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
@@ -100,7 +106,7 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
             use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
             dropout=float(getattr(first, "dropout", 0.0)),
         )
-    heads = head_tensors(opened, saved)
+    heads = head_tensors(opened)
     adapter.tensors |= {peft_format.PREFIX + name: value for name, value in heads.items()}
     adapter.config |= {
         "base_model_name_or_path": locate(saved.base["path"])[0],
@@ -149,7 +155,7 @@ def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
     return None
 
 
-def head_tensors(opened: Opened, saved: delta.Saved) -> dict[str, Tensor]:
+def head_tensors(opened: Opened) -> dict[str, Tensor]:
     """Task heads that were trained with the methods, as they are now."""
     from llmrecipe.methods.stack import is_head
 

@@ -59,6 +59,8 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
 def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, dropout: float, where: str) -> Layer:
     """Branches -> a `lora` (or `dora`) layer: its target, its ranks and scales by path, and its tensors by our names."""
     parts = anatomy(model)
+    # Alpha is positive; a change that is subtracted or taken with weight 0 keeps its factor in B.
+    branches = [b if b.scale > 0 else b.folded() for b in branches]
     pairs = [(b, _site(parts, b, where)) for b in branches]
     kind = "dora" if any(b.magnitude is not None for b in branches) else "lora"
     first = branches[0]

@@ -214,7 +214,29 @@ def attach(model: opened.Opened, stack: Stack, everything: bool, structures: dic
             f"[{', '.join(w.name for w in stack)}]; use the same stack, or drop model.continue to train on top of it"
         )
     stack.attach(model.model, model.continued.structures)
+    check_continued(model, stack)
     stack.restore(model.model, model.continued.tensors)
+
+
+def check_continued(model: opened.Opened, stack: Stack) -> None:
+    """Refuse to continue adapters of another shape or scale, naming the options that fit.
+
+    Raises:
+        RunError: tensors or scales differ from what was saved.
+    """
+    found = {name: tuple(value.shape) for name, value in stack.delta(model.model).items()}
+    saved = {name: tuple(value.shape) for name, value in model.continued.tensors.items()}
+    kept = model.continued.wrappers
+    off = [w for w in stack if getattr(w, "alpha", None) != kept[w.name].get("alpha", getattr(w, "alpha", None))]
+    if found.items() >= saved.items() and not off:
+        return
+    wanted = [
+        f"stack.{name}.{option}={value}"
+        for name, mapping in kept.items()
+        for option in ("target", "r", "alpha", "rank_pattern", "alpha_pattern")
+        if (value := mapping.get(option))
+    ]
+    raise RunError(f"model.continue: the stack differs from the one that was trained; it had\n  {' '.join(wanted)}")
 
 
 def everything_trains(stack: Stack) -> bool:

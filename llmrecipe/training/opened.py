@@ -29,6 +29,9 @@ class Opened:
     quantized: list[str] = field(default_factory=list)
     """Kinds of the wrappers that quantized the base for the saved stacks."""
     base_fingerprint: str = ""
+    head: str = "causal"
+    labels: list[str] | None = None
+    """What it was opened for (see `load_model`)."""
     continued: delta.Layer | None = None
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
 
@@ -137,6 +140,7 @@ def open_saved(
     opened = Opened(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
         heads.read(model, folder)
+    opened.head, opened.labels = head, labels
     opened.quantized = [delta.kind_name(wrapper) for wrapper in bases]
     layers = list(saved.layers) if saved is not None else []
     if saved is not None:

@@ -1,0 +1,149 @@
+"""Several adapters of one base as one, and PEFT folders written by peft as a starting point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmrecipe import load
+from llmrecipe.cli.app import run as command
+from llmrecipe.errors import ModelError
+from llmrecipe.export.combine import open_combination
+from llmrecipe.export.merged import export_merged
+from llmrecipe.export.peft import export_peft
+from llmrecipe.methods.reparameterized.dora import Dora
+from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.training.opened import open_model
+from tests.export.saved_runs import base_folder, fill, saved_run
+
+IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
+    base = base_folder(tmp_path)
+    saved_run(tmp_path / "one", base, Lora(name="lora", r=4, target="attn.q|v"))
+    saved_run(tmp_path / "two", base, Lora(name="lora", r=4, alpha=4.0, target="attn.v + mlp.up"), seed=9)
+    return base, tmp_path / "one", tmp_path / "two"
+
+
+def test_cat_is_the_weighted_sum_of_the_changes(pair: tuple[Path, Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, one, two = pair
+    start = weights(AutoModelForCausalLM.from_pretrained(base))
+    first, second = (weights(AutoModelForCausalLM.from_pretrained(export_merged(p).path)) for p in (one, two))
+    both = open_combination([(str(one), 0.75), (str(two), -0.5)])
+    merged = weights(AutoModelForCausalLM.from_pretrained(export_merged(one, one / "both", opened=both).path))
+    for name, value in start.items():
+        wanted = value + 0.75 * (first[name] - value) - 0.5 * (second[name] - value)
+        torch.testing.assert_close(merged[name], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["cat", "linear"])
+def test_peft_combines_the_same_folders_to_the_same_logits(pair: tuple[Path, Path, Path], how: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, one, two = pair
+    folders = [export_peft(p).path for p in (one, two)]
+    twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folders[0], adapter_name="one")
+    twin.load_adapter(folders[1], adapter_name="two")
+    twin.add_weighted_adapter(["one", "two"], [0.75, 0.5], "both", combination_type=how)
+    twin.set_adapter("both")
+    ours = open_combination([(str(folders[0]), 0.75), (str(two), 0.5)], how)
+    torch.testing.assert_close(ours.model(input_ids=IDS).logits, twin.eval()(input_ids=IDS).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_the_verb_writes_a_combination(pair: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    base, one, two = pair
+    words = ["export", str(one), "--to", "peft", "--weight", "0.5", "--add", f"{two}=0.5", "--out", str(one / "mix")]
+    assert command(words) == 0
+    assert "proven" in capsys.readouterr().out
+    wanted = open_combination([(str(one), 0.5), (str(two), 0.5)]).model(input_ids=IDS).logits
+    model, _ = load(one / "mix", device="cpu")
+    torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert command(["export", str(one), "--to", "peft", "--add", str(two)]) == 2
+    assert "RUN=WEIGHT" in capsys.readouterr().err
+
+
+def test_what_cannot_be_added_is_refused(tmp_path: Path, pair: tuple[Path, Path, Path]) -> None:
+    base, one, two = pair
+    other = base_folder(tmp_path / "b", seed=5)
+    saved_run(tmp_path / "three", other, Lora(name="lora"))
+    saved_run(tmp_path / "four", base, Dora(name="dora"))
+    saved_run(tmp_path / "five", base, Lora(name="lora", r=2))
+    with pytest.raises(ModelError, match="another base"):
+        open_combination([(str(one), 1.0), (str(tmp_path / "three"), 1.0)])
+    with pytest.raises(ModelError, match="DoRA"):
+        open_combination([(str(one), 1.0), (str(tmp_path / "four"), 1.0)])
+    with pytest.raises(ModelError, match="equal ranks"):
+        open_combination([(str(one), 1.0), (str(tmp_path / "five"), 1.0)], "linear")
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "rslora": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "rank_pattern": {"q_proj": 3}}),
+    "patterns": ("llama", {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.1.*": 3}}),
+    "dora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_folder_written_by_peft_is_read_with_equal_logits(tmp_path: Path, case: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    family, options = CONFIGS[case]
+    base = base_folder(tmp_path, family)
+    twin = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=6, **options)).eval()
+    fill(twin)
+    wanted = twin(input_ids=IDS).logits
+    twin.save_pretrained(tmp_path / "adapter")
+    opened = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection())
+    torch.testing.assert_close(opened.model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
+    named = ModelSection(path=str(base), adapters={str(tmp_path / "adapter"): 1.0})
+    again = open_model(named, TokenizerSection()).model
+    torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_an_adapter_for_another_shape_or_method_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from peft import LoraConfig, OFTConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, wide = base_folder(tmp_path), base_folder(tmp_path / "wide", intermediate_size=64)
+    for name, config in (("up", LoraConfig(target_modules=["up_proj"])), ("oft", OFTConfig(target_modules=["q_proj"], oft_block_size=4))):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / name)
+    with pytest.raises(ModelError, match="48 x 32, this model has 64 x 32"):
+        open_model(ModelSection(path=str(wide), adapters={str(tmp_path / "up"): 1.0}), TokenizerSection())
+    with pytest.raises(ModelError, match="type OFT cannot be read"):
+        open_model(ModelSection(path=str(tmp_path / "oft")), TokenizerSection())
+
+
+def test_training_continues_from_an_adapter_and_says_which_options_fit(tmp_path: Path) -> None:
+    from llmrecipe.errors import RunError
+    from tests.runs import train_recipe
+
+    saved_run(tmp_path / "run", "tiny", Lora(name="lora", r=4, alpha=6.0, target="attn.q"))
+    folder = export_peft(tmp_path / "run").path
+    words = [f"model.path={folder}", "model.continue=true", "steps=1", "optim.lr=1e-9", "batch.size=2"]
+    with pytest.raises(RunError, match="target=attn.q stack.lora.r=4 stack.lora.alpha=6"):
+        train_recipe(tmp_path / "bad", "sft_lora", *words)
+    fitting = ["stack.lora.target=attn.q", "stack.lora.r=4", "stack.lora.alpha=6.0"]
+    run = train_recipe(tmp_path / "good", "sft_lora", *words, *fitting)
+    before, _ = load(folder, device="cpu")
+    torch.testing.assert_close(run.model(input_ids=IDS).logits, before(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+    again, _ = load(tmp_path / "good", device="cpu")
+    torch.testing.assert_close(again(input_ids=IDS).logits, before(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
