@@ -16,9 +16,13 @@ def verb(
     group: Annotated[
         str | None, typer.Argument(help="stack, objective, optim, schedule, recipes, model, ...", show_default=False)
     ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Which wrappers may share a stack, and why not.")] = False,
     as_json: Json = False,
 ) -> None:
     """List what there is: methods, objectives, optimizers, schedules, recipes, presets."""
+    if pairs:
+        show_pairs(as_json)
+        return
     rows = collect(group)
     if as_json:
         print_json(rows)
@@ -38,6 +42,29 @@ def verb(
             table.add_row(row["name"], row["family"], Text(row["summary"]))
         out.print(table)
         out.print()
+
+
+def show_pairs(as_json: bool) -> None:
+    """Print the refused pairs with their reasons, and how many train."""
+    from dataclasses import asdict
+
+    from llmrecipe.recipe.pairs import pairs as all_pairs
+
+    found = all_pairs()
+    if as_json:
+        print_json([asdict(pair) for pair in found])
+        return
+    from rich.table import Table
+
+    from llmrecipe.cli.show_table import console
+
+    refused = [pair for pair in found if pair.reason]
+    out = console()
+    out.print(f"{len(found) - len(refused)} of {len(found)} pairs of wrappers train together; refused:")
+    table = Table("one", "other", "why not", box=None, header_style="bold")
+    for pair in refused:
+        table.add_row(pair.first, pair.second, pair.reason)
+    out.print(table)
 
 
 def collect(group: str | None) -> list[dict[str, Any]]:

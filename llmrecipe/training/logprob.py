@@ -80,7 +80,7 @@ def token_logprobs(
     """
     if hidden.shape[0] == 0:
         # A micro-batch without targets still takes part in the backward pass of every rank.
-        zero = hidden.sum().float() * 0.0
+        zero = upcast(hidden.sum()) * 0.0
         return {"logprobs": zero.expand(0), "correct": hidden.new_zeros(0), "entropy": hidden.new_zeros(0)}
     if _is_plain_frozen(head):
         t, correct, ent = _FrozenHead.apply(hidden, target, head.weight, head.bias, post, entropy)
@@ -101,6 +101,11 @@ def head_width(head: nn.Module) -> int:
     return int(getattr(head, "out_features", 0) or getattr(head, "nf", 0) or 65536)
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Float32, or float64 where the model computes in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def chunk_rows(vocabulary: int) -> int:
     """Rows whose float32 logits fill one chunk."""
     return max(16, CHUNK_BYTES // (4 * vocabulary))
@@ -116,7 +121,7 @@ def _is_plain_frozen(head: nn.Module) -> bool:
 
 
 def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    z = post(head(h).float())
+    z = post(upcast(head(h)))
     lse = torch.logsumexp(z, -1)
     t = z.gather(-1, y[:, None]).squeeze(-1) - lse
     with torch.no_grad():
@@ -139,7 +144,7 @@ class _FrozenHead(torch.autograd.Function):
         W = weight.to(hidden.dtype)
         for first in range(0, hidden.shape[0], size):
             h, y = hidden[first : first + size], target[first : first + size, None]
-            z = post(torch.nn.functional.linear(h, W, None if bias is None else bias.to(h.dtype)).float())
+            z = post(upcast(torch.nn.functional.linear(h, W, None if bias is None else bias.to(h.dtype))))
             top = z.amax(-1, keepdim=True)
             zy = z.gather(-1, y)
             hits.append((zy == top).float().squeeze(-1))

@@ -1,0 +1,124 @@
+"""Every pair of wrappers either trains, with right gradients in both parts, or is refused in one line before it starts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llmrecipe import registry
+from llmrecipe.data.batch import Batch
+from llmrecipe.methods.stack import Stack, own_tensors
+from llmrecipe.methods.wrapper import Stage
+from llmrecipe.objectives.alignment.dpo import Dpo
+from llmrecipe.objectives.finetuning.sft import Sft
+from llmrecipe.recipe.pairs import pairs
+from llmrecipe.training.engine import Engine
+from llmrecipe.training.roles import Roles
+from tests.contract import FAMILY, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
+from tests.tiny import Tokenizer, tiny_model
+
+ALL = pairs()
+LEGAL = [(p.first, p.second) for p in ALL if p.reason is None]
+# What quantizes or replaces the update is covered by its own tests; here both parts are trained by gradients.
+RULES = {n for n in registry.names("stack") if str(registry.spec("stack", n).facts.get("stage")).endswith("RULE")}
+GRADIENT = [(a, b) for a, b in LEGAL if not {a, b} & RULES and a not in FAMILY and b not in FAMILY]
+
+
+def test_at_least_85_in_100_pairs_train_and_every_refusal_has_a_reason() -> None:
+    refused = [p for p in ALL if p.reason]
+    assert all(p.reason and "\n" not in p.reason for p in refused)
+    assert len(refused) <= 0.15 * len(ALL)
+
+
+EXACT = {"dora": {"detach_norm": False}}
+"""Options under which the backward pass is the derivative of the forward one (DoRA treats its norm as a constant)."""
+
+
+def together(first: str, second: str, **exact: dict[str, object]) -> Subject:
+    """Both on one model, the first under the name `one`, the second under `two`."""
+    torch.manual_seed(0)
+    model = tiny_model()
+    wrappers = [
+        registry.load("stack", k)(name=n, **{**OPTIONS.get(k, {}), **exact.get(k, {})})
+        for k, n in ((first, "one"), (second, "two"))
+    ]
+    stack = Stack(wrappers)
+    torch.manual_seed(1)
+    stack.attach(model)
+    subject = Subject(model, stack, Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), True), Sft())
+    stack.calibrate(model, probe_of(subject))
+    model.eval()
+    return subject
+
+
+def parts(subject: Subject, name: str) -> set[str]:
+    """Trained tensors a wrapper owns or opened."""
+    wrapper = next(w for w in subject.stack if w.name == name)
+    return (set(own_tensors(subject.model, name)) | wrapper.opened(subject.model)) & set(subject.trained())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), GRADIENT)
+@pytest.mark.parametrize("order", ["as listed", "reversed"])
+def test_both_parts_of_a_legal_pair_are_trained(first: str, second: str, order: str) -> None:
+    if order == "reversed":
+        first, second = second, first
+    subject = together(first, second)
+    subject.stack.take_reference(subject.model)
+    objective = Dpo(beta=0.3)
+    batch: Batch = objective.collate(PAIRS, subject.roles)
+    assert float(objective.loss(batch, subject.roles).total.detach()) / 2 == pytest.approx(math.log(2), abs=1e-4)
+    optimizer = optimizer_of(subject)
+    touched: set[str] = set()
+    for step in range(3):
+        subject.stack.before_step(subject.model, step)
+        (subject.loss() + subject.stack.penalty(subject.model)).backward()
+        touched |= {n for n, p in subject.model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+        subject.stack.after_backward(subject.model, step)
+        optimizer.step()
+        subject.stack.after_step(subject.model, step)
+        optimizer.zero_grad(set_to_none=True)
+    for wrapper in subject.stack:
+        if wrapper.stage in (Stage.INJECT, Stage.SELECT):
+            own = parts(subject, wrapper.name)
+            assert own and own & touched, f"{wrapper.name} has no gradient"
+
+
+SMOOTH = [k for k in registry.names("stack") if k not in FAMILY and k not in RULES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [p for p in GRADIENT if p[0] in SMOOTH and p[1] in SMOOTH])
+def test_gradients_of_a_pair_equal_float64(first: str, second: str) -> None:
+    """The directional derivative along the gradient, against a central difference of the loss in float64."""
+    subject = together(first, second, **EXACT)
+    if any(w.stage is Stage.BASE for w in subject.stack):
+        pytest.skip("quantized kernels have no float64 form; their gradients are compared with dense layers elsewhere")
+    optimizer = optimizer_of(subject)
+    subject.step(optimizer, 0)
+    subject.stack.before_step(subject.model, 1)
+    subject.model.double()
+    subject.loss().backward()
+    trained = {n: p for n, p in subject.trained().items() if p.grad is not None}
+    norm = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in trained.values()))
+    assert float(norm) > 0
+    eps = 1e-5
+    with torch.no_grad():
+        values = []
+        for sign in (1.0, -2.0):
+            for p in trained.values():
+                p.add_(p.grad / norm * (sign * eps))
+            _refresh(subject)
+            values.append(float(subject.loss()))
+    slope = (values[0] - values[1]) / (2 * eps)
+    assert slope == pytest.approx(float(norm), rel=2e-3)
+
+
+def _refresh(subject: Subject) -> None:
+    """Methods that write what they learned into base weights do so after a step."""
+    for wrapper in subject.stack:
+        refresh = getattr(wrapper, "refresh", None)
+        if callable(refresh):
+            refresh(subject.model)
