@@ -9,7 +9,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .PHONY: demo test test-all check format readme tiny-model bench clean
 
 demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it something
-	$(BIN)/llmrecipe train recipe=dpo_lora run.dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+	dir=runs/demo-$$(date +%Y%m%d-%H%M%S) && $(BIN)/llmrecipe train recipe=dpo_lora run.dir=$$dir && \
+		$(BIN)/llmrecipe chat $$dir --prompt "What is the hen like? Please leave out the duck."
 
 test: $(READY)  ## the fast suite
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
