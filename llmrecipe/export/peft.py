@@ -165,11 +165,15 @@ def head_tensors(opened: Opened) -> dict[str, Tensor]:
 def _shorten(config: dict[str, Any], model: nn.Module) -> None:
     """Write `q_proj` for the paths of all modules of that name."""
     paths = set(config.get("target_modules") or [])
+    if not paths:
+        return
     everywhere: dict[str, set[str]] = {}
     for path, _ in model.named_modules():
         everywhere.setdefault(path.rpartition(".")[2], set()).add(path)
     short = {leaf for leaf in {p.rpartition(".")[2] for p in paths} if everywhere[leaf] <= paths}
-    config["target_modules"] = sorted(short | {p for p in paths if p.rpartition(".")[2] not in short})
+    for key in ("target_modules", "feedforward_modules"):
+        if config.get(key):
+            config[key] = sorted({leaf if (leaf := p.rpartition(".")[2]) in short else p for p in config[key]})
     config["fan_in_fan_out"] = any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths)
 
 

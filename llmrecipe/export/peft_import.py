@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
+from llmrecipe.export import peft_additive
 from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
 from llmrecipe.models.anatomy import Anatomy, Site, anatomy
 from llmrecipe.training.delta import Layer
@@ -41,6 +42,10 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
     folder = Path(folder)
     adapter = read(folder)
     kind = str(adapter.config.get("peft_type", "")).upper()
+    if kind in ("IA3", "PREFIX_TUNING", "PROMPT_TUNING"):
+        if weight != 1.0:
+            raise ModelError(f"{folder}: an adapter of type {kind} adds nothing to weights; it cannot be taken with a weight of {weight:g}")
+        return (peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts)(adapter, model, str(folder))
     if kind == "ADALORA":
         branches, rest = _adalora(adapter)
     elif kind == "LORA":
