@@ -28,7 +28,7 @@ def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, tota
             (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n - 1.
     """
     centred = scores - scores.mean(1, keepdim=True)
-    if scale == "none":
+    if scale == "none" or not scores.numel():
         return centred
     if scale == "group":
         return centred / (scores.std(1, keepdim=True) + eps)
