@@ -1,8 +1,8 @@
 """Several adapters of one base as one: the weighted sum of their changes.
 
-    cat       [w1 s1 B1, w2 s2 B2] [A1; A2]: exactly w1 dW1 + w2 dW2, at the sum of the ranks
-    linear    (sum_i sqrt(|w_i s_i|) sign(w_i) B_i) (sum_i sqrt(|w_i s_i|) A_i): keeps the rank, adds products of different
-              adapters; needs equal ranks
+cat       [w1 s1 B1, w2 s2 B2] [A1; A2]: exactly w1 dW1 + w2 dW2, at the sum of the ranks
+linear    (sum_i sqrt(|w_i s_i|) sign(w_i) B_i) (sum_i sqrt(|w_i s_i|) A_i): keeps the rank, adds products of different
+          adapters; needs equal ranks
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _linear(everything: list[list[Branch]]) -> list[Branch]:
     for group in groups.values():
         if len({b.r for b in group}) > 1:
             ranks = ", ".join(str(b.r) for b in group)
-            raise ModelError(f"--combine linear: {group[0].path} has ranks {ranks}; equal ranks are needed, --combine cat takes any")
+            raise ModelError(
+                f"--combine linear: {group[0].path} has ranks {ranks}; equal ranks are needed, --combine cat takes any"
+            )
         roots = [abs(b.scale) ** 0.5 for b in group]
         A = sum((b.A * root for b, root in zip(group, roots, strict=True)), group[0].A * 0)
         B = sum((b.B * (root if b.scale >= 0 else -root) for b, root in zip(group, roots, strict=True)), group[0].B * 0)

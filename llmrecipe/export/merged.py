@@ -17,10 +17,10 @@ import torch
 from llmrecipe.errors import ModelError, RunError
 from llmrecipe.export import proof
 from llmrecipe.export.load import open_run
-from llmrecipe.methods.inject import all_ports, kind_of
+from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.quantized import dequantize_model
 from llmrecipe.models.choose import quiet
-from llmrecipe.training.opened import Opened
+from llmrecipe.training.opened import Opened, merge_order
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def export_merged(
     wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
     with writing(target) as folder:
         write_model(opened, folder, wide)
-        family, opened.model = type(opened.model), torch.nn.Identity()  # one model in memory at a time
+        family: Any = type(opened.model)
+        opened.model = torch.nn.Identity()  # one model in memory at a time
         with quiet():
             plain = family.from_pretrained(folder, dtype=wide)
         difference = proof.compare(wanted, proof.logits_of(plain, ids), wide, bound)
@@ -97,18 +98,13 @@ def fold(opened: Opened) -> list[str]:
         notes.append(
             f"{count} quantized layers were dequantized: the methods were trained on these weights, not on the originals"
         )
-    # A method that replaces a layer's call saw the bare weight, so it is folded before those that add to the output.
-    for wrapper in sorted(opened.mounted, key=lambda w: not _replaces_calls(opened.model, w.name)):
+    for wrapper in merge_order(opened):
         wrapper.merge(opened.model)
         notes.append(f"folded {wrapper.name.split('_', 1)[1]}")
     left = [path for path, _, _, _ in all_ports(opened.model)]
     if left:
         raise ModelError(f"export --to merged: ports are left at {', '.join(left[:3])}")
     return notes
-
-
-def _replaces_calls(model: Any, owner: str) -> bool:
-    return any(kind_of(port) == "around" for _, _, _, port in all_ports(model, owner))
 
 
 def dtype_of(model: Any) -> torch.dtype:

@@ -93,7 +93,8 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
     """
     if any("new_rows" in name for layer in saved.layers for name in layer.tensors):
         raise ModelError(
-            "export --to peft: tokens were added to the vocabulary, which the base an adapter names does not have; use --to merged"
+            "export --to peft: tokens were added to the vocabulary, and the base that the adapter would name does not have them; "
+            "use --to merged"
         )
     native = [(w, made) for w in opened.mounted if (made := None if as_lora else w.to_peft(opened.model)) is not None]
     if native and len(opened.mounted) == 1:
@@ -125,8 +126,9 @@ def branches_of(opened: Opened) -> list[Branch]:
     """
     branches = []
     for wrapper in opened.mounted:
-        found = [branch_of(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
-        if not found or any(branch is None for branch in found):
+        ports = [(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
+        found = [branch for place in ports if (branch := branch_of(*place)) is not None]
+        if not found or len(found) < len(ports):
             name = wrapper.name.split("_", 1)[1]
             others = len(opened.mounted) > 1 and wrapper.to_peft(opened.model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"

@@ -132,7 +132,8 @@ def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
         site = next((s for s in parts.sites if s.path == path and s.rows is None and s.tensor is None), None)
         behind = value.shape[0] != 1
         if site is None or behind != (site.role.rsplit(".", 1)[-1] in BEHIND):
-            raise ModelError(f"{where}: it scales the {'output' if behind else 'input'} of {path}, which has no counterpart here")
+            end = "output" if behind else "input"
+            raise ModelError(f"{where}: it scales the {end} of {path}, which has no counterpart here")
         sites.append(site)
         tensors[f"{path}.{site.name('ia3')}.l"] = value.float().reshape(1, -1)
     return Layer({"ia3": {"kind": "ia3", "target": target_of(sites, parts)}}, {}, tensors=tensors)
@@ -155,7 +156,9 @@ def read_prompts(adapter: Adapter, model: Any, where: str) -> Layer:
     prefix = adapter.config["peft_type"] == "PREFIX_TUNING"
     wanted = 2 * parts.layers * parts.kv_heads * parts.head_dim if prefix else parts.width
     if table.shape[1] != wanted:
-        raise ModelError(f"{where}: its rows have {table.shape[1]} numbers, this model needs {wanted}; was it trained on another base?")
+        raise ModelError(
+            f"{where}: its rows have {table.shape[1]} numbers, this model needs {wanted}; was it trained on another base?"
+        )
     host = host_of(model, side)
     paths = {id(module): path for path, module in model.named_modules()}
     count = table.shape[0]

@@ -44,15 +44,19 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
     kind = str(adapter.config.get("peft_type", "")).upper()
     if kind in ("IA3", "PREFIX_TUNING", "PROMPT_TUNING"):
         if weight != 1.0:
-            raise ModelError(f"{folder}: an adapter of type {kind} adds nothing to weights; it cannot be taken with a weight of {weight:g}")
-        return (peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts)(adapter, model, str(folder))
+            raise ModelError(
+                f"{folder}: a weight of {weight:g} means nothing to an adapter of type {kind}, which adds to no weight"
+            )
+        read_other = peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts
+        return read_other(adapter, model, str(folder))
     if kind == "ADALORA":
         branches, rest = _adalora(adapter)
     elif kind == "LORA":
         branches, rest = _lora(adapter, model, folder)
     else:
         raise ModelError(
-            f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here (LORA with DoRA, and ADALORA can)"
+            f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here "
+            "(LORA, DoRA, ADALORA, IA3, PREFIX_TUNING and PROMPT_TUNING can)"
         )
     if weight != 1.0:
         if any(b.magnitude is not None for b in branches):

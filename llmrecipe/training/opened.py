@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmrecipe.errors import ModelError, RunError
+from llmrecipe.methods.inject import all_ports, kind_of
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
@@ -61,7 +62,8 @@ def adapter_base(path: str) -> str:
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(
-            f"model.path: the adapter {path} does not name its base model; give model.path=BASE 'model.adapters={{{path}: 1.0}}'"
+            f"model.path: the adapter {path} does not name its base model; "
+            f"give model.path=BASE 'model.adapters={{{path}: 1.0}}'"
         )
     return str(base)
 
@@ -176,6 +178,18 @@ def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
     return list(found.values())
 
 
+def merge_order(opened: Opened) -> list[Wrapper]:
+    """Mounted wrappers in the order in which they fold exactly.
+
+    A method that replaces a layer's call (DoRA) saw the bare weight, so it comes before those that add to the output.
+    """
+
+    def adds(wrapper: Wrapper) -> bool:
+        return not any(kind_of(port) == "around" for _, _, _, port in all_ports(opened.model, wrapper.name))
+
+    return sorted(opened.mounted, key=adds)
+
+
 def merge_mounted(opened: Opened) -> None:
     """Fold mounted stacks into the base weights, for runs that train every weight.
 
@@ -185,9 +199,9 @@ def merge_mounted(opened: Opened) -> None:
     for wrapper in opened.mounted:
         if not wrapper.mergeable:
             raise ModelError(
-                f"model.path: this run's '{wrapper.name.split('_', 1)[1]}' cannot be merged into the weights, so they cannot all be "
-                "trained further; add a stack, or set model.continue=true"
+                f"model.path: this run's '{wrapper.name.split('_', 1)[1]}' cannot be merged into the weights, so they cannot "
+                "all be trained further; add a stack, or set model.continue=true"
             )
-    for wrapper in opened.mounted:
+    for wrapper in merge_order(opened):
         wrapper.merge(opened.model)
     opened.mounted, opened.layers = [], []

@@ -64,7 +64,7 @@ def test_peft_combines_the_same_folders_to_the_same_logits(pair: tuple[Path, Pat
 
 
 def test_the_verb_writes_a_combination(pair: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    base, one, two = pair
+    _base, one, two = pair
     words = ["export", str(one), "--to", "peft", "--weight", "0.5", "--add", f"{two}=0.5", "--out", str(one / "mix")]
     assert command(words) == 0
     assert "proven" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_the_verb_writes_a_combination(pair: tuple[Path, Path, Path], capsys: py
 
 
 def test_what_cannot_be_added_is_refused(tmp_path: Path, pair: tuple[Path, Path, Path]) -> None:
-    base, one, two = pair
+    base, one, _two = pair
     other = base_folder(tmp_path / "b", seed=5)
     saved_run(tmp_path / "three", other, Lora(name="lora"))
     saved_run(tmp_path / "four", base, Dora(name="dora"))
@@ -124,7 +124,8 @@ def test_an_adapter_for_another_shape_or_method_is_refused_with_the_reason(tmp_p
     from transformers import AutoModelForCausalLM
 
     base, wide = base_folder(tmp_path), base_folder(tmp_path / "wide", intermediate_size=64)
-    for name, config in (("up", LoraConfig(target_modules=["up_proj"])), ("oft", OFTConfig(target_modules=["q_proj"], oft_block_size=4))):
+    oft = OFTConfig(target_modules=["q_proj"], oft_block_size=4)
+    for name, config in (("up", LoraConfig(target_modules=["up_proj"])), ("oft", oft)):
         get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / name)
     with pytest.raises(ModelError, match="48 x 32, this model has 64 x 32"):
         open_model(ModelSection(path=str(wide), adapters={str(tmp_path / "up"): 1.0}), TokenizerSection())
@@ -139,7 +140,7 @@ def test_training_continues_from_an_adapter_and_says_which_options_fit(tmp_path:
     saved_run(tmp_path / "run", "tiny", Lora(name="lora", r=4, alpha=6.0, target="attn.q"))
     folder = export_peft(tmp_path / "run").path
     words = [f"model.path={folder}", "model.continue=true", "steps=1", "optim.lr=1e-9", "batch.size=2"]
-    with pytest.raises(RunError, match="target=attn.q stack.lora.r=4 stack.lora.alpha=6"):
+    with pytest.raises(RunError, match=r"target=attn\.q stack\.lora\.r=4 stack\.lora\.alpha=6"):
         train_recipe(tmp_path / "bad", "sft_lora", *words)
     fitting = ["stack.lora.target=attn.q", "stack.lora.r=4", "stack.lora.alpha=6.0"]
     run = train_recipe(tmp_path / "good", "sft_lora", *words, *fitting)

@@ -51,7 +51,9 @@ def test_a_folder_written_by_peft_is_read_with_equal_logits(tmp_path: Path, kind
     from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
     config = {
-        "ia3": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "ia3": lambda: IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
         "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }[kind]()

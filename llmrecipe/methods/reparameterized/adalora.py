@@ -23,7 +23,7 @@ FACTORS = ("A", "E", "B")
 
 
 def budget(t: int, first: int, last: int, total: int, start: int, end: int) -> int:
-    """Triplets kept after t steps: `start` until step `first`, then a cubic fall to `end`, reached `last` steps before `total`."""
+    """Triplets kept after t steps: `start` up to step `first`, then a cubic fall to `end`, reached `last` steps before `total`."""
     if t <= first:
         return start
     if t >= total - last:
@@ -275,7 +275,7 @@ class Adalora(Wrapper):
             "rank_pattern": {f"{path}.lora_E": port.kept.tolist() for path, _, port in ports},
             "inference_mode": True,
         }
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path, module, port in ports:
             B = port.B.detach()[:, port.kept]
             if port.rows is not None:

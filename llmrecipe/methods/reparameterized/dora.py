@@ -138,9 +138,9 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
     """g (E[x] + s (A[:, x])^T B^T) at a token embedding; one magnitude a dimension."""
 
     def __init__(self, site: Site, r: int, scale: float, detach_norm: bool):
-        super().__init__(site.module.num_embeddings, site.module.embedding_dim, r, scale)
-        self.magnitude = nn.Parameter(torch.empty(site.module.embedding_dim))
-        self.register_buffer("squares", torch.empty(site.module.embedding_dim), persistent=False)
+        super().__init__(site.width_in, site.width_out, r, scale)
+        self.magnitude = nn.Parameter(torch.empty(site.width_out))
+        self.register_buffer("squares", torch.empty(site.width_out), persistent=False)
         self.host, self.detach_norm = [site.module], detach_norm
         self.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
 
@@ -171,8 +171,8 @@ class Dora(Wrapper):
     With g = m / ||V||: y = y_base + (g - 1) (W x) + g s B A x. A (r, in) starts Kaiming-uniform, B (out, r) at zero, m at ||W||
     of the weight as the layer computes it, so step 0 is the base also on 4-bit weights (QDoRA: stack=[nf4,dora]). A, B and m
     train, m without weight decay; the norm is a constant to the gradient (section 4.3 of the paper). ||V|| comes from
-    ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B> with W A^T made by sending A's rows through the frozen layer: neither B A nor a
-    dequantized W exists, and one computation serves all micro-batches of a step. Merging W <- g (W + s B A) is exact up to
+    ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, with W A^T made by sending A's rows through the frozen layer: no B A and no
+    dequantized W exist, and one computation serves all micro-batches of a step. Merging W <- g (W + s B A) is exact up to
     rounding; the change has full rank, so there is no LoRA export.
 
     Paper: DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv 2402.09353). The norm runs over the inputs of each output, as in

@@ -191,7 +191,7 @@ class Dylora(Wrapper):
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """The rank drawn for the last step."""
-        return {"rank": float(port.drawn) for port in self._ports(model)[:1]}
+        return {"rank": float(self._ports(model)[0].drawn)}
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + (alpha / b) B[:, :b] A[:b] at the rank in use."""

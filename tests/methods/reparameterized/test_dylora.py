@@ -111,7 +111,7 @@ def test_strict_keeps_other_ranks_and_their_moments_bit_equal(freeze: str) -> No
 
 
 def test_ranks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(RecipeError, match="stack.dylora.rank: 9 is larger than r=4"):
+    with pytest.raises(RecipeError, match=r"stack\.dylora\.rank: 9 is larger than r=4"):
         adapted(rank=9)
     with pytest.raises(RecipeError, match="r_min"):
         adapted(r_min=5)
