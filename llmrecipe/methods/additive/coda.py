@@ -104,7 +104,7 @@ class Router(bottleneck.Bottleneck):
             return call(x) + self.network(normed)
         weight = self._weights(normed, groups)
         context = current()
-        shared = {**context.shared, self.owner: self._picked(weight, groups, context)}
+        shared = {**context.shared, self.owner: (self._picked(weight, groups, context), x.shape[1])}
         with activate(dataclasses.replace(context, shared=shared)):
             increment = call(x) - x
         return x + self.network(normed) + weight[..., None].to(x.dtype) * increment
@@ -155,8 +155,10 @@ class OnRows(Port):
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The host on chosen tokens."""
-        picked = current().shared.get(self.owner)
-        if picked is None:
+        picked, columns = current().shared.get(self.owner, (None, 0))
+        # Rows that are no longer the batch's tokens: another CoDA has gathered its own, which the outer block asks for,
+        # or a method (DoRA) sends its matrices through the layer.
+        if picked is None or x.dim() != 3 or x.shape[1] != columns:
             return call(x)
         y = call(x.gather(1, picked.index[..., None].expand(-1, -1, x.shape[2])))
         return y.new_zeros(*x.shape[:2], y.shape[2]).scatter(1, picked.index[..., None].expand(-1, -1, y.shape[2]), y)
@@ -167,7 +169,8 @@ class OnQueries(Port):
 
     def attention(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(R, H, T, Ev), zero where nobody asked."""
-        return attend(q, k, v, picked=current().shared.get(self.owner))
+        picked, _ = current().shared.get(self.owner, (None, 0))
+        return attend(q, k, v) if picked is None else attend(q, k, v, picked=picked)
 
 
 class KeepMask(Port):

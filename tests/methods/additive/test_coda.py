@@ -38,10 +38,10 @@ def network(port: Router, z: Tensor) -> Tensor:
     return (z @ port.down.T + port.down_bias).clamp_min(0) @ port.up.T + port.up_bias
 
 
-def routed(port: Router, normed: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def routed(port: Router, normed: Tensor, k: int, eps: float = 0.03) -> tuple[Tensor, Tensor]:
     """(R, T) weights m and the (R, k) chosen columns, written out."""
     scores = normed @ port.router
-    soft = soft_top_k(scores, torch.full((len(scores),), k), torch.ones_like(scores, dtype=torch.bool), 0.03)
+    soft = soft_top_k(scores, torch.full((len(scores),), k), torch.ones_like(scores, dtype=torch.bool), eps)
     chosen = scores.topk(k, dim=1).indices.sort(1).values
     return torch.zeros_like(soft).scatter(1, chosen, soft.gather(1, chosen)), chosen
 
@@ -324,3 +324,15 @@ def test_the_recipe_learns(tmp_path) -> None:
     train_recipe(tmp_path / "run", "coda")
     losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_of_two_on_one_block_the_outer_one_asks_the_inner_one_for_its_tokens() -> None:
+    """y = x + A2 + m2 * (inner(x) - x): only tokens both chose go through the frozen part."""
+    pair = [Coda(name=name, r=4, reduction=2.0, eps=1.0, train_norms=False) for name in ("inner", "outer")]
+    model, _ = attached("bert", *pair)
+    fill(model)
+    block, x = anatomy(model).at("layers.0.block")[0].module, torch.randn(2, 8, 32)
+    with activate(Context(off=frozenset({"outer"}))):
+        inner = block(x)
+    m, _ = routed(block.outer, x, 4, eps=1.0)
+    torch.testing.assert_close(block(x), x + network(block.outer, x) + m[..., None] * (inner - x), atol=1e-5, rtol=1e-5)
