@@ -49,7 +49,8 @@ def together(first: str, second: str, **exact: dict[str, object]) -> Subject:
     stack.attach(model)
     subject = Subject(model, stack, Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), True), Sft())
     stack.calibrate(model, probe_of(subject))
-    model.eval()
+    # Comparisons with a reference are trained without dropout; the engine's mode is what `reference` puts back.
+    subject.roles.engine.eval()
     return subject
 
 
