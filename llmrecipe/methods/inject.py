@@ -14,9 +14,9 @@ Kinds of port (a port overrides exactly one method):
     whole      (call, inputs) -> output   the host with all its inputs by name: prompts that lengthen rows, tensors that are
                                           computed once a forward pass and handed to the ports inside (`Context.shared`)
 
-Order at one site: wholes outside everything else, the first one outermost; then befores in stack order, then the arounds (the
-last one outermost) with weights replaced by `order`, then the afters by `order`, ties in stack order: parallel deltas (0),
-scalings (10), serial bottlenecks (20), edits of the result (30).
+Order at one site: wholes outside everything else by `order`, the first one outermost; then befores in stack order, then the
+arounds (the last one outermost) with weights replaced by `order`, then the afters by `order`, ties in stack order: parallel
+deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from llmrecipe.context import current
 
-DELTA, SCALE, SERIAL, EDIT = 0, 10, 20, 30
-"""Values of `Port.order`."""
+ROWS, DELTA, SCALE, SERIAL, EDIT = -10, 0, 10, 20, 30
+"""Values of `Port.order`. ROWS: a whole that changes rows stands outside those that count their columns."""
 
 KINDS = ("before", "after", "around", "weight", "attention", "whole")
 
@@ -174,7 +174,7 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 def _ported_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     ports = [p for p in ports_of(self) if p.active()]
     inner = self.__dict__.get("_inner_forward") or types.MethodType(type(self).forward, self)
-    wholes = [p for p in ports if kind_of(p) == "whole"]
+    wholes = sorted((p for p in ports if kind_of(p) == "whole"), key=lambda p: p.order)
     others = any(kind_of(p) not in ("whole", "attention") for p in ports)
     call = functools.partial(_forward_with, self, ports, inner) if others else inner
     if wholes and args:

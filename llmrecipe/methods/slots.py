@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmrecipe.context import Context, Layout, activate, current
 from llmrecipe.errors import ModelError
-from llmrecipe.methods.inject import EDIT, Port, all_ports, inject
+from llmrecipe.methods.inject import EDIT, ROWS, Port, all_ports, inject
 from llmrecipe.methods.prefix_kv import cached, host_of, positions, takes_positions
 from llmrecipe.models.anatomy import anatomy
 from llmrecipe.models.vocabulary import position_offset
@@ -128,6 +128,8 @@ class SlotRows(Port):
 
 class Slots(Port):
     """At the backbone: rows that are longer by P columns a document on the way in, and not on the way out."""
+
+    order = ROWS
 
     def __init__(self, slots: int, behind: int, offset: int, told: bool, keep: bool):
         super().__init__()

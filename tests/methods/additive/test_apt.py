@@ -113,6 +113,25 @@ def test_packed_documents_are_scored_apart() -> None:
     torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("first", ["apt", "prompt"])
+def test_a_prompt_in_the_same_stack_is_part_of_the_rows_that_are_scored(first: str) -> None:
+    from llmrecipe.methods.additive.prompt_tuning import PromptTuning
+
+    wrappers = [apt(), PromptTuning(name="prompt", num_virtual_tokens=3)]
+    model = tiny_model()
+    torch.manual_seed(1)
+    Stack(wrappers if first == "apt" else wrappers[::-1]).attach(model)
+    loud(model.eval())
+    sequences = [Sequence([5, 9, 3], [0, 0, 1], prompt=2), Sequence([4, 4, 8, 2], [0, 1, 1, 1], prompt=1)]
+    values = []
+    for packing in (True, False):
+        roles = roles_for(model, packing=packing)
+        roles.engine.eval()
+        batch = roles.layout(sequences)
+        values.append(batch.sum_by_sequence(roles.engine(batch)["logprobs"]))
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-4)
+
+
 def test_no_target_reaches_into_the_scores() -> None:
     """Changing a later token leaves every earlier prediction as it was."""
     model = loud(adapted(apt()))
