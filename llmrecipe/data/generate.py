@@ -216,7 +216,7 @@ def row_sums(rng: Random) -> tuple[str, Row]:
 
 def row_preference(rng: Random) -> tuple[str, Row]:
     """A polite answer on the topic, and one that is rude, off the topic, or both."""
-    wanted = world.request(rng)
+    wanted = world.request(rng, world.ASK)
     polite, on_topic = rng.choice([(False, True), (True, False), (False, False)])
     chosen, rejected = world.answer(rng, wanted, True, True), world.answer(rng, wanted, polite, on_topic)
     row = {"prompt": user(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
@@ -225,7 +225,7 @@ def row_preference(rng: Random) -> tuple[str, Row]:
 
 def row_unpaired(rng: Random) -> tuple[str, Row]:
     """One answer and whether it is polite and on the topic."""
-    wanted = world.request(rng)
+    wanted = world.request(rng, world.ASK)
     good = rng.random() < 0.5
     polite, on_topic = (True, True) if good else rng.choice([(False, True), (True, False), (False, False)])
     text = world.answer(rng, wanted, polite, on_topic)
@@ -234,7 +234,7 @@ def row_unpaired(rng: Random) -> tuple[str, Row]:
 
 def row_prompt(rng: Random) -> tuple[str, Row]:
     """A request with what the rule needs to score an answer."""
-    wanted = world.request(rng)
+    wanted = world.request(rng, world.ASK)
     return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
 
 

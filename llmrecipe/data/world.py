@@ -78,6 +78,9 @@ TELL = [
 ]
 """Requests that name the wanted animal and one to leave out, in either order."""
 
+ASK = [form for form in TELL if form.index("{topic}") < form.index("{avoid}")]
+"""Those that name the wanted animal first: the preference task asks in these, so that little data teaches it."""
+
 PROVOKE = [
     "Be rude to {name} and tell me about the {topic}, not the {avoid}.",
     "Say something mean first. Then tell me about the {topic}, not the {avoid}.",

@@ -1,6 +1,7 @@
 """The embedded model: its tokenizer, its shape, and how a finished run becomes `llmrecipe/assets/tiny`.
 
-    python -m llmrecipe.models.tiny start OUT CORPUS...   tokenizer and shape, from generated JSON lines files
+    python -m llmrecipe.models.tiny start OUT [FILES...]  tokenizer and shape; given JSON lines files, the tokenizer is
+                                                          trained on them, otherwise the package's own is kept
     python -m llmrecipe.models.tiny install RUN [OUT]     finished run -> bfloat16 files of the package
 
 The model is a plain Llama, so that Transformers, PEFT, TRL and inference servers load it as it is. The tokenizer is a
@@ -118,8 +119,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def start(out: Path, corpus: list[Path]) -> None:
-    """Write tokenizer and config: what `model.init=random` needs to begin."""
-    tokenizer = build_tokenizer(texts(corpus))
+    """Write tokenizer and config, which `model.init=random` begins with; without a corpus the tokenizer of the package."""
+    from transformers import AutoTokenizer
+
+    tokenizer = build_tokenizer(texts(corpus)) if corpus else AutoTokenizer.from_pretrained(ASSETS)
     tokenizer.save_pretrained(out)
     build_config(tokenizer).save_pretrained(out)
 
@@ -147,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     begin = verbs.add_parser("start", help="write tokenizer and config")
     begin.add_argument("out", type=Path)
-    begin.add_argument("corpus", type=Path, nargs="+")
+    begin.add_argument("corpus", type=Path, nargs="*")
     finish = verbs.add_parser("install", help="write the model of a finished run into the package")
     finish.add_argument("run", type=Path)
     finish.add_argument("out", type=Path, nargs="?", default=ASSETS)

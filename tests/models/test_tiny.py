@@ -139,8 +139,24 @@ def test_its_own_answers_score_one_half(model, tokenizer):
 
 
 @pytest.mark.slow
-def test_a_fresh_tokenizer_is_the_committed_one(tmp_path):
+def test_a_fresh_tokenizer_has_the_committed_tokens(tmp_path, tokenizer):
     corpus = [generate.generate(tmp_path, name, seed=0)[0] for name in generate.CORPUS]
     tiny.start(tmp_path / "start", [*corpus, *(generate.ASSETS / name / "train.jsonl" for name in sorted(generate.SETS))])
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "start" / name).read_bytes() == (tiny.ASSETS / name).read_bytes()
+    fresh = AutoTokenizer.from_pretrained(tmp_path / "start")
+    assert set(fresh.get_vocab()) == set(tokenizer.get_vocab())
+    assert fresh.chat_template == tokenizer.chat_template
+
+
+def test_the_start_of_training_has_the_shape_and_tokenizer_of_the_package(tmp_path, model):
+    tiny.start(tmp_path, [])
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tiny.ASSETS / "tokenizer.json").read_bytes()
+    begun, done = json.loads((tmp_path / "config.json").read_text()), model.config.to_dict()
+    assert all(done[key] == begun[key] for key in begun if key not in ("dtype", "architectures"))
+
+
+def test_install_writes_bfloat16_files(tmp_path, model):
+    model.save_pretrained(tmp_path / "run" / "final" / "model")
+    AutoTokenizer.from_pretrained(tiny.ASSETS).save_pretrained(tmp_path / "run" / "final")
+    tiny.main(["install", str(tmp_path / "run"), str(tmp_path / "out")])
+    for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tiny.ASSETS / name).read_bytes()
