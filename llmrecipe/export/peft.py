@@ -93,7 +93,7 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
     """
     if any("new_rows" in name for layer in saved.layers for name in layer.tensors):
         raise ModelError(
-            "export --to peft: tokens were added to the vocabulary, and the base that the adapter would name does not have them; "
+            "export --to peft: tokens were added to the vocabulary, and the base that the adapter names does not have them; "
             "use --to merged"
         )
     native = [(w, made) for w in opened.mounted if (made := None if as_lora else w.to_peft(opened.model)) is not None]

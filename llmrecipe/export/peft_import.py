@@ -44,9 +44,7 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
     kind = str(adapter.config.get("peft_type", "")).upper()
     if kind in ("IA3", "PREFIX_TUNING", "PROMPT_TUNING"):
         if weight != 1.0:
-            raise ModelError(
-                f"{folder}: a weight of {weight:g} means nothing to an adapter of type {kind}, which adds to no weight"
-            )
+            raise ModelError(f"{folder}: an adapter of type {kind} adds to no weight, so it cannot be taken {weight:g} times")
         read_other = peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts
         return read_other(adapter, model, str(folder))
     if kind == "ADALORA":

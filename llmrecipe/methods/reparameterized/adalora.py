@@ -23,7 +23,7 @@ FACTORS = ("A", "E", "B")
 
 
 def budget(t: int, first: int, last: int, total: int, start: int, end: int) -> int:
-    """Triplets kept after t steps: `start` up to step `first`, then a cubic fall to `end`, reached `last` steps before `total`."""
+    """Triplets kept after t steps: `start` up to step `first`, then a cubic fall to `end`, `last` steps before `total`."""
     if t <= first:
         return start
     if t >= total - last:

@@ -215,3 +215,20 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
     config = twin.peft_config["default"]
     assert config.peft_type.value == ("LORA" if as_lora else "ADALORA")
     assert as_lora or {sum(v) for v in config.rank_pattern.values()} == ranks
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues_bit_for_bit_and_shows_its_ranks(tmp_path: Path) -> None:
+    from tests.runs import events, learned, resume, stop_after, train_recipe
+
+    words = ["steps=8", "batch.size=2", "stack.adalora.deltaT=2", "stack.adalora.tinit=1", "stack.adalora.tfinal=2"]
+    train_recipe(tmp_path / "whole", "adalora", *words)
+    stop_after(4, tmp_path / "parts", "adalora", *words)
+    resume(tmp_path / "parts")
+    whole, parts = learned(tmp_path / "whole"), learned(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    ranks = [e["adalora/rank_mean"] for e in events(tmp_path / "whole")]
+    assert ranks[0] == 6.0
+    assert ranks[-1] == 4.0
+    assert ranks == sorted(ranks, reverse=True)

@@ -171,3 +171,23 @@ def test_one_run_is_flat_in_the_rank_where_a_truncated_lora_collapses() -> None:
         errors[nested] = found
     assert errors[True][1] < 0.5 * errors[False][1]
     assert errors[True][0] < errors[False][0]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_scored_at_any_rank_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    from llmrecipe.errors import RunError
+    from llmrecipe.evaluation.standalone import evaluate_path
+    from tests.runs import learned, resume, stop_after, train_recipe
+
+    words = ["steps=6", "batch.size=2"]
+    train_recipe(tmp_path / "whole", "dylora", *words)
+    stop_after(3, tmp_path / "parts", "dylora", *words)
+    resume(tmp_path / "parts")
+    whole, parts = learned(tmp_path / "whole"), learned(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    low, high = (evaluate_path(str(tmp_path / "whole"), [f"stack.dylora.rank={b}"])["loss"] for b in (1, 8))
+    assert low != high
+    with pytest.raises(RunError, match=r"stack\.dylora\.target: fixed by the training of this run; free to choose: rank"):
+        from llmrecipe.export.load import open_run
+
+        open_run(str(tmp_path / "whole"), options={"dylora": {"target": "attn.q"}})
