@@ -49,10 +49,13 @@ class Model(Reward):
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """The run must be there and finished."""
+        from llmrecipe.recipe.content_key import REFERENCE
         from llmrecipe.training.opened import run_folder
 
         if not self.path:
             raise RecipeError(f"{where}.path: must be given: the directory of a finished reward run (recipe=reward)")
+        if REFERENCE.fullmatch(self.path):  # a stage of a pipeline that has not run yet
+            return
         if run_folder(self.path) is None:
             raise RecipeError(f"{where}.path: {self.path} is no finished run; train one with `llmrecipe train recipe=reward`")
 

@@ -118,9 +118,7 @@ def test_groups_by_hand() -> None:
     scores = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
     std = math.sqrt(1.0 / 3.0)
     got = group_relative(scores)
-    assert got[0].tolist() == pytest.approx(
-        [0.5 / (std + 1e-4), -0.5 / (std + 1e-4)] + [-0.5 / (std + 1e-4), 0.5 / (std + 1e-4)]
-    )
+    assert got[0].tolist() == pytest.approx([sign * 0.5 / (std + 1e-4) for sign in (1, -1, -1, 1)])
     assert got[1].tolist() == [0.0] * 4
     assert group_relative(scores, "none")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
     whole = float(scores.flatten().std())

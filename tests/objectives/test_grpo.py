@@ -1,4 +1,4 @@
-"""GRPO and RLOO: the first pass of a rollout, layouts, what the loss is a mean of, parity with the reference trainers, learning."""
+"""GRPO and RLOO: the first pass of a rollout, layouts, what the loss is a mean of, parity, learning."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def by_hand(objective: Grpo, roles: Any, batch: Any) -> float:
         for i, r in zip(range(at, at + n), ratios, strict=True):
             rho = math.exp(r)
             surrogate = max(-adv[i] * rho, -adv[i] * min(max(rho, 0.8), 1.28))
-            row.append(surrogate + objective.beta * (math.exp(ref[i] - t[i]) - 1 - (ref[i] - t[i])))
+            kl = math.exp(ref[i] - t[i]) - 1 - (ref[i] - t[i])
+            row.append(surrogate + objective.beta * kl * (rho if objective.kl_correction else 1.0))
         tokens.append(row)
         at += n
     if objective.loss_type == "dapo":
@@ -125,9 +126,8 @@ def by_hand(objective: Grpo, roles: Any, batch: Any) -> float:
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_what_the_loss_is_a_mean_of(loss_type: Any, ratio: Any) -> None:
-    objective = Grpo(
-        reward=REWARD, answers=2, max_new_tokens=9, clip_high=0.28, loss_type=loss_type, ratio=ratio, temperature=1.3
-    )
+    options: dict[str, Any] = {"loss_type": loss_type, "ratio": ratio, "kl_correction": ratio == "token"}
+    objective = Grpo(reward=REWARD, answers=2, max_new_tokens=9, clip_high=0.28, temperature=1.3, beta=0.3, **options)
     roles, batch = known(objective)
     batch = moved(batch)
     assert mean_loss(objective, batch, roles).item() == pytest.approx(by_hand(objective, roles, batch), rel=2e-5)
@@ -308,7 +308,8 @@ def trl_trainer(kind: str, folder: Path, **config: Any) -> Any:
         (Grpo(reward=REWARD, answers=2, max_new_tokens=9), {"beta": 0.04, "loss_type": "dapo"}),
         (Grpo(reward=REWARD, answers=2, max_new_tokens=9, loss_type="grpo"), {"beta": 0.04, "loss_type": "grpo"}),
         (Grpo(reward=REWARD, answers=2, max_new_tokens=9, loss_type="dr_grpo"), {"beta": 0.04, "loss_type": "dr_grpo"}),
-        (Grpo(reward=REWARD, answers=2, max_new_tokens=9, loss_type="grpo", ratio="sequence", beta=0.1, clip_high=0.3, temperature=0.7),
+        (Grpo(reward=REWARD, answers=2, max_new_tokens=9, loss_type="grpo", ratio="sequence", beta=0.1, clip_high=0.3,
+              temperature=0.7),
          {"beta": 0.1, "loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_high": 0.3, "temperature": 0.7}),
         (Rloo(reward=REWARD, answers=2, max_new_tokens=9, beta=0.05, temperature=0.9), {"beta": 0.05, "temperature": 0.9}),
     ],

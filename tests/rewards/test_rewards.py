@@ -92,7 +92,7 @@ def test_function_must_return_a_number(functions: None) -> None:
     def nothing(text: str) -> Any:
         return None
 
-    with pytest.raises(RecipeError, match="returned None.*must return a number"):
+    with pytest.raises(RecipeError, match=r"returned None.*must return a number"):
         scores("function", answer("abc"), function="nothing")
 
 

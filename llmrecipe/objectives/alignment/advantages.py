@@ -28,10 +28,10 @@ def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, tota
             (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n - 1.
     """
     centred = scores - scores.mean(1, keepdim=True)
-    if scale == "none" or not scores.numel():
+    if scale == "none":
         return centred
     if scale == "group":
-        return centred / (scores.std(1, keepdim=True) + eps)
+        return centred / ((centred**2).sum(1, keepdim=True).div(scores.shape[1] - 1).sqrt() + eps)
     return centred / (moments(scores.flatten(), total)[1] ** 0.5 + eps)
 
 

@@ -60,6 +60,8 @@ class Grpo(Objective):
     """Weight of the divergence from the policy of step 0; 0 asks for no reference."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """Estimate of the divergence in the loss (see `alignment.kl`)."""
+    kl_correction: bool = True
+    """Weigh the divergence by the ratio, so that its gradient stays right on answers an older policy gave (arXiv 2512.02556)."""
     epochs: PositiveInt = 1
     """Passes over each rollout."""
     minibatches: PositiveInt = 1
@@ -166,7 +168,8 @@ class Grpo(Objective):
         ratio = log_ratio.exp()
         each = clipped_policy_loss(ratio, advantages, self.clip, high)
         if self.beta:
-            each = each + self.beta * kl_estimate(t, extra["reference"], self.kl_estimator)
+            kl = kl_estimate(t, extra["reference"], self.kl_estimator)
+            each = each + self.beta * (kl * ratio if self.kl_correction else kl)
         clipped = clipped_share(ratio.detach(), advantages, self.clip, high)
         return with_metrics(
             self.reduce(each, batch), rollout_metrics(batch, self.beta), ratio_metrics(measured, clipped, out["entropy"])
