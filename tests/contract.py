@@ -325,8 +325,10 @@ def test_the_source_view_of_a_component_is_its_class(name: str) -> None:
 
     for spec in registry.find(name):
         cls = registry.load(spec.group, spec.name)
-        real = {f.name: f for f in dataclasses.fields(cls) if f.name != "name"}
-        assert set(real) == set(spec.options)
+        bases = [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
+        inherited = {f.name for base in bases for f in dataclasses.fields(base)}
+        real = {f.name for f in dataclasses.fields(cls)} - inherited
+        assert real == set(spec.options)
         optional = {k: v for k, v in spec.defaults().items() if k != "kind"}
         required = [o.name for o in spec.options.values() if o.default is ...]
         if not required:

@@ -156,7 +156,7 @@ def _scale(module: nn.Module, name: str, axis: int, factor: Tensor, rows: Tensor
 
 @register
 class Ia3(Wrapper):
-    """(IA)^3: softmax(Q (l_k * K)^T / sqrt(e)) (l_v * V) and (l_ff * f(W1 x)) W2, with learned vectors l.
+    """(IA)^3: K' = l_k * K, V' = l_v * V and h' = l_ff * h in front of W2, with learned vectors l.
 
     Trained: l_k, l_v and l_ff of every layer, L (2 d_kv + f) numbers a task (decoder blocks with cross-attention 4 d_kv + f;
     routed experts one l_ff each). They start at one, so training starts at the base model, and have no weight decay: decay
