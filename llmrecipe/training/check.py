@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.training import assemble, delta, opened
 from llmrecipe.training.memory import Estimate, estimate
 from llmrecipe.training.optimizer import parameter_groups
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
 
 
 @dataclass
@@ -43,13 +46,21 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     Raises:
         UserError: everything that would stop the run before its first step, except what only the weights can tell.
     """
-    from llmrecipe.models.load import load_tokenizer, skeleton
     from llmrecipe.recipe.compose import compose
+    from llmrecipe.recipe.stages import refuse_stages
+
+    composition = compose(recipe, overrides)
+    refuse_stages(composition.mapping)
+    return examine(composition)
+
+
+def examine(composition: Composition) -> Findings:
+    """Build a composed recipe on the meta device; see `check`."""
+    from llmrecipe.models.load import load_tokenizer, skeleton
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.training.runtime import pick_device
     from llmrecipe.training.trackers import check_trackers
 
-    composition = compose(recipe, overrides)
     settings = composition.recipe
     parts = instantiate(settings)
     check_trackers(settings.log.trackers)
@@ -108,12 +119,25 @@ def matmul_rate(device: str) -> float:
 
 def check_recipe(recipe: str, overrides: list[str], as_json: bool = False) -> None:
     """The `check` verb: print what a recipe would do."""
+    from llmrecipe.recipe.compose import compose
+
+    composition = compose(recipe, overrides)
+    if composition.recipe.stages:
+        from llmrecipe.training import pipeline
+
+        pipeline.check_verb(composition, as_json)
+        return
     found = check(recipe, overrides)
     if as_json:
         from llmrecipe.cli.words import print_json
 
         print_json(asdict(found))
         return
+    show_findings(found)
+
+
+def show_findings(found: Findings) -> None:
+    """Print what a recipe would do."""
     from rich.table import Table
 
     from llmrecipe.cli.show_table import console

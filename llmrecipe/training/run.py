@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from llmrecipe.data.batch import Batch
-from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
+from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.methods.wrapper import Probe
+from llmrecipe.recipe.stages import refuse_stages
 from llmrecipe.training import assemble, finish, reference, step_zero
 from llmrecipe.training.announce import announce
 from llmrecipe.training.evaluate import Judge, evaluate
@@ -138,7 +139,9 @@ class Run:
         def loss(batch: Batch) -> torch.Tensor:
             return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
 
-        return Probe(batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps)
+        return Probe(
+            batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps
+        )
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -263,6 +266,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
         UserError: the recipe, data or model is unusable, or the run stopped itself.
         Interrupted: a signal arrived; a checkpoint has been written.
     """
+    refuse_stages(composition.mapping)
     run = Run(composition, Path(resume) if resume else None)
     try:
         with _signals(run):
@@ -324,10 +328,13 @@ def train_cli(recipe: str, overrides: list[str], resume: str | None = None) -> N
     if resume is not None:
         recipe = recipe or str(Path(resume) / "recipe.yaml")
     composition = compose(recipe, overrides)
+    if composition.recipe.stages:
+        from llmrecipe.training import pipeline
+
+        pipeline.run(composition, recipe)
+        return
     for note in composition.notes:
         print(note)
-    if composition.recipe.stages:
-        raise UserError("stages: pipelines are run by `llmrecipe train` once llmrecipe.recipe.stages is present")
     run = train(composition, resume)
     if run.runtime.is_main:
         print(f"done: {run.dir.path}")

@@ -1,0 +1,88 @@
+"""The key of a run's result: what is composed, the results of other stages it stands on, and the files it reads."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.recipe.origins import leaves
+from llmrecipe.recipe.search import PACKAGE
+
+REFERENCE = re.compile(r"\$\{\s*stage:\s*([A-Za-z_][\w-]*)\s*\}")
+"""How a recipe names the result of a stage: `${stage:x}`."""
+NO_RESULT = ("run", "log", "save")
+"""Recipe keys that name folders and displays and change nothing of what is learned."""
+SMALL = 1 << 26
+"""Bytes up to which a file other than data is known by its content; larger ones by name, size and time."""
+
+
+def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Eight letters that stand for a stage's result: what is composed, the results it stands on, the files it reads.
+
+    Args:
+        mapping: composed mapping with `${stage:x}` where results belong.
+        inputs: stage -> key.
+    """
+    content = {k: v for k, v in mapping.items() if k not in NO_RESULT}
+    known = each_text(content, lambda text: REFERENCE.sub(lambda m: f"${{{inputs[m[1]]}}}", text))
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for path, exact in local_files(content):
+        digest.update(b"\0" + (_content(path) if exact or path.stat().st_size <= SMALL else _stamp(path)).encode())
+    return digest.hexdigest()[:8]
+
+
+def local_files(mapping: Mapping[str, Any]) -> list[tuple[Path, bool]]:
+    """Files on this machine that a recipe names, folders opened; True for data, which is known by content whatever its size."""
+    data = mapping.get("data") or {}
+    named: list[tuple[str, bool]] = []
+    for key, value in leaves(mapping):
+        for text in [*_strings(value), *(map(str, key[2:]) if key[:2] in (("data", "path"), ("model", "adapters")) else ())]:
+            if "/" in text or Path(text).suffix or ":" in text or key[-1] in ("path", "validation", "test"):
+                named.append((text, key[0] == "data"))
+    if isinstance(data.get("path"), list):
+        named += [(str(name), True) for name in data["path"]]
+    found: dict[Path, bool] = {}
+    for text, exact in named:
+        path = PACKAGE / "assets" / "data" / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(text)
+        try:
+            path = path.expanduser()
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        except (OSError, ValueError, RuntimeError):
+            continue
+        found |= {file: exact or found.get(file, False) for file in files}
+    return sorted(found.items())
+
+
+def _strings(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, str) and len(v) < 1024 and "${" not in v]
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_at(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content(path: Path) -> str:
+    facts = path.stat()
+    return _content_at(path, facts.st_size, facts.st_mtime_ns)
+
+
+def _stamp(path: Path) -> str:
+    facts = path.stat()
+    return f"{path.name} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Nested mappings and lists with every text changed."""
+    if isinstance(value, Mapping):
+        return {k: each_text(v, change) for k, v in value.items()}
+    if isinstance(value, list):
+        return [each_text(v, change) for v in value]
+    return change(value) if isinstance(value, str) else value

@@ -1,0 +1,283 @@
+"""Running a pipeline: each stage is an ordinary `llmrecipe train` in a process of its own.
+
+    runs/<pipeline>/<stage>-<key>/      the key stands for the stage's recipe, the files it reads, and the keys of its inputs
+
+A finished directory of that key is reused, an interrupted one is continued, so the same command goes on after any stop. Nothing
+starts before every stage has been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
+from llmrecipe.recipe.stages import Plan, Planned, compose_stage, for_check, plan
+from llmrecipe.training.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+    from llmrecipe.training.check import Findings
+
+
+@dataclass
+class Result:
+    """What a stage left."""
+
+    stage: str
+    how: str
+    """trained, continued or reused."""
+    steps: int
+    metric: str
+    """The monitored metric, at the start and at the end."""
+    seconds: float
+    dir: str
+
+
+@dataclass
+class Child:
+    """The stage that is running, and the signal that asked it to stop."""
+
+    process: subprocess.Popen[str] | None = None
+    signal: int | None = None
+
+    def forward(self, number: int, frame: Any) -> None:
+        """Pass a signal on; a second Ctrl-C makes the stage stop at once, as it does in a run of its own."""
+        self.signal = number
+        if self.process is not None:
+            self.process.send_signal(number)
+
+
+@dataclass
+class Pipeline:
+    """A pipeline on its way."""
+
+    plan: Plan
+    command: str
+    """What the user types to go on."""
+    results: list[Result] = field(default_factory=list)
+    child: Child = field(default_factory=Child)
+
+
+def run(composition: Composition, recipe: str | None = None) -> list[Result]:
+    """Run every stage that is not finished yet, and print one table at the end.
+
+    Args:
+        composition: what `compose` returned for a recipe with stages.
+        recipe: how the user named it, for the messages.
+
+    Raises:
+        UserError: a stage's recipe is wrong (before anything starts), or a stage stopped.
+        Interrupted: a signal arrived; the running stage has written a checkpoint.
+    """
+    made = plan(composition)
+    words = ["llmrecipe", "train", f"recipe={recipe or composition.path}", *composition.overrides]
+    pipeline = Pipeline(made, shlex.join(words))
+    for note in made.notes:
+        print(note)
+    check(made)
+    with _signals(pipeline.child):
+        for planned in made.stages:
+            pipeline.results.append(_stage(pipeline, planned))
+    show(made, pipeline.results)
+    return pipeline.results
+
+
+def check(made: Plan) -> dict[str, Findings]:
+    """Dry runs of all stages; those that are finished are left out.
+
+    Raises:
+        UserError: everything that would stop a stage before its first step.
+    """
+    from llmrecipe.training.check import examine
+
+    done = {s.name for s in made.stages if _state(s) == "done"}
+    found: dict[str, Findings] = {}
+    mistakes = []
+    for name, composition in for_check(made, done).items():
+        if name in done:
+            continue
+        try:
+            found[name] = examine(composition)
+        except UserError as error:
+            mistakes.append(type(error)(f"{'.'.join(map(str, made[name].stage.at))}: {error}"))
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        raise UserError("\n".join(map(str, mistakes)))
+    return found
+
+
+# --- one stage --------------------------------------------------------------------------------------------------------
+
+
+def _state(planned: Planned) -> str:
+    """done, running, failed or interrupted; new where there is nothing yet."""
+    if not (planned.dir / "status.json").is_file():
+        return "new"
+    return (
+        str(RunDir.open(planned.dir, write=False).read_status()["status"]) if (planned.dir / "recipe.yaml").is_file() else "new"
+    )
+
+
+def _stage(pipeline: Pipeline, planned: Planned) -> Result:
+    """Run, continue or reuse one stage."""
+    state = _state(planned)
+    if state == "done":
+        _say(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
+        return _result(planned, "reused", 0.0)
+    if pipeline.child.signal is not None:
+        raise Interrupted(f"stopped before stage {planned.name}; go on with the same command:\n  {pipeline.command}")
+    if RunDir(planned.dir).locked():
+        raise RunError(f"stage {planned.name}: {planned.dir} is being written by another process; wait for it, or end it")
+    if compose_stage(planned.stage).mapping != planned.mapping:
+        raise RunError(
+            f"stage {planned.name}: its recipe was changed after the pipeline had begun; the same command runs the new one "
+            f"and reuses what is finished:\n  {pipeline.command}"
+        )
+    continued = state != "new" and RunDir(planned.dir).latest_checkpoint() is not None
+    if continued:
+        _say(planned.name, f"continued: {planned.dir} was {state}")
+    elif planned.dir.exists():
+        # Stopped before its first checkpoint: there is nothing to go on from, and a run starts in an empty folder.
+        shutil.rmtree(planned.dir)
+    started = time.perf_counter()
+    code = _train(pipeline.child, planned, continued)
+    _judge(pipeline, planned, code)
+    return _result(planned, "continued" if continued else "trained", time.perf_counter() - started)
+
+
+def command_of(planned: Planned, continued: bool) -> list[str]:
+    """The words after `llmrecipe` that train a stage."""
+    what = (
+        [f"resume={planned.dir}"] if continued else [f"recipe={planned.stage.recipe}", *planned.words, f"run.dir={planned.dir}"]
+    )
+    processes = planned.composition.recipe.runtime.processes
+    verb = ["train"] if processes == 1 else ["launch", "--nproc", str(processes)]
+    return [*verb, *what, "log.live=off"]
+
+
+def _train(child: Child, planned: Planned, continued: bool) -> int:
+    """Start the stage's process, show its lines, wait for its end."""
+    words = command_of(planned, continued)
+    _say(planned.name, shlex.join(["llmrecipe", *words]))
+    child.process = subprocess.Popen(
+        [sys.executable, "-m", "llmrecipe", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A terminal sends Ctrl-C to a whole group. In a session of its own the stage gets it once, from here.
+        start_new_session=True,
+    )
+    try:
+        assert child.process.stdout is not None
+        for line in child.process.stdout:
+            _say(planned.name, line.rstrip("\n"))
+        return child.process.wait()
+    finally:
+        if child.process.poll() is None:
+            child.process.terminate()
+            child.process.wait()
+        child.process = None
+
+
+def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
+    """What the end of a stage's process means.
+
+    Raises:
+        Interrupted: it was asked to stop.
+        UserError: it refused its input, or was killed.
+        LlmRecipeError: it met a bug.
+    """
+    state = _state(planned)
+    if code == 0 and state == "done":
+        return
+    go_on = f"the same command goes on, finished stages are reused:\n  {pipeline.command}"
+    if pipeline.child.signal is not None or code == Interrupted.exit_code:
+        raise Interrupted(f"stopped in stage {planned.name}; {go_on}")
+    if code < 0:
+        name = signal.Signals(-code).name
+        why = " (the system ends processes this way when memory runs out)" if -code == signal.SIGKILL else ""
+        raise RunError(f"stage {planned.name} was ended by {name}{why}; {go_on}")
+    if code == UserError.exit_code:
+        raise RunError(f"stage {planned.name} stopped: its message stands above. Once that is mended, {go_on}")
+    raise LlmRecipeError(f"stage {planned.name} ended with exit code {code} and is {state}: {planned.dir}")
+
+
+def _result(planned: Planned, how: str, seconds: float) -> Result:
+    from llmrecipe.training.summary import read_run
+
+    record = read_run(planned.dir)
+    monitor = planned.composition.recipe.eval.monitor
+    name = monitor if record.curve(monitor) else "loss"
+    values = [value for _, value in record.curve(name)]
+    text = "" if not values else f"{name} {values[0]:.4g} -> {values[-1]:.4g}" if len(values) > 1 else f"{name} {values[0]:.4g}"
+    steps = int(record.steps[-1]["step"]) if record.steps else 0
+    return Result(planned.name, how, steps, text, round(seconds, 1), str(planned.dir))
+
+
+def _say(stage: str, line: str) -> None:
+    print(f"[{stage}] {line}", flush=True)
+
+
+@contextlib.contextmanager
+def _signals(child: Child) -> Iterator[None]:
+    """Ctrl-C and SIGTERM reach the running stage, which writes a checkpoint."""
+    kept = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
+        kept = {s: signal.signal(s, child.forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def show(made: Plan, results: list[Result]) -> None:
+    """One table over all stages."""
+    from rich.table import Table
+
+    from llmrecipe.cli.show_table import console
+
+    table = Table("stage", "", "steps", "metric", "seconds", "directory", box=None, header_style="bold", title_justify="left")
+    for r in results:
+        table.add_row(r.stage, r.how, str(r.steps), r.metric, f"{r.seconds:.1f}" if r.how != "reused" else "-", r.dir)
+    out = console()
+    out.print(f"[bold]{made.name}[/bold]: {len(results)} stages in {Path(made.folder)}", soft_wrap=True)
+    out.print(table)
+    print(f"done: {results[-1].dir}")
+
+
+def check_verb(composition: Composition, as_json: bool = False) -> None:
+    """The `check` verb for a pipeline: what each stage would do."""
+    from dataclasses import asdict
+
+    from llmrecipe.cli.words import print_json
+    from llmrecipe.training.check import show_findings
+
+    made = plan(composition)
+    found = check(made)
+    if as_json:
+        print_json({s.name: asdict(found[s.name]) if s.name in found else {"done": str(s.dir)} for s in made.stages})
+        return
+    for planned in made.stages:
+        needs = f", after {', '.join(planned.stage.inputs)}" if planned.stage.inputs else ""
+        print(f"[{planned.name}] {planned.dir}{needs}")
+        if planned.name in found:
+            show_findings(found[planned.name])
+        else:
+            print("finished: will be reused")
+        print()
