@@ -27,6 +27,8 @@ class Opened:
     layers: list[delta.Layer] = field(default_factory=list)
     """Saved stacks mounted underneath, oldest first."""
     mounted: list[Wrapper] = field(default_factory=list)
+    merged: bool = False
+    """Whether mounted stacks were folded into the weights, so that the base is no longer in memory."""
     quantized: list[str] = field(default_factory=list)
     """Kinds of the wrappers that quantized the base for the saved stacks."""
     base_fingerprint: str = ""
@@ -204,4 +206,5 @@ def merge_mounted(opened: Opened) -> None:
             )
     for wrapper in merge_order(opened):
         wrapper.merge(opened.model)
+    opened.merged = opened.merged or bool(opened.mounted)
     opened.mounted, opened.layers = [], []

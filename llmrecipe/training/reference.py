@@ -19,6 +19,7 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import LlmRecipeError, RecipeError
 from llmrecipe.methods.wrapper import Stage
+from llmrecipe.training import delta
 
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
@@ -128,7 +129,7 @@ def base_names(run: Run) -> frozenset[str] | None:
         RecipeError: the base's weights are no longer in memory.
     """
     stack, mounted = run.stack, run.opened.mounted
-    if not mounted and run.opened.continued is None and all(w.starts_at_base() for w in stack):
+    if not (mounted or run.opened.merged) and run.opened.continued is None and all(w.starts_at_base() for w in stack):
         return None
     injected = [w for w in stack if w.stage is Stage.INJECT]
     opens = [w.name for w in (*stack, *mounted) if w.stage is Stage.SELECT]
@@ -169,6 +170,8 @@ def cache_path(run: Run, base: bool = False) -> Path:
     facts: dict[str, Any] = {
         "version": VERSION,
         "base": run.opened.base_fingerprint,
+        # Mounted stacks that were folded into the weights show only here.
+        "weights": delta.fingerprint(run.model),
         "layers": [weights_digest(layer.tensors) for layer in run.opened.layers],
         "dtype": str(next(run.model.parameters()).dtype),
         "autocast": str(run.roles.engine.autocast),

@@ -92,7 +92,7 @@ def test_likelihood_term_is_a_mean_over_the_chosen_tokens_of_the_step(micro: int
 
 @pytest.mark.parametrize(("kind", "value"), [("robust", 0.5), ("exo", 0.0)])
 def test_smoothing_outside_its_range_is_refused(kind: Any, value: float) -> None:
-    with pytest.raises(RecipeError, match="objective.label_smoothing"):
+    with pytest.raises(RecipeError, match=r"objective\.label_smoothing"):
         Dpo(loss_type=kind, label_smoothing=value).check(SimpleNamespace(), [])
 
 

@@ -1,4 +1,4 @@
-"""The values every comparison with a reference must start from: measured in each run, written down, and a stop where they differ."""
+"""Values that every comparison with a reference starts from: measured in each run, written down, a stop where they differ."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_another_reference_stops_the_run_before_it_trains(tmp_path: Path, monkey
 
     monkeypatch.setattr(Roles, "reference_tokens", drifted)
     monkeypatch.setenv("LLMRECIPE_CACHE", str(tmp_path / "cache"))  # no scores of an earlier run
-    with pytest.raises(RunError, match="kl is .* and must be 0"):
+    with pytest.raises(RunError, match=r"kl is .* and must be 0"):
         train_recipe(tmp_path / "run", "dpo_lora", *SMALL)
     assert not events(tmp_path / "run"), "no step was made"
 
@@ -77,7 +77,7 @@ def test_all_weights_score_the_reference_beforehand_and_resume_to_the_bit(recipe
 
 @pytest.mark.slow
 def test_the_reference_of_a_continued_run_is_its_policy_or_the_base(tmp_path: Path) -> None:
-    """On an SFT run: `initial` starts at log 2, `base` sees the divergence SFT made; with all weights trained there is no base."""
+    """On an SFT run: `initial` starts at log 2, `base` sees what SFT changed; with all weights trained there is no base."""
     small = ["batch.size=4", "eval.batches=1", "data.max_length=64"]
     train_recipe(tmp_path / "sft", "sft_lora", "steps=12", *small)
     path = f"model.path={tmp_path / 'sft'}"
