@@ -277,8 +277,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one line a case."""
     lines = [
         "| case | shape | TRL setting | tok/CPU-s here | TRL | **ratio** (low-high) | peak MB here | TRL | ratio "
-        "| first step s here | TRL | ratio | whole run ratio | mean loss here | TRL |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| first step s here | TRL | ratio | in CPU s here | TRL | ratio | whole run ratio | mean loss here | TRL |",
+        "|" + "---|" * 18,
     ]
     for result in results:
         case, ours, peer, ratio = result["case"], result["sides"]["product"], result["sides"]["peer"], result["ratios"]
@@ -295,6 +295,9 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{ours['first_step']:.1f}",
             f"{peer['first_step']:.1f}",
             f"{ratio['first_step']['median']:.2f}x",
+            f"{ours['first_step_cpu']:.1f}",
+            f"{peer['first_step_cpu']:.1f}",
+            f"{ratio['first_step_cpu']['median']:.2f}x",
             f"{ratio['whole']['median']:.2f}x",
             f"{result['mean_loss']['product']:.4f}",
             f"{result['mean_loss']['peer']:.4f}",
