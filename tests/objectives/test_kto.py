@@ -1,4 +1,4 @@
-"""KTO by hand, its mismatched pairs, its reference point over micro-batches and processes, parity with the reference trainer."""
+"""KTO by hand, mismatched pairs, the reference point over micro-batches and processes, parity with the reference trainer."""
 
 from __future__ import annotations
 
