@@ -61,7 +61,7 @@ class Grpo(Objective):
     kl_estimator: Literal["k2", "k3"] = "k3"
     """Estimate of the divergence in the loss (see `alignment.kl`)."""
     kl_correction: bool = True
-    """Weigh the divergence by the ratio, so that its gradient stays right on answers an older policy gave (arXiv 2512.02556)."""
+    """Weigh the divergence by the ratio, so that its gradient is that of KL also on older answers (arXiv 2512.02556)."""
     epochs: PositiveInt = 1
     """Passes over each rollout."""
     minibatches: PositiveInt = 1
