@@ -38,14 +38,13 @@ def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 def local_files(mapping: Mapping[str, Any]) -> list[tuple[Path, bool]]:
     """Files on this machine that a recipe names, folders opened; True for data, which is known by content whatever its size."""
-    data = mapping.get("data") or {}
     named: list[tuple[str, bool]] = []
     for key, value in leaves(mapping):
-        for text in [*_strings(value), *(map(str, key[2:]) if key[:2] in (("data", "path"), ("model", "adapters")) else ())]:
-            if "/" in text or Path(text).suffix or ":" in text or key[-1] in ("path", "validation", "test"):
+        if key[:2] in (("data", "path"), ("model", "adapters")):
+            named += [(str(name), key[0] == "data") for name in key[2:3]]
+        for text in _strings(value):
+            if "/" in text or Path(text).suffix or text.startswith("builtin:") or key[-1] in ("path", "validation", "test"):
                 named.append((text, key[0] == "data"))
-    if isinstance(data.get("path"), list):
-        named += [(str(name), True) for name in data["path"]]
     found: dict[Path, bool] = {}
     for text, exact in named:
         path = PACKAGE / "assets" / "data" / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(text)
