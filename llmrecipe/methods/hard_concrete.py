@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.counter import uniform
-from llmrecipe.methods.inject import Port
+from llmrecipe.methods.inject import DELTA, Port
 from llmrecipe.methods.sparse_delta import Weight
 
 CHUNK = 1 << 22
@@ -35,7 +35,8 @@ def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tens
 class DiffGate(Port):
     """The dense difference w of one tensor with its gates; replaces W by W + z w for the length of a call."""
 
-    order = -1
+    # After selections that are written into W itself (order -1): they must be handed the stored tensor, not a sum.
+    order = DELTA
 
     def __init__(self, weight: Weight, tensor: str, low: float, high: float, alpha: float | None, grouped: bool):
         super().__init__()
@@ -100,7 +101,7 @@ class DiffGate(Port):
 class DiffTied(Port):
     """A second user of a gated tensor."""
 
-    order = -1
+    order = DELTA
 
     def __init__(self, first: DiffGate, tensor: str):
         super().__init__()
@@ -143,8 +144,9 @@ class _Gated(torch.autograd.Function):
         w, alpha, group = ctx.saved_tensors
         port = ctx.port
         g = grad.reshape(-1)
+        below = grad if ctx.needs_input_grad[0] else None
         if alpha is None:
-            return None, g.to(w.dtype).view_as(w), None, None, None, None
+            return below, g.to(w.dtype).view_as(w), None, None, None, None
         shared, slope = port.group_gate(ctx.draw)
         dw, da = torch.empty_like(w), torch.empty_like(alpha)
         of_group = torch.zeros((), dtype=torch.float64, device=w.device)
@@ -156,7 +158,7 @@ class _Gated(torch.autograd.Function):
             da.view(-1)[part] = chunk * value * dz * shared
             of_group += (chunk * value * z).sum(dtype=torch.float64)
         dg = None if group is None else (of_group * slope).to(group.dtype)
-        return None, dw, da, dg, None, None
+        return below, dw, da, dg, None, None
 
 
 def _u(port: DiffGate, draw: str | None, first: int, count: int) -> Tensor | None:

@@ -276,7 +276,7 @@ class SparseGradient(Port):
 
 
 class _Transient(torch.autograd.Function):
-    """W -> W; the dense dW of the layer is gathered and dropped."""
+    """W -> W; the dense dW of the layer is gathered, and dropped unless W itself wants it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, idx: Tensor, layout: Layout) -> Tensor:
@@ -286,7 +286,9 @@ class _Transient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, take(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
+        # A second selection of the tensor, or a pass that scores it, waits behind W.
+        below = grad if ctx.needs_input_grad[0] else None
+        return below, take(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
 class _Direct(torch.autograd.Function):

@@ -36,6 +36,8 @@ WHOLE = ("attn.qkv", "attn.kv", "attn.kv_a")
 class BiasMaster(Port):
     """A trained float32 copy of a bias, or of some of its elements, used in its place for the length of a call."""
 
+    # Below every other weight port (selections -1, scoring -2), which see and change the trained bias.
+    order = -3
     tensor = "bias"
 
     def __init__(self, bias: Tensor, rows: Tensor | None, tensor: str = "bias"):
