@@ -148,7 +148,7 @@ def test_an_adapter_of_its_own_needs_a_frozen_base() -> None:
 
 
 def test_an_estimate_without_gradient_is_no_loss() -> None:
-    with pytest.raises(RecipeError, match="objective.kl_estimator"):
+    with pytest.raises(RecipeError, match=r"objective.kl_estimator"):
         Ppo(**options(kl_in="loss", kl_estimator="k1")).check(None, [{"columns": "{}"}])
 
 

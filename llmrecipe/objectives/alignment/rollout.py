@@ -125,7 +125,9 @@ class Rollouts:
         return Sampling(plan.max_new_tokens, plan.temperature, batch=plan.generation_batch, seed=seed)
 
     def _score(self, samples: list[Sample], roles: Roles) -> None:
-        self.rewards.open(roles)
+        with torch.random.fork_rng():
+            # Building a reward model draws random numbers; the run's own stream must not depend on when that happens.
+            self.rewards.open(roles)
         scores, own = self.rewards.score([s.answer for s in samples])
         for index, sample in enumerate(samples):
             missing = self.plan.missing_end is not None and not sample.answer.finished
