@@ -179,7 +179,7 @@ def ask_reverse(rng: Random) -> tuple[str, str]:
     """A list of three or four words, backwards: the task the embedded model has not learnt."""
     listed = rng.sample(WORDS, rng.randint(3, 4))
     form = rng.choice(["Say these words backwards: {}.", "Turn this list around: {}."])
-    return form.format(", ".join(listed)), ", ".join(reversed(listed))
+    return form.format(", ".join(listed)), f"The list is now {', '.join(reversed(listed))}."
 
 
 # Rows of each set.

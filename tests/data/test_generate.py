@@ -69,7 +69,7 @@ def test_every_turn_of_a_conversation_is_in_its_split():
 def test_the_new_task_is_reversal():
     for row in read("sft", "test"):
         listed = row["prompt"][0]["content"].split(": ")[1].rstrip(".").split(", ")
-        assert row["answer"] == row["completion"][0]["content"] == ", ".join(listed[::-1])
+        assert row["answer"] == row["completion"][0]["content"] == f"The list is now {', '.join(listed[::-1])}."
         assert len(set(listed)) == len(listed) >= 3
 
 
