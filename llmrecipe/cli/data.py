@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmrecipe.cli.words import Json, Words, need_recipe, print_json, sort_words, tell
+from llmrecipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -33,6 +34,9 @@ def verb(
     from llmrecipe.recipe.compose import compose
 
     composition = compose(recipe, request.overrides)
+    if composition.recipe.stages:
+        stages = ", ".join(composition.recipe.stages)
+        raise RecipeError(f"recipe={recipe} is a pipeline of {stages}; look at the recipe of one of its stages")
     tell(composition.notes)
     data, tokenizer, mask = _read(composition.recipe, split)
     from llmrecipe.data import gate, show
