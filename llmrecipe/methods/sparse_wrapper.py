@@ -56,6 +56,18 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     return found
 
 
+def candidates(model: nn.Module, scope: str) -> dict[str, Weight]:
+    """`base_weights` without those that train whole already (child-tuning's rest): entries of these need no delta.
+
+    Raises:
+        ModelError: every tensor of the scope trains already.
+    """
+    found = {name: weight for name, weight in base_weights(model, scope).items() if not weight.value.requires_grad}
+    if not found:
+        raise ModelError(f"every tensor of scope '{scope}' already trains whole in this stack; there is nothing left to select")
+    return found
+
+
 def _in_scope(model: nn.Module, scope: str) -> set[int] | None:
     if scope == "all":
         return None
@@ -206,12 +218,18 @@ class SparseHooks:
         restore_chosen(model, self.name, delta)
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Refuse a selection that gets no gradient at all: it would silently never train.
+        """Refuse a selection that gets no gradient at all, or whose tensor moves under it: it would not train as it says.
 
         Raises:
-            ModelError: no selected tensor was reached by the backward pass.
+            ModelError: no selected tensor was reached by the backward pass, or one trains whole as well.
         """
         ports = list(sparse_ports(model, self.name))
+        whole = [p.source for _, m, p in ports if step == 0 and p.mode == "inplace" and getattr(m, p.tensor).requires_grad]
+        if whole:
+            raise ModelError(
+                f"stack.{self.name}: {whole[0]} trains whole in this stack as well; narrow stack.{self.name}.scope, "
+                "or freeze that tensor in the other method"
+            )
         if step == 0 and ports and all(port.values.grad is None for _, _, port in ports):
             raise ModelError(f"stack.{self.name}: none of the selected tensors received a gradient")
 

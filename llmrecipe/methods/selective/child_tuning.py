@@ -11,7 +11,7 @@ from torch import Tensor
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
 from llmrecipe.methods.counter import bernoulli
-from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from
+from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -101,7 +101,7 @@ class ChildTuning(SparseHooks, Wrapper):
         from llmrecipe.methods import selection
         from llmrecipe.methods.sparse_delta import Chosen
 
-        weights = self._masked(model)
+        weights = candidates(model, self._scope())
         examples = self.num_samples or probe.rows
         compat: dict[str, Any] = {"rows": None, "reduction": "mean", "training": True, "clip": COMPAT_CLIP}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
-from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from
+from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -104,5 +104,5 @@ class Fishmask(SparseHooks, Wrapper):
                 targets=targets,
             )
 
-        best = selection.select_top(base_weights(model, self.scope), self.count(model), self.layer_groups, scorer)
+        best = selection.select_top(candidates(model, self.scope), self.count(model), self.layer_groups, scorer)
         attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in best.items()})
