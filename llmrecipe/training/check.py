@@ -65,7 +65,7 @@ def examine(composition: Composition) -> Findings:
     parts = instantiate(settings)
     check_trackers(settings.log.trackers)
     assemble.check_objective(parts.objective, parts.wrappers)
-    stack = Stack(parts.wrappers)
+    stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
     device = pick_device(settings.runtime.device)
     base, saved, _ = opened.resolve(settings.model)
     tokenizer = load_tokenizer(base, settings.tokenizer)
