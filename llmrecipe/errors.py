@@ -1,12 +1,12 @@
 """The errors a user can meet, and the exit code each one ends with.
 
-    LlmRecipeError          1   our bug: the traceback is saved
-    └── UserError           2   the user's input: one message that teaches, no traceback
-        ├── RecipeError     2   a recipe: key path, what was given, what is allowed, nearest spelling
-        ├── DataError       2   data: file and row, what was found, the shortest fix
-        ├── ModelError      2   weights, tokenizer or anatomy
-        └── RunError        2   a run directory, a checkpoint or the disk
-    Interrupted           130   Ctrl-C or SIGTERM, after a checkpoint was written
+LlmRecipeError          1   our bug: the traceback is saved
+└── UserError           2   the user's input: one message that teaches, no traceback
+    ├── RecipeError     2   a recipe: key path, what was given, what is allowed, nearest spelling
+    ├── DataError       2   data: file and row, what was found, the shortest fix
+    ├── ModelError      2   weights, tokenizer or anatomy
+    └── RunError        2   a run directory, a checkpoint or the disk
+Interrupted           130   Ctrl-C or SIGTERM, after a checkpoint was written
 """
 
 from __future__ import annotations

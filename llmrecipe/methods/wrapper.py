@@ -67,7 +67,7 @@ class Probe:
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Wrapper:
-    """One method of the stack. A frozen config: what it learns or counts lives in named tensors of the model, or in `state()`."""
+    """One method of the stack. A frozen config: what it learns lives in named tensors of the model, or in `state()`."""
 
     group: ClassVar[str] = "stack"
     stage: ClassVar[Stage] = Stage.INJECT
@@ -177,7 +177,7 @@ class Wrapper:
         """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
         from llmrecipe.methods.stack import own_tensors
 
-        names = {path for path in own_tensors(model, self.name)} | self.opened(model)
+        names = set(own_tensors(model, self.name)) | self.opened(model)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {name: state[name].detach() for name in sorted(names)}
 

@@ -41,7 +41,7 @@ class ScalarHead(nn.Module):
 
 
 def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
-    """The model's trained head for a role; a head that is there already, for instance of the run it continues, keeps its values.
+    """The model's trained head for a role; one that is there already (of the run it continues) keeps its values.
 
     Args:
         std: of the normal start; default 1 / sqrt(D + 1); 0 starts at zero.

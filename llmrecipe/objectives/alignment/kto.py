@@ -90,9 +90,7 @@ class Kto(Objective):
             return
         why = "each step has one row" if size == 1 else f"{len(data)} rows leave one row for the last step of an epoch"
         better = next(s for s in range(max(size, 2), len(data) + 4) if len(data) % s != 1)
-        raise RecipeError(
-            f"batch.size: {size}: {why}, and KTO compares with answers of other rows; use batch.size={better}"
-        )
+        raise RecipeError(f"batch.size: {size}: {why}, and KTO compares with answers of other rows; use batch.size={better}")
 
     def reference_of(self) -> str:
         """The `reference` option."""

@@ -35,7 +35,7 @@ def reward_loss(
 
 
 def calibration_error(d: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error of sigma(|d|) as the probability that the higher score is right, in equal bins from 1/2 to 1."""
+    """Expected calibration error of sigma(|d|) as the probability that the higher score is right, in bins from 1/2 to 1."""
     sure = torch.sigmoid(d.abs())
     right = (d > 0).double() + 0.5 * (d == 0).double()
     place = ((sure - 0.5) * 2 * bins).long().clamp(0, bins - 1)
