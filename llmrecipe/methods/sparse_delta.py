@@ -27,14 +27,12 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import Port
+from llmrecipe.methods.sparse_kernels import Layout, embedding_gradient, product_gradient, selected_shape
 
-Layout = Literal["entries", "rows", "columns"]
 Mode = Literal["inplace", "vector", "term"]
 
 DIRECT_BELOW = 0.01
 """Share of a matrix up to which gathering products beats forming dW (measured equal between 0.5 and 1 % on one CPU thread)."""
-CHUNK = 1 << 21
-"""Numbers in one chunk of gathered products."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,6 @@ def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
         weight.view(-1).index_copy_(0, idx.long(), new)
     else:
         weight.index_copy_(0 if layout == "rows" else weight.dim() - 1, idx.long(), new)
-
-
-def selected_shape(shape: tuple[int, ...], layout: Layout, count: int) -> tuple[int, ...]:
-    """Shape of the trained values of a selection."""
-    return {"entries": (count,), "rows": (count, *shape[1:]), "columns": (*shape[:-1], count)}[layout]
 
 
 @dataclass
@@ -209,9 +202,19 @@ class SparseDelta(Port):
         elif self.mode == "vector":
             weight.data = self.serve(weight.data, "").detach()
         else:
-            self.sync(weight)
+            written = self.writer.written
+            if written is None or written[0] == weight.data_ptr():
+                self.sync(weight)
+                self.writer.written = None
+            elif self.base is None:
+                put(
+                    weight.data,
+                    self.layout,
+                    self.idx,
+                    (take(weight.data, self.layout, self.idx) + self.values).to(weight.dtype),
+                )
+            # Else another method has folded itself into a W that held these deltas already: `base` is no longer below them.
             self.writer.ports.remove(self)
-            self.writer.written = None
 
 
 class SparseTied(Port):
@@ -352,49 +355,3 @@ def _matrix(values: Tensor, idx: Tensor, port: SparseDelta) -> Tensor:
     return torch.sparse_coo_tensor(
         where, values.detach().reshape(-1), (rows, columns), is_coalesced=True, check_invariants=False
     )
-
-
-def product_gradient(
-    a: Tensor, b: Tensor, idx: Tensor, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, cut: bool = False
-) -> Tensor:
-    """(a^T b) at the selection, for a (M, d0) and b (M, d1) of a tensor (d0, d1); `cut`: the input is already selected."""
-    if layout != "entries":
-        if layout == "rows":
-            a = a if cut else a.index_select(1, idx)
-        else:
-            b = b if cut else b.index_select(1, idx)
-        kind = torch.promote_types(a.dtype, b.dtype)
-        return (a.to(kind).t() @ b.to(kind)).to(dtype)
-    # Transposed copies make each gather a read of whole rows; formed entry by entry in chunks, no n x n intermediate exists.
-    at, bt = a.t().contiguous(), b.t().contiguous()
-    size = max(1, CHUNK // max(1, a.shape[0]))
-    found = torch.empty(idx.shape[0], dtype=dtype, device=a.device)
-    for first in range(0, idx.shape[0], size):
-        part = idx[first : first + size].long()
-        left, right = at[part // shape[1]].to(dtype), bt[part % shape[1]].to(dtype)
-        found[first : first + size] = left.mul_(right).sum(1)
-    return found
-
-
-def embedding_gradient(
-    ids: Tensor, g: Tensor, idx: Tensor, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, padding: int | None
-) -> Tensor:
-    """Gradient of the selected entries of an embedding (V, D), from the tokens that occur only."""
-    if padding is not None:
-        kept = ids != padding
-        ids, g = ids[kept], g[kept]
-    tokens, where = torch.unique(ids, return_inverse=True)
-    summed = torch.zeros(tokens.shape[0], shape[1], dtype=dtype, device=g.device).index_add_(0, where, g.to(dtype))
-    found = torch.zeros(selected_shape(shape, layout, idx.shape[0]), dtype=dtype, device=g.device)
-    if layout == "columns":
-        return found.index_copy_(0, tokens, summed.index_select(1, idx))
-    if not tokens.numel():
-        return found
-    rows = idx.long() if layout == "rows" else idx.long() // shape[1]
-    near = torch.searchsorted(tokens, rows).clamp_(max=tokens.shape[0] - 1)
-    hit = (tokens[near] == rows).nonzero().squeeze(1)
-    if layout == "rows":
-        found[hit] = summed[near[hit]]
-    else:
-        found[hit] = summed[near[hit], idx[hit].long() % shape[1]]
-    return found

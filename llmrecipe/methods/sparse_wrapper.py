@@ -163,6 +163,13 @@ def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
     }
 
 
+def settle(model: nn.Module) -> None:
+    """Have every tensor hold the deltas of the selections that are on, before anything is folded into it."""
+    for _, module, _, port in list(all_ports(model)):
+        if isinstance(port, SparseDelta) and port.mode == "inplace":
+            port.sync(getattr(module, port.tensor))
+
+
 def take_off(module: nn.Module, port: SparseDelta) -> None:
     """Have the tensor hold what lies below this stack: the base and mounted deltas; the next forward pass writes the rest."""
     if port.mode == "inplace":

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from llmrecipe.errors import ModelError, RunError
-from llmrecipe.methods.inject import all_ports, kind_of
+from llmrecipe.methods.inject import DELTA, all_ports, kind_of
+from llmrecipe.methods.sparse_wrapper import settle
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
@@ -180,16 +181,26 @@ def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
     return list(found.values())
 
 
+FOLDS = {"weight": 0, "around": 1, "after": 2, "before": 3}
+"""When the kinds of port fold: y = after(around(W', before(x))), and what adds to y has seen the x a before changed."""
+
+
 def merge_order(opened: Opened) -> list[Wrapper]:
-    """Mounted wrappers in the order in which they fold exactly.
+    """Mounted wrappers in the order in which they fold exactly, that of the forward pass (see `methods.inject`).
 
-    A method that replaces a layer's call (DoRA) saw the bare weight, so it comes before those that add to the output.
+    Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
+    `Port.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start.
     """
+    settle(opened.model)
 
-    def adds(wrapper: Wrapper) -> bool:
-        return not any(kind_of(port) == "around" for _, _, _, port in all_ports(opened.model, wrapper.name))
+    def place(wrapper: Wrapper) -> tuple[int, int]:
+        ports = [port for _, _, _, port in all_ports(opened.model, wrapper.name)]
+        places = [(FOLDS.get(kind_of(p), 4), p.order) for p in ports if kind_of(p) != "after" or p.order >= DELTA]
+        # A tensor put in another's place (BitFit's biases) would overwrite whatever was folded into that before.
+        first = min(places, default=(0, 0))
+        return first if first < (0, -1) else max(places, default=(0, 0))
 
-    return sorted(opened.mounted, key=adds)
+    return sorted(opened.mounted, key=place)
 
 
 def merge_mounted(opened: Opened) -> None:
