@@ -21,7 +21,8 @@ def test_a_run_writes_what_it_measured(tmp_path: Path) -> None:
     (check,) = events(tmp_path / "run", "check")
     assert check["step"] == 0
     assert check["loss"] == pytest.approx(math.log(2), abs=1e-6) and check["loss/wanted"] == pytest.approx(math.log(2))
-    assert check["kl"] == check["rewards/margins"] == 0.0
+    # Reference scores may come from the cache, scored in other micro-batches: equal up to float32 rounding.
+    assert check["kl"] == pytest.approx(0.0, abs=1e-4) and check["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     first = events(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
