@@ -26,8 +26,9 @@ from llmrecipe.training.roles import Roles
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
 
-MICRO_TOKENS = {"cpu": 1024}
-"""Most tokens of a micro-batch by device, where the recipe does not say: a CPU gains nothing from more, it only holds them."""
+MICRO_TOKENS = {"cpu": 512}
+"""Most tokens of a micro-batch by device, where the recipe does not say: twice as many win a CPU 1 % in float32 and 6 % in
+bfloat16, and hold twice the activations."""
 MICRO_TOKENS_ELSEWHERE = 8192
 
 
