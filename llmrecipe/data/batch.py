@@ -72,7 +72,17 @@ class Batch:
         """The same batch on a device."""
         if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
             return self
-        names = ("input_ids", "position_ids", "attention_mask", "source", "target", "sequence", "last", "task_ids", "prompt_lengths")
+        names = (
+            "input_ids",
+            "position_ids",
+            "attention_mask",
+            "source",
+            "target",
+            "sequence",
+            "last",
+            "task_ids",
+            "prompt_lengths",
+        )
         moved = {n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None}
         return replace(self, **moved, extra={k: v.to(device) for k, v in self.extra.items()})
 
