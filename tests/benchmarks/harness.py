@@ -15,7 +15,11 @@ Rounds alternate (peer, product, peer, ...). What is measured, for each process,
 
     rate         tokens per CPU-second between the end of step 1 and the end of the last step (CPU time of the process read
                  from the kernel when a step's line appears in its event file); tokens are the rows' own, padding excluded and
-                 a prompt counted with each of its answers, so the ratio is one of CPU time for the same rows
+                 a prompt counted with each of its answers, so the ratio is one of CPU time for the same rows.
+                 Where TRL precomputes reference scores both sides make two passes over the rows, and this is the second:
+                 every reference score is known
+    scored       the same over the first pass, with what scoring the reference costs: inside the steps here, before them in
+                 TRL; equal to `rate` where there is one pass
     peak         peak resident memory of the process, as the kernel reports it at exit
     first_step   wall time from process start to the end of step 1; `first_step_cpu` is the CPU time in it
     whole        tokens per CPU-second of the whole process: imports, data, reference pass and saving included
@@ -67,6 +71,7 @@ class Measurement:
 
     side: str
     rate: float
+    scored: float
     whole: float
     peak_mb: float
     first_step: float
@@ -90,6 +95,11 @@ class Case:
         return self.recipe.split("_")[0]
 
     @property
+    def passes(self) -> int:
+        """Two where the peer scores the reference beforehand, so that both kinds of step are seen."""
+        return 2 if self.task == "dpo" and self.against != "defaults" else 1
+
+    @property
     def dtype(self) -> str | None:
         """The stated precision, or None where each side keeps its own default."""
         return None if self.against == "defaults" else self.against.split("_")[1]
@@ -105,6 +115,7 @@ def peer_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[s
         "out": str(out),
         "events": str(events),
         "setting": case.against.split("_")[0],
+        "passes": case.passes,
         "dtype": case.dtype,
         "batch": BATCH[case.task],
         "pack": 512,
@@ -133,7 +144,7 @@ def product_command(case: Case, model: Path, data: Path, out: Path) -> tuple[lis
         "optim.weight_decay=0.0",
         "schedule=constant",
         f"batch.size={BATCH[case.task]}",
-        f"steps={case.steps}",
+        f"steps={case.steps * case.passes}",
         f"seed={SEED}",
         "runtime.threads=1",
         "eval.at_start=false",
@@ -152,20 +163,22 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def step_events(path: Path) -> list[dict[str, Any]]:
-    """The step events written so far; a half-written last line waits for its end."""
+def read_events(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind written so far; a half-written last line waits for its end."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [event for event in map(json.loads, lines) if event["event"] == "step"]
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def measure(side: str, command: list[str], events: Path, tokens: int, log: Path) -> Measurement:
-    """Run a command to its end and watch its event file."""
+def watch(command: list[str], events: Path, log: Path, cache: Path) -> tuple[list[tuple[float, float]], float, Any]:
+    """Run a command to its end: (wall, CPU) seconds at the end of each step, of the whole, and the kernel's account of it."""
     marks: list[tuple[float, float]] = []
     size, began = -1, time.perf_counter()
+    # A cache of its own, or reference scores of an earlier run would be found.
+    environment = {**os.environ, **ENVIRONMENT, "LLMRECIPE_CACHE": str(cache)}
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -174,19 +187,29 @@ def measure(side: str, command: list[str], events: Path, tokens: int, log: Path)
             if now != size:
                 size = now
                 mark = (time.perf_counter() - began, cpu_seconds(process.pid))
-                marks += [mark] * (len(step_events(events)) - len(marks))
+                marks += [mark] * (len(read_events(events, "step")) - len(marks))
             time.sleep(0.004)
-    wall = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
-    steps = step_events(events)
     if process.returncode or len(marks) < 2:
-        raise SystemExit(f"{side} failed ({process.returncode}):\n{' '.join(command)}\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"failed ({process.returncode}):\n{' '.join(command)}\n{log.read_text()[-3000:]}")
+    return marks, time.perf_counter() - began, usage
+
+
+def measure(side: str, case: Case, command: list[str], events: Path, tokens: int, out: Path) -> Measurement:
+    """One run of one side; `tokens` are those of one pass."""
+    marks, wall, usage = watch(command, events, out / "log.txt", out / "cache")
+    steps = read_events(events, "step")
+    own = len(steps) // case.passes
     # `tokens` counts from the start, by each side in its own way; the share of the steps after the first is what is needed.
-    share = 1 - steps[0]["tokens"] / steps[-1]["tokens"]
+    share = 1 - steps[0]["tokens"] / steps[own - 1]["tokens"]
+    before = sum(event["cpu"] for event in read_events(events, "reference"))
+    scored = tokens * share / (marks[own - 1][1] - marks[0][1] + before * share)
+    known = scored if case.passes == 1 else tokens / (marks[-1][1] - marks[own - 1][1])
     return Measurement(
         side=side,
-        rate=tokens * share / (marks[-1][1] - marks[0][1]),
-        whole=tokens / (usage.ru_utime + usage.ru_stime),
+        rate=known,
+        scored=scored,
+        whole=tokens * case.passes / (usage.ru_utime + usage.ru_stime),
         peak_mb=usage.ru_maxrss / 1024,
         first_step=marks[0][0],
         first_step_cpu=marks[0][1],
@@ -242,10 +265,11 @@ def run_case(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
         for side, command_of, data in (("peer", peer_command, peers), ("product", product_command, ours)):
             out = Path(tempfile.mkdtemp(prefix=f"{side}-", dir=folder))
             command, events = command_of(case, model, data, out)
-            pair[side] = measure(side, command, events, tokens, out / "log.txt")
+            pair[side] = measure(side, case, command, events, tokens, out)
             seen = pair[side]
             print(
-                f"  round {number + 1} {side:8s} {seen.rate:7.0f} tok/cpu-s  peak {seen.peak_mb:6.0f} MB  "
+                f"  round {number + 1} {side:8s} {seen.rate:7.0f} tok/cpu-s ({seen.scored:.0f} scored)  "
+                f"peak {seen.peak_mb:6.0f} MB  "
                 f"first step {seen.first_step:5.1f} s (cpu {seen.first_step_cpu:.1f})  whole {seen.whole:6.0f}",
                 flush=True,
             )
@@ -260,7 +284,7 @@ def run_case(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
 
 def summary(pairs: list[dict[str, Measurement]]) -> dict[str, Any]:
     """Medians of each side, and medians over rounds of the ratios (above 1: this program is the better one)."""
-    better_high, better_low = ("rate", "whole"), ("peak_mb", "first_step", "first_step_cpu")
+    better_high, better_low = ("rate", "scored", "whole"), ("peak_mb", "first_step", "first_step_cpu")
     ratios: dict[str, Any] = {}
     for name in (*better_high, *better_low):
         each = [getattr(p["product"], name) / getattr(p["peer"], name) for p in pairs]
@@ -276,9 +300,10 @@ def summary(pairs: list[dict[str, Measurement]]) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one line a case."""
     lines = [
-        "| case | shape | TRL setting | tok/CPU-s here | TRL | **ratio** (low-high) | peak MB here | TRL | ratio "
+        "| case | shape | TRL setting | tok/CPU-s here | TRL | **ratio** (low-high) | with reference scoring "
+        "| peak MB here | TRL | ratio "
         "| first step s here | TRL | ratio | in CPU s here | TRL | ratio | whole run ratio | mean loss here | TRL |",
-        "|" + "---|" * 18,
+        "|" + "---|" * 19,
     ]
     for result in results:
         case, ours, peer, ratio = result["case"], result["sides"]["product"], result["sides"]["peer"], result["ratios"]
@@ -289,6 +314,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{ours['rate']:.0f}",
             f"{peer['rate']:.0f}",
             f"**{ratio['rate']['median']:.2f}x** ({ratio['rate']['low']:.2f}-{ratio['rate']['high']:.2f})",
+            f"{ratio['scored']['median']:.2f}x" if case["recipe"].startswith("dpo") else "",
             f"{ours['peak_mb']:.0f}",
             f"{peer['peak_mb']:.0f}",
             f"{ratio['peak_mb']['median']:.2f}x",

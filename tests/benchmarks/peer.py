@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def build(spec: dict[str, Any], rows: Any, tokenizer: Any, lora: Any) -> Any:
     """An SFTTrainer or DPOTrainer for the spec."""
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+    if spec["task"] == "dpo":
+        time_reference(DPOTrainer, Path(spec["events"]))
     config, trainer = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}[spec["task"]]
     return trainer(
         model=spec["model"],
@@ -49,11 +52,30 @@ def build(spec: dict[str, Any], rows: Any, tokenizer: Any, lora: Any) -> Any:
     )
 
 
+def time_reference(trainer: Any, path: Path) -> None:
+    """Write down the CPU time of scoring the reference before training."""
+    score = trainer._precompute_ref_logps
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.process_time()
+        scored = score(*args, **kwargs)
+        write(path, {"event": "reference", "cpu": time.process_time() - began})
+        return scored
+
+    trainer._precompute_ref_logps = timed
+
+
+def write(path: Path, event: dict[str, Any]) -> None:
+    """Add one line to the event file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
 def arguments(spec: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the trainer's config."""
     common: dict[str, Any] = {
         "output_dir": spec["out"],
-        "num_train_epochs": 1,
+        "num_train_epochs": spec["passes"],
         "per_device_train_batch_size": spec["batch"],
         "train_sampling_strategy": "sequential",
         "learning_rate": spec["lr"],
@@ -109,9 +131,7 @@ def recorder(path: Path, counts: deque[int]) -> Any:
             if "loss" not in logs:
                 return
             self.seen += counts.popleft()
-            event = {"event": "step", "step": state.global_step, "loss": logs["loss"], "tokens": self.seen}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+            write(path, {"event": "step", "step": state.global_step, "loss": logs["loss"], "tokens": self.seen})
 
     return Recorder()
 
