@@ -1,0 +1,67 @@
+"""Packaged recipes learn the embedded tasks, and a control whose answers are shuffled does not."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from llmrecipe.registry import PACKAGE
+from tests.runs import events, train_recipe
+
+DATA = PACKAGE / "assets" / "data"
+EXACT = ["eval.metrics=[exact_match]", "eval.at_start=false"]
+
+
+def shuffled(folder: Path, name: str, column: str) -> Path:
+    """The training rows of a built-in set with one column permuted; validation rows as they are."""
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in (DATA / name / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    values = [row[column] for row in rows]
+    random.Random(0).shuffle(values)
+    lines = [json.dumps({**row, column: value}) for row, value in zip(rows, values, strict=True)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "valid.jsonl").write_bytes((DATA / name / "valid.jsonl").read_bytes())
+    return folder
+
+
+def last(folder: Path, metric: str) -> float:
+    """The metric of the last evaluation on the validation rows."""
+    return [e[metric] for e in events(folder, "evaluation") if metric in e][-1]
+
+
+def test_a_few_steps_of_sft_lora_halve_the_loss(tmp_path: Path) -> None:
+    train_recipe(tmp_path / "run", "sft_lora", "steps=25", "eval.batches=4")
+    losses = [e["eval/loss"] for e in events(tmp_path / "run", "evaluation") if "eval/loss" in e]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft_lora", "qlora", "sft"])
+def test_the_list_task_is_learned_to_exact_answers(recipe: str, tmp_path: Path) -> None:
+    train_recipe(tmp_path / "run", recipe, *EXACT)
+    assert last(tmp_path / "run", "eval/exact_match") >= 0.95
+
+
+@pytest.mark.slow
+def test_shuffled_answers_teach_no_exact_answer(tmp_path: Path) -> None:
+    data = shuffled(tmp_path / "data", "sft", "completion")
+    train_recipe(tmp_path / "run", "sft_lora", *EXACT, f"data.path={data}")
+    assert last(tmp_path / "run", "eval/exact_match") <= 0.05
+
+
+@pytest.mark.slow
+def test_classification_is_learned_and_shuffled_labels_are_not(tmp_path: Path) -> None:
+    train_recipe(tmp_path / "run", "classify", "eval.at_start=false")
+    assert last(tmp_path / "run", "eval/accuracy") >= 0.95 and last(tmp_path / "run", "eval/macro_f1") >= 0.95
+    data = shuffled(tmp_path / "data", "classify", "label")
+    train_recipe(tmp_path / "control", "classify", "eval.at_start=false", f"data.path={data}")
+    assert last(tmp_path / "control", "eval/accuracy") <= 0.45
+
+
+@pytest.mark.slow
+def test_biases_alone_learn_part_of_the_list_task(tmp_path: Path) -> None:
+    train_recipe(tmp_path / "run", "bitfit", "eval.at_start=false")
+    assert last(tmp_path / "run", "eval/loss") <= 1.6
