@@ -8,6 +8,7 @@ the top, so `--help` answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import tempfile
 import time
@@ -66,10 +67,13 @@ def run(arguments: list[str]) -> int:
         result = build()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
         return result if isinstance(result, int) else 0
     except UserError as error:
-        complain(str(error))
+        # Processes of one run meet the user's mistake alike; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            complain(str(error))
         return error.exit_code
     except Interrupted as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(str(error) or "interrupted", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

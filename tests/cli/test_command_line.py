@@ -210,3 +210,14 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == "" and "there is no recipe" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_process_of_a_run_tells_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(["explain", "recipe=sft_lora", "stack.lora.rr=2"]) == 2
+        told.append("did you mean 'r'" in capsys.readouterr().err)
+    assert told == [True, False]
