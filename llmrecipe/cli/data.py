@@ -54,6 +54,7 @@ def verb(
                 "report": data.report.to_dict(),
                 "lengths": facts,
                 "labels": data.labels,
+                "tasks": data.tasks and list(data.tasks.names or ()),
                 "warnings": warnings,
                 "rows": [show.row_facts(row, tokenizer) for row in shown],
             }
@@ -69,6 +70,8 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.data import TokenData, prepare
     from llmrecipe.errors import DataError
     from llmrecipe.models.load import load_tokenizer
+    from llmrecipe.recipe.validate import instantiate
+    from llmrecipe.training.assemble import tasks_of
     from llmrecipe.training.opened import resolve
 
     kind = str(recipe.objective["kind"])
@@ -76,17 +79,19 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     rows = spec.facts.get("rows") or registry.load("objective", kind).rows  # type: ignore[attr-defined]
     default = spec.options["mask"].default if "mask" in spec.options else spec.facts.get("mask")
     mask = recipe.objective.get("mask") or default or "completion"
-    base, _, folder = resolve(recipe.model)
+    base, saved, folder = resolve(recipe.model)
     section = recipe.tokenizer
     if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
         section = section.model_copy(update={"path": str(folder)})
     tokenizer = load_tokenizer(base, section)
     whole = recipe.data.model_copy(update={"streaming": False})
     labels = None
-    if split != "train" and rows in ("labelled", "pairs"):
-        training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed)
-        labels = training.labels if training is not None else None
-    data = prepare(whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels)
+    tasks = tasks_of(instantiate(recipe).wrappers, saved)
+    if split != "train" and (rows in ("labelled", "pairs") or (tasks is not None and tasks.names is None)):
+        training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
+        if training is not None:
+            labels, tasks = training.labels, training.tasks
+    data = prepare(whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels, tasks=tasks)
     if not isinstance(data, TokenData):
         raise DataError(f"this recipe has no {split} split; set data.{split} to a file or a share")
     return data, tokenizer, mask

@@ -44,12 +44,19 @@ Draw = tuple[int, int]
 
 
 def build(
-    part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBase, rows: str, mask: str, draw: Draw | None = None
+    part: Part,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: str,
+    mask: str,
+    draw: Draw | None = None,
+    task_field: str | None = None,
 ) -> TokenTable:
     """The token table of one source.
 
     Args:
         draw: (count, seed): keep `count` rows drawn with the seed instead of all.
+        task_field: column that names the task of a row, where the stack keeps tasks apart.
     """
     kind = row_type(rows)
     key = key_of(
@@ -61,6 +68,7 @@ def build(
             "part": [part.keep, draw],
             "folder": str(part.reader.base) if rows == "multimodal" else None,
             "code": code_version(),
+            **({"task": task_field} if task_field else {}),
         }
     )
     folder = table_folder(key) if data.cache else None
@@ -69,7 +77,7 @@ def build(
         if found is not None:
             found.facts["report"]["source"] = part.reader.name
             return found
-    encoder = make_encoder(part, data, tokenizer, rows, mask)
+    encoder = make_encoder(part, data, tokenizer, rows, mask, task_field)
     writer = Writer(kind, folder)
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=dict(data.columns), mask=mask)
     try:
@@ -82,7 +90,9 @@ def build(
     return writer.finish({"key": key, "report": report.to_dict()})
 
 
-def make_encoder(part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBase, rows: str, mask: str) -> Encoder:
+def make_encoder(
+    part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBase, rows: str, mask: str, task_field: str | None = None
+) -> Encoder:
     """Detect the source's format and make its encoder.
 
     Raises:
@@ -94,7 +104,7 @@ def make_encoder(part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBa
     name = part.reader.name
     detect.check_mapping(data.columns, first[0][1], name)
     found = detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name)
-    return Encoder(tokenizer, rows, mask, data, found.name, part.reader.base)
+    return Encoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field)
 
 
 Encoded = tuple["pa.RecordBatch", Report]

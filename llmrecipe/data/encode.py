@@ -41,8 +41,8 @@ class Item:
     done: list[dict[str, Any]] = field(default_factory=list)
     """Its token rows."""
     bad: BadRow | None = None
-    task: int | None = None
-    """Number of its task, for batches that mix tasks."""
+    task: str | None = None
+    """Name of its task, for batches that mix tasks."""
 
 
 class Encoder:
@@ -55,6 +55,7 @@ class Encoder:
         data: the recipe's section; only `columns`, `max_length`, `truncation` and `system` are read.
         format_name: format of the source.
         base: folder image paths refer to.
+        task_field: column that names the task of a row; None where nothing asks for it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Encoder:
         data: DataSection,
         format_name: str,
         base: Path | None = None,
+        task_field: str | None = None,
     ) -> None:
         if mask not in MASKS:
             raise DataError(f"objective.mask: '{mask}' is unknown{did_you_mean(mask, MASKS)} (known: {', '.join(MASKS)})")
@@ -72,6 +74,7 @@ class Encoder:
         self.kind: RowType = row_type(rows)
         self.mask = mask
         self.columns = dict(data.columns)
+        self.task_field = task_field
         template = self.tokens.template
         self.options = Options(rows, bool(template and template.named), template is not None, data.system, base)
         self.format = FORMATS[format_name]
@@ -93,7 +96,7 @@ class Encoder:
             report.read += 1
             try:
                 named = rename(row, self.columns)
-                task = named.get("task") if isinstance(named.get("task"), int) else None
+                task = self._task(named, row)
                 items += [Item(index, where, one, task=task) for one in self.format.convert(named, self.options)]
             except BadRow as bad:
                 report.drop(bad.reason, where, bad.detail)
@@ -116,6 +119,13 @@ class Encoder:
                 for name in names:
                     columns[name].append(done.get(name))
         return columns, report
+
+    def _task(self, named: dict[str, Any], row: dict[str, Any]) -> str | None:
+        """The name (or number) of a row's task; None where it has none or nothing asks for it."""
+        if self.task_field is None:
+            return None
+        value = named.get(self.task_field, row.get(self.task_field))
+        return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
     def _dispatch(self, items: Sequence[Item], report: Report) -> None:
         name = self.kind.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -14,8 +13,10 @@ from llmrecipe.data import gate
 from llmrecipe.data.build import build
 from llmrecipe.data.cache import TokenTable, key_of, tokenizer_fingerprint
 from llmrecipe.data.report import Report
+from llmrecipe.data.rows import row_type
 from llmrecipe.data.sources import NoSplitError, Part, open_split
 from llmrecipe.data.stream import StreamedRows, TokenStream
+from llmrecipe.data.tasks import Tasks, natural
 from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 
@@ -29,7 +30,8 @@ class TokenData(Sequence[Row]):
     """Token rows of a split, read from memory-mapped tables.
 
     `data[i]` is a dict of Python lists and scalars (`data.rows` has the columns) with `row` = i. `labels` are the class
-    names in the order of their numbers; None where labels are real numbers or there are none.
+    names in the order of their numbers; None where labels are real numbers or there are none. `tasks` are the tasks the stack
+    keeps apart, if it does.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class TokenData(Sequence[Row]):
         key: str,
         report: Report,
         labels: Sequence[str] | None,
+        tasks: Tasks | None = None,
     ) -> None:
         self.tables, self.weights, self.key, self.report = list(tables), weights, key, report
         self.labels = None if labels is None else list(labels)
+        self.tasks = tasks
         self._numbers = {name: i for i, name in enumerate(labels or ())}
         self.starts = np.cumsum([0, *map(len, self.tables)])
 
@@ -62,6 +66,8 @@ class TokenData(Sequence[Row]):
         row = self.tables[part][at - int(self.starts[part])]
         if isinstance(row.get("label"), str):
             row["label"] = self.label(row["label"])
+        if self.tasks is not None:
+            row["task"] = self.tasks.number(row.get("task"), self.report.source)
         row["row"] = at
         return row
 
@@ -96,6 +102,7 @@ def prepare(
     seed: int,
     label_map: Sequence[str] | None = None,
     unseal: bool = False,
+    tasks: Tasks | None = None,
 ) -> TokenData | StreamedRows | None:
     """Token rows of a split, from the cache where they are there already.
 
@@ -107,6 +114,7 @@ def prepare(
         split: train, validation or test.
         seed: decides which rows `data.limit` draws; token rows do not depend on it.
         label_map: `labels` of the training rows, so that every split numbers them alike.
+        tasks: the tasks the stack keeps apart; without names, those of the training rows (`TokenData.tasks` has them then).
         unseal: must be True for the test split; only the one final test passes it.
 
     Returns:
@@ -114,13 +122,17 @@ def prepare(
         read as they are asked for.
 
     Raises:
-        DataError: there are no training rows, the test split is sealed, the format is unknown, or the gate stops.
+        DataError: there are no training rows, the test split is sealed, the format is unknown, a row's task is unknown, or
+            the gate stops.
     """
     if split == "test" and not unseal:
         raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
+    if tasks is not None and "task" not in dict(row_type(rows).scalars):
+        raise DataError(f"the stack keeps tasks apart, but {rows} rows cannot name one; train on prompts with answers")
     if data.streaming and split == "train":
         ingredients = [data.model_dump(mode="json"), tokenizer_fingerprint(tokenizer), rows, mask, seed]
-        return StreamedRows(TokenStream(data, tokenizer, rows, mask=mask, seed=seed), key_of({"stream": ingredients}))
+        stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks)
+        return StreamedRows(stream, key_of({"stream": ingredients}))
     try:
         parts = open_split(data, split)
     except NoSplitError:
@@ -128,7 +140,8 @@ def prepare(
             raise
         return None
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
-    tables = [build(part, data, tokenizer, rows, mask, draw) for part, draw in zip(parts, draws)]
+    field = tasks.field if tasks is not None else None
+    tables = [build(part, data, tokenizer, rows, mask, draw, field) for part, draw in zip(parts, draws)]
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
@@ -141,7 +154,9 @@ def prepare(
     joined = "".join([*(t.facts["key"] for t in tables), json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
     labels = _labels(tables, label_map, split, report.source) if rows in ("labelled", "pairs") else None
-    return TokenData(tables, weighted, key, report, labels)
+    if tasks is not None:
+        tasks = tasks.resolve((value for table in tables for value in {*table.strings("task")}), report.source)
+    return TokenData(tables, weighted, key, report, labels, tasks)
 
 
 def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[int, int] | None]:
@@ -155,12 +170,6 @@ def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[in
     return [(max(int(count), 1), seed) for count in counts]
 
 
-def _natural(text: str) -> list[tuple[int, float, str]]:
-    """Sort key under which '2' comes before '10'."""
-    pieces = re.split(r"(-?\d+(?:\.\d+)?)", text)
-    return [(0, float(p), "") if i % 2 else (1, 0.0, p) for i, p in enumerate(pieces) if p]
-
-
 def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: str, source: str) -> list[str] | None:
     """Class names in the order of their numbers; None where labels are real numbers.
 
@@ -171,8 +180,8 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
     if given is None:
         real = not flat or any(isinstance(v, float) for v in flat)
-        return None if real else sorted({str(v) for v in flat}, key=_natural)
-    unknown = sorted({str(v) for v in flat} - set(given), key=_natural)
+        return None if real else sorted({str(v) for v in flat}, key=natural)
+    unknown = sorted({str(v) for v in flat} - set(given), key=natural)
     if unknown:
         raise DataError(
             f"{source}: the {split} rows have labels the training rows lack: {', '.join(unknown[:8])} "

@@ -16,7 +16,7 @@ into a token row. Shapes below: every `*ids` is a list of token ids, `trained` h
 | multimodal | image, text | ids, trained, image (a path) |
 
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
-of text and dialogue rows that have a `task`, its number too, for batches that mix tasks.
+dialogue rows of a recipe whose stack keeps tasks apart have `task` too: stored by name, handed over as its number.
 `trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.
 """
 
@@ -50,7 +50,7 @@ ROW_TYPES: dict[str, RowType] = {
             ("messages", "sharegpt", "prompt_completion", "alpaca", "tokens", "text"),
             ("ids",),
             ("trained",),
-            scalars=(("task", "int64"),),
+            scalars=(("task", "string"),),
         ),
         RowType("tokens", ("tokens",), ("ids",), ("trained",)),
         RowType(

@@ -17,6 +17,7 @@ from llmrecipe.data.build import make_encoder
 from llmrecipe.data.encode import TWO_BOS, Encoder
 from llmrecipe.data.report import Report
 from llmrecipe.data.sources import HubStream, Part, open_split
+from llmrecipe.data.tasks import Tasks
 from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 
@@ -42,6 +43,7 @@ class TokenStream:
 
     Args:
         buffer: rows the shuffle holds; 1 keeps the order of the files.
+        tasks: names of the tasks the stack keeps apart.
     """
 
     def __init__(
@@ -53,12 +55,17 @@ class TokenStream:
         mask: str = "completion",
         seed: int,
         buffer: int = 1000,
+        tasks: Tasks | None = None,
     ) -> None:
         if rows in ("labelled", "pairs"):
             raise DataError("data.streaming: labels are numbered over all training rows, so these rows cannot be streamed")
-        self.data, self.seed, self.buffer = data, seed, buffer
+        if tasks is not None and tasks.names is None:
+            raise DataError("data.streaming: rows are not known beforehand, so the names of their tasks must be listed (tasks)")
+        self.data, self.seed, self.buffer, self.tasks = data, seed, buffer, tasks
         self.parts: list[Part] = open_split(data, "train")
-        self.encoders: list[Encoder] = [make_encoder(part, data, tokenizer, rows, mask) for part in self.parts]
+        self.encoders: list[Encoder] = [
+            make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None) for part in self.parts
+        ]
         self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mapping=dict(data.columns), mask=mask)
         self.report.format = " + ".join(dict.fromkeys(e.format.name for e in self.encoders))
         self.emitted = 0
@@ -91,6 +98,8 @@ class TokenStream:
                 self._fill()
             empty += 1
         row = {**self._rows[self._within], "row": self.emitted}
+        if self.tasks is not None:
+            row["task"] = self.tasks.number(row.get("task"), f"{self.report.source}, training row {self.emitted + 1}")
         self._within += 1
         self.emitted += 1
         return row
@@ -185,7 +194,7 @@ class StreamedRows(Sequence[Row]):
     weights: list[float] | None = None
 
     def __init__(self, stream: TokenStream, key: str) -> None:
-        self.stream, self.key = stream, key
+        self.stream, self.key, self.tasks = stream, key, stream.tasks
         readers = [part.reader for part in stream.parts]
         self._length = ENDLESS if any(isinstance(r, HubStream) for r in readers) else sum(map(len, readers))
 

@@ -14,8 +14,10 @@ ROWS = ("dialogue", "preference", "prompt", "unpaired")
 
 def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
     """Prompt, reference and generated answer of some rows."""
-    pairs = [prompt_and_reference(data[i], roles.tokenizer) for i in indices]
-    answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling)
+    rows = [data[i] for i in indices]
+    pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]
+    tasks = [row["task"] for row in rows] if getattr(data, "tasks", None) is not None else None
+    answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling, tasks=tasks)
     return [
         {"prompt": text_of(roles.tokenizer, prompt), "reference": reference, "answer": text_of(roles.tokenizer, answer)}
         for (prompt, reference), answer in zip(pairs, answers, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrecipe.context import Context, activate
+from llmrecipe.context import Context, activate, current
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,19 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, context: Context | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: Context | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new token ids, end token included where it was reached.
 
     Args:
         prompts: token ids; prompts of one batch are padded on the left.
-        context: role and tasks of the forward passes; masks are filled in here.
+        context: of the forward passes, by default the one that is active; masks and tasks are filled in here.
+        tasks: number of each prompt's task, where the model keeps tasks apart.
     """
     was_training = model.training
     model.eval()
@@ -51,15 +57,22 @@ def generate(
                 torch.manual_seed(sampling.seed)
             for first in range(0, len(order), sampling.batch):
                 part = order[first : first + sampling.batch]
-                for i, new in zip(part, _batch(model, tokenizer, [prompts[i] for i in part], sampling, context), strict=True):
-                    answers[i] = new
+                own = None if tasks is None else [tasks[i] for i in part]
+                new = _batch(model, tokenizer, [prompts[i] for i in part], sampling, context or current(), own)
+                for i, answer in zip(part, new, strict=True):
+                    answers[i] = answer
     finally:
         model.train(was_training)
     return answers
 
 
 def _batch(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, context: Context | None
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: Context,
+    tasks: Sequence[int] | None,
 ) -> list[list[int]]:
     from transformers import GenerationConfig
 
@@ -80,15 +93,15 @@ def _batch(
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    context = context or Context()
     lengths = mask.sum(1)
+    task_ids = context.task_ids if tasks is None else torch.tensor(list(tasks), device=device)[:, None]
     from dataclasses import replace
 
     # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
     kept = getattr(model, "generation_config", None)
     try:
         model.generation_config = GenerationConfig()  # type: ignore[assignment]
-        with activate(replace(context, attention_mask=mask, prompt_lengths=lengths)):
+        with activate(replace(context, attention_mask=mask, prompt_lengths=lengths, task_ids=task_ids)):
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         model.generation_config = kept  # type: ignore[assignment]

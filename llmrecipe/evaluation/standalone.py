@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmrecipe import registry
+from llmrecipe.data.tasks import common
 from llmrecipe.errors import DataError, UserError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.recipe.compose import Composition, compose
@@ -98,10 +99,11 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
     recipe = subject.composition.recipe
     labels = getattr(subject.opened.model.config, "label2id", None) if subject.objective.head == "classification" else None
     names = sorted(labels, key=labels.get) if labels else None  # type: ignore[arg-type]
+    tasks = common([(w.name, found) for w in subject.opened.mounted if (found := w.mixes()) is not None])
     mask = getattr(subject.objective, "mask", None) or "completion"
     data = prepare(
         recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
-        label_map=names, unseal=split == "test",
+        label_map=names, unseal=split == "test", tasks=tasks,
     )  # fmt: skip
     if data is None:
         raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")

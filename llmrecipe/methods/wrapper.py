@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from llmrecipe.data.tasks import Tasks
     from llmrecipe.export.peft_format import Adapter
     from llmrecipe.training.rules import UpdateRule
 
@@ -138,6 +139,14 @@ class Wrapper:
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """What the method shows at every step (ranks, masks), by name."""
         return {}
+
+    def mixes(self) -> Tasks | None:
+        """The tasks whose rows one batch may mix, for a method that keeps them apart; None for all others."""
+        return None
+
+    def for_tasks(self, tasks: Tasks | None) -> Wrapper:
+        """The wrapper with the names of the tasks filled in, once the rows are read."""
+        return self
 
     def rule(self) -> UpdateRule | None:
         """An update rule that replaces back-propagation; at most one in a stack."""

@@ -52,7 +52,7 @@ def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     for s in sequences_of(rows):
         answer = list(s.ids[s.prompt :])
         encoder.append(list(s.ids[: s.prompt]) or [roles.pad_id])
-        decoder.append(Sequence([start, *answer], [0, *list(s.trained[s.prompt :])]))
+        decoder.append(Sequence([start, *answer], [0, *list(s.trained[s.prompt :])], task=s.task))
     encoder = encoder or [[roles.pad_id]]
     width = max(len(e) for e in encoder)
     ids = torch.tensor([e + [roles.pad_id] * (width - len(e)) for e in encoder])

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from llmrecipe.data.batch import Sequence, pack
+from llmrecipe.data.tasks import Tasks, common
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Stage
+from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.speed import speed_up
-from llmrecipe.training import opened
+from llmrecipe.training import delta, opened
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
 from llmrecipe.training.reference import ReferenceCache
@@ -73,7 +74,8 @@ def build(run: Run, resume: Path | None) -> Parts:
     recipe = run.recipe
     parts = instantiate(recipe)
     check_objective(parts.objective, parts.wrappers)
-    data, validation, tokenizer_labels = read_data(recipe, parts.objective)
+    data, validation, tokenizer_labels = read_data(recipe, parts.objective, parts.wrappers)
+    wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     parts.objective.check(recipe, data)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
@@ -82,7 +84,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     folder, config = directory.path if runtime.is_main else None, run.composition.mapping
     events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
     seed_everything(recipe.seed)
-    stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
+    stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
     parts.objective.prepare_roles(model, base_is_frozen(stack))
     parts.objective.prepare_model(model.model, recipe.seed)
@@ -123,22 +125,35 @@ def check_objective(objective: Any, wrappers: list[Any]) -> None:
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
 
 
-def read_data(recipe: Any, objective: Any) -> tuple[Any, Any, list[str] | None]:
+def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None:
+    """The tasks a stack, and the stacks of the runs it stands on, keep apart; None where no method does.
+
+    Raises:
+        DataError: two of them keep different tasks apart.
+    """
+    mounted = [delta.build_wrapper(n, m) for layer in (saved.layers if saved else []) for n, m in layer.wrappers.items()]
+    named = [(f"{w.name} of model.path", w) for w in mounted] + [(w.name, w) for w in wrappers]
+    return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
+
+
+def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
     """Training rows, validation rows (or None) and, for labelled rows, the label names."""
     from llmrecipe.data import prepare
     from llmrecipe.models.load import load_tokenizer
 
-    base, _, folder = opened.resolve(recipe.model)
+    base, saved, folder = opened.resolve(recipe.model)
     section = recipe.tokenizer
     if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
         section = section.model_copy(update={"path": str(folder)})
     tokenizer = load_tokenizer(base, section)
     mask = getattr(objective, "mask", None) or "completion"
-    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed)
+    tasks = tasks_of(wrappers, saved)
+    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
     labels = getattr(data, "labels", None)
     validation = prepare(
-        recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels
-    )
+        recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
+        tasks=data.tasks,
+    )  # fmt: skip
     return data, validation, labels
 
 
@@ -159,6 +174,7 @@ def test_rows(run: Run) -> Any:
         seed=run.recipe.seed,
         label_map=labels,
         unseal=True,
+        tasks=run.data.tasks,
     )
 
 

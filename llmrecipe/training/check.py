@@ -65,11 +65,12 @@ def examine(composition: Composition) -> Findings:
     parts = instantiate(settings)
     check_trackers(settings.log.trackers)
     assemble.check_objective(parts.objective, parts.wrappers)
-    stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
     device = pick_device(settings.runtime.device)
     base, saved, _ = opened.resolve(settings.model)
     tokenizer = load_tokenizer(base, settings.tokenizer)
-    data, validation, labels = assemble.read_data(settings, parts.objective)
+    data, validation, labels = assemble.read_data(settings, parts.objective, parts.wrappers)
+    wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
+    stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     model = skeleton(base, rows_head=parts.objective.head, labels=labels, tokenizer=tokenizer, device=device)
     for index, layer in enumerate(saved.layers if saved else []):
         delta.mount(model, layer, index)

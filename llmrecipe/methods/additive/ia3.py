@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import current
-from llmrecipe.errors import ModelError
+from llmrecipe.data.tasks import Tasks
+from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Field, Literal
 from llmrecipe.methods.inject import SCALE, Port, inject, merge_ports
 from llmrecipe.methods.low_rank import device_of, row_index
@@ -26,8 +28,9 @@ TERMS = {"key": ("attn.k", "cross.k"), "value": ("attn.v", "cross.v"), "ffn": ("
 def factors(table: Tensor, x: Tensor) -> Tensor:
     """Rows of a table (n, D) for an activation (R, T, D): (D,) for one task, else (R, T | 1, D) by `Context.task_ids`.
 
-    Tokens whose batch names no task belong to task 0. Rows longer or shorter than the batch's (an encoder's, or one step
-    of cached generation) take the task of their first token: a padded row belongs to one task.
+    Without task ids a pass belongs to the first task: probes of the bare model know no task. Rows longer or shorter than
+    the batch's (an encoder's, or one step of cached generation) take the task of their first token: a padded row belongs to
+    one task.
 
     Raises:
         ModelError: a batch names a task the table has no row for, or an unpadded one cannot be matched to its tokens.
@@ -165,8 +168,9 @@ class Ia3(Wrapper):
     and values are scaled. Gated feed-forwards: the input of the down projection, the same function as scaling `up`.
     Merging is exact up to rounding: rows of W_k and W_v with their biases, columns of W_2.
 
-    `tasks` gives every task its own vectors: one forward pass serves rows of several tasks, each by the `task` (an index
-    into `tasks`) of its row, and equals running each task alone; tokens of unnamed tasks belong to the first one.
+    `tasks` gives every task its own vectors: one forward pass serves rows of several tasks, each by the task its row names,
+    and equals running each task alone. `tasks: auto` takes the names from the training rows. Every row must name its task; an
+    unknown name stops the run before weights are read.
 
     Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (arXiv 2205.05638).
     """
@@ -182,13 +186,42 @@ class Ia3(Wrapper):
     """Blocks that are scaled: a range such as `0:4` or `-1`."""
     key_site: Literal["pre_norm", "post_norm"] = "pre_norm"
     """Where keys are scaled in models that norm their keys; `post_norm` cannot be merged."""
-    tasks: list[str] = Field(default_factory=list)
-    """Names of the tasks of a mixed-task batch, in the order of their numbers; empty for one task."""
+    tasks: list[str] | Literal["auto"] = Field(default_factory=list)
+    """Names of the tasks of a mixed-task batch, or `auto` for those the training rows name; empty for one task."""
+    task_field: str = "task"
+    """Column in which a row names its task (or gives its number in `tasks`)."""
+
+    def mixes(self) -> Tasks | None:
+        """The named tasks, or whatever tasks the rows name.
+
+        Raises:
+            RecipeError: a name is given twice.
+        """
+        if not self.tasks:
+            return None
+        if self.tasks == "auto":
+            return Tasks(None, self.task_field)
+        twice = next((t for t in self.tasks if list(self.tasks).count(t) > 1), None)
+        if twice is not None:
+            raise RecipeError(f"stack.{self.name}.tasks: '{twice}' is given twice; every task has one set of vectors")
+        return Tasks(tuple(self.tasks), self.task_field)
+
+    def for_tasks(self, tasks: Tasks | None) -> Wrapper:
+        """The wrapper with `tasks: auto` replaced by the names of the training rows."""
+        if self.tasks != "auto" or tasks is None or tasks.names is None:
+            return self
+        return dataclasses.replace(self, tasks=list(tasks.names))  # type: ignore[call-arg]
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a scaling at every chosen site."""
+        """Put a scaling at every chosen site.
+
+        Raises:
+            RecipeError: the tasks are `auto` and no rows were read.
+        """
         from llmrecipe.models.anatomy import anatomy
 
+        if self.tasks == "auto":
+            raise RecipeError(f"stack.{self.name}.tasks: auto takes the names from training rows, and there are none here")
         parts = anatomy(model)
         sites = self.sites(parts)
         for site in sites:

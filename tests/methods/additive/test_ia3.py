@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from torch import nn
 
 from llmrecipe.context import Context, activate
 from llmrecipe.data.batch import Sequence, pack, pad
-from llmrecipe.errors import ModelError
+from llmrecipe.errors import DataError, ModelError, RecipeError
+from llmrecipe.evaluation import answers
+from llmrecipe.evaluation.generation import Sampling, generate
+from llmrecipe.evaluation.standalone import evaluate_path
 from llmrecipe.methods.additive.ia3 import Ia3, ScaleKeys, ScaleOutput
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.anatomy import anatomy
+from llmrecipe.objectives.tokens import collate_tokens
+from llmrecipe.training import delta
 from tests.methods.additive.harness import (
     IDS,
     attached,
@@ -29,7 +35,7 @@ from tests.methods.additive.harness import (
     survives_a_round_trip,
     trained,
 )
-from tests.runs import curve, train_recipe
+from tests.runs import curve, events, train_recipe
 from tests.tiny import roles_for
 
 
@@ -168,6 +174,12 @@ def test_an_encoder_of_another_length_takes_the_task_of_its_row() -> None:
         torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-4, rtol=1e-5)
 
 
+def test_encoder_decoder_rows_keep_their_task() -> None:
+    model, stack = attached("t5", Ia3(name="ia3", tasks=["a", "b"]))
+    rows = [{"ids": [5, 6, 7], "trained": [0, 0, 1], "task": t, "row": t} for t in (1, 0)]
+    assert collate_tokens(rows, roles_for(model, stack)).task_ids[:, 0].tolist() == [1, 0]
+
+
 def test_a_mixed_batch_generates_what_each_task_generates() -> None:
     model, _ = attached("llama", Ia3(name="ia3", tasks=["a", "b"]))
     fill(model, scale=0.6)
@@ -184,6 +196,19 @@ def test_a_mixed_batch_generates_what_each_task_generates() -> None:
         assert not torch.equal(model.generate(input_ids=ids, attention_mask=(ids != 0).long(), **kwargs), mixed)
 
 
+def test_generation_takes_the_task_of_each_prompt_in_any_order() -> None:
+    model, _ = attached("llama", Ia3(name="ia3", tasks=["a", "b", "c"]))
+    fill(model, scale=0.6)
+    model.generation_config.eos_token_id = None
+    prompts, tasks = [[5, 9, 3], [8, 1, 44, 12, 30], [7, 7], [7, 7]], [1, 0, 2, 1]
+    tokenizer, sampling = SimpleNamespace(pad_token_id=0, eos_token_id=None, bos_token_id=1), Sampling(8, batch=3)
+    mixed = generate(model, tokenizer, prompts, sampling, tasks=tasks)
+    for prompt, task, got in zip(prompts, tasks, mixed, strict=True):
+        with activate(Context(task_ids=torch.tensor([[task]]))):
+            assert generate(model, tokenizer, [prompt], sampling)[0] == got
+    assert mixed[2] != mixed[3]
+
+
 def test_task_ids_that_fit_nothing_are_refused_and_mixtures_of_experts_take_one_task() -> None:
     model, _ = attached("llama", Ia3(name="ia3", tasks=["a", "b"]))
     with activate(Context(task_ids=torch.zeros(3, 1, dtype=torch.long))), pytest.raises(ModelError, match="3 rows"):
@@ -196,6 +221,10 @@ def test_task_ids_that_fit_nothing_are_refused_and_mixtures_of_experts_take_one_
         logits(model, batch.input_ids)
     with pytest.raises(ModelError, match="cannot mix tasks"):
         attached("mixtral", Ia3(name="ia3", tasks=["a", "b"]))
+    with pytest.raises(RecipeError, match="'a' is given twice"):
+        Ia3(name="ia3", tasks=["a", "b", "a"]).mixes()
+    with pytest.raises(RecipeError, match="auto takes the names from training rows"):
+        attached("llama", Ia3(name="ia3", tasks="auto"))
 
 
 # --- places ------------------------------------------------------------------------------------------------------------
@@ -346,23 +375,37 @@ def test_the_recipe_learns(tmp_path) -> None:
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path) -> None:
+def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkeypatch) -> None:
     """Two tasks that ask for opposite answers to the same prompts: only separate vectors can serve both."""
-    rows = [
-        {"prompt": f"w{i % 4}?", "completion": ("yes" if task else "no"), "task": task} for i in range(16) for task in (0, 1)
-    ]
+    rows = [{"prompt": f"w{i % 4}?", "completion": answer, "kind": answer} for i in range(16) for answer in ("no", "yes")]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     run = train_recipe(
         tmp_path / "run",
         "ia3",
         f"data.path={tmp_path}",
-        "stack.ia3.tasks=[no,yes]",
+        "stack.ia3.tasks=auto",
+        "stack.ia3.task_field=kind",
+        "data.validation=0.25",
         "steps=12",
         "batch.size=32",
         "optim.lr=0.1",
     )
     first, last = (curve(tmp_path / "run")[i][1] for i in (0, -1))
     assert last < 0.5 * first
-    assert [run.data[i].get("task") for i in range(4)] == [0, 1, 0, 1]
+    assert run.data.tasks.names == ("no", "yes")
+    texts = [run.tokenizer.decode(run.data[i]["ids"]) for i in range(4)]
+    assert [run.data[i]["task"] for i in range(4)] == [int("yes" in text) for text in texts]
+    trained, alone = events(tmp_path / "run", "evaluation")[-1], evaluate_path(str(tmp_path / "run"), [], "validation")
+    assert alone["nll"] == pytest.approx(trained["eval/nll"], rel=1e-5)
+    assert delta.read(tmp_path / "run" / "final").layers[-1].wrappers["ia3"]["tasks"] == ["no", "yes"]
+    with pytest.raises(DataError, match=r"'ia3 of model\.path' and 'ia3' keep different tasks apart"):
+        train_recipe(
+            tmp_path / "more", f"{tmp_path}/run/recipe.yaml", f"model.path={tmp_path}/run", "model.continue=true",
+            "stack.ia3.tasks=[yes,no]", "steps=1",
+        )  # fmt: skip
+    seen: list[list[int]] = []
+    monkeypatch.setattr(answers, "generate", lambda *a, tasks, **k: seen.append(tasks) or [[5]] * len(tasks))
+    answers.answer_rows(run.data, run.roles, [0, 1, 2, 3], Sampling(6))
+    assert seen == [[run.data[i]["task"] for i in range(4)]]
     gaps = [(port.l[0] - port.l[1]).detach().abs().max() for _, _, _, port in all_ports(run.model)]
     assert all(float(gap) > 0 for gap in gaps)
