@@ -142,6 +142,15 @@ def plugins() -> list[tuple[str, Path]]:
     return list(_plugins)
 
 
+def import_marked(mark: str) -> None:
+    """Import the files of plugins in which a decorator such as `@reward_function` stands."""
+    for package, root in _plugins:
+        for path in sorted(root.rglob("*.py")):
+            if mark in path.read_text(encoding="utf-8"):
+                name = ".".join([package, *path.relative_to(root).with_suffix("").parts])
+                importlib.import_module(name.removesuffix(".__init__"))
+
+
 def _roots() -> list[tuple[str, Path]]:
     return [("llmrecipe", PACKAGE), *_plugins]
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmrecipe.evaluation.generation import Sampling, generate, text_of
 from llmrecipe.evaluation.standalone import Subject, open_subject
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
+    text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @dataclass
@@ -24,13 +33,9 @@ class Chat:
         return cls(open_subject(path, overrides), sampling, system)
 
     def prompt_ids(self, turns: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to the answer; plain text where the tokenizer has no template."""
-        tokenizer: Any = self.subject.opened.tokenizer
-        if not tokenizer.chat_template:
-            return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
+        """Token ids of a conversation up to the answer, the system message in front."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = tokenizer.apply_chat_template([*system, *turns], tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompt_ids(self.subject.opened.tokenizer, [*system, *turns])
 
     def answer(self, text: str, remember: bool = True) -> str:
         """The model's answer to one more user turn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -70,13 +69,8 @@ class Function(Reward):
 
 
 def functions() -> dict[str, Callable[..., Any]]:
-    """Every marked function; packages of `plugins` are searched and the files that mark one imported."""
-    for package, root in registry.plugins():
-        for path in sorted(root.rglob("*.py")):
-            if "@reward_function" in path.read_text(encoding="utf-8"):
-                importlib.import_module(
-                    ".".join([package, *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
-                )
+    """Every marked function, those of plugins included."""
+    registry.import_marked("@reward_function")
     return FUNCTIONS
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 
-from llmrecipe.errors import RecipeError, RunError
+from llmrecipe.errors import RunError
 from llmrecipe.fields import NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.registry import register
 from llmrecipe.rewards.reward import Answer, Reward
-
-BUSY = (408, 425, 429, 500, 502, 503, 504)
-"""Answers of a server that may go better a moment later."""
+from llmrecipe.web import Client, check_address
 
 
 @register
@@ -39,12 +34,14 @@ class Http(Reward):
     key_env: str | None = None
     """Environment variable with a bearer token; the token itself never enters a recipe."""
 
+    @functools.cached_property
+    def client(self) -> Client:
+        """The connection, made when it is first used."""
+        return Client(self.url, "reward server", "scores", self.key_env, self.timeout, self.retries, self.wait)
+
     def check(self, columns: Sequence[str], where: str) -> None:
         """The address, and the token where one is wanted."""
-        if not self.url.startswith(("http://", "https://")):
-            raise RecipeError(f"{where}.url: must be an address such as http://localhost:8000/score; got {self.url!r}")
-        if self.key_env is not None and not os.environ.get(self.key_env):
-            raise RecipeError(f"{where}.key_env: the environment variable {self.key_env} is not set")
+        check_address(self.url, self.key_env, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """The server's numbers.
@@ -56,40 +53,18 @@ class Http(Reward):
         for first in range(0, len(answers), self.batch):
             part = answers[first : first + self.batch]
             body = {"answers": [{"prompt": a.prompt, "answer": a.text, "columns": dict(a.columns)} for a in part]}
-            reply = self._ask(json.dumps(body, default=str).encode())
+            reply = self.client.post(body)
             scores += self._numbers(reply, len(part))
         return scores
-
-    def _ask(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if self.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
-        trouble = ""
-        for attempt in range(self.retries + 1):
-            pause = self.wait * 2**attempt
-            try:
-                with urllib.request.urlopen(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as reply:
-                    return reply.read()
-            except urllib.error.HTTPError as error:
-                trouble = f"status {error.code}"
-                if error.code not in BUSY:
-                    raise RunError(f"reward server {self.url}: {trouble}: {error.read(200)!r}") from error
-                after = error.headers.get("Retry-After", "")
-                pause = float(after) if after.isdigit() else pause
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                trouble = str(getattr(error, "reason", error))
-            if attempt < self.retries:
-                time.sleep(pause)
-        raise RunError(f"reward server {self.url}: no scores after {self.retries + 1} attempts; the last: {trouble}")
 
     def _numbers(self, reply: bytes, count: int) -> list[float]:
         try:
             scores = json.loads(reply)["scores"]
             numbers = [float(s) for s in scores]
         except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f'reward server {self.url}: the reply is not {{"scores": [numbers]}}: {reply[:200]!r}') from error
+            wanted = f'reward server {self.url}: the reply is not {{"scores": [numbers]}}: {reply[:200]!r}'
+            raise RunError(self.client.clean(wanted)) from error
         if len(numbers) != count or any(n != n or abs(n) == float("inf") for n in numbers):
-            raise RunError(
-                f"reward server {self.url}: {len(numbers)} finite scores wanted for {count} answers; got {reply[:200]!r}"
-            )
+            wanted = f"{len(numbers)} finite scores wanted for {count} answers; got {reply[:200]!r}"
+            raise RunError(self.client.clean(f"reward server {self.url}: {wanted}"))
         return numbers

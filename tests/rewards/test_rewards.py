@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from llmrecipe import registry
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.rewards.function import FUNCTIONS, reward_function
 from llmrecipe.rewards.reward import Answer, Rewards
+from tests.servers import server
 
 
 def answer(text: str, finished: bool = True, ids: int = 3, **columns: Any) -> Answer:
@@ -112,35 +109,6 @@ def test_function_of_a_plugin(functions: None, tmp_path: Path, monkeypatch: pyte
     finally:
         registry._plugins.clear()
         registry._index.cache_clear()
-
-
-@contextmanager
-def server(*replies: tuple[int, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A scorer on loopback that gives the replies in turn (the last one for ever) and keeps what it was asked."""
-    asked: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append({"body": body, "key": self.headers.get("Authorization")})
-            code, content = replies[min(len(asked), len(replies)) - 1]
-            content = content(body) if callable(content) else content
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    httpd = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}/score", asked
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
 
 
 def lengths(body: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Feedback agents: who criticises, revises and judges answers, one kind a file."""
