@@ -1,4 +1,5 @@
-"""The two things a recipe may interpolate: another value (`${data.max_length}`) and the result of a stage (`${stage:sft}`)."""
+"""What a recipe may interpolate: another value (`${data.max_length}`) and, in the stages of a pipeline, the result of a stage
+(`${stage:sft}`) or the value of an axis (`${each:seed}`)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
 
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
-STAGE = re.compile(r"^stage:\s*([A-Za-z_][\w-]*)$")
+STAGE = re.compile(r"^(?:stage|each):\s*([A-Za-z_][\w-]*)$")
 
 
 def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
-    """Replace every `${a.b}` by the value it names; `${stage:x}` stays as it is, for the pipeline to fill in.
+    """Replace every `${a.b}` by the value it names; `${stage:x}` and `${each:x}` stay for the pipeline to fill in.
 
     Raises:
         RecipeError: anything else inside `${...}`, a name that does not exist, or values that name each other in a circle.

@@ -12,14 +12,14 @@ stages; round k adds k - 1 to the seed, so that it draws other samples:
     improve: {rounds: 2, start: {ppo: "${stage:sft}"}, stages: {reward: {...}, ppo: {...}}}
 
 Inside a group `${stage:x}` is this round's x where x stands above, else that of the round before; in the first round the text
-given under `start`. Outside it is that of the last round.
+given under `start`. Outside it is that of the last round. A stage with `each` is written once and run for many values
+(`recipe/each.py`); `inherit: [model, data]` passes on what the pipeline's own recipe sets of these keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,12 +29,14 @@ from typing import Any
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.compose import Composition, compose, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
+from llmrecipe.recipe.each import AXIS, expand
+from llmrecipe.recipe.inherit import as_word, inherited, inherited_keys
 from llmrecipe.recipe.origins import leaves, origin_of
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 NAME = re.compile(r"[A-Za-z_][\w-]*")
 PLAIN_PATH = re.compile(r"[\w ./+@%~-]+")
-OWN = ("recipe", "with", "rounds", "start", "stages")
+OWN = ("recipe", "with", "inherit", "each", "rounds", "start", "stages")
 """Keys of a stage; the other keys it may hold are those of a recipe."""
 SETTABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run"))
 PIPELINE_KEYS = ("stages", "run", "log", "plugins")
@@ -131,7 +133,8 @@ def plan(pipeline: Composition) -> Plan:
             )
         )
     if mistakes:
-        raise RecipeError("\n".join(mistakes))
+        # Stages written out from one `each` share their mistakes.
+        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
     return made
 
 
@@ -190,8 +193,9 @@ def refuse_stages(mapping: Mapping[str, Any]) -> None:
     if mapping.get("stages"):
         raise RecipeError("stages: this recipe is a pipeline; run it with `llmrecipe train` or llmrecipe.training.pipeline.run")
     for key, value in leaves(mapping):
-        if isinstance(value, str) and REFERENCE.search(value):
-            raise RecipeError(f"{dotted(key)}: {value} is the result of a stage, and only a recipe with `stages` has stages")
+        if isinstance(value, str) and (REFERENCE.search(value) or AXIS.search(value)):
+            what = "the result of a stage" if REFERENCE.search(value) else "a value of `each` in a stage"
+            raise RecipeError(f"{dotted(key)}: {value} is {what}, and only a recipe with `stages` has stages")
 
 
 # --- reading the section ----------------------------------------------------------------------------------------------
@@ -203,25 +207,26 @@ def parse(pipeline: Composition) -> list[Stage]:
     Raises:
         RecipeError: every mistake in the section, in one message.
     """
-    section = pipeline.recipe.stages or {}
-    mistakes: list[str] = []
+    expanded = expand(pipeline.recipe.stages or {})
+    mistakes = [f"{text}{_where(pipeline, key)}" for key, text in expanded.mistakes]
     stages: list[Stage] = []
     last: dict[str, str] = {}
-    for name, body in section.items():
-        at: KeyPath = ("stages", str(name))
-        wrong = _wrong(str(name), body, at)
+    for name, written in expanded.bodies.items():
+        at: KeyPath = ("stages", expanded.written[name])
+        body, wrong = inherited(written, pipeline, at)
+        wrong = _wrong(name, body, at) + wrong
         mistakes += [f"{text}{_where(pipeline, key)}" for key, text in wrong]
         if wrong:
             continue
         if "rounds" in body:
-            unrolled, ends, wrong = _rounds(str(name), body, at)
+            unrolled, ends, wrong = _rounds(name, body, at)
             mistakes += [f"{text}{_where(pipeline, key)}" for key, text in wrong]
             last |= ends
             stages += unrolled
         else:
-            stages.append(Stage(str(name), at, body["recipe"], _words(body)))
+            stages.append(Stage(name, at, body["recipe"], _words(body)))
     if mistakes:
-        raise RecipeError("\n".join(mistakes))
+        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
     stages = [_renamed(s, lambda n: f"${{stage:{last.get(n, n)}}}") for s in stages]
     names = [s.name for s in stages]
     repeated = sorted({n for n in names if names.count(n) > 1})
@@ -273,7 +278,11 @@ def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple
     if not isinstance(body, Mapping):
         return [(at, f"{dotted(at)}: must be a mapping such as {{recipe: sft_lora, with: [steps=60]}}; got {body!r}")]
     group = "stages" in body
-    allowed = ("rounds", "start", "stages") if group else ("recipe", "with", *(() if inner else ("rounds", "start")), *SETTABLE)
+    allowed = (
+        ("rounds", "start", "stages")
+        if group
+        else ("recipe", "with", "inherit", *(() if inner else ("each", "rounds", "start")), *SETTABLE)
+    )
     found = [
         ((*at, str(key)), f"{dotted((*at, str(key)))}: a {'group' if group else 'stage'} has no key '{key}'"
          f"{did_you_mean(str(key), allowed)} (keys: {', '.join(k for k in allowed if k in OWN)}"
@@ -338,23 +347,8 @@ def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage
 
 def _words(body: Mapping[str, Any]) -> tuple[str, ...]:
     """The words of a stage: `with`, then its other keys."""
-    settings = [_word(key, value) for key, value in leaves({k: v for k, v in body.items() if k not in OWN}) if key]
+    settings = [as_word(key, value) for key, value in leaves({k: v for k, v in body.items() if k not in OWN}) if key]
     return (*body.get("with", []), *settings)
-
-
-def _word(key: KeyPath, value: Any) -> str:
-    """A value as a word of the command line."""
-    return f"{dotted(key)}={_value(value)}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, str):
-        return '"' + value.replace('"', '\\"') + '"'
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_value(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
 
 
 def _renamed(stage: Stage, text: Callable[[str], str]) -> Stage:
@@ -368,6 +362,7 @@ def _refuse_unused(pipeline: Composition) -> None:
     files = {o.file for key, o in pipeline.origins.items() if key[0] == "stages" and o.file}
     texts += [path.read_text(encoding="utf-8") for path in files]
     used = {name for text in texts for name in re.findall(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}", text)}
+    used |= inherited_keys(pipeline.recipe.stages)
     for word in pipeline.overrides:
         key = word.lstrip("+~").split("=")[0]
         top = key.split(".")[0]

@@ -111,10 +111,11 @@ def check(made: Plan) -> dict[str, Findings]:
             found[name] = examine(composition)
         except UserError as error:
             mistakes.append(type(error)(f"{'.'.join(map(str, made[name].stage.at))}: {error}"))
-    if len(mistakes) == 1:
-        raise mistakes[0]
-    if mistakes:
-        raise UserError("\n".join(map(str, mistakes)))
+    told = list({str(m): m for m in mistakes}.values())
+    if len(told) == 1:
+        raise told[0]
+    if told:
+        raise UserError("\n".join(map(str, told)))
     return found
 
 
