@@ -24,6 +24,9 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Talk to a run or a model; with --prompt, answer and stop."""
+    from llmrecipe.cli.preflight import subject
+
+    subject(path, list(words or []))
     from llmrecipe.evaluation.chat import Chat
     from llmrecipe.evaluation.generation import Sampling
 

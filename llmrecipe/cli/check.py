@@ -12,10 +12,10 @@ def verb(words: Words = None, as_json: Json = False) -> None:
     """Validate a recipe and build it without weights: stack order, trained tensors, memory, data."""
     request = sort_words(words)
     recipe = need_recipe(request, "check")
-    from llmrecipe.recipe.compose import compose
+    from llmrecipe.cli.preflight import composed
 
     # Mistakes in the recipe come first, before anything about the machine or the model.
-    compose(recipe, request.overrides)
-    from llmrecipe.training.check import check_recipe
+    composition = composed(recipe, request.overrides)
+    from llmrecipe.training.check import check_verb
 
-    check_recipe(recipe, request.overrides, as_json=as_json)
+    check_verb(composition, as_json=as_json)

@@ -31,6 +31,7 @@ def verb(
     """Show rows as the model sees them: trained and masked tokens, template, truncation and end tokens."""
     request = sort_words(words)
     recipe = need_recipe(request, "data")
+    from llmrecipe.cli.preflight import check_files
     from llmrecipe.recipe.compose import compose
 
     composition = compose(recipe, request.overrides)
@@ -38,6 +39,7 @@ def verb(
         stages = ", ".join(composition.recipe.stages)
         raise RecipeError(f"recipe={recipe} is a pipeline of {stages}; look at the recipe of one of its stages")
     tell(composition.notes)
+    check_files(composition.recipe)
     data, tokenizer, mask = _read(composition.recipe, split)
     from llmrecipe.data import gate, show
 

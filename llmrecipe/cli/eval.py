@@ -30,6 +30,9 @@ def verb(
         scores = score_runs(path, list(words or []), split)
         print_json(scores) if as_json else show_scores(scores)
         return
+    from llmrecipe.cli.preflight import subject
+
+    subject(path, list(words or []), split)
     from llmrecipe.evaluation.standalone import evaluate_path
 
     metrics = evaluate_path(path, list(words or []), split)

@@ -37,6 +37,7 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
+    from llmrecipe.cli.preflight import finished
     from llmrecipe.errors import UserError, did_you_mean
 
     for key, value, allowed in (
@@ -47,6 +48,8 @@ def verb(
     ):
         if value not in allowed:
             raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+    for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
+        finished(name)
     options = _rank_options(run, rank) if rank is not None else None
     opened = None
     if add or weight != 1.0:
@@ -96,8 +99,8 @@ def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:
     """
     from llmrecipe import registry
     from llmrecipe.errors import UserError
+    from llmrecipe.models.source import run_folder
     from llmrecipe.training import delta
-    from llmrecipe.training.opened import run_folder
 
     folder = run_folder(str(run))
     layers = delta.read(folder).layers if folder is not None and (folder / delta.STACK_FILE).is_file() else []

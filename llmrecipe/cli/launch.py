@@ -23,10 +23,10 @@ def verb(
     request = sort_words(words)
     if request.resume is None:
         recipe = need_recipe(request, "launch")
-        from llmrecipe.recipe.compose import compose
+        from llmrecipe.cli.preflight import composed
 
         # A mistake in the recipe is told once, here, and not once by every worker.
-        compose(recipe, [*request.overrides, *_processes(request.overrides, nproc * nodes)])
+        composed(recipe, [*request.overrides, *_processes(request.overrides, nproc * nodes)])
     from llmrecipe.training.launch import Cluster, launch
 
     args = ["train", *(words or []), *_processes(request.overrides, nproc * nodes)]

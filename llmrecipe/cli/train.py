@@ -11,7 +11,10 @@ ORDER = 1
 def verb(words: Words = None) -> None:
     """Run a recipe, or all stages of a pipeline recipe. `resume=RUN_DIR` continues a run."""
     request = sort_words(words)
-    recipe = request.recipe if request.resume else need_recipe(request, "train")
+    from llmrecipe.cli.preflight import composed, resumed
+
+    recipe = request.recipe or (resumed(request.resume) if request.resume else need_recipe(request, "train"))
+    composition = composed(recipe, request.overrides)
     from llmrecipe.training.run import train_cli
 
-    train_cli(recipe, request.overrides, request.resume)
+    train_cli(composition, recipe, request.resume)

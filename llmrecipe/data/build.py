@@ -98,13 +98,21 @@ def make_encoder(
     Raises:
         DataError: no rows, or columns that fit no format.
     """
+    return Encoder(tokenizer, rows, mask, data, source_format(part, data, rows), part.reader.base, task_field)
+
+
+def source_format(part: Part, data: DataSection, rows: str) -> str:
+    """The format of a source, from its first rows.
+
+    Raises:
+        DataError: no rows, or columns that fit no format.
+    """
     first = list(islice(part.reader.stream(), SAMPLE))
-    if not first:
-        raise DataError(f"{part.reader.name}: there are no rows")
     name = part.reader.name
+    if not first:
+        raise DataError(f"{name}: there are no rows")
     detect.check_mapping(data.columns, first[0][1], name)
-    found = detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name)
-    return Encoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field)
+    return detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name).name
 
 
 Encoded = tuple["pa.RecordBatch", Report]

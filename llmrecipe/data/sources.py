@@ -185,16 +185,28 @@ def _interval(data: DataSection, split: str) -> tuple[float, float] | None:
 
 def _open(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
     """The rows of one source for a split; `alone` means the source was named for this very split."""
-    if name.startswith("builtin:"):
-        return _open_folder(_builtin(name.removeprefix("builtin:")), split, alone)
-    path = Path(name).expanduser()
+    path = place(name)
+    if path is None:
+        return _open_hub(name, split, streaming, alone)
     if path.is_dir():
         return _open_folder(path, split, alone)
-    if path.is_file():
-        return open_file(path) if split == "train" or alone else None
+    return open_file(path) if split == "train" or alone else None
+
+
+def place(name: str) -> Path | None:
+    """The file or folder a source names; None where it can only be a hub name.
+
+    Raises:
+        DataError: no such file, folder or built-in set.
+    """
+    if name.startswith("builtin:"):
+        return _builtin(name.removeprefix("builtin:"))
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"data.path: {name}: no such file or folder{_near_file(path)}")
-    return _open_hub(name, split, streaming, alone)
+    return None
 
 
 def _builtin(name: str) -> Path:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from llmrecipe import registry
 from llmrecipe.data.tasks import common
-from llmrecipe.errors import DataError, UserError
+from llmrecipe.errors import DataError
+from llmrecipe.evaluation.recipe_of import recipe_of
 from llmrecipe.methods.stack import Stack
-from llmrecipe.recipe.compose import Composition, compose
+from llmrecipe.models.source import run_folder
+from llmrecipe.recipe.compose import Composition
 from llmrecipe.training import assemble
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.evaluate import evaluate
-from llmrecipe.training.opened import Opened, open_model, run_folder
+from llmrecipe.training.opened import Opened, open_model
 from llmrecipe.training.roles import Roles
 from llmrecipe.training.runtime import Runtime
-
-LOCAL = ("run", "search", "stages", "steps", "epochs", "save")
-"""Sections of a run's recipe that say nothing about its evaluation."""
 
 
 @dataclass
@@ -33,20 +31,6 @@ class Subject:
     roles: Roles
     objective: Any
     runtime: Runtime
-
-
-def recipe_of(path: str, overrides: list[str]) -> Composition:
-    """The recipe an evaluation of a run or model follows: the run's own, or the defaults for a plain model."""
-    if run_folder(path) is None:
-        return compose("base", [f"model.path={path}", *overrides])
-    recipe = Path(path) / "recipe.yaml"
-    if not recipe.is_file():
-        recipe = Path(path).parent / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError(
-            f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective"
-        )
-    return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides])
 
 
 def open_subject(path: str, overrides: list[str]) -> Subject:

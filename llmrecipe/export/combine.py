@@ -15,8 +15,9 @@ from typing import Literal
 from llmrecipe.errors import ModelError
 from llmrecipe.export.load import open_run
 from llmrecipe.export.peft_format import Branch, joined
+from llmrecipe.models.source import is_adapter, run_folder
 from llmrecipe.training import delta
-from llmrecipe.training.opened import Opened, is_adapter, open_saved, run_folder
+from llmrecipe.training.opened import Opened, open_saved
 
 How = Literal["cat", "linear"]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.errors import RunError
+from llmrecipe.models.source import is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
-from llmrecipe.training.opened import Opened, is_adapter, open_model, run_folder
+from llmrecipe.training.opened import Opened, open_model
 
 HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
 """End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""

@@ -13,12 +13,14 @@ import socket
 from pathlib import Path
 from urllib.parse import urlparse
 
-from llmrecipe.errors import ModelError, did_you_mean
+from llmrecipe.errors import ModelError, RunError, did_you_mean
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+STACK_FILE = "stack.yaml"
+"""What marks the `final` folder of a run that trained a stack (see `training.delta`)."""
 
 
 def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
@@ -44,6 +46,41 @@ def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
         )
         raise ModelError(f"{key}: there is no folder {path}{near}")
     return path, False
+
+
+def run_folder(path: str) -> Path | None:
+    """The `final` folder of a run directory, when a path names one (or the folder itself).
+
+    Raises:
+        RunError: the run has not finished.
+    """
+    for folder in (Path(path) / "final", Path(path)):
+        if (folder / STACK_FILE).is_file() or (folder / "model" / "config.json").is_file():
+            return folder
+    if (Path(path) / "status.json").is_file():
+        raise RunError(f"model.path: {path} is a run that has not finished (no final/ folder); continue it with resume={path}")
+    return None
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is a PEFT adapter folder."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def adapter_base(path: str) -> str:
+    """The base model a PEFT adapter folder names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"model.path: the adapter {path} does not name its base model; "
+            f"give model.path=BASE 'model.adapters={{{path}: 1.0}}'"
+        )
+    return str(base)
 
 
 def _hint(name: str) -> str:

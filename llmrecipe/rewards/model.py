@@ -49,8 +49,8 @@ class Model(Reward):
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """The run must be there and finished."""
+        from llmrecipe.models.source import run_folder
         from llmrecipe.recipe.content_key import REFERENCE
-        from llmrecipe.training.opened import run_folder
 
         if not self.path:
             raise RecipeError(f"{where}.path: must be given: the directory of a finished reward run (recipe=reward)")

@@ -118,17 +118,14 @@ def matmul_rate(device: str) -> float:
     return rounds * 2 * 512**3 / max(time.perf_counter() - started, 1e-9)
 
 
-def check_recipe(recipe: str, overrides: list[str], as_json: bool = False) -> None:
+def check_verb(composition: Composition, as_json: bool = False) -> None:
     """The `check` verb: print what a recipe would do."""
-    from llmrecipe.recipe.compose import compose
-
-    composition = compose(recipe, overrides)
     if composition.recipe.stages:
         from llmrecipe.training import pipeline
 
         pipeline.check_verb(composition, as_json)
         return
-    found = check(recipe, overrides)
+    found = examine(composition)
     if as_json:
         from llmrecipe.cli.words import print_json
 

@@ -23,8 +23,8 @@ from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.stack import Stack, kind_name
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models import heads
+from llmrecipe.models.source import STACK_FILE
 
-STACK_FILE = "stack.yaml"
 DELTA_FILE = "delta.safetensors"
 SAMPLE = 4096
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from llmrecipe.errors import ModelError, RunError
+from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import DELTA, all_ports, kind_of
 from llmrecipe.methods.sparse_wrapper import settle
 from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.models.source import adapter_base, is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
 
@@ -38,37 +38,6 @@ class Opened:
     """What it was opened for (see `load_model`)."""
     continued: delta.Layer | None = None
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
-
-
-def run_folder(path: str) -> Path | None:
-    """The `final` folder of a run directory, when a path names one (or the folder itself)."""
-    for folder in (Path(path) / "final", Path(path)):
-        if (folder / delta.STACK_FILE).is_file() or (folder / "model" / "config.json").is_file():
-            return folder
-    if (Path(path) / "status.json").is_file():
-        raise RunError(f"model.path: {path} is a run that has not finished (no final/ folder); continue it with resume={path}")
-    return None
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a path is a PEFT adapter folder."""
-    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
-
-
-def adapter_base(path: str) -> str:
-    """The base model a PEFT adapter folder names.
-
-    Raises:
-        ModelError: it names none.
-    """
-    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"model.path: the adapter {path} does not name its base model; "
-            f"give model.path=BASE 'model.adapters={{{path}: 1.0}}'"
-        )
-    return str(base)
 
 
 def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:

@@ -321,13 +321,8 @@ def _signals(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train_cli(recipe: str, overrides: list[str], resume: str | None = None) -> None:
-    """The `train` verb: compose, run (or run all stages), say where the result is."""
-    from llmrecipe.recipe.compose import compose
-
-    if resume is not None:
-        recipe = recipe or str(Path(resume) / "recipe.yaml")
-    composition = compose(recipe, overrides)
+def train_cli(composition: Composition, recipe: str, resume: str | None = None) -> None:
+    """The `train` verb: run a composed recipe (or all its stages), say where the result is."""
     if composition.recipe.stages:
         from llmrecipe.training import pipeline
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import pytest
 from llmrecipe.cli.app import build, run
 from llmrecipe.cli.words import complete, sort_words
 from llmrecipe.errors import Interrupted, RecipeError
+from llmrecipe.registry import PACKAGE
 
 
 def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,12 +65,25 @@ def fake_train(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None = 
     return calls
 
 
-def test_train_hands_over_its_words_unmangled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_hands_over_its_words_unmangled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = fake_train(monkeypatch)
-    words = ['data.path="a b=c.jsonl"', "~stack.lora", "+stack.top={kind: lora}", "run.name='it''s'"]
-    assert run(["train", words[0], "recipe=sft", *words[1:]]) == 0
-    assert run(["train", "resume=runs/x"]) == 0
-    assert calls == [("sft", words, None), (None, [], "runs/x")]
+    source = tmp_path / "a b=c.jsonl"
+    source.write_text('{"prompt": "p", "completion": "c"}\n' * 3, encoding="utf-8")
+    words = [f'data.path="{source}"', "~stack.lora", '+stack.top={kind: lora, target: "attn.q"}', 'run.name="it\'s"']
+    assert run(["train", words[0], "recipe=sft_lora", *words[1:]]) == 0
+    ((composition, recipe, resume),) = calls
+    assert (composition.overrides, recipe, resume) == (words, "sft_lora", None)
+    assert composition.recipe.data.path == str(source) and composition.recipe.run.name == "it's"
+    assert list(composition.recipe.stack) == ["top"]
+
+
+def test_resume_takes_the_runs_own_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = fake_train(monkeypatch)
+    (tmp_path / "recipe.yaml").write_text("defaults: [/sft_lora, _self_]\nseed: 7\n", encoding="utf-8")
+    (tmp_path / "status.json").write_text('{"status": "interrupted"}', encoding="utf-8")
+    assert run(["train", f"resume={tmp_path}"]) == 0
+    ((composition, _, resume),) = calls
+    assert composition.recipe.seed == 7 and resume == str(tmp_path)
 
 
 def test_a_bug_is_exit_code_one_with_its_traceback_in_a_file(
@@ -202,6 +217,52 @@ def test_looking_imports_no_torch(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+MISTAKES = [
+    (["train", "recipe=dpo_lora", "optim.lrr=1"], "did you mean 'lr'?"),
+    (["train", "recipe=dpo_lroa"], "did you mean 'dpo_lora'?"),
+    (["train", "recipe=dpo_lora", "optim.lr=fast"], "must be a number"),
+    (["train", "recipe=dpo_lora", "stack=[lroa]"], "did you mean 'lora'?"),
+    (["train", "recipe=dpo_lora", "data.path=gone.jsonl"], "no such file"),
+    (["train", "recipe=dpo_lora", "data.path=builtin:sft"], "no preference row"),
+    (["train", "recipe=dpo_lora", "data.path=broken.jsonl"], "broken.jsonl:1"),
+    (["train", "recipe=dpo_lora", "model.path=./gone"], "there is no folder ./gone"),
+    (["train", "recipe=dpo_lora", "model.path=tinny"], "did you mean 'tiny'?"),
+    (["train", "recipe=dpo_lora", "tokenizer.path=./gone"], "tokenizer.path"),
+    (["train", "resume=runs/gone"], "not a run directory"),
+    (["train", "recipe=rlhf", "stages.sft.recipe=sft_lroa"], "did you mean 'sft_lora'?"),
+    (["launch", "recipe=dpo_lora", "stack.lora.rr=3"], "did you mean 'r'?"),
+    (["launch", "recipe=dpo_lora", "data.path=gone.jsonl"], "no such file"),
+    (["check", "recipe=dpo_lora", "model.pth=tiny"], "did you mean 'path'?"),
+    (["check", "recipe=dpo_lora", "data.path=gone.jsonl"], "no such file"),
+    (["data", "recipe=dpo_lora", "data.columns.prompt=gone"], "gone"),
+    (["eval", "./gone"], "there is no folder ./gone"),
+    (["eval", "tiny", "data.pth=x"], "did you mean 'path'?"),
+    (["eval", "tiny", "--split", "tets"], "did you mean 'test'?"),
+    (["chat", "./gone", "-p", "hello"], "there is no folder ./gone"),
+    (["chat", "tiny", "-p", "hello", "sed=1"], "did you mean 'seed'?"),
+    (["export", "runs/gone", "--to", "peft"], "not a run directory"),
+    (["export", "runs/gone", "--to", "pefd"], "did you mean 'peft'?"),
+]
+
+
+def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "chosen": \n', encoding="utf-8")
+    code = (
+        "import contextlib, io, sys\nfrom llmrecipe.cli.app import run\n"
+        f"for arguments, expected in {MISTAKES!r}:\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as told:\n"
+        "        code = run(arguments)\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'bitsandbytes'} & set(sys.modules)\n"
+        "    assert not heavy, (arguments, heavy)\n"
+        "    assert code == 2 and expected in told.getvalue(), (arguments, code, told.getvalue())\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

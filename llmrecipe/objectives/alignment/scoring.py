@@ -18,9 +18,10 @@ from llmrecipe.data.batch import Sequence, pad
 from llmrecipe.errors import ModelError, RunError
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.models import heads
+from llmrecipe.models.source import run_folder
 from llmrecipe.training import delta
 from llmrecipe.training.engine import Engine
-from llmrecipe.training.opened import Opened, run_folder
+from llmrecipe.training.opened import Opened
 from llmrecipe.training.reference import weights_digest
 
 ROLE = "reward"
