@@ -38,6 +38,7 @@ INTERFACES = {
     "Reward": "reward",
     "Agent": "agent",
     "Metric": "metric",
+    "Step": "step",
 }
 """Name of the interface a component inherits, and the group its name lives in."""
 

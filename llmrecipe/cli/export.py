@@ -10,7 +10,7 @@ import typer
 from llmrecipe.cli.words import Json, print_json
 
 PANEL = "Use"
-ORDER = 3
+ORDER = 4
 
 FORMATS = ("merged", "peft")
 

@@ -40,6 +40,14 @@ Words = Annotated[
         show_default=False,
     ),
 ]
+StepWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value ...]",
+        help="Options of the step, seed=N, and where the result goes: run.dir=FOLDER (default: runs/KIND/KEY)",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 

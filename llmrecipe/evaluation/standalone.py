@@ -17,7 +17,7 @@ from llmrecipe.recipe.compose import Composition
 from llmrecipe.training import assemble
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.evaluate import evaluate
-from llmrecipe.training.opened import Opened, open_model
+from llmrecipe.training.opened import Opened, open_model, resolve
 from llmrecipe.training.roles import Roles
 from llmrecipe.training.runtime import Runtime
 
@@ -60,6 +60,20 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
         recipe.batch.micro, recipe.batch.tokens or assemble.micro_tokens(runtime.device),
     )  # fmt: skip
     return Subject(composition, opened, roles, parts.objective, runtime)
+
+
+def check_subject(path: str, overrides: list[str]) -> Composition:
+    """The recipe of an evaluation, with everything that can be wrong about the model but its weights.
+
+    Raises:
+        UserError: the path, the recipe or the tokenizer.
+    """
+    from llmrecipe.models.load import load_tokenizer
+
+    composition = recipe_of(path, overrides)
+    base, _, _ = resolve(composition.recipe.model)
+    load_tokenizer(base, composition.recipe.tokenizer)
+    return composition
 
 
 def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,34 @@ SMALL = 1 << 26
 """Bytes up to which a file other than data is known by its content; larger ones by name, size and time."""
 
 
-def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+PATHS = ("path", "validation", "test")
+"""Keys whose text is a file or folder also where it does not look like one."""
+
+
+def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Collection[str] = PATHS) -> str:
     """Eight letters that stand for a stage's result: what is composed, the results it stands on, the files it reads.
 
     Args:
         mapping: composed mapping with `${stage:x}` where results belong.
         inputs: stage -> key.
+        named: keys whose text is a path whatever it looks like.
     """
     content = {k: v for k, v in mapping.items() if k not in NO_RESULT}
     known = each_text(content, lambda text: REFERENCE.sub(lambda m: f"${{{inputs[m[1]]}}}", text))
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-    for path, exact in local_files(content):
+    for path, exact in local_files(content, named):
         digest.update(b"\0" + (_content(path) if exact or path.stat().st_size <= SMALL else _stamp(path)).encode())
     return digest.hexdigest()[:8]
 
 
-def local_files(mapping: Mapping[str, Any]) -> list[tuple[Path, bool]]:
+def local_files(mapping: Mapping[str, Any], paths: Collection[str] = PATHS) -> list[tuple[Path, bool]]:
     """Files on this machine that a recipe names, folders opened; True for data, which is known by content whatever its size."""
     named: list[tuple[str, bool]] = []
     for key, value in leaves(mapping):
         if key[:2] in (("data", "path"), ("model", "adapters")):
             named += [(str(name), key[0] == "data") for name in key[2:3]]
         for text in _strings(value):
-            if "/" in text or Path(text).suffix or text.startswith("builtin:") or key[-1] in ("path", "validation", "test"):
+            if "/" in text or Path(text).suffix or text.startswith("builtin:") or key[-1] in paths:
                 named.append((text, key[0] == "data"))
     found: dict[Path, bool] = {}
     for text, exact in named:

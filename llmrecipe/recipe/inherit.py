@@ -6,6 +6,7 @@ Only what the pipeline's files or its command line set is taken over, so that a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from llmrecipe.errors import did_you_mean
 from llmrecipe.recipe.compose import Composition, section_defaults
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
+QUOTED = re.compile(r'(\\*)("|\Z)')
+SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")
+"""Characters that Hydra reads in an unquoted key of a mapping."""
 COMPONENTS = ("objective", "optim", "schedule")
 INHERITABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run", "stack", "roles"))
 """Keys of a recipe that a stage may take over. Its stack and its roles are its own."""
@@ -31,7 +35,7 @@ def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[
     if isinstance(body.get("stages"), Mapping):
         pairs = {k: inherited(v, pipeline, (*at, "stages", str(k))) for k, v in body["stages"].items()}
         return {**body, "stages": {k: v for k, (v, _) in pairs.items()}}, [m for _, wrong in pairs.values() for m in wrong]
-    if "inherit" not in body:
+    if "inherit" not in body or "kind" in body:
         return body, []
     keys, where = body["inherit"], (*at, "inherit")
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
@@ -79,9 +83,14 @@ def as_word(key: KeyPath, value: Any) -> str:
 def text_of(value: Any) -> str:
     """A value as the command line spells it."""
     if isinstance(value, str):
-        return '"' + value.replace('"', '\\"') + '"'
+        # Backslashes count double where a quote follows, and only there.
+        return '"' + QUOTED.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
     if isinstance(value, list):
         return "[" + ", ".join(map(text_of, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {text_of(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{SPECIAL.sub(_escaped, str(k))}: {text_of(v)}" for k, v in value.items()) + "}"
     return json.dumps(value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "\\" + found[0]

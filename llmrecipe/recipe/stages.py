@@ -1,10 +1,12 @@
-"""Pipelines: a recipe whose `stages` are ordinary recipes, each a run of its own, in the order their results are needed.
+"""Pipelines: a recipe whose `stages` are recipes and steps, each a run of its own, in the order their results are needed.
 
     stages:
       sft: {recipe: sft_lora, with: [steps=60]}
+      rows: {kind: generate, model: "${stage:sft}", prompts: "builtin:prompts"}
       dpo: {recipe: dpo_lora, with: ["model.path=${stage:sft}"], save: {every: 20}}
 
-`with` takes the words of the command line; any other key of a recipe may stand in a stage and is set there too.
+A stage with a `recipe` is a training: `with` takes the words of the command line, and any other key of a recipe may stand in a
+stage and is set there too. A stage with a `kind` is a step (`llmrecipe list step`) and holds its options.
 `${stage:x}` is the run directory of stage x and decides the order. A stage with `rounds: N` is repeated, and so is a group of
 stages; round k adds k - 1 to the seed, so that it draws other samples:
 
@@ -26,38 +28,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.errors import RecipeError
 from llmrecipe.recipe.compose import Composition, compose, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
-from llmrecipe.recipe.each import AXIS, expand
-from llmrecipe.recipe.inherit import as_word, inherited, inherited_keys
-from llmrecipe.recipe.origins import leaves, origin_of
-from llmrecipe.recipe.yaml_file import KeyPath, dotted
+from llmrecipe.recipe.each import AXIS
+from llmrecipe.recipe.inherit import inherited_keys
+from llmrecipe.recipe.origins import leaves
+from llmrecipe.recipe.stage_list import Stage, in_order, parse, place_of
+from llmrecipe.recipe.steps import StepComposition, compose_step, needs, unfinished
+from llmrecipe.recipe.yaml_file import dotted
 
-NAME = re.compile(r"[A-Za-z_][\w-]*")
 PLAIN_PATH = re.compile(r"[\w ./+@%~-]+")
-OWN = ("recipe", "with", "inherit", "each", "rounds", "start", "stages")
-"""Keys of a stage; the other keys it may hold are those of a recipe."""
-SETTABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run"))
+TRAINING_NEEDS = {"model.path": "model", "data.path": "rows"}
+"""Keys of a recipe that take the result of a stage, and what it must be."""
 PIPELINE_KEYS = ("stages", "run", "log", "plugins")
 """Top-level keys that mean something to a pipeline by themselves; the others are values for `${...}` in its stages."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage as written, rounds unrolled."""
-
-    name: str
-    at: KeyPath
-    """Its key in the pipeline's recipe."""
-    recipe: str
-    words: tuple[str, ...]
-    round: int = 1
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Stages whose results it names."""
-        return tuple(dict.fromkeys(name for word in self.words for name in REFERENCE.findall(word)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class Planned:
     """Words of the command line, directories of its inputs filled in."""
     mapping: dict[str, Any]
     """Its composed mapping, with `${stage:x}` where results of other stages belong."""
-    composition: Composition
+    composition: Composition | StepComposition
     """The same with directories filled in."""
     key: str
     dir: Path
@@ -78,6 +63,11 @@ class Planned:
     def name(self) -> str:
         """The stage's name."""
         return self.stage.name
+
+    @property
+    def gives(self) -> str:
+        """What it leaves for other stages."""
+        return self.composition.gives if isinstance(self.composition, StepComposition) else "model"
 
 
 @dataclass(frozen=True)
@@ -113,12 +103,15 @@ def plan(pipeline: Composition) -> Plan:
         try:
             composition = compose_stage(stage)
         except RecipeError as error:
-            mistakes += [f"{dotted(stage.at)}: {line}" for line in str(error).split("\n")]
+            mistakes += [f"{dotted(stage.at)}{'.' if stage.step else ': '}{line}" for line in str(error).split("\n")]
             dirs[stage.name] = folder / stage.name
             keys[stage.name] = ""
             continue
         made.notes.extend(f"{stage.name}: {note}" for note in composition.notes)
-        key = keys[stage.name] = content_key(composition.mapping, keys)
+        wrong = _wrong_inputs(stage, composition, made)
+        mistakes += [text + place_of(pipeline, stage.at) for text in wrong]
+        step = isinstance(composition, StepComposition)
+        key = keys[stage.name] = composition.key(keys) if step else content_key(composition.mapping, keys)
         dirs[stage.name] = folder / f"{stage.name}-{key}"
         filled = functools.partial(REFERENCE.sub, lambda m: str(dirs[m[1]]))
         mapping = each_text(composition.mapping, filled)
@@ -127,7 +120,7 @@ def plan(pipeline: Composition) -> Plan:
                 stage,
                 [filled(word) for word in composition.overrides],
                 composition.mapping,
-                revalidated(composition, mapping),
+                dataclasses.replace(composition, mapping=mapping) if step else revalidated(composition, mapping),
                 key,
                 dirs[stage.name],
             )
@@ -138,20 +131,37 @@ def plan(pipeline: Composition) -> Plan:
     return made
 
 
-def compose_stage(stage: Stage) -> Composition:
-    """A stage's recipe with its words; rounds after the first draw other samples.
+def compose_stage(stage: Stage) -> Composition | StepComposition:
+    """A stage's recipe or step with its words; rounds after the first draw other samples.
 
     Raises:
         RecipeError: everything that is wrong with it.
     """
-    composition = compose(stage.recipe, stage.words)
-    if composition.recipe.stages:
-        raise RecipeError(f"recipe={stage.recipe} is itself a pipeline; name its stages here")
-    if composition.recipe.run.dir is not None:
+    make = compose_step if stage.step else compose
+    composition = make(stage.what, stage.words)
+    if isinstance(composition, Composition) and composition.recipe.stages:
+        raise RecipeError(f"recipe={stage.what} is itself a pipeline; name its stages here")
+    frame = composition.frame if isinstance(composition, StepComposition) else composition.recipe
+    if frame.run.dir is not None:
         raise RecipeError("run.dir: the pipeline chooses the folders of its stages; set run.root or run.dir of the pipeline")
-    if stage.round > 1:
-        composition = compose(stage.recipe, [*stage.words, f"seed={composition.recipe.seed + stage.round - 1}"])
-    return composition
+    return composition if stage.round == 1 else make(stage.what, [*stage.words, f"seed={frame.seed + stage.round - 1}"])
+
+
+def _wrong_inputs(stage: Stage, composition: Composition | StepComposition, made: Plan) -> list[str]:
+    """Results of stages that are not what the place they stand at takes."""
+    wanted = needs(composition.kind) if isinstance(composition, StepComposition) else TRAINING_NEEDS
+    gives = {s.name: s.gives for s in made.stages}
+    found = []
+    for key, value in leaves(composition.mapping):
+        want = wanted.get(dotted(key)) or wanted.get(str(key[0]), "") if stage.step else wanted.get(dotted(key), "")
+        for text in value if isinstance(value, list) else [value]:
+            for name in REFERENCE.findall(text) if unfinished(text) else []:
+                if want and gives.get(name, want) != want:
+                    found.append(
+                        f"{dotted((*stage.at, *key))}: ${{stage:{name}}} leaves {gives[name]}, and {want} "
+                        f"{'are' if want == 'rows' else 'is'} wanted here"
+                    )
+    return found
 
 
 def revalidated(composition: Composition, mapping: dict[str, Any]) -> Composition:
@@ -161,27 +171,54 @@ def revalidated(composition: Composition, mapping: dict[str, Any]) -> Compositio
     return dataclasses.replace(composition, mapping=mapping, recipe=validate(mapping, composition.origins))
 
 
-def for_check(made: Plan, done: set[str]) -> dict[str, Composition]:
+def for_check(
+    made: Plan, done: set[str], example: Callable[[str], Path] | None = None
+) -> dict[str, Composition | StepComposition]:
     """What of each stage can be built before the ones above it have run.
 
-    A model that an unfinished stage will leave is replaced by the model that stage starts from, which has the same shapes.
+    A model that an unfinished training will leave is replaced by the model that stage starts from, which has the same shapes;
+    rows that an unfinished step will leave by examples of them. Steps keep `${stage:x}` for what is not there yet.
+
+    Args:
+        example: unfinished step -> a folder with rows like those it will leave.
     """
     bases: dict[str, dict[str, Any]] = {}
-    found = {}
+    found: dict[str, Composition | StepComposition] = {}
     for planned in made.stages:
+        if isinstance(planned.composition, StepComposition):
+            mapping = each_text(planned.mapping, lambda text: REFERENCE.sub(lambda m: filled(m, made, done), text))
+            found[planned.name] = dataclasses.replace(planned.composition, mapping=mapping)
+            continue
         if all(name in done for name in planned.stage.inputs):
             bases[planned.name] = planned.composition.mapping["model"]
             found[planned.name] = planned.composition
             continue
         model = planned.mapping["model"]
         reference = REFERENCE.fullmatch(str(model["path"]))
-        if reference:
+        if reference and reference[1] in bases:
             below, default = bases[reference[1]], section_defaults()["model"]
             own = {k: v for k, v in model.items() if v != default.get(k)}
             model = {**below, **own, "path": below["path"], "continue": False}
         bases[planned.name] = model
-        found[planned.name] = revalidated(planned.composition, {**planned.mapping, "model": model})
+        mapping = {**planned.mapping, "model": model, "data": _with_examples(planned.mapping["data"], made, done, example)}
+        found[planned.name] = revalidated(planned.composition, mapping)
     return found
+
+
+def filled(reference: re.Match[str], made: Plan, done: set[str]) -> str:
+    """The directory of a finished stage; of another one the reference itself."""
+    return str(made[reference[1]].dir) if reference[1] in done else reference[0]
+
+
+def _with_examples(data: dict[str, Any], made: Plan, done: set[str], example: Callable[[str], Path] | None) -> dict[str, Any]:
+    """A data section that reads examples where the rows of a step are not there yet."""
+
+    def folder(reference: re.Match[str]) -> str:
+        name = reference[1]
+        wanted = example is not None and name not in done and made[name].gives == "rows"
+        return str(example(name)) if wanted and example is not None else filled(reference, made, done)
+
+    return each_text(data, lambda text: REFERENCE.sub(folder, text))
 
 
 def refuse_stages(mapping: Mapping[str, Any]) -> None:
@@ -196,164 +233,6 @@ def refuse_stages(mapping: Mapping[str, Any]) -> None:
         if isinstance(value, str) and (REFERENCE.search(value) or AXIS.search(value)):
             what = "the result of a stage" if REFERENCE.search(value) else "a value of `each` in a stage"
             raise RecipeError(f"{dotted(key)}: {value} is {what}, and only a recipe with `stages` has stages")
-
-
-# --- reading the section ----------------------------------------------------------------------------------------------
-
-
-def parse(pipeline: Composition) -> list[Stage]:
-    """The stages as written, rounds unrolled.
-
-    Raises:
-        RecipeError: every mistake in the section, in one message.
-    """
-    expanded = expand(pipeline.recipe.stages or {})
-    mistakes = [f"{text}{_where(pipeline, key)}" for key, text in expanded.mistakes]
-    stages: list[Stage] = []
-    last: dict[str, str] = {}
-    for name, written in expanded.bodies.items():
-        at: KeyPath = ("stages", expanded.written[name])
-        body, wrong = inherited(written, pipeline, at)
-        wrong = _wrong(name, body, at) + wrong
-        mistakes += [f"{text}{_where(pipeline, key)}" for key, text in wrong]
-        if wrong:
-            continue
-        if "rounds" in body:
-            unrolled, ends, wrong = _rounds(name, body, at)
-            mistakes += [f"{text}{_where(pipeline, key)}" for key, text in wrong]
-            last |= ends
-            stages += unrolled
-        else:
-            stages.append(Stage(name, at, body["recipe"], _words(body)))
-    if mistakes:
-        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
-    stages = [_renamed(s, lambda n: f"${{stage:{last.get(n, n)}}}") for s in stages]
-    names = [s.name for s in stages]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise RecipeError(f"stages: two stages are called '{repeated[0]}' (rounds are numbered NAME-1, NAME-2, ...)")
-    return stages
-
-
-def in_order(stages: list[Stage], pipeline: Composition) -> list[Stage]:
-    """Stages after the ones they need, otherwise in the order they are written.
-
-    Raises:
-        RecipeError: a stage that is not there, or stages that wait for each other.
-    """
-    known = {s.name: s for s in stages}
-    mistakes = [
-        f"{dotted(s.at)}: ${{stage:{name}}}: there is no stage '{name}'{did_you_mean(name, known)} "
-        f"(stages: {', '.join(known)}){_where(pipeline, s.at)}"
-        for s in stages
-        for name in s.inputs
-        if name not in known
-    ]
-    if mistakes:
-        raise RecipeError("\n".join(mistakes))
-    done: dict[str, Stage] = {}
-
-    def visit(stage: Stage, above: tuple[str, ...]) -> None:
-        if stage.name in done:
-            return
-        if stage.name in above:
-            circle = " -> ".join([*above[above.index(stage.name) :], stage.name])
-            raise RecipeError(
-                f"stages: {circle}: each of these waits for the next; `rounds: N` repeats a stage on its own result"
-                f"{_where(pipeline, stage.at)}"
-            )
-        for name in stage.inputs:
-            visit(known[name], (*above, stage.name))
-        done[stage.name] = stage
-
-    for stage in stages:
-        visit(stage, ())
-    return list(done.values())
-
-
-def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple[KeyPath, str]]:
-    """What is wrong with the form of one stage."""
-    if not NAME.fullmatch(name):
-        return [(at, f"{dotted(at)}: a stage's name is letters, digits, _ and -, and starts with a letter")]
-    if not isinstance(body, Mapping):
-        return [(at, f"{dotted(at)}: must be a mapping such as {{recipe: sft_lora, with: [steps=60]}}; got {body!r}")]
-    group = "stages" in body
-    allowed = (
-        ("rounds", "start", "stages")
-        if group
-        else ("recipe", "with", "inherit", *(() if inner else ("each", "rounds", "start")), *SETTABLE)
-    )
-    found = [
-        ((*at, str(key)), f"{dotted((*at, str(key)))}: a {'group' if group else 'stage'} has no key '{key}'"
-         f"{did_you_mean(str(key), allowed)} (keys: {', '.join(k for k in allowed if k in OWN)}"
-         f"{'' if group else ', and those of a recipe'})")
-        for key in body
-        if key not in allowed
-    ]  # fmt: skip
-    if group:
-        if not isinstance(body["stages"], Mapping) or not body["stages"]:
-            return [*found, (at, f"{dotted((*at, 'stages'))}: must be a mapping of stages; got {body['stages']!r}")]
-        if "rounds" not in body:
-            found.append((at, f"{dotted(at)}: a group needs rounds: N; stages that run once stand under `stages` itself"))
-        for key, value in body["stages"].items():
-            found += _wrong(str(key), value, (*at, "stages", str(key)), inner=True)
-    elif not isinstance(body.get("recipe"), str) and not any(key[-1] not in allowed for key, _ in found):
-        found.append((at, f"{dotted(at)}: names no recipe; write {{recipe: NAME}}"))
-    words = body.get("with", [])
-    if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-        found.append((at, f"{dotted((*at, 'with'))}: must be a list of words such as [steps=60]; got {words!r}"))
-    rounds = body.get("rounds", 1)
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        found.append((at, f"{dotted((*at, 'rounds'))}: must be a whole number >= 1; got {rounds!r}"))
-    return found
-
-
-def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage], dict[str, str], list[tuple[KeyPath, str]]]:
-    """A repeated stage or group: its stages round by round, the last round's name of each, mistakes."""
-    inner = body["stages"] if "stages" in body else {name: {k: v for k, v in body.items() if k not in ("rounds", "start")}}
-    start = body.get("start") or {}
-    start = {name: start} if isinstance(start, str) and "stages" not in body else start
-    if not isinstance(start, Mapping):
-        text = f"{dotted((*at, 'start'))}: must be a mapping stage -> what stands for its result in round 1; got {start!r}"
-        return [], {}, [(at, text)]
-    names = [str(n) for n in inner]
-    unknown = [n for n in start if n not in names]
-    mistakes = [
-        ((*at, "start"), f"{dotted((*at, 'start', n))}: the rounds have no stage '{n}'{did_you_mean(str(n), names)}")
-        for n in unknown
-    ]
-    stages: list[Stage] = []
-    for number in range(1, body["rounds"] + 1):
-        for place, (key, stage_body) in enumerate(inner.items()):
-            where = (*at, "stages", str(key)) if "stages" in body else at
-
-            def result(wanted: str, number: int = number, place: int = place, where: KeyPath = where) -> str:
-                if wanted not in names:
-                    return f"${{stage:{wanted}}}"
-                if names.index(wanted) < place or number > 1:
-                    return f"${{stage:{wanted}-{number if names.index(wanted) < place else number - 1}}}"
-                if wanted not in start:
-                    text = (
-                        f"{dotted(where)}: ${{stage:{wanted}}} is the round before, and round 1 has none; give "
-                        f"{dotted((*at, 'start', wanted))}"
-                    )
-                    mistakes.append((where, text))
-                return str(start.get(wanted, wanted))
-
-            stage = Stage(f"{key}-{number}", where, stage_body["recipe"], _words(stage_body), number)
-            stages.append(_renamed(stage, result))
-    return stages, {n: f"{n}-{body['rounds']}" for n in names}, mistakes
-
-
-def _words(body: Mapping[str, Any]) -> tuple[str, ...]:
-    """The words of a stage: `with`, then its other keys."""
-    settings = [as_word(key, value) for key, value in leaves({k: v for k, v in body.items() if k not in OWN}) if key]
-    return (*body.get("with", []), *settings)
-
-
-def _renamed(stage: Stage, text: Callable[[str], str]) -> Stage:
-    words = tuple(REFERENCE.sub(lambda m: text(m[1]), word) for word in stage.words)
-    return dataclasses.replace(stage, words=words)
 
 
 def _refuse_unused(pipeline: Composition) -> None:
@@ -373,8 +252,3 @@ def _refuse_unused(pipeline: Composition) -> None:
         raise RecipeError(
             f"'{word}': a pipeline has no {top} of its own; say it to a stage: stages.{first}.{word.lstrip('+~')}{hint}"
         )
-
-
-def _where(pipeline: Composition, key: KeyPath) -> str:
-    origin = origin_of(pipeline.origins, key)
-    return f" [{origin}]" if origin else ""

@@ -157,12 +157,17 @@ def instantiate(recipe: Recipe) -> Parts:
     Raises:
         RecipeError: a component refuses its options.
     """
-    single = {group: _build(group, getattr(recipe, group), group) for group in SINGLE}
-    wrappers = [_build("stack", body, f"stack.{name}", name=name) for name, body in recipe.stack.items()]
+    single = {group: build(group, getattr(recipe, group), group) for group in SINGLE}
+    wrappers = [build("stack", body, f"stack.{name}", name=name) for name, body in recipe.stack.items()]
     return Parts(single["objective"], wrappers, single["optim"], single["schedule"])
 
 
-def _build(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
+def build(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
+    """The object of one component from its validated options.
+
+    Raises:
+        RecipeError: it refuses them.
+    """
     kind = str(body["kind"])
     options = {key: value for key, value in body.items() if key != "kind"}
     checked = registry.spec(group, kind, where).schema_model.model_validate_json(_json(options))

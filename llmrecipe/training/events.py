@@ -78,6 +78,11 @@ class Events:
         """What was verified or counted before the first step, each measured value beside the one it must have."""
         self._emit("check", step, values)
 
+    def expect(self, steps: int) -> None:
+        """The length is known only now, or a new part with a length of its own begins."""
+        if self.screen is not None:
+            self.screen.expect(steps)
+
     def resume(self, step: int) -> None:
         """Forget events after `step`: the run continues from the checkpoint of that step."""
         self.last_step = step

@@ -19,6 +19,9 @@ class Display(Protocol):
     def show(self, event: dict[str, Any], replay: bool = False) -> None:
         """Show one event; a replayed one is from before a resume."""
 
+    def expect(self, steps: int) -> None:
+        """The length is known now."""
+
     def close(self) -> None:
         """Leave the terminal as it was."""
 
@@ -81,6 +84,10 @@ class Lines:
         pairs = "  ".join(f"{k} {number(v)}" for k, v in event.items() if k not in HIDDEN)
         return pairs if kind == "step" else f"{kind}: {pairs}"
 
+    def expect(self, steps: int) -> None:
+        """See `Display.expect`."""
+        self.steps = steps
+
     def close(self) -> None:
         """See `Display.close`."""
 
@@ -131,6 +138,10 @@ class Panel:
         if self.losses:
             curve.append(f"  {number(self.losses[0])} -> {number(self.losses[-1])}", style="dim")
         return Box(Group(self.progress, curve, table), title="llmrecipe", title_align="left", expand=False)
+
+    def expect(self, steps: int) -> None:
+        """See `Display.expect`."""
+        self.progress.update(self.task, total=steps)
 
     def close(self) -> None:
         """See `Display.close`."""

@@ -1,4 +1,4 @@
-"""Running a pipeline: each stage is an ordinary `llmrecipe train` in a process of its own.
+"""Running a pipeline: each stage is an ordinary `llmrecipe train` or `llmrecipe step` in a process of its own.
 
     runs/<pipeline>/<stage>-<key>/      the key stands for the stage's recipe, the files it reads, and the keys of its inputs
 
@@ -9,21 +9,24 @@ starts before every stage has been checked.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.recipe.stages import Plan, Planned, compose_stage, for_check, plan
-from llmrecipe.training.run_dir import RunDir
+from llmrecipe.recipe.steps import StepComposition
+from llmrecipe.training.run_dir import RunDir, description, read_metrics
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -36,10 +39,11 @@ class Result:
 
     stage: str
     how: str
-    """trained, continued or reused."""
+    """trained, done (a step), continued or reused."""
     steps: int
+    """Optimizer steps, or items of a step."""
     metric: str
-    """The monitored metric, at the start and at the end."""
+    """The monitored metric at the start and at the end; of a step its first metrics."""
     seconds: float
     dir: str
 
@@ -93,7 +97,7 @@ def run(composition: Composition, recipe: str | None = None) -> list[Result]:
     return pipeline.results
 
 
-def check(made: Plan) -> dict[str, Findings]:
+def check(made: Plan) -> dict[str, Findings | StepComposition]:
     """Dry runs of all stages; those that are finished are left out.
 
     Raises:
@@ -102,15 +106,24 @@ def check(made: Plan) -> dict[str, Findings]:
     from llmrecipe.training.check import examine
 
     done = {s.name for s in made.stages if _state(s) == "done"}
-    found: dict[str, Findings] = {}
-    mistakes = []
-    for name, composition in for_check(made, done).items():
-        if name in done:
-            continue
-        try:
-            found[name] = examine(composition)
-        except UserError as error:
-            mistakes.append(type(error)(f"{'.'.join(map(str, made[name].stage.at))}: {error}"))
+    found: dict[str, Findings | StepComposition] = {}
+    mistakes: list[UserError] = []
+    with tempfile.TemporaryDirectory() as folder:
+        examples = Examples(made, Path(folder))
+        for name, composition in for_check(made, done, examples).items():
+            if name in done:
+                continue
+            where = ".".join(map(str, made[name].stage.at))
+            try:
+                if isinstance(composition, StepComposition):
+                    composition.build(where).check(where)
+                    found[name] = composition
+                else:
+                    found[name] = examine(composition)
+                    found[name].notes.extend(examples.notes(made[name]))
+            except UserError as error:
+                text = str(error).removeprefix(f"{where}: ")
+                mistakes.append(type(error)(text if text.startswith(where) else f"{where}: {text}"))
     told = list({str(m): m for m in mistakes}.values())
     if len(told) == 1:
         raise told[0]
@@ -119,16 +132,39 @@ def check(made: Plan) -> dict[str, Findings]:
     return found
 
 
+class Examples:
+    """Folders with rows like those that unfinished steps will leave, for the dry runs of the trainings behind them."""
+
+    def __init__(self, made: Plan, folder: Path):
+        self.made, self.folder = made, folder
+
+    def __call__(self, name: str) -> Path:
+        """The folder of one step."""
+        from llmrecipe.steps.work import SPLITS
+
+        folder = self.folder / name
+        composition = self.made[name].composition
+        if not folder.is_dir() and isinstance(composition, StepComposition):
+            folder.mkdir()
+            for split, rows in composition.build().example().items():
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                (folder / SPLITS[split]).write_text(text, encoding="utf-8")
+        return folder
+
+    def notes(self, planned: Planned) -> list[str]:
+        """What was made up for a stage."""
+        names = [name for name in planned.stage.inputs if (self.folder / name).is_dir()]
+        return [f"{name} has not run: its rows are examples here, so their number and length are guesses" for name in names]
+
+
 # --- one stage --------------------------------------------------------------------------------------------------------
 
 
 def _state(planned: Planned) -> str:
     """done, running, failed or interrupted; new where there is nothing yet."""
-    if not (planned.dir / "status.json").is_file():
+    if not (planned.dir / "status.json").is_file() or description(planned.dir) is None:
         return "new"
-    return (
-        str(RunDir.open(planned.dir, write=False).read_status()["status"]) if (planned.dir / "recipe.yaml").is_file() else "new"
-    )
+    return str(RunDir.open(planned.dir, write=False).read_status()["status"])
 
 
 def _stage(pipeline: Pipeline, planned: Planned) -> Result:
@@ -146,23 +182,27 @@ def _stage(pipeline: Pipeline, planned: Planned) -> Result:
             f"stage {planned.name}: its recipe was changed after the pipeline had begun; the same command runs the new one "
             f"and reuses what is finished:\n  {pipeline.command}"
         )
-    continued = state != "new" and RunDir(planned.dir).latest_checkpoint() is not None
+    step = isinstance(planned.composition, StepComposition)
+    continued = state != "new" and (step or RunDir(planned.dir).latest_checkpoint() is not None)
     if continued:
         _say(planned.name, f"continued: {planned.dir} was {state}")
-    elif planned.dir.exists():
+    elif planned.dir.exists() and not step:
         # Stopped before its first checkpoint: there is nothing to go on from, and a run starts in an empty folder.
         shutil.rmtree(planned.dir)
     started = time.perf_counter()
     code = _train(pipeline.child, planned, continued)
     _judge(pipeline, planned, code)
-    return _result(planned, "continued" if continued else "trained", time.perf_counter() - started)
+    how = "continued" if continued else "done" if step else "trained"
+    return _result(planned, how, time.perf_counter() - started)
 
 
 def command_of(planned: Planned, continued: bool) -> list[str]:
-    """The words after `llmrecipe` that train a stage."""
-    what = (
-        [f"resume={planned.dir}"] if continued else [f"recipe={planned.stage.recipe}", *planned.words, f"run.dir={planned.dir}"]
-    )
+    """The words after `llmrecipe` that run a stage."""
+    fresh = [*planned.words, f"run.dir={planned.dir}"]
+    if isinstance(planned.composition, StepComposition):
+        # A step is continued by its own words: it knows from its journals what it has done.
+        return ["step", planned.composition.kind, *fresh, "log.live=off"]
+    what = [f"resume={planned.dir}"] if continued else [f"recipe={planned.stage.what}", *fresh]
     processes = planned.composition.recipe.runtime.processes
     verb = ["train"] if processes == 1 else ["launch", "--nproc", str(processes)]
     return [*verb, *what, "log.live=off"]
@@ -219,9 +259,14 @@ def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
 
 
 def _result(planned: Planned, how: str, seconds: float) -> Result:
+    from llmrecipe.training.live import number
     from llmrecipe.training.summary import read_run
 
     record = read_run(planned.dir)
+    if isinstance(planned.composition, StepComposition):
+        numbers = [f"{k} {number(v)}" for k, v in read_metrics(planned.dir).items() if isinstance(v, int | float)]
+        items = int(record.steps[-1]["step"]) if record.steps else 0
+        return Result(planned.name, how, items, ", ".join(numbers[:3]), round(seconds, 1), str(planned.dir))
     monitor = planned.composition.recipe.eval.monitor
     name = monitor if record.curve(monitor) else "loss"
     values = [value for _, value in record.curve(name)]
@@ -264,21 +309,28 @@ def show(made: Plan, results: list[Result]) -> None:
 
 def check_verb(composition: Composition, as_json: bool = False) -> None:
     """The `check` verb for a pipeline: what each stage would do."""
-    from dataclasses import asdict
-
     from llmrecipe.cli.words import print_json
     from llmrecipe.training.check import show_findings
 
     made = plan(composition)
     found = check(made)
     if as_json:
-        print_json({s.name: asdict(found[s.name]) if s.name in found else {"done": str(s.dir)} for s in made.stages})
+        print_json({s.name: _facts(found.get(s.name), s) for s in made.stages})
         return
     for planned in made.stages:
         needs = f", after {', '.join(planned.stage.inputs)}" if planned.stage.inputs else ""
         print(f"[{planned.name}] {planned.dir}{needs}")
-        if planned.name in found:
-            show_findings(found[planned.name])
+        facts = found.get(planned.name)
+        if isinstance(facts, StepComposition):
+            print(f"step {facts.kind}: " + ", ".join(f"{k} {v}" for k, v in facts.options.items() if v not in (None, [], {})))
+        elif facts is not None:
+            show_findings(facts)
         else:
             print("finished: will be reused")
         print()
+
+
+def _facts(found: Findings | StepComposition | None, planned: Planned) -> dict[str, Any]:
+    if found is None:
+        return {"done": str(planned.dir)}
+    return {"step": found.mapping} if isinstance(found, StepComposition) else asdict(found)

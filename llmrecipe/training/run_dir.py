@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and who may write to it.
 
     runs/<recipe>/<time>-<key>/
-        recipe.yaml  command.txt  environment.json  events.jsonl  status.json  checkpoints/  final/
+        recipe.yaml (of a step step.yaml)  command.txt  environment.json  events.jsonl  status.json  checkpoints/  final/
 
 `status.json` says running, done, failed or interrupted. A lock on the file `lock`, held by the operating system for as long
 as the process lives, keeps a second writer out; a run whose status is `running` and whose lock is free was killed.
@@ -41,6 +41,8 @@ PACKAGES = (
 )
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "CUBLAS_WORKSPACE_CONFIG")
 """Environment variables that change what a run computes; no others are recorded."""
+DESCRIPTIONS = ("recipe.yaml", "step.yaml")
+"""What a folder was made from: a training's recipe, or a step's options."""
 OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", "events.jsonl", "status.json", "lock")
 
 
@@ -92,7 +94,7 @@ class RunDir:
             RunError: there is no run at the path, or another process is writing to it.
         """
         path = Path(path)
-        if not (path / "recipe.yaml").is_file() or not (path / "status.json").is_file():
+        if not (path / "status.json").is_file() or description(path) is None:
             raise RunError(f"{path} is not a run directory (it has no recipe.yaml and status.json){_near(path)}")
         main = runtime is None or runtime.is_main
         found = cls(path, main)
@@ -152,15 +154,19 @@ class RunDir:
     def _describe(self, composition: Composition) -> None:
         from llmrecipe.recipe.compose import to_yaml
 
-        self._write("recipe.yaml", to_yaml(redact(composition.mapping)))
-        self._write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
-        self._write("environment.json", json.dumps(environment(), indent=1) + "\n")
+        self.describe("recipe.yaml", to_yaml(redact(composition.mapping)))
+
+    def describe(self, name: str, text: str) -> None:
+        """Write down what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
+        self.write(name, text)
+        self.write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
+        self.write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def recipe(self) -> dict[str, Any]:
-        """The composed recipe this run was started with."""
+        """The composed recipe (or the options of the step) this run was started with."""
         from llmrecipe.recipe.yaml_file import read_yaml
 
-        return _unescape(read_yaml(self.path / "recipe.yaml").value)
+        return _unescape(read_yaml(description(self.path) or self.path / "recipe.yaml").value)
 
     def status(self, state: str, error: str | None = None, **facts: Any) -> None:
         """Write `status.json`: the state, the time, the error and further facts such as `step`."""
@@ -170,7 +176,7 @@ class RunDir:
         value = {"status": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "process": os.getpid(), **facts}
         if error is not None:
             value["error"] = redact_text(error)
-        self._write("status.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        self.write("status.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         if state != "running":
             self.unlock()
 
@@ -207,14 +213,26 @@ class RunDir:
 
         return latest_checkpoint(self.path / "checkpoints")
 
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
         """Replace a file whole: a reader never sees half of it."""
-        aside = self.path / f".{name}.writing"
+        path = self.path / name
+        aside = path.with_name(f".{path.name}.writing")
         try:
             aside.write_text(text, encoding="utf-8")
-            os.replace(aside, self.path / name)
+            os.replace(aside, path)
         except OSError as error:
-            raise RunError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def description(path: Path) -> Path | None:
+    """The file that says what a folder was made from; None where there is none."""
+    return next((path / name for name in DESCRIPTIONS if (path / name).is_file()), None)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """`final/metrics.json` of a finished training or step; empty where there is none."""
+    file = path / "final" / "metrics.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _unescape(value: Any) -> Any:

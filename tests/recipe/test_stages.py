@@ -14,6 +14,8 @@ import pytest
 from llmrecipe.errors import RecipeError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key, local_files
+from llmrecipe.recipe.inherit import text_of
+from llmrecipe.recipe.overrides import parse as parse_words
 from llmrecipe.recipe.stages import Plan, for_check, in_order, parse, plan, refuse_stages
 
 Project = Callable[..., Path]
@@ -115,6 +117,103 @@ def test_a_word_that_would_reach_no_stage_is_refused(project: Project) -> None:
     assert "a pipeline has no steps of its own" in message and "stages.sft.steps=5" in message and "model.path" in message
     assert planned(project, PAIR, "model.path=other").stages[0].composition.recipe.model.path == "other"
     assert planned(project, PAIR, "stages.dpo.objective.beta=0.3").stages[1].composition.recipe.objective["beta"] == 0.3
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+STEPS = """
+stages:
+  sft: {recipe: sft_lora}
+  rows: {kind: generate, model: "${stage:sft}", prompts: "builtin:prompts", limit: 5, seed: 4}
+  dpo: {recipe: sft_lora, with: ["model.path=${stage:sft}", "data.path=${stage:rows}"]}
+"""
+
+
+def test_a_step_is_planned_like_a_training(project: Project) -> None:
+    made = planned(project, STEPS)
+    sft, rows, dpo = made.stages
+    assert rows.stage.inputs == ("sft",) and dpo.stage.inputs == ("sft", "rows")
+    assert rows.mapping["model"] == "${stage:sft}" and rows.composition.mapping["model"] == str(sft.dir)
+    assert (rows.mapping["seed"], rows.mapping["n"], rows.gives) == (4, 1, "rows")
+    assert dpo.composition.recipe.data.path == str(rows.dir) == f"runs/pair/rows-{rows.key}"
+    before = keys(made)
+    assert keys(planned(project, STEPS.replace("limit: 5", "limit: 5, batch: 8")))["dpo"] != before["dpo"]
+    assert keys(planned(project, STEPS, "stages.rows.n=2"))["rows"] != before["rows"]
+    assert keys(planned(project, STEPS, "stages.sft.steps=3"))["rows"] != before["rows"]
+    assert keys(planned(project, STEPS, "stages.rows.log.live=off")) == before
+
+
+def test_rows_that_are_not_there_yet_are_examples_in_a_check(project: Project) -> None:
+    made = planned(project, STEPS)
+    found = for_check(made, set(), lambda name: Path("examples") / name)
+    assert found["rows"].mapping["model"] == "${stage:sft}"
+    assert (found["dpo"].recipe.data.path, found["dpo"].recipe.model.path) == ("examples/rows", "tiny")
+    later = for_check(made, {"sft", "rows"}, lambda name: pytest.fail("asked for examples of rows that are there"))
+    assert later["dpo"].recipe.data.path == str(made["rows"].dir)
+
+
+def test_a_step_draws_other_samples_each_round(project: Project) -> None:
+    text = """
+stages:
+  loop:
+    rounds: 2
+    start: {policy: tiny}
+    stages:
+      rows: {kind: generate, model: "${stage:policy}", prompts: "builtin:prompts", seed: 7}
+      policy: {recipe: sft_lora, with: ["model.path=${stage:policy}", "data.path=${stage:rows}"]}
+"""
+    made = planned(project, text)
+    assert [s.name for s in made.stages] == ["rows-1", "policy-1", "rows-2", "policy-2"]
+    assert [made[n].mapping["seed"] for n in ("rows-1", "rows-2")] == [7, 8]
+    assert made["rows-2"].mapping["model"] == "${stage:policy-1}" and made["rows-1"].mapping["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("{a: {kind: generat}}", "stages.a.kind: there is no step 'generat'; did you mean 'generate'?"),
+        ("{a: {kind: generate, modl: tiny, prompts: x}}", "stages.a.modl: generate has no option 'modl'; did you"),
+        ("{a: {kind: generate, model: tiny, prompts: x, n: two}}", "stages.a.n: must be a whole number"),
+        ("{a: {kind: generate, recipe: sft}}", "stages.a.recipe: a step has no key 'recipe'"),
+        ('{a: {recipe: sft}, b: {kind: generate, model: tiny, prompts: "${stage:a}"}}',
+         "stages.b.prompts: ${stage:a} leaves model, and rows are wanted here"),
+        ('{a: {kind: generate, model: tiny, prompts: x}, b: {recipe: sft, with: ["model.path=${stage:a}"]}}',
+         "stages.b.model.path: ${stage:a} leaves rows, and model is wanted here"),
+        ('{a: {recipe: sft}, b: {recipe: sft, with: ["data.path=${stage:a}"]}}', "stages.b.data.path: ${stage:a} leaves model"),
+    ],
+)  # fmt: skip
+def test_a_wrong_step_is_named_with_what_is_allowed(project: Project, body: str, told: str) -> None:
+    assert told in refusal(project, f"stages: {body}\n")
+
+
+TEXTS = [
+    "plain",
+    'say "hi"',
+    "two\nlines",
+    "back\\",
+    '\\"',
+    "it's {a: b}, [c]",
+    "",
+    "1",
+    "null",
+    "true",
+    "ünï",
+    "a\\n",
+    "~",
+    "x=1",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_options_reach_the_step_as_they_are(project: Project, text: str) -> None:
+    body = json.dumps({"a": {"kind": "generate", "model": "tiny", "prompts": "x", "system": text, "words": [text, "b"]}})
+    found = planned(project, f"stages: {body}\n")["a"].composition.mapping
+    assert (found["system"], found["words"]) == (text, [text, "b"])
+
+
+def test_keys_of_a_mapping_reach_a_word_as_they_are() -> None:
+    value = {"a b": 1, "c:d": "e", "f.g": {"h,i": [True, None]}, "(j)": 2.5}
+    assert parse_words([f"x={text_of(value)}"])[0].value == value
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Steps: what a pipeline does between trainings, one kind a file."""

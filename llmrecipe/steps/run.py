@@ -1,0 +1,116 @@
+"""Running one step in its folder: new, continued, or finished already."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
+from llmrecipe.recipe.compose import to_yaml
+from llmrecipe.recipe.steps import StepComposition, compose_step, unfinished
+from llmrecipe.redact import redact
+from llmrecipe.steps.work import Work
+from llmrecipe.training.events import truncate
+from llmrecipe.training.run_dir import RunDir, read_metrics
+
+FILE = "step.yaml"
+
+
+def run(composition: StepComposition) -> RunDir:
+    """Do a step in its folder; one that is finished there is left as it is, one that was stopped goes on.
+
+    Raises:
+        UserError: an option is wrong, or the folder belongs to something else.
+        Interrupted: a signal arrived; what was answered is kept.
+    """
+    for key, value in composition.options.items():
+        if unfinished(value):
+            raise RunError(f"{key}: {value} is the result of a stage, and only a recipe with `stages` has stages")
+    step = composition.build()
+    folder = RunDir(composition.dir)
+    if taken(folder, composition) == "done":
+        return folder
+    step.check(composition.kind)
+    folder.lock()
+    folder.describe(FILE, to_yaml(redact(composition.mapping)))
+    folder.status("running")
+    work: Work | None = None
+    try:
+        with _signals():
+            truncate(folder.path / "events.jsonl", sys.maxsize)
+            work = Work(folder, composition.frame.seed, composition.frame.log.live)
+            work.finish(step.run(work))
+        folder.status("done")
+    except KeyboardInterrupt as stop:
+        folder.status("interrupted")
+        raise Interrupted(f"stopped; the same command goes on, and what was answered is kept in {folder.path}") from stop
+    except LlmRecipeError as error:
+        folder.status("failed", error=str(error))
+        raise
+    except Exception as error:
+        folder.status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if work is not None:
+            work.close()
+    return folder
+
+
+def taken(folder: RunDir, composition: StepComposition) -> str:
+    """What stands in a step's folder: new, done, failed or interrupted.
+
+    Raises:
+        RunError: something else than this step.
+    """
+    path = folder.path
+    if not path.exists() or not any(path.iterdir()):
+        return "new"
+    if not (path / FILE).is_file() or not (path / "status.json").is_file():
+        # A kill while the folder was being described leaves some of its first files.
+        if {p.name for p in path.iterdir() if p.suffix != ".writing"} <= {"lock", FILE, "command.txt", "environment.json"}:
+            return "new"
+        raise RunError(f"run.dir: {path} exists and is not the folder of a step; choose a new folder")
+    found = folder.recipe()
+    if found != redact(composition.mapping):
+        changed = [k for k in {**found, **composition.mapping} if found.get(k) != redact(composition.mapping).get(k)]
+        raise RunError(
+            f"run.dir: {path} holds a step with other options ({', '.join(changed)}); choose another folder, or delete it"
+        )
+    return str(folder.read_status()["status"])
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM stops a step as Ctrl-C does: at once, since every answer is on disk as soon as it is there."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    kept = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
+        kept = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def step_cli(kind: str, words: list[str] | None) -> None:
+    """The verb of a step: do it, print its metrics, say where the result is."""
+    from rich.table import Table
+
+    from llmrecipe.cli.show_table import console
+    from llmrecipe.training.live import number
+
+    composition = compose_step(kind, list(words or []))
+    before = (composition.dir / "final" / "metrics.json").is_file()
+    folder = run(composition)
+    table = Table("metric", "value", box=None, header_style="bold")
+    for name, value in read_metrics(folder.path).items():
+        table.add_row(name, number(value))
+    console().print(table)
+    print(f"{'reused' if before else 'done'}: {folder.path}")

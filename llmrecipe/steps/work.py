@@ -1,0 +1,183 @@
+"""What a running step is given: its folder, its seed, where to report, and journals that make a second start cheap.
+
+    <folder>/
+        step.yaml  command.txt  environment.json  events.jsonl  status.json     as in the directory of a training
+        journal/NAME.jsonl                                                      answers already paid for
+        train.jsonl  valid.jsonl  test.jsonl                                    rows, written whole at the end
+        final/metrics.json
+
+Rows are written once, in the order of what they were made from, so they do not depend on where a step was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmrecipe.errors import LlmRecipeError, RunError
+from llmrecipe.redact import redact_text
+from llmrecipe.training.events import Events, plain
+from llmrecipe.training.run_dir import RunDir
+
+SPLITS = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
+"""Split -> file, under the names the data layer finds in a folder."""
+
+T = TypeVar("T")
+
+
+def key_of(value: Any) -> str:
+    """Sixteen letters that stand for a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Key -> JSON value in an append-only file: a line is written whole or, after a kill, left out.
+
+    A line that was cut short is the last one and is removed when the file is opened again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._values: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b")  # noqa: SIM115 (see close)
+        self._file.seek(0)
+        good = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+                self._values[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"{path}: the line after byte {good} is damaged ({error}); delete the file to ask anew"
+                ) from error
+            good += len(line)
+        self._file.truncate(good)
+        self._file.seek(good)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Keep a value.
+
+        Raises:
+            RunError: the disk refuses it.
+        """
+        line = json.dumps({"key": key, "value": value}, ensure_ascii=False, default=str) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror or error}; what was written before is kept") from error
+        self._values[key] = json.loads(line)["value"]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Work:
+    """One step at work.
+
+    Args:
+        dir: its locked directory.
+        seed: of everything it draws.
+        live: `log.live` of a recipe.
+    """
+
+    def __init__(self, dir: RunDir, seed: int, live: str = "auto"):
+        self.dir, self.seed = dir, seed
+        self.path = dir.path
+        self.events = Events(dir.path, live)
+        self._journals: dict[str, Journal] = {}
+
+    def journal(self, name: str = "answers") -> Journal:
+        """The journal of that name, with everything an earlier start kept."""
+        if name not in self._journals:
+            self._journals[name] = Journal(self.path / "journal" / f"{name}.jsonl")
+        return self._journals[name]
+
+    def each(
+        self,
+        items: Sequence[T],
+        ask: Callable[[list[T], int], Sequence[Any]],
+        *,
+        batch: int = 1,
+        name: str = "answers",
+        count: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    ) -> list[Any]:
+        """One JSON value for each item, asked in batches; what the journal holds is not asked again.
+
+        Batches are cut by position and each has a seed of its own, so an answer does not depend on where a step was stopped.
+        A batch is kept whole: a kill costs the one being asked.
+
+        Args:
+            items: JSON values; their content is the key.
+            ask: (items of a batch, its seed) -> a value for each.
+            name: journal; a step that asks in turns gives each its own.
+            count: metrics of a batch's values for the progress events.
+
+        Returns:
+            Values in the order of the items.
+        """
+        journal = self.journal(name)
+        self.events.expect(len(items))
+        values: list[Any] = []
+        for start in range(0, len(items), batch):
+            part = list(items[start : start + batch])
+            key = key_of([self.seed, start, part])
+            if key not in journal:
+                answers = list(ask(part, int(key, 16) % (1 << 31)))
+                if len(answers) != len(part):
+                    raise LlmRecipeError(f"{name}: {len(answers)} answers to {len(part)} items")
+                journal.add(key, answers)
+                self.events.step(start + len(part), **(count(answers) if count else {}))
+            values += journal[key]
+        return values
+
+    def write(self, rows: Iterable[dict[str, Any]], split: str = "train") -> int:
+        """Write the rows of a split (train, validation or test), whole or not at all; returns how many.
+
+        Raises:
+            RunError: the disk refuses them.
+        """
+        path = self.path / SPLITS[split]
+        aside = path.with_name(f".{path.name}.writing")
+        count = 0
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                for count, row in enumerate(rows, 1):  # noqa: B007 (the count is what is wanted)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        return count
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write `final/metrics.json`."""
+        (self.path / "final").mkdir(exist_ok=True)
+        text = json.dumps(plain(metrics), indent=1, ensure_ascii=False, allow_nan=False)
+        self.dir.write("final/metrics.json", redact_text(text) + "\n")
+
+    def close(self) -> None:
+        """Close files and displays."""
+        self.events.close()
+        for journal in self._journals.values():
+            journal.close()
+        self._journals = {}
