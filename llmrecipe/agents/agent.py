@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Turn = Mapping[str, str]
 Logprobs = list[float]
+LEAST = -1e4
+"""Log-probability of what cannot be."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,18 @@ class Agent:
     def choice_logprobs(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
         """(N, options) log-probability of each option as the whole first word of the answer; None where the agent failed.
 
-        They are not normalised: exp sums to the mass that lies on the options, the rest lies on other words.
+        They are not normalised: exp sums to the mass that lies on the options, the rest lies on other words. What is impossible
+        is `LEAST`, so that every value is a finite number.
 
         Raises:
             RunError: the agent cannot be reached.
         """
-        return self._through_memory("choose", asks, tuple(options), lambda part: self.choose(part, options))
+
+        def fresh(part: Sequence[Ask]) -> Iterator[tuple[int, Logprobs | None]]:
+            for index, row in self.choose(part, options):
+                yield index, None if row is None else [max(value, LEAST) for value in row]
+
+        return self._through_memory("choose", asks, tuple(options), fresh)
 
     def _through_memory(self, how: str, asks: Sequence[Ask], options: tuple[str, ...], fresh: Any) -> list[Any]:
         keys = [ask.key(self.identity, how, options) for ask in asks]

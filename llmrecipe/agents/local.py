@@ -106,9 +106,10 @@ class Local(Agent):
         """Continuations of the questions."""
         from llmrecipe.evaluation.generation import Sampling, generate, text_of
 
-        seed = self.seed if self.temperature else None
-        sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=seed)
         for first, part in chunks(asks, self.batch):
+            # What is drawn follows from the questions, so a run that goes on after a stop draws the same.
+            seed = int(digest(self.seed, part[0].key("", "")), 16) % (1 << 31) if self.temperature else None
+            sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=seed)
             prompts = [self._ids(ask) for ask in part]
             with self._as_agent() as off:
                 new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off))

@@ -88,7 +88,7 @@ def _finish(
         done["label"] = item.row["label"]
         report.labels[str(item.row["label"]).lower()] += 1
     else:
-        done["margin"] = item.row.get("margin")
+        done |= {"margin": item.row.get("margin"), "p": item.row.get("p")}
     item.done.append(done)
 
 

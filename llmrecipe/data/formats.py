@@ -197,6 +197,10 @@ def _paired(prompt_row: Row, row: Row, options: Options) -> list[Row]:
         ]
     if row.get("margin") is not None:
         pair["margin"] = float(row["margin"])
+    if row.get("p") is not None:
+        pair["p"] = float(row["p"])
+        if not 0.0 <= pair["p"] <= 1.0:
+            raise BadRow("'p' is no probability that the chosen answer is the better one", f"{row['p']!r:.80}")
     return [pair]
 
 

@@ -8,7 +8,7 @@ into a token row. Shapes below: every `*ids` is a list of token ids, `trained` h
 | text | text, or input_ids (+ labels) | ids, trained |
 | dialogue | messages, or prompt + completion, or text, or input_ids | ids, trained |
 | tokens | input_ids (+ labels) | ids, trained |
-| preference | prompt, chosen, rejected (+ margin) | prompt_ids, chosen_ids, rejected_ids, margin |
+| preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
 | unpaired | prompt, completion, label | prompt_ids, completion_ids, label |
 | prompt | prompt, columns | prompt_ids, columns (JSON text of the other columns) |
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
@@ -57,7 +57,7 @@ ROW_TYPES: dict[str, RowType] = {
             "preference",
             ("preference", "preference_implicit"),
             ("prompt_ids", "chosen_ids", "rejected_ids"),
-            scalars=(("margin", "float64"),),
+            scalars=(("margin", "float64"), ("p", "float64")),
         ),
         RowType(
             "unpaired",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmrecipe import registry
-from llmrecipe.agents.agent import Agent, Ask, Forgetful, build
+from llmrecipe.agents.agent import LEAST, Agent, Ask, Forgetful, build
 from llmrecipe.agents.rule import RULES, agent_rule, soften
 from llmrecipe.data import world
 from llmrecipe.errors import RecipeError
@@ -114,7 +114,7 @@ def test_a_rule_is_as_sure_as_it_is_told() -> None:
     assert [math.exp(v) for v in soften([0.5, 0.5], 0.9)] == pytest.approx([0.5, 0.5])
     assert [math.exp(v) for v in soften([0.0, 0.0, 1.0, 0.0], 0.7)] == pytest.approx([0.1, 0.1, 0.7, 0.1])
     sure = build({"kind": "rule", "sure": 1.0}, "agent")
-    assert sure.choice_logprobs([compare(*PAIRS[0])], ["A", "B"]) == [[0.0, -math.inf]]
+    assert sure.choice_logprobs([compare(*PAIRS[0])], ["A", "B"]) == [[0.0, LEAST]]
 
 
 def test_the_rule_criticises_and_rates() -> None:

@@ -41,6 +41,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("dialogue", "text", {"text": "t"}, {"text": "t"}),
     ("preference", "preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),  # noqa: E501
     ("preference", "preference", {"prompt": "p", "chosen": [A], "rejected": [B], "margin": 2}, {"prompt": [turn("user", "p")], "chosen": [A], "rejected": [B], "margin": 2.0}),  # noqa: E501
+    ("preference", "preference", {"prompt": "p", "chosen": "c", "rejected": "r", "p": 1}, {"prompt": "p", "chosen": "c", "rejected": "r", "p": 1.0}),  # noqa: E501
     ("preference", "preference_implicit", {"chosen": [U, A], "rejected": [U, B]}, {"prompt": [U], "chosen": [A], "rejected": [B]}),  # noqa: E501
     ("preference", "preference_implicit", {"chosen": "abc x", "rejected": "abc y"}, {"prompt": "abc", "chosen": " x", "rejected": " y"}),  # noqa: E501
     ("preference", "preference_implicit", HH, {"prompt": HH_PROMPT, "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "gone")]}),  # noqa: E501
@@ -100,6 +101,11 @@ def test_a_pair_becomes_two_unpaired_rows() -> None:
         ("messages", {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
         ("tokens", {"input_ids": [1, 2], "labels": [1]}, "'labels' and 'input_ids' differ in length"),
         ("preference_implicit", {"chosen": [U, A], "rejected": [B]}, "chosen and rejected share no prompt"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "c", "rejected": "r", "p": 1.2},
+            "'p' is no probability that the chosen answer is the better one",
+        ),
         ("image_text", {"image": "no/such.png", "text": "t"}, "the image file does not exist"),
     ],
 )

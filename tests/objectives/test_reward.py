@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from llmrecipe import load
+from llmrecipe.data import prepare
 from llmrecipe.errors import ModelError, RunError
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.stack import Stack
@@ -18,9 +20,10 @@ from llmrecipe.models import heads
 from llmrecipe.models.speed import speed_up
 from llmrecipe.objectives.alignment.reward import Reward, calibration_error, correlation, normalisation, reward_loss
 from llmrecipe.objectives.alignment.scoring import add_reward, score_sequences
-from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
 from llmrecipe.training.opened import open_model
 from llmrecipe.training.roles import Roles
+from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill
 from tests.objectives.parity import PAIRS, arguments, lora_config, mean_loss, share_weights, word_tokenizer
 from tests.runs import events, train_recipe
@@ -113,6 +116,28 @@ def test_margins_of_rows_are_subtracted() -> None:
         d = roles.engine(objective.collate(rows, roles), want="reward")["reward"].view(-1, 3)
         wanted = sum(math.log1p(math.exp(-(float(w - l) - m))) for (_, w, l), m in zip(d, (0.5, 0.0, 2.0), strict=True)) / 3
     assert float(mean_loss(objective, roles, rows).detach()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_soft_labels_reach_the_loss_from_the_file(tmp_path: Path) -> None:
+    """A row's `p` is the weight of its chosen answer; a row without one is certain."""
+    lines = [
+        {"prompt": "q", "chosen": c, "rejected": "no", **p} for c, p in (("yes", {"p": 0.7}), ("maybe", {}), ("so", {"p": 0}))
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    data = prepare(DataSection(path=str(path), cache=False), byte_tokenizer(), "preference")
+    rows = [data[i] for i in range(3)]
+    assert [r["p"] for r in rows] == [0.7, None, 0.0]
+    model = tiny_model(vocab_size=300)
+    objective = Reward()
+    objective.prepare_model(model, 5)
+    roles = roles_for(model)
+    with torch.no_grad():
+        d = roles.engine(objective.collate(rows, roles), want="reward")["reward"].view(-1, 3)
+    wanted = 0.0
+    for (_, w, l), p in zip(d.tolist(), (0.7, 1.0, 0.0), strict=True):
+        wanted += p * math.log1p(math.exp(l - w)) + (1 - p) * math.log1p(math.exp(w - l))
+    assert float(mean_loss(objective, roles, rows).detach()) == pytest.approx(wanted / 3, rel=1e-5)
 
 
 def test_head_is_float32_without_bias_and_the_language_head_does_not_train() -> None:
