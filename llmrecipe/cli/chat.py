@@ -6,14 +6,20 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, print_json
+from llmrecipe.cli.words import Json, Words, print_json, runs_and_overrides
 
 PANEL = "Use"
 ORDER = 2
 
 
 def verb(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, a model folder, a hub name or `tiny`.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A run directory, a model folder, a hub name or `tiny`; several runs of one base can be switched between.",
+        ),
+    ],
     words: Words = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Answer this and stop; may be repeated.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
@@ -21,23 +27,33 @@ def verb(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    use: Annotated[
+        list[str] | None,
+        typer.Option("--use", metavar="NAME", help="Answer with this run (or task); may be repeated. Default: with all."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Talk to a run or a model; with --prompt, answer and stop."""
+    """Talk to a run or a model; with --prompt, answer and stop.
+
+    Several runs (chat RUN_A RUN_B) put their adapters on one base in memory; `/use NAME` switches.
+    """
     from llmrecipe.cli.preflight import subject
 
-    subject(path, list(words or []))
+    more, overrides = runs_and_overrides(words)
+    for one in (path, *more):
+        subject(one, overrides)
     from llmrecipe.evaluation.chat import Chat
     from llmrecipe.evaluation.generation import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed if temperature else None)
-    chat = Chat.open(path, list(words or []), sampling, system)
+    chat = Chat.open([path, *more], overrides, sampling, system)
+    chat.use(use or [])
     if prompt:
-        answers = [{"prompt": text, "answer": chat.answer(text, remember=False)} for text in prompt]
+        answers = chat.answers(prompt)
         if as_json:
             print_json(answers)
             return
         for pair in answers:
-            print(pair["answer"])
+            print(f"[{pair['adapter']}] {pair['answer']}" if len(chat.used) > 1 else pair["answer"])
         return
     chat.interactive()

@@ -6,36 +6,56 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, print_json
+from llmrecipe.cli.words import Json, Words, print_json, runs_and_overrides
 
 PANEL = "Use"
 ORDER = 1
 
 
 def verb(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, a model folder, a hub name or `tiny`.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A run directory, a folder of runs, a model folder, a hub name or `tiny`; several runs stand side by side.",
+        ),
+    ],
     words: Words = None,
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "validation",
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="COLUMN", help="Several runs: score each row by the run this column names.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]')."""
+    """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]').
+
+    Several runs (eval RUN_A RUN_B) put their adapters on one base in memory and give a table.
+    """
     from llmrecipe.errors import UserError, did_you_mean
 
     splits = ("train", "validation", "test")
     if split not in splits:
         raise UserError(f"--split: there is no split '{split}'{did_you_mean(split, splits)} (allowed: {', '.join(splits)})")
-    from llmrecipe.evaluation.many import is_folder_of_runs, score_runs, show_scores
+    from llmrecipe.cli.preflight import subject
+    from llmrecipe.evaluation.many import is_folder_of_runs, score_runs, score_side_by_side, show_scores
 
-    if is_folder_of_runs(path):
-        scores = score_runs(path, list(words or []), split)
+    more, overrides = runs_and_overrides(words)
+    if more:
+        for one in [path] if by else [path, *more]:
+            subject(one, overrides, split)
+        scores = score_side_by_side([path, *more], overrides, split, by)
         print_json(scores) if as_json else show_scores(scores)
         return
-    from llmrecipe.cli.preflight import subject
-
-    subject(path, list(words or []), split)
+    if by is not None:
+        raise UserError("--by: rows can only be shared out over several runs; name more than one")
+    if is_folder_of_runs(path):
+        scores = score_runs(path, overrides, split)
+        print_json(scores) if as_json else show_scores(scores)
+        return
+    subject(path, overrides, split)
     from llmrecipe.evaluation.standalone import evaluate_path
 
-    metrics = evaluate_path(path, list(words or []), split)
+    metrics = evaluate_path(path, overrides, split)
     if as_json:
         print_json({"path": path, "split": split, "metrics": metrics})
         return

@@ -81,6 +81,13 @@ def sort_words(words: list[str] | None) -> Request:
     return Request(taken.get("recipe"), taken.get("resume"), overrides)
 
 
+def runs_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Further runs named after the first one, and overrides: words with `=`, or that take something out (`~stack.lora`)."""
+    given = list(words or [])
+    runs = [word for word in given if "=" not in word and not word.startswith("~")]
+    return runs, [word for word in given if word not in runs]
+
+
 def need_recipe(request: Request, verb: str) -> str:
     """The recipe of a request.
 

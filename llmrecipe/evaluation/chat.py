@@ -6,8 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from llmrecipe.errors import UserError
 from llmrecipe.evaluation.generation import Sampling, generate, text_of
-from llmrecipe.evaluation.standalone import Subject, open_subject
+from llmrecipe.evaluation.standalone import open_subject
+from llmrecipe.export.side_by_side import Adapters, open_adapters, task_adapters
+from llmrecipe.training.opened import Opened
 
 
 def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
@@ -22,37 +27,88 @@ def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
 class Chat:
     """The turns so far, and the model that answers them with the template it was trained under."""
 
-    subject: Subject
+    opened: Opened
+    adapters: Adapters | None
+    """Adapters to choose from: of several runs, or the tasks of one."""
     sampling: Sampling
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)
+    """Adapters that answer; in a conversation the first."""
 
     @classmethod
-    def open(cls, path: str, overrides: list[str], sampling: Sampling, system: str | None = None) -> Chat:
-        """Open a run directory or a model."""
-        return cls(open_subject(path, overrides), sampling, system)
+    def open(cls, paths: list[str], overrides: list[str], sampling: Sampling, system: str | None = None) -> Chat:
+        """Open a run directory or a model, or several runs of one base.
+
+        Raises:
+            UserError: overrides are given to several runs, or the runs do not stand on one base.
+        """
+        if len(paths) == 1:
+            opened = open_subject(paths[0], overrides).opened
+            chat = cls(opened, task_adapters(opened), sampling, system)
+        else:
+            if overrides:
+                raise UserError(f"'{overrides[0]}': several runs are opened as they are; overrides go to one run")
+            adapters = open_adapters(paths)
+            adapters.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            chat = cls(adapters.opened, adapters, sampling, system)
+        chat.use([])
+        return chat
+
+    def use(self, names: list[str]) -> None:
+        """Answer with these adapters; none names them all.
+
+        Raises:
+            UserError: there are no adapters to choose from, or none of that name.
+        """
+        if self.adapters is None:
+            if names:
+                raise UserError(f"'{names[0]}': there is one model here, nothing to choose from")
+            return
+        for name in names:
+            self.adapters.choice(name)
+        self.used = names or list(self.adapters.choices)
 
     def prompt_ids(self, turns: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to the answer, the system message in front."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return prompt_ids(self.subject.opened.tokenizer, [*system, *turns])
+        return prompt_ids(self.opened.tokenizer, [*system, *turns])
+
+    def answers(self, prompts: list[str]) -> list[dict[str, str]]:
+        """Every prompt answered by every adapter in use, in batches that mix them."""
+        if not self.used:
+            return [{"prompt": text, "answer": self.answer(text, remember=False)} for text in prompts]
+        pairs = [(text, name) for text in prompts for name in self.used]
+        ids = [self.prompt_ids([{"role": "user", "content": text}]) for text, _ in pairs]
+        found = self._generated(ids, [name for _, name in pairs])
+        return [{"prompt": t, "adapter": name, "answer": a} for (t, name), a in zip(pairs, found, strict=True)]
+
+    def _generated(self, prompts: list[list[int]], names: list[str]) -> list[str]:
+        if self.adapters is not None:
+            new = self.adapters.generate(prompts, names, self.sampling)
+        else:
+            new = generate(self.opened.model, self.opened.tokenizer, prompts, self.sampling)
+        return [text_of(self.opened.tokenizer, ids) for ids in new]
 
     def answer(self, text: str, remember: bool = True) -> str:
         """The model's answer to one more user turn."""
         turns = [*self.turns, {"role": "user", "content": text}]
-        new = generate(self.subject.roles.model, self.subject.opened.tokenizer, [self.prompt_ids(turns)], self.sampling)[0]
-        answer = text_of(self.subject.opened.tokenizer, new)
+        answer = self._generated([self.prompt_ids(turns)], self.used[:1])[0]
         if remember:
             self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
     def interactive(self) -> None:
-        """Read turns from the terminal until the end of input; `/new` starts over, `/quit` leaves."""
+        """Read turns from the terminal until the end of input; `/new` starts over, `/use NAME` switches, `/quit` leaves."""
         from rich.console import Console
         from rich.prompt import Prompt
 
         console = Console()
         console.print("[dim]/new starts over, /quit leaves[/dim]")
+        if self.adapters is not None:
+            console.print(
+                f"/use NAME switches: {', '.join(self.adapters.choices)}; now {self.used[0]}", markup=False, style="dim"
+            )
         while True:
             try:
                 text = Prompt.ask("[bold]you[/bold]", console=console).strip()
@@ -63,5 +119,10 @@ class Chat:
                 return
             if text == "/new":
                 self.turns = []
+            elif text == "/use" or text.startswith("/use "):
+                try:
+                    self.use([text.removeprefix("/use").strip()])
+                except UserError as error:
+                    console.print(str(error), markup=False, style="red")
             elif text:
                 console.print(self.answer(text), markup=False, style="cyan")

@@ -1,4 +1,4 @@
-"""Scoring a folder of finished runs, one after another, into one table."""
+"""Scoring several finished runs into one table: a folder of runs one after another, adapters of one base side by side."""
 
 from __future__ import annotations
 
@@ -38,6 +38,59 @@ def score_runs(path: str, overrides: list[str], split: str) -> list[dict[str, An
         except UserError as error:
             rows.append({"run": str(run), "error": str(error)})
     return rows
+
+
+def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: str | None = None) -> list[dict[str, Any]]:
+    """Metrics of several runs whose adapters stand side by side on one base in memory.
+
+    Each run is scored on the data of its own recipe (or of the overrides). With `by`, every row of the first run's data is
+    scored by the adapter that column names, and each adapter gives one line over its own rows.
+
+    Raises:
+        ModelError: the runs do not stand on one base.
+        DataError: a row names no adapter, or an unknown one.
+    """
+    from llmrecipe.context import activate
+    from llmrecipe.data.tasks import Tasks
+    from llmrecipe.evaluation.recipe_of import recipe_of
+    from llmrecipe.evaluation.standalone import metrics_of, rows_of, subject_of
+    from llmrecipe.export.side_by_side import open_adapters
+
+    adapters = open_adapters(paths)
+    subjects = {path: subject_of(recipe_of(path, overrides), adapters.opened) for path in (paths[:1] if by else paths)}
+    scored: list[dict[str, Any]] = []
+    if by is not None:
+        subject = subjects[paths[0]]
+        data = rows_of(subject, split, Tasks(tuple(adapters.choices), by))
+        numbers = [int(data[i]["task"]) for i in range(len(data))]
+        for number, (name, choice) in enumerate(adapters.choices.items()):
+            rows = [i for i, n in enumerate(numbers) if n == number]
+            own = Chosen(data, rows, None if choice.task is None else [choice.task] * len(rows))
+            with activate(adapters.context(name)):
+                scored.append({"adapter": name, **(metrics_of(subject, own) if len(own) else {"rows": 0.0})})
+        return scored
+    for run, path in zip(adapters.tasks, paths, strict=True):
+        data = rows_of(subjects[path], split, adapters.tasks[run])
+        name, choice = next((n, c) for n, c in adapters.choices.items() if c.run == run)
+        indices = list(range(len(data)))
+        numbers = [] if choice.task is None else [choice.task + int(data[i].get("task", 0)) for i in indices]
+        with activate(adapters.context(name)):
+            scored.append({"run": path, **metrics_of(subjects[path], Chosen(data, indices, numbers or None))})
+    return scored
+
+
+class Chosen:
+    """Some rows of a split, each with the number its task has in the model that holds the adapters (None: no tasks)."""
+
+    def __init__(self, data: Any, indices: list[int], tasks: list[int] | None):
+        self.data, self.indices, self.tasks = data, indices, tasks
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {k: v for k, v in self.data[self.indices[index]].items() if k != "task"}
+        return row if self.tasks is None else {**row, "task": self.tasks[index]}
 
 
 def show_scores(rows: list[dict[str, Any]]) -> None:

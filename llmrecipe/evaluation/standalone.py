@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmrecipe import registry
-from llmrecipe.data.tasks import common
+from llmrecipe.data.tasks import Tasks
 from llmrecipe.errors import DataError
 from llmrecipe.evaluation.recipe_of import recipe_of
+from llmrecipe.export.side_by_side import tasks_of
 from llmrecipe.methods.stack import Stack
 from llmrecipe.models.source import run_folder
 from llmrecipe.recipe.compose import Composition
@@ -41,17 +42,23 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     """
     from transformers.utils import logging
 
-    from llmrecipe.recipe.validate import instantiate
-
     logging.disable_progress_bar()
     composition = recipe_of(path, overrides)
     options = chosen_anew(composition) if run_folder(path) is not None else {}
+    recipe = composition.recipe
+    head = registry.load("objective", str(recipe.objective["kind"])).head  # type: ignore[attr-defined]
+    return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
+
+
+def subject_of(composition: Composition, opened: Opened) -> Subject:
+    """An opened model under a recipe's objective and data."""
+    from llmrecipe.recipe.validate import instantiate
+
     # The run's stack is part of the model it left; nothing is stacked on top of it here.
     composition = dataclasses.replace(composition, recipe=composition.recipe.model_copy(update={"stack": {}}))
     recipe = composition.recipe
     parts = instantiate(recipe)
     runtime = Runtime.start(recipe.runtime)
-    opened = open_model(recipe.model, recipe.tokenizer, head=parts.objective.head, seed=recipe.seed, options=options)
     opened.model.to(runtime.device)
     stack = Stack([])
     engine = Engine(opened.model).eval()
@@ -91,13 +98,21 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
     Raises:
         DataError: there is no such split.
     """
+    subject = open_subject(path, overrides)
+    return metrics_of(subject, rows_of(subject, split, tasks_of(subject.opened.mounted)))
+
+
+def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
+    """Token rows of a split of the data a subject's recipe names.
+
+    Raises:
+        DataError: there is no such split.
+    """
     from llmrecipe.data import prepare
 
-    subject = open_subject(path, overrides)
     recipe = subject.composition.recipe
     labels = getattr(subject.opened.model.config, "label2id", None) if subject.objective.head == "classification" else None
     names = sorted(labels, key=labels.get) if labels else None  # type: ignore[arg-type]
-    tasks = common([(w.name, found) for w in subject.opened.mounted if (found := w.mixes()) is not None])
     mask = getattr(subject.objective, "mask", None) or "completion"
     data = prepare(
         recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
@@ -105,6 +120,12 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
     )  # fmt: skip
     if data is None:
         raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")
+    return data
+
+
+def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
+    """Metrics of token rows."""
+    recipe = subject.composition.recipe
     run = SimpleNamespace(
         recipe=recipe, roles=subject.roles, runtime=subject.runtime, objective=subject.objective, events=_Silent(),
         progress=SimpleNamespace(step=0),

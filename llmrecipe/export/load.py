@@ -19,8 +19,11 @@ HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "maske
 def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """The model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
 
+    A list of runs on one base gives their adapters side by side: `model.use(name)` switches, and
+    `model(input_ids=..., adapters=[a name a row])` mixes them in a batch (see `export.side_by_side.Adapters`).
+
     Args:
-        run: a run directory, its `final` folder, a PEFT adapter folder, or anything with a `path` (`run.dir`).
+        run: a run directory, its `final` folder, a PEFT adapter folder, anything with a `path` (`run.dir`), or a list of them.
         device: where to put the model; default: a GPU where there is one.
         dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
 
@@ -29,14 +32,21 @@ def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[A
 
     Raises:
         RunError: the folder holds no finished run.
-        ModelError: the base model is gone or is another one.
+        ModelError: the base model is gone or is another one, or runs of a list stand on different bases.
     """
     import torch
 
-    opened = open_run(str(getattr(run, "path", run)), dtype=dtype)
-    opened.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    opened.model.requires_grad_(False)
-    return opened.model.eval(), opened.tokenizer
+    found: Any
+    if isinstance(run, list | tuple):
+        from llmrecipe.export.side_by_side import open_adapters
+
+        found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype)
+    else:
+        found = open_run(str(getattr(run, "path", run)), dtype=dtype)
+    model, tokenizer = (found if isinstance(run, list | tuple) else found.model), found.tokenizer
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
 
 
 def open_run(path: str, *, dtype: str = "auto", options: dict[str, dict[str, Any]] | None = None) -> Opened:

@@ -171,9 +171,12 @@ def settle(model: nn.Module) -> None:
 
 
 def take_off(module: nn.Module, port: SparseDelta) -> None:
-    """Have the tensor hold what lies below this stack: the base and mounted deltas; the next forward pass writes the rest."""
+    """Have the tensor hold what lies below this stack: the base and the mounted deltas that the context leaves on.
+
+    The next forward pass writes the rest.
+    """
     if port.mode == "inplace":
-        port.sync(getattr(module, port.tensor), tuple(p.mounted for p in port.writer.ports))
+        port.sync(getattr(module, port.tensor), tuple(p.mounted and p.on() for p in port.writer.ports))
 
 
 def base_digest(module: nn.Module, port: SparseDelta) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import activate
+from llmrecipe.context import activate, current
 from llmrecipe.data.batch import Batch
 from llmrecipe.training.logprob import Post, token_logprobs
 
@@ -56,7 +56,7 @@ class Engine(nn.Module):
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
             role: which ports take part (see `Context.role`).
-            off: names of wrappers that step aside.
+            off: names of wrappers that step aside, besides those the surrounding context keeps off.
             temperature: divides the logits of `logprobs`.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
@@ -65,7 +65,7 @@ class Engine(nn.Module):
         """
         device = batch.input_ids.device.type
         with (
-            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic), off=off)),
+            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic), off=off | current().off)),
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
         ):
             if want == "scores":
