@@ -23,9 +23,9 @@ from llmrecipe.evaluation.generation import Sampling
 from llmrecipe.evaluation.generation import generate as generate_from
 from llmrecipe.methods.stack import own_tensors
 from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.models.source import adapter_base, is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
-from llmrecipe.models.source import adapter_base, is_adapter, run_folder
 from llmrecipe.training.opened import Opened, imported, open_saved
 
 
