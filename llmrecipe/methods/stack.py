@@ -204,9 +204,21 @@ class Stack:
         return bool(injected) and not others and all(w.starts_at_base() for w in injected)
 
     def take_reference(self, model: nn.Module) -> None:
-        """Remember the policy of step 0. Call once, before the first update."""
+        """Remember the policy of step 0 where switching the stack off does not give it. Call once, before the first update."""
         if not self.reference_is_off():
-            self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            self.remember(model)
+
+    def remember(self, model: nn.Module) -> None:
+        """Keep a copy of everything that trains: the reference from now on."""
+        self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def mix_reference(self, model: nn.Module, alpha: float) -> None:
+        """snapshot <- alpha policy + (1 - alpha) snapshot (arXiv 2404.09656)."""
+        assert self.snapshot is not None, "there is no remembered reference to move"
+        live = dict(model.named_parameters())
+        for name, value in self.snapshot.items():
+            value.mul_(1.0 - alpha).add_(live[name].detach(), alpha=alpha)
 
     @contextlib.contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:

@@ -69,8 +69,12 @@ class Objective:
         return []
 
     def reference_of(self) -> str:
-        """Which policy the reference is: `initial` (step 0), `base` (the model without any stack) or `none`."""
+        """Which policy the reference is: `initial` (step 0), `base` (the model without any stack), `none`, or a folder."""
         return "initial" if "reference" in self.roles else "none"
+
+    def reference_moves(self) -> bool:
+        """Whether the reference follows the policy during the run, so that nothing can be scored beforehand."""
+        return False
 
     def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
         """The batches whose reference log-probabilities the rows of one step need."""
@@ -114,6 +118,14 @@ class Objective:
 
     def start(self, roles: Roles) -> None:
         """Called once before the first step, after calibration: precomputed references, step-0 checks."""
+
+    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+        """Called after each optimizer step.
+
+        Args:
+            step: updates made so far, this one included.
+            metrics: what the step reports, over all micro-batches and processes.
+        """
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """The summed loss of a micro-batch, with its graph."""

@@ -83,6 +83,8 @@ SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMa
 
 
 def _bounds(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return "mapping"
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
     if "anyOf" in schema:

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -257,9 +257,8 @@ def _unknown_key(model: type[BaseModel], key: KeyPath, owner: str) -> str:
     name = str(key[-1])
     for part in key[:-1]:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        inner = next(iter(get_args(inner)), None) if get_origin(inner) is list else inner
-        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+        kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     known = [field.alias or n for n, field in model.model_fields.items()]
     hint = did_you_mean(name, known) or _elsewhere(name)
     if model is Recipe:

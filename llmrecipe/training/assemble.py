@@ -18,10 +18,9 @@ from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.speed import speed_up
-from llmrecipe.training import delta, opened
+from llmrecipe.training import delta, opened, reference_model
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
-from llmrecipe.training.reference import ReferenceCache
 from llmrecipe.training.roles import Roles
 
 if TYPE_CHECKING:
@@ -83,6 +82,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     run.dir = directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
     folder, config = directory.path if runtime.is_main else None, run.composition.mapping
     events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
+    other = reference_model.scored(recipe, parts.objective, data, validation, steps, runtime.device)
     seed_everything(recipe.seed)
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
@@ -101,7 +101,7 @@ def build(run: Run, resume: Path | None) -> Parts:
         packing_for(recipe.data.packing, engine, runtime.device),
         recipe.batch.micro,
         recipe.batch.tokens or (None if recipe.batch.micro else micro_tokens(runtime.device)),
-        ReferenceCache(),
+        other,
     )
     roles.runtime, roles.data, roles.events = runtime, data, events
     optimizer = None
@@ -136,18 +136,24 @@ def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None
     return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
 
 
-def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
-    """Training rows, validation rows (or None) and, for labelled rows, the label names."""
-    from llmrecipe.data import prepare
+def tokenizer_of(recipe: Any) -> Any:
+    """The policy's tokenizer, without its weights."""
     from llmrecipe.models.load import load_tokenizer
 
-    base, saved, folder = opened.resolve(recipe.model)
+    base, _, folder = opened.resolve(recipe.model)
     section = recipe.tokenizer
     if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
         section = section.model_copy(update={"path": str(folder)})
-    tokenizer = load_tokenizer(base, section)
+    return load_tokenizer(base, section)
+
+
+def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
+    """Training rows, validation rows (or None) and, for labelled rows, the label names."""
+    from llmrecipe.data import prepare
+
+    tokenizer = tokenizer_of(recipe)
     mask = getattr(objective, "mask", None) or "completion"
-    tasks = tasks_of(wrappers, saved)
+    tasks = tasks_of(wrappers, opened.resolve(recipe.model)[1])
     data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
     labels = getattr(data, "labels", None)
     validation = prepare(
@@ -157,25 +163,17 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     return data, validation, labels
 
 
-def test_rows(run: Run) -> Any:
+def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
     """The sealed test split, or None: for its reference scores before step 0 and its one evaluation after the last."""
     from llmrecipe.data import prepare
 
-    if not run.recipe.eval.test:
+    if not recipe.eval.test:
         return None
-    mask = getattr(run.objective, "mask", None) or "completion"
-    labels = getattr(run.data, "labels", None)
+    mask = getattr(objective, "mask", None) or "completion"
     return prepare(
-        run.recipe.data,
-        run.tokenizer,
-        run.objective.rows,
-        mask=mask,
-        split="test",
-        seed=run.recipe.seed,
-        label_map=labels,
-        unseal=True,
-        tasks=run.data.tasks,
-    )
+        recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
+        label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks,
+    )  # fmt: skip
 
 
 def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
@@ -214,14 +212,14 @@ def finish_structures(resume: Path | None) -> dict[str, Any] | None:
 
 
 def attach(model: opened.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
-    """Attach the stack; a continued run's own layer gives the structures and start values."""
+    """Attach the stack; a continued run's own layer gives the structures and start values, also where it is resumed."""
     from llmrecipe.models import new_rows
 
     if everything:
         new_rows.fold(model.model)
     if everything and model.mounted:
         opened.merge_mounted(model)
-    if model.continued is None or structures is not None:
+    if model.continued is None or structures not in (None, model.continued.structures):
         stack.attach(model.model, structures)
         return
     missing = sorted(set(model.continued.wrappers) ^ {w.name for w in stack})

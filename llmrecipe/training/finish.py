@@ -48,7 +48,10 @@ def save(run: Run) -> Path | None:
             "objective": run.objective.state(),
             "wrappers": {w.name: w.state() for w in run.stack},
             "structures": run.stack.structures(run.model),
+            "reference": run.roles.cache.name,
         }
+        if run.roles.reference_moves:
+            tensors["reference"] = run.stack.snapshot or {}
         if run.optimizer is not None:
             tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)
         root = run.dir.path / "checkpoints"
@@ -70,6 +73,13 @@ def restore(run: Run) -> None:
     if path is None:
         return
     saved = read_checkpoint(path)
+    if saved.documents.get("reference", run.roles.cache.name) != run.roles.cache.name:
+        raise RunError(
+            "resume: the reference is not the model it was (its weights, or those under the policy, have changed since the "
+            "checkpoint), so the rest would be another run; put it back or start a new run"
+        )
+    if run.roles.reference_moves:
+        run.stack.snapshot = {n: v.to(run.roles.device) for n, v in saved.tensors["reference"].items()}
     run.stack.restore(run.model, saved.tensors["delta"])
     run.stack.set_trainable(run.model)
     for name, value in saved.documents["progress"].items():
@@ -157,7 +167,7 @@ def score_test(run: Run) -> dict[str, float]:
     """Metrics of the sealed test split: opened here, once, and nowhere else in training."""
     if not run.recipe.eval.test:
         return {}
-    test = assemble.test_rows(run)
+    test = assemble.test_rows(run.recipe, run.objective, run.data, run.tokenizer)
     if test is None:
         return {}
     metrics = evaluate(run, test)

@@ -38,6 +38,7 @@ def train(run: Run) -> None:
         run.stack.after_step(run.model, step)
         run.zero_gradients()
         run.progress.advance(micros)
+        run.objective.after_step(run.progress.step, result.metrics, run.roles)
         if step == run.first_step and (unfired := run.stack.unfired()):
             raise RunError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
         run.report_step(result, micros, time.perf_counter() - started)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,15 @@ from llmrecipe.methods.wrapper import Stage
 from llmrecipe.training import delta
 
 if TYPE_CHECKING:
+    from llmrecipe.training.roles import Roles
     from llmrecipe.training.run import Run
 
 VERSION = "1"
 """Changes when the log-prob engine changes what it computes."""
 
 
+NAMED = ("initial", "base", "none")
+"""References that are no other model's folder."""
 SMALL = 0.1
 """Up to this share of the model the trained tensors are kept twice; beyond it all rows are scored before step 0."""
 
@@ -37,6 +41,7 @@ class ReferenceCache:
 
     def __init__(self, path: Path | None = None):
         self.path = path
+        """Named by what the numbers depend on; None keeps them in memory."""
         self.known: dict[int, Tensor] = {}
         self.complete = False
         """Whether every row of the run is here, so that a missing one cannot be scored any more."""
@@ -44,6 +49,11 @@ class ReferenceCache:
         self.misses = 0
         if path is not None and path.exists():
             self._read(path)
+
+    @property
+    def name(self) -> str:
+        """What stands for the reference in a checkpoint; empty where nothing is kept on disk."""
+        return self.path.stem if self.path is not None else ""
 
     def get(self, batch: Batch) -> Tensor | None:
         """(S,) sums in the batch's order, or None when a row is missing."""
@@ -97,10 +107,15 @@ def take(run: Run) -> None:
 
     Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
     train, every row the run will use is scored now, so that no second model is ever held; rows that the policy will sample
-    cannot be, so there all trained tensors are remembered.
+    cannot be, so there all trained tensors are remembered, as they are where the reference moves. Another model's scores
+    were taken before this one was opened (see `reference_model`).
     """
     which = run.objective.reference_of()
-    if which == "none":
+    if which not in NAMED or which == "none":
+        return
+    if run.objective.reference_moves():
+        run.roles.reference_moves = True
+        run.stack.remember(run.model)
         return
     off = base_names(run) if which == "base" else None
     run.roles.cache = ReferenceCache(cache_path(run, off is not None))
@@ -110,16 +125,18 @@ def take(run: Run) -> None:
     if run.stack.reference_is_off() and run.opened.continued is None:
         return
     if run.objective.samples:
-        run.stack.take_reference(run.model)
+        run.stack.remember(run.model)
         return
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
     if trained <= SMALL * total:
-        run.stack.take_reference(run.model)
+        run.stack.remember(run.model)
         return
-    score_all(run)
-    run.roles.cache.complete = True
-    run.roles.cache.save()
+    from llmrecipe.training import assemble
+
+    # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
+    splits = [run.validation, assemble.test_rows(run.recipe, run.objective, run.data, run.tokenizer)]
+    score_all(row_groups(run.recipe, run.objective, run.data, splits, run.steps), run.objective, run.roles)
 
 
 def base_names(run: Run) -> frozenset[str] | None:
@@ -142,33 +159,46 @@ def base_names(run: Run) -> frozenset[str] | None:
     return frozenset(w.name for w in mounted)
 
 
-def score_all(run: Run) -> None:
-    """Score the rows of every step the run will make, and of the validation split."""
-    from llmrecipe.training import assemble
+@torch.no_grad()
+def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Roles) -> None:
+    """Fill the roles' cache with every row of some groups, save it, and let it stand for the model from now on."""
+    cache = roles.cache
+    with roles.evaluating():
+        for rows in groups:
+            for batch in objective.reference_batches(rows, roles):
+                if batch.keys and cache.get(batch) is None:
+                    cache.put(batch, batch.sum_by_sequence(roles.engine(batch)["logprobs"]))
+    cache.complete = True
+    cache.save()
 
-    # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
-    others = [split for split in (run.validation, assemble.test_rows(run)) if split is not None]
-    groups = [run.objective.evaluation_rows(split, list(range(len(split)))) for split in others]
-    with torch.no_grad(), run.roles.evaluating():
-        for rows in (*groups, *_steps(run)):
-            for batch in run.objective.reference_batches(rows, run.roles):
-                if batch.keys and run.roles.cache.get(batch) is None:
-                    run.roles.cache.put(batch, batch.sum_by_sequence(run.roles.engine(batch)["logprobs"]))
 
+def row_groups(recipe: Any, objective: Any, data: Any, splits: list[Any], steps: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each split, and of every step over all processes; one pass where an objective looks at rows one by one."""
+    from llmrecipe.data import order
 
-def _steps(run: Run) -> Iterator[list[dict[str, Any]]]:
-    """The rows of every step over all processes; one pass where an objective looks at rows one by one."""
-    size, per_epoch = run.recipe.batch.size, run.steps_per_epoch
-    last = run.steps if run.objective.pairs_rows else min(run.steps, per_epoch)
+    for split in splits:
+        if split is not None:
+            yield objective.evaluation_rows(split, list(range(len(split))))
+    size = recipe.batch.size
+    per_epoch = max(1, math.ceil(len(data) / size))
+    last = steps if objective.pairs_rows else min(steps, per_epoch)
+    rows: Any = ()
     for step in range(last):
         epoch, at = divmod(step, per_epoch)
-        yield [run.data[int(i)] for i in run.order(epoch)[at * size : (at + 1) * size]]
+        rows = order(data, recipe.seed, epoch) if at == 0 else rows
+        yield [data[int(i)] for i in rows[at * size : (at + 1) * size]]
+
+
+def cache_file(facts: dict[str, Any]) -> Path:
+    """Where numbers that depend on these facts, and on the engine's version, lie."""
+    digest = hashlib.sha256(json.dumps({"version": VERSION, **facts}, sort_keys=True).encode()).hexdigest()[:24]
+    root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))
+    return root / "reference" / f"{digest}.safetensors"
 
 
 def cache_path(run: Run, base: bool = False) -> Path:
     """Where the numbers of this reference lie: keyed by weights, mounted stacks, start of the stack, data and engine."""
     facts: dict[str, Any] = {
-        "version": VERSION,
         "base": run.opened.base_fingerprint,
         # Mounted stacks that were folded into the weights show only here.
         "weights": delta.fingerprint(run.model),
@@ -181,6 +211,4 @@ def cache_path(run: Run, base: bool = False) -> Path:
         facts["reference"] = "base"
     elif any(not w.starts_at_base() for w in run.stack) or run.opened.continued is not None:
         facts["start"] = weights_digest(run.stack.delta(run.model))
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))
-    return root / "reference" / f"{digest}.safetensors"
+    return cache_file(facts)

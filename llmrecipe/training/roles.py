@@ -40,6 +40,8 @@ class Roles:
         self.cache = reference_cache or ReferenceCache()
         self.reference_off: frozenset[str] = frozenset()
         """Wrappers that step aside in the reference besides the run's own: mounted ones, where the base is the reference."""
+        self.reference_moves = False
+        """Whether the reference follows the policy, so that no score of it may be kept."""
         self.runtime: Any = None
         """Reductions over processes; None where there is one process without a run."""
         self.data: Any = None
@@ -100,10 +102,12 @@ class Roles:
         return self.prepared(batch, want=want, entropy=entropy, temperature=temperature, critic=critic)
 
     def reference(self, batch: Batch) -> Tensor:
-        """(S,) summed log-probabilities of each sequence's targets under the policy of step 0.
+        """(S,) summed log-probabilities of each sequence's targets under the reference.
 
         Rows seen before come from the cache; the rest take one forward pass without gradients, dropout off.
         """
+        if self.reference_moves:
+            return batch.sum_by_sequence(self.reference_tokens(batch))
         known = self.cache.get(batch)
         if known is not None:
             return known.to(self.device)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.objectives.alignment.kto import Kto, balance, kto_loss
-from llmrecipe.objectives.alignment.mismatched import others, with_others
+from llmrecipe.objectives.alignment.mismatched import others, reference_point, with_others
 from tests.objectives.parity import arguments, assert_same, lora_config, mean_loss, ours, share_weights, word_tokenizer, words
 from tests.tiny import roles_for, tiny_model
 
@@ -51,6 +53,62 @@ def test_no_row_keeps_its_own_answer(size: int) -> None:
     found = others([[i] for i in range(size)], [[10 + i] for i in range(size)])
     assert found == [(i - 1) % size for i in range(size)]
     assert sorted(found) == list(range(size))
+
+
+@given(
+    st.integers(2, 9).flatmap(
+        lambda n: st.tuples(
+            st.lists(st.integers(0, 3), min_size=n, max_size=n), st.lists(st.integers(10, 13), min_size=n, max_size=n)
+        )
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_borrowed_answers_are_mismatches_whatever_repeats(step: tuple[list[int], list[int]]) -> None:
+    """Sizes 2 to 9 with repeated prompts and answers: never the own answer, never the same prompt where another will do."""
+    prompts, answers = [[p] for p in step[0]], [[a] for a in step[1]]
+    for i, j in enumerate(others(prompts, answers)):
+        different = [k for k in range(len(prompts)) if answers[k] != answers[i]]
+        assert (j is None) == (not different)
+        if j is not None:
+            assert j in different
+            assert prompts[j] != prompts[i] or all(prompts[k] == prompts[i] for k in different)
+
+
+@given(st.integers(2, 9), st.integers(2, 3))
+@settings(max_examples=40, deadline=None)
+def test_no_process_keeps_an_answer_of_its_own_row(size: int, world: int) -> None:
+    """Every row of the step, dealt out to processes, borrows what it borrows in one process: an answer of another row."""
+    rows = [{"prompt_ids": [i], "completion_ids": [10 + i, i]} for i in range(size)]
+    shares = [rows[rank::world] for rank in range(world)]
+    alone = [r["other_ids"] for r in with_others(rows)]
+    for rank in range(world):
+        found = [r["other_ids"] for r in with_others(shares[rank], shares, rank)]
+        assert found == alone[rank::world]
+        assert all(other != row["completion_ids"] for other, row in zip(found, shares[rank], strict=True))
+
+
+class TwoProcesses:
+    """Reductions as the first of two processes sees them: the other one adds numbers of its own."""
+
+    rank, world = 0, 2
+
+    def __init__(self, total: float, count: float):
+        self.others = torch.tensor([total, count], dtype=torch.float64)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.others
+
+
+@pytest.mark.parametrize(("total", "count"), [(-100.0, 3.0), (40.0, 2.0), (0.0, 0.0)])
+def test_the_reference_point_is_clamped_after_the_mean_over_processes(total: float, count: float) -> None:
+    """z = max(0, (own sum + other sum) / (own count + other count)): a mean of pairs, not of the processes' means."""
+    model, roles = ours(seed=seed_with(1.0))
+    own = plain_z(model) * 5
+    micros = next(iter(Kto().batches(iter([ROWS]), roles)))
+    roles.runtime = TwoProcesses(total, count)
+    z, raw = reference_point(micros, roles)
+    assert raw == pytest.approx((own + total) / (5 + count), rel=1e-4)
+    assert z == max(0.0, raw) and (z == 0.0) == (total < -own)
 
 
 def test_a_row_with_the_same_prompt_is_passed_over() -> None:

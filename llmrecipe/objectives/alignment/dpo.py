@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import RecipeError
-from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat
+from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, RefSync
 from llmrecipe.objectives.alignment.pairs import (
     answer_nll,
     collate_pairs,
@@ -23,6 +23,7 @@ from llmrecipe.objectives.alignment.pairs import (
     reward_metrics,
     share_tokens,
 )
+from llmrecipe.objectives.alignment.references import check_reference, follow
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
@@ -73,15 +74,17 @@ class Dpo(Objective):
 
     The reference is the policy of step 0, whatever the stack: adapters switched off where they start as identity, the
     remembered trained tensors otherwise; its log-probabilities are computed once a row. `reference: base` is the model
-    without any stack, also without those of the run it continues; `none` drops the reference. `length_norm` divides each r by
-    its answer's length. At step 0 the loss is log 2 (0.6931) for any beta.
+    without any stack, also without those of the run it continues; `none` drops the reference; a folder is another model or
+    finished run, whose scores are taken before the policy is loaded. With `ref_sync` the reference follows the policy:
+    pi_ref <- alpha pi + (1 - alpha) pi_ref every `steps` updates, over the weights. `length_norm` divides each r by its
+    answer's length. At step 0 the loss is log 2 (0.6931) for any beta.
 
     `logprob_gap` minimises -(S_w - S_l), S = log pi(y|x): no reference, no beta and no lower bound, so it wants a small
     learning rate, `optim.clip` and `nll_coef`.
 
-    Papers: DPO (arXiv 2305.18290); robust: arXiv 2403.00409; exo: arXiv 2402.00856; nca: arXiv 2402.05369;
-    apo_zero and apo_down: arXiv 2408.06266; sppo: arXiv 2405.00675. Label smoothing of `sigmoid` follows the conservative-DPO
-    formula, which the reference trainer does not apply to its `sigmoid` loss.
+    Papers: DPO (arXiv 2305.18290); ref_sync: TR-DPO (arXiv 2404.09656); robust: arXiv 2403.00409; exo: arXiv 2402.00856;
+    nca: arXiv 2402.05369; apo_zero and apo_down: arXiv 2408.06266; sppo: arXiv 2405.00675. Label smoothing of `sigmoid`
+    follows the conservative-DPO formula, which the reference trainer does not apply to its `sigmoid` loss.
     """
 
     rows: ClassVar[str] = "preference"
@@ -97,17 +100,20 @@ class Dpo(Objective):
     """Assumed share of flipped labels (below 0.5 for `robust`, above 0 for `exo`)."""
     length_norm: bool = False
     """Divide each log-ratio by its answer's number of tokens."""
-    reference: Literal["initial", "base", "none"] = "initial"
-    """The policy of step 0, the model without any stack, or no reference at all."""
+    reference: Literal["initial", "base", "none"] | str = "initial"
+    """The policy of step 0, the model without any stack, no reference at all, or the folder of a model or finished run."""
+    ref_sync: RefSync | None = None
+    """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
     nll_coef: NonNegativeFloat = 0.0
     """Weight of the token-mean negative log-likelihood of the chosen answers."""
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Refuse a label smoothing the loss is not defined for.
+        """Refuse a label smoothing the loss is not defined for, and references that cannot be.
 
         Raises:
-            RecipeError: naming the range.
+            RecipeError: naming the key and what is allowed.
         """
+        check_reference(recipe, self.reference_of(), self.ref_sync)
         if self.loss_type == "robust" and self.label_smoothing >= 0.5:
             raise RecipeError(
                 f"objective.label_smoothing: robust divides by 1 - 2e; got {self.label_smoothing}, allowed [0, 0.5)"
@@ -118,6 +124,14 @@ class Dpo(Objective):
     def reference_of(self) -> str:
         """The `reference` option; `logprob_gap` has none."""
         return "none" if self.loss_type == "logprob_gap" else self.reference
+
+    def reference_moves(self) -> bool:
+        """With `ref_sync`."""
+        return self.ref_sync is not None
+
+    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+        """The reference moves towards the policy when it is time."""
+        follow(self.ref_sync, step, roles)
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""

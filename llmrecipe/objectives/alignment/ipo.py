@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmrecipe.data.batch import Batch
-from llmrecipe.fields import Literal, NonNegativeFloat, PositiveFloat
+from llmrecipe.fields import Literal, NonNegativeFloat, PositiveFloat, RefSync
 from llmrecipe.objectives.alignment.pairs import (
     PairScores,
     collate_pairs,
@@ -18,6 +18,7 @@ from llmrecipe.objectives.alignment.pairs import (
     pair_count,
     reward_metrics,
 )
+from llmrecipe.objectives.alignment.references import check_reference, follow
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
@@ -71,12 +72,30 @@ class Ipo(Objective):
     """R of `sigmoid_reg`."""
     reg_coef: NonNegativeFloat = 0.01
     """Weight of R."""
-    reference: Literal["initial", "base", "none"] = "initial"
-    """The policy of step 0, the model without any stack, or no reference at all."""
+    reference: Literal["initial", "base", "none"] | str = "initial"
+    """The policy of step 0, the model without any stack, no reference at all, or the folder of a model or finished run."""
+    ref_sync: RefSync | None = None
+    """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Refuse references that cannot be.
+
+        Raises:
+            RecipeError: naming the key and what is allowed.
+        """
+        check_reference(recipe, self.reference, self.ref_sync)
 
     def reference_of(self) -> str:
         """The `reference` option."""
         return self.reference
+
+    def reference_moves(self) -> bool:
+        """With `ref_sync`."""
+        return self.ref_sync is not None
+
+    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+        """The reference moves towards the policy when it is time."""
+        follow(self.ref_sync, step, roles)
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.errors import RecipeError, RunError
-from llmrecipe.fields import Literal, PositiveFloat
+from llmrecipe.fields import Literal, PositiveFloat, RefSync
 from llmrecipe.objectives.alignment.mismatched import (
     divergences,
     mismatched_batch,
@@ -20,6 +20,7 @@ from llmrecipe.objectives.alignment.mismatched import (
     with_others,
 )
 from llmrecipe.objectives.alignment.pairs import content_key
+from llmrecipe.objectives.alignment.references import check_reference, follow
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
@@ -76,15 +77,18 @@ class Kto(Objective):
     """Weight of bad answers."""
     weights: Literal["given", "auto"] = "given"
     """`auto` chooses the two weights from the numbers of good and bad training rows and reports them."""
-    reference: Literal["initial", "base"] = "initial"
-    """The policy of step 0, or the model without any stack."""
+    reference: Literal["initial", "base"] | str = "initial"
+    """The policy of step 0, the model without any stack, or the folder of a model or finished run."""
+    ref_sync: RefSync | None = None
+    """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Refuse steps of a single row, whose mismatched pair would be its own.
+        """Refuse steps of a single row, whose mismatched pair would be its own, and references that cannot be.
 
         Raises:
-            RecipeError: naming batch.size.
+            RecipeError: naming the key to change.
         """
+        check_reference(recipe, self.reference, self.ref_sync, ("initial", "base"))
         size = recipe.batch.size
         if self.loss_type != "kto" or not (size == 1 or len(data) % size == 1):
             return
@@ -95,6 +99,14 @@ class Kto(Objective):
     def reference_of(self) -> str:
         """The `reference` option."""
         return self.reference
+
+    def reference_moves(self) -> bool:
+        """With `ref_sync`."""
+        return self.ref_sync is not None
+
+    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+        """The reference moves towards the policy when it is time."""
+        follow(self.ref_sync, step, roles)
 
     def weights_for(self, roles: Roles) -> tuple[float, float]:
         """(desirable, undesirable) weight."""
