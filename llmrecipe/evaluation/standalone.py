@@ -98,7 +98,11 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
     Raises:
         DataError: there is no such split.
     """
-    subject = open_subject(path, overrides)
+    return score_subject(open_subject(path, overrides), split)
+
+
+def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
+    """Metrics of an opened run or model; see `evaluate_path`."""
     return metrics_of(subject, rows_of(subject, split, tasks_of(subject.opened.mounted)))
 
 

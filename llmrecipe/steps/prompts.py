@@ -31,18 +31,22 @@ class Prompt:
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
-def read_prompts(source: str, split: str = "train", limit: int | None = None, where: str = "prompts") -> list[Prompt]:
+def read_prompts(
+    source: str | DataSection, split: str = "train", limit: int | None = None, where: str = "prompts"
+) -> list[Prompt]:
     """The prompts of a split of a source, in its order.
 
     Args:
+        source: where the rows are, alone or as a recipe's section says it.
         limit: the first so many.
         where: key path for messages.
 
     Raises:
         DataError: there is no such source or split, or a row has no prompt.
     """
+    data = DataSection(path=source) if isinstance(source, str) else source
     try:
-        parts = open_split(DataSection(path=source), split)
+        parts = open_split(data, split)
     except DataError as error:
         raise DataError(f"{where}: {str(error).removeprefix('data.path: ')}") from error
     found: list[Prompt] = []
@@ -51,6 +55,9 @@ def read_prompts(source: str, split: str = "train", limit: int | None = None, wh
         for index, row in part.reader.stream():
             if limit is not None and len(found) >= limit:
                 return found
+            if not part.chosen(row):
+                continue
+            row = detect.rename(row, data.columns)
             shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
             try:
                 found += [_prompt(one) for one in shape.convert(row, Options("prompt", template=True))]
@@ -59,7 +66,7 @@ def read_prompts(source: str, split: str = "train", limit: int | None = None, wh
                     f"{where}: {part.reader.where(index)}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}"
                 ) from bad
     if not found:
-        raise DataError(f"{where}: {source} has no rows")
+        raise DataError(f"{where}: {data.path} has no rows")
     return found
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.recipe.compose import to_yaml
+from llmrecipe.recipe.origins import leaves
 from llmrecipe.recipe.steps import StepComposition, compose_step, unfinished
+from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.redact import redact
 from llmrecipe.steps.work import Work
 from llmrecipe.training.events import truncate
@@ -26,9 +28,10 @@ def run(composition: StepComposition) -> RunDir:
         UserError: an option is wrong, or the folder belongs to something else.
         Interrupted: a signal arrived; what was answered is kept.
     """
-    for key, value in composition.options.items():
-        if unfinished(value):
-            raise RunError(f"{key}: {value} is the result of a stage, and only a recipe with `stages` has stages")
+    for key, value in leaves(composition.options):
+        for text in value if isinstance(value, list) else [value]:
+            if unfinished(text):
+                raise RunError(f"{dotted(key)}: {text} is the result of a stage, and only a recipe with `stages` has stages")
     step = composition.build()
     folder = RunDir(composition.dir)
     if taken(folder, composition) == "done":

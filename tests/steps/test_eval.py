@@ -1,0 +1,64 @@
+"""`eval` as a step measures what the verb measures, and rewards greedy answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.errors import RecipeError
+from llmrecipe.evaluation.standalone import evaluate_path
+from llmrecipe.recipe.steps import compose_step
+from llmrecipe.steps.run import run
+
+WORDS = ["model=tiny", "data=builtin:sums", "batch=4", "limit=8", "max_new_tokens=12", "log.live=off"]
+
+
+def measured(folder: Path, *words: str) -> dict[str, Any]:
+    run(compose_step("eval", [*WORDS, *words, f"run.dir={folder}"]))
+    return json.loads((folder / "final" / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_a_step_measures_what_the_verb_measures(tmp_path: Path) -> None:
+    found = measured(tmp_path / "step", "data=builtin:sft", 'words=["eval.batches=1"]')
+    wanted = evaluate_path("tiny", ["data.path=builtin:sft", "eval.batches=1"])
+    assert found == {f"eval/{name}": value for name, value in wanted.items()}
+
+
+def test_rewards_are_means_over_greedy_answers(tmp_path: Path) -> None:
+    source = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"What is {i} + 1?", "completion": str(i + 1), "answer": str(i + 1)} for i in range(1, 7)]
+    source.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    reward = "reward={right: {kind: exact_match, weight: 2.0}, short: {kind: length, most: 4}}"
+    found = measured(tmp_path / "step", f"data={source}", "split=train", "limit=4", reward)
+    kept = (tmp_path / "step" / "journal" / "rewards.jsonl").read_text().splitlines()
+    values = [v for line in kept for v in json.loads(line)["value"]]
+    assert len(values) == 4
+    from llmrecipe.evaluation.chat import Chat
+    from llmrecipe.evaluation.generation import Sampling
+
+    chat = Chat.open("tiny", [], Sampling(12))
+    assert [v["answer"] for v in values] == [chat.answer(r["prompt"], remember=False) for r in rows[:4]]
+    assert all(v["reward"] == pytest.approx(2 * v["reward/right"] + v["reward/short"]) for v in values)
+    assert found["train/reward"] == pytest.approx(sum(v["reward"] for v in values) / 4)
+    assert found["train/reward/right"] == pytest.approx(sum(v["reward/right"] for v in values) / 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["metrics=[exact_mach]"], "did you mean 'exact_match'?"),
+        (["reward={rul: {}}"], "eval.reward.rul: 'rul' is no kind of reward; did you mean 'rule'?"),
+        (["reward={exact_match: {column: anser}}", "split=train"], "no column 'anser'; did you mean 'answer'?"),
+        (["split=dev"], "split: must be one of 'train', 'validation', 'test'; got 'dev'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_told_before_a_weight_is_read(
+    tmp_path: Path, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmrecipe.evaluation.standalone.open_subject", lambda *_: pytest.fail("the model was opened"))
+    with pytest.raises(RecipeError) as caught:
+        measured(tmp_path / "step", *words)
+    assert told in str(caught.value)
