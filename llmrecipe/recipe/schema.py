@@ -139,6 +139,7 @@ class RunSection(Section):
     dir: str | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
     root: str = Field("runs", description="Folder that holds run directories.")
     name: str | None = Field(None, description="Name used in the path; default: the recipe's.")
+    parallel: PositiveInt = Field(1, description="Stages of a pipeline that may run at once, GPUs and cores divided.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
 
 

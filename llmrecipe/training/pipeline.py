@@ -8,17 +8,13 @@ starts before every stage has been checked.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.recipe.stages import Plan, Planned, compose_stage, for_check, plan
 from llmrecipe.recipe.steps import StepComposition
+from llmrecipe.training.children import Child, Children, Machine, execute, say, signals
 from llmrecipe.training.run_dir import RunDir, description, read_metrics
 
 if TYPE_CHECKING:
@@ -49,28 +46,14 @@ class Result:
 
 
 @dataclass
-class Child:
-    """The stage that is running, and the signal that asked it to stop."""
-
-    process: subprocess.Popen[str] | None = None
-    signal: int | None = None
-
-    def forward(self, number: int, frame: Any) -> None:
-        """Pass a signal on; a second Ctrl-C makes the stage stop at once, as it does in a run of its own."""
-        self.signal = number
-        if self.process is not None:
-            self.process.send_signal(number)
-
-
-@dataclass
 class Pipeline:
     """A pipeline on its way."""
 
     plan: Plan
     command: str
     """What the user types to go on."""
+    children: Children
     results: list[Result] = field(default_factory=list)
-    child: Child = field(default_factory=Child)
 
 
 def run(composition: Composition, recipe: str | None = None) -> list[Result]:
@@ -86,15 +69,69 @@ def run(composition: Composition, recipe: str | None = None) -> list[Result]:
     """
     made = plan(composition)
     words = ["llmrecipe", "train", f"recipe={recipe or composition.path}", *composition.overrides]
-    pipeline = Pipeline(made, shlex.join(words))
+    pipeline = Pipeline(made, shlex.join(words), Children(Machine.here(composition.recipe.run.parallel)))
     for note in made.notes:
         print(note)
     check(made)
-    with _signals(pipeline.child):
-        for planned in made.stages:
-            pipeline.results.append(_stage(pipeline, planned))
+    with signals(pipeline.children):
+        _run_all(pipeline)
+    order = [s.name for s in made.stages]
+    pipeline.results.sort(key=lambda result: order.index(result.stage))
     show(made, pipeline.results)
     return pipeline.results
+
+
+def _run_all(pipeline: Pipeline) -> None:
+    """Start stages as their inputs are there, `run.parallel` of them at once.
+
+    Raises:
+        LlmRecipeError: the first thing that went wrong, once the stages beside it have written checkpoints and ended.
+    """
+    waiting = list(pipeline.plan.stages)
+    running: dict[Future[int], Started] = {}
+    first: Exception | None = None
+    with ThreadPoolExecutor(pipeline.children.machine.slots) as pool:
+        while waiting or running:
+            try:
+                while first is None and (started := _next(pipeline, waiting)) is not None:
+                    running[pool.submit(execute, started.child, started.planned, started.continued)] = started
+                if not running:
+                    break
+                # A signal may reach any thread; Python handles it in this one, as soon as it wakes up.
+                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    started = running.pop(future)
+                    del pipeline.children.running[started.planned.name]
+                    pipeline.results.append(_ended(pipeline, started, future.result()))
+            except Exception as error:  # whatever it is, the other stages are ended in order before it is told
+                if first is None:
+                    first = error
+                    pipeline.children.stop()
+    if first is not None:
+        raise first
+
+
+def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
+    """Take the next stage that can start out of the list; finished ones become results on the way.
+
+    Raises:
+        Interrupted: a signal arrived, and nothing more is started.
+        RunError: the stage's folder or recipe is not what it was.
+    """
+    done = {result.stage for result in pipeline.results}
+    for planned in list(waiting):
+        if not done.issuperset(planned.stage.inputs):
+            continue
+        if _state(planned) == "done":
+            say(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
+            waiting.remove(planned)
+            done.add(planned.name)
+            pipeline.results.append(_result(planned, "reused", 0.0))
+            continue
+        child = pipeline.children.place(planned)
+        if child is not None:
+            waiting.remove(planned)
+            return _started(pipeline, planned, child)
+    return None
 
 
 def check(made: Plan) -> dict[str, Findings | StepComposition]:
@@ -167,13 +204,20 @@ def _state(planned: Planned) -> str:
     return str(RunDir.open(planned.dir, write=False).read_status()["status"])
 
 
-def _stage(pipeline: Pipeline, planned: Planned) -> Result:
-    """Run, continue or reuse one stage."""
+@dataclass
+class Started:
+    """A stage whose process runs."""
+
+    planned: Planned
+    child: Child
+    continued: bool
+    time: float
+
+
+def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
+    """Make a stage's folder ready for its process."""
     state = _state(planned)
-    if state == "done":
-        _say(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
-        return _result(planned, "reused", 0.0)
-    if pipeline.child.signal is not None:
+    if pipeline.children.signal is not None:
         raise Interrupted(f"stopped before stage {planned.name}; go on with the same command:\n  {pipeline.command}")
     if RunDir(planned.dir).locked():
         raise RunError(f"stage {planned.name}: {planned.dir} is being written by another process; wait for it, or end it")
@@ -185,54 +229,20 @@ def _stage(pipeline: Pipeline, planned: Planned) -> Result:
     step = isinstance(planned.composition, StepComposition)
     continued = state != "new" and (step or RunDir(planned.dir).latest_checkpoint() is not None)
     if continued:
-        _say(planned.name, f"continued: {planned.dir} was {state}")
+        say(planned.name, f"continued: {planned.dir} was {state}")
     elif planned.dir.exists() and not step:
         # Stopped before its first checkpoint: there is nothing to go on from, and a run starts in an empty folder.
         shutil.rmtree(planned.dir)
-    started = time.perf_counter()
-    code = _train(pipeline.child, planned, continued)
-    _judge(pipeline, planned, code)
-    how = "continued" if continued else "done" if step else "trained"
-    return _result(planned, how, time.perf_counter() - started)
+    pipeline.children.running[planned.name] = child
+    return Started(planned, child, continued, time.perf_counter())
 
 
-def command_of(planned: Planned, continued: bool) -> list[str]:
-    """The words after `llmrecipe` that run a stage."""
-    fresh = [*planned.words, f"run.dir={planned.dir}"]
-    if isinstance(planned.composition, StepComposition):
-        # A step is continued by its own words: it knows from its journals what it has done.
-        return ["step", planned.composition.kind, *fresh, "log.live=off"]
-    what = [f"resume={planned.dir}"] if continued else [f"recipe={planned.stage.what}", *fresh]
-    processes = planned.composition.recipe.runtime.processes
-    verb = ["train"] if processes == 1 else ["launch", "--nproc", str(processes)]
-    return [*verb, *what, "log.live=off"]
-
-
-def _train(child: Child, planned: Planned, continued: bool) -> int:
-    """Start the stage's process, show its lines, wait for its end."""
-    words = command_of(planned, continued)
-    _say(planned.name, shlex.join(["llmrecipe", *words]))
-    child.process = subprocess.Popen(
-        [sys.executable, "-m", "llmrecipe", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # A terminal sends Ctrl-C to a whole group. In a session of its own the stage gets it once, from here.
-        start_new_session=True,
-    )
-    try:
-        assert child.process.stdout is not None
-        for line in child.process.stdout:
-            _say(planned.name, line.rstrip("\n"))
-        return child.process.wait()
-    finally:
-        if child.process.poll() is None:
-            child.process.terminate()
-            child.process.wait()
-        child.process = None
+def _ended(pipeline: Pipeline, started: Started, code: int) -> Result:
+    """The result of a stage whose process has ended; raises as `_judge` does."""
+    _judge(pipeline, started.planned, code)
+    step = isinstance(started.planned.composition, StepComposition)
+    how = "continued" if started.continued else "done" if step else "trained"
+    return _result(started.planned, how, time.perf_counter() - started.time)
 
 
 def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
@@ -247,7 +257,7 @@ def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
     if code == 0 and state == "done":
         return
     go_on = f"the same command goes on, finished stages are reused:\n  {pipeline.command}"
-    if pipeline.child.signal is not None or code == Interrupted.exit_code:
+    if pipeline.children.signal is not None or code == Interrupted.exit_code:
         raise Interrupted(f"stopped in stage {planned.name}; {go_on}")
     if code < 0:
         name = signal.Signals(-code).name
@@ -273,23 +283,6 @@ def _result(planned: Planned, how: str, seconds: float) -> Result:
     text = "" if not values else f"{name} {values[0]:.4g} -> {values[-1]:.4g}" if len(values) > 1 else f"{name} {values[0]:.4g}"
     steps = int(record.steps[-1]["step"]) if record.steps else 0
     return Result(planned.name, how, steps, text, round(seconds, 1), str(planned.dir))
-
-
-def _say(stage: str, line: str) -> None:
-    print(f"[{stage}] {line}", flush=True)
-
-
-@contextlib.contextmanager
-def _signals(child: Child) -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the running stage, which writes a checkpoint."""
-    kept = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
-        kept = {s: signal.signal(s, child.forward) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def show(made: Plan, results: list[Result]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmrecipe.errors import Interrupted, LlmRecipeError, ModelError, RecipeErro
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.stages import Planned, plan
 from llmrecipe.training import pipeline
+from llmrecipe.training.children import Child, Machine, command_of
 from llmrecipe.training.run import train
 from tests.runs import curve, events
 
@@ -43,11 +45,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages run inside this process; their names in the order they were started."""
     names: list[str] = []
 
-    def here(child: pipeline.Child, planned: Planned, continued: bool) -> int:
+    def here(child: Child, planned: Planned, continued: bool) -> int:
         names.append(planned.name)
-        return app.run(pipeline.command_of(planned, continued))
+        return app.run(command_of(planned, continued))
 
-    monkeypatch.setattr(pipeline, "_train", here)
+    monkeypatch.setattr(pipeline, "execute", here)
     return names
 
 
@@ -109,7 +111,7 @@ def test_a_stage_that_stopped_before_a_checkpoint_begins_again(two: str, started
 def test_the_end_of_a_stage_is_told_with_the_way_on(
     two: str, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception], told: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "_train", lambda *_: code)
+    monkeypatch.setattr(pipeline, "execute", lambda *_: code)
     monkeypatch.setattr(pipeline, "check", lambda made: {})
     with pytest.raises(error) as caught:
         run(two, "stages.sft.steps=1")
@@ -133,6 +135,118 @@ def test_train_itself_refuses_a_pipeline_and_check_tells_every_stage(two: str, c
     assert app.run(["check", f"recipe={two}", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {name: facts["steps"] for name, facts in found.items()} == {"sft": 2, "dpo": 2}
+
+
+# --- at the same time -------------------------------------------------------------------------------------------------
+
+THREE = f"""
+stages:
+  one: {{recipe: sft_lora, steps: 2, {TINY}}}
+  two: {{recipe: sft_lora, steps: 3, {TINY}}}
+  last: {{recipe: dpo_lora, with: ["model.path=${{stage:one}}"], steps: 2, {TINY}}}
+"""
+
+
+def finish(planned: Planned) -> None:
+    """Leave what a finished training leaves."""
+    planned.dir.mkdir(parents=True)
+    (planned.dir / "recipe.yaml").write_text("{}", encoding="utf-8")
+    (planned.dir / "status.json").write_text('{"status": "done"}', encoding="utf-8")
+    (planned.dir / "events.jsonl").write_text('{"event": "step", "step": 2, "loss": 1.0}\n', encoding="utf-8")
+
+
+@pytest.fixture
+def three(two: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A pipeline whose first two stages do not need each other; nothing is checked."""
+    Path("three.yaml").write_text(THREE, encoding="utf-8")
+    monkeypatch.setattr(pipeline, "check", lambda made: {})
+    return "three.yaml"
+
+
+def test_stages_that_do_not_need_each_other_run_at_once(three: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+    order: list[str] = []
+    told: dict[str, dict[str, str]] = {}
+
+    def here(child: Child, planned: Planned, continued: bool) -> int:
+        told[planned.name] = child.environment
+        if planned.name != "last":
+            both.wait(timeout=30)  # breaks unless both are here
+        order.append(planned.name)
+        finish(planned)
+        return 0
+
+    monkeypatch.setattr(pipeline, "execute", here)
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls, slots: cls(slots, ("3", "5"), 8)))
+    results = run(three, "run.parallel=2")
+    assert [r.stage for r in results] == ["one", "two", "last"] and order[-1] == "last"
+    assert {told["one"]["CUDA_VISIBLE_DEVICES"], told["two"]["CUDA_VISIBLE_DEVICES"]} == {"3", "5"}
+    assert all(int(t["OMP_NUM_THREADS"]) <= 4 for t in told.values())
+
+
+def test_one_at_a_time_unless_asked(three: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"now": 0, "most": 0}
+
+    def execute(child: Child, planned: Planned, continued: bool) -> int:
+        here["now"] += 1
+        here["most"] = max(here["most"], here["now"])
+        time.sleep(0.05)
+        here["now"] -= 1
+        assert child.environment == {}
+        finish(planned)
+        return 0
+
+    monkeypatch.setattr(pipeline, "execute", execute)
+    assert len(run(three)) == 3 and here["most"] == 1
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_what_stops_one_stage_stops_those_beside_it(three: str, monkeypatch: pytest.MonkeyPatch, by_user: bool) -> None:
+    both, started, asked = threading.Barrier(2), [], []
+
+    def execute(child: Child, planned: Planned, continued: bool) -> int:
+        started.append(planned.name)
+        both.wait(timeout=30)
+        if planned.name == "one" and not by_user:
+            return 2
+        if planned.name == "one":
+            os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + 30
+        while child.signal is None and time.monotonic() < end:
+            time.sleep(0.01)
+        asked.append((planned.name, child.signal))
+        return 130
+
+    monkeypatch.setattr(pipeline, "execute", execute)
+    with pytest.raises(Interrupted if by_user else RunError, match="stopped in stage" if by_user else "stage one stopped"):
+        run(three, "run.parallel=2")
+    assert sorted(started) == ["one", "two"]
+    number = signal.SIGINT if by_user else signal.SIGTERM
+    assert sorted(asked) == [(name, number) for name in (["one", "two"] if by_user else ["two"])]
+
+
+@pytest.mark.parametrize(
+    ("slots", "devices", "cores", "taken", "wanted"),
+    [
+        (2, ("0", "1", "2", "3"), 16, (1,), {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": "2,3"}),
+        (2, ("0", "1", "2", "3"), 16, (0, 1), {"OMP_NUM_THREADS": "16", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}),
+        (3, ("7",), 2, (2,), {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "7"}),
+        (3, (), 12, (0,), {"OMP_NUM_THREADS": "4"}),
+        (1, ("0", "1"), 12, (0,), {}),
+    ],
+)
+def test_places_share_the_machine(
+    slots: int, devices: tuple[str, ...], cores: int, taken: tuple[int, ...], wanted: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Machine(slots, devices, cores).environment(taken) == wanted
+
+
+def test_a_stage_of_several_processes_takes_the_places_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(2, ("0", "1", "2", "3"), 8)
+    assert [machine.needed(n) for n in (1, 2, 3, 4, 9)] == [1, 1, 2, 2, 2]
+    assert [Machine(4, (), 8).needed(n) for n in (1, 2, 9)] == [1, 2, 4]
 
 
 # --- real processes ---------------------------------------------------------------------------------------------------
