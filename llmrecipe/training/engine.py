@@ -48,6 +48,7 @@ class Engine(nn.Module):
         off: frozenset[str] = frozenset(),
         temperature: float = 1.0,
         critic: Critic | None = None,
+        entropy_graph: bool = False,
     ) -> dict[str, Tensor]:
         """One pass over a batch.
 
@@ -58,6 +59,7 @@ class Engine(nn.Module):
             role: which ports take part (see `Context.role`).
             off: names of wrappers that step aside, besides those the surrounding context keeps off.
             temperature: divides the logits of `logprobs`.
+            entropy_graph: with `entropy`, give it its graph.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -79,7 +81,7 @@ class Engine(nn.Module):
             if want == "values":
                 return self.values(flat, batch, role)
             post = dataclasses.replace(self.post, temperature=temperature)
-            out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy)
+            out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph)
             if critic is None:
                 return out
             if critic.trunk == "own":

@@ -65,7 +65,7 @@ class Post:
 
 
 def token_logprobs(
-    hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False
+    hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False, entropy_graph: bool = False
 ) -> dict[str, Tensor]:
     """Log-probabilities of targets.
 
@@ -74,6 +74,7 @@ def token_logprobs(
         target: (N,) token ids.
         head: module (N, D) -> (N, V).
         entropy: also return the detached entropy of each distribution (costs one more pass over the logits).
+        entropy_graph: give the entropy its graph, for losses it is part of.
 
     Returns:
         `logprobs` (N,) float32 with graph, `correct` (N,) whether the target is the most likely token, `entropy` (N,).
@@ -82,16 +83,16 @@ def token_logprobs(
         # A micro-batch without targets still takes part in the backward pass of every rank.
         zero = upcast(hidden.sum()) * 0.0
         return {"logprobs": zero.expand(0), "correct": hidden.new_zeros(0), "entropy": hidden.new_zeros(0)}
-    if _is_plain_frozen(head):
+    if _is_plain_frozen(head) and not entropy_graph:
         t, correct, ent = _FrozenHead.apply(hidden, target, head.weight, head.bias, post, entropy)
         return {"logprobs": t, "correct": correct, "entropy": ent}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = chunk_rows(head_width(head))
     for h, y in zip(hidden.split(size), target.split(size), strict=True):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk, h, y, head, post, entropy, use_reentrant=False))
+            parts.append(checkpoint(_chunk, h, y, head, post, entropy, entropy_graph, use_reentrant=False))
         else:
-            parts.append(_chunk(h, y, head, post, entropy))
+            parts.append(_chunk(h, y, head, post, entropy, entropy_graph))
     t, correct, ent = (torch.cat(p) for p in zip(*parts, strict=True))
     return {"logprobs": t, "correct": correct, "entropy": ent}
 
@@ -120,12 +121,13 @@ def _is_plain_frozen(head: nn.Module) -> bool:
     )
 
 
-def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
     z = post(upcast(head(h)))
     lse = torch.logsumexp(z, -1)
     t = z.gather(-1, y[:, None]).squeeze(-1) - lse
     with torch.no_grad():
         correct = (z.argmax(-1) == y).float()
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
         ent = lse - (z.softmax(-1) * z).sum(-1) if entropy else torch.zeros_like(lse)
     return t, correct, ent
 

@@ -97,9 +97,12 @@ class Roles:
         entropy: bool = False,
         temperature: float = 1.0,
         critic: Critic | None = None,
+        entropy_graph: bool = False,
     ) -> dict[str, Tensor]:
         """The trained model, through the prepared module, so that ranks synchronise."""
-        return self.prepared(batch, want=want, entropy=entropy, temperature=temperature, critic=critic)
+        return self.prepared(
+            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph
+        )
 
     def reference(self, batch: Batch) -> Tensor:
         """(S,) summed log-probabilities of each sequence's targets under the reference.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,28 +34,50 @@ class UpdateRule(Protocol):
         """Make one update."""
 
 
+EXTREMES = ("_max", "_min")
+"""Endings of metrics that are no means."""
+
+
 class MetricSums:
-    """name -> (sum, count), added up over micro-batches, then over ranks, divided once."""
+    """name -> (sum, count), added up over micro-batches, then over ranks, divided once.
+
+    Of a name that ends in `_max` or `_min` the largest or smallest value is kept, and its count is not looked at.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)
+        self.extremes: dict[str, float] = {}
 
     def add(self, metrics: dict[str, tuple[Any, float]]) -> None:
         """Add one micro-batch."""
         for name, (value, count) in metrics.items():
+            if name.endswith(EXTREMES):
+                # The smallest value is kept as the largest of the negated ones.
+                own = -float(value) if name.endswith("_min") else float(value)
+                self.extremes[name] = max(self.extremes.get(name, -math.inf), own)
+                continue
             self.sums[name] = self.sums[name] + (value.detach().double() if isinstance(value, torch.Tensor) else value)
             self.counts[name] += float(count)
 
     def mean(self, run: Run) -> dict[str, float]:
         """Means over all ranks; every rank must have seen the same names."""
         names = sorted(self.sums)
+        ends = self._extremes(run)
         if not names:
-            return {}
+            return ends
         flat = [float(self.sums[n]) for n in names] + [self.counts[n] for n in names]
         reduced = run.runtime.sum(torch.tensor(flat, dtype=torch.float64)).tolist()
         half = len(names)
-        return {n: reduced[i] / reduced[half + i] if reduced[half + i] else float("nan") for i, n in enumerate(names)}
+        means = {n: reduced[i] / reduced[half + i] if reduced[half + i] else math.nan for i, n in enumerate(names)}
+        return means | ends
+
+    def _extremes(self, run: Run) -> dict[str, float]:
+        names = sorted(self.extremes)
+        if not names:
+            return {}
+        found = run.runtime.maximum(torch.tensor([self.extremes[n] for n in names], dtype=torch.float64)).tolist()
+        return {n: math.nan if v == -math.inf else -v if n.endswith("_min") else v for n, v in zip(names, found, strict=True)}
 
 
 def backprop(run: Run, micros: list[Batch]) -> StepResult:

@@ -126,6 +126,14 @@ class Runtime:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Largest value over processes, elementwise; the argument is not changed."""
+        if self.world == 1:
+            return tensor
+        largest = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.to(tensor.device)
+
     def broadcast_json(self, value: Any) -> Any:
         """The main process's JSON value, on every process."""
         if self.world == 1:

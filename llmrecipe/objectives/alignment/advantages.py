@@ -97,6 +97,14 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
     return 0.5 * torch.maximum(plain, (near - returns) ** 2)
 
 
+def clipped_values(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """1 where the clipped square is the larger one and its gradient is cut off."""
+    if clip is None:
+        return torch.zeros_like(values)
+    near = old + (values - old).clamp(-clip, clip)
+    return ((near - returns) ** 2 > (values - returns) ** 2).to(values.dtype)
+
+
 def clipped_share(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """1 where clipping cuts the gradient off."""
     return ((ratio < 1.0 - low) & (advantages < 0)) | ((ratio > 1.0 + high) & (advantages > 0))

@@ -16,6 +16,7 @@ from llmrecipe.objectives.alignment.advantages import (
     clipped_policy_loss,
     clipped_share,
     clipped_value_loss,
+    clipped_values,
     gae,
     moments,
     whiten,
@@ -37,7 +38,9 @@ from llmrecipe.registry import register
 from llmrecipe.training.engine import Critic
 from llmrecipe.training.roles import Roles
 
-ADDED = (("values", "advantages", "returns"), ("value_end", "return_end", "extended", "beta", "explained_variance"))
+FACTS = ("explained_variance", "returns_std")
+"""Facts of a whole rollout, the same on each of its answers."""
+ADDED = (("values", "advantages", "returns"), ("value_end", "return_end", "extended", "beta", *FACTS))
 """What PPO adds to the tokens of an answer, and to the answer."""
 
 
@@ -62,6 +65,7 @@ class Ppo(Objective):
         r_t = -beta (log pi_old - log pi_ref) + [t = end] score
         A, R = GAE(r, V; gamma, lam), A whitened over all tokens of the rollout
         loss = mean_t max(-A rho, -A clip(rho, 1 - e, 1 + e)) + value_coef mean_t max((V - R)^2, (clip(V) - R)^2) / 2
+               - entropy_coef mean_t H(pi)
 
     Policy, value function and reference share one base: the value function has its own adapter and head (role `value`), the
     reference is the policy of step 0. One batch of prompts is one rollout; `steps` counts its updates. Details follow
@@ -103,6 +107,10 @@ class Ppo(Objective):
     """How far a value may move from the rollout's; null does not clip."""
     value_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy that is rewarded."""
+    target_kl_stop: PositiveFloat | None = None
+    """Leave out the rest of a rollout's updates after one whose `policy/approxkl` is above this."""
     value: Literal["auto", "adapter", "shared", "head"] = "auto"
     """An adapter of its own on the frozen base; a head on the policy's states, with gradient or without. `auto` takes the
     adapter where the stack leaves the base frozen, `shared` elsewhere."""
@@ -112,6 +120,8 @@ class Ppo(Objective):
     """Sites of the value function's adapter."""
     score_at: Literal["last", "after_eos"] = "last"
     """The token that earns the score: the last one, or the slot after the end where the answer leaves room for one."""
+    score_norm: bool = False
+    """Shift and scale the scores of each rollout to mean 0 and standard deviation 1, before they are clipped."""
     score_clip: PositiveFloat | None = None
     """Clip scores to [-c, c]."""
     missing_end: float | None = -1.0
@@ -223,8 +233,9 @@ class Ppo(Objective):
         slots = lengths + room
         shape = (len(samples), int(slots.max()) if samples else 0)
         rewards, values = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        scores = self.scores_of(samples, roles)
         for i, s in enumerate(samples):
-            rewards[i, : slots[i]] = self.rewards_of(s, bool(room[i]))
+            rewards[i, : slots[i]] = self.rewards_of(s, scores[i], bool(room[i]))
             values[i, : s.length] = s.tokens["values"].double()
             if room[i]:
                 values[i, s.length] = s.numbers["value_end"]
@@ -232,31 +243,39 @@ class Ppo(Objective):
         if self.whiten_rewards:
             rewards[real] = whiten(rewards[real], roles.sum, shift=False)
         advantages, returns = gae(rewards, values, slots, self.gamma, self.lam)
-        explained = explained_variance(values[real], returns[real], roles)
+        facts = {
+            "explained_variance": explained_variance(values[real], returns[real], roles),
+            "returns_std": moments(returns[real], roles.sum)[1] ** 0.5,
+        }
         tokens = torch.arange(shape[1])[None] < lengths[:, None]
         advantages[tokens] = whiten(advantages[tokens], roles.sum)
         for i, s in enumerate(samples):
             s.tokens |= {"advantages": advantages[i, : s.length].float(), "returns": returns[i, : s.length].float()}
             end = float(returns[i, s.length]) if room[i] else 0.0
-            s.numbers |= {"return_end": end, "extended": float(room[i]), "beta": self.controller.coef}
-            s.numbers["explained_variance"] = explained
+            s.numbers |= {"return_end": end, "extended": float(room[i]), "beta": self.controller.coef, **facts}
         if torch.is_grad_enabled():
             total, count = roles.sum([sum(s.numbers["kl"] for s in samples), float(len(samples))])
             self.controller.update(total / max(count, 1.0), int(count))
 
-    def rewards_of(self, sample: Sample, extended: bool) -> Tensor:
+    def scores_of(self, samples: list[Sample], roles: Roles) -> list[float]:
+        """The scores as they enter the rewards: normalised over the rollout, then clipped."""
+        scores = torch.tensor([s.score for s in samples], dtype=torch.float64)
+        if self.score_norm:
+            scores = whiten(scores, roles.sum)
+        return scores.tolist() if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip).tolist()
+
+    def rewards_of(self, sample: Sample, score: float, extended: bool) -> Tensor:
         """(slots,) shaped rewards of one answer."""
         kl = kl_estimate(sample.tokens["old"].double(), sample.tokens["reference"].double(), self.kl_estimator)
-        score = sample.score
-        if self.score_clip is not None:
-            score = min(max(score, -self.score_clip), self.score_clip)
         return shaped_rewards(kl, score, self.controller.coef if self.kl_in == "reward" else 0.0, extended)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Summed policy loss, and the value loss of the same tokens."""
-        out = roles.policy(batch, entropy=True, temperature=self.temperature, critic=self.critic(roles))
+        out = roles.policy(
+            batch, entropy=True, temperature=self.temperature, critic=self.critic(roles), entropy_graph=self.entropy_coef > 0
+        )
         t, extra = out["logprobs"], batch.extra
         log_ratio, advantages = t - extra["old"], extra["advantages"]
         policy = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip)
@@ -270,17 +289,28 @@ class Ppo(Objective):
             + (extra["extended"] * clipped_value_loss(end, extra["value_end"], extra["return_end"], self.value_clip)).sum()
         )
         total = policy.sum() + self.value_coef * extra["slots"] * value
+        if self.entropy_coef:
+            total = total - self.entropy_coef * out["entropy"].sum()
         clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
         own = {
             "policy/loss": (policy.detach().sum(), float(t.numel())),
             "value/loss": (value.detach(), float(t.numel()) + float(extra["extended"].sum())),
-            "value/explained_variance": (extra["explained_variance"].sum(), float(extra["score"].numel())),
+            "value/clipfrac": (
+                clipped_values(out["values"].detach(), extra["values"], extra["returns"], self.value_clip).sum(),
+                float(t.numel()),
+            ),
             "value/returns": (extra["returns"].sum(), float(t.numel())),
+            **{f"value/{name}": (extra[name].sum(), float(extra["score"].numel())) for name in FACTS},
             "objective/kl_coef": (extra["beta"].sum(), float(extra["score"].numel())),
         }
         return with_metrics(
             total, rollout_metrics(batch, extra["beta"]), ratio_metrics(log_ratio, clipped, out["entropy"]), own
         )
+
+    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+        """End a rollout whose policy has moved far enough."""
+        if self.target_kl_stop is not None and metrics.get("policy/approxkl", 0.0) > self.target_kl_stop:
+            self.live.stop()
 
     def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
         """Held-out prompts, answered at `eval_temperature`."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,9 +91,11 @@ class Rollouts:
         self.plan = plan
         self.rewards = Rewards(reward)
         self.boundary = True
-        """Whether every update of the last rollout has been handed out."""
+        """Whether the last rollout is over: all its updates have been handed out, or the rest is left out."""
         self.count = 0
         """Rollouts drawn."""
+        self.pace = 0.0
+        """Seconds that sampling and scoring took a token of the last rollout, on this process."""
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -150,17 +154,27 @@ class Rollouts:
             value: gives every sample its advantages, once old and reference log-probabilities are known.
         """
         self.boundary = False
+        started = time.perf_counter()
         samples = self.draw(rows, roles)
+        self.pace = (time.perf_counter() - started) / max(sum(s.length for s in samples), 1)
         self.count += 1
         parts = self.deal(samples, roles)
         for micro in itertools.chain.from_iterable(parts):
             self.measure(micro, roles)
         value(samples)
+        left = self.plan.updates
         for epoch in range(self.plan.epochs):
-            parts = parts if epoch == 0 else self.deal(samples, roles)
-            for index, part in enumerate(parts):
-                self.boundary = epoch == self.plan.epochs - 1 and index == len(parts) - 1
+            for part in parts if epoch == 0 else self.deal(samples, roles):
+                left -= 1
+                self.boundary = left == 0
                 yield [self.lay_out(micro, roles) for micro in part]
+                # Before anything random is drawn for the updates that are left out: a run resumed here draws nothing either.
+                if self.boundary:
+                    return
+
+    def stop(self) -> None:
+        """Leave out the rest of the rollout's updates."""
+        self.boundary = True
 
     def whole(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Batch:
         """Fresh answers to the rows in one batch: for evaluation, and for methods that look at gradients before step 0."""
@@ -214,6 +228,7 @@ class Rollouts:
             "score": torch.tensor([s.score for s in samples]),
             "length": lengths.float(),
             "finished": torch.tensor([float(s.answer.finished) for s in samples]),
+            "pace": torch.tensor(self.pace),
         }
         plan = self.plan
         tokens = list(samples[0].tokens if samples else ("old", *(("reference",) if plan.reference else ()), *plan.token_names))
@@ -303,8 +318,14 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
     metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
     if "reference" in extra:
         metrics["objective/kl"] = (extra["kl"].sum(), count)
+        metrics["objective/non_score_reward"] = (-(beta * extra["kl"]).sum(), count)
         metrics["objective/rlhf_reward"] = ((extra["score"] - beta * extra["kl"]).sum(), count)
-    metrics["response/length"] = (extra["length"].sum(), count)
+    lengths = extra["length"]
+    metrics["response/length"] = (lengths.sum(), count)
+    metrics["response/length_min"] = (lengths.min() if count else math.inf, count)
+    metrics["response/length_max"] = (lengths.max() if count else -math.inf, count)
+    # Seconds are shared out by tokens, so that any part of a rollout shows the rate of the whole.
+    metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
     return metrics
 
@@ -322,13 +343,16 @@ def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
 
 
 def ratio_metrics(log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[str, tuple[Any, float]]:
-    """How far the policy has moved from the one that sampled, per token or per answer."""
+    """How far the policy has moved from the one that sampled, per token or per answer; the variance is that around 1."""
     log_ratio = log_ratio.detach()
+    ratio = log_ratio.exp()
     count = float(log_ratio.numel())
     return {
         "policy/approxkl": (0.5 * (log_ratio**2).sum(), count),
         "policy/clipfrac": (clipped.float().sum(), float(clipped.numel())),
-        "policy/ratio": (log_ratio.exp().sum(), count),
+        "policy/ratio": (ratio.sum(), count),
+        "policy/ratio_var": (((ratio - 1.0) ** 2).sum(), count),
+        "policy/ratio_max": (ratio.max() if count else -math.inf, count),
         "objective/entropy": (entropy.sum(), float(entropy.numel())),
     }
 
