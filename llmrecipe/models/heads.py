@@ -20,7 +20,7 @@ FILE = "heads.safetensors"
 
 
 class ScalarHead(nn.Module):
-    """gain * (w . h) + bias in float32, (N, D) -> (N, 1). Only w trains; gain and bias normalise what a run has learned."""
+    """gain * (w . h) + bias in float32 at least, (N, D) -> (N, 1). Only w trains; gain and bias normalise what it learned."""
 
     gain: Tensor
     bias: Tensor
@@ -37,7 +37,8 @@ class ScalarHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Scores of hidden states."""
         with torch.autocast(h.device.type, enabled=False):
-            return self.gain * F.linear(h.float(), self.weight.float()) + self.bias
+            wide = torch.promote_types(h.dtype, torch.float32)
+            return self.gain * F.linear(h.to(wide), self.weight.to(wide)) + self.bias
 
 
 def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmrecipe.context import activate, current
 from llmrecipe.data.batch import Batch
-from llmrecipe.training.logprob import Post, token_logprobs
+from llmrecipe.training.logprob import Post, token_logprobs, upcast
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class Engine(nn.Module):
         if isinstance(head, nn.Module):
             hidden = self.hidden(batch)
             pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
-            return head(pooled.to(head.weight.dtype)).float()
+            return upcast(head(pooled.to(head.weight.dtype)))
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        return self.model(**inputs).logits.float()
+        return upcast(self.model(**inputs).logits)
 
 
 def pooled(batch: Batch) -> Tensor:

@@ -221,6 +221,7 @@ def test_looking_imports_no_torch(arguments: list[str]) -> None:
 
 MISTAKES = [
     (["train", "recipe=dpo_lora", "optim.lrr=1"], "did you mean 'lr'?"),
+    (["train", "recipe=dpo_lora", "runtime.device=cuda", "model.dtype=bfloat16", "optim.lrr=1"], "did you mean 'lr'?"),
     (["train", "recipe=dpo_lroa"], "did you mean 'dpo_lora'?"),
     (["train", "recipe=dpo_lora", "optim.lr=fast"], "must be a number"),
     (["train", "recipe=dpo_lora", "stack=[lroa]"], "did you mean 'lora'?"),

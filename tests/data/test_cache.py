@@ -1,4 +1,4 @@
-"""TRAPS B9: the token cache is keyed by content, written at once, and read straight from the file."""
+"""The token cache is keyed by content, written at once, and read straight from the file."""
 
 from __future__ import annotations
 

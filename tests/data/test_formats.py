@@ -1,4 +1,4 @@
-"""TRAPS B11: every format from every file kind, and errors that teach."""
+"""Every format from every file kind, and errors that teach."""
 
 from __future__ import annotations
 

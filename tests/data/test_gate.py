@@ -1,4 +1,4 @@
-"""TRAPS A5, B1, B2, B5: data that cannot be trained on stops the run, and the report counts the rest."""
+"""Data that cannot be trained on stops the run, and the report counts the rest."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_built_in_templates_end_answers_and_carry_one_bos(tmp_path: Path, name: 
 
 
 def test_the_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
-    """TRAPS B7: ids of a prompt in training are those of the saved folder."""
+    """Ids of a prompt in training are those of the saved folder."""
     from transformers import AutoTokenizer
 
     tokenizer = byte_tokenizer(template=None)

@@ -1,4 +1,4 @@
-"""TRAPS B2-B6: which tokens are trained, decided on ids."""
+"""Which tokens are trained, decided on ids."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_template_that_rewrites_earlier_turns_stops_and_names_the_turn() -> None
 
 
 def test_answer_that_a_template_trims_keeps_its_text() -> None:
-    """Cutting rendered strings left one character of such an answer (TRAPS B4)."""
+    """Cutting rendered strings left one character of such an answer."""
     tokenizer = byte_tokenizer(template=PREFIX_ONLY.replace("message['content']", "message['content'] | trim"))
     pair = {"prompt": [turn("user", "no")], "chosen": [turn("assistant", "no\n")], "rejected": [turn("assistant", "yes \n")]}
     row, _ = encode(tokenizer, pair, rows="preference", name="preference")

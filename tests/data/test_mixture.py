@@ -1,4 +1,4 @@
-"""TRAPS B10: mixtures, shuffles, draws; and the splits."""
+"""Mixtures, shuffles, draws; and the splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRAPS B8: what happens to rows longer than data.max_length."""
+"""What happens to rows longer than data.max_length."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def test_every_random_generator_continues_where_it_was():
 
 
 def test_a_checkpoint_weighs_what_trains(tmp_path):
-    """TRAPS F5: the frozen base is not in it; AdamW's two averages and 64 KB for everything else are the bound."""
+    """The frozen base is not in it; AdamW's two averages and 64 KB for everything else are the bound."""
     base = nn.Linear(600, 600)
     base.requires_grad_(False)
     model = nn.Sequential(base, nn.Linear(600, 4))
@@ -323,7 +323,7 @@ def test_a_checkpoint_weighs_what_trains(tmp_path):
 
 
 def test_no_pickle_is_written_or_read(tmp_path):
-    """TRAPS F3: a hostile pickle in the folder is not opened, and the modules that save know no pickle."""
+    """A hostile pickle in the folder is not opened, and the modules that save know no pickle."""
     path = write(tmp_path, 1)
     (path / "optimizer.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
     (path / "pytorch_model.bin").write_bytes((path / "optimizer.pkl").read_bytes())

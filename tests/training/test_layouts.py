@@ -7,6 +7,7 @@ import torch
 
 from llmrecipe.data.batch import Sequence, pack, pad
 from llmrecipe.training.engine import Engine
+from llmrecipe.training.logprob import token_logprobs
 from tests.tiny import tiny_model
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt2", "gpt_neox", "opt"]
@@ -92,6 +93,19 @@ def test_the_first_token_of_an_answer_is_predicted_from_the_prompts_last() -> No
     assert batch.source.tolist() == [1, 1, 3]
     assert batch.target.tolist() == [7, 8, 9]
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1])
+def test_a_token_is_predicted_from_the_one_before_it(shift: int) -> None:
+    """States that know the next token cost nothing; those that know their own token or the one after the next cost much."""
+    ids = [5, 9, 6, 11, 7, 13, 8]
+    batch = pack([Sequence(ids, [0] + [1] * 6)])
+    knows = torch.tensor([ids[min(max(i + 1 + shift, 0), 6)] for i in range(7)])
+    states = 40.0 * torch.nn.functional.one_hot(knows, 16).float()
+    head = torch.nn.Linear(16, 16, bias=False)
+    torch.nn.init.eye_(head.weight)
+    loss = -token_logprobs(states[batch.source], batch.target, head)["logprobs"].mean().detach()
+    assert (float(loss) < 1e-6) == (shift == 0) and (shift == 0 or float(loss) > 30)
 
 
 def test_packed_gradients_equal_padded_gradients() -> None:

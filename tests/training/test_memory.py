@@ -81,7 +81,7 @@ def test_activations_are_estimated_within_15_percent(family, kind):
 
 @pytest.mark.parametrize("kind", registry.names("optim"))
 def test_trained_numbers_gradients_and_optimizer_state_are_exact(kind):
-    """TRAPS G4 on the CPU: everything but activations is a closed form that holds to the byte."""
+    """Everything but activations is a closed form that holds to the byte."""
     model = tiny_model("llama", hidden_size=64, intermediate_size=96)
     stack = Stack([])
     config = registry.load("optim", kind)(lr=1e-4)

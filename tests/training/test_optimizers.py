@@ -236,7 +236,7 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
 
 
 def test_off_groups_do_not_decay():
-    """TRAPS A9: with zero gradients AdamW moves exactly the tensors that decay."""
+    """With zero gradients AdamW moves exactly the tensors that decay."""
     torch.manual_seed(0)
     model = Tiny()
     nn.init.ones_(model.norm.bias)

@@ -135,7 +135,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 
 def test_planted_secrets_are_in_no_file_of_the_run(tmp_path, monkeypatch):
-    """TRAPS H5."""
+    """Neither the recipe, the command, the environment nor an error holds them."""
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret-0001")
     monkeypatch.setattr(
         sys, "argv", ["llmrecipe", "train", "roles.judge.api_key=planted-secret-0002", "x=hf_plantedplantedplanted"]

@@ -112,7 +112,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_arguments_and_exit_codes_travel_unharmed(tmp_path):
-    """TRAPS G5: spaces, quotes, `=`, newlines, an empty word, brackets, non-ASCII."""
+    """Spaces, quotes, `=`, newlines, an empty word, brackets, non-ASCII."""
     words = [
         "a b",
         "x='it''s'",
@@ -146,7 +146,7 @@ def test_a_wrong_number_of_processes_is_refused(monkeypatch):
 
 
 def test_the_silent_failure_of_accelerate_is_caught(monkeypatch):
-    """FACTS b: accelerate may run N independent trainings; the run must stop, not go on alone."""
+    """Accelerate may run N independent trainings; the run must stop, not go on alone."""
     import accelerate
 
     from llmrecipe.errors import LlmRecipeError

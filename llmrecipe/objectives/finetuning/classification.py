@@ -12,12 +12,13 @@ from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.fields import Literal, OpenFraction
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
+from llmrecipe.training.logprob import upcast
 from llmrecipe.training.roles import Roles
 
 
 def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """-sum_i log softmax(scores_i)[y_i], with label smoothing; scores (S, C), labels (S,)."""
-    return F.cross_entropy(scores.float(), labels, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(upcast(scores), labels, reduction="sum", label_smoothing=smoothing)
 
 
 def macro_f1(predicted: Tensor, gold: Tensor) -> float:
