@@ -42,8 +42,8 @@ def collate_pairs(rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool
         for answer in (row["chosen_ids"], row["rejected_ids"]):
             sequences.append(Sequence(answer, [1] * len(answer), parent=at))
     extra: dict[str, Tensor] = {}
-    if rows and "margin" in rows[0]:
-        extra["margin"] = torch.tensor([float(r["margin"] or 0.0) for r in rows])
+    if any(r.get("margin") is not None for r in rows):
+        extra["margin"] = torch.tensor([float(r.get("margin") or 0.0) for r in rows])
     batch = roles.layout(sequences, [r["row"] for r in rows], extra)
     keys = tuple(content_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
     return dataclasses.replace(batch, keys=keys)

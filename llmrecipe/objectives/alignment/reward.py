@@ -57,7 +57,9 @@ class Reward(Objective):
     A linear head without bias, in float32, on the policy's own backbone (`task_head.reward`), so a reward adapter lies beside
     policy and value adapters on one base. Only differences of scores are learned: `center` holds their mean near 0, and
     `normalise` stores a gain and a bias that the finished run applies (`zscore`: mean 0, deviation 1 over training answers;
-    `demo_bias`: chosen answers score 0 on average). `margin` reads the rows' margins. One pass over the data is usual.
+    `demo_bias`: chosen answers score 0 on average). `margin` reads the rows' margins, and a row's `p` is the
+    probability that its chosen answer is the better one (soft labels of `label_ai`; 1 where a row has none): the loss is then
+    -(1/P) sum [p log sigma(d) + (1 - p) log sigma(-d)]. One pass over the data is usual.
 
     `pooling: last_non_pad_id` takes the last token that is not the padding token, which is the token before the end where
     one token serves as both; it is there for comparisons with models trained that way.
@@ -91,8 +93,9 @@ class Reward(Objective):
         batch = collate_pairs(rows, roles)
         lengths = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
         extra = {"lengths": torch.tensor(lengths, dtype=torch.float32, device=roles.device).reshape(-1, 2)}
-        if rows and "p" in rows[0]:
-            extra["p"] = torch.tensor([1.0 if r["p"] is None else float(r["p"]) for r in rows], device=roles.device)
+        labels = [r.get("p") for r in rows]
+        if any(p is not None for p in labels):
+            extra["p"] = torch.tensor([1.0 if p is None else float(p) for p in labels], device=roles.device)
         if self.pooling == "last_non_pad_id" and rows:
             extra["pool"] = _last_non_pad(batch, rows, roles.pad_id).to(roles.device)
         none = torch.zeros(0, dtype=torch.long, device=roles.device)
