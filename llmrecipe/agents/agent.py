@@ -103,6 +103,11 @@ class Agent:
         """Get ready; `roles` is the model in training, where there is one."""
 
     @property
+    def shares(self) -> bool:
+        """Whether it can only be asked where there is a model in training, which it then is."""
+        return False
+
+    @property
     def identity(self) -> str:
         """Short text that names the agent in rows and tells agents with other replies apart."""
         raise NotImplementedError
@@ -187,6 +192,7 @@ def build(body: Any, where: str) -> Agent:
     Raises:
         RecipeError: every mistake in it.
     """
+    from llmrecipe.recipe.validate import build as build_object
     from llmrecipe.recipe.validate import build_component
 
     if isinstance(body, str):
@@ -194,8 +200,7 @@ def build(body: Any, where: str) -> Agent:
     if not isinstance(body, Mapping) or "kind" not in body:
         known = ", ".join(registry.names("agent"))
         raise RecipeError(f"{where}: must be a mapping with a kind, such as {{kind: rule}} (known: {known}); got {body!r}")
-    checked = build_component("agent", body, where)
-    return registry.load("agent", str(checked["kind"]), where)(**{k: v for k, v in checked.items() if k != "kind"})
+    return build_object("agent", build_component("agent", body, where), where)
 
 
 def digest(*known: Any) -> str:

@@ -74,6 +74,11 @@ class Local(Agent):
         """Filled when the agent is first asked."""
         return Place()
 
+    @property
+    def shares(self) -> bool:
+        """Without a path."""
+        return not self.path
+
     @functools.cached_property
     def identity(self) -> str:
         """The model's name and a digest of its files and of what its replies depend on."""

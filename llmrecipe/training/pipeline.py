@@ -15,12 +15,13 @@ import signal
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
-from llmrecipe.recipe.stages import Plan, Planned, compose_stage, for_check, plan
+from llmrecipe.recipe.content_key import REFERENCE, each_text
+from llmrecipe.recipe.stages import Plan, Planned, compose_stage, filled, for_check, plan
 from llmrecipe.recipe.steps import StepComposition
 from llmrecipe.training.children import Child, Children, Machine, execute, say, signals
 from llmrecipe.training.run_dir import RunDir, description, read_metrics
@@ -146,7 +147,7 @@ def check(made: Plan) -> dict[str, Findings | StepComposition]:
     found: dict[str, Findings | StepComposition] = {}
     mistakes: list[UserError] = []
     with tempfile.TemporaryDirectory() as folder:
-        examples = Examples(made, Path(folder))
+        examples = Examples(made, Path(folder), done)
         for name, composition in for_check(made, done, examples).items():
             if name in done:
                 continue
@@ -172,18 +173,21 @@ def check(made: Plan) -> dict[str, Findings | StepComposition]:
 class Examples:
     """Folders with rows like those that unfinished steps will leave, for the dry runs of the trainings behind them."""
 
-    def __init__(self, made: Plan, folder: Path):
-        self.made, self.folder = made, folder
+    def __init__(self, made: Plan, folder: Path, done: set[str]):
+        self.made, self.folder, self.done = made, folder, done
 
     def __call__(self, name: str) -> Path:
         """The folder of one step."""
         from llmrecipe.steps.work import SPLITS
 
         folder = self.folder / name
-        composition = self.made[name].composition
+        planned = self.made[name]
+        composition = planned.composition
         if not folder.is_dir() and isinstance(composition, StepComposition):
             folder.mkdir()
-            for split, rows in composition.build().example().items():
+            # A step that reads what another one has yet to leave is told so, as in its check.
+            mapping = each_text(planned.mapping, lambda text: REFERENCE.sub(lambda m: filled(m, self.made, self.done), text))
+            for split, rows in replace(composition, mapping=mapping).build().example().items():
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 (folder / SPLITS[split]).write_text(text, encoding="utf-8")
         return folder
