@@ -49,7 +49,7 @@ class Critique(Step):
     """A YAML file, or the name of a constitution of the package (assistant, manners)."""
     principles: list[str] = Field(default_factory=list)
     """Ids of the principles to draw from; all where none is named."""
-    rounds: PositiveInt = 4
+    revisions: PositiveInt = 4
     """M, critiques and revisions of each answer."""
     keep: Literal["all", "last"] = "all"
     """Which revisions become rows."""
@@ -77,7 +77,7 @@ class Critique(Step):
         for split in self.splits:
             known = not unfinished(self.answers)
             answered = self._answers(split) if known else [Answered(f"Example {i}.", ["a"], {}) for i in range(GUESSED)]
-            rounds = range(1, self.rounds + 1) if self.keep == "all" else [self.rounds]
+            rounds = range(1, self.revisions + 1) if self.keep == "all" else [self.revisions]
             texts = "This is an example of a revised answer."
             rows[split] = [self._row(a, {"revision": texts, "principle": ""}, m) for a in answered for m in rounds]
         return rows
@@ -126,7 +126,7 @@ class Critique(Step):
         from llmrecipe.agents.feedback import Draft, revise
 
         done: list[list[dict[str, Any]]] = [[] for _ in answered]
-        for number in range(1, self.rounds + 1):
+        for number in range(1, self.revisions + 1):
             items = [
                 [i, own[-1]["revision"] if own else answered[i].answers[0]]
                 for i, own in enumerate(done)

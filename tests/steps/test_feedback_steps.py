@@ -80,7 +80,7 @@ def pairs(tmp_path: Path) -> str:
 
 
 def test_every_revision_is_a_row(drafts: str, tmp_path: Path) -> None:
-    rows, metrics = done("critique", tmp_path / "c", f"answers={drafts}", "constitution=manners", "rounds=2")
+    rows, metrics = done("critique", tmp_path / "c", f"answers={drafts}", "constitution=manners", "revisions=2")
     assert [(r["completion"], r["round"]) for r in rows[:4]] == [
         (f"{world.POLITE[0]} {OWL}", 1),
         (f"{world.POLITE[0]} {OWL}", 2),
@@ -93,12 +93,12 @@ def test_every_revision_is_a_row(drafts: str, tmp_path: Path) -> None:
     assert (metrics["train/change_rate/round1"], metrics["train/change_rate/round2"]) == (pytest.approx(2 / 3), 0.0)
     assert metrics["train/distinct"] == pytest.approx(len({r["completion"] for r in rows}) / 6)
     assert (metrics["train/leaks"], metrics["train/cut_short"], metrics["failures"]) == (0, 0, 0)
-    last, _ = done("critique", tmp_path / "l", f"answers={drafts}", "constitution=manners", "rounds=2", "keep=last")
+    last, _ = done("critique", tmp_path / "l", f"answers={drafts}", "constitution=manners", "revisions=2", "keep=last")
     assert [r["completion"] for r in last] == [r["completion"] for r in rows[1::2]]
 
 
 def test_principles_are_redrawn_each_round_and_follow_the_seed(drafts: str, tmp_path: Path) -> None:
-    words = (f"answers={drafts}", "constitution=assistant", "rounds=8")
+    words = (f"answers={drafts}", "constitution=assistant", "revisions=8")
     one, other = (done("critique", tmp_path / str(s), *words, f"seed={s}")[0] for s in (0, 1))
     again = done("critique", tmp_path / "again", *words, "seed=0")[0]
     drawn = [[r["principle"] for r in rows] for rows in (one, other, again)]
@@ -116,7 +116,7 @@ def test_nothing_of_a_critique_reaches_a_target(drafts: str, tmp_path: Path, own
         return f"Critique: rude.\nRevision: Certainly. {answer}\n\nCritique Request: anything else?"
 
     agent_rule(chatty)
-    rows, metrics = done("critique", tmp_path / "c", f"answers={drafts}", "rounds=1", "agent={kind: rule, rule: chatty}")
+    rows, metrics = done("critique", tmp_path / "c", f"answers={drafts}", "revisions=1", "agent={kind: rule, rule: chatty}")
     assert [r["completion"] for r in rows] == [f"Certainly. {world.RUDE[0]} {OWL}", f"Certainly. {world.POLITE[1]} {OWL}"]
     assert metrics["train/leaks"] == 2 and metrics["train/cut_short"] == 1
 
@@ -125,14 +125,14 @@ def test_few_shot_examples_are_no_targets(drafts: str, tmp_path: Path) -> None:
     example = {"prompt": "EXAMPLE p", "answer": "EXAMPLE a", "critique": "EXAMPLE c", "revision": "EXAMPLE r"}
     text = {"principles": [{"id": "x", "critique": "c?", "revision": "r!"}], "few_shot": {"critique": [example]}}
     (tmp_path / "own.yaml").write_text(json.dumps(text))
-    rows, _ = done("critique", tmp_path / "c", f"answers={drafts}", f"constitution={tmp_path / 'own.yaml'}", "rounds=1")
+    rows, _ = done("critique", tmp_path / "c", f"answers={drafts}", f"constitution={tmp_path / 'own.yaml'}", "revisions=1")
     assert rows and not any("EXAMPLE" in json.dumps(r) for r in rows)
 
 
 def test_a_stopped_critique_asks_nothing_twice(
     drafts: str, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (f"answers={drafts}", "constitution=manners", "rounds=3", "batch=2")
+    words = (f"answers={drafts}", "constitution=manners", "revisions=3", "batch=2")
     whole = done("critique", tmp_path / "whole", *words)[0]
     every = list(asked)
     assert len(every) == len(set(every))
@@ -277,7 +277,7 @@ def test_a_stopped_labelling_asks_nothing_twice(
         ("critique", ["answers=DRAFTS", "agent={kind: rul}"], r"critique.agent.kind: .*did you mean 'rule'"),
         ("critique", ["answers=DRAFTS", "agent={kind: local}"], r"critique.agent.path: must be given"),
         ("critique", ["answers=DRAFTS", "splits=[]"], r"critique.splits: names no split"),
-        ("critique", ["answers=DRAFTS", "roundz=1"], r"roundz: .*did you mean 'rounds'"),
+        ("critique", ["answers=DRAFTS", "revizions=1"], r"revizions: .*did you mean 'revisions'"),
         ("label_ai", ["answers=DRAFTS"], r"label_ai.answers: .*2 answers .* wanted .*generate n=2"),
         ("label_ai", ["answers=PAIRS", "clamp=[0.4,0.7]"], r"label_ai.clamp: must be \[c, 1 - c\]"),
         ("label_ai", ["answers=PAIRS", "truth=maners"], r"label_ai.truth: maners is no agent rule; did you mean 'manners'"),
