@@ -33,21 +33,29 @@ def verb(
         list[str] | None, typer.Option("--add", metavar="RUN=WEIGHT", help="Add another run or PEFT folder on the same base.")
     ] = None,
     weight: Annotated[float, typer.Option("--weight", help="Weight of the run itself beside --add.")] = 1.0,
-    combine: Annotated[str, typer.Option("--combine", help="cat: the exact sum; linear: keeps the rank.")] = "cat",
+    combine: Annotated[
+        str,
+        typer.Option("--combine", help="cat: the exact sum; or linear, svd, ties, ties_svd, dare_linear, dare_ties, ..."),
+    ] = "cat",
+    density: Annotated[float | None, typer.Option("--density", help="Share of entries TIES, DARE and pruning keep.")] = None,
+    sign: Annotated[str, typer.Option("--sign", help="How TIES elects a sign: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of DARE's draws.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.preflight import finished
     from llmrecipe.errors import UserError, did_you_mean
+    from llmrecipe.export.ways import How
 
     for key, value, allowed in (
         ("--to", to, FORMATS),
         ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
         ("--as", as_ or "lora", ("lora",)),
-        ("--combine", combine, ("cat", "linear")),
     ):
         if value not in allowed:
             raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+    how = How(combine, density, sign, seed)  # type: ignore[arg-type]
+    how.check()
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         finished(name)
     options = _rank_options(run, rank) if rank is not None else None
@@ -55,7 +63,7 @@ def verb(
     if add or weight != 1.0:
         from llmrecipe.export.combine import open_combination
 
-        opened = open_combination([(str(run), weight), *map(_weighted, add or [])], combine)  # type: ignore[arg-type]
+        opened = open_combination([(str(run), weight), *map(_weighted, add or [])], how)
     if to == "merged":
         from llmrecipe.export.merged import export_merged
 

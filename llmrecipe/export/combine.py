@@ -1,8 +1,13 @@
-"""Several adapters of one base as one: the weighted sum of their changes.
+"""Several adapters of one base as one: the weighted merger of their changes.
 
 cat       [w1 s1 B1, w2 s2 B2] [A1; A2]: exactly w1 dW1 + w2 dW2, at the sum of the ranks
-linear    (sum_i sqrt(|w_i s_i|) sign(w_i) B_i) (sum_i sqrt(|w_i s_i|) A_i): keeps the rank, adds products of different
+linear    (sum_i sqrt(|w_i s_i|) B_i) (sum_i sgn(w_i) sqrt(|w_i s_i|) A_i): keeps the rank, adds products of different
           adapters; needs equal ranks
+ties, dare_linear, dare_ties, magnitude_prune
+          like linear, with the factors A and B each merged by that rule (see `task_vectors`), as PEFT does
+svd, ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
+          the changes s_i B_i A_i themselves are merged by the rule, as the papers have it, and the best approximation of the
+          largest rank is kept; ranks may differ
 """
 
 from __future__ import annotations
@@ -10,33 +15,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+
+import torch
+from torch import Tensor
 
 from llmrecipe.errors import ModelError
 from llmrecipe.export.load import open_run
 from llmrecipe.export.peft_format import Branch, joined
+from llmrecipe.export.task_vectors import merge
+from llmrecipe.export.ways import How
 from llmrecipe.models.source import is_adapter, run_folder
 from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, open_saved
 
-How = Literal["cat", "linear"]
 
-
-def open_combination(parts: Sequence[tuple[str, float]], how: How = "cat") -> Opened:
+def open_combination(parts: Sequence[tuple[str, float]], how: How = How()) -> Opened:
     """The base of the first run or PEFT folder with the combination of all of them mounted on it.
 
     Args:
         parts: (run directory or PEFT adapter folder, weight).
 
     Raises:
+        UserError: `how` does not fit together.
         ModelError: the bases differ, or one of them is more than a low-rank change of weights.
     """
+    how.check()
     from llmrecipe.export.peft import branches_of, head_tensors, saved_from
     from llmrecipe.export.peft_import import layer_of
     from llmrecipe.recipe.schema import TokenizerSection
 
     first = open_run(parts[0][0])
-    everything: list[list[Branch]] = []
+    everything: list[tuple[Branch, float]] = []
     for path, weight in parts:
         opened = first if path == parts[0][0] else open_run(path)
         if opened.base_fingerprint != first.base_fingerprint:
@@ -49,8 +58,11 @@ def open_combination(parts: Sequence[tuple[str, float]], how: How = "cat") -> Op
         branches = joined(branches_of(opened))
         if any(b.magnitude is not None for b in branches):
             raise ModelError(f"{path} is a DoRA run: it rescales whole weights, which cannot be added to another change")
-        everything.append([replace(b, scale=b.scale * weight) for b in branches])
-    combined = joined([b for branches in everything for b in branches]) if how == "cat" else _linear(everything)
+        everything += [(b, weight) for b in branches]
+    if how.way == "cat":
+        combined = joined([replace(b, scale=b.scale * weight) for b, weight in everything])
+    else:
+        combined = _merged(everything, how)
     folder = Path(parts[0][0]) if is_adapter(parts[0][0]) else run_folder(parts[0][0])
     plain = delta.without_injected(saved_from(first))
     opened = open_saved(first.section, plain, folder, TokenizerSection(), head=first.head)
@@ -60,25 +72,43 @@ def open_combination(parts: Sequence[tuple[str, float]], how: How = "cat") -> Op
     return opened
 
 
-def _linear(everything: list[list[Branch]]) -> list[Branch]:
-    """One branch a weight at the common rank.
+def _merged(everything: list[tuple[Branch, float]], how: How) -> list[Branch]:
+    """One branch a weight; adapters that leave a weight alone take no part in it.
 
     Raises:
-        ModelError: ranks differ at one weight.
+        ModelError: factors are to be merged whose ranks differ.
     """
-    groups: dict[tuple[str, str], list[Branch]] = {}
-    for branches in everything:
-        for branch in branches:
-            groups.setdefault(branch.key, []).append(branch)
+    groups: dict[tuple[str, str], list[tuple[Branch, float]]] = {}
+    for branch, weight in everything:
+        groups.setdefault(branch.key, []).append((branch, weight))
+    generator = torch.Generator().manual_seed(how.seed)
+    rule = "linear" if how.way == "svd" else how.way.removesuffix("_svd")
+
+    def merged(tensors: list[Tensor], weights: list[float]) -> Tensor:
+        return merge(tensors, weights, rule, how.density or 1.0, how.sign, generator)
+
     result = []
-    for group in groups.values():
+    for pairs in groups.values():
+        group, weights = [b for b, _ in pairs], [w for _, w in pairs]
+        if how.way.endswith("svd"):
+            result.append(_approximated(group, merged([b.scale * (b.B @ b.A) for b in group], weights)))
+            continue
         if len({b.r for b in group}) > 1:
             ranks = ", ".join(str(b.r) for b in group)
             raise ModelError(
-                f"--combine linear: {group[0].path} has ranks {ranks}; equal ranks are needed, --combine cat takes any"
+                f"--combine {how.way}: {group[0].path} has ranks {ranks}; equal ranks are needed, "
+                "--combine cat and svd take any"
             )
-        roots = [abs(b.scale) ** 0.5 for b in group]
-        A = sum((b.A * root for b, root in zip(group, roots, strict=True)), group[0].A * 0)
-        B = sum((b.B * (root if b.scale >= 0 else -root) for b, root in zip(group, roots, strict=True)), group[0].B * 0)
-        result.append(replace(group[0], A=A, B=B, scale=1.0))
+        roots = [abs(b.scale * w) ** 0.5 for b, w in pairs]
+        # The sign stands on one side: on both it would cancel.
+        signed = [root if b.scale * w >= 0 else -root for (b, w), root in zip(pairs, roots, strict=True)]
+        A = merged([b.A for b in group], signed)
+        result.append(replace(group[0], A=A, B=merged([b.B for b in group], roots), scale=1.0))
     return result
+
+
+def _approximated(group: list[Branch], change: Tensor) -> Branch:
+    """The best approximation (U S)[:, :r] V[:r] of a change at the largest rank of its group."""
+    r = max(b.r for b in group)
+    U, S, V = torch.linalg.svd(change.float(), full_matrices=False)
+    return replace(group[0], A=V[..., :r, :].contiguous(), B=(U * S[..., None, :])[..., :r].contiguous(), scale=1.0)

@@ -190,7 +190,7 @@ def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch
         r = _pattern(config.get("rank_pattern"), home, config["r"])
         alpha = _pattern(config.get("alpha_pattern"), home, config["lora_alpha"])
         scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        own = [p.rpartition(".")[2] for p in parameters if _names(p, home)]
+        own = _in_module_order(model, home, [p.rpartition(".")[2] for p in parameters if _names(p, home)])
         if "embedding_A" in found:
             branches.append(
                 Branch(home, "embedding", found["embedding_A"], found["embedding_B"], scale, "", found.get("magnitude_vector"))
@@ -201,6 +201,12 @@ def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch
         else:
             branches.append(Branch(home, "linear", found["A"], found["B"], scale, "", found.get("magnitude_vector")))
     return branches, _saved_modules(rest, model, folder)
+
+
+def _in_module_order(model: nn.Module, home: str, names: list[str]) -> list[str]:
+    """Fused tensors of a module in its own order: PEFT wraps them in that order, whatever order its config lists them in."""
+    order = [name for name, _ in model.get_submodule(home).named_parameters(recurse=False)] if names else []
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _names(parameter: str, home: str) -> bool:

@@ -14,6 +14,7 @@ from llmrecipe.errors import ModelError
 from llmrecipe.export.combine import open_combination
 from llmrecipe.export.merged import export_merged
 from llmrecipe.export.peft import export_peft
+from llmrecipe.export.ways import SPARSE, How
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -48,19 +49,45 @@ def test_cat_is_the_weighted_sum_of_the_changes(pair: tuple[Path, Path, Path]) -
         torch.testing.assert_close(merged[name], wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["cat", "linear"])
-def test_peft_combines_the_same_folders_to_the_same_logits(pair: tuple[Path, Path, Path], how: str) -> None:
+WEIGHTS = {"cat": (0.75, 0.5), "linear": (0.75, -0.5), "ties": (0.75, -0.5), "ties_svd": (0.75, -0.5)}
+
+
+@pytest.mark.parametrize("way", ["cat", "linear", "ties", "magnitude_prune", "svd", "ties_svd", "magnitude_prune_svd"])
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+def test_peft_combines_the_same_folders_to_the_same_logits(pair: tuple[Path, Path, Path], way: str, sign: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    if sign == "frequency" and "ties" not in way:
+        pytest.skip("only TIES elects signs")
     base, one, two = pair
     folders = [export_peft(p).path for p in (one, two)]
+    first, second = WEIGHTS.get(way, (0.75, 0.5))
+    density = 0.4 if way in SPARSE else None
     twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folders[0], adapter_name="one")
     twin.load_adapter(folders[1], adapter_name="two")
-    twin.add_weighted_adapter(["one", "two"], [0.75, 0.5], "both", combination_type=how)
+    twin.add_weighted_adapter(
+        ["one", "two"], [first, second], "both", combination_type=way, density=density, majority_sign_method=sign
+    )
     twin.set_adapter("both")
-    ours = open_combination([(str(folders[0]), 0.75), (str(two), 0.5)], how)
+    ours = open_combination([(str(folders[0]), first), (str(two), second)], How(way, density, sign))
     torch.testing.assert_close(ours.model(input_ids=IDS).logits, twin.eval()(input_ids=IDS).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_dare_merges_adapters_by_the_seed(pair: tuple[Path, Path, Path]) -> None:
+    _base, one, two = pair
+    parts = [(str(one), 0.5), (str(two), 0.5)]
+    logits = {
+        (way, seed): open_combination(parts, How(way, 0.5, seed=seed)).model(input_ids=IDS).logits
+        for way in ("dare_linear", "dare_ties_svd")
+        for seed in (1, 2)
+    }
+    again = open_combination(parts, How("dare_linear", 0.5, seed=1)).model(input_ids=IDS).logits
+    assert torch.equal(again, logits["dare_linear", 1])
+    for way in ("dare_linear", "dare_ties_svd"):
+        assert (logits[way, 1] - logits[way, 2]).abs().max() > 1e-2
+    whole = open_combination(parts, How("dare_linear", 1.0)).model(input_ids=IDS).logits
+    torch.testing.assert_close(whole, open_combination(parts, How("linear")).model(input_ids=IDS).logits)
 
 
 def test_the_verb_writes_a_combination(pair: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +100,15 @@ def test_the_verb_writes_a_combination(pair: tuple[Path, Path, Path], capsys: py
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
     assert command(["export", str(one), "--to", "peft", "--add", str(two)]) == 2
     assert "RUN=WEIGHT" in capsys.readouterr().err
+    for words, message in (
+        (["--combine", "tiess"], "did you mean 'ties'"),
+        (["--combine", "ties"], "needs --density"),
+        (["--density", "0.5"], "keeps every entry"),
+        (["--combine", "ties", "--density", "2"], "no share of the entries"),
+        (["--combine", "ties", "--density", "0.2", "--sign", "most"], "allowed: total, frequency"),
+    ):
+        assert command(["export", str(one), "--to", "peft", "--add", f"{two}=1", *words]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_cannot_be_added_is_refused(tmp_path: Path, pair: tuple[Path, Path, Path]) -> None:
@@ -86,7 +122,7 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path, pair: tuple[Path, Path,
     with pytest.raises(ModelError, match="DoRA"):
         open_combination([(str(one), 1.0), (str(tmp_path / "four"), 1.0)])
     with pytest.raises(ModelError, match="equal ranks"):
-        open_combination([(str(one), 1.0), (str(tmp_path / "five"), 1.0)], "linear")
+        open_combination([(str(one), 1.0), (str(tmp_path / "five"), 1.0)], How("linear"))
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
