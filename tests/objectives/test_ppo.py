@@ -220,8 +220,8 @@ def test_a_run_stopped_inside_a_rollout_goes_on_bit_for_bit(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_manners_are_learned(tmp_path: Path) -> None:
-    """Held-out prompts, scored by the rule: half of the way from the start to 1, on a leash of a few nats."""
-    train_recipe(tmp_path, "ppo", "optim.lr=3e-3", "objective.show=0", "steps=80")
+    """The shipped recipe on held-out prompts, scored by the rule: half of the way from the start to 1, a few nats away."""
+    train_recipe(tmp_path, "ppo", "objective.show=0")
     first, *_, last = events(tmp_path, "evaluation")
     assert first["eval/score"] < 0.65
     assert last["eval/score"] >= first["eval/score"] + 0.5 * (1.0 - first["eval/score"])
@@ -230,6 +230,6 @@ def test_manners_are_learned(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_heavy_leash_holds_the_policy(tmp_path: Path) -> None:
-    train_recipe(tmp_path, "ppo", "optim.lr=3e-3", "objective.show=0", "steps=40", "objective.beta=10.0")
+    train_recipe(tmp_path, "ppo", "objective.show=0", "steps=40", "objective.beta=10.0")
     first, *_, last = events(tmp_path, "evaluation")
     assert last["eval/kl"] < 0.3 and abs(last["eval/score"] - first["eval/score"]) < 0.15

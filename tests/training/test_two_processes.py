@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import curve, learned
+from tests.runs import curve, events, learned
 
 # Ten rows in batches of eight: the second step of each epoch has two rows, one a process.
 SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "log.live=off", "eval.test=false", "steps=4"]
@@ -52,6 +52,8 @@ def test_sft_lora(tmp_path: Path) -> None:
         ["recipe=sft"],
         ["recipe=dpo_lora"],
         ["recipe=dpo"],
+        ["recipe=kto_lora"],
+        ["recipe=kto", "optim.lr=1e-3"],
         ["recipe=classify", "data.limit=34"],
         ["recipe=clm"],
         ["recipe=mezo_lora"],
@@ -61,6 +63,18 @@ def test_sft_lora(tmp_path: Path) -> None:
 )
 def test_every_corner(words: list[str], tmp_path: Path) -> None:
     compare(tmp_path, *words)
+
+
+@pytest.mark.slow
+def test_ktos_reference_point_belongs_to_the_step_over_both_processes(tmp_path: Path) -> None:
+    """Four rows a process, then one: z is the one-process mean over mismatched pairs of the whole step, clamped after it."""
+    words = ["recipe=kto_lora", "schedule.warmup=0", "steps=8"]
+    compare(tmp_path, *words)
+    points = [[(e["kl"], e["kl/raw"]) for e in events(tmp_path / name)] for name in ("one", "two")]
+    for one, two in zip(*points, strict=True):
+        assert one == pytest.approx(two, abs=2e-4)
+    assert {z > 0 for z, _ in points[0]} == {True, False}, "both a divergence and a clamped one were seen"
+    assert all(z == max(0.0, raw) for z, raw in points[0])
 
 
 @pytest.mark.slow
