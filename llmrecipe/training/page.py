@@ -43,11 +43,22 @@ def page(record: Record, environment: dict[str, Any], command: str, recipe: str)
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe)}</pre>"]
     parts += ["<h2>Command</h2>", f"<pre>{html.escape(command)}</pre>"]
     parts += ["<h2>Environment</h2>", f"<pre>{html.escape(json.dumps(environment, indent=1))}</pre>"]
-    title = html.escape(record.name)
+    return document(record.name, parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """Parts of a body as one page that needs nothing else."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n'
-        f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{chr(10).join(parts)}\n</body></html>\n"
     )
+
+
+def grid(lines: list[list[str]]) -> str:
+    """A table with a head: its first line, then the others."""
+    head, *body = lines
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
+    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{rows}</table>"
 
 
 def _error(record: Record) -> str:
@@ -61,11 +72,7 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 def _events(events: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(k for e in events for k in e if k != "event"))
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(number(e[c]) if c in e else '')}</td>" for c in columns) + "</tr>" for e in events
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return grid([columns, *([number(e[c]) if c in e else "" for c in columns] for e in events)])
 
 
 def svg(metric: str, curve: list[tuple[int, float]]) -> str:

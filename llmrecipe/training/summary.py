@@ -89,9 +89,9 @@ def read_runs(paths: list[str]) -> list[Record]:
 
 def differences(records: list[Record]) -> dict[str, list[Any]]:
     """Recipe keys whose values are not the same in all runs: key path -> the value in each."""
-    flat = [_flat({k: v for k, v in r.recipe.items() if k not in SILENT}) for r in records]
-    keys = sorted({key for values in flat for key in values})
-    rows = {key: [values.get(key) for values in flat] for key in keys}
+    recipes = [flat({k: v for k, v in r.recipe.items() if k not in SILENT}) for r in records]
+    keys = sorted({key for values in recipes for key in values})
+    rows = {key: [values.get(key) for values in recipes] for key in keys}
     return {key: values for key, values in rows.items() if any(v != values[0] for v in values)}
 
 
@@ -108,7 +108,8 @@ def check_metric(records: list[Record], metric: str) -> None:
         )
 
 
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Nested mappings as one: key path with dots -> value."""
     if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{at}.{key}" if at else str(key)).items()}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{at}.{key}" if at else str(key)).items()}
     return {at: value}
