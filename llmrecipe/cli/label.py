@@ -1,0 +1,204 @@
+"""`llmrecipe label`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmrecipe.cli.words import Json, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmrecipe.evaluation.labelling import Labels, Question
+
+PANEL = "Use"
+ORDER = 4
+KEYS = {"1": "1", "2": "2", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
+
+
+def verb(
+    source: Annotated[
+        str, typer.Argument(metavar="ROWS_OR_MODEL", help="Rows with two answers to a prompt; with --prompts, a model to ask.")
+    ],
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Ask the model these: a file, folder or builtin:NAME.")
+    ] = None,
+    labeller: Annotated[str | None, typer.Option("--labeller", "-l", help="Whose labels; default: the user's name.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the labels.")] = Path("labels"),
+    by: Annotated[
+        str | None, typer.Option("--by", help="Let an agent label: rule, or {kind: local, path: RUN}, {kind: http, ...}.")
+    ] = None,
+    constitution: Annotated[str, typer.Option("--constitution", help="The agent's principles.")] = "assistant",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many rows or prompts.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of the model's answers.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    seed: Annotated[int, typer.Option("--seed", help="Of the answers, and of which one is shown first.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose the better of two answers, key by key; leaves preference rows, goes on where it stopped."""
+    from llmrecipe.evaluation import labelling
+    from llmrecipe.steps.answered import read_answered
+
+    rows = source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed)
+    asked = labelling.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
+    agent = None if by is None else agent_of(by, constitution)
+    name = labeller or (agent[0].identity.replace("/", "_") if agent is not None else user())
+    labels = labelling.Labels(out, name, seed)
+    try:
+        if agent is not None:
+            labelling.label_by_agent(labels, asked, *agent, batch=32)
+        else:
+            ask(labels, asked, screen(as_json))
+    finally:
+        written = labels.write(asked)
+        labels.close()
+    facts = labelling.facts(out, asked)
+    if as_json:
+        print_json({**facts, "rows": written, "file": str(out / f"{name}.jsonl")})
+        return
+    show(facts)
+    print(f"{written} preference rows: {out / f'{name}.jsonl'}")
+
+
+def answers_of(
+    model: str, prompts: str, out: Path, limit: int | None, temperature: float, max_new_tokens: int, seed: int
+) -> str:
+    """The folder with two answers of the model to each prompt; made once."""
+    from llmrecipe.recipe.inherit import as_word
+    from llmrecipe.recipe.steps import compose_step
+    from llmrecipe.steps.run import run
+
+    options: dict[str, Any] = {"model": model, "prompts": prompts, "n": 2, "temperature": temperature, "seed": seed}
+    options |= {"max_new_tokens": max_new_tokens, **({"limit": limit} if limit else {})}
+    words = [as_word((key,), value) for key, value in options.items()]
+    words += [as_word(("run", "dir"), str(out / "answers")), 'log.live="off"']
+    kept, sys.stdout = sys.stdout, sys.stderr
+    try:
+        return str(run(compose_step("generate", words)).path)
+    finally:
+        sys.stdout = kept
+
+
+def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
+    """(agent, constitution, principles) of the words.
+
+    Raises:
+        RecipeError: one of them cannot work.
+    """
+    from llmrecipe.agents.agent import build
+    from llmrecipe.agents.constitution import read_constitution
+    from llmrecipe.errors import RecipeError
+    from llmrecipe.recipe.overrides import parse
+
+    agent = build(parse([f"by={by}"])[0].value, "--by")
+    agent.check("--by")
+    if agent.shares:
+        raise RecipeError("--by.path: must be given: a model path, a hub name or a run directory")
+    agent.open()
+    made = read_constitution(constitution, "--constitution")
+    return agent, made, made.choose([], ["comparison"], "--constitution")
+
+
+def user() -> str:
+    """The user's name, or `me` where the system knows none."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "me"
+
+
+# --- the screen -------------------------------------------------------------------------------------------------------
+
+
+def screen(as_json: bool) -> Console:
+    """Where questions are shown: beside the facts, not among them, when those are wanted as JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def ask(labels: Labels, asked: list[Question], out: Console) -> None:
+    """Show the pending pairs one after the other until the end of the input."""
+    out.print("[dim]1 or 2: the better one; t: tie; s: skip; u: undo; q: quit[/dim]")
+    while True:
+        pending = labels.pending(asked)
+        if not pending:
+            out.print("every pair is labelled; u takes the last label back, any other key leaves")
+            if read_key(out) != "undo" or labels.undo() is None:
+                return
+            continue
+        question = pending[0]
+        swapped = labels.swapped(question)
+        show_pair(out, question, swapped, len(asked) - len(pending) + 1, len(asked))
+        said = read_key(out)
+        if said == "quit":
+            return
+        if said == "undo":
+            if labels.undo() is None:
+                out.print("nothing to undo")
+            continue
+        choice = said if said in ("tie", "skip") else "first" if (said == "1") != swapped else "second"
+        labels.decide(question, choice, swapped=swapped)
+
+
+def show_pair(out: Console, question: Question, swapped: bool, number: int, total: int) -> None:
+    """A prompt and its two answers side by side."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    sides = (question.second, question.first) if swapped else (question.first, question.second)
+    grid = Table.grid(expand=True)
+    grid.add_column(ratio=1)
+    grid.add_column(ratio=1)
+    grid.add_row(*(Panel(Text(text), title=str(i), title_align="left") for i, text in enumerate(sides, 1)))
+    out.print(Text(f"[{number}/{total}] {question.row.words}", "bold"))
+    out.print(grid)
+
+
+def read_key(out: Console) -> str:
+    """What was chosen: a key on a terminal, a line or word from a pipe; `quit` at its end."""
+    while True:
+        if sys.stdin.isatty():
+            import click
+
+            word = click.getchar().strip().lower()
+            if word in ("\x03", "\x04"):
+                return "quit"
+        else:
+            line = sys.stdin.readline()
+            if not line:
+                return "quit"
+            word = line.strip().lower()
+        for key, meaning in KEYS.items():
+            if word and word in (key, meaning):
+                return meaning
+        if word:
+            out.print(f"'{word}' is no key here: 1, 2, t (tie), s (skip), u (undo), q (quit)", markup=False)
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Who labelled how much, and who agrees with whom."""
+    from rich.table import Table
+
+    from llmrecipe.cli.show_table import console
+    from llmrecipe.training.live import number
+
+    out = console()
+    people = Table("labeller", "labelled", "first", "second", "tie", "skip", "chose the one shown first", box=None)
+    for name, counts in facts["labellers"].items():
+        people.add_row(name, *(number(v) if v is not None else "-" for v in counts.values()))
+    out.print(f"{facts['pairs']} pairs")
+    out.print(people)
+    if facts["agreement"]:
+        table = Table("one", "other", "both judged", "agree", "kappa", box=None)
+        for pair in facts["agreement"]:
+            kappa = "undefined" if pair["kappa"] is None else number(pair["kappa"])
+            table.add_row(pair["one"], pair["other"], str(pair["items"]), number(pair["share"]), kappa)
+        out.print(table)

@@ -1,0 +1,91 @@
+"""A feedback agent that rates answers as a reward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.errors import RunError
+from llmrecipe.fields import Annotated, Field
+from llmrecipe.registry import register
+from llmrecipe.rewards.reward import Answer, Reward
+
+if TYPE_CHECKING:
+    from llmrecipe.agents.agent import Agent
+    from llmrecipe.agents.constitution import Constitution, Principle
+    from llmrecipe.training.roles import Roles
+
+
+@register
+class Judge(Reward):
+    """Direct feedback (d-RLAIF): an agent rates answers from 1 to S; score = sum_i i P(i) / sum_i P(i), rescaled to [-1, 1].
+
+    P(i) is the agent's probability of the number i as its reply, so no preference model is trained and none grows stale. With
+    several principles the score is the mean over them. The agent is `{kind: rule | local | http, ...}`; `{kind: local}` without
+    a path is the policy's own model as it was at step 0. An answer the agent could not rate scores 0, the middle; where it can
+    rate none at all the run stops.
+
+    Paper: RLAIF vs. RLHF: Scaling Reinforcement Learning from Human Feedback with AI Feedback (arXiv 2309.00267).
+    """
+
+    agent: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
+    """Who rates."""
+    constitution: str = "assistant"
+    """A YAML file, or the name of a constitution of the package (assistant, manners)."""
+    principles: list[str] = Field(default_factory=list)
+    """Ids of the principles to rate by; all where none is named."""
+    scale: Annotated[int, Field(ge=2, le=100)] = 10
+    """S, the best rating."""
+
+    @functools.cached_property
+    def judge(self) -> Agent:
+        """The agent, ready once `open` was called."""
+        from llmrecipe.agents.agent import build
+
+        return build(self.agent, "objective.reward.judge.agent")
+
+    @functools.cached_property
+    def by(self) -> tuple[Constitution, list[Principle]]:
+        """The constitution and the principles to rate by."""
+        from llmrecipe.agents.constitution import read_constitution
+
+        made = read_constitution(self.constitution, "objective.reward.judge.constitution")
+        return made, made.choose(self.principles, ["rating"], "objective.reward.judge.principles")
+
+    def check(self, columns: Sequence[str], where: str) -> None:
+        """The agent's own check, the constitution and the principles."""
+        from llmrecipe.agents.agent import build
+        from llmrecipe.agents.constitution import read_constitution
+
+        build(self.agent, f"{where}.agent").check(f"{where}.agent")
+        made = read_constitution(self.constitution, f"{where}.constitution")
+        made.choose(self.principles, ["rating"], f"{where}.principles")
+
+    def open(self, roles: Roles) -> None:
+        """Make the agent ready; the policy of step 0 is the agent where it is a local one without a path."""
+        self.judge.open(roles)
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        """In [-1, 1].
+
+        Raises:
+            RunError: the agent could rate none of the answers.
+        """
+        constitution, principles = self.by
+        asks = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
+        replies = self.judge.choice_logprobs(asks, [str(i) for i in range(1, self.scale + 1)])
+        if asks and all(reply is None for reply in replies):
+            raise RunError(f"objective.reward: the agent {self.judge.identity} could rate none of {len(answers)} answers")
+        ratings = [0.0 if reply is None else expected_rating(reply) for reply in replies]
+        width = len(principles)
+        return [math.fsum(ratings[i : i + width]) / width for i in range(0, len(ratings), width)]
+
+
+def expected_rating(logprobs: Sequence[float]) -> float:
+    """The mean rating of 1..S under softmax(logprobs), rescaled so that 1 is -1 and S is 1."""
+    most = max(logprobs)
+    weights = [math.exp(value - most) for value in logprobs]
+    mean = math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)
+    return 2.0 * mean / (len(weights) - 1) - 1.0
