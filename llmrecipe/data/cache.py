@@ -104,6 +104,14 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, type=kind)
 
 
+def _numbers(array: pa.Array) -> np.ndarray:
+    """The integers of an array without nulls, where they lie; `to_numpy` would import pandas (0.3 s and 40 MB of a start)."""
+    data, dtype = array.buffers()[1], np.dtype(str(array.type))
+    if data is None:
+        return np.zeros(len(array), dtype)
+    return np.frombuffer(data, dtype, count=len(array), offset=array.offset * dtype.itemsize)
+
+
 class TokenTable:
     """Token rows of one key, read straight from the file's pages.
 
@@ -145,8 +153,7 @@ class _Batch:
         self.scalars: dict[str, pa.Array] = {}
         for name, column in zip(batch.schema.names, batch.columns):
             if pa.types.is_list(column.type):
-                offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-                self.lists[name] = (offsets, values, column.null_count == self.rows)
+                self.lists[name] = (_numbers(column.offsets), _numbers(column.values), column.null_count == self.rows)
             else:
                 self.scalars[name] = column
 

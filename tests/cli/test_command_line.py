@@ -266,6 +266,20 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-1500:]
 
 
+@pytest.mark.slow
+def test_a_run_imports_only_what_it_uses(tmp_path: Path) -> None:
+    """Neither what Transformers and pyarrow would bring along for others' sake nor what only tests need."""
+    words = ["train", "recipe=sft_lora", "steps=1", f"run.dir={tmp_path / 'run'}", "log.live=off", "eval.batches=1"]
+    code = (
+        "import sys\nfrom llmrecipe.cli.app import run\n"
+        f"assert run({words!r}) == 0\n"
+        "unused = {'pandas', 'datasets', 'bitsandbytes', 'peft', 'trl', 'optuna', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {unused}' if unused else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "llmrecipe", "explain", "recipe=nope"], capture_output=True, text=True, timeout=60
