@@ -223,6 +223,14 @@ def row_preference(rng: Random) -> tuple[str, Row]:
     return wanted.text, row
 
 
+def row_comparison(rng: Random) -> tuple[str, Row]:
+    """A polite answer on the topic, and one with a single fault: rude, or off the topic."""
+    wanted = world.request(rng, world.ASK)
+    polite = rng.random() < 0.5
+    chosen, rejected = world.answer(rng, wanted, True, True), world.answer(rng, wanted, polite, not polite)
+    return wanted.text, {"prompt": user(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
+
+
 def row_unpaired(rng: Random) -> tuple[str, Row]:
     """One answer and whether it is polite and on the topic."""
     wanted = world.request(rng, world.ASK)
@@ -328,6 +336,11 @@ SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
 """The committed sets with the rows of their train, valid and test files."""
 
 
+LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
+    "comparisons": (row_comparison, (2400, 150, 150)),
+}
+"""Committed sets that the embedded model's tokenizer has not read."""
+
 CORPUS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "pretrain_text": (row_text, (8_000, 100, 100)),
     "pretrain_talk": (row_talk, (48_000, 200, 200)),
@@ -366,8 +379,8 @@ def write(folder: Path, split: str, found: Iterator[Row]) -> Path:
 
 def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None = None) -> list[Path]:
     """Write one set's three files under `out/name` and return their paths."""
-    maker, counts = {**SETS, **CORPUS}[name]
-    unique = name in SETS
+    maker, counts = {**SETS, **LATER, **CORPUS}[name]
+    unique = name not in CORPUS
     return [
         write(out / name, split, rows(maker, count, split, f"{seed}/{name}", unique))
         for split, count in zip(SPLITS, sizes or counts)
@@ -377,7 +390,7 @@ def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None
 def main(arguments: list[str] | None = None) -> None:
     """Command line: write the chosen sets and print where."""
     parser = argparse.ArgumentParser(description="Write the generated data sets.")
-    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=[*SETS, *CORPUS], help="sets to write")
+    parser.add_argument("--sets", nargs="*", default=[*SETS, *LATER], choices=[*SETS, *LATER, *CORPUS], help="sets to write")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder that receives one folder per set")
     parser.add_argument("--rows", type=int, help="training rows; valid and test get a tenth each, 300 at most")
     parser.add_argument("--seed", type=int, default=0, help="seed; the committed files use 0")

@@ -66,7 +66,14 @@ def subject_of(composition: Composition, opened: Opened) -> Subject:
         engine, stack, opened.tokenizer, runtime.device, assemble.packing_for(recipe.data.packing, engine, runtime.device),
         recipe.batch.micro, recipe.batch.tokens or assemble.micro_tokens(runtime.device),
     )  # fmt: skip
+    roles.reference_off = stepped_aside(opened, parts.objective.reference_of())
     return Subject(composition, opened, roles, parts.objective, runtime)
+
+
+def stepped_aside(opened: Opened, reference: str) -> frozenset[str]:
+    """Mounted wrappers the reference does without: the run's own where it was the policy of step 0, all for the base."""
+    own = f"mounted{len(opened.layers) - 1}_" if reference == "initial" else "mounted"
+    return frozenset(w.name for w in opened.mounted if reference in ("initial", "base") and w.name.startswith(own))
 
 
 def check_subject(path: str, overrides: list[str]) -> Composition:

@@ -18,11 +18,11 @@ def accuracy(folder: Path) -> float:
     return float(events(folder, "evaluation")[-1][BETTER])
 
 
-def shuffled(folder: Path) -> Path:
-    """The embedded pairs with chosen and rejected swapped in a random half."""
+def shuffled(folder: Path, name: str = "preference") -> Path:
+    """Embedded pairs with chosen and rejected swapped in a random half."""
     from importlib.resources import files
 
-    source = files("llmrecipe") / "assets" / "data" / "preference"
+    source = files("llmrecipe") / "assets" / "data" / name
     chance = random.Random(0)
     folder.mkdir()
     for split in ("train", "valid"):

@@ -243,6 +243,24 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
         train_recipe(tmp_path / "run", "dpo_lora", *SMALL, "steps=1", f"objective.reference={folder}")
 
 
+# --- evaluation of a finished run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["initial", "base"])
+def test_a_finished_run_is_evaluated_against_its_reference(which: str, tmp_path: Path) -> None:
+    """On top of an SFT run: the margins are those of the run's own last evaluation, not zero."""
+    from llmrecipe.evaluation.standalone import evaluate_path
+
+    train_recipe(tmp_path / "sft", "sft_lora", "batch.size=4", "eval.batches=1", "data.limit=16", "steps=3")
+    words = [*SMALL, "steps=3", "optim.lr=2e-3", f"model.path={tmp_path / 'sft'}", f"objective.reference={which}"]
+    train_recipe(tmp_path / "run", "dpo_lora", *words)
+    (seen,) = events(tmp_path / "run", "evaluation")
+    found = evaluate_path(str(tmp_path / "run"), [])
+    for name in ("loss", "kl", "rewards/margins", "logps/chosen"):
+        assert found[name] == pytest.approx(seen[f"eval/{name}"], rel=1e-4, abs=1e-4), name
+    assert abs(found["rewards/margins"]) > 1e-3
+
+
 # --- a continued adapter ----------------------------------------------------------------------------------------------
 
 

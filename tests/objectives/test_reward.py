@@ -26,6 +26,7 @@ from llmrecipe.training.roles import Roles
 from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill
 from tests.objectives.parity import PAIRS, arguments, lora_config, mean_loss, share_weights, word_tokenizer
+from tests.objectives.test_preference_learning import shuffled
 from tests.runs import events, train_recipe
 from tests.tiny import roles_for, tiny_model
 
@@ -206,11 +207,32 @@ def fill_only(model: nn.Module, owner: str) -> None:
             parameter.data = torch.randn_like(parameter) * 0.2
 
 
+def accuracy(folder: Path) -> float:
+    """Share of held-out pairs whose better answer has the higher score after the last step."""
+    return float(events(folder, "evaluation")[-1]["eval/rewards/accuracies"])
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model after supervised fine-tuning."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    train_recipe(folder, "sft_lora")
+    return folder
+
+
 @pytest.mark.slow
-def test_learns_the_embedded_preferences(tmp_path: Path) -> None:
-    """Measured 0.90 of held-out pairs from 480 training pairs; 0.5 is chance."""
-    train_recipe(tmp_path / "run", "reward_lora")
-    assert events(tmp_path / "run", "evaluation")[-1]["eval/rewards/accuracies"] >= 0.85
+def test_the_shipped_recipe_tells_the_better_answer(tuned: Path, tmp_path: Path) -> None:
+    """Each rejected answer has one fault: who sees rudeness alone is right in three of four."""
+    train_recipe(tmp_path / "run", "reward_lora", f"model.path={tuned}")
+    assert accuracy(tmp_path / "run") >= 0.95
+
+
+@pytest.mark.slow
+def test_swapped_labels_teach_nothing(tuned: Path, tmp_path: Path) -> None:
+    """The control: chosen and rejected change places in a random half of the training pairs."""
+    data = shuffled(tmp_path / "data", "comparisons")
+    train_recipe(tmp_path / "run", "reward_lora", f"data.path={data}", f"model.path={tuned}")
+    assert 0.3 < accuracy(tmp_path / "run") < 0.7
 
 
 @pytest.mark.slow
