@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -143,6 +143,62 @@ class RunSection(Section):
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
 
 
+class RangeSection(Section):
+    """Numbers between two ends, both allowed; whole numbers where both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False, description="Draw evenly in the logarithm.")
+    step: PositiveInt | PositiveFloat | None = Field(None, description="Only low + k * step.")
+
+    @model_validator(mode="after")
+    def _ends(self) -> RangeSection:
+        if not self.low < self.high:
+            raise ValueError(f"a range whose low ({self.low}) is below its high ({self.high})")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a range above 0 and without step where log is true")
+        return self
+
+
+class SearchSection(Section):
+    """What `llmrecipe search` tries."""
+
+    space: dict[str, list[Any] | RangeSection] = Field(
+        default_factory=dict, description="Key of the recipe -> values to choose from, or {low, high, log, step}."
+    )
+    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="How the next trial is chosen; grid tries everything.")
+    trials: PositiveInt = Field(20, description="Trials; a grid has as many as it has points.")
+    seeds: list[NonNegativeInt] = Field(
+        default_factory=list, description="Seeds each trial is run with; its value is their mean. Default: the recipe's seed."
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the sampler.")
+    prune: Literal["off", "halving", "median"] = Field(
+        "off", description="Stop trials early that are behind at an evaluation (needs eval.every)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, given: Any) -> Any:
+        """`optim: {lr: ...}` in the space is `optim.lr: ...`."""
+        if not isinstance(given, dict) or not isinstance(given.get("space"), dict):
+            return given
+        return {**given, "space": _flat_space(given["space"])}
+
+
+def _flat_space(space: dict[str, Any], at: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in space.items():
+        key = f"{at}.{name}" if at else str(name)
+        if isinstance(value, dict) and not set(value) & set(RangeSection.model_fields):
+            inner = _flat_space(value, key)
+        else:
+            inner = {key: value}
+        for path, choice in inner.items():
+            both = isinstance(found.get(path), dict) and isinstance(choice, dict)
+            found[path] = {**found[path], **choice} if both else choice
+    return found
+
+
 class Recipe(Section):
     """A whole recipe, validated except for its components, which are still mappings with a `kind`."""
 
@@ -163,6 +219,6 @@ class Recipe(Section):
     steps: NonNegativeInt | None = Field(None, description="Optimizer steps; wins over epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the training rows.")
     batch: BatchSection = Field(default_factory=BatchSection)
-    search: dict[str, Any] | None = None
+    search: SearchSection | None = None
     stages: dict[str, Any] | None = None
     plugins: list[str] = Field(default_factory=list)

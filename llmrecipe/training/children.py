@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,8 +134,12 @@ def command_of(planned: Planned, continued: bool) -> list[str]:
     return [*verb, *what, "log.live=off"]
 
 
-def execute(child: Child, planned: Planned, continued: bool) -> int:
-    """Start a stage's process, show its lines, wait for its end; returns its exit code."""
+def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[], bool] | None = None) -> int:
+    """Start a stage's process, show its lines, wait for its end; returns its exit code.
+
+    Args:
+        enough: asked at each line; True asks the stage to write a checkpoint and end.
+    """
     words = command_of(planned, continued)
     say(planned.name, shlex.join(["llmrecipe", *words]))
     process = child.process = subprocess.Popen(
@@ -155,6 +159,8 @@ def execute(child: Child, planned: Planned, continued: bool) -> int:
         assert process.stdout is not None
         for line in process.stdout:
             say(planned.name, line.rstrip("\n"))
+            if enough is not None and child.signal is None and enough():
+                child.send(signal.SIGTERM)
         return process.wait()
     finally:
         if process.poll() is None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class Result:
 
     stage: str
     how: str
-    """trained, done (a step), continued or reused."""
+    """trained, done (a step), continued, reused, or stopped because it was enough."""
     steps: int
     """Optimizer steps, or items of a step."""
     metric: str
@@ -122,7 +123,7 @@ def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
     for planned in list(waiting):
         if not done.issuperset(planned.stage.inputs):
             continue
-        if _state(planned) == "done":
+        if state_of(planned) == "done":
             say(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
             waiting.remove(planned)
             done.add(planned.name)
@@ -143,7 +144,7 @@ def check(made: Plan) -> dict[str, Findings | StepComposition]:
     """
     from llmrecipe.training.check import examine
 
-    done = {s.name for s in made.stages if _state(s) == "done"}
+    done = {s.name for s in made.stages if state_of(s) == "done"}
     found: dict[str, Findings | StepComposition] = {}
     mistakes: list[UserError] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +202,7 @@ class Examples:
 # --- one stage --------------------------------------------------------------------------------------------------------
 
 
-def _state(planned: Planned) -> str:
+def state_of(planned: Planned) -> str:
     """done, running, failed or interrupted; new where there is nothing yet."""
     if not (planned.dir / "status.json").is_file() or description(planned.dir) is None:
         return "new"
@@ -220,7 +221,7 @@ class Started:
 
 def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
     """Make a stage's folder ready for its process."""
-    state = _state(planned)
+    state = state_of(planned)
     if pipeline.children.signal is not None:
         raise Interrupted(f"stopped before stage {planned.name}; go on with the same command:\n  {pipeline.command}")
     if RunDir(planned.dir).locked():
@@ -241,6 +242,27 @@ def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
     return Started(planned, child, continued, time.perf_counter())
 
 
+def run_stage(pipeline: Pipeline, planned: Planned, enough: Callable[[], bool] | None = None) -> Result:
+    """Run, continue or reuse one stage by itself.
+
+    Args:
+        enough: see `execute`; a stage that was ended by it is no mistake, and what it left is reported as `stopped`.
+
+    Raises:
+        LlmRecipeError: it could not be run to its end.
+    """
+    if state_of(planned) == "done":
+        return _result(planned, "reused", 0.0)
+    started = _started(pipeline, planned, Child())
+    try:
+        code = execute(started.child, planned, started.continued, enough)
+    finally:
+        del pipeline.children.running[planned.name]
+    if started.child.signal is not None and pipeline.children.signal is None:
+        return _result(planned, "stopped", time.perf_counter() - started.time)
+    return _ended(pipeline, started, code)
+
+
 def _ended(pipeline: Pipeline, started: Started, code: int) -> Result:
     """The result of a stage whose process has ended; raises as `_judge` does."""
     _judge(pipeline, started.planned, code)
@@ -257,7 +279,7 @@ def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
         UserError: it refused its input, or was killed.
         LlmRecipeError: it met a bug.
     """
-    state = _state(planned)
+    state = state_of(planned)
     if code == 0 and state == "done":
         return
     go_on = f"the same command goes on, finished stages are reused:\n  {pipeline.command}"

@@ -305,7 +305,7 @@ def test_the_result_of_a_stage_means_nothing_outside_a_pipeline() -> None:
         refuse_stages(compose("sft_dpo").mapping)
 
 
-@pytest.mark.parametrize("name", ["sft_dpo", "rlhf"])
+@pytest.mark.parametrize("name", ["sft_dpo", "rlhf", "distill_answers"])
 def test_packaged_pipelines_are_planned_without_torch(name: str) -> None:
     code = (
         "import sys, json; from llmrecipe.recipe.compose import compose; from llmrecipe.recipe.stages import plan; "
@@ -313,5 +313,10 @@ def test_packaged_pipelines_are_planned_without_torch(name: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names, torch = json.loads(result.stdout)
-    assert names == {"sft_dpo": ["sft", "dpo"], "rlhf": ["sft", "reward", "ppo"]}[name]
+    stages = {
+        "sft_dpo": ["sft", "dpo"],
+        "rlhf": ["sft", "reward", "ppo"],
+        "distill_answers": ["teacher", "rows", "student", "measured"],
+    }
+    assert names == stages[name]
     assert not torch
