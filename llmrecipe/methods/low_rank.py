@@ -32,7 +32,8 @@ def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tenso
     B = B.to(h.dtype)
     if rows is not None:
         return y.index_add(-1, rows, (F.linear(h, B) * scale).to(y.dtype))
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]).to(h.dtype), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
+    # `flatten` knows the number of tokens also at rank 0 (a module that lost every triplet of AdaLoRA), `reshape` does not.
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]).to(h.dtype), h.flatten(0, -2), B.t(), alpha=scale)
     return flat.view(y.shape)
 
 

@@ -119,6 +119,10 @@ class Stack:
             self.set_trainable(model)
         return changed
 
+    def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """Every wrapper's shortened tensors."""
+        return {name: cut for wrapper in self.wrappers for name, cut in wrapper.cuts(model).items()}
+
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Forwarded to every wrapper."""
         for wrapper in self.wrappers:

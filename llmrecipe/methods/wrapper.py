@@ -123,6 +123,14 @@ class Wrapper:
     def before_step(self, model: nn.Module, step: int) -> bool | None:
         """Before the micro-batches of a step; True when the set of trained tensors must change (see `rebuild`)."""
 
+    def shortens(self) -> bool:
+        """Whether trained tensors lose rows during the run (see `cuts`)."""
+        return False
+
+    def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """Trained tensors the last `before_step` shortened: name -> (axis, indices kept); the optimizer's state follows."""
+        return {}
+
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Gradients of the whole step exist and are clipped; the optimizer has not moved."""
 

@@ -73,6 +73,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     recipe = run.recipe
     parts = instantiate(recipe)
     check_objective(parts.objective, parts.wrappers)
+    check_cuts(parts.optimizer, parts.wrappers)
     data, validation, tokenizer_labels = read_data(recipe, parts.objective, parts.wrappers)
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     parts.objective.check(recipe, data)
@@ -311,14 +312,39 @@ def isolates(engine: Engine, device: torch.device) -> bool:
         engine.train(was)
 
 
+def check_cuts(optim: Optimizer, wrappers: list[Wrapper]) -> None:
+    """Refuse a method that shortens trained tensors under an optimizer whose state cannot be shortened with them.
+
+    Raises:
+        RecipeError: it names both.
+    """
+    cutting = next((w for w in wrappers if w.shortens()), None)
+    if cutting is not None and not optim.entrywise:
+        kind = type(optim).__module__.rsplit(".", 1)[-1]
+        raise RecipeError(
+            f"stack.{cutting.name}: it drops rows of trained tensors during the run, and the state of {kind} is not kept entry "
+            "by entry; use an optimizer such as adamw, ademamix, lion, rmsprop or sgd"
+        )
+
+
+def cut_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: int, kept: torch.Tensor) -> None:
+    """Keep some rows of a shortened parameter's optimizer state; counters stay."""
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, torch.Tensor) and value.dim() == parameter.dim():
+            optimizer.state[parameter][key] = value.index_select(axis, kept.to(value.device))
+
+
 def optimizer_for(
     model: nn.Module, optim: Optimizer, stack: Stack, keep: torch.optim.Optimizer | None = None
 ) -> torch.optim.Optimizer:
-    """The torch optimizer of what trains now; states of parameters that were trained before are kept."""
+    """The torch optimizer of what trains now; states of parameters that were trained before are kept, cut where these were."""
     optimizer = build_optimizer(optim, parameter_groups(model, optim, stack.groups(model)))
     if keep is not None:
         trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         for parameter, state in keep.state.items():
             if id(parameter) in trained:
                 optimizer.state[parameter] = state
+        names = dict(model.named_parameters())
+        for name, (axis, kept) in stack.cuts(model).items():
+            cut_state(optimizer, names[name], axis, kept)
     return optimizer

@@ -65,6 +65,7 @@ def examine(composition: Composition) -> Findings:
     parts = instantiate(settings)
     check_trackers(settings.log.trackers)
     assemble.check_objective(parts.objective, parts.wrappers)
+    assemble.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
     base, saved, _ = opened.resolve(settings.model)
     tokenizer = load_tokenizer(base, settings.tokenizer)

@@ -38,6 +38,8 @@ class Optimizer:
     group: ClassVar[str] = "optim"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu")
     """Device types it can step on."""
+    entrywise: ClassVar[bool] = False
+    """Whether its state has one number an entry of a parameter, so that rows can be dropped from both alike."""
 
     def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer for parameter groups.

@@ -46,6 +46,8 @@ class SvdLowRank(low_rank.LowRank):
         super().__init__(width_in, width_out, r, scale, dropout, rows)
         self.E = nn.Parameter(torch.zeros(r, 1))
         self.register_buffer("kept", torch.ones(r, dtype=torch.bool))
+        self.cut: Tensor | None = None
+        """Triplets that were left by the pruning of the step that is about to run."""
         for name in FACTORS:
             like = getattr(self, name)
             self.register_buffer(f"mean_{name}", torch.zeros_like(like, requires_grad=False) if scored else None)
@@ -78,6 +80,18 @@ class SvdLowRank(low_rank.LowRank):
         """Set the singular values of dropped triplets to zero; their vectors stay, so that they may come back."""
         self.E.masked_fill_(~self.kept[:, None], 0.0)
 
+    @torch.no_grad()
+    def drop(self) -> None:
+        """Take the masked triplets out of A, E and B; the parameters stay the same objects, so the optimizer knows them."""
+        self.cut = self.kept.nonzero()[:, 0]
+        self.A.data, self.E.data, self.B.data = (
+            self.A.data[self.cut],
+            self.E.data[self.cut],
+            self.B.data[:, self.cut].contiguous(),
+        )
+        self.A.grad = self.E.grad = self.B.grad = None
+        self.kept = torch.ones(len(self.cut), dtype=torch.bool, device=self.A.device)
+
     def forget(self) -> None:
         """Drop the importances: the pattern is final."""
         for name in FACTORS:
@@ -86,9 +100,9 @@ class SvdLowRank(low_rank.LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """(E A, B, s) of the kept triplets; one that is zero where none is."""
-        kept = self.kept.clone()
-        kept[0] |= not bool(kept.any())
-        return (self.A * self.E).detach()[kept], self.B.detach()[:, kept], self.scale
+        if not bool(self.kept.any()):
+            return self.A.new_zeros(1, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], 1), self.scale
+        return (self.A * self.E).detach()[self.kept], self.B.detach()[:, self.kept], self.scale
 
     def product(self) -> Tensor:
         """s B diag(E) A in float32."""
@@ -113,7 +127,8 @@ class Adalora(Wrapper):
     s(l_k) + mean s(P_k) + mean s(Q_k) with s their product. Every `deltaT` steps the top b(t) triplets of all modules are kept
     and the other l set to zero; b falls from n init_r to n target_r by a cubic between `tinit` and `tfinal` steps before the
     end, then the pattern is frozen and enforced after every step. A penalty keeps P and Q near orthogonal. Merging is exact up
-    to rounding.
+    to rounding. `prune: at_final` takes the dropped triplets out of the tensors (and of the optimizer's state) when the pattern
+    is frozen: the same function and the same gradients of the loss at less memory; the penalty then reads the kept ones alone.
 
     Paper: AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv 2303.10512). Departures, as in its
     code: the budget is continuous at tinit, scores use the weights after the step, and `orth: fro_mean` averages un-squared
@@ -149,6 +164,8 @@ class Adalora(Wrapper):
     """Weight of the orthogonality penalty."""
     orth: Literal["fro_mean", "fro_sq_sum"] = "fro_mean"
     """Mean of ||P^T P - I|| over all P and Q (the code), or the sum of squares (the paper)."""
+    prune: Literal["off", "at_final"] = "off"
+    """at_final: drop masked triplets from the tensors `tfinal` steps before the end, rather than keep them at zero."""
     total_step: PositiveInt | None = None
     """Steps of the whole schedule; default: those of the run."""
 
@@ -172,7 +189,9 @@ class Adalora(Wrapper):
                 scored = bool((structure or {}).get("scored", True))
                 scale = self.alpha / (self.init_r + 1e-5)
                 rows = low_rank.row_index(site)
-                port = SvdLowRank(site.width_in, site.width_out, self.init_r, scale, self.dropout, rows, scored)
+                part = f"{site.path}{site.name('')}"
+                r = int((structure or {}).get("pruned", {}).get(part, self.init_r))
+                port = SvdLowRank(site.width_in, site.width_out, r, scale, self.dropout, rows, scored)
                 nn.init.normal_(port.A, std=0.02)
                 nn.init.normal_(port.B, std=0.02)
             inject(site.module, site.name(self.name), port, self.name)
@@ -181,10 +200,17 @@ class Adalora(Wrapper):
         model.add_module(f"{self.name}_shared", shared)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """Whether importances are still kept, and the rank of every module."""
+        """Whether importances are still kept, the rank of every module, and how many triplets its tensors hold once pruned."""
         ports = self._ports(model)
         ranks = {path: int(port.kept.sum()) for path, port in ports.items()}
-        return {"scored": any(port.mean_E is not None for port in ports.values()), "ranks": ranks}
+        facts: dict[str, Any] = {"scored": any(port.mean_E is not None for port in ports.values()), "ranks": ranks}
+        if self._pruned(model):
+            found = all_ports(model, self.name)
+            facts["pruned"] = {f"{path}{name.removeprefix(self.name)}": port.A.shape[0] for path, _, name, port in found}  # type: ignore[union-attr]
+        return facts
+
+    def _pruned(self, model: nn.Module) -> bool:
+        return any(port.A.shape[0] < self.init_r for port in self._ports(model).values())
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Take the length of the schedule from the run.
@@ -200,18 +226,53 @@ class Adalora(Wrapper):
                 f"stack.{self.name}: tinit={first} and tfinal={last} leave no step of {total} for the budget to fall; "
                 "shorten them, or give them as shares of the run such as 0.1"
             )
+        if self.shortens() and last == 0:
+            raise RecipeError(
+                f"stack.{self.name}.prune: at_final drops triplets when the last tfinal steps begin, and tfinal is 0; "
+                "give it steps, or a share of the run such as 0.1"
+            )
+
+    def shortens(self) -> bool:
+        """Whether trained tensors lose rows during the run."""
+        return self.prune == "at_final"
+
+    def before_step(self, model: nn.Module, step: int) -> bool | None:
+        """With `prune: at_final`, drop what the final pattern leaves out: then other tensors train."""
+        ports = self._ports(model).values()
+        for port in ports:
+            port.cut = None
+        total, _, last = self._phases(model)
+        if not self.shortens() or step < total - last or all(bool(port.kept.all()) for port in ports):
+            return None
+        for port in ports:
+            port.drop()
+        return True
+
+    def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """The triplets left in A, E and B by the pruning."""
+        found: dict[str, tuple[int, Tensor]] = {}
+        for path, port in self._ports(model).items():
+            if port.cut is not None:
+                found |= {f"{path}.A": (0, port.cut), f"{path}.E": (0, port.cut), f"{path}.B": (1, port.cut)}
+        return found
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products in float32, one shape at a time."""
         matrices: dict[torch.Size, list[Tensor]] = {}
         for port in self._ports(model).values():
             for wide in (port.A, port.B.t()):
-                matrices.setdefault(wide.shape, []).append(wide.float())
-        grams = torch.cat([(m := torch.stack(group)) @ m.mT for group in matrices.values()])
-        apart = torch.linalg.matrix_norm(grams - torch.eye(self.init_r, device=grams.device))
+                if len(wide):
+                    matrices.setdefault(wide.shape, []).append(wide.float())
+        apart = torch.cat([self._apart(torch.stack(group)) for group in matrices.values()])
         value = apart.mean() if self.orth == "fro_mean" else apart.square().sum()
         self._shared(model).orth = float(value.detach())
         return self.orth_reg_weight * value
+
+    @staticmethod
+    def _apart(wide: Tensor) -> Tensor:
+        """(n,) ||M M^T - I|| of n matrices M (r, in)."""
+        grams = wide @ wide.mT
+        return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1], device=grams.device))
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Score, allocate when due, enforce the pattern at the end."""
@@ -272,7 +333,7 @@ class Adalora(Wrapper):
             "beta2": self.beta2,
             "orth_reg_weight": self.orth_reg_weight,
             "total_step": total,
-            "rank_pattern": {f"{path}.lora_E": port.kept.tolist() for path, _, port in ports},
+            "rank_pattern": {f"{path}.lora_E": self._pattern(port) for path, _, port in ports},
             "inference_mode": True,
         }
         tensors: dict[str, Tensor] = {}
@@ -287,6 +348,10 @@ class Adalora(Wrapper):
                 f"{home}.lora_E": port.E.detach()[port.kept],
             }
         return Adapter(config, tensors)
+
+    def _pattern(self, port: SvdLowRank) -> list[bool]:
+        """Kept triplets among the first `init_r`; of a pruned module only their number is known, and PEFT reads no more."""
+        return [*port.kept.tolist(), *[False] * (self.init_r - len(port.kept))]
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable r (in + out + 1) a site; two more numbers an entry for the importances."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.fields import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.registry import register
@@ -22,6 +22,8 @@ class AdamW(Optimizer):
     The fused kernel makes one pass over memory; on CPU it takes a sixth of the time of the unfused one.
     "Decoupled Weight Decay Regularization", arXiv 1711.05101.
     """
+
+    entrywise: ClassVar[bool] = True
 
     lr: PositiveFloat = 2e-4
     """Peak learning rate."""

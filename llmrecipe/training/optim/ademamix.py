@@ -25,6 +25,8 @@ class AdEMAMix(Optimizer):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
 
+    entrywise: ClassVar[bool] = True
+
     lr: PositiveFloat = 2e-4
     """Peak learning rate."""
     beta1: OpenFraction = 0.9

@@ -24,6 +24,8 @@ class Lion(Optimizer):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
 
+    entrywise: ClassVar[bool] = True
+
     lr: PositiveFloat = 3e-5
     """Peak learning rate."""
     beta1: OpenFraction = 0.9

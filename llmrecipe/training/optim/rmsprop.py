@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.fields import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.registry import register
@@ -20,6 +20,8 @@ class RMSprop(Optimizer):
     Half of Adam's state. Used with a linear warm-up of 150 steps and lr 1e-6 in "Direct Preference Optimization",
     arXiv 2305.18290.
     """
+
+    entrywise: ClassVar[bool] = True
 
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.errors import RecipeError
 from llmrecipe.fields import NonNegativeFloat, OpenFraction, PositiveFloat
@@ -21,6 +21,8 @@ class SGD(Optimizer):
     No state without momentum: the cheapest update there is, and slow to tune on transformers.
     The heavy-ball momentum is Polyak's (1964).
     """
+
+    entrywise: ClassVar[bool] = True
 
     lr: PositiveFloat = 1e-2
     """Peak learning rate."""

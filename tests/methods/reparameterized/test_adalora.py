@@ -16,6 +16,10 @@ from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank, budget, keep_best
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Probe
+from llmrecipe.training.assemble import check_cuts, optimizer_for
+from llmrecipe.training.delta import rename
+from llmrecipe.training.optim.adamw import AdamW
+from llmrecipe.training.optim.adamw_8bit import AdamW8bit
 from tests.export.saved_runs import VOCABULARY, base_folder
 from tests.tiny import tiny_model
 
@@ -170,6 +174,67 @@ def test_importances_are_gone_when_the_pattern_is_final() -> None:
     assert stack.structures(model)["adalora"]["scored"] is False
 
 
+def trained_to_the_end(prune: str, orth: float = 0.0) -> tuple[nn.Module, Stack, torch.optim.Optimizer]:
+    """Ten steps of AdamW at one seed; the optimizer is built anew after a pruning, as a run does."""
+    optim = AdamW(lr=1e-2, weight_decay=0.0)
+    model, stack, _ = adapted(prune=prune, orth_reg_weight=orth, target="attn.q|v|o + mlp.down")
+    optimizer = optimizer_for(model, optim, stack)
+    for step in range(10):
+        if stack.before_step(model, step):
+            optimizer = optimizer_for(model, optim, stack, keep=optimizer)
+        (loss_of(model) + stack.penalty(model)).backward()
+        optimizer.step()
+        stack.after_step(model, step)
+        optimizer.zero_grad()
+    return model, stack, optimizer
+
+
+def test_pruned_tensors_hold_the_values_of_masked_ones_and_so_does_the_optimizer() -> None:
+    masked, _, slow = trained_to_the_end("off")
+    pruned, stack, fast = trained_to_the_end("at_final")
+    shorter = 0
+    for path, port in ports(masked).items():
+        short = ports(pruned)[path]
+        kept = port.kept
+        shorter += not bool(kept.all())
+        assert short.A.shape[0] == int(kept.sum()) == len(short.kept)
+        for name, axis in (("A", 0), ("E", 0), ("B", 1)):
+            whole, left = getattr(port, name), getattr(short, name)
+            index = kept.nonzero()[:, 0]
+            torch.testing.assert_close(left, whole.index_select(axis, index), atol=1e-7, rtol=1e-6)
+            for key in ("exp_avg", "exp_avg_sq"):
+                wanted = slow.state[whole][key].index_select(axis, index)
+                torch.testing.assert_close(fast.state[left][key], wanted, atol=1e-9, rtol=1e-5)
+            assert fast.state[left]["step"] == slow.state[whole]["step"] == 10
+    assert shorter >= 2
+    torch.testing.assert_close(pruned(input_ids=IDS).logits, masked(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+    assert set(stack.metrics(pruned)) and stack.metrics(pruned)["adalora/rank_mean"] == 2.0
+
+
+def test_a_pruned_delta_is_attached_at_its_own_ranks_and_merges() -> None:
+    pruned, stack, _ = trained_to_the_end("at_final", orth=0.5)
+    wanted = pruned(input_ids=IDS).logits
+    again = tiny_model("llama")
+    wrapper = Adalora(name="other", target="attn.q|v|o + mlp.down", alpha=6.0, prune="at_final", **SCHEDULE)
+    other = Stack([wrapper])
+    names = {"adalora": "other"}
+    other.attach(again, {"other": stack.structures(pruned)["adalora"]})
+    other.restore(again, {rename(name, names): value for name, value in stack.delta(pruned).items()})
+    torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=1e-6, rtol=1e-6)
+    wrapper.merge(again)
+    torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_pruning_needs_a_final_phase_and_state_that_can_be_cut() -> None:
+    with pytest.raises(RecipeError, match=r"stack\.adalora\.prune: at_final .* tfinal is 0"):
+        adapted(prune="at_final", tfinal=0)
+    wrapper = Adalora(name="adalora", prune="at_final")
+    check_cuts(AdamW(), [wrapper])
+    with pytest.raises(RecipeError, match="the state of adamw_8bit is not kept entry by entry"):
+        check_cuts(AdamW8bit(), [wrapper])
+    check_cuts(AdamW8bit(), [Adalora(name="adalora")])
+
+
 def test_an_impossible_schedule_is_refused() -> None:
     with pytest.raises(RecipeError, match="leave no step of 10"):
         adapted(tinit=8, tfinal=0.3)
@@ -185,8 +250,8 @@ def test_without_its_hook_nothing_is_ever_masked() -> None:
     assert stack.unfired() == ["adalora.after_step"]
 
 
-@pytest.mark.parametrize("as_lora", [False, True])
-def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lora: bool) -> None:
+@pytest.mark.parametrize(("as_lora", "prune"), [(False, "off"), (True, "off"), (False, "at_final"), (True, "at_final")])
+def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lora: bool, prune: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -197,8 +262,12 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
 
     base = base_folder(tmp_path)
     opened = open_model(ModelSection(path=str(base)), TokenizerSection())
-    model, stack, wrapper = adapted(model=opened.model)
-    train(model, stack)
+    model, stack, wrapper = adapted(model=opened.model, prune=prune)
+    optimizer = train(model, stack, 0, 7)
+    if prune == "off":
+        train(model, stack, 7, 10, optimizer)
+    else:
+        assert stack.before_step(model, 7)
     for port in ports(model).values():
         port.E.data *= 30
     layer = delta.Layer(
@@ -218,16 +287,20 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
 
 
 @pytest.mark.slow
-def test_a_stopped_run_continues_bit_for_bit_and_shows_its_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("prune", "stop"), [("off", 4), ("at_final", 4), ("at_final", 6), ("at_final", 7)])
+def test_a_stopped_run_continues_bit_for_bit_and_shows_its_ranks(tmp_path: Path, prune: str, stop: int) -> None:
     from tests.runs import events, learned, resume, stop_after, train_recipe
 
     words = ["steps=8", "batch.size=2", "stack.adalora.deltaT=2", "stack.adalora.tinit=1", "stack.adalora.tfinal=2"]
+    words.append(f"stack.adalora.prune={prune}")
     train_recipe(tmp_path / "whole", "adalora", *words)
-    stop_after(4, tmp_path / "parts", "adalora", *words)
+    stop_after(stop, tmp_path / "parts", "adalora", *words)
     resume(tmp_path / "parts")
     whole, parts = learned(tmp_path / "whole"), learned(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    A = [value for name, value in whole.items() if name.endswith("adalora.A")]
+    assert sum(len(a) for a in A) == (4 if prune == "at_final" else 6) * len(A)
     ranks = [e["adalora/rank_mean"] for e in events(tmp_path / "whole")]
     assert ranks[0] == 6.0
     assert ranks[-1] == 4.0
