@@ -18,6 +18,7 @@ from llmrecipe.export.merged import Exported, dtype_of, target_folder, writing
 from llmrecipe.export.peft_format import Adapter, Branch
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.low_rank import LowRank, LowRankEmbedding, LowRankExperts, LowRankTiedHead
+from llmrecipe.methods.reparameterized.dora import Magnitude
 from llmrecipe.models.sites import widths
 from llmrecipe.models.source import locate
 from llmrecipe.training import delta
@@ -147,6 +148,9 @@ def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
         if port.rows is not None:
             B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
         return Branch(path, "linear", A, B, scale, "", port.vector())
+    if isinstance(port, Magnitude):
+        A, B, m = port.branch()
+        return Branch(path, "embedding" if port.embeds else "linear", A, B, 1.0, "", m)
     if isinstance(port, LowRankTiedHead):
         pair = port.pair[0]
         return Branch(path, "linear", pair.B.detach().t(), pair.A.detach().t(), pair.scale)

@@ -164,6 +164,62 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
         low_rank.add_to_weight(module, gain * (old + self.product()) - old, None)
 
 
+class Magnitude(Port):
+    """m / ||W|| (W x) at a linear layer or an embedding: the direction stays the base's, one magnitude an output trains."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.magnitude = nn.Parameter(torch.empty(site.width_out))
+        self.register_buffer("norms", torch.empty(site.width_out), persistent=False)
+        self.register_buffer("rows", low_rank.row_index(site), persistent=False)
+        # In a list: the host is this port's parent, not its child.
+        self.host = [site.module]
+        self.width_in = site.width_in
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the host is an embedding, whose outputs are the columns of its weight."""
+        return isinstance(self.host[0], nn.Embedding)
+
+    def weight_rows(self) -> Tensor:
+        """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
+        if self.embeds:
+            return self.host[0].weight.detach().float().t()  # type: ignore[union-attr,operator]
+        weight = dense_weight(self.host[0]).float()
+        return weight if self.rows is None else weight[self.rows]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """m = ||W||, so that the gain is exactly one at step 0."""
+        self.norms = self.weight_rows().norm(dim=1)
+        self.magnitude.copy_(self.norms)
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """y + (g - 1) (W x), g = m / ||W||; the bias is not scaled."""
+        y = call(x)
+        gain = self.magnitude / self.norms
+        bias = None if self.embeds else getattr(self.host[0], "bias", None)
+        direct = y if bias is None else y - bias
+        direct = direct if self.rows is None else direct.index_select(-1, self.rows)
+        change = (gain - 1).to(y.dtype) * direct
+        return y + change if self.rows is None else y.index_add(-1, self.rows, change)
+
+    def branch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(A, B, m) of the DoRA that is the same function: a pair of zeros at rank 1, and the whole layer's magnitudes."""
+        if self.rows is None:
+            m = self.magnitude.detach()
+        else:
+            norms = dense_weight(self.host[0]).float().norm(dim=1)
+            m = norms.index_copy(0, self.rows, self.magnitude.detach())
+        return m.new_zeros(1, self.width_in), m.new_zeros(len(m), 1), m
+
+    def merge(self, module: nn.Module) -> None:
+        """W <- g W in float32, one cast back."""
+        old = self.weight_rows()
+        change = ((self.magnitude / self.norms)[:, None] - 1) * old
+        low_rank.add_to_weight(module, change.t() if self.embeds else change, self.rows)
+
+
 @register
 class Dora(Wrapper):
     """DoRA: W' = m V / ||V||, V = W + s B A, s = alpha / r; one magnitude m an output, LoRA moves the direction.
@@ -173,7 +229,8 @@ class Dora(Wrapper):
     train, m without weight decay; the norm is a constant to the gradient (section 4.3 of the paper). ||V|| comes from
     ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, with W A^T made by sending A's rows through the frozen layer: no B A and no
     dequantized W exist, and one computation serves all micro-batches of a step. Merging W <- g (W + s B A) is exact up to
-    rounding; the change has full rank, so there is no LoRA export.
+    rounding; the change has full rank, so there is no LoRA export. Sites of `magnitude_only` train m alone, without a pair:
+    W' = m W / ||W||; PEFT folders hold them as DoRA with a pair of zeros at rank 1.
 
     Paper: DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv 2402.09353). The norm runs over the inputs of each output, as in
     its code.
@@ -184,6 +241,8 @@ class Dora(Wrapper):
 
     target: str = "attn.q|v"
     """Sites whose weight is decomposed: linear layers and the embedding."""
+    magnitude_only: str | None = None
+    """Sites that train only their magnitudes; one that `target` names too gets no pair."""
     r: PositiveInt = 8
     """Rank of A and B."""
     alpha: PositiveFloat = 16.0
@@ -209,7 +268,17 @@ class Dora(Wrapper):
         """
         from llmrecipe.models.anatomy import anatomy
 
-        for site in anatomy(model).at(self.target):
+        parts = anatomy(model)
+        bare = parts.at(self.magnitude_only) if self.magnitude_only is not None else []
+        for site in bare:
+            self._check(site)
+            with torch.device(low_rank.device_of(site.module)):
+                magnitude = Magnitude(site)
+            magnitude.start()
+            inject(site.module, site.name(self.name), magnitude, self.name)
+        for site in parts.at(self.target):
+            if site.key in {s.key for s in bare}:
+                continue
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             port = self._port(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
@@ -217,9 +286,12 @@ class Dora(Wrapper):
             port.start()
             inject(site.module, site.name(self.name), port, self.name)
 
-    def _port(self, site: Site, r: int, scale: float) -> DoraLinear | DoraEmbedding:
+    def _check(self, site: Site) -> None:
         if site.tensor is not None or not hasattr(site.module, "weight") or site.role.startswith("norm"):
             raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer or embedding; dora has no norm of its rows")
+
+    def _port(self, site: Site, r: int, scale: float) -> DoraLinear | DoraEmbedding:
+        self._check(site)
         with torch.device(low_rank.device_of(site.module)):
             if isinstance(site.module, nn.Embedding):
                 return DoraEmbedding(site, r, scale, self.detach_norm)
@@ -236,7 +308,8 @@ class Dora(Wrapper):
 
     def _forget(self, model: nn.Module) -> None:
         for _, _, _, port in all_ports(model, self.name):
-            port.cached = None  # type: ignore[assignment]
+            if isinstance(port, _Direction):
+                port.cached = None
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Magnitudes do not decay: decay would pull every weight to zero."""
@@ -245,10 +318,10 @@ class Dora(Wrapper):
         return [ParamGroup(frozenset(names), weight_decay=0.0)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- g (W + s B A) at every site."""
+        """W <- g (W + s B A) at every site, W <- g W where only magnitudes train."""
         merge_ports(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: sum of r (in + out) + out; AdamW keeps 8 bytes for each."""
+        """Trainable: sum of r (in + out) + out, and out where only magnitudes train; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

@@ -14,7 +14,7 @@ from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.quantized import dense_weight
 from llmrecipe.methods.reparameterized import dora
-from llmrecipe.methods.reparameterized.dora import Dora, norm_of_sum
+from llmrecipe.methods.reparameterized.dora import Dora, Magnitude, norm_of_sum
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.stack import Stack
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -197,6 +197,59 @@ def test_magnitudes_do_not_decay_and_experts_are_refused() -> None:
         adapted("mixtral", target="experts")
 
 
+@pytest.mark.parametrize(("family", "sites"), [("llama", "attn.v + mlp.up"), ("gpt2", "attn.k|v + mlp.up"), ("llama", "embed")])
+def test_sites_of_magnitude_only_equal_the_formula_in_float64_forward_and_backward(family: str, sites: str) -> None:
+    """y = b + m / ||W|| (W x) and dL/dm_i = sum over tokens of dL/dy_i (W x)_i / ||W_i||."""
+    model, stack = adapted(family, target="attn.q", magnitude_only=f"{sites} + attn.q")
+    fill(model, scale=0.5)
+    found = ports(model)
+    assert all(isinstance(port, Magnitude) for port in found.values())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{path}.{n}" for path, n in _names(model)}
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(path: str, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        y.retain_grad()
+        seen[path] = [inputs[0], y]
+
+    hooks = [model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: keep(path, x, y)) for path in found]
+    loss_of(model).backward()
+    for hook in hooks:
+        hook.remove()
+    for path, module, _, port in all_ports(model):
+        x, y = seen[path]
+        full = module.weight.detach().double()
+        full = full.t() if family == "gpt2" or port.embeds else full
+        rows = full if port.rows is None else full[port.rows]
+        wx = full.t()[x] if port.embeds else x.double() @ full.t()
+        wx = wx if port.rows is None else wx[..., port.rows]
+        bias = getattr(module, "bias", None)
+        bias = torch.zeros(len(full), dtype=torch.float64) if bias is None else bias.double()
+        part = slice(None) if port.rows is None else port.rows
+        wanted = port.magnitude.double() / rows.norm(dim=1) * wx + bias[part]
+        torch.testing.assert_close(y.double()[..., part], wanted, atol=1e-4, rtol=1e-5)
+        gradient = (y.grad.double()[..., part] * wx / rows.norm(dim=1)).flatten(0, -2).sum(0)
+        torch.testing.assert_close(port.magnitude.grad.double(), gradient, atol=1e-5, rtol=1e-4)
+    before = model(input_ids=IDS).logits
+    stack.wrappers[0].merge(model)
+    torch.testing.assert_close(model(input_ids=IDS).logits, before, atol=1e-4, rtol=1e-4)
+
+
+def _names(model: nn.Module) -> list[tuple[str, str]]:
+    return [(path, f"{name}.magnitude") for path, _, name, _ in all_ports(model)]
+
+
+@pytest.mark.parametrize("below", [(), (Nf4(name="nf4"),)])
+def test_magnitudes_alone_start_at_the_base_bit_for_bit_and_do_not_decay(below: tuple[Any, ...]) -> None:
+    base, _ = adapted(below=below, target="attn.q")
+    model, stack = adapted(below=below, target="attn.q", magnitude_only="attn.v + mlp.up")
+    assert torch.equal(model(input_ids=IDS).logits, base(input_ids=IDS).logits)
+    names = {f"{path}.{name}" for path, name in _names(model)}
+    (group,) = stack.groups(model)
+    assert group.names == names and group.weight_decay == 0.0
+    # 2 layers: q has a pair of rank 4 on 32 x 32 and 32 magnitudes; v and up have 16 and 48 magnitudes alone.
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (4 * (32 + 32) + 32 + 16 + 48)
+
+
 def test_the_exact_gradient_is_there_for_study() -> None:
     """Without detaching, A's gradient is that of float64 autograd through the norm."""
     model, _ = adapted(target="layers.0.attn.q", detach_norm=False)
@@ -230,6 +283,22 @@ def test_peft_loads_the_folder_and_so_do_we(tmp_path: Path, family: str, target:
     torch.testing.assert_close(twin(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
     again = open_model(ModelSection(path=str(folder)), TokenizerSection()).model
     torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_with_magnitudes_alone_is_the_same_function_in_peft_and_back(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from llmrecipe.export.peft import export_peft
+
+    base = base_folder(tmp_path)
+    wrapper = Dora(name="dora", target="attn.q", r=4, magnitude_only="attn.v + mlp.down + embed")
+    wanted = saved_run(tmp_path / "run", base, wrapper)(input_ids=IDS).logits
+    folder = export_peft(tmp_path / "run").path
+    twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    torch.testing.assert_close(twin(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
+    back = open_model(ModelSection(path=str(folder)), TokenizerSection()).model
+    torch.testing.assert_close(back(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
 
 
 def test_a_chain_with_lora_merges_in_the_order_that_is_exact(tmp_path: Path) -> None:
