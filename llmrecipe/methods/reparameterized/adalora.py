@@ -42,6 +42,8 @@ def keep_best(scores: Tensor, count: int) -> Tensor:
 class SvdLowRank(low_rank.LowRank):
     """y + s B (E * A dropout(x)), with the smoothed importance of every entry while it is needed."""
 
+    kept: Tensor
+
     def __init__(self, width_in: int, width_out: int, r: int, scale: float, dropout: float, rows: Tensor | None, scored: bool):
         super().__init__(width_in, width_out, r, scale, dropout, rows)
         self.E = nn.Parameter(torch.zeros(r, 1))
