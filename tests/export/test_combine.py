@@ -155,6 +155,30 @@ def test_a_folder_written_by_peft_is_read_with_equal_logits(tmp_path: Path, case
     torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
 
 
+def test_an_adalora_folder_written_by_peft_after_its_pruning_is_read_with_equal_logits(tmp_path: Path) -> None:
+    from peft import AdaLoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = base_folder(tmp_path)
+    schedule = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 6}
+    config = AdaLoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=6, **schedule)
+    twin = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    fill(twin)
+    for step in range(1, 6):
+        twin(input_ids=IDS, labels=IDS).loss.backward()
+        twin.base_model.update_and_allocate(step)
+        twin.zero_grad()
+    ranks = [sum(kept) for kept in twin.peft_config["default"].rank_pattern.values()]
+    assert sum(ranks) == 2 * len(ranks) and len(set(ranks)) > 1
+    wanted = twin.eval()(input_ids=IDS).logits
+    twin.save_pretrained(tmp_path / "adapter")
+    opened = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection())
+    torch.testing.assert_close(opened.model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
+    doubled = open_combination([(str(tmp_path / "adapter"), 2.0)]).model
+    again = open_combination([(str(tmp_path / "adapter"), 1.0), (str(tmp_path / "adapter"), 1.0)]).model
+    torch.testing.assert_close(doubled(input_ids=IDS).logits, again(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_for_another_shape_or_method_is_refused_with_the_reason(tmp_path: Path) -> None:
     from peft import LoraConfig, OFTConfig, get_peft_model
     from transformers import AutoModelForCausalLM
