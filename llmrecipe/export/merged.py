@@ -18,7 +18,7 @@ from llmrecipe.errors import ModelError, RunError
 from llmrecipe.export import proof
 from llmrecipe.export.load import open_run
 from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.quantized import dequantize_model
+from llmrecipe.methods.quantized import dequantize_model, quantized
 from llmrecipe.models.choose import quiet
 from llmrecipe.training.opened import Opened, merge_order
 
@@ -66,10 +66,12 @@ def export_merged(
                 f"export --to merged: '{wrapper.name.split('_', 1)[1]}' cannot be folded into the weights: {reason(wrapper)}. "
                 "`llmrecipe.load(run)` and `llmrecipe chat` use it as it is"
             )
+    wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
+    if not any(quantized(opened.model)):
+        widen(opened.model, wide)
     ids = proof.probe_ids(opened.model, opened.tokenizer)
     wanted = proof.logits_of(opened.model, ids)
-    notes = fold(opened)
-    wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
+    notes = fold(opened, wide)
     with writing(target) as folder:
         write_model(opened, folder, wide)
         family: Any = type(opened.model)
@@ -87,8 +89,17 @@ def reason(wrapper: Any) -> str:
     return getattr(wrapper, "unmergeable", "") or "its effect is not a fixed change of the base weights"
 
 
-def fold(opened: Opened) -> list[str]:
-    """Fold every mounted method into the weights, oldest first, in float32, onto the base that training saw.
+def widen(model: Any, dtype: torch.dtype) -> None:
+    """Bring a model to `dtype` where that holds more: what a run learned is then added before anything is rounded."""
+    if dtype.itemsize > dtype_of(model).itemsize:
+        model.to(dtype)
+
+
+def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
+    """Fold every mounted method into the weights, oldest first, onto the base that training saw, and round once.
+
+    Args:
+        dtype: what the weights will be written in.
 
     Raises:
         ModelError: something could not be folded.
@@ -98,6 +109,7 @@ def fold(opened: Opened) -> list[str]:
         notes.append(
             f"{count} quantized layers were dequantized: the methods were trained on these weights, not on the originals"
         )
+    widen(opened.model, dtype)
     for wrapper in merge_order(opened):
         wrapper.merge(opened.model)
         notes.append(f"folded {wrapper.name.split('_', 1)[1]}")

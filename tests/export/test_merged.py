@@ -126,6 +126,23 @@ def test_lower_precision_is_reported_and_allowed_within_its_bound(tmp_path: Path
         export_merged(tmp_path / "run", tmp_path / "two", dtype="bfloat16", bound=1e-6)
 
 
+def test_a_bfloat16_base_written_in_float32_keeps_the_whole_change(tmp_path: Path) -> None:
+    """The change is added in float32 to the widened weights: adding it in bfloat16 first would round most of it away."""
+    base = base_folder(tmp_path)
+    plain = reloaded(base).to(torch.bfloat16)
+    plain.save_pretrained(base)
+    run = saved_run(tmp_path / "run", base, Lora(name="lora", target="attn.q"))
+    host = run.get_submodule("model.layers.0.self_attn.q_proj")
+    a, b = (p.detach().double() for n, p in host.named_parameters() if n.rsplit(".", 1)[-1] in ("A", "B"))
+    wanted = host.weight.detach().double() + 2.0 * b @ a
+    done = export_merged(tmp_path / "run", dtype="float32")
+    got = reloaded(done.path).get_submodule("model.layers.0.self_attn.q_proj").weight
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-6)
+    assert (wanted.to(torch.bfloat16).double() - wanted).abs().max() > 1e-4, "the values would survive rounding"
+    assert done.difference.largest <= 1e-5 * done.difference.scale
+
+
 def test_the_verb_proves_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"))
     assert command(["export", str(tmp_path / "run"), "--to", "merged", "--json"]) == 0
