@@ -34,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fishmask": {"density": 0.05, "num_samples": 4},
     "child_tuning": {"variant": "d"},
     "spt": {"num_batches": 2},
+    "group_mask": {"num_samples": 4},
+    "adapter": {"r": 8},
     "coda": {"r": 4, "reduction": 2.0, "eps": 1.0, "causal": "prompt_only"},
     "adalora": {"total_step": 50},
     "dylora": {"update": "full"},

@@ -194,6 +194,11 @@ def row_index(site: Site) -> Tensor | None:
     return torch.tensor(list(rows), dtype=torch.long, device=device_of(site.module))
 
 
+def wide(x: Tensor) -> Tensor:
+    """Float32, or float64 where the model computes in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Device of a module's first parameter."""
     return next(module.parameters()).device

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmrecipe.context import activate, current
 from llmrecipe.errors import RecipeError, UserError
 from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.masters import raise_to_master
 from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import heads
 
@@ -83,12 +84,11 @@ class Stack:
             trained |= set(own_tensors(model, wrapper.name)) - wrapper.frozen(model)
             opened |= wrapper.opened(model)
         trained |= opened
-        for name, parameter in model.named_parameters():
+        for name, parameter in list(model.named_parameters()):
             can = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
             everything = not changes and not getattr(parameter, "frozen_base", False)
             if can and name in opened:
-                # Trained tensors are float32 masters whatever the base's dtype: 16 bits would lose small updates.
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                raise_to_master(model, parameter)
             everything = everything and not heads.is_frozen(model, name)
             parameter.requires_grad_(can and (everything or name in trained or is_head(model, name)))
 

@@ -269,7 +269,7 @@ def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
     """Mixed precision where float32 masters and low-precision compute meet inside base modules."""
     if dtype not in ("bfloat16", "float16") or not all(w.masters for w in stack):
         return None
-    if everything_trains(stack) or any(w.stage is Stage.SELECT for w in stack):
+    if everything_trains(stack):
         return torch.bfloat16 if dtype == "bfloat16" else torch.float16
     return None
 

@@ -126,14 +126,17 @@ class Engine(nn.Module):
 
     def _pair_hidden(self, batch: Batch) -> Tensor:
         """Encoder-decoder: the encoder reads `encoder_ids`, the batch's own rows are the decoder's."""
-        model = self.model
-        out = model.get_encoder()(input_ids=batch.extra["encoder_ids"], attention_mask=batch.extra["encoder_mask"])
+        model, mask = self.model, batch.extra["encoder_mask"]
+        # The batch's own rows are the decoder's: what the context says of them is not true of the encoder's.
+        own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
+        with activate(own):
+            out = model.get_encoder()(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
         decoder = model.get_decoder()
         return decoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             encoder_hidden_states=out.last_hidden_state,
-            encoder_attention_mask=batch.extra["encoder_mask"],
+            encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
 

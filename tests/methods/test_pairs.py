@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -18,6 +19,8 @@ from llmrecipe.recipe.pairs import pairs
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.roles import Roles
 from tests.contract import FAMILY, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
+from tests.methods.additive.harness import fill, model_of
+from tests.methods.kinds import put, refresh, slopes, wide_norms, wrapper_of
 from tests.tiny import Tokenizer, tiny_model
 
 ALL = pairs()
@@ -120,6 +123,44 @@ def test_gradients_of_a_pair_equal_float64(first: str, second: str, monkeypatch:
         values.append(float(subject.loss().detach()))
     slope = (values[0] - values[1]) / (2 * eps)
     assert slope == pytest.approx(float(norm), rel=2e-3)
+
+
+ENCODED = [(a, b) for a, b in LEGAL if {a, b} & set(FAMILY) and not {a, b} & RULES]
+"""Pairs with a method that is made for encoders."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), ENCODED)
+@pytest.mark.parametrize("order", ["as listed", "reversed"])
+def test_both_parts_of_a_pair_on_an_encoder(first: str, second: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have gradients, and those are the slope of the loss in float64."""
+    if order == "reversed":
+        first, second = second, first
+    family = next(FAMILY[k] for k in (first, second) if k in FAMILY)
+    wrappers = [wrapper_of(k, n, **EXACT.get(k, {})) for k, n in ((first, "one"), (second, "two"))]
+    made = put(model_of(family), *wrappers)
+    made.stack.before_step(made.model, 0)
+    fill(made.model)
+    refresh(made.stack, made.model)
+    grads = made.gradients()
+    for wrapper in made.stack:
+        own = (set(own_tensors(made.model, wrapper.name)) | wrapper.opened(made.model)) & grads.keys()
+        assert wrapper.stage is Stage.BASE or any(bool(grads[n].any()) for n in own), f"{wrapper.name} has no gradient"
+    # Quantized kernels have no float64 form; their gradients are compared with dense layers elsewhere.
+    if not any(w.stage is Stage.BASE for w in made.stack):
+        wide_norms(monkeypatch, made.model)
+        slope, wanted = slopes(made)
+        assert wanted > 0.5 and slope == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_table_on_the_command_line_is_this_one(capsys: pytest.CaptureFixture[str]) -> None:
+    from llmrecipe.cli.app import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["list", "--pairs", "--json"])
+    assert not stopped.value.code
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["first"], r["second"], r["reason"]) for r in rows] == [(p.first, p.second, p.reason) for p in ALL]
 
 
 def _norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:

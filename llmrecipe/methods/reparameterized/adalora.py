@@ -259,12 +259,12 @@ class Adalora(Wrapper):
         return found
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products in float32, one shape at a time."""
+        """weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products of one shape at a time."""
         matrices: dict[torch.Size, list[Tensor]] = {}
         for port in self._ports(model).values():
-            for wide in (port.A, port.B.t()):
-                if len(wide):
-                    matrices.setdefault(wide.shape, []).append(wide.float())
+            for matrix in (port.A, port.B.t()):
+                if len(matrix):
+                    matrices.setdefault(matrix.shape, []).append(low_rank.wide(matrix))
         apart = torch.cat([self._apart(torch.stack(group)) for group in matrices.values()])
         value = apart.mean() if self.orth == "fro_mean" else apart.square().sum()
         self._shared(model).orth = float(value.detach())
@@ -274,7 +274,7 @@ class Adalora(Wrapper):
     def _apart(wide: Tensor) -> Tensor:
         """(n,) ||M M^T - I|| of n matrices M (r, in)."""
         grams = wide @ wide.mT
-        return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1], device=grams.device))
+        return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1], device=grams.device, dtype=grams.dtype))
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Score, allocate when due, enforce the pattern at the end."""

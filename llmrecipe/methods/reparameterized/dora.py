@@ -34,9 +34,9 @@ def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float)
         WA: (out, r) W A^T.
 
     Returns:
-        (out,) float32, NaN where the terms cancel.
+        (out,) float32 or wider, NaN where the terms cancel.
     """
-    A, B, WA = A.float(), B.float(), WA.float()
+    A, B, WA = (low_rank.wide(t) for t in (A, B, WA))
     total = squares + 2 * scale * (WA * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
     return torch.where(total < CANCELLED * squares, torch.nan, total).sqrt()
 
@@ -71,7 +71,7 @@ class _Direction:
         norm = norm_of_sum(self.squares, product(), self.A, self.B, self.scale)
         lost = norm.isnan()
         if bool(lost.any()):
-            rows = self.weight_rows()[lost] + self.scale * (self.B.float()[lost] @ self.A.float())
+            rows = self.weight_rows()[lost] + self.scale * (low_rank.wide(self.B)[lost] @ low_rank.wide(self.A))
             norm = norm.masked_scatter(lost, rows.norm(dim=1))
         return norm
 
@@ -97,7 +97,7 @@ class DoraLinear(_Direction, low_rank.LowRank):
 
     def weight_rows(self) -> Tensor:
         """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
-        weight = dense_weight(self.host[0]).float()
+        weight = low_rank.wide(dense_weight(self.host[0]))
         return weight if self.rows is None else weight[self.rows]
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
