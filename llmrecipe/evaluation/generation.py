@@ -1,4 +1,4 @@
-"""Generation: left-padded batches through the model's own `generate`, under the ports of the stack.
+"""Generation: padded batches through the model's own `generate`, under the ports of the stack.
 
 The checkpoint's generation settings are overridden, not merged: what is not asked for is greedy.
 """
@@ -42,7 +42,7 @@ def generate(
     """Continue each prompt; returns the new token ids, end token included where it was reached.
 
     Args:
-        prompts: token ids; prompts of one batch are padded on the left.
+        prompts: token ids; prompts of one batch are padded (see `padded`).
         context: of the forward passes, by default the one that is active; masks and tasks are filled in here.
         tasks: number of each prompt's task, where the model keeps tasks apart.
     """
@@ -78,9 +78,7 @@ def _batch(
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     device = next(model.parameters()).device
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids, mask = padded(model, prompts, pad, device)
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -105,8 +103,24 @@ def _batch(
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         model.generation_config = kept  # type: ignore[assignment]
-    new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, width:]
+    new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, ids.shape[1] :]
     return [_cut(row, ends) for row in new.tolist()]
+
+
+def padded(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, T) ids and mask: on the left where answers follow in the same row, on the right where an encoder counts positions."""
+    width = max(len(p) for p in prompts)
+    right = getattr(model.config, "is_encoder_decoder", False)
+
+    def filled(row: Sequence[int], value: int) -> list[int]:
+        rest = [value] * (width - len(row))
+        return [*row, *rest] if right else [*rest, *row]
+
+    ids = torch.tensor([filled(p, pad) for p in prompts], device=device)
+    mask = torch.tensor([filled([1] * len(p), 0) for p in prompts], device=device)
+    return ids, mask
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
