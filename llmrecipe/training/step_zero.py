@@ -58,7 +58,7 @@ def same_policy(run: Run) -> bool:
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Mean loss and metrics of the first step's rows, over all processes."""
+    """Mean loss and metrics of the first step's rows, over all processes; without those that none of the rows has."""
     sums = MetricSums()
     state = run.objective.state()
     size, rank, world = run.recipe.batch.size, run.runtime.rank, run.runtime.world
@@ -69,4 +69,8 @@ def measure(run: Run) -> dict[str, float]:
             loss = run.objective.loss(batch, run.roles)
             sums.add({"loss": (loss.total, run.objective.weight(batch)), **loss.metrics})
     run.objective.load_state(state)
-    return sums.mean(run)
+    names = sorted(sums.counts)
+    counts = run.runtime.sum(torch.tensor([sums.counts[n] for n in names], dtype=torch.float64)).tolist()
+    means = sums.mean(run)
+    # A mean over nothing (rejected answers of a batch that has none) is no measurement.
+    return {name: means[name] for name, count in zip(names, counts, strict=True) if count}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ def test_other_objectives_have_values_of_their_own(recipe: str, wanted: dict[str
     train_recipe(tmp_path / "run", recipe, *SMALL)
     (check,) = events(tmp_path / "run", "check")
     assert {k: check[k] for k in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_batch_without_rejected_answers_is_measured_without_them(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}.", "completion": f"{i}", "label": True} for i in range(4)]
+    path = tmp_path / "good.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    train_recipe(tmp_path / "run", "kto_lora", *SMALL, f"data.path={path}")
+    (check,) = events(tmp_path / "run", "check")
+    assert check["loss/unweighted"] == pytest.approx(0.5, abs=1e-5) and check["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    assert "rewards/rejected" not in check
 
 
 def test_another_reference_stops_the_run_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
