@@ -11,7 +11,7 @@ import torch
 from llmrecipe.methods.stack import Stack, kind_name
 from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.training import assemble, delta, opened
-from llmrecipe.training.memory import Estimate, estimate
+from llmrecipe.training.memory import Estimate, delta_bytes, estimate
 from llmrecipe.training.optimizer import parameter_groups
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Findings:
     rows: int
     tokens_per_step: int
     memory_mb: dict[str, float]
+    delta_bytes: int
+    """Learned tensors of a checkpoint, beside the optimizer's state."""
     seconds: float
     """A rough estimate: 6 floating-point operations a parameter and token at this machine's matmul rate."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +102,8 @@ def examine(composition: Composition) -> Findings:
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],
         total, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
-        _megabytes(memory), 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
+        _megabytes(memory), delta_bytes(model, stack),
+        6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
     )  # fmt: skip
 
 
@@ -153,6 +156,7 @@ def show_findings(found: Findings) -> None:
             table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
         out.print(table)
     out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
+    out.print(f"saved: {found.delta_bytes / 2**20:.1f} MB of learned tensors a checkpoint")
     out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
     for note in found.notes:
         out.print(f"note: {note}")

@@ -103,6 +103,17 @@ def estimate(
     )
 
 
+def delta_bytes(model: nn.Module, stack: Stack) -> int:
+    """Bytes of learned tensors in a checkpoint; the model may be on the meta device.
+
+    A wrapper that chooses its entries from data has none yet: it is counted by its plan, 4 bytes a number and its indices.
+    """
+    attached = sum(t.numel() * t.element_size() for t in stack.delta(model).values())
+    facts = [w.memory(model) for w in stack]
+    planned = sum(4 * f.get("trainable", 0) + f.get("index_bytes", 0) for f in facts)
+    return max(attached, planned)
+
+
 def weight_bytes(model: nn.Module, stack: Stack) -> int:
     """Bytes of weights and buffers; wrappers that quantize say what their layers weigh (`base_bytes`)."""
     from llmrecipe.methods.quantized import quantized
