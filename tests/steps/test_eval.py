@@ -39,7 +39,7 @@ def test_rewards_are_means_over_greedy_answers(tmp_path: Path) -> None:
     from llmrecipe.evaluation.chat import Chat
     from llmrecipe.evaluation.generation import Sampling
 
-    chat = Chat.open("tiny", [], Sampling(12))
+    chat = Chat.open(["tiny"], [], Sampling(12))
     assert [v["answer"] for v in values] == [chat.answer(r["prompt"], remember=False) for r in rows[:4]]
     assert all(v["reward"] == pytest.approx(2 * v["reward/right"] + v["reward/short"]) for v in values)
     assert found["train/reward"] == pytest.approx(sum(v["reward"] for v in values) / 4)

@@ -27,7 +27,7 @@ def generated(folder: Path, *words: str) -> list[dict[str, Any]]:
 
 def test_greedy_rows_are_what_chat_answers(tmp_path: Path) -> None:
     rows = generated(tmp_path / "rows", "temperature=0", "max_new_tokens=24")
-    chat = Chat.open("tiny", [], Sampling(24))
+    chat = Chat.open(["tiny"], [], Sampling(24))
     prompts = read_prompts("builtin:prompts", limit=6)
     assert [r["prompt"] for r in rows] == [p.prompt for p in prompts]
     assert [r["completion"] for r in rows] == [chat.answer(p.turns[0]["content"], remember=False) for p in prompts]
