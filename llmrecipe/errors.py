@@ -12,7 +12,7 @@ Interrupted           130   Ctrl-C or SIGTERM, after a checkpoint was written
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class LlmRecipeError(Exception):
@@ -49,18 +49,28 @@ class Interrupted(LlmRecipeError):
     exit_code = 130
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | None = None) -> str:
     """`; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near.
 
     One slip of the keyboard (a letter more, less, wrong, or two swapped) counts as near also in words too short for a ratio;
-    so do half a word and a dash for an underscore.
+    so do half a word and a dash for an underscore. Before a longer look-alike comes a choice whose meaning opens with the word:
+    `rank` is nearer to `r` ("Rank of A and B") than to `rank_pattern`.
+
+    Args:
+        meanings: choice -> what it means, in a sentence.
     """
     choices = list(known)
     plain = word.lower().replace("-", "_")
     near = [c for c in choices if c == plain] or [c for c in choices if _one_slip(plain, c)]
+    near = near or sorted((c for c in choices if _opens_with((meanings or {}).get(c, ""), plain)), key=len)
     near = near or difflib.get_close_matches(plain, choices, n=1, cutoff=0.6)
     near = near or [c for c in choices if len(plain) > 1 and c.startswith(plain)]
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _opens_with(sentence: str, word: str) -> bool:
+    start = word.replace("_", " ")
+    return sentence.lower().startswith(start) and not sentence[len(start) : len(start) + 1].isalnum()
 
 
 def _one_slip(word: str, other: str) -> bool:

@@ -22,9 +22,9 @@ import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe import fields as vocabulary
@@ -102,7 +102,9 @@ class Spec:
     @functools.cached_property
     def schema_model(self) -> type[BaseModel]:
         """A Pydantic model with the component's options, built without importing the component."""
-        spec_fields: dict[str, Any] = {o.name: (o.annotation, o.default) for o in self.options.values()}
+        spec_fields: dict[str, Any] = {
+            o.name: (Annotated[o.annotation, Field(description=o.doc)], o.default) for o in self.options.values()
+        }
         return create_model(self.class_name, __config__=CONFIG, **spec_fields)
 
 

@@ -23,7 +23,7 @@ from llmrecipe.methods.inject import DELTA, Port
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Site
 
-Init = Literal["default", "gaussian", "orthogonal", "pissa"]
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 
 
 def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class LowRank(Port):
         self.register_buffer("B0", None)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s B A dropout(x), less the frozen start of a PiSSA branch."""
+        """y + s B A dropout(x), less the frozen start of a PiSSA or OLoRA branch."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y = branch(dropped, self.A, self.B, self.scale, y, self.rows)
         if self.A0 is not None:
@@ -234,6 +234,12 @@ def initialise(port: Port, init: Init, module: nn.Module) -> None:
     gaussian    A ~ N(0, 1 / r^2), B = 0
     orthogonal  A and B from one orthogonal matrix with B A = 0
     pissa       A, B from the top r singular triplets of W; the frozen start is subtracted, so W itself stays untouched
+    olora       W = Q R (Householder), B = Q[:, :r], A = R[:r]; its frozen start is subtracted as well
+
+    The last three are for linear layers: embeddings always start by default, experts by default or gaussian.
+
+    Raises:
+        ModelError: orthogonal with an odd rank; pissa or olora on a quantized weight, or with more ranks than the weight has.
     """
     if isinstance(port, LowRankTiedHead):
         return
@@ -266,19 +272,44 @@ def _orthogonal(port: LowRank, module: nn.Module) -> None:
     port.B.copy_(torch.randn(port.B.shape[0], r // 2, device=port.A.device) @ odd / 10)
 
 
-def _pissa(port: LowRank, module: nn.Module) -> None:
+def _decomposable(port: LowRank, module: nn.Module, init: str) -> Tensor:
+    """The float32 weight (out, in) of the outputs a port stands on.
+
+    Raises:
+        ModelError: it is quantized, or has fewer rows or columns than the port has ranks.
+    """
     weight = module.weight
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        raise ModelError("init: pissa reads singular vectors of the weight; it needs a weight that is not quantized")
+        raise ModelError(f"init: {init} starts from a decomposition of the weight; it needs one that is not quantized")
     full = weight.float().t() if _is_transposed(module) else weight.float()
     if port.rows is not None:
         full = full[port.rows]
-    r = port.A.shape[0]
-    u, s, vh = torch.linalg.svd(full, full_matrices=False)
-    root = (s[:r] / port.scale).sqrt()
-    port.A.copy_(root[:, None] * vh[:r])
-    port.B.copy_(u[:, :r] * root)
+    if port.A.shape[0] > min(full.shape):
+        raise ModelError(
+            f"init: {init} takes its ranks from the weight, which is {full.shape[0]} x {full.shape[1]}: "
+            f"r can be {min(full.shape)} at most, got {port.A.shape[0]}"
+        )
+    return full
+
+
+def _start_from(port: LowRank, A: Tensor, B: Tensor) -> None:
+    """Start at B A, and keep a frozen copy that the branch subtracts."""
+    port.A.copy_(A)
+    port.B.copy_(B)
     port.A0, port.B0 = port.A.detach().clone(), port.B.detach().clone()
 
 
-_SPECIAL: dict[str, Callable[[LowRank, nn.Module], None]] = {"orthogonal": _orthogonal, "pissa": _pissa}
+def _pissa(port: LowRank, module: nn.Module) -> None:
+    r = port.A.shape[0]
+    u, s, vh = torch.linalg.svd(_decomposable(port, module, "pissa"), full_matrices=False)
+    root = (s[:r] / port.scale).sqrt()
+    _start_from(port, root[:, None] * vh[:r], u[:, :r] * root)
+
+
+def _olora(port: LowRank, module: nn.Module) -> None:
+    r = port.A.shape[0]
+    q, upper = torch.linalg.qr(_decomposable(port, module, "olora"))
+    _start_from(port, upper[:r], q[:, :r])
+
+
+_SPECIAL: dict[str, Callable[[LowRank, nn.Module], None]] = {"orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora}

@@ -260,7 +260,8 @@ def _unknown_key(model: type[BaseModel], key: KeyPath, owner: str) -> str:
         kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     known = [field.alias or n for n, field in model.model_fields.items()]
-    hint = did_you_mean(name, known) or _elsewhere(name)
+    meanings = {field.alias or n: field.description or "" for n, field in model.model_fields.items()}
+    hint = did_you_mean(name, known, meanings) or _elsewhere(name)
     if model is Recipe:
         return f"a recipe has no key '{name}'{hint}" + ("" if hint else f" (keys: {', '.join(known)})")
     noun = "option" if not issubclass(model, Section) else "key"

@@ -42,6 +42,7 @@ CASES = {
     "tied pair": ("llama", {"target": "embed + head"}, {"tie_word_embeddings": True}),
     "head": ("llama", {"target": "head"}, {}),
     "pissa": ("llama", {"init": "pissa"}, {}),
+    "olora": ("llama", {"init": "olora"}, {}),
     "Conv1D": ("gpt2", {"target": "attn.qkv + mlp.up"}, {}),
     "fused split": ("gpt2", {"target": "attn.q|v"}, {}),
     "interleaved split": ("gpt_neox", {"target": "attn.q|v"}, {}),

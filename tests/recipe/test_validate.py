@@ -99,6 +99,29 @@ def test_a_misspelt_override_ends_in_the_same_message(key: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("stack.lora.rank", "r"),
+        ("stack.lora.scale", "alpha"),
+        ("stack.lora.rank_patern", "rank_pattern"),
+        ("optim.learning_rate", "lr"),
+        ("optim.l", "lr"),
+    ],
+)
+def test_a_key_called_by_what_it_means_is_understood(said: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"did you mean '{meant}'"):
+        compose("dpo_lora", [f"{said}=1"])
+
+
+def test_a_meaning_counts_by_its_first_whole_words_before_a_longer_look_alike_and_after_a_slip() -> None:
+    meanings = {"r": "Rank of A and B.", "rank_pattern": "Rank by site path.", "seed": "Ranking seed.", "ranks": "Ranks."}
+    assert did_you_mean("rank", ["rank_pattern", "r", "seed"], meanings) == "; did you mean 'r'?"
+    assert did_you_mean("rank", ["rank_pattern", "r", "ranks"], meanings) == "; did you mean 'ranks'?"
+    assert did_you_mean("rank", ["seed"], meanings) == ""
+    assert did_you_mean("rank_of", ["seed", "r"], meanings) == "; did you mean 'r'?"
+
+
+@pytest.mark.parametrize(
     ("half", "full"),
     [("weight", "weight_decay"), ("lab", "label_smoothing"), ("max_len", "max_length"), ("weight-decay", "weight_decay")],
 )

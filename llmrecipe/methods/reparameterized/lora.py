@@ -30,8 +30,8 @@ class Lora(Wrapper):
     one pair an expert. Tied embeddings: when `embed` and `head` are both targeted one pair serves both.
 
     Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
-    for Fine-Tuning with LoRA (arXiv 2312.03732); PiSSA start: arXiv 2404.02948. Departure: a PiSSA start subtracts its frozen
-    first product instead of rewriting W, so base weights stay bit-equal and deltas stay portable.
+    for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775). Departure: these
+    two subtract their frozen first product instead of rewriting W, so base weights stay bit-equal and deltas stay portable.
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
@@ -42,12 +42,12 @@ class Lora(Wrapper):
     r: PositiveInt = 8
     """Rank of A and B."""
     alpha: PositiveFloat = 16.0
-    """The branch is scaled by alpha / r."""
+    """Scale of the branch: it is multiplied by alpha / r."""
     dropout: OpenFraction = 0.0
     """Dropout on the branch's input while training."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r), so that larger ranks keep learning."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """Multiply by alpha / sqrt(r) instead, so that larger ranks keep learning."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """Start of A and B; every choice starts at the base model."""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Rank by site path: regular expressions matched against the end of the module path."""

@@ -23,7 +23,7 @@ class Adafactor(Optimizer):
     """
 
     lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     beta1: OpenFraction = 0.0
     """Memory of the mean gradient; 0 keeps none, as the paper's memory claim wants."""
     decay_rate: PositiveFloat = 0.8

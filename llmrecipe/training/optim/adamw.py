@@ -26,7 +26,7 @@ class AdamW(Optimizer):
     entrywise: ClassVar[bool] = True
 
     lr: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     beta1: OpenFraction = 0.9
     """Memory of the mean gradient."""
     beta2: OpenFraction = 0.999

@@ -27,7 +27,7 @@ class Lion(Optimizer):
     entrywise: ClassVar[bool] = True
 
     lr: PositiveFloat = 3e-5
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     beta1: OpenFraction = 0.9
     """Share of the momentum in the update's direction."""
     beta2: OpenFraction = 0.99

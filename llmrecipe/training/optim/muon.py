@@ -24,7 +24,7 @@ class Muon(Optimizer):
     """
 
     lr: PositiveFloat = 2e-4
-    """Peak learning rate of both parts."""
+    """Learning rate at its peak, of both parts."""
     momentum: OpenFraction = 0.95
     """Memory of Muon's momentum."""
     nesterov: bool = True

@@ -25,7 +25,7 @@ class PagedAdamW32bit(Optimizer):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
 
     lr: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     beta1: OpenFraction = 0.9
     """Memory of the mean gradient."""
     beta2: OpenFraction = 0.999

@@ -26,7 +26,7 @@ class PagedAdEMAMix8bit(Optimizer):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
 
     lr: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     beta1: OpenFraction = 0.9
     """Memory of the fast mean gradient."""
     beta2: OpenFraction = 0.999

@@ -24,7 +24,7 @@ class RMSprop8bit(Optimizer):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
 
     lr: PositiveFloat = 1e-6
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     alpha: OpenFraction = 0.99
     """Memory of the mean squared gradient."""
     eps: PositiveFloat = 1e-8

@@ -25,7 +25,7 @@ class SGD(Optimizer):
     entrywise: ClassVar[bool] = True
 
     lr: PositiveFloat = 1e-2
-    """Peak learning rate."""
+    """Learning rate at its peak."""
     momentum: OpenFraction = 0.0
     """Share of the last update that is repeated; 0 keeps no state."""
     nesterov: bool = False

@@ -10,6 +10,7 @@ from torch import nn
 
 from llmrecipe.context import Context, activate
 from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.methods import low_rank
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.stack import Stack
@@ -87,7 +88,80 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa"])
+def losses_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits = model(input_ids=IDS).logits
+    loss = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:])
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_a_start_from_the_weight_equals_peft(init: str) -> None:
+    """The same A and B (singular vectors up to sign), the same loss and gradients, though peft rewrites W and we do not."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = adapted(target="attn.q|v", r=4, alpha=6.0, init=init)
+    twin = get_peft_model(
+        tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=6, init_lora_weights=init)
+    )
+    theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    ours = {path: port for path, _, _, port in all_ports(model)}
+    assert set(ours) == set(theirs)
+    signs = {}
+    for name, port in ours.items():
+        A, B = theirs[name].lora_A["default"].weight, theirs[name].lora_B["default"].weight
+        signs[name] = torch.sign((port.A * A).sum(1))
+        assert init == "pissa" or bool((signs[name] == 1).all())
+        torch.testing.assert_close(port.A, signs[name][:, None] * A, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(port.B, signs[name] * B, atol=2e-5, rtol=1e-4)
+    generator = torch.Generator().manual_seed(5)
+    for name, port in ours.items():  # away from the start, so that the subtracted first product shows
+        for factor, layer, axis in ((port.A, theirs[name].lora_A, 0), (port.B, theirs[name].lora_B, 1)):
+            step = torch.randn(factor.shape, generator=generator) * 0.1
+            sign = signs[name][:, None] if axis == 0 else signs[name]
+            factor.data += step
+            layer["default"].weight.data += sign * step
+    (loss, _), (wanted, _) = losses_and_gradients(model), losses_and_gradients(twin)
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
+    for name, port in ours.items():
+        torch.testing.assert_close(
+            port.A.grad, signs[name][:, None] * theirs[name].lora_A["default"].weight.grad, atol=2e-5, rtol=1e-3
+        )
+        torch.testing.assert_close(port.B.grad, signs[name] * theirs[name].lora_B["default"].weight.grad, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_olora_takes_the_leading_part_of_q_r_of_the_rows_it_stands_on(family: str) -> None:
+    """Also where the weight is stored transposed or holds several projections; the base's weight stays bit for bit."""
+    model, _ = adapted(family, target="attn.q|v", r=4, init="olora")
+    untouched = dict(tiny_model(family).named_parameters())
+    for path, module, _, port in all_ports(model):
+        assert torch.equal(module.weight, untouched[f"{path}.weight"])
+        weight = (module.weight.t() if family == "gpt2" else module.weight)[port.rows]
+        assert port.rows.numel() == weight.shape[0] == 32
+        torch.testing.assert_close(port.B.t() @ port.B, torch.eye(4), atol=1e-5, rtol=0)
+        # The first r columns of Q span the first r columns of W, and A is W seen from that span.
+        torch.testing.assert_close(port.B @ port.A[:, :4], weight[:, :4], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(port.A, port.B.t() @ weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_more_ranks_than_the_weight_has_are_refused(init: str) -> None:
+    with pytest.raises(
+        ModelError, match=rf"init: {init} takes its ranks from the weight, which is 16 x 32: r can be 16 at most"
+    ):
+        adapted(target="attn.v", r=20, init=init)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_quantized_weight_has_no_decomposition_to_start_from(init: str) -> None:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match=f"init: {init} starts from a decomposition of the weight; it needs one that is not"):
+        low_rank.initialise(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 @pytest.mark.parametrize("target", ["attn.q|v", "all-linear", "embed", "embed + head"])
 def test_starts_at_the_base_model(init: str, target: str) -> None:
     base = tiny_model()(input_ids=IDS).logits
