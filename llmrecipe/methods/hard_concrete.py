@@ -1,8 +1,9 @@
-"""Hard-concrete gates over base tensors: the relaxed L0 phase of diff pruning.
+"""Hard-concrete gates over base tensors: the relaxed L0 phase of diff pruning, for entries or for whole groups.
 
     s = sigma(ln u - ln(1 - u) + alpha),  z = min(1, max(0, s (high - low) + low)),  u ~ U(0, 1)
     W' = W + z w            or  W + z z_g w  with one more gate z_g for the whole tensor
     P(z > 0) = sigma(alpha - ln(-low / high)),  E ||delta||_0 = sum_i P(z_i > 0) [P(z_g > 0)]
+    W'_i = W_i + z_j(i) w_i  with one gate for every group j of weights,  E ||delta||_0 = sum_j |j| P(z_j > 0)
 
 u is drawn by address (seed, step, tensor, position): the same in forward, recomputation and backward pass, on every process
 and for every micro-batch of a step, and never stored. Without gradients z is the gate at u = 1/2.
@@ -11,7 +12,7 @@ and for every micro-batch of a step, and never stored. Without gradients z is th
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from llmrecipe.errors import ModelError
 from llmrecipe.methods.counter import uniform
 from llmrecipe.methods.inject import DELTA, Port
 from llmrecipe.methods.sparse_delta import Weight
+
+if TYPE_CHECKING:
+    from llmrecipe.methods.weight_groups import Family, Member
 
 CHUNK = 1 << 22
 
@@ -32,23 +36,41 @@ def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tens
     return stretched.clamp(0, 1), torch.where(inside, (high - low) * s * (1 - s), torch.zeros_like(s))
 
 
-class DiffGate(Port):
-    """The dense difference w of one tensor with its gates; replaces W by W + z w for the length of a call."""
+class Gated(Port):
+    """The dense difference w of one tensor, under gates; replaces W by W + z w for the length of a call."""
 
     # After selections that are written into W itself (order -1): they must be handed the stored tensor, not a sum.
     order = DELTA
 
-    def __init__(self, weight: Weight, tensor: str, low: float, high: float, alpha: float | None, grouped: bool):
+    def __init__(self, weight: Weight, low: float, high: float):
         super().__init__()
         wide = torch.promote_types(weight.value.dtype, torch.float32)
-        device = weight.value.device
-        self.w = nn.Parameter(torch.zeros(weight.shape, dtype=wide, device=device))
-        start = 0.0 if alpha is None else alpha
-        self.alpha = None if alpha is None else nn.Parameter(torch.full(weight.shape, start, dtype=wide, device=device))
-        self.group = nn.Parameter(torch.full((), start, dtype=wide, device=device)) if grouped and alpha is not None else None
-        self.tensor, self.source, self.low, self.high = tensor, weight.name, low, high
+        self.w = nn.Parameter(torch.zeros(weight.shape, dtype=wide, device=weight.value.device))
+        self.tensor, self.source, self.low, self.high = weight.owners[0][1], weight.name, low, high
         self.draw = ""
         """Address of the running step's u."""
+
+    def difference(self, draw: str) -> Tensor:
+        """(entries,) delta for one draw of u."""
+        raise NotImplementedError
+
+    def merge(self, module: nn.Module) -> None:
+        """Refused: nothing has been pruned yet.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"stack.{self.owner}: the difference has not been pruned yet; train past l0_steps before merging")
+
+
+class DiffGate(Gated):
+    """A gate for every entry, and with `grouped` one more for the whole tensor."""
+
+    def __init__(self, weight: Weight, low: float, high: float, alpha: float | None, grouped: bool):
+        super().__init__(weight, low, high)
+        start = 0.0 if alpha is None else alpha
+        self.alpha = None if alpha is None else nn.Parameter(torch.full_like(self.w, start))
+        self.group = nn.Parameter(self.w.new_full((), start)) if grouped and alpha is not None else None
 
     def weight(self, value: Tensor) -> Tensor:
         """W -> W + z w, summed in float32."""
@@ -89,21 +111,56 @@ class DiffGate(Port):
         share = torch.sigmoid(self.group - shift)
         return own * share if product else own + share
 
-    def merge(self, module: nn.Module) -> None:
-        """Refused: nothing has been pruned yet.
 
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(f"stack.{self.owner}: the difference has not been pruned yet; train past l0_steps before merging")
+class GroupGate(Gated):
+    """One gate for each group of a family, over the part of the groups that lies in this tensor.
+
+    The first tensor of a family holds its gates `alpha` (groups,); the others read them there.
+    """
+
+    def __init__(self, family: Family, member: Member, low: float, high: float, alpha: float, first: GroupGate | None):
+        super().__init__(member.weight, low, high)
+        self.family, self.size = family.name, family.size
+        self.alpha = nn.Parameter(self.w.new_full((family.count,), alpha)) if first is None else None
+        self.pair = [] if first is None else [first]
+        self.axis = len(member.weight.shape) - 1 if member.layout == "columns" else 0
+        # Rows, columns or entries of no group point behind the last gate, at a zero.
+        slot = torch.full((member.weight.shape[self.axis],), family.count)
+        slot[member.index.reshape(-1)] = torch.arange(family.count).repeat_interleave(member.index.shape[1])
+        self.register_buffer("slot", slot.to(self.w.device), persistent=False)
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W + z w, summed in float32."""
+        z = self.spread(self.draw if torch.is_grad_enabled() else None)
+        return (value.to(self.w.dtype) + self.w * z).to(value.dtype)
+
+    def spread(self, draw: str | None) -> Tensor:
+        """The gate of every row, column or entry, shaped to multiply w."""
+        alpha = (self.pair[0] if self.pair else self).alpha
+        u = None if draw is None else uniform(f"{draw}:{self.family}:group", 0, alpha.numel(), alpha.device)
+        z = gate(alpha, u, self.low, self.high)[0]
+        shape = [1] * self.w.dim()
+        shape[self.axis] = -1
+        return torch.cat((z, z.new_zeros(1)))[self.slot].view(shape)
+
+    @torch.no_grad()
+    def difference(self, draw: str) -> Tensor:
+        """(entries,) delta = z_j w for one draw of u."""
+        return (self.w * self.spread(draw)).view(-1)
+
+    def expected(self) -> Tensor:
+        """E ||delta||_0 of the whole family where this port holds its gates, else zero."""
+        if self.alpha is None:
+            return self.w.new_zeros(())
+        return self.size * _Expected.apply(self.alpha, math.log(-self.low / self.high))
 
 
-class DiffTied(Port):
+class GateTied(Port):
     """A second user of a gated tensor."""
 
     order = DELTA
 
-    def __init__(self, first: DiffGate, tensor: str):
+    def __init__(self, first: Gated, tensor: str):
         super().__init__()
         self.pair = [first]
         self.tensor = tensor

@@ -120,6 +120,10 @@ class Wrapper:
         """A term added to the mean loss of every optimizer step."""
         return 0.0
 
+    def penalizes(self) -> bool:
+        """Whether `penalty` adds a term; where that depends on an option, the option decides here."""
+        return type(self).penalty is not Wrapper.penalty
+
     def before_step(self, model: nn.Module, step: int) -> bool | None:
         """Before the micro-batches of a step; True when the set of trained tensors must change (see `rebuild`)."""
 

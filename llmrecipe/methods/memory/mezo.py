@@ -264,7 +264,7 @@ class ZerothOrder:
         return found
 
     def _layerwise(self, run: Run) -> bool:
-        penalised = [w.name for w in run.stack if type(w).penalty is not Wrapper.penalty]
+        penalised = [w.name for w in run.stack if w.penalizes()]
         if self.config.perturb == "layerwise" and penalised:
             raise RecipeError(
                 f"stack.{self.config.name}.perturb: the penalty of {', '.join(penalised)} reads weights outside their "

@@ -7,19 +7,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Annotated, Field, Literal, NonNegativeInt, PositiveInt
-from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, chosen_from
+from llmrecipe.fields import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.methods.gate_phase import GatePhase
+from llmrecipe.methods.sparse_wrapper import attach_chosen, chosen_from
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from llmrecipe.methods.hard_concrete import GroupGate
+    from llmrecipe.methods.sparse_delta import Chosen
     from llmrecipe.methods.weight_groups import Family
+
+GATED = ("l0_steps", "l0", "l0_per_parameter", "l0_warmup", "low", "high", "alpha_init", "w_lr_scale", "alpha_lr_scale")
+"""Options that only `hard_l0: true` reads."""
+SCORED = ("score", "num_samples", "layer_groups")
+"""Options that it does not read."""
 
 
 @register
-class GroupMask(SparseHooks, Wrapper):
+class GroupMask(GatePhase, Wrapper):
     """Structured selection: train whole tensors, rows, columns, heads, neurons or layers; freeze the rest.
 
     S_j = sum_{i in j} score_i / |j|^p, p = 1 (`normalize: mean`) or 0 (`sum`); groups are taken in the order of S_j while the
@@ -29,13 +37,20 @@ class GroupMask(SparseHooks, Wrapper):
     dW_C = G^T X_C, so their cost falls with the density; columns keep only their features of X. Nothing is computed below
     the lowest selected layer. Starts at the base model; merging adds the deltas.
 
+    `hard_l0: true` learns the choice. Phase 1 (steps 0 to l0_steps): every weight of the groups has a difference w, every group
+    j one hard-concrete gate, delta_i = z_j w_i, z_j = min(1, max(0, s (high - low) + low)), s = sigma(logit u + alpha_j), one
+    draw of u a step. The loss gains l0 * E ||delta||_0 = l0 * sum_j |j| sigma(alpha_j - ln(-low / high)). Then u is drawn once,
+    score_i = delta_i^2 takes the place of `score`, and the groups within the budget train on from their w with z = 1. Trained
+    in phase 1: the numbers in all groups and a gate a group, at the rates of `diff_pruning`; evaluation takes the gates at
+    u = 1/2. It needs unquantized tensors; merging is possible after phase 1.
+
     Source: the efficient reading of structured diff pruning (arXiv 2012.07463), whose own groups only encourage zeros and
-    stay entry-wise in the end; this card's hard selection is a product definition, no paper's method.
+    stay entry-wise in the end; the hard selection, with or without gates, is a product definition, no paper's method.
     """
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("after_step",)
+    hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
 
     group: Literal["tensor", "row", "column", "head", "neuron", "layer"] = "row"
     """What is selected as a whole."""
@@ -56,22 +71,90 @@ class GroupMask(SparseHooks, Wrapper):
     remove: bool = False
     """Removing weights is another thing than training few of them: always refused."""
     seed: int = 0
-    """Seed of random scores."""
+    """Seed of random scores and of u."""
+    hard_l0: bool = False
+    """Learn which groups to take, under an L0 penalty, instead of scoring them before step 0."""
+    l0_steps: PositiveInt = 1000
+    """hard_l0: optimizer steps of phase 1; in the rest of the run the chosen groups train."""
+    l0: NonNegativeFloat = 1.25e-7
+    """hard_l0: weight of the expected number of changed weights. It is a sum: compare l0 times their number with the loss."""
+    l0_per_parameter: bool = False
+    """hard_l0: divide the penalty by the number of weights, so that l0 does not depend on the model's size."""
+    l0_warmup: NonNegativeInt = 0
+    """hard_l0: steps over which l0 grows from zero."""
+    low: Annotated[float, Field(lt=0.0)] = -1.5
+    """hard_l0: lower end of the stretched gate."""
+    high: Annotated[float, Field(gt=1.0)] = 1.5
+    """hard_l0: upper end of the stretched gate."""
+    alpha_init: float = 5.0
+    """hard_l0: start of the gates' logits; P(z > 0) = 0.993."""
+    w_lr_scale: PositiveFloat = 0.2
+    """hard_l0: learning rate of w over optim.lr."""
+    alpha_lr_scale: PositiveFloat = 2000.0
+    """hard_l0: learning rate of the gates over optim.lr."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A saved selection takes its place; a fresh one is chosen by `calibrate`.
+        """A saved selection takes its place, in phase 1 of `hard_l0` gates do; a fresh one is chosen by `calibrate`.
 
         Raises:
-            RecipeError: `remove` was asked for.
+            RecipeError: `remove` was asked for, or an option is set that this choice of `hard_l0` does not read.
+            ModelError: not even one group fits the budget, or gates meet a quantized tensor.
         """
         from llmrecipe.methods.weight_groups import families
 
+        self._refuse()
+        if structure is not None and structure.get("phase") != "l0":
+            attach_chosen(model, self.name, chosen_from(structure))
+            return
+        found = families(model, self.group, self.scope)
+        self.budget(found)
+        if self.hard_l0:
+            self._gate(model, found)
+
+    def _refuse(self) -> None:
         if self.remove:
             raise RecipeError(f"stack.{self.name}.remove: this method selects what trains and removes nothing; drop the key")
-        if structure is not None:
-            attach_chosen(model, self.name, chosen_from(structure))
-        else:
-            self.budget(families(model, self.group, self.scope))
+        options = type(self).__dataclass_fields__
+        for key in SCORED if self.hard_l0 else GATED:
+            given = getattr(self, key)
+            if given != options[key].default:
+                why = "hard_l0: true chooses by learned differences" if self.hard_l0 else "only hard_l0: true reads it"
+                raise RecipeError(f"stack.{self.name}.{key}: {given} has no effect: {why}; drop the key or change hard_l0")
+
+    def _gate(self, model: nn.Module, found: list[Family]) -> None:
+        from llmrecipe.methods.hard_concrete import GroupGate
+
+        for family in found:
+            first = None
+            for member in family.members:
+                port = GroupGate(family, member, self.low, self.high, self.alpha_init, first)
+                self.inject_gates(member.weight, port)
+                first = first or port
+        self.aim(model, 0)
+
+    def penalizes(self) -> bool:
+        """Only learned choices are penalised."""
+        return self.hard_l0
+
+    def expected(self, ports: list[GroupGate]) -> Tensor | float:
+        """E ||delta||_0, family by family."""
+        total: Tensor | float = 0.0
+        for port in ports:
+            if port.alpha is not None:
+                total = total + port.expected()
+        return total
+
+    def survivors(self, model: nn.Module, ports: list[GroupGate], draw: str) -> dict[str, Chosen]:
+        """The groups with the largest delta^2."""
+        from llmrecipe.methods.weight_groups import families
+
+        found = families(model, self.group, self.scope)
+        differences = {port.source: port for port in ports}
+        scores = [torch.zeros(f.count, dtype=torch.float64) for f in found]
+        for total, family in zip(scores, found, strict=True):
+            for member in family.members:
+                total += member.sums(differences[member.weight.name].difference(draw).square_())
+        return self._best(found, scores)
 
     def plan(self, model: nn.Module) -> int:
         """At most so many numbers."""
@@ -96,15 +179,20 @@ class GroupMask(SparseHooks, Wrapper):
         return budget
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Score the groups, take the best, inject their ports."""
-        from llmrecipe.methods.weight_groups import chosen_of, families, pick
+        """Score the groups, take the best, inject their ports; `hard_l0` chooses later."""
+        from llmrecipe.methods.weight_groups import families
 
-        found = families(model, self.group, self.scope)
-        scores = self._scores(model, probe, found)
+        if not self.hard_l0:
+            found = families(model, self.group, self.scope)
+            attach_chosen(model, self.name, self._best(found, self._scores(model, probe, found)))
+
+    def _best(self, found: list[Family], scores: list[Tensor]) -> dict[str, Chosen]:
+        """The best groups within the budget; `scores` are (groups,) sums of each family."""
+        from llmrecipe.methods.weight_groups import chosen_of, pick
+
         if self.normalize == "mean":
             scores = [s / f.size for s, f in zip(scores, found, strict=True)]
-        taken = pick(found, scores, self.budget(found), self.min_per_layer)
-        attach_chosen(model, self.name, chosen_of(found, taken))
+        return chosen_of(found, pick(found, scores, self.budget(found), self.min_per_layer))
 
     def _scores(self, model: nn.Module, probe: Probe, found: list[Family]) -> list[Tensor]:
         """(groups,) summed scores of each family."""
