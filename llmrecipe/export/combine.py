@@ -61,6 +61,8 @@ def open_combination(parts: Sequence[tuple[str, float]], how: How = How()) -> Op
         everything += [(b, weight) for b in branches]
     if how.way == "cat":
         combined = joined([replace(b, scale=b.scale * weight) for b, weight in everything])
+    elif biased := next((b.path for b, _ in everything if b.bias is not None), None):
+        raise ModelError(f"--combine {how.way}: {biased} has a bias in its branch (lora_bias); only --combine cat adds those")
     else:
         combined = _merged(everything, how)
     folder = Path(parts[0][0]) if is_adapter(parts[0][0]) else run_folder(parts[0][0])

@@ -145,9 +145,11 @@ def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
     """A port as a low-rank change of its host's weight; None where it is something else."""
     if isinstance(port, LowRank):
         A, B, scale = port.factors()
+        bias = None if port.bias is None else port.bias.detach()
         if port.rows is not None:
             B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
-        return Branch(path, "linear", A, B, scale, "", port.vector())
+            bias = None if bias is None else bias.new_zeros(B.shape[0]).index_copy(0, port.rows, bias)
+        return Branch(path, "linear", A, B, scale, "", port.vector(), bias)
     if isinstance(port, Magnitude):
         A, B, m = port.branch()
         return Branch(path, "embedding" if port.embeds else "linear", A, B, 1.0, "", m)
@@ -192,4 +194,6 @@ def _notes(opened: Opened, adapter: Adapter) -> list[str]:
         notes.append(f"{len(opened.mounted)} stacks of this run's chain were joined into one adapter")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         notes.append("ranks or scales differ between modules; servers that ignore patterns (vLLM) need --uniform")
+    if config.get("lora_bias"):
+        notes.append("its branches have biases; a server that does not read lora_bias drops them, so export merged for it")
     return notes

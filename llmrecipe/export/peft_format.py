@@ -4,6 +4,7 @@
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight (r, in)      .lora_B.weight (out, r)
                                  ... .lora_embedding_A (r, V)                       .lora_embedding_B (D, r)
                                  fused experts: one wrapper a tensor, nested; A (E r, in) expert-major, B (out, r E) rank-major
+                                 ... .lora_B.bias (out,)                            lora_bias
                                  ... .lora_magnitude_vector (out,)                  DoRA
                                  ... .lora_A (k, in), .lora_E (k, 1), .lora_B       AdaLoRA, without `.weight`
                                  base_model.model.<path>.<parameter>                modules saved whole (a new head)
@@ -43,6 +44,8 @@ class Branch:
     """Name of the fused expert tensor."""
     magnitude: Tensor | None = None
     """DoRA's m (out,)."""
+    bias: Tensor | None = None
+    """b (out,) with s b added to the output."""
 
     @property
     def r(self) -> int:
@@ -56,7 +59,8 @@ class Branch:
 
     def folded(self) -> Branch:
         """The same change with scale 1."""
-        return replace(self, B=self.B * self.scale, scale=1.0)
+        bias = None if self.bias is None else self.bias * self.scale
+        return replace(self, B=self.B * self.scale, scale=1.0, bias=bias)
 
     def padded(self, r: int) -> Branch:
         """The same change at a larger rank."""
@@ -89,8 +93,9 @@ def joined(branches: list[Branch]) -> list[Branch]:
                     f"{group[0].path}: a DoRA branch and another one cannot become one adapter; export merged instead"
                 )
             parts = [b.folded() for b in group]
-            whole = replace(parts[0], A=torch.cat([b.A for b in parts], -2), B=torch.cat([b.B for b in parts], -1))
-            result.append(whole)
+            A, B = torch.cat([b.A for b in parts], -2), torch.cat([b.B for b in parts], -1)
+            biases = [b.bias for b in parts if b.bias is not None]
+            result.append(replace(parts[0], A=A, B=B, bias=torch.stack(biases).sum(0) if biases else None))
         else:
             result.append(group[0])
     return result
@@ -106,8 +111,11 @@ def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: f
     """Branches -> a LoRA adapter (DoRA where they carry magnitudes).
 
     Ranks and scales that differ between modules become `rank_pattern` and `alpha_pattern`.
+
+    Raises:
+        ModelError: some branches have a bias and others are of a kind PEFT gives none.
     """
-    branches = _level_experts(joined(branches))
+    branches = _all_biased(_level_experts(joined(branches)))
     root = math.sqrt if use_rslora else float
     alphas = {b.key: _number(b.scale * root(b.r)) for b in branches}
     r = Counter(b.r for b in branches).most_common(1)[0][0]
@@ -118,6 +126,7 @@ def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: f
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
         "use_dora": any(b.magnitude is not None for b in branches),
+        "lora_bias": any(b.bias is not None for b in branches),
         "lora_dropout": dropout,
         "bias": "none",
         "target_modules": sorted({b.path for b in branches if not b.tensor}),
@@ -146,6 +155,20 @@ def _level_experts(branches: list[Branch]) -> list[Branch]:
     return result
 
 
+def _all_biased(branches: list[Branch]) -> list[Branch]:
+    """PEFT gives every branch of an adapter a bias or none: those without one get zeros."""
+    if all(b.bias is None for b in branches):
+        return branches
+    for branch in branches:
+        if branch.kind != "linear" or branch.magnitude is not None:
+            what = "a magnitude" if branch.magnitude is not None else f"a branch of kind {branch.kind}"
+            raise ModelError(
+                f"{branch.path}: it has {what}, which PEFT cannot hold together with lora_bias on other modules; "
+                "export merged instead"
+            )
+    return [b if b.bias is not None else replace(b, bias=b.B.new_zeros(b.B.shape[0])) for b in branches]
+
+
 def _nesting(branch: Branch, branches: list[Branch]) -> str:
     """Wrappers of one module nest: the first targeted tensor lies deepest."""
     order = [b.tensor for b in branches if b.path == branch.path]
@@ -165,6 +188,8 @@ def _tensors(branch: Branch, branches: list[Branch]) -> dict[str, Tensor]:
         }
     else:
         found = {f"{home}.lora_A.weight": branch.A, f"{home}.lora_B.weight": branch.B}
+    if branch.bias is not None:
+        found[f"{home}.lora_B.bias"] = branch.bias
     if branch.magnitude is not None:
         found[f"{home}.lora_magnitude_vector"] = branch.magnitude
     return found

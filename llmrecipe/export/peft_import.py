@@ -20,9 +20,8 @@ from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
 from llmrecipe.models.anatomy import Anatomy, Site, anatomy
 from llmrecipe.training.delta import Layer
 
-FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<part>A|B|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
+FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<part>A|B|B\.bias|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 REFUSED = {
-    "lora_bias": "a bias inside the branch",
     "megatron_config": "Megatron layers",
     "trainable_token_indices": "trained token rows",
     "alora_invocation_tokens": "activated LoRA",
@@ -80,6 +79,8 @@ def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, 
         "rank_pattern": {re.escape(b.path): b.r for b in branches if b.r != first.r},
         "alpha_pattern": {re.escape(b.path): b.scale * b.r for b in branches if b.scale * b.r != first.scale * first.r},
     }
+    if biased := any(b.bias is not None for b in branches):
+        options["lora_bias"] = True
     _check_tied(pairs, model, where)
     tensors = dict(rest)
     for branch, site in pairs:
@@ -87,6 +88,8 @@ def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, 
             continue
         home = f"{branch.path}.{site.name(kind)}"
         tensors |= {f"{home}.A": branch.A, f"{home}.B": branch.B}
+        if biased:
+            tensors[f"{home}.bias"] = branch.bias if branch.bias is not None else branch.B.new_zeros(branch.B.shape[0])
         if branch.magnitude is not None:
             tensors[f"{home}.magnitude"] = branch.magnitude
     return Layer({kind: options}, {}, tensors=tensors)
@@ -199,7 +202,8 @@ def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch
             tensor = own[len(own) - 1 - path.count(".base_layer")]
             branches.append(_experts(home, tensor, found, r, scale))
         else:
-            branches.append(Branch(home, "linear", found["A"], found["B"], scale, "", found.get("magnitude_vector")))
+            bias = found.get("B.bias")
+            branches.append(Branch(home, "linear", found["A"], found["B"], scale, "", found.get("magnitude_vector"), bias))
     return branches, _saved_modules(rest, model, folder)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
+from llmrecipe.methods.biases import add_to_bias, shifted
 from llmrecipe.methods.inject import DELTA, Port
 
 if TYPE_CHECKING:
@@ -43,10 +44,20 @@ class LowRank(Port):
     order = DELTA
     rowwise = True
 
-    def __init__(self, width_in: int, width_out: int, r: int, scale: float, dropout: float = 0.0, rows: Tensor | None = None):
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        rows: Tensor | None = None,
+        bias: bool = False,
+    ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, width_in))
         self.B = nn.Parameter(torch.empty(width_out, r))
+        self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
         self.scale = scale
         self.dropout = dropout
         self.register_buffer("rows", rows, persistent=False)
@@ -56,11 +67,13 @@ class LowRank(Port):
         self.register_buffer("B0", None)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s B A dropout(x), less the frozen start of a PiSSA or OLoRA branch."""
+        """y + s (B A dropout(x) + b), less the frozen start of a PiSSA or OLoRA branch."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y = branch(dropped, self.A, self.B, self.scale, y, self.rows)
         if self.A0 is not None:
             y = branch(x, self.A0, self.B0, -self.scale, y, self.rows)
+        if self.bias is not None:
+            y = shifted(y, (self.bias * self.scale).to(y.dtype), self.rows)
         return y
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -82,8 +95,10 @@ class LowRank(Port):
         return full * self.scale
 
     def merge(self, module: nn.Module) -> None:
-        """W <- W + s B A, computed in float32, cast once."""
+        """W <- W + s B A and, where the branch has a bias, the host's b <- b + s b_B; in float32, cast once."""
         add_to_weight(module, self.product(), self.rows)
+        if self.bias is not None:
+            add_to_bias(module, self.bias.detach() * self.scale, self.rows)
 
 
 class LowRankEmbedding(Port):
@@ -204,12 +219,16 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def build(site: Site, r: int, scale: float, dropout: float = 0.0) -> Port:
+def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Port:
     """The low-rank port that fits a site: linear, fused rows, embedding or 3-D experts.
 
     Raises:
-        ModelError: the site has no weight a low-rank branch can stand beside.
+        ModelError: the site has no weight a low-rank branch can stand beside, or no outputs a bias can be added to.
     """
+    if bias and (site.tensor is not None or isinstance(site.module, nn.Embedding)):
+        raise ModelError(
+            f"{site.path}: a bias in the branch (lora_bias) needs a linear layer; leave {site.role} out of the target"
+        )
     with torch.device(device_of(site.module)):
         if site.tensor is not None:
             if dropout:
@@ -223,7 +242,7 @@ def build(site: Site, r: int, scale: float, dropout: float = 0.0) -> Port:
             return port
         if not hasattr(site.module, "weight") or site.role.startswith("norm"):
             raise ModelError(f"{site.path}: a low-rank branch needs a linear layer, an embedding or an expert tensor")
-        return LowRank(site.width_in, site.width_out, r, scale, dropout, row_index(site))
+        return LowRank(site.width_in, site.width_out, r, scale, dropout, row_index(site), bias)
 
 
 @torch.no_grad()

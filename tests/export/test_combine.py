@@ -49,6 +49,28 @@ def test_cat_is_the_weighted_sum_of_the_changes(pair: tuple[Path, Path, Path]) -
         torch.testing.assert_close(merged[name], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_branch_biases_are_added_by_weight_and_only_so(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "gpt2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    saved_run(one, base, Lora(name="lora", r=4, alpha=6.0, target="attn.qkv", lora_bias=True))
+    saved_run(two, base, Lora(name="lora", r=4, alpha=4.0, target="attn.qkv + mlp.up"), seed=9)
+    start = weights(open_model(ModelSection(path=str(base)), TokenizerSection()).model)
+    first = weights(load_merged(one, tmp_path / "merged"))
+    both = open_combination([(str(one), -0.75), (str(two), 0.5)])
+    mixed = weights(load_merged(one, tmp_path / "both", both))
+    name = "transformer.h.1.attn.c_attn.bias"
+    assert (first[name] - start[name]).abs().max() > 0.1
+    torch.testing.assert_close(mixed[name], start[name] - 0.75 * (first[name] - start[name]), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ModelError, match=r"--combine svd: transformer.h.0.attn.c_attn has a bias in its branch \(lora_bias\)"):
+        open_combination([(str(one), 0.5), (str(two), 0.5)], How("svd"))
+
+
+def load_merged(run: Path, out: Path, opened: Any = None) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(export_merged(run, out, opened=opened).path)
+
+
 WEIGHTS = {"cat": (0.75, 0.5), "linear": (0.75, -0.5), "ties": (0.75, -0.5), "ties_svd": (0.75, -0.5)}
 
 
@@ -133,6 +155,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
     "Conv1D": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "branch bias": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
+    "branch bias, bare host": ("llama", {"target_modules": ["q_proj", "up_proj"], "lora_bias": True}),
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
 }
 

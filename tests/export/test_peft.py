@@ -43,6 +43,8 @@ CASES = {
     "head": ("llama", {"target": "head"}, {}),
     "pissa": ("llama", {"init": "pissa"}, {}),
     "olora": ("llama", {"init": "olora"}, {}),
+    "branch bias": ("gpt2", {"target": "attn.q|v + mlp.up", "lora_bias": True}, {}),
+    "branch bias, bare host": ("llama", {"lora_bias": True, "use_rslora": True}, {}),
     "Conv1D": ("gpt2", {"target": "attn.qkv + mlp.up"}, {}),
     "fused split": ("gpt2", {"target": "attn.q|v"}, {}),
     "interleaved split": ("gpt_neox", {"target": "attn.q|v"}, {}),
@@ -61,6 +63,21 @@ def test_peft_loads_the_folder_and_gives_the_logits_of_the_run(tmp_path: Path, c
     got = under_peft(done.path, base)(input_ids=IDS).logits
     torch.testing.assert_close(got, wanted, atol=1e-5 * done.difference.scale, rtol=1e-5)
     assert (under_peft(done.path, base).base_model.model.get_input_embeddings() is not None) and done.difference.largest < 1e-3
+
+
+def test_a_branch_without_a_bias_beside_one_with_it_gets_zeros_and_an_embedding_there_is_refused(tmp_path: Path) -> None:
+    base = base_folder(tmp_path)
+    saved_run(tmp_path / "first", base, Lora(name="lora", target="attn.q|v", r=4, alpha=6.0, lora_bias=True))
+    model = saved_run(tmp_path / "second", tmp_path / "first", Lora(name="lora", target="attn.q + mlp.up", r=2), seed=8)
+    wanted = model(input_ids=IDS).logits
+    for uniform in (False, True):
+        done = export_peft(tmp_path / "second", tmp_path / f"out-{uniform}", uniform=uniform)
+        torch.testing.assert_close(under_peft(done.path, base)(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+        assert any("lora_bias" in note for note in done.notes)
+    saved_run(tmp_path / "third", tmp_path / "first", Lora(name="lora", target="embed", r=2), seed=9)
+    with pytest.raises(ModelError, match="embed_tokens: it has a branch of kind embedding, which PEFT cannot hold together"):
+        export_peft(tmp_path / "third")
+    assert not (tmp_path / "third" / "peft").exists()
 
 
 def test_a_chain_of_runs_becomes_one_adapter_and_uniform_ranks_need_no_pattern(tmp_path: Path) -> None:
@@ -108,7 +125,7 @@ def test_quantized_runs_give_an_adapter_for_the_quantized_base(tmp_path: Path) -
     torch.testing.assert_close(got, model(input_ids=IDS).logits, atol=1e-4 * done.difference.scale, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["linear", "patterns", "embedding", "tied pair", "experts", "Conv1D"])
+@pytest.mark.parametrize("case", ["linear", "patterns", "embedding", "tied pair", "experts", "Conv1D", "branch bias"])
 def test_a_folder_is_a_starting_point_by_its_path(tmp_path: Path, case: str) -> None:
     """`model.path=ADAPTER` opens the base the adapter names with the adapter on it, as Transformers does."""
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection

@@ -56,3 +56,13 @@ def test_what_scales_the_sum_comes_after_what_adds_to_it() -> None:
     subject = trained("ia3", "lora", "dora")
     opened = Opened(subject.model, None, ModelSection(path="tiny"), mounted=list(subject.stack))
     assert [w.name for w in merge_order(opened)] == ["2_dora", "1_lora", "0_ia3"]
+
+
+@pytest.mark.parametrize("other", ["ia3", "dora", "bitfit"])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_bias_of_a_branch_folds_exactly_beside_another_method(
+    other: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EVERYWHERE, "lora", {"target": "attn.q|v + mlp.up", "lora_bias": True})
+    monkeypatch.setitem(EVERYWHERE, "dora", {"target": "attn.q|v + mlp.up"})
+    test_two_methods_fold_exactly(*((other, "lora") if last else ("lora", other)))

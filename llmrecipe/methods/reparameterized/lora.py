@@ -11,7 +11,8 @@ import torch
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
-from llmrecipe.methods.inject import inject, merge_ports
+from llmrecipe.methods.biases import make_room
+from llmrecipe.methods.inject import all_ports, inject, merge_ports
 from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -55,6 +56,8 @@ class Lora(Wrapper):
     """Alpha by site path, like rank_pattern."""
     lr_ratio: PositiveFloat = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
+    lora_bias: bool = False
+    """Give B a bias b that trains too, from zero: y = W x + s (B A x + b). For linear layers."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Put a pair beside every site of `target`."""
@@ -69,7 +72,7 @@ class Lora(Wrapper):
             if tied is not None and site.role == "head":
                 port = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
             else:
-                port = low_rank.build(site, r, scale, self.dropout)
+                port = low_rank.build(site, r, scale, self.dropout, self.lora_bias)
                 low_rank.initialise(port, self.init, site.module)
             inject(site.module, site.name(self.name), port, self.name)
 
@@ -77,17 +80,17 @@ class Lora(Wrapper):
         """B's own learning rate where `lr_ratio` asks for one."""
         if self.lr_ratio == 1.0:
             return []
-        names = {n for n, _ in model.named_parameters() if n.endswith(".B") and _owner_part(n).startswith(self.name)}
+        ends = (".B", ".bias")
+        names = {n for n, _ in model.named_parameters() if n.endswith(ends) and _owner_part(n).startswith(self.name)}
         return [ParamGroup(frozenset(names), lr_scale=self.lr_ratio)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + s B A at every site.
+        """W <- W + s B A at every site; with `lora_bias` b <- b + s b_B, from zero where the config can give the host a bias.
 
         Raises:
-            ModelError: one side of a tied pair is adapted alone; merging would change the other side too.
+            ModelError: one side of a tied pair is adapted alone, so that merging would change the other side too; or a branch
+                has a bias and its host can have none.
         """
-        from llmrecipe.methods.inject import all_ports
-
         ports = {path: port for path, _, _, port in all_ports(model, self.name)}
         shared = _shared_weights(model)
         for path, port in ports.items():
@@ -97,10 +100,12 @@ class Lora(Wrapper):
                     f"stack.{self.name}: {path} shares its weight with {', '.join(sorted(partners))}, which has no branch; "
                     "merging would change both. Target both (`embed + head`) or load the adapter unmerged."
                 )
+        if self.lora_bias:
+            make_room(model, [(path, host) for path, host, _, _ in all_ports(model, self.name)], self.name)
         merge_ports(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: sum of r (in + out); AdamW keeps 8 bytes for each."""
+        """Trainable: sum of r (in + out), and of out with `lora_bias`; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Literal
+from llmrecipe.methods.biases import add_to_bias, make_room, shifted
 from llmrecipe.methods.inject import Port, all_ports, eject, inject
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
@@ -68,13 +68,11 @@ class ZeroBias(Port):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """(x, y) -> y + b, at the listed outputs of a fused layer."""
-        bias = self.bias.to(y.dtype)
-        return y + bias if self.rows is None else y.index_add(-1, self.rows, bias.expand(*y.shape[:-1], -1).contiguous())
+        return shifted(y, self.bias.to(y.dtype), self.rows)
 
     def merge(self, module: nn.Module) -> None:
         """Add b to the bias the module has been given by now."""
-        rows = slice(None) if self.rows is None else self.rows
-        module.bias.data[rows] += self.bias.detach().to(module.bias.dtype)
+        add_to_bias(module, self.bias.detach(), self.rows)
 
 
 @register
@@ -175,8 +173,7 @@ class Bitfit(Wrapper):
             ModelError: added biases have no place in this family's config.
         """
         added = [(path, module) for path, module, _, port in all_ports(model, self.name) if isinstance(port, ZeroBias)]
-        if added:
-            _make_room(model, added, self.name)
+        make_room(model, added, self.name)
         with torch.no_grad():
             for _, module, name, port in list(all_ports(model, self.name)):
                 port.merge(module)
@@ -233,36 +230,3 @@ def _pooler(model: nn.Module) -> nn.Module | None:
     """The linear layer over the first token that encoders put below a classifier."""
     pooler = getattr(getattr(model, "base_model", model), "pooler", None)
     return getattr(pooler, "dense", pooler) if isinstance(pooler, nn.Module) else None
-
-
-def _make_room(model: nn.Module, added: list[tuple[str, nn.Module]], owner: str) -> None:
-    """Give the modules that a config flag would give a bias one of zeros, and set the flag.
-
-    Raises:
-        ModelError: the family has no flag that gives these modules a bias.
-    """
-    config = model.config
-    flags = [f for f in ("attention_bias", "mlp_bias") if getattr(config, f, None) is False]
-    fresh: dict[str, Any] = {}
-    for flag in flags:
-        wanted = copy.deepcopy(config)
-        setattr(wanted, flag, True)
-        with torch.device("meta"):
-            fresh[flag] = {path for path, m in type(model)(wanted).named_modules() if getattr(m, "bias", None) is not None}
-    lost = [path for path, _ in added if not any(path in paths for paths in fresh.values())]
-    if lost:
-        raise ModelError(
-            f"stack.{owner}: {model.config.model_type} has no config flag for a bias at {lost[0]}; keep the adapter unmerged"
-        )
-    for flag, paths in fresh.items():
-        if not any(path in paths for path, _ in added):
-            continue
-        setattr(config, flag, True)
-        for path in paths:
-            module = model.get_submodule(path)
-            if getattr(module, "bias", None) is None:
-                weight: Any = module.weight
-                dtype = weight.dtype if weight.is_floating_point() else torch.float32
-                module.bias = nn.Parameter(
-                    torch.zeros(int(module.out_features), device=weight.device, dtype=dtype), requires_grad=False
-                )

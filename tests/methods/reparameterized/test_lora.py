@@ -49,6 +49,8 @@ def peft_twin(model: nn.Module, family: str, targets: list[str], **config: objec
             else:
                 module.lora_A["default"].weight.data = port.A.data.clone()
                 module.lora_B["default"].weight.data = port.B.data.clone()
+                if port.bias is not None:
+                    module.lora_B["default"].bias.data = port.bias.data.clone()
     return twin
 
 
@@ -58,6 +60,8 @@ CASES = [
     ("llama", "attn.q", ["q_proj"], {"use_rslora": True}),
     ("gpt2", "attn.qkv", ["c_attn"], {}),
     ("llama", "embed", ["embed_tokens"], {}),
+    ("gpt2", "attn.qkv", ["c_attn"], {"lora_bias": True}),
+    ("llama", "attn.q|v", ["q_proj", "v_proj"], {"lora_bias": True, "use_rslora": True}),
 ]
 
 
@@ -83,6 +87,8 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
             if name in ports and hasattr(module, "lora_A") and "default" in module.lora_A:
                 torch.testing.assert_close(ports[name].A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
                 torch.testing.assert_close(ports[name].B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
+                if "lora_bias" in extra:
+                    torch.testing.assert_close(ports[name].bias.grad, module.lora_B["default"].bias.grad, atol=1e-6, rtol=1e-4)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -187,6 +193,58 @@ def test_merging_gives_the_same_logits(family: str, target: str) -> None:
     next(iter(stack)).merge(model)
     assert not list(all_ports(model))
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
+
+
+def test_a_branch_bias_starts_at_the_base_bit_for_bit_and_is_counted() -> None:
+    base = tiny_model()(input_ids=IDS).logits
+    model, stack = adapted(target="attn.q|v", r=4, lora_bias=True, lr_ratio=4.0)
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    names = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".bias")}
+    assert len(names) == 4
+    assert next(iter(stack)).memory(model)["trainable"] == 2 * (4 * ((32 + 32) + (32 + 16)) + 32 + 16)
+    (group,) = next(iter(stack)).groups(model)
+    assert names < group.names and group.lr_scale == 4.0 and len(group.names) == 8
+
+
+@pytest.mark.parametrize(("family", "target"), [("gpt2", "attn.q|v + mlp.up"), ("llama", "attn.q|v + mlp.down")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_branch_bias_merges_into_the_bias_of_its_host(family: str, target: str, dtype: torch.dtype) -> None:
+    """b + s b_B, from zero where the host has none and the config can say it has one."""
+    before = tiny_model(family).to(dtype)
+    old = {path: m.bias.detach().clone() for path, m in before.named_modules() if getattr(m, "bias", None) is not None}
+    model = tiny_model(family).to(dtype)
+    stack = Stack([Lora(name="lora", target=target, r=4, alpha=6.0, lora_bias=True)])
+    stack.attach(model)
+    fill(model)
+    unmerged = model(input_ids=IDS).logits
+    wanted: dict[str, torch.Tensor] = {}
+    for path, module, _, port in all_ports(model):
+        width = port.bias.numel() if port.rows is None else module.bias.numel()
+        rows = torch.arange(width) if port.rows is None else port.rows
+        start = wanted.get(path, old.get(path, torch.zeros(width)).float())
+        wanted[path] = start.index_add(0, rows, 1.5 * port.bias.detach())
+    next(iter(stack)).merge(model)
+    assert not list(all_ports(model))
+    for path, bias in wanted.items():
+        assert torch.equal(model.get_submodule(path).bias, bias.to(dtype)), path
+    if family == "llama":
+        assert model.config.attention_bias is True and model.config.mlp_bias is True
+        assert not model.model.layers[0].self_attn.o_proj.bias.any()
+    if dtype == torch.float32:
+        torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
+
+
+def test_a_branch_bias_is_refused_where_it_has_no_place() -> None:
+    for family, target, path in (("llama", "embed", "model.embed_tokens"), ("mixtral", "experts", "experts")):
+        with pytest.raises(ModelError, match=rf"{path}: a bias in the branch \(lora_bias\) needs a linear layer"):
+            adapted(family, target=target, lora_bias=True)
+    model, stack = adapted("mixtral", target="attn.q", lora_bias=True)
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    with pytest.raises(
+        ModelError, match=r"stack.lora: mixtral has no config flag for a bias at model.layers.0.self_attn.q_proj"
+    ):
+        next(iter(stack)).merge(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
 
 
 def test_merging_one_side_of_a_tied_pair_is_refused_and_both_sides_merge() -> None:
