@@ -104,7 +104,7 @@ class EvalSection(Section):
 
     every: PositiveInt | None = Field(None, description="Evaluate every so many steps; default: at the start and the end.")
     at_start: bool = Field(True, description="Evaluate before the first step.")
-    batches: PositiveInt | None = Field(None, description="At most so many batches an evaluation.")
+    batches: PositiveInt | None = Field(None, description="At most so many batches an evaluation, over all processes together.")
     monitor: str = Field("eval/loss", description="Metric that decides which checkpoint is best.")
     mode: Literal["min", "max"] = Field("min", description="Whether smaller or larger is better.")
     patience: PositiveInt | None = Field(None, description="Stop after so many evaluations without improvement.")

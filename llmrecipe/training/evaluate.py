@@ -68,7 +68,7 @@ class Judge:
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
 
 
-def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
+def evaluate(run: Run, data: Any) -> dict[str, float]:
     """Metrics of a split: sums over all its rows and all processes, divided once.
 
     The result does not depend on the evaluation batch size, padding or the number of processes; random states are put back,
@@ -80,7 +80,7 @@ def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
     gathered: dict[str, list[torch.Tensor]] = defaultdict(list)
     try:
         with run.roles.evaluating(), torch.no_grad():
-            for batch in _batches(run, data, limit):
+            for batch in _batches(run, data):
                 for name, (value, count) in run.objective.evaluate(batch, run.roles).items():
                     sums[name] += float(value)
                     counts[name] += float(count)
@@ -128,11 +128,10 @@ def _gathered(run: Run, own: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.tensor(part, dtype=own.dtype) for part in run.runtime.gather_json(own.tolist())])
 
 
-def _batches(run: Run, data: Any, limit: int | None) -> Any:
+def _batches(run: Run, data: Any) -> Any:
     """This process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
-    most = limit or run.recipe.eval.batches
-    indices = list(range(len(data)))[run.runtime.rank :: run.runtime.world]
-    if most is not None:
-        indices = indices[: most * run.recipe.batch.size]
+    most = run.recipe.eval.batches  # of all processes together: any number of them measures the same rows
+    count = len(data) if most is None else min(len(data), most * run.recipe.batch.size)
+    indices = list(range(count))[run.runtime.rank :: run.runtime.world]
     for part in run.roles.split(run.objective.evaluation_rows(data, indices)):
         yield run.objective.collate(part, run.roles)

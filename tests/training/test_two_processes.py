@@ -13,7 +13,7 @@ import torch
 from tests.runs import curve, events, learned
 
 # Ten rows in batches of eight: the second step of each epoch has two rows, one a process.
-SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "log.live=off", "eval.test=false", "steps=4"]
+SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "log.live=off", "eval.test=false", "eval.batches=1", "steps=4"]
 
 
 def command(folder: Path, processes: int, *words: str) -> list[str]:
@@ -36,6 +36,8 @@ def compare(tmp_path: Path, *words: str) -> None:
         assert a[1] == pytest.approx(b[1], abs=1e-5)
         assert (a[2] or 0) == pytest.approx(b[2] or 0, abs=1e-4)
         assert a[3] == b[3]
+    for a, b in zip(events(one, "evaluation"), events(two, "evaluation"), strict=True):
+        assert a["eval/loss"] == pytest.approx(b["eval/loss"], abs=1e-5), "the rows of one batch, shared out"
     ours, theirs = learned(one), learned(two)
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=5e-4, rtol=1e-3)
