@@ -15,7 +15,7 @@ BETTER = "eval/rewards/accuracies"
 
 def accuracy(folder: Path) -> float:
     """Share of held-out pairs whose better answer has the larger reward after the last step."""
-    return float(events(folder, "evaluation")[-1][BETTER])
+    return float([e[BETTER] for e in events(folder, "evaluation") if BETTER in e][-1])
 
 
 def shuffled(folder: Path, name: str = "preference") -> Path:
