@@ -28,7 +28,8 @@ from llmrecipe.recipe.schema import SearchSection
 from llmrecipe.recipe.stage_list import Stage
 from llmrecipe.recipe.stages import Plan, Planned
 from llmrecipe.search import space
-from llmrecipe.training.children import Children, Machine, signals
+from llmrecipe.signals import handled_by
+from llmrecipe.training.children import Children, Machine
 from llmrecipe.training.pipeline import Pipeline, run_stage, state_of
 from llmrecipe.training.run_dir import RunDir
 
@@ -111,7 +112,7 @@ class Search:
         trials = self._journal()
         for trial in trials:
             study.add_trial(self._known(trial))
-        with signals(self.pipeline.children):
+        with handled_by(self.pipeline.children.forward):
             for number in range(len(trials), len(points) if points is not None else self.section.trials):
                 drawn = ask(study, self.section, number)
                 point = points[number] if points is not None else space.point_of(self.section, drawn.params)

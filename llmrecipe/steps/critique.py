@@ -84,13 +84,10 @@ class Critique(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Criticise and revise the answers of each split."""
-        from llmrecipe.agents.constitution import read_constitution
         from llmrecipe.agents.feedback import agent_facts
-        from llmrecipe.steps.feedback import open_agent
+        from llmrecipe.steps.feedback import consult
 
-        agent = open_agent(self.agent, work, "agent")
-        constitution = read_constitution(self.constitution, "constitution")
-        principles = constitution.choose(self.principles, USES, "principles")
+        agent, constitution, principles = consult(self, work, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
             answered = self._answers(split)

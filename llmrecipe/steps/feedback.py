@@ -9,6 +9,7 @@ from llmrecipe.errors import DataError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from llmrecipe.agents.agent import Agent
+    from llmrecipe.agents.constitution import Constitution, Principle
     from llmrecipe.steps.answered import Answered
     from llmrecipe.steps.work import Work
 
@@ -35,14 +36,16 @@ def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
     read_constitution(step.constitution, f"{where}.constitution").choose(step.principles, uses, f"{where}.principles")
 
 
-def open_agent(body: Any, work: Work, where: str) -> Agent:
-    """The agent of a step, with what it has said so far in this step's folder."""
+def consult(step: Any, work: Work, uses: Sequence[str]) -> tuple[Agent, Constitution, list[Principle]]:
+    """The agent of a step, with what it has said so far in this step's folder, and what it goes by (see `check_feedback`)."""
     from llmrecipe.agents.agent import build
+    from llmrecipe.agents.constitution import read_constitution
 
-    agent = build(body, where)
+    agent = build(step.agent, "agent")
     agent.remember(work.journal("agent"))
     agent.open()
-    return agent
+    constitution = read_constitution(step.constitution, "constitution")
+    return agent, constitution, constitution.choose(step.principles, uses, "principles")
 
 
 def check_truth(truth: str, where: str) -> None:

@@ -106,13 +106,10 @@ class LabelAi(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Compare the answers of each split."""
-        from llmrecipe.agents.constitution import read_constitution
         from llmrecipe.agents.feedback import agent_facts, label_metrics
-        from llmrecipe.steps.feedback import agreement_facts, open_agent
+        from llmrecipe.steps.feedback import agreement_facts, consult
 
-        agent = open_agent(self.agent, work, "agent")
-        constitution = read_constitution(self.constitution, "constitution")
-        principles = constitution.choose(self.principles, USES, "principles")
+        agent, constitution, principles = consult(self, work, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
             answered = self._answers(split)

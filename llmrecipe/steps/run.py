@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
@@ -14,6 +12,7 @@ from llmrecipe.recipe.origins import leaves
 from llmrecipe.recipe.steps import StepComposition, compose_step, unfinished
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.redact import redact
+from llmrecipe.signals import handled_by
 from llmrecipe.steps.work import Work
 from llmrecipe.training.events import truncate
 from llmrecipe.training.run_dir import RunDir, read_metrics
@@ -85,21 +84,13 @@ def taken(folder: RunDir, composition: StepComposition) -> str:
     return str(folder.read_status()["status"])
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
+def _signals() -> contextlib.AbstractContextManager[None]:
     """SIGTERM stops a step as Ctrl-C does: at once, since every answer is on disk as soon as it is there."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    kept = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
-        kept = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    return handled_by(stop)
 
 
 def step_cli(kind: str, words: list[str] | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,16 +171,3 @@ def say(stage: str, line: str) -> None:
     """One line of a stage; lines of stages that run at once never mix."""
     with _screen:
         print(f"[{stage}] {line}", flush=True)
-
-
-@contextlib.contextmanager
-def signals(children: Children) -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the running stages, which write checkpoints."""
-    kept = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
-        kept = {s: signal.signal(s, children.forward) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

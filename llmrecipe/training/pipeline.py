@@ -24,7 +24,8 @@ from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.recipe.content_key import REFERENCE, each_text
 from llmrecipe.recipe.stages import Plan, Planned, compose_stage, filled, for_check, plan
 from llmrecipe.recipe.steps import StepComposition
-from llmrecipe.training.children import Child, Children, Machine, execute, say, signals
+from llmrecipe.signals import handled_by
+from llmrecipe.training.children import Child, Children, Machine, execute, say
 from llmrecipe.training.run_dir import RunDir, description, read_metrics
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def run(composition: Composition, recipe: str | None = None) -> list[Result]:
     for note in made.notes:
         print(note)
     check(made)
-    with signals(pipeline.children):
+    with handled_by(pipeline.children.forward):
         _run_all(pipeline)
     order = [s.name for s in made.stages]
     pipeline.results.sort(key=lambda result: order.index(result.stage))

@@ -17,6 +17,7 @@ from llmrecipe.data.batch import Batch
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.methods.wrapper import Probe
 from llmrecipe.recipe.stages import refuse_stages
+from llmrecipe.signals import handled_by
 from llmrecipe.training import assemble, finish, reference, step_zero
 from llmrecipe.training.announce import announce
 from llmrecipe.training.evaluate import Judge, evaluate
@@ -302,8 +303,7 @@ def start(run: Run) -> None:
         step_zero.check(run)
 
 
-@contextlib.contextmanager
-def _signals(run: Run) -> Iterator[None]:
+def _signals(run: Run) -> contextlib.AbstractContextManager[None]:
     """Ctrl-C and SIGTERM ask the loop to write a checkpoint; a second Ctrl-C stops at once."""
 
     def ask(number: int, frame: Any) -> None:
@@ -311,14 +311,7 @@ def _signals(run: Run) -> Iterator[None]:
             raise KeyboardInterrupt
         run.signal = number
 
-    kept = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: a library user's own business
-        kept = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    return handled_by(ask)
 
 
 def train_cli(composition: Composition, recipe: str, resume: str | None = None) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from llmrecipe import registry
 from llmrecipe.agents.agent import LEAST, Agent, Ask, Forgetful, build
-from llmrecipe.agents.rule import RULES, agent_rule, soften
+from llmrecipe.agents.rule import agent_rule, soften
 from llmrecipe.data import world
 from llmrecipe.errors import RecipeError
 from llmrecipe.evaluation import rules
@@ -135,14 +135,6 @@ def test_the_rule_criticises_and_rates() -> None:
 
     assert [best(GOOD), best(parts["answer"])] == ["10", "1"]
     assert best(BAD) in ("5", "6")
-
-
-@pytest.fixture
-def own_rules() -> Iterator[None]:
-    kept = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(kept)
 
 
 def test_a_rule_of_ones_own(own_rules: None) -> None:

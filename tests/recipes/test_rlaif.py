@@ -14,9 +14,8 @@ import pytest
 
 from llmrecipe.cli import app
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.stages import Planned, plan
+from llmrecipe.recipe.stages import plan
 from llmrecipe.training import pipeline
-from llmrecipe.training.children import Child, command_of
 from tests.runs import events
 
 STAGES = ["drafts", "critique", "sft", "pairs", "labels", "reward", "ppo"]
@@ -47,19 +46,6 @@ def test_the_stages_and_what_each_reads() -> None:
     changed = [a.name for a, b in zip(made.stages, other.stages, strict=True) if a.key != b.key]
     assert changed == ["labels", "reward", "ppo"]
     assert [s.name for s in plan(compose("rlaif_dpo", [])).stages] == [*STAGES[:5], "dpo"]
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stages run inside this process; their names in the order they were started."""
-    names: list[str] = []
-
-    def here(child: Child, planned: Planned, continued: bool) -> int:
-        names.append(planned.name)
-        return app.run(command_of(planned, continued))
-
-    monkeypatch.setattr(pipeline, "execute", here)
-    return names
 
 
 @pytest.mark.slow

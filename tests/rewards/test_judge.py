@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmrecipe.agents.rule import RULES, agent_rule
+from llmrecipe.agents.rule import agent_rule
 from llmrecipe.data.world import POLITE, RUDE
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.rewards.judge import expected_rating
@@ -47,14 +46,6 @@ def test_the_rule_rates() -> None:
     best = 2 * (0.9 * 9 + 0.1 / 9 * sum(range(9))) / 9 - 1
     assert scores(polite, rude, constitution="manners") == pytest.approx([best, -best])
     assert scores(polite, agent={"kind": "rule", "sure": 1.0}, constitution="manners", scale=5) == [1.0]
-
-
-@pytest.fixture
-def own_rules() -> Iterator[None]:
-    kept = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(kept)
 
 
 def test_principles_are_averaged_and_failures_are_the_middle(own_rules: None) -> None:

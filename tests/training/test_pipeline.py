@@ -20,7 +20,7 @@ from llmrecipe.errors import Interrupted, LlmRecipeError, ModelError, RecipeErro
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.stages import Planned, plan
 from llmrecipe.training import pipeline
-from llmrecipe.training.children import Child, Machine, command_of
+from llmrecipe.training.children import Child, Machine
 from llmrecipe.training.run import train
 from tests.runs import curve, events
 
@@ -38,19 +38,6 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.yaml").write_text(TWO, encoding="utf-8")
     return "two.yaml"
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stages run inside this process; their names in the order they were started."""
-    names: list[str] = []
-
-    def here(child: Child, planned: Planned, continued: bool) -> int:
-        names.append(planned.name)
-        return app.run(command_of(planned, continued))
-
-    monkeypatch.setattr(pipeline, "execute", here)
-    return names
 
 
 def run(name: str, *words: str) -> list[pipeline.Result]:

@@ -1,0 +1,36 @@
+"""Fixtures that several folders share; what they stand on is imported when one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    """Agent rules that a test registers are gone after it."""
+    from llmrecipe.agents.rule import RULES
+
+    kept = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(kept)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages run inside this process; their names in the order they were started."""
+    from llmrecipe.cli import app
+    from llmrecipe.training import pipeline
+    from llmrecipe.training.children import command_of
+
+    names: list[str] = []
+
+    def here(child: Any, planned: Any, continued: bool) -> int:
+        names.append(planned.name)
+        return app.run(command_of(planned, continued))
+
+    monkeypatch.setattr(pipeline, "execute", here)
+    return names
