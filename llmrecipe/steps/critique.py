@@ -87,7 +87,7 @@ class Critique(Step):
         from llmrecipe.agents.feedback import agent_facts
         from llmrecipe.steps.feedback import consult
 
-        agent, constitution, principles = consult(self, work, USES)
+        agent, constitution, principles = consult(work, self.agent, self.constitution, self.principles, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
             answered = self._answers(split)

@@ -36,16 +36,18 @@ def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
     read_constitution(step.constitution, f"{where}.constitution").choose(step.principles, uses, f"{where}.principles")
 
 
-def consult(step: Any, work: Work, uses: Sequence[str]) -> tuple[Agent, Constitution, list[Principle]]:
+def consult(
+    work: Work, body: Any, constitution: str, principles: Sequence[str], uses: Sequence[str]
+) -> tuple[Agent, Constitution, list[Principle]]:
     """The agent of a step, with what it has said so far in this step's folder, and what it goes by (see `check_feedback`)."""
     from llmrecipe.agents.agent import build
     from llmrecipe.agents.constitution import read_constitution
 
-    agent = build(step.agent, "agent")
+    agent = build(body, "agent")
     agent.remember(work.journal("agent"))
     agent.open()
-    constitution = read_constitution(step.constitution, "constitution")
-    return agent, constitution, constitution.choose(step.principles, uses, "principles")
+    read = read_constitution(constitution, "constitution")
+    return agent, read, read.choose(principles, uses, "principles")
 
 
 def check_truth(truth: str, where: str) -> None:

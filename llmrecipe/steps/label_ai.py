@@ -109,7 +109,7 @@ class LabelAi(Step):
         from llmrecipe.agents.feedback import agent_facts, label_metrics
         from llmrecipe.steps.feedback import agreement_facts, consult
 
-        agent, constitution, principles = consult(self, work, USES)
+        agent, constitution, principles = consult(work, self.agent, self.constitution, self.principles, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
             answered = self._answers(split)
