@@ -40,7 +40,7 @@ def open_combination(parts: Sequence[tuple[str, float]], how: How = How()) -> Op
         ModelError: the bases differ, or one of them is more than a low-rank change of weights.
     """
     how.check()
-    from llmrecipe.export.peft import branches_of, head_tensors, saved_from
+    from llmrecipe.export.peft import branches_of, head_tensors, saved_from, trained_biases
     from llmrecipe.export.peft_import import layer_of
     from llmrecipe.recipe.schema import TokenizerSection
 
@@ -55,6 +55,11 @@ def open_combination(parts: Sequence[tuple[str, float]], how: How = How()) -> Op
             )
         if head_tensors(opened):
             raise ModelError(f"{path} has a task head of its own; heads cannot be added, export each run alone")
+        if biases := trained_biases(opened.model):
+            raise ModelError(
+                f"{path} trained {len(biases)} biases of the base (bias, bitfit), which are no low-rank change that could be "
+                "added to another; export each run alone"
+            )
         branches = joined(branches_of(opened))
         if any(b.magnitude is not None for b in branches):
             raise ModelError(f"{path} is a DoRA run: it rescales whole weights, which cannot be added to another change")

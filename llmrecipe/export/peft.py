@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
@@ -16,6 +17,8 @@ from llmrecipe.export import peft_format, proof
 from llmrecipe.export.load import open_run
 from llmrecipe.export.merged import Exported, dtype_of, target_folder, writing
 from llmrecipe.export.peft_format import Adapter, Branch
+from llmrecipe.methods import low_rank
+from llmrecipe.methods.biases import BiasMaster, masters
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.low_rank import LowRank, LowRankEmbedding, LowRankExperts, LowRankTiedHead
 from llmrecipe.methods.reparameterized.dora import Magnitude
@@ -108,6 +111,7 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
             use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
             dropout=float(getattr(first, "dropout", 0.0)),
         )
+        peft_format.add_biases(adapter, trained_biases(opened.model))
     heads = head_tensors(opened)
     adapter.tensors |= {peft_format.PREFIX + name: value for name, value in heads.items()}
     adapter.config |= {
@@ -120,16 +124,18 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
 
 
 def branches_of(opened: Opened) -> list[Branch]:
-    """Every low-rank change of the mounted stacks.
+    """Every low-rank change of the mounted stacks; biases trained beside one are not among them (see `trained_biases`).
 
     Raises:
         ModelError: something mounted is not a low-rank change of a weight.
     """
-    branches = []
+    branches: list[Branch] = []
+    beside = any(branch_of(path, module, port) is not None for path, module, _, port in all_ports(opened.model))
     for wrapper in opened.mounted:
-        ports = [(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
+        own = [(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
+        ports = [place for place in own if not isinstance(place[2], BiasMaster)]
         found = [branch for place in ports if (branch := branch_of(*place)) is not None]
-        if not found or len(found) < len(ports):
+        if len(found) < len(ports) or not (found or (beside and own)):
             name = wrapper.name.split("_", 1)[1]
             others = len(opened.mounted) > 1 and wrapper.to_peft(opened.model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
@@ -139,6 +145,16 @@ def branches_of(opened: Opened) -> list[Branch]:
             )
         branches += found
     return branches
+
+
+@torch.no_grad()
+def trained_biases(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> value of every bias of the base that trained, under all of its names."""
+    values: dict[int, Tensor] = {}
+    for _, module, _, port in masters(model):
+        own: Any = getattr(module, port.tensor)
+        values[id(own)] = port.weight(values.get(id(own), low_rank.wide(own)))
+    return {name: values[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in values}
 
 
 def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
@@ -194,6 +210,7 @@ def _notes(opened: Opened, adapter: Adapter) -> list[str]:
         notes.append(f"{len(opened.mounted)} stacks of this run's chain were joined into one adapter")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         notes.append("ranks or scales differ between modules; servers that ignore patterns (vLLM) need --uniform")
-    if config.get("lora_bias"):
-        notes.append("its branches have biases; a server that does not read lora_bias drops them, so export merged for it")
+    for option, what in (("lora_bias", "its branches have biases"), ("bias", "biases of the base trained with it")):
+        if config.get(option) not in (None, False, "none"):
+            notes.append(f"{what}; a server that does not read {option} drops them, so export merged for it")
     return notes

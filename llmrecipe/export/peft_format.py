@@ -5,6 +5,7 @@
                                  ... .lora_embedding_A (r, V)                       .lora_embedding_B (D, r)
                                  fused experts: one wrapper a tensor, nested; A (E r, in) expert-major, B (out, r E) rank-major
                                  ... .lora_B.bias (out,)                            lora_bias
+                                 ... .bias, ... .base_layer.bias (out,)             bias of the base, trained with the adapter
                                  ... .lora_magnitude_vector (out,)                  DoRA
                                  ... .lora_A (k, in), .lora_E (k, 1), .lora_B       AdaLoRA, without `.weight`
                                  base_model.model.<path>.<parameter>                modules saved whole (a new head)
@@ -137,6 +138,28 @@ def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: f
         "inference_mode": True,
     }
     return Adapter(config, {key: value for b in branches for key, value in _tensors(b, branches).items()})
+
+
+def add_biases(adapter: Adapter, biases: dict[str, Tensor]) -> None:
+    """Put trained biases of the base beside a LoRA adapter's branches.
+
+    PEFT keeps them as whole values under their own names, which run through `base_layer` where a module has a branch.
+
+    Args:
+        biases: parameter name -> value.
+
+    Raises:
+        ModelError: one of them is of a fused expert tensor, for which PEFT has no name.
+    """
+    if not biases:
+        return
+    hosts, adapted = {name.rpartition(".")[0] for name in biases}, set(adapter.config["target_modules"])
+    for name, value in biases.items():
+        home, _, tensor = name.rpartition(".")
+        if tensor != "bias":
+            raise ModelError(f"{name} was trained, which PEFT cannot hold beside a LoRA adapter; export merged instead")
+        adapter.tensors[f"{PREFIX}{home}{'.base_layer' * (home in adapted)}.bias"] = value
+    adapter.config["bias"] = "lora_only" if hosts <= adapted else "all"
 
 
 def _number(value: float) -> float | int:

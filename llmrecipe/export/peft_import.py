@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from llmrecipe.errors import ModelError
 from llmrecipe.export import peft_additive
 from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
+from llmrecipe.methods.biases import every_bias
+from llmrecipe.methods.stack import is_head
 from llmrecipe.models.anatomy import Anatomy, Site, anatomy
 from llmrecipe.training.delta import Layer
 
@@ -46,10 +49,13 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
             raise ModelError(f"{folder}: an adapter of type {kind} adds to no weight, so it cannot be taken {weight:g} times")
         read_other = peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts
         return read_other(adapter, model, str(folder))
+    biases: dict[str, Tensor] = {}
     if kind == "ADALORA":
+        if adapter.config.get("bias") not in (None, "none"):
+            raise ModelError(f"{folder}: biases trained with AdaLoRA cannot be read here")
         branches, rest = _adalora(adapter)
     elif kind == "LORA":
-        branches, rest = _lora(adapter, model, folder)
+        branches, rest, biases = _lora(adapter, model, folder)
     else:
         raise ModelError(
             f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here "
@@ -59,7 +65,30 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
         if any(b.magnitude is not None for b in branches):
             raise ModelError(f"{folder}: a DoRA adapter rescales whole weights; it cannot be taken with a weight of {weight:g}")
         branches = [Branch(**{**vars(b), "scale": b.scale * weight}) for b in branches]
-    return layer_of(branches, rest, model, float(adapter.config.get("lora_dropout") or 0.0), str(folder))
+        base = dict(model.named_parameters(remove_duplicate=False))
+        biases = {name: torch.lerp(base[name].detach().float(), value, weight) for name, value in biases.items()}
+    layer = layer_of(branches, rest, model, float(adapter.config.get("lora_dropout") or 0.0), str(folder))
+    return with_biases(layer, biases, str(adapter.config.get("bias")), model, str(folder)) if biases else layer
+
+
+def with_biases(layer: Layer, biases: dict[str, Tensor], which: str, model: nn.Module, where: str) -> Layer:
+    """A `lora` layer that trained biases of the base as well.
+
+    Args:
+        biases: parameter name -> value.
+        which: PEFT's word for them, `all` or `lora_only`.
+
+    Raises:
+        ModelError: it is a DoRA layer.
+    """
+    if "lora" not in layer.wrappers:
+        raise ModelError(f"{where}: biases trained with DoRA cannot be read here")
+    paths = {id(module): path for path, module in model.named_modules()}
+    # A bias may have several names; its master stands at the module that applies it.
+    homes = {id(getattr(module, tensor)): paths[id(module)] for module, tensor in every_bias(model)}
+    base = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {f"{homes[id(base[name])]}.lora__bias.bias": value.float() for name, value in biases.items()}
+    return replace(layer, wrappers={"lora": {**layer.wrappers["lora"], "bias": which}}, tensors={**layer.tensors, **tensors})
 
 
 def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, dropout: float, where: str) -> Layer:
@@ -170,7 +199,7 @@ def _plain(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Te
         found = FACTOR.fullmatch(name)
         if found:
             factors.setdefault(found["path"], {})[found["part"]] = value.float()
-        else:
+        elif ".original_module." not in name:
             rest[name.replace(".modules_to_save.", ".")] = value
     return factors, rest
 
@@ -180,7 +209,8 @@ def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor]]:
+def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor], dict[str, Tensor]]:
+    """(branches, modules saved whole, trained biases of the base by parameter name)."""
     config = adapter.config
     for option, what in REFUSED.items():
         if config.get(option):
@@ -204,7 +234,27 @@ def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch
         else:
             bias = found.get("B.bias")
             branches.append(Branch(home, "linear", found["A"], found["B"], scale, "", found.get("magnitude_vector"), bias))
-    return branches, _saved_modules(rest, model, folder)
+    biases = _trained_biases(rest, config, model)
+    return (
+        branches,
+        _saved_modules({n: v for n, v in rest.items() if n not in biases}, model, folder),
+        {name.replace(".base_layer.", "."): value for name, value in biases.items()},
+    )
+
+
+def _trained_biases(rest: dict[str, Tensor], config: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The biases of the base among an adapter's other tensors, by their name there; a new head's are not the base's."""
+    which = config.get("bias")
+    if which in (None, "none"):
+        return {}
+    state = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_head(model, n)}
+    found = {}
+    for name, value in rest.items():
+        home = name.replace(".base_layer.", ".")
+        fits = home in state and state[home].shape == value.shape
+        if name.endswith(".bias") and fits and (which == "all" or name != home):
+            found[name] = value
+    return found
 
 
 def _in_module_order(model: nn.Module, home: str, names: list[str]) -> list[str]:

@@ -252,8 +252,11 @@ def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Cal
 
 @torch.no_grad()
 def merge_ports(model: nn.Module, owner: str) -> int:
-    """Fold every port of a wrapper into its host and take it out; returns how many there were."""
-    found = list(all_ports(model, owner))
+    """Fold every port of a wrapper into its host and take it out; returns how many there were.
+
+    Replaced tensors go first, as in the forward pass: what is added to a tensor is added to the one in its place.
+    """
+    found = sorted(all_ports(model, owner), key=lambda place: kind_of(place[3]) != "weight")
     for _, module, name, port in found:
         port.merge(module)
         eject(module, name)

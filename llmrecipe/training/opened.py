@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from llmrecipe.errors import ModelError
+from llmrecipe.methods.biases import settle_biases
 from llmrecipe.methods.inject import DELTA, all_ports, kind_of
 from llmrecipe.methods.sparse_wrapper import settle
 from llmrecipe.methods.wrapper import Stage, Wrapper
@@ -158,16 +159,16 @@ def merge_order(opened: Opened) -> list[Wrapper]:
     """Mounted wrappers in the order in which they fold exactly, that of the forward pass (see `methods.inject`).
 
     Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
-    `Port.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start.
+    `Port.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
+    and trained biases are put in their place here: later they would overwrite what was folded into those before.
     """
     settle(opened.model)
+    settle_biases(opened.model)
 
     def place(wrapper: Wrapper) -> tuple[int, int]:
         ports = [port for _, _, _, port in all_ports(opened.model, wrapper.name)]
         places = [(FOLDS.get(kind_of(p), 4), p.order) for p in ports if kind_of(p) != "after" or p.order >= DELTA]
-        # A tensor put in another's place (BitFit's biases) would overwrite whatever was folded into that before.
-        first = min(places, default=(0, 0))
-        return first if first < (0, -1) else max(places, default=(0, 0))
+        return max(places, default=(0, 0))
 
     return sorted(opened.mounted, key=place)
 

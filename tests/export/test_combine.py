@@ -65,6 +65,15 @@ def test_branch_biases_are_added_by_weight_and_only_so(tmp_path: Path) -> None:
         open_combination([(str(one), 0.5), (str(two), 0.5)], How("svd"))
 
 
+def test_trained_biases_of_the_base_are_no_change_that_could_be_added(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "gpt2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    saved_run(one, base, Lora(name="lora", target="attn.qkv"))
+    saved_run(two, base, Lora(name="lora", target="attn.qkv", bias="lora_only"), seed=9)
+    with pytest.raises(ModelError, match=r"two trained 2 biases of the base \(bias, bitfit\), which are no low-rank change"):
+        open_combination([(str(one), 0.5), (str(two), 0.5)])
+
+
 def load_merged(run: Path, out: Path, opened: Any = None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 

@@ -45,6 +45,10 @@ CASES = {
     "olora": ("llama", {"init": "olora"}, {}),
     "branch bias": ("gpt2", {"target": "attn.q|v + mlp.up", "lora_bias": True}, {}),
     "branch bias, bare host": ("llama", {"lora_bias": True, "use_rslora": True}, {}),
+    "all biases": ("gpt2", {"target": "attn.q|v", "bias": "all"}, {}),
+    "all biases, one of two names": ("bert", {"target": "attn.q|v", "bias": "all", "lora_bias": True}, {}),
+    "biases of its layers": ("gpt2", {"target": "attn.qkv + mlp.up", "bias": "lora_only"}, {}),
+    "biases of its rows": ("gpt2", {"target": "attn.q|v", "bias": "lora_only"}, {}),
     "Conv1D": ("gpt2", {"target": "attn.qkv + mlp.up"}, {}),
     "fused split": ("gpt2", {"target": "attn.q|v"}, {}),
     "interleaved split": ("gpt_neox", {"target": "attn.q|v"}, {}),
@@ -125,7 +129,11 @@ def test_quantized_runs_give_an_adapter_for_the_quantized_base(tmp_path: Path) -
     torch.testing.assert_close(got, model(input_ids=IDS).logits, atol=1e-4 * done.difference.scale, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["linear", "patterns", "embedding", "tied pair", "experts", "Conv1D", "branch bias"])
+STARTS = ["linear", "patterns", "embedding", "tied pair", "experts", "Conv1D", "branch bias"]
+STARTS += [case for case in CASES if "biases" in case]
+
+
+@pytest.mark.parametrize("case", STARTS)
 def test_a_folder_is_a_starting_point_by_its_path(tmp_path: Path, case: str) -> None:
     """`model.path=ADAPTER` opens the base the adapter names with the adapter on it, as Transformers does."""
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -137,6 +145,62 @@ def test_a_folder_is_a_starting_point_by_its_path(tmp_path: Path, case: str) -> 
     folder = export_peft(tmp_path / "run").path
     opened = open_model(ModelSection(path=str(folder)), TokenizerSection())
     torch.testing.assert_close(opened.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_biases_are_written_as_peft_writes_them(tmp_path: Path) -> None:
+    """Whole values under their own names, through `base_layer` where a module has a branch; the word for them in the config."""
+    from safetensors.torch import load_file
+
+    base = base_folder(tmp_path, "gpt2")
+    for bias in ("all", "lora_only"):
+        model = saved_run(tmp_path / bias, base, Lora(name="lora", target="attn.qkv", bias=bias))
+        done = export_peft(tmp_path / bias)
+        assert json.loads((done.path / "adapter_config.json").read_text())["bias"] == bias
+        assert any("read bias" in note for note in done.notes)
+        tensors = {k: v for k, v in load_file(done.path / "adapter_model.safetensors").items() if k.endswith(".bias")}
+        host = "base_model.model.transformer.h.0.attn"
+        assert torch.equal(tensors[f"{host}.c_attn.base_layer.bias"], model.transformer.h[0].attn.c_attn.lora__bias.bias)
+        assert (f"{host}.c_proj.bias" in tensors) is (bias == "all")
+        assert len(tensors) == (2 * 6 + 1 if bias == "all" else 2)
+
+
+def test_a_bitfit_run_below_a_lora_run_travels_with_the_adapter(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "gpt2")
+    saved_run(tmp_path / "first", base, Bitfit(name="bitfit"))
+    model = saved_run(tmp_path / "second", tmp_path / "first", Lora(name="lora", target="attn.qkv", bias="lora_only"), seed=8)
+    done = export_peft(tmp_path / "second")
+    wanted = model(input_ids=IDS).logits
+    torch.testing.assert_close(under_peft(done.path, base)(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trained_are_read_beside_a_class_head_and_weighed_with_the_adapter(tmp_path: Path, bias: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+    from llmrecipe.training.opened import open_model
+
+    base = base_folder(tmp_path, "bert")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    plain.save_pretrained(base)  # with a pooler
+    config = LoraConfig(target_modules=["query"], r=4, bias=bias, modules_to_save=["classifier"], task_type="SEQ_CLS")
+    model = get_peft_model(plain, config).eval()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = proof.logits_of(model, IDS)
+    section = ModelSection(path=str(base), adapters={str(tmp_path / "adapter"): 1.0})
+    opened = open_model(section, TokenizerSection(), head="classification", labels=["a", "b", "c"])
+    torch.testing.assert_close(proof.logits_of(opened.model, IDS), wanted, atol=1e-5, rtol=1e-5)
+    half = section.model_copy(update={"adapters": {str(tmp_path / "adapter"): 0.5}})
+    weighed = open_model(half, TokenizerSection(), head="classification", labels=["a", "b", "c"]).model
+    query = "bert.encoder.layer.1.attention.self.query"
+    start = weighed.get_submodule(query).bias
+    trained = model.get_submodule(f"base_model.model.{query}.base_layer").bias
+    torch.testing.assert_close(weighed.get_submodule(query).mounted0_lora__bias.bias, (start + trained) / 2)
 
 
 def test_methods_peft_does_not_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
-from llmrecipe.methods.biases import make_room
+from llmrecipe.methods.biases import BiasMaster, every_bias, make_room, train_bias
 from llmrecipe.methods.inject import all_ports, inject, merge_ports
 from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
@@ -28,7 +28,8 @@ class Lora(Wrapper):
 
     A (r, in) starts Kaiming-uniform and B (out, r) at zero, so training starts at the base model. A and B train; W is frozen.
     Merging W <- W + s B A is exact up to rounding. Embeddings: y = E[x] + s (A[:, x])^T B^T with A at zero. Fused 3-D experts:
-    one pair an expert. Tied embeddings: when `embed` and `head` are both targeted one pair serves both.
+    one pair an expert. Tied embeddings: when `embed` and `head` are both targeted one pair serves both. Biases named by `bias`
+    train as float32 copies in the place of the base's, which stay as they were and are back when the adapter is switched off.
 
     Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
     for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775). Departure: these
@@ -58,6 +59,8 @@ class Lora(Wrapper):
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
     lora_bias: bool = False
     """Give B a bias b that trains too, from zero: y = W x + s (B A x + b). For linear layers."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base that train too: none, all of them, or those of the layers that get a branch."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Put a pair beside every site of `target`."""
@@ -75,23 +78,48 @@ class Lora(Wrapper):
                 port = low_rank.build(site, r, scale, self.dropout, self.lora_bias)
                 low_rank.initialise(port, self.init, site.module)
             inject(site.module, site.name(self.name), port, self.name)
+        self._open_biases(model, sites)
+
+    def _open_biases(self, model: nn.Module, sites: list[Site]) -> None:
+        """Masters over the biases that `bias` names.
+
+        Raises:
+            ModelError: there are none.
+        """
+        if self.bias == "none":
+            return
+        if self.bias == "all":
+            found = [(m, f"{self.name}__bias", None) for m, tensor in every_bias(model) if tensor == "bias"]
+        else:
+            have = [s for s in sites if s.tensor is None and isinstance(getattr(s.module, "bias", None), torch.nn.Parameter)]
+            found = [(s.module, f"{s.name(self.name)}__bias", low_rank.row_index(s)) for s in have]
+        if not found:
+            where = "this model" if self.bias == "all" else f"'{self.target}'"
+            raise ModelError(
+                f"stack.{self.name}.bias: {where} has no biases to train; lora_bias=true gives the branches biases of their own"
+            )
+        for module, name, rows in found:
+            train_bias(module, name, self.name, rows)
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """B's own learning rate where `lr_ratio` asks for one."""
         if self.lr_ratio == 1.0:
             return []
         ends = (".B", ".bias")
-        names = {n for n, _ in model.named_parameters() if n.endswith(ends) and _owner_part(n).startswith(self.name)}
+        ports = [f"{path}.{name}" for path, _, name, port in all_ports(model, self.name) if not isinstance(port, BiasMaster)]
+        names = {f"{p}{end}" for p in ports for end in ends} & {n for n, _ in model.named_parameters()}
         return [ParamGroup(frozenset(names), lr_scale=self.lr_ratio)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + s B A at every site; with `lora_bias` b <- b + s b_B, from zero where the config can give the host a bias.
+        """W <- W + s B A at every site, b <- the trained b; with `lora_bias` b <- b + s b_B.
+
+        A host without a bias is given one at zero where its config has a flag for it.
 
         Raises:
             ModelError: one side of a tied pair is adapted alone, so that merging would change the other side too; or a branch
                 has a bias and its host can have none.
         """
-        ports = {path: port for path, _, _, port in all_ports(model, self.name)}
+        ports = {path: port for path, _, _, port in all_ports(model, self.name) if not isinstance(port, BiasMaster)}
         shared = _shared_weights(model)
         for path, port in ports.items():
             partners = shared.get(path, set()) - {path}
@@ -101,7 +129,8 @@ class Lora(Wrapper):
                     "merging would change both. Target both (`embed + head`) or load the adapter unmerged."
                 )
         if self.lora_bias:
-            make_room(model, [(path, host) for path, host, _, _ in all_ports(model, self.name)], self.name)
+            hosts = [(path, host) for path, host, _, port in all_ports(model, self.name) if isinstance(port, low_rank.LowRank)]
+            make_room(model, hosts, self.name)
         merge_ports(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
@@ -124,10 +153,6 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str)
     if len(best) > 1:
         raise RecipeError(f"{where}: both '{best[0]}' and '{best[1]}' match {path}; make one of them longer")
     return patterns[best[0]]
-
-
-def _owner_part(name: str) -> str:
-    return name.split(".")[-2]
 
 
 def _tied(model: nn.Module, sites: list[Site]) -> Site | None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Literal
-from llmrecipe.methods.biases import add_to_bias, make_room, shifted
+from llmrecipe.methods.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
 from llmrecipe.methods.inject import Port, all_ports, eject, inject
+from llmrecipe.methods.low_rank import row_index
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -31,31 +32,6 @@ TERMS = {
 
 WHOLE = ("attn.qkv", "attn.kv", "attn.kv_a")
 """Fused projections, taken whole where every one of their parts is wanted."""
-
-
-class BiasMaster(Port):
-    """A trained float32 copy of a bias, or of some of its elements, used in its place for the length of a call."""
-
-    # Below every other weight port (selections -1, scoring -2), which see and change the trained bias.
-    order = -3
-    tensor = "bias"
-
-    def __init__(self, bias: Tensor, rows: Tensor | None, tensor: str = "bias"):
-        super().__init__()
-        start = bias.detach() if rows is None else bias.detach()[rows]
-        self.bias = nn.Parameter(start.to(torch.promote_types(bias.dtype, torch.float32), copy=True))
-        self.register_buffer("rows", rows, persistent=False)
-        self.tensor = tensor
-
-    def weight(self, value: Tensor) -> Tensor:
-        """b -> the trained b."""
-        trained = self.bias.to(value.dtype)
-        return trained if self.rows is None else value.index_copy(0, self.rows, trained)
-
-    def merge(self, module: nn.Module) -> None:
-        """b <- the trained b, rounded once to b's dtype."""
-        bias = getattr(module, self.tensor)
-        bias.data = self.weight(bias.data).detach().clone()
 
 
 class ZeroBias(Port):
@@ -109,14 +85,14 @@ class Bitfit(Wrapper):
         have, lack = self._sites(model)
         self._refuse(model, have, lack)
         if self.terms == "all":
-            for module, tensor in _biases(model, pooler=self.pooler != "freeze"):
-                _master(module, self.name if tensor == "bias" else f"{self.name}__{tensor}", self.name, None, tensor)
+            for module, tensor in every_bias(model, pooler=self.pooler != "freeze"):
+                train_bias(module, self.name if tensor == "bias" else f"{self.name}__{tensor}", self.name, None, tensor)
         else:
             for site in have:
-                _master(site.module, site.name(self.name), self.name, _rows(site))
-            for module, tensor in _biases(model, pooler=True) if self.pooler == "train" else ():
-                if module is _pooler(model):
-                    _master(module, self.name, self.name, None, tensor)
+                train_bias(site.module, site.name(self.name), self.name, row_index(site))
+            for module, tensor in every_bias(model) if self.pooler == "train" else ():
+                if module is pooler_of(model):
+                    train_bias(module, self.name, self.name, None, tensor)
         if self.missing == "add_zero":
             for site in lack:
                 self._add(site)
@@ -124,7 +100,7 @@ class Bitfit(Wrapper):
     def _add(self, site: Site) -> None:
         weight = next(p for p in site.module.parameters())
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        inject(site.module, site.name(self.name), ZeroBias(site.width_out, _rows(site), weight.device, dtype), self.name)
+        inject(site.module, site.name(self.name), ZeroBias(site.width_out, row_index(site), weight.device, dtype), self.name)
 
     def _roles(self) -> set[str]:
         terms = [*TERMS, "norm"] if self.terms == "all" else list(self.terms)
@@ -196,37 +172,3 @@ class Bitfit(Wrapper):
         """No weight gradients at all: biases need the gradients of outputs only."""
         count = sum(p.numel() for _, _, _, port in all_ports(model, self.name) for p in port.parameters())
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
-
-
-def _rows(site: Site) -> Tensor | None:
-    """Elements of a fused layer's bias that belong to a site."""
-    if site.rows is None:
-        return None
-    return torch.tensor(list(site.indices()), dtype=torch.long, device=next(site.module.parameters()).device)
-
-
-def _master(module: nn.Module, name: str, owner: str, rows: Tensor | None, tensor: str = "bias") -> None:
-    inject(module, name, BiasMaster(getattr(module, tensor), rows, tensor), owner)
-
-
-def _biases(model: nn.Module, pooler: bool) -> list[tuple[nn.Module, str]]:
-    """(module, tensor name) of every bias of the base, once, at the module that applies it."""
-    from llmrecipe.methods.stack import is_head
-
-    inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
-    skipped = None if pooler else _pooler(model)
-    owners: dict[int, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        if id(module) in inside or is_head(model, path) or (skipped is not None and module in skipped.modules()):
-            continue
-        for tensor, value in module._parameters.items():
-            # A container may only hold a second name of its child's bias (BERT's prediction head): the later owner applies it.
-            if value is not None and tensor.endswith("bias"):
-                owners[id(value)] = (module, tensor)
-    return list(owners.values())
-
-
-def _pooler(model: nn.Module) -> nn.Module | None:
-    """The linear layer over the first token that encoders put below a classifier."""
-    pooler = getattr(getattr(model, "base_model", model), "pooler", None)
-    return getattr(pooler, "dense", pooler) if isinstance(pooler, nn.Module) else None

@@ -1,0 +1,197 @@
+"""LoRA's `bias`: the base's own biases trained beside the branches, against peft; where they go, and who may not share them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmrecipe.context import Context, activate
+from llmrecipe.errors import ModelError
+from llmrecipe.methods.biases import BiasMaster, masters
+from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.reparameterized.dora import Dora
+from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.methods.selective.bitfit import Bitfit
+from llmrecipe.methods.stack import Stack
+from llmrecipe.training import delta
+from llmrecipe.training.opened import Opened, merge_order
+from tests.export.saved_runs import fill
+from tests.methods.reparameterized.test_lora import IDS
+from tests.tiny import tiny_model
+
+
+def put(model: nn.Module, *wrappers: Any) -> Stack:
+    stack = Stack(list(wrappers))
+    stack.attach(model)
+    return stack
+
+
+def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {path: port.bias for path, _, _, port in masters(model)}
+
+
+CASES = [
+    ("gpt2", "attn.qkv", ["c_attn"], "all", {}),
+    ("gpt2", "attn.qkv + mlp.up", ["c_attn", "c_fc"], "lora_only", {}),
+    ("bert", "attn.q|v", ["query", "value"], "all", {}),
+    ("bert", "attn.q|v", ["query", "value"], "lora_only", {}),
+    ("llama", "attn.q|v", ["q_proj", "v_proj"], "lora_only", {"attention_bias": True}),
+    ("llama", "attn.q", ["q_proj"], "all", {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "target", "targets", "bias", "more"), CASES)
+def test_losses_gradients_and_biases_of_five_steps_equal_peft(
+    family: str, target: str, targets: list[str], bias: str, more: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model(family, **more)
+    start = copy.deepcopy(dict(model.named_parameters()))
+    put(model, Lora(name="lora", target=target, r=4, alpha=6.0, bias=bias))
+    config = LoraConfig(target_modules=targets, r=4, lora_alpha=6, bias=bias, fan_in_fan_out=family == "gpt2")
+    twin = get_peft_model(tiny_model(family, **more), config)
+    ours = {path: port for path, _, _, port in all_ports(model) if not isinstance(port, BiasMaster)}
+    theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert ours.keys() == theirs.keys()
+    for path, module in theirs.items():
+        module.lora_A["default"].weight.data = ours[path].A.data.clone()
+    wanted = {
+        n.replace(".base_layer", "").removesuffix(".bias"): p
+        for n, p in twin.base_model.model.named_parameters()
+        if p.requires_grad and n.endswith(".bias")
+    }
+    found = trained_biases(model)
+    # BERT's prediction head has one bias under two names: peft lists the first, the master stands where it is applied.
+    renamed = {"cls.predictions": "cls.predictions.decoder"}
+    wanted = {renamed.get(path, path): p for path, p in wanted.items()}
+    assert found.keys() == wanted.keys() and found
+    # Not Adam: key biases have no effect, and it would make steps of the rounding that is their gradient.
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05, momentum=0.9) for m in (model, twin)]
+    for _ in range(5):
+        losses = []
+        for m in (model, twin):
+            logits = m(input_ids=IDS).logits
+            losses.append(nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]))
+            losses[-1].backward()
+        torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+        for path, p in wanted.items():
+            torch.testing.assert_close(found[path].grad, p.grad, atol=1e-6, rtol=1e-4, msg=path)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for path, p in wanted.items():
+        torch.testing.assert_close(found[path], p, atol=1e-5, rtol=1e-4, msg=path)
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in start.items())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_step_zero_and_the_switched_off_adapter_are_the_base_bit_for_bit(bias: str) -> None:
+    base = tiny_model("gpt2")(input_ids=IDS).logits
+    model = tiny_model("gpt2")
+    stack = put(model, Lora(name="lora", target="attn.q|v", bias=bias))
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    assert stack.reference_is_off()
+    fill(model)
+    assert not torch.equal(model(input_ids=IDS).logits, base)
+    with activate(Context(role="reference")):
+        assert torch.equal(model(input_ids=IDS).logits, base)
+
+
+def test_counts_and_the_rate_of_b_leave_the_biases_of_the_base_alone() -> None:
+    model = tiny_model("gpt2")
+    stack = put(model, Lora(name="lora", target="attn.q|v", r=4, bias="lora_only", lora_bias=True, lr_ratio=8.0))
+    # q and v of two layers: A and B, b_B, and the q and v thirds of the fused bias.
+    assert stack.wrappers[0].memory(model)["trainable"] == 2 * 2 * (4 * (32 + 32) + 32 + 32)
+    (group,) = stack.groups(model)
+    assert len(group.names) == 8 and not any("__bias" in name for name in group.names)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_merging_puts_the_trained_biases_in_place_and_adds_the_branches_to_them(bias: str, lora_bias: bool) -> None:
+    model = tiny_model("gpt2")
+    before = model.transformer.h[0].attn.c_attn.bias.detach().clone()
+    stack = put(model, Lora(name="lora", target="attn.q|v", bias=bias, lora_bias=lora_bias, r=4, alpha=6.0))
+    fill(model)
+    host = model.transformer.h[0].attn.c_attn
+    wanted = before.clone()
+    for _, module, _, port in masters(model):
+        if module is host:
+            wanted = port.weight(wanted)
+    if lora_bias:
+        wanted = wanted.index_add(0, host.lora__q.rows, 1.5 * host.lora__q.bias)
+        wanted = wanted.index_add(0, host.lora__v.rows, 1.5 * host.lora__v.bias)
+    unmerged = model(input_ids=IDS).logits
+    stack.wrappers[0].merge(model)
+    assert not list(all_ports(model))
+    torch.testing.assert_close(model.transformer.h[0].attn.c_attn.bias, wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("second", [Dora, Lora])
+def test_stacked_on_another_branch_it_folds_in_the_order_of_the_forward_pass(second: Any) -> None:
+    """A bias put in place late would overwrite what the first branch's bias added to it; DoRA must see the bare weight."""
+    model = tiny_model("gpt2")
+    first = Lora(name="first", target="attn.q", r=2, lora_bias=second is Lora)
+    others = [first, second(name="second", target="attn.q", r=2), Lora(name="third", target="attn.v", r=2, bias="all")]
+    stack = put(model, *others)
+    fill(model)
+    unmerged = model(input_ids=IDS).logits
+    opened = Opened(model, None, None, mounted=stack.wrappers)  # type: ignore[arg-type]
+    for wrapper in merge_order(opened):
+        wrapper.merge(model)
+    assert not list(all_ports(model))
+    torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=5e-5, rtol=1e-4)
+
+
+def test_what_has_no_biases_is_refused_with_the_way_out() -> None:
+    for target, bias, words in (("attn.q", "all", "this model has"), ("attn.q", "lora_only", "'attn.q' has")):
+        with pytest.raises(ModelError, match=rf"stack.lora.bias: {words} no biases to train; lora_bias=true"):
+            put(tiny_model(), Lora(name="lora", target=target, bias=bias))
+
+
+def test_two_methods_of_a_stack_do_not_train_one_bias() -> None:
+    with pytest.raises(ModelError, match=r"stack.bitfit: stack.lora trains the same biases; let one of the two train them"):
+        put(tiny_model("gpt2"), Lora(name="lora", bias="all"), Bitfit(name="bitfit"))
+    put(tiny_model("gpt2"), Lora(name="lora", target="attn.q", bias="lora_only"), Bitfit(name="bitfit", terms=["output"]))
+
+
+@pytest.mark.parametrize("above", [Bitfit(name="bitfit"), Lora(name="lora", bias="all"), Lora(name="lora", bias="lora_only")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_trained_below_are_where_the_next_run_starts(above: Any, dtype: torch.dtype) -> None:
+    first = tiny_model("gpt2").to(dtype)
+    stack = put(first, Bitfit(name="bitfit"))
+    fill(first)
+    layer = delta.Layer({"bitfit": delta.wrapper_mapping(stack.wrappers[0])}, {}, tensors=stack.delta(first))
+    model = tiny_model("gpt2").to(dtype)
+    delta.mount(model, layer, 0)
+    wanted = model(input_ids=IDS).logits
+    assert torch.equal(wanted, first(input_ids=IDS).logits)
+    upper = put(model, above)
+    assert torch.equal(model(input_ids=IDS).logits, wanted)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    below = stack.delta(first)
+    for name, p in trained.items():
+        if "__q" not in name and "__v" not in name:
+            path = name.rpartition(".")[0].rpartition(".")[0]
+            assert torch.equal(p, below[f"{path}.bitfit.bias"]), name
+    fill(model, seed=9)  # what trains, so not what lies below
+    with activate(Context(role="reference")):
+        assert torch.equal(model(input_ids=IDS).logits, wanted)
+    unmerged = model(input_ids=IDS).logits
+    if dtype == torch.float32:
+        opened = Opened(model, None, None, mounted=[*_mounted(model, layer), *upper.wrappers])  # type: ignore[arg-type]
+        for wrapper in merge_order(opened):
+            wrapper.merge(model)
+        torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
+
+
+def _mounted(model: nn.Module, layer: delta.Layer) -> list[Any]:
+    from dataclasses import replace
+
+    return [replace(delta.build_wrapper("bitfit", layer.wrappers["bitfit"]), name="mounted0_bitfit")]
