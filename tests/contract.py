@@ -287,7 +287,8 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
-    from llmrecipe.evaluation.generation import Sampling, generate
+    from llmrecipe.evaluation.generation import generate
+    from llmrecipe.evaluation.sampling import Sampling
 
     subject = build(kind)
     run_steps(subject)
@@ -301,7 +302,8 @@ def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
 
 def _greedy(subject: Subject, prompt: list[int], steps: int) -> list[int]:
     """Greedy decoding by a whole forward pass a token."""
-    from llmrecipe.evaluation.generation import Sampling, generate
+    from llmrecipe.evaluation.generation import generate
+    from llmrecipe.evaluation.sampling import Sampling
 
     out: list[int] = []
     for _ in range(steps):

@@ -109,7 +109,8 @@ class Local(Agent):
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Continuations of the questions."""
-        from llmrecipe.evaluation.generation import Sampling, generate, text_of
+        from llmrecipe.evaluation.generation import generate, text_of
+        from llmrecipe.evaluation.sampling import Sampling
 
         for first, part in chunks(asks, self.batch):
             # What is drawn follows from the questions, so a run that goes on after a stop draws the same.

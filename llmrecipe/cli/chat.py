@@ -43,7 +43,7 @@ def verb(
     for one in (path, *more):
         subject(one, overrides)
     from llmrecipe.evaluation.chat import Chat
-    from llmrecipe.evaluation.generation import Sampling
+    from llmrecipe.evaluation.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed if temperature else None)
     chat = Chat.open([path, *more], overrides, sampling, system)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmrecipe import registry
-from llmrecipe.evaluation.generation import Sampling, generate, prompt_and_reference, text_of
+from llmrecipe.evaluation.generation import generate, prompt_and_reference, text_of
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.training.roles import Roles
 
 ROWS = ("dialogue", "preference", "prompt", "unpaired")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from llmrecipe.errors import UserError
-from llmrecipe.evaluation.generation import Sampling, generate, text_of
+from llmrecipe.evaluation.generation import generate, text_of
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.evaluation.standalone import open_subject
 from llmrecipe.export.side_by_side import Adapters, open_adapters, task_adapters
 from llmrecipe.training.opened import Opened

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from llmrecipe.data.batch import Sequence as Tokens
 from llmrecipe.errors import DataError
-from llmrecipe.evaluation.generation import Sampling, end_tokens, generate, text_of
+from llmrecipe.evaluation.generation import end_tokens, generate, text_of
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.evaluation.standalone import Subject
 from llmrecipe.objectives.alignment.kl import kl_estimate
 from llmrecipe.objectives.alignment.pairs import collate_pairs, policy_scores

@@ -1,36 +1,26 @@
-"""Generation: padded batches through the model's own `generate`, under the ports of the stack.
+"""Generation: answers to prompts, decoded with a key/value cache under the ports of the stack.
+
+A fixed number of answers is decoded at once, and a slot whose answer has ended goes to the next prompt (see `refill`). Models
+whose cache has no rows that could leave and join (see `models.kv_cache`) take padded batches through their own `generate`.
+Either way an answer is the same, up to the rounding of its logits, whatever is decoded beside it.
 
 The checkpoint's generation settings are overridden, not merged: what is not asked for is greedy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from llmrecipe.context import Context, activate, current
+from llmrecipe.evaluation.refill import Asked, open_prompts, pad_token, refilled
+from llmrecipe.evaluation.sampling import Picked, Picker, Sampling
+from llmrecipe.models import kv_cache
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are picked."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 is greedy; otherwise all logits are divided by it."""
-    top_p: float = 1.0
-    top_k: int = 0
-    batch: int = 16
-    """Prompts generated at once."""
-    seed: int | None = None
-    """Seed of the sampling; None uses the running random state."""
-
-
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -38,89 +28,90 @@ def generate(
     sampling: Sampling,
     context: Context | None = None,
     tasks: Sequence[int] | None = None,
+    keys: Sequence[int | str] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new token ids, end token included where it was reached.
 
     Args:
-        prompts: token ids; prompts of one batch are padded (see `padded`).
         context: of the forward passes, by default the one that is active; masks and tasks are filled in here.
         tasks: number of each prompt's task, where the model keeps tasks apart.
+        keys: names of the answers' random streams, by default their places; equal keys draw equal numbers.
     """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for i, answer in answered(model, tokenizer, prompts, sampling, context, tasks, keys):
+        answers[i] = answer
+    return answers
+
+
+@torch.no_grad()
+def answered(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: Context | None = None,
+    tasks: Sequence[int] | None = None,
+    keys: Sequence[int | str] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """The answers of `generate` in the order in which they end, each with its place."""
+    if not prompts:
+        return
     was_training = model.training
     model.eval()
-    # Long prompts first: the largest batch comes first, and like lengths share a batch.
+    context = context or current()
+    if tasks is None and context.task_ids is not None:
+        tasks = context.task_ids[:, 0].expand(len(prompts)).tolist()
+    picker = Picker(sampling, range(len(prompts)) if keys is None else keys)
+    ends = end_tokens(model, tokenizer)
+    # Long prompts first: the largest batch comes first, and like lengths share a pass.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
+    asked = [Asked(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
     try:
-        with torch.random.fork_rng(enabled=sampling.seed is not None):
-            if sampling.seed is not None:
-                torch.manual_seed(sampling.seed)
-            for first in range(0, len(order), sampling.batch):
-                part = order[first : first + sampling.batch]
-                own = None if tasks is None else [tasks[i] for i in part]
-                new = _batch(model, tokenizer, [prompts[i] for i in part], sampling, context or current(), own)
-                for i, answer in zip(part, new, strict=True):
-                    answers[i] = answer
+        if kv_cache.fresh(model) is not None:
+            yield from refilled(model, tokenizer, asked, sampling, picker, ends, context)
+            return
+        for first in range(0, len(asked), sampling.batch):
+            part = asked[first : first + sampling.batch]
+            new = _batch(model, tokenizer, part, sampling, picker, ends, context)
+            yield from zip([a.index for a in part], new, strict=True)
     finally:
         model.train(was_training)
-    return answers
 
 
 def _batch(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
+    asked: Sequence[Asked],
     sampling: Sampling,
+    picker: Picker,
+    ends: Sequence[int],
     context: Context,
-    tasks: Sequence[int] | None,
 ) -> list[list[int]]:
+    """One padded batch through the model's own `generate`, which runs until the longest answer ends."""
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    device = next(model.parameters()).device
-    ids, mask = padded(model, prompts, pad, device)
-    ends = end_tokens(model, tokenizer)
+    ids, own = open_prompts(model, tokenizer, asked, context)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature if sampling.temperature > 0 else None,
-        top_p=sampling.top_p if sampling.temperature > 0 else None,
-        top_k=sampling.top_k if sampling.temperature > 0 else None,
-        eos_token_id=ends,
-        pad_token_id=pad,
+        do_sample=False,
+        eos_token_id=list(ends),
+        pad_token_id=pad_token(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    lengths = mask.sum(1)
-    task_ids = context.task_ids if tasks is None else torch.tensor(list(tasks), device=device)[:, None]
-    from dataclasses import replace
-
+    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [Picked(picker, [a.index for a in asked])]}
+    if kv_cache.sharded(model):
+        more["synced_gpus"] = True
     # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
     kept = getattr(model, "generation_config", None)
     try:
         model.generation_config = GenerationConfig()  # type: ignore[assignment]
-        with activate(replace(context, attention_mask=mask, prompt_lengths=lengths, task_ids=task_ids)):
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        with activate(own):
+            out = model.generate(input_ids=ids, attention_mask=own.attention_mask, generation_config=config, **more)  # type: ignore[operator]
     finally:
         model.generation_config = kept  # type: ignore[assignment]
     new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, ids.shape[1] :]
     return [_cut(row, ends) for row in new.tolist()]
-
-
-def padded(
-    model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, T) ids and mask: on the left where answers follow in the same row, on the right where an encoder counts positions."""
-    width = max(len(p) for p in prompts)
-    right = getattr(model.config, "is_encoder_decoder", False)
-
-    def filled(row: Sequence[int], value: int) -> list[int]:
-        rest = [value] * (width - len(row))
-        return [*row, *rest] if right else [*rest, *row]
-
-    ids = torch.tensor([filled(p, pad) for p in prompts], device=device)
-    mask = torch.tensor([filled([1] * len(p), 0) for p in prompts], device=device)
-    return ids, mask
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -130,7 +121,7 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({int(t) for t in found if t is not None})
 
 
-def _cut(ids: list[int], ends: list[int]) -> list[int]:
+def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
     for i, token in enumerate(ids):
         if token in ends:
             return ids[: i + 1]

@@ -108,7 +108,8 @@ def golden_ids(tokenizer: Any) -> list[int]:
 
 def golden(model: Any, tokenizer: Any) -> dict[str, Any] | None:
     """The golden prompt with its greedy answer; None for a model that does not generate."""
-    from llmrecipe.evaluation.generation import Sampling, generate
+    from llmrecipe.evaluation.generation import generate
+    from llmrecipe.evaluation.sampling import Sampling
 
     if not hasattr(model, "generate") or not model.can_generate():
         return None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llmrecipe.context import Context, activate
 from llmrecipe.data.tasks import Tasks, common
 from llmrecipe.errors import ModelError, did_you_mean
-from llmrecipe.evaluation.generation import Sampling
 from llmrecipe.evaluation.generation import generate as generate_from
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.methods.stack import own_tensors
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.source import adapter_base, is_adapter, run_folder

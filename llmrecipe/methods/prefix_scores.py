@@ -23,6 +23,7 @@ from llmrecipe.errors import RecipeError
 from llmrecipe.methods.inject import Port, inject
 from llmrecipe.methods.prefix_kv import Made, Plan, PrefixTables, attach, cached, shared_of, tokens_of
 from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.kv_cache import carried
 
 Scores = dict[int, Tensor]
 """alpha (R, P) by layer."""
@@ -47,7 +48,7 @@ class ScoredTables(PrefixTables):
     def make(self, inputs: dict[str, Any]) -> Made:
         """The columns, and how to summarise the documents of this pass."""
         if cached(inputs):
-            facts = Facts(None, False, _kept_by(inputs["past_key_values"]).get(self.owner))
+            facts = Facts(None, False, carried(inputs["past_key_values"]).get(self.owner))
         else:
             tokens = summarised(self.summary, current(), inputs)
             kept: Scores | None = None if torch.is_grad_enabled() else {}
@@ -65,7 +66,7 @@ class ScoredTables(PrefixTables):
         out = super().whole(noting, inputs)
         cache = getattr(out, "past_key_values", None)
         if cache is not None and facts[0].kept is not None:
-            _kept_by(cache)[self.owner] = facts[0].kept
+            carried(cache)[self.owner] = facts[0].kept
         return out
 
 
@@ -202,19 +203,3 @@ def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Te
             chosen[index, segment.start : segment.start + count] = True
         layout.cache[key] = chosen.to(device)
     return layout.cache[key]  # type: ignore[return-value]
-
-
-def _kept_by(cache: Any) -> dict[str, Scores]:
-    """Scores a cache carries, by wrapper; they are reordered with its rows."""
-    if "prefix_scores" not in cache.__dict__:
-        cache.prefix_scores = {}
-        inner = cache.reorder_cache
-
-        def reorder(rows: Tensor) -> None:
-            inner(rows)
-            for scores in cache.prefix_scores.values():
-                for layer, alpha in scores.items():
-                    scores[layer] = alpha.index_select(0, rows.to(alpha.device))
-
-        cache.reorder_cache = reorder
-    return cache.prefix_scores

@@ -97,7 +97,8 @@ class Eval(Step):
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
         """Means of the rewards of greedy answers."""
         from llmrecipe.evaluation.chat import prompt_ids
-        from llmrecipe.evaluation.generation import Sampling, end_tokens, generate, text_of
+        from llmrecipe.evaluation.generation import end_tokens, generate, text_of
+        from llmrecipe.evaluation.sampling import Sampling
         from llmrecipe.rewards.reward import Answer, Rewards
 
         rewards = Rewards(self.reward, "reward")

@@ -150,7 +150,8 @@ class Generate(Step):
 
     def _ask(self, subject: Subject, part: list[list[int]], seed: int) -> list[list[dict[str, Any]]]:
         """n answers to each of some prompts."""
-        from llmrecipe.evaluation.generation import Sampling, end_tokens, generate, text_of
+        from llmrecipe.evaluation.generation import end_tokens, generate, text_of
+        from llmrecipe.evaluation.sampling import Sampling
 
         model, tokenizer = subject.roles.model, subject.opened.tokenizer
         ends = end_tokens(model, tokenizer)

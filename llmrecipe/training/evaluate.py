@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.evaluation.answers import ROWS, answer_rows, score
-from llmrecipe.evaluation.generation import Sampling
+from llmrecipe.evaluation.sampling import Sampling
 
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run

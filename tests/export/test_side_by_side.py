@@ -13,7 +13,8 @@ from llmrecipe import load
 from llmrecipe.cli.app import run as command
 from llmrecipe.errors import ModelError
 from llmrecipe.evaluation.chat import Chat
-from llmrecipe.evaluation.generation import Sampling, generate
+from llmrecipe.evaluation.generation import generate
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.evaluation.standalone import evaluate_path
 from llmrecipe.export.peft import export_peft
 from llmrecipe.methods.additive.adapter import Adapter

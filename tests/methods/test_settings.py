@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmrecipe import registry
 from llmrecipe.context import Context, activate
-from llmrecipe.evaluation.generation import padded
+from llmrecipe.evaluation.refill import padded
 from llmrecipe.methods.quantized import dequantize_model, quantized
 from llmrecipe.methods.stack import Stack
 from llmrecipe.models.anatomy import anatomy

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llmrecipe.errors import RecipeError
-from llmrecipe.evaluation.generation import Sampling, generate
+from llmrecipe.evaluation.generation import generate
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.objectives.alignment.grpo import Grpo
 from llmrecipe.objectives.alignment.rloo import Rloo
 from llmrecipe.recipe.compose import compose

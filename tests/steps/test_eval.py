@@ -37,7 +37,7 @@ def test_rewards_are_means_over_greedy_answers(tmp_path: Path) -> None:
     values = [v for line in kept for v in json.loads(line)["value"]]
     assert len(values) == 4
     from llmrecipe.evaluation.chat import Chat
-    from llmrecipe.evaluation.generation import Sampling
+    from llmrecipe.evaluation.sampling import Sampling
 
     chat = Chat.open(["tiny"], [], Sampling(12))
     assert [v["answer"] for v in values] == [chat.answer(r["prompt"], remember=False) for r in rows[:4]]

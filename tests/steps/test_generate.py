@@ -11,7 +11,7 @@ import pytest
 from llmrecipe.cli import app
 from llmrecipe.errors import DataError, Interrupted, RecipeError, RunError
 from llmrecipe.evaluation.chat import Chat
-from llmrecipe.evaluation.generation import Sampling
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.recipe.steps import compose_step
 from llmrecipe.steps.generate import Generate
 from llmrecipe.steps.prompts import read_prompts

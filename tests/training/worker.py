@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from llmrecipe.errors import UserError
-from llmrecipe.evaluation.generation import Sampling, generate
+from llmrecipe.evaluation.generation import generate
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.objectives.alignment import rollout
 from llmrecipe.recipe.compose import compose
 from llmrecipe.training.run import Run, train
@@ -29,15 +29,14 @@ SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "steps=2", "save.ever
 """Ten rows in batches of eight: the second step has two rows, one a process; a checkpoint after the first."""
 
 
-def same_answers(model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling) -> list[list[int]]:
+def same_answers(model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling, **_: Any) -> list[list[int]]:
     """Answers whose random stream belongs to the prompt and its turn, so that any number of processes draws the same ones."""
     turns: dict[tuple[int, ...], int] = {}
-    answers = []
+    keys = []
     for prompt in prompts:
         turn = turns[tuple(prompt)] = turns.get(tuple(prompt), 0) + 1
-        seed = zlib.crc32(str((prompt, turn)).encode())
-        answers += generate(model, tokenizer, [prompt], dataclasses.replace(how, seed=seed))
-    return answers
+        keys.append(f"{prompt}/{turn}")
+    return generate(model, tokenizer, prompts, dataclasses.replace(how, seed=0), keys=keys)
 
 
 def one(folder: Path, words: list[str], rank: int, world: int) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.batch import Batch, Sequence
-from llmrecipe.evaluation.generation import Sampling, end_tokens, generate, text_of
+from llmrecipe.evaluation.generation import end_tokens, generate, text_of
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.objectives.objective import Loss
 from llmrecipe.objectives.tokens import collate_tokens
 from llmrecipe.rewards.reward import Answer, Rewards
@@ -105,7 +106,9 @@ class Rollouts:
         held_out = bool(rows) and bool(rows[0].get(HELD_OUT))
         repeats = 1 if held_out else plan.answers
         prompts = [row["prompt_ids"] for row in rows for _ in range(repeats)]
-        answers = generate(roles.model, roles.tokenizer, prompts, self._sampling(held_out, roles)) if prompts else []
+        # Held-out answers belong to their rows: any number of processes and any batch draws the same ones.
+        keys = [row["row"] for row in rows] if held_out else None
+        answers = generate(roles.model, roles.tokenizer, prompts, self._sampling(held_out, roles), keys=keys)
         ends = set(end_tokens(roles.model, roles.tokenizer))
         samples = []
         for row, (prompt, ids) in zip(_repeat(rows, repeats), zip(prompts, answers, strict=True), strict=True):

@@ -16,6 +16,7 @@ from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.prefix_kv import tables_of
 from llmrecipe.methods.prefix_scores import BlockScores, summarised
 from llmrecipe.methods.stack import Stack
+from llmrecipe.models.kv_cache import carried
 from tests.methods.additive.prefix_support import IDS, adapted, bert_classifier, gradients, greedy_cached, greedy_whole, trained
 from tests.tiny import roles_for, tiny_model
 
@@ -162,7 +163,7 @@ def test_beams_reorder_the_scores_with_the_cache() -> None:
     cache = DynamicCache()
     with torch.no_grad():
         model(input_ids=IDS.repeat(2, 1) * torch.tensor([[1], [0]]), past_key_values=cache, use_cache=True)
-    kept = cache.prefix_scores["prefix"]
+    kept = carried(cache)["prefix"]
     before = {layer: alpha.clone() for layer, alpha in kept.items()}
     cache.reorder_cache(torch.tensor([1, 0]))
     assert sorted(before) == [0, 1]

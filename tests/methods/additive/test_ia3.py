@@ -14,7 +14,8 @@ from llmrecipe.context import Context, activate
 from llmrecipe.data.batch import Sequence, pack, pad
 from llmrecipe.errors import DataError, ModelError, RecipeError
 from llmrecipe.evaluation import answers
-from llmrecipe.evaluation.generation import Sampling, generate
+from llmrecipe.evaluation.generation import generate
+from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.evaluation.standalone import evaluate_path
 from llmrecipe.methods.additive.ia3 import Ia3, ScaleKeys, ScaleOutput
 from llmrecipe.methods.inject import all_ports

@@ -1,0 +1,98 @@
+"""How tokens are picked: greedily, or from a stream of random numbers that belongs to one answer alone.
+
+Letters: R rows, V vocabulary.
+
+    p = softmax(top_p(top_k(logits / temperature)))        token = min {v : p_1 + ... + p_v >= u_t},  u_t ~ U(0, 1]
+
+The numbers u_1, u_2, ... of an answer follow from the seed and the answer's key and from nothing else, so an answer does not
+depend on which others share its batch, on the batch's size, or on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 is greedy; otherwise all logits are divided by it."""
+    top_p: float = 1.0
+    top_k: int = 0
+    batch: int = 16
+    """Answers generated at once."""
+    seed: int | None = None
+    """Seed of the sampling; None draws one from the running random state."""
+
+
+class Picker:
+    """Next tokens of rows, each from its own stream.
+
+    Args:
+        keys: of the answers, which name their streams.
+    """
+
+    def __init__(self, sampling: Sampling, keys: Sequence[int | str]):
+        from transformers.generation import logits_process as known
+
+        self.greedy = sampling.temperature <= 0
+        self.uniform = torch.empty(0)
+        """(answers, max_new_tokens) u in float64; empty where nothing is drawn."""
+        self.warpers = known.LogitsProcessorList()
+        if self.greedy:
+            return
+        seed = int(torch.randint(2**31, (1,))) if sampling.seed is None else sampling.seed
+        self.uniform = torch.stack([stream(seed, key, sampling.max_new_tokens) for key in keys])
+        if sampling.temperature != 1.0:
+            self.warpers.append(known.TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k > 0:
+            self.warpers.append(known.TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self.warpers.append(known.TopPLogitsWarper(sampling.top_p))
+
+    def pick(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
+        """(R,) the next token of each row.
+
+        Args:
+            logits: (R, V).
+            answers: which answer each row is.
+            at: how many tokens it has.
+        """
+        if self.greedy:
+            return logits.argmax(-1)
+        scores = self.warpers(torch.empty(0), logits.to(torch.promote_types(logits.dtype, torch.float32)))  # type: ignore[arg-type]
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        u = self.uniform[list(answers), list(at)].to(logits.device)[:, None]
+        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1)
+
+
+def stream(seed: int, key: int | str, count: int) -> Tensor:
+    """(count,) numbers in (0, 1], float64, the same for the same seed and key."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return 1.0 - torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class Picked:
+    """A picker as a logits processor for one batch of Transformers' own `generate`: all tokens but the picked are ruled out.
+
+    Args:
+        answers: which answer each row of the batch is.
+    """
+
+    def __init__(self, picker: Picker, answers: Sequence[int]):
+        self.picker, self.answers, self.at = picker, answers, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(R, V) scores with one finite entry a row."""
+        token = self.picker.pick(scores, self.answers, [self.at] * len(self.answers))[:, None]
+        self.at += 1
+        return torch.full_like(scores, float("-inf")).scatter(1, token, scores.gather(1, token))

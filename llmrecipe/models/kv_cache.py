@@ -1,0 +1,114 @@
+"""Key/value caches whose rows leave and join while a batch is being continued.
+
+Letters: R rows, H key/value heads, K columns a layer keeps, C columns of the cache, E head size, W sliding window.
+
+Rows end together: the last column of a cache is every row's newest token, and a shorter row has dead columns in front. So
+rows leave by an index, leading columns that are dead in every row are cut off, and two caches join row by row once the
+narrower one has dead columns in front. A layer with a sliding window keeps the last min(C, W - 1) columns and follows suit.
+
+`fresh` says which models have such a cache. What a method works out for each row in the pass over a prompt and reads again
+in later passes belongs to `carried(cache)`: it moves with the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Carried = dict[str, dict[Any, Tensor]]
+"""Wrapper's name -> anything -> (R, ...) one row's own."""
+
+
+def fresh(model: nn.Module) -> Any | None:
+    """An empty `DynamicCache`, or None where rows cannot leave and join: an encoder-decoder, states that are not columns
+    (recurrent layers), chunks counted from the first column, or weights shared out over processes, which must all make the
+    same passes.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config: Any = model.config
+    if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or sharded(model):
+        return None
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+        return None
+    own = config.get_text_config(decoder=True)
+    if "chunked_attention" in (getattr(own, "layer_types", None) or ()):
+        return None
+    cache = DynamicCache(config=own)
+    return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether a process holds only a part of each weight."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled() or any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
+
+
+def carried(cache: Any) -> Carried:
+    """What methods keep for each row of a cache; it is reordered with the rows."""
+    if "carried" not in cache.__dict__:
+        cache.carried = {}
+        inner = cache.reorder_cache
+
+        def reorder(rows: Tensor) -> None:
+            inner(rows)
+            for own in cache.carried.values():
+                for key, value in own.items():
+                    own[key] = value.index_select(0, rows.to(value.device))
+
+        cache.reorder_cache = reorder
+    return cache.carried
+
+
+def select(cache: Any, rows: Tensor) -> None:
+    """Keep these rows, in this order; a row may be named several times."""
+    carried(cache)
+    cache.reorder_cache(rows)
+
+
+def trim(cache: Any, columns: int) -> None:
+    """Cut off the first `columns` columns."""
+    for layer in _filled(cache):
+        left = cache_columns(layer) - columns
+        kept = min(left, layer.keys.shape[2])
+        layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+        _note(layer, left)
+
+
+def join(first: Any, second: Any) -> None:
+    """Append the rows of the second cache to the first."""
+    for a, b in zip(_filled(first), _filled(second), strict=True):
+        columns, kept = max(cache_columns(a), cache_columns(b)), max(a.keys.shape[2], b.keys.shape[2])
+        a.keys = torch.cat((_wide(a.keys, kept), _wide(b.keys, kept)))
+        a.values = torch.cat((_wide(a.values, kept), _wide(b.values, kept)))
+        _note(a, columns)
+    more = carried(second)
+    for name, own in carried(first).items():
+        for key, value in own.items():
+            own[key] = torch.cat((value, more[name][key]))
+
+
+def cache_columns(layer: Any) -> int:
+    """C, columns that went through a layer and were not cut off."""
+    return int(layer.get_seq_length())
+
+
+def _filled(cache: Any) -> list[Any]:
+    """Layers with keys of their own; others may read those of an earlier layer."""
+    return [layer for layer in cache.layers if layer.is_initialized]
+
+
+def _wide(x: Tensor, columns: int) -> Tensor:
+    """(R, H, K, E) with dead columns in front."""
+    return F.pad(x, (0, 0, columns - x.shape[2], 0))
+
+
+def _note(layer: Any, columns: int) -> None:
+    """A layer that does not keep every column counts them."""
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = columns

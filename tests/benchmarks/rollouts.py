@@ -1,0 +1,110 @@
+"""Sampling answers of mixed lengths on the embedded model: padded batches against continuous refill, in turn.
+
+    python tests/benchmarks/rollouts.py [--rounds 7] [--prompts 48] [--answers 4] [--new 96] [--slots 16 64]
+
+Both sides draw the very same answers (asserted). `padded` is the model's own `generate` on batches that run until their longest
+answer has ended, `refill` the decoding with slots. Rates are tokens of answers per CPU-second of this process; the ratio is the
+median over rounds of the ratios of neighbours. Passes and rows of decoding are counted once and do not depend on the machine.
+Results go to tests/benchmarks/results/rollouts.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrecipe.evaluation.chat import prompt_ids
+from llmrecipe.evaluation.generation import generate
+from llmrecipe.evaluation.sampling import Sampling
+from llmrecipe.evaluation.standalone import open_subject
+from llmrecipe.models import kv_cache
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+DATA = ROOT / "llmrecipe" / "assets" / "data"
+MIXED = ("stories", "sft", "prompts", "sums")
+"""Packaged rows whose answers have very different lengths: stories to be continued, sentences, single numbers."""
+FRESH = kv_cache.fresh
+
+
+def prompts_of(name: str, tokenizer: Any, count: int) -> list[list[int]]:
+    """Token ids of some prompts; of a story, its beginning."""
+    lines = (DATA / name / "train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
+    if name == "stories":
+        return [tokenizer(row["text"][:30], add_special_tokens=False)["input_ids"] for row in rows]
+    return [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+
+
+def answers_of(side: str, model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling) -> tuple[list[list[int]], float]:
+    """Answers, and the CPU-seconds they took."""
+    kv_cache.fresh = FRESH if side == "refill" else lambda model: None
+    began = time.process_time()
+    answers = generate(model, tokenizer, prompts, how)
+    return answers, time.process_time() - began
+
+
+def measured(model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling, rounds: int) -> list[str]:
+    """Table lines for one number of slots."""
+    passes: list[tuple[int, int]] = []
+    handle = model.register_forward_pre_hook(lambda _, a, k: passes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    counted, found = {}, {}
+    for side in ("padded", "refill"):
+        passes.clear()
+        found[side], _ = answers_of(side, model, tokenizer, prompts, how)
+        counted[side] = (len(passes), sum(r for r, t in passes if t == 1))
+    handle.remove()
+    assert found["padded"] == found["refill"]
+    lengths = sorted(len(a) for a in found["refill"])
+    rates: dict[str, list[float]] = {"padded": [], "refill": []}
+    for _ in range(rounds):
+        for side, seen in rates.items():
+            seen.append(sum(lengths) / answers_of(side, model, tokenizer, prompts, how)[1])
+    ratio = statistics.median(b / a for a, b in zip(rates["padded"], rates["refill"], strict=True))
+    lines = [
+        "",
+        f"{len(prompts)} answers, {how.batch} at once; lengths: shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, "
+        f"mean {sum(lengths) / len(lengths):.1f}, longest {lengths[-1]}.",
+        "",
+        "| | passes | rows decoded | tokens/CPU-second (median) | lowest | highest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, seen in rates.items():
+        middle, (count, rows) = statistics.median(seen), counted[side]
+        lines.append(f"| {side} | {count} | {rows} | {middle:.0f} | {min(seen):.0f} | {max(seen):.0f} |")
+    return [*lines, "", f"refill / padded, median of {rounds} neighbouring pairs: {ratio:.2f}x"]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description="padded batches against continuous refill")
+    for name, value in (("rounds", 7), ("prompts", 48), ("answers", 4), ("new", 96)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--slots", type=int, nargs="+", default=[16, 64])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    subject = open_subject("tiny", [])
+    model, tokenizer = subject.roles.model, subject.opened.tokenizer
+    count = options.prompts // len(MIXED)
+    mixed = zip(*(prompts_of(name, tokenizer, count) for name in MIXED), strict=True)
+    prompts = [prompt for each in mixed for prompt in each for _ in range(options.answers)]
+    lines = [
+        f"Embedded model, one thread, {options.answers} answers to a prompt, at most {options.new} tokens, same on both sides."
+    ]
+    for slots in options.slots:
+        how = Sampling(options.new, temperature=1.0, batch=slots, seed=0)
+        lines += measured(model, tokenizer, prompts, how, options.rounds)
+    text = "\n".join(lines)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "rollouts.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
