@@ -118,7 +118,7 @@ def inject_structured(site: Site, owner: str, kind: str, r: int, dropout: float)
 
     if kind == "lora":
         port = low_rank.build(site, r, 1.0, dropout)
-        low_rank.initialise(port, "default", site.module)
+        low_rank.initialise(port)
     else:
         with torch.device(low_rank.device_of(site.module)):
             port = SequentialAdapter(site.width_out, r, dropout)

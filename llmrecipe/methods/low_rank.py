@@ -10,8 +10,7 @@ activation's dtype where they are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,6 @@ from llmrecipe.methods.inject import DELTA, Port
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Site
-
-Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 
 
 def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -66,8 +63,22 @@ class LowRank(Port):
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
 
+    @torch.no_grad()
+    def resize(self, r: int) -> None:
+        """Another rank, with A and B at zero; a frozen start is dropped."""
+        self.A = nn.Parameter(self.A.new_zeros(r, self.A.shape[1]))
+        self.B = nn.Parameter(self.B.new_zeros(self.B.shape[0], r))
+        self.A0 = self.B0 = None
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Start at B A, and keep a frozen copy that the branch subtracts: W stays as it is and step 0 is the base model."""
+        self.A.copy_(A)
+        self.B.copy_(B)
+        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s (B A dropout(x) + b), less the frozen start of a PiSSA or OLoRA branch."""
+        """y + s (B A dropout(x) + b), less the frozen start of a branch that has one."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y = branch(dropped, self.A, self.B, self.scale, y, self.rows)
         if self.A0 is not None:
@@ -189,7 +200,7 @@ def add_to_weight(module: nn.Module, product: Tensor, rows: Tensor | None) -> No
         raise ModelError("merging into a quantized weight would quantize it again; dequantize the model first (export does)")
     full = weight.data.float()
     product = product.to(full.device)
-    if _is_transposed(module):
+    if is_transposed(module):
         product = product.t()
         full = full + product if rows is None else full.index_add(1, rows, product)
     else:
@@ -197,7 +208,8 @@ def add_to_weight(module: nn.Module, product: Tensor, rows: Tensor | None) -> No
     weight.data = full.to(weight.dtype)
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer stores its weight (in, out), as GPT-2's Conv1D does."""
     return type(module).__name__ == "Conv1D"
 
 
@@ -246,20 +258,8 @@ def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = F
 
 
 @torch.no_grad()
-def initialise(port: Port, init: Init, module: nn.Module) -> None:
-    """Start values: B = 0 (A = 0 at embeddings), or another start whose branch is zero at step 0 as well.
-
-    default     A Kaiming-uniform(a = sqrt 5), B = 0; embeddings A = 0, B ~ N(0, 1)
-    gaussian    A ~ N(0, 1 / r^2), B = 0
-    orthogonal  A and B from one orthogonal matrix with B A = 0
-    pissa       A, B from the top r singular triplets of W; the frozen start is subtracted, so W itself stays untouched
-    olora       W = Q R (Householder), B = Q[:, :r], A = R[:r]; its frozen start is subtracted as well
-
-    The last three are for linear layers: embeddings always start by default, experts by default or gaussian.
-
-    Raises:
-        ModelError: orthogonal with an odd rank; pissa or olora on a quantized weight, or with more ranks than the weight has.
-    """
+def initialise(port: Port) -> None:
+    """The ordinary start: A Kaiming-uniform(a = sqrt 5), B = 0; at embeddings A = 0, B ~ N(0, 1). See `starts` for others."""
     if isinstance(port, LowRankTiedHead):
         return
     if isinstance(port, LowRankEmbedding):
@@ -268,67 +268,7 @@ def initialise(port: Port, init: Init, module: nn.Module) -> None:
         return
     if not isinstance(port, LowRank | LowRankExperts):
         raise TypeError(type(port).__name__)
+    # Each expert is a matrix of its own: the fan is that of the last axis.
+    bound = math.sqrt(6.0 / (6.0 * port.A.shape[-1]))
+    nn.init.uniform_(port.A, -bound, bound)
     nn.init.zeros_(port.B)
-    if init == "gaussian":
-        nn.init.normal_(port.A, std=1.0 / port.A.shape[-2])
-        return
-    if isinstance(port, LowRankExperts) or init == "default":
-        # Each expert is a matrix of its own: the fan is that of the last axis.
-        bound = math.sqrt(6.0 / (6.0 * port.A.shape[-1]))
-        nn.init.uniform_(port.A, -bound, bound)
-        return
-    _SPECIAL[init](port, module)
-
-
-def _orthogonal(port: LowRank, module: nn.Module) -> None:
-    r = port.A.shape[0]
-    if r % 2:
-        raise ModelError(f"init: orthogonal needs an even rank, got {r}")
-    q = torch.linalg.qr(torch.randn(r, r, device=port.A.device))[0]
-    even, odd = q[0::2], q[1::2]
-    # A's rows live in the span of `even`, B's in that of `odd`: their product is zero although neither factor is.
-    port.A.copy_((torch.randn(port.A.shape[1], r // 2, device=port.A.device) @ even).t() / 10)
-    port.B.copy_(torch.randn(port.B.shape[0], r // 2, device=port.A.device) @ odd / 10)
-
-
-def _decomposable(port: LowRank, module: nn.Module, init: str) -> Tensor:
-    """The float32 weight (out, in) of the outputs a port stands on.
-
-    Raises:
-        ModelError: it is quantized, or has fewer rows or columns than the port has ranks.
-    """
-    weight = module.weight
-    if not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        raise ModelError(f"init: {init} starts from a decomposition of the weight; it needs one that is not quantized")
-    full = weight.float().t() if _is_transposed(module) else weight.float()
-    if port.rows is not None:
-        full = full[port.rows]
-    if port.A.shape[0] > min(full.shape):
-        raise ModelError(
-            f"init: {init} takes its ranks from the weight, which is {full.shape[0]} x {full.shape[1]}: "
-            f"r can be {min(full.shape)} at most, got {port.A.shape[0]}"
-        )
-    return full
-
-
-def _start_from(port: LowRank, A: Tensor, B: Tensor) -> None:
-    """Start at B A, and keep a frozen copy that the branch subtracts."""
-    port.A.copy_(A)
-    port.B.copy_(B)
-    port.A0, port.B0 = port.A.detach().clone(), port.B.detach().clone()
-
-
-def _pissa(port: LowRank, module: nn.Module) -> None:
-    r = port.A.shape[0]
-    u, s, vh = torch.linalg.svd(_decomposable(port, module, "pissa"), full_matrices=False)
-    root = (s[:r] / port.scale).sqrt()
-    _start_from(port, root[:, None] * vh[:r], u[:, :r] * root)
-
-
-def _olora(port: LowRank, module: nn.Module) -> None:
-    r = port.A.shape[0]
-    q, upper = torch.linalg.qr(_decomposable(port, module, "olora"))
-    _start_from(port, upper[:r], q[:, :r])
-
-
-_SPECIAL: dict[str, Callable[[LowRank, nn.Module], None]] = {"orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora}

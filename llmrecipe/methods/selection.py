@@ -2,6 +2,7 @@
 
     fisher      S_i = sum_n (d log p(y_n | x_n) / d theta_i)^2     one backward pass an example
     absolute    S_i = sum_n |d log p(y_n | x_n) / d theta_i|
+    signed      S_i = sum_b d L_b / d theta_i                      no score: the gradient itself, for starts made from it
     batch       S_i = sum_b (d L_b / d theta_i)^2                  one a batch: another quantity, the one SPT is defined by
 
 No weight becomes a leaf: while scores are taken, a port on each scored tensor sees that tensor's dense gradient, adds its
@@ -26,7 +27,7 @@ from llmrecipe.methods.sparse_delta import Weight
 if TYPE_CHECKING:
     from llmrecipe.methods.wrapper import Probe
 
-Power = Literal["square", "absolute"]
+Power = Literal["square", "absolute", "signed"]
 OWNER = "selection_scores"
 
 
@@ -66,6 +67,8 @@ class Scores:
             flat = flat * (self.clip / (flat.norm() + 1e-6)).clamp_max(1.0)
         if self.power == "square":
             total.addcmul_(flat, flat)
+        elif self.power == "signed":
+            total.add_(flat)
         else:
             total.add_(flat.abs_())
 

@@ -207,6 +207,10 @@ class Stack:
         others = [w for w in self.wrappers if w.stage is Stage.SELECT]
         return bool(injected) and not others and all(w.starts_at_base() for w in injected)
 
+    def learns_start(self) -> bool:
+        """Whether a method starts from data or text: a model that is built anew for a resume is not the policy of step 0."""
+        return any(w.calibrates() and w.stage is Stage.INJECT for w in self.wrappers)
+
     def take_reference(self, model: nn.Module) -> None:
         """Remember the policy of step 0 where switching the stack off does not give it. Call once, before the first update."""
         if not self.reference_is_off():

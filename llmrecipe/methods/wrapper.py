@@ -64,6 +64,8 @@ class Probe:
     """Optimizer steps of the run."""
     tokenizer: Any = field(default=None)
     """The run's tokenizer, for starts that are written as text."""
+    original: Any = field(default=None)
+    """`original() -> nn.Module`: the base model anew, in the dtype it had before any quantization."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -115,6 +117,10 @@ class Wrapper:
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """A data-dependent choice before step 0; not run again on resume."""
+
+    def calibrates(self) -> bool:
+        """Whether `calibrate` chooses or starts something by what it sees; where an option decides that, it decides here."""
+        return type(self).calibrate is not Wrapper.calibrate
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """A term added to the mean loss of every optimizer step."""
@@ -223,10 +229,10 @@ class Wrapper:
         return {}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """(what, how many parameters) lines shown at start."""
+        """(what, how many parameters) lines shown at start: its own tensors that train."""
         from llmrecipe.methods.stack import own_tensors
 
-        parameters = dict(model.named_parameters())
+        parameters, frozen = dict(model.named_parameters()), self.frozen(model)
         for name in own_tensors(model, self.name):
-            if name in parameters:
+            if name in parameters and name not in frozen:
                 yield name, parameters[name].numel()

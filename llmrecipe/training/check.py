@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.methods.stack import Stack, kind_name
-from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.training import assemble, delta, opened
 from llmrecipe.training.memory import Estimate, delta_bytes, estimate
 from llmrecipe.training.optimizer import parameter_groups
@@ -82,7 +81,7 @@ def examine(composition: Composition) -> Findings:
     parts.objective.check(settings, data)
     steps = assemble.step_count(settings, len(data), parts.objective.updates())
     parts.schedule.check(steps)
-    later = [w for w in stack if type(w).calibrate is not Wrapper.calibrate]
+    later = [w for w in stack if w.calibrates()]
     chosen = sum(w.memory(model).get("trainable", 0) for w in later)
     now = any(p.requires_grad for p in model.parameters())
     groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
@@ -97,7 +96,7 @@ def examine(composition: Composition) -> Findings:
     )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
-    notes += [f"{w.name} chooses what it trains from data before step 0" for w in later]
+    notes += [f"{w.name} looks at data before step 0 and starts from what it finds" for w in later]
     return Findings(
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],

@@ -50,7 +50,7 @@ def save(run: Run) -> Path | None:
             "structures": run.stack.structures(run.model),
             "reference": run.roles.cache.name,
         }
-        if run.roles.reference_moves:
+        if run.roles.reference_moves or run.stack.learns_start():
             tensors["reference"] = run.stack.snapshot or {}
         if run.optimizer is not None:
             tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)
@@ -78,7 +78,7 @@ def restore(run: Run) -> None:
             "resume: the reference is not the model it was (its weights, or those under the policy, have changed since the "
             "checkpoint), so the rest would be another run; put it back or start a new run"
         )
-    if run.roles.reference_moves:
+    if run.stack.snapshot is not None and saved.tensors.get("reference"):
         run.stack.snapshot = {n: v.to(run.roles.device) for n, v in saved.tensors["reference"].items()}
     run.stack.restore(run.model, saved.tensors["delta"])
     run.stack.set_trainable(run.model)

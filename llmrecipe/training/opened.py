@@ -131,6 +131,15 @@ def open_saved(
     return opened
 
 
+def original(opened: Opened, seed: int) -> nn.Module:
+    """The base of an opened model loaded once more, without quantization and without what is mounted on it."""
+    from llmrecipe.models.load import load_model
+
+    return load_model(
+        opened.section, rows_head=opened.head, labels=opened.labels, tokenizer=opened.tokenizer, seed=seed
+    ).requires_grad_(False)
+
+
 def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
     """The PEFT adapters a model section names, as layers."""
     if not section.adapters:

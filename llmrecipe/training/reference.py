@@ -107,8 +107,8 @@ def take(run: Run) -> None:
 
     Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
     train, every row the run will use is scored now, so that no second model is ever held; rows that the policy will sample
-    cannot be, so there all trained tensors are remembered, as they are where the reference moves. Another model's scores
-    were taken before this one was opened (see `reference_model`).
+    cannot be, so there all trained tensors are remembered, as they are where the reference moves or the start was learned from
+    data: checkpoints then hold them. Another model's scores were taken before this one was opened (see `reference_model`).
     """
     which = run.objective.reference_of()
     if which not in NAMED or which == "none":
@@ -124,7 +124,7 @@ def take(run: Run) -> None:
         return
     if run.stack.reference_is_off() and run.opened.continued is None:
         return
-    if run.objective.samples:
+    if run.objective.samples or run.stack.learns_start():
         run.stack.remember(run.model)
         return
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -210,5 +210,16 @@ def cache_path(run: Run, base: bool = False) -> Path:
     if base:
         facts["reference"] = "base"
     elif any(not w.starts_at_base() for w in run.stack) or run.opened.continued is not None:
-        facts["start"] = weights_digest(run.stack.delta(run.model))
+        facts["start"] = start_of(run)
     return cache_file(facts)
+
+
+def start_of(run: Run) -> str | dict[str, Any]:
+    """What the stack's start depends on: its tensors; for a start that is learned from data, what it is learned from."""
+    learned = [w for w in run.stack if w.calibrates() and w.stage is Stage.INJECT]
+    names = {name for w in learned for name in w.delta(run.model)}
+    digest = weights_digest({n: v for n, v in run.stack.delta(run.model).items() if n not in names})
+    if not learned:
+        return digest
+    options = [delta.wrapper_mapping(w) for w in learned]
+    return {"tensors": digest, "learned": options, "seed": run.recipe.seed, "batch": run.recipe.batch.size}

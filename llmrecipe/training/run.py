@@ -22,6 +22,7 @@ from llmrecipe.training import assemble, finish, reference, step_zero
 from llmrecipe.training.announce import announce
 from llmrecipe.training.evaluate import Judge, evaluate
 from llmrecipe.training.loop import train as loop
+from llmrecipe.training.opened import original
 from llmrecipe.training.optimizer import set_learning_rate
 from llmrecipe.training.rules import StepResult
 
@@ -138,11 +139,17 @@ class Run:
                 yield self.objective.collate([self.data[j] for j in picked], self.roles)
 
         def loss(batch: Batch) -> torch.Tensor:
-            return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
+            # Each process looks at batches of its own, so none of them may wait for the others.
+            prepared, self.roles.prepared = self.roles.prepared, self.roles.engine
+            try:
+                return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
+            finally:
+                self.roles.prepared = prepared
 
         return Probe(
-            batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps
-        )
+            batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps,
+            original=lambda: original(self.opened, self.recipe.seed),
+        )  # fmt: skip
 
     # --- one step -------------------------------------------------------------------------------------------------
 

@@ -117,6 +117,16 @@ def objectives() -> dict[str, list[str]]:
 
 
 OBJECTIVES = objectives()
+CHOICES = {
+    **{
+        f"lora {init}": ["sft", *LORA, f"stack.lora.init={init}", "stack.lora.init_batches=3"]
+        for init in ("eva", "corda", "lora_ga")
+    },
+    "lora loftq": ["sft", "stack=[nf4,lora]", "stack.lora.r=4", "stack.lora.init=loftq"],
+    "lora biases": ["sft", "stack=[lora]", "stack.lora.bias=all", "model.init=random", "model.config={attention_bias: true}"],
+    "group gates": ["sft", "stack=[group_mask]", "stack.group_mask.hard_l0=true", "stack.group_mask.l0_steps=1"],
+}
+"""Options under which a wrapper looks at data, or opens what it leaves alone by default."""
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +141,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     return Matrix(tmp_path_factory.mktemp("objectives"), OBJECTIVES)
 
 
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    """Every choice."""
+    return Matrix(tmp_path_factory.mktemp("choices"), CHOICES)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,3 +159,10 @@ def test_a_wrapper_learns_on_two_processes_what_it_learns_on_one(kind: str, wrap
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_learns_on_two_processes_what_it_learns_on_one(name: str, tasks: Matrix) -> None:
     tasks.compare(name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_made_from_data_is_one_on_two_processes(name: str, choices: Matrix) -> None:
+    choices.compare(name)

@@ -78,6 +78,10 @@ class PrefixTuning(Wrapper):
         else:
             prefix_scores.attach_gated(model, self.name, self.plan(), structure, self.gate)
 
+    def calibrates(self) -> bool:
+        """Whether the start is a text."""
+        return self.init == "text"
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Fill the table from `init_text`."""
         if self.init == "text":

@@ -47,6 +47,10 @@ class PromptTuning(Wrapper):
         slots.attach(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
         slots.start(model, self.name, self.init)
 
+    def calibrates(self) -> bool:
+        """Whether the start is a text."""
+        return self.init == "text"
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Copy the embeddings of `init_text`."""
         if self.init == "text":

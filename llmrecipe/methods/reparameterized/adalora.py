@@ -214,6 +214,10 @@ class Adalora(Wrapper):
     def _pruned(self, model: nn.Module) -> bool:
         return any(port.A.shape[0] < self.init_r for port in self._ports(model).values())
 
+    def calibrates(self) -> bool:
+        """The length of the run is no choice of what trains."""
+        return False
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Take the length of the schedule from the run.
 

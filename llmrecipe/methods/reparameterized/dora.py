@@ -282,7 +282,7 @@ class Dora(Wrapper):
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             port = self._port(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
-            low_rank.initialise(port, "default", site.module)
+            low_rank.initialise(port)
             port.start()
             inject(site.module, site.name(self.name), port, self.name)
 

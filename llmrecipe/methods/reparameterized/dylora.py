@@ -131,7 +131,7 @@ class Dylora(Wrapper):
             with torch.device(low_rank.device_of(site.module)):
                 rows = low_rank.row_index(site)
                 port = NestedLowRank(site.width_in, site.width_out, self.r, self.alpha, self.dropout, rows)
-                low_rank.initialise(port, "default", site.module)
+                low_rank.initialise(port)
                 port.use(self.rank or self.r)
             inject(site.module, site.name(self.name), port, self.name)
 

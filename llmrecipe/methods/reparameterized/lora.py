@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods import low_rank
+from llmrecipe.fields import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.methods import low_rank, starts
 from llmrecipe.methods.biases import BiasMaster, every_bias, make_room, train_bias
 from llmrecipe.methods.inject import all_ports, inject, merge_ports
-from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
+from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
@@ -31,9 +31,19 @@ class Lora(Wrapper):
     one pair an expert. Tied embeddings: when `embed` and `head` are both targeted one pair serves both. Biases named by `bias`
     train as float32 copies in the place of the base's, which stay as they were and are back when the adapter is switched off.
 
+    Starts (`init`) of linear layers; embeddings and fused experts have `default` and `gaussian`, embeddings also `mica`:
+    orthogonal (B A = 0, neither is), pissa and pissa_niter_N (leading singular triplets of W; N power iterations), olora (QR of
+    W), mica (minor left singular vectors in B, which is frozen; A = 0), loftq (best approximation of what 4 or 8 bits lost of
+    W), eva (principal directions of the inputs in A, B = 0; ranks move to the layers where they explain most), corda, corda_kpm
+    (triplets of W times the inputs' second moments: the first adapt fast, the last keep what the model knows), lora_ga
+    (singular vectors of the gradient). The last five look at `init_batches` of data, or at the dense weights, before step 0.
+
     Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
-    for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775). Departure: these
-    two subtract their frozen first product instead of rewriting W, so base weights stay bit-equal and deltas stay portable.
+    for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), MiCA (arXiv
+    2604.01694), LoftQ (arXiv 2310.08659), EVA (arXiv 2410.07170), CorDA (arXiv 2406.05223), LoRA-GA (arXiv 2407.05000).
+    Departures: pissa, olora, corda and lora_ga subtract their frozen first product instead of rewriting W, so base weights stay
+    bit-equal and deltas portable. For the same reason loftq is that paper's first iteration: the codes stay those of the base,
+    for which its A and B are the best, and no further ones are sought. eva takes all inputs at once instead of by increments.
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
@@ -49,8 +59,15 @@ class Lora(Wrapper):
     """Dropout on the branch's input while training."""
     use_rslora: bool = False
     """Multiply by alpha / sqrt(r) instead, so that larger ranks keep learning."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """Start of A and B; every choice starts at the base model."""
+    init: (
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq", "eva", "corda", "corda_kpm", "lora_ga"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
+    ) = "default"
+    """Start of A and B, also pissa_niter_N; every one but loftq starts at the base model."""
+    init_batches: PositiveInt = 16
+    """Batches that eva and lora_ga look at before step 0; rows, for corda."""
+    eva_rho: Annotated[float, Field(ge=1.0)] = 2.0
+    """Largest rank eva may give a layer, as a multiple of r; 1 keeps all ranks equal."""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Rank by site path: regular expressions matched against the end of the module path."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
@@ -68,15 +85,20 @@ class Lora(Wrapper):
 
         sites = anatomy(model).at(self.target)
         tied = _tied(model, sites)
+        ranks = (structure or {}).get("ranks", {})
         for site in sites:
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
+            starts.check(site, self.init, r)
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
             if tied is not None and site.role == "head":
                 port = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
             else:
-                port = low_rank.build(site, r, scale, self.dropout, self.lora_bias)
-                low_rank.initialise(port, self.init, site.module)
+                learned = ranks.get(place_of(site), 0 if ranks else r)
+                if learned == 0:
+                    continue
+                port = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
+                starts.start(port, self.init, site.module)
             inject(site.module, site.name(self.name), port, self.name)
         self._open_biases(model, sites)
 
@@ -100,6 +122,36 @@ class Lora(Wrapper):
             )
         for module, name, rows in found:
             train_bias(module, name, self.name, rows)
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """The ranks that eva chose, by place."""
+        if self.init != "eva":
+            return {}
+        ports = [
+            (path, name, port) for path, _, name, port in all_ports(model, self.name) if isinstance(port, low_rank.LowRank)
+        ]
+        return {"ranks": {f"{path}{name.removeprefix(self.name)}": port.A.shape[0] for path, name, port in ports}}
+
+    def calibrates(self) -> bool:
+        """Whether the start is made from data, or from the weights before they were quantized."""
+        return self.init in starts.FROM_DATA
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Make that start."""
+        if self.calibrates():
+            from llmrecipe.methods import learned_starts
+
+            learned_starts.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho)
+
+    def starts_at_base(self) -> bool:
+        """All but loftq do: that starts nearer to the model before it was quantized."""
+        return self.init != "loftq"
+
+    def frozen(self, model: nn.Module) -> set[str]:
+        """mica's B."""
+        if self.init != "mica":
+            return set()
+        return {f"{path}.{name}.B" for path, _, name, port in all_ports(model, self.name) if hasattr(port, "B")}
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """B's own learning rate where `lr_ratio` asks for one."""
@@ -137,6 +189,11 @@ class Lora(Wrapper):
         """Trainable: sum of r (in + out), and of out with `lora_bias`; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
+
+
+def place_of(site: Site) -> str:
+    """What a saved structure calls a site, whatever the wrapper is called."""
+    return f"{site.path}{site.name('')}"
 
 
 def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmrecipe.context import Context, activate
 from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.methods import low_rank
+from llmrecipe.methods import low_rank, starts
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.stack import Stack
@@ -159,17 +159,21 @@ def test_more_ranks_than_the_weight_has_are_refused(init: str) -> None:
         adapted(target="attn.v", r=20, init=init)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
 def test_a_quantized_weight_has_no_decomposition_to_start_from(init: str) -> None:
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=f"init: {init} starts from a decomposition of the weight; it needs one that is not"):
-        low_rank.initialise(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
+        starts.start(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"])
 @pytest.mark.parametrize("target", ["attn.q|v", "all-linear", "embed", "embed + head"])
 def test_starts_at_the_base_model(init: str, target: str) -> None:
+    if "embed" in target and init not in ("default", "gaussian", "mica"):
+        with pytest.raises(ModelError, match=rf"embed_tokens: init: {init} is a start for linear layers, and this is an embed"):
+            adapted(target=target, init=init)
+        return
     base = tiny_model()(input_ids=IDS).logits
     model, _ = adapted(target=target, init=init)
     torch.testing.assert_close(model(input_ids=IDS).logits, base, atol=2e-5, rtol=1e-5)
