@@ -54,15 +54,19 @@ def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | 
 
     One slip of the keyboard (a letter more, less, wrong, or two swapped) counts as near also in words too short for a ratio;
     so do half a word and a dash for an underscore. Before a longer look-alike comes a choice whose meaning opens with the word:
-    `rank` is nearer to `r` ("Rank of A and B") than to `rank_pattern`.
+    `rank` is nearer to `r` ("Rank of A and B") than to `rank_pattern`; then one that has it among its words, or begins with it.
+    One or two letters are a word more likely than a slip: `lr` is nearer to `lr_ratio` than to `r`.
 
     Args:
         meanings: choice -> what it means, in a sentence.
     """
     choices = list(known)
     plain = word.lower().replace("-", "_")
-    near = [c for c in choices if c == plain] or [c for c in choices if _one_slip(plain, c)]
+    words = sorted((c for c in choices if plain in c.split("_")), key=len)
+    near = [c for c in choices if c == plain] or (words if len(plain) < 3 else [])
+    near = near or [c for c in choices if _one_slip(plain, c)]
     near = near or sorted((c for c in choices if _opens_with((meanings or {}).get(c, ""), plain)), key=len)
+    near = near or words or sorted((c for c in choices if len(plain) > 2 and c.startswith(plain)), key=len)
     near = near or difflib.get_close_matches(plain, choices, n=1, cutoff=0.6)
     near = near or [c for c in choices if len(plain) > 1 and c.startswith(plain)]
     return f"; did you mean '{near[0]}'?" if near else ""

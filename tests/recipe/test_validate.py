@@ -121,6 +121,17 @@ def test_a_meaning_counts_by_its_first_whole_words_before_a_longer_look_alike_an
     assert did_you_mean("rank_of", ["seed", "r"], meanings) == "; did you mean 'r'?"
 
 
+def test_a_word_of_a_name_and_its_beginning_come_before_look_alikes() -> None:
+    known = ["target", "r", "alpha", "lr_ratio", "init", "init_batches", "rank_pattern", "alpha_pattern", "bias", "lora_bias"]
+    assert did_you_mean("lr", known) == "; did you mean 'lr_ratio'?"
+    assert did_you_mean("rr", known) == "; did you mean 'r'?"
+    assert did_you_mean("init_b", known) == "; did you mean 'init_batches'?"
+    assert did_you_mean("ratio", known) == "; did you mean 'lr_ratio'?"
+    assert did_you_mean("pattern", known) == "; did you mean 'rank_pattern'?"
+    assert did_you_mean("alphas", known) == "; did you mean 'alpha'?"
+    assert did_you_mean("tg", known) == ""
+
+
 @pytest.mark.parametrize(
     ("half", "full"),
     [("weight", "weight_decay"), ("lab", "label_smoothing"), ("max_len", "max_length"), ("weight-decay", "weight_decay")],
