@@ -17,6 +17,8 @@ from llmrecipe.registry import register
 if TYPE_CHECKING:
     from llmrecipe.training.roles import Roles
 
+WAITING = 4
+"""Questions handed over at once, over those answered at once: an answer that has ended makes room for one that waits."""
 Path = tuple[int, ...]
 """Token ids of one way to write an option."""
 
@@ -112,13 +114,13 @@ class Local(Agent):
         from llmrecipe.evaluation.generation import generate, text_of
         from llmrecipe.evaluation.sampling import Sampling
 
-        for first, part in chunks(asks, self.batch):
-            # What is drawn follows from the questions, so a run that goes on after a stop draws the same.
-            seed = int(digest(self.seed, part[0].key("", "")), 16) % (1 << 31) if self.temperature else None
-            sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=seed)
+        sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed)
+        for first, part in chunks(asks, WAITING * self.batch):
             prompts = [self._ids(ask) for ask in part]
             with self._as_agent() as off:
-                new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off))
+                # What is drawn follows from the question, so a run that goes on after a stop draws the same.
+                keys = [ask.key("", "") for ask in part]
+                new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off), keys=keys)
             for offset, ids in enumerate(new):
                 yield first + offset, text_of(self.roles.tokenizer, ids)
 

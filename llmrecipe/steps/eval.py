@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe import registry
@@ -97,7 +98,7 @@ class Eval(Step):
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
         """Means of the rewards of greedy answers."""
         from llmrecipe.evaluation.chat import prompt_ids
-        from llmrecipe.evaluation.generation import end_tokens, generate, text_of
+        from llmrecipe.evaluation.generation import answered, end_tokens, text_of
         from llmrecipe.evaluation.sampling import Sampling
         from llmrecipe.rewards.reward import Answer, Rewards
 
@@ -108,12 +109,14 @@ class Eval(Step):
         prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit)
         asked = [{"ids": prompt_ids(tokenizer, p.turns), "columns": p.columns} for p in prompts]
 
+        def answer(part: list[list[int]], keys: list[str]) -> Iterator[tuple[int, list[int]]]:
+            return answered(model, tokenizer, part, Sampling(self.max_new_tokens, batch=self.batch))
+
         def ask(part: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-            new = generate(model, tokenizer, [row["ids"] for row in part], Sampling(self.max_new_tokens, batch=self.batch))
-            answers = [
-                Answer(text_of(tokenizer, r["ids"]), text_of(tokenizer, ids), r["columns"], r["ids"], ids, ids[-1] in ends)
-                for r, ids in zip(part, new, strict=True)
-            ]
+            answers = []
+            for r in part:
+                texts = text_of(tokenizer, r["ids"]), text_of(tokenizer, r["new"])
+                answers.append(Answer(*texts, r["columns"], r["ids"], r["new"], r["new"][-1] in ends))
             total, own = rewards.score(answers)
             named = {f"reward/{name}": scores for name, scores in own.items()}
             return [
@@ -121,6 +124,8 @@ class Eval(Step):
                 for i, a in enumerate(answers)
             ]
 
+        new = work.streamed([row["ids"] for row in asked], answer, batch=self.batch)
+        asked = [{**row, "new": ids} for row, ids in zip(asked, new, strict=True)]
         values = work.each(asked, ask, batch=self.batch, name="rewards")
         for prompt, value in list(zip(prompts, values, strict=True))[:3]:
             work.events.sample(0, prompt.turns[-1]["content"], value["answer"], reward=value["reward"])

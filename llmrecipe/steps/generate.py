@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import DataError, RecipeError
@@ -98,9 +98,9 @@ class Generate(Step):
             asked, left_out = self._encoded(subject, split)
             if left_out:
                 work.events.warning(f"{split}: {left_out} prompts leave no room for {self.max_new_tokens} new tokens")
-            values = work.each(
+            values = work.streamed(
                 [ids for _, ids in asked],
-                lambda part, seed: self._ask(subject, part, seed),
+                lambda part, keys: self._ask(subject, part, keys, work.seed),
                 batch=max(1, self.batch // self.n),
                 name=split,
                 count=lambda answers: {"tokens": sum(a["tokens"] for each in answers for a in each)},
@@ -148,19 +148,24 @@ class Generate(Step):
             raise DataError(f"prompts: with max_new_tokens={self.max_new_tokens} none fits into the model's {room} positions")
         return asked, len(prompts) - len(asked)
 
-    def _ask(self, subject: Subject, part: list[list[int]], seed: int) -> list[list[dict[str, Any]]]:
-        """n answers to each of some prompts."""
-        from llmrecipe.evaluation.generation import end_tokens, generate, text_of
+    def _ask(
+        self, subject: Subject, part: list[list[int]], keys: list[str], seed: int
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """(place, n answers) of each prompt, once the last of them has ended."""
+        from llmrecipe.evaluation.generation import answered, end_tokens, text_of
         from llmrecipe.evaluation.sampling import Sampling
 
         model, tokenizer = subject.roles.model, subject.opened.tokenizer
         ends = end_tokens(model, tokenizer)
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.batch, seed)
-        new = generate(model, tokenizer, [ids for ids in part for _ in range(self.n)], sampling)
-        answers = [
-            {"text": text_of(tokenizer, ids), "tokens": len(ids), "finished": bool(ids) and ids[-1] in ends} for ids in new
-        ]
-        return [answers[i : i + self.n] for i in range(0, len(answers), self.n)]
+        prompts = [ids for ids in part for _ in range(self.n)]
+        streams = [f"{key}/{j}" for key in keys for j in range(self.n)]
+        found: list[dict[int, dict[str, Any]]] = [{} for _ in part]
+        for i, ids in answered(model, tokenizer, prompts, sampling, keys=streams):
+            place, which = divmod(i, self.n)
+            found[place][which] = {"text": text_of(tokenizer, ids), "tokens": len(ids), "finished": ids[-1] in ends}
+            if len(found[place]) == self.n:
+                yield place, [found[place][j] for j in range(self.n)]
 
     def _row(self, prompt: Prompt, turns: Any, answers: list[str]) -> Row:
         answer = {"completion": answers[0]} if self.n == 1 else {"completions": answers}

@@ -149,6 +149,46 @@ class Work:
             values += journal[key]
         return values
 
+    def streamed(
+        self,
+        items: Sequence[T],
+        ask: Callable[[list[T], list[str]], Iterable[tuple[int, Any]]],
+        *,
+        batch: int = 1,
+        name: str = "answers",
+        count: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    ) -> list[Any]:
+        """One JSON value for each item, kept as soon as it is there; a kill costs those that are being worked on.
+
+        Args:
+            items: JSON values; their content and place are the key.
+            ask: (items that are not kept yet, their keys) -> (place among them, value) in any order. What it draws must follow
+                from an item's key alone: then a value does not depend on where a step was stopped.
+            batch: values between two progress events.
+            name: journal; a step that asks in turns gives each its own.
+            count: metrics of the values since the last progress event.
+
+        Returns:
+            Values in the order of the items.
+        """
+        journal = self.journal(name)
+        self.events.expect(len(items))
+        keys = [key_of([self.seed, i, item]) for i, item in enumerate(items)]
+        left = [i for i, key in enumerate(keys) if key not in journal]
+        fresh: list[Any] = []
+        done = len(items) - len(left)
+        for place, value in ask([items[i] for i in left], [keys[i] for i in left]) if left else ():
+            journal.add(keys[left[place]], value)
+            fresh.append(value)
+            done += 1
+            if len(fresh) == batch or done == len(items):
+                self.events.step(done, **(count(fresh) if count else {}))
+                fresh = []
+        missing = [i for i, key in enumerate(keys) if key not in journal]
+        if missing:
+            raise LlmRecipeError(f"{name}: no answer to item {missing[0]}")
+        return [journal[key] for key in keys]
+
     def write(self, rows: Iterable[dict[str, Any]], split: str = "train") -> int:
         """Write the rows of a split (train, validation or test), whole or not at all; returns how many.
 

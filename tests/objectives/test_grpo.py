@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,3 +351,22 @@ def test_loss_and_gradients_equal_trl(ours: Any, theirs: dict[str, Any], tmp_pat
     for port, module in pairs:
         torch.testing.assert_close(port.A.grad, module.lora_A["default"].weight.grad, atol=2e-6, rtol=1e-4)
         torch.testing.assert_close(port.B.grad, module.lora_B["default"].weight.grad, atol=2e-6, rtol=1e-4)
+
+
+def test_held_out_answers_belong_to_their_rows_and_training_answers_to_the_process() -> None:
+    """Any number of processes, and any batch, draws the same held-out answers; what is trained on differs."""
+    objective = Grpo(reward=REWARD, answers=2, max_new_tokens=6, temperature=1.0)
+    roles = setting(objective)
+    asked = [{**row, "held_out": True} for row in ROWS]
+
+    def drawn(rows: list[dict[str, Any]], rank: int, seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        roles.runtime = types.SimpleNamespace(rank=rank, world=2)
+        return [s.answer.ids for s in objective.live.draw(rows, roles)]
+
+    whole = drawn(asked, 0, 1)
+    assert drawn(asked[::2], 0, 2) == whole[::2] and drawn(asked[1::2], 1, 3) == whole[1::2]
+    assert len({tuple(ids) for ids in whole}) == len(ROWS)
+    trained = drawn(ROWS, 0, 1)
+    assert drawn(ROWS, 0, 1) == trained and len(trained) == 2 * len(ROWS)
+    assert drawn(ROWS, 1, 1) != trained != drawn(ROWS, 0, 2)

@@ -41,11 +41,12 @@ def test_a_stopped_generation_goes_on_to_the_same_rows(tmp_path: Path, monkeypat
     assert all(len(r["completions"]) == 2 for r in whole)
     ask, asked = Generate._ask, []
 
-    def stop(self: Generate, subject: Any, part: list[list[int]], seed: int) -> Any:
+    def stop(self: Generate, subject: Any, part: list[list[int]], *more: Any) -> Any:
         asked.append(len(part))
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return ask(self, subject, part, seed)
+        for count, each in enumerate(ask(self, subject, part, *more)):
+            if len(asked) == 1 and count == 4:
+                raise KeyboardInterrupt
+            yield each
 
     monkeypatch.setattr(Generate, "_ask", stop)
     with pytest.raises(Interrupted, match="the same command goes on"):
@@ -53,10 +54,14 @@ def test_a_stopped_generation_goes_on_to_the_same_rows(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "stopped" / "status.json").read_text())["status"] == "interrupted"
     assert not (tmp_path / "stopped" / "train.jsonl").exists()
     assert generated(tmp_path / "stopped", "n=2") == whole
-    assert asked == [2, 2, 2, 2]
-    assert generated(tmp_path / "stopped", "n=2") == whole and len(asked) == 4
+    assert asked == [6, 2]
+    assert generated(tmp_path / "stopped", "n=2") == whole and len(asked) == 2
     with pytest.raises(RunError, match=r"other options \(n\)"):
         generated(tmp_path / "stopped", "n=3")
+
+
+def test_answers_do_not_depend_on_how_many_are_drawn_at_once(tmp_path: Path) -> None:
+    assert generated(tmp_path / "a", "n=2", "batch=1") == generated(tmp_path / "b", "n=2", "batch=12")
 
 
 def test_another_seed_draws_other_answers(tmp_path: Path) -> None:

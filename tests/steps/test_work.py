@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,33 @@ def test_equal_items_at_other_places_and_other_seeds_draw_anew(tmp_path: Path) -
     same = work(tmp_path / "a").each([1, 1, 1, 1], Asker(), batch=2)
     assert same[0] == same[1] and same[2] == same[3] and same[0] != same[2]
     assert work(tmp_path / "b", seed=1).each([1, 1], Asker(), batch=2)[0] != same[0]
+
+
+def test_streamed_values_are_kept_one_by_one_in_any_order(tmp_path: Path) -> None:
+    items, asked = list("aabcdef"), []
+
+    def backwards(part: list[str], keys: list[str], stop: int = 99) -> Iterator[tuple[int, list[str]]]:
+        asked.append(list(part))
+        for count, place in enumerate(reversed(range(len(part)))):
+            if count == stop:
+                raise KeyboardInterrupt
+            yield place, [part[place], keys[place]]
+
+    whole = work(tmp_path / "whole").streamed(items, backwards, batch=3)
+    assert [item for item, _ in whole] == items and len({key for _, key in whole}) == 7
+    events = [json.loads(line) for line in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "step"] == [3, 6, 7]
+
+    stopped = work(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.streamed(items, lambda part, keys: backwards(part, keys, 3))
+    stopped.close()
+    assert work(tmp_path / "stopped").streamed(items, backwards) == whole
+    assert asked == [items, items, list("aabc")]
+    assert work(tmp_path / "stopped").streamed(items, backwards) == whole and len(asked) == 3
+    assert work(tmp_path / "other", seed=1).streamed(items, backwards) != whole
+    with pytest.raises(LlmRecipeError, match="no answer to item 0"):
+        work(tmp_path / "few").streamed(items, lambda part, keys: [(1, "b")])
 
 
 def test_an_answer_too_few_is_a_bug_and_is_not_kept(tmp_path: Path) -> None:
