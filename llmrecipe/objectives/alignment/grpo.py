@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,25 +13,22 @@ from llmrecipe.objectives.alignment.advantages import clipped_policy_loss, clipp
 from llmrecipe.objectives.alignment.kl import kl_estimate
 from llmrecipe.objectives.alignment.rollout import (
     Plan,
-    Rollouts,
     Sample,
     answer_count,
-    check_rewards,
-    held_out,
-    held_out_metrics,
     ratio_metrics,
     rollout_metrics,
     score_groups,
     sum_by_answer,
     with_metrics,
 )
+from llmrecipe.objectives.alignment.sampled import Sampled
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
 
 @register
-class Grpo(Objective):
+class Grpo(Sampled, Objective):
     """GRPO: an answer's advantage is its score against the other answers to the same prompt (arXiv 2402.03300).
 
         A_i = (s_i - mean_j s_j) / (std_j s_j + 1e-4)
@@ -85,14 +80,9 @@ class Grpo(Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    @functools.cached_property
-    def live(self) -> Rollouts:
-        """Where the rollouts stand."""
-        plan = Plan(
-            self.temperature, self.max_new_tokens, self.answers, self.epochs, self.minibatches, self.beta > 0, self.missing_end,
-            self.eval_temperature, self.generation_batch, self.show,
-        )  # fmt: skip
-        return Rollouts(plan, self.reward)
+    def plan(self, **own: Any) -> Plan:
+        """Several answers to a prompt."""
+        return super().plan(answers=self.answers, **own)
 
     def check(self, recipe: Any, data: Any) -> None:
         """Groups of at least two answers, and rewards that the rows can be scored with.
@@ -102,32 +92,7 @@ class Grpo(Objective):
         """
         if self.answers < 2:
             raise RecipeError("objective.answers: a group of one answer has no advantage; give at least 2")
-        check_rewards(self.live.rewards, data)
-
-    def prepare_roles(self, opened: Any, frozen: bool) -> None:
-        """Reward models on the policy's base."""
-        self.live.rewards.prepare(opened, frozen)
-
-    def reference_of(self) -> str:
-        """The policy of step 0, unless nothing asks for it."""
-        return "initial" if self.beta > 0 else "none"
-
-    def step_zero(self) -> dict[str, float]:
-        """The policy that sampled is the policy that is trained."""
-        return {
-            "policy/ratio": 1.0,
-            "policy/approxkl": 0.0,
-            "policy/clipfrac": 0.0,
-            **({"objective/kl": 0.0} if self.beta else {}),
-        }
-
-    def updates(self) -> int:
-        """Optimizer steps a rollout."""
-        return self.live.plan.updates
-
-    def at_boundary(self) -> bool:
-        """Between rollouts."""
-        return self.live.boundary
+        super().check(recipe, data)
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
         """Give every token of an answer the answer's advantage."""
@@ -135,20 +100,6 @@ class Grpo(Objective):
         found = group_relative(scores, self.scale, total=roles.sum).flatten().float()
         for sample, value in zip(samples, found, strict=True):
             sample.tokens["advantages"] = value.expand(sample.length)
-
-    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """A rollout for each batch of prompts, then its updates."""
-        for rows in source:
-            yield from self.live.updates(rows, roles, functools.partial(self.advantages, roles=roles))
-
-    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Fresh answers to the rows' prompts."""
-        judge = functools.partial(self.advantages, roles=roles)
-        return self.live.whole(rows, roles, judge)
-
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
-        """Held-out prompts, answered at `eval_temperature`."""
-        return held_out(data, indices)
 
     def weight(self, batch: Batch) -> float:
         """Tokens or answers, by `loss_type`."""
@@ -180,15 +131,3 @@ class Grpo(Objective):
         if self.loss_type == "grpo":
             return (each / batch.extra["length"][batch.extra["answer"]]).sum()
         return each.sum() / (self.max_new_tokens if self.loss_type == "dr_grpo" else 1)
-
-    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Scores of held-out prompts."""
-        return held_out_metrics(batch)
-
-    def state(self) -> dict[str, Any]:
-        """Where the rollouts stand."""
-        return self.live.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on after the last whole rollout."""
-        self.live.load_state(state)

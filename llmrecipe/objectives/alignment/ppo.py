@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -24,15 +23,12 @@ from llmrecipe.objectives.alignment.advantages import (
 from llmrecipe.objectives.alignment.kl import KlController, kl_estimate
 from llmrecipe.objectives.alignment.rollout import (
     Plan,
-    Rollouts,
     Sample,
-    check_rewards,
-    held_out,
-    held_out_metrics,
     ratio_metrics,
     rollout_metrics,
     with_metrics,
 )
+from llmrecipe.objectives.alignment.sampled import Sampled
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.engine import Critic
@@ -40,8 +36,10 @@ from llmrecipe.training.roles import Roles
 
 FACTS = ("explained_variance", "returns_std")
 """Facts of a whole rollout, the same on each of its answers."""
-ADDED = (("values", "advantages", "returns"), ("value_end", "return_end", "extended", "beta", *FACTS))
-"""What PPO adds to the tokens of an answer, and to the answer."""
+TOKENS = ("values", "advantages", "returns")
+"""What PPO adds to the tokens of an answer."""
+NUMBERS = ("value_end", "return_end", "extended", "beta", *FACTS)
+"""What it adds to the answer."""
 
 
 def shaped_rewards(kl: Tensor, score: float, beta: float, extended: bool) -> Tensor:
@@ -59,7 +57,7 @@ def shaped_rewards(kl: Tensor, score: float, beta: float, extended: bool) -> Ten
 
 
 @register
-class Ppo(Objective):
+class Ppo(Sampled, Objective):
     """PPO against a reward, with a value function and a divergence penalty (arXiv 1707.06347, 2203.02155).
 
         r_t = -beta (log pi_old - log pi_ref) + [t = end] score
@@ -135,14 +133,9 @@ class Ppo(Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    @functools.cached_property
-    def live(self) -> Rollouts:
-        """Where the rollouts stand."""
-        plan = Plan(
-            self.temperature, self.max_new_tokens, 1, self.epochs, self.minibatches, True, self.missing_end,
-            self.eval_temperature, self.generation_batch, self.show, *ADDED, critic=self.critic,
-        )  # fmt: skip
-        return Rollouts(plan, self.reward)
+    def plan(self, **own: Any) -> Plan:
+        """One answer to a prompt, its divergence always measured, its values and what is worked out from them."""
+        return super().plan(reference=True, token_names=TOKENS, number_names=NUMBERS, critic=self.critic, **own)
 
     @functools.cached_property
     def controller(self) -> KlController:
@@ -161,7 +154,7 @@ class Ppo(Objective):
             raise RecipeError(
                 "objective.kl_estimator: the gradient of k1 is zero on average, so as a loss it does nothing; use k2 or k3"
             )
-        check_rewards(self.live.rewards, data)
+        super().check(recipe, data)
 
     def role_wrappers(self, stack: list[Any]) -> list[Any]:
         """The value function's adapter.
@@ -183,10 +176,6 @@ class Ppo(Objective):
         options: dict[str, Any] = {"target": self.value_target, "r": self.value_rank, "alpha": 2.0 * self.value_rank}
         return [Lora(name="critic", role="value", **options)]
 
-    def prepare_roles(self, opened: Any, frozen: bool) -> None:
-        """Reward models on the policy's base."""
-        self.live.rewards.prepare(opened, frozen)
-
     def prepare_model(self, model: Any, seed: int) -> None:
         """The value head, which starts at zero."""
         from llmrecipe.models import heads
@@ -199,30 +188,11 @@ class Ppo(Objective):
             return Critic("own", off=frozenset(w.name for w in roles.stack if not w.role))
         return Critic("detached" if self.value == "head" else "shared")
 
-    def step_zero(self) -> dict[str, float]:
-        """The policy that sampled is the policy that is trained, and the reference."""
-        return {"policy/ratio": 1.0, "policy/approxkl": 0.0, "policy/clipfrac": 0.0, "objective/kl": 0.0}
-
     # --- rollouts -------------------------------------------------------------------------------------------------
 
-    def updates(self) -> int:
-        """Optimizer steps a rollout."""
-        return self.live.plan.updates
-
-    def at_boundary(self) -> bool:
-        """Between rollouts."""
-        return self.live.boundary
-
-    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """A rollout for each batch of prompts, then its updates."""
-        judge = functools.partial(self.advantages, roles=roles)
-        for rows in source:
-            for micros in self.live.updates(rows, roles, judge):
-                yield share_slots(micros, roles)
-
-    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Fresh answers to the rows' prompts."""
-        return share_slots([self.live.whole(rows, roles, functools.partial(self.advantages, roles=roles))])[0]
+    def ready(self, micros: list[Batch], roles: Roles | None) -> list[Batch]:
+        """With the share of value slots."""
+        return share_slots(micros, roles)
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
         """Rewards, advantages and returns of a rollout; then beta follows its divergence."""
@@ -311,14 +281,6 @@ class Ppo(Objective):
         """End a rollout whose policy has moved far enough."""
         if self.target_kl_stop is not None and metrics.get("policy/approxkl", 0.0) > self.target_kl_stop:
             self.live.stop()
-
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
-        """Held-out prompts, answered at `eval_temperature`."""
-        return held_out(data, indices)
-
-    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Scores of held-out prompts."""
-        return held_out_metrics(batch)
 
     def state(self) -> dict[str, Any]:
         """Where the rollouts and beta stand."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from llmrecipe.data.batch import Batch
@@ -12,25 +10,22 @@ from llmrecipe.fields import Field, NonNegativeFloat, NonNegativeInt, PositiveFl
 from llmrecipe.objectives.alignment.advantages import clipped_policy_loss, clipped_share, leave_one_out, moments
 from llmrecipe.objectives.alignment.rollout import (
     Plan,
-    Rollouts,
     Sample,
     answer_count,
-    check_rewards,
-    held_out,
-    held_out_metrics,
     ratio_metrics,
     rollout_metrics,
     score_groups,
     sum_by_answer,
     with_metrics,
 )
+from llmrecipe.objectives.alignment.sampled import Sampled
 from llmrecipe.objectives.objective import Loss, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
 
 @register
-class Rloo(Objective):
+class Rloo(Sampled, Objective):
     """RLOO: an answer's advantage is its reward minus the mean reward of the other answers (arXiv 2402.14740).
 
         R_i = s_i - beta sum_t (log pi - log pi_ref)          A_i = R_i - mean_{j != i} R_j
@@ -72,14 +67,9 @@ class Rloo(Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    @functools.cached_property
-    def live(self) -> Rollouts:
-        """Where the rollouts stand."""
-        plan = Plan(
-            self.temperature, self.max_new_tokens, self.answers, self.epochs, self.minibatches, self.beta > 0, self.missing_end,
-            self.eval_temperature, self.generation_batch, self.show, token_names=(), number_names=("advantages",),
-        )  # fmt: skip
-        return Rollouts(plan, self.reward)
+    def plan(self, **own: Any) -> Plan:
+        """Several answers to a prompt."""
+        return super().plan(answers=self.answers, token_names=(), number_names=("advantages",), **own)
 
     def check(self, recipe: Any, data: Any) -> None:
         """Groups of at least two answers, and rewards that the rows can be scored with.
@@ -89,32 +79,7 @@ class Rloo(Objective):
         """
         if self.answers < 2:
             raise RecipeError("objective.answers: one answer has no others to be compared with; give at least 2")
-        check_rewards(self.live.rewards, data)
-
-    def prepare_roles(self, opened: Any, frozen: bool) -> None:
-        """Reward models on the policy's base."""
-        self.live.rewards.prepare(opened, frozen)
-
-    def reference_of(self) -> str:
-        """The policy of step 0, unless nothing asks for it."""
-        return "initial" if self.beta > 0 else "none"
-
-    def step_zero(self) -> dict[str, float]:
-        """The policy that sampled is the policy that is trained."""
-        return {
-            "policy/ratio": 1.0,
-            "policy/approxkl": 0.0,
-            "policy/clipfrac": 0.0,
-            **({"objective/kl": 0.0} if self.beta else {}),
-        }
-
-    def updates(self) -> int:
-        """Optimizer steps a rollout."""
-        return self.live.plan.updates
-
-    def at_boundary(self) -> bool:
-        """Between rollouts."""
-        return self.live.boundary
+        super().check(recipe, data)
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
         """Give every answer its advantage."""
@@ -128,19 +93,6 @@ class Rloo(Objective):
         for sample, value in zip(samples, found.tolist(), strict=True):
             sample.numbers["advantages"] = value
 
-    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """A rollout for each batch of prompts, then its updates."""
-        for rows in source:
-            yield from self.live.updates(rows, roles, functools.partial(self.advantages, roles=roles))
-
-    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Fresh answers to the rows' prompts."""
-        return self.live.whole(rows, roles, functools.partial(self.advantages, roles=roles))
-
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
-        """Held-out prompts, answered at `eval_temperature`."""
-        return held_out(data, indices)
-
     def weight(self, batch: Batch) -> float:
         """Answers."""
         return float(answer_count(batch))
@@ -153,15 +105,3 @@ class Rloo(Objective):
         total = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip).sum()
         clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
         return with_metrics(total, rollout_metrics(batch, self.beta), ratio_metrics(log_ratio, clipped, out["entropy"]))
-
-    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Scores of held-out prompts."""
-        return held_out_metrics(batch)
-
-    def state(self) -> dict[str, Any]:
-        """Where the rollouts stand."""
-        return self.live.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on after the last whole rollout."""
-        self.live.load_state(state)

@@ -1,0 +1,103 @@
+"""What objectives that learn from the policy's own answers share: prompts in, rollouts out, rewards and resume."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.objectives.alignment.rollout import Plan, Rollouts, Sample, check_rewards, held_out, held_out_metrics
+
+if TYPE_CHECKING:
+    from llmrecipe.data.batch import Batch
+    from llmrecipe.training.roles import Roles
+
+PLANNED = ("temperature", "max_new_tokens", "epochs", "minibatches", "missing_end", "generation_batch", "show")
+"""Options that a plan has under the same name."""
+
+
+class Sampled:
+    """Mixed into an `Objective` whose rows are prompts. What differs: the options, `plan`, `advantages` and `loss`."""
+
+    if TYPE_CHECKING:
+        reward: dict[str, Any]
+        beta: float
+        eval_temperature: float | None
+
+    def plan(self, **own: Any) -> Plan:
+        """How rollouts are made: the options, and what only this objective asks for."""
+        options = {name: getattr(self, name) for name in PLANNED}
+        return Plan(**{**options, "held_out_temperature": self.eval_temperature, "reference": self.beta > 0, **own})
+
+    @functools.cached_property
+    def live(self) -> Rollouts:
+        """Where the rollouts stand."""
+        return Rollouts(self.plan(), self.reward)
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Rewards that the rows can be scored with.
+
+        Raises:
+            RecipeError: naming the key to change.
+        """
+        check_rewards(self.live.rewards, data)
+
+    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+        """Reward models on the policy's base."""
+        self.live.rewards.prepare(opened, frozen)
+
+    def reference_of(self) -> str:
+        """The policy of step 0, unless nothing asks for it."""
+        return "initial" if self.live.plan.reference else "none"
+
+    def step_zero(self) -> dict[str, float]:
+        """The policy that sampled is the policy that is trained, and the reference where there is one."""
+        found = {"policy/ratio": 1.0, "policy/approxkl": 0.0, "policy/clipfrac": 0.0}
+        return {**found, "objective/kl": 0.0} if self.live.plan.reference else found
+
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.live.plan.updates
+
+    def at_boundary(self) -> bool:
+        """Between rollouts."""
+        return self.live.boundary
+
+    def advantages(self, samples: list[Sample], roles: Roles) -> None:
+        """Give the answers of a rollout what the loss weighs them by."""
+        raise NotImplementedError
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """A rollout for each batch of prompts, then its updates."""
+        judge = functools.partial(self.advantages, roles=roles)
+        for rows in source:
+            for micros in self.live.updates(rows, roles, judge):
+                yield self.ready(micros, roles)
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Fresh answers to the rows' prompts."""
+        return self.ready([self.live.whole(rows, roles, functools.partial(self.advantages, roles=roles))], None)[0]
+
+    def ready(self, micros: list[Batch], roles: Roles | None) -> list[Batch]:
+        """The micro-batches of an optimizer step as the loss wants them.
+
+        Args:
+            roles: None where the micro-batch of one process stands for itself.
+        """
+        return micros
+
+    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+        """Held-out prompts, answered at `eval_temperature`."""
+        return held_out(data, indices)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Scores of held-out prompts."""
+        return held_out_metrics(batch)
+
+    def state(self) -> dict[str, Any]:
+        """Where the rollouts stand."""
+        return self.live.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on after the last whole rollout."""
+        self.live.load_state(state)
