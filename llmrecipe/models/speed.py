@@ -14,6 +14,9 @@ Each is tried on the model at hand when it is installed, and taken back where th
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+import shutil
 import types
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.context import activate, current
-from llmrecipe.errors import ModelError
+from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.methods.inject import Port, kind_of, ports_of
 
 WORTH = 0.9
@@ -51,6 +54,18 @@ def speed_up(model: nn.Module) -> list[str]:
     if rows:
         done.append(f"last block: {', '.join(rows)} only where a state is read")
     return done
+
+
+def ready_to_compile(device: torch.device) -> None:
+    """Look for what `torch.compile` needs, and keep its notes on recompilation out of the run's output.
+
+    Raises:
+        RecipeError: kernels for a CPU are written in C++ and the machine has no compiler.
+    """
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if device.type == "cpu" and not any(shutil.which(c) for c in compilers):
+        raise RecipeError(f"model.compile: needs a C++ compiler for a CPU ({' or '.join(compilers)}); none is installed here")
+    torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
 
 
 # --- rows that nobody reads ------------------------------------------------------------------------------------------

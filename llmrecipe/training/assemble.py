@@ -17,7 +17,7 @@ from llmrecipe.data.tasks import Tasks, common
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.models.speed import speed_up
+from llmrecipe.models.speed import ready_to_compile, speed_up
 from llmrecipe.training import delta, opened, reference_model
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
@@ -80,6 +80,8 @@ def build(run: Run, resume: Path | None) -> Parts:
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     run.runtime = runtime = Runtime.start(recipe.runtime)
+    if recipe.model.compile:
+        ready_to_compile(runtime.device)
     run.dir = directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
     folder, config = directory.path if runtime.is_main else None, run.composition.mapping
     events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
@@ -93,7 +95,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     attach(model, stack, everything_trains(stack), finish_structures(resume))
     model.model.to(runtime.device)
     speed_up(model.model)
-    engine = Engine(model.model, autocast_of(recipe.model.dtype, stack))
+    engine = Engine(model.model, autocast_of(recipe.model.dtype, stack), recipe.model.compile)
     roles = Roles(
         engine,
         stack,

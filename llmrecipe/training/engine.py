@@ -7,6 +7,7 @@ model, so every rank's gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,11 @@ class Critic:
 class Engine(nn.Module):
     """A model with everything an objective may ask of it."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None):
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, compile: bool = False):
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.compile_trunk = compile
         self.post = Post.of(model.config)
         self.is_pair_model = bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -122,7 +124,20 @@ class Engine(nn.Module):
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
-        return backbone(**inputs).last_hidden_state
+        return self.traced(backbone)(**inputs).last_hidden_state
+
+    def traced(self, trunk: nn.Module) -> Callable[..., Any]:
+        """A part of the model as it is called: through `torch.compile` where that was asked for, with rows of any length.
+
+        The module itself stays as it is, so that generation, whose shapes change at every token, is not compiled. Ports stand
+        between the graphs: what they read of the context cannot be traced.
+        """
+        if not self.compile_trunk:
+            return trunk
+        found = self.__dict__.setdefault("_traced", {})
+        if id(trunk) not in found:
+            found[id(trunk)] = torch.compile(trunk, dynamic=True)
+        return found[id(trunk)]
 
     def _pair_hidden(self, batch: Batch) -> Tensor:
         """Encoder-decoder: the encoder reads `encoder_ids`, the batch's own rows are the decoder's."""
@@ -130,8 +145,8 @@ class Engine(nn.Module):
         # The batch's own rows are the decoder's: what the context says of them is not true of the encoder's.
         own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
         with activate(own):
-            out = model.get_encoder()(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
-        decoder = model.get_decoder()
+            out = self.traced(model.get_encoder())(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
+        decoder = self.traced(model.get_decoder())
         return decoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -150,7 +165,7 @@ class Engine(nn.Module):
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        return upcast(self.model(**inputs).logits)
+        return upcast(self.traced(self.model)(**inputs).logits)
 
 
 def pooled(batch: Batch) -> Tensor:

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a slow rank before the run is stopped."""
 
+KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
+"""How many compiled kernels oneDNN and torch's layer above it keep on a CPU; read at the first low-precision product.
+
+Each kernel belongs to one shape, and packed rows have a new length at every step: the 1024 that are kept by default add up to
+hundreds of megabytes, while a kernel of an earlier step is hardly ever wanted again. 64 hold all shapes of one step.
+"""
+
 
 @dataclass
 class Runtime:
@@ -66,6 +73,8 @@ class Runtime:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
+        for name, size in KERNELS_KEPT.items():
+            os.environ.setdefault(name, size)
         kind = pick_device(section.device)
         if started == 1:
             return cls(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), 1, 0)

@@ -6,7 +6,8 @@
 
 A case is a recipe (`sft_lora`, `dpo_lora`) on a model shape against one setting of the peer:
 
-    defaults        TRL with nothing set that it sets by itself; this program with its own defaults
+    defaults        TRL with nothing set that it sets by itself (bfloat16 autocast); this program with its own defaults (float32)
+    defaults_bfloat16   the same TRL; this program in the precision that TRL chose, with bfloat16 weights
     best_float32    TRL with packing (SFT) or precomputed reference (DPO), nothing recomputed; both sides in float32
     best_bfloat16   the same with bfloat16 weights and autocast; this program with bfloat16 weights
 
@@ -49,7 +50,7 @@ sys.path.insert(0, str(HERE))
 
 from workload import ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
 
-AGAINST = ("defaults", "best_float32", "best_bfloat16")
+AGAINST = ("defaults", "defaults_bfloat16", "best_float32", "best_bfloat16")
 BATCH = {"sft": 8, "dpo": 4}
 STEPS = {"tiny": 6, "10m": 16, "60m": 8}
 LORA = {"r": 16, "alpha": 32}
@@ -97,12 +98,17 @@ class Case:
     @property
     def passes(self) -> int:
         """Two where the peer scores the reference beforehand, so that both kinds of step are seen."""
-        return 2 if self.task == "dpo" and self.against != "defaults" else 1
+        return 2 if self.task == "dpo" and self.setting == "best" else 1
+
+    @property
+    def setting(self) -> str:
+        """Of the peer: `defaults` or `best`."""
+        return self.against.split("_")[0]
 
     @property
     def dtype(self) -> str | None:
-        """The stated precision, or None where each side keeps its own default."""
-        return None if self.against == "defaults" else self.against.split("_")[1]
+        """The stated precision, or None where this program keeps its own default; TRL keeps its own under `defaults`."""
+        return self.against.partition("_")[2] or None
 
 
 def peer_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[str], Path]:
@@ -114,7 +120,7 @@ def peer_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[s
         "data": str(data),
         "out": str(out),
         "events": str(events),
-        "setting": case.against.split("_")[0],
+        "setting": case.setting,
         "passes": case.passes,
         "dtype": case.dtype,
         "batch": BATCH[case.task],

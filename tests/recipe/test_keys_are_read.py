@@ -25,11 +25,20 @@ READ_FOR_THEM = {"clip": "training/run.py", "mask": "training/assemble.py"}
 def attributes(path: Path) -> frozenset[str]:
     """Names read as attributes, and texts handed to `getattr`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    found = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and not _of_a_library(node.value)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
     return frozenset(found)
+
+
+def _of_a_library(value: ast.AST) -> bool:
+    """Whether an attribute is one of the standard library's or torch's: `re.compile` reads no key."""
+    return isinstance(value, ast.Name) and value.id in ("re", "torch", "json", "math", "os", "time")
 
 
 def schema_fields() -> list[tuple[str, str]]:
