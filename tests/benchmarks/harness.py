@@ -6,7 +6,7 @@
 
 A case is a recipe (`sft_lora`, `dpo_lora`) on a model shape against one setting of the peer:
 
-    defaults        TRL with nothing set that it sets by itself (bfloat16 autocast); this program with its own defaults (float32)
+    defaults        TRL with nothing set that it sets by itself (bfloat16 autocast); this program as well (float32)
     defaults_bfloat16   the same TRL; this program in the precision that TRL chose, with bfloat16 weights
     best_float32    TRL with packing (SFT) or precomputed reference (DPO), nothing recomputed; both sides in float32
     best_bfloat16   the same with bfloat16 weights and autocast; this program with bfloat16 weights
