@@ -35,13 +35,18 @@ def verb(
 ) -> None:
     """Talk to a run or a model; with --prompt, answer and stop.
 
-    Several runs (chat RUN_A RUN_B) put their adapters on one base in memory; `/use NAME` switches.
+    Several runs (chat RUN_A RUN_B) put their adapters on one base in memory; `/use NAME` switches. Overrides go to all of them.
     """
     from llmrecipe.cli.preflight import subject
 
     more, overrides = runs_and_overrides(words)
-    for one in (path, *more):
-        subject(one, overrides)
+    shared = {path: overrides}
+    if more:
+        from llmrecipe.evaluation.several import ASKED, share
+
+        shared = share([path, *more], overrides, ASKED)
+    for one, own in shared.items():
+        subject(one, own)
     from llmrecipe.evaluation.chat import Chat
     from llmrecipe.evaluation.sampling import Sampling
 

@@ -41,8 +41,11 @@ def verb(
 
     more, overrides = runs_and_overrides(words)
     if more:
+        from llmrecipe.evaluation.several import SCORED, share
+
+        shared = share([path, *more], overrides, SCORED)
         for one in [path] if by else [path, *more]:
-            subject(one, overrides, split)
+            subject(one, shared[one], split)
         scores = score_side_by_side([path, *more], overrides, split, by)
         print_json(scores) if as_json else show_scores(scores)
         return

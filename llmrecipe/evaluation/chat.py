@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from llmrecipe.errors import UserError
 from llmrecipe.evaluation.generation import generate, text_of
 from llmrecipe.evaluation.sampling import Sampling
+from llmrecipe.evaluation.several import ASKED, open_several
 from llmrecipe.evaluation.standalone import open_subject
-from llmrecipe.export.side_by_side import Adapters, open_adapters, task_adapters
+from llmrecipe.export.side_by_side import Adapters, task_adapters
 from llmrecipe.training.opened import Opened
+from llmrecipe.training.runtime import pick_device
 
 
 def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
@@ -42,16 +42,14 @@ class Chat:
         """Open a run directory or a model, or several runs of one base.
 
         Raises:
-            UserError: overrides are given to several runs, or the runs do not stand on one base.
+            UserError: the runs do not stand on one base, or an override has no effect on them (see `several`).
         """
         if len(paths) == 1:
             opened = open_subject(paths[0], overrides).opened
             chat = cls(opened, task_adapters(opened), sampling, system)
         else:
-            if overrides:
-                raise UserError(f"'{overrides[0]}': several runs are opened as they are; overrides go to one run")
-            adapters = open_adapters(paths)
-            adapters.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            adapters, recipes = open_several(paths, overrides, ASKED)
+            adapters.model.to(pick_device(recipes[0].recipe.runtime.device))
             chat = cls(adapters.opened, adapters, sampling, system)
         chat.use([])
         return chat

@@ -47,17 +47,17 @@ def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: s
     scored by the adapter that column names, and each adapter gives one line over its own rows.
 
     Raises:
+        UserError: an override has no effect on runs side by side.
         ModelError: the runs do not stand on one base.
         DataError: a row names no adapter, or an unknown one.
     """
     from llmrecipe.context import activate
     from llmrecipe.data.tasks import Tasks
-    from llmrecipe.evaluation.recipe_of import recipe_of
+    from llmrecipe.evaluation.several import SCORED, open_several
     from llmrecipe.evaluation.standalone import metrics_of, rows_of, subject_of
-    from llmrecipe.export.side_by_side import open_adapters
 
-    adapters = open_adapters(paths)
-    subjects = {path: subject_of(recipe_of(path, overrides), adapters.opened) for path in (paths[:1] if by else paths)}
+    adapters, recipes = open_several(paths, overrides, SCORED)
+    subjects = {p: subject_of(r, adapters.opened) for p, r in zip(paths, recipes, strict=True) if p == paths[0] or not by}
     scored: list[dict[str, Any]] = []
     if by is not None:
         subject = subjects[paths[0]]

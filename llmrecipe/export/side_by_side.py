@@ -8,7 +8,7 @@ share one forward pass: the factors of row i are l[task_i].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,16 @@ class Adapters(nn.Module):
         return names
 
 
-def open_adapters(paths: Sequence[str], *, dtype: str = "auto") -> Adapters:
+def open_adapters(
+    paths: Sequence[str], *, dtype: str = "auto", options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
+) -> Adapters:
     """Several runs, or PEFT adapter folders, side by side on their one base.
 
     Names are the folders' own where they differ, else the paths; a run that keeps tasks apart gives one adapter a task,
     `run/task`.
+
+    Args:
+        options: path -> wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
 
     Raises:
         RunError: a folder holds no finished run.
@@ -181,13 +186,16 @@ def open_adapters(paths: Sequence[str], *, dtype: str = "auto") -> Adapters:
     sources = [_source(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     _check_alike(sources)
     first = sources[0]
-    section = ModelSection(**{**first.saved.base.get("section", {}), "path": first.base, "dtype": dtype})
+    own = {} if dtype == "auto" else {"dtype": dtype}
+    section = ModelSection(**{**first.saved.base.get("section", {}), "path": first.base, **own})
     plain = delta.without_injected(first.saved)
     opened = open_saved(section, plain, first.folder, TokenizerSection(), head=first.saved.head)
     opened.layers = []
     for source in sources:
         if is_adapter(source.path):
             source.saved.layers = imported(section.model_copy(update={"adapters": {source.path: 1.0}}), opened.model)
+        chosen = (options or {}).get(source.path, {})
+        source.saved.layers = [delta.adjust(layer, chosen) for layer in source.saved.layers]
     wrappers = {s.name: [delta.build_wrapper(n, m) for x in s.saved.layers for n, m in x.wrappers.items()] for s in sources}
     tasks = {name: tasks_of(own) for name, own in wrappers.items()}
     fused = _fused(sources)

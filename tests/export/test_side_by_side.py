@@ -11,7 +11,8 @@ import torch
 
 from llmrecipe import load
 from llmrecipe.cli.app import run as command
-from llmrecipe.errors import ModelError
+from llmrecipe.errors import ModelError, UserError
+from llmrecipe.evaluation import several
 from llmrecipe.evaluation.chat import Chat
 from llmrecipe.evaluation.generation import generate
 from llmrecipe.evaluation.sampling import Sampling
@@ -176,3 +177,45 @@ def test_the_verbs_score_and_ask_several_runs(
         assert chat.answer(answer["prompt"], remember=False) == answer["answer"]
     assert command(["chat", *paths, "-p", "w1?", "--use", "c"]) == 2
     assert "(loaded: a, b)" in capsys.readouterr().err
+
+
+def test_an_override_without_effect_names_what_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several, "free", lambda path: ["stack.dylora.rank"] if path == "b" else [])
+    shared = several.share(["a", "b"], ["data.limit=4", "stack.dylora.rank=2", "eval.batches=1"], several.SCORED)
+    assert shared == {"a": ["data.limit=4", "eval.batches=1"], "b": ["data.limit=4", "stack.dylora.rank=2", "eval.batches=1"]}
+    for word in ("stack.dylora.r=4", "optim.lr=1", "model.path=tiny", "~stack.lora"):
+        with pytest.raises(UserError, match=rf"'{word}': has no effect .* \(what applies: data.*seed, stack.dylora.rank\)"):
+            several.share(["a", "b"], [word], several.SCORED)
+    with pytest.raises(UserError, match=r"'data.limit=4': has no effect .* \(what applies: runtime.*, stack.dylora.rank\)"):
+        several.share(["a", "b"], ["data.limit=4"], several.ASKED)
+
+
+@pytest.mark.slow
+def test_overrides_go_to_the_runs_they_apply_to_and_others_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"w{i}?", "completion": "yes"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for name, recipe in (("a", "sft_lora"), ("b", "dylora")):
+        words = [f"data.path={tmp_path}/rows.jsonl", "steps=2", "optim.lr=0.05", "batch.size=4", "eval.at_start=false"]
+        words.append("model.dtype=bfloat16")  # the base is opened as training had it
+        train_recipe(tmp_path / name, recipe, *words, "stack.dylora.update=full" if name == "b" else "stack.lora.r=2")
+    paths = [str(tmp_path / name) for name in "ab"]
+    split = "data.validation=0.5"
+    capsys.readouterr()
+    scores = {}
+    for word in ("stack.dylora.rank=1", "eval.batches=1"):
+        assert command(["eval", *paths, "--json", split, word]) == 0
+        scores[word] = {row["run"]: row["nll"] for row in json.loads(capsys.readouterr().out)}
+        for path in paths:
+            own = [split] if word.startswith("stack") and path == paths[0] else [split, word]
+            assert scores[word][path] == pytest.approx(evaluate_path(path, own)["nll"], rel=1e-5), (word, path)
+    whole = evaluate_path(paths[1], [split])["nll"]
+    assert scores["stack.dylora.rank=1"][paths[1]] != pytest.approx(whole, rel=1e-4)
+    chat = Chat.open(paths, ["runtime.device=cpu", "stack.dylora.rank=1"], Sampling(4))
+    assert next(chat.opened.model.parameters()).dtype == torch.bfloat16
+    assert {w.rank for w in chat.opened.mounted if hasattr(w, "rank")} == {1}
+    for verb, word in (("eval", "stack.lora.r=4"), ("eval", "model.dtype=float32"), ("chat", split), ("chat", "~stack.lora")):
+        assert command([verb, *paths, word, *(["-p", "w1?"] if verb == "chat" else [])]) == 2
+        error = capsys.readouterr().err
+        assert f"'{word}': has no effect on several runs side by side" in error and "stack.dylora.rank" in error, error

@@ -131,6 +131,8 @@ class Adalora(Wrapper):
     end, then the pattern is frozen and enforced after every step. A penalty keeps P and Q near orthogonal. Merging is exact up
     to rounding. `prune: at_final` takes the dropped triplets out of the tensors (and of the optimizer's state) when the pattern
     is frozen: the same function and the same gradients of the loss at less memory; the penalty then reads the kept ones alone.
+    Masked triplets still have gradients, and pruned ones have none: where `optim.clip` acts, the norm it divides by is smaller
+    from then on, so a pruned run takes other steps than one that only masks. Clipping also scales that step's sensitivities.
 
     Paper: AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv 2303.10512). Departures, as in its
     code: the budget is continuous at tinit, scores use the weights after the step, and `orth: fro_mean` averages un-squared

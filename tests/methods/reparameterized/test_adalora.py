@@ -211,6 +211,19 @@ def test_pruned_tensors_hold_the_values_of_masked_ones_and_so_does_the_optimizer
     assert set(stack.metrics(pruned)) and stack.metrics(pruned)["adalora/rank_mean"] == 2.0
 
 
+def test_masked_triplets_have_gradients_that_pruned_ones_lack_so_clipping_divides_by_more() -> None:
+    norms, kept = [], []
+    for prune in ("off", "at_final"):
+        model, _, _ = trained_to_the_end(prune)
+        model.zero_grad()
+        model(input_ids=IDS).logits.square().mean().backward()
+        found = ports(model).values()
+        kept.append(torch.cat([p.E.grad[p.kept].flatten() for p in found]))
+        norms.append(torch.cat([p.grad.flatten() for port in found for p in (port.A, port.B, port.E)]).norm())
+    torch.testing.assert_close(*kept, atol=1e-6, rtol=1e-4)
+    assert norms[0] > 1.01 * norms[1] > 0
+
+
 def test_a_pruned_delta_is_attached_at_its_own_ranks_and_merges() -> None:
     pruned, stack, _ = trained_to_the_end("at_final", orth=0.5)
     wanted = pruned(input_ids=IDS).logits
