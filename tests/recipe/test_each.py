@@ -48,7 +48,7 @@ def test_a_stage_is_written_out_for_every_combination_the_last_axis_fastest(proj
     assert [r.seed for r in recipes.values()] == [3, 4, 3, 4]
     assert [list(r.stack) for r in recipes.values()] == [["lora"], ["lora"], ["bitfit"], ["bitfit"]]
     # Keys of one value reach its stages only; `with` of the stage and of the value stand one after the other.
-    assert recipes["run-sft_lora-4"].optim["lr"] == 0.5 and recipes["run-bitfit-3"].optim["lr"] == 5e-3
+    assert recipes["run-sft_lora-4"].optim["lr"] == 0.5 and recipes["run-bitfit-3"].optim["lr"] == 2e-2
     assert recipes["run-sft_lora-3"].stack["lora"]["r"] == 2
     assert {r.batch.size for r in recipes.values()} == {2} and {r.steps for r in recipes.values()} == {5}
     assert len({s.key for s in made.stages}) == 4

@@ -258,8 +258,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-def test_the_recipe_learns(tmp_path, placement: str) -> None:
-    train_recipe(tmp_path / "run", "adapter", f"stack.adapter.placement={placement}")
+def test_the_lighter_placement_learns_too(tmp_path) -> None:
+    train_recipe(tmp_path / "run", "adapter", "stack.adapter.placement=pfeiffer", "epochs=2")
     losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])

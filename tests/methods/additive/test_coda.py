@@ -28,7 +28,6 @@ from tests.methods.additive.harness import (
     survives_a_round_trip,
     trained,
 )
-from tests.runs import curve, train_recipe
 from tests.tiny import roles_for
 
 ENCODERS = ["bert", "distilbert", "t5", "bart", "native-encoder", "native-encoder_decoder"]
@@ -317,13 +316,6 @@ def test_the_mask_travels_with_the_call_not_with_the_module() -> None:
     with activate(dataclasses.replace(batch.context())):
         inside = logits(model, batch.input_ids, attention_mask=batch.attention_mask)
     assert torch.equal(inside, logits(model, batch.input_ids, attention_mask=batch.attention_mask))
-
-
-@pytest.mark.slow
-def test_the_recipe_learns(tmp_path) -> None:
-    train_recipe(tmp_path / "run", "coda")
-    losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
 def test_of_two_on_one_block_the_outer_one_asks_the_inner_one_for_its_tokens() -> None:

@@ -369,13 +369,6 @@ def test_one_task_works_row_by_row_and_several_do_not() -> None:
     assert not any(port.rowwise for _, _, _, port in all_ports(model) if isinstance(port, ScaleOutput))
 
 
-@pytest.mark.slow
-def test_the_recipe_learns(tmp_path) -> None:
-    train_recipe(tmp_path / "run", "ia3")
-    losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-
-
 def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkeypatch) -> None:
     """Two tasks that ask for opposite answers to the same prompts: only separate vectors can serve both."""
     rows = [{"prompt": f"w{i % 4}?", "completion": answer, "kind": answer} for i in range(16) for answer in ("no", "yes")]

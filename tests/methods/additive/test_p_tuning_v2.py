@@ -84,12 +84,3 @@ def test_heads_of_different_sizes_a_layer_share_one_table() -> None:
     (port,) = tables_of(model, "prefix")
     assert [(s.heads, s.key, s.value) for s in port.tables["attn"].shapes] == [(2, 16, 16)] * 2
     assert model(input_ids=IDS).logits.isfinite().all()
-
-
-@pytest.mark.slow
-def test_its_recipe_learns(tmp_path: Any) -> None:
-    from tests.runs import events, train_recipe
-
-    train_recipe(tmp_path / "run", "p_tuning_v2", "steps=60")
-    scores = [e["eval/loss"] for e in events(tmp_path / "run", "evaluation")]
-    assert scores[-1] < scores[0] - 0.2

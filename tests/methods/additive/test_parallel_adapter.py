@@ -201,8 +201,8 @@ def test_checkpointing_generation_and_files(family: str, options: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["stack.parallel_adapter.form=multihead", "stack.parallel_adapter.sites=[attn]"]])
-def test_the_recipe_learns(tmp_path, options: list[str]) -> None:
-    train_recipe(tmp_path / "run", "parallel_adapter", *options)
+@pytest.mark.parametrize("options", [["r=32"], ["form=multihead", "sites=[attn]"]])
+def test_other_places_learn_too(tmp_path, options: list[str]) -> None:
+    train_recipe(tmp_path / "run", "parallel_adapter", *(f"stack.parallel_adapter.{o}" for o in ["target=null", *options]))
     losses = [loss for _, loss, _, _ in curve(tmp_path / "run")]
-    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])

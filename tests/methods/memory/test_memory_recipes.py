@@ -60,6 +60,6 @@ def test_mezo_resumes_to_the_bit(tmp_path, recipe: str, extra: list[str]) -> Non
 def test_mezo_on_an_adapter_lowers_the_loss(tmp_path) -> None:
     from llmrecipe.training.events import read_events
 
-    run("mezo_lora", tmp_path / "r", "eval.at_start=true", "steps=120")
+    run("mezo_lora", tmp_path / "r", "eval.at_start=true", "eval.batches=2", "steps=20")
     evaluations = [e for e in read_events(tmp_path / "r") if e["event"] == "evaluation" and "eval/loss" in e]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] - 0.1

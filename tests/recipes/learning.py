@@ -1,0 +1,227 @@
+"""What every packaged recipe is proven to learn: a metric of its whole run, the bound it reaches, the bound its control misses.
+
+A control is the same recipe on training rows (or a reward) from which nothing about the held-out rows can be learned; the
+held-out rows stay as they are. Where an exact answer is within a minute's reach it is the metric. A loss has its bound below
+what a control reaches, for a control too learns how answers look: with answers of other rows the list task ends near 1.06
+nats a token, and whoever copies the words of the request, in whatever order, near 0.3.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.registry import PACKAGE
+from llmrecipe.rewards.function import reward_function
+
+DATA = PACKAGE / "assets" / "data"
+Row = dict[str, Any]
+Spoil = Callable[[Path], list[str]]
+"""Words for a recipe whose run can learn nothing, and what they need in a folder."""
+
+
+@dataclass(frozen=True)
+class Learns:
+    """A whole run as shipped ends at `reached` or better, its control at `missed` or worse; a loss where reached < missed."""
+
+    metric: str
+    reached: float
+    missed: float
+    spoil: Spoil
+    words: tuple[str, ...] = ()
+    """Words for both runs."""
+
+    def holds(self, value: float) -> bool:
+        """Whether a run has learned."""
+        return value >= self.reached if self.reached > self.missed else value <= self.reached
+
+    def fails(self, value: float) -> bool:
+        """Whether a control has not."""
+        return value <= self.missed if self.reached > self.missed else value >= self.missed
+
+
+@dataclass(frozen=True)
+class ShownBy:
+    """Another test runs the recipe and asks what it has learned; its node id."""
+
+    test: str
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def spoiled(folder: Path, name: str, change: Callable[[list[Row], random.Random], list[Row]]) -> list[str]:
+    """A built-in set with changed training rows, its other rows as they are."""
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in (DATA / name / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps(row) + "\n" for row in change(rows, random.Random(0))]
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    for split in ("valid.jsonl", "test.jsonl"):
+        (folder / split).write_bytes((DATA / name / split).read_bytes())
+    return [f"data.path={folder}"]
+
+
+def permuted(name: str, column: str) -> Spoil:
+    """Every row gets the column of another row."""
+
+    def change(rows: list[Row], chance: random.Random) -> list[Row]:
+        values = [row[column] for row in rows]
+        chance.shuffle(values)
+        return [{**row, column: value} for row, value in zip(rows, values, strict=True)]
+
+    return lambda folder: spoiled(folder, name, change)
+
+
+def swapped(name: str) -> Spoil:
+    """The better and the worse answer change places in a random half of the pairs."""
+
+    def change(rows: list[Row], chance: random.Random) -> list[Row]:
+        turned = [chance.random() < 0.5 for _ in rows]
+        return [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if t else r for r, t in zip(rows, turned, strict=True)]
+
+    return lambda folder: spoiled(folder, name, change)
+
+
+def mixed(text: str, chance: random.Random) -> str:
+    """The words of a text out of order."""
+    words = text.split()
+    return " ".join(chance.sample(words, len(words)))
+
+
+def mixed_answers(folder: Path) -> list[str]:
+    """Answers of the list task with their words out of order: how often each word comes is left, what follows it is not."""
+
+    def change(rows: list[Row], chance: random.Random) -> list[Row]:
+        return [{**r, "completion": [{"role": "assistant", "content": mixed(r["answer"], chance)}]} for r in rows]
+
+    return spoiled(folder, "sft", change)
+
+
+def mixed_stories(folder: Path) -> list[str]:
+    """Stories with their words out of order."""
+    return spoiled(folder, "stories", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
+
+
+def mixed_talk(folder: Path) -> list[str]:
+    """Stories, and the answers of conversations, with their words out of order."""
+    stories = mixed_stories(folder / "stories")[0].removeprefix("data.path=")
+
+    def change(rows: list[Row], chance: random.Random) -> list[Row]:
+        def turn(m: Row) -> Row:
+            return {**m, "content": mixed(m["content"], chance)} if m["role"] == "assistant" else m
+
+        return [{**r, "messages": [turn(m) for m in r["messages"]]} for r in rows]
+
+    talk = spoiled(folder / "chat", "chat", change)[0].removeprefix("data.path=")
+    return [f"data.path=[{stories},{talk}]"]
+
+
+@reward_function
+def chance(text: str, prompt: str) -> float:
+    """A reward that has nothing to do with the answer's worth."""
+    return random.Random(f"{prompt} {text}").random()
+
+
+def by_chance(folder: Path) -> list[str]:
+    """The policy follows `chance`; the rule of the recipe is only watched."""
+    return ["objective.reward.rule.weight=0.0", "+objective.reward.chance={kind: function, function: chance}"]
+
+
+LISTS, LABELS = permuted("sft", "completion"), permuted("classify", "label")
+PAIRS, SINGLES, COMPARISONS = swapped("preference"), permuted("unpaired", "label"), swapped("comparisons")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def exact(reached: float = 0.9) -> Learns:
+    """Held-out lists turned around to the letter; with answers of other rows none is."""
+    return Learns("eval/exact_match", reached, 0.05, LISTS, ("eval.metrics=[exact_match]",))
+
+
+def copied(reached: float) -> Learns:
+    """Held-out loss of the list task, where the method does not find the order of the words within a minute."""
+    return Learns("eval/loss", reached, 0.95, LISTS)
+
+
+def labelled(reached: float) -> Learns:
+    """Accuracy on four equally frequent labels, 0.25 by chance."""
+    return Learns("eval/accuracy", reached, 0.45, LABELS)
+
+
+def preferred(reached: float, spoil: Spoil = PAIRS, missed: float = 0.75) -> Learns:
+    """Share of the held-out pairs whose better answer has the larger reward."""
+    return Learns("eval/rewards/accuracies", reached, missed, spoil)
+
+
+MANNERS = Learns("eval/rewards/rule", 0.95, 0.85, by_chance, ("objective.show=0",))
+"""The rule's score of answers to held-out prompts; the embedded model starts below 0.65."""
+
+LEARNING: dict[str, Learns | ShownBy] = {
+    # pretraining
+    "tiny_model": Learns("eval/loss", 1.5, 3.0, mixed_talk),
+    # The embedded model has read these stories: only fresh weights have something to learn.
+    "clm": Learns("eval/loss", 2.3, 3.3, mixed_stories, ("model.init=random",)),
+    # finetuning
+    "sft": exact(0.95),
+    "classify": labelled(0.95),
+    "search_lora": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_search_finds_a_rate_that_learns"),
+    # additive
+    "adapter": exact(0.85),
+    "parallel_adapter": exact(0.95),
+    "prefix_tuning": copied(0.45),
+    "prompt_tuning": copied(0.55),
+    "p_tuning_v2": labelled(0.85),
+    "apt": labelled(0.85),
+    "ia3": copied(0.6),
+    "coda": copied(0.45),
+    # selective
+    "bitfit": copied(0.6),
+    "fishmask": exact(),
+    "child_tuning": exact(),
+    "group_mask": exact(),
+    "diff_pruning": exact(),
+    "spt": exact(),
+    # reparameterized
+    "sft_lora": exact(0.95),
+    "dora": exact(0.95),
+    "dylora": exact(0.85),
+    "adalora": exact(),
+    # memory
+    "qlora": exact(0.95),
+    # Forward passes alone learn how an answer goes, not yet which: their control has answers that go nowhere.
+    "mezo": Learns("eval/loss", 2.7, 3.2, mixed_answers),
+    "mezo_lora": Learns("eval/loss", 2.7, 3.2, mixed_answers),
+    # alignment
+    "dpo": preferred(0.95),
+    "dpo_lora": preferred(0.95),
+    "ipo": preferred(0.95),
+    "ipo_lora": preferred(0.95),
+    "kto": preferred(0.95, SINGLES),
+    "kto_lora": preferred(0.95, SINGLES),
+    # Without a reference the reward is the likelihood itself, which leans one way whatever the labels say.
+    "orpo": preferred(0.95, missed=0.85),
+    "orpo_lora": preferred(0.95, missed=0.85),
+    "simpo": preferred(0.95),
+    "simpo_lora": preferred(0.95),
+    # Each rejected answer has one fault; whoever sees rudeness alone is right in three of four.
+    "reward": preferred(0.78, COMPARISONS, 0.65),
+    "reward_lora": preferred(0.78, COMPARISONS, 0.65),
+    "grpo": MANNERS,
+    "rloo": MANNERS,
+    "ppo": MANNERS,
+    # pipelines
+    "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
+    "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
+    "rlhf": ShownBy("tests/rewards/test_reward_model.py::test_a_learned_reward_teaches_manners"),
+    "rlaif": ShownBy("tests/recipes/test_rlaif.py::test_the_rules_score_rises_on_held_out_prompts"),
+    "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_an_agent_teach_its_preferences"),
+    # leaderboards
+    "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
+    "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),
+}
+"""Recipe -> what its run learns."""

@@ -1,0 +1,122 @@
+"""Pipelines, leaderboards and searches learn as a whole, and with nothing to learn from they do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.agents.rule import agent_rule
+from llmrecipe.cli import app
+from llmrecipe.recipe.compose import compose
+from llmrecipe.training import pipeline
+from tests.recipes.learning import LABELS, LISTS, PAIRS
+from tests.runs import events
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("started")]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs lie below a folder of the test's own, so that a stage which is the same twice is made once."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stages(recipe: str, *words: str) -> dict[str, Path]:
+    """The folder every stage left."""
+    return {r.stage: Path(r.dir) for r in pipeline.run(compose(recipe, list(words)))}
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    """What a run or step ended with."""
+    return dict(json.loads((folder / "final" / "metrics.json").read_text(encoding="utf-8")))
+
+
+def better(folder: Path) -> float:
+    """Share of the held-out pairs whose better answer has the larger reward after the last step."""
+    return float([e[k] for e in events(folder, "evaluation") if (k := "eval/rewards/accuracies") in e][-1])
+
+
+def moved(words: list[str], stage: str) -> str:
+    """`data.path=FOLDER` of a recipe, for one stage."""
+    return f"stages.{stage}.{words[0]}"
+
+
+def test_dpo_on_a_fine_tuned_model_learns_the_preferences(place: Path) -> None:
+    quiet = [f"stages.{stage}.eval.test=false" for stage in ("sft", "dpo")]
+    made = stages("sft_dpo", *quiet)
+    assert metrics(made["sft"])["eval/loss"] < 0.1 and better(made["dpo"]) >= 0.95
+    control = stages("sft_dpo", *quiet, moved(PAIRS(place / "pairs"), "dpo"))
+    assert control["sft"] == made["sft"] and better(control["dpo"]) <= 0.75
+
+
+def test_a_student_learns_what_its_teacher_knows(place: Path) -> None:
+    made = stages("distill_answers")
+    assert metrics(made["measured"])["exact_match"] >= 0.95
+    control = stages("distill_answers", moved(LISTS(place / "lists"), "teacher"))
+    assert metrics(control["measured"])["exact_match"] <= 0.05
+
+
+@agent_rule
+def by_chance(ask: Any, options: Any) -> Any:
+    """Prefers one of two answers for no reason, the same one in both orders; otherwise it is the built-in rule."""
+    from llmrecipe.agents.rule import manners
+
+    if ask.task != "compare":
+        return manners(ask, options)
+    first, second = (hashlib.sha256(str(ask.parts[k]).encode()).digest() for k in ("first", "second"))
+    return [float(first > second), float(first <= second)]
+
+
+def test_labels_of_an_agent_teach_its_preferences(place: Path, own_rules: None) -> None:
+    """Held-out pairs are those of the package, which no stage has seen."""
+    held_out = "stages.dpo.data.validation=builtin:preference"
+    made = stages("rlaif_dpo", held_out)
+    assert better(made["dpo"]) >= 0.85
+    assert metrics(made["labels"])["train/agreement"] == 1.0
+    control = stages("rlaif_dpo", held_out, "stages.labels.agent.rule=by_chance")
+    assert control["pairs"] == made["pairs"] and better(control["dpo"]) <= 0.7
+
+
+def test_the_search_finds_a_rate_that_learns(place: Path) -> None:
+    assert app.run(["search", "recipe=search_lora", "log.live=off"]) == 0
+    lines = (place / "runs" / "search_lora-search" / "trials.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    losses = [t["values"][0] for t in map(json.loads, lines) if t.get("values")]
+    assert min(losses) <= 0.6 and max(losses) >= 2 * min(losses)
+    best = "runs/search_lora-search/searched.yaml"
+    assert app.run(["train", f"recipe={best}", *LISTS(place / "lists"), "run.dir=control", "log.live=off"]) == 0
+    assert metrics(Path("control"))["eval/loss"] >= 1.0
+
+
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    """Method -> means of its row on a board."""
+    board = json.loads((folder / "leaderboard.json").read_text(encoding="utf-8"))
+    return {row["method"]: row["mean"] for row in board["rows"]}
+
+
+def test_every_method_of_the_board_learns(place: Path) -> None:
+    """Four labels, 0.25 by chance, after 60 steps of 16 rows."""
+    made = {name: row["score"] for name, row in scores(stages("peft_leaderboard")["board"]).items()}
+    assert len(made) == 18 and min(made.values()) >= 0.36 and sum(v >= 0.5 for v in made.values()) >= 12
+    some = {"sft", "sft_lora", "adapter"}
+    every = compose("peft_leaderboard").recipe.stages["method"]["each"]["method"]
+    dropped = [f"~stages.method.each.method.{name}" for name in every if name not in some]
+    dropped += [f"~stages.again.each.method.{name}" for name in ("bitfit", "ia3")]
+    control = scores(stages("peft_leaderboard", *LABELS(place / "labels"), *dropped)["board"])
+    assert len(control) == 3 and max(row["score"] for row in control.values()) <= 0.36
+
+
+def test_objectives_of_the_board_learn(place: Path) -> None:
+    """Two of the pair objectives, at their full length, from one fine-tuned model, and the same on swapped pairs."""
+    every = compose("alignment_leaderboard").recipe.stages["aligned"]["each"]["objective"]
+    dropped = [f"~stages.aligned.each.objective.{name}" for name in every if name not in ("kto_lora", "orpo_lora")]
+    words = ["~stages.reward", "stages.board.limit=40", "stages.board.n=2", *dropped]
+    rows = scores(stages("alignment_leaderboard", *words)["board"])
+    assert min(rows[name]["win_rate"] for name in ("kto", "orpo")) >= 0.7 and rows["sft"]["win_rate"] == 0.5
+    pairs = PAIRS(place / "pairs")[0]
+    control = ["~stages.aligned.each.objective.kto_lora", f"+stages.aligned.each.objective.orpo_lora.{pairs}"]
+    assert scores(stages("alignment_leaderboard", *words, *control)["board"])["orpo"]["win_rate"] <= 0.6
