@@ -44,7 +44,7 @@ def test_bounds_leave_room_between_a_run_and_its_control(recipe: str) -> None:
     if proof.metric == "eval/loss":
         assert proof.missed >= 1.1 * proof.reached
     else:
-        assert proof.reached - proof.missed >= 0.1
+        assert round(proof.reached - proof.missed, 6) >= 0.1
 
 
 @pytest.mark.parametrize("recipe", ["sft_lora", "parallel_adapter", "bitfit", "group_mask"])

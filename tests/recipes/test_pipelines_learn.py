@@ -56,9 +56,9 @@ def test_dpo_on_a_fine_tuned_model_learns_the_preferences(place: Path) -> None:
 
 def test_a_student_learns_what_its_teacher_knows(place: Path) -> None:
     made = stages("distill_answers")
-    assert metrics(made["measured"])["exact_match"] >= 0.95
+    assert metrics(made["measured"])["eval/exact_match"] >= 0.95
     control = stages("distill_answers", moved(LISTS(place / "lists"), "teacher"))
-    assert metrics(control["measured"])["exact_match"] <= 0.05
+    assert metrics(control["measured"])["eval/exact_match"] <= 0.05
 
 
 @agent_rule
