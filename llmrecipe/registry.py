@@ -1,7 +1,8 @@
 """The registry: every method, objective, optimizer and schedule by name.
 
 A component is one file whose stem is its name, holding one class decorated with `@register`. The class is its own config:
-its annotated fields are the options of the YAML key, the string below a field explains it.
+its annotated fields are the options of the YAML key, the string below a field explains it. Components that differ in little
+more than a name inherit their options from a mixin decorated with `@options`.
 
 Two views of the same source:
 
@@ -61,6 +62,8 @@ class Option:
     default: Any
     """The default value, or `...` where the option is required."""
     doc: str
+    path: Path
+    """The file it is written in: the component's, or that of a mixin."""
     line: int
 
 
@@ -106,6 +109,11 @@ class Spec:
             o.name: (Annotated[o.annotation, Field(description=o.doc)], o.default) for o in self.options.values()
         }
         return create_model(self.class_name, __config__=CONFIG, **spec_fields)
+
+
+def options(cls: T) -> T:
+    """Make a mixin of options: a component that names it among its bases has them, with those it adds or changes itself."""
+    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
 
 
 def _plain(value: Any) -> Any:
@@ -179,16 +187,38 @@ def _index() -> dict[str, dict[str, Spec]]:
 def _read(package: str, root: Path, path: Path, text: str) -> Spec | None:
     tree = ast.parse(text)
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and any(isinstance(d, ast.Name) and d.id == "register" for d in node.decorator_list):
+        if isinstance(node, ast.ClassDef) and _is_decorated(node, "register"):
             bases = [b.id for b in node.bases if isinstance(b, ast.Name)]
             group = next((INTERFACES[b] for b in bases if b in INTERFACES), None)
             if group is None:
                 raise LlmRecipeError(f"{path}:{node.lineno}: {node.name} inherits none of {', '.join(INTERFACES)}")
             module = ".".join([package, *path.relative_to(root).with_suffix("").parts])
-            options, facts = _members(node, path)
+            options, facts = _inherited(tree, bases, package, root)
+            own, named = _members(node, path)
+            options, facts = {**options, **own}, {**facts, **named}
             doc = inspect.cleandoc(ast.get_docstring(node) or "")
             return Spec(group, path.stem, module, node.name, path, node.lineno, doc, options, facts)
     return None
+
+
+def _is_decorated(node: ast.ClassDef, name: str) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == name for d in node.decorator_list)
+
+
+def _inherited(tree: ast.Module, bases: list[str], package: str, root: Path) -> tuple[dict[str, Option], dict[str, Any]]:
+    """Options and facts of the mixins a class names, read where the file imports them from."""
+    found: tuple[dict[str, Option], dict[str, Any]] = {}, {}
+    homes = {a.name: i.module or "" for i in tree.body if isinstance(i, ast.ImportFrom) for a in i.names}
+    for base in reversed(bases):
+        inside = homes.get(base, "").removeprefix(f"{package}.")
+        path = root.joinpath(*inside.split(".")).with_suffix(".py")
+        if base in INTERFACES or not path.is_file():
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == base and _is_decorated(node, "options"):
+                for known, more in zip(found, _members(node, path), strict=True):
+                    known.update(more)
+    return found
 
 
 def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[str, Any]]:
@@ -212,7 +242,7 @@ def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[st
             default = ... if item.value is None else eval(ast.unparse(item.value), dict(scope))
         except NameError as error:
             raise LlmRecipeError(f"{path}:{item.lineno}: option types come from llmrecipe.fields only: {error}") from error
-        options[item.target.id] = Option(item.target.id, annotation, text, default, doc, item.lineno)
+        options[item.target.id] = Option(item.target.id, annotation, text, default, doc, path, item.lineno)
     return options, facts
 
 

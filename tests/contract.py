@@ -329,8 +329,8 @@ def test_the_source_view_of_a_component_is_its_class(name: str) -> None:
 
     for spec in registry.find(name):
         cls = registry.load(spec.group, spec.name)
-        bases = [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
-        inherited = {f.name for base in bases for f in dataclasses.fields(base)}
+        interfaces = [base for base in cls.__mro__[1:] if base.__name__ in registry.INTERFACES]
+        inherited = {f.name for base in interfaces if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
         real = {f.name for f in dataclasses.fields(cls)} - inherited
         assert real == set(spec.options)
         optional = {k: v for k, v in spec.defaults().items() if k != "kind"}

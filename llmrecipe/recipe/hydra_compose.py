@@ -180,7 +180,7 @@ def _mark(origins: Origins, chain: Chain, config_path: str) -> None:
     at = ("stack", option) if group == "stack" else (group,)
     for key, _ in leaves(spec.defaults()):
         known = spec.options.get(str(key[0]))
-        origins[(*at, *key)] = Origin("default", spec.path, known.line if known else spec.line)
+        origins[(*at, *key)] = Origin("default", known.path if known else spec.path, known.line if known else spec.line)
 
 
 def _mark_file(origins: Origins, source: YamlFile, body: dict[str, Any], at: tuple[str, ...]) -> None:

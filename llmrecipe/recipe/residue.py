@@ -104,7 +104,7 @@ class Cleaner:
             self._drop([(*at, name) for name in names], f"set for {old}, and {dotted(at)} is now {kind}")
         for name in defaults:
             if name != "kind" and not self._below((*at, name)):
-                self.origins[(*at, name)] = Origin("default", spec.path, spec.options[name].line)
+                self.origins[(*at, name)] = Origin("default", spec.options[name].path, spec.options[name].line)
         return whole
 
     @staticmethod

@@ -13,7 +13,6 @@ from llmrecipe.errors import RunError
 if TYPE_CHECKING:
     import torch
 
-DEVICES = ("cpu", "cuda", "xpu")
 BLOCK = 256
 """Entries that share one scale in an 8-bit state."""
 SMALLEST = 4096

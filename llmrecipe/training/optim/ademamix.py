@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from llmrecipe.fields import ClassVar, NonNegativeFloat, OpenFraction, PositiveFloat
+from llmrecipe.fields import ClassVar
 from llmrecipe.registry import register
-from llmrecipe.training import bnb
+from llmrecipe.training.bnb_optimizers import AdEMAMixOptions
 from llmrecipe.training.optimizer import Optimizer
-
-if TYPE_CHECKING:
-    import torch
 
 
 @register
-class AdEMAMix(Optimizer):
+class AdEMAMix(AdEMAMixOptions, Optimizer):
     """AdEMAMix: u = (m1^ + alpha m2) / (sqrt(v^) + eps).
 
     m1 is a fast and m2 a slow mean of the gradient, v the mean of its square.
@@ -23,33 +17,6 @@ class AdEMAMix(Optimizer):
     "The AdEMAMix Optimizer: Better, Faster, Older", arXiv 2409.03137 (bitsandbytes).
     """
 
-    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
-
+    library: ClassVar[str] = "AdEMAMix"
+    bits: ClassVar[int] = 32
     entrywise: ClassVar[bool] = True
-
-    lr: PositiveFloat = 2e-4
-    """Learning rate at its peak."""
-    beta1: OpenFraction = 0.9
-    """Memory of the fast mean gradient."""
-    beta2: OpenFraction = 0.999
-    """Memory of the mean squared gradient."""
-    beta3: OpenFraction = 0.9999
-    """Memory of the slow mean gradient."""
-    alpha: PositiveFloat = 5.0
-    """Weight of the slow mean in the update."""
-    eps: PositiveFloat = 1e-8
-    """Added to the denominator."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay of matrices; norms, biases and adapters do not decay."""
-    decay_adapters: bool = False
-    """Also decay the matrices of adapters, which pulls them to the base model."""
-    clip: NonNegativeFloat = 1.0
-    """Largest gradient norm of a step; 0 turns clipping off."""
-
-    def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """See `Optimizer.build`."""
-        return bnb.build("AdEMAMix", params, betas=(self.beta1, self.beta2, self.beta3), alpha=self.alpha, eps=self.eps)
-
-    def state_bytes(self, shape: Sequence[int]) -> int:
-        """Three running averages in 32 bits."""
-        return bnb.state_bytes(shape, states=3, bits=32)
