@@ -23,7 +23,7 @@ READ_FOR_THEM = {"clip": "training/run.py", "mask": "training/assemble.py"}
 
 @functools.cache
 def attributes(path: Path) -> frozenset[str]:
-    """Names read as attributes, and texts handed to `getattr`."""
+    """Names read as attributes, and texts handed to `getattr`, also those of a tuple that is gone through."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {
         node.attr
@@ -33,6 +33,11 @@ def attributes(path: Path) -> frozenset[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    tuples = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.DictComp | ast.ListComp) and "getattr(self, " in ast.unparse(node):
+            lists = [tuples.get(g.iter.id) for g in node.generators if isinstance(g.iter, ast.Name)]
+            found |= {e.value for t in lists if isinstance(t, ast.Tuple) for e in t.elts if isinstance(e, ast.Constant)}
     return frozenset(found)
 
 
