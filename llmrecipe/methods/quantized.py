@@ -96,6 +96,24 @@ def replace_linears(model: nn.Module, skip: Sequence[str], make: Callable[[nn.Mo
     return len(made)
 
 
+def adopt(model: nn.Module, kind: type[nn.Module], skip: Sequence[str]) -> list[Any]:
+    """Give every quantized layer, whoever quantized it, this package's class and with it its forward; nothing of them trains.
+
+    Returns:
+        The layers.
+
+    Raises:
+        ModelError: there are none.
+    """
+    found = [module for _, module in quantized(model)]
+    if not found:
+        raise ModelError(f"the model has no linear layer to quantize\n  skipped: {', '.join(skip)}")
+    for module in found:
+        module.__class__ = kind
+        module.weight.requires_grad_(False)  # type: ignore[operator,union-attr]
+    return found
+
+
 def _is_dense(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmrecipe.errors import ModelError
 from llmrecipe.fields import Field, NonNegativeFloat
-from llmrecipe.methods.quantized import dequantize_model, layers, quantized, replace_linears, skip_patterns
+from llmrecipe.methods.quantized import adopt, dequantize_model, layers, quantized, replace_linears, skip_patterns
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -59,13 +58,7 @@ class Int8(Wrapper):
             ModelError: the model has no linear layer that can be quantized.
         """
         replace_linears(model, self.skip, self._make)
-        count = 0
-        for _, module in quantized(model):
-            module.__class__ = layers().Linear8bit
-            module.weight.requires_grad_(False)
-            count += 1
-        if count == 0:
-            raise ModelError(f"stack.{self.name}: the model has no linear layer to quantize\n  skipped: {', '.join(self.skip)}")
+        adopt(model, layers().Linear8bit, self.skip)
 
     def _make(self, old: nn.Module, weight: Tensor) -> nn.Module:
         import bitsandbytes as bnb
