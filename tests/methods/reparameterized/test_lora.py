@@ -60,6 +60,12 @@ CASES = [
     ("llama", "attn.q", ["q_proj"], {"use_rslora": True}),
     ("gpt2", "attn.qkv", ["c_attn"], {}),
     ("llama", "embed", ["embed_tokens"], {}),
+    (
+        "llama",
+        "attn.q|v",
+        ["q_proj", "v_proj"],
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 9}},
+    ),
     ("gpt2", "attn.qkv", ["c_attn"], {"lora_bias": True}),
     ("llama", "attn.q|v", ["q_proj", "v_proj"], {"lora_bias": True, "use_rslora": True}),
 ]
@@ -92,6 +98,63 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+
+def test_five_steps_on_fused_experts_equal_peft() -> None:
+    """peft stacks A by experts and B by ranks; its steps on them are ours."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = adapted("mixtral", target="experts", r=2, alpha=6.0)
+    fill(model)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    twin = get_peft_model(tiny_model("mixtral"), LoraConfig(target_modules=[], target_parameters=names, r=2, lora_alpha=6))
+    ours = {(path, port.tensor): port for path, _, _, port in all_ports(model)}
+    theirs = {
+        (n.replace(".base_layer", ""), m.parameter_name): m
+        for n, m in twin.base_model.model.named_modules()
+        if hasattr(m, "parameter_name")
+    }
+    assert ours.keys() == theirs.keys() and len(ours) == 4
+    for key, port in ours.items():
+        theirs[key].lora_A["default"].weight.data = port.A.detach().reshape(-1, port.A.shape[-1]).clone()
+        theirs[key].lora_B["default"].weight.data = port.B.detach().permute(1, 2, 0).reshape(port.B.shape[1], -1).clone()
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, twin)]
+    for _ in range(5):
+        losses = []
+        for m in (model, twin):
+            logits = m(input_ids=IDS).logits
+            losses.append(nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]))
+            losses[-1].backward()
+        torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+        for key, port in ours.items():
+            grad = theirs[key].lora_A["default"].weight.grad.view_as(port.A)
+            torch.testing.assert_close(port.A.grad, grad, atol=1e-5, rtol=1e-3)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0] < 6.0 and all(p.grad is None for n, p in model.named_parameters() if ".lora" not in n), (
+        "no buffers of the base"
+    )
+
+
+def test_a_tied_pair_sums_the_gradients_of_both_uses_in_float64() -> None:
+    """Against two pairs with equal values on an untied copy: dL/dA is that of the embedding's A plus that of the head's B."""
+    tied = tiny_model(tie_word_embeddings=True)
+    Stack([Lora(name="lora", target="embed + head", r=4, alpha=6.0)]).attach(tied)
+    loose = tiny_model(tie_word_embeddings=True)
+    loose.lm_head.weight = nn.Parameter(loose.lm_head.weight.detach().clone())
+    loose.config.tie_word_embeddings = False
+    Stack([Lora(name="lora", target="embed + head", r=4, alpha=6.0)]).attach(loose)
+    fill(tied)
+    pair, embed, head = tied.model.embed_tokens.lora, loose.model.embed_tokens.lora, loose.lm_head.lora
+    embed.A.data, embed.B.data = pair.A.data.clone(), pair.B.data.clone()
+    head.A.data, head.B.data = pair.B.data.t().clone(), pair.A.data.t().clone()
+    for m in (tied, loose):
+        m.double()
+    (a, _), (b, _) = losses_and_gradients(tied), losses_and_gradients(loose)
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    torch.testing.assert_close(pair.A.grad, embed.A.grad + head.B.grad.t(), atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(pair.B.grad, embed.B.grad + head.A.grad.t(), atol=1e-12, rtol=1e-9)
 
 
 def losses_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
