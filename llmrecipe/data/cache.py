@@ -137,9 +137,9 @@ class TokenTable:
         parts = [batch.lengths([n for n in self.kind.lists if n != "type_ids"]) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def strings(self, column: str) -> list[str | None]:
-        """A text column, whole."""
-        return [value for batch in self._batches for value in batch.scalars[column].to_pylist()]
+    def column(self, name: str) -> list[Any]:
+        """A column of texts or numbers, whole; None where a row has none."""
+        return [value for batch in self._batches for value in batch.scalars[name].to_pylist()]
 
 
 class _Batch:

@@ -189,7 +189,13 @@ def _paired(prompt_row: Row, row: Row, options: Options) -> list[Row]:
         rest = {k: v for k, v in row.items() if k != "prompt"}
         return [{**_prompt_answers(prompt_row, (), options), "columns": rest}]
     pair = _prompt_answers(prompt_row, ("chosen", "rejected"), options)
+    soft = row.get("p")
     if options.rows == "unpaired":
+        if soft not in (None, 1):
+            raise DataError(
+                f"'p' is {soft!r:.40}: how likely the chosen answer is the better one says nothing of an answer by itself, "
+                "which is liked or not; write labels without it (label_ai: hard: true), or use pairs (dpo, reward)"
+            )
         shared = {k: v for k, v in pair.items() if k not in ("chosen", "rejected")}
         return [
             {**shared, "completion": pair["chosen"], "label": True},
@@ -197,10 +203,10 @@ def _paired(prompt_row: Row, row: Row, options: Options) -> list[Row]:
         ]
     if row.get("margin") is not None:
         pair["margin"] = float(row["margin"])
-    if row.get("p") is not None:
-        pair["p"] = float(row["p"])
+    if soft is not None:
+        pair["p"] = float(soft)
         if not 0.0 <= pair["p"] <= 1.0:
-            raise BadRow("'p' is no probability that the chosen answer is the better one", f"{row['p']!r:.80}")
+            raise BadRow("'p' is no probability that the chosen answer is the better one", f"{soft!r:.80}")
     return [pair]
 
 

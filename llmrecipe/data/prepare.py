@@ -74,6 +74,10 @@ class TokenData(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
+    def column(self, name: str) -> list[Any]:
+        """A stored column of texts or numbers, whole; None where a row has none."""
+        return [value for table in self.tables for value in table.column(name)]
+
     def label(self, text: str) -> int | float | list[int]:
         """A stored label (JSON text) as a class index, a list of them, or a number."""
         value = json.loads(text)
@@ -155,7 +159,7 @@ def prepare(
     key = hashlib.sha256(joined.encode()).hexdigest()
     labels = _labels(tables, label_map, split, report.source) if rows in ("labelled", "pairs") else None
     if tasks is not None:
-        tasks = tasks.resolve((value for table in tables for value in {*table.strings("task")}), report.source)
+        tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
 
 
@@ -176,7 +180,7 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     Raises:
         DataError: the split has labels the training rows lack.
     """
-    values = [json.loads(text) for table in tables for text in {*table.strings("label")} if text is not None]
+    values = [json.loads(text) for table in tables for text in {*table.column("label")} if text is not None]
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
     if given is None:
         real = not flat or any(isinstance(v, float) for v in flat)

@@ -198,6 +198,10 @@ class StreamedRows(Sequence[Row]):
         readers = [part.reader for part in stream.parts]
         self._length = ENDLESS if any(isinstance(r, HubStream) for r in readers) else sum(map(len, readers))
 
+    def column(self, name: str) -> list[Any]:
+        """Nothing: rows of a stream are known one by one, as they are read."""
+        return []
+
     @property
     def report(self) -> Report:
         """Counts over the rows read so far."""

@@ -140,7 +140,7 @@ class Duel:
     def _margins(self, subject: Subject) -> Tensor:
         parts = []
         for part in _parts(self.pairs):
-            own, base = (policy_scores(collate_pairs(list(part), s.roles), s.roles) for s in (subject, self.base))
+            own, base = (policy_scores(collate_pairs(list(part), s.roles, soft=None), s.roles) for s in (subject, self.base))
             parts.append((own.chosen - base.chosen - own.rejected + base.rejected).double().cpu())
         return torch.cat(parts)
 

@@ -33,21 +33,28 @@ class Word:
     """Whether it chooses an option of a group rather than setting a value."""
 
 
-def parse(words: list[str]) -> list[Word]:
+RESERVED = ("hydra", "recipe", "resume")
+"""Words of a command line that set nothing in a recipe."""
+
+
+def parse(words: list[str], reserved: tuple[str, ...] = RESERVED) -> list[Word]:
     """Parse the overrides of a command line.
+
+    Args:
+        reserved: keys that cannot be set.
 
     Raises:
         RecipeError: a word that is not `key=value`, `+key=value` or `~key`, or one that lists several values.
     """
-    return [_word(text) for text in words]
+    return [_word(text, reserved) for text in words]
 
 
-def _word(text: str) -> Word:
+def _word(text: str, reserved: tuple[str, ...]) -> Word:
     bare = text.lstrip("+~")
     if "=" not in text and not text.startswith("~"):
         near = " (options start with --, such as --json)" if text.startswith("-") else ""
         raise RecipeError(f"'{text}': an override is key=value, +key=value or ~key{near}; nothing was set")
-    if bare.split("=")[0].split(".")[0] in ("hydra", "recipe", "resume"):
+    if bare.split("=")[0].split(".")[0] in reserved:
         raise RecipeError(f"'{text}': {bare.split('=')[0].split('.')[0]} cannot be set by an override")
     try:
         parsed = OverridesParser.create().parse_overrides([text])[0]

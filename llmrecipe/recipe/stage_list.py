@@ -161,7 +161,7 @@ def _wrong_step(body: Mapping[str, Any], at: KeyPath, inner: bool) -> list[tuple
             f"{dotted((*at, key))}: a step has no key '{key}'; its options are those of `llmrecipe show {kind}`, and seed",
         )
         for key in misplaced
-        if key in body
+        if key in body and key not in registry.spec("step", kind).options
     ]
 
 

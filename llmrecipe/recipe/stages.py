@@ -35,7 +35,7 @@ from llmrecipe.recipe.each import AXIS
 from llmrecipe.recipe.inherit import inherited_keys
 from llmrecipe.recipe.origins import leaves
 from llmrecipe.recipe.stage_list import Stage, in_order, parse, place_of
-from llmrecipe.recipe.steps import StepComposition, compose_step, needs, unfinished
+from llmrecipe.recipe.steps import StepComposition, compose_step, needs, result, unfinished
 from llmrecipe.recipe.yaml_file import dotted
 
 PLAIN_PATH = re.compile(r"[\w ./+@%~-]+")
@@ -51,7 +51,7 @@ class Planned:
 
     stage: Stage
     words: list[str]
-    """Words of the command line, directories of its inputs filled in."""
+    """Words of the command line, results of its inputs filled in."""
     mapping: dict[str, Any]
     """Its composed mapping, with `${stage:x}` where results of other stages belong."""
     composition: Composition | StepComposition
@@ -68,6 +68,11 @@ class Planned:
     def gives(self) -> str:
         """What it leaves for other stages."""
         return self.composition.gives if isinstance(self.composition, StepComposition) else "model"
+
+    @property
+    def result(self) -> Path:
+        """What `${stage:x}` stands for."""
+        return self.dir / result(self.composition.kind) if isinstance(self.composition, StepComposition) else self.dir
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,23 @@ def plan(pipeline: Composition) -> Plan:
     if not PLAIN_PATH.fullmatch(str(folder)):
         raise RecipeError(f"run: {folder}: words of the command line name this folder; use letters, digits and . _ - + @ %")
     made = Plan(pipeline.name, folder, notes=list(pipeline.notes))
-    dirs: dict[str, Path] = {}
+    results: dict[str, Path] = {}
     keys: dict[str, str] = {}
     mistakes: list[str] = []
     for stage in stages:
         try:
             composition = compose_stage(stage)
+            step = isinstance(composition, StepComposition)
+            key = keys[stage.name] = composition.key(keys) if step else content_key(composition.mapping, keys)
         except RecipeError as error:
             mistakes += [f"{dotted(stage.at)}{'.' if stage.step else ': '}{line}" for line in str(error).split("\n")]
-            dirs[stage.name] = folder / stage.name
+            results[stage.name] = folder / stage.name
             keys[stage.name] = ""
             continue
         made.notes.extend(f"{stage.name}: {note}" for note in composition.notes)
         wrong = _wrong_inputs(stage, composition, made)
         mistakes += [text + place_of(pipeline, stage.at) for text in wrong]
-        step = isinstance(composition, StepComposition)
-        key = keys[stage.name] = composition.key(keys) if step else content_key(composition.mapping, keys)
-        dirs[stage.name] = folder / f"{stage.name}-{key}"
-        filled = functools.partial(REFERENCE.sub, lambda m: str(dirs[m[1]]))
+        filled = functools.partial(REFERENCE.sub, lambda m: str(results[m[1]]))
         mapping = each_text(composition.mapping, filled)
         made.stages.append(
             Planned(
@@ -122,9 +126,10 @@ def plan(pipeline: Composition) -> Plan:
                 composition.mapping,
                 dataclasses.replace(composition, mapping=mapping) if step else revalidated(composition, mapping),
                 key,
-                dirs[stage.name],
+                folder / f"{stage.name}-{key}",
             )
         )
+        results[stage.name] = made.stages[-1].result
     if mistakes:
         # Stages written out from one `each` share their mistakes.
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
@@ -187,27 +192,33 @@ def for_check(
     for planned in made.stages:
         if isinstance(planned.composition, StepComposition):
             mapping = each_text(planned.mapping, lambda text: REFERENCE.sub(lambda m: filled(m, made, done), text))
-            found[planned.name] = dataclasses.replace(planned.composition, mapping=mapping)
+            step = found[planned.name] = dataclasses.replace(planned.composition, mapping=mapping)
+            if planned.gives == "model":
+                bases[planned.name] = _based(dict(step.build().model()), bases)
             continue
         if all(name in done for name in planned.stage.inputs):
             bases[planned.name] = planned.composition.mapping["model"]
             found[planned.name] = planned.composition
             continue
-        model = planned.mapping["model"]
-        reference = REFERENCE.fullmatch(str(model["path"]))
-        if reference and reference[1] in bases:
-            below, default = bases[reference[1]], section_defaults()["model"]
-            own = {k: v for k, v in model.items() if v != default.get(k)}
-            model = {**below, **own, "path": below["path"], "continue": False}
-        bases[planned.name] = model
+        model = bases[planned.name] = _based(planned.mapping["model"], bases)
         mapping = {**planned.mapping, "model": model, "data": _with_examples(planned.mapping["data"], made, done, example)}
         found[planned.name] = revalidated(planned.composition, mapping)
     return found
 
 
+def _based(model: dict[str, Any], bases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A model section that names an unfinished stage, on the model which that stage starts from."""
+    reference = REFERENCE.fullmatch(str(model["path"]))
+    if not reference or reference[1] not in bases:
+        return model
+    below, default = bases[reference[1]], section_defaults()["model"]
+    own = {k: v for k, v in model.items() if v != default.get(k)}
+    return {**below, **own, "path": below["path"], "continue": False}
+
+
 def filled(reference: re.Match[str], made: Plan, done: set[str]) -> str:
-    """The directory of a finished stage; of another one the reference itself."""
-    return str(made[reference[1]].dir) if reference[1] in done else reference[0]
+    """What a finished stage has left; of another one the reference itself."""
+    return str(made[reference[1]].result) if reference[1] in done else reference[0]
 
 
 def _with_examples(data: dict[str, Any], made: Plan, done: set[str], example: Callable[[str], Path] | None) -> dict[str, Any]:

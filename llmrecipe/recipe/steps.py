@@ -65,8 +65,12 @@ class StepComposition:
         return {k: v for k, v in self.mapping.items() if k not in ("kind", "seed")}
 
     def key(self, keys: Mapping[str, str]) -> str:
-        """The key of its result (see `content_key`)."""
-        return content_key(self.mapping, keys, named=tuple(needs(self.kind)))
+        """The key of its result (see `content_key`).
+
+        Raises:
+            RecipeError: it refuses its options, or a recipe it names is wrong.
+        """
+        return content_key({**self.mapping, **self.build().stands_on()}, keys, named=tuple(needs(self.kind)))
 
     @property
     def dir(self) -> Path:
@@ -90,6 +94,11 @@ def gives(kind: str) -> str:
     return str(registry.spec(GROUP, kind).facts.get("gives") or "metrics")
 
 
+def result(kind: str) -> str:
+    """The folder within a step's own that its result lies in."""
+    return str(registry.spec(GROUP, kind).facts.get("result") or "")
+
+
 def needs(kind: str) -> dict[str, str]:
     """Options of a kind that may name another stage's result -> what that result must be."""
     return dict(registry.spec(GROUP, kind).facts.get("needs") or {})
@@ -106,7 +115,7 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
 
     registry.spec(GROUP, kind, "kind")
     tree: dict[str, Any] = {}
-    for word in parse(list(words)):
+    for word in parse(list(words), reserved=("hydra", "resume")):
         node = tree
         for part in word.key[:-1]:
             inner = node.setdefault(str(part), {})

@@ -46,6 +46,9 @@ def run(composition: StepComposition) -> RunDir:
             work = Work(folder, composition.frame.seed, composition.frame.log.live)
             work.finish(step.run(work))
         folder.status("done")
+    except Interrupted:
+        folder.status("interrupted")
+        raise
     except KeyboardInterrupt as stop:
         folder.status("interrupted")
         raise Interrupted(f"stopped; the same command goes on, and what was answered is kept in {folder.path}") from stop

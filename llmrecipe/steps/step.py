@@ -20,13 +20,15 @@ class Step:
     """One stage `{kind: NAME, ...}`. Fields are its options; `seed` and the folder are given by the frame (see `Work`).
 
     A step that is started again after a stop is given the same options, seed and folder, and what it kept in its journals.
-    An option may hold `${stage:x}`: the directory of that stage stands there when the step runs.
+    An option may hold `${stage:x}`: what that stage has left stands there when the step runs.
     """
 
     group: ClassVar[str] = "step"
     gives: ClassVar[str] = "metrics"
     """What it leaves: `rows` (train.jsonl and so on, for `data.path=${stage:x}`), `model` (for `model.path=${stage:x}`), or
     nothing but `metrics`."""
+    result: ClassVar[str] = ""
+    """Folder within its own that `${stage:x}` stands for; empty for its own."""
     needs: ClassVar[Mapping[str, str]] = {}
     """Options that take the result of a stage -> what it must be (`rows`, `model`), as in {"model": "model"}."""
 
@@ -47,6 +49,21 @@ class Step:
         """Split (train, validation, test) -> rows like those it will leave, about as many, for the dry runs of later trainings.
 
         Only steps with `gives = "rows"` are asked; `unfinished` options as in `check`.
+        """
+        return {}
+
+    def model(self) -> Mapping[str, Any]:
+        """The `model` section that what it will leave starts from, for the dry runs of later trainings.
+
+        Only steps with `gives = "model"` are asked; `unfinished` options as in `check`.
+        """
+        raise NotImplementedError
+
+    def stands_on(self) -> Mapping[str, Any]:
+        """JSON its result follows from besides its options, such as what a recipe it names composes to.
+
+        Raises:
+            RecipeError: naming the option.
         """
         return {}
 

@@ -20,6 +20,7 @@ from llmrecipe.objectives.alignment.pairs import (
     logp_metrics,
     pair_count,
     pairs_per_token,
+    refuse_soft,
     reward_metrics,
     share_tokens,
 )
@@ -32,13 +33,15 @@ SEPARATE = ("nca", "apo_zero", "apo_down", "sppo")
 """Losses that look at each answer's reward, not only at their difference."""
 
 
-def dpo_loss(h: Tensor, loss_type: str = "sigmoid", smoothing: float = 0.0) -> Tensor:
+def dpo_loss(h: Tensor, loss_type: str = "sigmoid", smoothing: float = 0.0, p: Tensor | float = 1.0) -> Tensor:
     """Loss of each pair from h = beta (r_w - r_l), (P,).
 
-    sigmoid  -(1 - e) log sigma(h) - e log sigma(-h)         (e = 0: DPO; e > 0: conservative DPO)
+    sigmoid  -q log sigma(h) - (1 - q) log sigma(-h),   q = (1 - e) p + e (1 - p)      (p = 1 and e = 0: DPO)
     robust   [-(1 - e) log sigma(h) + e log sigma(-h)] / (1 - 2e)
     hinge    relu(1 - h)
     exo      sigma(h) [log sigma(h) - log(1 - e)] + sigma(-h) [log sigma(-h) - log e]
+
+    with p the probability that the chosen answer is the better one, which only `sigmoid` reads.
     """
     if loss_type == "hinge":
         return F.relu(1.0 - h)
@@ -47,7 +50,8 @@ def dpo_loss(h: Tensor, loss_type: str = "sigmoid", smoothing: float = 0.0) -> T
     if loss_type == "exo":
         log_w, log_l = F.logsigmoid(h), F.logsigmoid(-h)
         return log_w.exp() * (log_w - math.log1p(-smoothing)) + log_l.exp() * (log_l - math.log(smoothing))
-    return -(1.0 - smoothing) * F.logsigmoid(h) - smoothing * F.logsigmoid(-h)
+    q = (1.0 - smoothing) * p + smoothing * (1.0 - p)
+    return -q * F.logsigmoid(h) - (1.0 - q) * F.logsigmoid(-h)
 
 
 def separate_loss(r_w: Tensor, r_l: Tensor, beta: float, loss_type: str) -> Tensor:
@@ -77,7 +81,9 @@ class Dpo(Objective):
     without any stack, also without those of the run it continues; `none` drops the reference; a folder is another model or
     finished run, whose scores are taken before the policy is loaded. With `ref_sync` the reference follows the policy:
     pi_ref <- alpha pi + (1 - alpha) pi_ref every `steps` updates, over the weights. `length_norm` divides each r by its
-    answer's length. At step 0 the loss is log 2 (0.6931) for any beta.
+    answer's length. At step 0 the loss is log 2 (0.6931) for any beta. A row's `p` is the probability that its chosen answer
+    is the better one (soft labels of `label_ai`; 1 where a row has none): `sigmoid` then is -p log sigma(h) - (1 - p)
+    log sigma(-h), conservative DPO with an e of the row's own; other losses refuse such rows.
 
     `logprob_gap` minimises -(S_w - S_l), S = log pi(y|x): no reference, no beta and no lower bound, so it wants a small
     learning rate, `optim.clip` and `nll_coef`.
@@ -112,6 +118,7 @@ class Dpo(Objective):
 
         Raises:
             RecipeError: naming the key and what is allowed.
+            DataError: rows with soft labels under a loss that has no place for them.
         """
         check_reference(recipe, self.reference_of(), self.ref_sync)
         if self.loss_type == "robust" and self.label_smoothing >= 0.5:
@@ -120,6 +127,13 @@ class Dpo(Objective):
             )
         if self.loss_type == "exo" and self.label_smoothing == 0.0:
             raise RecipeError("objective.label_smoothing: exo takes its logarithm, so it must be above 0, for example 0.001")
+        if self.hard_only is not None:
+            refuse_soft(data, self.hard_only)
+
+    @property
+    def hard_only(self) -> str | None:
+        """What has no place for soft labels; None for the loss that reads them."""
+        return None if self.loss_type == "sigmoid" else f"objective.loss_type={self.loss_type}"
 
     def reference_of(self) -> str:
         """The `reference` option; `logprob_gap` has none."""
@@ -135,7 +149,7 @@ class Dpo(Objective):
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""
-        return collate_pairs(rows, roles)
+        return collate_pairs(rows, roles, soft=self.hard_only)
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
         """Micro-batches that know how many tokens the whole step has, where the likelihood's token mean needs it."""
@@ -154,13 +168,13 @@ class Dpo(Objective):
             wanted["loss"] = float(self.pair_losses(torch.zeros(1), torch.zeros(1)))
         return wanted
 
-    def pair_losses(self, r_w: Tensor, r_l: Tensor) -> Tensor:
-        """(P,) losses from the log-ratios of both answers."""
+    def pair_losses(self, r_w: Tensor, r_l: Tensor, p: Tensor | float = 1.0) -> Tensor:
+        """(P,) losses from the log-ratios of both answers and their soft labels."""
         if self.loss_type == "logprob_gap":
             return r_l - r_w
         if self.loss_type in SEPARATE:
             return separate_loss(r_w, r_l, self.beta, self.loss_type)
-        return dpo_loss(self.beta * (r_w - r_l), self.loss_type, self.label_smoothing)
+        return dpo_loss(self.beta * (r_w - r_l), self.loss_type, self.label_smoothing, p)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Summed loss of the pairs."""
@@ -188,4 +202,4 @@ class Dpo(Objective):
             metrics["nll"] = (nll.detach(), tokens)
         if self.length_norm:
             r_w, r_l = r_w / scores.chosen_tokens, r_l / scores.rejected_tokens
-        return self.pair_losses(r_w, r_l).sum(), nll, metrics
+        return self.pair_losses(r_w, r_l, batch.extra.get("p", 1.0)).sum(), nll, metrics

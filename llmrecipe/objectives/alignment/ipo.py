@@ -16,6 +16,7 @@ from llmrecipe.objectives.alignment.pairs import (
     log_ratios,
     logp_metrics,
     pair_count,
+    refuse_soft,
     reward_metrics,
 )
 from llmrecipe.objectives.alignment.references import check_reference, follow
@@ -82,8 +83,10 @@ class Ipo(Objective):
 
         Raises:
             RecipeError: naming the key and what is allowed.
+            DataError: rows with soft labels.
         """
         check_reference(recipe, self.reference, self.ref_sync)
+        refuse_soft(data, "ipo")
 
     def reference_of(self) -> str:
         """The `reference` option."""
@@ -99,7 +102,7 @@ class Ipo(Objective):
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""
-        return collate_pairs(rows, roles)
+        return collate_pairs(rows, roles, soft="ipo")
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""

@@ -19,6 +19,7 @@ from llmrecipe.objectives.alignment.pairs import (
     pair_count,
     pairs_per_token,
     policy_scores,
+    refuse_soft,
     reward_metrics,
     share_tokens,
 )
@@ -72,9 +73,17 @@ class Orpo(Objective):
     nll_on: Literal["all", "completion"] = "all"
     """Tokens of the likelihood term: prompt and chosen answer, or the chosen answer."""
 
+    def check(self, recipe: Any, data: Any) -> None:
+        """Refuse soft labels.
+
+        Raises:
+            DataError: naming a row.
+        """
+        refuse_soft(data, "orpo")
+
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt, whose tokens are targets too where the likelihood covers it."""
-        return collate_pairs(rows, roles, prompt_targets=self.nll_on == "all")
+        return collate_pairs(rows, roles, prompt_targets=self.nll_on == "all", soft="orpo")
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
         """Micro-batches that know how many tokens the whole step has: the likelihood is a mean over them."""

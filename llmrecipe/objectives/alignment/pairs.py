@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.batch import Batch, Sequence
+from llmrecipe.errors import DataError
 from llmrecipe.training.roles import Roles
 
 
@@ -26,13 +27,41 @@ class PairScores:
     rejected_tokens: Tensor
 
 
-def collate_pairs(rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool = False) -> Batch:
+def refuse_soft(data: Any, why: str) -> None:
+    """Refuse rows whose `p` is a soft label.
+
+    Args:
+        data: the training rows.
+        why: what has no place for it.
+
+    Raises:
+        DataError: with the first such row.
+    """
+    found = next(((i, p) for i, p in enumerate(data.column("p")) if p not in (None, 1.0)), None)
+    if found is not None:
+        raise _soft(*found, why)
+
+
+def _soft(row: int, p: float, why: str) -> DataError:
+    return DataError(
+        f"row {row}: p is {p:g}: {why} has no place for the probability that the chosen answer is the better one; use "
+        "objective=dpo with loss_type=sigmoid, or objective=reward, or labels without it (label_ai: hard: true)"
+    )
+
+
+def collate_pairs(
+    rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool = False, soft: str | None = "this objective"
+) -> Batch:
     """Three sequences a pair: the prompt, once, and both answers that continue it.
 
     A packed batch reads each prompt once; padded rows write it out before each answer.
 
     Args:
         prompt_targets: score the prompt's tokens too, once a pair.
+        soft: what has no place for the rows' `p`; None takes it, as `extra["p"]` (1 where a row has none).
+
+    Raises:
+        DataError: a row has a soft label nobody reads.
     """
     sequences: list[Sequence] = []
     for row in rows:
@@ -44,6 +73,14 @@ def collate_pairs(rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool
     extra: dict[str, Tensor] = {}
     if any(r.get("margin") is not None for r in rows):
         extra["margin"] = torch.tensor([float(r.get("margin") or 0.0) for r in rows])
+    labels = [1.0 if r.get("p") is None else float(r["p"]) for r in rows]
+    if soft is None:
+        if any(p != 1.0 for p in labels):
+            extra["p"] = torch.tensor(labels)
+    else:
+        for row, p in zip(rows, labels, strict=True):
+            if p != 1.0:
+                raise _soft(row["row"], p, soft)
     batch = roles.layout(sequences, [r["row"] for r in rows], extra)
     keys = tuple(content_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
     return dataclasses.replace(batch, keys=keys)

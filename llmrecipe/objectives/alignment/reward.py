@@ -90,12 +90,9 @@ class Reward(Objective):
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt; no token is a target."""
-        batch = collate_pairs(rows, roles)
+        batch = collate_pairs(rows, roles, soft=None)
         lengths = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
         extra = {"lengths": torch.tensor(lengths, dtype=torch.float32, device=roles.device).reshape(-1, 2)}
-        labels = [r.get("p") for r in rows]
-        if any(p is not None for p in labels):
-            extra["p"] = torch.tensor([1.0 if p is None else float(p) for p in labels], device=roles.device)
         if self.pooling == "last_non_pad_id" and rows:
             extra["pool"] = _last_non_pad(batch, rows, roles.pad_id).to(roles.device)
         none = torch.zeros(0, dtype=torch.long, device=roles.device)

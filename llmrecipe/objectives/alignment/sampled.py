@@ -12,22 +12,36 @@ if TYPE_CHECKING:
     from llmrecipe.data.batch import Batch
     from llmrecipe.training.roles import Roles
 
-PLANNED = ("temperature", "max_new_tokens", "epochs", "minibatches", "missing_end", "generation_batch", "show")
-"""Options that a plan has under the same name."""
-
 
 class Sampled:
     """Mixed into an `Objective` whose rows are prompts. What differs: the options, `plan`, `advantages` and `loss`."""
 
     if TYPE_CHECKING:
         reward: dict[str, Any]
+        temperature: float
+        max_new_tokens: int
+        epochs: int
+        minibatches: int
         beta: float
+        missing_end: float | None
         eval_temperature: float | None
+        generation_batch: int
+        show: int
 
     def plan(self, **own: Any) -> Plan:
         """How rollouts are made: the options, and what only this objective asks for."""
-        options = {name: getattr(self, name) for name in PLANNED}
-        return Plan(**{**options, "held_out_temperature": self.eval_temperature, "reference": self.beta > 0, **own})
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "epochs": self.epochs,
+            "minibatches": self.minibatches,
+            "reference": self.beta > 0,
+            "missing_end": self.missing_end,
+            "held_out_temperature": self.eval_temperature,
+            "generation_batch": self.generation_batch,
+            "show": self.show,
+        }
+        return Plan(**{**options, **own})
 
     @functools.cached_property
     def live(self) -> Rollouts:

@@ -15,6 +15,7 @@ from llmrecipe.objectives.alignment.pairs import (
     logp_metrics,
     pair_count,
     policy_scores,
+    refuse_soft,
     reward_metrics,
 )
 from llmrecipe.objectives.objective import Loss, Objective
@@ -49,9 +50,17 @@ class Simpo(Objective):
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels."""
 
+    def check(self, recipe: Any, data: Any) -> None:
+        """Refuse soft labels.
+
+        Raises:
+            DataError: naming a row.
+        """
+        refuse_soft(data, "simpo")
+
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""
-        return collate_pairs(rows, roles)
+        return collate_pairs(rows, roles, soft="simpo")
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""
