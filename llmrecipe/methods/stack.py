@@ -247,7 +247,7 @@ class Stack:
 
 
 def is_head(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to a task head that is new here: initialised by the loader, or a role's own scalar head."""
+    """Whether a tensor or module belongs to a task head that is new here: the loader's fresh one, or a role's own scalar."""
     if heads.is_frozen(model, name):
         return False
     new = ("task_head", *getattr(model, "new_heads", ()))

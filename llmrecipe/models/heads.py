@@ -79,10 +79,10 @@ def mount(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_frozen(model: Any, name: str) -> bool:
-    """Whether a tensor belongs to a head that came with a mounted run."""
+    """Whether a tensor or module belongs to a head that came with a mounted run."""
     parts = name.split(".")
     heads = getattr(model, ATTRIBUTE, None)
-    if parts[0] != ATTRIBUTE or not isinstance(heads, nn.ModuleDict):
+    if parts[0] != ATTRIBUTE or len(parts) == 1 or not isinstance(heads, nn.ModuleDict):
         return False
     return bool(getattr(heads[parts[1]].weight, "frozen_head", False))
 

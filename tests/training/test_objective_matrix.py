@@ -23,8 +23,8 @@ START: dict[str, dict[str, float]] = {
     "rloo": {"policy/ratio": 1.0},
 }
 """Values before the first step that follow from the objective alone (IPO: 1 / (4 beta^2) at beta = 0.1)."""
-SAMPLE = {"dpo-mezo", "grpo-mezo", "dpo-apt", "reward-dylora", "classification-adalora"}
-"""Cells of the fast suite: gradients and none, pairs, a rule's reward, a value head and a task head, prompts and budgets."""
+SAMPLE = {"ppo-bitfit", "dpo-mezo", "grpo-mezo", "dpo-apt", "reward-dylora", "classification-adalora"}
+"""Cells of the fast suite: gradients and none, pairs, a rule's reward, value heads and a task head, prompts and budgets."""
 CELLS = [
     pytest.param(name, kind, id=f"{name}-{kind}", marks=() if f"{name}-{kind}" in SAMPLE else pytest.mark.slow)
     for name in OBJECTIVES
