@@ -4,6 +4,7 @@
         answers/                 rows with two answers, where a model was asked for them
         NAME.asked.jsonl         what an agent replied, where labeller NAME is one
         NAME.journal.jsonl       every decision of labeller NAME in its order, an undo included; only ever appended to
+        NAME.lock                held while NAME labels: one terminal at a time
         NAME.jsonl               preference rows {prompt, chosen, rejected, labeller, ...} that follow from it
 
 A tie or a skip is remembered, so that the pair is not shown again, and gives no row. Which answer is shown first is drawn for
@@ -28,6 +29,7 @@ from llmrecipe.agents.constitution import Constitution, Principle, draw
 from llmrecipe.agents.feedback import Pair, compare
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.evaluation.agreement import agreement
+from llmrecipe.lock import hold
 from llmrecipe.steps.answered import Answered, pairs_of
 from llmrecipe.steps.work import Journal, key_of
 
@@ -59,16 +61,21 @@ def questions(rows: Sequence[Answered]) -> list[Question]:
 class Labels:
     """The decisions of one labeller in a folder.
 
+    Args:
+        write: False only reads them, also while the labeller is at work.
+
     Raises:
         RecipeError: the name cannot be that of a file.
-        RunError: the journal is damaged.
+        RunError: the journal is damaged, or the labeller is at work in another process.
     """
 
-    def __init__(self, folder: Path, labeller: str, seed: int = 0):
+    def __init__(self, folder: Path, labeller: str, seed: int = 0, write: bool = True):
         if not NAME.fullmatch(labeller):
             raise RecipeError(f"--labeller: letters, digits, spaces and . _ : @ + - make a name; got {labeller!r}")
         self.folder, self.labeller, self.seed = folder, labeller, seed
-        self.journal = Journal(folder / f"{labeller}{JOURNAL}")
+        busy, hint = f"{labeller} is labelling in {folder} already", "; end that one, or choose another name with --labeller"
+        self._lock = hold(folder / f"{labeller}.lock", busy, hint) if write else None
+        self.journal = Journal(folder / f"{labeller}{JOURNAL}", write)
         self.order: list[str] = []
         """Keys of the decisions that stand, oldest first."""
         self.found: dict[str, dict[str, Any]] = {}
@@ -136,8 +143,10 @@ class Labels:
         return {**question.row.columns, **own, **p, **more}
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal, and let other terminals in."""
         self.journal.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def label_by_agent(
@@ -174,7 +183,7 @@ def facts(folder: Path, asked: Sequence[Question]) -> dict[str, Any]:
     judged: dict[str, dict[str, str]] = {}
     people: dict[str, Any] = {}
     for name in known:
-        labels = Labels(folder, name)
+        labels = Labels(folder, name, write=False)
         labels.close()
         current = {q.key: str(labels.found[q.key]["label"]) for q in asked if q.key in labels.found}
         counts = Counter(current.values())

@@ -38,14 +38,14 @@ def key_of(value: Any) -> str:
 class Journal:
     """Key -> JSON value in an append-only file: a line is written whole or, after a kill, left out.
 
-    A line that was cut short is the last one and is removed when the file is opened again.
+    A line that was cut short is the last one and is removed when the file is opened again to be written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, write: bool = True):
         self.path = path
         self._values: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 (see close)
+        self._file = open(path, "a+b" if write else "rb")  # noqa: SIM115 (see close)
         self._file.seek(0)
         good = 0
         for line in self._file:
@@ -59,8 +59,9 @@ class Journal:
                     f"{path}: the line after byte {good} is damaged ({error}); delete the file to ask anew"
                 ) from error
             good += len(line)
-        self._file.truncate(good)
-        self._file.seek(good)
+        if write:
+            self._file.truncate(good)
+            self._file.seek(good)
 
     def __contains__(self, key: str) -> bool:
         return key in self._values

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import RunError, did_you_mean
+from llmrecipe.lock import hold
 from llmrecipe.redact import redact, redact_text
 
 if TYPE_CHECKING:
@@ -108,21 +109,7 @@ class RunDir:
         Raises:
             RunError: another living process holds the lock.
         """
-        import fcntl
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            who = handle.read().strip()
-            handle.close()
-            raise RunError(f"{self.path} is being written by another process{f' ({who})' if who else ''}") from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        handle.flush()
-        self._lock = handle
+        self._lock = hold(self.path / "lock", f"{self.path} is being written by another process")
 
     def unlock(self) -> None:
         """Let other writers in."""

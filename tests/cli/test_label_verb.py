@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +193,34 @@ def test_a_table_for_people(rows: str, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_mistakes_are_explained(rows: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["label", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_labeller_sits_at_one_terminal(rows: str, person: Person, tmp_path: Path) -> None:
+    """A second terminal is refused with who has it, changes nothing, and others label and are counted meanwhile."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "llmrecipe", "label", "rows.jsonl", "-l", "ann", "--json"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert child.stdin is not None
+    child.stdin.write("1\n")
+    child.stdin.flush()
+    journal = Path("labels/ann.journal.jsonl")
+    until = time.time() + 120
+    while time.time() < until and not (journal.is_file() and journal.read_bytes().endswith(b"\n")):
+        time.sleep(0.05)
+    before = journal.read_bytes()
+    person("2", "-l", "ann", code=2)
+    told = told_to(person)
+    assert f"ann is labelling in labels already (process {child.pid} since " in told
+    assert "end that one, or choose another name with --labeller" in told
+    assert journal.read_bytes() == before
+    facts = person("1 2", "-l", "ben")
+    assert facts["labellers"]["ann"]["labelled"] == 1 and facts["labellers"]["ben"]["labelled"] == 2
+    out, _ = child.communicate("q\n", timeout=120)
+    assert json.loads(out)["labellers"]["ann"]["labelled"] == 1
+    assert person("2", "-l", "ann")["labellers"]["ann"]["labelled"] == 2
+
+
+def told_to(person: Person) -> str:
+    """What the last command said, on one line."""
+    return " ".join((person.screen.out + person.screen.err).split())
