@@ -216,6 +216,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "ppo": MANNERS,
     # pipelines
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
+    "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
     "rlhf": ShownBy("tests/rewards/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_rlaif.py::test_the_rules_score_rises_on_held_out_prompts"),

@@ -54,6 +54,16 @@ def test_dpo_on_a_fine_tuned_model_learns_the_preferences(place: Path) -> None:
     assert control["sft"] == made["sft"] and better(control["dpo"]) <= 0.75
 
 
+def test_dpo_on_the_best_of_a_search_learns_the_preferences(place: Path) -> None:
+    made = stages("searched_dpo", "stages.dpo.eval.test=false")
+    lines = (made["sft"] / "trials" / "trials.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    losses = [trial["values"][0] for trial in map(json.loads, lines) if trial["state"] == "done"]
+    assert metrics(made["sft"])["eval/loss"] == min(losses) <= 0.6
+    assert better(made["dpo"]) >= 0.85
+    control = stages("searched_dpo", "stages.dpo.eval.test=false", moved(PAIRS(place / "pairs"), "dpo"))
+    assert control["sft"] == made["sft"] and better(control["dpo"]) <= 0.75
+
+
 def test_a_student_learns_what_its_teacher_knows(place: Path) -> None:
     made = stages("distill_answers")
     assert metrics(made["measured"])["eval/exact_match"] >= 0.95
