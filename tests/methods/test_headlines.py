@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmrecipe import registry
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.methods.selective.diff_pruning import DiffPruning
 from llmrecipe.methods.selective.group_mask import GroupMask
 from llmrecipe.methods.selective.spt import Spt
+from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Probe
+from llmrecipe.training.optimizer import build_optimizer, parameter_groups
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 
@@ -58,10 +62,11 @@ def learned(wrapper: Any, other: nn.Module, steps: int, rate: float) -> tuple[nn
         return (tokens(10**7 + i) for i in range(n))
 
     stack.calibrate(model, Probe(batches, lambda ids: distance(model, other, ids), steps=steps))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    config = registry.load("optim", "adamw")(lr=rate, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer | None = None
     for step in range(steps):
-        stack.before_step(model, step)
+        if stack.before_step(model, step) or optimizer is None:
+            optimizer = build_optimizer(config, parameter_groups(model, config, stack.groups(model)))
         optimizer.zero_grad()
         (distance(model, other, tokens(step)) + stack.penalty(model)).backward()
         stack.after_backward(model, step)
@@ -119,6 +124,21 @@ def test_spt_puts_its_budget_where_the_loss_is_sensitive_and_beats_lora_spread_e
     model, best = learned(chosen, other, 300, 1e-2)
     assert count(model) <= count(even)
     assert best < 0.8 * flat
+
+
+def test_structured_diff_pruning_leaves_most_tensors_alone_and_beats_unstructured_and_that_magnitude() -> None:
+    """The paper's order at one density, and its count of tensors that keep no change at all."""
+    other = teacher(4, 0.15)
+    ends, empty = [], []
+    for options in ({"mode": "structured"}, {"mode": "unstructured"}, {"mode": "unstructured", "adaptive": False}):
+        gates = {} if "adaptive" in options else {"l0": 1e-5, "alpha_lr_scale": 20.0}
+        wrapper = DiffPruning(name="diff", density=0.02, l0_steps=200, w_lr_scale=1.0, **options, **gates)
+        model, end = learned(wrapper, other, 350, 5e-3)
+        assert sum(port.values.numel() for _, _, port in sparse_ports(model, "diff")) == 392
+        empty.append(len(base_weights(model)) - len({port.source for _, _, port in sparse_ports(model, "diff")}))
+        ends.append(end)
+    assert ends[0] < 0.7 * ends[1] and ends[1] < ends[2], ends
+    assert empty[0] > 1.5 * empty[1] and empty[1] > empty[2], empty
 
 
 def test_rows_of_large_fisher_information_beat_random_rows_at_the_same_budget() -> None:
