@@ -28,7 +28,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     names: list[str] = []
 
-    def here(child: Any, planned: Any, continued: bool) -> int:
+    def here(child: Any, planned: Any, continued: bool, enough: Any = None) -> int:
         names.append(planned.name)
         return app.run(command_of(planned, continued))
 

@@ -38,6 +38,10 @@ def test_regex() -> None:
     assert scores("regex", answer("it is\n12 now"), answer("none"), pattern=r"is.\d+") == [1.0, 0.0]
     assert scores("regex", answer("12"), answer("12 x"), pattern=r"\d+", where="whole") == [1.0, 0.0]
     assert scores("regex", answer("I am an AI"), pattern="an AI", found=-2.0) == [-2.0]
+    several = answer("Sorry, I CANNOT do that."), answer("as an ai model"), answer("The owl is green."), answer("I can")
+    declined = ["i (cannot|can't)", "as an AI"]
+    assert scores("regex", *several, pattern=declined, ignore_case=True) == [1.0, 1.0, 0.0, 0.0]
+    assert scores("regex", *several, pattern=declined) == [0.0, 0.0, 0.0, 0.0]
 
 
 def test_length() -> None:
@@ -172,6 +176,8 @@ def test_several_rewards_are_a_weighted_sum() -> None:
         ({"exact_match": {}}, r"objective.reward.exact_match: the prompt rows have no column 'answer'.*topic"),
         ({"rule": {"rule": "maners"}}, r"objective.reward.rule.rule: .*did you mean 'manners'"),
         ({"regex": {"pattern": "("}}, r"objective.reward.regex.pattern: not a regular expression"),
+        ({"regex": {"pattern": ["a", "("]}}, r"objective.reward.regex.pattern.1: not a regular expression"),
+        ({"regex": {"pattern": ["a", ""]}}, r"objective.reward.regex.pattern: must be given"),
         ({"length": {}}, r"objective.reward.length: no bound"),
         ({"format": {}}, r"objective.reward.format: give tags, or is_json"),
         ({"http": {"url": "localhost"}}, r"objective.reward.http.url: must be an address"),

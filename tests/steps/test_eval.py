@@ -46,6 +46,17 @@ def test_rewards_are_means_over_greedy_answers(tmp_path: Path) -> None:
     assert found["train/reward/right"] == pytest.approx(sum(v["reward/right"] for v in values) / 4)
 
 
+def test_the_share_of_answers_that_match_a_list_of_phrases(tmp_path: Path) -> None:
+    """A refusal rate: the mean over greedy answers of [one of the patterns is found]."""
+    reward = 'reward={refusals: {kind: regex, pattern: ["^THE LIST", "[0-9]"], ignore_case: true}}'
+    found = measured(tmp_path / "step", "data=builtin:sft", reward, 'words=["eval.batches=1"]')
+    kept = (tmp_path / "step" / "journal" / "rewards.jsonl").read_text().splitlines()
+    answers = [v["answer"] for line in kept for v in json.loads(line)["value"]]
+    share = sum(a.lower().startswith("the list") or any(c.isdigit() for c in a) for a in answers) / len(answers)
+    assert len(answers) == 8 and 0 < share < 1
+    assert found["eval/reward/refusals"] == found["eval/reward"] == pytest.approx(share)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
