@@ -219,16 +219,6 @@ def test_a_run_stopped_inside_a_rollout_goes_on_bit_for_bit(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_manners_are_learned(tmp_path: Path) -> None:
-    """The shipped recipe on held-out prompts, scored by the rule: half of the way from the start to 1, a few nats away."""
-    train_recipe(tmp_path, "ppo", "objective.show=0")
-    first, *_, last = events(tmp_path, "evaluation")
-    assert first["eval/score"] < 0.65
-    assert last["eval/score"] >= first["eval/score"] + 0.5 * (1.0 - first["eval/score"])
-    assert last["eval/kl"] < 8.0 and last["eval/eos_rate"] > 0.95
-
-
-@pytest.mark.slow
 def test_a_heavy_leash_holds_the_policy(tmp_path: Path) -> None:
     train_recipe(tmp_path, "ppo", "objective.show=0", "steps=40", "objective.beta=10.0")
     first, *_, last = events(tmp_path, "evaluation")

@@ -26,7 +26,7 @@ from llmrecipe.training.roles import Roles
 from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill
 from tests.objectives.parity import PAIRS, arguments, lora_config, mean_loss, share_weights, word_tokenizer
-from tests.objectives.test_preference_learning import shuffled
+from tests.recipes.learning import COMPARISONS
 from tests.runs import events, train_recipe
 from tests.tiny import roles_for, tiny_model
 
@@ -230,8 +230,7 @@ def test_the_shipped_recipe_tells_the_better_answer(tuned: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_swapped_labels_teach_nothing(tuned: Path, tmp_path: Path) -> None:
     """The control: chosen and rejected change places in a random half of the training pairs."""
-    data = shuffled(tmp_path / "data", "comparisons")
-    train_recipe(tmp_path / "run", "reward_lora", f"data.path={data}", f"model.path={tuned}")
+    train_recipe(tmp_path / "run", "reward_lora", *COMPARISONS(tmp_path / "data"), f"model.path={tuned}")
     assert 0.3 < accuracy(tmp_path / "run") < 0.7
 
 

@@ -34,6 +34,8 @@ class Learns:
     spoil: Spoil
     words: tuple[str, ...] = ()
     """Words for both runs."""
+    within: tuple[tuple[str, float, float], ...] = ()
+    """Other metrics of the run with their least and greatest value, where a score alone could be had by cheating."""
 
     def holds(self, value: float) -> bool:
         """Whether a run has learned."""
@@ -158,8 +160,10 @@ def preferred(reached: float, spoil: Spoil = PAIRS, missed: float = 0.75) -> Lea
     return Learns("eval/rewards/accuracies", reached, missed, spoil)
 
 
-MANNERS = Learns("eval/rewards/rule", 0.95, 0.85, by_chance, ("objective.show=0",))
-"""The rule's score of answers to held-out prompts; the embedded model starts below 0.65."""
+MANNERS = Learns(
+    "eval/rewards/rule", 0.95, 0.85, by_chance, ("objective.show=0",), (("eval/kl", 0.0, 8.0), ("eval/eos_rate", 0.95, 1.0))
+)
+"""The rule's score of answers to held-out prompts, from below 0.65: a few nats away from the start, and answers that end."""
 
 LEARNING: dict[str, Learns | ShownBy] = {
     # pretraining

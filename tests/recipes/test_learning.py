@@ -62,6 +62,8 @@ def test_a_whole_run_learns(recipe: str, tmp_path: Path, record_property: pytest
     value = last(tmp_path / "run", proof.metric)
     record_property(proof.metric, value)
     assert proof.holds(value), f"{proof.metric} {value:.4g}; a run reaches {proof.reached}"
+    for name, least, most in proof.within:
+        assert least <= last(tmp_path / "run", name) <= most
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from llmrecipe.training import pipeline
 from tests.recipes.learning import LABELS, LISTS, PAIRS
 from tests.runs import events
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("started")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+inside = pytest.mark.usefixtures("started")
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,7 @@ def moved(words: list[str], stage: str) -> str:
     return f"stages.{stage}.{words[0]}"
 
 
+@inside
 def test_dpo_on_a_fine_tuned_model_learns_the_preferences(place: Path) -> None:
     quiet = [f"stages.{stage}.eval.test=false" for stage in ("sft", "dpo")]
     made = stages("sft_dpo", *quiet)
@@ -64,6 +66,7 @@ def test_dpo_on_the_best_of_a_search_learns_the_preferences(place: Path) -> None
     assert control["sft"] == made["sft"] and better(control["dpo"]) <= 0.75
 
 
+@inside
 def test_a_student_learns_what_its_teacher_knows(place: Path) -> None:
     made = stages("distill_answers")
     assert metrics(made["measured"])["eval/exact_match"] >= 0.95
@@ -82,6 +85,7 @@ def by_chance(ask: Any, options: Any) -> Any:
     return [float(first > second), float(first <= second)]
 
 
+@inside
 def test_labels_of_an_agent_teach_its_preferences(place: Path, own_rules: None) -> None:
     """Held-out pairs are those of the package, which no stage has seen."""
     held_out = "stages.dpo.data.validation=builtin:preference"
@@ -93,6 +97,7 @@ def test_labels_of_an_agent_teach_its_preferences(place: Path, own_rules: None) 
 
 
 def test_the_search_finds_a_rate_that_learns(place: Path) -> None:
+    """Trials are processes of their own, since one that is behind is stopped."""
     assert app.run(["search", "recipe=search_lora", "log.live=off"]) == 0
     lines = (place / "runs" / "search_lora-search" / "trials.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     losses = [t["values"][0] for t in map(json.loads, lines) if t.get("values")]
@@ -108,6 +113,7 @@ def scores(folder: Path) -> dict[str, dict[str, float]]:
     return {row["method"]: row["mean"] for row in board["rows"]}
 
 
+@inside
 def test_every_method_of_the_board_learns(place: Path) -> None:
     """Four labels, 0.25 by chance, after 60 steps of 16 rows."""
     made = {name: row["score"] for name, row in scores(stages("peft_leaderboard")["board"]).items()}
@@ -120,6 +126,7 @@ def test_every_method_of_the_board_learns(place: Path) -> None:
     assert len(control) == 3 and max(row["score"] for row in control.values()) <= 0.36
 
 
+@inside
 def test_objectives_of_the_board_learn(place: Path) -> None:
     """Two of the pair objectives, at their full length, from one fine-tuned model, and the same on swapped pairs."""
     every = compose("alignment_leaderboard").recipe.stages["aligned"]["each"]["objective"]
