@@ -2,8 +2,8 @@
 
 A control is the same recipe on training rows (or a reward) from which nothing about the held-out rows can be learned; the
 held-out rows stay as they are. Where an exact answer is within a minute's reach it is the metric. A loss has its bound below
-what a control reaches, for a control too learns how answers look: with answers of other rows the list task ends near 1.06
-nats a token, and whoever copies the words of the request, in whatever order, near 0.3.
+what a control reaches, for a control too learns how answers look: with answers of other rows the list task ends near 1
+nat a token, and whoever copies the words of the request, in whatever order, near 0.3.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def exact(reached: float = 0.9) -> Learns:
 
 def copied(reached: float) -> Learns:
     """Held-out loss of the list task, where the method does not find the order of the words within a minute."""
-    return Learns("eval/loss", reached, 0.95, LISTS)
+    return Learns("eval/loss", reached, 0.85, LISTS)
 
 
 def labelled(reached: float) -> Learns:
@@ -160,10 +160,11 @@ def preferred(reached: float, spoil: Spoil = PAIRS, missed: float = 0.75) -> Lea
     return Learns("eval/rewards/accuracies", reached, missed, spoil)
 
 
-MANNERS = Learns(
-    "eval/rewards/rule", 0.95, 0.85, by_chance, ("objective.show=0",), (("eval/kl", 0.0, 8.0), ("eval/eos_rate", 0.95, 1.0))
-)
-"""The rule's score of answers to held-out prompts, from below 0.65: a few nats away from the start, and answers that end."""
+def mannered(reached: float, missed: float) -> Learns:
+    """The rule on answers to held-out prompts, from below 0.65: a few nats away from the start, and answers that end."""
+    sane = (("eval/kl", 0.0, 8.0), ("eval/eos_rate", 0.95, 1.0))
+    return Learns("eval/rewards/rule", reached, missed, by_chance, ("objective.show=0",), sane)
+
 
 LEARNING: dict[str, Learns | ShownBy] = {
     # pretraining
@@ -215,9 +216,9 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # Each rejected answer has one fault; whoever sees rudeness alone is right in three of four.
     "reward": preferred(0.78, COMPARISONS, 0.65),
     "reward_lora": preferred(0.78, COMPARISONS, 0.65),
-    "grpo": MANNERS,
-    "rloo": MANNERS,
-    "ppo": MANNERS,
+    "grpo": mannered(0.95, 0.85),
+    "rloo": mannered(0.95, 0.85),
+    "ppo": mannered(0.88, 0.78),
     # pipelines
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
