@@ -56,6 +56,7 @@ def test_dpo_on_a_fine_tuned_model_learns_the_preferences(place: Path) -> None:
     assert control["sft"] == made["sft"] and better(control["dpo"]) <= 0.75
 
 
+@inside
 def test_dpo_on_the_best_of_a_search_learns_the_preferences(place: Path) -> None:
     made = stages("searched_dpo", "stages.dpo.eval.test=false")
     lines = (made["sft"] / "trials" / "trials.jsonl").read_text(encoding="utf-8").splitlines()[1:]
