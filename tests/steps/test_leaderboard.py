@@ -147,7 +147,12 @@ def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Two methods on one board, two objectives on the other: trained, read, asked, and reused as a whole."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    drop = [f"~stages.method.each.method.{n}" for n in plan_names("peft_leaderboard", "method") if n not in ("sft", "bitfit")]
+    drop = [
+        f"~stages.{stage}.each.method.{n}"
+        for stage in ("method", "again")
+        for n in plan_names("peft_leaderboard", stage)
+        if n not in ("sft", "bitfit")
+    ]
     quick = ["steps=2", "batch.size=4", "data.limit=20"]
     first = pipeline.run(compose("peft_leaderboard", [*quick, *drop]))
     board = json.loads((Path(first[-1].dir) / "leaderboard.json").read_text())
