@@ -96,7 +96,10 @@ def examine(composition: Composition) -> Findings:
     )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
-    notes += [f"{w.name} looks at data before step 0 and starts from what it finds" for w in later]
+    notes += [
+        f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
+        for w in later
+    ]
     return Findings(
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],

@@ -36,7 +36,8 @@ class Lora(Wrapper):
     W), mica (minor left singular vectors in B, which is frozen; A = 0), loftq (best approximation of what 4 or 8 bits lost of
     W), eva (principal directions of the inputs in A, B = 0; ranks move to the layers where they explain most), corda, corda_kpm
     (triplets of W times the inputs' second moments: the first adapt fast, the last keep what the model knows), lora_ga
-    (singular vectors of the gradient). The last five look at `init_batches` of data, or at the dense weights, before step 0.
+    (singular vectors of the gradient). The last five look at data before step 0 (`init_batches`), loftq at the dense weights,
+    which are loaded once more for it.
 
     Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
     for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), MiCA (arXiv
