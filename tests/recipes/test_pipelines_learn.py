@@ -97,6 +97,24 @@ def test_labels_of_an_agent_teach_its_preferences(place: Path, own_rules: None) 
     assert control["pairs"] == made["pairs"] and better(control["dpo"]) <= 0.7
 
 
+def rule_scores(folder: Path) -> list[float]:
+    """The rule's score on held-out prompts at each evaluation."""
+    return [e["eval/rewards/rule"] for e in events(folder, "evaluation") if "eval/rewards/rule" in e]
+
+
+@inside
+def test_a_preference_model_teaches_what_its_labels_say(place: Path, own_rules: None) -> None:
+    """The rule only labels; the policy is trained on its preference model, and its own score rises from stage to stage."""
+    made = stages("rlaif")
+    first, *_, last = rule_scores(made["ppo"])
+    assert last >= first + 0.1 and last >= 0.75
+    pairs = metrics(made["labels"])
+    assert pairs["train/agreement"] == 1.0 and pairs["train/position_bias"] == 0.0
+    assert better(made["reward"]) >= 0.65
+    control = stages("rlaif", "stages.labels.agent.rule=by_chance")
+    assert control["pairs"] == made["pairs"] and rule_scores(control["ppo"])[-1] < first + 0.05
+
+
 def test_the_search_finds_a_rate_that_learns(place: Path) -> None:
     """Trials are processes of their own, since one that is behind is stopped."""
     assert app.run(["search", "recipe=search_lora", "log.live=off"]) == 0

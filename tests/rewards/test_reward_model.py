@@ -9,6 +9,7 @@ import pytest
 from llmrecipe.errors import RecipeError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.training import pipeline
+from tests.recipes.learning import COMPARISONS
 from tests.runs import curve, events, learned, train_recipe
 
 SHORT = [
@@ -56,15 +57,23 @@ def test_a_base_that_trains_cannot_be_shared(reward_run: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_learned_reward_teaches_manners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped pipeline, SFT -> reward model -> PPO: the rule, which no training sees, rises on held-out prompts by half of
-    the gap to 1, and neither the divergence nor the length of the answers runs away."""
+    the gap to 1, and neither the divergence nor the length of the answers runs away. A reward model of pairs that were turned
+    round by chance teaches nothing."""
     monkeypatch.chdir(tmp_path)
     watch = "stages.ppo.objective.reward.rule={rule: manners, weight: 0.0}"
     quiet = [f"stages.{stage}.eval.test=false" for stage in ("sft", "reward", "ppo")]
-    *_, last_stage = pipeline.run(compose("rlhf", [watch, *quiet]))
+    start, *_, last_stage = pipeline.run(compose("rlhf", [watch, *quiet]))
     first, *_, last = events(Path(last_stage.dir), "evaluation")
-    assert last["eval/rewards/rule"] >= first["eval/rewards/rule"] + 0.5 * (1.0 - first["eval/rewards/rule"])
+    half = first["eval/rewards/rule"] + 0.5 * (1.0 - first["eval/rewards/rule"])
+    assert last["eval/rewards/rule"] >= half
     assert last["eval/rewards/model"] > first["eval/rewards/model"]
     assert last["eval/kl"] < 12.0 and last["eval/eos_rate"] > 0.95
     assert last["eval/length"] < 1.5 * first["eval/length"]
+
+    turned = [f"stages.reward.{word}" for word in COMPARISONS(tmp_path / "turned")]
+    again, *_, control = pipeline.run(compose("rlhf", [watch, *quiet, *turned]))
+    assert again.dir == start.dir
+    assert events(Path(control.dir), "evaluation")[-1]["eval/rewards/rule"] < half - 0.1
