@@ -21,7 +21,7 @@ from tests.runs import events
 STAGES = ["drafts", "critique", "sft", "pairs", "labels", "reward", "ppo"]
 FEW = [
     "stages.drafts.limit=12",
-    "stages.pairs.limit=16",
+    "stages.pairs.limit=64",
     "stages.sft.steps=2",
     "stages.sft.batch.size=4",
     "stages.reward.epochs=null",

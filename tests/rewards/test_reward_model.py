@@ -17,6 +17,7 @@ SHORT = [
     "objective.max_new_tokens=10",
     "objective.epochs=2",
     "eval.batches=1",
+    "eval.load_best=false",
     "objective.missing_end=null",
     "steps=4",
 ]

@@ -233,12 +233,13 @@ def test_a_chain_of_thought_is_kept_and_clamped(pairs: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["preference", "unpaired"])
 def test_rows_are_ready_for_training(pairs: str, tmp_path: Path, kind: str) -> None:
-    rows, _ = done("label_ai", tmp_path / "l", f"answers={pairs}", "constitution=manners")
+    hard = ["hard=true"] if kind == "unpaired" else []
+    rows, _ = done("label_ai", tmp_path / "l", f"answers={pairs}", "constitution=manners", *hard)
     data = prepare(DataSection(path=str(tmp_path / "l"), cache=False), byte_tokenizer(), kind, seed=0)
     if kind == "preference":
         assert [data[i]["p"] for i in range(4)] == pytest.approx([r["p"] for r in rows])
     else:
-        assert [data[i]["label"] for i in range(8)] == [True, False] * 4
+        assert [data[i]["label"] for i in range(6)] == [True, False] * 3  # the tie says nothing
 
 
 def test_a_stopped_labelling_asks_nothing_twice(
