@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from llmrecipe.agents.agent import Agent, Ask, Forgetful, build
 from llmrecipe.agents.constitution import Constitution, read_constitution
 from llmrecipe.agents.feedback import Draft, Pair, answer_of, compare, entropy, first_share, label_metrics, revise
-from llmrecipe.agents.rule import RULES, agent_rule
+from llmrecipe.agents.rule import agent_rule
 from llmrecipe.data import world
 from llmrecipe.evaluation.agreement import agreement
 
@@ -19,14 +18,6 @@ from llmrecipe.evaluation.agreement import agreement
 @pytest.fixture
 def manners() -> Constitution:
     return read_constitution("manners", "constitution")
-
-
-@pytest.fixture
-def own_rules() -> Iterator[None]:
-    kept = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(kept)
 
 
 def agent_of(function: Any, sure: float = 1.0) -> Agent:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmrecipe.agents.rule import RULES, Rule, agent_rule
+from llmrecipe.agents.rule import Rule, agent_rule
 from llmrecipe.data import prepare, world
 from llmrecipe.errors import Interrupted, RecipeError, RunError, UserError
 from llmrecipe.recipe.schema import DataSection
@@ -37,14 +36,6 @@ def done(kind: str, folder: Path, *words: str) -> tuple[list[dict[str, Any]], di
     run(compose_step(kind, [*words, f"run.dir={folder}", "log.live=off"]))
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     return rows, json.loads((folder / "final" / "metrics.json").read_text())
-
-
-@pytest.fixture
-def own_rules() -> Iterator[None]:
-    kept = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(kept)
 
 
 @pytest.fixture
