@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llmrecipe.context import Context, activate, current
-from llmrecipe.evaluation.refill import Asked, open_prompts, pad_token, refilled
+from llmrecipe.evaluation.refill import Asked, Slots, open_prompts, pad_token, refilled
 from llmrecipe.evaluation.sampling import Picked, Picker, Sampling
 from llmrecipe.models import kv_cache
 
@@ -68,7 +68,7 @@ def answered(
     asked = [Asked(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
     try:
         if kv_cache.fresh(model) is not None:
-            yield from refilled(model, tokenizer, asked, sampling, picker, ends, context)
+            yield from refilled(Slots(model, tokenizer, sampling, picker, ends, context), asked)
             return
         for first in range(0, len(asked), sampling.batch):
             part = asked[first : first + sampling.batch]

@@ -47,33 +47,29 @@ class Row:
     new: list[int] = field(default_factory=list)
 
 
-def refilled(
-    model: nn.Module,
-    tokenizer: Any,
-    asked: Sequence[Asked],
-    sampling: Sampling,
-    picker: Picker,
-    ends: Sequence[int],
-    context: Context,
-) -> Iterator[tuple[int, list[int]]]:
+def refilled(batch: Slots, asked: Sequence[Asked]) -> Iterator[tuple[int, list[int]]]:
     """(place, new token ids) of each answer as it ends.
 
     Args:
+        batch: the slots, all of them free.
         asked: prompts in the order in which they are taken in; those that are alike share a pass when they stand together.
-        ends: tokens that end an answer.
     """
-    batch = Slots(model, tokenizer, sampling, picker, ends, context)
+    size = batch.sampling.batch
     waiting = list(reversed(asked))
     while waiting or batch.rows:
-        free = sampling.batch - len(batch.rows)
-        if waiting and (not batch.rows or free * FREE >= sampling.batch):
+        free = size - len(batch.rows)
+        if waiting and (not batch.rows or free * FREE >= size):
             yield from batch.take_in([waiting.pop() for _ in range(min(free, len(waiting)))])
         else:
             yield from batch.step()
 
 
 class Slots:
-    """The rows that are being decoded and their cache."""
+    """The rows that are being decoded and their cache.
+
+    Args:
+        ends: tokens that end an answer.
+    """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, sampling: Sampling, picker: Picker, ends: Sequence[int], context: Context
