@@ -8,6 +8,17 @@ from typing import Any
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--deviations", metavar="FOLDER", help="write there how far marked tests were from their references")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--deviations"):
+        from tests.deviations import Deviations
+
+        config.pluginmanager.register(Deviations(folder))
+
+
 @pytest.fixture
 def own_rules() -> Iterator[None]:
     """Agent rules that a test registers are gone after it."""

@@ -22,6 +22,7 @@ def everywhere(scores: Tensor) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool)
 
 
+@pytest.mark.parity("coda", "soft top-k by bisection, float64")
 @pytest.mark.parametrize("eps", [0.03, 0.3, 1.0])
 @pytest.mark.parametrize("k", [1, 2, 17, 63])
 def test_the_closed_form_equals_bisection(eps: float, k: int) -> None:

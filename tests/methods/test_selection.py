@@ -31,6 +31,7 @@ def dense_scores(model: nn.Module, probe: Any, examples: int, rows: int | None =
     return totals
 
 
+@pytest.mark.parity("fishmask", "per-example autograd, float64")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_scores_equal_per_example_autograd_in_float64(family: str, packing: bool):

@@ -92,6 +92,7 @@ def test_embedding_gradient_leaves_out_padding_and_absent_rows():
     assert got.flatten().tolist() == [0, 0, 8, 8, 0]
 
 
+@pytest.mark.parity("sparse-delta engine", "dense autograd, float64")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gemma2", "qwen3_moe", "t5"])
 @pytest.mark.parametrize("density", [0.004, 0.3])
 def test_gradients_equal_dense_autograd_in_float64(family: str, density: float):
@@ -172,6 +173,7 @@ def test_tied_embedding_sums_both_uses():
     torch.testing.assert_close(values.grad, want, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parity("sparse-delta engine", "AdamW under a dense mask, float64")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_trajectory_equals_masked_dense_adamw(family: str):
     model = tiny_model(family).double()

@@ -53,6 +53,7 @@ def off(module: nn.Module, *inputs: Tensor, **more: object) -> Tensor:
         return module(*inputs, **more)
 
 
+@pytest.mark.parity("adapter", "formula, float64")
 @pytest.mark.parametrize("scale", [1.0, 2.5, "learned", "channel"])
 def test_houlsby_in_a_pre_norm_block_is_the_formula(scale: float | str) -> None:
     model, block, x = block_of("llama", scale=scale)
@@ -66,6 +67,7 @@ def test_houlsby_in_a_pre_norm_block_is_the_formula(scale: float | str) -> None:
     torch.testing.assert_close(block(x, position_embeddings=rotary), wanted, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parity("adapter", "formula, float64")
 def test_pfeiffer_in_a_pre_norm_block_reads_the_stream_behind_the_sum() -> None:
     model, block, x = block_of("llama", placement="pfeiffer")
     rotary = model.model.rotary_emb(x, torch.arange(6)[None].expand(2, -1))
@@ -74,6 +76,7 @@ def test_pfeiffer_in_a_pre_norm_block_reads_the_stream_behind_the_sum() -> None:
     torch.testing.assert_close(block(x, position_embeddings=rotary), wanted, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parity("adapter", "formula, float64")
 def test_houlsby_in_a_post_norm_block_is_the_formula() -> None:
     _, block, x = block_of("bert")
     attention, output = block.attention, block.output
@@ -85,6 +88,7 @@ def test_houlsby_in_a_post_norm_block_is_the_formula() -> None:
     torch.testing.assert_close(block(x), wanted, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parity("adapter", "formula, float64")
 def test_pfeiffer_in_a_post_norm_block_uses_the_same_norm_twice() -> None:
     _, block, x = block_of("bert", placement="pfeiffer")
     norm = block.output.LayerNorm

@@ -90,7 +90,13 @@ def built(case: str, family: str) -> tuple[nn.Module, dict[str, str]]:
     return model.eval(), names
 
 
-@pytest.mark.parametrize("case", hub.CASES)
+def case_of(case: str) -> Any:
+    """A case with the method it belongs to."""
+    names = {"double_seq_bn": "adapter", "seq_bn": "adapter", "par_bn": "parallel_adapter", "ia3_kv": "ia3"}
+    return pytest.param(case, marks=pytest.mark.parity(names.get(case, "prefix_tuning"), "adapters library"))
+
+
+@pytest.mark.parametrize("case", map(case_of, hub.CASES))
 @pytest.mark.parametrize("family", hub.FAMILIES)
 def test_logits_loss_and_gradients_equal_adapter_hub(family: str, case: str) -> None:
     wanted = {

@@ -45,6 +45,7 @@ def routed(port: Router, normed: Tensor, k: int, eps: float = 0.03) -> tuple[Ten
     return torch.zeros_like(soft).scatter(1, chosen, soft.gather(1, chosen)), chosen
 
 
+@pytest.mark.parity("coda", "formula, float64")
 @pytest.mark.parametrize("kv", ["all", "selected"])
 def test_the_block_is_the_formula_in_float64(kv: str) -> None:
     """y = x + A(n) + m * Z: attention of k queries over n or k keys, feed-forward on N2(x + Z_att), zero elsewhere."""
@@ -77,6 +78,7 @@ def test_the_block_is_the_formula_in_float64(kv: str) -> None:
     assert torch.equal(got[rest], (x + port.network(normed))[rest])
 
 
+@pytest.mark.parity("coda", "dense block with a parallel adapter")
 @pytest.mark.parametrize("kv", ["all", "selected"])
 @pytest.mark.parametrize("family", ENCODERS)
 def test_with_every_token_chosen_the_block_is_dense_with_a_parallel_adapter(family: str, kv: str) -> None:

@@ -64,6 +64,7 @@ def test_counts_follow_the_formula() -> None:
     assert trained(model) == 48
 
 
+@pytest.mark.parity("ia3", "formula, float64")
 def test_attention_and_feed_forward_equal_the_formula_in_float64() -> None:
     model, _ = attached("llama", Ia3(name="ia3"))
     fill(model)
@@ -79,6 +80,7 @@ def test_attention_and_feed_forward_equal_the_formula_in_float64() -> None:
     torch.testing.assert_close(mlp(x), wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parity("ia3", "PEFT IA3Config")
 @pytest.mark.parametrize(
     ("family", "targets", "feedforward"),
     [
@@ -122,6 +124,7 @@ def sequences() -> list[Sequence]:
     return [Sequence(row, [1] * len(row), task=task) for row, task in zip(ids, (2, 0, 1, 2), strict=True)]
 
 
+@pytest.mark.parity("ia3", "each task alone")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "native"])
 def test_a_mixed_batch_equals_each_task_alone_forward_and_backward(packed: bool, family: str) -> None:

@@ -47,6 +47,7 @@ def test_the_table_is_layer_major_keys_then_values() -> None:
     assert torch.equal(table.join(table()), table.flat)
 
 
+@pytest.mark.parity("p_tuning_v2", "PEFT PrefixTuningConfig")
 @pytest.mark.slow
 def test_an_encoder_with_a_head_equals_peft() -> None:
     from peft import PrefixTuningConfig, get_peft_model

@@ -50,6 +50,7 @@ def off(module: nn.Module, *inputs: Tensor, **more: object) -> Tensor:
         return module(*inputs, **more)
 
 
+@pytest.mark.parity("parallel_adapter", "formula, float64")
 @pytest.mark.parametrize("source", ["normed", "residual"])
 @pytest.mark.parametrize("scale", [4.0, 1.0, "learned"])
 def test_a_pre_norm_block_is_the_formula(source: str, scale: float | str) -> None:
@@ -65,6 +66,7 @@ def test_a_pre_norm_block_is_the_formula(source: str, scale: float | str) -> Non
     torch.testing.assert_close(block(x, position_embeddings=rotary), wanted, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parity("parallel_adapter", "formula, float64")
 @pytest.mark.parametrize("source", ["normed", "residual"])
 def test_a_post_norm_block_reads_the_stream_either_way(source: str) -> None:
     _, block, x = block_of("bert", input=source, **BOTH)
@@ -76,6 +78,7 @@ def test_a_post_norm_block_reads_the_stream_either_way(source: str) -> None:
     torch.testing.assert_close(block(x), wanted, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parity("parallel_adapter", "formula, float64")
 def test_a_parallel_block_adds_its_branches_to_the_one_residual() -> None:
     model, block, x = block_of("phi", input="residual", **BOTH)
     rotary = model.model.rotary_emb(x, torch.arange(6)[None].expand(2, -1))

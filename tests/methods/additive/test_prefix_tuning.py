@@ -49,6 +49,7 @@ def copy_from_peft(model: nn.Module, twin: nn.Module) -> None:
             ours.load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parity("prefix_tuning", "PEFT PrefixTuningConfig")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("reparam", ["flat", "mlp"])
@@ -94,6 +95,7 @@ def attention64(
     return torch.einsum("hqk,hke->hqe", weights, torch.cat((pv, v), 1))
 
 
+@pytest.mark.parity("prefix_tuning", "formula, float64")
 def test_one_layer_is_the_formula_in_float64() -> None:
     model = adapted(prefix(reparam="flat"), num_hidden_layers=1).double()
     (port,) = tables_of(model, "prefix")
@@ -130,6 +132,7 @@ def test_encoder_decoder_and_cross_attention_have_tables_of_their_own(family: st
     assert sum(p.numel() for p in trained(model).values()) == 3 * 2 * 2 * P * 32
 
 
+@pytest.mark.parity("prefix_tuning", "formula, float64")
 def test_a_relative_model_follows_the_formula_in_float64() -> None:
     """T5: no scale, a bias on real columns only; encoder, decoder and cross-attention of the first layer."""
     model = adapted(prefix(reparam="flat", target="attn + cross"), "t5").double()

@@ -50,6 +50,7 @@ def from_text(family: str = "llama", **options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.parity("prompt_tuning", "the base fed the text")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
 def test_a_prompt_from_text_is_the_base_fed_that_text(family: str) -> None:
     more = {"ffn_dim": 48, "word_embed_proj_dim": 16} if family == "opt" else {}
@@ -117,6 +118,7 @@ def test_columns_open_where_documents_start() -> None:
     assert layout.columns == 10
 
 
+@pytest.mark.parity("prompt_tuning", "PEFT PromptTuningConfig")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_logits_and_gradients_equal_peft(family: str) -> None:
@@ -134,6 +136,7 @@ def test_logits_and_gradients_equal_peft(family: str) -> None:
     torch.testing.assert_close(rows.embeddings.grad, twin.prompt_encoder["default"].embedding.weight.grad, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parity("prompt_tuning", "PEFT PromptTuningConfig")
 @pytest.mark.slow
 def test_a_classifier_equals_peft() -> None:
     from peft import PromptTuningConfig, get_peft_model

@@ -56,6 +56,7 @@ def train(model: nn.Module, stack: Stack, first: int = 0, last: int = 10, optimi
     return optimizer
 
 
+@pytest.mark.parity("adalora", "PEFT AdaLoraConfig")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_ten_steps_with_masks_equal_peft(family: str) -> None:
     from peft import AdaLoraConfig, get_peft_model
@@ -263,6 +264,7 @@ def test_without_its_hook_nothing_is_ever_masked() -> None:
     assert stack.unfired() == ["adalora.after_step"]
 
 
+@pytest.mark.parity("adalora", "PEFT AdaLoraConfig, reloaded")
 @pytest.mark.parametrize(("as_lora", "prune"), [(False, "off"), (True, "off"), (False, "at_final"), (True, "at_final")])
 def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lora: bool, prune: str) -> None:
     from peft import PeftModel

@@ -71,6 +71,7 @@ def parts_of(module: nn.Module) -> tuple[Any, Any, Any]:
     return module.lora_A["default"].weight, module.lora_B["default"].weight, m
 
 
+@pytest.mark.parity("dora", "PEFT LoraConfig(use_dora)")
 @pytest.mark.parametrize(("family", "target", "targets"), CASES)
 def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, targets: list[str]) -> None:
     """Biased linear layers, Conv1D and embeddings."""
@@ -92,6 +93,7 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
         stack.after_step(model, step)
 
 
+@pytest.mark.parity("dora", "PEFT LoraConfig(use_dora)")
 def test_with_dropout_the_rescaled_part_reads_the_dropped_input_like_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = adapted(target="attn.q", dropout=0.5)
     fill(model)
@@ -197,6 +199,7 @@ def test_magnitudes_do_not_decay_and_experts_are_refused() -> None:
         adapted("mixtral", target="experts")
 
 
+@pytest.mark.parity("dora", "formula, float64")
 @pytest.mark.parametrize(("family", "sites"), [("llama", "attn.v + mlp.up"), ("gpt2", "attn.k|v + mlp.up"), ("llama", "embed")])
 def test_sites_of_magnitude_only_equal_the_formula_in_float64_forward_and_backward(family: str, sites: str) -> None:
     """y = b + m / ||W|| (W x) and dL/dm_i = sum over tokens of dL/dy_i (W x)_i / ||W_i||."""

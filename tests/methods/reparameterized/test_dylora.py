@@ -35,6 +35,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return nn.functional.cross_entropy(model(input_ids=IDS).logits[0, :-1], IDS[0, 1:])
 
 
+@pytest.mark.parity("dylora", "formula, float64")
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
 @pytest.mark.parametrize("update", ["frozen", "full"])
 def test_output_and_gradients_follow_the_formula_at_every_rank(b: int, update: str) -> None:
@@ -124,6 +125,7 @@ def test_merging_at_a_rank_gives_the_logits_of_that_rank() -> None:
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parity("dylora", "PEFT LoraConfig of that rank")
 @pytest.mark.parametrize("b", [1, 3])
 def test_an_export_at_a_rank_is_the_model_at_that_rank_under_peft(tmp_path: Path, b: int) -> None:
     from peft import PeftModel

@@ -71,6 +71,7 @@ CASES = [
 ]
 
 
+@pytest.mark.parity("lora", "PEFT LoraConfig")
 @pytest.mark.parametrize(("family", "target", "targets", "extra"), CASES)
 def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, targets: list[str], extra: dict) -> None:
     model, _ = adapted(family, target=target, r=4, alpha=6.0, **extra)
@@ -100,6 +101,7 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
             optimizer.zero_grad()
 
 
+@pytest.mark.parity("lora", "PEFT LoraConfig(target_parameters)")
 def test_five_steps_on_fused_experts_equal_peft() -> None:
     """peft stacks A by experts and B by ranks; its steps on them are ours."""
     from peft import LoraConfig, get_peft_model
@@ -137,6 +139,7 @@ def test_five_steps_on_fused_experts_equal_peft() -> None:
     )
 
 
+@pytest.mark.parity("lora", "autograd through both uses, float64")
 def test_a_tied_pair_sums_the_gradients_of_both_uses_in_float64() -> None:
     """Against two pairs with equal values on an untied copy: dL/dA is that of the embedding's A plus that of the head's B."""
     tied = tiny_model(tie_word_embeddings=True)
@@ -164,6 +167,7 @@ def losses_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torc
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parity("lora", "PEFT init_lora_weights")
 @pytest.mark.parametrize("init", ["olora", "pissa"])
 def test_a_start_from_the_weight_equals_peft(init: str) -> None:
     """The same A and B (singular vectors up to sign), the same loss and gradients, though peft rewrites W and we do not."""

@@ -44,6 +44,7 @@ CASES = [
 ]
 
 
+@pytest.mark.parity("lora", "PEFT LoraConfig(bias)")
 @pytest.mark.parametrize(("family", "target", "targets", "bias", "more"), CASES)
 def test_losses_gradients_and_biases_of_five_steps_equal_peft(
     family: str, target: str, targets: list[str], bias: str, more: dict[str, Any]

@@ -77,6 +77,7 @@ def test_add_zero_is_identity_with_the_closed_form_count():
     attached(tiny_model("llama"), missing="add_zero", add_norm_bias=True)
 
 
+@pytest.mark.parity("bitfit", "autograd of every weight, float64")
 def test_every_bias_gets_the_gradient_full_fine_tuning_gives_it():
     model = tiny_model("gpt2").double()
     reference = copy.deepcopy(model)

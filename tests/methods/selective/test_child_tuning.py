@@ -76,6 +76,7 @@ def test_the_masked_gradient_is_unbiased():
     assert ((mean - grad).abs() <= 6 * spread + 1e-12).all()
 
 
+@pytest.mark.parity("child_tuning", "AdamW on masked gradients, float64")
 def test_f_steps_equal_a_reference_adamw_on_the_same_masks_in_float64():
     model = tiny_model("llama").double()
     reference = copy.deepcopy(model)

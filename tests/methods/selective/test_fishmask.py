@@ -74,6 +74,7 @@ def test_exactly_k_train_and_everything_else_is_bit_equal_after_weight_decay():
         assert set(changed) <= held.get(name, set())
 
 
+@pytest.mark.parity("fishmask", "full fine-tuning, float64")
 def test_full_density_equals_full_fine_tuning():
     model, full = tiny_model("llama").double(), tiny_model("llama").double()
     stack = fish(model, density=1.0)

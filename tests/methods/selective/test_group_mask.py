@@ -137,6 +137,7 @@ def test_training_moves_the_groups_only(kind: str):
     assert trained <= int(0.3 * sum(f.count * f.size for f in found))
 
 
+@pytest.mark.parity("group_mask", "full fine-tuning")
 def test_tensor_groups_at_density_one_equal_full_fine_tuning():
     model, full = tiny_model("llama").double(), tiny_model("llama").double()
     stack = masked(model, group="tensor", score="magnitude", density=1.0)

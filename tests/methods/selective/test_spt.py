@@ -45,6 +45,7 @@ def train(model: nn.Module, stack: Stack, steps: int = 3) -> None:
         stack.after_step(model, step)
 
 
+@pytest.mark.parity("spt", "batch autograd")
 def test_sensitivity_is_the_square_of_a_batch_gradient():
     model = tiny_model("llama")
     wrapper = Spt(name="spt", num_batches=2, batch_size=4)
