@@ -22,6 +22,8 @@ from llmrecipe.registry import register
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Site
 
+INVERTIBLE = 2.0**-4
+"""|g| from which on y - b still has the digits of v - b."""
 CANCELLED = 1e-3
 """Share of ||w||^2 below which the three-term norm of a row has lost its digits and is computed from the row itself."""
 
@@ -41,33 +43,88 @@ def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float)
     return torch.where(total < CANCELLED * squares, torch.nan, total).sqrt()
 
 
-class _Direction:
-    """What the two DoRA ports share: the magnitude, the norm of the direction, and its cache."""
+class _Rescaled(torch.autograd.Function):
+    """y = b + g (v - b) for v (..., out), g (out,), b (out,) or None.
 
-    A: nn.Parameter
-    B: nn.Parameter
-    scale: float
-    host: list[nn.Module]
+    For dL/dg = sum over tokens of dL/dy (v - b) it keeps its result, from which v - b = (y - b) / g: whatever reads y mostly
+    keeps that too, and of v or v - b nobody would. g must be apart from zero (`INVERTIBLE`).
+    """
+
+    @staticmethod
+    def forward(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        more = (gain - 1).to(v.dtype)
+        y = torch.addcmul(v, v, more)
+        return y if bias is None else y.sub_(more * bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, gain, bias = ctx.saved_tensors
+        more, tokens = (gain - 1).to(y.dtype), tuple(range(y.dim() - 1))
+        dv = dgain = dbias = None
+        if ctx.needs_input_grad[0]:
+            dv = torch.addcmul(dy, dy, more)
+        if ctx.needs_input_grad[1]:
+            scaled = y if bias is None else y - bias
+            dgain = (dy * scaled).sum(tokens, dtype=gain.dtype) / (1 + more.to(gain.dtype))
+        if ctx.needs_input_grad[2]:
+            dbias = (-more * dy.sum(tokens)).to(bias.dtype)
+        return dv, dgain, dbias
+
+
+class _Gain:
+    """What the DoRA ports share: the magnitude m, the norm it is divided by, and what is remembered of them for a step."""
+
     magnitude: nn.Parameter
-    squares: Tensor
-    detach_norm: bool
-    cached: tuple[Any, Tensor] | None = None
+    detach_norm: bool = True
+    cached: tuple[Any, Tensor, bool] | None = None
+    """(which parameters, their norm, whether every g is apart from zero)."""
 
     def weight_rows(self) -> Tensor:
         """(out, in) float32 rows of W this port stands on."""
         raise NotImplementedError
 
-    def gain(self, product: Callable[[], Tensor]) -> Tensor:
-        """(out,) float32 g = m / ||V||; the norm is a constant to the gradient unless `detach_norm` is off."""
+    def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
+        """(out,) float32 norm of each row of the direction."""
+        raise NotImplementedError
+
+    def gain(self, product: Callable[[], Tensor] | None = None) -> Tensor:
+        """(out,) float32 g = m / norm; the norm is a constant to the gradient unless `detach_norm` is off.
+
+        Args:
+            product: gives (out, r) W A^T, where the direction learns.
+        """
         if not self.detach_norm:
-            return self.magnitude / self._norm(product)
-        key = tuple((p.data_ptr(), p._version) for p in (self.A, self.B))
+            return self.magnitude / self.norm(product)
+        key = tuple((p.data_ptr(), p._version) for p in self.parameters(recurse=False))  # type: ignore[attr-defined]
         if self.cached is None or self.cached[0] != key:
             with torch.no_grad():
-                self.cached = (key, self._norm(product))
+                norm = self.norm(product)
+                self.cached = (key, norm, bool((self.magnitude / norm).abs().min() > INVERTIBLE))
         return self.magnitude / self.cached[1]
 
-    def _norm(self, product: Callable[[], Tensor]) -> Tensor:
+    def rescaled(self, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        """b + g (v - b)."""
+        if self.cached is not None and self.cached[2]:
+            return _Rescaled.apply(v, gain, bias)
+        return torch.addcmul(v, v if bias is None else v - bias, (gain - 1).to(v.dtype))
+
+
+class _Direction(_Gain):
+    """The two ports whose direction learns: g = m / ||W + s B A||."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    host: list[nn.Module]
+    squares: Tensor
+
+    def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
+        """||W + s B A||, without forming the sum where its digits allow."""
+        assert product is not None
         norm = norm_of_sum(self.squares, product(), self.A, self.B, self.scale)
         lost = norm.isnan()
         if bool(lost.any()):
@@ -114,12 +171,17 @@ class DoraLinear(_Direction, low_rank.LowRank):
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         direct = bare(dropped) if dropped is not x and self.dropout_mode == "reference" else None
         y = call(x)
-        if direct is None:
-            direct = y if bias is None else y - bias
-            direct = direct if self.rows is None else direct.index_select(-1, self.rows)
-        h = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
-        change = ((gain - 1).to(y.dtype) * direct + gain.to(y.dtype) * h).to(y.dtype)
-        return y + change if self.rows is None else y.index_add(-1, self.rows, change)
+        if direct is not None:
+            change = self.rescaled(self._moved(dropped, direct), gain, None) - direct
+            return y + change if self.rows is None else y.index_add(-1, self.rows, change)
+        if self.rows is None:
+            return self.rescaled(self._moved(dropped, y), gain, bias)
+        own = self._moved(dropped, y.index_select(-1, self.rows))
+        return y.index_copy(-1, self.rows, self.rescaled(own, gain, None if bias is None else bias[self.rows]))
+
+    def _moved(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s B A x."""
+        return low_rank.branch(x, self.A, self.B, self.scale, y).to(y.dtype)
 
     def vector(self) -> Tensor | None:
         """(out,) magnitudes of the whole layer: those of rows without a branch are their norms."""
@@ -151,7 +213,7 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """x holds token ids here."""
         gain = self.gain(lambda: (self.A.float() @ self.weight_rows().t()).t())
-        return super().after(x, y) * gain.to(y.dtype)
+        return self.rescaled(super().after(x, y), gain, None)
 
     def vector(self) -> Tensor | None:
         """(D,) magnitudes."""
@@ -164,7 +226,7 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
         low_rank.add_to_weight(module, gain * (old + self.product()) - old, None)
 
 
-class Magnitude(Port):
+class Magnitude(_Gain, Port):
     """m / ||W|| (W x) at a linear layer or an embedding: the direction stays the base's, one magnitude an output trains."""
 
     def __init__(self, site: Site):
@@ -194,15 +256,19 @@ class Magnitude(Port):
         self.norms = self.weight_rows().norm(dim=1)
         self.magnitude.copy_(self.norms)
 
+    def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
+        """||W||."""
+        return self.norms
+
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """y + (g - 1) (W x), g = m / ||W||; the bias is not scaled."""
         y = call(x)
-        gain = self.magnitude / self.norms
+        gain = self.gain()
         bias = None if self.embeds else getattr(self.host[0], "bias", None)
-        direct = y if bias is None else y - bias
-        direct = direct if self.rows is None else direct.index_select(-1, self.rows)
-        change = (gain - 1).to(y.dtype) * direct
-        return y + change if self.rows is None else y.index_add(-1, self.rows, change)
+        if self.rows is None:
+            return self.rescaled(y, gain, bias)
+        own = self.rescaled(y.index_select(-1, self.rows), gain, None if bias is None else bias[self.rows])
+        return y.index_copy(-1, self.rows, own)
 
     def branch(self) -> tuple[Tensor, Tensor, Tensor]:
         """(A, B, m) of the DoRA that is the same function: a pair of zeros at rank 1, and the whole layer's magnitudes."""
@@ -216,7 +282,7 @@ class Magnitude(Port):
     def merge(self, module: nn.Module) -> None:
         """W <- g W in float32, one cast back."""
         old = self.weight_rows()
-        change = ((self.magnitude / self.norms)[:, None] - 1) * old
+        change = (self.gain()[:, None] - 1) * old
         low_rank.add_to_weight(module, change.t() if self.embeds else change, self.rows)
 
 
@@ -230,7 +296,8 @@ class Dora(Wrapper):
     ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, with W A^T made by sending A's rows through the frozen layer: no B A and no
     dequantized W exist, and one computation serves all micro-batches of a step. Merging W <- g (W + s B A) is exact up to
     rounding; the change has full rank, so there is no LoRA export. Sites of `magnitude_only` train m alone, without a pair:
-    W' = m W / ||W||; PEFT folders hold them as DoRA with a pair of zeros at rank 1.
+    W' = m W / ||W||; PEFT folders hold them as DoRA with a pair of zeros at rank 1. For the gradient of m each output is kept
+    beside what LoRA keeps; values and the halves of a gated feed-forward the model keeps anyway.
 
     Paper: DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv 2402.09353). The norm runs over the inputs of each output, as in
     its code.
@@ -308,7 +375,7 @@ class Dora(Wrapper):
 
     def _forget(self, model: nn.Module) -> None:
         for _, _, _, port in all_ports(model, self.name):
-            if isinstance(port, _Direction):
+            if isinstance(port, _Gain):
                 port.cached = None
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
