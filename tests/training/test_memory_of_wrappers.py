@@ -13,6 +13,7 @@ from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.training.memory import delta_bytes, estimate, optimizer_bytes
 from llmrecipe.training.optimizer import build_optimizer, parameter_groups
 from tests.methods.additive.harness import model_of
+from tests.methods.formulas import FORMULAS, shape
 from tests.methods.kinds import BASES, CHANGES, Cell, put, wrapper_of
 
 BOUNDED = ("group_mask", "spt")
@@ -65,6 +66,15 @@ def test_counts_and_bytes_are_known_before_a_weight_is_read(kind: str, family: s
         guess = estimate(model, planned, ADAMW, tokens=64)
         assert (guess.trained, guess.gradients) == (trained, gradients)
         assert guess.optimizer == optimizer_bytes(optimizer)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_what_trains_is_the_closed_form(kind: str) -> None:
+    model = model_of("llama")
+    numbers = shape(model)
+    made = put(model, wrapper_of(kind))
+    wrapper = made.stack.wrappers[0]
+    assert sum(p.numel() for p in made.trained().values()) == FORMULAS[kind][1](wrapper, numbers)
 
 
 @pytest.mark.parametrize("kind", BASES)
