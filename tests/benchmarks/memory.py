@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.memory [--out FOLDER]
 
-Bytes, not times: the numbers are the same on every machine. A decoder of width 512 (an encoder for CoDA) makes one step of AdamW
-on 8 rows of 128 tokens; every count is taken from the tensors that are there.
+Bytes, not times: the numbers are the same on every machine. A decoder of width 512 (an encoder for CoDA) reads 8 rows of 128
+tokens and makes one step of AdamW; every count is taken from the tensors that are there.
 """
 
 from __future__ import annotations
@@ -137,9 +137,10 @@ def render(rows: list[dict[str, Any]], full: int) -> str:
 
 HEADER = f"""# What the methods hold in memory
 
-Written by `python -m tests.benchmarks.memory`: bytes counted from the tensors themselves, so the same on every machine. A decoder
-of width {WIDTH["hidden_size"]}, feed-forward {WIDTH["intermediate_size"]}, {WIDTH["num_hidden_layers"]} layers, 8 heads over 4 of keys
-and values, vocabulary {WIDTH["vocab_size"]:,}; for CoDA an encoder of that size. {ROWS} rows of {TOKENS} tokens, float32.
+Written by `python -m tests.benchmarks.memory`: bytes counted from the tensors themselves, so the same on every machine. A
+decoder of width {WIDTH["hidden_size"]} with {WIDTH["num_hidden_layers"]} layers, feed-forwards of
+{WIDTH["intermediate_size"]:,}, 8 heads over 4 of keys and values and a vocabulary of {WIDTH["vocab_size"]:,}; for CoDA an encoder
+of that size. {ROWS} rows of {TOKENS} tokens, float32.
 
 State is what a method adds beside the base: values, gradients and AdamW's two moments, 4 bytes each, so 16 a number, and 4 for
 every index of a sparse selection. Activations are what one forward pass keeps for its backward pass.
