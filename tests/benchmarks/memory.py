@@ -138,9 +138,9 @@ def render(rows: list[dict[str, Any]], full: int) -> str:
 HEADER = f"""# What the methods hold in memory
 
 Written by `python -m tests.benchmarks.memory`: bytes counted from the tensors themselves, so the same on every machine. A
-decoder of width {WIDTH["hidden_size"]} with {WIDTH["num_hidden_layers"]} layers, feed-forwards of {WIDTH["intermediate_size"]:,},
-8 heads over 4 of keys and values and a vocabulary of {WIDTH["vocab_size"]:,}; for CoDA an encoder of that size. {ROWS} rows of
-{TOKENS} tokens, float32.
+decoder of width {WIDTH["hidden_size"]}, {WIDTH["num_hidden_layers"]} layers, feed-forwards of {WIDTH["intermediate_size"]:,},
+8 heads over 4 of keys and values, vocabulary {WIDTH["vocab_size"]:,}; for CoDA an encoder of that size. {ROWS} rows of {TOKENS}
+tokens, float32.
 
 State is what a method adds beside the base: values, gradients and AdamW's two moments, 4 bytes each, so 16 a number, and 4 for
 every index of a sparse selection. Activations are what one forward pass keeps for its backward pass.
