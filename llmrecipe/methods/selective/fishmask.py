@@ -34,6 +34,8 @@ class Fishmask(SparseHooks, Wrapper):
 
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
     """Share of the candidate entries that trains."""
+    score: Literal["fisher", "random"] = "fisher"
+    """What the mask is the top of: Fisher information, or chance, the paper's control (no example is read)."""
     num_samples: PositiveInt = 1024
     """Examples scored; each costs one forward and one backward pass."""
     sample_type: Literal["label", "expect"] = "label"
@@ -55,7 +57,7 @@ class Fishmask(SparseHooks, Wrapper):
     layer_groups: PositiveInt = 1
     """Score the model in this many parts, one pass each, for a buffer of that fraction."""
     seed: int = 0
-    """Seed of sampled targets."""
+    """Seed of sampled targets and of a random mask."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """A saved mask takes its place; a fresh one is chosen by `calibrate`."""
@@ -87,11 +89,14 @@ class Fishmask(SparseHooks, Wrapper):
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score, take the top k, inject their ports."""
         from llmrecipe.methods import selection
+        from llmrecipe.methods.counter import uniform
         from llmrecipe.methods.sparse_delta import Chosen
 
         targets = selection.sampled_targets(model, self.draws, self.seed) if self.sample_type == "expect" else None
 
         def scorer(group: dict[str, Any]) -> dict[str, Any]:
+            if self.score == "random":
+                return {name: uniform(f"{self.seed}:{name}", 0, weight.numel) for name, weight in group.items()}
             return selection.score(
                 model,
                 probe,

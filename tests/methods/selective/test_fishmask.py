@@ -10,6 +10,7 @@ from torch import nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.methods import selection
+from llmrecipe.methods.counter import uniform
 from llmrecipe.methods.selective.fishmask import Fishmask
 from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
 from llmrecipe.methods.stack import Stack
@@ -153,28 +154,26 @@ def test_memory_is_twenty_bytes_an_entry():
     )
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_random_mask_is_the_top_of_numbers_by_address_and_reads_no_example(groups: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "score", lambda *_, **__: pytest.fail("scored an example"))
+    model = tiny_model("llama")
+    numbers = {n: uniform(f"5:{n}", 0, w.numel).float() for n, w in base_weights(model).items()}
+    k = int(0.01 * sum(values.numel() for values in numbers.values()))
+    least = torch.cat(list(numbers.values())).sort(descending=True).values[k - 1]
+    fish(model, density=0.01, score="random", seed=5, layer_groups=groups)
+    assert {n: p.idx.long().tolist() for n, p in ports(model).items()} == {
+        n: (values >= least).nonzero().squeeze(1).tolist() for n, values in numbers.items() if (values >= least).any()
+    }
+
+
 @pytest.mark.slow
 def test_fish_beats_a_random_mask_of_the_same_size():
-    from llmrecipe.methods.sparse_delta import Chosen
-    from llmrecipe.methods.sparse_wrapper import attach_chosen
-
-    finals: dict[str, list[float]] = {"fish": [], "random": []}
+    finals: dict[str, list[float]] = {"fisher": [], "random": []}
     for seed in range(3):
-        for kind in finals:
+        for score, losses in finals.items():
             model = tiny_model("llama", seed=seed)
-            if kind == "fish":
-                stack = fish(model, density=0.005, num_samples=32)
-            else:
-                stack = Stack([Fishmask(name="fish")])
-                weights = base_weights(model)
-                k = int(0.005 * sum(w.numel for w in weights.values()))
-                noise = [
-                    (n, torch.rand(w.numel, generator=torch.Generator().manual_seed(seed * 1000 + i)), None)
-                    for i, (n, w) in enumerate(weights.items())
-                ]
-                attach_chosen(model, "fish", {n: Chosen(i) for n, i in selection.top_k(noise, k).items() if i.numel()})
-                stack.set_trainable(model)
-            train(model, stack, 40)
+            train(model, fish(model, density=0.005, num_samples=32, score=score, seed=seed), 40)
             probe = language_probe(model)
-            finals[kind].append(sum(float(probe.loss(b)) for b in probe.batches(16)))
-    assert sum(finals["fish"]) < sum(finals["random"])
+            losses.append(sum(float(probe.loss(b)) for b in probe.batches(16)))
+    assert sum(finals["fisher"]) < sum(finals["random"])
