@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmrecipe.errors import ModelError, RunError
-from llmrecipe.export import proof
+from llmrecipe.export import prompt_tokens, proof
 from llmrecipe.export.load import open_run
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.quantized import dequantize_model, quantized
@@ -61,26 +61,34 @@ def export_merged(
     target = target_folder(run, out, "merged")
     opened = opened or open_run(str(run), options=options)
     for wrapper in opened.mounted:
-        if not wrapper.mergeable:
+        if not wrapper.mergeable and wrapper.as_tokens(opened.model) is None:
             raise ModelError(
                 f"export --to merged: '{wrapper.name.split('_', 1)[1]}' cannot be folded into the weights: {reason(wrapper)}. "
                 "`llmrecipe.load(run)` and `llmrecipe chat` use it as it is"
             )
+    prompt = prompt_tokens.wrapper_of(opened)
     wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
     if not any(quantized(opened.model)):
         widen(opened.model, wide)
     ids = proof.probe_ids(opened.model, opened.tokenizer)
     wanted = proof.logits_of(opened.model, ids)
+    rows = None if prompt is None else prompt_tokens.take(opened, prompt)
     notes = fold(opened, wide)
+    spelled = None if rows is None else prompt_tokens.grow(opened, rows, wanted)
     with writing(target) as folder:
         write_model(opened, folder, wide)
+        front: list[int] = []
+        if spelled is not None:
+            spelled.write(folder)
+            notes += spelled.notes(opened.tokenizer)
+            front = spelled.ids
         family: Any = type(opened.model)
         opened.model = torch.nn.Identity()  # one model in memory at a time
         with quiet():
             plain = family.from_pretrained(folder, dtype=wide)
-        difference = proof.compare(wanted, proof.logits_of(plain, ids), wide, bound)
+        difference = proof.compare(wanted, proof.logits_of(plain, ids, front), wide, bound, front)
         proof.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
-        proof.write_golden(folder, proof.golden(plain, opened.tokenizer))
+        proof.write_golden(folder, proof.golden(plain, opened.tokenizer, front))
     return Exported(target, difference, notes)
 
 

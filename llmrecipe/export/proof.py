@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,26 +58,41 @@ def probe_ids(model: Any, tokenizer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Float32 logits of a model on the CPU, dropout off; row by row, so that no family needs a padding token."""
+def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tensor:
+    """Float32 logits of a model on the CPU, dropout off; row by row, so that no family needs a padding token.
+
+    Args:
+        front: tokens in front of every row, whose own logits are left out.
+    """
     model.eval()
     device = next(model.parameters()).device
     ids = ids.to(device)
+    more = torch.tensor([list(front)], dtype=ids.dtype, device=device)
     rows = []
     for row in ids.split(1):
-        inputs: dict[str, Tensor] = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        whole = torch.cat((more, row), 1)
+        inputs: dict[str, Tensor] = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
         if getattr(model.config, "is_encoder_decoder", False) and "Classification" not in type(model).__name__:
             inputs["decoder_input_ids"] = row[:, : TOKENS // 2]
-        rows.append(model(**inputs).logits.float().cpu())
+        logits = model(**inputs).logits.float().cpu()
+        own = logits.dim() == 3 and "decoder_input_ids" not in inputs
+        rows.append(logits[:, len(front) :] if own else logits)
     return torch.cat(rows)
 
 
-def compare(wanted: Tensor, got: Tensor, dtype: torch.dtype, bound: float | None = None) -> Difference:
+def compare(
+    wanted: Tensor, got: Tensor, dtype: torch.dtype, bound: float | None = None, added: Sequence[int] = ()
+) -> Difference:
     """The difference of two logit tensors.
+
+    Args:
+        added: tokens that `got` has and `wanted` does not; logits of a vocabulary are compared up to the first of them.
 
     Raises:
         ModelError: their shapes differ.
     """
+    if added and wanted.dim() == 3:
+        wanted, got = wanted[..., : min(added)], got[..., : min(added)]
     if wanted.shape != got.shape:
         raise ModelError(f"export: the written model gives logits of shape {tuple(got.shape)}, the run {tuple(wanted.shape)}")
     apart = (wanted - got).abs()
@@ -106,14 +122,19 @@ def golden_ids(tokenizer: Any) -> list[int]:
     return list(tokenizer(GOLDEN_PROMPT)["input_ids"])
 
 
-def golden(model: Any, tokenizer: Any) -> dict[str, Any] | None:
-    """The golden prompt with its greedy answer; None for a model that does not generate."""
+def golden(model: Any, tokenizer: Any, front: Sequence[int] = ()) -> dict[str, Any] | None:
+    """The golden prompt with its greedy answer; None for a model that does not generate.
+
+    Args:
+        front: tokens that the prompt begins with, where the chat template does not write them.
+    """
     from llmrecipe.evaluation.generation import generate
     from llmrecipe.evaluation.sampling import Sampling
 
     if not hasattr(model, "generate") or not model.can_generate():
         return None
     prompt = golden_ids(tokenizer)
+    prompt = prompt if prompt[: len(front)] == list(front) else [*front, *prompt]
     answer = generate(model, tokenizer, [prompt], Sampling(max_new_tokens=24))[0]
     return {
         "prompt": GOLDEN_PROMPT,

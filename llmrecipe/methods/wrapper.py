@@ -200,6 +200,10 @@ class Wrapper:
         """The method in PEFT's layout, where PEFT has it and it is not a plain low-rank change; None otherwise."""
         return None
 
+    def as_tokens(self, model: nn.Module) -> Tensor | None:
+        """Embeddings (P, D) of tokens that do what the method does when every text begins with them; None otherwise."""
+        return None
+
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
         from llmrecipe.methods.stack import own_tensors

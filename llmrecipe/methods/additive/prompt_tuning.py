@@ -10,7 +10,7 @@ from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from llmrecipe.export.peft_format import Adapter
 
@@ -21,7 +21,8 @@ class PromptTuning(Wrapper):
 
     The slots are ordinary positions: documents begin at P, every document of a packed row has its own copy, none is a target,
     and a key/value cache holds them once. Encoder-decoder models get them in the encoder, where the decoder's cross-attention
-    reads them too. E lives in the space of the embedding's output, so a prompt copied from tokens behaves as those tokens.
+    reads them too. E lives in the space of the embedding's output, so a prompt copied from tokens behaves as those tokens; a
+    merged export adds P tokens with these embeddings, exactly.
 
     Step 0 is not the base model; with `init: text` it equals the base model fed that text.
 
@@ -31,7 +32,9 @@ class PromptTuning(Wrapper):
 
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
-    unmergeable: ClassVar[str] = "its rows stand in front of every document; no weight holds them"
+    unmergeable: ClassVar[str] = (
+        "its rows stand behind a document's first token, where no text can put them; with position: prefix they become tokens"
+    )
 
     num_virtual_tokens: PositiveInt = 20
     """Trained positions of each document."""
@@ -62,6 +65,10 @@ class PromptTuning(Wrapper):
         from llmrecipe.export.peft_additive import prompt_adapter
 
         return prompt_adapter(model, self.name) if self.position == "prefix" else None
+
+    def as_tokens(self, model: nn.Module) -> Tensor | None:
+        """The rows, where they come first: a merged folder adds them to the vocabulary."""
+        return slots.rows_of(model, self.name)[1].embeddings.detach() if self.position == "prefix" else None
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: P d."""
