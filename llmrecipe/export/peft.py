@@ -111,7 +111,7 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
             use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
             dropout=float(getattr(first, "dropout", 0.0)),
         )
-        peft_format.add_biases(adapter, trained_biases(opened.model))
+    peft_format.add_biases(adapter, trained_biases(opened.model))
     heads = head_tensors(opened)
     adapter.tensors |= {peft_format.PREFIX + name: value for name, value in heads.items()}
     adapter.config |= {

@@ -141,7 +141,7 @@ def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: f
 
 
 def add_biases(adapter: Adapter, biases: dict[str, Tensor]) -> None:
-    """Put trained biases of the base beside a LoRA adapter's branches.
+    """Put trained biases of the base beside an adapter's branches.
 
     PEFT keeps them as whole values under their own names, which run through `base_layer` where a module has a branch.
 
@@ -157,7 +157,7 @@ def add_biases(adapter: Adapter, biases: dict[str, Tensor]) -> None:
     for name, value in biases.items():
         home, _, tensor = name.rpartition(".")
         if tensor != "bias":
-            raise ModelError(f"{name} was trained, which PEFT cannot hold beside a LoRA adapter; export merged instead")
+            raise ModelError(f"{name} was trained, which PEFT cannot hold beside an adapter; export merged instead")
         adapter.tensors[f"{PREFIX}{home}{'.base_layer' * (home in adapted)}.bias"] = value
     adapter.config["bias"] = "lora_only" if hosts <= adapted else "all"
 

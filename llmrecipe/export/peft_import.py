@@ -49,18 +49,19 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
             raise ModelError(f"{folder}: an adapter of type {kind} adds to no weight, so it cannot be taken {weight:g} times")
         read_other = peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts
         return read_other(adapter, model, str(folder))
-    biases: dict[str, Tensor] = {}
     if kind == "ADALORA":
-        if adapter.config.get("bias") not in (None, "none"):
-            raise ModelError(f"{folder}: biases trained with AdaLoRA cannot be read here")
         branches, rest = _adalora(adapter)
     elif kind == "LORA":
-        branches, rest, biases = _lora(adapter, model, folder)
+        branches, rest = _lora(adapter, model, folder)
     else:
         raise ModelError(
             f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here "
             "(LORA, DoRA, ADALORA, IA3, PREFIX_TUNING and PROMPT_TUNING can)"
         )
+    # Modules saved whole and biases of the base are left beside the branches.
+    found = _trained_biases(rest, adapter.config, model)
+    rest = _saved_modules({n: v for n, v in rest.items() if n not in found}, model, folder)
+    biases = {name.replace(".base_layer.", "."): value for name, value in found.items()}
     if weight != 1.0:
         if any(b.magnitude is not None for b in branches):
             raise ModelError(f"{folder}: a DoRA adapter rescales whole weights; it cannot be taken with a weight of {weight:g}")
@@ -68,27 +69,23 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
         base = dict(model.named_parameters(remove_duplicate=False))
         biases = {name: torch.lerp(base[name].detach().float(), value, weight) for name, value in biases.items()}
     layer = layer_of(branches, rest, model, float(adapter.config.get("lora_dropout") or 0.0), str(folder))
-    return with_biases(layer, biases, str(adapter.config.get("bias")), model, str(folder)) if biases else layer
+    return with_biases(layer, biases, str(adapter.config.get("bias")), model) if biases else layer
 
 
-def with_biases(layer: Layer, biases: dict[str, Tensor], which: str, model: nn.Module, where: str) -> Layer:
-    """A `lora` layer that trained biases of the base as well.
+def with_biases(layer: Layer, biases: dict[str, Tensor], which: str, model: nn.Module) -> Layer:
+    """A `lora` or `dora` layer that trained biases of the base as well.
 
     Args:
         biases: parameter name -> value.
         which: PEFT's word for them, `all` or `lora_only`.
-
-    Raises:
-        ModelError: it is a DoRA layer.
     """
-    if "lora" not in layer.wrappers:
-        raise ModelError(f"{where}: biases trained with DoRA cannot be read here")
+    ((kind, options),) = layer.wrappers.items()
     paths = {id(module): path for path, module in model.named_modules()}
     # A bias may have several names; its master stands at the module that applies it.
     homes = {id(getattr(module, tensor)): paths[id(module)] for module, tensor in every_bias(model)}
     base = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {f"{homes[id(base[name])]}.lora__bias.bias": value.float() for name, value in biases.items()}
-    return replace(layer, wrappers={"lora": {**layer.wrappers["lora"], "bias": which}}, tensors={**layer.tensors, **tensors})
+    tensors = {f"{homes[id(base[name])]}.{kind}__bias.bias": value.float() for name, value in biases.items()}
+    return replace(layer, wrappers={kind: {**options, "bias": which}}, tensors={**layer.tensors, **tensors})
 
 
 def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, dropout: float, where: str) -> Layer:
@@ -209,8 +206,8 @@ def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor], dict[str, Tensor]]:
-    """(branches, modules saved whole, trained biases of the base by parameter name)."""
+def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor]]:
+    """(branches, the tensors that are no factors)."""
     config = adapter.config
     for option, what in REFUSED.items():
         if config.get(option):
@@ -234,12 +231,7 @@ def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch
         else:
             bias = found.get("B.bias")
             branches.append(Branch(home, "linear", found["A"], found["B"], scale, "", found.get("magnitude_vector"), bias))
-    biases = _trained_biases(rest, config, model)
-    return (
-        branches,
-        _saved_modules({n: v for n, v in rest.items() if n not in biases}, model, folder),
-        {name.replace(".base_layer.", "."): value for name, value in biases.items()},
-    )
+    return branches, rest
 
 
 def _trained_biases(rest: dict[str, Tensor], config: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -297,12 +289,13 @@ def _saved_modules(rest: dict[str, Tensor], model: nn.Module, folder: Path) -> d
 
 
 def _adalora(adapter: Adapter) -> tuple[list[Branch], dict[str, Tensor]]:
-    """P diag(l) Q alpha / (R + 1e-5) as plain branches; modules that lost every rank are left out."""
+    """P diag(l) Q alpha / (R + 1e-5) as plain branches; modules that lost every rank stay where they train a bias."""
     factors, rest = _plain(adapter)
     config = adapter.config
     branches = []
     for path, found in factors.items():
-        if found["A"].shape[0]:
-            scale = (config["lora_alpha"] or config["init_r"]) / (config["init_r"] + 1e-5)
-            branches.append(Branch(path, "linear", found["A"] * found["E"], found["B"], scale))
+        scale = (config["lora_alpha"] or config["init_r"]) / (config["init_r"] + 1e-5)
+        branch = Branch(path, "linear", found["A"] * found["E"], found["B"], scale)
+        if branch.r or f"{path}.base_layer.bias" in rest:
+            branches.append(branch if branch.r else branch.padded(1))
     return branches, rest

@@ -7,13 +7,16 @@ tensor stays bit-equal and is back as soon as the master's wrapper steps aside.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import Port, all_ports, eject, inject, ports_of
+
+if TYPE_CHECKING:
+    from llmrecipe.models.anatomy import Site
 
 
 class BiasMaster(Port):
@@ -86,6 +89,32 @@ def train_bias(module: nn.Module, name: str, owner: str, rows: Tensor | None = N
                 raise ModelError(f"stack.{owner}: stack.{port.owner} trains the same biases; let one of the two train them")
             value = port.weight(value)
     inject(module, name, BiasMaster(value, rows, tensor), owner)
+
+
+def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: list[Site], instead: str = "") -> None:
+    """Masters over the biases that a low-rank method's `bias` names.
+
+    Args:
+        which: `none`, `all` of the base, or `lora_only`: those of the outputs of `sites`, which `target` names.
+        instead: what else the recipe could say where there are none.
+
+    Raises:
+        ModelError: there are none, or another wrapper of the stack trains one of them.
+    """
+    from llmrecipe.methods.low_rank import row_index
+
+    if which == "none":
+        return
+    if which == "all":
+        found = [(m, f"{owner}__bias", None) for m, tensor in every_bias(model) if tensor == "bias"]
+    else:
+        have = [s for s in sites if s.tensor is None and isinstance(getattr(s.module, "bias", None), nn.Parameter)]
+        found = [(s.module, f"{s.name(owner)}__bias", row_index(s)) for s in have]
+    if not found:
+        where = "this model" if which == "all" else f"'{target}'"
+        raise ModelError(f"stack.{owner}.bias: {where} has no biases to train; {instead or 'leave it at none'}")
+    for module, name, rows in found:
+        train_bias(module, name, owner, rows)
 
 
 def masters(model: nn.Module) -> list[tuple[str, nn.Module, str, BiasMaster]]:

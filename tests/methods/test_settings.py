@@ -79,6 +79,8 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "group gates": ("group_mask", {"hard_l0": True, "l0_steps": 2, "num_samples": 128, "alpha_init": 0.5}),
     "gates of heads": ("group_mask", {"hard_l0": True, "l0_steps": 2, "num_samples": 128, "group": "head", "density": 0.5}),
     "biases": ("lora", {"bias": "all", "lora_bias": True}),
+    "biases beside dora": ("dora", {"bias": "all"}),
+    "biases beside adalora": ("adalora", {"bias": "lora_only"}),
     "eva": ("lora", {"init": "eva", "r": 4}),
     "lora_ga": ("lora", {"init": "lora_ga", "r": 2}),
     "corda": ("lora", {"init": "corda", "r": 4}),
@@ -91,7 +93,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_choice_of_a_method_trains_on_a_bfloat16_base_close_to_float32(choice: str, family: str) -> None:
     kind, options = CHOICES[choice]
-    if choice == "biases" and family == "llama":
+    if choice.startswith("biases") and family == "llama":
         family = "bart"
     bfloat16_is_close(kind, family, **options)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
+from llmrecipe.methods.biases import open_biases
 from llmrecipe.methods.inject import all_ports, inject, merge_ports
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
@@ -172,6 +173,8 @@ class Adalora(Wrapper):
     """at_final: drop masked triplets from the tensors `tfinal` steps before the end, rather than keep them at zero."""
     total_step: PositiveInt | None = None
     """Steps of the whole schedule; default: those of the run."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base that train too: none, all of them, or those of the layers in the budget, whatever rank they keep."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Put a triplet form beside every site of `target`.
@@ -186,7 +189,8 @@ class Adalora(Wrapper):
             raise RecipeError(
                 f"stack.{self.name}.target_r: {self.target_r} is larger than init_r={self.init_r}; ranks only fall"
             )
-        for site in anatomy(model).at(self.target):
+        sites = anatomy(model).at(self.target)
+        for site in sites:
             if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
                 raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer; adalora ranks linear layers")
             with torch.device(low_rank.device_of(site.module)):
@@ -199,6 +203,7 @@ class Adalora(Wrapper):
                 nn.init.normal_(port.A, std=0.02)
                 nn.init.normal_(port.B, std=0.02)
             inject(site.module, site.name(self.name), port, self.name)
+        open_biases(model, self.name, self.bias, self.target, sites)
         shared = Budget().to(low_rank.device_of(model))
         shared.total.fill_(self.total_step or 0)
         model.add_module(f"{self.name}_shared", shared)
@@ -209,8 +214,9 @@ class Adalora(Wrapper):
         ranks = {path: int(port.kept.sum()) for path, port in ports.items()}
         facts: dict[str, Any] = {"scored": any(port.mean_E is not None for port in ports.values()), "ranks": ranks}
         if self._pruned(model):
-            found = all_ports(model, self.name)
-            facts["pruned"] = {f"{path}{name.removeprefix(self.name)}": port.A.shape[0] for path, _, name, port in found}  # type: ignore[union-attr]
+            facts["pruned"] = {
+                f"{path}{name.removeprefix(self.name)}": port.A.shape[0] for path, _, name, port in self._found(model)
+            }
         return facts
 
     def _pruned(self, model: nn.Module) -> bool:
@@ -315,7 +321,7 @@ class Adalora(Wrapper):
         }
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + s P diag(l) Q."""
+        """W <- W + s P diag(l) Q, b <- the trained b."""
         merge_ports(model, self.name)
 
     def to_peft(self, model: nn.Module) -> Adapter | None:
@@ -323,7 +329,7 @@ class Adalora(Wrapper):
         from llmrecipe.export.peft_format import PREFIX, Adapter
         from llmrecipe.models.sites import widths
 
-        ports = [(path, module, port) for path, module, _, port in all_ports(model, self.name)]
+        ports = [(path, module, port) for path, module, _, port in self._found(model)]
         if len({path for path, _, _ in ports}) < len(ports):
             return None
         total, first, last = self._phases(model)
@@ -334,6 +340,7 @@ class Adalora(Wrapper):
             "target_r": self.target_r,
             "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
             "lora_dropout": self.dropout,
+            "bias": "none",
             "tinit": first,
             "tfinal": last,
             "deltaT": self.deltaT,
@@ -362,13 +369,17 @@ class Adalora(Wrapper):
         return [*port.kept.tolist(), *[False] * (self.init_r - len(port.kept))]
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable r (in + out + 1) a site; two more numbers an entry for the importances."""
-        count = sum(p.numel() for port in self._ports(model).values() for p in port.parameters())
-        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "state_bytes": 8 * count}
+        """Trainable r (in + out + 1) a site, and the biases; two more numbers an entry of the factors for the importances."""
+        scored = sum(p.numel() for port in self._ports(model).values() for p in port.parameters())
+        count = sum(n for _, n in self.describe(model))
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "state_bytes": 8 * scored}
+
+    def _found(self, model: nn.Module) -> list[tuple[str, nn.Module, str, SvdLowRank]]:
+        """(module path, module, port name, port) of every triplet form."""
+        return [(*place, port) for *place, port in all_ports(model, self.name) if isinstance(port, SvdLowRank)]
 
     def _ports(self, model: nn.Module) -> dict[str, SvdLowRank]:
-        found = all_ports(model, self.name)
-        return {f"{path}.{name}": port for path, _, name, port in found if isinstance(port, SvdLowRank)}
+        return {f"{path}.{name}": port for path, _, name, port in self._found(model)}
 
     def _shared(self, model: nn.Module) -> Budget:
         return getattr(model, f"{self.name}_shared")

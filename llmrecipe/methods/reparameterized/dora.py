@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
+from llmrecipe.methods.biases import BiasMaster, open_biases
 from llmrecipe.methods.inject import Port, all_ports, inject, merge_ports
 from llmrecipe.methods.quantized import dense_weight
 from llmrecipe.methods.reparameterized.lora import pattern_value
@@ -326,6 +327,8 @@ class Dora(Wrapper):
     """Alpha by site path, like rank_pattern."""
     detach_norm: bool = True
     """Treat ||V|| as a constant in the backward pass; false is the exact gradient, for study."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base that train too: none, all of them, or those of the decomposed layers. No magnitude scales them."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Decompose the weight of every site of `target`.
@@ -343,15 +346,16 @@ class Dora(Wrapper):
                 magnitude = Magnitude(site)
             magnitude.start()
             inject(site.module, site.name(self.name), magnitude, self.name)
-        for site in parts.at(self.target):
-            if site.key in {s.key for s in bare}:
-                continue
+        paired = [site for site in parts.at(self.target) if site.key not in {s.key for s in bare}]
+        for site in paired:
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             port = self._port(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
             low_rank.initialise(port)
             port.start()
             inject(site.module, site.name(self.name), port, self.name)
+        named = self.target if self.magnitude_only is None else f"{self.target} + {self.magnitude_only}"
+        open_biases(model, self.name, self.bias, named, [*bare, *paired])
 
     def _check(self, site: Site) -> None:
         if site.tensor is not None or not hasattr(site.module, "weight") or site.role.startswith("norm"):
@@ -380,15 +384,15 @@ class Dora(Wrapper):
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Magnitudes do not decay: decay would pull every weight to zero."""
-        ports = all_ports(model, self.name)
+        ports = [place for place in all_ports(model, self.name) if not isinstance(place[3], BiasMaster)]
         names = {f"{path}.{name}.magnitude" if path else f"{name}.magnitude" for path, _, name, _ in ports}
         return [ParamGroup(frozenset(names), weight_decay=0.0)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- g (W + s B A) at every site, W <- g W where only magnitudes train."""
+        """W <- g (W + s B A) at every site, W <- g W where only magnitudes train; b <- the trained b."""
         merge_ports(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: sum of r (in + out) + out, and out where only magnitudes train; AdamW keeps 8 bytes for each."""
+        """Trainable: sum of r (in + out) + out, out where only magnitudes train, and biases; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

@@ -11,7 +11,7 @@ import torch
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank, starts
-from llmrecipe.methods.biases import BiasMaster, every_bias, make_room, train_bias
+from llmrecipe.methods.biases import BiasMaster, make_room, open_biases
 from llmrecipe.methods.inject import all_ports, inject, merge_ports
 from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.registry import register
@@ -101,28 +101,7 @@ class Lora(Wrapper):
                 port = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
                 starts.start(port, self.init, site.module)
             inject(site.module, site.name(self.name), port, self.name)
-        self._open_biases(model, sites)
-
-    def _open_biases(self, model: nn.Module, sites: list[Site]) -> None:
-        """Masters over the biases that `bias` names.
-
-        Raises:
-            ModelError: there are none.
-        """
-        if self.bias == "none":
-            return
-        if self.bias == "all":
-            found = [(m, f"{self.name}__bias", None) for m, tensor in every_bias(model) if tensor == "bias"]
-        else:
-            have = [s for s in sites if s.tensor is None and isinstance(getattr(s.module, "bias", None), torch.nn.Parameter)]
-            found = [(s.module, f"{s.name(self.name)}__bias", low_rank.row_index(s)) for s in have]
-        if not found:
-            where = "this model" if self.bias == "all" else f"'{self.target}'"
-            raise ModelError(
-                f"stack.{self.name}.bias: {where} has no biases to train; lora_bias=true gives the branches biases of their own"
-            )
-        for module, name, rows in found:
-            train_bias(module, name, self.name, rows)
+        open_biases(model, self.name, self.bias, self.target, sites, "lora_bias=true gives the branches biases of their own")
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """The ranks that eva chose, by place."""
