@@ -18,13 +18,22 @@ FIXES = {
 DEFAULT_FIX = "mend or remove these rows"
 
 
-def check(report: Report, data: DataSection) -> None:
+def check(report: Report, data: DataSection, split: str = "train") -> None:
     """Stop on impossible data.
+
+    Args:
+        split: whose rows these are; one that is a share of the training rows may have got none of them.
 
     Raises:
         DataError: no rows, two leading BOS tokens, too many rows dropped, or too many moved prompt boundaries.
     """
     if not report.read:
+        share = getattr(data, split, None)
+        if isinstance(share, float):
+            raise DataError(
+                f"data.{split}={share:g}: none of the rows of {report.source} falls into this share; "
+                "make it larger, name a file of rows, or leave it out"
+            )
         raise DataError(f"{report.source}: there are no rows")
     twice = sum(count for leading, count in report.bos.items() if leading > 1) if TWO_BOS in report.first else 0
     if twice:

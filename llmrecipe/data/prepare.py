@@ -149,7 +149,7 @@ def prepare(
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
-    gate.check(report, data)
+    gate.check(report, data, split)
     empty = next((p for p, t in zip(parts, tables) if p.weight is not None and not len(t)), None)
     if empty is not None:
         raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")

@@ -191,15 +191,24 @@ def rename(name: str, names: Mapping[str, str]) -> str:
     return ".".join(parts)
 
 
-def check_base(model: nn.Module, saved: Saved, where: str) -> None:
+def check_base(model: nn.Module, saved: Saved, where: str, dtype: str = "auto") -> None:
     """Refuse to put a delta on another base.
 
+    Args:
+        dtype: the one asked for; rounded weights are another base.
+
     Raises:
-        ModelError: the fingerprints differ; both are shown.
+        ModelError: the fingerprints differ; both are shown, or the dtype that made the difference.
     """
     wanted = saved.base.get("fingerprint")
     got = fingerprint(model)
     if wanted and wanted != got:
+        trained = saved.base.get("section", {}).get("dtype", "auto")
+        if dtype != trained:
+            raise ModelError(
+                f"model.dtype={dtype}: {where} was trained on its base in dtype {trained}, and rounded weights are another "
+                "base; leave model.dtype out, or export the run with --to merged and load that in any dtype"
+            )
         raise ModelError(
             f"{where} was trained on another base model: it expects fingerprint {wanted}, {saved.base.get('path')} has {got}"
         )

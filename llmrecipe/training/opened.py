@@ -119,7 +119,7 @@ def open_saved(
     opened.quantized = [delta.kind_name(wrapper) for wrapper in bases]
     layers = list(saved.layers) if saved is not None else []
     if saved is not None:
-        delta.check_base(model, saved, str(folder))
+        delta.check_base(model, saved, str(folder), base.dtype)
     layers += imported(base, model)
     if continue_ and layers:
         opened.continued = layers.pop()

@@ -48,6 +48,14 @@ def test_two_leading_bos_stop(tmp_path: Path) -> None:
         read(tmp_path, [{"text": "x"}, {"text": "<s>x"}], byte_tokenizer(adds_bos=True), "text")
 
 
+def test_a_share_that_gets_no_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b"}) + "\n")
+    section = DataSection(path=str(path), validation=1e-6)
+    with pytest.raises(DataError, match=r"data.validation=1e-06: none of the rows of .*rows.jsonl falls into this share"):
+        prepare(section, byte_tokenizer(), "text", mask="completion", seed=0, split="validation")
+
+
 def test_rows_without_a_target_stop_and_are_named(tmp_path: Path) -> None:
     rows = [{"messages": [turn("user", "only a question")]}] * 3
     with pytest.raises(DataError, match=r"none of the 3 rows can be used.\n  3 x no trained token, first at .*rows.jsonl:1"):

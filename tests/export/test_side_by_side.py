@@ -26,6 +26,8 @@ from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.training.opened import open_model
 from tests.export.saved_runs import base_folder, saved_run
 from tests.runs import train_recipe
 
@@ -138,6 +140,12 @@ def test_the_base_is_checked_before_weights_are_read(tmp_path: Path, base: Path,
     monkeypatch.setattr("llmrecipe.models.load.load_model", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(ModelError, match="another base"):
         load([tmp_path / "one", tmp_path / "far"])
+
+
+def test_another_dtype_than_the_one_trained_on_is_named(tmp_path: Path, base: Path) -> None:
+    saved_run(tmp_path / "one", base, Lora(name="lora"))
+    with pytest.raises(ModelError, match=r"model.dtype=bfloat16: .*one.* was trained on its base in dtype auto"):
+        open_model(ModelSection(path=str(tmp_path / "one"), dtype="bfloat16"), TokenizerSection())
 
 
 @pytest.mark.parametrize("kinds", [("ia3", "ia3"), pytest.param(("fishmask", "sft_lora"), marks=pytest.mark.slow)])

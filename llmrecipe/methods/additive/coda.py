@@ -222,7 +222,8 @@ class Coda(Wrapper):
     solver: Literal["exact", "iterative"] = "exact"
     """Closed form, or the paper's coordinate steps."""
     eps: PositiveFloat = 0.03
-    """Entropy weight e of the soft top-k; only scores within about e of the cut move the router: 0.03 for long texts, 1 for short."""
+    """Entropy weight e of the soft top-k; scores within about e of the cut move the router: 0.03 for long texts, 1 for short ones.
+    """
     eps_init: PositiveFloat = 4.0
     """Iterative: e at the first step."""
     eps_decay: PositiveFloat = 0.7
