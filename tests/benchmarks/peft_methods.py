@@ -132,10 +132,11 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 HEADER = f"""# Methods that PEFT has too
 
-Written by `python -m tests.benchmarks.peft_methods`: one decoder (width {WIDTH["hidden_size"]}, {WIDTH["num_hidden_layers"]} layers)
-and {ROWS} rows of {TOKENS} tokens under both libraries in turns, one thread, float32; forward to the logits and backward to what
-the method trains. Times are CPU time, medians over {{rounds}} rounds; ratios are ours over PEFT's with their standard deviation;
-bytes are those kept for the backward pass, each storage once. LoRA, DoRA and AdaLoRA stand on all linear layers, rank 8.
+Written by `python -m tests.benchmarks.peft_methods`: one decoder (width {WIDTH["hidden_size"]},
+{WIDTH["num_hidden_layers"]} layers) and {ROWS} rows of {TOKENS} tokens under both libraries in turns, one thread, float32;
+forward to the logits and backward to what the method trains. Times are CPU time, medians over {{rounds}} rounds; ratios are
+ours over PEFT's with their standard deviation; bytes are those kept for the backward pass, each storage once. LoRA, DoRA and
+AdaLoRA stand on all linear layers, rank 8.
 
 """
 
