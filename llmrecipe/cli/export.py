@@ -12,13 +12,13 @@ from llmrecipe.cli.words import Json, print_json
 PANEL = "Use"
 ORDER = 4
 
-FORMATS = ("merged", "peft")
+FORMATS = ("merged", "peft", "adapter_hub")
 
 
 def verb(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="merged: a Transformers folder; peft: a PEFT adapter folder.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/merged or RUN/peft.")] = None,
+    to: Annotated[str, typer.Option("--to", help="merged: a Transformers folder; peft, adapter_hub: adapter folders.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/<format>.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps it.")] = "auto",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of a method trained for several (dylora).")] = None,
     as_: Annotated[str | None, typer.Option("--as", help="lora: write AdaLoRA as plain LoRA.")] = None,
@@ -68,6 +68,10 @@ def verb(
         from llmrecipe.export.merged import export_merged
 
         done = export_merged(run, out, dtype=dtype, bound=bound, options=options, opened=opened)
+    elif to == "adapter_hub":
+        from llmrecipe.export.peft import export_adapter_hub
+
+        done = export_adapter_hub(run, out, bound=bound, opened=opened)
     else:
         from llmrecipe.export.peft import export_peft
 

@@ -68,8 +68,11 @@ def open_run(path: str, *, dtype: str = "auto", options: dict[str, dict[str, Any
 
 
 def adapter_head(folder: Path) -> str:
-    """The head a PEFT adapter folder was made for."""
-    kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    """The head an adapter folder was made for; adapter-hub's name a class of model, PEFT's a task."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("model_class"):
+        return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
+    kind = config.get("task_type")
     return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
 
 

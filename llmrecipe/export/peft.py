@@ -6,6 +6,7 @@ the logits of the run. What PEFT cannot express is refused, with the reason, bef
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
-from llmrecipe.export import peft_format, proof
+from llmrecipe.export import adapter_hub, peft_format, proof
 from llmrecipe.export.load import open_run
 from llmrecipe.export.merged import Exported, dtype_of, target_folder, writing
 from llmrecipe.export.peft_format import Adapter, Branch
@@ -60,18 +61,57 @@ def export_peft(
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(opened)
     adapter = adapter_of(opened, saved, uniform=uniform, as_lora=as_lora)
+    difference = proven(target, opened, lambda aside: peft_format.write(aside, adapter), bound)
+    return Exported(target, difference, _notes(opened, adapter))
+
+
+def proven(target: Path, opened: Opened, write: Callable[[Path], None], bound: float | None) -> proof.Difference:
+    """Write an adapter folder with its tokenizer and golden answer, and read it back onto a fresh base.
+
+    Args:
+        write: puts the adapter's own files into a folder.
+
+    Raises:
+        ModelError: the logits moved; nothing is left behind.
+        RunError: the disk is full.
+    """
+    saved = saved_from(opened)
     ids = proof.probe_ids(opened.model, opened.tokenizer)
     wanted = proof.logits_of(opened.model, ids)
     answer = proof.golden(opened.model, opened.tokenizer)
     wide = dtype_of(opened.model)
     with writing(target) as aside:
-        peft_format.write(aside, adapter)
+        write(aside)
         opened.tokenizer.save_pretrained(aside)
         proof.write_golden(aside, answer)
         opened.model = nn.Identity()  # one model in memory at a time
         difference = proof.compare(wanted, proof.logits_of(reread(aside, opened, saved), ids), wide, bound)
         proof.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
-    return Exported(target, difference, _notes(opened, adapter))
+    return difference
+
+
+def export_adapter_hub(
+    run: str | Path, out: str | Path | None = None, *, bound: float | None = None, opened: Opened | None = None
+) -> Exported:
+    """Write a run's bottleneck adapter as a folder that adapter-hub's `adapters` library loads.
+
+    Args:
+        out: the folder; default `RUN/adapter_hub`. It must not exist yet.
+        bound: see `export_merged`.
+        opened: what to write instead of the run itself.
+
+    Raises:
+        ModelError: the library cannot hold the run (said before anything is written), or the logits moved.
+        RunError: the folder exists, or the disk is full.
+    """
+    target = target_folder(run, out, "adapter_hub")
+    opened = opened or open_run(str(run))
+    made = adapter_hub.hub_files(opened)
+    heads = head_tensors(opened)
+    about = adapter_hub.head_config(opened) if heads else {}
+    difference = proven(target, opened, lambda aside: adapter_hub.write(aside, *made, about, heads), bound)
+    call = f"model.load_adapter('{target}', use_safetensors=True, set_active=True)"
+    return Exported(target, difference, [f"after adapters.init(model): {call}"])
 
 
 def saved_from(opened: Opened) -> delta.Saved:

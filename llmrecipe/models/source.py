@@ -63,18 +63,18 @@ def run_folder(path: str) -> Path | None:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a path is a PEFT adapter folder."""
+    """Whether a path is an adapter folder, of PEFT or of adapter-hub's library."""
     return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
 
 
 def adapter_base(path: str) -> str:
-    """The base model a PEFT adapter folder names.
+    """The base model an adapter folder of PEFT or adapter-hub names.
 
     Raises:
         ModelError: it names none.
     """
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path") or config.get("model_name")
     if not base:
         raise ModelError(
             f"model.path: the adapter {path} does not name its base model; "

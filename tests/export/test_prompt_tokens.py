@@ -91,7 +91,7 @@ def test_it_folds_beside_another_method_and_below_a_second_export(tmp_path: Path
 
 
 def test_a_classifier_reads_the_tokens_too(tmp_path: Path) -> None:
-    labels = {"names": ["no", "yes"], "kind": "single"}
+    labels = ["no", "yes", "maybe"]
     model = saved_run(tmp_path / "run", base_folder(tmp_path), prompt(), head="classification", labels=labels)
     wanted = model(input_ids=IDS).logits
     folder = export_merged(tmp_path / "run").path

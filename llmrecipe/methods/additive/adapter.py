@@ -17,7 +17,7 @@ from llmrecipe.registry import register
 
 if TYPE_CHECKING:
     from llmrecipe.methods.bottleneck import Sublayer
-    from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.anatomy import Anatomy, Site
 
 
 @register
@@ -83,28 +83,37 @@ class Adapter(Wrapper):
         from llmrecipe.models.anatomy import anatomy
 
         parts = anatomy(model)
-        for sub in self._places(parts):
+        for sub in self.places(parts):
             r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
             if not r:
                 continue
             with torch.device(device_of(sub.block.module)):
                 kind = bottleneck.Behind if self.placement == "houlsby" or parts.pre_norm else bottleneck.BeforeNorm
                 port = kind(parts.width, parts.width, r, self._shape())
-            inject(self._host(sub, parts), self.name, port, self.name)
+            inject(self.host(sub, parts).module, self.name, port, self.name)
 
-    def _host(self, sub: Sublayer, parts: Anatomy) -> nn.Module:
-        """Where the adapter stands: at y, at the end of a pre-norm block (x + y), or at the norm that ends a post-norm one."""
+    def host(self, sub: Sublayer, parts: Anatomy) -> Site:
+        """Where the adapter stands: at y, at the end of a pre-norm block (x + y), or at the norm that ends a post-norm one.
+
+        Raises:
+            ModelError: pfeiffer on a post-norm block whose feed-forward has no norm of its own.
+        """
         if self.placement == "houlsby":
-            return sub.output.module
+            return sub.output
         if parts.pre_norm:
-            return sub.block.module
+            return sub.block
         if sub.norm is None:
             raise ModelError(
                 f"{sub.block.path}: pfeiffer needs the norm behind the feed-forward, and this block has none of its own"
             )
-        return sub.norm.module
+        return sub.norm
 
-    def _places(self, parts: Anatomy) -> list[Sublayer]:
+    def places(self, parts: Anatomy) -> list[Sublayer]:
+        """The sublayers it stands at.
+
+        Raises:
+            ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
+        """
         names: list[str] = list(self.sublayers or (["attn", "ffn"] if self.placement == "houlsby" else ["ffn"]))
         if self.placement == "pfeiffer":
             if parts.parallel_blocks:
@@ -132,7 +141,7 @@ class Adapter(Wrapper):
         if not self.train_norms:
             return set()
         parts = anatomy(model)
-        blocks = [s.block for s in self._places(parts) if self.sizes.get(str(s.layer), 1)]
+        blocks = [s.block for s in self.places(parts) if self.sizes.get(str(s.layer), 1)]
         return bottleneck.norm_parameters(model, blocks, parts)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
@@ -140,7 +149,7 @@ class Adapter(Wrapper):
         from llmrecipe.models.anatomy import anatomy
 
         parts = anatomy(model)
-        sizes = [bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes) for s in self._places(parts)]
+        sizes = [bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes) for s in self.places(parts)]
         trained = sum(bottleneck.count(parts.width, parts.width, r, self._shape()) for r in sizes if r)
         parameters = dict(model.named_parameters())
         trained += sum(parameters[name].numel() for name in self.opened(model))

@@ -85,7 +85,7 @@ class ParallelAdapter(Wrapper):
                     port = bottleneck.Beside(site.width_in, site.width_out, self._size(site), self._shape(), row_index(site))
                 inject(site.module, site.name(self.name), port, self.name)
             return
-        for sub in self._places(parts):
+        for sub in self.places(parts):
             r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
             with torch.device(device_of(sub.block.module)):
                 if r and self.form == "multihead":
@@ -98,10 +98,15 @@ class ParallelAdapter(Wrapper):
         if source is None:
             raise ModelError(f"{sub.block.path}: its {sub.part} sublayer has no norm in front of it; use input: normed")
         if source.module is sub.output.module:
-            inject(sub.output.module, self.name, bottleneck.Beside(parts.width, parts.width, r, self._shape()), self.name)
+            inject(
+                self.host(sub, parts).module,
+                self.name,
+                bottleneck.Beside(parts.width, parts.width, r, self._shape()),
+                self.name,
+            )
             return
         branch = bottleneck.Joined(parts.width, r, self._shape())
-        inject(sub.output.module, self.name, branch, self.name)
+        inject(self.host(sub, parts).module, self.name, branch, self.name)
         inject(source.module, f"{self.name}__{sub.part}_in", bottleneck.Tap(branch), self.name)
 
     def _heads(self, sub: Sublayer, r: int, parts: Anatomy) -> None:
@@ -112,7 +117,12 @@ class ParallelAdapter(Wrapper):
         port = bottleneck.HeadBeside(parts.heads, parts.head_dim, value.width_in // parts.heads, r, self._shape())
         inject(inside[0].module, self.name, port, self.name)
 
-    def _places(self, parts: Anatomy) -> list[Sublayer]:
+    def host(self, sub: Sublayer, parts: Anatomy) -> Site:
+        """Where a branch beside a sublayer is added."""
+        return sub.output
+
+    def places(self, parts: Anatomy) -> list[Sublayer]:
+        """The sublayers with a branch."""
         return bottleneck.sublayers(parts, list(self.sites), self.layers, None if self.side == "both" else self.side)
 
     def _linears(self, parts: Anatomy) -> list[Site]:
@@ -141,7 +151,7 @@ class ParallelAdapter(Wrapper):
         if self.target is not None:
             trained = sum(bottleneck.count(s.width_in, s.width_out, self._size(s), shape) for s in self._linears(parts))
         else:
-            trained = sum(self._count(sub, parts, shape) for sub in self._places(parts))
+            trained = sum(self._count(sub, parts, shape) for sub in self.places(parts))
         return {"trainable": trained, "optimizer_bytes": 8 * trained, "gradient_bytes": 4 * trained}
 
     def _count(self, sub: Sublayer, parts: Anatomy, shape: bottleneck.Shape) -> int:

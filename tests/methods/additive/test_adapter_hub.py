@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmrecipe.export.adapter_hub import LEAVES, homes
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.ia3 import Ia3
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
@@ -37,23 +38,6 @@ def wrapper_of(case: str) -> Wrapper:
     }[case]
 
 
-def bottleneck_name(name: str, family: str) -> str:
-    """`....w.down` of a host module -> the library's parameter."""
-    host, part = name.rsplit(".w.", 1)
-    leaf = {
-        "down": "adapter_down.0.weight",
-        "down_bias": "adapter_down.0.bias",
-        "up": "adapter_up.weight",
-        "up_bias": "adapter_up.bias",
-    }[part]
-    layer = re.search(r"layers?\.(\d+)", host)[1]
-    attention = "attention" in host or "self_attn" in host
-    if family == "bert":
-        place = f"bert.encoder.layer.{layer}.{'attention.' * attention}output"
-        return f"{place}.adapters.a.{leaf}"
-    return f"model.layers.{layer}.{'attention' if attention else 'output'}_adapters.adapters.a.{leaf}"
-
-
 def their_prefix(part: str) -> str:
     """A parameter of the table -> the end of the library's name."""
     return {
@@ -72,9 +56,7 @@ def their_name(name: str, case: str, family: str) -> str:
         host = "bert.encoder.layer.0.attention.self" if family == "bert" else "model.layers.0.self_attn"
         part = re.search(r"(flat|small|inner\.\w+|outer\.\w+)$", name)[1]
         return f"{host}.prefix_tuning.pool.prefix_tunings.a.self_prefix.{their_prefix(part)}"
-    if case == "ia3_kv":
-        return f"{name.rsplit('.w.', 1)[0]}.loras.a.lora_B"
-    return bottleneck_name(name, family)
+    return f"{name.rsplit('.w.', 1)[0]}.loras.a.lora_B"
 
 
 def built(case: str, family: str) -> tuple[nn.Module, dict[str, str]]:
@@ -85,9 +67,15 @@ def built(case: str, family: str) -> tuple[nn.Module, dict[str, str]]:
     model = make.from_config(AutoConfig.for_model(family, **hub.SHAPE, **hub.MORE[family]))
     hub.fill(model.named_parameters())
     install(model, "sdpa")
-    Stack([wrapper_of(case)]).attach(model)
-    names = {n: their_name(n, case, family) for n, p in model.named_parameters() if p.requires_grad}
-    return model.eval(), names
+    wrapper: Any = wrapper_of(case)
+    Stack([wrapper]).attach(model)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    if case.endswith("_bn"):
+        # The names an export writes.
+        places = [(home, stem) for _, home, stem in homes(model, wrapper)]
+        every = {f"{home}.{ours}": f"{stem}.adapters.a.{leaf}" for home, stem in places for leaf, ours in LEAVES.items()}
+        return model.eval(), {n: every[n] for n in trained}
+    return model.eval(), {n: their_name(n, case, family) for n in trained}
 
 
 def case_of(case: str) -> Any:
