@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
-from llmrecipe.export import adapter_hub, peft_format, proof
+from llmrecipe.export import adapter_hub, peft_biases, peft_format, proof
 from llmrecipe.export.load import open_run
 from llmrecipe.export.merged import Exported, dtype_of, target_folder, writing
 from llmrecipe.export.peft_format import Adapter, Branch
@@ -151,7 +151,8 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
             use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
             dropout=float(getattr(first, "dropout", 0.0)),
         )
-    peft_format.add_biases(adapter, trained_biases(opened.model))
+    if adapter.config["peft_type"] not in peft_biases.KINDS:
+        peft_format.add_biases(adapter, trained_biases(opened.model))
     heads = head_tensors(opened)
     adapter.tensors |= {peft_format.PREFIX + name: value for name, value in heads.items()}
     adapter.config |= {
@@ -238,7 +239,8 @@ def _shorten(config: dict[str, Any], model: nn.Module) -> None:
     for key in ("target_modules", "feedforward_modules"):
         if config.get(key):
             config[key] = sorted({leaf if (leaf := p.rpartition(".")[2]) in short else p for p in config[key]})
-    config["fan_in_fan_out"] = any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths)
+    if config["peft_type"] not in peft_biases.KINDS:
+        config["fan_in_fan_out"] = any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths)
 
 
 def _notes(opened: Opened, adapter: Adapter) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
-from llmrecipe.export import adapter_hub, peft_additive
+from llmrecipe.export import adapter_hub, peft_additive, peft_biases
 from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
 from llmrecipe.methods.biases import every_bias
 from llmrecipe.methods.stack import is_head
@@ -30,6 +30,13 @@ REFUSED = {
     "alora_invocation_tokens": "activated LoRA",
 }
 """Options that change the function and have no counterpart here."""
+OTHERS = {
+    "IA3": peft_additive.read_ia3,
+    "PREFIX_TUNING": peft_additive.read_prompts,
+    "PROMPT_TUNING": peft_additive.read_prompts,
+    **dict.fromkeys(peft_biases.KINDS, peft_biases.read_biases),
+}
+"""Types that change no matrix -> their reader."""
 
 
 def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> Layer:
@@ -48,11 +55,12 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
         return adapter_hub.read(folder, model)
     adapter = read(folder)
     kind = str(adapter.config.get("peft_type", "")).upper()
-    if kind in ("IA3", "PREFIX_TUNING", "PROMPT_TUNING"):
+    if kind in OTHERS:
         if weight != 1.0:
-            raise ModelError(f"{folder}: an adapter of type {kind} adds to no weight, so it cannot be taken {weight:g} times")
-        read_other = peft_additive.read_ia3 if kind == "IA3" else peft_additive.read_prompts
-        return read_other(adapter, model, str(folder))
+            raise ModelError(
+                f"{folder}: an adapter of type {kind} is no low-rank change, so it cannot be taken {weight:g} times"
+            )
+        return OTHERS[kind](adapter, model, str(folder))
     if kind == "ADALORA":
         branches, rest = _adalora(adapter)
     elif kind == "LORA":
@@ -60,7 +68,7 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
     else:
         raise ModelError(
             f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here "
-            "(LORA, DoRA, ADALORA, IA3, PREFIX_TUNING and PROMPT_TUNING can)"
+            f"(LORA, DoRA, ADALORA, {', '.join(OTHERS)} can)"
         )
     # Modules saved whole and biases of the base are left beside the branches.
     found = _trained_biases(rest, adapter.config, model)

@@ -18,6 +18,7 @@ from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
+    from llmrecipe.export.peft_format import Adapter
     from llmrecipe.models.anatomy import Site
 
 TERMS = {
@@ -63,6 +64,7 @@ class Bitfit(Wrapper):
     feed-forward (norms only with `add_norm_bias`); they merge where the family has config flags for them (Llama), else the
     adapter stays beside the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all logits of
     a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it acts.
+    PEFT folders hold biases of linear layers (BEFT) or of LayerNorms (LN tuning), not both.
 
     Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199).
     Departures: names are matched by role, not by substring, and the pooler's bias is a choice of its own.
@@ -120,6 +122,17 @@ class Bitfit(Wrapper):
         if not self.add_norm_bias:
             lack = [s for s in lack if not s.role.startswith("norm.")]
         return have, lack
+
+    def chosen(self, model: nn.Module) -> list[Site]:
+        """The sites whose biases train under these terms."""
+        have, lack = self._sites(model)
+        return have + lack if self.missing == "add_zero" else have
+
+    def to_peft(self, model: nn.Module) -> Adapter | None:
+        """PEFT's BEFT for biases of linear layers, its LN tuning for those of LayerNorms."""
+        from llmrecipe.export.peft_biases import bias_adapter
+
+        return bias_adapter(model, self.name)
 
     def _refuse(self, model: nn.Module, have: list[Site], lack: list[Site]) -> None:
         """Never train nothing, or nine tensors, in silence.
