@@ -23,6 +23,7 @@ from llmrecipe.methods.biases import BiasMaster, masters
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.low_rank import LowRank, LowRankEmbedding, LowRankExperts, LowRankTiedHead
 from llmrecipe.methods.reparameterized.dora import Magnitude
+from llmrecipe.methods.requantized import Requantized
 from llmrecipe.models.sites import widths
 from llmrecipe.models.source import locate
 from llmrecipe.training import delta
@@ -168,8 +169,14 @@ def branches_of(opened: Opened) -> list[Branch]:
     """Every low-rank change of the mounted stacks; biases trained beside one are not among them (see `trained_biases`).
 
     Raises:
-        ModelError: something mounted is not a low-rank change of a weight.
+        ModelError: something mounted is not a low-rank change of a weight, or of one in other codes than the base's.
     """
+    chosen = next((port.owner for _, _, _, port in all_ports(opened.model) if isinstance(port, Requantized)), None)
+    if chosen is not None:
+        raise ModelError(
+            f"export --to peft: '{chosen.split('_', 1)[1]}' stands on 4-bit codes chosen together with it (loftq_iter), and a "
+            "PEFT folder has no place for them; use --to merged"
+        )
     branches: list[Branch] = []
     beside = any(branch_of(path, module, port) is not None for path, module, _, port in all_ports(opened.model))
     for wrapper in opened.mounted:

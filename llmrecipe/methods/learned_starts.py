@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import current
+from llmrecipe.errors import ModelError
 from llmrecipe.methods import selection, starts
-from llmrecipe.methods.inject import Port, all_ports, eject, inject
+from llmrecipe.methods.inject import Port, all_ports, eject, inject, ports_of
 from llmrecipe.methods.low_rank import LowRank, is_transposed, wide
 from llmrecipe.methods.quantized import dense_weight
+from llmrecipe.methods.requantized import Requantized, computed_weight
 from llmrecipe.methods.sparse_wrapper import base_weights
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Place:
 
     def weight(self) -> Tensor:
         """(rows, in) float32 weight, as the layer computes with it."""
-        return self.rows(wide(dense_weight(self.module)))
+        return self.rows(wide(computed_weight(self.module)))
 
 
 def places_of(model: nn.Module, owner: str) -> list[Place]:
@@ -49,21 +51,22 @@ def places_of(model: nn.Module, owner: str) -> list[Place]:
     return [Place(path, m, name, port) for path, m, name, port in all_ports(model, owner) if isinstance(port, LowRank)]
 
 
-def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, rho: float) -> None:
+def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, rho: float, iterations: int) -> None:
     """Give every branch of a wrapper the start that data, or the weights before rounding, decide.
 
     Args:
         init: one of `starts.FROM_DATA`.
         batches: how many batches are looked at (rows, for CorDA).
         rho: for EVA, the largest rank of a layer as a multiple of its own.
+        iterations: for LoftQ, how often codes and branch are chosen in turn.
 
     Raises:
-        ModelError: no gradient arrived (lora_ga).
+        ModelError: no gradient arrived (lora_ga), or another method needs the codes that would change (loftq).
     """
     places = places_of(model, owner)
     with torch.no_grad():
         if init == "loftq":
-            _loftq(places, probe)
+            _loftq(owner, places, probe, iterations)
         elif init == "eva":
             _eva(model, places, probe, batches, rho)
         elif init == "lora_ga":
@@ -72,15 +75,50 @@ def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, r
             _corda(model, places, probe, batches, init)
 
 
-def _loftq(places: list[Place], probe: Probe) -> None:
-    """s B A = the best approximation, at rank r, of what rounding took from the weight."""
+def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> None:
+    """s B A = the best approximation, at rank r, of what rounding took from the weight.
+
+    Every iteration after the first one chooses the codes anew, nearest to W - s B A, and then again A and B for them.
+
+    Raises:
+        ModelError: another method of the stack stands on the weight whose codes would change.
+    """
     original = probe.original()
+    layers: dict[int, list[Place]] = {}
     for place in places:
-        exact = place.rows(wide(dense_weight(original.get_submodule(place.path)))).to(place.port.A.device)
-        lost = exact - place.rows(dense_weight(place.module, torch.float32)).to(exact)
-        A, B = starts.leading(lost, place.port)
-        place.port.A.copy_(A)
-        place.port.B.copy_(B)
+        layers.setdefault(id(place.module), []).append(place)
+    for branches in layers.values():
+        path, module = branches[0].path, branches[0].module
+        codes = getattr(module, f"{owner}__codes", None)
+        if isinstance(codes, Requantized):
+            _stands_alone(path, module, owner)
+        exact = wide(dense_weight(original.get_submodule(path))).to(branches[0].port.A.device)
+        for iteration in range(iterations):
+            if iteration and isinstance(codes, Requantized):
+                codes.quantize(exact - _change(branches, exact))
+            lost = exact - computed_weight(module, torch.float32).to(exact)
+            for place in branches:
+                A, B = starts.leading(place.rows(lost), place.port)
+                place.port.A.copy_(A)
+                place.port.B.copy_(B)
+
+
+def _change(branches: list[Place], weight: Tensor) -> Tensor:
+    """(out, in) s B A of all branches of a layer, each at its rows."""
+    total = torch.zeros_like(weight)
+    for place in branches:
+        rows = slice(None) if place.port.rows is None else place.port.rows
+        total[rows] += place.port.product().to(weight)
+    return total
+
+
+def _stands_alone(path: str, module: nn.Module, owner: str) -> None:
+    other = next((p.owner for p in ports_of(module) if hasattr(p, "weight_rows") and not p.mounted), None)
+    if other is not None:
+        raise ModelError(
+            f"stack.{owner}.loftq_iter: it chooses other codes for {path}, and stack.{other} takes its start from those of the "
+            "base; set loftq_iter to 1, or let the two target different layers"
+        )
 
 
 def _lora_ga(model: nn.Module, places: list[Place], probe: Probe, batches: int) -> None:

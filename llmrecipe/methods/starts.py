@@ -7,7 +7,8 @@
     pissa_niter_N   the same from N power iterations on a random sketch of W: faster, approximate
     olora           W = Q R (Householder), B = Q[:, :r], A = R[:r]
     mica            B = the r minor left singular vectors of W, frozen; A = 0
-    loftq           s B A = the leading r singular triplets of W - W_hat, where the layer computes with W_hat, W in 4 or 8 bits
+    loftq           s B A = the leading r singular triplets of W - W_hat, where the layer computes with W_hat, W in 4 or 8 bits;
+                    further iterations: W_hat = the codes nearest to W - s B A, then A and B again
     eva             A = the leading r principal directions of the layer's inputs, B = 0
     corda           s B A = the leading r triplets of W C, times C^-1, with C = mean of x^T x over the layer's inputs;
     corda_kpm       the same from the last r triplets, which keeps what the inputs show

@@ -11,6 +11,7 @@ from torch import nn
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.biases import settle_biases
 from llmrecipe.methods.inject import DELTA, all_ports, kind_of
+from llmrecipe.methods.requantized import settle_codes
 from llmrecipe.methods.sparse_wrapper import settle
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.source import adapter_base, is_adapter, run_folder
@@ -169,8 +170,9 @@ def merge_order(opened: Opened) -> list[Wrapper]:
 
     Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
     `Port.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
-    and trained biases are put in their place here: later they would overwrite what was folded into those before.
+    and codes chosen anew and trained biases are put in their place here: later they would overwrite what was folded before.
     """
+    settle_codes(opened.model)
     settle(opened.model)
     settle_biases(opened.model)
 

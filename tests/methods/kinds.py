@@ -97,13 +97,15 @@ def wrapper_of(kind: str, name: str = "", **options: Any) -> Any:
     return registry.load("stack", kind)(name=name or kind, **{**OPTIONS.get(kind, {}), **options})
 
 
-def put(model: nn.Module, *wrappers: Any, autocast: torch.dtype | None = None) -> Cell:
-    """A stack on a model, its data-dependent choices made."""
+def put(model: nn.Module, *wrappers: Any, autocast: torch.dtype | None = None, original: Any = None) -> Cell:
+    """A stack on a model, its data-dependent choices made; `original` gives the model before it was quantized."""
     stack = Stack(list(wrappers))
     torch.manual_seed(1)
     stack.attach(model)
     engine = Engine(model, autocast).eval()
-    stack.calibrate(model, probe_of(model, engine))
+    probe = probe_of(model, engine)
+    probe.original = original
+    stack.calibrate(model, probe)
     return Cell(model, stack, engine)
 
 

@@ -85,6 +85,8 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_ga": ("lora", {"init": "lora_ga", "r": 2}),
     "corda": ("lora", {"init": "corda", "r": 4}),
     "mica": ("lora", {"init": "mica"}),
+    "loftq": ("lora", {"init": "loftq", "r": 4}),
+    "loftq and codes": ("lora", {"init": "loftq", "r": 4, "loftq_iter": 3}),
 }
 """Choices under which a kind is another method."""
 
@@ -100,10 +102,11 @@ def test_a_choice_of_a_method_trains_on_a_bfloat16_base_close_to_float32(choice:
 
 def bfloat16_is_close(kind: str, family: str, **options: Any) -> None:
     """The loss within 2 % and the direction of the whole gradient within a cosine of 0.95."""
-    wide = put(mild(family), wrapper_of(kind, **options))
+    below = [wrapper_of("nf4")] if options.get("init") == "loftq" else []
+    wide = put(mild(family), *below, wrapper_of(kind, **options), original=lambda: mild(family))
     wide.stack.before_step(wide.model, 0)
     fill(wide.model, scale=0.05)
-    model, stack = mild(family).to(torch.bfloat16), Stack([wrapper_of(kind, **options)])
+    model, stack = mild(family).to(torch.bfloat16), Stack([*below, wrapper_of(kind, **options)])
     stack.attach(model, without_digests(wide.stack.structures(wide.model)))
     stack.restore(model, {name: value.clone() for name, value in wide.stack.delta(wide.model).items()})
     stack.before_step(model, 0)

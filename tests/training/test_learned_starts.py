@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from llmrecipe import load
+from llmrecipe.export.merged import export_merged
 from llmrecipe.export.peft import export_peft
 from tests.runs import curve, events, learned, resume, stop_after, train_recipe
 
 SHORT = ["steps=5", "batch.size=4", "data.limit=12", "data.max_length=64", "eval.batches=1", "stack.lora.init_batches=2"]
 CASES = {
     "loftq": ["dpo_lora", "stack=[nf4,lora]", "stack.lora.init=loftq"],
+    "loftq and codes": ["dpo_lora", "stack=[nf4,lora]", "stack.lora.init=loftq", "stack.lora.loftq_iter=3"],
     "eva": ["dpo_lora", "stack.lora.init=eva", "stack.lora.r=4"],
     "lora_ga beside entries": ["dpo_lora", "stack=[lora,fishmask]", "stack.lora.init=lora_ga", "stack.fishmask.num_samples=4"],
     "text prompt": ["dpo", "stack=[prompt_tuning]", "stack.prompt_tuning.init=text", "stack.prompt_tuning.init_text='say it'"],
@@ -55,4 +57,16 @@ def test_a_finished_run_is_opened_and_exported_with_the_start_it_had(init: str, 
         model, _ = load(tmp_path / "run", device="cpu")
         torch.testing.assert_close(model(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
     done = export_peft(tmp_path / "run")
+    assert done.difference.largest < 1e-3 * done.difference.scale
+
+
+def test_a_run_with_codes_of_its_own_is_opened_and_merged_with_them(tmp_path: Path) -> None:
+    more = ["stack=[nf4,lora]", "stack.lora.init=loftq", "stack.lora.loftq_iter=2"]
+    run = train_recipe(tmp_path / "run", "sft_lora", *SHORT, *more)
+    ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = run.model.eval()(input_ids=ids).logits
+        model, _ = load(tmp_path / "run", device="cpu")
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
+    done = export_merged(tmp_path / "run")
     assert done.difference.largest < 1e-3 * done.difference.scale

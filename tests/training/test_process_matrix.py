@@ -123,6 +123,9 @@ CHOICES = {
         for init in ("eva", "corda", "lora_ga")
     },
     "lora loftq": ["sft", "stack=[nf4,lora]", "stack.lora.r=4", "stack.lora.init=loftq"],
+    "lora loftq and codes": ["sft", "stack=[nf4,lora]", "stack.lora.r=4", "stack.lora.init=loftq", "stack.lora.loftq_iter=3"],
+    "lora mica": ["sft", *LORA, "stack.lora.init=mica"],
+    "dora biases": ["sft", "stack=[dora]", "stack.dora.bias=all", "model.init=random", "model.config={attention_bias: true}"],
     "lora biases": ["sft", "stack=[lora]", "stack.lora.bias=all", "model.init=random", "model.config={attention_bias: true}"],
     "group gates": ["sft", "stack=[group_mask]", "stack.group_mask.hard_l0=true", "stack.group_mask.l0_steps=1"],
 }

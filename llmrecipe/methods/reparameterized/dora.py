@@ -15,8 +15,8 @@ from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, Positi
 from llmrecipe.methods import low_rank
 from llmrecipe.methods.biases import BiasMaster, open_biases
 from llmrecipe.methods.inject import Port, all_ports, inject, merge_ports
-from llmrecipe.methods.quantized import dense_weight
 from llmrecipe.methods.reparameterized.lora import pattern_value
+from llmrecipe.methods.requantized import computed_weight
 from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -155,7 +155,7 @@ class DoraLinear(_Direction, low_rank.LowRank):
 
     def weight_rows(self) -> Tensor:
         """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
-        weight = low_rank.wide(dense_weight(self.host[0]))
+        weight = low_rank.wide(computed_weight(self.host[0]))
         return weight if self.rows is None else weight[self.rows]
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class DoraLinear(_Direction, low_rank.LowRank):
         """(out,) magnitudes of the whole layer: those of rows without a branch are their norms."""
         if self.rows is None:
             return self.magnitude.detach()
-        return dense_weight(self.host[0]).float().norm(dim=1).index_copy(0, self.rows, self.magnitude.detach())
+        return computed_weight(self.host[0]).float().norm(dim=1).index_copy(0, self.rows, self.magnitude.detach())
 
     def merge(self, module: nn.Module) -> None:
         """W <- g (W + s B A) in float32, one cast back."""
@@ -248,7 +248,7 @@ class Magnitude(_Gain, Port):
         """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
         if self.embeds:
             return self.host[0].weight.detach().float().t()  # type: ignore[union-attr,operator]
-        weight = dense_weight(self.host[0]).float()
+        weight = computed_weight(self.host[0]).float()
         return weight if self.rows is None else weight[self.rows]
 
     @torch.no_grad()
@@ -276,7 +276,7 @@ class Magnitude(_Gain, Port):
         if self.rows is None:
             m = self.magnitude.detach()
         else:
-            norms = dense_weight(self.host[0]).float().norm(dim=1)
+            norms = computed_weight(self.host[0]).float().norm(dim=1)
             m = norms.index_copy(0, self.rows, self.magnitude.detach())
         return m.new_zeros(1, self.width_in), m.new_zeros(len(m), 1), m
 

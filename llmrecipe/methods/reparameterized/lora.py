@@ -13,6 +13,7 @@ from llmrecipe.fields import Annotated, Field, Literal, OpenFraction, PositiveFl
 from llmrecipe.methods import low_rank, starts
 from llmrecipe.methods.biases import BiasMaster, make_room, open_biases
 from llmrecipe.methods.inject import all_ports, inject, merge_ports
+from llmrecipe.methods.requantized import Requantized, give_codes
 from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -43,8 +44,9 @@ class Lora(Wrapper):
     for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), MiCA (arXiv
     2604.01694), LoftQ (arXiv 2310.08659), EVA (arXiv 2410.07170), CorDA (arXiv 2406.05223), LoRA-GA (arXiv 2407.05000).
     Departures: pissa, olora, corda and lora_ga subtract their frozen first product instead of rewriting W, so base weights stay
-    bit-equal and deltas portable. For the same reason loftq is that paper's first iteration: the codes stay those of the base,
-    for which its A and B are the best, and no further ones are sought. eva takes all inputs at once instead of by increments.
+    bit-equal and deltas portable. For the same reason the codes that loftq chooses from its second iteration on are kept and
+    saved beside those of the base, half a byte a weight more, and a PEFT folder cannot bring them. eva takes all inputs at once
+    instead of by increments.
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
@@ -69,6 +71,8 @@ class Lora(Wrapper):
     """Batches that eva and lora_ga look at before step 0; rows, for corda."""
     eva_rho: Annotated[float, Field(ge=1.0)] = 2.0
     """Largest rank eva may give a layer, as a multiple of r; 1 keeps all ranks equal."""
+    loftq_iter: PositiveInt = 1
+    """Iterations of loftq: from the second on the target's 4-bit codes are chosen anew for W - s B A, then A and B again."""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Rank by site path: regular expressions matched against the end of the module path."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
@@ -81,9 +85,16 @@ class Lora(Wrapper):
     """Biases of the base that train too: none, all of them, or those of the layers that get a branch."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a pair beside every site of `target`."""
+        """Put a pair beside every site of `target`.
+
+        Raises:
+            RecipeError: an option of a start that is not the one chosen.
+            ModelError: a site cannot have the pair, its start, or a trained bias.
+        """
         from llmrecipe.models.anatomy import anatomy
 
+        if self.loftq_iter > 1 and self.init != "loftq":
+            raise RecipeError(f"stack.{self.name}.loftq_iter: it is an option of init: loftq, and init is {self.init}")
         sites = anatomy(model).at(self.target)
         tied = _tied(model, sites)
         ranks = (structure or {}).get("ranks", {})
@@ -101,6 +112,8 @@ class Lora(Wrapper):
                 port = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
                 starts.start(port, self.init, site.module)
             inject(site.module, site.name(self.name), port, self.name)
+        if self.loftq_iter > 1:
+            give_codes(sites, self.name, "loftq_iter")
         open_biases(model, self.name, self.bias, self.target, sites, "lora_bias=true gives the branches biases of their own")
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
@@ -121,7 +134,7 @@ class Lora(Wrapper):
         if self.calibrates():
             from llmrecipe.methods import learned_starts
 
-            learned_starts.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho)
+            learned_starts.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho, self.loftq_iter)
 
     def starts_at_base(self) -> bool:
         """All but loftq do: that starts nearer to the model before it was quantized."""
@@ -151,7 +164,8 @@ class Lora(Wrapper):
             ModelError: one side of a tied pair is adapted alone, so that merging would change the other side too; or a branch
                 has a bias and its host can have none.
         """
-        ports = {path: port for path, _, _, port in all_ports(model, self.name) if not isinstance(port, BiasMaster)}
+        found = all_ports(model, self.name)
+        ports = {path: port for path, _, _, port in found if not isinstance(port, BiasMaster | Requantized)}
         shared = _shared_weights(model)
         for path, port in ports.items():
             partners = shared.get(path, set()) - {path}

@@ -147,7 +147,7 @@ def test_on_four_bits_the_forward_is_the_formula_on_the_dequantized_weight_and_n
     fill(model)
     layer = model.model.layers[0].self_attn.q_proj
     port, W = layer.dora, dense_weight(layer).float()
-    monkeypatch.setattr(dora, "dense_weight", lambda *_: pytest.fail("dequantized in the forward pass"))
+    monkeypatch.setattr(dora, "computed_weight", lambda *_: pytest.fail("dequantized in the forward pass"))
     x = torch.randn(3, 32)
     V = W + port.scale * port.B @ port.A
     wanted = x @ (port.magnitude / V.norm(dim=1))[:, None].mul(V).t() + layer.bias
