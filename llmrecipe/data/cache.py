@@ -134,7 +134,8 @@ class TokenTable:
 
     def lengths(self) -> np.ndarray:
         """(rows,) tokens of each row, over all its id columns."""
-        parts = [batch.lengths([n for n in self.kind.lists if n != "type_ids"]) for batch in self._batches]
+        names = [n for n in self.kind.lists if n not in ("type_ids", "choice_lengths")]
+        parts = [batch.lengths(names) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def column(self, name: str) -> list[Any]:

@@ -19,41 +19,47 @@ if TYPE_CHECKING:
     from llmrecipe.data.encode import Encoder, Item
 
 COLUMNS = {"preference": {"chosen": "chosen_ids", "rejected": "rejected_ids"}, "unpaired": {"completion": "completion_ids"}}
+"""Row type -> its answers and the columns they become; `choices` has as many answers as a row has."""
 
 
 def encode_answers(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Preference rows (two answers) and unpaired rows (one)."""
-    names = COLUMNS[encoder.kind.name]
-    for spoken in (False, True):
-        group = [item for item in items if isinstance(item.row["prompt"], list) is spoken]
-        if not group:
-            continue
-        prompts, joined = (_rendered if spoken else _raw)(encoder, group, tuple(names))
-        kept = [item for item in group if item.bad is None]
-        for item, prompt, *whole in zip(kept, prompts, *joined):
+    """Preference rows (two answers), unpaired rows (one) and rows of choices (one or more)."""
+    names = COLUMNS.get(encoder.kind.name, {})
+    answers = [[item.row[name] for name in names] or item.row["choices"] for item in items]
+    for spoken, count in dict.fromkeys((isinstance(i.row["prompt"], list), len(a)) for i, a in zip(items, answers)):
+        pairs = zip(items, answers)
+        group = [(i, a) for i, a in pairs if (isinstance(i.row["prompt"], list), len(a)) == (spoken, count)]
+        own = [item for item, _ in group]
+        prompts, joined = (_rendered if spoken else _raw)(encoder, own, [a for _, a in group])
+        for item, prompt, *whole in zip([item for item in own if item.bad is None], prompts, *joined):
             _finish(encoder, item, report, prompt, whole, tuple(names.values()))
 
 
-def _raw(encoder: Encoder, items: Sequence[Item], names: tuple[str, ...]) -> tuple[list[list[int]], list[list[list[int]]]]:
-    prompts = encoder.tokens.raw_prompts([i.row["prompt"] for i in items])
-    return prompts, [encoder.tokens.documents([i.row["prompt"] + i.row[n] for i in items]) for n in names]
+def _raw(
+    encoder: Encoder, items: Sequence[Item], answers: Sequence[list[Any]]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    prompts: list[str] = [item.row["prompt"] for item in items]
+    joined = [[prompt + answer for prompt, answer in zip(prompts, column)] for column in zip(*answers)]
+    return encoder.tokens.raw_prompts(prompts), [encoder.tokens.documents(texts) for texts in joined]
 
 
-def _rendered(encoder: Encoder, items: Sequence[Item], names: tuple[str, ...]) -> tuple[list[list[int]], list[list[list[int]]]]:
+def _rendered(
+    encoder: Encoder, items: Sequence[Item], answers: Sequence[list[Any]]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
     encoder.need_template(items[0].where)
     template = encoder.tokens.template
     assert template is not None
     texts: list[list[str]] = []
-    for item in items:
+    for item, own in zip(items, answers):
         row = item.row
         extra = (row.get("tools"), row.get("kwargs"))
         try:
-            answers = [template.render(row["prompt"] + row[n], False, *extra) for n in names]
-            texts.append([template.render(row["prompt"], True, *extra), *answers])
+            whole = [template.render(row["prompt"] + answer, False, *extra) for answer in own]
+            texts.append([template.render(row["prompt"], True, *extra), *whole])
         except BadRow as bad:
             item.bad = bad
     if not texts:
-        return [], [[] for _ in names]
+        return [], [[] for _ in answers[0]]
     prompts, *joined = (encoder.tokens.rendered(list(column)) for column in zip(*texts))
     return prompts, joined
 
@@ -84,7 +90,9 @@ def _finish(
     report.equal += len(answers) == 2 and answers[0] == answers[1]
     encoder.note(report, kept, item.where, answers)
     done: dict[str, Any] = {"prompt_ids": kept, **dict(zip(columns, answers))}
-    if encoder.kind.name == "unpaired":
+    if encoder.kind.name == "choices":
+        done |= {"choice_ids": [token for answer in answers for token in answer], "choice_lengths": [*map(len, answers)]}
+    elif encoder.kind.name == "unpaired":
         done["label"] = item.row["label"]
         report.labels[str(item.row["label"]).lower()] += 1
     else:
@@ -100,7 +108,7 @@ def encode_prompts(encoder: Encoder, items: Sequence[Item], report: Report) -> N
     spoken = [item for item in items if isinstance(item.row["prompt"], list)]
     if not spoken:
         return
-    prompts, _ = _rendered(encoder, spoken, ())
+    prompts, _ = _rendered(encoder, spoken, [[] for _ in spoken])
     for item, ids in zip([i for i in spoken if i.bad is None], prompts):
         _keep_prompt(encoder, item, report, ids)
 

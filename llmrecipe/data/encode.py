@@ -131,7 +131,7 @@ class Encoder:
         name = self.kind.name
         if name in ("text", "dialogue", "tokens", "multimodal"):
             sequences.encode(self, items, report)
-        elif name in ("preference", "unpaired"):
+        elif name in ("preference", "unpaired", "choices"):
             comparisons.encode_answers(self, items, report)
         elif name == "prompt":
             comparisons.encode_prompts(self, items, report)

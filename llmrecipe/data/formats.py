@@ -190,13 +190,16 @@ def _paired(prompt_row: Row, row: Row, options: Options) -> list[Row]:
         return [{**_prompt_answers(prompt_row, (), options), "columns": rest}]
     pair = _prompt_answers(prompt_row, ("chosen", "rejected"), options)
     soft = row.get("p")
-    if options.rows == "unpaired":
+    if options.rows in ("unpaired", "choices"):
         if soft not in (None, 1):
             raise DataError(
                 f"'p' is {soft!r:.40}: how likely the chosen answer is the better one says nothing of an answer by itself, "
-                "which is liked or not; write labels without it (label_ai: hard: true), or use pairs (dpo, reward)"
+                "which is liked or not, right or wrong; write labels without it (label_ai: hard: true), or use pairs (dpo, "
+                "reward)"
             )
         shared = {k: v for k, v in pair.items() if k not in ("chosen", "rejected")}
+        if options.rows == "choices":
+            return [{**shared, "choices": [pair["chosen"], pair["rejected"]]}]
         return [
             {**shared, "completion": pair["chosen"], "label": True},
             {**shared, "completion": pair["rejected"], "label": False},
@@ -233,6 +236,19 @@ def _from_implicit(row: Row, options: Options) -> list[Row]:
     else:
         raise BadRow("chosen and rejected are of different kinds", f"{type(chosen).__name__}, {type(rejected).__name__}")
     return _paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, options)
+
+
+def _from_choices(row: Row, options: Options) -> list[Row]:
+    """The right answer and the other options, each once; a row without options has one choice."""
+    others = row.get("options")
+    if others is None:
+        others = []
+    if not isinstance(others, list):
+        raise BadRow("'options' is not a list", f"{others!r:.80}")
+    every = {"completion": row["completion"]}
+    every |= {f"options[{i}]": o for i, o in enumerate(others) if o != row["completion"] and o not in others[:i]}
+    found = _prompt_answers({**row, **every}, tuple(every), options)
+    return [{**{k: v for k, v in found.items() if k not in every}, "choices": [found[name] for name in every]}]
 
 
 TRUTHS: dict[Any, bool] = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False, "good": True, "bad": False}
@@ -303,6 +319,12 @@ FORMATS: dict[str, Format] = {
         Format("messages", (("messages",), ("conversations",)), "a list of {role, content}", _from_messages),
         Format("sharegpt", (("conversations",),), "a list of {from, value}", _from_messages),
         Format("prompt_completion", (("prompt", "completion"),), "a prompt and its answer", _from_prompt_completion),
+        Format(
+            "choices",
+            (("prompt", "completion", "options"), ("prompt", "completion")),
+            "a prompt, its answer, and the answers to choose from",
+            _from_choices,
+        ),
         Format("prompt", (("prompt",),), "a prompt; other columns are kept", _from_prompt),
         Format("alpaca", (("instruction", "output"),), "instruction, input, output", _from_alpaca),
         Format("preference", (("prompt", "chosen", "rejected"),), "a prompt, a better and a worse answer", _from_preference),

@@ -1,7 +1,8 @@
 """The row types: what an objective may ask for, and what the data layer hands over.
 
 A raw row is a plain dict as it stands in a file. `formats` turns it into the canonical row of a type; `encode` turns that
-into a token row. Shapes below: every `*ids` is a list of token ids, `trained` has one 0 or 1 per token.
+into a token row. Shapes below: every `*ids` is a list of token ids, `trained` has one 0 or 1 per token, `choice_lengths`
+cuts `choice_ids` into choices.
 
 | type | canonical row | token row |
 |---|---|---|
@@ -10,6 +11,7 @@ into a token row. Shapes below: every `*ids` is a list of token ids, `trained` h
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
 | unpaired | prompt, completion, label | prompt_ids, completion_ids, label |
+| choices | prompt, choices (the right one first) | prompt_ids, choice_ids (of all choices), choice_lengths |
 | prompt | prompt, columns | prompt_ids, columns (JSON text of the other columns) |
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
 | pairs | texts (two or three), score, label | ids_a, ids_b (+ ids_c), score, label |
@@ -65,6 +67,7 @@ ROW_TYPES: dict[str, RowType] = {
             ("prompt_ids", "completion_ids"),
             scalars=(("label", "bool"),),
         ),
+        RowType("choices", ("choices", "preference", "preference_implicit"), ("prompt_ids", "choice_ids", "choice_lengths")),
         RowType(
             "prompt",
             ("messages", "sharegpt", "alpaca", "preference_implicit", "prompt"),

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from llmrecipe.data.prepare import TokenData
 
-PARTS = ("ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "ids_a", "ids_b", "ids_c")
-ANSWERS = ("completion_ids", "chosen_ids", "rejected_ids")
+PARTS = ("ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "choice_ids", "ids_a", "ids_b", "ids_c")
+ANSWERS = ("completion_ids", "chosen_ids", "rejected_ids", "choice_ids")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.objectives.objective import Loss
 from llmrecipe.training.roles import Roles
+
+LOG_HALF = -math.log(2.0)
 
 
 def negative_log_likelihood(logprobs: Tensor, smoothing: float = 0.0, uniform: Tensor | None = None) -> Tensor:
@@ -24,6 +27,19 @@ def negative_log_likelihood(logprobs: Tensor, smoothing: float = 0.0, uniform: T
 def dynamic_fine_tuning(logprobs: Tensor) -> Tensor:
     """-sum_n sg(p_n) t_n: each token weighted by its own detached probability (DFT, arXiv 2508.05629)."""
     return -(logprobs.detach().exp() * logprobs).sum()
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0: by expm1 above -log 2, by log1p below, so neither end loses its digits.
+
+    A probability of 1 gives the logarithm of the smallest step below it rather than minus infinity.
+    """
+    x = x.clamp_max(-torch.finfo(x.dtype).tiny)
+    near = x > LOG_HALF
+    # Each branch sees only values it is exact for; the other branch's gradient would be 0 times infinity.
+    close = torch.log(-torch.expm1(torch.where(near, x, torch.full_like(x, LOG_HALF))))
+    far = torch.log1p(-torch.exp(torch.where(near, torch.full_like(x, LOG_HALF), x)))
+    return torch.where(near, close, far)
 
 
 def sequences_of(rows: list[dict[str, Any]]) -> list[Sequence]:

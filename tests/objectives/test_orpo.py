@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llmrecipe.methods.stack import Stack
-from llmrecipe.objectives.alignment.orpo import Orpo, log1mexp, log_odds_ratio, orpo_loss
+from llmrecipe.objectives.alignment.orpo import Orpo, log_odds_ratio, orpo_loss
+from llmrecipe.objectives.tokens import log1mexp
 from tests.objectives.parity import (
     PAIRS,
     answer_tensors,

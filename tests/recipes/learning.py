@@ -174,6 +174,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # finetuning
     "sft": exact(0.95),
     "classify": labelled(0.95),
+    # Swapped pairs teach the worse answer.
+    "choices": Learns("eval/rank_accuracy", 0.95, 0.75, PAIRS),
     "search_lora": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_search_finds_a_rate_that_learns"),
     # additive
     "adapter": exact(0.85),
@@ -183,6 +185,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "p_tuning_v2": labelled(0.85),
     "apt": labelled(0.85),
     "ia3": copied(0.6),
+    "ia3_tfew": Learns("eval/rank_accuracy", 0.85, 0.75, PAIRS),
     "coda": copied(0.45),
     # selective
     "bitfit": copied(0.6),

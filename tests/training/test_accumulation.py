@@ -51,7 +51,20 @@ def labelled(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": ids(row, length), "label": row % 3}
 
 
-MAKERS = {"dialogue": dialogue, "text": dialogue, "preference": pair, "unpaired": feedback, "labelled": labelled}
+def question(row: int, length: int) -> dict[str, Any]:
+    choices = [[*ids(row, 1 + (length + i) % 4, 5 + i), 2] for i in range(1 + row % 3)]
+    flat = [token for choice in choices for token in choice]
+    return {"row": row, "prompt_ids": ids(row, 2 + row % 4), "choice_ids": flat, "choice_lengths": [*map(len, choices)]}
+
+
+MAKERS = {
+    "dialogue": dialogue,
+    "text": dialogue,
+    "preference": pair,
+    "unpaired": feedback,
+    "labelled": labelled,
+    "choices": question,
+}
 OBJECTIVES = [name for name in registry.names("objective") if registry.spec("objective", name).facts["rows"] in MAKERS]
 
 

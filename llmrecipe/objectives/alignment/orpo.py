@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,23 +22,9 @@ from llmrecipe.objectives.alignment.pairs import (
     share_tokens,
 )
 from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.tokens import log1mexp
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
-
-LOG_HALF = -math.log(2.0)
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0: by expm1 above -log 2, by log1p below, so neither end loses its digits.
-
-    A probability of 1 gives the logarithm of the smallest step below it rather than minus infinity.
-    """
-    x = x.clamp_max(-torch.finfo(x.dtype).tiny)
-    near = x > LOG_HALF
-    # Each branch sees only values it is exact for; the other branch's gradient would be 0 times infinity.
-    close = torch.log(-torch.expm1(torch.where(near, x, torch.full_like(x, LOG_HALF))))
-    far = torch.log1p(-torch.exp(torch.where(near, torch.full_like(x, LOG_HALF), x)))
-    return torch.where(near, close, far)
 
 
 def log_odds_ratio(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741

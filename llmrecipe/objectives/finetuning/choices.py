@@ -1,0 +1,139 @@
+"""Fine-tuning on questions with answers to choose from."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.batch import Batch, Sequence
+from llmrecipe.errors import RecipeError
+from llmrecipe.fields import NonNegativeFloat
+from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.tokens import collate_tokens, log1mexp
+from llmrecipe.registry import register
+from llmrecipe.training.roles import Roles
+
+
+def unlikelihood(logprobs: Tensor, floor: float = 0.0) -> Tensor:
+    """-log(1 - p + floor) of each token from its log p."""
+    return -torch.log1p(floor - logprobs.exp()) if floor else -log1mexp(logprobs)
+
+
+def choice_softmax(scores: Tensor, row: Tensor, right: Tensor, rows: int) -> Tensor:
+    """-log [e^b_right / sum over its row's choices e^b] of each row, (R,).
+
+    Args:
+        scores: (C,) b of each choice.
+        row: (C,) which row a choice belongs to.
+        right: (C,) one right choice a row.
+        rows: R.
+    """
+    top = scores.new_full((rows,), float("-inf")).scatter_reduce(0, row, scores.detach(), "amax")
+    total = scores.new_zeros(rows).index_add(0, row, (scores - top[row]).exp())
+    return top + total.log() - scores.new_zeros(rows).index_add(0, row[right], scores[right])
+
+
+def choice_scores(logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(summed log-probability, number of tokens) of each choice, (C,)."""
+    chosen = batch.extra["choice"]
+    return batch.sum_by_sequence(logprobs)[chosen], batch.counts().to(logprobs)[chosen]
+
+
+@register
+class Choices(Objective):
+    """Answer choices (T-Few): L = L_LM + u L_UL + n L_LN, the mean over rows, for a right answer y and wrong ones y'.
+
+    L_LM = -(1/T) sum_t log p(y_t | x, y_<t)                   the right answer is likely
+    L_UL = -sum_y' sum_t log(1 - p(y'_t)) / sum_y' T'          no token of a wrong one is
+    L_LN = -log [e^b(y) / (e^b(y) + sum_y' e^b(y'))]           and it ranks first, b(y) = (1/T) sum_t log p(y_t) = -L_LM
+
+    Rows are a `prompt`, its `completion` and the `options` to choose from (a pair of a chosen and a rejected answer is one of
+    two); a row without wrong options has L_LM alone. A packed batch reads each prompt once; encoder-decoder models read it
+    once a choice. `rank_accuracy` is the share of the rows with a choice whose right answer has the largest b,
+    `rank_accuracy/sum` by summed log-probability.
+
+    Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (arXiv 2205.05638). Its code
+    adds 1e-2 inside the logarithm of L_UL: `unlikelihood_floor`.
+    """
+
+    rows: ClassVar[str] = "choices"
+    head: ClassVar[str] = "causal"
+
+    unlikelihood_weight: NonNegativeFloat = 1.0
+    """Factor u of the unlikelihood of wrong answers."""
+    ranking_weight: NonNegativeFloat = 1.0
+    """Factor n of the softmax over the choices."""
+    unlikelihood_floor: NonNegativeFloat = 0.0
+    """Added inside the logarithm of the unlikelihood, which bounds it."""
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Refuse rows among which none has a wrong answer.
+
+        Raises:
+            RecipeError: naming what to do.
+        """
+        if not any(len(data[i]["choice_lengths"]) > 1 for i in range(len(data))):
+            raise RecipeError(
+                "objective: choices needs rows with a wrong answer, and none of the training rows has one: give them `options` "
+                "(data.columns.options=COLUMN), or use objective=sft"
+            )
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """A prompt, once where the model is a decoder, and every choice that continues it; `extra` says which is which."""
+        sequences: list[Sequence] = []
+        whole: list[dict[str, Any]] = []
+        places: list[tuple[int, int, bool]] = []
+        for number, row in enumerate(rows):
+            prompt, at = list(row["prompt_ids"]), len(sequences)
+            sequences.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt)))
+            start = 0
+            for i, length in enumerate(row["choice_lengths"]):
+                answer = list(row["choice_ids"][start : start + length])
+                start += length
+                places.append((len(whole) if roles.engine.is_pair_model else len(sequences), number, i == 0))
+                sequences.append(Sequence(answer, [1] * length, parent=at))
+                whole.append({"ids": prompt + answer, "trained": [0] * len(prompt) + [1] * length, "row": row["row"]})
+        if roles.engine.is_pair_model:
+            batch = collate_tokens(whole, roles)
+        else:
+            batch = roles.layout(sequences, [row["row"] for row in rows])
+        columns = torch.tensor(places, dtype=torch.long, device=roles.device).view(len(places), 3).unbind(1)
+        return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool())
+
+    def weight(self, batch: Batch) -> float:
+        """Rows."""
+        return float(batch.extra["choice_right"].sum())
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Summed loss of the rows."""
+        t = roles.policy(batch)["logprobs"]
+        row, right, count = batch.extra["choice_row"], batch.extra["choice_right"], int(self.weight(batch))
+        sums, tokens = choice_scores(t, batch)
+        scores = sums / tokens.clamp_min(1.0)
+        wrong = ~right
+        against = batch.sum_by_sequence(unlikelihood(t, self.unlikelihood_floor))[batch.extra["choice"]]
+        zeros = t.new_zeros(count)
+        likely = -zeros.index_add(0, row[right], scores[right])
+        unlikely = zeros.index_add(0, row[wrong], against[wrong])
+        unlikely = unlikely / zeros.index_add(0, row[wrong], tokens[wrong]).clamp_min(1.0)
+        ranked = choice_softmax(scores, row, right, count)
+        total = likely + self.unlikelihood_weight * unlikely + self.ranking_weight * ranked
+        metrics: dict[str, tuple[Any, float]] = {
+            "nll": (likely.detach().sum(), float(count)),
+            "unlikelihood": (unlikely.detach().sum(), float(count)),
+            "ranking": (ranked.detach().sum(), float(count)),
+        }
+        return Loss(total.sum(), {**metrics, **self._ranks(scores.detach(), sums.detach(), row, right, count)})
+
+    def _ranks(self, scores: Tensor, sums: Tensor, row: Tensor, right: Tensor, count: int) -> dict[str, tuple[Any, float]]:
+        """How often the right answer is above every wrong one, of the rows that have a wrong one."""
+        found = {}
+        wrong = ~right
+        asked = torch.zeros(count, dtype=torch.bool, device=row.device).index_fill(0, row[wrong], True)
+        for name, values in (("rank_accuracy", scores), ("rank_accuracy/sum", sums)):
+            best = values.new_full((count,), float("-inf")).scatter_reduce(0, row[wrong], values[wrong], "amax")
+            own = values.new_zeros(count).index_add(0, row[right], values[right])
+            found[name] = (((own > best) & asked).sum(), float(asked.sum()))
+        return found

@@ -1,0 +1,169 @@
+"""Answer choices: T-Few's three losses against the formulas written out, from row to gradient."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmrecipe import compose
+from llmrecipe.data.prepare import prepare
+from llmrecipe.errors import DataError, RecipeError
+from llmrecipe.methods.stack import Stack
+from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, unlikelihood
+from llmrecipe.recipe.schema import DataSection
+from tests.data.toys import byte_tokenizer
+from tests.models.configs import tiny
+from tests.tiny import roles_for, tiny_model
+
+ROWS: list[tuple[list[int], list[list[int]]]] = [
+    ([5, 9, 3], [[7, 2], [11, 12, 2], [13, 2]]),
+    ([6, 21, 8, 30], [[40, 41, 42, 2]]),
+    ([33, 4], [[9, 9, 2], [10, 2]]),
+]
+"""(prompt, choices, the right one first)."""
+
+
+def token_rows(rows: list[tuple[list[int], list[list[int]]]] = ROWS) -> list[dict[str, Any]]:
+    return [
+        {"row": i, "prompt_ids": p, "choice_ids": [t for c in choices for t in c], "choice_lengths": [len(c) for c in choices]}
+        for i, (p, choices) in enumerate(rows)
+    ]
+
+
+def token_logprobs(model: nn.Module, prompt: list[int], answer: list[int]) -> Tensor:
+    """(T,) log p of an answer's tokens, one sequence at a time."""
+    if model.config.is_encoder_decoder:
+        start = [model.config.decoder_start_token_id, *answer[:-1]]
+        logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([start])).logits[0]
+    else:
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def by_hand(model: nn.Module, u: float = 1.0, n: float = 1.0, floor: float = 0.0) -> tuple[Tensor, list[float]]:
+    """The mean of the rows' losses, and by how much the right answer's b is above the best wrong one's."""
+    total, margins = torch.zeros((), dtype=torch.float64), []
+    for prompt, choices in ROWS:
+        t = [token_logprobs(model, prompt, choice) for choice in choices]
+        b = torch.stack([x.mean() for x in t])
+        loss = -b[0]
+        if len(t) > 1:
+            wrong = torch.cat(t[1:])
+            loss = loss - u * (1 - wrong.exp() + floor).log().sum() / len(wrong)
+            loss = loss - n * (b[0].exp() / b.exp().sum()).log()
+            margins.append(float((b[0] - b[1:].max()).detach()))
+        total = total + loss / len(ROWS)
+    return total, margins
+
+
+def model_of(family: str) -> nn.Module:
+    if family == "t5":
+        torch.manual_seed(0)
+        return tiny("t5", dropout_rate=0.0).double().eval()
+    return tiny_model(family).double()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("options", [{}, {"u": 0.5, "n": 2.0}, {"floor": 0.01}], ids=["plain", "weighted", "floor"])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_loss_and_gradients_are_the_papers_formula_in_float64(family: str, options: dict[str, float], packing: bool) -> None:
+    names = {"u": "unlikelihood_weight", "n": "ranking_weight", "floor": "unlikelihood_floor"}
+    objective = Choices(**{names[key]: value for key, value in options.items()})
+    model = model_of(family)
+    wanted, margins = by_hand(model, **options)
+    gradients = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    roles = roles_for(model, Stack([]), packing)
+    batch = objective.collate(token_rows(), roles)
+    assert objective.weight(batch) == 3
+    loss = objective.loss(batch, roles)
+    (loss.total / 3).backward()
+    torch.testing.assert_close(loss.total.detach() / 3, wanted.detach(), atol=1e-10, rtol=1e-10)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-10, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    right, asked = loss.metrics["rank_accuracy"]
+    assert (int(right), asked) == (sum(m > 0 for m in margins), 2.0)
+
+
+def test_only_the_positions_of_choices_are_scored_and_a_packed_prompt_is_read_once() -> None:
+    batch = Choices().collate(token_rows(), roles_for(tiny_model()))
+    assert batch.target.numel() == sum(len(c) for _, choices in ROWS for c in choices)
+    assert batch.tokens == batch.target.numel() + sum(len(p) for p, _ in ROWS)
+
+
+def test_the_terms_by_hand() -> None:
+    """p = 1/4: -log(3/4), with a floor of 0.01 -log(0.76); b = log 3, 0 | 0: -log(3/4) and 0."""
+    p = torch.tensor([0.25], dtype=torch.float64).log()
+    assert float(unlikelihood(p)) == pytest.approx(-math.log(0.75), abs=1e-12)
+    assert float(unlikelihood(p, 0.01)) == pytest.approx(-math.log(0.76), abs=1e-12)
+    assert math.isfinite(float(unlikelihood(torch.zeros(1))))
+    scores = torch.tensor([math.log(3.0), 0.0, 0.0], dtype=torch.float64)
+    found = choice_softmax(scores, torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
+    torch.testing.assert_close(found, torch.tensor([-math.log(0.75), 0.0], dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_ranks_count_rows_that_have_a_choice_and_a_tie_is_no_answer() -> None:
+    scores = torch.tensor([0.0, -1.0, -2.0, -2.0, -5.0])
+    sums = torch.tensor([-3.0, -1.0, -2.0, -1.0, -5.0])
+    row, right = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([True, False, True, False, True])
+    found = Choices()._ranks(scores, sums, row, right, 3)
+    assert {name: (int(n), count) for name, (n, count) in found.items()} == {
+        "rank_accuracy": (1, 2.0),
+        "rank_accuracy/sum": (0, 2.0),
+    }
+
+
+def test_no_rows_give_a_loss_of_zero() -> None:
+    model = tiny_model()
+    roles = roles_for(model)
+    loss = Choices().loss(Choices().collate([], roles), roles)
+    assert float(loss.total.detach()) == 0.0
+
+
+def read(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Any:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return prepare(DataSection(path=str(path), cache=False, **more), byte_tokenizer(), "choices", seed=0)
+
+
+def test_rows_become_a_prompt_and_its_choices_the_right_one_first_and_each_once(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    data = read(
+        tmp_path,
+        [
+            {"prompt": "a or bc? ", "completion": "bc", "options": ["a", "bc", "a"]},
+            {"prompt": "say d ", "completion": "d", "options": None},
+            {"prompt": "x", "completion": "y", "options": "no"},
+        ],
+        max_dropped=0.5,
+    )
+    rows = [data[i] for i in range(len(data))]
+    assert len(rows) == 2
+    first = next(row for row in rows if len(row["choice_lengths"]) == 2)
+    cut = first["choice_lengths"][0]
+    assert tokenizer.decode(first["prompt_ids"], skip_special_tokens=True) == "a or bc? "
+    answers = [first["choice_ids"][:cut], first["choice_ids"][cut:]]
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers] == ["bc", "a"]
+    other = next(row for row in rows if len(row["choice_lengths"]) == 1)
+    assert tokenizer.decode(other["choice_ids"], skip_special_tokens=True) == "d"
+
+
+def test_pairs_are_questions_of_two_choices_and_soft_labels_are_refused(tmp_path: Path) -> None:
+    data = read(tmp_path, [{"prompt": "p ", "chosen": "good", "rejected": "bad"}])
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(data[0]["choice_ids"], skip_special_tokens=True) == "goodbad"
+    assert len(data[0]["choice_lengths"]) == 2
+    with pytest.raises(DataError, match="right or wrong"):
+        read(tmp_path, [{"prompt": "p ", "chosen": "good", "rejected": "bad", "p": 0.7}])
+
+
+def test_rows_without_a_wrong_answer_are_refused() -> None:
+    with pytest.raises(RecipeError, match="give them `options`"):
+        Choices().check(compose("choices"), token_rows([ROWS[1]]))
+    Choices().check(compose("choices"), token_rows())
