@@ -14,7 +14,7 @@ import shutil
 import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +139,8 @@ class TokenTable:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def column(self, name: str) -> list[Any]:
-        """A column of texts or numbers, whole; None where a row has none."""
-        return [value for batch in self._batches for value in batch.scalars[name].to_pylist()]
+        """A column of texts, numbers or lists of numbers, whole; None where a row has none."""
+        return [value for batch in self._batches for value in batch.column(name)]
 
 
 class _Batch:
@@ -169,6 +169,13 @@ class _Batch:
             if value is not None:
                 found[name] = value
         return found
+
+    def column(self, name: str) -> list[Any]:
+        """One column as Python values."""
+        if name in self.scalars:
+            return self.scalars[name].to_pylist()  # type: ignore[no-any-return]
+        offsets, values, _ = self.lists[name]
+        return [values[start:end].tolist() for start, end in pairwise(offsets)]
 
     def lengths(self, names: Sequence[str]) -> np.ndarray:
         """Tokens of each row over some columns."""

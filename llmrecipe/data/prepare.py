@@ -75,7 +75,7 @@ class TokenData(Sequence[Row]):
         return (self[i] for i in range(len(self)))
 
     def column(self, name: str) -> list[Any]:
-        """A stored column of texts or numbers, whole; None where a row has none."""
+        """A stored column of texts, numbers or lists of numbers, whole; None where a row has none."""
         return [value for table in self.tables for value in table.column(name)]
 
     def label(self, text: str) -> int | float | list[int]:

@@ -1,4 +1,4 @@
-"""A teacher is the base with changes planted in some of its weights; a student learns its logits on random tokens."""
+"""Small tasks: a teacher, which is the base with changes planted in some of its weights, and a language that has shifted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe import registry
@@ -93,3 +94,24 @@ def learned(wrapper: Any, other: nn.Module, steps: int, rate: float) -> tuple[nn
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def language(seed: int, shifted: bool) -> Tensor:
+    """(V, V) next-token probabilities; shifted, half of the tokens are followed by what followed others."""
+    table = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)) * 2
+    if shifted:
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed + 100))
+        table[::2] = table[order][::2]
+    return table.softmax(-1)
+
+
+def sentences(table: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (16, 1), generator=generator)
+    for _ in range(15):
+        ids = torch.cat((ids, torch.multinomial(table[ids[:, -1]], 1, generator=generator)), 1)
+    return ids
+
+
+def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

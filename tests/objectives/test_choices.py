@@ -163,7 +163,10 @@ def test_pairs_are_questions_of_two_choices_and_soft_labels_are_refused(tmp_path
         read(tmp_path, [{"prompt": "p ", "chosen": "good", "rejected": "bad", "p": 0.7}])
 
 
-def test_rows_without_a_wrong_answer_are_refused() -> None:
+def test_rows_none_of_which_has_a_wrong_answer_are_refused(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "p ", "completion": "a", "options": ["a"]}] * 2
     with pytest.raises(RecipeError, match="give them `options`"):
-        Choices().check(compose("choices"), token_rows([ROWS[1]]))
-    Choices().check(compose("choices"), token_rows())
+        Choices().check(compose("choices"), read(tmp_path, rows))
+    data = read(tmp_path, [*rows, {"prompt": "q ", "completion": "a", "options": ["a", "b"]}])
+    assert sorted(map(len, data.column("choice_lengths"))) == [1, 1, 2]
+    Choices().check(compose("choices"), data)

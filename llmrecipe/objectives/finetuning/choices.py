@@ -51,8 +51,9 @@ class Choices(Objective):
 
     Rows are a `prompt`, its `completion` and the `options` to choose from (a pair of a chosen and a rejected answer is one of
     two); a row without wrong options has L_LM alone. A packed batch reads each prompt once; encoder-decoder models read it
-    once a choice. `rank_accuracy` is the share of the rows with a choice whose right answer has the largest b,
-    `rank_accuracy/sum` by summed log-probability.
+    once a choice. L_UL is meant for short labels: tokens that a right answer shares with a wrong one are pushed down with it,
+    so whole sentences that differ in a word want `unlikelihood_weight: 0`. `rank_accuracy` is the share of the rows with a
+    choice whose right answer has the largest b, `rank_accuracy/sum` by summed log-probability.
 
     Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (arXiv 2205.05638). Its code
     adds 1e-2 inside the logarithm of L_UL: `unlikelihood_floor`.
@@ -74,7 +75,8 @@ class Choices(Objective):
         Raises:
             RecipeError: naming what to do.
         """
-        if not any(len(data[i]["choice_lengths"]) > 1 for i in range(len(data))):
+        lengths = data.column("choice_lengths")
+        if lengths and max(map(len, lengths)) < 2:
             raise RecipeError(
                 "objective: choices needs rows with a wrong answer, and none of the training rows has one: give them `options` "
                 "(data.columns.options=COLUMN), or use objective=sft"

@@ -15,7 +15,20 @@ from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.stack import Stack
-from tests.methods.teacher import PLANTED, apart, distance, learned, mean, teacher, tokens, train
+from tests.methods.teacher import (
+    PLANTED,
+    apart,
+    count,
+    distance,
+    language,
+    learned,
+    mean,
+    sentences,
+    teacher,
+    token_loss,
+    tokens,
+    train,
+)
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -58,27 +71,6 @@ def test_larger_ranks_keep_learning_under_rslora_and_stall_under_alpha_over_r() 
     assert stable[2] < 0.7 * plain[2]
 
 
-def language(seed: int, shifted: bool) -> Tensor:
-    """(V, V) next-token probabilities; shifted, half of the tokens are followed by what followed others."""
-    table = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)) * 2
-    if shifted:
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed + 100))
-        table[::2] = table[order][::2]
-    return table.softmax(-1)
-
-
-def sentences(table: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 64, (16, 1), generator=generator)
-    for _ in range(15):
-        ids = torch.cat((ids, torch.multinomial(table[ids[:, -1]], 1, generator=generator)), 1)
-    return ids
-
-
-def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_lora_reaches_the_loss_of_full_fine_tuning_on_a_shifted_language_and_a_frozen_b_learns_nothing(seed: int) -> None:
     """Pre-trained on one language, tuned on another: the base is 1.1 to 1.2 above full fine-tuning there."""
@@ -93,9 +85,7 @@ def test_lora_reaches_the_loss_of_full_fine_tuning_on_a_shifted_language_and_a_f
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.endswith(f".{frozen}"))
         train(model, stack, lambda step: token_loss(model, sentences(new, 5000 + step)), 300, rate)
-        return mean(lambda i: token_loss(model, sentences(new, i))), sum(
-            p.numel() for p in model.parameters() if p.requires_grad
-        )
+        return mean(lambda i: token_loss(model, sentences(new, i))), count(model)
 
     lora = Lora(name="lora", target="all-linear", r=4, alpha=8.0)
     (full, everything), (ours, few) = tuned(rate=3e-3), tuned(lora, rate=1e-2)
