@@ -52,6 +52,8 @@ class Port(nn.Module):
     rowwise: ClassVar[bool] = False
     """Whether each row of its output depends on that row of its input alone, wherever the row stands: then it also works on
     some of a batch's rows (see `models.speed`)."""
+    weightlike: ClassVar[bool] = False
+    """Whether host and port together are again one linear map, or one table, of the same inputs (see `weight_below`)."""
     tensor: str = "weight"
     """For a weight port: the attribute of the host it changes."""
 
@@ -189,6 +191,12 @@ def _with_inputs(port: Port, call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda **inputs: port.whole(call, inputs)
 
 
+def forward_with(module: nn.Module, ports: list[Port], *args: Any, **kwargs: Any) -> Any:
+    """The host's forward with these of its ports alone; in the middle of a call, inside `plain_tensors`."""
+    inner = module.__dict__.get("_inner_forward") or types.MethodType(type(module).forward, module)
+    return _forward_with(module, ports, inner, *args, **kwargs)
+
+
 def _forward_with(self: nn.Module, ports: list[Port], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The host's forward with the ports that see its first tensor."""
     if args:
@@ -227,9 +235,24 @@ def _replaced_tensors(module: nn.Module, ports: list[Port]) -> Iterator[None]:
             kept.setdefault(port.tensor, module._parameters[port.tensor])
             # The entry keeps its place in the dictionary, so the order of parameters never changes.
             module._parameters[port.tensor] = port.weight(getattr(module, port.tensor))  # type: ignore[assignment]
+        if kept:
+            module.__dict__["_kept_tensors"] = kept
         yield
     finally:
+        module.__dict__.pop("_kept_tensors", None)
         module._parameters.update(kept)
+
+
+@contextlib.contextmanager
+def plain_tensors(module: nn.Module) -> Iterator[None]:
+    """Inside, also in the middle of a call, the host has its own tensors in place of what weight ports made of them."""
+    own = module.__dict__.get("_kept_tensors", {})
+    replaced = {name: module._parameters[name] for name in own}
+    try:
+        module._parameters.update(own)
+        yield
+    finally:
+        module._parameters.update(replaced)
 
 
 def _bind(port: Port, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from llmrecipe.methods import selection, starts
 from llmrecipe.methods.inject import Port, all_ports, eject, inject, ports_of
 from llmrecipe.methods.low_rank import LowRank, is_transposed, wide
 from llmrecipe.methods.quantized import dense_weight
-from llmrecipe.methods.requantized import Requantized, computed_weight
+from llmrecipe.methods.requantized import Requantized, stored_weight
 from llmrecipe.methods.sparse_wrapper import base_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Place:
 
     def weight(self) -> Tensor:
         """(rows, in) float32 weight, as the layer computes with it."""
-        return self.rows(wide(computed_weight(self.module)))
+        return self.rows(wide(stored_weight(self.module)))
 
 
 def places_of(model: nn.Module, owner: str) -> list[Place]:
@@ -96,7 +96,7 @@ def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> No
         for iteration in range(iterations):
             if iteration and isinstance(codes, Requantized):
                 codes.quantize(exact - _change(branches, exact))
-            lost = exact - computed_weight(module, torch.float32).to(exact)
+            lost = exact - stored_weight(module, torch.float32).to(exact)
             for place in branches:
                 A, B = starts.leading(place.rows(lost), place.port)
                 place.port.A.copy_(A)

@@ -116,6 +116,7 @@ class LowRankEmbedding(Port):
     """The branch at a token embedding: y = E[x] + c s (A[:, x])^T B^T; c is the module's own scale (Gemma)."""
 
     order = DELTA
+    weightlike = True
 
     def __init__(self, vocabulary: int, width: int, r: int, scale: float):
         super().__init__()

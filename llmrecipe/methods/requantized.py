@@ -149,8 +149,8 @@ def give_codes(sites: list[Site], owner: str, option: str) -> None:
         inject(site.module, f"{owner}__codes", Requantized(site.module), owner)
 
 
-def computed_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (out, in) a linear layer computes with, chosen anew or its own (see `dense_weight`)."""
+def stored_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (out, in) that a linear layer's codes stand for, those chosen anew or its own (see `dense_weight`)."""
     for port in reversed(ports_of(module, "weight", active=True)):
         if isinstance(port, Requantized):
             return port.dense(dtype)

@@ -16,15 +16,14 @@ from llmrecipe.methods import low_rank
 from llmrecipe.methods.biases import BiasMaster, open_biases
 from llmrecipe.methods.inject import Port, all_ports, inject, merge_ports
 from llmrecipe.methods.reparameterized.lora import pattern_value
-from llmrecipe.methods.requantized import computed_weight
+from llmrecipe.methods.rescaling import Gain
+from llmrecipe.methods.weight_below import ports_under, weight_below
 from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Site
 
-INVERTIBLE = 2.0**-4
-"""|g| from which on y - b still has the digits of v - b."""
 CANCELLED = 1e-3
 """Share of ||w||^2 below which the three-term norm of a row has lost its digits and is computed from the row itself."""
 
@@ -44,100 +43,22 @@ def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float)
     return torch.where(total < CANCELLED * squares, torch.nan, total).sqrt()
 
 
-class _Rescaled(torch.autograd.Function):
-    """y = b + g (v - b) for v (..., out), g (out,), b (out,) or None.
-
-    For dL/dg = sum over tokens of dL/dy (v - b) it keeps its result, from which v - b = (y - b) / g: whatever reads y mostly
-    keeps that too, and of v or v - b nobody would. g must be apart from zero (`INVERTIBLE`).
-    """
-
-    @staticmethod
-    def forward(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        more = (gain - 1).to(v.dtype)
-        y = torch.addcmul(v, v, more)
-        return y if bias is None else y.sub_(more * bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output, *inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, gain, bias = ctx.saved_tensors
-        more, tokens = (gain - 1).to(y.dtype), tuple(range(y.dim() - 1))
-        dv = dgain = dbias = None
-        if ctx.needs_input_grad[0]:
-            dv = torch.addcmul(dy, dy, more)
-        if ctx.needs_input_grad[1]:
-            scaled = y if bias is None else y - bias
-            dgain = (dy * scaled).sum(tokens, dtype=gain.dtype) / (1 + more.to(gain.dtype))
-        if ctx.needs_input_grad[2]:
-            dbias = (-more * dy.sum(tokens)).to(bias.dtype)
-        return dv, dgain, dbias
-
-
-class _Gain:
-    """What the DoRA ports share: the magnitude m, the norm it is divided by, and what is remembered of them for a step."""
-
-    magnitude: nn.Parameter
-    detach_norm: bool = True
-    cached: tuple[Any, Tensor, bool] | None = None
-    """(which parameters, their norm, whether every g is apart from zero)."""
-
-    def weight_rows(self) -> Tensor:
-        """(out, in) float32 rows of W this port stands on."""
-        raise NotImplementedError
-
-    def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
-        """(out,) float32 norm of each row of the direction."""
-        raise NotImplementedError
-
-    def gain(self, product: Callable[[], Tensor] | None = None) -> Tensor:
-        """(out,) float32 g = m / norm; the norm is a constant to the gradient unless `detach_norm` is off.
-
-        Args:
-            product: gives (out, r) W A^T, where the direction learns.
-        """
-        if not self.detach_norm:
-            return self.magnitude / self.norm(product)
-        key = tuple((p.data_ptr(), p._version) for p in self.parameters(recurse=False))  # type: ignore[attr-defined]
-        if self.cached is None or self.cached[0] != key:
-            with torch.no_grad():
-                norm = self.norm(product)
-                self.cached = (key, norm, bool((self.magnitude / norm).abs().min() > INVERTIBLE))
-        return self.magnitude / self.cached[1]
-
-    def rescaled(self, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """b + g (v - b)."""
-        if self.cached is not None and self.cached[2]:
-            return _Rescaled.apply(v, gain, bias)
-        return torch.addcmul(v, v if bias is None else v - bias, (gain - 1).to(v.dtype))
-
-
-class _Direction(_Gain):
+class _Direction(Gain):
     """The two ports whose direction learns: g = m / ||W + s B A||."""
 
     A: nn.Parameter
     B: nn.Parameter
     scale: float
-    host: list[nn.Module]
-    squares: Tensor
 
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
         """||W + s B A||, without forming the sum where its digits allow."""
         assert product is not None
-        norm = norm_of_sum(self.squares, product(), self.A, self.B, self.scale)
+        norm = norm_of_sum(self.squares(), product(), self.A, self.B, self.scale)
         lost = norm.isnan()
         if bool(lost.any()):
             rows = self.weight_rows()[lost] + self.scale * (low_rank.wide(self.B)[lost] @ low_rank.wide(self.A))
             norm = norm.masked_scatter(lost, rows.norm(dim=1))
         return norm
-
-    def start(self) -> None:
-        """m = ||W||, by the formula that the forward pass uses, so that g is exactly one at step 0."""
-        with torch.no_grad():
-            self.squares = self.weight_rows().square().sum(1)  # type: ignore[misc]
-            self.magnitude.copy_(self.squares.sqrt())
 
 
 class DoraLinear(_Direction, low_rank.LowRank):
@@ -148,15 +69,9 @@ class DoraLinear(_Direction, low_rank.LowRank):
     def __init__(self, site: Site, r: int, scale: float, dropout: float, dropout_mode: str, detach_norm: bool):
         super().__init__(site.width_in, site.width_out, r, scale, dropout, low_rank.row_index(site))
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
-        self.register_buffer("squares", torch.empty(site.width_out), persistent=False)
         # In a list: the host is this port's parent, not its child.
         self.host = [site.module]
         self.dropout_mode, self.detach_norm = dropout_mode, detach_norm
-
-    def weight_rows(self) -> Tensor:
-        """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
-        weight = low_rank.wide(computed_weight(self.host[0]))
-        return weight if self.rows is None else weight[self.rows]
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The scaled and adapted output."""
@@ -188,7 +103,7 @@ class DoraLinear(_Direction, low_rank.LowRank):
         """(out,) magnitudes of the whole layer: those of rows without a branch are their norms."""
         if self.rows is None:
             return self.magnitude.detach()
-        return computed_weight(self.host[0]).float().norm(dim=1).index_copy(0, self.rows, self.magnitude.detach())
+        return weight_below(self.host[0], self).norm(dim=1).index_copy(0, self.rows, self.magnitude.detach())
 
     def merge(self, module: nn.Module) -> None:
         """W <- g (W + s B A) in float32, one cast back."""
@@ -203,13 +118,8 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
     def __init__(self, site: Site, r: int, scale: float, detach_norm: bool):
         super().__init__(site.width_in, site.width_out, r, scale)
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
-        self.register_buffer("squares", torch.empty(site.width_out), persistent=False)
         self.host, self.detach_norm = [site.module], detach_norm
         self.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
-
-    def weight_rows(self) -> Tensor:
-        """(D, V) float32."""
-        return self.host[0].weight.detach().float().t()  # type: ignore[union-attr,operator]
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """x holds token ids here."""
@@ -227,13 +137,12 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
         low_rank.add_to_weight(module, gain * (old + self.product()) - old, None)
 
 
-class Magnitude(_Gain, Port):
+class Magnitude(Gain, Port):
     """m / ||W|| (W x) at a linear layer or an embedding: the direction stays the base's, one magnitude an output trains."""
 
     def __init__(self, site: Site):
         super().__init__()
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
-        self.register_buffer("norms", torch.empty(site.width_out), persistent=False)
         self.register_buffer("rows", low_rank.row_index(site), persistent=False)
         # In a list: the host is this port's parent, not its child.
         self.host = [site.module]
@@ -244,22 +153,9 @@ class Magnitude(_Gain, Port):
         """Whether the host is an embedding, whose outputs are the columns of its weight."""
         return isinstance(self.host[0], nn.Embedding)
 
-    def weight_rows(self) -> Tensor:
-        """(out, in) float32 rows of W this port stands on, as the layer computes with them."""
-        if self.embeds:
-            return self.host[0].weight.detach().float().t()  # type: ignore[union-attr,operator]
-        weight = computed_weight(self.host[0]).float()
-        return weight if self.rows is None else weight[self.rows]
-
-    @torch.no_grad()
-    def start(self) -> None:
-        """m = ||W||, so that the gain is exactly one at step 0."""
-        self.norms = self.weight_rows().norm(dim=1)
-        self.magnitude.copy_(self.norms)
-
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
         """||W||."""
-        return self.norms
+        return self.squares().sqrt()
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """y + (g - 1) (W x), g = m / ||W||; the bias is not scaled."""
@@ -276,7 +172,7 @@ class Magnitude(_Gain, Port):
         if self.rows is None:
             m = self.magnitude.detach()
         else:
-            norms = computed_weight(self.host[0]).float().norm(dim=1)
+            norms = weight_below(self.host[0], self).norm(dim=1)
             m = norms.index_copy(0, self.rows, self.magnitude.detach())
         return m.new_zeros(1, self.width_in), m.new_zeros(len(m), 1), m
 
@@ -344,18 +240,27 @@ class Dora(Wrapper):
             self._check(site)
             with torch.device(low_rank.device_of(site.module)):
                 magnitude = Magnitude(site)
-            magnitude.start()
-            inject(site.module, site.name(self.name), magnitude, self.name)
+            self._place(site, magnitude)
         paired = [site for site in parts.at(self.target) if site.key not in {s.key for s in bare}]
         for site in paired:
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             port = self._port(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
             low_rank.initialise(port)
-            port.start()
-            inject(site.module, site.name(self.name), port, self.name)
+            self._place(site, port)
         named = self.target if self.magnitude_only is None else f"{self.target} + {self.magnitude_only}"
         open_biases(model, self.name, self.bias, named, [*bare, *paired])
+
+    def _place(self, site: Site, port: DoraLinear | DoraEmbedding | Magnitude) -> None:
+        """Start a port and inject it."""
+        # A skeleton has no weight to take a norm of.
+        if not site.module.weight.is_meta:  # type: ignore[union-attr]
+            port.start()
+        for below in ports_under(site.module, port):
+            # It was asked without a bias, which may have moved the last digit of its norms.
+            if isinstance(below, Gain):
+                below.cached = None
+        inject(site.module, site.name(self.name), port, self.name)
 
     def _check(self, site: Site) -> None:
         if site.tensor is not None or not hasattr(site.module, "weight") or site.role.startswith("norm"):
@@ -379,8 +284,8 @@ class Dora(Wrapper):
 
     def _forget(self, model: nn.Module) -> None:
         for _, _, _, port in all_ports(model, self.name):
-            if isinstance(port, _Gain):
-                port.cached = None
+            if isinstance(port, Gain):
+                port.forget()
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Magnitudes do not decay: decay would pull every weight to zero."""

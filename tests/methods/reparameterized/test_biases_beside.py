@@ -135,6 +135,8 @@ def test_step_zero_and_the_switched_off_method_are_the_base_bit_for_bit_and_merg
     stack = put(model, wrapper(kind, target="attn.q|v + mlp.down", bias=bias))
     assert torch.equal(model(input_ids=IDS).logits, base) and stack.reference_is_off()
     fill(model, scale=0.05)
+    for _, _, _, port in all_ports(model):
+        port.cached = None  # `fill` writes through raw memory
     unmerged = model(input_ids=IDS).logits
     with activate(Context(role="reference")):
         assert torch.equal(model(input_ids=IDS).logits, base)

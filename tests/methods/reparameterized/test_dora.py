@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmrecipe.errors import ModelError
+from llmrecipe.methods import rescaling
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.quantized import dense_weight
@@ -147,7 +148,7 @@ def test_on_four_bits_the_forward_is_the_formula_on_the_dequantized_weight_and_n
     fill(model)
     layer = model.model.layers[0].self_attn.q_proj
     port, W = layer.dora, dense_weight(layer).float()
-    monkeypatch.setattr(dora, "computed_weight", lambda *_: pytest.fail("dequantized in the forward pass"))
+    monkeypatch.setattr(rescaling, "weight_below", lambda *_: pytest.fail("dequantized in the forward pass"))
     x = torch.randn(3, 32)
     V = W + port.scale * port.B @ port.A
     wanted = x @ (port.magnitude / V.norm(dim=1))[:, None].mul(V).t() + layer.bias

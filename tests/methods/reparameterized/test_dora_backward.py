@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from llmrecipe.methods.inject import EDIT, Port, all_ports, inject
 from llmrecipe.methods.quantized import dense_weight
-from llmrecipe.methods.reparameterized.dora import INVERTIBLE, Dora, _Rescaled
+from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.methods.rescaling import INVERTIBLE, Rescaled
 from llmrecipe.methods.stack import Stack
 from llmrecipe.training.memory import retained_bytes, saved_bytes
 from tests.export.saved_runs import fill
@@ -118,9 +119,9 @@ def test_gradients_are_those_of_the_formula_also_where_a_gain_is_next_to_nothing
 
 
 def _keeps_its_result(y: Tensor) -> bool:
-    """Whether the node of `_Rescaled` is near the end of a graph."""
+    """Whether the node of `Rescaled` is near the end of a graph."""
     nodes = [y.grad_fn, *(n for n, _ in y.grad_fn.next_functions if n is not None)]
-    return any(type(n).__name__ == "_RescaledBackward" for n in nodes)
+    return any(type(n).__name__ == "RescaledBackward" for n in nodes)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -129,8 +130,8 @@ def test_first_and_second_derivatives_of_the_rescaling(biased: bool) -> None:
     v, gain, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 3, 4), (4,), (4,)))
     gain = gain.sign() * (gain.abs() + 0.5)
     inputs = [v.requires_grad_(), gain.requires_grad_(), bias.requires_grad_() if biased else None]
-    assert torch.autograd.gradcheck(_Rescaled.apply, inputs)
-    assert torch.autograd.gradgradcheck(_Rescaled.apply, inputs)
+    assert torch.autograd.gradcheck(Rescaled.apply, inputs)
+    assert torch.autograd.gradgradcheck(Rescaled.apply, inputs)
 
 
 class Doubled(Port):

@@ -18,7 +18,7 @@ from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.quantized import dequantize_model, quantized
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.requantized import Requantized, computed_weight
+from llmrecipe.methods.requantized import Requantized, stored_weight
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Probe
 from llmrecipe.training import delta
@@ -95,7 +95,7 @@ def lost(model: nn.Module) -> Tensor:
     original = tiny_model()
     ports = [(path, m) for path, m, name, _ in all_ports(model) if name == "lora"]
     return torch.stack(
-        [(weight_of(original, p) - computed_weight(m).double() - m.lora.product().double()).norm() for p, m in ports]
+        [(weight_of(original, p) - stored_weight(m).double() - m.lora.product().double()).norm() for p, m in ports]
     )
 
 
