@@ -9,7 +9,7 @@ from llmrecipe.evaluation.generation import generate, prompt_and_reference, text
 from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.training.roles import Roles
 
-ROWS = ("dialogue", "preference", "prompt", "unpaired")
+ROWS = ("choices", "dialogue", "preference", "prompt", "unpaired")
 """Row types that have a prompt to answer."""
 
 

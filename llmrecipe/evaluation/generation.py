@@ -134,9 +134,10 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def prompt_and_reference(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-    """A token row -> the ids before its last run of trained tokens, and the text of that run."""
+    """A token row -> its prompt and the text of its right answer; in a dialogue, its last trained run and what precedes it."""
     if "prompt_ids" in row:
-        answer = row.get("chosen_ids") or row.get("completion_ids") or []
+        right = row["choice_ids"][: row["choice_lengths"][0]] if "choice_ids" in row else []
+        answer = row.get("chosen_ids") or row.get("completion_ids") or right
         return list(row["prompt_ids"]), text_of(tokenizer, answer)
     trained = row["trained"]
     end = len(trained) - 1

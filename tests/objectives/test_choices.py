@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmrecipe import compose
 from llmrecipe.data.prepare import prepare
 from llmrecipe.errors import DataError, RecipeError
+from llmrecipe.evaluation.generation import prompt_and_reference
 from llmrecipe.methods.stack import Stack
 from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, unlikelihood
 from llmrecipe.recipe.schema import DataSection
@@ -150,6 +151,7 @@ def test_rows_become_a_prompt_and_its_choices_the_right_one_first_and_each_once(
     assert tokenizer.decode(first["prompt_ids"], skip_special_tokens=True) == "a or bc? "
     answers = [first["choice_ids"][:cut], first["choice_ids"][cut:]]
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers] == ["bc", "a"]
+    assert prompt_and_reference(first, tokenizer)[1] == "bc"
     other = next(row for row in rows if len(row["choice_lengths"]) == 1)
     assert tokenizer.decode(other["choice_ids"], skip_special_tokens=True) == "d"
 
