@@ -1,4 +1,4 @@
-"""`bias` of DoRA and AdaLoRA: the base's own biases trained beside them, against peft; merged, written, read, refused."""
+"""`bias` of LoRA, DoRA and AdaLoRA: the base's own biases trained beside them, against peft; merged, written, read, refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmrecipe import registry
 from llmrecipe.context import Context, activate
 from llmrecipe.errors import ModelError
 from llmrecipe.export.peft import export_peft
@@ -18,14 +19,13 @@ from llmrecipe.methods.biases import masters
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.low_rank import LowRank
 from llmrecipe.methods.reparameterized.adalora import Adalora
-from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Probe
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training.opened import open_model
 from tests.export.saved_runs import base_folder, fill, saved_run
-from tests.methods.reparameterized.test_lora import IDS
+from tests.methods.twins import IDS, momentum, side_by_side
 from tests.tiny import tiny_model
 
 KINDS = ["dora", "adalora"]
@@ -33,8 +33,8 @@ STEPS: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 100}
 
 
 def wrapper(kind: str, **options: Any) -> Any:
-    if kind == "dora":
-        return Dora(name="dora", **{"r": 4, "alpha": 6.0, **options})
+    if kind != "adalora":
+        return registry.load("stack", kind)(name=kind, **{"r": 4, "alpha": 6.0, **options})
     return Adalora(name="adalora", **{"alpha": 6.0, **STEPS, **options})
 
 
@@ -47,8 +47,8 @@ def put(model: nn.Module, *wrappers: Any) -> Stack:
 def peft_config(kind: str, targets: list[str], **options: Any) -> Any:
     from peft import AdaLoraConfig, LoraConfig
 
-    if kind == "dora":
-        return LoraConfig(target_modules=targets, r=4, lora_alpha=6, use_dora=True, **options)
+    if kind != "adalora":
+        return LoraConfig(target_modules=targets, r=4, lora_alpha=6, use_dora=kind == "dora", **options)
     return AdaLoraConfig(target_modules=targets, lora_alpha=6, **{**STEPS, **options})
 
 
@@ -56,12 +56,14 @@ CASES = [
     ("gpt2", "attn.qkv", ["c_attn"], "all", {}),
     ("gpt2", "attn.qkv + mlp.up", ["c_attn", "c_fc"], "lora_only", {}),
     ("bert", "attn.q|v", ["query", "value"], "all", {}),
+    ("bert", "attn.q|v", ["query", "value"], "lora_only", {}),
     ("llama", "attn.q|v", ["q_proj", "v_proj"], "lora_only", {"attention_bias": True}),
     ("llama", "attn.q", ["q_proj"], "all", {"attention_bias": True}),
 ]
 
 
 @pytest.mark.parametrize("kind", [
+    pytest.param("lora", marks=pytest.mark.parity("lora", "PEFT LoraConfig(bias)")),
     pytest.param("dora", marks=pytest.mark.parity("dora", "PEFT LoraConfig(use_dora, bias)")),
     pytest.param("adalora", marks=pytest.mark.parity("adalora", "PEFT AdaLoraConfig(bias)")),
 ])  # fmt: skip
@@ -73,7 +75,7 @@ def test_losses_gradients_and_what_five_steps_learn_equal_peft(
 
     model = tiny_model(family, **more)
     start = copy.deepcopy(dict(model.named_parameters()))
-    stack = put(model, wrapper(kind, target=target, bias=bias))
+    put(model, wrapper(kind, target=target, bias=bias))
     twin = get_peft_model(tiny_model(family, **more), peft_config(kind, targets, bias=bias, fan_in_fan_out=family == "gpt2"))
     twin.train(model.training)
     ours = {path: port for path, _, _, port in all_ports(model) if isinstance(port, LowRank)}
@@ -91,21 +93,10 @@ def test_losses_gradients_and_what_five_steps_learn_equal_peft(
     wanted = {"cls.predictions.decoder" if path == "cls.predictions" else path: p for path, p in wanted.items()}
     found = {path: port.bias for path, _, _, port in masters(model)}
     assert found.keys() == wanted.keys() and found
-    # Not Adam: key biases have no effect, and it would make steps of the rounding that is their gradient.
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05, momentum=0.9) for m in (model, twin)]
-    for step in range(5):
-        stack.before_step(model, step)
-        losses = []
-        for m in (model, twin):
-            logits = m(input_ids=IDS).logits
-            losses.append(nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]))
-            losses[-1].backward()
-        torch.testing.assert_close(losses[0], losses[1], atol=2e-6, rtol=2e-6)
+    for losses in side_by_side((model, twin), make=momentum):
+        torch.testing.assert_close(*losses, atol=2e-6, rtol=2e-6)
         for path, p in wanted.items():
             torch.testing.assert_close(found[path].grad, p.grad, atol=2e-6, rtol=1e-4, msg=path)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
     for path, p in wanted.items():
         torch.testing.assert_close(found[path], p, atol=1e-5, rtol=1e-4, msg=path)
     for path, module in theirs.items():
@@ -115,14 +106,15 @@ def test_losses_gradients_and_what_five_steps_learn_equal_peft(
 
 
 def factors(kind: str, port: Any) -> list[nn.Parameter]:
-    return [port.A, port.B, port.magnitude if kind == "dora" else port.E]
+    third = {"lora": [], "dora": ["magnitude"], "adalora": ["E"]}[kind]
+    return [port.A, port.B, *(getattr(port, name) for name in third)]
 
 
 def peft_factors(kind: str, module: Any) -> list[nn.Parameter]:
     if kind == "adalora":
         return [module.lora_A["default"], module.lora_B["default"], module.lora_E["default"]]
-    magnitude = module.lora_magnitude_vector["default"].weight
-    return [module.lora_A["default"].weight, module.lora_B["default"].weight, magnitude]
+    pair = [module.lora_A["default"].weight, module.lora_B["default"].weight]
+    return pair if kind == "lora" else [*pair, module.lora_magnitude_vector["default"].weight]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from llmrecipe.methods.stack import Stack
 from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, merge_order
 from tests.export.saved_runs import fill
-from tests.methods.reparameterized.test_lora import IDS
+from tests.methods.twins import IDS
 from tests.tiny import tiny_model
 
 

@@ -25,8 +25,9 @@ from llmrecipe.training import delta
 from llmrecipe.training.memory import delta_bytes, weight_bytes
 from llmrecipe.training.opened import Opened, merge_order
 from tests.export.saved_runs import base_folder, saved_run
-from tests.methods.reparameterized.test_lora import IDS, fill
+from tests.methods.reparameterized.test_lora import fill
 from tests.methods.reparameterized.test_lora_starts import started, weight_of
+from tests.methods.twins import IDS
 from tests.tiny import tiny_model
 
 

@@ -1,8 +1,7 @@
-"""LoRA's `bias`: the base's own biases trained beside the branches, against peft; where they go, and who may not share them."""
+"""LoRA's `bias`: where the base's own biases, trained beside the branches, start and go, and who may not share them."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from llmrecipe.context import Context, activate
 from llmrecipe.errors import ModelError
-from llmrecipe.methods.biases import BiasMaster, masters
+from llmrecipe.methods.biases import masters
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
@@ -20,7 +19,7 @@ from llmrecipe.methods.stack import Stack
 from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, merge_order
 from tests.export.saved_runs import fill
-from tests.methods.reparameterized.test_lora import IDS
+from tests.methods.twins import IDS
 from tests.tiny import tiny_model
 
 
@@ -28,66 +27,6 @@ def put(model: nn.Module, *wrappers: Any) -> Stack:
     stack = Stack(list(wrappers))
     stack.attach(model)
     return stack
-
-
-def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {path: port.bias for path, _, _, port in masters(model)}
-
-
-CASES = [
-    ("gpt2", "attn.qkv", ["c_attn"], "all", {}),
-    ("gpt2", "attn.qkv + mlp.up", ["c_attn", "c_fc"], "lora_only", {}),
-    ("bert", "attn.q|v", ["query", "value"], "all", {}),
-    ("bert", "attn.q|v", ["query", "value"], "lora_only", {}),
-    ("llama", "attn.q|v", ["q_proj", "v_proj"], "lora_only", {"attention_bias": True}),
-    ("llama", "attn.q", ["q_proj"], "all", {"attention_bias": True}),
-]
-
-
-@pytest.mark.parity("lora", "PEFT LoraConfig(bias)")
-@pytest.mark.parametrize(("family", "target", "targets", "bias", "more"), CASES)
-def test_losses_gradients_and_biases_of_five_steps_equal_peft(
-    family: str, target: str, targets: list[str], bias: str, more: dict[str, Any]
-) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny_model(family, **more)
-    start = copy.deepcopy(dict(model.named_parameters()))
-    put(model, Lora(name="lora", target=target, r=4, alpha=6.0, bias=bias))
-    config = LoraConfig(target_modules=targets, r=4, lora_alpha=6, bias=bias, fan_in_fan_out=family == "gpt2")
-    twin = get_peft_model(tiny_model(family, **more), config)
-    ours = {path: port for path, _, _, port in all_ports(model) if not isinstance(port, BiasMaster)}
-    theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert ours.keys() == theirs.keys()
-    for path, module in theirs.items():
-        module.lora_A["default"].weight.data = ours[path].A.data.clone()
-    wanted = {
-        n.replace(".base_layer", "").removesuffix(".bias"): p
-        for n, p in twin.base_model.model.named_parameters()
-        if p.requires_grad and n.endswith(".bias")
-    }
-    found = trained_biases(model)
-    # BERT's prediction head has one bias under two names: peft lists the first, the master stands where it is applied.
-    renamed = {"cls.predictions": "cls.predictions.decoder"}
-    wanted = {renamed.get(path, path): p for path, p in wanted.items()}
-    assert found.keys() == wanted.keys() and found
-    # Not Adam: key biases have no effect, and it would make steps of the rounding that is their gradient.
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05, momentum=0.9) for m in (model, twin)]
-    for _ in range(5):
-        losses = []
-        for m in (model, twin):
-            logits = m(input_ids=IDS).logits
-            losses.append(nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]))
-            losses[-1].backward()
-        torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
-        for path, p in wanted.items():
-            torch.testing.assert_close(found[path].grad, p.grad, atol=1e-6, rtol=1e-4, msg=path)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for path, p in wanted.items():
-        torch.testing.assert_close(found[path], p, atol=1e-5, rtol=1e-4, msg=path)
-    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in start.items())
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -23,7 +23,8 @@ from llmrecipe.methods.stack import Stack
 from llmrecipe.training import delta
 from tests.methods.additive.harness import model_of
 from tests.methods.probe import language_probe
-from tests.methods.reparameterized.test_lora import IDS, fill
+from tests.methods.reparameterized.test_lora import fill
+from tests.methods.twins import IDS, side_by_side
 from tests.tiny import tiny_model
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
@@ -116,17 +117,8 @@ def test_mica_trains_a_against_the_minor_vectors_as_peft_does(family: str, targe
         assert not port.A.any() and port.A.requires_grad and not port.B.requires_grad
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert stack.wrappers[0].memory(model)["trainable"] == trained == sum(port.A.numel() for port in ours.values())
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, twin)]
-    for _ in range(3):
-        losses = []
-        for m in (model, twin):
-            logits = m(input_ids=IDS).logits
-            losses.append(nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]))
-            losses[-1].backward()
-        torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    for losses in side_by_side((model, twin), steps=3):
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
 # --- loftq --------------------------------------------------------------------------------------------------------------
