@@ -163,14 +163,16 @@ def judged(claim: Claim, runs: Runs) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(arms: Mapping[str, Arm], claims: Mapping[str, Claim], runs: Mapping[str, Runs]) -> str:
+def markdown(model: str, arms: Mapping[str, Arm], claims: Mapping[str, Claim], runs: Mapping[str, Runs]) -> str:
     """The page: verdicts of all claims, then the arms of each."""
     lines = [
         "# Directions the papers report", "",
-        "Written by `tests/benchmarks/directions.py` from the arms and claims in `claims.py`. A difference is positive where",
-        "it speaks for the claim; losses and spreads count the other way round. Confirmed: difference + margin > 2 s.e.; not",
-        "reproduced: < -2 s.e.; else undecided. Equal arms pass one of the bounds in one case of three with two pairs, of five",
-        "with three, of nine with five. The s.e. is over seeds and data sets, on one set of held-out rows.", "",
+        "Written by `tests/benchmarks/directions.py` from `claims.py`, which says how rates were chosen. A difference is",
+        "positive where it speaks for the claim; losses and spreads count the other way round. Confirmed: difference +",
+        "margin > 2 s.e.; not reproduced: < -2 s.e.; else undecided. Equal arms pass one of the bounds in one case of three",
+        "with two pairs, of five with three, of nine with five. The s.e. is over seeds and data sets, on one set of held-",
+        "out rows.", "",
+        f"Model: {model}. Every run: `{' '.join(COMMON)}`.", "",
         "| claim | better | worse | metric | difference ± s.e. | margin | pairs | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -184,7 +186,7 @@ def markdown(arms: Mapping[str, Arm], claims: Mapping[str, Claim], runs: Mapping
                 f"| {_number(r['margin']) if r['margin'] else ''} | {r['pairs']} | {r['verdict']} |"
             )
         asked = {(r["better"], r["worse"], r["metric"]) for r in rows}
-        left = [f"{c.better} and {c.worse}" for c in claim.comparisons if (c.better, c.worse, c.metric) not in asked]
+        left = [f"{c.better} / {c.worse}" for c in claim.comparisons if (c.better, c.worse, c.metric) not in asked]
         missing += [f"{name} ({', '.join(dict.fromkeys(left))})"] if left else []
     lines += ["", "Not run: " + ("; ".join(missing) or "nothing") + "."]
     for name, claim in claims.items():
@@ -218,10 +220,10 @@ def _number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if abs(value) < 1 else f"{value:{sign}.2f}"
 
 
-def write(folder: Path, arms: Mapping[str, Arm], claims: Mapping[str, Claim], runs: Mapping[str, Runs]) -> None:
+def write(folder: Path, model: str, arms: Mapping[str, Arm], claims: Mapping[str, Claim], runs: Mapping[str, Runs]) -> None:
     """directions.md and directions.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "directions.md").write_text(markdown(arms, claims, runs), encoding="utf-8")
+    (folder / "directions.md").write_text(markdown(model, arms, claims, runs), encoding="utf-8")
     facts = {
         name: {
             "text": claims[name].text,
@@ -231,13 +233,13 @@ def write(folder: Path, arms: Mapping[str, Arm], claims: Mapping[str, Claim], ru
         }
         for name, made in runs.items()
     }
-    (folder / "directions.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / "directions.json").write_text(json.dumps({"model": model, "claims": facts}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Ask the claims and write what came out."""
     parser = argparse.ArgumentParser(description="which of two methods is better, on a pretrained encoder")
-    parser.add_argument("--model", required=True, help="folder of the encoder")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the encoder")
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each data set")
     parser.add_argument("--runs", type=Path, default=Path("runs/directions"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -249,12 +251,12 @@ def main() -> None:
     end = _end(options.until) if options.until else math.inf
     steps = () if options.steps is None else (f"steps={options.steps}",)
     study = Study(
-        str(Path(options.model).resolve()), options.data.resolve(), options.runs.resolve(), lambda: time.time() < end, steps
+        str(options.model.resolve()), options.data.resolve(), options.runs.resolve(), lambda: time.time() < end, steps
     )
     asked: dict[str, Runs] = {}
     for name in options.claims:
         asked[name] = ask(study, ARMS, CLAIMS[name], options.seeds)
-        write(options.results, ARMS, CLAIMS, asked)
+        write(options.results, options.model.name, ARMS, CLAIMS, asked)
 
 
 def _end(clock: str) -> float:

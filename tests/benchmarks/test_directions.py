@@ -68,21 +68,22 @@ RUNS: Runs = {
 
 def test_the_page_and_the_facts(tmp_path: Path) -> None:
     """Losses: wide 1, 2; thin 2, 4 (means of two runs): differences 1, 2, mean 1.5, s.e. 0.5."""
-    directions.write(tmp_path, ARM, CLAIM, {"size": RUNS})
+    directions.write(tmp_path, "small", ARM, CLAIM, {"size": RUNS})
     page = (tmp_path / "directions.md").read_text().splitlines()
     assert "| size | wide | thin | test/loss | +1.50 ± 0.5000 |  | 2 | confirmed |" in page
-    assert "Not run: later (thin and wide)." in page
+    assert f"Model: small. Every run: `{' '.join(COMMON)}`." in page
+    assert "Not run: later (thin / wide)." in page
     assert "Wide is better (arXiv 1234.56789). a; `steps=2`." in page
     assert "| wide | `recipe=wide optim.lr=1` | 62.50 ± 17.68 | 1.50 ± 0.7071 | 1,200 | 2 |" in page
     assert "| thin | `recipe=thin [optim.lr=1 / optim.lr=2]` | 37.50 ± 17.68 | 3.00 ± 1.41 | 1,200 | 2 |" in page
     assert "## later" not in page
     facts = json.loads((tmp_path / "directions.json").read_text())
-    assert list(facts) == ["size"]
-    assert facts["size"]["comparisons"][0] | {"better": ""} == {
+    assert facts["model"] == "small" and list(facts["claims"]) == ["size"]
+    assert facts["claims"]["size"]["comparisons"][0] | {"better": ""} == {
         "better": "", "worse": "thin", "metric": LOSS, "margin": 0.0, "difference": 1.5, "error": 0.5, "pairs": 2,
         "verdict": "confirmed",
     }  # fmt: skip
-    assert facts["size"]["runs"][0] == {"arm": "wide", "data": "a", "seed": 0, "runs": [run(0.5, 1.0)]}
+    assert facts["claims"]["size"]["runs"][0] == {"arm": "wide", "data": "a", "seed": 0, "runs": [run(0.5, 1.0)]}
 
 
 @pytest.mark.parametrize("name", ARMS)
