@@ -169,9 +169,9 @@ def markdown(model: str, arms: Mapping[str, Arm], claims: Mapping[str, Claim], r
         "# Directions the papers report", "",
         "Written by `tests/benchmarks/directions.py` from `claims.py`, which says how rates were chosen. A difference is",
         "positive where it speaks for the claim; losses and spreads count the other way round. Confirmed: difference +",
-        "margin > 2 s.e.; not reproduced: < -2 s.e.; else undecided. Equal arms pass one of the bounds in one case of three",
-        "with two pairs, of five with three, of nine with five. The s.e. is over seeds and data sets, on one set of held-",
-        "out rows.", "",
+        "margin > 2 s.e.; not reproduced: < -2 s.e.; else undecided. Equal arms pass one of these bounds in one case of three",
+        "with two pairs, of five with three, of nine with five. The s.e. is over seeds and data sets, on one set of",
+        "held-out rows.", "",
         f"Model: {model}. Every run: `{' '.join(COMMON)}`.", "",
         "| claim | better | worse | metric | difference ± s.e. | margin | pairs | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -198,15 +198,16 @@ def markdown(model: str, arms: Mapping[str, Arm], claims: Mapping[str, Claim], r
 def _section(name: str, claim: Claim, arms: Mapping[str, Arm], runs: Runs) -> list[str]:
     spread = any(c.metric == SPREAD for c in claim.comparisons)
     lines = ["", f"## {name}", "", f"{claim.text} (arXiv {claim.paper}). {', '.join(claim.data)}; `{claim.words}`.", ""]
-    lines += [f"| arm | words | accuracy % | loss |{' spread of loss |' if spread else ''} trained | seeds |"]
+    lines += [f"| arm | words | accuracy % | loss |{' spread of loss |' if spread else ''} trained | pairs |"]
     lines += ["| --- " * (7 if spread else 6) + "|"]
     for arm, made in runs.items():
         if made:
             cells = [_mean([score(r, m) for r in made.values()], f) for m, f in ((ACCURACY, 100), (LOSS, 1))]
             cells += [_mean([score(r, SPREAD) for r in made.values()], 1)] if spread else []
             each = "".join(f" [{' / '.join(arms[arm].each)}]" if arms[arm].each != ("",) else "")
+            words = f"{arms[arm].words}{each}".replace("|", "\\|")
             trained = ", ".join(f"{n:,}" for n in sorted({int(r[0]["trained"]) for r in made.values()}))
-            lines += [f"| {arm} | `{arms[arm].words}{each}` | {' | '.join(cells)} | {trained} | {len(made)} |"]
+            lines += [f"| {arm} | `{words}` | {' | '.join(cells)} | {trained} | {len(made)} |"]
     return lines
 
 

@@ -49,7 +49,7 @@ def test_a_spread_is_the_deviation_of_the_losses_over_their_mean() -> None:
     assert [directions.score(runs, m) for m in (SPREAD, LOSS, ACCURACY)] == [0.5, 2.0, 0.5]
 
 
-ARM = {"wide": Arm("recipe=wide optim.lr=1"), "thin": Arm("recipe=thin", ("optim.lr=1", "optim.lr=2"))}
+ARM = {"wide": Arm("recipe=wide target=q|v"), "thin": Arm("recipe=thin", ("optim.lr=1", "optim.lr=2"))}
 CLAIM = {
     "size": Claim("Wide is better", "1234.56789", ("a",), "steps=2", 2, (Comparison("wide", "thin", LOSS),)),
     "later": Claim("Thin is better", "1234.56780", ("a",), "steps=2", 2, (Comparison("thin", "wide"),)),
@@ -74,7 +74,7 @@ def test_the_page_and_the_facts(tmp_path: Path) -> None:
     assert f"Model: small. Every run: `{' '.join(COMMON)}`." in page
     assert "Not run: later (thin / wide)." in page
     assert "Wide is better (arXiv 1234.56789). a; `steps=2`." in page
-    assert "| wide | `recipe=wide optim.lr=1` | 62.50 ± 17.68 | 1.50 ± 0.7071 | 1,200 | 2 |" in page
+    assert "| wide | `recipe=wide target=q\\|v` | 62.50 ± 17.68 | 1.50 ± 0.7071 | 1,200 | 2 |" in page
     assert "| thin | `recipe=thin [optim.lr=1 / optim.lr=2]` | 37.50 ± 17.68 | 3.00 ± 1.41 | 1,200 | 2 |" in page
     assert "## later" not in page
     facts = json.loads((tmp_path / "directions.json").read_text())
