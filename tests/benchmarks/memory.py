@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel_adapter": {"reduction": 2},
 }
 """Sizes in use rather than those of tests."""
-BUDGETS = {"group_mask": "at most density N", "spt": "at most budget N", "coda": "L (2 d r + r + d + d + 4 d)"}
+BUDGETS = {"group_mask": "at most density N", "spt": "at most budget N"}
 ROWS, TOKENS = 8, 128
 
 
@@ -76,7 +76,7 @@ def held(model: nn.Module) -> int:
 def measured(kind: str) -> dict[str, Any]:
     """One row of the table."""
     base = model(kind)
-    bare = shape(base) if kind != "coda" else None
+    bare = shape(base)
     made = put(base, wrapper_of(kind, **OPTIONS.get(kind, {})))
     wrapper = made.stack.wrappers[0]
     made.stack.before_step(made.model, 0)
@@ -97,7 +97,7 @@ def measured(kind: str) -> dict[str, Any]:
     return {
         "method": kind,
         "formula": words,
-        "gives": count(wrapper, bare) if count and bare else None,
+        "gives": count(wrapper, bare) if count else None,
         "trained": numbers,
         "indices": indices // 4,
         "16 and 4 bytes": 16 * numbers + indices,

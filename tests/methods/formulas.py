@@ -1,16 +1,20 @@
 """How many numbers each method trains on a decoder, in closed form: the sums of the papers, apart from the code that counts.
 
 d width, f feed-forward width, L layers, k width of keys and values together over their heads, q that of queries, r rank or
-bottleneck, P virtual tokens, c hidden width of a prefix MLP, N numbers of the base, G its tensors, B those of its blocks.
+bottleneck, P virtual tokens, c hidden width of a prefix MLP, N numbers of the base, G its tensors, B those of its blocks, n
+numbers of the norms of a block.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+BLOCKS = re.compile(r"\.layers?\.")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Shape:
     N: int
     G: int
     B: int
+    n: int
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -34,7 +39,7 @@ class Shape:
 
 
 def shape(model: nn.Module) -> Shape:
-    """Of an untouched Llama-like decoder."""
+    """Of an untouched decoder like Llama, or of an encoder like BERT."""
     c = model.config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     named = dict(model.named_parameters())
@@ -43,10 +48,11 @@ def shape(model: nn.Module) -> Shape:
         f=c.intermediate_size,
         L=c.num_hidden_layers,
         q=c.num_attention_heads * head,
-        k=c.num_key_value_heads * head,
+        k=getattr(c, "num_key_value_heads", c.num_attention_heads) * head,
         N=sum(p.numel() for p in named.values()),
         G=len(named),
-        B=sum(p.numel() for n, p in named.items() if ".layers." in n),
+        B=sum(p.numel() for n, p in named.items() if BLOCKS.search(n)),
+        n=sum(p.numel() for n, p in named.items() if BLOCKS.search(n) and "norm" in n.lower()) // c.num_hidden_layers,
     )
 
 
@@ -70,6 +76,7 @@ Count = Callable[[Any, Shape], int]
 FORMULAS: dict[str, tuple[str, Count]] = {
     "adapter": ("2 L (2 d r + r + d)", lambda w, s: 2 * s.L * (2 * s.d * w.r + w.r + s.d)),
     "parallel_adapter": ("L (2 d r + r + d), r = d / 2", lambda w, s: s.L * (2 * s.d * (s.d // 2) + s.d // 2 + s.d)),
+    "coda": ("L (2 d r + r + 2 d + n)", lambda w, s: s.L * (2 * s.d * w.r + w.r + 2 * s.d + s.n)),
     "prefix_tuning": ("P k + c (k + 1) + 2 L k (c + 1)", prefix_mlp),
     "p_tuning_v2": ("2 L P k", columns),
     "prompt_tuning": ("P d", lambda w, s: w.num_virtual_tokens * s.d),
@@ -84,4 +91,4 @@ FORMULAS: dict[str, tuple[str, Count]] = {
     "dora": ("L r (d + q + d + k) + L (q + k)", lambda w, s: pairs(w, s) + s.L * (s.q + s.k)),
     "adalora": ("sum over linears of r (in + out + 1)", lambda w, s: s.L * sum(w.init_r * (i + o + 1) for i, o in s.linears)),
 }
-"""Kinds whose number follows from shapes alone; group_mask and spt fill a budget, and coda is at home in encoders."""
+"""Kinds whose number follows from shapes alone; group_mask and spt fill a budget."""
