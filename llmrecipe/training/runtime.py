@@ -12,6 +12,7 @@ import ctypes
 import inspect
 import json
 import os
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a slow rank before the run is stopped."""
 
+SETTLE = 0.2
+"""Seconds that threads of the process group get to drop their tensors before it is left."""
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """How many compiled kernels oneDNN and torch's layer above it keep on a CPU; read at the first low-precision product.
 
@@ -182,6 +185,9 @@ class Runtime:
                 # wait for that lock to drop its last tensor: a process that hangs at exit, about one in ten. One more
                 # reference keeps the destructor from running; the operating system closes the sockets.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+                # And a thread that asks for that lock once the interpreter is on its way out is killed in the middle of a
+                # destructor, which aborts the process: let them drop what they hold while the lock is free.
+                time.sleep(SETTLE)
                 dist.destroy_process_group()
             # accelerate keeps its state in the process; the next run in this process starts clean.
             AcceleratorState._reset_state(reset_partial_state=False)
