@@ -17,6 +17,7 @@ from llmrecipe.errors import ModelError
 from llmrecipe.export import adapter_hub, peft_biases, peft_format, proof
 from llmrecipe.export.load import open_run
 from llmrecipe.export.merged import Exported, dtype_of, target_folder, writing
+from llmrecipe.export.peft_converters import native_adapter
 from llmrecipe.export.peft_format import Adapter, Branch
 from llmrecipe.methods import low_rank
 from llmrecipe.methods.biases import BiasMaster, masters
@@ -141,7 +142,7 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
             "export --to peft: tokens were added to the vocabulary, and the base that the adapter names does not have them; "
             "use --to merged"
         )
-    native = [(w, made) for w in opened.mounted if (made := None if as_lora else w.to_peft(opened.model)) is not None]
+    native = [(w, made) for w in opened.mounted if (made := None if as_lora else native_adapter(w, opened.model)) is not None]
     if native and len(opened.mounted) == 1:
         adapter = native[0][1]
     else:
@@ -185,7 +186,7 @@ def branches_of(opened: Opened) -> list[Branch]:
         found = [branch for place in ports if (branch := branch_of(*place)) is not None]
         if len(found) < len(ports) or not (found or (beside and own)):
             name = wrapper.name.split("_", 1)[1]
-            others = len(opened.mounted) > 1 and wrapper.to_peft(opened.model) is not None
+            others = len(opened.mounted) > 1 and native_adapter(wrapper, opened.model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
             raise ModelError(
                 f"export --to peft: {why} ('{name}')"

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.export.peft_format import PREFIX, Adapter
+from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.models.anatomy import Site, anatomy
 from llmrecipe.models.sites import widths
 from llmrecipe.training.delta import Layer
@@ -27,13 +29,13 @@ BEHIND = ("q", "k", "v", "qkv", "kv")
 """Last part of the roles that are scaled at their output."""
 
 
-def ia3_adapter(model: nn.Module, name: str) -> Adapter | None:
+def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     """Vectors by module; None where a task table, a key norm or fused experts are scaled."""
     from llmrecipe.methods.additive.ia3 import ScaleInput, ScaleOutput
 
     vectors: dict[str, Tensor] = {}
     inner: set[str] = set()
-    for path, module, _, port in all_ports(model, name):
+    for path, module, _, port in all_ports(model, wrapper.name):
         if not isinstance(port, ScaleInput | ScaleOutput) or port.l.shape[0] != 1:
             return None
         own = port.l.detach()[0]
@@ -54,12 +56,12 @@ def ia3_adapter(model: nn.Module, name: str) -> Adapter | None:
     return Adapter(config, {f"{PREFIX}{path}.ia3_l": value for path, value in vectors.items()})
 
 
-def prefix_adapter(model: Any, name: str) -> Adapter | None:
+def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
     """The table of a decoder's self-attention; None where PEFT would compute something else with it."""
     from llmrecipe.methods import prefix_kv
 
     parts = anatomy(model)
-    tables = prefix_kv.tables_of(model, name)
+    tables = prefix_kv.tables_of(model, wrapper.name)
     if parts.encoder_decoder or len(tables) != 1 or list(tables[0].tables) != ["attn"]:
         return None
     port: Any = tables[0]
@@ -88,13 +90,13 @@ def _turned(model: Any, keys: Tensor, places: int) -> Tensor:
     return torch.cat([turning * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None], rest], -1)
 
 
-def prompt_adapter(model: Any, name: str) -> Adapter | None:
+def prompt_adapter(wrapper: PromptTuning, model: Any) -> Adapter | None:
     """The rows in front of every document; None for pairs of encoder and decoder, or slots behind the first token."""
     from llmrecipe.methods import slots
 
-    if anatomy(model).encoder_decoder:
+    if wrapper.position != "prefix" or anatomy(model).encoder_decoder:
         return None
-    _, rows = slots.rows_of(model, name)
+    _, rows = slots.rows_of(model, wrapper.name)
     config = _prompt_config(model, "PROMPT_TUNING", rows.embeddings.shape[0])
     return Adapter(config | {"prompt_tuning_init": "RANDOM"}, {PROMPT: rows.embeddings.detach()})
 

@@ -18,6 +18,7 @@ from llmrecipe.export.peft_format import PREFIX, Adapter
 from llmrecipe.methods.biases import BiasMaster
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.selective.bitfit import TERMS
+from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.models.anatomy import anatomy
 from llmrecipe.training.delta import Layer, build_wrapper
 
@@ -26,11 +27,11 @@ BEFT, NORM = ".beft_bias", ".ln_tuning_layers."
 
 
 @torch.no_grad()
-def bias_adapter(model: nn.Module, name: str) -> Adapter | None:
+def bias_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     """Biases of linear layers, or of LayerNorms, by module; None where PEFT has no place for one, or for both in one folder."""
     biases: dict[str, Tensor] = {}
     hosts: dict[str, Any] = {}
-    for path, module, _, port in all_ports(model, name):
+    for path, module, _, port in all_ports(model, wrapper.name):
         owned: Any = port
         if owned.rows is not None or (isinstance(port, BiasMaster) and port.tensor != "bias"):
             return None

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llmrecipe.data.tasks import Tasks
-    from llmrecipe.export.peft_format import Adapter
     from llmrecipe.training.rules import UpdateRule
 
 
@@ -195,10 +194,6 @@ class Wrapper:
         from llmrecipe.errors import ModelError
 
         raise ModelError(f"stack.{self.name}: {type(self).__name__} cannot be merged into the base weights")
-
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """The method in PEFT's layout, where PEFT has it and it is not a plain low-rank change; None otherwise."""
-        return None
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
         """Embeddings (P, D) of tokens that do what the method does when every text begins with them; None otherwise."""

@@ -18,7 +18,6 @@ from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from llmrecipe.export.peft_format import Adapter
     from llmrecipe.models.anatomy import Anatomy, Site
 
 TERMS = {"key": ("attn.k", "cross.k"), "value": ("attn.v", "cross.v"), "ffn": ("mlp.down", "shared.down", "experts")}
@@ -283,12 +282,6 @@ class Ia3(Wrapper):
         if self.key_site == "post_norm":
             raise ModelError(f"stack.{self.name}: keys scaled behind their norm cannot be merged; heads share its weight")
         merge_ports(model, self.name)
-
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """PEFT's IA3, for one task."""
-        from llmrecipe.export.peft_additive import ia3_adapter
-
-        return ia3_adapter(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: L (2 d_kv + f) a task; AdamW keeps 8 bytes for each."""

@@ -12,8 +12,6 @@ from llmrecipe.registry import register
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmrecipe.export.peft_format import Adapter
-
 
 @register
 class PTuningV2(Wrapper):
@@ -63,12 +61,6 @@ class PTuningV2(Wrapper):
     def finish(self, model: nn.Module) -> None:
         """Keep the columns, drop the MLP."""
         prefix_kv.eject(model, self.name)
-
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """PEFT's prefix tuning, for the self-attention of a whole decoder."""
-        from llmrecipe.export.peft_additive import prefix_adapter
-
-        return prefix_adapter(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: 2 L P d_kv."""

@@ -12,8 +12,6 @@ from llmrecipe.registry import register
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmrecipe.export.peft_format import Adapter
-
 
 @register
 class PrefixTuning(Wrapper):
@@ -98,12 +96,6 @@ class PrefixTuning(Wrapper):
     def eject(self, model: nn.Module) -> None:
         """Replace the MLP by the table it makes, exactly."""
         prefix_kv.eject(model, self.name)
-
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """PEFT's prefix tuning, for the self-attention of a whole decoder."""
-        from llmrecipe.export.peft_additive import prefix_adapter
-
-        return prefix_adapter(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv."""

@@ -12,8 +12,6 @@ from llmrecipe.registry import register
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmrecipe.export.peft_format import Adapter
-
 
 @register
 class PromptTuning(Wrapper):
@@ -59,12 +57,6 @@ class PromptTuning(Wrapper):
         if self.init == "text":
             ids = prefix_kv.text_ids(probe.tokenizer, self.init_text, self.num_virtual_tokens, self.name)
             slots.copy_tokens(model, self.name, ids)
-
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """PEFT's prompt tuning, where the slots come first."""
-        from llmrecipe.export.peft_additive import prompt_adapter
-
-        return prompt_adapter(model, self.name) if self.position == "prefix" else None
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
         """The rows, where they come first: a merged folder adds them to the vocabulary."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ from llmrecipe.methods.biases import open_biases
 from llmrecipe.methods.inject import all_ports, inject, merge_ports
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
-
-if TYPE_CHECKING:
-    from llmrecipe.export.peft_format import Adapter
 
 FACTORS = ("A", "E", "B")
 """Q (r, in), the singular values (r, 1), P (out, r)."""
@@ -234,7 +231,7 @@ class Adalora(Wrapper):
         """
         if self.total_step is None:
             self._shared(model).total.fill_(probe.steps)
-        total, first, last = self._phases(model)
+        total, first, last = self.phases(model)
         if first >= total - last:
             raise RecipeError(
                 f"stack.{self.name}: tinit={first} and tfinal={last} leave no step of {total} for the budget to fall; "
@@ -255,7 +252,7 @@ class Adalora(Wrapper):
         ports = self._ports(model).values()
         for port in ports:
             port.cut = None
-        total, _, last = self._phases(model)
+        total, _, last = self.phases(model)
         if not self.shortens() or step < total - last or all(bool(port.kept.all()) for port in ports):
             return None
         for port in ports:
@@ -291,7 +288,7 @@ class Adalora(Wrapper):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Score, allocate when due, enforce the pattern at the end."""
         t, ports = step + 1, list(self._ports(model).values())
-        total, first, last = self._phases(model)
+        total, first, last = self.phases(model)
         end = total - last
         if t < end:
             for port in ports:
@@ -324,50 +321,6 @@ class Adalora(Wrapper):
         """W <- W + s P diag(l) Q, b <- the trained b."""
         merge_ports(model, self.name)
 
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """An AdaLoRA folder with its rank pattern; None where two parts of one fused layer are adapted."""
-        from llmrecipe.export.peft_format import PREFIX, Adapter
-        from llmrecipe.models.sites import widths
-
-        ports = [(path, module, port) for path, module, _, port in self._found(model)]
-        if len({path for path, _, _ in ports}) < len(ports):
-            return None
-        total, first, last = self._phases(model)
-        config: dict[str, Any] = {
-            "peft_type": "ADALORA",
-            "target_modules": sorted(path for path, _, _ in ports),
-            "init_r": self.init_r,
-            "target_r": self.target_r,
-            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
-            "lora_dropout": self.dropout,
-            "bias": "none",
-            "tinit": first,
-            "tfinal": last,
-            "deltaT": self.deltaT,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
-            "orth_reg_weight": self.orth_reg_weight,
-            "total_step": total,
-            "rank_pattern": {f"{path}.lora_E": self._pattern(port) for path, _, port in ports},
-            "inference_mode": True,
-        }
-        tensors: dict[str, Tensor] = {}
-        for path, module, port in ports:
-            B = port.B.detach()[:, port.kept]
-            if port.rows is not None:
-                B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
-            home = PREFIX + path
-            tensors |= {
-                f"{home}.lora_A": port.A.detach()[port.kept],
-                f"{home}.lora_B": B,
-                f"{home}.lora_E": port.E.detach()[port.kept],
-            }
-        return Adapter(config, tensors)
-
-    def _pattern(self, port: SvdLowRank) -> list[bool]:
-        """Kept triplets among the first `init_r`; of a pruned module only their number is known, and PEFT reads no more."""
-        return [*port.kept.tolist(), *[False] * (self.init_r - len(port.kept))]
-
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable r (in + out + 1) a site, and the biases; two more numbers an entry of the factors for the importances."""
         scored = sum(p.numel() for port in self._ports(model).values() for p in port.parameters())
@@ -384,8 +337,8 @@ class Adalora(Wrapper):
     def _shared(self, model: nn.Module) -> Budget:
         return getattr(model, f"{self.name}_shared")
 
-    def _phases(self, model: nn.Module) -> tuple[int, int, int]:
-        """(steps of the schedule, steps before the fall, steps after it).
+    def phases(self, model: nn.Module) -> tuple[int, int, int]:
+        """Return (steps of the schedule, steps before the fall, steps after it).
 
         Raises:
             RecipeError: nobody said how long the run is.

@@ -18,7 +18,6 @@ from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from llmrecipe.export.peft_format import Adapter
     from llmrecipe.models.anatomy import Site
 
 TERMS = {
@@ -127,12 +126,6 @@ class Bitfit(Wrapper):
         """The sites whose biases train under these terms."""
         have, lack = self._sites(model)
         return have + lack if self.missing == "add_zero" else have
-
-    def to_peft(self, model: nn.Module) -> Adapter | None:
-        """PEFT's BEFT for biases of linear layers, its LN tuning for those of LayerNorms."""
-        from llmrecipe.export.peft_biases import bias_adapter
-
-        return bias_adapter(model, self.name)
 
     def _refuse(self, model: nn.Module, have: list[Site], lack: list[Site]) -> None:
         """Never train nothing, or nine tensors, in silence.
