@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, print_json, runs_and_overrides
+from llmrecipe.cli.words import Json, Words, runs_and_overrides
+from llmrecipe.console import console, print_json
+from llmrecipe.errors import UserError
+
+if TYPE_CHECKING:
+    from llmrecipe.evaluation.chat import Chat
 
 PANEL = "Use"
 ORDER = 2
@@ -61,4 +66,31 @@ def verb(
         for pair in answers:
             print(f"[{pair['adapter']}] {pair['answer']}" if len(chat.used) > 1 else pair["answer"])
         return
-    chat.interactive()
+    interactive(chat)
+
+
+def interactive(chat: Chat) -> None:
+    """Read turns from the terminal until the end of input; `/new` starts over, `/use NAME` switches, `/quit` leaves."""
+    from rich.prompt import Prompt
+
+    screen = console()
+    screen.print("[dim]/new starts over, /quit leaves[/dim]")
+    if chat.adapters is not None:
+        screen.print(f"/use NAME switches: {', '.join(chat.adapters.choices)}; now {chat.used[0]}", markup=False, style="dim")
+    while True:
+        try:
+            text = Prompt.ask("[bold]you[/bold]", console=screen).strip()
+        except (EOFError, KeyboardInterrupt):
+            screen.print()
+            return
+        if text == "/quit":
+            return
+        if text == "/new":
+            chat.turns = []
+        elif text == "/use" or text.startswith("/use "):
+            try:
+                chat.use([text.removeprefix("/use").strip()])
+            except UserError as error:
+                screen.print(str(error), markup=False, style="red")
+        elif text:
+            screen.print(chat.answer(text), markup=False, style="cyan")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, print_json
+from llmrecipe.cli.words import Json
+from llmrecipe.console import print_json
 
 if TYPE_CHECKING:
     from llmrecipe.training.summary import Record
@@ -46,8 +47,7 @@ def verb(
 def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str]) -> None:
     from rich.table import Table
 
-    from llmrecipe.cli.show_table import console, value_text
-    from llmrecipe.training.live import number, sparkline
+    from llmrecipe.console import console, number, sparkline, value_text
 
     screen = console()
     table = Table(box=None, pad_edge=False)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, need_recipe, print_json, sort_words, tell
+from llmrecipe.cli.words import Json, Words, need_recipe, sort_words, tell
+from llmrecipe.console import print_json
 from llmrecipe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _print(
 ) -> None:
     from rich.text import Text
 
-    from llmrecipe.cli.show_table import console
+    from llmrecipe.console import console
 
     out = console()
     colour = out.is_terminal

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, print_json, runs_and_overrides
+from llmrecipe.cli.words import Json, Words, runs_and_overrides
+from llmrecipe.console import console, print_json
 
 PANEL = "Use"
 ORDER = 1
@@ -37,7 +38,7 @@ def verb(
     if split not in splits:
         raise UserError(f"--split: there is no split '{split}'{did_you_mean(split, splits)} (allowed: {', '.join(splits)})")
     from llmrecipe.cli.preflight import subject
-    from llmrecipe.evaluation.many import is_folder_of_runs, score_runs, score_side_by_side, show_scores
+    from llmrecipe.evaluation.many import is_folder_of_runs, score_runs, score_side_by_side
 
     more, overrides = runs_and_overrides(words)
     if more:
@@ -64,9 +65,18 @@ def verb(
         return
     from rich.table import Table
 
-    from llmrecipe.cli.show_table import console
-
     table = Table("metric", "value", box=None, header_style="bold")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}")
+    console().print(table)
+
+
+def show_scores(rows: list[dict[str, Any]]) -> None:
+    """Print scores as a table, a run a row."""
+    from rich.table import Table
+
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    table = Table(*names, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*(f"{v:.6g}" if isinstance(v := row.get(n, ""), float) else str(v) for n in names))
     console().print(table)

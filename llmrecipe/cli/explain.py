@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, need_recipe, print_json, sort_words, tell
+from llmrecipe.cli.words import Json, Words, need_recipe, sort_words, tell
+from llmrecipe.console import print_json
 
 PANEL = "Look"
 ORDER = 1
@@ -34,7 +35,7 @@ def verb(
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.cli.show_table import console, value_text
+    from llmrecipe.console import console, value_text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("key", "value", "set by"):

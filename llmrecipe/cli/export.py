@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, print_json
+from llmrecipe.cli.words import Json
+from llmrecipe.console import print_json
 
 PANEL = "Use"
 ORDER = 4

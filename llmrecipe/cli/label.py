@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, print_json
+from llmrecipe.cli.words import Json
+from llmrecipe.console import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -187,8 +188,7 @@ def show(facts: dict[str, Any]) -> None:
     """Who labelled how much, and who agrees with whom."""
     from rich.table import Table
 
-    from llmrecipe.cli.show_table import console
-    from llmrecipe.training.live import number
+    from llmrecipe.console import console, number
 
     out = console()
     people = Table("labeller", "labelled", "first", "second", "tie", "skip", "chose the one shown first", box=None)

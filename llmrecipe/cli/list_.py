@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, print_json
+from llmrecipe.cli.words import Json
+from llmrecipe.console import print_json
 
 PANEL = "Look"
 ORDER = 2
@@ -30,7 +31,7 @@ def verb(
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.cli.show_table import console
+    from llmrecipe.console import console
 
     out = console()
     for name in dict.fromkeys(row["group"] for row in rows):
@@ -56,7 +57,7 @@ def show_pairs(as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from llmrecipe.cli.show_table import console
+    from llmrecipe.console import console
 
     refused = [pair for pair in found if pair.reason]
     out = console()

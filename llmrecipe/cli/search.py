@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from llmrecipe.cli.words import Json, Words, need_recipe, print_json, sort_words
+from typing import TYPE_CHECKING
+
+from llmrecipe.cli.words import Json, Words, need_recipe, sort_words
+from llmrecipe.console import console, number, print_json
+
+if TYPE_CHECKING:
+    from llmrecipe.search.study import Search, Trial
 
 PANEL = "Train"
 ORDER = 4
+SHOWN = 20
+"""Rows of the table; trials.jsonl has all of them."""
 
 
 def verb(words: Words = None, as_json: Json = False) -> None:
@@ -19,7 +27,7 @@ def verb(words: Words = None, as_json: Json = False) -> None:
     recipe = need_recipe(request, "search")
     # Mistakes in the recipe come first, before anything about the machine or the model.
     compose(recipe, request.overrides)
-    from llmrecipe.search.show import picture, table
+    from llmrecipe.search.show import picture
     from llmrecipe.search.study import search
 
     found, trials = search(recipe, request.overrides)
@@ -30,7 +38,25 @@ def verb(words: Words = None, as_json: Json = False) -> None:
 
         print_json({"best": asdict(best), "recipe": str(path), "trials": [asdict(t) for t in trials]})
         return
-    table(found, trials)
+    show_trials(found, trials)
     if image is not None:
         print(f"picture: {image}")
     print(f"done: {path}")
+
+
+def show_trials(search: Search, trials: list[Trial]) -> None:
+    """Print the trials, the best first."""
+    from rich.table import Table
+
+    from llmrecipe.search.show import ranked
+
+    keys = list(search.section.space)
+    several = len(search.seeds) > 1
+    shown = Table("trial", *keys, search.evaluation.monitor, *(["std"] if several else []), "", box=None, header_style="bold")
+    for trial in ranked(search, trials)[:SHOWN]:
+        cells = [number(trial.point[k]) for k in keys]
+        spread = [number(trial.spread)] if several else []
+        shown.add_row(str(trial.number), *cells, number(trial.value), *spread, "" if trial.state == "done" else trial.state)
+    out = console()
+    out.print(f"[bold]{search.composition.name}[/bold]: {len(trials)} trials in {search.folder}", soft_wrap=True)
+    out.print(shown)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, print_json
+from llmrecipe.cli.words import Json
+from llmrecipe.console import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ def verb(
     if as_json:
         print_json(cards[0] if len(cards) == 1 else cards)
         return
-    from llmrecipe.cli.show_table import console
+    from llmrecipe.console import console
 
     out = console()
     for card in cards:
@@ -89,7 +90,7 @@ def _print_options(out: Console, options: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.cli.show_table import value_text
+    from llmrecipe.console import value_text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("option", "default", "allowed", "meaning"):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.cli.words import StepWords
+from llmrecipe.console import console, number
 
 PANEL = "Tools"
 
@@ -23,10 +24,24 @@ def verb(
     words: StepWords = None,
 ) -> None:
     """Do one step of a pipeline by itself, in the words of its stage."""
+    do_step(kind, words)
+
+
+def do_step(kind: str, words: list[str] | None) -> None:
+    """Do a step, print its metrics, say where the result is."""
     from llmrecipe.recipe.steps import compose_step
 
     # Mistakes in the options come first, before anything heavy is imported.
-    compose_step(kind, list(words or []))
-    from llmrecipe.steps.run import step_cli
+    composition = compose_step(kind, list(words or []))
+    from rich.table import Table
 
-    step_cli(kind, words)
+    from llmrecipe.steps.run import run
+    from llmrecipe.training.run_dir import read_metrics
+
+    before = (composition.dir / "final" / "metrics.json").is_file()
+    folder = run(composition)
+    table = Table("metric", "value", box=None, header_style="bold")
+    for name, value in read_metrics(folder.path).items():
+        table.add_row(name, number(value))
+    console().print(table)
+    print(f"{'reused' if before else 'done'}: {folder.path}")

@@ -15,6 +15,15 @@ def verb(words: Words = None) -> None:
 
     recipe = request.recipe or (resumed(request.resume) if request.resume else need_recipe(request, "train"))
     composition = composed(recipe, request.overrides)
-    from llmrecipe.training.run import train_cli
+    if composition.recipe.stages:
+        from llmrecipe.cli.pipeline import run_pipeline
 
-    train_cli(composition, recipe, request.resume)
+        run_pipeline(composition, recipe)
+        return
+    for note in composition.notes:
+        print(note)
+    from llmrecipe.training.run import train
+
+    run = train(composition, request.resume)
+    if run.runtime.is_main:
+        print(f"done: {run.dir.path}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -112,8 +111,3 @@ def tell(notes: Iterable[str]) -> None:
     """Lines about what was done with the input, on stderr so that they never mix with output."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-def print_json(facts: Any) -> None:
-    """Facts as indented JSON on stdout."""
-    print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))

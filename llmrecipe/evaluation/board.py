@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe import registry
+from llmrecipe.console import number
 from llmrecipe.errors import RunError, did_you_mean
-from llmrecipe.training.live import number
 from llmrecipe.training.summary import Record, flat, read_run
 
 NOT_A_WAY = ("run", "log", "save", "seed")

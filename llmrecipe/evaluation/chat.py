@@ -96,32 +96,3 @@ class Chat:
         if remember:
             self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
-
-    def interactive(self) -> None:
-        """Read turns from the terminal until the end of input; `/new` starts over, `/use NAME` switches, `/quit` leaves."""
-        from rich.console import Console
-        from rich.prompt import Prompt
-
-        console = Console()
-        console.print("[dim]/new starts over, /quit leaves[/dim]")
-        if self.adapters is not None:
-            console.print(
-                f"/use NAME switches: {', '.join(self.adapters.choices)}; now {self.used[0]}", markup=False, style="dim"
-            )
-        while True:
-            try:
-                text = Prompt.ask("[bold]you[/bold]", console=console).strip()
-            except (EOFError, KeyboardInterrupt):
-                console.print()
-                return
-            if text == "/quit":
-                return
-            if text == "/new":
-                self.turns = []
-            elif text == "/use" or text.startswith("/use "):
-                try:
-                    self.use([text.removeprefix("/use").strip()])
-                except UserError as error:
-                    console.print(str(error), markup=False, style="red")
-            elif text:
-                console.print(self.answer(text), markup=False, style="cyan")

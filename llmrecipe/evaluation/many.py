@@ -91,16 +91,3 @@ class Chosen:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = {k: v for k, v in self.data[self.indices[index]].items() if k != "task"}
         return row if self.tasks is None else {**row, "task": self.tasks[index]}
-
-
-def show_scores(rows: list[dict[str, Any]]) -> None:
-    """Print scores as a table, a run a row."""
-    from rich.table import Table
-
-    from llmrecipe.cli.show_table import console
-
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    table = Table(*names, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(f"{v:.6g}" if isinstance(v := row.get(n, ""), float) else str(v) for n in names))
-    console().print(table)

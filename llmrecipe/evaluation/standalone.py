@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmrecipe import registry
+from llmrecipe.console import say
 from llmrecipe.data.tasks import Tasks
 from llmrecipe.errors import DataError
 from llmrecipe.evaluation.recipe_of import recipe_of
@@ -149,4 +150,4 @@ class _Silent:
 
     def sample(self, step: int, prompt: str, answer: str, **facts: Any) -> None:
         """Print one answer."""
-        print(f"{prompt!r} -> {answer!r}")
+        say(f"{prompt!r} -> {answer!r}")

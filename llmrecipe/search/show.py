@@ -1,4 +1,4 @@
-"""What a search found: a table, and a picture where matplotlib is installed."""
+"""What a search found: its trials in order, and a picture where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -7,28 +7,6 @@ from typing import Any
 
 from llmrecipe.recipe.schema import RangeSection
 from llmrecipe.search.study import Search, Trial
-
-SHOWN = 20
-"""Rows of the table; trials.jsonl has all of them."""
-
-
-def table(search: Search, trials: list[Trial]) -> None:
-    """Print the trials, the best first."""
-    from rich.table import Table
-
-    from llmrecipe.cli.show_table import console
-    from llmrecipe.training.live import number
-
-    keys = list(search.section.space)
-    several = len(search.seeds) > 1
-    shown = Table("trial", *keys, search.evaluation.monitor, *(["std"] if several else []), "", box=None, header_style="bold")
-    for trial in ranked(search, trials)[:SHOWN]:
-        cells = [number(trial.point[k]) for k in keys]
-        spread = [number(trial.spread)] if several else []
-        shown.add_row(str(trial.number), *cells, number(trial.value), *spread, "" if trial.state == "done" else trial.state)
-    out = console()
-    out.print(f"[bold]{search.composition.name}[/bold]: {len(trials)} trials in {search.folder}", soft_wrap=True)
-    out.print(shown)
 
 
 def ranked(search: Search, trials: list[Trial]) -> list[Trial]:

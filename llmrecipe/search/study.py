@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.console import say
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
 from llmrecipe.recipe.content_key import content_key
@@ -116,7 +117,7 @@ class Search:
             for number in range(len(trials), len(points) if points is not None else self.section.trials):
                 drawn = ask(study, self.section, number)
                 point = points[number] if points is not None else space.point_of(self.section, drawn.params)
-                print(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}", flush=True)
+                say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
                 trial = self._try(number, point, drawn)
                 noted = study.trials[drawn.number].system_attrs
                 trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
@@ -141,7 +142,7 @@ class Search:
             except RunError as error:
                 if state_of(planned) != "failed":
                     raise
-                print(f"trial {number} failed: {error}", flush=True)
+                say(f"trial {number} failed: {error}")
                 trial.state = "failed"
                 return trial
             if enough is not None and how != "stopped" and enough():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.console import say
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.fields import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.recipe.steps import unfinished
@@ -88,7 +89,7 @@ class Leaderboard(Step):
         score = columns[0]
         rows = rank(entries, self.best, score.key)
         table, notes = markdown(rows, columns)
-        print(table, flush=True)
+        say(table)
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
         if self.plot:

@@ -9,13 +9,13 @@ from typing import Any
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.recipe.compose import to_yaml
 from llmrecipe.recipe.origins import leaves
-from llmrecipe.recipe.steps import StepComposition, compose_step, unfinished
+from llmrecipe.recipe.steps import StepComposition, unfinished
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.redact import redact
 from llmrecipe.signals import handled_by
 from llmrecipe.steps.work import Work
 from llmrecipe.training.events import truncate
-from llmrecipe.training.run_dir import RunDir, read_metrics
+from llmrecipe.training.run_dir import RunDir
 
 FILE = "step.yaml"
 
@@ -94,20 +94,3 @@ def _signals() -> contextlib.AbstractContextManager[None]:
         raise KeyboardInterrupt
 
     return handled_by(stop)
-
-
-def step_cli(kind: str, words: list[str] | None) -> None:
-    """The verb of a step: do it, print its metrics, say where the result is."""
-    from rich.table import Table
-
-    from llmrecipe.cli.show_table import console
-    from llmrecipe.training.live import number
-
-    composition = compose_step(kind, list(words or []))
-    before = (composition.dir / "final" / "metrics.json").is_file()
-    folder = run(composition)
-    table = Table("metric", "value", box=None, header_style="bold")
-    for name, value in read_metrics(folder.path).items():
-        table.add_row(name, number(value))
-    console().print(table)
-    print(f"{'reused' if before else 'done'}: {folder.path}")

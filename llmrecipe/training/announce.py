@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.console import say
 from llmrecipe.methods.stack import kind_name
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def announce(run: Run) -> None:
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
     ]
     for line in lines:
-        print(line, flush=True)
+        say(line)
     for warning in gate.warnings(report):
         run.events.warning(warning)
 

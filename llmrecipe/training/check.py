@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,43 +122,3 @@ def matmul_rate(device: str) -> float:
         b = a @ a
     float(b[0, 0])
     return rounds * 2 * 512**3 / max(time.perf_counter() - started, 1e-9)
-
-
-def check_verb(composition: Composition, as_json: bool = False) -> None:
-    """The `check` verb: print what a recipe would do."""
-    if composition.recipe.stages:
-        from llmrecipe.training import pipeline
-
-        pipeline.check_verb(composition, as_json)
-        return
-    found = examine(composition)
-    if as_json:
-        from llmrecipe.cli.words import print_json
-
-        print_json(asdict(found))
-        return
-    show_findings(found)
-
-
-def show_findings(found: Findings) -> None:
-    """Print what a recipe would do."""
-    from rich.table import Table
-
-    from llmrecipe.cli.show_table import console
-
-    out = console()
-    size = f"{found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step"
-    out.print(f"[bold]{found.recipe}[/bold]: {found.objective}, {size}")
-    names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
-    out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
-    out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")
-    if found.groups:
-        table = Table(*found.groups[0], box=None, header_style="bold")
-        for row in found.groups:
-            table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-        out.print(table)
-    out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
-    out.print(f"saved: {found.delta_bytes / 2**20:.1f} MB of learned tensors a checkpoint")
-    out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
-    for note in found.notes:
-        out.print(f"note: {note}")

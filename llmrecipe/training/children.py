@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmrecipe.console import say
 from llmrecipe.recipe.stages import Planned
 from llmrecipe.recipe.steps import StepComposition
 
@@ -140,7 +141,7 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
         enough: asked at each line; True asks the stage to write a checkpoint and end.
     """
     words = command_of(planned, continued)
-    say(planned.name, shlex.join(["llmrecipe", *words]))
+    say_of(planned.name, shlex.join(["llmrecipe", *words]))
     process = child.process = subprocess.Popen(
         [sys.executable, "-m", "llmrecipe", *words],
         stdout=subprocess.PIPE,
@@ -157,7 +158,7 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
             process.send_signal(child.signal)
         assert process.stdout is not None
         for line in process.stdout:
-            say(planned.name, line.rstrip("\n"))
+            say_of(planned.name, line.rstrip("\n"))
             if enough is not None and child.signal is None and enough():
                 child.send(signal.SIGTERM)
         return process.wait()
@@ -167,7 +168,7 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
             process.wait()
 
 
-def say(stage: str, line: str) -> None:
-    """One line of a stage; lines of stages that run at once never mix."""
+def say_of(stage: str, line: str) -> None:
+    """Print one line of a stage; lines of stages that run at once never mix."""
     with _screen:
-        print(f"[{stage}] {line}", flush=True)
+        say(f"[{stage}] {line}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
 from typing import Any, Protocol, TextIO
 
-BARS = "▁▂▃▄▅▆▇█"
+from llmrecipe.console import number, sparkline
+
 HIDDEN = {"event", "step", "tokens", "path"}
 """Keys the table does not repeat."""
 
@@ -31,27 +31,6 @@ def display(live: str, steps: int | None, stream: TextIO | None = None) -> Displ
     stream = stream or sys.stdout
     attended = stream.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
     return Panel(steps, stream) if live == "on" or (live == "auto" and attended) else Lines(steps, stream)
-
-
-def number(value: Any) -> str:
-    """A number as a person reads it: four digits, exponent for the tiny, separators for the large."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "-" if value is None else str(value)
-    if isinstance(value, int) or abs(value) >= 10000:
-        return f"{value:,.0f}"
-    return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
-
-
-def sparkline(values: list[float], width: int = 60) -> str:
-    """A curve in one line of block characters; more values than columns are averaged."""
-    if not values:
-        return ""
-    columns = min(width, len(values))
-    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(part) / len(part) for a, b in itertools.pairwise(edges) if (part := values[a:b])]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(BARS[min(len(BARS) - 1, int((m - low) / span * len(BARS)))] for m in means)
 
 
 class Lines:

@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from llmrecipe.training.live import number
+from llmrecipe.console import number
 from llmrecipe.training.summary import Record
 
 STYLE = """

@@ -16,16 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from llmrecipe.console import say
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.recipe.content_key import REFERENCE, each_text
 from llmrecipe.recipe.stages import Plan, Planned, compose_stage, filled, for_check, plan
 from llmrecipe.recipe.steps import StepComposition
 from llmrecipe.signals import handled_by
-from llmrecipe.training.children import Child, Children, Machine, execute, say
+from llmrecipe.training.children import Child, Children, Machine, execute, say_of
 from llmrecipe.training.run_dir import RunDir, description, read_metrics
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Pipeline:
 
 
 def run(composition: Composition, recipe: str | None = None) -> list[Result]:
-    """Run every stage that is not finished yet, and print one table at the end.
+    """Run every stage that is not finished yet, and return their results in the order of the recipe.
 
     Args:
         composition: what `compose` returned for a recipe with stages.
@@ -74,13 +75,12 @@ def run(composition: Composition, recipe: str | None = None) -> list[Result]:
     words = ["llmrecipe", "train", f"recipe={recipe or composition.path}", *composition.overrides]
     pipeline = Pipeline(made, shlex.join(words), Children(Machine.here(composition.recipe.run.parallel)))
     for note in made.notes:
-        print(note)
+        say(note)
     check(made)
     with handled_by(pipeline.children.forward):
         _run_all(pipeline)
     order = [s.name for s in made.stages]
     pipeline.results.sort(key=lambda result: order.index(result.stage))
-    show(made, pipeline.results)
     return pipeline.results
 
 
@@ -125,7 +125,7 @@ def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
         if not done.issuperset(planned.stage.inputs):
             continue
         if state_of(planned) == "done":
-            say(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
+            say_of(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
             waiting.remove(planned)
             done.add(planned.name)
             pipeline.results.append(_result(planned, "reused", 0.0))
@@ -235,7 +235,7 @@ def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
     step = isinstance(planned.composition, StepComposition)
     continued = state != "new" and (step or RunDir(planned.dir).latest_checkpoint() is not None)
     if continued:
-        say(planned.name, f"continued: {planned.dir} was {state}")
+        say_of(planned.name, f"continued: {planned.dir} was {state}")
     elif planned.dir.exists() and not step:
         # Stopped before its first checkpoint: there is nothing to go on from, and a run starts in an empty folder.
         shutil.rmtree(planned.dir)
@@ -296,7 +296,7 @@ def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
 
 
 def _result(planned: Planned, how: str, seconds: float) -> Result:
-    from llmrecipe.training.live import number
+    from llmrecipe.console import number
     from llmrecipe.training.summary import read_run
 
     record = read_run(planned.dir)
@@ -310,47 +310,3 @@ def _result(planned: Planned, how: str, seconds: float) -> Result:
     text = "" if not values else f"{name} {values[0]:.4g} -> {values[-1]:.4g}" if len(values) > 1 else f"{name} {values[0]:.4g}"
     steps = int(record.steps[-1]["step"]) if record.steps else 0
     return Result(planned.name, how, steps, text, round(seconds, 1), str(planned.dir))
-
-
-def show(made: Plan, results: list[Result]) -> None:
-    """One table over all stages."""
-    from rich.table import Table
-
-    from llmrecipe.cli.show_table import console
-
-    table = Table("stage", "", "steps", "metric", "seconds", "directory", box=None, header_style="bold", title_justify="left")
-    for r in results:
-        table.add_row(r.stage, r.how, str(r.steps), r.metric, f"{r.seconds:.1f}" if r.how != "reused" else "-", r.dir)
-    out = console()
-    out.print(f"[bold]{made.name}[/bold]: {len(results)} stages in {Path(made.folder)}", soft_wrap=True)
-    out.print(table)
-    print(f"done: {results[-1].dir}")
-
-
-def check_verb(composition: Composition, as_json: bool = False) -> None:
-    """The `check` verb for a pipeline: what each stage would do."""
-    from llmrecipe.cli.words import print_json
-    from llmrecipe.training.check import show_findings
-
-    made = plan(composition)
-    found = check(made)
-    if as_json:
-        print_json({s.name: _facts(found.get(s.name), s) for s in made.stages})
-        return
-    for planned in made.stages:
-        needs = f", after {', '.join(planned.stage.inputs)}" if planned.stage.inputs else ""
-        print(f"[{planned.name}] {planned.dir}{needs}")
-        facts = found.get(planned.name)
-        if isinstance(facts, StepComposition):
-            print(f"step {facts.kind}: " + ", ".join(f"{k} {v}" for k, v in facts.options.items() if v not in (None, [], {})))
-        elif facts is not None:
-            show_findings(facts)
-        else:
-            print("finished: will be reused")
-        print()
-
-
-def _facts(found: Findings | StepComposition | None, planned: Planned) -> dict[str, Any]:
-    if found is None:
-        return {"done": str(planned.dir)}
-    return {"step": found.mapping} if isinstance(found, StepComposition) else asdict(found)

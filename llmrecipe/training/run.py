@@ -319,17 +319,3 @@ def _signals(run: Run) -> contextlib.AbstractContextManager[None]:
         run.signal = number
 
     return handled_by(ask)
-
-
-def train_cli(composition: Composition, recipe: str, resume: str | None = None) -> None:
-    """The `train` verb: run a composed recipe (or all its stages), say where the result is."""
-    if composition.recipe.stages:
-        from llmrecipe.training import pipeline
-
-        pipeline.run(composition, recipe)
-        return
-    for note in composition.notes:
-        print(note)
-    run = train(composition, resume)
-    if run.runtime.is_main:
-        print(f"done: {run.dir.path}")

@@ -54,13 +54,14 @@ def fake_train(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None = 
     """Put a stand-in where the `train` verb finds its work."""
     calls: list[Any] = []
 
-    def train_cli(*given: Any) -> None:
+    def train(*given: Any) -> Any:
         calls.append(given)
         if outcome is not None:
             raise outcome
+        return types.SimpleNamespace(runtime=types.SimpleNamespace(is_main=False))
 
     module = types.ModuleType("llmrecipe.training.run")
-    module.train_cli = train_cli  # type: ignore[attr-defined]
+    module.train = train  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llmrecipe.training.run", module)
     return calls
 
@@ -71,8 +72,8 @@ def test_train_hands_over_its_words_unmangled(monkeypatch: pytest.MonkeyPatch, t
     source.write_text('{"prompt": "p", "completion": "c"}\n' * 3, encoding="utf-8")
     words = [f'data.path="{source}"', "~stack.lora", '+stack.top={kind: lora, target: "attn.q"}', 'run.name="it\'s"']
     assert run(["train", words[0], "recipe=sft_lora", *words[1:]]) == 0
-    ((composition, recipe, resume),) = calls
-    assert (composition.overrides, recipe, resume) == (words, "sft_lora", None)
+    ((composition, resume),) = calls
+    assert (composition.overrides, composition.path.stem, resume) == (words, "sft_lora", None)
     assert composition.recipe.data.path == str(source) and composition.recipe.run.name == "it's"
     assert list(composition.recipe.stack) == ["top"]
 
@@ -82,7 +83,7 @@ def test_resume_takes_the_runs_own_recipe(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "recipe.yaml").write_text("defaults: [/sft_lora, _self_]\nseed: 7\n", encoding="utf-8")
     (tmp_path / "status.json").write_text('{"status": "interrupted"}', encoding="utf-8")
     assert run(["train", f"resume={tmp_path}"]) == 0
-    ((composition, _, resume),) = calls
+    ((composition, resume),) = calls
     assert composition.recipe.seed == 7 and resume == str(tmp_path)
 
 

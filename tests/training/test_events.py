@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmrecipe.console import number, sparkline
 from llmrecipe.errors import RunError
 from llmrecipe.training import trackers
 from llmrecipe.training.events import Events, read_events
-from llmrecipe.training.live import Lines, Panel, display, number, sparkline
+from llmrecipe.training.live import Lines, Panel, display
 
 
 def test_every_event_is_one_json_object_a_line(tmp_path):

@@ -1,0 +1,70 @@
+"""What `train` and `check` do with a recipe that has stages."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.cli.check import show_findings
+from llmrecipe.console import console, print_json
+from llmrecipe.recipe.steps import StepComposition
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+    from llmrecipe.recipe.stages import Planned
+    from llmrecipe.training.check import Findings
+    from llmrecipe.training.pipeline import Result
+
+
+def run_pipeline(composition: Composition, recipe: str) -> None:
+    """Run the stages of a recipe and print one table over them.
+
+    Args:
+        recipe: how the user named it, for the messages.
+    """
+    from llmrecipe.training.pipeline import run
+
+    show_results(composition, run(composition, recipe))
+
+
+def show_results(composition: Composition, results: list[Result]) -> None:
+    """Print one table over all stages."""
+    from rich.table import Table
+
+    table = Table("stage", "", "steps", "metric", "seconds", "directory", box=None, header_style="bold", title_justify="left")
+    for r in results:
+        table.add_row(r.stage, r.how, str(r.steps), r.metric, f"{r.seconds:.1f}" if r.how != "reused" else "-", r.dir)
+    out = console()
+    out.print(f"[bold]{composition.name}[/bold]: {len(results)} stages in {Path(results[-1].dir).parent}", soft_wrap=True)
+    out.print(table)
+    print(f"done: {results[-1].dir}")
+
+
+def check_pipeline(composition: Composition, as_json: bool) -> None:
+    """Print what each stage of a pipeline would do."""
+    from llmrecipe.recipe.stages import plan
+    from llmrecipe.training.pipeline import check
+
+    made = plan(composition)
+    found = check(made)
+    if as_json:
+        print_json({s.name: _facts(found.get(s.name), s) for s in made.stages})
+        return
+    for planned in made.stages:
+        needs = f", after {', '.join(planned.stage.inputs)}" if planned.stage.inputs else ""
+        print(f"[{planned.name}] {planned.dir}{needs}")
+        facts = found.get(planned.name)
+        if isinstance(facts, StepComposition):
+            print(f"step {facts.kind}: " + ", ".join(f"{k} {v}" for k, v in facts.options.items() if v not in (None, [], {})))
+        elif facts is not None:
+            show_findings(facts)
+        else:
+            print("finished: will be reused")
+        print()
+
+
+def _facts(found: Findings | StepComposition | None, planned: Planned) -> dict[str, Any]:
+    if found is None:
+        return {"done": str(planned.dir)}
+    return {"step": found.mapping} if isinstance(found, StepComposition) else asdict(found)

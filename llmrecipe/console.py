@@ -1,0 +1,59 @@
+"""What is printed, and how: tables, numbers, JSON, lines; the only module besides the verbs that writes to the screen."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def console() -> Console:
+    """Return a console as wide as the terminal, and wide enough for whole lines in a pipe."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False)
+
+
+def value_text(value: Any) -> str:
+    """Return a value as it is written in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def number(value: Any) -> str:
+    """Return a number as a person reads it: four digits, exponent for the tiny, separators for the large."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 10000:
+        return f"{value:,.0f}"
+    return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """Return a curve in one line of block characters; more values than columns are averaged."""
+    if not values:
+        return ""
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(part) / len(part) for a, b in itertools.pairwise(edges) if (part := values[a:b])]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[min(len(BARS) - 1, int((m - low) / span * len(BARS)))] for m in means)
+
+
+def print_json(facts: Any) -> None:
+    """Print facts as indented JSON on stdout."""
+    print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+
+
+def say(line: str) -> None:
+    """Print one line at once, also into a pipe."""
+    print(line, flush=True)
