@@ -23,7 +23,7 @@ PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 class RefSync(BaseModel):
     """How a reference follows the policy: after every `steps` updates, reference <- alpha policy + (1 - alpha) reference."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     alpha: PositiveFraction = 0.6
     """Share of the policy; 1 copies it."""

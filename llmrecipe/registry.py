@@ -43,7 +43,7 @@ INTERFACES = {
 }
 """Name of the interface a component inherits, and the group its name lives in."""
 
-CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 PACKAGE = Path(__file__).parent
 ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 

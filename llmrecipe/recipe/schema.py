@@ -14,9 +14,9 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A section of a recipe: strict types, unknown keys forbidden."""
+    """A section of a recipe: strict types, finite numbers, unknown keys forbidden."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

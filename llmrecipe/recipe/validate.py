@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -67,11 +68,14 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
             checked["stack"][name] = body
             mistakes += found
         mistakes += check_stack(stack)
+    endless = not_finite({key: value for key, value in mapping.items() if key not in (*SINGLE, "stack")})
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate_json(_json(checked))
     except ValidationError as error:
-        mistakes += translate(error, mapping, Recipe, ())
+        mistakes += joined(endless, translate(error, mapping, Recipe, ()))
+    else:
+        mistakes += endless
     mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes
     if mistakes or recipe is None:
         raise RecipeError(report(mistakes, origins or {}))
@@ -102,12 +106,33 @@ def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = 
     except RecipeError as error:
         return dict(body), [Mistake((*at, "kind"), str(error).removeprefix(f"{dotted(at)}: "))]
     options = {key: value for key, value in body.items() if key != "kind"}
+    endless = not_finite(options, at)
     try:
         model = spec.schema_model.model_validate_json(_json(options))
     except ValidationError as error:
-        return dict(body), translate(error, options, spec.schema_model, at, str(kind))
+        return dict(body), joined(endless, translate(error, options, spec.schema_model, at, str(kind)))
+    if endless:
+        return dict(body), endless
     values = json.loads(model.model_dump_json(by_alias=True))
     return {"kind": kind, **{k: options.get(k, v) for k, v in values.items()}}, []
+
+
+def not_finite(value: Any, at: KeyPath = ()) -> list[Mistake]:
+    """Every NaN and infinity at any depth: no option has such a value, not even one of free form."""
+    if isinstance(value, Mapping):
+        return [mistake for key, inner in value.items() for mistake in not_finite(inner, (*at, str(key)))]
+    if isinstance(value, list | tuple):
+        return [mistake for place, inner in enumerate(value) for mistake in not_finite(inner, (*at, place))]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [Mistake(at, f"must be a finite number; got {show(value)}")]
+    return []
+
+
+def joined(endless: list[Mistake], mistakes: list[Mistake]) -> list[Mistake]:
+    """Both lists, each value reported once: as precisely as its type can, at the place where it stands."""
+    keys = {mistake.key for mistake in mistakes}
+    deeper = [e for e in endless if e.key not in keys]
+    return [m for m in mistakes if not any(e.key[: len(m.key)] == m.key for e in deeper)] + deeper
 
 
 def _example(group: str) -> str:
