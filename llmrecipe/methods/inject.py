@@ -32,11 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import current
+from llmrecipe.errors import ModelError
 
 ROWS, DELTA, SCALE, SERIAL, EDIT = -10, 0, 10, 20, 30
 """Values of `Port.order`. ROWS: a whole that changes rows stands outside those that count their columns."""
 
 KINDS = ("before", "after", "around", "weight", "attention", "whole")
+
+ROUTED: set[str] = set()
+"""Attention functions that call attention ports, by the name Transformers knows them by (see `models.attention.install`)."""
 
 
 class Port(nn.Module):
@@ -122,9 +126,12 @@ def inject(module: nn.Module, name: str, port: Port, owner: str) -> Port:
 
     Raises:
         ValueError: the module already has a child of that name.
+        ModelError: an attention port at a module that would never call it.
     """
     if hasattr(module, name):
         raise ValueError(f"{type(module).__name__} already has a child called '{name}'")
+    if kind_of(port) == "attention":
+        refuse_unrouted(module, owner)
     port.owner = owner
     port.train(module.training)
     module.add_module(name, port)
@@ -135,6 +142,35 @@ def inject(module: nn.Module, name: str, port: Port, owner: str) -> Port:
         object.__setattr__(module, "_inner_forward", module.__dict__.get("forward"))
         module.forward = types.MethodType(_ported_forward, module)  # type: ignore[method-assign]
     return port
+
+
+def refuse_unrouted(module: nn.Module, owner: str) -> None:
+    """Refuse an attention port where attention is computed without asking Transformers' AttentionInterface.
+
+    A module asks it when a method of its class reads ALL_ATTENTION_FUNCTIONS, and it is given our function when its config
+    says so: families that are not built for other backends, linear attention and flash attention are not.
+
+    Raises:
+        ModelError: it names the module's class and what works instead.
+    """
+    given = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if given in ROUTED and asks_interface(type(module)):
+        return
+    reason = "this model computes it without Transformers' AttentionInterface"
+    remedy = "use a method on its linear layers, such as lora, or a model of another family"
+    if given == "flash_attention_2":
+        reason, remedy = "model.attention=flash_attention_2 leaves no place for it", "set model.attention=sdpa"
+    raise ModelError(
+        f"stack.{owner}: it changes what attention computes, and {type(module).__name__} would never call it: {reason}. "
+        f"Nothing of it would act; {remedy}"
+    )
+
+
+@functools.cache
+def asks_interface(cls: type[nn.Module]) -> bool:
+    """Whether a method of an attention class reads Transformers' table of attention functions."""
+    methods = [inspect.unwrap(m) for base in cls.__mro__ for m in vars(base).values() if inspect.isfunction(m)]
+    return any("ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods)
 
 
 def eject(module: nn.Module, name: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from llmrecipe.context import activate, current
 from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.methods.inject import Port, all_ports, inject
+from llmrecipe.methods.inject import Port, all_ports, inject, refuse_unrouted
 from llmrecipe.methods.inject import eject as take_out
 from llmrecipe.models.anatomy import Site, anatomy
 from llmrecipe.models.attention import Prefix
@@ -237,10 +237,20 @@ def host_of(model: nn.Module, side: str) -> nn.Module:
 
 
 def shape_of(site: Site, model: nn.Module) -> Shape:
-    """Key and value shape of an attention module, from its own facts or the model's."""
+    """Key and value shape of an attention module, from its own facts or the model's.
+
+    Raises:
+        ModelError: nothing tells its values from its keys.
+    """
     parts = anatomy(model)
     module: Any = site.module
-    value = next(s for s in parts.sites if s.side == site.side and s.layer == site.layer and s.role == f"{site.role}.v")
+    at = (site.side, site.layer, f"{site.role}.v")
+    value = next((s for s in parts.sites if (s.side, s.layer, s.role) == at), None)
+    if value is None:
+        raise ModelError(
+            f"{site.path}: which of its weights make values cannot be told from their names; name the module that does in the "
+            f"recipe (model.anatomy.{site.role}.v)\n{parts.describe()}"
+        )
     size = next((n for name in HEAD_SIZES if (n := getattr(module, name, None))), None)
     key = int(size or parts.head_dim)
     value_size = int(getattr(module, "v_head_dim", None) or key)
@@ -252,6 +262,7 @@ def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[
 
     Raises:
         RecipeError: the target names something that is no attention module.
+        ModelError: a module it names would never call its port.
     """
     found: dict[str, dict[str, list[Site]]] = {}
     for site in anatomy(model).at(target):
@@ -259,6 +270,7 @@ def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[
             raise RecipeError(
                 f"stack.{name}.target: a prefix belongs to an attention module, 'attn' or 'cross', not to '{site.role}'"
             )
+        refuse_unrouted(site.module, name)
         found.setdefault(site.side, {}).setdefault(site.role, []).append(site)
     return found
 

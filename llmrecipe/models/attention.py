@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.context import Layout, current
-from llmrecipe.methods.inject import ports_of
+from llmrecipe.methods.inject import ROUTED, ports_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def install(model: nn.Module, backend: str) -> str:
             return None if current().layout is not None else stock_mask(*args, **kwargs)
 
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    ROUTED.add(name)
     model.set_attn_implementation(name)
     return name
 

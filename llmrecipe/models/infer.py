@@ -89,7 +89,7 @@ def _block_lists(model: nn.Module) -> dict[str, str]:
         inside = any(path.startswith(outer + ".") for outer, _ in lists)
         if not isinstance(module, nn.ModuleList) or inside or not len(module) or SKIPPED.search(path):
             continue
-        if len({type(block) for block in module}) == 1 and _has_attention(module[0]):
+        if len({type(block) for block in module}) == 1 and any(map(_has_attention, module)):
             lists.append((path, module))
     if not lists:
         return {}

@@ -189,8 +189,8 @@ def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokeniz
 
     name_by_hand(model, section.anatomy)
     model.position_offset = vocabulary.position_offset(model)
-    model.attention_routed = bool(getattr(model, "_supports_attention_backend", False))
-    if model.attention_routed and backend in ("sdpa", "eager"):
+    model.attention_routed = routes_attention(type(model), backend)
+    if model.attention_routed:
         with quiet():
             install(model, backend)
     if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
@@ -200,6 +200,20 @@ def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokeniz
     if head is not None and embed is not None and hasattr(model.config, "tie_word_embeddings"):
         model.config.tie_word_embeddings = getattr(head, "weight", None) is getattr(embed, "weight", None)
     return model
+
+
+def routes_attention(cls: type, backend: str) -> bool:
+    """Whether the loader routes a class through `models.attention`; packed rows and attention ports work where it does."""
+    return bool(getattr(cls, "_supports_attention_backend", False)) and backend in ("sdpa", "eager")
+
+
+def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:
+    """Whether some layer of a model may compute attention out of reach of ports, by its config and class alone."""
+    config = load_config(section)
+    cls = _concrete(model_class(config, rows_head), config)
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    plain = all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
+    return not (plain and routes_attention(cls, attention(section, cls)))
 
 
 def prepare_for_training(model: nn.Module, section: ModelSection) -> None:

@@ -31,8 +31,8 @@ def build(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
         family, source = infer(model), "inference"
     if by_hand:
         family, source = _by_hand(family, by_hand), "recipe"
-    stacks = _stacks(model, family)
-    if not stacks:
+    stacks = _stacks(model, family) if family is not None else {}
+    if family is None or not stacks:
         raise ModelError(_lost(model, "the list of its layers"))
     shape = _Shape(config)
     sites = list(_top_sites(model, family, stacks, shape))

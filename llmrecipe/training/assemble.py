@@ -79,6 +79,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     parts.objective.check(recipe, data)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
+    check_attention(recipe, parts.objective, wrappers, tokenizer_labels)
     run.runtime = runtime = Runtime.start(recipe.runtime)
     if recipe.model.compile:
         ready_to_compile(runtime.device)
@@ -126,6 +127,36 @@ def check_objective(objective: Any, wrappers: list[Any]) -> None:
     """
     if not objective.differentiable and not any(w.stage is Stage.RULE for w in wrappers):
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
+
+
+def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, device: str) -> nn.Module:
+    """Build the model of a recipe on the meta device, with the stacks it stands on and its own attached.
+
+    Raises:
+        UserError: the stack does not fit the model.
+    """
+    from llmrecipe.models.load import skeleton
+
+    base, saved, _ = opened.resolve(recipe.model)
+    model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer_of(recipe), device=device)
+    for index, layer in enumerate(saved.layers if saved else []):
+        delta.mount(model, layer, index)
+    objective.prepare_model(model, recipe.seed)
+    stack.attach(model)
+    return model
+
+
+def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels: list[str] | None) -> None:
+    """Refuse, before weights are read, a stack that changes attention in a model that does not let it.
+
+    Raises:
+        ModelError: it names the wrapper and the class of attention (see `methods.inject.refuse_unrouted`).
+    """
+    from llmrecipe.models.load import may_bypass_attention
+
+    base, _, _ = opened.resolve(recipe.model)
+    if may_bypass_attention(base, objective.head):
+        on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
 
 
 def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None:

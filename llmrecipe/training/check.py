@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.methods.stack import Stack, kind_name
-from llmrecipe.training import assemble, delta, opened
+from llmrecipe.training import assemble
 from llmrecipe.training.memory import Estimate, delta_bytes, estimate
 from llmrecipe.training.optimizer import parameter_groups
 
@@ -57,7 +57,6 @@ def check(recipe: str, overrides: list[str]) -> Findings:
 
 def examine(composition: Composition) -> Findings:
     """Build a composed recipe on the meta device; see `check`."""
-    from llmrecipe.models.load import load_tokenizer, skeleton
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.training.runtime import pick_device
     from llmrecipe.training.trackers import check_trackers
@@ -68,16 +67,10 @@ def examine(composition: Composition) -> Findings:
     assemble.check_objective(parts.objective, parts.wrappers)
     assemble.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
-    base, saved, _ = opened.resolve(settings.model)
-    tokenizer = load_tokenizer(base, settings.tokenizer)
     data, validation, labels = assemble.read_data(settings, parts.objective, parts.wrappers)
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
-    model = skeleton(base, rows_head=parts.objective.head, labels=labels, tokenizer=tokenizer, device=device)
-    for index, layer in enumerate(saved.layers if saved else []):
-        delta.mount(model, layer, index)
-    parts.objective.prepare_model(model, settings.seed)
-    stack.attach(model)
+    model = assemble.on_meta(settings, parts.objective, stack, labels, device)
     parts.objective.check(settings, data)
     steps = assemble.step_count(settings, len(data), parts.objective.updates())
     parts.schedule.check(steps)
