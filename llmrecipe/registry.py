@@ -40,6 +40,7 @@ INTERFACES = {
     "Agent": "agent",
     "Metric": "metric",
     "Step": "step",
+    "AdapterFormat": "adapter_format",
 }
 """Name of the interface a component inherits, and the group its name lives in."""
 

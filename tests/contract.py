@@ -124,10 +124,7 @@ def probe_of(subject: Subject) -> Probe:
     def loss(batch: Batch) -> torch.Tensor:
         return subject.objective.loss(batch, subject.roles).total / max(subject.objective.weight(batch), 1e-12)
 
-    fields = {"batches": batches, "loss": loss}
-    known = set(Probe.__dataclass_fields__)
-    more = {"rows": len(ROWS)} if "rows" in known else {}
-    return Probe(**fields, **more)
+    return Probe(batches, loss, rows=len(ROWS), engine=subject.roles.engine)
 
 
 def optimizer_of(subject: Subject, decay: float = 0.1) -> torch.optim.Optimizer:

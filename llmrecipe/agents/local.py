@@ -135,7 +135,7 @@ class Local(Agent):
                 yield first + offset, row
 
     def _ids(self, ask: Ask) -> list[int]:
-        from llmrecipe.evaluation.chat import prompt_ids
+        from llmrecipe.data.templates import prompt_ids
 
         return prompt_ids(self.roles.tokenizer, ask.turns)
 
@@ -166,9 +166,9 @@ def opened_roles(path: str, base: bool, dtype: str) -> Roles:
 
     from llmrecipe.methods.stack import Stack
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.training import assemble
     from llmrecipe.training.engine import Engine
     from llmrecipe.training.opened import open_model, resolve
+    from llmrecipe.training.packing import packing_for
     from llmrecipe.training.roles import Roles
 
     section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def opened_roles(path: str, base: bool, dtype: str) -> Roles:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened.model.to(device).requires_grad_(False)
     engine = Engine(opened.model).eval()
-    return Roles(engine, Stack([]), opened.tokenizer, device, assemble.packing_for("auto", engine, device))
+    return Roles(engine, Stack([]), opened.tokenizer, device, packing_for("auto", engine, device))
 
 
 def spell(tokenizer: Any, option: str) -> set[Path]:

@@ -9,6 +9,7 @@ template that was trained.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,3 +218,11 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of every named or added token: text never merges across these."""
     return sorted({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
+    text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

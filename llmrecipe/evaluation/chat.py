@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from llmrecipe.data.templates import prompt_ids
 from llmrecipe.errors import UserError
 from llmrecipe.evaluation.generation import generate, text_of
 from llmrecipe.evaluation.sampling import Sampling
@@ -14,14 +13,6 @@ from llmrecipe.evaluation.standalone import open_subject
 from llmrecipe.export.side_by_side import Adapters, task_adapters
 from llmrecipe.training.opened import Opened
 from llmrecipe.training.runtime import pick_device
-
-
-def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
-    if not tokenizer.chat_template:
-        return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
-    text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @dataclass

@@ -29,9 +29,9 @@ from llmrecipe.agents.constitution import Constitution, Principle, draw
 from llmrecipe.agents.feedback import Pair, compare
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.evaluation.agreement import agreement
+from llmrecipe.journal import Journal, json_hash
 from llmrecipe.lock import hold
 from llmrecipe.steps.answered import Answered, pairs_of
-from llmrecipe.steps.work import Journal, key_of
 
 CHOICES = ("first", "second", "tie", "skip")
 NAME = re.compile(r"[\w][\w .:@+-]*")
@@ -49,7 +49,7 @@ class Question:
     @property
     def key(self) -> str:
         """A digest of prompt and answers."""
-        return key_of([self.row.prompt, self.first, self.second])
+        return json_hash([self.row.prompt, self.first, self.second])
 
 
 def questions(rows: Sequence[Answered]) -> list[Question]:

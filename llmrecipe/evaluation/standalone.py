@@ -16,10 +16,10 @@ from llmrecipe.export.side_by_side import tasks_of
 from llmrecipe.methods.stack import Stack
 from llmrecipe.models.source import run_folder
 from llmrecipe.recipe.compose import Composition
-from llmrecipe.training import assemble
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.opened import Opened, open_model, resolve
+from llmrecipe.training.packing import micro_tokens, packing_for
 from llmrecipe.training.roles import Roles
 from llmrecipe.training.runtime import Runtime
 
@@ -64,8 +64,8 @@ def subject_of(composition: Composition, opened: Opened) -> Subject:
     stack = Stack([])
     engine = Engine(opened.model).eval()
     roles = Roles(
-        engine, stack, opened.tokenizer, runtime.device, assemble.packing_for(recipe.data.packing, engine, runtime.device),
-        recipe.batch.micro, recipe.batch.tokens or assemble.micro_tokens(runtime.device),
+        engine, stack, opened.tokenizer, runtime.device, packing_for(recipe.data.packing, engine, runtime.device),
+        recipe.batch.micro, recipe.batch.tokens or micro_tokens(runtime.device),
     )  # fmt: skip
     roles.reference_off = stepped_aside(opened, parts.objective.reference_of())
     return Subject(composition, opened, roles, parts.objective, runtime)

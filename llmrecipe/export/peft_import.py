@@ -1,4 +1,4 @@
-"""Reading adapter folders of PEFT (and adapter-hub): as a starting point, for merging, and to prove what an export wrote.
+"""Reading adapter folders of PEFT: as a starting point, for merging, and to prove what an export wrote.
 
 The tensors say which modules are adapted; the config is asked only for the scale and for what the method is. Each adapter
 becomes a wrapper of this package with its tensors, so everything that works on a run works on it.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
-from llmrecipe.export import adapter_hub, peft_additive, peft_biases
+from llmrecipe.export import peft_additive, peft_biases
 from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
 from llmrecipe.methods.biases import every_bias
 from llmrecipe.methods.stack import is_head
@@ -49,10 +49,6 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
         ModelError: the adapter does not fit the model, or cannot be expressed here; the message says what and why.
     """
     folder = Path(folder)
-    if adapter_hub.is_hub(folder):
-        if weight != 1.0:
-            raise ModelError(f"{folder}: a bottleneck adapter adds to no weight, so it cannot be taken {weight:g} times")
-        return adapter_hub.read(folder, model)
     adapter = read(folder)
     kind = str(adapter.config.get("peft_type", "")).upper()
     if kind in OTHERS:

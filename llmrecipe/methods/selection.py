@@ -341,16 +341,13 @@ def _at(values: Tensor, idx: Tensor | None, wanted: Tensor) -> Tensor:
     return values[wanted] if idx is None else values[torch.searchsorted(idx, wanted)]
 
 
-def sampled_targets(model: nn.Module, draws: int, seed: int) -> Callable[[Any], Iterator[tuple[Any, float]]]:
+def sampled_targets(engine: Any, draws: int, seed: int) -> Callable[[Any], Iterator[tuple[Any, float]]]:
     """y from the model instead of the data: tokens drawn by language models, every class of classifiers by its probability."""
     generator = torch.Generator().manual_seed(seed)
 
     def variants(batch: Any) -> Iterator[tuple[Any, float]]:
         import dataclasses
 
-        from llmrecipe.training.engine import Engine
-
-        engine = Engine(model)
         labels = batch.extra.get("labels")
         if labels is not None and not batch.target.numel():
             with torch.no_grad():

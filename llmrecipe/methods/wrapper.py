@@ -63,6 +63,8 @@ class Probe:
     """Optimizer steps of the run."""
     tokenizer: Any = field(default=None)
     """The run's tokenizer, for starts that are written as text."""
+    engine: Any = field(default=None)
+    """What answers for the model outside training: `engine(batch, want=...)`, without autocast."""
     original: Any = field(default=None)
     """`original() -> nn.Module`: the base model anew, in the dtype it had before any quantization."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -23,12 +23,28 @@ from llmrecipe.errors import RecipeError
 from llmrecipe.recipe.content_key import REFERENCE, content_key
 from llmrecipe.recipe.schema import LogSection, RunSection, Section
 
-if TYPE_CHECKING:
-    from llmrecipe.steps.step import Step
-
 GROUP = "step"
 RESULTS = ("model", "rows", "metrics")
 """What a stage may leave for others; a training leaves a model."""
+
+
+class Buildable(Protocol):
+    """What the recipe layer asks of a built step (see the interface `Step`)."""
+
+    def check(self, where: str) -> None:
+        """Refuse what would stop it, before anything starts."""
+
+    def stands_on(self) -> Mapping[str, Any]:
+        """Return JSON its result follows from besides its options."""
+
+    def example(self) -> Mapping[str, Sequence[dict[str, Any]]]:
+        """Return rows like those it will leave."""
+
+    def model(self) -> Mapping[str, Any]:
+        """Return the `model` section that what it leaves starts from."""
+
+    def run(self, work: Any) -> dict[str, Any]:
+        """Do it; returns its metrics."""
 
 
 class Frame(Section):
@@ -78,7 +94,7 @@ class StepComposition:
         run = self.frame.run
         return Path(run.dir) if run.dir is not None else Path(run.root) / (run.name or self.kind) / self.key({})
 
-    def build(self, where: str | None = None) -> Step:
+    def build(self, where: str | None = None) -> Buildable:
         """The step itself.
 
         Raises:

@@ -97,7 +97,7 @@ class Eval(Step):
 
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
         """Means of the rewards of greedy answers."""
-        from llmrecipe.evaluation.chat import prompt_ids
+        from llmrecipe.data.templates import prompt_ids
         from llmrecipe.evaluation.generation import answered, end_tokens, text_of
         from llmrecipe.evaluation.sampling import Sampling
         from llmrecipe.rewards.reward import Answer, Rewards

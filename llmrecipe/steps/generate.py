@@ -133,7 +133,7 @@ class Generate(Step):
 
     def _encoded(self, subject: Subject, split: str) -> tuple[list[tuple[Prompt, list[int]]], int]:
         """Prompts with their token ids, and how many leave no room for an answer."""
-        from llmrecipe.evaluation.chat import prompt_ids
+        from llmrecipe.data.templates import prompt_ids
 
         tokenizer = subject.opened.tokenizer
         room = getattr(subject.opened.model.config, "max_position_embeddings", None)

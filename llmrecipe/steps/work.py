@@ -11,14 +11,13 @@ Rows are written once, in the order of what they were made from, so they do not 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrecipe.errors import LlmRecipeError, RunError
+from llmrecipe.journal import Journal, json_hash
 from llmrecipe.redact import redact_text
 from llmrecipe.training.events import Events, plain
 from llmrecipe.training.run_dir import RunDir
@@ -27,68 +26,6 @@ SPLITS = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jso
 """Split -> file, under the names the data layer finds in a folder."""
 
 T = TypeVar("T")
-
-
-def key_of(value: Any) -> str:
-    """Sixteen letters that stand for a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Journal:
-    """Key -> JSON value in an append-only file: a line is written whole or, after a kill, left out.
-
-    A line that was cut short is the last one and is removed when the file is opened again to be written.
-    """
-
-    def __init__(self, path: Path, write: bool = True):
-        self.path = path
-        self._values: dict[str, Any] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b" if write else "rb")  # noqa: SIM115 (see close)
-        self._file.seek(0)
-        good = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                self._values[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{path}: the line after byte {good} is damaged ({error}); delete the file to ask anew"
-                ) from error
-            good += len(line)
-        if write:
-            self._file.truncate(good)
-            self._file.seek(good)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def add(self, key: str, value: Any) -> None:
-        """Keep a value.
-
-        Raises:
-            RunError: the disk refuses it.
-        """
-        line = json.dumps({"key": key, "value": value}, ensure_ascii=False, default=str) + "\n"
-        try:
-            self._file.write(line.encode())
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror or error}; what was written before is kept") from error
-        self._values[key] = json.loads(line)["value"]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class Work:
@@ -140,7 +77,7 @@ class Work:
         values: list[Any] = []
         for start in range(0, len(items), batch):
             part = list(items[start : start + batch])
-            key = key_of([self.seed, start, part])
+            key = json_hash([self.seed, start, part])
             if key not in journal:
                 answers = list(ask(part, int(key, 16) % (1 << 31)))
                 if len(answers) != len(part):
@@ -174,7 +111,7 @@ class Work:
         """
         journal = self.journal(name)
         self.events.expect(len(items))
-        keys = [key_of([self.seed, i, item]) for i, item in enumerate(items)]
+        keys = [json_hash([self.seed, i, item]) for i, item in enumerate(items)]
         left = [i for i, key in enumerate(keys) if key not in journal]
         fresh: list[Any] = []
         done = len(items) - len(left)

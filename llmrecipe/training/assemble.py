@@ -12,24 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmrecipe.data.batch import Sequence, pack
 from llmrecipe.data.tasks import Tasks, common
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.speed import ready_to_compile, speed_up
-from llmrecipe.training import delta, opened, reference_model
+from llmrecipe.training import delta, opened, packing, reference_model
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
+from llmrecipe.training.reference import PlannedRows
 from llmrecipe.training.roles import Roles
 
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
-
-MICRO_TOKENS = {"cpu": 512}
-"""Most tokens of a micro-batch by device, where the recipe does not say: twice as many win a CPU 1 % in float32 and 6 % in
-bfloat16, and hold twice the activations."""
-MICRO_TOKENS_ELSEWHERE = 8192
 
 
 @dataclass
@@ -49,11 +44,6 @@ class Parts:
     roles: Roles
     optimizer: torch.optim.Optimizer | None
     steps: int
-
-
-def micro_tokens(device: torch.device) -> int:
-    """The default size of a micro-batch on a device."""
-    return MICRO_TOKENS.get(device.type, MICRO_TOKENS_ELSEWHERE)
 
 
 def seed_everything(seed: int) -> None:
@@ -86,7 +76,9 @@ def build(run: Run, resume: Path | None) -> Parts:
     run.dir = directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
     folder, config = directory.path if runtime.is_main else None, run.composition.mapping
     events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
-    other = reference_model.scored(recipe, parts.objective, data, validation, steps, runtime.device)
+    other = reference_model.scored(
+        recipe, parts.objective, planned_rows(recipe, parts.objective, data, validation, steps), runtime.device
+    )
     seed_everything(recipe.seed)
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     model = open_for(recipe, parts.objective, stack, tokenizer_labels)
@@ -102,9 +94,9 @@ def build(run: Run, resume: Path | None) -> Parts:
         stack,
         model.tokenizer,
         runtime.device,
-        packing_for(recipe.data.packing, engine, runtime.device),
+        packing.packing_for(recipe.data.packing, engine, runtime.device),
         recipe.batch.micro,
-        recipe.batch.tokens or (None if recipe.batch.micro else micro_tokens(runtime.device)),
+        recipe.batch.tokens or (None if recipe.batch.micro else packing.micro_tokens(runtime.device)),
         other,
     )
     roles.runtime, roles.data, roles.events = runtime, data, events
@@ -138,7 +130,8 @@ def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None,
     from llmrecipe.models.load import skeleton
 
     base, saved, _ = opened.resolve(recipe.model)
-    model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer_of(recipe), device=device)
+    tokenizer = opened.tokenizer_of(recipe.model, recipe.tokenizer)
+    model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
     for index, layer in enumerate(saved.layers if saved else []):
         delta.mount(model, layer, index)
     objective.prepare_model(model, recipe.seed)
@@ -170,22 +163,11 @@ def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None
     return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
 
 
-def tokenizer_of(recipe: Any) -> Any:
-    """The policy's tokenizer, without its weights."""
-    from llmrecipe.models.load import load_tokenizer
-
-    base, _, folder = opened.resolve(recipe.model)
-    section = recipe.tokenizer
-    if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
-        section = section.model_copy(update={"path": str(folder)})
-    return load_tokenizer(base, section)
-
-
 def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
     """Training rows, validation rows (or None) and, for labelled rows, the label names."""
     from llmrecipe.data import prepare
 
-    tokenizer = tokenizer_of(recipe)
+    tokenizer = opened.tokenizer_of(recipe.model, recipe.tokenizer)
     mask = getattr(objective, "mask", None) or "completion"
     tasks = tasks_of(wrappers, opened.resolve(recipe.model)[1])
     data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
@@ -208,6 +190,16 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
         label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks,
     )  # fmt: skip
+
+
+def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps: int) -> PlannedRows:
+    """Return the rows a run will read, for whoever scores them before its first step."""
+
+    def others() -> list[Any]:
+        # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
+        return [validation, test_rows(recipe, objective, data, opened.tokenizer_of(recipe.model, recipe.tokenizer))]
+
+    return PlannedRows(data, others, steps, recipe.batch.size, recipe.seed)
 
 
 def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
@@ -305,44 +297,6 @@ def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
     if everything_trains(stack):
         return torch.bfloat16 if dtype == "bfloat16" else torch.float16
     return None
-
-
-def packing_for(wanted: str, engine: Engine, device: torch.device) -> bool:
-    """Whether rows are packed: measured on the model at hand, not looked up in a list.
-
-    Raises:
-        RecipeError: packing is `on` and documents of a packed row would see each other.
-    """
-    if wanted == "off":
-        return False
-    if isolates(engine, device):
-        return True
-    if wanted == "on":
-        raise RecipeError("data.packing: this model's attention cannot keep packed documents apart; use packing=auto or off")
-    return False
-
-
-@torch.no_grad()
-def isolates(engine: Engine, device: torch.device) -> bool:
-    """Whether two documents packed into one row give the hidden states of separate passes."""
-    if engine.is_pair_model:
-        return False
-    was = engine.training
-    engine.eval()
-    try:
-        vocabulary = int(engine.model.get_input_embeddings().num_embeddings)
-        first = Sequence([i % vocabulary for i in range(3, 9)], [0] * 6)
-        second = Sequence([i % vocabulary for i in range(11, 16)], [0] * 5)
-        both = engine.hidden_of(pack([first, second]).to(device))[0].float()
-        apart = [engine.hidden_of(pack([s]).to(device))[0].float() for s in (first, second)]
-        scale = both.abs().max().clamp_min(1e-6)
-        tolerance = 1e-4 if both.dtype == torch.float32 and engine.autocast is None else 5e-2
-        low = next(engine.model.parameters()).dtype != torch.float32
-        return bool(((both - torch.cat(apart)).abs().max() / scale) < (5e-2 if low else tolerance))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
-        return False
-    finally:
-        engine.train(was)
 
 
 def check_cuts(optim: Optimizer, wrappers: list[Wrapper]) -> None:

@@ -12,6 +12,7 @@ from llmrecipe.methods.stack import Stack, kind_name
 from llmrecipe.training import assemble
 from llmrecipe.training.memory import Estimate, delta_bytes, estimate
 from llmrecipe.training.optimizer import parameter_groups
+from llmrecipe.training.packing import micro_tokens
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -80,7 +81,7 @@ def examine(composition: Composition) -> Findings:
     groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
     mean = data.report.tokens / max(len(data), 1)
     per_step = round(mean * settings.batch.size)
-    micro = min(per_step, settings.batch.tokens or assemble.micro_tokens(torch.device(device)))
+    micro = min(per_step, settings.batch.tokens or micro_tokens(torch.device(device)))
     share = data.report.trained / max(data.report.tokens, 1)
     memory = estimate(
         model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),

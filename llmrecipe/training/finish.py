@@ -192,7 +192,11 @@ def write_final(run: Run, metrics: dict[str, Any]) -> Path:
             delta.write(aside, saved_of(run))
         run.tokenizer.save_pretrained(aside)
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(card.model_card(run, metrics), encoding="utf-8")
+        rows = f"{run.recipe.data.path} ({len(run.data):,} rows)"
+        about = card.model_card(
+            run.composition.name, run.opened.section.path, run.objective, run.stack, run.model, rows, metrics
+        )
+        (aside / "README.md").write_text(about, encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
         os.replace(aside, final)

@@ -107,9 +107,7 @@ def open_saved(
         kwargs |= wrapper.load_kwargs()
     if saved is not None and saved.labels and not labels and saved.head == head:
         labels = saved.labels
-    if folder is not None and tokenizer.path is None and (folder / "tokenizer_config.json").is_file():
-        tokenizer = tokenizer.model_copy(update={"path": str(folder)})
-    text = load_tokenizer(base, tokenizer)
+    text = load_tokenizer(base, own_tokenizer(tokenizer, folder))
     model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
     for wrapper in bases:
         wrapper.attach(model)
@@ -142,12 +140,12 @@ def original(opened: Opened, seed: int) -> nn.Module:
 
 
 def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
-    """The PEFT adapters a model section names, as layers."""
+    """Return the adapter folders a model section names, as layers."""
     if not section.adapters:
         return []
-    from llmrecipe.export.peft_import import adapter_layer
+    from llmrecipe.training.adapter_format import read_adapter
 
-    return [adapter_layer(path, model, weight) for path, weight in section.adapters.items()]
+    return [read_adapter(path, model, weight) for path, weight in section.adapters.items()]
 
 
 def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
@@ -159,6 +157,21 @@ def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
             if wrapper.stage is Stage.BASE:
                 found.setdefault(mapping["kind"], wrapper)
     return list(found.values())
+
+
+def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
+    """Return the tokenizer a model is opened with, without reading weights."""
+    from llmrecipe.models.load import load_tokenizer
+
+    base, _, folder = resolve(section)
+    return load_tokenizer(base, own_tokenizer(tokenizer, folder))
+
+
+def own_tokenizer(tokenizer: TokenizerSection, folder: Path | None) -> TokenizerSection:
+    """Return the section with the tokenizer a run's folder holds, unless the recipe names another."""
+    if folder is not None and tokenizer.path is None and (folder / "tokenizer_config.json").is_file():
+        return tokenizer.model_copy(update={"path": str(folder)})
+    return tokenizer
 
 
 FOLDS = {"weight": 0, "around": 1, "after": 2, "before": 3}

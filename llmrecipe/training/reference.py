@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import LlmRecipeError, RecipeError
@@ -23,8 +24,9 @@ from llmrecipe.methods.wrapper import Stage
 from llmrecipe.training import delta
 
 if TYPE_CHECKING:
+    from llmrecipe.methods.stack import Stack
+    from llmrecipe.training.opened import Opened
     from llmrecipe.training.roles import Roles
-    from llmrecipe.training.run import Run
 
 VERSION = "1"
 """Changes when the log-prob engine changes what it computes."""
@@ -34,6 +36,19 @@ NAMED = ("initial", "base", "none")
 """References that are no other model's folder."""
 SMALL = 0.1
 """Up to this share of the model the trained tensors are kept twice; beyond it all rows are scored before step 0."""
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows a run will read."""
+
+    train: Any
+    """Training rows; `train.key` stands for their content."""
+    others: Callable[[], list[Any]]
+    """Prepares the other splits that will be scored; None among them where there is none."""
+    steps: int
+    batch_size: int
+    seed: int
 
 
 class ReferenceCache:
@@ -102,7 +117,7 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def take(run: Run) -> None:
+def prepare_reference(objective: Any, stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows) -> None:
     """Make the policy of step 0 available for the whole run. Call with the model as step 0 has it.
 
     Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
@@ -110,43 +125,40 @@ def take(run: Run) -> None:
     cannot be, so there all trained tensors are remembered, as they are where the reference moves or the start was learned from
     data: checkpoints then hold them. Another model's scores were taken before this one was opened (see `reference_model`).
     """
-    which = run.objective.reference_of()
+    which = objective.reference_of()
     if which not in NAMED or which == "none":
         return
-    if run.objective.reference_moves():
-        run.roles.reference_moves = True
-        run.stack.remember(run.model)
+    model = roles.model
+    if objective.reference_moves():
+        roles.reference_moves = True
+        stack.remember(model)
         return
-    off = base_names(run) if which == "base" else None
-    run.roles.cache = ReferenceCache(cache_path(run, off is not None))
+    off = base_names(stack, opened) if which == "base" else None
+    roles.cache = ReferenceCache(cache_path(stack, opened, roles, rows, off is not None))
     if off is not None:
-        run.roles.reference_off = off
+        roles.reference_off = off
         return
-    if run.stack.reference_is_off() and run.opened.continued is None:
+    if stack.reference_is_off() and opened.continued is None:
         return
-    if run.objective.samples or run.stack.learns_start():
-        run.stack.remember(run.model)
+    if objective.samples or stack.learns_start():
+        stack.remember(model)
         return
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     if trained <= SMALL * total:
-        run.stack.remember(run.model)
+        stack.remember(model)
         return
-    from llmrecipe.training import assemble
-
-    # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
-    splits = [run.validation, assemble.test_rows(run.recipe, run.objective, run.data, run.tokenizer)]
-    score_all(row_groups(run.recipe, run.objective, run.data, splits, run.steps), run.objective, run.roles)
+    score_all(row_groups(objective, rows), objective, roles)
 
 
-def base_names(run: Run) -> frozenset[str] | None:
-    """The mounted wrappers to switch off so that the base answers; None where the policy of step 0 is the base.
+def base_names(stack: Stack, opened: Opened) -> frozenset[str] | None:
+    """Return the mounted wrappers to switch off so that the base answers; None where the policy of step 0 is the base.
 
     Raises:
         RecipeError: the base's weights are no longer in memory.
     """
-    stack, mounted = run.stack, run.opened.mounted
-    if not (mounted or run.opened.merged) and run.opened.continued is None and all(w.starts_at_base() for w in stack):
+    mounted = opened.mounted
+    if not (mounted or opened.merged) and opened.continued is None and all(w.starts_at_base() for w in stack):
         return None
     injected = [w for w in stack if w.stage is Stage.INJECT]
     opens = [w.name for w in (*stack, *mounted) if w.stage is Stage.SELECT]
@@ -172,21 +184,21 @@ def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Rol
     cache.save()
 
 
-def row_groups(recipe: Any, objective: Any, data: Any, splits: list[Any], steps: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each split, and of every step over all processes; one pass where an objective looks at rows one by one."""
+def row_groups(objective: Any, rows: PlannedRows) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each split, and of every step over all processes; one pass where rows are looked at one by one."""
     from llmrecipe.data import order
 
-    for split in splits:
+    for split in rows.others():
         if split is not None:
             yield objective.evaluation_rows(split, list(range(len(split))))
-    size = recipe.batch.size
+    data, size = rows.train, rows.batch_size
     per_epoch = max(1, math.ceil(len(data) / size))
-    last = steps if objective.pairs_rows else min(steps, per_epoch)
-    rows: Any = ()
+    last = rows.steps if objective.pairs_rows else min(rows.steps, per_epoch)
+    indices: Any = ()
     for step in range(last):
         epoch, at = divmod(step, per_epoch)
-        rows = order(data, recipe.seed, epoch) if at == 0 else rows
-        yield [data[int(i)] for i in rows[at * size : (at + 1) * size]]
+        indices = order(data, rows.seed, epoch) if at == 0 else indices
+        yield [data[int(i)] for i in indices[at * size : (at + 1) * size]]
 
 
 def cache_file(facts: dict[str, Any]) -> Path:
@@ -196,30 +208,31 @@ def cache_file(facts: dict[str, Any]) -> Path:
     return root / "reference" / f"{digest}.safetensors"
 
 
-def cache_path(run: Run, base: bool = False) -> Path:
-    """Where the numbers of this reference lie: keyed by weights, mounted stacks, start of the stack, data and engine."""
+def cache_path(stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows, base: bool = False) -> Path:
+    """Return where the numbers of this reference lie: keyed by weights, mounted stacks, start of the stack, data and engine."""
+    model = roles.model
     facts: dict[str, Any] = {
-        "base": run.opened.base_fingerprint,
+        "base": opened.base_fingerprint,
         # Mounted stacks that were folded into the weights show only here.
-        "weights": delta.fingerprint(run.model),
-        "layers": [weights_digest(layer.tensors) for layer in run.opened.layers],
-        "dtype": str(next(run.model.parameters()).dtype),
-        "autocast": str(run.roles.engine.autocast),
-        "data": run.data.key,
+        "weights": delta.fingerprint(model),
+        "layers": [weights_digest(layer.tensors) for layer in opened.layers],
+        "dtype": str(next(model.parameters()).dtype),
+        "autocast": str(roles.engine.autocast),
+        "data": rows.train.key,
     }
     if base:
         facts["reference"] = "base"
-    elif any(not w.starts_at_base() for w in run.stack) or run.opened.continued is not None:
-        facts["start"] = start_of(run)
+    elif any(not w.starts_at_base() for w in stack) or opened.continued is not None:
+        facts["start"] = start_of(stack, model, rows)
     return cache_file(facts)
 
 
-def start_of(run: Run) -> str | dict[str, Any]:
-    """What the stack's start depends on: its tensors; for a start that is learned from data, what it is learned from."""
-    learned = [w for w in run.stack if w.calibrates() and w.stage is Stage.INJECT]
-    names = {name for w in learned for name in w.delta(run.model)}
-    digest = weights_digest({n: v for n, v in run.stack.delta(run.model).items() if n not in names})
+def start_of(stack: Stack, model: nn.Module, rows: PlannedRows) -> str | dict[str, Any]:
+    """Return what the stack's start depends on: its tensors; for a start learned from data, what it is learned from."""
+    learned = [w for w in stack if w.calibrates() and w.stage is Stage.INJECT]
+    names = {name for w in learned for name in w.delta(model)}
+    digest = weights_digest({n: v for n, v in stack.delta(model).items() if n not in names})
     if not learned:
         return digest
     options = [delta.wrapper_mapping(w) for w in learned]
-    return {"tensors": digest, "learned": options, "seed": run.recipe.seed, "batch": run.recipe.batch.size}
+    return {"tensors": digest, "learned": options, "seed": rows.seed, "batch": rows.batch_size}

@@ -14,8 +14,8 @@ import torch
 
 from llmrecipe.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.methods.stack import Stack
-from llmrecipe.training.opened import Opened, is_adapter, open_model, run_folder
-from llmrecipe.training.reference import NAMED, ReferenceCache, cache_file, row_groups, score_all, weights_digest
+from llmrecipe.training.opened import Opened, is_adapter, open_model, run_folder, tokenizer_of
+from llmrecipe.training.reference import NAMED, PlannedRows, ReferenceCache, cache_file, row_groups, score_all, weights_digest
 
 
 def check_path(path: str, allowed: tuple[str, ...]) -> None:
@@ -43,25 +43,22 @@ def check_path(path: str, allowed: tuple[str, ...]) -> None:
     )
 
 
-def scored(recipe: Any, objective: Any, data: Any, validation: Any, steps: int, device: torch.device) -> ReferenceCache:
+def scored(recipe: Any, objective: Any, rows: PlannedRows, device: torch.device) -> ReferenceCache:
     """The scores of every row of a run under the folder that is its reference; an empty cache where the reference is named.
 
     Raises:
         ModelError: the folder's model reads other tokens than the policy writes.
     """
-    from llmrecipe.training import assemble
-
     path = objective.reference_of()
     if path in NAMED:
         return ReferenceCache()
-    tokenizer = assemble.tokenizer_of(recipe)
+    tokenizer = tokenizer_of(recipe.model, recipe.tokenizer)
     section = recipe.model.model_copy(update={"path": path, "adapters": {}, "continue_": False, "init": "pretrained"})
     # Options of the policy's own tokenizer (a template, added tokens) say nothing about the tokens this model was trained on.
     model = open_model(section, type(recipe.tokenizer)(), head=objective.head)
     if model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ModelError(f"objective.reference: {path} reads other tokens than the policy; take a model of the same vocabulary")
-    splits = [validation, assemble.test_rows(recipe, objective, data, tokenizer)]
-    cache = _score(model, row_groups(recipe, objective, data, splits, steps), recipe, objective, data.key, device)
+    cache = _score(model, row_groups(objective, rows), recipe, objective, rows.train.key, device)
     del model
     gc.collect()
     if device.type == "cuda":
@@ -70,16 +67,16 @@ def scored(recipe: Any, objective: Any, data: Any, validation: Any, steps: int, 
 
 
 def _score(model: Opened, groups: Any, recipe: Any, objective: Any, rows: str, device: torch.device) -> ReferenceCache:
-    from llmrecipe.training import assemble
     from llmrecipe.training.engine import Engine
+    from llmrecipe.training.packing import micro_tokens, packing_for
     from llmrecipe.training.roles import Roles
 
     weights = weights_digest({**dict(model.model.named_parameters()), **dict(model.model.named_buffers())})
     cache = ReferenceCache(cache_file({"model": weights, "data": rows}))
     model.model.to(device)
     engine = Engine(model.model).eval()
-    tokens = recipe.batch.tokens or (None if recipe.batch.micro else assemble.micro_tokens(device))
-    packing = assemble.packing_for(recipe.data.packing, engine, device)
+    tokens = recipe.batch.tokens or (None if recipe.batch.micro else micro_tokens(device))
+    packing = packing_for(recipe.data.packing, engine, device)
     roles = Roles(engine, Stack([]), model.tokenizer, device, packing, recipe.batch.micro, tokens, cache)
     score_all(groups, objective, roles)
     return cache

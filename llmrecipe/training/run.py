@@ -18,12 +18,14 @@ from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.methods.wrapper import Probe
 from llmrecipe.recipe.stages import refuse_stages
 from llmrecipe.signals import handled_by
-from llmrecipe.training import assemble, finish, reference, step_zero
+from llmrecipe.training import assemble, finish, step_zero
 from llmrecipe.training.announce import announce
+from llmrecipe.training.engine import Engine
 from llmrecipe.training.evaluate import Judge, evaluate
 from llmrecipe.training.loop import train as loop
 from llmrecipe.training.opened import original
 from llmrecipe.training.optimizer import set_learning_rate
+from llmrecipe.training.reference import PlannedRows, prepare_reference
 from llmrecipe.training.rules import StepResult
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class Run:
         self.judge = Judge(self.recipe.eval)
         if resume is not None:
             # The freshly built model is the policy of step 0: remember it before what was learned is put back.
-            reference.take(self)
+            prepare_reference(self.objective, self.stack, self.opened, self.roles, self.planned_rows())
             finish.restore(self)
 
     def _abandon(self, error: BaseException, resume: Path | None) -> None:
@@ -103,6 +105,10 @@ class Run:
     def feed(self) -> Iterator[list[Batch]]:
         """Micro-batches of each optimizer step, from where the run stands."""
         return self.objective.batches(self.source(), self.roles)
+
+    def planned_rows(self) -> PlannedRows:
+        """Return the rows of the whole run."""
+        return assemble.planned_rows(self.recipe, self.objective, self.data, self.validation, self.steps)
 
     def source(self) -> Iterator[list[dict[str, Any]]]:
         """This process's rows of each step: a pure function of seed, epoch and position, so resume needs no state."""
@@ -148,7 +154,7 @@ class Run:
 
         return Probe(
             batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps,
-            original=lambda: original(self.opened, self.recipe.seed),
+            engine=Engine(self.model), original=lambda: original(self.opened, self.recipe.seed),
         )  # fmt: skip
 
     # --- one step -------------------------------------------------------------------------------------------------
@@ -303,7 +309,7 @@ def start(run: Run) -> None:
     if run.first_step == 0:
         run.stack.calibrate(run.model, run.probe())
         run.rebuild()
-        reference.take(run)
+        prepare_reference(run.objective, run.stack, run.opened, run.roles, run.planned_rows())
     announce(run)
     run.objective.start(run.roles)
     if run.first_step == 0:

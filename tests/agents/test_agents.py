@@ -160,7 +160,7 @@ def test_local_choices_are_the_models_probabilities() -> None:
     import torch
 
     from llmrecipe.agents.local import spell
-    from llmrecipe.evaluation.chat import prompt_ids
+    from llmrecipe.data.templates import prompt_ids
 
     agent = build({"kind": "local", "path": "tiny", "batch": 2}, "agent")
     asks = [compare(*pair) for pair in PAIRS]

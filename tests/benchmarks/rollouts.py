@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llmrecipe.evaluation.chat import prompt_ids
+from llmrecipe.data.templates import prompt_ids
 from llmrecipe.evaluation.generation import generate
 from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.evaluation.standalone import open_subject

@@ -89,7 +89,7 @@ def probe_of(model: nn.Module, engine: Engine) -> Probe:
     def loss(batch: Batch) -> Tensor:
         return -engine(batch)["logprobs"].mean()
 
-    return Probe(batches, loss, None, lambda b: float(b.target.numel()), rows=len(ROWS), steps=10)
+    return Probe(batches, loss, None, lambda b: float(b.target.numel()), rows=len(ROWS), steps=10, engine=Engine(model))
 
 
 def wrapper_of(kind: str, name: str = "", **options: Any) -> Any:

@@ -39,4 +39,4 @@ def language_probe(model: nn.Module, packing: bool = True, stack: Stack | None =
     def loss(batch: Batch) -> torch.Tensor:
         return objective.loss(batch, roles).total / objective.weight(batch)
 
-    return Probe(batches, loss, None, objective.weight)
+    return Probe(batches, loss, None, objective.weight, engine=roles.engine)

@@ -87,7 +87,7 @@ def test_expectation_over_classes_weighs_by_probability():
     batch = objective.collate([row], roles)
     probe = Probe(lambda n, rows=None: iter([batch]), lambda b: objective.loss(b, roles).total, None, objective.weight)
     weights = base_weights(model, "attn.q")
-    got = selection.score(model, probe, weights, 1, targets=selection.sampled_targets(model, 1, 0))
+    got = selection.score(model, probe, weights, 1, targets=selection.sampled_targets(roles.engine, 1, 0))
     shares = roles.engine(batch, want="scores")["scores"].float().softmax(-1)[0].double()
     for name in weights:
         parameter = dict(model.named_parameters())[name]
@@ -101,9 +101,11 @@ def test_expectation_over_classes_weighs_by_probability():
 def test_sampled_tokens_are_drawn_from_the_model():
     model = tiny_model("llama").double()
     weights = base_weights(model, "layers.0.attn.q")
-    first = selection.score(model, language_probe(model), weights, 2, targets=selection.sampled_targets(model, 2, 0))
-    again = selection.score(model, language_probe(model), weights, 2, targets=selection.sampled_targets(model, 2, 0))
-    other = selection.score(model, language_probe(model), weights, 2, targets=selection.sampled_targets(model, 2, 1))
+    probe = language_probe(model)
+    first, again, other = (
+        selection.score(model, language_probe(model), weights, 2, targets=selection.sampled_targets(probe.engine, 2, seed))
+        for seed in (0, 0, 1)
+    )
     name = next(iter(weights))
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 

@@ -17,8 +17,9 @@ from llmrecipe.models.anatomy import anatomy
 from llmrecipe.models.load import prepare_for_training
 from llmrecipe.recipe.pairs import pairs
 from llmrecipe.recipe.schema import ModelSection
-from llmrecipe.training.assemble import autocast_of, isolates
+from llmrecipe.training.assemble import autocast_of
 from llmrecipe.training.engine import Engine
+from llmrecipe.training.packing import isolates
 from tests.methods.additive.harness import fill, model_of
 from tests.methods.kinds import BASES, CHANGES, FAMILIES, GENERATE, Cell, batch_of, cell, matrix, put, refresh, wrapper_of
 

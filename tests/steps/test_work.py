@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.errors import LlmRecipeError, RunError
-from llmrecipe.steps.work import Journal, Work, key_of
+from llmrecipe.journal import Journal, json_hash
+from llmrecipe.steps.work import Work
 from llmrecipe.training.run_dir import RunDir
 
 
@@ -127,4 +128,4 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_key_stands_for_content_not_for_the_order_of_names() -> None:
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 2, "b": 1})
+    assert json_hash({"a": 1, "b": 2}) == json_hash({"b": 2, "a": 1}) != json_hash({"a": 2, "b": 1})

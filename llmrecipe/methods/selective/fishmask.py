@@ -92,7 +92,7 @@ class Fishmask(SparseHooks, Wrapper):
         from llmrecipe.methods.counter import uniform
         from llmrecipe.methods.sparse_delta import Chosen
 
-        targets = selection.sampled_targets(model, self.draws, self.seed) if self.sample_type == "expect" else None
+        targets = selection.sampled_targets(probe.engine, self.draws, self.seed) if self.sample_type == "expect" else None
 
         def scorer(group: dict[str, Any]) -> dict[str, Any]:
             if self.score == "random":
