@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from llmrecipe.cli.words import Json, Words, need_recipe, sort_words
+from llmrecipe.cli.words import Json, Words, need_recipe, sort_words, tell
 from llmrecipe.console import console, print_json
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def verb(words: Words = None, as_json: Json = False) -> None:
 
         check_pipeline(composition, as_json)
         return
+    tell(composition.notes)
     from llmrecipe.training.check import examine
 
     found = examine(composition)

@@ -42,7 +42,7 @@ class Composition:
     recipe: Recipe
     """The validated view."""
     notes: list[str] = field(default_factory=list)
-    """One line for every value that was dropped because its component was replaced."""
+    """One line for all that was dropped because its component, or the built-in rows it goes with, was replaced."""
 
 
 def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composition:
@@ -63,6 +63,7 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composition:
 
 def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path, dict[str, Any], Origins, list[str]]:
     """Name, file, complete mapping, origins and notes of a recipe, not validated yet."""
+    from llmrecipe.recipe.builtin_data import drop_builtin
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
     from llmrecipe.recipe.interpolation import resolve
     from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
@@ -84,12 +85,13 @@ def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path
     mapping.pop("defaults", None)
     apply(words, mapping, origins)
     _mark_choices(chain, words, mapping, origins)
+    notes = drop_builtin(mapping, origins, chain)
     cleaner = Cleaner(mapping, origins, chain, words)
     cleaner.clean()
     whole = _complete(mapping, origins)
     _name(path, whole, origins)
     resolved = resolve(whole, origins)
-    return _name(path, resolved, origins), path, resolved, origins, cleaner.notes
+    return _name(path, resolved, origins), path, resolved, origins, [*notes, *cleaner.notes]
 
 
 def load_entry_points() -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.errors import RecipeError
+from llmrecipe.recipe.builtin_data import beside_own_rows
 from llmrecipe.recipe.compose import Composition, compose, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
 from llmrecipe.recipe.each import AXIS
@@ -133,6 +134,7 @@ def plan(pipeline: Composition) -> Plan:
     if mistakes:
         # Stages written out from one `each` share their mistakes.
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
+    made.notes.extend(beside_own_rows({s.name: s.mapping for s in made.stages}))
     return made
 
 

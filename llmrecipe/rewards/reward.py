@@ -39,6 +39,8 @@ class Reward:
     """What an answer is worth. Fields are the options under `objective.reward.NAME`."""
 
     group: ClassVar[str] = "reward"
+    builtin_rows_only: ClassVar[bool] = False
+    """Knows only the sentences of the built-in sets; a recipe that names it drops it with other rows."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """Refuse rows this reward cannot score, before any weight is read.
@@ -81,7 +83,7 @@ class Rewards:
         known = registry.names("reward")
         if not section:
             raise RecipeError(
-                f"{where}: nothing says what an answer is worth; add one of {', '.join(known)}: '+{where}.rule={{}}'"
+                f"{where}: nothing says what an answer is worth; add one of {', '.join(known)}: '+{where}.exact_match={{}}'"
             )
         self.parts: dict[str, tuple[Reward, float]] = {}
         self.where = where

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.fields import ClassVar
 from llmrecipe.registry import register
 from llmrecipe.rewards.reward import Answer, Reward, need_column
 
@@ -13,6 +14,8 @@ from llmrecipe.rewards.reward import Answer, Reward, need_column
 @register
 class Rule(Reward):
     """A named check of `llmrecipe.evaluation.rules`; what it needs besides the answer comes from the row's columns."""
+
+    builtin_rows_only: ClassVar[bool] = True
 
     rule: str = "manners"
     """Which rule: manners, polite, on_topic, well_formed, exact, last_number, rude."""

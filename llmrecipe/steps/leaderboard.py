@@ -40,11 +40,11 @@ class Leaderboard(Step):
     """Whether a large or a small score is good."""
     against: str | None = None
     """The model that the runs started from; a run directory or any model."""
-    prompts: str = "builtin:prompts"
+    prompts: str | None = None
     """With `against`: what both are asked."""
-    pairs: str | None = "builtin:preference"
+    pairs: str | None = None
     """With `against`: held-out pairs of a better and a worse answer."""
-    reward: dict[str, Any] = Field(default_factory=lambda: {"rule": {"rule": "manners"}})
+    reward: dict[str, Any] = Field(default_factory=dict)
     """With `against`: what an answer is worth, as in `objective.reward`."""
     split: Literal["train", "validation", "test"] = "test"
     """With `against`: split of the prompts and the pairs."""
@@ -60,12 +60,14 @@ class Leaderboard(Step):
     """Also draw the picture."""
 
     def check(self, where: str) -> None:
-        """Refuse an empty list, a reward that does not exist, and a picture nobody can draw."""
+        """Refuse an empty list, a comparison without prompts or reward, and a picture nobody can draw."""
         if not self.runs:
             raise RecipeError(f'{where}.runs: names no run; write ["${{stage:x}}"]')
         if self.against is not None:
             from llmrecipe.rewards.reward import Rewards
 
+            if self.prompts is None:
+                raise RecipeError(f"{where}.prompts: nothing says what the models are asked; name a file or folder of prompts")
             Rewards(self.reward, f"{where}.reward")
         if self.plot:
             import importlib.util
@@ -128,7 +130,7 @@ class Leaderboard(Step):
         from llmrecipe.evaluation.duel import Arena, Duel
         from llmrecipe.evaluation.standalone import open_subject
 
-        assert self.against is not None
+        assert self.against is not None and self.prompts is not None
         arena = Arena(
             self.prompts, self.pairs, self.reward, self.n, self.max_new_tokens, self.max_length, self.split, self.limit, seed
         )

@@ -68,7 +68,7 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
 
     monkeypatch.setattr(Leaderboard, "_duel", lambda self, seed: None)
     monkeypatch.setattr(Leaderboard, "_facts", facts)
-    words = (runs, "against=tiny", "plot=false", "pairs=null")
+    words = (runs, "against=tiny", "plot=false", "prompts=builtin:prompts", "reward={rule: {}}")
     with pytest.raises(Exception, match="stopped"):
         step(tmp_path / "board", *words)
     folder = step(tmp_path / "board", *words)
@@ -82,7 +82,12 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
     [
         (["runs=[]"], "runs: names no run"),
         (["metrik=x"], "did you mean 'metric'?"),
-        (["against=tiny", "reward={rul: {}}"], "reward.rul: 'rul' is no kind of reward; did you mean 'rule'?"),
+        (["against=tiny"], "prompts: nothing says what the models are asked"),
+        (["against=tiny", "prompts=builtin:prompts"], "reward: nothing says what an answer is worth"),
+        (
+            ["against=tiny", "prompts=builtin:prompts", "reward={rul: {}}"],
+            "reward.rul: 'rul' is no kind of reward; did you mean 'rule'?",
+        ),
         (["best=most"], "must be one of 'max', 'min'"),
         (["metric=test/acuracy"], "did you mean 'test/accuracy'"),
     ],
