@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llmrecipe import registry
-from llmrecipe.data.batch import Batch
+from llmrecipe.data.batch import Batch, Sequence, pack, pad
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Probe, Stage
@@ -52,6 +52,8 @@ FAMILY: dict[str, str] = {"coda": "bert"}
 KINDS = registry.names("stack")
 TRAINED = [k for k in KINDS if registry.spec("stack", k).facts.get("stage") in ("Stage.INJECT", "Stage.SELECT", None)]
 CAUSAL = [k for k in TRAINED if k not in FAMILY]
+READS_PROMPTS: dict[str, dict[str, Any]] = {"coda": {}, "apt": {"summary": "prompt_mean"}}
+"""Kinds whose output depends on where a prompt ends, and options under which it does."""
 ROWS = [
     {"row": 0, "ids": [1, 5, 6, 7, 8, 9, 2], "trained": [0, 0, 0, 1, 1, 1, 1]},
     {"row": 1, "ids": [1, 12, 13, 2], "trained": [0, 0, 1, 1]},
@@ -97,10 +99,10 @@ class Subject:
         return float(loss.detach())
 
 
-def build(kind: str, packing: bool = True, calibrate: bool = True, **options: Any) -> Subject:
+def build(kind: str, packing: bool = True, calibrate: bool = True, family: str | None = None, **options: Any) -> Subject:
     """A subject; data-dependent choices are made on the rows above."""
     torch.manual_seed(0)
-    model = tiny_model(FAMILY.get(kind, "llama"))
+    model = tiny_model(family or FAMILY.get(kind, "llama"))
     wrapper = registry.load("stack", kind)(name=kind, **{**OPTIONS.get(kind, {}), **options})
     stack = Stack([wrapper])
     torch.manual_seed(1)
@@ -295,6 +297,65 @@ def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
     assert batched == alone
     uncached = [_greedy(subject, p, 8) for p in prompts]
     assert batched == uncached
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_model_asked_the_plain_way_is_causal_and_is_the_products(kind: str) -> None:
+    """Nobody sets a context: no token reads a later one, and values and answers are those of the product's own passes.
+
+    Where a method asks for the prompt, a plain pass has none, and generation reads one into an empty cache.
+    """
+    from llmrecipe.context import Context, activate
+    from llmrecipe.evaluation.generation import generate
+    from llmrecipe.evaluation.sampling import Sampling
+
+    subject = build(kind, family="llama", **READS_PROMPTS.get(kind, {}))
+    run_steps(subject, 2)
+    model, engine = subject.model.eval(), subject.roles.engine.eval()
+    ids = torch.tensor([[1, 5, 6, 7, 8, 9, 12, 30], [1, 13, 14, 15, 16, 0, 0, 0]])
+    mask, lengths = (ids != 0).long(), [8, 5]
+    changed = ids.index_fill(1, torch.tensor([7]), 44)
+
+    @torch.no_grad()
+    def plain(ids: torch.Tensor, prompts: list[int] | None = None) -> torch.Tensor:
+        with activate(Context(prompt_lengths=None if prompts is None else torch.tensor(prompts))):
+            return model(input_ids=ids, attention_mask=mask).logits
+
+    for prompts in (None, [4, 3]):
+        before, after = plain(ids, prompts)[0], plain(changed, prompts)[0]
+        torch.testing.assert_close(before[:-1], after[:-1], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(before[-1], after[-1], atol=1e-2), "the last token is read"
+        rows = [
+            Sequence(ids[i, :n].tolist(), [0] + [1] * (n - 1), prompt=0 if prompts is None else prompts[i])
+            for i, n in enumerate(lengths)
+        ]
+        logits = torch.cat([plain(ids, prompts)[i, : n - 1] for i, n in enumerate(lengths)])
+        for batch in (pad(rows, 0), pack(rows)):
+            with torch.no_grad():
+                own = engine(batch)["logprobs"]
+            torch.testing.assert_close(logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0], own, atol=2e-5, rtol=1e-5)
+    assert torch.allclose(plain(ids), plain(ids, [4, 3]), atol=1e-4) == (kind not in READS_PROMPTS)
+
+    questions = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24]]
+    left = torch.tensor([[0] * (6 - len(q)) + q for q in questions])
+    with torch.no_grad():
+        answers = model.generate(
+            input_ids=left,
+            attention_mask=(left != 0).long(),
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=63,
+        )[:, 6:]
+    model.generation_config.eos_token_id = None
+    ours = generate(model, NoEnd(), questions, Sampling(4))
+    assert [a[: a.index(63) + 1] if 63 in a else a for a in answers.tolist()] == ours
+
+
+class NoEnd(Tokenizer):
+    """A tokenizer whose end token is an ordinary one."""
+
+    eos_token_id = 63
 
 
 def _greedy(subject: Subject, prompt: list[int], steps: int) -> list[int]:

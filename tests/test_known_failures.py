@@ -198,6 +198,13 @@ WRAPPERS = {
         "methods/reparameterized/test_adalora.py::test_the_budget_is_the_cubic_at_every_step_and_masks_keep_exactly_it",
         "methods/selective/test_diff_pruning.py::test_phases_keep_exactly_k_of_the_largest_and_freeze_the_rest",
     ],
+    "a method does nothing in a family whose attention never calls it": [
+        "methods/test_unrouted_attention.py::test_check_refuses_it",
+        "methods/test_unrouted_attention.py::test_train_refuses_it_before_weights_and_leaves_no_folder",
+    ],
+    "a trained model reads later tokens once it is called outside the trainer": [
+        "contract.py::test_a_model_asked_the_plain_way_is_causal_and_is_the_products",
+    ],
     "the wrapped model is not the base at the start": [
         "contract.py::test_step_zero_is_the_base_or_the_wrapper_says_it_is_not",
     ],

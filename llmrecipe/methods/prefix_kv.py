@@ -32,6 +32,7 @@ from llmrecipe.methods.inject import Port, all_ports, inject, refuse_unrouted
 from llmrecipe.methods.inject import eject as take_out
 from llmrecipe.models.anatomy import Site, anatomy
 from llmrecipe.models.attention import Prefix
+from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.vocabulary import position_offset
 
 HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
@@ -189,12 +190,6 @@ def shared_of(owner: str) -> Made:
 
 
 # --- positions and caches --------------------------------------------------------------------------------------------
-
-
-def cached(inputs: dict[str, Any]) -> int:
-    """Tokens that are in the key/value cache already."""
-    cache = inputs.get("past_key_values")
-    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:

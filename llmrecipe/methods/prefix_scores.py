@@ -2,7 +2,7 @@
 
 Letters: R rows, S segments of a packed row, T columns, P slots, d width.
 
-    summary    h = the document's first token, or the mean of its prompt
+    summary    h = the document's first token, or the mean of its prompt (of its first token where it has none)
     score      alpha = sigmoid(h W + b)   (R | S, P);   columns of the layer times lambda alpha
 
 Which tokens those are follows once a pass from the layout or the masks; none of them lies behind a target. During cached
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from llmrecipe.context import Context, Layout, activate, current
 from llmrecipe.errors import RecipeError
 from llmrecipe.methods.inject import Port, inject
-from llmrecipe.methods.prefix_kv import Made, Plan, PrefixTables, attach, cached, shared_of, tokens_of
+from llmrecipe.methods.prefix_kv import Made, Plan, PrefixTables, attach, shared_of, tokens_of
 from llmrecipe.models.anatomy import anatomy
-from llmrecipe.models.kv_cache import carried
+from llmrecipe.models.kv_cache import cached, carried, prompts_of
 
 Scores = dict[int, Tensor]
 """alpha (R, P) by layer."""
@@ -51,7 +51,8 @@ class ScoredTables(PrefixTables):
             facts = Facts(None, False, carried(inputs["past_key_values"]).get(self.owner))
         else:
             tokens = summarised(self.summary, current(), inputs)
-            kept: Scores | None = None if torch.is_grad_enabled() else {}
+            # A loaded model may be asked outside `no_grad`; only training never continues what it has read.
+            kept: Scores | None = None if self.training else {}
             facts = Facts(tokens, current().layout is not None, kept)
         return dataclasses.replace(super().make(inputs), facts=facts)
 
@@ -185,9 +186,8 @@ def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor
     if summary == "all":
         most = count[:, -1]
     elif summary == "prompt_mean":
-        given = context.prompt_lengths
-        # Beams repeat the rows of a prompt; where no prompt is marked off, everything read so far is one.
-        most = count[:, -1] if given is None else given.to(count).repeat_interleave(rows // given.shape[0]).clamp(min=1)
+        prompt = prompts_of(inputs, context.prompt_lengths, real)
+        most = most if prompt is None else prompt.clamp(min=1)
     return real & (count <= most[:, None])
 
 

@@ -41,6 +41,33 @@ def fresh(model: nn.Module) -> Any | None:
     return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
 
 
+def cached(inputs: dict[str, Any]) -> int:
+    """Return how many tokens the cache that a pass is given holds already."""
+    cache = inputs.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def prompts_of(inputs: dict[str, Any], given: Tensor | None, real: Tensor) -> Tensor | None:
+    """Return how many leading real tokens of each row are a prompt: what may decide for all of them at once.
+
+    A prompt is what somebody marked off, or all that is read into an empty cache, which answers will follow. Nothing else is
+    known to come before the tokens it would decide for: neither in a pass of its own nor in one that continues a cache.
+
+    Args:
+        inputs: of a stack of blocks, by name.
+        given: (R,) prompt lengths somebody set; beams repeat the rows of a prompt.
+        real: (R, T) True on real tokens.
+
+    Returns:
+        (R,), or None where no row has a prompt.
+    """
+    if cached(inputs):
+        return None
+    if given is not None and not real.shape[0] % given.shape[0]:
+        return given.to(real.device).repeat_interleave(real.shape[0] // given.shape[0])
+    return real.sum(1) if inputs.get("past_key_values") is not None else None
+
+
 def sharded(model: nn.Module) -> bool:
     """Whether a process holds only a part of each weight."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

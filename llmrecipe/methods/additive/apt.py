@@ -21,7 +21,9 @@ class Apt(Wrapper):
     P-tuning v2 whose columns P_i = (P_K, P_V) of layer i are scaled for each document before they join its keys and values:
     alpha (P) from a summary h of the layer's input, lambda a learned number a layer. The summary is the first token where
     attention looks both ways ([CLS]) and the mean of the prompt in decoders: the same for every target of a document, kept
-    with the cache while it is continued. W starts at N(0, 0.02^2), so alpha begins near one half, and lambda at one.
+    with the cache while it is continued. A prompt is what the rows of an objective mark off, or what generation reads into an
+    empty cache; other rows, those of a plain `model(input_ids=...)` among them, are summarised by their first token.
+    W starts at N(0, 0.02^2), so alpha begins near one half, and lambda at one.
 
     Step 0 is not the base model, and a small lambda does not remove a slot: its logits go to 0 and it keeps its share of the
     softmax. Trained: 2 L P d_kv + L d P + L; the scores outweigh the columns where d > 2 d_kv.

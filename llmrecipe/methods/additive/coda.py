@@ -15,9 +15,11 @@ from llmrecipe.fields import Literal, PositiveFloat, PositiveInt
 from llmrecipe.methods import bottleneck
 from llmrecipe.methods.inject import DELTA, Port, inject
 from llmrecipe.methods.low_rank import device_of
+from llmrecipe.methods.prefix_kv import tokens_of
 from llmrecipe.methods.routing import iterated_top_k, soft_top_k
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.attention import Attend, Picked
+from llmrecipe.models.kv_cache import prompts_of
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
@@ -110,19 +112,18 @@ class Router(bottleneck.Bottleneck):
         return x + self.network(normed) + weight[..., None].to(x.dtype) * increment
 
     def _groups(self, x: Tensor) -> Groups | None:
-        """Who competes; None where everything is computed (a cached step of generation)."""
+        """Who competes; None where everything is computed: a decoder's rows without a prompt, or behind one."""
         context = current()
         shape = x.shape[:2]
         if context.layout is not None and (context.layout.rows, context.layout.columns) == tuple(shape):
             return packed_groups(context, self.causal, x.device)
-        if self.causal and shape[1] == 1:
+        prompt = context.prompt_lengths
+        if self.causal and (prompt is None or prompt.shape[0] != shape[0]):
             return None
         mask = context.attention_mask
         if mask is None or mask.shape != shape:
             mask = torch.ones(shape, dtype=torch.long, device=x.device)
-        prompt = context.prompt_lengths
-        fits = prompt is not None and prompt.shape[0] == shape[0]
-        return padded_groups(mask, prompt if fits else None, self.causal)
+        return padded_groups(mask, prompt, self.causal)
 
     def _weights(self, normed: Tensor, groups: Groups) -> Tensor:
         """(R, T) m: soft top-k of the chosen tokens, one for dense ones, zero for the rest."""
@@ -173,15 +174,25 @@ class OnQueries(Port):
         return attend(q, k, v) if picked is None else attend(q, k, v, picked=picked)
 
 
-class KeepMask(Port):
-    """Around a stack of blocks: its padding mask becomes the context's, also where generation or an encoder brings its own."""
+class KnowRows(Port):
+    """Around a stack of blocks: what its inputs tell of their rows becomes the context's.
+
+    That is the padding mask, also where generation or an encoder brings its own, and how long the prompts are
+    (see `kv_cache.prompts_of`).
+    """
 
     def whole(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Nothing else changes."""
-        mask, context = inputs.get("attention_mask"), current()
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or context.layout is not None:
+        """Call the stack under that context."""
+        context = current()
+        if context.layout is not None:
             return call(**inputs)
-        with activate(dataclasses.replace(context, attention_mask=mask)):
+        shape = tokens_of(inputs).shape[:2]
+        given = inputs.get("attention_mask")
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else context.attention_mask
+        fits = mask is not None and mask.shape == shape
+        real = mask.bool() if fits else torch.ones(shape, dtype=torch.bool, device=tokens_of(inputs).device)  # type: ignore[union-attr]
+        prompt = prompts_of(inputs, context.prompt_lengths, real)
+        with activate(dataclasses.replace(context, attention_mask=mask, prompt_lengths=prompt)):
             return call(**inputs)
 
 
@@ -198,8 +209,9 @@ class Coda(Wrapper):
     starts at zero and w at N(0, 1/d). Not the base model at step 0: unchosen tokens skip the block, and that is the method.
 
     Encoders only by default: choosing among all tokens of a decoder lets later ones decide for earlier ones. `causal:
-    prompt_only` routes inside the prompt of a decoder, with generated tokens dense; rows without a prompt stay dense.
-    Not mergeable.
+    prompt_only` routes inside the prompt of a decoder, with generated tokens dense. A prompt is what the rows of an objective
+    mark off, or what generation reads into an empty cache; other rows, those of a plain `model(input_ids=...)` among them,
+    stay dense. Not mergeable.
 
     Paper: Conditional Adapters: Parameter-efficient Transfer Learning with Fast Inference (arXiv 2304.04947); iteration from
     the same line of work (CoLT5, arXiv 2303.09752). Departures: the soft top-k is solved in closed form (`solver: iterative`
@@ -274,7 +286,7 @@ class Coda(Wrapper):
                     done += [site.module] if site.role == "mlp" else []
                 elif site.role == "attn":
                     inject(site.module, self.name, OnQueries(), self.name)
-        inject(_stack_of(model, parts), self.name, KeepMask(), self.name)
+        inject(_stack_of(model, parts), self.name, KnowRows(), self.name)
 
     def _blocks(self, parts: Anatomy) -> list[Site]:
         if any(s.role == "block" and s.side == "encoder" for s in parts.sites):
