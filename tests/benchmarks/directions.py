@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.claims import ACCURACY, ARMS, CLAIMS, LOSS, SMALLER, SPREAD, Arm, Claim
+from tests.benchmarks.stamp import line, stamp
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -224,7 +225,9 @@ def _number(value: float, sign: str = "") -> str:
 def write(folder: Path, model: str, arms: Mapping[str, Arm], claims: Mapping[str, Claim], runs: Mapping[str, Runs]) -> None:
     """directions.md and directions.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "directions.md").write_text(markdown(model, arms, claims, runs), encoding="utf-8")
+    made = stamp("directions")
+    page = f"{markdown(model, arms, claims, runs)}\n{line(made)}"
+    (folder / "directions.md").write_text(page, encoding="utf-8")
     facts = {
         name: {
             "text": claims[name].text,
@@ -234,7 +237,8 @@ def write(folder: Path, model: str, arms: Mapping[str, Arm], claims: Mapping[str
         }
         for name, made in runs.items()
     }
-    (folder / "directions.json").write_text(json.dumps({"model": model, "claims": facts}, indent=1) + "\n", encoding="utf-8")
+    report = {"harness": made, "model": model, "claims": facts}
+    (folder / "directions.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE))
 
+from stamp import line, stamp  # noqa: E402
 from workload import ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
 
 AGAINST = ("defaults", "defaults_bfloat16", "best_float32", "best_bfloat16")
@@ -376,10 +377,12 @@ def main() -> None:
 def write(results: list[dict[str, Any]], name: str) -> None:
     """JSON with every run, and the table."""
     RESULTS.mkdir(exist_ok=True)
-    report = {"machine": machine(), "results": results}
+    report = {"harness": stamp("harness"), "machine": machine(), "results": results}
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    (RESULTS / f"{name}.md").write_text(f"{facts}; one thread\n\n{table(results)}\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(
+        f"{facts}; one thread\n\n{table(results)}\n\n{line(report['harness'])}", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from llmrecipe.data.batch import Batch, Sequence, pad
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.memory import delta_bytes, optimizer_bytes, retained_bytes, saved_bytes
 from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+from tests.benchmarks.stamp import line, stamp
 from tests.methods.formulas import FORMULAS, shape
 from tests.methods.kinds import CHANGES, put, wrapper_of
 from tests.tiny import tiny_config
@@ -155,8 +156,10 @@ def main() -> None:
     out: Path = parser.parse_args().out
     rows = [measured(kind) for kind in CHANGES]
     full = held(everything())
-    (out / "memory.json").write_text(json.dumps({"methods": rows, "full_activations": full}, indent=1) + "\n")
-    (out / "memory.md").write_text(HEADER + render(rows, full) + "\n")
+    made = stamp("memory")
+    report = {"harness": made, "methods": rows, "full_activations": full}
+    (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "memory.md").write_text(f"{HEADER}{render(rows, full)}\n\n{line(made)}")
     print(render(rows, full))
 
 

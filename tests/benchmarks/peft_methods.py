@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmrecipe.training.memory import retained_bytes, saved_bytes
 from tests.benchmarks.memory import ROWS, TOKENS, WIDTH, model
+from tests.benchmarks.stamp import line, stamp
 from tests.methods.kinds import put, wrapper_of
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -150,8 +151,9 @@ def main() -> None:
     torch.set_num_threads(1)
     ids = torch.randint(3, WIDTH["vocab_size"], (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
     rows = [row(name, args.rounds, ids) for name in CASES]
-    (args.out / "peft_methods.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "peft_methods.md").write_text(HEADER.format(rounds=args.rounds) + render(rows) + "\n")
+    made = stamp("peft_methods")
+    (args.out / "peft_methods.json").write_text(json.dumps({"harness": made, "methods": rows}, indent=1) + "\n")
+    (args.out / "peft_methods.md").write_text(f"{HEADER.format(rounds=args.rounds)}{render(rows)}\n\n{line(made)}")
     print(render(rows))
 
 

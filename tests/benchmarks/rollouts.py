@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from llmrecipe.evaluation.generation import generate
 from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.evaluation.standalone import open_subject
 from llmrecipe.models import kv_cache
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from stamp import line, stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -102,7 +107,7 @@ def main() -> None:
         lines += measured(model, tokenizer, prompts, how, options.rounds)
     text = "\n".join(lines)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rollouts.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / "rollouts.md").write_text(f"{text}\n\n{line(stamp('rollouts'))}", encoding="utf-8")
     print(text)
 
 

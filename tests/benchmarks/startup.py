@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness
+from stamp import line, stamp
 
 VERBS = {
     "python alone": None,
@@ -89,7 +90,7 @@ def main() -> None:
         lines += first_step(min(options.rounds, 3))
     text = "\n".join(lines)
     harness.RESULTS.mkdir(exist_ok=True)
-    (harness.RESULTS / "startup.md").write_text(text + "\n", encoding="utf-8")
+    (harness.RESULTS / "startup.md").write_text(f"{text}\n\n{line(stamp('startup'))}", encoding="utf-8")
     print(text)
 
 
