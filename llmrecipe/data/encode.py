@@ -211,6 +211,7 @@ def code_version() -> str:
         "labelled",
         "formats",
         "messages",
+        "dialogues",
         "detect",
         "masks",
         "tokens",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.data.cache import keep_picture
+from llmrecipe.data.dialogues import separate, shared_turns, without_prompt
 from llmrecipe.data.messages import (
     Message,
     is_messages,
@@ -21,7 +22,6 @@ from llmrecipe.data.messages import (
     messages_of,
     parse_transcript,
     says_nothing,
-    shared_messages,
     shared_text,
     tools_of,
 )
@@ -106,7 +106,11 @@ def _prompt_answers(row: Row, answers: tuple[str, ...], options: Options) -> Row
     """Prompt and answers in one spelling: all strings, or all messages."""
     spoken = options.wrap or any(is_messages(row.get(c)) for c in ("prompt", *answers))
     prompt = _side(row, "prompt", "user", spoken)
-    out: Row = {"prompt": prompt, **{name: _answer(row, name, spoken) for name in answers}}
+    given: list[Any] = [_answer(row, name, spoken) for name in answers]
+    if isinstance(prompt, list) and given:
+        text = row["prompt"] if isinstance(row["prompt"], str) else None
+        prompt, given = separate(prompt, given, text)
+    out: Row = {"prompt": prompt, **dict(zip(answers, given))}
     if isinstance(prompt, list):
         out["prompt"] = _with_system(prompt, options)
     elif options.system is not None:
@@ -188,7 +192,11 @@ def _paired(prompt_row: Row, row: Row, options: Options) -> list[Row]:
     if options.rows == "prompt":
         rest = {k: v for k, v in row.items() if k != "prompt"}
         return [{**_prompt_answers(prompt_row, (), options), "columns": rest}]
-    pair = _prompt_answers(prompt_row, ("chosen", "rejected"), options)
+    sides = ("chosen", "rejected")
+    if all(isinstance(prompt_row.get(name), str) for name in ("prompt", *sides)):
+        rest = without_prompt(prompt_row["prompt"], [prompt_row[name] for name in sides])
+        prompt_row = {**prompt_row, **dict(zip(sides, rest))}
+    pair = _prompt_answers(prompt_row, sides, options)
     soft = row.get("p")
     if options.rows in ("unpaired", "choices"):
         if soft not in (None, 1):
@@ -214,11 +222,14 @@ def _paired(prompt_row: Row, row: Row, options: Options) -> list[Row]:
 
 
 def _from_preference(row: Row, options: Options) -> list[Row]:
+    """A pair beside its prompt, or one whose dialogues hold it; a file may mix them."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is None or (is_transcript(chosen) and is_transcript(rejected)):
+        return _from_dialogues(row, chosen, rejected, options)
     return _paired(row, row, options)
 
 
-def _from_implicit(row: Row, options: Options) -> list[Row]:
-    chosen, rejected = row["chosen"], row["rejected"]
+def _from_dialogues(row: Row, chosen: Any, rejected: Any, options: Options) -> list[Row]:
     if is_transcript(chosen) and is_transcript(rejected):
         if options.template:
             chosen, rejected = parse_transcript(chosen), parse_transcript(rejected)
@@ -228,7 +239,7 @@ def _from_implicit(row: Row, options: Options) -> list[Row]:
             return _paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, options)
     if is_messages(chosen) and is_messages(rejected):
         chosen, rejected = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
-        cut = shared_messages(chosen, rejected)
+        cut = shared_turns([chosen, rejected])
         if not cut:
             raise BadRow("chosen and rejected share no prompt")
     elif isinstance(chosen, str) and isinstance(rejected, str):
@@ -328,7 +339,7 @@ FORMATS: dict[str, Format] = {
         Format("prompt", (("prompt",),), "a prompt; other columns are kept", _from_prompt),
         Format("alpaca", (("instruction", "output"),), "instruction, input, output", _from_alpaca),
         Format("preference", (("prompt", "chosen", "rejected"),), "a prompt, a better and a worse answer", _from_preference),
-        Format("preference_implicit", (("chosen", "rejected"),), "two dialogues that share their start", _from_implicit),
+        Format("preference_implicit", (("chosen", "rejected"),), "two dialogues that share their start", _from_preference),
         Format("unpaired", (("prompt", "completion", "label"),), "a prompt, an answer, liked or not", _from_unpaired),
         Format("labelled", (("text", "label"),), "a text and its label", _from_labelled),
         Format(

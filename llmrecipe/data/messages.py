@@ -89,12 +89,6 @@ def parse_transcript(text: str) -> list[Message]:
     return [{"role": names[m[1]], "content": text[m.end() : end].strip()} for m, end in zip(marks, ends)]
 
 
-def shared_messages(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many leading messages two conversations share, leaving each at least one of its own."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
-
-
 def shared_text(chosen: str, rejected: str) -> int:
     """Length of the prompt two strings share: up to the first difference, a space before it going to the answers."""
     limit = min(len(chosen), len(rejected)) - 1
