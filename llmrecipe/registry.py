@@ -154,6 +154,12 @@ def plugins() -> list[tuple[str, Path]]:
     return list(_plugins)
 
 
+def defined_in(package: str) -> list[str]:
+    """Names of the components that a package holds."""
+    every = (spec for members in _index().values() for spec in members.values())
+    return [spec.name for spec in every if spec.module.startswith(f"{package}.")]
+
+
 def import_marked(mark: str) -> None:
     """Import the files of plugins in which a decorator such as `@reward_function` stands."""
     for package, root in _plugins:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from llmrecipe import registry
-from llmrecipe.agents.agent import Agent, Ask, Logprobs
+from llmrecipe.agents.agent import Agent, Ask, Logprobs, digest
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.fields import Annotated, Field
 from llmrecipe.registry import register
@@ -52,10 +53,14 @@ class Rule(Agent):
                 "and name the package: plugins=[PACKAGE]"
             )
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
-        """The function's name, and how sure it is."""
-        return f"rule:{self.rule}:{self.sure:g}"
+        """The function's name, how sure it is, and of a function from outside the product a digest of its code."""
+        from llmrecipe.recipe.code_key import code_behind
+
+        known = rules().get(self.rule)
+        code = code_behind([known.__module__]) if known is not None else {}
+        return f"rule:{self.rule}:{self.sure:g}" + (f":{digest(code)}" if code else "")
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """The function's text."""

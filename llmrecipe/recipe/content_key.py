@@ -1,4 +1,8 @@
-"""The key of a run's result: what is composed, the results of other stages it stands on, and the files it reads."""
+"""The key of a run's result: what is composed, the results it stands on, the files it reads, the code of its plugins.
+
+The version of the product is no part of it: what was finished under another version is kept, and each run notes in its
+`environment.json` which one that was.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.origins import leaves
 from llmrecipe.recipe.search import PACKAGE
 
@@ -26,7 +31,7 @@ PATHS = ("path", "validation", "test")
 
 
 def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Collection[str] = PATHS) -> str:
-    """Eight letters that stand for a stage's result: what is composed, the results it stands on, the files it reads.
+    """Eight letters that stand for a stage's result: what is composed, what it stands on, its files, its plugins' code.
 
     Args:
         mapping: composed mapping with `${stage:x}` where results belong.
@@ -38,6 +43,8 @@ def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Co
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for path, exact in local_files(content, named):
         digest.update(b"\0" + (_content(path) if exact or path.stat().st_size <= SMALL else _stamp(path)).encode())
+    for name, code in sorted(code_of(content).items()):
+        digest.update(f"\0code {name} {code}".encode())
     return digest.hexdigest()[:8]
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from llmrecipe.errors import RecipeError
 from llmrecipe.recipe.builtin_data import beside_own_rows
+from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
 from llmrecipe.recipe.each import AXIS
@@ -59,6 +60,8 @@ class Planned:
     """The same with directories filled in."""
     key: str
     dir: Path
+    code: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the code of each plugin it depends on (see `code_of`)."""
 
     @property
     def name(self) -> str:
@@ -128,6 +131,7 @@ def plan(pipeline: Composition) -> Plan:
                 dataclasses.replace(composition, mapping=mapping) if step else revalidated(composition, mapping),
                 key,
                 folder / f"{stage.name}-{key}",
+                code_of(composition.mapping),
             )
         )
         results[stage.name] = made.stages[-1].result

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.console import say
 from llmrecipe.errors import RecipeError, RunError
+from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
 from llmrecipe.recipe.content_key import content_key
 from llmrecipe.recipe.schema import SearchSection
@@ -159,7 +160,8 @@ class Search:
         stage = Stage(f"{number}", ("search",), self.recipe, tuple(composition.overrides))
         known = sorted(self.folder.glob(f"*-{key}"))  # the same point drawn again is the same run
         folder = known[0] if known else self.folder / f"{number}-{key}"
-        return Planned(stage, composition.overrides, composition.mapping, composition, key, folder)
+        code = code_of(composition.mapping)
+        return Planned(stage, composition.overrides, composition.mapping, composition, key, folder, code)
 
     def _compose(self, point: dict[str, Any], seed: int) -> Composition:
         return compose(self.recipe, [*self.base, *OWN_WORDS, *space.words_of(point), f"seed={seed}"])
@@ -205,7 +207,9 @@ class Search:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(lines), encoding="utf-8")
         if lines and json.loads(lines[0]) != self._head():
-            raise RunError(f"{self.folder} holds a search of another space; choose another run.dir, or delete it")
+            raise RunError(
+                f"{self.folder} holds a search of another space, recipe, data or plugin; choose another run.dir, or delete it"
+            )
         found = [json.loads(line) for line in lines[1:]]
         return [Trial(**{**entry, "reports": {int(k): v for k, v in entry["reports"].items()}}) for entry in found]
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from llmrecipe.console import say
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError, UserError
+from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.content_key import REFERENCE, each_text
 from llmrecipe.recipe.stages import Plan, Planned, compose_stage, filled, for_check, plan
 from llmrecipe.recipe.steps import StepComposition
@@ -231,6 +232,12 @@ def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
         raise RunError(
             f"stage {planned.name}: its recipe was changed after the pipeline had begun; the same command runs the new one "
             f"and reuses what is finished:\n  {pipeline.command}"
+        )
+    changed = [name for name, code in planned.code.items() if code_of(planned.mapping).get(name) != code]
+    if changed:
+        raise RunError(
+            f"stage {planned.name}: the code of {', '.join(changed)} was changed after the pipeline had begun; the same "
+            f"command runs the new one and reuses what is finished:\n  {pipeline.command}"
         )
     step = isinstance(planned.composition, StepComposition)
     continued = state != "new" and (step or RunDir(planned.dir).latest_checkpoint() is not None)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import LlmRecipeError, RecipeError
 from llmrecipe.methods.wrapper import Stage
+from llmrecipe.recipe.code_key import code_behind
 from llmrecipe.training import delta
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def cache_file(facts: dict[str, Any]) -> Path:
 
 
 def cache_path(stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows, base: bool = False) -> Path:
-    """Return where the numbers of this reference lie: keyed by weights, mounted stacks, start of the stack, data and engine."""
+    """Return where the numbers of this reference lie: keyed by weights, stacks with their code, start, data and engine."""
     model = roles.model
     facts: dict[str, Any] = {
         "base": opened.base_fingerprint,
@@ -220,6 +221,9 @@ def cache_path(stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows, ba
         "autocast": str(roles.engine.autocast),
         "data": rows.train.key,
     }
+    code = code_behind(type(part).__module__ for part in (*stack, *opened.mounted))
+    if code:
+        facts["code"] = code
     if base:
         facts["reference"] = "base"
     elif any(not w.starts_at_base() for w in stack) or opened.continued is not None:
