@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.cli.check import show_findings
+from llmrecipe.cli.findings import show_findings
 from llmrecipe.console import console, print_json
 from llmrecipe.recipe.steps import StepComposition
 

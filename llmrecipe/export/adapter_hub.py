@@ -24,7 +24,7 @@ from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.methods.bottleneck import Bottleneck, Sublayer
 from llmrecipe.methods.inject import all_ports
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.training.delta import Layer
 from llmrecipe.training.opened import Opened
 

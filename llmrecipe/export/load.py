@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.errors import RunError
+from llmrecipe.export.proof import HEADS, adapter_head
 from llmrecipe.models.source import is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, open_model
-
-HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
-"""End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""
 
 
 def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
@@ -65,15 +63,6 @@ def open_run(path: str, *, dtype: str = "auto", options: dict[str, dict[str, Any
         raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
     section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
     return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
-
-
-def adapter_head(folder: Path) -> str:
-    """The head an adapter folder was made for; adapter-hub's name a class of model, PEFT's a task."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("model_class"):
-        return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
-    kind = config.get("task_type")
-    return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
 
 
 def head_of(folder: Path) -> str:

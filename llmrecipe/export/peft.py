@@ -230,7 +230,7 @@ def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
 
 def head_tensors(opened: Opened) -> dict[str, Tensor]:
     """Task heads that were trained with the methods, as they are now."""
-    from llmrecipe.methods.stack import is_head
+    from llmrecipe.models.heads import is_head
 
     return {n: p.detach() for n, p in opened.model.named_parameters() if is_head(opened.model, n)}
 

@@ -20,7 +20,8 @@ from llmrecipe.export.peft_format import PREFIX, Adapter
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.wrapper import Wrapper
-from llmrecipe.models.anatomy import Site, anatomy
+from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.site import Site
 from llmrecipe.models.sites import widths
 from llmrecipe.training.delta import Layer
 
@@ -120,7 +121,7 @@ def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
     Raises:
         ModelError: a module is unknown, or scaled on the other side than here.
     """
-    from llmrecipe.export.peft_import import target_of
+    from llmrecipe.export.peft_format import target_of
 
     parts = anatomy(model)
     sites: list[Site] = []

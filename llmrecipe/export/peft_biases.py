@@ -19,7 +19,7 @@ from llmrecipe.methods.biases import BiasMaster
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.selective.bitfit import TERMS
 from llmrecipe.methods.wrapper import Wrapper
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.training.delta import Layer, build_wrapper
 
 KINDS = ("BEFT", "LN_TUNING")

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from llmrecipe.errors import ModelError
+from llmrecipe.models.anatomy import Anatomy
+from llmrecipe.models.site import Site
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -253,3 +255,21 @@ def read(folder: Path) -> Adapter:
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"{weights}: damaged: {error}") from error
         raise
+
+
+def target_of(sites: list[Site], parts: Anatomy) -> str:
+    """A target that names exactly these sites: `attn.q|v`-like roles, with layers where not all of them are named."""
+    wanted = {site.key for site in sites}
+    groups: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        role = site.role if site.tensor is None else f"experts.{site.tensor.removesuffix('_proj')}"
+        groups.setdefault((site.side, role), []).append(site)
+    terms = []
+    for (side, role), members in groups.items():
+        prefix = f"{side}." if parts.encoder_decoder and members[0].layer is not None else ""
+        if all(s.key in wanted for s in parts.at(f"{prefix}{role}")):
+            terms.append(f"{prefix}{role}")
+        else:
+            numbers = "|".join(str(site.layer) for site in members)
+            terms.append(f"{prefix}layers.{numbers}.{role}")
+    return " + ".join(dict.fromkeys(terms))

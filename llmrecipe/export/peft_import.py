@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.export import peft_additive, peft_biases
-from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read
+from llmrecipe.export.peft_format import PREFIX, Adapter, Branch, read, target_of
 from llmrecipe.methods.biases import every_bias
-from llmrecipe.methods.stack import is_head
-from llmrecipe.models.anatomy import Anatomy, Site, anatomy
+from llmrecipe.models.anatomy import Anatomy
+from llmrecipe.models.heads import is_head
+from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.site import Site
 from llmrecipe.training.delta import Layer
 
 FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<part>A|B|B\.bias|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
@@ -147,24 +149,6 @@ def _site(parts: Anatomy, branch: Branch, where: str) -> Site:
 
 def _adaptable(site: Site) -> bool:
     return site.tensor is not None or hasattr(site.module, "weight")
-
-
-def target_of(sites: list[Site], parts: Anatomy) -> str:
-    """A target that names exactly these sites: `attn.q|v`-like roles, with layers where not all of them are named."""
-    wanted = {site.key for site in sites}
-    groups: dict[tuple[str, str], list[Site]] = {}
-    for site in sites:
-        role = site.role if site.tensor is None else f"experts.{site.tensor.removesuffix('_proj')}"
-        groups.setdefault((site.side, role), []).append(site)
-    terms = []
-    for (side, role), members in groups.items():
-        prefix = f"{side}." if parts.encoder_decoder and members[0].layer is not None else ""
-        if all(s.key in wanted for s in parts.at(f"{prefix}{role}")):
-            terms.append(f"{prefix}{role}")
-        else:
-            numbers = "|".join(str(site.layer) for site in members)
-            terms.append(f"{prefix}layers.{numbers}.{role}")
-    return " + ".join(dict.fromkeys(terms))
 
 
 def _head_and_embedding(branches: list[Branch], head: Branch) -> Branch | None:

@@ -148,3 +148,16 @@ def write_golden(folder: Path, found: dict[str, Any] | None) -> None:
     """Keep the golden answer beside the weights."""
     if found is not None:
         (folder / GOLDEN_FILE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def adapter_head(folder: Path) -> str:
+    """The head an adapter folder was made for; adapter-hub's name a class of model, PEFT's a task."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("model_class"):
+        return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
+    kind = config.get("task_type")
+    return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
+
+
+HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
+"""End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""

@@ -21,7 +21,7 @@ from llmrecipe.data.tasks import Tasks, common
 from llmrecipe.errors import ModelError, did_you_mean
 from llmrecipe.evaluation.generation import generate as generate_from
 from llmrecipe.evaluation.sampling import Sampling
-from llmrecipe.methods.stack import own_tensors
+from llmrecipe.methods.inject import own_tensors
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.source import adapter_base, is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -236,7 +236,7 @@ def _source(path: str, name: str) -> Source:
         RunError, ModelError: no finished run, or one without an adapter.
     """
     if is_adapter(path):
-        from llmrecipe.export.load import adapter_head
+        from llmrecipe.export.proof import adapter_head
 
         base = adapter_base(path)
         return Source(name, path, base, delta.Saved({"path": base}, [], adapter_head(Path(path))), Path(path))

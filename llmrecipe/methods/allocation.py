@@ -15,7 +15,7 @@ from llmrecipe.methods.inject import SERIAL, Port, inject
 from llmrecipe.methods.selection import counts_at, top_k
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,12 @@ class SequentialAdapter(Port):
 def inject_structured(site: Site, owner: str, kind: str, r: int, dropout: float) -> None:
     """Put the structured module of a matrix at its site."""
     from llmrecipe.methods import low_rank
+    from llmrecipe.methods.inject import device_of
 
     if kind == "lora":
         port = low_rank.build(site, r, 1.0, dropout)
         low_rank.initialise(port)
     else:
-        with torch.device(low_rank.device_of(site.module)):
+        with torch.device(device_of(site.module)):
             port = SequentialAdapter(site.width_out, r, dropout)
     inject(site.module, owner, port, owner)

@@ -16,7 +16,7 @@ from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import Port, all_ports, eject, inject, ports_of
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 
 class BiasMaster(Port):
@@ -50,7 +50,7 @@ def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, s
     Args:
         pooler: whether the pooler's is among them.
     """
-    from llmrecipe.methods.stack import is_head
+    from llmrecipe.models.heads import is_head
 
     inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
     skipped = None if pooler else pooler_of(model)
@@ -101,7 +101,7 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
     Raises:
         ModelError: there are none, or another wrapper of the stack trains one of them.
     """
-    from llmrecipe.methods.low_rank import row_index
+    from llmrecipe.methods.inject import row_index
 
     if which == "none":
         return

@@ -21,7 +21,8 @@ from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import DELTA, SERIAL, Port
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Anatomy, Site
+    from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.site import Site
 
 Init = Literal["zero_up", "houlsby", "bert"]
 

@@ -26,13 +26,21 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import current
 from llmrecipe.errors import ModelError
+
+if TYPE_CHECKING:
+    from llmrecipe.models.site import Site
+
+if TYPE_CHECKING:
+    from llmrecipe.models.site import Site
+if TYPE_CHECKING:
+    pass
 
 ROWS, DELTA, SCALE, SERIAL, EDIT = -10, 0, 10, 20, 30
 """Values of `Port.order`. ROWS: a whole that changes rows stands outside those that count their columns."""
@@ -320,3 +328,28 @@ def merge_ports(model: nn.Module, owner: str) -> int:
         port.merge(module)
         eject(module, name)
     return len(found)
+
+
+def own_tensors(model: nn.Module, owner: str) -> list[str]:
+    """Full names of the parameters and persistent buffers inside a wrapper's ports, and of its shared modules."""
+    found: list[str] = []
+    for path, _, name, port in all_ports(model, owner):
+        prefix = f"{path}.{name}" if path else name
+        found += [f"{prefix}.{key}" for key in port.state_dict()]
+    shared = getattr(model, f"{owner}_shared", None)
+    if isinstance(shared, nn.Module):
+        found += [f"{owner}_shared.{key}" for key in shared.state_dict()]
+    return found
+
+
+def row_index(site: Site) -> Tensor | None:
+    """The output rows a site owns in a fused layer, as an index."""
+    if site.rows is None:
+        return None
+    rows = range(10**9)[site.rows] if isinstance(site.rows, slice) else site.rows
+    return torch.tensor(list(rows), dtype=torch.long, device=device_of(site.module))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter."""
+    return next(module.parameters()).device

@@ -237,7 +237,7 @@ def inputs(
         rows: rows of a batch; None for the recipe's.
         scaled: the inputs of one batch -> what is summed.
     """
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     crossed = {s.path for s in anatomy(model).sites if s.role in ("cross.k", "cross.v")}
     moments = {id(place.module): Moments() for place in places}

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.biases import add_to_bias, shifted
-from llmrecipe.methods.inject import DELTA, Port
+from llmrecipe.methods.inject import DELTA, Port, device_of, row_index
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 
 def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -214,22 +214,9 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def row_index(site: Site) -> Tensor | None:
-    """The output rows a site owns in a fused layer, as an index."""
-    if site.rows is None:
-        return None
-    rows = range(10**9)[site.rows] if isinstance(site.rows, slice) else site.rows
-    return torch.tensor(list(rows), dtype=torch.long, device=device_of(site.module))
-
-
 def wide(x: Tensor) -> Tensor:
     """Float32, or float64 where the model computes in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter."""
-    return next(module.parameters()).device
 
 
 def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Port:

@@ -30,9 +30,10 @@ from llmrecipe.context import activate, current
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.methods.inject import Port, all_ports, inject, refuse_unrouted
 from llmrecipe.methods.inject import eject as take_out
-from llmrecipe.models.anatomy import Site, anatomy
 from llmrecipe.models.attention import Prefix
 from llmrecipe.models.kv_cache import cached
+from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.site import Site
 from llmrecipe.models.vocabulary import position_offset
 
 HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")

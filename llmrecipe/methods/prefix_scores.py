@@ -22,8 +22,8 @@ from llmrecipe.context import Context, Layout, activate, current
 from llmrecipe.errors import RecipeError
 from llmrecipe.methods.inject import Port, inject
 from llmrecipe.methods.prefix_kv import Made, Plan, PrefixTables, attach, shared_of, tokens_of
-from llmrecipe.models.anatomy import anatomy
 from llmrecipe.models.kv_cache import cached, carried, prompts_of
+from llmrecipe.models.module_map import anatomy
 
 Scores = dict[int, Tensor]
 """alpha (R, P) by layer."""

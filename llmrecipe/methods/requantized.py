@@ -17,7 +17,7 @@ from llmrecipe.methods.inject import Port, all_ports, eject, inject, ports_of
 from llmrecipe.methods.quantized import bits_of, dense_weight
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 SCALE_BLOCK = 256
 """Scales that share one scale of their own under double quantization."""

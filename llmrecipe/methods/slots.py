@@ -22,7 +22,7 @@ from llmrecipe.context import Context, Layout, activate, current
 from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import EDIT, ROWS, Port, all_ports, inject
 from llmrecipe.methods.prefix_kv import cached, host_of, positions, takes_positions
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.vocabulary import position_offset
 
 

@@ -33,7 +33,7 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     Raises:
         ModelError: the scope names a part of a fused matrix or single experts.
     """
-    from llmrecipe.methods.stack import is_head
+    from llmrecipe.models.heads import is_head
 
     inside = {id(p) for _, _, _, port in all_ports(model) for p in port.parameters()}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -71,7 +71,7 @@ def candidates(model: nn.Module, scope: str) -> dict[str, Weight]:
 def _in_scope(model: nn.Module, scope: str) -> set[int] | None:
     if scope == "all":
         return None
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     sites = anatomy(model).at("block" if scope == "blocks" else scope)
     for site in sites:

@@ -13,25 +13,14 @@ from torch import Tensor, nn
 
 from llmrecipe.context import activate, current
 from llmrecipe.errors import RecipeError, UserError
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods.inject import all_ports, own_tensors
 from llmrecipe.methods.masters import raise_to_master
 from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import heads
+from llmrecipe.models.heads import is_head
 
 if TYPE_CHECKING:
     from llmrecipe.training.rules import UpdateRule
-
-
-def own_tensors(model: nn.Module, owner: str) -> list[str]:
-    """Full names of the parameters and persistent buffers inside a wrapper's ports, and of its shared modules."""
-    found: list[str] = []
-    for path, _, name, port in all_ports(model, owner):
-        prefix = f"{path}.{name}" if path else name
-        found += [f"{prefix}.{key}" for key in port.state_dict()]
-    shared = getattr(model, f"{owner}_shared", None)
-    if isinstance(shared, nn.Module):
-        found += [f"{owner}_shared.{key}" for key in shared.state_dict()]
-    return found
 
 
 class Stack:
@@ -244,14 +233,6 @@ class Stack:
         finally:
             for name, parameter in live.items():
                 parameter.data = kept[name]
-
-
-def is_head(model: nn.Module, name: str) -> bool:
-    """Whether a tensor or module belongs to a task head that is new here: the loader's fresh one, or a role's own scalar."""
-    if heads.is_frozen(model, name):
-        return False
-    new = ("task_head", *getattr(model, "new_heads", ()))
-    return any(name == head or name.startswith(f"{head}.") for head in new)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from llmrecipe.methods.low_rank import LowRank, LowRankEmbedding, LowRankExperts
 from llmrecipe.methods.quantized import bits_of
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 FROM_DATA = ("loftq", "eva", "corda", "corda_kpm", "lora_ga")
 """Starts that `learned` makes before step 0."""

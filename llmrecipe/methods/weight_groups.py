@@ -17,7 +17,7 @@ from llmrecipe.methods.sparse_delta import Chosen, Layout, Weight, is_conv1d
 from llmrecipe.methods.sparse_wrapper import base_weights
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 Kind = Literal["tensor", "row", "column", "head", "neuron", "layer"]
 
@@ -90,7 +90,7 @@ def families(model: nn.Module, kind: Kind, scope: str = "") -> list[Family]:
 
 
 def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Iterator[Family]:
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     blocks = [s for s in anatomy(model).sites if s.role == "block"]
     at = {id(p): (s.path, s.layer) for s in blocks for p in s.module.parameters()}
@@ -111,7 +111,7 @@ def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Itera
 
 def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names: Mapping[int, str]) -> Iterator[Family]:
     """Groups that are features of projections."""
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     parts = anatomy(model)
     sides: dict[tuple[str, int], dict[str, Site]] = {}

@@ -203,7 +203,7 @@ class Wrapper:
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
-        from llmrecipe.methods.stack import own_tensors
+        from llmrecipe.methods.inject import own_tensors
 
         names = set(own_tensors(model, self.name)) | self.opened(model)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -231,7 +231,7 @@ class Wrapper:
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """(what, how many parameters) lines shown at start: its own tensors that train."""
-        from llmrecipe.methods.stack import own_tensors
+        from llmrecipe.methods.inject import own_tensors
 
         parameters, frozen = dict(model.named_parameters()), self.frozen(model)
         for name in own_tensors(model, self.name):

@@ -15,59 +15,12 @@ A target is a role with an optional side and range of layers in front (see `targ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from llmrecipe.errors import ModelError, did_you_mean
 from llmrecipe.models import targets
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where a method may act."""
-
-    path: str
-    """Module path in the model, such as `model.layers.0.self_attn.q_proj`."""
-    role: str
-    """What it is, in the words of the target grammar."""
-    layer: int | None
-    """Index of its block on its side, or None outside the blocks."""
-    module: nn.Module
-    side: str
-    """`decoder` or `encoder`."""
-    width_in: int
-    width_out: int
-    """Features in and out of this site alone: of the rows where a module is fused, of one expert for expert tensors."""
-    transposed: bool = False
-    """The weight is stored (in, out), as Conv1D and embeddings store it."""
-    rows: tuple[int, ...] | slice | None = None
-    """Output features of a fused module that belong to this site; None where all do."""
-    tensor: str | None = None
-    """Name of the 3-D expert tensor inside the module."""
-    experts: int = 0
-    """How many experts the tensor holds."""
-    chosen: tuple[int, ...] | None = None
-    """Experts the target named; None means all."""
-
-    def name(self, owner: str) -> str:
-        """Child name of a port of `owner` here: suffixed by the part where one module holds several sites."""
-        if self.tensor is not None:
-            return f"{owner}__{self.tensor.removesuffix('_proj')}"
-        return owner if self.rows is None else f"{owner}__{self.role.rsplit('.', 1)[-1]}"
-
-    def indices(self) -> range | tuple[int, ...]:
-        """Output features of the module that belong to this site, in order."""
-        if isinstance(self.rows, tuple):
-            return self.rows
-        return range(self.width_out) if self.rows is None else range(self.rows.start, self.rows.stop)
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes two sites the same place."""
-        return self.path, str(self.rows), str(self.tensor)
+from llmrecipe.models.site import Site
 
 
 @dataclass
@@ -108,7 +61,7 @@ class Anatomy:
         """
         found: dict[Any, Site] = {}
         for term in targets.parse(target):
-            sites = targets.select(term, self)
+            sites = targets.select(term, self.sites, self.blocks)
             if not sites:
                 raise ModelError(self._explain(target, term))
             for site in sites:
@@ -172,36 +125,3 @@ class Anatomy:
             if hint:
                 return hint
         return ""
-
-
-def anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of a model: from the family table, else by inference from names; `model.anatomy` of a recipe wins.
-
-    Kept on the model; worked out again when modules were replaced.
-
-    Raises:
-        ModelError: no block list or no attention could be found; the message says how to name the parts by hand.
-    """
-    kept = model.__dict__.get("_llmrecipe_anatomy")
-    if isinstance(kept, Anatomy) and _current(model, kept.sites):
-        return kept
-    from llmrecipe.models.sites import build
-
-    fresh = build(model, model.__dict__.get("_llmrecipe_anatomy_names"))
-    model.__dict__["_llmrecipe_anatomy"] = fresh
-    return fresh
-
-
-def name_by_hand(model: nn.Module, names: dict[str, str] | None) -> None:
-    """Give site names by hand (`model.anatomy` of a recipe): role -> path below a block, or below the model for
-    `layers`, `encoder.layers`, `decoder.layers`, `norm.final` and `embed.position`."""
-    if names:
-        model.__dict__["_llmrecipe_anatomy_names"] = dict(names)
-        model.__dict__.pop("_llmrecipe_anatomy", None)
-
-
-def _current(model: nn.Module, sites: Iterable[Site]) -> bool:
-    try:
-        return all(model.get_submodule(site.path) is site.module for site in sites)
-    except AttributeError:
-        return False

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llmrecipe.models import heads
+
+if TYPE_CHECKING:
+    pass
 
 ATTRIBUTE = "task_head"
 FILE = "heads.safetensors"
@@ -132,3 +137,11 @@ def _container(model: Any) -> nn.ModuleDict:
     if not isinstance(getattr(model, ATTRIBUTE, None), nn.ModuleDict):
         setattr(model, ATTRIBUTE, nn.ModuleDict())
     return getattr(model, ATTRIBUTE)
+
+
+def is_head(model: nn.Module, name: str) -> bool:
+    """Whether a tensor or module belongs to a task head that is new here: the loader's fresh one, or a role's own scalar."""
+    if heads.is_frozen(model, name):
+        return False
+    new = ("task_head", *getattr(model, "new_heads", ()))
+    return any(name == head or name.startswith(f"{head}.") for head in new)

@@ -184,8 +184,8 @@ def _pattern(key: str) -> str:
 
 def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokenizer: Any) -> PreTrainedModel:
     from llmrecipe.models import new_rows, vocabulary
-    from llmrecipe.models.anatomy import name_by_hand
     from llmrecipe.models.attention import install
+    from llmrecipe.models.module_map import name_by_hand
 
     name_by_hand(model, section.anatomy)
     model.position_offset = vocabulary.position_offset(model)

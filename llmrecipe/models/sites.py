@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from llmrecipe.errors import ModelError
-from llmrecipe.models.anatomy import Anatomy, Site
+from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.families import FAMILIES, Family
 from llmrecipe.models.infer import infer, is_rotary
+from llmrecipe.models.site import Site
 
 PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up"), "attn.kv": ("attn.k", "attn.v")}
 """Fused role -> the roles its outputs consist of, in order."""

@@ -90,7 +90,7 @@ def _read_rows(model: nn.Module) -> list[str]:
 
 def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules of the last decoder block that work row by row and whose rows only the final state depends on."""
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     try:
         parts = anatomy(model)

@@ -10,13 +10,14 @@ names   = role with "|" in its last part      attn.q|v, norm, mlp.*, experts.0|5
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmrecipe.errors import ModelError
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Anatomy, Site
+    from llmrecipe.models.site import Site
 
 TERM = re.compile(r"(?:(?P<side>encoder|decoder)\.)?(?:layers\.(?P<range>[-\d:|*]+)(?:\.|$))?(?P<names>.*)")
 INDEX = re.compile(r"-?\d+")
@@ -77,11 +78,11 @@ def _term(text: str, target: str) -> Term:
     return Term(text, side, layers, tuple(head + dot + name.strip() for name in last.split("|")))
 
 
-def select(term: Term, anatomy: Anatomy) -> list[Site]:
+def select(term: Term, sites: list[Site], blocks: Callable[[str], int]) -> list[Site]:
     """The sites a term names, in model order; an empty list where any of its alternatives matches nothing."""
-    scope = [site for site in anatomy.sites if term.side in (None, site.side)]
+    scope = [site for site in sites if term.side in (None, site.side)]
     if term.layers is not None:
-        scope = [site for site in scope if site.layer is not None and _in_range(site.layer, term, anatomy.blocks(site.side))]
+        scope = [site for site in scope if site.layer is not None and _in_range(site.layer, term, blocks(site.side))]
     found: list[Site] = []
     for name in term.names:
         matched = _matching(name, scope)

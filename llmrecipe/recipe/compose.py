@@ -147,7 +147,7 @@ def section_defaults() -> dict[str, Any]:
 
 def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     """Defaults of sections below what was composed, in the order of the schema; unknown keys last."""
-    from llmrecipe.recipe.explain import schema_origin
+    from llmrecipe.recipe.origins import schema_origin
 
     whole: dict[str, Any] = {}
     for key, default in section_defaults().items():

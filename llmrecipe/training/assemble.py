@@ -20,7 +20,7 @@ from llmrecipe.models.speed import ready_to_compile, speed_up
 from llmrecipe.training import delta, opened, packing, reference_model
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
-from llmrecipe.training.reference import PlannedRows
+from llmrecipe.training.reference_policy import PlannedRows
 from llmrecipe.training.roles import Roles
 
 if TYPE_CHECKING:

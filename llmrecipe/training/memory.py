@@ -136,7 +136,7 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
 
 def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:
     """Elements kept for the backward pass by the formulas at the top of this file; zero below the first trained block."""
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     parts = anatomy(model)
     blocks = _blocks(parts)

@@ -15,7 +15,8 @@ import torch
 from llmrecipe.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.methods.stack import Stack
 from llmrecipe.training.opened import Opened, is_adapter, open_model, run_folder, tokenizer_of
-from llmrecipe.training.reference import NAMED, PlannedRows, ReferenceCache, cache_file, row_groups, score_all, weights_digest
+from llmrecipe.training.reference import NAMED, ReferenceCache, cache_file, weights_digest
+from llmrecipe.training.reference_policy import PlannedRows, row_groups, score_all
 
 
 def check_path(path: str, allowed: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ from llmrecipe.training.evaluate import Judge, evaluate
 from llmrecipe.training.loop import train as loop
 from llmrecipe.training.opened import original
 from llmrecipe.training.optimizer import set_learning_rate
-from llmrecipe.training.reference import PlannedRows, prepare_reference
+from llmrecipe.training.reference_policy import PlannedRows, prepare_reference
 from llmrecipe.training.rules import StepResult
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import nn
 from llmrecipe import registry
 from llmrecipe.errors import UserError
 from llmrecipe.methods.stack import Stack
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from tests.contract import KINDS
 from tests.methods.additive.harness import model_of
 from tests.methods.kinds import CHANGES, EXACT, FAMILIES, cell, matrix, slopes, wide_norms

@@ -11,7 +11,8 @@ from torch import nn
 
 from llmrecipe import registry
 from llmrecipe.data.batch import Batch
-from llmrecipe.methods.stack import Stack, own_tensors
+from llmrecipe.methods.inject import own_tensors
+from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.finetuning.sft import Sft

@@ -13,8 +13,8 @@ from llmrecipe.context import Context, activate
 from llmrecipe.evaluation.refill import padded
 from llmrecipe.methods.quantized import dequantize_model, quantized
 from llmrecipe.methods.stack import Stack
-from llmrecipe.models.anatomy import anatomy
 from llmrecipe.models.load import prepare_for_training
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.recipe.pairs import pairs
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.training.assemble import autocast_of

@@ -15,8 +15,8 @@ from llmrecipe.errors import ModelError
 from llmrecipe.methods.inject import all_ports, kind_of
 from llmrecipe.methods.stack import Stack
 from llmrecipe.models import load
-from llmrecipe.models.anatomy import anatomy
 from llmrecipe.models.attention import install
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.training.check import check
 from tests.models.configs import FAMILIES, GROUPED, tiny
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmrecipe.errors import ModelError
 from llmrecipe.models import families, sites
-from llmrecipe.models.anatomy import anatomy, name_by_hand
+from llmrecipe.models.module_map import anatomy, name_by_hand
 from tests.models.configs import FAMILIES, tiny
 
 PARTS = ["attn", "attn.q", "attn.k", "attn.v", "attn.o", "mlp", "mlp.gate", "mlp.up", "mlp.down", "norm.attn", "norm.mlp"]

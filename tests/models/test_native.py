@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.native import (
     NativeConfig,
     NativeForCausalLM,

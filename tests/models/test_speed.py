@@ -12,8 +12,8 @@ from llmrecipe.context import Context, activate, checkpoint_contexts
 from llmrecipe.data.batch import Batch, Sequence, pack, pad
 from llmrecipe.methods.inject import Port, inject
 from llmrecipe.methods.low_rank import LowRank
-from llmrecipe.models.anatomy import anatomy
 from llmrecipe.models.attention import install
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.speed import _plain_norm, speed_up
 from llmrecipe.training.engine import Engine
 from tests.models.configs import CAUSAL, tiny

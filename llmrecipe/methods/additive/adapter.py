@@ -10,14 +10,14 @@ from torch import nn
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
 from llmrecipe.methods import bottleneck
-from llmrecipe.methods.inject import inject
-from llmrecipe.methods.low_rank import device_of
+from llmrecipe.methods.inject import device_of, inject
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
     from llmrecipe.methods.bottleneck import Sublayer
-    from llmrecipe.models.anatomy import Anatomy, Site
+    from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.site import Site
 
 
 @register
@@ -80,7 +80,7 @@ class Adapter(Wrapper):
         Raises:
             ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         for sub in self.places(parts):
@@ -136,7 +136,7 @@ class Adapter(Wrapper):
 
     def opened(self, model: nn.Module) -> set[str]:
         """Norms of the adapted blocks, where `train_norms` asks for them."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         if not self.train_norms:
             return set()
@@ -146,7 +146,7 @@ class Adapter(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: 2 d r + r + d an adapter; AdamW keeps 8 bytes for each."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         sizes = [bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes) for s in self.places(parts)]

@@ -54,7 +54,7 @@ class Apt(Wrapper):
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """A table at each stack of blocks, scores at each block, a port at each attention module."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         shift = self.positions == "shift"

@@ -13,8 +13,7 @@ from llmrecipe.context import Context, activate, current
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Literal, PositiveFloat, PositiveInt
 from llmrecipe.methods import bottleneck
-from llmrecipe.methods.inject import DELTA, Port, inject
-from llmrecipe.methods.low_rank import device_of
+from llmrecipe.methods.inject import DELTA, Port, device_of, inject
 from llmrecipe.methods.prefix_kv import tokens_of
 from llmrecipe.methods.routing import iterated_top_k, soft_top_k
 from llmrecipe.methods.wrapper import Stage, Wrapper
@@ -23,7 +22,8 @@ from llmrecipe.models.kv_cache import prompts_of
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Anatomy, Site
+    from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.site import Site
 
 ROWS = ("attn.q", "attn.q_a", "attn.o", "mlp", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down")
 """Roles that compute chosen tokens only."""
@@ -267,7 +267,7 @@ class Coda(Wrapper):
         Raises:
             ModelError: a decoder without `causal: prompt_only`, or one with `kv: selected`.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         roles = ROWS if self.kv == "all" else ROWS + KEYS
@@ -302,14 +302,14 @@ class Coda(Wrapper):
 
     def opened(self, model: nn.Module) -> set[str]:
         """Norms of the conditional blocks, where `train_norms` asks for them."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         return bottleneck.norm_parameters(model, self._blocks(parts), parts) if self.train_norms else set()
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: 2 d r + r + 2 d a block and its norms; AdamW keeps 8 bytes for each."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         each = bottleneck.count(parts.width, parts.width, self.r, bottleneck.Shape()) + parts.width

@@ -12,13 +12,13 @@ from llmrecipe.context import current
 from llmrecipe.data.tasks import Tasks
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Field, Literal
-from llmrecipe.methods.inject import SCALE, Port, inject, merge_ports
-from llmrecipe.methods.low_rank import device_of, row_index
+from llmrecipe.methods.inject import SCALE, Port, device_of, inject, merge_ports, row_index
 from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Anatomy, Site
+    from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.site import Site
 
 TERMS = {"key": ("attn.k", "cross.k"), "value": ("attn.v", "cross.v"), "ffn": ("mlp.down", "shared.down", "experts")}
 """Term of `scaled` -> roles of the sites it stands for."""
@@ -217,7 +217,7 @@ class Ia3(Wrapper):
         Raises:
             RecipeError: the tasks are `auto` and no rows were read.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         if self.tasks == "auto":
             raise RecipeError(f"stack.{self.name}.tasks: auto takes the names from training rows, and there are none here")
@@ -267,7 +267,7 @@ class Ia3(Wrapper):
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """No weight decay."""
-        from llmrecipe.methods.stack import own_tensors
+        from llmrecipe.methods.inject import own_tensors
 
         return [ParamGroup(frozenset(own_tensors(model, self.name)), weight_decay=0.0)]
 

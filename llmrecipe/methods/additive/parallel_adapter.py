@@ -10,14 +10,14 @@ from torch import nn
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
 from llmrecipe.methods import bottleneck
-from llmrecipe.methods.inject import inject
-from llmrecipe.methods.low_rank import device_of, row_index
+from llmrecipe.methods.inject import device_of, inject, row_index
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
     from llmrecipe.methods.bottleneck import Sublayer
-    from llmrecipe.models.anatomy import Anatomy, Site
+    from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.site import Site
 
 
 @register
@@ -76,7 +76,7 @@ class ParallelAdapter(Wrapper):
         Raises:
             ModelError: a target without a weight matrix, or a multi-head branch on the feed-forward.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         if self.target is not None:
@@ -145,7 +145,7 @@ class ParallelAdapter(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: see the class; AdamW keeps 8 bytes for each."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts, shape = anatomy(model), self._shape()
         if self.target is not None:

@@ -12,7 +12,7 @@ from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
 from llmrecipe.methods.biases import open_biases
-from llmrecipe.methods.inject import all_ports, inject, merge_ports
+from llmrecipe.methods.inject import all_ports, device_of, inject, merge_ports, row_index
 from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -180,7 +180,7 @@ class Adalora(Wrapper):
             RecipeError: the final rank is above the first one.
             ModelError: a site is not a linear layer.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         if self.target_r > self.init_r:
             raise RecipeError(
@@ -190,10 +190,10 @@ class Adalora(Wrapper):
         for site in sites:
             if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
                 raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer; adalora ranks linear layers")
-            with torch.device(low_rank.device_of(site.module)):
+            with torch.device(device_of(site.module)):
                 scored = bool((structure or {}).get("scored", True))
                 scale = self.alpha / (self.init_r + 1e-5)
-                rows = low_rank.row_index(site)
+                rows = row_index(site)
                 part = f"{site.path}{site.name('')}"
                 r = int((structure or {}).get("pruned", {}).get(part, self.init_r))
                 port = SvdLowRank(site.width_in, site.width_out, r, scale, self.dropout, rows, scored)
@@ -201,7 +201,7 @@ class Adalora(Wrapper):
                 nn.init.normal_(port.B, std=0.02)
             inject(site.module, site.name(self.name), port, self.name)
         open_biases(model, self.name, self.bias, self.target, sites)
-        shared = Budget().to(low_rank.device_of(model))
+        shared = Budget().to(device_of(model))
         shared.total.fill_(self.total_step or 0)
         model.add_module(f"{self.name}_shared", shared)
 

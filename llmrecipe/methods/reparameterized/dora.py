@@ -14,7 +14,7 @@ from llmrecipe.errors import ModelError
 from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
 from llmrecipe.methods.biases import BiasMaster, open_biases
-from llmrecipe.methods.inject import Port, all_ports, inject, merge_ports
+from llmrecipe.methods.inject import Port, all_ports, device_of, inject, merge_ports, row_index
 from llmrecipe.methods.reparameterized.lora import pattern_value
 from llmrecipe.methods.rescaling import Gain
 from llmrecipe.methods.weight_below import ports_under, weight_below
@@ -22,7 +22,7 @@ from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 CANCELLED = 1e-3
 """Share of ||w||^2 below which the three-term norm of a row has lost its digits and is computed from the row itself."""
@@ -67,7 +67,7 @@ class DoraLinear(_Direction, low_rank.LowRank):
     after = Port.after  # it replaces the call instead: the norm needs the bare layer
 
     def __init__(self, site: Site, r: int, scale: float, dropout: float, dropout_mode: str, detach_norm: bool):
-        super().__init__(site.width_in, site.width_out, r, scale, dropout, low_rank.row_index(site))
+        super().__init__(site.width_in, site.width_out, r, scale, dropout, row_index(site))
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
         # In a list: the host is this port's parent, not its child.
         self.host = [site.module]
@@ -143,7 +143,7 @@ class Magnitude(Gain, Port):
     def __init__(self, site: Site):
         super().__init__()
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
-        self.register_buffer("rows", low_rank.row_index(site), persistent=False)
+        self.register_buffer("rows", row_index(site), persistent=False)
         # In a list: the host is this port's parent, not its child.
         self.host = [site.module]
         self.width_in = site.width_in
@@ -232,13 +232,13 @@ class Dora(Wrapper):
         Raises:
             ModelError: a site is neither a linear layer nor an embedding, or one side of a tied pair.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         bare = parts.at(self.magnitude_only) if self.magnitude_only is not None else []
         for site in bare:
             self._check(site)
-            with torch.device(low_rank.device_of(site.module)):
+            with torch.device(device_of(site.module)):
                 magnitude = Magnitude(site)
             self._place(site, magnitude)
         paired = [site for site in parts.at(self.target) if site.key not in {s.key for s in bare}]
@@ -268,7 +268,7 @@ class Dora(Wrapper):
 
     def _port(self, site: Site, r: int, scale: float) -> DoraLinear | DoraEmbedding:
         self._check(site)
-        with torch.device(low_rank.device_of(site.module)):
+        with torch.device(device_of(site.module)):
             if isinstance(site.module, nn.Embedding):
                 return DoraEmbedding(site, r, scale, self.detach_norm)
             return DoraLinear(site, r, scale, self.dropout, self.dropout_mode, self.detach_norm)

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmrecipe.errors import ModelError, RecipeError
 from llmrecipe.fields import Literal, NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.methods import low_rank
-from llmrecipe.methods.inject import all_ports, inject, merge_ports
+from llmrecipe.methods.inject import all_ports, device_of, inject, merge_ports, row_index
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
@@ -118,7 +118,7 @@ class Dylora(Wrapper):
             RecipeError: the ranks do not fit each other.
             ModelError: a site is not a linear layer.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         if self.r_min > self.r or (self.rank or 1) > self.r:
             name, value = ("r_min", self.r_min) if self.r_min > self.r else ("rank", self.rank)
@@ -128,8 +128,8 @@ class Dylora(Wrapper):
                 raise ModelError(
                     f"stack.{self.name}: {site.path} is not a linear layer; dylora nests the ranks of linear layers"
                 )
-            with torch.device(low_rank.device_of(site.module)):
-                rows = low_rank.row_index(site)
+            with torch.device(device_of(site.module)):
+                rows = row_index(site)
                 port = NestedLowRank(site.width_in, site.width_out, self.r, self.alpha, self.dropout, rows)
                 low_rank.initialise(port)
                 port.use(self.rank or self.r)

@@ -20,7 +20,7 @@ from llmrecipe.registry import register
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 
 @register
@@ -91,7 +91,7 @@ class Lora(Wrapper):
             RecipeError: an option of a start that is not the one chosen.
             ModelError: a site cannot have the pair, its start, or a trained bias.
         """
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         if self.loftq_iter > 1 and self.init != "loftq":
             raise RecipeError(f"stack.{self.name}.loftq_iter: it is an option of init: loftq, and init is {self.init}")

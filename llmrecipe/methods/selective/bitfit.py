@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from llmrecipe.errors import ModelError
 from llmrecipe.fields import Literal
 from llmrecipe.methods.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
-from llmrecipe.methods.inject import Port, all_ports, eject, inject
-from llmrecipe.methods.low_rank import row_index
+from llmrecipe.methods.inject import Port, all_ports, eject, inject, row_index
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.registry import register
 
 if TYPE_CHECKING:
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 TERMS = {
     "query": ("attn.q", "cross.q", "attn.q_a"),
@@ -109,7 +108,7 @@ class Bitfit(Wrapper):
 
     def _sites(self, model: nn.Module) -> tuple[list[Site], list[Site]]:
         """Wanted sites that have a bias, and wanted sites that lack one."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         roles = self._roles() | (set(WHOLE) if self.terms == "all" else set())
         wanted = [s for s in anatomy(model).sites if s.role in roles or ("norm." in roles and s.role.startswith("norm."))]
@@ -163,7 +162,7 @@ class Bitfit(Wrapper):
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Counts by role; biases without effect are named as such."""
-        from llmrecipe.models.anatomy import anatomy
+        from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         roles = {(s.path, s.name(self.name)): s.role for s in parts.sites}

@@ -76,7 +76,7 @@ class Fishmask(SparseHooks, Wrapper):
         Raises:
             ModelError: nothing is left for the base.
         """
-        from llmrecipe.methods.stack import is_head
+        from llmrecipe.models.heads import is_head
 
         total = sum(w.numel for w in base_weights(model, self.scope).values())
         k = int(self.density * total)

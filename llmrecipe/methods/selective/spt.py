@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llmrecipe.methods.allocation import Allocation, Tunable
-    from llmrecipe.models.anatomy import Site
+    from llmrecipe.models.site import Site
 
 
 @register
@@ -193,6 +193,6 @@ class Spt(SparseHooks, Wrapper):
 
 
 def _projections(model: nn.Module) -> list[Site]:
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     return anatomy(model).at("all-linear")

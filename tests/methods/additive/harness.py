@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.context import checkpoint_contexts
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.stack import Stack, own_tensors
+from llmrecipe.methods.inject import all_ports, own_tensors
+from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.models.attention import install
 from llmrecipe.training.delta import Layer, mount, wrapper_mapping

@@ -14,7 +14,7 @@ from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.bottleneck import Bottleneck
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from tests.methods.additive.harness import (
     attached,
     base_logits,

@@ -17,7 +17,7 @@ from llmrecipe.methods.additive.coda import Coda, Router
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.routing import soft_top_k
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from tests.methods.additive.harness import (
     attached,
     base_logits,

@@ -20,7 +20,7 @@ from llmrecipe.evaluation.standalone import evaluate_path
 from llmrecipe.methods.additive.ia3 import Ia3, ScaleKeys, ScaleOutput
 from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.objectives.tokens import collate_tokens
 from llmrecipe.training import delta
 from tests.methods.additive.harness import (

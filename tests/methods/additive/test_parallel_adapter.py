@@ -13,7 +13,7 @@ from llmrecipe.errors import ModelError
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.methods.bottleneck import Bottleneck
 from llmrecipe.methods.inject import all_ports, first_tensor
-from llmrecipe.models.anatomy import anatomy
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.speed import speed_up
 from tests.methods.additive.harness import (
     attached,

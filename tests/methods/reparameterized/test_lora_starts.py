@@ -229,7 +229,7 @@ def test_eva_moves_ranks_by_the_shares_of_variance_and_keeps_their_sum() -> None
 
 
 def sites(model: nn.Module, target: str) -> list[Any]:
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
 
     return anatomy(model).at(target)
 
@@ -435,7 +435,7 @@ def test_encoders_and_pairs_start_at_their_base(init: str, family: str) -> None:
 
 def test_padding_of_an_encoder_is_no_input_and_cross_attention_counts_what_the_encoder_read() -> None:
     from llmrecipe.methods.stack import Stack as Stacked
-    from llmrecipe.models.anatomy import anatomy
+    from llmrecipe.models.module_map import anatomy
     from llmrecipe.training.engine import Engine
     from tests.methods.kinds import ROWS, SOURCES, probe_of
 

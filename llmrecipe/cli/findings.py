@@ -1,0 +1,32 @@
+"""What `check` prints of one training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmrecipe.console import console
+
+if TYPE_CHECKING:
+    from llmrecipe.training.check import Findings
+
+
+def show_findings(found: Findings) -> None:
+    """Print what a recipe would do."""
+    from rich.table import Table
+
+    out = console()
+    size = f"{found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step"
+    out.print(f"[bold]{found.recipe}[/bold]: {found.objective}, {size}")
+    names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
+    out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
+    out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")
+    if found.groups:
+        table = Table(*found.groups[0], box=None, header_style="bold")
+        for row in found.groups:
+            table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        out.print(table)
+    out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
+    out.print(f"saved: {found.delta_bytes / 2**20:.1f} MB of learned tensors a checkpoint")
+    out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
+    for note in found.notes:
+        out.print(f"note: {note}")

@@ -1,0 +1,52 @@
+"""One place of a model where a method may act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a method may act."""
+
+    path: str
+    """Module path in the model, such as `model.layers.0.self_attn.q_proj`."""
+    role: str
+    """What it is, in the words of the target grammar."""
+    layer: int | None
+    """Index of its block on its side, or None outside the blocks."""
+    module: nn.Module
+    side: str
+    """`decoder` or `encoder`."""
+    width_in: int
+    width_out: int
+    """Features in and out of this site alone: of the rows where a module is fused, of one expert for expert tensors."""
+    transposed: bool = False
+    """The weight is stored (in, out), as Conv1D and embeddings store it."""
+    rows: tuple[int, ...] | slice | None = None
+    """Output features of a fused module that belong to this site; None where all do."""
+    tensor: str | None = None
+    """Name of the 3-D expert tensor inside the module."""
+    experts: int = 0
+    """How many experts the tensor holds."""
+    chosen: tuple[int, ...] | None = None
+    """Experts the target named; None means all."""
+
+    def name(self, owner: str) -> str:
+        """Child name of a port of `owner` here: suffixed by the part where one module holds several sites."""
+        if self.tensor is not None:
+            return f"{owner}__{self.tensor.removesuffix('_proj')}"
+        return owner if self.rows is None else f"{owner}__{self.role.rsplit('.', 1)[-1]}"
+
+    def indices(self) -> range | tuple[int, ...]:
+        """Output features of the module that belong to this site, in order."""
+        if isinstance(self.rows, tuple):
+            return self.rows
+        return range(self.width_out) if self.rows is None else range(self.rows.start, self.rows.stop)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes two sites the same place."""
+        return self.path, str(self.rows), str(self.tensor)
