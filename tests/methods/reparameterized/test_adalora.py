@@ -202,7 +202,7 @@ def test_pruned_tensors_hold_the_values_of_masked_ones_and_so_does_the_optimizer
         for name, axis in (("A", 0), ("E", 0), ("B", 1)):
             whole, left = getattr(port, name), getattr(short, name)
             index = kept.nonzero()[:, 0]
-            torch.testing.assert_close(left, whole.index_select(axis, index), atol=1e-7, rtol=1e-6)
+            torch.testing.assert_close(left, whole.index_select(axis, index), atol=1e-6, rtol=1e-5)
             for key in ("exp_avg", "exp_avg_sq"):
                 wanted = slow.state[whole][key].index_select(axis, index)
                 torch.testing.assert_close(fast.state[left][key], wanted, atol=1e-9, rtol=1e-5)
