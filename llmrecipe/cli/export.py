@@ -41,6 +41,12 @@ def verb(
     density: Annotated[float | None, typer.Option("--density", help="Share of entries TIES, DARE and pruning keep.")] = None,
     sign: Annotated[str, typer.Option("--sign", help="How TIES elects a sign: total or frequency.")] = "total",
     seed: Annotated[int, typer.Option("--seed", help="Seed of DARE's draws.")] = 0,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[model.RIGHT=true]", help="model.trust_remote_code=true, model.allow_pickle=true", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
@@ -55,6 +61,7 @@ def verb(
     ):
         if value not in allowed:
             raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+    rights = _rights(words or [])
     how = How(combine, density, sign, seed)  # type: ignore[arg-type]
     how.check()
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
@@ -64,19 +71,21 @@ def verb(
     if add or weight != 1.0:
         from llmrecipe.export.combine import open_combination
 
-        opened = open_combination([(str(run), weight), *map(_weighted, add or [])], how)
+        opened = open_combination([(str(run), weight), *map(_weighted, add or [])], how, rights)
     if to == "merged":
         from llmrecipe.export.merged import export_merged
 
-        done = export_merged(run, out, dtype=dtype, bound=bound, options=options, opened=opened)
+        done = export_merged(run, out, dtype=dtype, bound=bound, options=options, opened=opened, rights=rights)
     elif to == "adapter_hub":
         from llmrecipe.export.peft import export_adapter_hub
 
-        done = export_adapter_hub(run, out, bound=bound, opened=opened)
+        done = export_adapter_hub(run, out, bound=bound, opened=opened, rights=rights)
     else:
         from llmrecipe.export.peft import export_peft
 
-        done = export_peft(run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, opened=opened)
+        done = export_peft(
+            run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, opened=opened, rights=rights
+        )
     if as_json:
         print_json(done.facts())
         return
@@ -84,6 +93,25 @@ def verb(
         print(note)
     print(f"proven: {done.difference}")
     print(f"done: {done.path}")
+
+
+def _rights(words: list[str]) -> dict[str, bool]:
+    """The rights some words give.
+
+    Raises:
+        UserError: a word that is no right.
+    """
+    from llmrecipe.errors import UserError
+    from llmrecipe.recipe.overrides import parse
+    from llmrecipe.recipe.rights import KEYS
+
+    found = {}
+    for word in parse(words):
+        if word.key not in KEYS or not isinstance(word.value, bool):
+            allowed = ", ".join(f"{'.'.join(key)}=true" for key in KEYS)
+            raise UserError(f"'{word.text}': a run is exported as it is; the words that count here are {allowed}")
+        found[word.key[1]] = word.value
+    return found
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -20,4 +20,4 @@ def recipe_of(path: str, overrides: list[str]) -> Composition:
         raise UserError(
             f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective"
         )
-    return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides])
+    return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides], foreign=True)

@@ -11,6 +11,7 @@ from llmrecipe.evaluation.recipe_of import recipe_of
 from llmrecipe.models.source import run_folder
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.recipe.overrides import Word, parse
+from llmrecipe.recipe.rights import KEYS, rights_of
 
 if TYPE_CHECKING:
     from llmrecipe.export.side_by_side import Adapters
@@ -24,8 +25,8 @@ SCORED = ("data", "eval", "objective", "batch", "runtime", "seed")
 def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str]) -> dict[str, list[str]]:
     """The overrides of each run.
 
-    Values of the sections go to all of them; an option a method lets be chosen on a finished run (`stack.dylora.rank=2`) goes
-    to those that have it.
+    Values of the sections and rights go to all of them; an option a method lets be chosen on a finished run
+    (`stack.dylora.rank=2`) goes to those that have it.
 
     Args:
         sections: `ASKED` or `SCORED`.
@@ -35,7 +36,8 @@ def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str
     """
     found: dict[str, list[str]] = {path: [] for path in paths}
     for word in parse(list(overrides)):
-        takers = list(paths) if word.key[0] in sections else [path for path in paths if ".".join(word.key) in free(path)]
+        to_all = word.key[0] in sections or word.key in KEYS
+        takers = list(paths) if to_all else [path for path in paths if ".".join(word.key) in free(path)]
         if not takers:
             raise UserError(_refusal(word, paths, sections))
         for path in takers:
@@ -55,7 +57,7 @@ def open_several(paths: Sequence[str], overrides: Sequence[str], sections: Seque
     words = share(paths, overrides, sections)
     recipes = [recipe_of(path, words[path]) for path in paths]
     options = {p: chosen_anew(recipe) for p, recipe in zip(paths, recipes, strict=True) if run_folder(p) is not None}
-    return open_adapters(paths, options=options), recipes
+    return open_adapters(paths, options=options, rights=rights_of(recipes[0].recipe.model)), recipes
 
 
 def free(path: str) -> list[str]:

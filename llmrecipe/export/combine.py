@@ -12,7 +12,7 @@ svd, ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +29,12 @@ from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, open_saved
 
 
-def open_combination(parts: Sequence[tuple[str, float]], how: How = How()) -> Opened:
+def open_combination(parts: Sequence[tuple[str, float]], how: How = How(), rights: Mapping[str, bool] | None = None) -> Opened:
     """The base of the first run or PEFT folder with the combination of all of them mounted on it.
 
     Args:
         parts: (run directory or PEFT adapter folder, weight).
+        rights: see `open_run`.
 
     Raises:
         UserError: `how` does not fit together.
@@ -44,10 +45,10 @@ def open_combination(parts: Sequence[tuple[str, float]], how: How = How()) -> Op
     from llmrecipe.export.peft_import import layer_of
     from llmrecipe.recipe.schema import TokenizerSection
 
-    first = open_run(parts[0][0])
+    first = open_run(parts[0][0], rights=rights)
     everything: list[tuple[Branch, float]] = []
     for path, weight in parts:
-        opened = first if path == parts[0][0] else open_run(path)
+        opened = first if path == parts[0][0] else open_run(path, rights=rights)
         if opened.base_fingerprint != first.base_fingerprint:
             raise ModelError(
                 f"{path} stands on another base than {parts[0][0]} ({opened.section.path} and {first.section.path}); "

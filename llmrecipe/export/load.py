@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, open_model
 
 
-def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+def load(
+    run: Any, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
+) -> tuple[Any, Any]:
     """The model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
 
     A list of runs on one base gives their adapters side by side: `model.use(name)` switches, and
@@ -24,6 +27,8 @@ def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[A
         run: a run directory, its `final` folder, a PEFT adapter folder, anything with a `path` (`run.dir`), or a list of them.
         device: where to put the model; default: a GPU where there is one.
         dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
+        trust_remote_code: run Python code that comes with the base model.
+        allow_pickle: read pickle weights of the base model.
 
     Returns:
         (model, tokenizer); the model is in evaluation mode and nothing in it trains.
@@ -35,33 +40,41 @@ def load(run: Any, *, device: str | None = None, dtype: str = "auto") -> tuple[A
     import torch
 
     found: Any
+    rights = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if isinstance(run, list | tuple):
         from llmrecipe.export.side_by_side import open_adapters
 
-        found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype)
+        found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype, rights=rights)
     else:
-        found = open_run(str(getattr(run, "path", run)), dtype=dtype)
+        found = open_run(str(getattr(run, "path", run)), dtype=dtype, rights=rights)
     model, tokenizer = (found if isinstance(run, list | tuple) else found.model), found.tokenizer
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.requires_grad_(False)
     return model.eval(), tokenizer
 
 
-def open_run(path: str, *, dtype: str = "auto", options: dict[str, dict[str, Any]] | None = None) -> Opened:
+def open_run(
+    path: str,
+    *,
+    dtype: str = "auto",
+    options: dict[str, dict[str, Any]] | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Opened:
     """A finished run's model with its stacks mounted, for the head it was trained with.
 
     Args:
         options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
+        rights: what the person who opens it allows its base (see `recipe.rights`).
 
     Raises:
         RunError: the folder holds no finished run.
     """
+    section = ModelSection(path=path, dtype=dtype, **(rights or {}))  # type: ignore[arg-type]
     if is_adapter(path):
-        return open_model(ModelSection(path=path, dtype=dtype), TokenizerSection(), head=adapter_head(Path(path)))  # type: ignore[arg-type]
+        return open_model(section, TokenizerSection(), head=adapter_head(Path(path)))
     folder = run_folder(path)
     if folder is None:
         raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
-    section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
     return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
 
 

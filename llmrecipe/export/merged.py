@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def export_merged(
     bound: float | None = None,
     options: dict[str, dict[str, Any]] | None = None,
     opened: Opened | None = None,
+    rights: Mapping[str, bool] | None = None,
 ) -> Exported:
     """Write a run as a Transformers folder.
 
@@ -51,7 +53,7 @@ def export_merged(
         out: the folder; default `RUN/merged`. It must not exist yet.
         dtype: of the written weights: `auto` keeps the one they have.
         bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`proof.BOUNDS`).
-        options: see `open_run`.
+        options, rights: see `open_run`.
         opened: what to write instead of the run itself (see `combine.open_combination`).
 
     Raises:
@@ -59,7 +61,7 @@ def export_merged(
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "merged")
-    opened = opened or open_run(str(run), options=options)
+    opened = opened or open_run(str(run), options=options, rights=rights)
     for wrapper in opened.mounted:
         if not wrapper.mergeable and wrapper.as_tokens(opened.model) is None:
             raise ModelError(

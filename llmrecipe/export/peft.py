@@ -6,7 +6,7 @@ the logits of the run. What PEFT cannot express is refused, with the reason, bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from llmrecipe.methods.reparameterized.dora import Magnitude
 from llmrecipe.methods.requantized import Requantized
 from llmrecipe.models.sites import widths
 from llmrecipe.models.source import locate
+from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, open_saved
 
@@ -42,6 +43,7 @@ def export_peft(
     as_lora: bool = False,
     options: dict[str, dict[str, Any]] | None = None,
     opened: Opened | None = None,
+    rights: Mapping[str, bool] | None = None,
 ) -> Exported:
     """Write a run's methods as a PEFT adapter folder.
 
@@ -50,7 +52,7 @@ def export_peft(
         bound: see `export_merged`.
         uniform: one rank and scale everywhere, for servers that ignore rank and alpha patterns (vLLM).
         as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
-        options: see `open_run`.
+        options, rights: see `open_run`.
         opened: what to write instead of the run itself (see `combine.open_combination`).
 
     Raises:
@@ -58,7 +60,7 @@ def export_peft(
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "peft")
-    opened = opened or open_run(str(run), options=options)
+    opened = opened or open_run(str(run), options=options, rights=rights)
     if not opened.mounted:
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(opened)
@@ -93,7 +95,12 @@ def proven(target: Path, opened: Opened, write: Callable[[Path], None], bound: f
 
 
 def export_adapter_hub(
-    run: str | Path, out: str | Path | None = None, *, bound: float | None = None, opened: Opened | None = None
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    bound: float | None = None,
+    opened: Opened | None = None,
+    rights: Mapping[str, bool] | None = None,
 ) -> Exported:
     """Write a run's bottleneck adapter as a folder that adapter-hub's `adapters` library loads.
 
@@ -101,13 +108,14 @@ def export_adapter_hub(
         out: the folder; default `RUN/adapter_hub`. It must not exist yet.
         bound: see `export_merged`.
         opened: what to write instead of the run itself.
+        rights: see `open_run`.
 
     Raises:
         ModelError: the library cannot hold the run (said before anything is written), or the logits moved.
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "adapter_hub")
-    opened = opened or open_run(str(run))
+    opened = opened or open_run(str(run), rights=rights)
     made = adapter_hub.hub_files(opened)
     heads = head_tensors(opened)
     about = adapter_hub.head_config(opened) if heads else {}
@@ -118,7 +126,7 @@ def export_adapter_hub(
 
 def saved_from(opened: Opened) -> delta.Saved:
     """What a `stack.yaml` of this model would say."""
-    section = opened.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters"})
+    section = opened.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS})
     base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": section}
     return delta.Saved(base, opened.layers, opened.head, opened.labels)
 

@@ -24,6 +24,7 @@ from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.methods.inject import own_tensors
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.source import adapter_base, is_adapter, run_folder
+from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
 from llmrecipe.training.opened import Opened, imported, open_saved
@@ -168,7 +169,11 @@ class Adapters(nn.Module):
 
 
 def open_adapters(
-    paths: Sequence[str], *, dtype: str = "auto", options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
+    paths: Sequence[str],
+    *,
+    dtype: str = "auto",
+    options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    rights: Mapping[str, bool] | None = None,
 ) -> Adapters:
     """Several runs, or PEFT adapter folders, side by side on their one base.
 
@@ -177,6 +182,7 @@ def open_adapters(
 
     Args:
         options: path -> wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
+        rights: what the person who opens them allows their base (see `recipe.rights`).
 
     Raises:
         RunError: a folder holds no finished run.
@@ -187,7 +193,8 @@ def open_adapters(
     _check_alike(sources)
     first = sources[0]
     own = {} if dtype == "auto" else {"dtype": dtype}
-    section = ModelSection(**{**first.saved.base.get("section", {}), "path": first.base, **own})
+    kept = without_rights(first.saved.base.get("section", {}))
+    section = ModelSection(**{**kept, "path": first.base, **own, **(rights or {})})
     plain = delta.without_injected(first.saved)
     opened = open_saved(section, plain, first.folder, TokenizerSection(), head=first.saved.head)
     opened.layers = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import ModelError, did_you_mean
 from llmrecipe.models.source import check_folder, locate, offline, unreachable
+from llmrecipe.recipe.rights import say
 from llmrecipe.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def own_code(section: ModelSection) -> ModelError:
+    """The error for a model that needs code of its own, and may not run it."""
+    return ModelError(
+        f"model.path: {section.path} comes with its own Python code, which is not run unless you opt in; "
+        f"read it first, then {say('trust_remote_code')}"
+    )
+
+
 def with_code(section: ModelSection, load: Any, what: str) -> Any:
     """Call a `from_pretrained`, with hub and remote-code failures turned into messages that teach."""
     place, local = locate(section.path)
@@ -112,10 +121,7 @@ def with_code(section: ModelSection, load: Any, what: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = str(error)
         if "trust_remote_code" in text:
-            raise ModelError(
-                f"model.path: {section.path} comes with its own Python code, which is not run unless you opt in; "
-                "read it first, then set model.trust_remote_code=true"
-            ) from error
+            raise own_code(section) from error
         if not local and isinstance(error, OSError):
             raise unreachable(section.path, reason or "the hub has no such model, or it needs a login (HF_TOKEN)") from error
         raise ModelError(f"model.path: {section.path}: cannot read its {what}: {first_line(error)}") from error

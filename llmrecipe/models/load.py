@@ -20,14 +20,17 @@ from llmrecipe.models.choose import (
     label_config,
     load_config,
     model_class,
+    own_code,
     quiet,
     resolve_dtype,
     with_code,
 )
 from llmrecipe.models.source import locate, offline, unreachable
+from llmrecipe.recipe.rights import say
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,7 +87,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         if section.init == "random":
-            model = auto.from_config(config, dtype=dtype, attn_implementation=backend)
+            model = _from_config(section, auto, config, dtype, backend)
             model.new_heads = ()
         else:
             model = _pretrained(section, auto, config, rows_head, dtype, backend, load_kwargs or {})
@@ -112,9 +115,24 @@ def skeleton(
         label_config(config, labels)
     backend = attention(section, _concrete(auto, config))
     with torch.device("meta"), quiet():
-        model = auto.from_config(config, dtype=resolve_dtype(section.dtype, config, device), attn_implementation=backend)
+        model = _from_config(section, auto, config, resolve_dtype(section.dtype, config, device), backend)
     model.new_heads = ()
     return _finish(model.eval(), section, backend, tokenizer)
+
+
+def _from_config(section: ModelSection, auto: Any, config: PreTrainedConfig, dtype: torch.dtype, backend: str) -> Any:
+    """A model without its weights. Where nobody says whether its code may run, Transformers asks on the terminal.
+
+    Raises:
+        ModelError: it needs code of its own, and that may not run.
+    """
+    trust = section.trust_remote_code
+    try:
+        return auto.from_config(config, dtype=dtype, attn_implementation=backend, trust_remote_code=trust)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise own_code(section) from error
 
 
 def _concrete(auto: Any, config: PreTrainedConfig) -> type:
@@ -270,6 +288,11 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
                 ),
             )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"tokenizer.path: the tokenizer of {path} comes with its own Python code, which is not run unless you opt in; "
+                f"read it first, then {say('trust_remote_code')}"
+            ) from error
         if not local and isinstance(error, OSError):
             raise unreachable(path, reason or "the hub has no such model, or it needs a login (HF_TOKEN)") from error
         raise ModelError(f"tokenizer.path: {path}: cannot read its tokenizer: {first_line(error)}") from error

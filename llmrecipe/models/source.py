@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from llmrecipe.errors import ModelError, RunError, did_you_mean
+from llmrecipe.recipe.rights import say
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -137,7 +138,7 @@ def check_folder(folder: Path, allow_pickle: bool = False, weights: bool = True,
         if not allow_pickle:
             raise ModelError(
                 f"{key}: {folder} holds pickle weights only ({', '.join(sorted(names & set(PICKLED)))}). Reading a pickle can "
-                "run code, so it is refused. Convert it to safetensors, or set model.allow_pickle=true if you trust its origin"
+                f"run code, so it is refused. Convert it to safetensors, or, if you trust its origin, {say('allow_pickle')}"
             )
     else:
         raise ModelError(

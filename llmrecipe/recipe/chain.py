@@ -13,7 +13,8 @@ from typing import Any
 
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.interpolation import check_file
-from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, all_recipes, lookup, packaged, presets, roots
+from llmrecipe.recipe.rights import is_artefact
+from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, PRESET_GROUPS, all_recipes, lookup, packaged, presets, roots
 from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 
 
@@ -30,13 +31,16 @@ class Link:
     """Group -> (what the file's own defaults list chooses, line)."""
     defaults: list[Any] = field(default_factory=list)
     """The defaults list Hydra gets; `Chain.place` completes it."""
+    foreign: bool = False
+    """Whether it is part of what is opened, or extended by a file that is (see `recipe.rights`)."""
 
 
 class Chain:
     """All files of a recipe, by id; the recipe itself is `primary`."""
 
-    def __init__(self, primary: Path):
+    def __init__(self, primary: Path, foreign: bool = False):
         self.links: dict[str, Link] = {}
+        self._foreign = {primary.resolve()} if foreign or is_artefact(primary) else set()
         self.folders = [primary.resolve().parent, *roots()]
         self.primary = self._add(primary.resolve(), ())
 
@@ -47,7 +51,10 @@ class Chain:
         known = next((link for link in self.links.values() if link.source.path.resolve() == path), None)
         if known is not None:
             return known
+        if is_artefact(path):
+            self._foreign.add(path)
         link = Link(id=f"recipe{len(self.links)}", source=check_file(read_yaml(path)))
+        link.foreign = not self._foreign.isdisjoint((*under, path))
         self.links[link.id] = link
         _check_body(link.source)
         self._read_defaults(link, (*under, path))
@@ -154,6 +161,19 @@ class Chain:
         """Packages named under `plugins` by any file of the chain."""
         lists = [link.source.value.get("plugins") for link in self.links.values()]
         return [p for named in lists if isinstance(named, list) for p in named if isinstance(p, str)]
+
+    def own_files(self, worded: set[str]) -> list[Path]:
+        """The person's files: those that are not foreign, and the presets that they or the command line chose.
+
+        Args:
+            worded: groups the command line chose.
+        """
+        files = [link.source.path for link in self.links.values() if not link.foreign]
+        for group in PRESET_GROUPS:
+            holder = self.holder(self.primary.id, group)
+            if group in worded or (holder is not None and not holder.foreign):
+                files += presets(group).values()
+        return files
 
     def below(self, link: Link) -> list[Link]:
         """The files a file extends, at any depth."""

@@ -42,35 +42,42 @@ class Composition:
     recipe: Recipe
     """The validated view."""
     notes: list[str] = field(default_factory=list)
-    """One line for all that was dropped because its component, or the built-in rows it goes with, was replaced."""
+    """One line for all that was dropped: its component, or the built-in rows it goes with, was replaced, or it is a right that
+    only a person gives."""
+    foreign: bool = False
+    """Whether a file of it is part of what is opened (see `recipe.rights`)."""
 
 
-def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Composition:
+def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool = False) -> Composition:
     """Compose and validate a recipe.
 
     Args:
         recipe: a name in the search path (`dpo_lora`, `alignment/dpo_lora`), a YAML file, or a run directory.
         overrides: words such as `optim.lr=1e-4`, `stack=[nf4,lora]`, `~stack.lora`.
+        foreign: the recipe is part of what is opened, wherever it lies; a file in a run or a model folder always is.
 
     Raises:
         RecipeError: everything that is wrong, in one message.
     """
     from llmrecipe.recipe.validate import validate
 
-    name, path, mapping, origins, notes = compose_mapping(recipe, list(overrides))
-    return Composition(name, path, list(overrides), mapping, origins, validate(mapping, origins), notes)
+    name, path, mapping, origins, notes, foreign = compose_mapping(recipe, list(overrides), foreign)
+    return Composition(name, path, list(overrides), mapping, origins, validate(mapping, origins), notes, foreign)
 
 
-def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path, dict[str, Any], Origins, list[str]]:
-    """Name, file, complete mapping, origins and notes of a recipe, not validated yet."""
+def compose_mapping(
+    recipe: str | Path, overrides: list[str], foreign: bool = False
+) -> tuple[str, Path, dict[str, Any], Origins, list[str], bool]:
+    """Name, file, complete mapping, origins, notes of a recipe, and whether a file of it is foreign; not validated yet."""
     from llmrecipe.recipe.builtin_data import drop_builtin
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
     from llmrecipe.recipe.interpolation import resolve
     from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
     from llmrecipe.recipe.residue import Cleaner
+    from llmrecipe.recipe.rights import withhold
 
     path = find_recipe(recipe)
-    chain = Chain(path)
+    chain = Chain(path, foreign or Path(recipe).expanduser().is_dir())
     words = parse(overrides)
     _open_plugins(chain, words)
     choices = [(str(w.key[0]), w.value, f"'{w.text}'") for w in words if w.choice]
@@ -91,7 +98,10 @@ def compose_mapping(recipe: str | Path, overrides: list[str]) -> tuple[str, Path
     whole = _complete(mapping, origins)
     _name(path, whole, origins)
     resolved = resolve(whole, origins)
-    return _name(path, resolved, origins), path, resolved, origins, [*notes, *cleaner.notes]
+    notes, foreign = [*notes, *cleaner.notes], any(link.foreign for link in chain.links.values())
+    if foreign:
+        notes += withhold(resolved, origins, chain.own_files(set(chosen(words))))
+    return _name(path, resolved, origins), path, resolved, origins, notes, foreign
 
 
 def load_entry_points() -> None:

@@ -34,8 +34,10 @@ class ModelSection(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
     compile: bool = Field(False, description="torch.compile the forward pass; pays off after thousands of steps.")
     revision: str | None = Field(None, description="Hub revision.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint. Off unless you opt in.")
-    allow_pickle: bool = Field(False, description="Read pickle weights (.bin). Off unless you opt in.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the checkpoint. Off unless you opt in; never read from a run."
+    )
+    allow_pickle: bool = Field(False, description="Read pickle weights (.bin). Off unless you opt in; never read from a run.")
     allow_mismatch: list[str] = Field(
         default_factory=list, description="Name patterns of weights that may be missing, extra or newly initialised."
     )

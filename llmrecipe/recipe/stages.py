@@ -36,6 +36,7 @@ from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
 from llmrecipe.recipe.each import AXIS
 from llmrecipe.recipe.inherit import inherited_keys
 from llmrecipe.recipe.origins import leaves
+from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.stage_list import Stage, in_order, parse, place_of
 from llmrecipe.recipe.steps import StepComposition, compose_step, needs, result, unfinished
 from llmrecipe.recipe.yaml_file import dotted
@@ -98,6 +99,11 @@ def plan(pipeline: Composition) -> Plan:
     Raises:
         RecipeError: every mistake in any stage, in one message.
     """
+    if pipeline.foreign:
+        raise RecipeError(
+            f"stages: {pipeline.path} lies in a run or beside a model, and the words of its stages could give rights that only "
+            "you can give; read it, and copy it elsewhere to make it a recipe of your own"
+        )
     _refuse_unused(pipeline)
     stages = in_order(parse(pipeline), pipeline)
     run = pipeline.recipe.run
@@ -219,7 +225,7 @@ def _based(model: dict[str, Any], bases: dict[str, dict[str, Any]]) -> dict[str,
         return model
     below, default = bases[reference[1]], section_defaults()["model"]
     own = {k: v for k, v in model.items() if v != default.get(k)}
-    return {**below, **own, "path": below["path"], "continue": False}
+    return {**without_rights(below), **own, "path": below["path"], "continue": False}
 
 
 def filled(reference: re.Match[str], made: Plan, done: set[str]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import ModelError, RecipeError, RunError
 from llmrecipe.fields import Literal, PositiveInt
+from llmrecipe.recipe.rights import rights_of
 from llmrecipe.registry import register
 from llmrecipe.rewards.reward import Answer, Reward
 
@@ -25,6 +26,8 @@ class Place:
     """Its own model, or the engine of the policy whose base it shares."""
     shared: Any = None
     off: frozenset[str] = frozenset()
+    rights: dict[str, bool] = field(default_factory=dict)
+    """What the recipe allows the models it opens."""
 
 
 @register
@@ -64,6 +67,7 @@ class Model(Reward):
         from llmrecipe.models import heads
         from llmrecipe.objectives.alignment.scoring import ROLE, add_reward
 
+        self.place.rights = rights_of(opened.section)
         if self.share == "off":
             return
         if not frozen or ROLE in heads.names(opened.model):
@@ -85,7 +89,7 @@ class Model(Reward):
             return
         from llmrecipe.export.load import load
 
-        model, tokenizer = load(self.path, device=str(roles.device))
+        model, tokenizer = load(self.path, device=str(roles.device), **self.place.rights)
         if tokenizer.get_vocab() != roles.tokenizer.get_vocab():
             raise ModelError(
                 f"objective.reward: {self.path} reads other tokens than the policy writes; train the reward model from the "

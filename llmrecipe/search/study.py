@@ -26,6 +26,7 @@ from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
 from llmrecipe.recipe.content_key import content_key
+from llmrecipe.recipe.rights import rights_of
 from llmrecipe.recipe.schema import SearchSection
 from llmrecipe.recipe.stage_list import Stage
 from llmrecipe.recipe.stages import Plan, Planned
@@ -164,7 +165,13 @@ class Search:
         return Planned(stage, composition.overrides, composition.mapping, composition, key, folder, code)
 
     def _compose(self, point: dict[str, Any], seed: int) -> Composition:
-        return compose(self.recipe, [*self.base, *OWN_WORDS, *space.words_of(point), f"seed={seed}"])
+        made = compose(self.recipe, [*self.base, *OWN_WORDS, *space.words_of(point), f"seed={seed}"])
+        if made.foreign and rights_of(made.recipe.model) != rights_of(self.composition.recipe.model):
+            raise RecipeError(
+                f"search.space: {made.path} lies in a run or beside a model, so its space gives no rights; where you trust "
+                "what is opened, give model.trust_remote_code=true or model.allow_pickle=true yourself"
+            )
+        return made
 
     def _curve(self, planned: Planned) -> list[tuple[int, float]]:
         from llmrecipe.training.summary import read_run

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrecipe.console import say
+from llmrecipe.recipe.rights import words_of
 from llmrecipe.recipe.stages import Planned
 from llmrecipe.recipe.steps import StepComposition
 
@@ -128,7 +129,9 @@ def command_of(planned: Planned, continued: bool) -> list[str]:
     if isinstance(planned.composition, StepComposition):
         # A step is continued by its own words: it knows from its journals what it has done.
         return ["step", planned.composition.kind, *fresh, "log.live=off"]
-    what = [f"resume={planned.dir}"] if continued else [f"recipe={planned.stage.what}", *fresh]
+    # What is resumed gives no rights: those of the stage are given again.
+    again = [f"resume={planned.dir}", *words_of(planned.composition.recipe.model)]
+    what = again if continued else [f"recipe={planned.stage.what}", *fresh]
     processes = processes_of(planned)
     verb = ["train"] if processes == 1 else ["launch", "--nproc", str(processes)]
     return [*verb, *what, "log.live=off"]

@@ -15,6 +15,7 @@ import torch
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import RunError
 from llmrecipe.models import heads
+from llmrecipe.recipe.rights import RIGHTS, without_rights
 from llmrecipe.training import assemble, card, delta
 from llmrecipe.training.checkpoint import latest_checkpoint, read_checkpoint, rotate, save_checkpoint
 from llmrecipe.training.evaluate import evaluate
@@ -104,6 +105,8 @@ def check_same(run: Run) -> None:
     """
     before = run.dir.recipe()
     now = run.composition.mapping
+    # Rights are given anew by whoever resumes, and change nothing of what is learned.
+    before, now = ({**mapping, "model": without_rights(mapping.get("model") or {})} for mapping in (before, now))
     changed = [key for key in FIXED_ON_RESUME if before.get(key) != now.get(key)]
     if changed:
         lines = "\n".join(f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed)
@@ -245,7 +248,7 @@ def saved_of(run: Run) -> delta.Saved:
     base = {
         "path": section.path,
         "fingerprint": run.opened.base_fingerprint,
-        "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters"}),
+        "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS}),
     }
     labels = getattr(run.data, "labels", None)
     return delta.Saved(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))

@@ -15,6 +15,7 @@ from llmrecipe.methods.requantized import settle_codes
 from llmrecipe.methods.sparse_wrapper import settle
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.source import adapter_base, is_adapter, run_folder
+from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.training import delta
 
@@ -43,7 +44,10 @@ class Opened:
 
 
 def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
-    """What a model section really loads: (section of the base, saved stacks, folder they lie in)."""
+    """What a model section really loads: (section of the base, saved stacks, folder they lie in).
+
+    Of what a run has saved about its base, its rights are not read: the section's own count.
+    """
     if is_adapter(section.path):
         adapters = {section.path: 1.0, **section.adapters}
         update = {"path": adapter_base(section.path), "adapters": adapters}
@@ -55,7 +59,7 @@ def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Pa
         return section.model_copy(update={"path": str(folder / "model")}), None, folder
     saved = delta.read(folder)
     own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
-    base = ModelSection(**{**saved.base.get("section", {}), **own, "path": saved.base["path"]})
+    base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": saved.base["path"]})
     return base, saved, folder
 
 

@@ -1,0 +1,89 @@
+"""Rights a person gives to what is opened: to run Python code that comes with a checkpoint, and to read pickles.
+
+Only the person who opens something gives them: on the command line, in a recipe of their own, or as an argument of `load`. What
+is opened (a run, a stored stack, an adapter, a model folder) may name a right, and that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.recipe.origins import Origins
+from llmrecipe.recipe.search import packaged
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import ModelSection
+
+RIGHTS = ("trust_remote_code", "allow_pickle")
+"""Keys of the section `model` that are rights."""
+KEYS = tuple(("model", name) for name in RIGHTS)
+MARKS = (
+    "status.json",
+    "trials.jsonl",
+    "stack.yaml",
+    "final/stack.yaml",
+    "final/model/config.json",
+    "adapter_config.json",
+    "config.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+"""Files by which the folder of a run, a search, an adapter or a model is known."""
+
+
+def is_artefact(path: Path) -> bool:
+    """Whether a file lies in the folder of a run, a search, an adapter or a model, at any depth, also behind a link."""
+    if path.parent.resolve().is_relative_to(packaged().resolve()):
+        return False
+    folders = {folder for place in (path.absolute(), path.resolve()) for folder in place.parents}
+    return any((folder / mark).is_file() for folder in folders for mark in MARKS)
+
+
+def say(right: str) -> str:
+    """How a person gives a right."""
+    return f"set model.{right}=true (a step takes 'words=[\"model.{right}=true\"]', llmrecipe.load {right}=True)"
+
+
+def without_rights(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A model section without its rights."""
+    return {key: value for key, value in section.items() if key not in RIGHTS}
+
+
+def rights_of(section: ModelSection) -> dict[str, bool]:
+    """The rights a model section has."""
+    return {name: True for name in RIGHTS if getattr(section, name)}
+
+
+def words_of(section: ModelSection) -> list[str]:
+    """Words of the command line that give the rights of a model section again."""
+    return [f"model.{name}=true" for name in rights_of(section)]
+
+
+def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> list[str]:
+    """Take out of a composed recipe the rights that come neither from a word nor from a file of the person, in place.
+
+    Args:
+        own: the person's files.
+
+    Returns:
+        One line for every right that was taken out.
+    """
+    from llmrecipe.recipe.explain import schema_origin
+
+    model, files = mapping.get("model"), set(own)
+    notes = []
+    for name in RIGHTS if isinstance(model, dict) else ():
+        at = ("model", name)
+        origin = origins.get(at)
+        if model.get(name) is False or (origin and (origin.kind == "override" or origin.file in files)):
+            continue
+        where = f" [{origin}]" if origin and origin.kind == "file" else ""
+        notes.append(
+            f"model.{name}: not taken from a recipe that lies in a run or beside a model{where}; where it is needed, and "
+            f"you trust what is opened, say it yourself: model.{name}=true"
+        )
+        model[name] = False
+        origins[at] = schema_origin(at)
+    return notes
