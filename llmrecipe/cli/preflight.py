@@ -103,7 +103,7 @@ def check_data(data: DataSection, rows: str | None, splits: tuple[str, ...] = TR
     Raises:
         DataError: one is missing, damaged, or holds rows the objective cannot read.
     """
-    from llmrecipe.data.build import source_format
+    from llmrecipe.data.build import source_layout
     from llmrecipe.data.sources import has_split, open_split, paths_of, place
 
     named = [*paths_of(data), *(setting for setting in (data.validation, data.test) if isinstance(setting, str))]
@@ -111,7 +111,7 @@ def check_data(data: DataSection, rows: str | None, splits: tuple[str, ...] = TR
         return
     for part in open_split(data, splits[0]):
         if rows is not None:
-            source_format(part, data, rows)
+            source_layout(part, data, rows)
     for split in splits[1:]:
         has_split(data, split)
 

@@ -79,7 +79,7 @@ def build(
             return found
     encoder = make_encoder(part, data, tokenizer, rows, mask, task_field)
     writer = Writer(kind, folder)
-    report = Report(source=part.reader.name, format=encoder.format.name, mapping=dict(data.columns), mask=mask)
+    report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
     try:
         for batch, counted in _batches(encoder, part, draw, data.workers):
             writer.add(batch)
@@ -98,11 +98,12 @@ def make_encoder(
     Raises:
         DataError: no rows, or columns that fit no format.
     """
-    return Encoder(tokenizer, rows, mask, data, source_format(part, data, rows), part.reader.base, task_field)
+    found = source_layout(part, data, rows)
+    return Encoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases)
 
 
-def source_format(part: Part, data: DataSection, rows: str) -> str:
-    """The format of a source, from its first rows.
+def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
+    """The format of a source and the columns recognised for it, from its first rows.
 
     Raises:
         DataError: no rows, or columns that fit no format.
@@ -112,7 +113,7 @@ def source_format(part: Part, data: DataSection, rows: str) -> str:
     if not first:
         raise DataError(f"{name}: there are no rows")
     detect.check_mapping(data.columns, first[0][1], name)
-    return detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name).name
+    return detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name)
 
 
 Encoded = tuple["pa.RecordBatch", Report]

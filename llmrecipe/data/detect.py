@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from llmrecipe.data.formats import FORMATS, Format
+from llmrecipe.data.aliases import ALIASES, recognise
+from llmrecipe.data.formats import FORMATS, Format, Options
 from llmrecipe.data.rows import row_type
 from llmrecipe.errors import DataError, did_you_mean
 
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "text": ("content", "document", "body", "article", "story", "sentence", "review", "code", "raw"),
-    "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "conversations"),
-    "conversations": ("conversation", "dialog", "dialogue", "chat", "turns"),
-    "prompt": ("question", "query", "instruction", "input", "source", "context", "problem", "user"),
-    "completion": ("answer", "response", "output", "target", "reply", "solution", "assistant"),
-    "instruction": ("question", "query", "prompt", "task"),
-    "output": ("answer", "response", "completion", "target", "reply"),
-    "chosen": ("preferred", "accepted", "winner", "better", "response_chosen", "positive"),
-    "rejected": ("dispreferred", "refused", "loser", "worse", "response_rejected", "negative"),
-    "label": ("labels", "class", "category", "target", "y", "rating", "sentiment"),
-    "input_ids": ("ids", "tokens", "token_ids"),
-    "image": ("picture", "img", "photo", "image_path"),
-    "sentence1": ("first", "a", "text1", "query"),
-    "sentence2": ("second", "b", "text2", "document"),
-    "score": ("similarity", "rating", "value"),
-}
-"""Column names other data sets use for a wanted column; only ever proposed, never taken in silence."""
+
+@dataclass(frozen=True)
+class Layout:
+    """The format of some rows, and what their columns are called instead of its own."""
+
+    format: Format
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Recognised columns: wanted -> column."""
+
+    @property
+    def name(self) -> str:
+        """Name of the format."""
+        return self.format.name
+
+    def convert(self, row: dict[str, Any], options: Options) -> list[dict[str, Any]]:
+        """Canonical rows of a row under the recipe's mapping."""
+        return self.format.convert(rename(row, self.aliases), options)
 
 
 def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -51,8 +52,8 @@ def check_mapping(columns: dict[str, str], row: dict[str, Any], where: str) -> N
             )
 
 
-def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str) -> Format:
-    """The format of some mapped rows.
+def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str) -> Layout:
+    """The format of some mapped rows; columns that go by other names are recognised (`data.aliases`).
 
     Args:
         sample: first rows of the source.
@@ -61,7 +62,7 @@ def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str)
         where: place of the first row, for messages.
 
     Raises:
-        DataError: unknown format name, a format that cannot become the row type, or columns that fit none.
+        DataError: unknown format name, a format that cannot become the row type, or columns that fit none or several.
     """
     accepted = row_type(rows).formats
     row = sample[0]
@@ -71,13 +72,14 @@ def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str)
             raise DataError(f"data.format: there is no format '{wanted}'{did_you_mean(wanted, FORMATS)} (known: auto, {known})")
         if wanted not in accepted:
             raise DataError(f"data.format: {wanted} cannot become {rows} rows (possible: {', '.join(accepted)})")
-        if FORMATS[wanted].matches(row) is None:
-            raise DataError(_mismatch([wanted], row, rows, where))
-        return FORMATS[wanted]
+        accepted = (wanted,)
     for name in accepted:
-        if FORMATS[name].matches(row) is not None and _fits(name, row):
-            return FORMATS[name]
-    raise DataError(_mismatch(accepted, row, rows, where))
+        if FORMATS[name].matches(row) is not None and (wanted != "auto" or _fits(name, row)):
+            return Layout(FORMATS[name])
+    found = recognise(sample, accepted, where, keeps_columns=rows == "prompt")
+    if found is None:
+        raise DataError(_mismatch(accepted, row, rows, where))
+    return Layout(FORMATS[found[0]], found[1])
 
 
 def _fits(name: str, row: dict[str, Any]) -> bool:
@@ -129,7 +131,7 @@ def _nearest_mapping(names: Sequence[str], row: dict[str, Any]) -> dict[str, str
 
 def _similar(wanted: str, columns: list[str]) -> str | None:
     lowered = {c.lower(): c for c in columns}
-    for synonym in SYNONYMS.get(wanted, ()):
+    for synonym in ALIASES.get(wanted, ()):
         if synonym in lowered:
             return lowered[synonym]
     near = did_you_mean(wanted, lowered)

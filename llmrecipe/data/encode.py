@@ -7,7 +7,7 @@ counted by reason in the report; what is wrong with the recipe or the template r
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class Encoder:
         format_name: format of the source.
         base: folder image paths refer to.
         task_field: column that names the task of a row; None where nothing asks for it.
+        aliases: columns recognised by their names (`data.aliases`), besides the recipe's own mapping.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Encoder:
         format_name: str,
         base: Path | None = None,
         task_field: str | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         if mask not in MASKS:
             raise DataError(f"objective.mask: '{mask}' is unknown{did_you_mean(mask, MASKS)} (known: {', '.join(MASKS)})")
         self.tokens = Tokens(tokenizer)
         self.kind: RowType = row_type(rows)
         self.mask = mask
-        self.columns = dict(data.columns)
+        self.columns = {**data.columns, **(aliases or {})}
         self.task_field = task_field
         template = self.tokens.template
         self.options = Options(rows, bool(template and template.named), template is not None, data.system, base)
@@ -212,6 +214,7 @@ def code_version() -> str:
         "formats",
         "messages",
         "dialogues",
+        "aliases",
         "detect",
         "masks",
         "tokens",

@@ -66,7 +66,9 @@ class TokenStream:
         self.encoders: list[Encoder] = [
             make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None) for part in self.parts
         ]
-        self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mapping=dict(data.columns), mask=mask)
+        self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mask=mask)
+        for encoder in self.encoders:
+            self.report.mapping |= encoder.columns
         self.report.format = " + ".join(dict.fromkeys(e.format.name for e in self.encoders))
         self.emitted = 0
         self.epoch = 0

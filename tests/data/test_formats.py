@@ -193,24 +193,24 @@ def test_damaged_files_say_where(tmp_path: Path, name: str, content: bytes, mess
 
 def test_unknown_columns_print_the_row_and_the_nearest_mapping() -> None:
     with pytest.raises(DataError) as caught:
-        detect([{"question": "q", "answer": "a"}], "dialogue", "auto", "qa.jsonl:1")
+        detect([{"prompt": "q", "compltion": "a"}], "dialogue", "auto", "qa.jsonl:1")
     assert str(caught.value) == (
-        "qa.jsonl:1: no dialogue row can be made of the columns question, answer.\n"
+        "qa.jsonl:1: no dialogue row can be made of the columns prompt, compltion.\n"
         "  messages             needs messages or conversations  (a list of {role, content})\n"
         "  sharegpt             needs conversations  (a list of {from, value})\n"
         "  prompt_completion    needs prompt+completion  (a prompt and its answer)\n"
         "  alpaca               needs instruction+output  (instruction, input, output)\n"
         "  tokens               needs input_ids  (token ids, with or without labels)\n"
         "  text                 needs text  (plain text)\n"
-        "Nearest: data.columns='{prompt: question, completion: answer}'"
+        "Nearest: data.columns='{completion: compltion}'"
     )
 
 
 def test_the_nearest_mapping_works(tmp_path: Path) -> None:
-    path = save(tmp_path, "jsonl", [{"question": "q", "answer": "a"}])
-    data = DataSection(path=str(path), columns={"prompt": "question", "completion": "answer"})
+    path = save(tmp_path, "jsonl", [{"prompt": "q", "compltion": "a"}])
+    data = DataSection(path=str(path), columns={"completion": "compltion"})
     found = prepare(data, byte_tokenizer(), "dialogue", seed=0)
-    assert found is not None and found.report.mapping == {"prompt": "question", "completion": "answer"}
+    assert found is not None and found.report.mapping == {"completion": "compltion"}
     assert byte_tokenizer().decode(found[0]["ids"]) == "qa</s>"
 
 
@@ -220,7 +220,7 @@ def test_the_nearest_mapping_works(tmp_path: Path) -> None:
         ({"columns": {"prompt": "qestion"}}, r"data.columns.prompt: .* has no column 'qestion'; did you mean 'question'\?"),
         ({"format": "sharegtp"}, r"there is no format 'sharegtp'; did you mean 'sharegpt'\?"),
         ({"format": "preference"}, r"preference cannot become dialogue rows"),
-        ({"format": "alpaca"}, r"needs instruction\+output"),
+        ({"format": "tokens"}, r"needs input_ids"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
