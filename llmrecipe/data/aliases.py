@@ -71,7 +71,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "negative": ("neg", "hard_negative", "negative_passage", "negative_document"),
 }  # fmt: skip
 """Column of a format -> names other data sets have for it, in lower case with underscores."""
-OPTIONAL = {"alpaca": ("input",), "pairs": ("score",)}
+OPTIONAL = {"alpaca": ("input",), "unpaired_alpaca": ("input",), "pairs": ("score",)}
 """Format -> columns it reads where they are there."""
 LISTS = ("messages", "conversations", "options", "input_ids")
 """Columns that hold lists; all others hold text, a message list, or one value."""

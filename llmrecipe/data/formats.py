@@ -265,12 +265,29 @@ def _from_choices(row: Row, options: Options) -> list[Row]:
 TRUTHS: dict[Any, bool] = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False, "good": True, "bad": False}
 
 
-def _from_unpaired(row: Row, options: Options) -> list[Row]:
+def _liked(row: Row) -> bool:
     label = row["label"]
     label = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(label, bool | int | str) or label not in TRUTHS:
         raise BadRow("'label' is neither true nor false", f"{row['label']!r:.80}")
-    return [{**_prompt_answers(row, ("completion",), options), "label": TRUTHS[label]}]
+    return TRUTHS[label]
+
+
+def _from_unpaired(row: Row, options: Options) -> list[Row]:
+    return [{**_prompt_answers(row, ("completion",), options), "label": _liked(row)}]
+
+
+def _from_unpaired_messages(row: Row, options: Options) -> list[Row]:
+    """The last turn is the answer that was liked or not."""
+    (talk,) = _from_messages(row, options)
+    *prompt, answer = talk.pop("messages")
+    if answer["role"] != "assistant" or not prompt:
+        raise BadRow("the conversation does not end with an answer to judge")
+    return [{"prompt": prompt, "completion": [answer], "label": _liked(row), **talk}]
+
+
+def _from_unpaired_alpaca(row: Row, options: Options) -> list[Row]:
+    return [{**found, "label": _liked(row)} for found in _from_alpaca(row, options)]
 
 
 def _label(row: Row) -> Any:
@@ -341,6 +358,18 @@ FORMATS: dict[str, Format] = {
         Format("preference", (("prompt", "chosen", "rejected"),), "a prompt, a better and a worse answer", _from_preference),
         Format("preference_implicit", (("chosen", "rejected"),), "two dialogues that share their start", _from_preference),
         Format("unpaired", (("prompt", "completion", "label"),), "a prompt, an answer, liked or not", _from_unpaired),
+        Format(
+            "unpaired_messages",
+            (("messages", "label"), ("conversations", "label")),
+            "a conversation whose last turn is liked or not",
+            _from_unpaired_messages,
+        ),
+        Format(
+            "unpaired_alpaca",
+            (("instruction", "output", "label"),),
+            "instruction, input, output, liked or not",
+            _from_unpaired_alpaca,
+        ),
         Format("labelled", (("text", "label"),), "a text and its label", _from_labelled),
         Format(
             "labelled_pair",

@@ -63,7 +63,7 @@ ROW_TYPES: dict[str, RowType] = {
         ),
         RowType(
             "unpaired",
-            ("unpaired", "preference", "preference_implicit"),
+            ("unpaired", "unpaired_messages", "unpaired_alpaca", "preference", "preference_implicit"),
             ("prompt_ids", "completion_ids"),
             scalars=(("label", "bool"),),
         ),
