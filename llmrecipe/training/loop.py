@@ -32,7 +32,7 @@ def train(run: Run) -> None:
             feed = run.feed()
         micros = next(feed)
         run.set_learning_rate(step)
-        result = rule(run, micros)
+        result = rule(run.step_context(), micros)
         if not result.finite:
             run.not_finite(result, micros)
         run.stack.after_step(run.model, step)

@@ -26,7 +26,7 @@ from llmrecipe.training.loop import train as loop
 from llmrecipe.training.opened import original
 from llmrecipe.training.optimizer import set_learning_rate
 from llmrecipe.training.reference_policy import PlannedRows, prepare_reference
-from llmrecipe.training.rules import StepResult
+from llmrecipe.training.rules import StepContext, StepResult
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -163,6 +163,13 @@ class Run:
         """The denominator of a step, over all micro-batches and processes."""
         own = sum(self.objective.weight(m) for m in micros)
         return float(self.runtime.sum(torch.tensor([own], dtype=torch.float64)))
+
+    def step_context(self) -> StepContext:
+        """Return what the next update may use."""
+        return StepContext(
+            self.progress.step, self.steps, self.learning_rate, self.recipe.seed, self.dir.path, self.model, self.stack,
+            self.optimizer, self.objective, self.roles, self.runtime, self.total_weight, self.clip,
+        )  # fmt: skip
 
     def set_learning_rate(self, step: int) -> None:
         """Give the optimizer the schedule's rate for this step."""

@@ -71,6 +71,6 @@ def measure(run: Run) -> dict[str, float]:
     run.objective.load_state(state)
     names = sorted(sums.counts)
     counts = run.runtime.sum(torch.tensor([sums.counts[n] for n in names], dtype=torch.float64)).tolist()
-    means = sums.mean(run)
+    means = sums.mean(run.runtime)
     # A mean over nothing (rejected answers of a batch that has none) is no measurement.
     return {name: means[name] for name, count in zip(names, counts, strict=True) if count}

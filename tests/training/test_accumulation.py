@@ -19,7 +19,7 @@ from llmrecipe.methods.stack import Stack
 from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.training.engine import Engine
 from llmrecipe.training.roles import Roles
-from llmrecipe.training.rules import StepResult, backprop
+from llmrecipe.training.rules import StepContext, StepResult, backprop
 from llmrecipe.training.run import Run
 from llmrecipe.training.runtime import Runtime
 from tests.runs import events, train_recipe
@@ -92,18 +92,18 @@ def update(
     roles = Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), True, micro)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    run: Any = SimpleNamespace(
-        objective=objective, roles=roles, stack=stack, model=model, runtime=Runtime.start(RuntimeSection(device="cpu")),
-        optim=SimpleNamespace(clip=None), optimizer=optimizer, progress=SimpleNamespace(step=0),
+    runtime = Runtime.start(RuntimeSection(device="cpu"))
+    run: Any = SimpleNamespace(objective=objective, runtime=runtime, model=model, optim=SimpleNamespace(clip=None))
+    context = StepContext(
+        0, 1, 1.0, 0, Path(), model, stack, optimizer, objective, roles, runtime,
+        lambda micros: Run.total_weight(run, micros), lambda: Run.clip(run),
     )  # fmt: skip
-    run.total_weight = lambda micros: Run.total_weight(run, micros)
-    run.clip = lambda: Run.clip(run)
     rows = rows_of(objective, count)
     roles.data = rows
     objective.start(roles)
     micros = next(iter(objective.batches(iter([rows]), roles)))
     assert micro is None or len(micros) >= count // micro
-    result = backprop(run, micros)
+    result = backprop(context, micros)
     return result, {n: p.detach() - before[n] for n, p in model.named_parameters()}
 
 

@@ -25,13 +25,13 @@ from llmrecipe.methods.zeroth_order import (
     update,
 )
 from llmrecipe.registry import register
-from llmrecipe.training.rules import MetricSums, StepResult
+from llmrecipe.training.rules import MetricSums, StepContext, StepResult
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llmrecipe.data.batch import Batch
-    from llmrecipe.training.run import Run
+
 
 NEGLIGIBLE = 1e-3
 """Estimates weighted less than this share are left out of a recomputed moment."""
@@ -100,7 +100,7 @@ class Mezo(Wrapper):
         Raises:
             RecipeError: the model recomputes activations, which only a backward pass would want.
         """
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        if _recomputes(model):
             raise RecipeError(_CHECKPOINTING)
 
     def merge(self, model: nn.Module) -> None:
@@ -145,6 +145,10 @@ class Mezo(Wrapper):
 _CHECKPOINTING = "model.gradient_checkpointing: zeroth-order training keeps no activations to recompute; set it to false"
 
 
+def _recomputes(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 class ZerothOrder:
     """One run's update rule: what it has to remember between steps."""
 
@@ -159,68 +163,68 @@ class ZerothOrder:
         self.moments = Moments(config.optimizer, config.beta1, config.beta2, config.adam_eps, config.weight_decay)
 
     @torch.no_grad()
-    def __call__(self, run: Run, micros: list[Batch]) -> StepResult:
+    def __call__(self, context: StepContext, micros: list[Batch]) -> StepResult:
         """Estimate and move.
 
         Raises:
             RecipeError: something in the recipe needs gradients or shards the weights.
         """
-        self._prepare(run)
-        step = run.progress.step
-        count = self.config.samples(step, run.steps)
-        sides, metrics = self._sides(run, micros, step, count)
-        weight = max(run.total_weight(micros), 1e-12)
-        means = (run.runtime.sum(sides[:, :, 0].reshape(-1)) / weight).reshape(count, 2).tolist()
+        self._prepare(context)
+        step = context.step
+        count = self.config.samples(step, context.steps)
+        sides, metrics = self._sides(context, micros, step, count)
+        weight = max(context.weight(micros), 1e-12)
+        means = (context.runtime.sum(sides[:, :, 0].reshape(-1)) / weight).reshape(count, 2).tolist()
         full = [[means[i][s] + float(sides[i, s, 1]) for s in (0, 1)] for i in range(count)]
         loss = sum(sum(pair) for pair in means) / (2 * count)
         if not all(math.isfinite(value) for pair in full for value in pair):
-            self._record(None, run.learning_rate)
+            self._record(None, context.learning_rate)
             return StepResult(loss, None, metrics, finite=False)
         g = tuple(projected_gradient(a, b, self.config.eps, self.config.clip_projected_grad) for a, b in full)
-        entry = Entry(step, float32(float(run.learning_rate)), g)
-        self._move(run, entry)
+        entry = Entry(step, float32(float(context.learning_rate)), g)
+        self._move(context, entry)
         self._record(entry)
         return StepResult(loss, None, {**metrics, "projected_grad": sum(g) / count})
 
     # --- the two sides ----------------------------------------------------------------------------------------------
 
-    def _sides(self, run: Run, micros: list[Batch], step: int, count: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def _sides(self, context: StepContext, micros: list[Batch], step: int, count: int) -> tuple[torch.Tensor, dict[str, float]]:
         """((samples, 2 sides, [summed loss of this process, penalty]), mean metrics)."""
         sides = torch.zeros(count, 2, 2, dtype=torch.float64)
         sums = MetricSums()
         mode = self.mode
-        was, prepared = run.model.training, run.roles.prepared
+        was, prepared = context.model.training, context.roles.prepared
         # The bare module: a data-parallel wrapper would synchronise buffers, and ranks may differ in micro-batches.
-        run.roles.prepared = run.roles.engine
-        run.model.eval()
+        context.roles.prepared = context.roles.engine
+        context.model.eval()
         try:
             with mode.installed():
                 for sample in range(count):
                     mode.aim(step, sample)
-                    generators = _generators(run)
+                    generators = _generators(context)
                     for side, scale in enumerate((self.config.eps, -self.config.eps)):
                         _restore_generators(generators)
-                        sides[sample, side, 0], found = self._evaluate(run, micros, scale)
-                        sides[sample, side, 1] = float(run.stack.penalty(run.model))
+                        sides[sample, side, 0], found = self._evaluate(context, micros, scale)
+                        sides[sample, side, 1] = float(context.stack.penalty(context.model))
                         for metrics in found:
                             sums.add(metrics)
                     mode.move(0.0)
         finally:
-            run.roles.prepared = prepared
-            run.model.train(was)
-        return sides, sums.mean(run)
+            context.roles.prepared = prepared
+            context.model.train(was)
+        return sides, sums.mean(context.runtime)
 
-    def _evaluate(self, run: Run, micros: list[Batch], scale: float) -> tuple[float, list[dict[str, Any]]]:
+    def _evaluate(self, context: StepContext, micros: list[Batch], scale: float) -> tuple[float, list[dict[str, Any]]]:
         """Summed loss of this process at theta + scale z."""
         self.mode.move(scale)
-        losses = [run.objective.loss(micro, run.roles) for micro in micros]
+        losses = [context.objective.loss(micro, context.roles) for micro in micros]
         if self.mode.missed():
-            return self._evaluate(run, micros, scale)
+            return self._evaluate(context, micros, scale)
         return sum(float(loss.total) for loss in losses), [loss.metrics for loss in losses]
 
     # --- the update -------------------------------------------------------------------------------------------------
 
-    def _move(self, run: Run, entry: Entry) -> None:
+    def _move(self, context: StepContext, entry: Entry) -> None:
         window = self.config.window()
         entries = [*self.past, entry][-(window or 1) :]
         update(self.trained, self.noise, self.moments, entries, self.stored)
@@ -233,38 +237,38 @@ class ZerothOrder:
 
     # --- before the first step --------------------------------------------------------------------------------------
 
-    def _prepare(self, run: Run) -> None:
-        trained = self._trained(run)
+    def _prepare(self, context: StepContext) -> None:
+        trained = self._trained(context)
         known = [(t.name, id(t.parameter)) for t in self.trained]
         if known == [(t.name, id(t.parameter)) for t in trained]:
             return
         first = not self.trained
-        self._refuse(run, trained)
+        self._refuse(context, trained)
         for item in trained:
             item.parameter.data = item.parameter.data.contiguous()
         self.trained = trained
-        self.noise = Noise(run.recipe.seed, cpu=self.config.rng == "cpu")
-        self.mode = Layerwise(run.model, trained, self.noise) if self._layerwise(run) else InPlace(trained, self.noise)
-        path = run.dir.path / HISTORY_FILE
+        self.noise = Noise(context.seed, cpu=self.config.rng == "cpu")
+        self.mode = Layerwise(context.model, trained, self.noise) if self._layerwise(context) else InPlace(trained, self.noise)
+        path = context.folder / HISTORY_FILE
         if self.config.window() is None:
-            self.stored = recall(path, trained, self.noise, self.moments, run.progress.step)
-        if first and self.config.store_history and run.runtime.rank == 0:
+            self.stored = recall(path, trained, self.noise, self.moments, context.step)
+        if first and self.config.store_history and context.runtime.rank == 0:
             header = header_of(trained, self.noise, self.moments, self.config.window(), self.config.eps)
-            self.file = History(path, header, run.progress.step)
+            self.file = History(path, header, context.step)
 
-    def _trained(self, run: Run) -> list[Trained]:
-        scale = {name: group.lr_scale for group in run.stack.groups(run.model) for name in group.names}
-        kinds = {path: type(module).__name__ for path, module in run.model.named_modules()}
+    def _trained(self, context: StepContext) -> list[Trained]:
+        scale = {name: group.lr_scale for group in context.stack.groups(context.model) for name in group.names}
+        kinds = {path: type(module).__name__ for path, module in context.model.named_modules()}
         found: list[Trained] = []
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in context.model.named_parameters():
             if parameter.requires_grad:
                 text = f"{name} {kinds[name.rpartition('.')[0]]}".lower()
                 decays = not any(word.lower() in text for word in self.config.decay_exclude)
                 found.append(Trained(name, parameter, decays, scale.get(name, 1.0)))
         return found
 
-    def _layerwise(self, run: Run) -> bool:
-        penalised = [w.name for w in run.stack if w.penalizes()]
+    def _layerwise(self, context: StepContext) -> bool:
+        penalised = [w.name for w in context.stack if w.penalizes()]
         if self.config.perturb == "layerwise" and penalised:
             raise RecipeError(
                 f"stack.{self.config.name}.perturb: the penalty of {', '.join(penalised)} reads weights outside their "
@@ -274,13 +278,13 @@ class ZerothOrder:
             return self.config.perturb == "layerwise"
         return not penalised and any(t.parameter.dtype in (torch.float16, torch.bfloat16) for t in self.trained)
 
-    def _refuse(self, run: Run, trained: list[Trained]) -> None:
+    def _refuse(self, context: StepContext, trained: list[Trained]) -> None:
         name = f"stack.{self.config.name}"
         if not trained:
             raise RecipeError(f"{name}: nothing in this stack trains")
-        if run.recipe.model.gradient_checkpointing:
+        if _recomputes(context.model):
             raise RecipeError(_CHECKPOINTING)
-        greedy = [w.name for w in run.stack if type(w).after_backward is not Wrapper.after_backward]
+        greedy = [w.name for w in context.stack if type(w).after_backward is not Wrapper.after_backward]
         if greedy:
             raise RecipeError(f"{name}: {', '.join(greedy)} works on gradients, and zeroth-order training has none")
         if any(hasattr(t.parameter, "placements") for t in trained):
@@ -289,10 +293,10 @@ class ZerothOrder:
             raise RecipeError(f"{name}.moments: stored moments are rebuilt from the history on resume; set store_history=true")
 
 
-def _generators(run: Run) -> list[tuple[torch.device, torch.Tensor]]:
+def _generators(context: StepContext) -> list[tuple[torch.device, torch.Tensor]]:
     """State of torch's global generators: both sides see the same random numbers where an objective samples."""
     states = [(torch.device("cpu"), torch.get_rng_state())]
-    device = run.roles.device
+    device = context.roles.device
     if device.type == "cuda":
         states.append((device, torch.cuda.get_rng_state(device)))
     return states

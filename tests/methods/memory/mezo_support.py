@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmrecipe.methods.memory.mezo import Mezo
 from llmrecipe.methods.stack import Stack
 from llmrecipe.objectives.objective import Loss
+from llmrecipe.training.rules import StepContext
 
 
 class Alone:
@@ -81,20 +82,21 @@ class FakeRun:
     learning_rate: float = 0.1
     steps: int = 10
     seed: int = 7
-    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         self.roles = SimpleNamespace(engine=self.model, prepared=self.model, device=torch.device("cpu"))
         self.progress = SimpleNamespace(step=0)
-        self.optimizer = None
-        self.recipe = SimpleNamespace(seed=self.seed, model=SimpleNamespace(gradient_checkpointing=self.checkpointing))
 
     def total_weight(self, micros: list[Any]) -> float:
         own = sum(self.objective.weight(m) for m in micros)
         return float(self.runtime.sum(torch.tensor([own], dtype=torch.float64)))
 
     def step(self, micros: list[Any]) -> Any:
-        result = self.stack.rule()(self, micros)
+        context = StepContext(
+            self.progress.step, self.steps, self.learning_rate, self.seed, self.dir.path, self.model, self.stack, None,
+            self.objective, self.roles, self.runtime, self.total_weight, lambda: 0.0,
+        )  # fmt: skip
+        result = self.stack.rule()(context, micros)
         self.progress.step += 1
         return result
 

@@ -612,8 +612,10 @@ def test_what_needs_gradients_is_refused(tmp_path) -> None:
         def penalty(self, model):
             return 0.0
 
+    run = make_run(net(), tmp_path)
+    run.model.gradient_checkpointing = True
     with pytest.raises(RecipeError, match="gradient_checkpointing"):
-        make_run(net(), tmp_path, run={"checkpointing": True}).step([data()])
+        run.step([data()])
     model = llama(torch.float32)
     model.activation_checkpointing_enable()
     with pytest.raises(RecipeError, match="gradient_checkpointing"):
