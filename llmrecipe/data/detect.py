@@ -8,6 +8,7 @@ from typing import Any
 
 from llmrecipe.data.aliases import ALIASES, recognise
 from llmrecipe.data.formats import FORMATS, Format, Options
+from llmrecipe.data.messages import read_cells
 from llmrecipe.data.rows import row_type
 from llmrecipe.errors import DataError, did_you_mean
 
@@ -31,11 +32,12 @@ class Layout:
 
 
 def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under the recipe's mapping {wanted: column in the file}."""
+    """The row under the recipe's mapping {wanted: column in the file}, lists in JSON text read."""
     if not columns:
-        return row
+        return read_cells(row)
     moved = set(columns.values())
-    return {**{k: v for k, v in row.items() if k not in moved or k in columns}, **{w: row.get(c) for w, c in columns.items()}}
+    kept = {k: v for k, v in row.items() if k not in moved or k in columns}
+    return read_cells({**kept, **{w: row.get(c) for w, c in columns.items()}})
 
 
 def check_mapping(columns: dict[str, str], row: dict[str, Any], where: str) -> None:

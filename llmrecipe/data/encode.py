@@ -207,6 +207,7 @@ def code_version() -> str:
 
     folder = Path(__file__).parent
     names = (
+        "files",
         "encode",
         "sequences",
         "comparisons",

@@ -253,13 +253,26 @@ class TableFile(Reader):
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
         """Rows as dicts; a contiguous range is one slice."""
         if isinstance(indices, range) and indices.step == 1:
-            return self.table.slice(indices.start, len(indices)).to_pylist()
-        return self.table.take(list(indices)).to_pylist()
+            return without_fillers(self.table.slice(indices.start, len(indices)).to_pylist())
+        return without_fillers(self.table.take(list(indices)).to_pylist())
 
     def fingerprint(self) -> str:
         """Hash of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def without_fillers(rows: list[Row]) -> list[Row]:
+    """Take out the nulls inside nested values: Arrow gives each mapping of a column the keys of all others."""
+    return [{name: _filled(value) for name, value in row.items()} for row in rows]
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _filled(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list) and isinstance(next((v for v in value if v is not None), None), dict | list):
+        return [_filled(v) for v in value]
+    return value
 
 
 def _read_table(path: Path, kind: str) -> pa.Table:

@@ -32,12 +32,36 @@ ROLES = {
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
+LIST_CELLS = ("messages", "conversations", "options", "input_ids", "labels", "label", "tools", "chat_template_kwargs")
+"""Columns that hold lists or mappings wherever they hold more than one value."""
+SIDES = ("prompt", "completion", "chosen", "rejected")
+"""Columns that hold text or messages."""
+
+
+def read_cells(row: dict[str, Any]) -> dict[str, Any]:
+    """Read lists and mappings that stand in a row as JSON text, as they must in a CSV cell; other text stays as it is."""
+    read: dict[str, Any] = {}
+    for name in (*LIST_CELLS, *SIDES):
+        text = row.get(name)
+        if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, list | dict) if name in LIST_CELLS else is_messages(value):
+            read[name] = value
+    return {**row, **read} if read else row
+
+
 def messages_of(value: Any, column: str) -> list[Message]:
     """A list of `{role, content}` from either spelling (`role`/`content` or `from`/`value`).
 
     Raises:
         BadRow: not a list of messages, or a role no template knows.
     """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        raise BadRow(f"'{column}' is text that is no valid JSON", f"{value!r:.80}")
     if not isinstance(value, list) or not value:
         raise BadRow(f"'{column}' holds no messages", f"{value!r:.80}")
     return [_message(entry, column) for entry in value]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrecipe.data.files import Reader, Row, is_data_file, open_file
+from llmrecipe.data.files import Reader, Row, is_data_file, open_file, without_fillers
 from llmrecipe.errors import DataError, did_you_mean
 from llmrecipe.recipe.schema import DataSection
 
@@ -73,7 +73,7 @@ class DatasetReader(Reader):
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
         """Rows as dicts."""
         part = self.data[list(indices)]
-        return [dict(zip(part, values)) for values in zip(*part.values())]
+        return without_fillers([dict(zip(part, values)) for values in zip(*part.values())])
 
     def fingerprint(self) -> str:
         """The library's own content fingerprint, with the split's size."""
@@ -88,7 +88,7 @@ class HubStream(Reader):
 
     def stream(self) -> Iterator[tuple[int, Row]]:
         """Rows in the order of the hub."""
-        yield from enumerate(self.data)
+        yield from ((index, without_fillers([row])[0]) for index, row in enumerate(self.data))
 
 
 @dataclass(frozen=True)
