@@ -8,6 +8,7 @@ template that was trained.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,13 +118,26 @@ class Template:
         return self._run(messages, False, tools, kwargs, marked=True)
 
     def _run(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Render with the arguments of tool calls as objects; as JSON text where the template joins or prints them."""
+        bare = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        told, arguments = _with_arguments(bare, as_text=False)
+        try:
+            found = self._render(told, prompt, tools, kwargs, marked)
+        except BadRow:
+            if not arguments:
+                raise
+        else:
+            if not any(given and repr(given) in found[0] for given in arguments):
+                return found
+        return self._render(_with_arguments(bare, as_text=True)[0], prompt, tools, kwargs, marked)
+
+    def _render(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        bare = [{k: v for k, v in m.items() if v is not None} for m in messages]
         try:
             texts, spans = render_jinja_template(  # type: ignore[str-unpack]
-                conversations=[bare],
+                conversations=[messages],
                 tools=tools,
                 chat_template=self.text,
                 return_assistant_tokens_mask=marked,
@@ -133,6 +147,33 @@ class Template:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise BadRow("the chat template refuses the conversation", f"{error}") from error
         return texts[0], [tuple(s) for s in spans[0]] if marked else []
+
+
+def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The messages with the arguments of all tool calls as objects, or as JSON text; and these arguments."""
+    found: list[dict[str, Any]] = []
+
+    def call_of(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": call_of(call["function"])}
+        given = call.get("arguments")
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except (ValueError, RecursionError):
+                return call
+        if not isinstance(given, dict):
+            return call
+        found.append(given)
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False) if as_text else given}
+
+    told = [
+        {**m, "tool_calls": [call_of(call) for call in m["tool_calls"]]} if isinstance(m.get("tool_calls"), list) else m
+        for m in messages
+    ]
+    return told, found
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
