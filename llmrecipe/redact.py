@@ -1,4 +1,9 @@
-"""Secrets never reach a file or a screen: what looks like one is replaced before anything is written."""
+"""Secrets never reach a file or a screen: their values are replaced in what people see.
+
+A secret is the value of an environment variable that a recipe names (`key: ${oc.env:NAME}`, or any key that ends in `_env`), or
+one of the tokens that libraries read by themselves. Recipes hold names of variables and no values, so they are kept as written;
+no text is ever taken for a secret because of what it looks like.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +13,56 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "<redacted>"
+VARIABLE = re.compile(r"\$\{\s*oc\.env:\s*([A-Za-z_]\w*)\s*\}")
+"""How a recipe names an environment variable: `${oc.env:NAME}`."""
+SECRET = "key"
+"""The option whose value is a secret: it takes `${oc.env:NAME}` and nothing else."""
+LEAST = 4
+"""Shortest value that is taken for a secret: a shorter one stands in too many words."""
+_named = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"}
 
-NAMES = re.compile(
-    r"(?:^|[._-])(?:api_?key|secret|passw(?:or)?d|credentials?|private_?key|(?:access|auth|api|hf|hub|bearer)_?token)$", re.I
-)
-"""Names of keys whose value is a secret; `tokens`, `pad_token` and `max_new_tokens` are not."""
 
-ENVIRONMENT = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
-"""Names of environment variables whose value is a secret."""
+def name_variable(name: str | None) -> None:
+    """Remember an environment variable whose value is a secret."""
+    if name:
+        _named.add(name)
 
-SHAPES = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-"""Access tokens by their usual prefix, and user:password in an address."""
 
-ASSIGNED = re.compile(r"(?P<name>[\w.-]+)(?P<sign>=|:\s*)(?P<value>[^\s,'\"}\]]+)")
+def variable_of(text: str | None) -> str | None:
+    """The variable a text names, `${oc.env:NAME}` and nothing around it; None for any other text."""
+    found = VARIABLE.fullmatch(text.strip()) if text else None
+    return found[1] if found else None
+
+
+def name_variables(value: Any, key: str = "") -> None:
+    """Remember every environment variable a recipe names."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            name_variables(inner, str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            name_variables(inner, key)
+    elif isinstance(value, str):
+        name_variable(value if key.endswith("_env") else variable_of(value) if key == SECRET else None)
 
 
 def secrets() -> list[str]:
-    """Values of this process's environment that are secrets, longest first."""
-    values = {v for k, v in os.environ.items() if ENVIRONMENT.search(k) and len(v) >= 8}
+    """Values of the named variables, longest first."""
+    values = {value for name in _named if len(value := os.environ.get(name, "")) >= LEAST}
     return sorted(values, key=len, reverse=True)
 
 
 def redact_text(text: str) -> str:
-    """The text without secret values of the environment, known token shapes and `api_key=...` assignments."""
+    """The text without the values of named variables."""
     for value in secrets():
         text = text.replace(value, HIDDEN)
-    text = SHAPES.sub(HIDDEN, text)
-    return ASSIGNED.sub(lambda m: f"{m['name']}{m['sign']}{HIDDEN}" if NAMES.search(m["name"]) else m[0], text)
+    return text
 
 
 def redact(value: Any) -> Any:
-    """A JSON value without secrets: values of secret keys, and secrets inside any text."""
+    """A JSON value without the values of named variables."""
     if isinstance(value, Mapping):
-        return {k: HIDDEN if v and isinstance(v, str) and NAMES.search(str(k)) else redact(v) for k, v in value.items()}
+        return {k: redact(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [redact(v) for v in value]
     return redact_text(value) if isinstance(value, str) else value

@@ -14,13 +14,14 @@ import random
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmrecipe.errors import RecipeError, RunError
-from llmrecipe.redact import HIDDEN, redact_text
+from llmrecipe.redact import HIDDEN, name_variable, redact_text, variable_of
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Answers of a server that may go better a moment later."""
@@ -55,16 +56,30 @@ class Unreadable(RunError):
     """The server answered each attempt, and never with what was asked for."""
 
 
-def check_address(url: str, key_env: str | None, where: str) -> None:
+def check_address(url: str, key: str | None, key_env: str | None, where: str) -> None:
     """Refuse what cannot be asked, before anything is loaded.
 
+    Args:
+        key: `${oc.env:NAME}`.
+        key_env: NAME.
+        where: key path for messages; no secret is ever repeated there.
+
     Raises:
-        RecipeError: the address is none, or the variable of the key is not set.
+        RecipeError: the address is none or holds a secret, the key is written out, or its variable is not set.
     """
+    named = f"name the environment variable that holds it: {where}.key=\\${{oc.env:NAME}} or {where}.key_env=NAME"
+    if key is not None and variable_of(key) is None:
+        raise RecipeError(f"{where}.key: a key is not written into a recipe; {named}")
+    if key is not None and key_env is not None:
+        raise RecipeError(f"{where}.key_env: the key is named twice, by key and by key_env; keep one")
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise RecipeError(f"{where}.url: user and password are not written into an address; {named}")
     if not url.startswith(("http://", "https://")):
         raise RecipeError(f"{where}.url: must be an address such as http://localhost:8000/v1; got {url!r}")
-    if key_env is not None and not os.environ.get(key_env):
-        raise RecipeError(f"{where}.key_env: the environment variable {key_env} is not set")
+    variable = variable_of(key) or key_env
+    name_variable(variable)
+    if variable is not None and not os.environ.get(variable):
+        raise RecipeError(f"{where}.{'key' if key else 'key_env'}: the environment variable {variable} is not set")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 from llmrecipe.agents.agent import Agent, Ask, Logprobs, digest
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.fields import Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.redact import variable_of
 from llmrecipe.registry import register
 from llmrecipe.web import Client, Refused, Unreadable, check_address
 
@@ -40,8 +41,10 @@ class Http(Agent):
     """Address up to and without /chat/completions, such as http://localhost:8000/v1."""
     model: str = ""
     """Name of the model on the server."""
+    key: str | None = None
+    """A bearer token, as `${oc.env:NAME}`: the token itself never enters a recipe."""
     key_env: str | None = None
-    """Environment variable with a bearer token; the token itself never enters a recipe."""
+    """The same as the name alone of that environment variable."""
     choices: Literal["auto", "logprobs", "vote"] = "auto"
     """How a choice is read; `auto` votes where the server gives no log-probabilities."""
     top_logprobs: PositiveInt = 20
@@ -69,7 +72,7 @@ class Http(Agent):
 
     def check(self, where: str) -> None:
         """The address, the model's name, and the token where one is wanted."""
-        check_address(self.url, self.key_env, where)
+        check_address(self.url, self.key, self.key_env, where)
         if not self.model:
             raise RecipeError(f"{where}.model: must be given: the name of the model on {self.client.clean(self.url)}")
 
@@ -77,7 +80,15 @@ class Http(Agent):
     def client(self) -> Client:
         """The connection, made when it is first used."""
         return Client(
-            self.url, "agent", "reply", self.key_env, self.timeout, self.retries, self.wait, self.per_minute, accept=_wrong
+            self.url,
+            "agent",
+            "reply",
+            variable_of(self.key) or self.key_env,
+            self.timeout,
+            self.retries,
+            self.wait,
+            self.per_minute,
+            accept=_wrong,
         )
 
     @functools.cached_property

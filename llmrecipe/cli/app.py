@@ -18,6 +18,7 @@ from pathlib import Path
 import typer
 
 from llmrecipe.errors import Interrupted, LlmRecipeError, UserError
+from llmrecipe.redact import redact_text
 
 PANELS = ("Train", "Look", "Use", "Tools")
 
@@ -105,16 +106,18 @@ def _other(error: Exception, arguments: list[str]) -> int:
 
 def _save_traceback(error: Exception, arguments: list[str]) -> Path | None:
     path = Path(tempfile.gettempdir()) / f"llmrecipe-bug-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}.txt"
-    words = " ".join(arguments)
+    text = f"llmrecipe {' '.join(arguments)}\n\n{''.join(traceback.format_exception(error))}"
     try:
-        path.write_text(f"llmrecipe {words}\n\n{''.join(traceback.format_exception(error))}", encoding="utf-8")
+        path.touch(mode=0o600)
+        path.write_text(redact_text(text), encoding="utf-8")
     except OSError:
         return None
     return path
 
 
 def complain(message: str, title: str = "Error") -> None:
-    """One message on stderr: a panel for a person, plain lines for a pipe."""
+    """One message on stderr, without secrets: a panel for a person, plain lines for a pipe."""
+    message = redact_text(message)
     if not sys.stderr.isatty():
         print(f"{title}: {message}", file=sys.stderr)
         return

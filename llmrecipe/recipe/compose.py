@@ -20,6 +20,7 @@ from llmrecipe.recipe.origins import Origin, Origins, leaves
 from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.search import find_recipe
 from llmrecipe.recipe.yaml_file import short
+from llmrecipe.redact import name_variables
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.overrides import Word
@@ -62,6 +63,7 @@ def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool 
     from llmrecipe.recipe.validate import validate
 
     name, path, mapping, origins, notes, foreign = compose_mapping(recipe, list(overrides), foreign)
+    name_variables(mapping)
     return Composition(name, path, list(overrides), mapping, origins, validate(mapping, origins), notes, foreign)
 
 

@@ -1,5 +1,6 @@
 """What a recipe may interpolate: another value (`${data.max_length}`) and, in the stages of a pipeline, the result of a stage
-(`${stage:sft}`) or the value of an axis (`${each:seed}`)."""
+(`${stage:sft}`) or the value of an axis (`${each:seed}`). Where a secret is wanted (an option `key`) it names the environment
+variable that holds it, `${oc.env:NAME}`, which stays as it is until the secret is used."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmrecipe.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.origins import Origins, leaves, origin_of
 from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
+from llmrecipe.redact import SECRET, variable_of
 
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
@@ -19,7 +21,8 @@ STAGE = re.compile(r"^(?:stage|each):\s*([A-Za-z_][\w-]*)$")
 
 
 def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
-    """Replace every `${a.b}` by the value it names; `${stage:x}` and `${each:x}` stay for the pipeline to fill in.
+    """Replace every `${a.b}` by the value it names; `${stage:x}` and `${each:x}` stay for the pipeline to fill in, and
+    `${oc.env:NAME}` for whoever uses the secret.
 
     Raises:
         RecipeError: anything else inside `${...}`, a name that does not exist, or values that name each other in a circle.
@@ -30,7 +33,7 @@ def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
         raise RecipeError("\n".join(f"{m}{_at(origins, key)}" for m, key in wrong))
     if not texts:
         return mapping
-    shielded = _each(mapping, lambda text: PIECE.sub(lambda m: "\0" + m[1] + "\1" if STAGE.match(m[1].strip()) else m[0], text))
+    shielded = _each(mapping, lambda text, key: PIECE.sub(lambda m: "\0" + m[1] + "\1" if _stays(m, key) else m[0], text))
     config = OmegaConf.create(shielded)
     for key, text in texts:
         try:
@@ -43,7 +46,7 @@ def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
             )
             raise RecipeError(f"{dotted(key)}: {text} {reason}{_at(origins, key)}") from error
     resolved = OmegaConf.to_container(config, resolve=True)
-    return _each(resolved, lambda text: text.replace("\0", "${").replace("\1", "}"))
+    return _each(resolved, lambda text, key: text.replace("\0", "${").replace("\1", "}"))
 
 
 def _value(config: Any, key: KeyPath) -> Any:
@@ -64,33 +67,41 @@ def _texts(value: Any, at: KeyPath = ()) -> list[tuple[KeyPath, str]]:
     return found
 
 
-def _each(value: Any, change: Any) -> Any:
+def _each(value: Any, change: Any, key: str = "") -> Any:
+    """Every text changed by a function of the text and the key it stands under."""
     if isinstance(value, dict):
-        return {k: _each(v, change) for k, v in value.items()}
+        return {k: _each(v, change, str(k)) for k, v in value.items()}
     if isinstance(value, list):
         return [_each(v, change) for v in value]
-    return change(value) if isinstance(value, str) else value
+    return change(value, key) if isinstance(value, str) else value
+
+
+def _stays(piece: re.Match[str], key: Any) -> bool:
+    """Whether an interpolation is written down as it is: a stage's result, or the variable of a secret."""
+    return bool(STAGE.match(piece[1].strip())) or (key == SECRET and variable_of(piece[0]) is not None)
 
 
 def _refuse(mapping: dict[str, Any], key: KeyPath, text: str) -> tuple[str, KeyPath] | None:
-    wrong = _syntax(text)
+    wrong = _syntax(text, key[-1])
     if wrong is not None:
         return f"{dotted(key)}: {wrong}", key
     for match in PIECE.finditer(text):
         inside = match[1].strip()
-        if not STAGE.match(inside) and not inside.startswith(".") and (near := _missing(mapping, inside)) is not None:
+        if not _stays(match, key[-1]) and not inside.startswith(".") and (near := _missing(mapping, inside)) is not None:
             return f"{dotted(key)}: ${{{inside}}} names no key of this recipe{near}", key
     return None
 
 
-def _syntax(text: str) -> str | None:
-    """What is wrong with the interpolations of a text, whatever they name."""
+def _syntax(text: str, key: Any) -> str | None:
+    """What is wrong with the interpolations of a text under a key, whatever they name."""
     for match in PIECE.finditer(text):
         inside = match[1].strip()
         if not match[0].endswith("}"):
             return f"'{text}' opens ${{ and never closes it; write \\${{ for the characters themselves"
-        if not STAGE.match(inside) and not PLAIN.match(inside):
-            allowed = "another key, as in ${data.max_length}, or ${stage:NAME}"
+        if not _stays(match, key) and not PLAIN.match(inside):
+            allowed = (
+                f"another key, as in ${{data.max_length}}, ${{stage:NAME}}, or under '{SECRET}' a variable ${{oc.env:NAME}}"
+            )
             return f"${{{inside}}} is not allowed; a recipe names only {allowed}"
     return None
 
@@ -101,7 +112,7 @@ def check_file(source: YamlFile) -> YamlFile:
     Raises:
         RecipeError: every such value, with its line.
     """
-    found = [(key, _syntax(text)) for key, text in _texts(source.value) if "${" in text]
+    found = [(key, _syntax(text, key[-1])) for key, text in _texts(source.value) if "${" in text]
     wrong = [f"{dotted(key)}: {message} [{source.where(*key)}]" for key, message in found if message]
     if wrong:
         raise RecipeError("\n".join(wrong))
@@ -127,5 +138,5 @@ def _at(origins: Origins, key: KeyPath) -> str:
 
 
 def escape(value: Any) -> Any:
-    """The inverse for writing a resolved mapping down: `${` that is plain text gets its backslash back, stages stay."""
-    return _each(value, lambda text: PIECE.sub(lambda m: m[0] if STAGE.match(m[1].strip()) else "\\" + m[0], text))
+    """The inverse for writing a resolved mapping down: plain `${` gets its backslash back, stages and variables stay."""
+    return _each(value, lambda text, key: PIECE.sub(lambda m: m[0] if _stays(m, key) else "\\" + m[0], text))

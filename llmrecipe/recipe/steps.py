@@ -22,6 +22,7 @@ from llmrecipe import registry
 from llmrecipe.errors import RecipeError
 from llmrecipe.recipe.content_key import REFERENCE, content_key
 from llmrecipe.recipe.schema import LogSection, RunSection, Section
+from llmrecipe.redact import name_variables
 
 GROUP = "step"
 RESULTS = ("model", "rows", "metrics")
@@ -151,6 +152,7 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
     if mistakes:
         raise RecipeError(report(mistakes, {}))
     options = {k: v for k, v in checked.items() if k != "kind"}
+    name_variables(options)
     return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **options}, made)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from llmrecipe.errors import RunError
 from llmrecipe.fields import NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.redact import variable_of
 from llmrecipe.registry import register
 from llmrecipe.rewards.reward import Answer, Reward
 from llmrecipe.web import Client, check_address
@@ -31,17 +32,21 @@ class Http(Reward):
     """Further attempts after a failure."""
     wait: PositiveFloat = 0.5
     """Seconds before the second attempt."""
+    key: str | None = None
+    """A bearer token, as `${oc.env:NAME}`: the token itself never enters a recipe."""
     key_env: str | None = None
-    """Environment variable with a bearer token; the token itself never enters a recipe."""
+    """The same as the name alone of that environment variable."""
 
     @functools.cached_property
     def client(self) -> Client:
         """The connection, made when it is first used."""
-        return Client(self.url, "reward server", "scores", self.key_env, self.timeout, self.retries, self.wait)
+        return Client(
+            self.url, "reward server", "scores", variable_of(self.key) or self.key_env, self.timeout, self.retries, self.wait
+        )
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """The address, and the token where one is wanted."""
-        check_address(self.url, self.key_env, where)
+        check_address(self.url, self.key, self.key_env, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """The server's numbers.

@@ -11,7 +11,6 @@ from llmrecipe.recipe.compose import to_yaml
 from llmrecipe.recipe.origins import leaves
 from llmrecipe.recipe.steps import StepComposition, unfinished
 from llmrecipe.recipe.yaml_file import dotted
-from llmrecipe.redact import redact
 from llmrecipe.signals import handled_by
 from llmrecipe.steps.work import Work
 from llmrecipe.training.events import truncate
@@ -37,7 +36,7 @@ def run(composition: StepComposition) -> RunDir:
         return folder
     step.check(composition.kind)
     folder.lock()
-    folder.describe(FILE, to_yaml(redact(composition.mapping)))
+    folder.describe(FILE, to_yaml(composition.mapping))
     folder.status("running")
     work: Work | None = None
     try:
@@ -79,8 +78,8 @@ def taken(folder: RunDir, composition: StepComposition) -> str:
             return "new"
         raise RunError(f"run.dir: {path} exists and is not the folder of a step; choose a new folder")
     found = folder.recipe()
-    if found != redact(composition.mapping):
-        changed = [k for k in {**found, **composition.mapping} if found.get(k) != redact(composition.mapping).get(k)]
+    if found != composition.mapping:
+        changed = [k for k in {**found, **composition.mapping} if found.get(k) != composition.mapping.get(k)]
         raise RunError(
             f"run.dir: {path} holds a step with other options ({', '.join(changed)}); choose another folder, or delete it"
         )

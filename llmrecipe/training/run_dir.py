@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import RunError, did_you_mean
 from llmrecipe.lock import hold
-from llmrecipe.redact import redact, redact_text
+from llmrecipe.redact import redact_text
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -141,7 +141,7 @@ class RunDir:
     def _describe(self, composition: Composition) -> None:
         from llmrecipe.recipe.compose import to_yaml
 
-        self.describe("recipe.yaml", to_yaml(redact(composition.mapping)))
+        self.describe("recipe.yaml", to_yaml(composition.mapping))
 
     def describe(self, name: str, text: str) -> None:
         """Write down what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
