@@ -146,7 +146,8 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
     words = command_of(planned, continued)
     say_of(planned.name, shlex.join(["llmrecipe", *words]))
     process = child.process = subprocess.Popen(
-        [sys.executable, "-m", "llmrecipe", *words],
+        # -P: nothing is imported from the working folder.
+        [sys.executable, "-P", "-m", "llmrecipe", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

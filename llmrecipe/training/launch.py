@@ -60,7 +60,7 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
         shutdown_timeout=300,
     )
     _share_cores(nproc)
-    command = list(program or (sys.executable, "-m", "llmrecipe"))
+    command = list(program or (sys.executable, "-P", "-m", "llmrecipe"))
     try:
         elastic_launch(config, command[0])(*command[1:], *args)
     except ChildFailedError as error:
