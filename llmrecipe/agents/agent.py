@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe import registry
+from llmrecipe.agents.choice import LEAST, Choice
 from llmrecipe.errors import RecipeError
 from llmrecipe.registry import CONFIG
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 
 Turn = Mapping[str, str]
 Logprobs = list[float]
-LEAST = -1e4
-"""Log-probability of what cannot be."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class Count:
     """Questions answered from memory."""
     failures: int = 0
     """Questions it could not answer."""
+    by_logprobs: int = 0
+    """Choices read from log-probabilities."""
+    by_votes: int = 0
+    """Choices read from the words of several replies."""
+    stray_votes: int = 0
+    """Votes that name no option."""
+    draws: int = 0
+    """Further replies that were drawn because a listed token begins several options."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
@@ -116,8 +124,8 @@ class Agent:
         """(index, text) of each question, in any order; None where the agent could not answer it."""
         raise NotImplementedError
 
-    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Logprobs | None]]:
-        """(index, log-probability of each option as the answer) of each question, in any order."""
+    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | Logprobs | None]]:
+        """(index, choice) of each question, in any order; log-probabilities alone where their sum is the mass."""
         raise NotImplementedError
 
     # --- what others call -----------------------------------------------------------------------------------------
@@ -156,21 +164,34 @@ class Agent:
         """
         return self._through_memory("write", asks, (), self.write)
 
-    def choice_logprobs(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
-        """(N, options) log-probability of each option as the whole first word of the answer; None where the agent failed.
-
-        They are not normalised: exp sums to the mass that lies on the options, the rest lies on other words. What is impossible
-        is `LEAST`, so that every value is a finite number.
+    def decide(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Choice | None]:
+        """What the agent chooses at each question; None where it failed.
 
         Raises:
             RunError: the agent cannot be reached.
         """
 
-        def fresh(part: Sequence[Ask]) -> Iterator[tuple[int, Logprobs | None]]:
-            for index, row in self.choose(part, options):
-                yield index, None if row is None else [max(value, LEAST) for value in row]
+        def fresh(part: Sequence[Ask]) -> Iterator[tuple[int, Any]]:
+            for index, reply in self.choose(part, options):
+                choice = _choice(reply)
+                if choice is not None:
+                    self.count.by_votes += choice.how == "votes"
+                    self.count.by_logprobs += choice.how == "logprobs"
+                yield index, None if choice is None else asdict(choice)
 
-        return self._through_memory("choose", asks, tuple(options), fresh)
+        found = self._through_memory("choice", asks, tuple(options), fresh)
+        return [None if reply is None else Choice(**reply) for reply in found]
+
+    def choice_logprobs(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
+        """(N, options) log-probability of each option as the whole first word of the answer; None where the agent failed.
+
+        They are not normalised: the rest of the probability lies on other words. What is impossible is `LEAST`, so that every
+        value is a finite number.
+
+        Raises:
+            RunError: the agent cannot be reached.
+        """
+        return [None if choice is None else choice.logprobs for choice in self.decide(asks, options)]
 
     def _through_memory(self, how: str, asks: Sequence[Ask], options: tuple[str, ...], fresh: Any) -> list[Any]:
         keys = [ask.key(self.identity, how, options) for ask in asks]
@@ -184,6 +205,12 @@ class Agent:
             else:
                 self.keep(new[index], reply)
         return [self.known(key) for key in keys]
+
+
+def _choice(reply: Choice | Logprobs | None) -> Choice | None:
+    if reply is None or isinstance(reply, Choice):
+        return reply
+    return Choice([max(value, LEAST) for value in reply], min(math.fsum(map(math.exp, reply)), 1.0))
 
 
 def build(body: Any, where: str) -> Agent:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrecipe.agents.agent import Agent, Ask, Logprobs
+from llmrecipe.agents.choice import Choice
 from llmrecipe.agents.constitution import Constitution, Principle
 
 LETTERS = ("A", "B")
@@ -104,7 +105,7 @@ def compare(
 
     Returns:
         {p, forward, backward: p_fwd and p_bwd of each principle, logprobs: [principle][order][letter], mass: least probability
-        that lay on the letters, principles, rationales}.
+        that lay on the letters, said: the reply it belongs to, votes: share of replies read by vote, principles, rationales}.
     """
     asks: list[Ask] = []
     for pair, own in zip(pairs, principles, strict=True):
@@ -115,7 +116,7 @@ def compare(
     if reasoning:
         rationales = agent.generate(asks)
         asks = [constitution.ask_verdict(ask, text or "") for ask, text in zip(asks, rationales, strict=True)]
-    replies = agent.choice_logprobs(asks, LETTERS)
+    replies = agent.decide(asks, LETTERS)
     found: list[dict[str, Any] | None] = []
     at = 0
     for own in principles:
@@ -131,9 +132,10 @@ def compare(
     return found
 
 
-def _label(replies: Sequence[Logprobs], orders: int, limits: tuple[float, float]) -> dict[str, Any]:
-    """One pair's label from the log-probabilities of its principles and orders."""
-    shares = [min(max(first_share(reply), limits[0]), limits[1]) for reply in replies]
+def _label(replies: Sequence[Choice], orders: int, limits: tuple[float, float]) -> dict[str, Any]:
+    """One pair's label from the choices of its principles and orders."""
+    thinnest = min(replies, key=lambda reply: reply.mass)
+    shares = [min(max(first_share(reply.logprobs), limits[0]), limits[1]) for reply in replies]
     forward = shares[::orders]
     backward = shares[1::2] if orders == 2 else []
     each = [(f + 1.0 - b) / 2.0 for f, b in zip(forward, backward, strict=True)] if backward else forward
@@ -141,8 +143,10 @@ def _label(replies: Sequence[Logprobs], orders: int, limits: tuple[float, float]
         "p": math.fsum(each) / len(each),
         "forward": forward,
         "backward": backward,
-        "logprobs": [[list(r) for r in replies[i : i + orders]] for i in range(0, len(replies), orders)],
-        "mass": min(math.fsum(map(math.exp, reply)) for reply in replies),
+        "logprobs": [[list(r.logprobs) for r in replies[i : i + orders]] for i in range(0, len(replies), orders)],
+        "mass": thinnest.mass,
+        "said": thinnest.said,
+        "votes": sum(reply.how == "votes" for reply in replies) / len(replies),
     }
 
 
@@ -157,7 +161,7 @@ def label_metrics(labels: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     position_bias: share of comparisons whose two orders name the same letter, so different answers; letter_a: mean probability
     of the letter A; confidence: mean |p - 1/2|; entropy: mean of -p log p - (1 - p) log(1 - p); mass: mean of the least
-    probability on the letters.
+    probability on the letters, mass_min: its least; votes: share of replies that were read by vote.
     """
     if not labels:
         return {}
@@ -166,6 +170,8 @@ def label_metrics(labels: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "confidence": math.fsum(abs(label["p"] - 0.5) for label in labels) / len(labels),
         "entropy": math.fsum(entropy(label["p"]) for label in labels) / len(labels),
         "mass": math.fsum(label["mass"] for label in labels) / len(labels),
+        "mass_min": min(label["mass"] for label in labels),
+        "votes": math.fsum(label.get("votes", 0.0) for label in labels) / len(labels),
     }
     if orders:
         found["position_bias"] = sum((f - 0.5) * (b - 0.5) > 0 for f, b in orders) / len(orders)
@@ -182,6 +188,8 @@ def agent_facts(agent: Agent) -> dict[str, Any]:
     """What an agent was asked, for the facts of a step."""
     count = agent.count
     facts: dict[str, Any] = {"agent": agent.identity, "asked": count.asked, "failures": count.failures}
+    how = ("by_logprobs", "by_votes", "stray_votes", "draws")
+    facts |= {name: getattr(count, name) for name in how if getattr(count, name)}
     if count.prompt_tokens or count.completion_tokens:
         facts |= {"prompt_tokens": count.prompt_tokens, "completion_tokens": count.completion_tokens}
     return facts | ({"cost": count.cost} if count.cost else {})

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.agents.agent import Agent, Ask, Logprobs, chunks, digest
+from llmrecipe.agents.agent import Agent, Ask, chunks, digest
+from llmrecipe.agents.choice import Choice, Leads, read_paths
 from llmrecipe.errors import RecipeError, UserError
 from llmrecipe.fields import Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
 from llmrecipe.registry import register
@@ -124,13 +125,13 @@ class Local(Agent):
             for offset, ids in enumerate(new):
                 yield first + offset, text_of(self.roles.tokenizer, ids)
 
-    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Logprobs | None]]:
+    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
         """Summed probabilities of the options' spellings."""
         spellings = [spell(self.roles.tokenizer, option) for option in options]
         for first, part in chunks(asks, self.batch):
             prompts = [self._ids(ask) for ask in part]
             with self._as_agent() as off:
-                found = choice_logprobs(self.roles, prompts, spellings, self._role, off)
+                found = choose(self.roles, prompts, spellings, self._role, off)
             for offset, row in enumerate(found):
                 yield first + offset, row
 
@@ -186,34 +187,31 @@ def spell(tokenizer: Any, option: str) -> set[Path]:
     return {path for path in found if path} | ({(single,)} if single is not None else set())
 
 
-def choice_logprobs(
+def choose(
     roles: Any, prompts: Sequence[Sequence[int]], spellings: Sequence[set[Path]], role: str, off: frozenset[str]
-) -> list[Logprobs]:
-    """(N, K) log of the probability that an answer to each prompt begins with a spelling of each option and no longer one.
-
-    P(option) = sum over its spellings u of P(u) - sum over spellings of other options that go on from u, in float64.
-    """
+) -> list[Choice]:
+    """What each prompt's answer begins with (see `agents.choice`), with every token of every spelling known, in float64."""
     paths = sorted({path for option in spellings for path in option})
     heads = sorted({path[:end] for path in paths for end in range(len(path))})
     steps = {head: sorted({p[len(head)] for p in paths if p[: len(head)] == head and len(p) > len(head)}) for head in heads}
-    return [
-        [_log_mass(own, set(paths) - own, known) for own in spellings] for known in _edges(roles, prompts, steps, role, off)
-    ]
+    found = []
+    for known in _edges(roles, prompts, steps, role, off):
+        tables: dict[Path, dict[int, float]] = {head: {} for head in heads}
+        for (head, token), value in known.items():
+            tables[head][token] = math.exp(value)
+        found.append(read_paths(tables, leads_of(spellings), len(spellings)).choice())
+    return found
 
 
-def _log_mass(own: set[Path], others: set[Path], known: dict[tuple[Path, int], float]) -> float:
-    """log P of one option's spellings, without the longer spellings of others that begin with one of them."""
-
-    def probability(path: Path) -> float:
-        return math.exp(math.fsum(known[path[:end], path[end]] for end in range(len(path))))
-
-    longer = {p for p in others if any(p[: len(u)] == u for u in own)}
-    # A spelling inside another one that is left out already must not be left out twice.
-    longer = {p for p in longer if not any(p != q and p[: len(q)] == q for q in longer)}
-    # What is written in two ways, one the beginning of the other, is one event.
-    first = {u for u in own if not any(u != v and u[: len(v)] == v for v in own)}
-    mass = math.fsum(map(probability, first)) - math.fsum(map(probability, longer))
-    return math.log(mass) if mass > 0 else -math.inf
+def leads_of(spellings: Sequence[set[Path]]) -> Leads:
+    """What a path of token ids spells, and which options go on from it."""
+    whole = {path: index for index, own in reversed(list(enumerate(spellings))) for path in own}
+    further: dict[Path, set[int]] = {}
+    for index, own in enumerate(spellings):
+        for path in own:
+            for end in range(len(path)):
+                further.setdefault(path[:end], set()).add(index)
+    return lambda path: (whole.get(path), frozenset(further.get(path, ())))
 
 
 def _edges(

@@ -25,6 +25,7 @@ from random import Random
 from typing import Any
 
 from llmrecipe.agents.agent import Agent, digest
+from llmrecipe.agents.choice import MIN_MASS
 from llmrecipe.agents.constitution import Constitution, Principle, draw
 from llmrecipe.agents.feedback import Pair, compare
 from llmrecipe.errors import RecipeError, RunError
@@ -160,10 +161,14 @@ def label_by_agent(
     """The agent's decisions on everything that is pending, asked in both orders (see `agents.feedback.compare`).
 
     Replies are kept as they arrive, so a call that was stopped asks nothing twice.
+
+    Raises:
+        RunError: after all others are labelled, where the agent's replies to some hold too little of the letters.
     """
     said = Journal(labels.folder / f"{labels.labeller}.asked.jsonl")
     agent.remember(said)
     pending = labels.pending(asked)
+    thin: list[dict[str, Any]] = []
     for start in range(0, len(pending), batch):
         part = pending[start : start + batch]
         pairs = [Pair(q.row.words, q.first, q.second, q.row.columns) for q in part]
@@ -171,10 +176,19 @@ def label_by_agent(
         for question, label in zip(part, compare(agent, constitution, pairs, drawn), strict=True):
             if label is None:  # it stays pending: the next call asks again
                 continue
+            if label["mass"] < MIN_MASS:
+                thin.append(label)
+                continue
             p = label["p"]
             choice = "tie" if p == 0.5 else "first" if p > 0.5 else "second"
             labels.decide(question, choice, p=p, principles=label["principles"], agent=agent.identity)
     said.close()
+    if thin:
+        least = min(thin, key=lambda label: float(label["mass"]))
+        raise RunError(
+            f"{len(thin)} of {len(pending)} pairs have no label: less than {MIN_MASS:g} of the agent's probability lies on the "
+            f"letters A and B; where it was least ({least['mass']:.3g}) it said {least['said'][:200]!r}"
+        )
 
 
 def facts(folder: Path, asked: Sequence[Question]) -> dict[str, Any]:

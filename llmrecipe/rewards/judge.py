@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.errors import RunError
-from llmrecipe.fields import Annotated, Field
+from llmrecipe.fields import Annotated, ClassVar, Field, Fraction
 from llmrecipe.registry import register
 from llmrecipe.rewards.reward import Answer, Reward
 
 if TYPE_CHECKING:
     from llmrecipe.agents.agent import Agent
+    from llmrecipe.agents.choice import Choice
     from llmrecipe.agents.constitution import Constitution, Principle
     from llmrecipe.training.roles import Roles
 
@@ -24,8 +25,9 @@ class Judge(Reward):
 
     P(i) is the agent's probability of the number i as its reply, so no preference model is trained and none grows stale. With
     several principles the score is the mean over them. The agent is `{kind: rule | local | http, ...}`; `{kind: local}` without
-    a path is the policy's own model as it was at step 0. An answer the agent could not rate scores 0, the middle; where it can
-    rate none at all the run stops.
+    a path is the policy's own model as it was at step 0. An answer the agent refused to rate scores 0, the middle, and counts
+    in `unrated`; where it refuses all, or a reply has less than `min_mass` on the numbers, the run stops. Up to a scale of 9 no
+    number begins another, so that a server needs one request for each rating.
 
     Paper: RLAIF vs. RLHF: Scaling Reinforcement Learning from Human Feedback with AI Feedback (arXiv 2309.00267).
     """
@@ -38,6 +40,9 @@ class Judge(Reward):
     """Ids of the principles to rate by; all where none is named."""
     scale: Annotated[int, Field(ge=2, le=100)] = 10
     """S, the best rating."""
+    min_mass: Fraction = 0.5
+    """Least probability that must lie on the numbers (of votes, the share that name one); 0 is never enough."""
+    measures: ClassVar[tuple[str, ...]] = ("mass", "unrated", "votes")
 
     @functools.cached_property
     def judge(self) -> Agent:
@@ -71,16 +76,28 @@ class Judge(Reward):
         """In [-1, 1].
 
         Raises:
-            RunError: the agent could rate none of the answers.
+            RunError: the agent could rate none of the answers, or said something else than a number.
         """
+        from llmrecipe.agents.choice import holds, thin
+
         constitution, principles = self.by
         asks = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
-        replies = self.judge.choice_logprobs(asks, [str(i) for i in range(1, self.scale + 1)])
+        replies = self.judge.decide(asks, [str(i) for i in range(1, self.scale + 1)])
         if asks and all(reply is None for reply in replies):
             raise RunError(f"objective.reward: the agent {self.judge.identity} could rate none of {len(answers)} answers")
-        ratings = [0.0 if reply is None else expected_rating(reply) for reply in replies]
+        for ask, reply in zip(asks, replies, strict=True):
+            if reply is not None and not holds(reply, self.min_mass):
+                raise thin("objective.reward", self.judge, ask, reply, "min_mass of the judge", self.min_mass)
         width = len(principles)
-        return [math.fsum(ratings[i : i + width]) / width for i in range(0, len(ratings), width)]
+
+        def mean(of: Callable[[Choice | None], float]) -> list[float]:
+            values = [of(reply) for reply in replies]
+            return [math.fsum(values[i : i + width]) / width for i in range(0, len(values), width)]
+
+        self.measured["mass"] = mean(lambda reply: 0.0 if reply is None else reply.mass)
+        self.measured["unrated"] = mean(lambda reply: float(reply is None))
+        self.measured["votes"] = mean(lambda reply: float(reply is not None and reply.how == "votes"))
+        return mean(lambda reply: 0.0 if reply is None else expected_rating(reply.logprobs))
 
 
 def expected_rating(logprobs: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,8 +40,15 @@ class Reward:
     """What an answer is worth. Fields are the options under `objective.reward.NAME`."""
 
     group: ClassVar[str] = "reward"
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Names of what `score` leaves in `measured`, reported as rewards/NAME/MEASURE."""
     builtin_rows_only: ClassVar[bool] = False
     """Knows only the sentences of the built-in sets; a recipe that names it drops it with other rows."""
+
+    @functools.cached_property
+    def measured(self) -> dict[str, list[float]]:
+        """Measure -> one number for each answer of the last call of `score`."""
+        return {}
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """Refuse rows this reward cannot score, before any weight is read.
@@ -108,13 +116,21 @@ class Rewards:
                 reward.open(roles)
             self._opened = True
 
+    @property
+    def names(self) -> list[str]:
+        """Names of what `score` tells besides the sums."""
+        measures = [f"{name}/{measure}" for name, (reward, _) in self.parts.items() for measure in reward.measures]
+        return [*self.parts, *measures]
+
     def score(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float]]]:
-        """Weighted sums, and each reward's own unweighted scores by name."""
+        """Weighted sums, and each reward's own unweighted scores and measures by name."""
         own = {name: reward.score(answers) if answers else [] for name, (reward, _) in self.parts.items()}
         for name, scores in own.items():
             if len(scores) != len(answers):
                 raise RecipeError(f"{self.where}.{name}: {len(scores)} scores for {len(answers)} answers")
         weights = [(weight, own[name]) for name, (_, weight) in self.parts.items()]
+        for name, (reward, _) in self.parts.items():
+            own |= {f"{name}/{measure}": reward.measured[measure] if answers else [] for measure in reward.measures}
         return [sum(weight * scores[i] for weight, scores in weights) for i in range(len(answers))], own
 
 

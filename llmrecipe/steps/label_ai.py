@@ -37,8 +37,8 @@ class LabelAi(Step):
     probability, |p - 1/2| below `min_margin`, and with `hard` also p of exactly 1/2.
 
     Metrics: position_bias (comparisons whose orders name the same letter), letter_a (mean probability of A), confidence (mean
-    |p - 1/2|), entropy of p, mass on the letters, length_ratio (words of chosen per word of rejected, mean), agreement and
-    kappa with `truth`, failures.
+    |p - 1/2|), entropy of p, mass on the letters with its minimum, votes (share of replies read by vote), length_ratio (words
+    of chosen per word of rejected, mean), agreement and kappa with `truth`, failures.
 
     Papers: Constitutional AI: Harmlessness from AI Feedback (arXiv 2212.08073); RLAIF vs. RLHF: Scaling Reinforcement Learning
     from Human Feedback with AI Feedback (arXiv 2309.00267).
@@ -68,7 +68,7 @@ class LabelAi(Step):
     min_margin: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Least |p - 1/2| of a row."""
     min_mass: Fraction = 0.5
-    """Least probability that must lie on the letters in every order."""
+    """Least probability that must lie on the letters in every order (of votes, the share that name one); 0 is never enough."""
     truth: str | None = None
     """Preference rows (human labels, say) or the name of an agent rule (manners), to measure agreement with."""
     splits: list[Literal["train", "validation", "test"]] = Field(default_factory=lambda: ["train"])
@@ -118,7 +118,9 @@ class LabelAi(Step):
             kept, lost = self._kept(places, labels)
             rows = [self._row(answered[i], place, label, agent.identity) for (i, *place), label in kept]
             if not rows:
-                raise RunError(f"{split}: no pair of answers has a label; left out: {_listed({**lost, 'same': same})}")
+                raise RunError(
+                    f"{split}: no pair of answers has a label; left out: {_listed({**lost, 'same': same})}{_thinnest(labels)}"
+                )
             facts[f"{split}/rows"] = work.write(rows, split)
             found = label_metrics([label for label in labels if label is not None])
             found |= {f"dropped/{name}": count for name, count in {"same": same, **lost}.items()}
@@ -186,7 +188,7 @@ class LabelAi(Step):
     def _reason(self, label: dict[str, Any] | None) -> str | None:
         if label is None:
             return "failed"
-        if label["mass"] < self.min_mass:
+        if label["mass"] < self.min_mass or label["mass"] == 0.0:
             return "mass"
         gap = abs(label["p"] - 0.5)
         return "margin" if gap < self.min_margin or (self.hard and gap == 0.0) else None
@@ -206,6 +208,15 @@ class LabelAi(Step):
             "logprobs": label["logprobs"],
         }
         return {**answered.columns, **own, **({"rationales": label["rationales"]} if "rationales" in label else {})}
+
+
+def _thinnest(labels: Sequence[Mapping[str, Any] | None]) -> str:
+    """What the agent said where the letters had the least probability."""
+    said = [label for label in labels if label is not None and label.get("said")]
+    if not said:
+        return ""
+    label = min(said, key=lambda label: float(label["mass"]))
+    return f"; the reply with the least mass on the letters ({label['mass']:.3g}) was {label['said'][:200]!r}"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

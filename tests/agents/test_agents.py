@@ -241,13 +241,16 @@ def test_a_local_agent_needs_a_model() -> None:
 
 def test_spellings_that_begin_with_each_other_are_counted_once() -> None:
     """P(1) = .3 + .1 (two spellings) less P(10) = .3 * .5; hand-worked, with a spelling of its own inside another one."""
-    from llmrecipe.agents.local import _log_mass
+    from llmrecipe.agents.choice import read_paths
+    from llmrecipe.agents.local import leads_of
 
-    known = {((), 1): math.log(0.3), ((), 2): math.log(0.1), ((1,), 0): math.log(0.5), ((1, 0), 0): math.log(0.25)}
+    tables = {(): {1: 0.3, 2: 0.1}, (1,): {0: 0.5}, (1, 0): {0: 0.25}}
     one, ten, hundred = {(1,), (2,)}, {(1, 0)}, {(1, 0, 0)}
-    assert math.exp(_log_mass(one, ten | hundred, known)) == pytest.approx(0.4 - 0.15)
-    assert math.exp(_log_mass(ten, one | hundred, known)) == pytest.approx(0.15 - 0.0375)
-    assert math.exp(_log_mass({(1,), (1, 0)}, set(), known)) == pytest.approx(0.3)
+    found = read_paths(tables, leads_of([one, ten, hundred]), 3).choice()
+    assert [math.exp(v) for v in found.logprobs] == pytest.approx([0.4 - 0.15, 0.15 - 0.0375, 0.0375])
+    assert found.mass == pytest.approx(0.4)
+    twice = read_paths(tables, leads_of([{(1,), (1, 0)}]), 1).choice()
+    assert math.exp(twice.logprobs[0]) == pytest.approx(0.3)
 
 
 def test_random_pairs_are_judged_by_the_embedded_model() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmrecipe.agents.agent import Agent, Ask, Forgetful, build
-from llmrecipe.agents.http import first_option, read_logprobs
+from llmrecipe.agents.http import first_option
 from llmrecipe.errors import RunError
 from llmrecipe.web import Client, Refused, retry_after
 from tests.servers import server
@@ -52,11 +52,122 @@ def test_what_is_sent_and_read() -> None:
     assert count.cost == pytest.approx((7 * 2.0 + 1 * 10.0) / 1e6)
 
 
-def test_a_missing_option_counts_as_the_least_likely_token() -> None:
-    assert read_logprobs([("A", -0.1), ("x", -3.0), ("y", -4.0)], ["A", "B"]) == pytest.approx([-0.1, -4.0])
-    assert read_logprobs([("\u2581B", -1.0), ("\u0120B", -1.0), (" A\n", -2.0)], ["A", "B"]) == pytest.approx(
-        [-2.0, -1.0 + math.log(2)]
-    )
+def listed(*places: tuple[str, dict[str, float]], text: str | None = None) -> dict[str, Any]:
+    """A reply of several tokens, with the probabilities listed at each place."""
+    content = [
+        {"token": token, "logprob": math.log(top.get(token, 1e-9)),
+         "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top.items()]}
+        for token, top in places
+    ]  # fmt: skip
+    said = "".join(token for token, _ in places) if text is None else text
+    return {"choices": [{"message": {"content": said}, "logprobs": {"content": content}}]}
+
+
+def chosen(options: list[str], *replies: dict[str, Any], **more: Any) -> tuple[Any, Agent, list[dict[str, Any]]]:
+    """What an agent makes of a server's replies, given in turn."""
+    with server(*((200, r) for r in replies)) as (url, asked):
+        agent = agent_at(url, concurrency=1, **more)
+        return agent.decide([ask()], options)[0], agent, asked
+
+
+def values(choice: Any) -> list[float]:
+    return [math.exp(v) for v in choice.logprobs]
+
+
+def test_white_space_around_an_option_does_not_count() -> None:
+    tokens = {"\u2581B": 0.3, "\u0120B": 0.2, " A\n": 0.1, "x": 0.4}
+    choice, _, _ = chosen(["A", "B"], listed(("B", tokens)))
+    assert values(choice) == pytest.approx([0.1, 0.5]) and choice.mass == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("top", "wanted", "mass"),
+    [
+        # Nothing is left: the other option cannot be.
+        ({"A": 1.0}, [1.0, 0.0], 1.0),
+        # 0.0004 is left and the least listed has 0.0001: [0, 0.0001].
+        ({"A": 0.9995, "x": 0.0001}, [0.9995, 0.00005], 0.9995),
+        # 0.02 is left, less than the least listed: [0, 0.02].
+        ({"A": 0.9, "x": 0.08}, [0.9, 0.01], 0.9),
+        # Both are missing and share what is left: [0, 0.05] each; nothing lies on what is listed.
+        ({"x": 0.6, "y": 0.3}, [0.025, 0.025], 0.0),
+    ],
+)
+def test_an_option_that_is_not_listed_is_bounded_by_what_is_left(
+    top: dict[str, float], wanted: list[float], mass: float
+) -> None:
+    choice, _, asked = chosen(["A", "B"], listed((next(iter(top)), top)))
+    assert values(choice) == pytest.approx(wanted, abs=1e-12) and choice.mass == pytest.approx(mass)
+    assert len(asked) == 1 and math.fsum(values(choice)) <= 1.0
+
+
+RATINGS = [str(i) for i in range(1, 11)]
+FIRST = {"1": 0.96, "9": 0.03, "8": 0.01}
+SECOND = {"0": 0.99, ".": 0.01}
+
+
+def test_a_rating_of_ten_in_two_tokens() -> None:
+    """P(10) = .96 * .99, P(1) = .96 * .01, P(9) = .03, P(8) = .01; the others cannot be, since nothing is left."""
+    choice, _, asked = chosen(RATINGS, listed(("1", FIRST), ("0", SECOND)))
+    wanted = [0.0096, 0, 0, 0, 0, 0, 0, 0.01, 0.03, 0.9504]
+    assert values(choice) == pytest.approx(wanted, abs=1e-12) and choice.mass == pytest.approx(1.0)
+    assert len(asked) == 1 and asked[0]["body"]["max_tokens"] == 2
+
+
+def test_a_shared_beginning_beside_the_reply_is_drawn() -> None:
+    """The reply says 9; that the 1 of probability .4 goes on to 10 is known from the third reply drawn."""
+    first = {"9": 0.6, "1": 0.4}
+    nine, ten = listed(("9", first), ("<end>", {"<end>": 1.0})), listed(("1", first), ("0", {"0": 0.95, "<end>": 0.05}))
+    choice, agent, asked = chosen(RATINGS, nine, nine, nine, ten, nine)
+    assert values(choice) == pytest.approx([0.02, 0, 0, 0, 0, 0, 0, 0, 0.6, 0.38], abs=1e-12)
+    assert len(asked) == 4 and agent.count.draws == 3
+    assert [(a["body"]["temperature"], a["body"].get("seed")) for a in asked] == [(0.0, None), (1.0, 0), (1.0, 1), (1.0, 2)]
+    # No reply passes there in `votes` draws: both options share it. Where 10 is a token of its own, 1 is no beginning of it.
+    choice, agent, _ = chosen(RATINGS, nine, votes=2)
+    assert values(choice)[::9] == pytest.approx([0.2, 0.2]) and agent.count.draws == 2
+    choice, agent, _ = chosen(RATINGS, listed(("9", {"9": 0.6, "1": 0.1, "10": 0.3})))
+    assert values(choice)[::9] == pytest.approx([0.1, 0.3]) and agent.count.draws == 0
+
+
+def test_a_server_that_lists_the_first_place_alone_is_believed_what_it_says() -> None:
+    choice, agent, _ = chosen(RATINGS, listed(("1", FIRST), text="10"))
+    assert values(choice)[::9] == pytest.approx([0.0, 0.96], abs=1e-12) and agent.count.draws == 0
+
+
+def test_local_tables_are_read_by_the_same_rule() -> None:
+    """The tables of the rating of ten as token ids, every spelling known: the same numbers."""
+    from llmrecipe.agents.choice import read_paths
+    from llmrecipe.agents.local import leads_of
+
+    ids = {"1": 1, "9": 9, "8": 8, "0": 0, ".": 99}
+    spellings = [{(i,)} for i in range(1, 10)] + [{(1, 0)}]
+    tables = {(): {ids[t]: p for t, p in FIRST.items()}, (1,): {ids[t]: p for t, p in SECOND.items()}}
+    for i in range(2, 8):
+        tables[()][i] = 0.0
+    local = read_paths(tables, leads_of(spellings), 10).choice()
+    remote, _, _ = chosen(RATINGS, listed(("1", FIRST), ("0", SECOND)))
+    assert values(local) == pytest.approx(values(remote), abs=1e-12) and local.mass == pytest.approx(remote.mass)
+
+
+def test_one_reply_without_logprobs_costs_one_vote() -> None:
+    """The second of four questions is answered without log-probabilities: 4 requests and 2 votes."""
+    with server((200, reply("A", BOTH)), (200, reply("A")), (200, reply("A")), (200, reply("no")), (200, reply("A", BOTH))) as (
+        url,
+        asked,
+    ):
+        agent = agent_at(url, votes=2, concurrency=1)
+        found = agent.decide([ask(str(i)) for i in range(4)], ["A", "B"])
+    assert [c.how for c in found] == ["logprobs", "votes", "logprobs", "logprobs"] and len(asked) == 6
+    assert values(found[1]) == pytest.approx([2 / 4, 1 / 4]) and found[1].mass == 0.5 and found[1].said == "no"
+    count = agent.count
+    assert (count.by_logprobs, count.by_votes, count.stray_votes) == (3, 1, 1)
+
+
+def test_a_server_that_never_gives_logprobs_is_asked_for_them_three_times() -> None:
+    with server((200, reply("A"))) as (url, asked):
+        agent = agent_at(url, votes=2, concurrency=1)
+        agent.decide([ask(str(i)) for i in range(6)], ["A", "B"])
+    assert len(asked) == 3 + 6 * 2 and agent.count.by_votes == 6
 
 
 def test_what_a_sampled_answer_says() -> None:
@@ -64,6 +175,10 @@ def test_what_a_sampled_answer_says() -> None:
         0, 1, 0, None, None, None, 1,
     ]  # fmt: skip
     assert [first_option(t, ["1", "10"]) for t in ("10", "1", "1/10", "100")] == [1, 0, 0, None]
+    assert [first_option(t, RATINGS) for t in ("7.5", "7-8", "7 to 8", "7.", "7, since", "8 - good")] == [
+        None, None, None, 6, 6, 7,
+    ]  # fmt: skip
+    assert [first_option(t, ["A", "B"]) for t in ("A or B", "A and B are good", "A and nothing else")] == [None, None, 0]
 
 
 def test_a_server_without_logprobs_is_asked_for_a_vote() -> None:

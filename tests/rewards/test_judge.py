@@ -14,6 +14,7 @@ from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.rewards.judge import expected_rating
 from llmrecipe.rewards.reward import Answer, Rewards
 from tests.runs import events, train_recipe
+from tests.servers import server
 
 QUESTION = "Tell me about the owl, not the cow."
 
@@ -105,11 +106,57 @@ def test_the_policy_of_step_zero_judges_itself(stack: str, tmp_path: Path) -> No
         seen.append((list(answers), values))
         return values
 
-    options = {"agent": {"kind": "local", "path": "tiny"}, "constitution": "manners", "principles": ["polite"]}
+    # The tiny model has never seen a rating: hardly any of its probability lies on the numbers.
+    options = {"agent": {"kind": "local", "path": "tiny"}, "constitution": "manners", "principles": ["polite"], "min_mass": 0.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.Judge, "score", spy)
-        reward = "objective.reward={judge: {agent: {kind: local}, constitution: manners, principles: [polite]}}"
+        reward = "objective.reward={judge: {agent: {kind: local}, constitution: manners, principles: [polite], min_mass: 0.0}}"
         train_recipe(tmp_path / "run", "rloo", *SHORT, reward, stack, "optim.lr=1e-2", "objective.temperature=1.0")
     assert len(seen) >= 3
     for answers, values in (seen[0], seen[-1]):
         assert values == pytest.approx(scores(*answers, **options), abs=1e-3)
+
+
+def rating(*places: tuple[str, dict[str, float]], text: str) -> dict[str, Any]:
+    """A reply with the probabilities of its tokens; none where no place is given."""
+
+    def listing(top: dict[str, float]) -> list[dict[str, Any]]:
+        return [{"token": t, "logprob": math.log(p)} for t, p in top.items()]
+
+    content = [{"token": token, "top_logprobs": listing(top)} for token, top in places]
+    return {"choices": [{"message": {"content": text}, **({"logprobs": {"content": content}} if places else {})}]}
+
+
+def rated(reply: dict[str, Any], **options: Any) -> tuple[float, dict[str, list[float]]]:
+    """Score and measures of one answer by a judge behind HTTP."""
+    with server((200, reply)) as (url, _):
+        agent = {"kind": "http", "url": url, "model": "m", "wait": 0.01}
+        reward = Rewards({"judge": {"agent": agent, "constitution": "manners", "principles": ["polite"], **options}})
+        reward.open(None)  # type: ignore[arg-type]
+        total, own = reward.score([answer("a")])
+    return total[0], own
+
+
+def test_a_rating_of_ten_digit_by_digit_is_the_best() -> None:
+    """P(10) = .99, P(1) = .01: mean 9.91, rescaled 2 * 8.91 / 9 - 1 = 0.98."""
+    score, own = rated(rating(("1", {"1": 1.0}), ("0", {"0": 0.99, ".": 0.01}), text="10"))
+    assert score == pytest.approx(0.98)
+    assert own == {"judge": [score], "judge/mass": [pytest.approx(1.0)], "judge/unrated": [0.0], "judge/votes": [0.0]}
+
+
+def test_a_reply_without_a_number_stops_the_run_and_is_shown() -> None:
+    with pytest.raises(RunError, match=r"objective\.reward: .*votes name the options.*it says 'I would rather not'.*min_mass"):
+        rated(rating(text="I would rather not"))
+    words = rating(("I", {"I": 0.7, "7": 0.3}), text="I think it is fine")
+    with pytest.raises(RunError, match=r"0\.3 of its probability lies on the options and 0\.5 is wanted; it says 'I think"):
+        rated(words, scale=9)
+    score, own = rated(words, scale=9, min_mass=0.2)
+    assert score == pytest.approx(0.5, abs=1e-9) and own["judge/mass"] == [pytest.approx(0.3)]
+    with pytest.raises(RunError, match="it says 'So'"):
+        rated(rating(("So", {"So": 1.0}), text="So"), min_mass=0.0)
+
+
+def test_ratings_by_vote_are_counted() -> None:
+    """8 votes for 9 of 9: (8 + 1) / 17 against 1 / 17 for each of the eight others; mean 1 + (72 + 28) / 17."""
+    score, own = rated(rating(text="9"), scale=9)
+    assert score == pytest.approx(2 * (100 / 17) / 8 - 1) and own["judge/votes"] == [1.0] and own["judge/mass"] == [1.0]

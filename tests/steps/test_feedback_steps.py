@@ -305,3 +305,32 @@ def test_secrets_of_an_agent_stay_out_of_the_folder(pairs: str, tmp_path: Path, 
     assert metrics["prompt_tokens"] == 3 and metrics["cost"] == pytest.approx(3.0)
     for file in (tmp_path / "l").rglob("*"):
         assert not file.is_file() or secret not in file.read_text(encoding="utf-8")
+
+
+def test_a_certain_letter_whose_other_is_not_listed_is_certain(pairs: str, tmp_path: Path) -> None:
+    """The server says A where the first answer is polite and lists a word besides: p is 1 but for 0.0001, not 1/2."""
+    from tests.servers import server
+
+    def judge(body: dict[str, Any]) -> dict[str, Any]:
+        said = body["messages"][-1]["content"]
+        letter = "A" if said.find(world.POLITE[0]) < said.find(world.RUDE[0]) else "B"
+        top = [{"token": letter, "logprob": math.log(0.9999)}, {"token": "The", "logprob": math.log(0.0001)}]
+        return {
+            "choices": [{"message": {"content": letter}, "logprobs": {"content": [{"token": letter, "top_logprobs": top}]}}]
+        }
+
+    good, rude = f"{world.POLITE[0]} {OWL}", f"{world.RUDE[0]} {OWL}"
+    two = written(tmp_path / "two.jsonl", [{"prompt": turn(QUESTION), "completions": [good, rude]}])
+    with server((200, judge)) as (url, _):
+        agent = f"agent={{kind: http, url: '{url}', model: judge}}"
+        rows, metrics = done("label_ai", tmp_path / "l", f"answers={two}", agent, "constitution=manners", "principles=[polite]")
+    assert [(r["chosen"], r["p"]) for r in rows] == [(good, pytest.approx(1.0, abs=1e-4))]
+    assert metrics["train/mass"] == metrics["train/mass_min"] == pytest.approx(0.9999) and metrics["train/votes"] == 0.0
+    assert metrics["by_logprobs"] == 2
+    silent = (200, {"choices": [{"message": {"content": "Both are fine"}}]})
+    with (
+        server(silent) as (url, _),
+        pytest.raises(RunError, match=r"mass 1, .*the least mass on the letters \(0\) was 'Both are"),
+    ):
+        agent = f"agent={{kind: http, url: '{url}', model: judge}}"
+        done("label_ai", tmp_path / "s", f"answers={two}", agent, "constitution=manners", "principles=[polite]")

@@ -247,7 +247,7 @@ class Rollouts:
     @property
     def reward_names(self) -> list[str]:
         """Names of the rewards in batches and metrics."""
-        return [f"rewards/{name}" for name in self.rewards.parts]
+        return [f"rewards/{name}" for name in self.rewards.names]
 
     # --- state ----------------------------------------------------------------------------------------------------
 
