@@ -14,6 +14,7 @@ where `eval.load_best` is off, averaged over `seeds`. Trials never open the test
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from llmrecipe.recipe.stages import Plan, Planned
 from llmrecipe.search import space
 from llmrecipe.signals import handled_by
 from llmrecipe.training.children import Children, Machine
+from llmrecipe.training.durable import write_text
 from llmrecipe.training.pipeline import Pipeline, run_stage, state_of
 from llmrecipe.training.run_dir import RunDir
 
@@ -211,8 +213,10 @@ class Search:
         path = self.folder / "trials.jsonl"
         if not path.is_file():
             return []
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(lines), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        if "".join(lines) != text:
+            write_text(path, "".join(lines))
         if lines and json.loads(lines[0]) != self._head():
             raise RunError(
                 f"{self.folder} holds a search of another space, recipe, data or plugin; choose another run.dir, or delete it"
@@ -228,9 +232,11 @@ class Search:
     def _write(self, trial: Trial) -> None:
         path = self.folder / "trials.jsonl"
         if not path.is_file() or not path.stat().st_size:
-            path.write_text(json.dumps(self._head()) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(self._head()) + "\n")
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(trial)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _known(self, trial: Trial) -> optuna.trial.FrozenTrial:
         """A trial as the library keeps it."""
@@ -269,7 +275,7 @@ class Search:
             f"#   {', '.join(f'{k}={v}' for k, v in best.point.items())}\n"
         )
         path = self.folder / "searched.yaml"
-        path.write_text(head + to_yaml(composition.mapping), encoding="utf-8")
+        write_text(path, head + to_yaml(composition.mapping))
         return path
 
 

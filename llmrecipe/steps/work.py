@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from llmrecipe.errors import LlmRecipeError, RunError
 from llmrecipe.journal import Journal, json_hash
 from llmrecipe.redact import redact_text
+from llmrecipe.training.durable import sync
 from llmrecipe.training.events import Events, plain
 from llmrecipe.training.run_dir import RunDir
 
@@ -143,6 +144,7 @@ class Work:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
+            sync(path.parent)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
         return count

@@ -11,7 +11,6 @@ warning, for the newest one that is intact.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -19,7 +18,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,9 @@ import torch
 from torch import Tensor
 
 from llmrecipe.errors import RunError
+from llmrecipe.training.durable import ASIDE, REPLACED, delete, put_in_place, sync
 
 CHECKSUMS = "checksums.json"
-ASIDE = ".writing-"
-"""Prefix of a folder that is being written, or deleted: never a checkpoint."""
-REPLACED = ".replaced-"
-"""Prefix of a checkpoint that a newer one of the same step is about to replace: still a checkpoint until that one is there."""
 NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The disk, the quota or the file size limit is exhausted."""
@@ -96,25 +92,14 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Te
         sums = {f"{stem}.safetensors": _write(aside / f"{stem}.safetensors", _safetensors(t)) for stem, t in tensors.items()}
         sums |= {f"{stem}.json": _write(aside / f"{stem}.json", _json(value)) for stem, value in documents.items()}
         _write(aside / CHECKSUMS, _json({"step": step, "files": sums}))
-        _sync_folder(aside)
-        _put_in_place(aside, target)
+        sync(aside)
+        put_in_place(aside, target)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         if error.errno not in FULL:
             raise
         raise RunError(_disk_full(root, step, error)) from error
     return target
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    """Rename into place; a checkpoint of the same step counts until the new one has its name."""
-    replaced = target.with_name(f"{REPLACED}{target.name}")
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(aside, target)
-    _sync_folder(target.parent)
-    if replaced.exists():
-        _delete(replaced)
 
 
 def _disk_full(root: Path, step: int, error: OSError) -> str:
@@ -166,16 +151,6 @@ def _write(path: Path, pieces: Iterator[bytes | memoryview] | Iterator[bytes]) -
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable only when the folder that holds the name is synced; Windows has no such call.
-    with contextlib.suppress(PermissionError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file is there and matches its checksum."""
     try:
@@ -203,6 +178,11 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
 def steps(root: Path) -> list[int]:
     """Steps that have a checkpoint, oldest first; not verified."""
     return sorted({step for step, _ in _candidates(root)})
+
+
+def checkpoint_of(root: Path, step: int) -> Path | None:
+    """The intact checkpoint of one step, or None."""
+    return next((path for at, path in _candidates(root) if at == step and fault(path) is None), None)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -245,21 +225,16 @@ def read_checkpoint(path: Path) -> Saved:
 
 def rotate(root: Path, keep: int, best: int | None = None) -> list[int]:
     """Delete all but the `keep` newest checkpoints and the best one; returns the steps that were deleted."""
-    gone = []
-    for step in steps(root)[:-keep]:
-        if step != best:
-            _delete(root / folder_name(step))
-            gone.append(step)
+    known = steps(root)
+    return keep_only(root, {*known[-keep:], best})
+
+
+def keep_only(root: Path, wanted: Container[int | None]) -> list[int]:
+    """Delete the checkpoints of all other steps; returns the steps that were deleted."""
+    gone = [step for step in steps(root) if step not in wanted]
+    for step in gone:
+        delete(root / folder_name(step))
     return gone
-
-
-def _delete(path: Path) -> None:
-    """Take the name away first, so that a folder half deleted is never taken for a checkpoint."""
-    aside = path.with_name(f"{ASIDE}{path.name.lstrip('.')}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _clear_leftovers(root: Path) -> None:
@@ -268,4 +243,4 @@ def _clear_leftovers(root: Path) -> None:
         shutil.rmtree(path)
     for path in root.glob(f"{REPLACED}*"):
         if (root / path.name.removeprefix(REPLACED)).exists():
-            _delete(path)
+            delete(path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import resource
 import shutil
 import sys
@@ -17,7 +17,17 @@ from llmrecipe.errors import RunError
 from llmrecipe.models import heads
 from llmrecipe.recipe.rights import RIGHTS, without_rights
 from llmrecipe.training import assemble, card, delta
-from llmrecipe.training.checkpoint import latest_checkpoint, read_checkpoint, rotate, save_checkpoint
+from llmrecipe.training.checkpoint import (
+    checkpoint_of,
+    folder_name,
+    keep_only,
+    latest_checkpoint,
+    read_checkpoint,
+    rotate,
+    save_checkpoint,
+    steps,
+)
+from llmrecipe.training.durable import ASIDE, delete, put_in_place, sync_tree
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.state import optimizer_state, random_state, restore_optimizer, restore_random_state
 
@@ -26,6 +36,8 @@ if TYPE_CHECKING:
 
 FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
 """Keys a resumed run may not change: another value would make the rest of the run another experiment."""
+BEST = "best"
+"""Folder of the best weights, where a checkpoint holds trained tensors alone."""
 
 
 def peak_memory_mb() -> float:
@@ -58,6 +70,7 @@ def save(run: Run) -> Path | None:
         root = run.dir.path / "checkpoints"
         path = save_checkpoint(root, run.progress.step, tensors, documents)
         rotate(root, run.recipe.save.keep, run.judge.best_step)
+        forget_worse(run)
         run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
     run.runtime.barrier()
     return path
@@ -67,7 +80,7 @@ def restore(run: Run) -> None:
     """Continue a run from its newest intact checkpoint, bit for bit.
 
     Raises:
-        RunError: the recipe changed in a way that would make it another run.
+        RunError: the recipe changed in a way that would make it another run, or the best weights so far are gone.
     """
     check_same(run)
     path = latest_checkpoint(run.dir.path / "checkpoints")
@@ -92,6 +105,8 @@ def restore(run: Run) -> None:
     if run.optimizer is not None:
         run.optimizer = assemble.optimizer_for(run.model, run.optim, run.stack)
         restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"])
+    if returns_to_best(run):
+        best_weights(run)
     states = saved.documents["random"]
     restore_random_state(states[min(run.runtime.rank, len(states) - 1)])
     run.events.resume(run.progress.step)
@@ -121,22 +136,53 @@ def saved_structures(folder: Path) -> dict[str, Any] | None:
 
 def save_best(run: Run) -> None:
     """Keep what was learned so far as the best; trained tensors only."""
-    if not run.runtime.is_main:
-        return
-    root = run.dir.path / "best"
-    save_checkpoint(root, run.progress.step, {"delta": run.stack.delta(run.model)}, {"judge": run.judge.state()})
-    rotate(root, 1)
+    if run.runtime.is_main:
+        tensors = {"delta": run.stack.delta(run.model)}
+        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.judge.state()})
+        forget_worse(run)
+
+
+def forget_worse(run: Run) -> None:
+    """Delete best weights that neither this run nor one that is resumed from any of its checkpoints would return to."""
+    root = run.dir.path / "checkpoints"
+    wanted = {run.judge.best_step}
+    for step in steps(root):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            wanted.add(json.loads((root / folder_name(step) / "judge.json").read_text(encoding="utf-8"))["best_step"])
+    keep_only(run.dir.path / BEST, wanted)
+
+
+def returns_to_best(run: Run) -> bool:
+    """Whether the best weights are wanted in the end and are not those of the present step."""
+    return run.recipe.eval.load_best and run.judge.best is not None and run.judge.best_step != run.progress.step
+
+
+def best_weights(run: Run) -> Path:
+    """The checkpoint that holds the best weights.
+
+    Raises:
+        RunError: it is gone; the last weights are no substitute that may be taken in silence.
+    """
+    step = run.judge.best_step
+    for root in (run.dir.path / BEST, run.dir.path / "checkpoints"):
+        if (found := checkpoint_of(root, step)) is not None:
+            return found
+    raise RunError(
+        f"eval.load_best: the best weights so far, those of step {step}, are not in {run.dir.path / BEST}; "
+        "eval.load_best=false ends with the last ones"
+    )
 
 
 def load_best(run: Run) -> bool:
-    """Put the best weights back; False when the last ones are the best or nothing was kept."""
-    if not run.recipe.eval.load_best or run.judge.best is None or run.judge.best_step == run.progress.step:
+    """Put the best weights back; False when the last ones are the best or nothing was judged.
+
+    Raises:
+        RunError: they are gone.
+    """
+    if not returns_to_best(run):
         return False
     run.runtime.barrier()
-    path = latest_checkpoint(run.dir.path / "best")
-    if path is None:
-        return False
-    run.stack.restore(run.model, read_checkpoint(path).tensors["delta"])
+    run.stack.restore(run.model, read_checkpoint(best_weights(run)).tensors["delta"])
     return True
 
 
@@ -149,7 +195,7 @@ def save_batch(run: Run, micros: list[Batch]) -> Path:
 
 
 def finish(run: Run) -> None:
-    """Best weights back, the test split scored once, `final/` written."""
+    """Best weights back, the test split scored once, `final/` written. Nothing is deleted: see `tidy`."""
     restored = load_best(run)
     run.stack.finish(run.model)
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.judge.best_step if restored else run.progress.step}
@@ -160,10 +206,13 @@ def finish(run: Run) -> None:
     run.objective.finish(run.roles)
     if run.runtime.is_main:
         write_final(run, metrics)
-        root = run.dir.path / "best"
-        if root.exists():
-            shutil.rmtree(root)
     run.runtime.barrier()
+
+
+def tidy(run: Run) -> None:
+    """Delete what a finished run has no use for. Call when its status says `done`: until then a resume may need all of it."""
+    if run.runtime.is_main and (run.dir.path / BEST).exists():
+        delete(run.dir.path / BEST)
 
 
 def score_test(run: Run) -> dict[str, float]:
@@ -179,14 +228,15 @@ def score_test(run: Run) -> dict[str, float]:
 
 
 def write_final(run: Run, metrics: dict[str, Any]) -> Path:
-    """Write `final/` aside and move it into place: a delta with its stack, or the whole model when everything was trained.
+    """Write `final/` aside, durably, and move it into place: a delta with its stack, or the whole model when all of it trained.
 
     Raises:
         RunError: the disk is full.
     """
     final = run.dir.path / "final"
-    aside = run.dir.path / ".writing-final"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = run.dir.path / f"{ASIDE}final"
+    for left in run.dir.path.glob(f"{ASIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         if assemble.everything_trains(run.stack) and not run.opened.layers:
@@ -200,9 +250,8 @@ def write_final(run: Run, metrics: dict[str, Any]) -> Path:
             run.composition.name, run.opened.section.path, run.objective, run.stack, run.model, rows, metrics
         )
         (aside / "README.md").write_text(about, encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
+        sync_tree(aside)
+        put_in_place(aside, final)
     except OSError as error:
         raise RunError(f"cannot write {final}: {error.strerror or error}; the last checkpoint is intact") from error
     return final

@@ -303,6 +303,8 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
     except Exception as error:
         run.dir.status("failed", error=f"{type(error).__name__}: {error}", step=run.progress.step)
         raise
+    else:
+        finish.tidy(run)
     finally:
         run.events.close()
         run.runtime.close()

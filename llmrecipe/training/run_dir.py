@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.errors import RunError, did_you_mean
 from llmrecipe.lock import hold
 from llmrecipe.redact import redact_text
+from llmrecipe.training.durable import write_text
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -201,12 +202,10 @@ class RunDir:
         return latest_checkpoint(self.path / "checkpoints")
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file whole: a reader never sees half of it."""
+        """Replace a file whole and durably: a reader never sees half of it, nor does one after a crash."""
         path = self.path / name
-        aside = path.with_name(f".{path.name}.writing")
         try:
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
+            write_text(path, text)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from llmrecipe import registry
 from llmrecipe.errors import RunError
-from llmrecipe.training import checkpoint
+from llmrecipe.training import durable
 from llmrecipe.training.checkpoint import latest_checkpoint, read_checkpoint, rotate, save_checkpoint, steps
 from llmrecipe.training.optimizer import build_optimizer, parameter_groups
 from llmrecipe.training.state import optimizer_state, random_state, restore_optimizer, restore_random_state
@@ -106,7 +106,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 KILL = """
-    import os, signal, sys, torch
+    import os, shutil, signal, sys, torch
     from pathlib import Path
     from llmrecipe.training import checkpoint
     root, moment = Path(sys.argv[1]), int(sys.argv[2])
@@ -125,7 +125,7 @@ KILL = """
     save(2, 2.0)
     for name in ("fsync", "rename", "open"):
         setattr(os, name, killing(getattr(os, name)))
-    checkpoint.shutil.rmtree = killing(checkpoint.shutil.rmtree)
+    shutil.rmtree = killing(shutil.rmtree)
     save(int(sys.argv[3]), 3.0)
     print("survived")
 """
@@ -177,7 +177,7 @@ def test_kill_at_any_moment_of_a_save_costs_no_good_checkpoint(tmp_path):
         assert was_killed or value[0] == 3.0
         # The next save clears what the dead process left.
         save_checkpoint(root, 4, {}, {"progress": {}})
-        assert not [p for p in root.iterdir() if p.name.startswith(checkpoint.ASIDE)]
+        assert not [p for p in root.iterdir() if p.name.startswith(durable.ASIDE)]
 
 
 def test_a_full_disk_is_a_clear_error_and_keeps_the_last_good_one(tmp_path, monkeypatch):
