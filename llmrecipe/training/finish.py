@@ -16,7 +16,7 @@ from llmrecipe.data.batch import Batch
 from llmrecipe.errors import RunError
 from llmrecipe.models import heads
 from llmrecipe.recipe.rights import RIGHTS, without_rights
-from llmrecipe.training import assemble, card, delta
+from llmrecipe.training import assemble, card, delta, finite
 from llmrecipe.training.checkpoint import (
     checkpoint_of,
     folder_name,
@@ -49,7 +49,12 @@ def peak_memory_mb() -> float:
 
 
 def save(run: Run) -> Path | None:
-    """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes."""
+    """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes.
+
+    Raises:
+        RunError: a weight or the optimizer's state is not finite, or the disk is full.
+    """
+    finite.check(run)
     states = run.runtime.gather_json(random_state())
     path = None
     if run.runtime.is_main:
@@ -135,7 +140,12 @@ def saved_structures(folder: Path) -> dict[str, Any] | None:
 
 
 def save_best(run: Run) -> None:
-    """Keep what was learned so far as the best; trained tensors only."""
+    """Keep what was learned so far as the best; trained tensors only.
+
+    Raises:
+        RunError: a weight or the optimizer's state is not finite, or the disk is full.
+    """
+    finite.check(run)
     if run.runtime.is_main:
         tensors = {"delta": run.stack.delta(run.model)}
         save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.judge.state()})
@@ -195,7 +205,13 @@ def save_batch(run: Run, micros: list[Batch]) -> Path:
 
 
 def finish(run: Run) -> None:
-    """Best weights back, the test split scored once, `final/` written. Nothing is deleted: see `tidy`."""
+    """Best weights back, the test split scored once, `final/` written. Nothing is deleted: see `tidy`.
+
+    Raises:
+        RunError: the last weights, or what is to be kept, are not finite, or no step was an update.
+    """
+    finite.check_updated(run)
+    finite.check(run)
     restored = load_best(run)
     run.stack.finish(run.model)
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.judge.best_step if restored else run.progress.step}
@@ -204,6 +220,7 @@ def finish(run: Run) -> None:
     metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
     run.roles.cache.save()
     run.objective.finish(run.roles)
+    finite.check(run)
     if run.runtime.is_main:
         write_final(run, metrics)
     run.runtime.barrier()
@@ -231,7 +248,7 @@ def write_final(run: Run, metrics: dict[str, Any]) -> Path:
     """Write `final/` aside, durably, and move it into place: a delta with its stack, or the whole model when all of it trained.
 
     Raises:
-        RunError: the disk is full.
+        RunError: the disk is full, or a weight does not fit the dtype it is written in.
     """
     final = run.dir.path / "final"
     aside = run.dir.path / f"{ASIDE}final"
@@ -265,6 +282,8 @@ def save_whole(run: Run, folder: Path) -> None:
     heads.write(scalars, folder.parent)
     if dtype in ("bfloat16", "float16"):
         state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
+        if bad := finite.not_finite(state):
+            raise RunError(f"model.dtype: weights of {', '.join(bad[:3])} are beyond the range of {dtype}; bfloat16 holds them")
     # The stock name, so that the folder loads where this package is not installed.
     run.model.config._attn_implementation_internal = attention.removeprefix("llmrecipe_")
     try:

@@ -42,6 +42,8 @@ class Progress:
     """Row batches drawn from the source."""
     tokens: int = 0
     """Real tokens the model has read in training, on this process."""
+    skipped: int = 0
+    """Steps that made no update because a loss or a gradient was not finite (`run.on_nan: skip`)."""
 
     def advance(self, micros: list[Batch]) -> None:
         """One more optimizer step."""
@@ -202,6 +204,7 @@ class Run:
         self.events.warning(text)
         if self.recipe.run.on_nan == "stop":
             raise RunError(f"{text}. A lower optim.lr often helps; run.on_nan=skip leaves such steps out")
+        self.progress.skipped += 1
 
     def report_step(self, result: StepResult, micros: list[Batch], seconds: float) -> None:
         """Write the step event."""

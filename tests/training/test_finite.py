@@ -1,0 +1,128 @@
+"""Weights that are not finite end no run as done: not at a save, not at a best, not after the last step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmrecipe.errors import RunError
+from llmrecipe.training import finish
+from llmrecipe.training import run as run_module
+from llmrecipe.training.finite import not_finite
+from llmrecipe.training.run import Run
+from llmrecipe.training.run_dir import RunDir
+from tests.runs import train_recipe
+
+ONE = ["steps=1", "batch.size=1", "data.limit=3", "data.packing=off", "eval.batches=1", "eval.at_start=false"]
+HUGE = {
+    "lora": ["sft_lora", "optim.lr=1e38", "schedule=constant"],
+    "mezo": ["mezo_lora", "optim.lr=1e38", "schedule=constant"],
+}
+
+SLOW = [("optimizer", "save"), ("weights", "best"), ("optimizer", "final")]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return RunDir.open(folder, write=False).read_status()
+
+
+def test_norms_by_hand() -> None:
+    inf, nan = float("inf"), float("nan")
+    tensors = {
+        "good": torch.tensor([1.0, -2.0]),
+        "nan": torch.tensor([1.0, nan]),
+        "inf": torch.tensor([[0.0], [-inf]]),
+        "nan16": torch.tensor([nan, 1.0], dtype=torch.bfloat16),
+        "largest half": torch.full((4,), 65504.0, dtype=torch.float16),
+        "eight bits": torch.tensor([1.0, nan]).to(torch.float8_e4m3fn),
+        "squares overflow": torch.full((9,), 1e20),
+        "squares fit": torch.full((9,), 1e18),
+        "double": torch.full((9,), 1e100, dtype=torch.float64),
+        "whole": torch.tensor([1, 2]),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(nan),
+    }
+    exactly = ["nan", "inf", "nan16", "eight bits", "scalar"]
+    assert not_finite(tensors) == exactly
+    assert sorted(not_finite(tensors, 2.0)) == sorted([*exactly, "squares overflow"])
+
+
+@pytest.mark.parametrize(("name", "on_nan"), [("lora", "stop"), ("mezo", "skip")])
+def test_a_rate_that_is_finite_and_far_too_large_ends_failed(name: str, on_nan: str, tmp_path: Path) -> None:
+    recipe, *options = HUGE[name]
+    with pytest.raises(RunError, match=r"step 1: trained weights are not finite, or too large .*: [\w.]+lora") as error:
+        train_recipe(tmp_path / "run", recipe, *ONE, *options, f"run.on_nan={on_nan}")
+    found = state(tmp_path / "run")
+    assert found["status"] == "failed" and found["error"] == str(error.value) and found["step"] == 1
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def planted(where: str, value: float) -> Any:
+    """A step that leaves one number in a trained tensor, or in the optimizer's state of one."""
+    original = Run.zero_gradients
+
+    def step(run: Run) -> None:
+        original(run)
+        parameter = next(p for p in run.model.parameters() if p.requires_grad)
+        tensor = parameter if where == "weights" else run.optimizer.state[parameter]["exp_avg_sq"]
+        with torch.no_grad():
+            tensor.view(-1)[0] = value
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("where", "writing"),
+    [
+        ("weights", "save"),
+        ("optimizer", "best"),
+        ("weights", "final"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)
+def test_nothing_is_kept_that_is_not_finite(where: str, writing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, text = {"weights": (float("nan"), "trained weights"), "optimizer": (float("inf"), "optimizer state")}[where]
+    monkeypatch.setattr(run_module, "evaluate", lambda run, data: {"loss": 1.0})
+    monkeypatch.setattr(Run, "zero_gradients", planted(where, value))
+    more = {"save": ["steps=2", "save.every=1"], "best": [], "final": ["eval.load_best=false"]}[writing]
+    with pytest.raises(RunError, match=rf"step 1: {text} are not finite.*\(1 of \d+ tensors\); nothing of this step is kept"):
+        train_recipe(tmp_path / "run", "sft_lora", *ONE, *more)
+    assert state(tmp_path / "run")["status"] == "failed"
+    assert not [name for name in ("checkpoints", "best", "final") if (tmp_path / "run" / name).exists()]
+
+
+def test_finite_best_weights_do_not_excuse_last_ones_that_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([1.0, float("nan")])
+    monkeypatch.setattr(run_module, "evaluate", lambda run, data: {"loss": next(values)})
+    monkeypatch.setattr(Run, "zero_gradients", planted("weights", float("nan")))
+    with pytest.raises(RunError, match="trained weights are not finite"):
+        train_recipe(tmp_path / "run", "sft_lora", *ONE, "eval.at_start=true")
+    assert state(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run" / "final").exists()
+
+
+def test_a_run_whose_every_step_was_skipped_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "clip", lambda run: float("nan"))
+    with pytest.raises(RunError, match="all 2 steps had a loss or a gradient that was not finite and were skipped"):
+        train_recipe(tmp_path / "run", "sft_lora", *ONE, "steps=2", "run.on_nan=skip")
+    assert state(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_run_that_skipped_one_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = iter([float("nan"), 1.0])
+    monkeypatch.setattr(Run, "clip", lambda run: next(norms))
+    run = train_recipe(tmp_path / "run", "sft_lora", *ONE, "steps=2", "run.on_nan=skip")
+    assert state(tmp_path / "run")["status"] == "done" and run.progress.skipped == 1
+    assert json.loads((tmp_path / "run" / "final" / "metrics.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_weight_beyond_the_dtype_it_is_written_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish.heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {}))
+    with pytest.raises(RunError, match=r"model\.dtype: weights of model\.norm\.weight are beyond the range of float16"):
+        train_recipe(tmp_path / "run", "sft", *ONE, "model.dtype=float16", "eval.load_best=false")
+    assert state(tmp_path / "run")["status"] == "failed"
