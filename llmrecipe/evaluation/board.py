@@ -15,7 +15,8 @@ from typing import Any
 
 from llmrecipe import registry
 from llmrecipe.console import number
-from llmrecipe.errors import RunError, did_you_mean
+from llmrecipe.errors import RecipeError, RunError, did_you_mean
+from llmrecipe.evaluation.directions import Direction, direction_of
 from llmrecipe.training.summary import Record, flat, read_run
 
 NOT_A_WAY = ("run", "log", "save", "seed")
@@ -173,6 +174,31 @@ def _score(record: Record, metric: str, where: str) -> float:
         near = did_you_mean(metric, metrics)
         raise RunError(f"{where}: {record.path} has no metric '{metric}'{near} (it has {', '.join(metrics) or 'none'})")
     return float(metrics[metric])
+
+
+def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
+    """Whether a large or a small value of a metric is better, as the runs' objectives declare.
+
+    Args:
+        where: the key that says it where nothing is declared.
+
+    Raises:
+        RecipeError: nothing is declared, or the runs' objectives disagree.
+    """
+    from llmrecipe.recipe.validate import build
+
+    recipes = [read_run(path).recipe for path in paths]
+    named = [r.get("eval", {}).get("metrics", ()) for r in recipes]
+    found = {
+        direction_of(metric, build("objective", r["objective"], "objective"), names)
+        for r, names in zip(recipes, named, strict=True)
+    }
+    better = found.pop() if len(found) == 1 else None
+    if better is None:
+        raise RecipeError(
+            f"{where}: nothing says whether a large or a small {metric} is better; set {where}: max or {where}: min"
+        )
+    return better
 
 
 def rank(entries: Sequence[Entry], best: str = "max", by: str = "score") -> list[Row]:

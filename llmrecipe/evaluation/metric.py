@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -16,9 +16,11 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Metric:
-    """A score in [0, 1] of one answer; an evaluation reports the mean over rows."""
+    """A score of one answer, in [0, 1] where nothing else is said; an evaluation reports the mean over rows."""
 
     group: ClassVar[str] = "metric"
+    direction: ClassVar[Literal["min", "max"]] = "max"
+    """Whether a small (an error rate) or a large mean is better."""
 
     def score(self, prediction: str, reference: str) -> float:
         """How good the prediction is."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from llmrecipe.data.batch import Batch
     from llmrecipe.training.roles import Roles
+
+
+Measures = Mapping[str, Literal["min", "max"] | None]
+"""Metric -> whether less or more of it is better; None where that depends on what is wanted."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,14 @@ class Objective:
 
     def facts(self, roles: Roles) -> dict[str, Any]:
         """JSON facts for the run's report: what was counted or chosen from the data."""
+        return {}
+
+    def measures(self) -> Measures:
+        """Every metric `evaluate` and `finish_evaluation` may report besides `loss`, and whether less or more of it is better.
+
+        None says that it depends on what is wanted: `eval.monitor` then needs `eval.mode`. An objective that declares its
+        metrics declares them all, for `eval.monitor` refuses others before training.
+        """
         return {}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:

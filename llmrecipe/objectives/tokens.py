@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.batch import Batch, Sequence
-from llmrecipe.objectives.objective import Loss
+from llmrecipe.objectives.objective import Loss, Measures
 from llmrecipe.training.roles import Roles
 
 LOG_HALF = -math.log(2.0)
@@ -75,6 +75,10 @@ def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in encoder])
     batch = pad(decoder, roles.pad_id, rows=[row["row"] for row in rows], extra={"encoder_ids": ids, "encoder_mask": mask})
     return batch.to(roles.device)
+
+
+TOKEN_METRICS: Measures = {"nll": "min", "accuracy": "max"}
+"""What `token_loss` reports, and whether less or more of it is better."""
 
 
 def token_loss(batch: Batch, roles: Roles, kind: str = "nll") -> Loss:

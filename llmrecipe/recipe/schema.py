@@ -108,7 +108,9 @@ class EvalSection(Section):
     at_start: bool = Field(True, description="Evaluate before the first step.")
     batches: PositiveInt | None = Field(None, description="At most so many batches an evaluation, over all processes together.")
     monitor: str = Field("eval/loss", description="Metric that decides which checkpoint is best.")
-    mode: Literal["min", "max"] = Field("min", description="Whether smaller or larger is better.")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="Whether a small or a large value is better; default: as the metric declares."
+    )
     patience: PositiveInt | None = Field(None, description="Stop after so many evaluations without improvement.")
     min_delta: float = Field(0.0, ge=0.0, description="Smallest change that counts as improvement.")
     load_best: bool = Field(True, description="End with the best checkpoint's weights rather than the last.")

@@ -11,7 +11,7 @@ from llmrecipe.search.study import Search, Trial
 
 def ranked(search: Search, trials: list[Trial]) -> list[Trial]:
     """Trials from the best to the worst; pruned ones behind those that ran through, failed ones last."""
-    sign = 1.0 if search.evaluation.mode == "min" else -1.0
+    sign = 1.0 if search.mode == "min" else -1.0
     order = ("done", "pruned", "failed")
     return sorted(trials, key=lambda t: (order.index(t.state), sign * t.value if t.value is not None else 0.0))
 
@@ -28,7 +28,7 @@ def picture(search: Search, trials: list[Trial]) -> Path | None:
     done = [t for t in trials if t.value is not None and t.state == "done"]
     keys = list(search.section.space)
     figure, axes = pyplot.subplots(1, len(keys) + 1, figsize=(4 * (len(keys) + 1), 3.2), squeeze=False, layout="constrained")
-    choose = min if search.evaluation.mode == "min" else max
+    choose = min if search.mode == "min" else max
     values: list[Any] = [t.value for t in done]
     axes[0][0].plot([t.number for t in done], values, "o")
     axes[0][0].step([t.number for t in done], [choose(values[: i + 1]) for i in range(len(values))], where="post")

@@ -13,6 +13,7 @@ where `eval.load_best` is off, averaged over `seeds`. Trials never open the test
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.console import say
 from llmrecipe.errors import RecipeError, RunError
+from llmrecipe.evaluation.directions import Direction, direction
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
 from llmrecipe.recipe.content_key import content_key
@@ -31,6 +33,7 @@ from llmrecipe.recipe.rights import rights_of
 from llmrecipe.recipe.schema import SearchSection
 from llmrecipe.recipe.stage_list import Stage
 from llmrecipe.recipe.stages import Plan, Planned
+from llmrecipe.recipe.validate import build
 from llmrecipe.search import space
 from llmrecipe.signals import handled_by
 from llmrecipe.training.children import Children, Machine
@@ -100,6 +103,11 @@ class Search:
         point = {key: space.first(value) for key, value in self.section.space.items()}
         examine(self._compose(point, self.seeds[0]))
 
+    @functools.cached_property
+    def mode(self) -> Direction:
+        """Whether a small or a large value of a trial is better."""
+        return direction(self.evaluation, build("objective", self.composition.recipe.objective, "objective"))
+
     @property
     def seeds(self) -> list[int]:
         """Seeds of each trial."""
@@ -112,7 +120,7 @@ class Search:
             Interrupted: a signal arrived; the running trial has written a checkpoint.
             RunError: no trial came to an end.
         """
-        study = new_study(self.section, self.evaluation.mode)
+        study = new_study(self.section, self.mode)
         points = space.grid(self.section) if self.section.sampler == "grid" else None
         trials = self._journal()
         for trial in trials:
@@ -187,7 +195,7 @@ class Search:
                 f"eval.monitor: the run {planned.dir} has no {self.evaluation.monitor}; a search needs a validation split "
                 "(data.validation=0.1) and a metric of it"
             )
-        best = min if self.evaluation.mode == "min" else max
+        best = min if self.mode == "min" else max
         return best(values) if self.evaluation.load_best else values[-1]
 
     def _pruner(self, planned: Planned, drawn: optuna.Trial, trial: Trial) -> Callable[[], bool]:
@@ -253,7 +261,7 @@ class Search:
 
     def _told(self, study: optuna.Study, trial: Trial) -> optuna.Study:
         """The study with one more trial, built as it is built from the journal."""
-        fresh = new_study(self.section, self.evaluation.mode)
+        fresh = new_study(self.section, self.mode)
         for known in [t for t in study.trials if t.state.is_finished()]:
             fresh.add_trial(known)
         fresh.add_trial(self._known(trial))
@@ -264,7 +272,7 @@ class Search:
         done = [t for t in trials if t.state == "done" and t.value is not None]
         if not done:
             raise RunError("search: no trial came to an end that was not pruned")
-        choose = min if self.evaluation.mode == "min" else max
+        choose = min if self.mode == "min" else max
         return choose(done, key=lambda trial: statistics.fmean(trial.values))
 
     def write_best(self, best: Trial, trials: list[Trial]) -> Path:

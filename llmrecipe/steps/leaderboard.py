@@ -36,8 +36,8 @@ class Leaderboard(Step):
     """Directories of finished runs; `${stage:x}` of a stage with `each` is all of its runs."""
     metric: str = "test/accuracy"
     """The score without `against`: a name in the runs' final/metrics.json."""
-    best: Literal["max", "min"] = "max"
-    """Whether a large or a small score is good."""
+    best: Literal["max", "min"] | None = None
+    """Whether a large or a small score is good; default: as the metric declares."""
     against: str | None = None
     """The model that the runs started from; a run directory or any model."""
     prompts: str | None = None
@@ -82,14 +82,15 @@ class Leaderboard(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Read (and ask) the runs, write the files, print the table."""
-        from llmrecipe.evaluation.board import as_json, markdown, rank, read_entries
+        from llmrecipe.evaluation.board import as_json, better_of, markdown, rank, read_entries
 
         entries = read_entries(self.runs, None if self.against else self.metric)
         if self.against is not None:
             entries = self._asked(work, entries)
         columns = self._columns()
         score = columns[0]
-        rows = rank(entries, self.best, score.key)
+        best = self.best or ("max" if self.against else better_of(self.metric, self.runs, "best"))
+        rows = rank(entries, best, score.key)
         table, notes = markdown(rows, columns)
         say(table)
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")

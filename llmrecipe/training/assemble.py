@@ -14,6 +14,7 @@ from torch import nn
 
 from llmrecipe.data.tasks import Tasks, common
 from llmrecipe.errors import RecipeError, RunError
+from llmrecipe.evaluation.directions import direction
 from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.speed import ready_to_compile, speed_up
@@ -63,6 +64,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     recipe = run.recipe
     parts = instantiate(recipe)
     check_objective(parts.objective, parts.wrappers)
+    direction(recipe.eval, parts.objective)
     check_cuts(parts.optimizer, parts.wrappers)
     data, validation, tokenizer_labels = read_data(recipe, parts.objective, parts.wrappers)
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]

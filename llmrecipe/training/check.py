@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.evaluation.directions import direction
 from llmrecipe.methods.stack import Stack, kind_name
 from llmrecipe.training import assemble
 from llmrecipe.training.memory import Estimate, delta_bytes, estimate
@@ -66,6 +67,7 @@ def examine(composition: Composition) -> Findings:
     parts = instantiate(settings)
     check_trackers(settings.log.trackers)
     assemble.check_objective(parts.objective, parts.wrappers)
+    direction(settings.eval, parts.objective)
     assemble.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
     data, validation, labels = assemble.read_data(settings, parts.objective, parts.wrappers)

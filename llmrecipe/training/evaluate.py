@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.evaluation.answers import ROWS, answer_rows, score
+from llmrecipe.evaluation.directions import Direction
 from llmrecipe.evaluation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Judge:
     evaluations in a row without improvement.
     """
 
-    def __init__(self, section: Any):
-        self.section = section
+    def __init__(self, section: Any, mode: Direction):
+        self.section, self.mode = section, mode
         self.best: float | None = None
         self.best_step = 0
         self.waited = 0
@@ -50,7 +51,7 @@ class Judge:
             known = ", ".join(sorted(metrics))
             raise RecipeError(f"eval.monitor: this run has no metric '{name}'{did_you_mean(name, metrics)} (it has {known})")
         value, delta = metrics[name], self.section.min_delta
-        sign = 1.0 if self.section.mode == "min" else -1.0
+        sign = 1.0 if self.mode == "min" else -1.0
         improved = not math.isnan(value) and (self.best is None or sign * value < sign * self.best - delta)
         if improved:
             self.best, self.best_step, self.waited = value, step, 0
@@ -61,11 +62,15 @@ class Judge:
 
     def state(self) -> dict[str, Any]:
         """JSON facts for a checkpoint."""
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        known = {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        return {**known, "monitor": self.section.monitor, "mode": self.mode}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+    def load_state(self, state: dict[str, Any]) -> bool:
+        """Take back what `state` returned; False, and nothing is known, where another metric or mode judged."""
+        if state.get("monitor", self.section.monitor) != self.section.monitor or state.get("mode", self.mode) != self.mode:
+            return False
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        return True
 
 
 def evaluate(run: Run, data: Any) -> dict[str, float]:

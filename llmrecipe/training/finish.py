@@ -103,7 +103,7 @@ def restore(run: Run) -> None:
     run.stack.set_trainable(run.model)
     for name, value in saved.documents["progress"].items():
         setattr(run.progress, name, value)
-    run.judge.load_state(saved.documents["judge"])
+    known = run.judge.load_state(saved.documents["judge"])
     run.objective.load_state(saved.documents["objective"])
     for wrapper in run.stack:
         wrapper.load_state(saved.documents["wrappers"].get(wrapper.name, {}))
@@ -115,6 +115,8 @@ def restore(run: Run) -> None:
     states = saved.documents["random"]
     restore_random_state(states[min(run.runtime.rank, len(states) - 1)])
     run.events.resume(run.progress.step)
+    if not known:
+        run.events.warning(f"{run.recipe.eval.monitor} judges from here on: what another metric found best is not kept")
 
 
 def check_same(run: Run) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from llmrecipe.data.batch import Batch
 from llmrecipe.errors import Interrupted, LlmRecipeError, RunError
+from llmrecipe.evaluation.directions import direction
 from llmrecipe.methods.wrapper import Probe
 from llmrecipe.recipe.stages import refuse_stages
 from llmrecipe.signals import handled_by
@@ -77,7 +78,7 @@ class Run:
         self.optim, self.schedule = parts.optim, parts.schedule
         self.opened, self.data, self.validation = parts.opened, parts.data, parts.validation
         self.roles, self.optimizer, self.steps = parts.roles, parts.optimizer, parts.steps
-        self.judge = Judge(self.recipe.eval)
+        self.judge = self.fresh_judge()
         if resume is not None:
             # The freshly built model is the policy of step 0: remember it before what was learned is put back.
             prepare_reference(self.objective, self.stack, self.opened, self.roles, self.planned_rows())
@@ -254,6 +255,10 @@ class Run:
             finish.save_best(self)
         return verdict.stop
 
+    def fresh_judge(self) -> Judge:
+        """A judge that has seen nothing."""
+        return Judge(self.recipe.eval, direction(self.recipe.eval, self.objective))
+
     def rebuild(self) -> None:
         """The set of trained tensors changed: the optimizer is built anew and keeps the state of what survived."""
         if self.stack.rule() is None:
@@ -261,7 +266,7 @@ class Run:
         self.roles.prepared = self.runtime.prepare(self.roles.engine)
         if self.progress.step:
             # Weights kept as the best belong to another set of tensors and could not be put back.
-            self.judge = Judge(self.recipe.eval)
+            self.judge = self.fresh_judge()
 
     def save(self) -> Path | None:
         """Write a checkpoint."""

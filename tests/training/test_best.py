@@ -25,12 +25,12 @@ STACKS = {
 
 
 def test_the_judge_by_hand() -> None:
-    judge = Judge(EvalSection(min_delta=0.1, patience=2))
+    judge = Judge(EvalSection(min_delta=0.1, patience=2), "min")
     verdicts = [judge.see(step, {"eval/loss": value}) for step, value in enumerate([2.0, 1.95, 1.5, float("nan"), 1.45])]
     assert [v.best for v in verdicts] == [True, False, True, False, False]
     assert [v.stop for v in verdicts] == [False, False, False, False, True]
     assert (judge.best, judge.best_step) == (1.5, 2)
-    upward = Judge(EvalSection(monitor="eval/accuracy", mode="max"))
+    upward = Judge(EvalSection(monitor="eval/accuracy"), "max")
     assert [upward.see(i, {"eval/accuracy": v}).best for i, v in enumerate([0.2, 0.1, 0.2, 0.3])] == [True, False, False, True]
 
 

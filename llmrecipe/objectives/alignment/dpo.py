@@ -14,6 +14,7 @@ from llmrecipe.data.batch import Batch
 from llmrecipe.errors import RecipeError
 from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, RefSync
 from llmrecipe.objectives.alignment.pairs import (
+    PAIR_METRICS,
     answer_nll,
     collate_pairs,
     log_ratios,
@@ -25,7 +26,7 @@ from llmrecipe.objectives.alignment.pairs import (
     share_tokens,
 )
 from llmrecipe.objectives.alignment.references import check_reference, follow
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -156,6 +157,10 @@ class Dpo(Objective):
         for rows in source:
             micros = [self.collate(part, roles) for part in roles.split(rows)]
             yield share_tokens(micros, roles) if self.nll_coef else micros
+
+    def measures(self) -> Measures:
+        """Those of both answers, the drift from the reference, and the likelihood where it is part of the loss."""
+        return {**PAIR_METRICS, "kl": None, **({"nll": "min"} if self.nll_coef else {})}
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""

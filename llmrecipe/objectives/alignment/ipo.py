@@ -11,6 +11,7 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch
 from llmrecipe.fields import Literal, NonNegativeFloat, PositiveFloat, RefSync
 from llmrecipe.objectives.alignment.pairs import (
+    PAIR_METRICS,
     PairScores,
     collate_pairs,
     log_ratios,
@@ -20,7 +21,7 @@ from llmrecipe.objectives.alignment.pairs import (
     reward_metrics,
 )
 from llmrecipe.objectives.alignment.references import check_reference, follow
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -103,6 +104,10 @@ class Ipo(Objective):
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""
         return collate_pairs(rows, roles, soft="ipo")
+
+    def measures(self) -> Measures:
+        """Those of both answers and, in the squared loss, the gap that it aims at."""
+        return PAIR_METRICS if self.loss_type == "sigmoid_reg" else {**PAIR_METRICS, "ipo/delta": None}
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""

@@ -21,7 +21,7 @@ from llmrecipe.objectives.alignment.mismatched import (
 )
 from llmrecipe.objectives.alignment.pairs import content_key
 from llmrecipe.objectives.alignment.references import check_reference, follow
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -166,6 +166,11 @@ class Kto(Objective):
             pairs = mismatched_batch(batch, roles, keyed=True)
             if pairs is not None:
                 yield pairs
+
+    def measures(self) -> Measures:
+        """Rewards of both labels and, where a prompt has answers of both, how often the better one leads."""
+        levels = dict.fromkeys(("rewards/chosen", "rewards/rejected", "kl", "kl/raw"))
+        return {**levels, "rewards/margins": "max", "rewards/accuracies": "max"}
 
     def weight(self, batch: Batch) -> float:
         """Rows."""

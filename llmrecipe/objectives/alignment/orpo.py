@@ -11,6 +11,7 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch
 from llmrecipe.fields import Literal, NonNegativeFloat
 from llmrecipe.objectives.alignment.pairs import (
+    PAIR_METRICS,
     answer_nll,
     collate_pairs,
     logp_metrics,
@@ -21,7 +22,7 @@ from llmrecipe.objectives.alignment.pairs import (
     reward_metrics,
     share_tokens,
 )
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.objectives.tokens import log1mexp
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
@@ -73,6 +74,10 @@ class Orpo(Objective):
         """Micro-batches that know how many tokens the whole step has: the likelihood is a mean over them."""
         for rows in source:
             yield share_tokens([self.collate(part, roles) for part in roles.split(rows)], roles)
+
+    def measures(self) -> Measures:
+        """Those of both answers, and the parts of the loss."""
+        return {**PAIR_METRICS, "odds_loss": "min", "nll": "min", "log_odds_chosen": "max", "log_odds_ratio": "max"}
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.errors import DataError
+from llmrecipe.objectives.objective import Measures
 from llmrecipe.training.roles import Roles
 
 
@@ -155,6 +156,17 @@ def pairs_per_token(batch: Batch) -> Tensor | float:
     if given is not None:
         return given.squeeze()
     return float(pair_count(batch)) / max(float((batch.sequence % 3 != 2).sum()), 1.0)
+
+
+PAIR_METRICS: Measures = {
+    "rewards/accuracies": "max",
+    "rewards/margins": "max",
+    "rewards/chosen": None,
+    "rewards/rejected": None,
+    "logps/chosen": None,
+    "logps/rejected": None,
+}
+"""What `reward_metrics` and `logp_metrics` report; the level of one side alone is neither good nor bad."""
 
 
 def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:

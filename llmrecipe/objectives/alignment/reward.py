@@ -13,7 +13,7 @@ from llmrecipe.data.batch import Batch
 from llmrecipe.fields import Literal, NonNegativeFloat
 from llmrecipe.models import heads
 from llmrecipe.objectives.alignment.pairs import collate_pairs, pair_count, split_pairs
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -98,6 +98,12 @@ class Reward(Objective):
         none = torch.zeros(0, dtype=torch.long, device=roles.device)
         batch = dataclasses.replace(batch, source=none, target=none, sequence=none)
         return batch.with_extra(**extra)
+
+    def measures(self) -> Measures:
+        """How well the scores tell the answers apart; their level and spread are neither good nor bad."""
+        levels = dict.fromkeys(f"rewards/{n}" for n in ("chosen", "rejected", "std", "min", "max", "length_correlation"))
+        better: Measures = {"rewards/accuracies": "max", "rewards/margins": "max"}
+        return {**levels, **better, "rewards/ties": "min", "calibration_error": "min"}
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.evaluation.generation import end_tokens, generate, text_of
 from llmrecipe.evaluation.sampling import Sampling
-from llmrecipe.objectives.objective import Loss
+from llmrecipe.objectives.objective import Loss, Measures
 from llmrecipe.objectives.tokens import collate_tokens
 from llmrecipe.rewards.reward import Answer, Rewards
 from llmrecipe.training.engine import Critic
@@ -331,6 +331,10 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
     metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
     return metrics
+
+
+HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None}
+"""What `held_out_metrics` reports besides the single rewards, and whether less or more of it is better."""
 
 
 def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:

@@ -6,7 +6,16 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.objectives.alignment.rollout import Plan, Rollouts, Sample, check_rewards, held_out, held_out_metrics
+from llmrecipe.objectives.alignment.rollout import (
+    HELD_OUT_METRICS,
+    Plan,
+    Rollouts,
+    Sample,
+    check_rewards,
+    held_out,
+    held_out_metrics,
+)
+from llmrecipe.objectives.objective import Measures
 
 if TYPE_CHECKING:
     from llmrecipe.data.batch import Batch
@@ -87,6 +96,10 @@ class Sampled:
         for rows in source:
             for micros in self.live.updates(rows, roles, judge):
                 yield self.ready(micros, roles)
+
+    def measures(self) -> Measures:
+        """The score of held-out prompts and each reward in it; what answers look like is neither good nor bad."""
+        return {**HELD_OUT_METRICS, **dict.fromkeys(self.live.reward_names, "max")}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Fresh answers to the rows' prompts."""

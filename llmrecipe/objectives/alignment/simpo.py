@@ -11,6 +11,7 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch
 from llmrecipe.fields import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.objectives.alignment.pairs import (
+    PAIR_METRICS,
     collate_pairs,
     logp_metrics,
     pair_count,
@@ -18,7 +19,7 @@ from llmrecipe.objectives.alignment.pairs import (
     refuse_soft,
     reward_metrics,
 )
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -61,6 +62,10 @@ class Simpo(Objective):
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt."""
         return collate_pairs(rows, roles, soft="simpo")
+
+    def measures(self) -> Measures:
+        """Those of both answers."""
+        return PAIR_METRICS
 
     def weight(self, batch: Batch) -> float:
         """Pairs."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.errors import RecipeError
 from llmrecipe.fields import NonNegativeFloat
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.objectives.tokens import collate_tokens, log1mexp
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
@@ -103,6 +103,10 @@ class Choices(Objective):
             batch = roles.layout(sequences, [row["row"] for row in rows])
         columns = torch.tensor(places, dtype=torch.long, device=roles.device).view(len(places), 3).unbind(1)
         return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool())
+
+    def measures(self) -> Measures:
+        """Parts of the loss, and how often the right answer ranks first."""
+        return {"nll": "min", "unlikelihood": "min", "ranking": "min", "rank_accuracy": "max", "rank_accuracy/sum": "max"}
 
     def weight(self, batch: Batch) -> float:
         """Rows."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmrecipe.data.batch import Batch, Sequence
 from llmrecipe.fields import Literal, OpenFraction
-from llmrecipe.objectives.objective import Loss, Objective
+from llmrecipe.objectives.objective import Loss, Measures, Objective
 from llmrecipe.registry import register
 from llmrecipe.training.logprob import upcast
 from llmrecipe.training.roles import Roles
@@ -65,6 +65,12 @@ class Classification(Objective):
                 types[i, : len(row["type_ids"])] = torch.tensor(row["type_ids"])
             batch = batch.with_extra(token_type_ids=types)
         return batch
+
+    def measures(self) -> Measures:
+        """How far, or how often right, by the kind of labels."""
+        if self.problem == "regression":
+            return {"absolute_error": "min"}
+        return {"accuracy": "max", "macro_f1": "max"} if self.problem == "single_label" else {"accuracy": "max"}
 
     def weight(self, batch: Batch) -> float:
         """Sequences."""

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from llmrecipe.data.batch import Batch
 from llmrecipe.fields import Literal
-from llmrecipe.objectives.objective import Loss, Objective
-from llmrecipe.objectives.tokens import collate_tokens, token_loss
+from llmrecipe.objectives.objective import Loss, Measures, Objective
+from llmrecipe.objectives.tokens import TOKEN_METRICS, collate_tokens, token_loss
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -30,6 +30,10 @@ class Sft(Objective):
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     loss_type: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or dynamic fine-tuning."""
+
+    def measures(self) -> Measures:
+        """Those of the supervised tokens."""
+        return TOKEN_METRICS
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Dialogues laid out for one pass."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmrecipe.data.batch import Batch
-from llmrecipe.objectives.objective import Loss, Objective
-from llmrecipe.objectives.tokens import collate_tokens, token_loss
+from llmrecipe.objectives.objective import Loss, Measures, Objective
+from llmrecipe.objectives.tokens import TOKEN_METRICS, collate_tokens, token_loss
 from llmrecipe.registry import register
 from llmrecipe.training.roles import Roles
 
@@ -24,6 +24,10 @@ class Clm(Objective):
     rows: ClassVar[str] = "text"
     head: ClassVar[str] = "causal"
     mask: ClassVar[str | None] = "all"
+
+    def measures(self) -> Measures:
+        """Those of the predicted tokens."""
+        return TOKEN_METRICS
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Documents laid out for one pass."""
