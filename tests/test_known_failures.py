@@ -202,6 +202,11 @@ WRAPPERS = {
         "methods/test_unrouted_attention.py::test_check_refuses_it",
         "methods/test_unrouted_attention.py::test_train_refuses_it_before_weights_and_leaves_no_folder",
     ],
+    "a tensor trains that nothing reads, or a hook is attached that nothing calls": [
+        "training/test_first_step.py::test_a_tensor_no_gradient_reaches_stops_the_run",
+        "training/test_first_step.py::test_a_hook_that_is_never_called_stops_the_run",
+        "training/test_first_step.py::test_one_process_is_enough",
+    ],
     "a trained model reads later tokens once it is called outside the trainer": [
         "contract.py::test_a_model_asked_the_plain_way_is_causal_and_is_the_products",
     ],

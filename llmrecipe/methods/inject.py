@@ -111,6 +111,27 @@ class Port(nn.Module):
         raise NotImplementedError
 
 
+_watching: set[int] | None = None
+
+
+@contextlib.contextmanager
+def watched_ports() -> Iterator[set[int]]:
+    """Inside, the ids of all ports that take part in a forward pass gather in the set that is yielded."""
+    global _watching
+    called: set[int] = set()
+    _watching = called
+    try:
+        yield called
+    finally:
+        _watching = None
+
+
+def note_called(ports: Iterable[Port]) -> None:
+    """Count ports as called, where somebody watches."""
+    if _watching is not None:
+        _watching.update(map(id, ports))
+
+
 @functools.cache
 def _kind(cls: type[Port]) -> str:
     kinds = [kind for kind in KINDS if getattr(cls, kind) is not getattr(Port, kind)]
@@ -219,6 +240,7 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 
 def _ported_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     ports = [p for p in ports_of(self) if p.active()]
+    note_called(p for p in ports if kind_of(p) != "attention")
     inner = self.__dict__.get("_inner_forward") or types.MethodType(type(self).forward, self)
     wholes = sorted((p for p in ports if kind_of(p) == "whole"), key=lambda p: p.order)
     others = any(kind_of(p) not in ("whole", "attention") for p in ports)
@@ -238,6 +260,7 @@ def _with_inputs(port: Port, call: Callable[..., Any]) -> Callable[..., Any]:
 def forward_with(module: nn.Module, ports: list[Port], *args: Any, **kwargs: Any) -> Any:
     """The host's forward with these of its ports alone; in the middle of a call, inside `plain_tensors`."""
     inner = module.__dict__.get("_inner_forward") or types.MethodType(type(module).forward, module)
+    note_called(ports)
     return _forward_with(module, ports, inner, *args, **kwargs)
 
 

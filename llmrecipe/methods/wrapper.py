@@ -187,6 +187,16 @@ class Wrapper:
         """Names of base parameters a SELECT wrapper trains."""
         return set()
 
+    def may_skip(self, name: str) -> bool:
+        """Whether the first step may leave this port or trained tensor of its own unused; the run stops for any other.
+
+        For tensors whose turn comes by chance or later: experts without a token, ranks or sub-networks that were not drawn.
+
+        Args:
+            name: full name of a parameter, or of a port (its host's path and its own name).
+        """
+        return False
+
     def merge(self, model: nn.Module) -> None:
         """Fold the method into the base weights and take its ports out.
 

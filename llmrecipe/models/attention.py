@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.context import Layout, current
-from llmrecipe.methods.inject import ROUTED, ports_of
+from llmrecipe.methods.inject import ROUTED, note_called, ports_of
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         layout = current().layout
         ports = ports_of(module, "attention", active=True)
+        note_called(ports)
         if layout is None and not ports:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
 

@@ -105,7 +105,7 @@ def build(run: Run, resume: Path | None) -> Parts:
     optimizer = None
     # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
     if any(p.requires_grad for p in model.model.parameters()):
-        roles.prepared = runtime.prepare(engine)
+        roles.prepared = runtime.prepare(engine, run.unused)
         optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optimizer, stack)
     return Parts(
         directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule,

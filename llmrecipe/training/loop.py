@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from llmrecipe.errors import Interrupted, RunError
+from llmrecipe.errors import Interrupted
+from llmrecipe.training import first_step
 from llmrecipe.training.rules import backprop
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def train(run: Run) -> None:
     """Train until `run.steps`; every line of the body happens once per optimizer step.
 
     Raises:
-        RunError: a loss was NaN or infinite (`run.on_nan: stop`), or a declared hook of a method never fired.
+        RunError: a loss was NaN or infinite (`run.on_nan: stop`), or the first step left a method's hooks or tensors unused.
         Interrupted: a signal arrived; a checkpoint has been written.
     """
     rule = run.stack.rule() or backprop
@@ -32,15 +33,15 @@ def train(run: Run) -> None:
             feed = run.feed()
         micros = next(feed)
         run.set_learning_rate(step)
-        result = rule(run.step_context(), micros)
+        result = rule(run.step_context(), micros) if step != run.first_step else first_step.checked(rule, run, micros)
         if not result.finite:
             run.not_finite(result, micros)
         run.stack.after_step(run.model, step)
         run.zero_gradients()
         run.progress.advance(micros)
         run.objective.after_step(run.progress.step, result.metrics, run.roles)
-        if step == run.first_step and (unfired := run.stack.unfired()):
-            raise RunError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
+        if step == run.first_step:
+            first_step.settle(run)
         run.report_step(result, micros, time.perf_counter() - started)
         if run.due_evaluation(run.progress.step) and run.evaluate():
             break

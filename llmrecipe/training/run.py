@@ -61,6 +61,8 @@ class Run:
         self.progress = Progress()
         self.first_step = 0
         self.learning_rate = 0.0
+        self.unused = True
+        """Whether a step may leave trained tensors without a gradient; the first one tells (see `first_step`)."""
         self.signal: int | None = None
         self.dir: Any = None
         self.runtime: Any = None
@@ -263,7 +265,7 @@ class Run:
         """The set of trained tensors changed: the optimizer is built anew and keeps the state of what survived."""
         if self.stack.rule() is None:
             self.optimizer = assemble.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
-        self.roles.prepared = self.runtime.prepare(self.roles.engine)
+        self.roles.prepared = self.runtime.prepare(self.roles.engine, self.unused)
         if self.progress.step:
             # Weights kept as the best belong to another set of tensors and could not be put back.
             self.judge = self.fresh_judge()

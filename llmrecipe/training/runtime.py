@@ -98,16 +98,19 @@ class Runtime:
 
     # --- model ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: nn.Module, unused: bool = False) -> nn.Module:
         """The module whose backward pass averages gradients over processes; the module itself when there is one process.
 
         A module that trains nothing by gradient is returned as it is.
+
+        Args:
+            unused: whether a trained tensor may have no gradient on some process, or on none. Finding out which costs a walk
+                over the graph in every step.
         """
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         ddp = nn.parallel.DistributedDataParallel
-        # Every trained tensor takes part in every step, so no search for unused ones; buffers are equal by construction
-        # (the option that says so has another name since torch 2.13).
+        # Buffers are equal by construction (the option that says so has another name since torch 2.13).
         known = inspect.signature(ddp).parameters
         buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
         return ddp(
@@ -115,7 +118,7 @@ class Runtime:
             device_ids=[self.device] if self.device.type == "cuda" else None,
             **buffers,
             gradient_as_bucket_view=True,
-            find_unused_parameters=False,
+            find_unused_parameters=unused,
         )
 
     def sync(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:

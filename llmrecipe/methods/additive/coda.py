@@ -307,6 +307,10 @@ class Coda(Wrapper):
         parts = anatomy(model)
         return bottleneck.norm_parameters(model, self._blocks(parts), parts) if self.train_norms else set()
 
+    def may_skip(self, name: str) -> bool:
+        """The routers of a decoder, where no row of a batch has a prompt."""
+        return self.causal == "prompt_only" and name.endswith(".router")
+
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: 2 d r + r + 2 d a block and its norms; AdamW keeps 8 bytes for each."""
         from llmrecipe.models.module_map import anatomy

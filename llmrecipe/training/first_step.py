@@ -1,0 +1,106 @@
+"""What the first optimizer step must use: every hook that was attached and every tensor that trains.
+
+A trained tensor that no micro-batch of any process has a gradient for (None, not zero) would be written down as learned, and
+a hook that was never called would do nothing, both without a sign in any loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrecipe.errors import RunError
+from llmrecipe.methods.inject import all_ports, watched_ports
+from llmrecipe.methods.stack import is_head, own_tensors
+from llmrecipe.methods.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from llmrecipe.data.batch import Batch
+    from llmrecipe.training.rules import StepResult, UpdateRule
+    from llmrecipe.training.run import Run
+
+SHOWN = 5
+"""Names an error or a warning lists."""
+
+
+def checked(rule: UpdateRule, run: Run, micros: list[Batch]) -> StepResult:
+    """Make an update, then refuse what it left unused; a step that was skipped proves nothing.
+
+    Raises:
+        RunError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
+    """
+    # A compiled graph would be traced anew for the watch, and its calls are not seen.
+    watch: Any = contextlib.nullcontext() if run.recipe.model.compile else watched_ports()
+    with watch as called:
+        result = rule(run.step_context(), micros)
+    if not result.finite:
+        return result
+    if called is not None:
+        _check_ports(run, called)
+    # A rule that brings its own update has no optimizer, and no gradients.
+    if run.optimizer is not None:
+        trained = {name: p.grad is not None for name, p in run.model.named_parameters() if p.requires_grad}
+        unreached = _nowhere(run, trained)
+        _judge(run, unreached)
+        run.unused = bool(unreached) or any(type(w).may_skip is not Wrapper.may_skip for w in run.stack)
+    return result
+
+
+def _check_ports(run: Run, called: set[int]) -> None:
+    """Stop for hooks of the stack that no forward pass called."""
+    ports = {f"{path}.{name}": port for path, _, name, port in all_ports(run.model)}
+    uncalled = _nowhere(run, {name: id(port) in called for name, port in ports.items()})
+    _refuse(run, [(ports[name].owner, name) for name in uncalled], "hooks that were never called")
+
+
+def settle(run: Run) -> None:
+    """Refuse lifecycle hooks that did not run in the first step; stop looking for unused tensors where there can be none.
+
+    Raises:
+        RunError: a hook a wrapper depends on never ran.
+    """
+    if unfired := run.stack.unfired():
+        raise RunError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
+    if not run.unused:
+        run.roles.prepared = run.runtime.prepare(run.roles.engine)
+
+
+def _nowhere(run: Run, used: dict[str, bool]) -> list[str]:
+    """Return the names that are used on no process."""
+    if not used:
+        return []
+    flags = run.runtime.maximum(torch.tensor([float(one) for one in used.values()]))
+    return [name for name, flag in zip(used, flags.tolist(), strict=True) if not flag]
+
+
+def _judge(run: Run, unreached: list[str]) -> None:
+    """Stop for tensors a wrapper or an objective brought; warn of base weights that train because everything does."""
+    if not unreached:
+        return
+    owners = {n: w.name for w in run.stack for n in {*own_tensors(run.model, w.name), *w.opened(run.model)}}
+    _refuse(run, [(owners[n], n) for n in unreached if n in owners], "trained tensors that no gradient reached")
+    heads = [n for n in unreached if n not in owners and is_head(run.model, n)]
+    if heads:
+        raise RunError(f"step {run.progress.step + 1}: the objective trains a head it never reads: {_listed(heads)}")
+    rest = [n for n in unreached if n not in owners]
+    if rest:
+        run.events.warning(f"{len(rest)} trained weights are not read by this objective and stay as they are: {_listed(rest)}")
+
+
+def _refuse(run: Run, found: list[tuple[str, str]], what: str) -> None:
+    wrappers = {w.name: w for w in run.stack}
+    wrong = [(owner, name) for owner, name in found if owner in wrappers and not wrappers[owner].may_skip(name)]
+    if not wrong:
+        return
+    owner = wrong[0][0]
+    names = [name for whose, name in wrong if whose == owner]
+    raise RunError(
+        f"stack.{owner}: step {run.progress.step + 1} left {what}: {_listed(names)}. They would silently do nothing; name only "
+        f"modules this objective uses (stack.{owner}.target, or its layers), or take '{owner}' out of the stack"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
