@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-all parity check format readme tiny-model bench clean
+.PHONY: demo test test-all golden golden-renew parity check format readme tiny-model bench clean
 
 demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it something
 	dir=runs/demo-$$(date +%Y%m%d-%H%M%S) && $(BIN)/llmrecipe train recipe=dpo_lora run.dir=$$dir && \
@@ -17,6 +17,12 @@ test: $(READY)  ## the fast suite
 
 test-all: $(READY)  ## everything: parity with trl and peft, whole recipes, two processes
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+golden: $(READY)  ## whether small trainings, counters and imports are what they were (tests/golden)
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/golden
+
+golden-renew: $(READY)  ## write them anew: REASON="why" [ONLY="dpo_lora counters imports"]
+	@$(ONE_THREAD) $(BIN)/python -m tests.golden.renew "$(REASON)" $(ONLY)
 
 parity: $(READY)  ## how far every method is from its reference: a table from the parity tests
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/methods -n 2 --dist loadfile --deviations tests/benchmarks/results -m parity

@@ -204,22 +204,6 @@ def test_every_verb_has_help_and_short_help_works(capsys: pytest.CaptureFixture[
     assert "stack=[nf4,lora]" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["list"], ["show", "lora"], ["show", "data"], ["explain", "recipe=dpo_lora"], ["schema"], ["train", "--help"]],
-    ids=" ".join,
-)
-def test_looking_imports_no_torch(arguments: list[str]) -> None:
-    code = (
-        "import sys\nfrom llmrecipe.cli.app import run\n"
-        f"run({arguments!r})\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'bitsandbytes'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr[-500:]
-
-
 MISTAKES = [
     (["train", "recipe=dpo_lora", "optim.lrr=1"], "did you mean 'lr'?"),
     (["train", "recipe=dpo_lora", "runtime.device=cuda", "model.dtype=bfloat16", "optim.lrr=1"], "did you mean 'lr'?"),
@@ -265,20 +249,6 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr[-1500:]
-
-
-@pytest.mark.slow
-def test_a_run_imports_only_what_it_uses(tmp_path: Path) -> None:
-    """Neither what Transformers and pyarrow would bring along for others' sake nor what only tests need."""
-    words = ["train", "recipe=sft_lora", "steps=1", f"run.dir={tmp_path / 'run'}", "log.live=off", "eval.batches=1"]
-    code = (
-        "import sys\nfrom llmrecipe.cli.app import run\n"
-        f"assert run({words!r}) == 0\n"
-        "unused = {'pandas', 'datasets', 'bitsandbytes', 'peft', 'trl', 'optuna', 'matplotlib'} & set(sys.modules)\n"
-        "sys.exit(f'imported {unused}' if unused else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:
