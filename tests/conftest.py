@@ -10,13 +10,14 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--deviations", metavar="FOLDER", help="write there how far marked tests were from their references")
+    parser.addoption("--deviations-reason", metavar="TEXT", default="", help="why some of them may have grown tenfold")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if folder := config.getoption("--deviations"):
         from tests.deviations import Deviations
 
-        config.pluginmanager.register(Deviations(folder))
+        config.pluginmanager.register(Deviations(folder, config.getoption("--deviations-reason")))
 
 
 @pytest.fixture

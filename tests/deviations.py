@@ -2,7 +2,8 @@
 
 A test marked `@pytest.mark.parity(METHOD, REFERENCE)` compares by `torch.testing.assert_close`; with `--deviations FOLDER` the
 largest difference of each such test is written to FOLDER/parity.md and parity.json, one line a test over all its cases. A
-parameter of the test may name the method: "{kind}".
+parameter of the test may name the method: "{kind}". Where a difference is more than ten times what FOLDER held, or a comparison
+is gone, nothing is written and the session fails, unless `--deviations-reason TEXT` says why; the results then carry it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import pytest
 
 FLOOR = 1e-3
 """A difference counts as a share of the largest value it is compared with, but of no less than this."""
+GROWTH = 10.0
+"""How many times a difference may be what it was."""
+ROUNDING = 1e-14
+"""What was smaller counts as this much: float64 rounds anew wherever a sum is added in another order."""
 COLUMNS = ("method", "reference", "compared", "cases", "largest difference", "of the largest value")
 
 
@@ -85,9 +90,38 @@ def table(found: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in found:
-        cells = [f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values()]
+        cells = [f"{v:.1e}" if isinstance(v, float) else str(v) for v in (row[name] for name in COLUMNS)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def worse(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
+    """Compare two results.
+
+    Returns:
+        Comparison (method, reference, compared) -> what grew more than `GROWTH` times, or that the comparison is gone.
+    """
+    found = {_key(row): row for row in new}
+    told: dict[tuple[str, str, str], str] = {}
+    for row in old:
+        key = _key(row)
+        if key not in found:
+            told[key] = "is no longer compared"
+            continue
+        grown = [name for name in COLUMNS[4:] if found[key][name] > GROWTH * max(row[name], ROUNDING)]
+        if grown:
+            told[key] = ", ".join(f"{name} {row[name]:.1e} became {found[key][name]:.1e}" for name in grown)
+    return told
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["method"], row["reference"], row["compared"]
+
+
+def notes_of(found: list[dict[str, Any]]) -> str:
+    """The reasons that rows carry, in Markdown; empty where none does."""
+    lines = [f"- {row['method']}, {row['compared']}: {row['reason']}" for row in found if row.get("reason")]
+    return "\n".join(["", "Differences that grew more than tenfold, and why:", "", *lines, ""]) if lines else ""
 
 
 HEADER = """# How far every method is from its reference
@@ -109,8 +143,9 @@ def header() -> str:
 class Deviations:
     """The pytest plugin behind `--deviations`."""
 
-    def __init__(self, folder: str):
-        self.folder, self.cases = Path(folder), []
+    def __init__(self, folder: str, reason: str = ""):
+        self.folder, self.reason = Path(folder), reason.strip()
+        self.cases: list[dict[str, Any]] = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -136,10 +171,24 @@ class Deviations:
             self.cases += [value for name, value in report.user_properties if name == "parity"]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write the table."""
+        """Write the table, or fail and say what grew."""
         if hasattr(session.config, "workerinput") or not self.cases:
             return
-        found = rows(self.cases)
+        if grown := self.write(rows(self.cases)):
+            print(f"\nnothing is written: differences grew more than {GROWTH:g} times, or are gone", *grown, sep="\n  ")
+            print('if this is meant: make parity REASON="why"')
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def write(self, found: list[dict[str, Any]]) -> list[str]:
+        """Write results beside what was there; returns what forbids it, and writes nothing then."""
+        path = self.folder / "parity.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        grown = worse(old, found)
+        if grown and not self.reason:
+            return [f"{' / '.join(key)}: {what}" for key, what in grown.items()]
+        reasons = {_key(row): row["reason"] for row in old if "reason" in row} | dict.fromkeys(grown, self.reason)
+        found = [{**row, "reason": reasons[_key(row)]} if _key(row) in reasons else row for row in found]
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "parity.json").write_text(json.dumps(found, indent=1) + "\n")
-        (self.folder / "parity.md").write_text(header() + table(found) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (self.folder / "parity.md").write_text(header() + table(found) + "\n" + notes_of(found), encoding="utf-8")
+        return []

@@ -25,7 +25,7 @@ STEPS = 6
 SMALL = (f"steps={STEPS}", "eval.batches=2", "eval.test=false", "data.cache=false")
 FEW = ("batch.size=4", "objective.max_new_tokens=8")
 """Options of runs that sample answers."""
-STAGE = f"steps: {STEPS}, batch: {{size: 4}}, eval: {{batches: 2, test: false}}, data: {{cache: false}}"
+STAGES = [f"stages.{stage}.{word}" for stage in ("sft", "dpo") for word in (*SMALL, "batch.size=4")]
 
 RUNS: dict[str, list[str]] = {
     "clm": ["train", "recipe=clm", "batch.size=4", *SMALL],
@@ -59,7 +59,7 @@ RUNS: dict[str, list[str]] = {
     "spt": ["train", "recipe=spt", "batch.size=4", *SMALL],
     "mezo": ["train", "recipe=mezo", "batch.size=4", *SMALL],
     "qlora": ["train", "recipe=qlora", "batch.size=4", *SMALL],
-    "sft_dpo": ["train", "recipe=sft_dpo", f"stages={{sft: {{{STAGE}}}, dpo: {{{STAGE}}}}}"],
+    "sft_dpo": ["train", "recipe=sft_dpo", *STAGES],
     "search_lora": ["search", "recipe=search_lora", "search.trials=2", "eval.every=3", *SMALL],
 }
 """Name -> words of the command line, one run for each kind of thing that trains."""

@@ -50,8 +50,18 @@ def test_attention_on_a_cpu_is_counted() -> None:
     B, H, T, D = 2, 3, 8, 4
     q, k, v = (torch.randn(B, H, T, D, requires_grad=True) for _ in range(3))
     product = 2 * B * H * T * T * D
-    with Calls() as calls, FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        assert flops.get_total_flops() == 2 * product and calls.number == 1
+        assert flops.get_total_flops() == 2 * product
         out.sum().backward()
     assert flops.get_total_flops() == (2 + 5) * product
+
+
+def test_every_operator_is_a_call_of_the_backward_pass_too() -> None:
+    """x * x is one call; its backward pass multiplies twice by x and adds both."""
+    x = torch.ones(3, requires_grad=True)
+    with Calls() as forward:
+        y = x * x
+    with Calls() as backward:
+        y.backward(torch.ones(3))
+    assert forward.number == 1 and backward.number >= 3
