@@ -6,17 +6,20 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-all golden golden-renew parity check format readme tiny-model bench clean
+.PHONY: demo test test-all test-faults golden golden-renew parity check format readme tiny-model bench clean
 
 demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it something
 	dir=runs/demo-$$(date +%Y%m%d-%H%M%S) && $(BIN)/llmrecipe train recipe=dpo_lora run.dir=$$dir && \
 		$(BIN)/llmrecipe chat $$dir --prompt "What is the hen like? Please leave out the duck."
 
 test: $(READY)  ## the fast suite
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile
 
-test-all: $(READY)  ## everything: parity with trl and peft, whole recipes, two processes
+test-all: $(READY)  ## everything: parity with trl and peft, whole recipes, two processes, kills
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-faults: $(READY)  ## runs and pipelines killed at every stage and moment: what goes on equals what ran through
+	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -n 2 --dist loadfile
 
 golden: $(READY)  ## whether small trainings, counters and imports are what they were (tests/golden)
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/golden
@@ -24,8 +27,9 @@ golden: $(READY)  ## whether small trainings, counters and imports are what they
 golden-renew: $(READY)  ## write them anew: REASON="why" [ONLY="dpo_lora counters imports"]
 	@$(ONE_THREAD) $(BIN)/python -m tests.golden.renew "$(REASON)" $(ONLY)
 
-parity: $(READY)  ## how far every method is from its reference: a table from the parity tests
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/methods -n 2 --dist loadfile --deviations tests/benchmarks/results -m parity
+parity: $(READY)  ## how far every method is from its reference: a table; REASON="why" where a difference grew tenfold
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/methods -n 2 --dist loadfile -m parity \
+		--deviations tests/benchmarks/results --deviations-reason "$(REASON)"
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check llmrecipe tests

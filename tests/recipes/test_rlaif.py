@@ -61,7 +61,7 @@ def test_a_few_steps_of_each_stage(tmp_path: Path, started: list[str]) -> None:
     assert started == STAGES and {r.how for r in again} == {"reused"}
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_kill_in_a_step_loses_nothing(tmp_path: Path) -> None:
     """The step is killed once some of its answers are on disk; the same command ends with the rows of a run left alone."""
     words = ["step", "critique", f"answers={tmp_path / 'drafts'}", "constitution=manners", "batch=1", "log.live=off"]

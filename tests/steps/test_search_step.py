@@ -113,7 +113,7 @@ def test_a_value_no_trial_can_have_is_told_before_the_first_stage(lab: Lab) -> N
         pipeline.check(plan(compose("pipe")))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_pipeline_killed_inside_its_search_goes_on_from_the_trials_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

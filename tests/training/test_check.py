@@ -11,14 +11,17 @@ from llmrecipe.recipe.search import all_recipes
 from llmrecipe.training.check import check
 from tests.runs import train_recipe
 
-RUNNABLE = [name for name in all_recipes() if name != "base"]
+FEW = ("adalora", "classify", "clm", "kto_lora", "mezo", "ppo", "prefix_tuning", "qlora", "reward", "spt")
+"""At least one recipe of each family; the bulk is slow."""
+RUNNABLE = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in all_recipes() if n != "base"]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_every_recipe_can_be_built(name: str) -> None:
     from llmrecipe.recipe.compose import compose
 
-    if compose(name).recipe.stages or compose(name).recipe.search:
+    recipe = compose(name).recipe
+    if recipe.stages or recipe.search:
         pytest.skip("a pipeline or search: its stages are checked by their own tests")
     found = check(name, [])
     assert found.steps > 0 and found.rows > 0 and found.parameters > 0

@@ -261,7 +261,7 @@ def checkpoints() -> list[Path]:
     return sorted(Path("runs/two").glob("sft-*/checkpoints/step-*/"))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_stage_that_is_killed_or_stopped_goes_on_where_it_was(two: str) -> None:
     killed = begin(*LONG)
     folder = wait_for(checkpoints, "checkpoint")[0].parent.parent

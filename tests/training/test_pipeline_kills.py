@@ -99,7 +99,7 @@ def folders() -> dict[str, Path]:
     return {name: next(Path("runs/rlhf_small").glob(f"{name}-*")) for name in STOPS}
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_rlhf_stopped_in_every_stage_ends_where_a_pipeline_ends_that_ran_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -139,7 +139,7 @@ def test_rlhf_stopped_in_every_stage_ends_where_a_pipeline_ends_that_ran_through
         assert tensors.keys() == whole.keys() and all(torch.equal(tensors[k], whole[k]) for k in whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(3000)
 def test_rlaif_killed_in_every_stage_ends_where_a_pipeline_ends_that_ran_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
