@@ -137,7 +137,7 @@ def thin(where: str, agent: Agent, ask: Ask, choice: Choice, key: str, least: fl
     said = choice.said or agent.generate([ask])[0] or ""
     share = "votes name" if choice.how == "votes" else "probability lies on"
     return RunError(
-        f"{where}: the reply of the agent {agent.identity} holds too little of what it may choose from: {choice.mass:.3g} of its "
+        f"{where}: the reply of the agent {agent.identity} has too little on what it may choose: {choice.mass:.3g} of its "
         f"{share} the options and {least:g} is wanted; it says {said[:200]!r}. Ask for the bare option (templates of the "
         f"constitution), take another agent, or lower {key}"
     )
