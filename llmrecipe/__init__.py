@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrecipe.export.load import load
     from llmrecipe.recipe.compose import compose
     from llmrecipe.training.check import check
-    from llmrecipe.training.run import train
+    from llmrecipe.training.train import train
 
 # bitsandbytes, which Transformers imports along with any model, warns about an optional kernel whether or not it is used.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -30,7 +30,7 @@ __all__ = ["check", "compose", "load", "train"]
 _HOMES = {
     "compose": "llmrecipe.recipe.compose",
     "check": "llmrecipe.training.check",
-    "train": "llmrecipe.training.run",
+    "train": "llmrecipe.training.train",
     "load": "llmrecipe.export.load",
 }
 

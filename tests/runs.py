@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from llmrecipe.errors import Interrupted
 from llmrecipe.recipe.compose import compose
 from llmrecipe.training import run as run_module
-from llmrecipe.training.run import Run, train
+from llmrecipe.training.run import Run
+from llmrecipe.training.train import train
 
 QUIET = ["log.live=off", "eval.test=false", "data.cache=false"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe import registry
-from llmrecipe.agents.choice import LEAST, Choice
+from llmrecipe.agents.chosen import LEAST, Choice
 from llmrecipe.errors import RecipeError
 from llmrecipe.registry import CONFIG
 

@@ -19,36 +19,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from llmrecipe.agents.chosen import LEAST, Choice
 from llmrecipe.errors import RunError
 
 if TYPE_CHECKING:
     from llmrecipe.agents.agent import Agent, Ask
 
-MIN_MASS = 0.5
-"""Least probability that must lie on the options, where nothing else is said."""
-LEAST = -1e4
-"""Log-probability of what cannot be."""
 
 Path = tuple[Any, ...]
 """Tokens from the start of a reply."""
 Leads = Callable[[Path], tuple[int | None, frozenset[int]]]
 """Path -> (the option it spells, options whose spellings go on from it)."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What an agent chose among options."""
-
-    logprobs: list[float]
-    """Of each option; not normalised, `LEAST` for what cannot be."""
-    mass: float
-    """Probability that lies on the options; of votes the share that named one."""
-    how: Literal["logprobs", "votes"] = "logprobs"
-    """What it was read from."""
-    said: str = ""
-    """A reply in words, where there is one."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrecipe.agents.agent import Agent, Ask, Logprobs
-from llmrecipe.agents.choice import Choice
+from llmrecipe.agents.chosen import Choice
 from llmrecipe.agents.constitution import Constitution, Principle
 
 LETTERS = ("A", "B")

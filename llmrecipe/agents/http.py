@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from llmrecipe.agents.agent import Agent, Ask, digest
-from llmrecipe.agents.choice import Choice, Open, Path, Reading, read_paths
+from llmrecipe.agents.choice import Open, Path, Reading, read_paths
+from llmrecipe.agents.chosen import Choice
 from llmrecipe.errors import RecipeError, RunError
 from llmrecipe.fields import Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.redact import variable_of

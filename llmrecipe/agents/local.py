@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.agents.agent import Agent, Ask, chunks, digest
-from llmrecipe.agents.choice import Choice, Leads, read_paths
+from llmrecipe.agents.choice import Leads, read_paths
+from llmrecipe.agents.chosen import Choice
 from llmrecipe.errors import RecipeError, UserError
 from llmrecipe.fields import Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
 from llmrecipe.registry import register

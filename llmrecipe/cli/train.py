@@ -22,7 +22,7 @@ def verb(words: Words = None) -> None:
         return
     for note in composition.notes:
         print(note)
-    from llmrecipe.training.run import train
+    from llmrecipe.training.train import train
 
     run = train(composition, request.resume)
     if run.runtime.is_main:

@@ -25,7 +25,7 @@ from random import Random
 from typing import Any
 
 from llmrecipe.agents.agent import Agent, digest
-from llmrecipe.agents.choice import MIN_MASS
+from llmrecipe.agents.chosen import MIN_MASS
 from llmrecipe.agents.constitution import Constitution, Principle, draw
 from llmrecipe.agents.feedback import Pair, compare
 from llmrecipe.errors import RecipeError, RunError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from llmrecipe import registry
@@ -17,7 +16,7 @@ from llmrecipe.methods.stack import Stack
 from llmrecipe.models.source import run_folder
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.training.engine import Engine
-from llmrecipe.training.evaluate import evaluate
+from llmrecipe.training.evaluate import Evaluation, evaluate
 from llmrecipe.training.opened import Opened, open_model, resolve
 from llmrecipe.training.packing import micro_tokens, packing_for
 from llmrecipe.training.roles import Roles
@@ -138,11 +137,8 @@ def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
 def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
     """Metrics of token rows."""
     recipe = subject.composition.recipe
-    run = SimpleNamespace(
-        recipe=recipe, roles=subject.roles, runtime=subject.runtime, objective=subject.objective, events=_Silent(),
-        progress=SimpleNamespace(step=0),
-    )  # fmt: skip
-    return {"rows": float(len(data)), **evaluate(run, data)}  # type: ignore[arg-type]
+    evaluation = Evaluation(recipe.eval, recipe.batch.size, subject.objective, subject.roles, subject.runtime, _Silent())
+    return {"rows": float(len(data)), **evaluate(evaluation, data)}
 
 
 class _Silent:

@@ -70,7 +70,7 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
     Returns:
         One line for every right that was taken out.
     """
-    from llmrecipe.recipe.explain import schema_origin
+    from llmrecipe.recipe.origins import schema_origin
 
     model, files = mapping.get("model"), set(own)
     notes = []

@@ -14,7 +14,7 @@ from llmrecipe.rewards.reward import Answer, Reward
 
 if TYPE_CHECKING:
     from llmrecipe.agents.agent import Agent
-    from llmrecipe.agents.choice import Choice
+    from llmrecipe.agents.chosen import Choice
     from llmrecipe.agents.constitution import Constitution, Principle
     from llmrecipe.training.roles import Roles
 

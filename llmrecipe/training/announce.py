@@ -10,10 +10,10 @@ from llmrecipe.console import say
 from llmrecipe.methods.stack import kind_name
 
 if TYPE_CHECKING:
-    from llmrecipe.training.run import Run
+    from llmrecipe.training.run_state import RunState
 
 
-def announce(run: Run) -> None:
+def announce(run: RunState) -> None:
     """Print the facts of the run (main process only) and write them down."""
     from llmrecipe.data import gate
 
@@ -36,7 +36,7 @@ def announce(run: Run) -> None:
         run.events.warning(warning)
 
 
-def facts_of(run: Run) -> dict[str, Any]:
+def facts_of(run: RunState) -> dict[str, Any]:
     """Data report, stack and trained tensors as JSON."""
     trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     kinds = Counter(".".join(part for part in n.split(".")[-3:] if not part.isdigit()) for n in trained)

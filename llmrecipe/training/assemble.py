@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,32 +21,20 @@ from llmrecipe.methods.stack import Stack
 from llmrecipe.methods.wrapper import Stage, Wrapper
 from llmrecipe.models.speed import ready_to_compile, speed_up
 from llmrecipe.training import delta, opened, packing, reference_model
+from llmrecipe.training.best import BestTracker
+from llmrecipe.training.checkpoint import saved_structures
 from llmrecipe.training.engine import Engine
+from llmrecipe.training.events import Events
 from llmrecipe.training.optimizer import Optimizer, build_optimizer, parameter_groups
+from llmrecipe.training.reference import ReferenceCache
 from llmrecipe.training.reference_policy import PlannedRows
 from llmrecipe.training.roles import Roles
+from llmrecipe.training.run_dir import RunDir
+from llmrecipe.training.run_state import RunState
+from llmrecipe.training.runtime import Runtime
 
 if TYPE_CHECKING:
-    from llmrecipe.training.run import Run
-
-
-@dataclass
-class Parts:
-    """What a run is made of."""
-
-    dir: Any
-    runtime: Any
-    events: Any
-    objective: Any
-    stack: Stack
-    optim: Any
-    schedule: Any
-    opened: opened.Opened
-    data: Any
-    validation: Any
-    roles: Roles
-    optimizer: torch.optim.Optimizer | None
-    steps: int
+    from llmrecipe.recipe.compose import Composition
 
 
 def seed_everything(seed: int) -> None:
@@ -54,63 +44,97 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build(run: Run, resume: Path | None) -> Parts:
-    """Everything the loop needs, or one teaching error before weights are read."""
-    from llmrecipe.recipe.validate import instantiate
-    from llmrecipe.training.events import Events
-    from llmrecipe.training.run_dir import RunDir
-    from llmrecipe.training.runtime import Runtime
+@contextlib.contextmanager
+def abandoned(directory: RunDir | None, runtime: Runtime | None, resume: Path | None) -> Iterator[None]:
+    """Leave a run that cannot be opened: a new one says why it failed, one to be resumed stays as it was."""
+    try:
+        yield
+    except BaseException as error:
+        if directory is not None:
+            if resume is None:
+                directory.status("failed", error=str(error) or type(error).__name__, step=0)
+            directory.unlock()
+        if runtime is not None:
+            runtime.close()
+        raise
 
-    recipe = run.recipe
+
+def build(composition: Composition, resume: Path | None) -> RunState:
+    """Build everything the loop needs, or raise one teaching error before weights are read.
+
+    Args:
+        resume: the directory of a run that goes on; None makes a new one.
+    """
+    from llmrecipe.recipe.validate import instantiate
+
+    recipe = composition.recipe
     parts = instantiate(recipe)
     check_objective(parts.objective, parts.wrappers)
     direction(recipe.eval, parts.objective)
     check_cuts(parts.optimizer, parts.wrappers)
-    data, validation, tokenizer_labels = read_data(recipe, parts.objective, parts.wrappers)
-    wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
+    data, validation, labels = read_data(recipe, parts.objective, parts.wrappers)
+    parts = replace(parts, wrappers=[w.for_tasks(data.tasks) for w in parts.wrappers])
     parts.objective.check(recipe, data)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
-    check_attention(recipe, parts.objective, wrappers, tokenizer_labels)
-    run.runtime = runtime = Runtime.start(recipe.runtime)
-    if recipe.model.compile:
-        ready_to_compile(runtime.device)
-    run.dir = directory = RunDir.open(resume, runtime) if resume else RunDir.create(run.composition, runtime)
-    folder, config = directory.path if runtime.is_main else None, run.composition.mapping
-    events = Events(folder, live=recipe.log.live, steps=steps, trackers=recipe.log.trackers, config=config)
-    other = reference_model.scored(
-        recipe, parts.objective, planned_rows(recipe, parts.objective, data, validation, steps), runtime.device
-    )
+    check_attention(recipe, parts.objective, parts.wrappers, labels)
+    runtime = Runtime.start(recipe.runtime)
+    with abandoned(None, runtime, resume):
+        if recipe.model.compile:
+            ready_to_compile(runtime.device)
+        directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)
+    with abandoned(directory, runtime, resume):
+        folder = directory.path if runtime.is_main else None
+        live, trackers = recipe.log.live, recipe.log.trackers
+        events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping)
+        rows = planned_rows(recipe, parts.objective, data, validation, steps)
+        scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
+        seed_everything(recipe.seed)
+        stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
+        model = build_model(recipe, parts.objective, stack, labels, resume)
+        roles = build_roles(recipe, stack, model, runtime, scores)
+        roles.data, roles.events = data, events
+        optimizer = None
+        # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
+        if any(p.requires_grad for p in roles.model.parameters()):
+            roles.prepared = runtime.prepare(roles.engine, True)
+            optimizer = None if stack.rule() is not None else optimizer_for(roles.model, parts.optimizer, stack)
+        return RunState(
+            composition, directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule, model, data,
+            validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)),
+        )  # fmt: skip
+
+
+def build_model(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, resume: Path | None) -> opened.Opened:
+    """Open the model of a recipe and attach its stack.
+
+    Args:
+        labels: class names of a classification head.
+        resume: a run directory whose newest checkpoint gives the structures (ranks, masks) of the stack.
+    """
+    model = open_for(recipe, objective, stack, labels)
+    objective.prepare_roles(model, base_is_frozen(stack))
+    objective.prepare_model(model.model, recipe.seed)
     seed_everything(recipe.seed)
-    stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
-    model = open_for(recipe, parts.objective, stack, tokenizer_labels)
-    parts.objective.prepare_roles(model, base_is_frozen(stack))
-    parts.objective.prepare_model(model.model, recipe.seed)
-    seed_everything(recipe.seed)
-    attach(model, stack, everything_trains(stack), finish_structures(resume))
-    model.model.to(runtime.device)
+    attach(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
+    return model
+
+
+def build_roles(recipe: Any, stack: Stack, model: opened.Opened, runtime: Runtime, scores: ReferenceCache) -> Roles:
+    """Put the model on its device behind the engine, as the objective sees it.
+
+    Args:
+        scores: of a reference that is another model; empty where the reference is named.
+    """
+    device, batch = runtime.device, recipe.batch
+    model.model.to(device)
     speed_up(model.model)
     engine = Engine(model.model, autocast_of(recipe.model.dtype, stack), recipe.model.compile)
-    roles = Roles(
-        engine,
-        stack,
-        model.tokenizer,
-        runtime.device,
-        packing.packing_for(recipe.data.packing, engine, runtime.device),
-        recipe.batch.micro,
-        recipe.batch.tokens or (None if recipe.batch.micro else packing.micro_tokens(runtime.device)),
-        other,
-    )
-    roles.runtime, roles.data, roles.events = runtime, data, events
-    optimizer = None
-    # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
-    if any(p.requires_grad for p in model.model.parameters()):
-        roles.prepared = runtime.prepare(engine, run.unused)
-        optimizer = None if stack.rule() is not None else optimizer_for(model.model, parts.optimizer, stack)
-    return Parts(
-        directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule,
-        model, data, validation, roles, optimizer, steps,
-    )  # fmt: skip
+    packed = packing.packing_for(recipe.data.packing, engine, device)
+    tokens = batch.tokens or (None if batch.micro else packing.micro_tokens(device))
+    roles = Roles(engine, stack, model.tokenizer, device, packed, batch.micro, tokens, scores)
+    roles.runtime = runtime
+    return roles
 
 
 def check_objective(objective: Any, wrappers: list[Any]) -> None:
@@ -230,13 +254,6 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
         model.model.new_heads = tuple(n for n in ("score", "classifier") if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
     return model
-
-
-def finish_structures(resume: Path | None) -> dict[str, Any] | None:
-    """Structures (ranks, masks) of the checkpoint a resumed run goes on from."""
-    from llmrecipe.training.finish import saved_structures
-
-    return saved_structures(resume) if resume is not None else None
 
 
 def attach(model: opened.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:

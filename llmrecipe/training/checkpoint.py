@@ -244,3 +244,9 @@ def _clear_leftovers(root: Path) -> None:
     for path in root.glob(f"{REPLACED}*"):
         if (root / path.name.removeprefix(REPLACED)).exists():
             delete(path)
+
+
+def saved_structures(folder: Path) -> dict[str, Any] | None:
+    """Return the structures of the newest intact checkpoint, which the stack needs before its tensors can be restored."""
+    path = latest_checkpoint(folder / "checkpoints")
+    return read_checkpoint(path).documents["structures"] if path is not None else None

@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.state import optimizer_state, random_state, restore_optimizer, restore_random_state
 
 if TYPE_CHECKING:
-    from llmrecipe.training.run import Run
+    from llmrecipe.training.run_state import RunState
 
 FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
 """Keys a resumed run may not change: another value would make the rest of the run another experiment."""
@@ -48,7 +49,7 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def save(run: Run) -> Path | None:
+def save(run: RunState) -> Path | None:
     """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes.
 
     Raises:
@@ -60,9 +61,9 @@ def save(run: Run) -> Path | None:
     if run.runtime.is_main:
         tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
         documents: dict[str, Any] = {
-            "progress": run.progress_state(),
+            "progress": asdict(run.progress),
             "random": states,
-            "judge": run.judge.state(),
+            "judge": run.best.state(),
             "objective": run.objective.state(),
             "wrappers": {w.name: w.state() for w in run.stack},
             "structures": run.stack.structures(run.model),
@@ -74,14 +75,14 @@ def save(run: Run) -> Path | None:
             tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)
         root = run.dir.path / "checkpoints"
         path = save_checkpoint(root, run.progress.step, tensors, documents)
-        rotate(root, run.recipe.save.keep, run.judge.best_step)
+        rotate(root, run.recipe.save.keep, run.best.best_step)
         forget_worse(run)
         run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
     run.runtime.barrier()
     return path
 
 
-def restore(run: Run) -> None:
+def restore(run: RunState) -> None:
     """Continue a run from its newest intact checkpoint, bit for bit.
 
     Raises:
@@ -103,7 +104,7 @@ def restore(run: Run) -> None:
     run.stack.set_trainable(run.model)
     for name, value in saved.documents["progress"].items():
         setattr(run.progress, name, value)
-    known = run.judge.load_state(saved.documents["judge"])
+    known = run.best.load_state(saved.documents["judge"])
     run.objective.load_state(saved.documents["objective"])
     for wrapper in run.stack:
         wrapper.load_state(saved.documents["wrappers"].get(wrapper.name, {}))
@@ -119,7 +120,7 @@ def restore(run: Run) -> None:
         run.events.warning(f"{run.recipe.eval.monitor} judges from here on: what another metric found best is not kept")
 
 
-def check_same(run: Run) -> None:
+def check_same(run: RunState) -> None:
     """Refuse a resume under another recipe.
 
     Raises:
@@ -135,13 +136,7 @@ def check_same(run: Run) -> None:
         raise RunError(f"resume: these keys cannot change in a run that goes on:\n{lines}\nStart a new run instead.")
 
 
-def saved_structures(folder: Path) -> dict[str, Any] | None:
-    """Structures of the newest intact checkpoint, which the stack needs before its tensors can be restored."""
-    path = latest_checkpoint(folder / "checkpoints")
-    return read_checkpoint(path).documents["structures"] if path is not None else None
-
-
-def save_best(run: Run) -> None:
+def save_best(run: RunState) -> None:
     """Keep what was learned so far as the best; trained tensors only.
 
     Raises:
@@ -150,32 +145,32 @@ def save_best(run: Run) -> None:
     finite.check(run)
     if run.runtime.is_main:
         tensors = {"delta": run.stack.delta(run.model)}
-        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.judge.state()})
+        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.best.state()})
         forget_worse(run)
 
 
-def forget_worse(run: Run) -> None:
+def forget_worse(run: RunState) -> None:
     """Delete best weights that neither this run nor one that is resumed from any of its checkpoints would return to."""
     root = run.dir.path / "checkpoints"
-    wanted = {run.judge.best_step}
+    wanted = {run.best.best_step}
     for step in steps(root):
         with contextlib.suppress(OSError, ValueError, KeyError):
             wanted.add(json.loads((root / folder_name(step) / "judge.json").read_text(encoding="utf-8"))["best_step"])
     keep_only(run.dir.path / BEST, wanted)
 
 
-def returns_to_best(run: Run) -> bool:
+def returns_to_best(run: RunState) -> bool:
     """Whether the best weights are wanted in the end and are not those of the present step."""
-    return run.recipe.eval.load_best and run.judge.best is not None and run.judge.best_step != run.progress.step
+    return run.recipe.eval.load_best and run.best.best is not None and run.best.best_step != run.progress.step
 
 
-def best_weights(run: Run) -> Path:
+def best_weights(run: RunState) -> Path:
     """The checkpoint that holds the best weights.
 
     Raises:
         RunError: it is gone; the last weights are no substitute that may be taken in silence.
     """
-    step = run.judge.best_step
+    step = run.best.best_step
     for root in (run.dir.path / BEST, run.dir.path / "checkpoints"):
         if (found := checkpoint_of(root, step)) is not None:
             return found
@@ -185,7 +180,7 @@ def best_weights(run: Run) -> Path:
     )
 
 
-def load_best(run: Run) -> bool:
+def load_best(run: RunState) -> bool:
     """Put the best weights back; False when the last ones are the best or nothing was judged.
 
     Raises:
@@ -198,7 +193,7 @@ def load_best(run: Run) -> bool:
     return True
 
 
-def save_batch(run: Run, micros: list[Batch]) -> Path:
+def save_batch(run: RunState, micros: list[Batch]) -> Path:
     """Keep the token ids of a step that went wrong."""
     path = run.dir.path / f"bad_step_{run.progress.step + 1:06d}_rank{run.runtime.rank}.json"
     content = [{"rows": list(m.rows), "input_ids": m.input_ids.tolist(), "target": m.target.tolist()} for m in micros]
@@ -206,7 +201,7 @@ def save_batch(run: Run, micros: list[Batch]) -> Path:
     return path
 
 
-def finish(run: Run) -> None:
+def finish(run: RunState) -> None:
     """Best weights back, the test split scored once, `final/` written. Nothing is deleted: see `tidy`.
 
     Raises:
@@ -216,9 +211,9 @@ def finish(run: Run) -> None:
     finite.check(run)
     restored = load_best(run)
     run.stack.finish(run.model)
-    metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.judge.best_step if restored else run.progress.step}
-    if run.validation is not None and run.judge.best is not None:
-        metrics[run.recipe.eval.monitor] = run.judge.best
+    metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}
+    if run.validation is not None and run.best.best is not None:
+        metrics[run.recipe.eval.monitor] = run.best.best
     metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
     run.roles.cache.save()
     run.objective.finish(run.roles)
@@ -228,25 +223,25 @@ def finish(run: Run) -> None:
     run.runtime.barrier()
 
 
-def tidy(run: Run) -> None:
+def tidy(run: RunState) -> None:
     """Delete what a finished run has no use for. Call when its status says `done`: until then a resume may need all of it."""
     if run.runtime.is_main and (run.dir.path / BEST).exists():
         delete(run.dir.path / BEST)
 
 
-def score_test(run: Run) -> dict[str, float]:
+def score_test(run: RunState) -> dict[str, float]:
     """Metrics of the sealed test split: opened here, once, and nowhere else in training."""
     if not run.recipe.eval.test:
         return {}
     test = assemble.test_rows(run.recipe, run.objective, run.data, run.tokenizer)
     if test is None:
         return {}
-    metrics = evaluate(run, test)
+    metrics = evaluate(run.evaluation(), test)
     run.events.evaluation(step=run.progress.step, **{f"test/{k}": v for k, v in metrics.items()})
     return metrics
 
 
-def write_final(run: Run, metrics: dict[str, Any]) -> Path:
+def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
     """Write `final/` aside, durably, and move it into place: a delta with its stack, or the whole model when all of it trained.
 
     Raises:
@@ -276,7 +271,7 @@ def write_final(run: Run, metrics: dict[str, Any]) -> Path:
     return final
 
 
-def save_whole(run: Run, folder: Path) -> None:
+def save_whole(run: RunState, folder: Path) -> None:
     """A Transformers folder in the dtype the recipe names (float32 masters are cast once)."""
     dtype = run.recipe.model.dtype
     attention = run.model.config._attn_implementation
@@ -295,7 +290,7 @@ def save_whole(run: Run, folder: Path) -> None:
     run.tokenizer.save_pretrained(folder)
 
 
-def saved_of(run: Run) -> delta.Saved:
+def saved_of(run: RunState) -> delta.Saved:
     """The run's stacks, oldest first, its own last."""
     layers = [
         delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.opened.layers)

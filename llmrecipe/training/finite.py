@@ -13,7 +13,7 @@ from llmrecipe.errors import RunError
 from llmrecipe.training.state import optimizer_state
 
 if TYPE_CHECKING:
-    from llmrecipe.training.run import Run
+    from llmrecipe.training.run_state import RunState
 
 SHOWN = 3
 """Tensors named in the message."""
@@ -44,7 +44,7 @@ def not_finite(tensors: Mapping[str, Tensor], order: float = float("inf")) -> li
     return found
 
 
-def check(run: Run) -> None:
+def check(run: RunState) -> None:
     """Refuse to keep what was learned where a trained weight or the optimizer's state is not finite.
 
     Raises:
@@ -57,7 +57,7 @@ def check(run: Run) -> None:
         _refuse(run, "optimizer state", not_finite(state), len(state))
 
 
-def check_updated(run: Run) -> None:
+def check_updated(run: RunState) -> None:
     """Refuse the end of a run that left every step out.
 
     Raises:
@@ -70,7 +70,7 @@ def check_updated(run: Run) -> None:
         )
 
 
-def _refuse(run: Run, what: str, bad: list[str], count: int) -> None:
+def _refuse(run: RunState, what: str, bad: list[str], count: int) -> None:
     if bad:
         named = ", ".join(bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
         raise RunError(

@@ -19,13 +19,13 @@ from llmrecipe.methods.wrapper import Wrapper
 if TYPE_CHECKING:
     from llmrecipe.data.batch import Batch
     from llmrecipe.training.rules import StepResult, UpdateRule
-    from llmrecipe.training.run import Run
+    from llmrecipe.training.run_state import RunState
 
 SHOWN = 5
 """Names an error or a warning lists."""
 
 
-def checked(rule: UpdateRule, run: Run, micros: list[Batch]) -> StepResult:
+def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
     """Make an update, then refuse what it left unused; a step that was skipped proves nothing.
 
     Raises:
@@ -48,14 +48,14 @@ def checked(rule: UpdateRule, run: Run, micros: list[Batch]) -> StepResult:
     return result
 
 
-def _check_ports(run: Run, called: set[int]) -> None:
+def _check_ports(run: RunState, called: set[int]) -> None:
     """Stop for hooks of the stack that no forward pass called."""
     ports = {f"{path}.{name}": port for path, _, name, port in all_ports(run.model)}
     uncalled = _nowhere(run, {name: id(port) in called for name, port in ports.items()})
     _refuse(run, [(ports[name].owner, name) for name in uncalled], "hooks that were never called")
 
 
-def settle(run: Run) -> None:
+def settle(run: RunState) -> None:
     """Refuse lifecycle hooks that did not run in the first step; stop looking for unused tensors where there can be none.
 
     Raises:
@@ -67,7 +67,7 @@ def settle(run: Run) -> None:
         run.roles.prepared = run.runtime.prepare(run.roles.engine)
 
 
-def _nowhere(run: Run, used: dict[str, bool]) -> list[str]:
+def _nowhere(run: RunState, used: dict[str, bool]) -> list[str]:
     """Return the names that are used on no process."""
     if not used:
         return []
@@ -75,7 +75,7 @@ def _nowhere(run: Run, used: dict[str, bool]) -> list[str]:
     return [name for name, flag in zip(used, flags.tolist(), strict=True) if not flag]
 
 
-def _judge(run: Run, unreached: list[str]) -> None:
+def _judge(run: RunState, unreached: list[str]) -> None:
     """Stop for tensors a wrapper or an objective brought; warn of base weights that train because everything does."""
     if not unreached:
         return
@@ -89,7 +89,7 @@ def _judge(run: Run, unreached: list[str]) -> None:
         run.events.warning(f"{len(rest)} trained weights are not read by this objective and stay as they are: {_listed(rest)}")
 
 
-def _refuse(run: Run, found: list[tuple[str, str]], what: str) -> None:
+def _refuse(run: RunState, found: list[tuple[str, str]], what: str) -> None:
     wrappers = {w.name: w for w in run.stack}
     wrong = [(owner, name) for owner, name in found if owner in wrappers and not wrappers[owner].may_skip(name)]
     if not wrong:

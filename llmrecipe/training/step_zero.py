@@ -15,7 +15,7 @@ from llmrecipe.errors import RunError
 from llmrecipe.training.rules import MetricSums
 
 if TYPE_CHECKING:
-    from llmrecipe.training.run import Run
+    from llmrecipe.training.run_state import RunState
 
 TOLERANCE = 2e-3
 """Of float32 computation; relative to a wanted value above 1."""
@@ -23,7 +23,7 @@ COARSE = 0.1
 """Where hidden states have 8 to 11 significant bits, and a batch laid out otherwise rounds otherwise."""
 
 
-def check(run: Run) -> None:
+def check(run: RunState) -> None:
     """Measure the first step's rows under the untouched policy, compare, and write a `check` event.
 
     Raises:
@@ -50,14 +50,14 @@ def check(run: Run) -> None:
         )
 
 
-def same_policy(run: Run) -> bool:
+def same_policy(run: RunState) -> bool:
     """Whether the reference is the policy of step 0."""
     which = run.objective.reference_of()
     mounted = bool(run.opened.mounted) or run.opened.continued is not None
     return which == "initial" or (which == "base" and not mounted and all(w.starts_at_base() for w in run.stack))
 
 
-def measure(run: Run) -> dict[str, float]:
+def measure(run: RunState) -> dict[str, float]:
     """Mean loss and metrics of the first step's rows, over all processes; without those that none of the rows has."""
     sums = MetricSums()
     state = run.objective.state()

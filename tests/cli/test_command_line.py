@@ -60,9 +60,9 @@ def fake_train(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None = 
             raise outcome
         return types.SimpleNamespace(runtime=types.SimpleNamespace(is_main=False))
 
-    module = types.ModuleType("llmrecipe.training.run")
+    module = types.ModuleType("llmrecipe.training.train")
     module.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "llmrecipe.training.run", module)
+    monkeypatch.setitem(sys.modules, "llmrecipe.training.train", module)
     return calls
 
 

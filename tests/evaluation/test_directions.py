@@ -19,7 +19,7 @@ from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import EvalSection
 from llmrecipe.recipe.validate import build
 from llmrecipe.training import run as run_module
-from llmrecipe.training.evaluate import Judge
+from llmrecipe.training.best import BestTracker
 from tests.runs import learned, train_recipe
 from tests.support import shared
 
@@ -127,18 +127,18 @@ def test_text_metrics_need_rows_that_can_be_answered() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.3, 0.2, 0.3], [0.5, 0.4, 0.3, 0.2]])
-def test_the_judge_keeps_the_largest_of_what_is_better_large(values: list[float]) -> None:
+def test_the_best_tracker_keeps_the_largest_of_what_is_better_large(values: list[float]) -> None:
     section = EvalSection(monitor="eval/accuracy")
-    judge = Judge(section, direction(section, Sft()))
+    tracker = BestTracker(section, direction(section, Sft()))
     for step, value in enumerate(values):
-        judge.see(step, {"eval/accuracy": value})
-    assert (judge.best, judge.best_step) == (max(values), values.index(max(values)))
+        tracker.see(step, {"eval/accuracy": value})
+    assert (tracker.best, tracker.best_step) == (max(values), values.index(max(values)))
 
 
 def test_another_metric_does_not_go_on_from_what_one_judged() -> None:
-    loss, accuracy = Judge(EvalSection(), "min"), Judge(EvalSection(monitor="eval/accuracy"), "max")
+    loss, accuracy = BestTracker(EvalSection(), "min"), BestTracker(EvalSection(monitor="eval/accuracy"), "max")
     loss.see(3, {"eval/loss": 0.01})
-    again = Judge(EvalSection(), "min")
+    again = BestTracker(EvalSection(), "min")
     assert again.load_state(loss.state()) and (again.best, again.best_step) == (0.01, 3)
     assert not accuracy.load_state(loss.state()) and accuracy.best is None
 
@@ -147,9 +147,10 @@ def test_a_run_ends_with_the_weights_of_the_highest_accuracy(tmp_path: Path, mon
     kept: dict[int, dict[str, torch.Tensor]] = {}
     script = iter([0.1, 0.4, 0.2])
 
-    def told(run: Any, data: Any) -> dict[str, float]:
-        kept[run.progress.step] = {k: v.detach().clone() for k, v in run.stack.delta(run.model).items()}
-        return {"loss": 1.0 / (1 + run.progress.step), "accuracy": next(script)}
+    def told(evaluation: Any, data: Any) -> dict[str, float]:
+        roles = evaluation.roles
+        kept[evaluation.step] = {k: v.detach().clone() for k, v in roles.stack.delta(roles.model).items()}
+        return {"loss": 1.0 / (1 + evaluation.step), "accuracy": next(script)}
 
     monkeypatch.setattr(run_module, "evaluate", told)
     common = ["steps=2", "batch.size=1", "data.limit=3", "data.packing=off", "eval.every=1"]
@@ -168,7 +169,7 @@ def test_the_case_that_kept_the_worst(tmp_path: Path) -> None:
     )
     curve = {e["step"]: e["eval/accuracy"] for e in _evaluations(tmp_path / "run")}
     best = max(curve, key=lambda step: curve[step])
-    assert run.judge.best_step == best != 0 and run.judge.best == max(curve.values())
+    assert run.best.best_step == best != 0 and run.best.best == max(curve.values())
     metrics = json.loads((tmp_path / "run" / "final" / "metrics.json").read_text())
     assert metrics["eval/accuracy"] == max(curve.values())
     assert any(bool(v.any()) for k, v in learned(tmp_path / "run").items() if k.endswith("lora.B"))

@@ -11,8 +11,8 @@ import torch
 
 from llmrecipe.recipe.schema import EvalSection
 from llmrecipe.training import run as run_module
-from llmrecipe.training.evaluate import Judge
-from llmrecipe.training.run import Run
+from llmrecipe.training.best import BestTracker
+from llmrecipe.training.evaluate import Evaluation
 from tests.runs import events, learned, resume, stop_after, train_recipe
 
 SHORT = ["steps=6", "batch.size=4", "data.limit=12", "eval.every=2", "eval.at_start=false"]
@@ -24,13 +24,13 @@ STACKS = {
 }
 
 
-def test_the_judge_by_hand() -> None:
-    judge = Judge(EvalSection(min_delta=0.1, patience=2), "min")
-    verdicts = [judge.see(step, {"eval/loss": value}) for step, value in enumerate([2.0, 1.95, 1.5, float("nan"), 1.45])]
+def test_the_best_tracker_by_hand() -> None:
+    tracker = BestTracker(EvalSection(min_delta=0.1, patience=2), "min")
+    verdicts = [tracker.see(step, {"eval/loss": value}) for step, value in enumerate([2.0, 1.95, 1.5, float("nan"), 1.45])]
     assert [v.best for v in verdicts] == [True, False, True, False, False]
     assert [v.stop for v in verdicts] == [False, False, False, False, True]
-    assert (judge.best, judge.best_step) == (1.5, 2)
-    upward = Judge(EvalSection(monitor="eval/accuracy"), "max")
+    assert (tracker.best, tracker.best_step) == (1.5, 2)
+    upward = BestTracker(EvalSection(monitor="eval/accuracy"), "max")
     assert [upward.see(i, {"eval/accuracy": v}).best for i, v in enumerate([0.2, 0.1, 0.2, 0.3])] == [True, False, False, True]
 
 
@@ -38,8 +38,9 @@ def told(values: list[float], kept: dict[int, dict[str, torch.Tensor]]) -> Any:
     """An evaluation that gives these values in turn and remembers what was learned at each."""
     script = iter(values)
 
-    def evaluate(run: Run, data: Any, limit: int | None = None) -> dict[str, float]:
-        kept[run.progress.step] = {k: v.detach().clone() for k, v in run.stack.delta(run.model).items()}
+    def evaluate(evaluation: Evaluation, data: Any) -> dict[str, float]:
+        roles = evaluation.roles
+        kept[evaluation.step] = {k: v.detach().clone() for k, v in roles.stack.delta(roles.model).items()}
         return {"loss": next(script)}
 
     return evaluate

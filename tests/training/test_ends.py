@@ -20,8 +20,10 @@ from llmrecipe.recipe.compose import compose
 from llmrecipe.training import finish
 from llmrecipe.training import run as run_module
 from llmrecipe.training.checkpoint import rotate, save_checkpoint, steps
-from llmrecipe.training.run import Run, train
+from llmrecipe.training.evaluate import Evaluation
+from llmrecipe.training.run import Run
 from llmrecipe.training.run_dir import RunDir
+from llmrecipe.training.train import train
 from tests.runs import learned, resume, train_recipe
 
 SHORT = ["steps=3", "batch.size=1", "data.limit=3", "eval.every=1", "eval.at_start=false", "save.every=2", "data.packing=off"]
@@ -73,9 +75,9 @@ def dies(moment: int, folder: Path) -> list[str]:
     return made
 
 
-def told(run: Run, data: Any) -> dict[str, float]:
+def told(evaluation: Evaluation, data: Any) -> dict[str, float]:
     """An evaluation."""
-    return {"loss": LOSSES[run.progress.step]}
+    return {"loss": LOSSES[evaluation.step]}
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +185,7 @@ def test_only_bests_that_nothing_returns_to_are_deleted(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "best", step, {}, {})
     save_checkpoint(tmp_path / "checkpoints", 2, {}, {"judge": {"best_step": 1}})
     save_checkpoint(tmp_path / "checkpoints", 3, {}, {"judge": {"best_step": 3}})
-    run: Any = SimpleNamespace(dir=SimpleNamespace(path=tmp_path), judge=SimpleNamespace(best_step=4))
+    run: Any = SimpleNamespace(dir=SimpleNamespace(path=tmp_path), best=SimpleNamespace(best_step=4))
     finish.forget_worse(run)
     assert steps(tmp_path / "best") == [1, 3, 4]
     rotate(tmp_path / "checkpoints", keep=1)

@@ -86,7 +86,7 @@ def planted(where: str, value: float) -> Any:
 )
 def test_nothing_is_kept_that_is_not_finite(where: str, writing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value, text = {"weights": (float("nan"), "trained weights"), "optimizer": (float("inf"), "optimizer state")}[where]
-    monkeypatch.setattr(run_module, "evaluate", lambda run, data: {"loss": 1.0})
+    monkeypatch.setattr(run_module, "evaluate", lambda evaluation, data: {"loss": 1.0})
     monkeypatch.setattr(Run, "zero_gradients", planted(where, value))
     more = {"save": ["steps=2", "save.every=1"], "best": [], "final": ["eval.load_best=false"]}[writing]
     with pytest.raises(RunError, match=rf"step 1: {text} are not finite.*\(1 of \d+ tensors\); nothing of this step is kept"):
@@ -97,7 +97,7 @@ def test_nothing_is_kept_that_is_not_finite(where: str, writing: str, tmp_path: 
 
 def test_finite_best_weights_do_not_excuse_last_ones_that_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([1.0, float("nan")])
-    monkeypatch.setattr(run_module, "evaluate", lambda run, data: {"loss": next(values)})
+    monkeypatch.setattr(run_module, "evaluate", lambda evaluation, data: {"loss": next(values)})
     monkeypatch.setattr(Run, "zero_gradients", planted("weights", float("nan")))
     with pytest.raises(RunError, match="trained weights are not finite"):
         train_recipe(tmp_path / "run", "sft_lora", *ONE, "eval.at_start=true")

@@ -21,7 +21,7 @@ from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.stages import Planned, plan
 from llmrecipe.training import pipeline
 from llmrecipe.training.children import Child, Machine
-from llmrecipe.training.run import train
+from llmrecipe.training.train import train
 from tests.runs import curve, events
 
 TINY = "data: {limit: 20}, batch: {size: 4}, eval: {batches: 1, test: false}"

@@ -11,7 +11,7 @@ import torch
 
 from llmrecipe.errors import RunError
 from llmrecipe.recipe.compose import compose
-from llmrecipe.training.run import train
+from llmrecipe.training.train import train
 from tests.runs import QUIET, curve, events, learned, resume, stop_after, train_recipe
 
 # Ten rows in batches of four: three steps an epoch, the last of two rows; eight steps end in the third epoch.

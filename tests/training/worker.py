@@ -22,7 +22,8 @@ from llmrecipe.evaluation.generation import generate
 from llmrecipe.evaluation.sampling import Sampling
 from llmrecipe.objectives.alignment import rollout
 from llmrecipe.recipe.compose import compose
-from llmrecipe.training.run import Run, train
+from llmrecipe.training.run import Run
+from llmrecipe.training.train import train
 from tests.runs import QUIET
 
 SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "steps=2", "save.every=1", "eval.batches=1", "eval.load_best=false"]

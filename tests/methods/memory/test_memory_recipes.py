@@ -41,7 +41,7 @@ def test_qlora_evaluates_inside_training_and_its_adapter_loads_on_the_quantized_
 )
 def test_mezo_resumes_to_the_bit(tmp_path, recipe: str, extra: list[str]) -> None:
     from llmrecipe import compose
-    from llmrecipe.training.run import train
+    from llmrecipe.training.train import train
 
     common = ["steps=4", "eval.load_best=false", "batch.size=4", *extra]
     whole = run(recipe, tmp_path / "whole", *common)

@@ -1,0 +1,65 @@
+"""Which evaluation of a run is the best, and whether it is time to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llmrecipe.evaluation.directions import Direction
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one evaluation means for the run."""
+
+    best: bool
+    stop: bool
+
+
+class BestTracker:
+    """Keep the best value of the monitored metric, and count evaluations without a better one.
+
+    `improved = value < best - min_delta` (mode min) or `value > best + min_delta` (mode max); stop after `patience`
+    evaluations in a row without improvement.
+    """
+
+    def __init__(self, section: Any, mode: Direction):
+        self.section, self.mode = section, mode
+        self.best: float | None = None
+        self.best_step = 0
+        self.waited = 0
+
+    def see(self, step: int, metrics: dict[str, float]) -> Verdict:
+        """Compare one evaluation with the best so far.
+
+        Raises:
+            RecipeError: the monitored metric does not exist.
+        """
+        from llmrecipe.errors import RecipeError, did_you_mean
+
+        name = self.section.monitor
+        if name not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise RecipeError(f"eval.monitor: this run has no metric '{name}'{did_you_mean(name, metrics)} (it has {known})")
+        value, delta = metrics[name], self.section.min_delta
+        sign = 1.0 if self.mode == "min" else -1.0
+        improved = not math.isnan(value) and (self.best is None or sign * value < sign * self.best - delta)
+        if improved:
+            self.best, self.best_step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        patience = self.section.patience
+        return Verdict(improved, patience is not None and self.waited >= patience)
+
+    def state(self) -> dict[str, Any]:
+        """JSON facts for a checkpoint."""
+        known = {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        return {**known, "monitor": self.section.monitor, "mode": self.mode}
+
+    def load_state(self, state: dict[str, Any]) -> bool:
+        """Take back what `state` returned; False, and nothing is known, where another metric or mode judged."""
+        if state.get("monitor", self.section.monitor) != self.section.monitor or state.get("mode", self.mode) != self.mode:
+            return False
+        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        return True

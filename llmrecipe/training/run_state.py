@@ -1,0 +1,135 @@
+"""What a run is made of and how far it is: what its parts (evaluation, saving, reports, checks) are handed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmrecipe.data.batch import Batch
+from llmrecipe.evaluation.directions import direction
+from llmrecipe.methods.stack import Stack
+from llmrecipe.training.best import BestTracker
+from llmrecipe.training.evaluate import Evaluation
+from llmrecipe.training.rules import StepContext
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+    from llmrecipe.training.opened import Opened
+    from llmrecipe.training.roles import Roles
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    drawn: int = 0
+    """Row batches drawn from the source."""
+    tokens: int = 0
+    """Real tokens the model has read in training, on this process."""
+    skipped: int = 0
+    """Steps that made no update because a loss or a gradient was not finite (`run.on_nan: skip`)."""
+
+    def advance(self, micros: list[Batch]) -> None:
+        """One more optimizer step."""
+        self.step += 1
+        self.tokens += sum(m.tokens for m in micros)
+
+
+@dataclass
+class RunState:
+    """A run's parts and its progress."""
+
+    composition: Composition
+    dir: Any
+    """The run directory."""
+    runtime: Any
+    """Processes and devices."""
+    events: Any
+    objective: Any
+    stack: Stack
+    optim: Any
+    """The optimizer's options."""
+    schedule: Any
+    opened: Opened
+    data: Any
+    """Training rows."""
+    validation: Any
+    """Validation rows; None without any."""
+    roles: Roles
+    optimizer: torch.optim.Optimizer | None
+    """None where an update rule brings its own, and before anything trains."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    best: BestTracker
+    progress: Progress = field(default_factory=Progress)
+    first_step: int = 0
+    """Steps an earlier process had made."""
+    learning_rate: float = 0.0
+    unused: bool = True
+    """Whether a step may leave trained tensors without a gradient; the first one tells (see `first_step`)."""
+    signal: int | None = None
+    """The signal that asked the run to stop."""
+
+    @property
+    def recipe(self) -> Any:
+        """The validated recipe."""
+        return self.composition.recipe
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, unwrapped."""
+        return self.roles.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.opened.tokenizer
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Row batches in one pass; the last one may be short."""
+        return max(1, math.ceil(len(self.data) / self.recipe.batch.size))
+
+    def order(self, epoch: int) -> Any:
+        """Row indices of an epoch in training order."""
+        from llmrecipe.data import order
+
+        if getattr(self, "_order_epoch", None) != epoch:
+            self._order, self._order_epoch = order(self.data, self.recipe.seed, epoch), epoch
+        return self._order
+
+    def total_weight(self, micros: list[Batch]) -> float:
+        """The denominator of a step, over all micro-batches and processes."""
+        own = sum(self.objective.weight(m) for m in micros)
+        return float(self.runtime.sum(torch.tensor([own], dtype=torch.float64)))
+
+    def step_context(self) -> StepContext:
+        """Return what the next update may use."""
+        return StepContext(
+            self.progress.step, self.steps, self.learning_rate, self.recipe.seed, self.dir.path, self.model, self.stack,
+            self.optimizer, self.objective, self.roles, self.runtime, self.total_weight, self.clip,
+        )  # fmt: skip
+
+    def clip(self) -> float:
+        """Clip the gradient norm over everything that trains; returns the norm before clipping."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if not parameters:
+            return 0.0
+        limit = self.optim.clip or float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def evaluation(self) -> Evaluation:
+        """Return what an evaluation needs of the run."""
+        return Evaluation(
+            self.recipe.eval, self.recipe.batch.size, self.objective, self.roles, self.runtime, self.events, self.progress.step
+        )
+
+    def fresh_best(self) -> BestTracker:
+        """Return a tracker that has seen nothing."""
+        return BestTracker(self.recipe.eval, direction(self.recipe.eval, self.objective))

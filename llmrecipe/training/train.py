@@ -1,0 +1,83 @@
+"""Running a recipe from its first step to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.errors import Interrupted, LlmRecipeError
+from llmrecipe.recipe.stages import refuse_stages
+from llmrecipe.signals import handled_by
+from llmrecipe.training import finish, step_zero
+from llmrecipe.training.announce import announce
+from llmrecipe.training.loop import train as loop
+from llmrecipe.training.reference_policy import prepare_reference
+from llmrecipe.training.run import Run
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+
+
+def train(composition: Composition, resume: str | Path | None = None) -> Run:
+    """Run a recipe to its end.
+
+    Args:
+        composition: what `compose` returned.
+        resume: a run directory to continue.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: the recipe, data or model is unusable, or the run stopped itself.
+        Interrupted: a signal arrived; a checkpoint has been written.
+    """
+    refuse_stages(composition.mapping)
+    run = Run.open(composition, Path(resume) if resume else None)
+    try:
+        with _signals(run):
+            start(run)
+            loop(run)
+        run.dir.status("done", step=run.progress.step)
+    except (Interrupted, KeyboardInterrupt):
+        run.dir.status("interrupted", step=run.progress.step)
+        raise
+    except LlmRecipeError as error:
+        run.dir.status("failed", error=str(error), step=run.progress.step)
+        raise
+    except Exception as error:
+        run.dir.status("failed", error=f"{type(error).__name__}: {error}", step=run.progress.step)
+        raise
+    else:
+        finish.tidy(run)
+    finally:
+        run.events.close()
+        run.runtime.close()
+    return run
+
+
+def start(run: Run) -> None:
+    """What happens once before the first step: calibration, the reference, step-0 checks."""
+    run.dir.status("running", step=run.progress.step)
+    run.roles.engine.train(run.objective.dropout)
+    if run.first_step == 0:
+        run.stack.calibrate(run.model, run.probe())
+        run.rebuild()
+        prepare_reference(run.objective, run.stack, run.opened, run.roles, run.planned_rows())
+    announce(run)
+    run.objective.start(run.roles)
+    if run.first_step == 0:
+        step_zero.check(run)
+
+
+def _signals(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Ctrl-C and SIGTERM ask the loop to write a checkpoint; a second Ctrl-C stops at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if run.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.signal = number
+
+    return handled_by(ask)
