@@ -6,6 +6,7 @@ with the optimizer's state; tensors that were there before it do not count.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -42,7 +44,7 @@ CELLS: dict[str, list[str]] = {
 """Name (recipe and rows a step) -> recipe and options."""
 QUICK = ("sft 2x4", "sft_lora 8", "dora 8", "prefix_tuning 8", "dpo_lora 8", "kto_lora 8")
 """The cells of the fast suite."""
-QUIET = ["steps=1", "data.limit=64", "data.cache=false", "eval.test=false", "log.live=off"]
+QUIET = ["steps=1", "data.limit=64"]
 
 
 class Calls(TorchDispatchMode):
@@ -74,29 +76,47 @@ ATTENTION: dict[Any, Callable[..., int]] = {
 
 def count(words: list[str]) -> dict[str, int]:
     """Count the first optimizer step of a recipe with options."""
-    from llmrecipe.recipe.compose import compose
-    from llmrecipe.training.run import Run, start
+    from tests.runs import Run, train_recipe
 
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()), one_thread():
-        run = Run(compose(words[0], [*QUIET, *words[1:], f"run.dir={Path(folder) / 'run'}"]))
+    counter = Counter()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as inside:
+        inside.enter_context(redirect_stdout(StringIO()))
+        inside.enter_context(one_thread())
+        feed = Run.feed
+        patch.setattr(Run, "feed", lambda run: (counter.begin(), feed(run))[1])
+        patch.setattr(Run, "due_evaluation", lambda run, step, at_start=False: False)
+        patch.setattr(Run, "finish", lambda run: counter.end())
         try:
-            start(run)
-            return _count_step(run)
+            train_recipe(Path(folder) / "run", words[0], *QUIET, *words[1:])
         finally:
-            run.events.close()
-            run.runtime.close()
+            counter.end()
+    return counter.found
 
 
-def _count_step(run: Any) -> dict[str, int]:
-    from llmrecipe.training.loop import train
+class Counter:
+    """What counts between the moment a run asks for its rows and its end; a run that asks again counts on."""
 
-    run.validation, run.finish = None, lambda: None
-    with _no_collection():
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+        self.open: contextlib.ExitStack | None = None
+
+    def begin(self) -> None:
+        """Start to count."""
+        if self.open is not None:
+            return
+        self.open = contextlib.ExitStack()
+        self.open.enter_context(_no_collection())
         there = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with Calls() as calls, flops, PeakBytes(there) as live:
-            train(run)
-    return {"flops": flops.get_total_flops(), "calls": calls.number, "bytes": live.peak}
+        self.calls = self.open.enter_context(Calls())
+        self.flops = self.open.enter_context(FlopCounterMode(display=False, custom_mapping=ATTENTION))
+        self.live = self.open.enter_context(PeakBytes(there))
+
+    def end(self) -> None:
+        """Stop to count."""
+        if self.open is None or self.found:
+            return
+        self.open.close()
+        self.found = {"flops": self.flops.get_total_flops(), "calls": self.calls.number, "bytes": self.live.peak}
 
 
 @contextmanager
