@@ -41,15 +41,15 @@ format: $(READY)  ## put the code into shape
 	$(BIN)/ruff format llmrecipe tests
 
 readme: $(READY)  ## refresh the table of methods in the README
-	$(BIN)/python -m llmrecipe.recipe.table
+	$(BIN)/python -m llmrecipe.recipe.methods_table
 
 bench: $(READY)  ## the same work here and in TRL + PEFT, in turn; prints ratios
 	$(BIN)/python tests/benchmarks/harness.py
 
 tiny-model: $(READY)  ## corpus and weights of the embedded model, from nothing
 	rm -rf build/tiny
-	$(BIN)/python -m llmrecipe.data.generate
-	$(BIN)/python -m llmrecipe.data.generate --sets pretrain_text pretrain_talk --out build/tiny
+	$(BIN)/python -m llmrecipe.data.toy.generate
+	$(BIN)/python -m llmrecipe.data.toy.generate --sets pretrain_text pretrain_talk --out build/tiny
 	$(BIN)/python -m llmrecipe.models.tiny start build/tiny/start
 	$(ONE_THREAD) $(BIN)/llmrecipe train recipe=tiny_model model.path=build/tiny/start \
 		'data.path=[build/tiny/pretrain_text,build/tiny/pretrain_talk]' run.dir=build/tiny/run

@@ -16,9 +16,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmrecipe.export.load import load
+    from llmrecipe.interop.load_run import load
     from llmrecipe.recipe.compose import compose
-    from llmrecipe.training.check import check
+    from llmrecipe.training.dry_run import check
     from llmrecipe.training.train import train
 
 # bitsandbytes, which Transformers imports along with any model, warns about an optional kernel whether or not it is used.
@@ -29,9 +29,9 @@ __all__ = ["check", "compose", "load", "train"]
 
 _HOMES = {
     "compose": "llmrecipe.recipe.compose",
-    "check": "llmrecipe.training.check",
+    "check": "llmrecipe.training.dry_run",
     "train": "llmrecipe.training.train",
-    "load": "llmrecipe.export.load",
+    "load": "llmrecipe.interop.load_run",
 }
 
 

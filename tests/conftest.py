@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def own_rules() -> Iterator[None]:
     """Agent rules that a test registers are gone after it."""
-    from llmrecipe.agents.rule import RULES
+    from llmrecipe.feedback.judges.rule import RULES
 
     kept = dict(RULES)
     yield
@@ -35,8 +35,8 @@ def own_rules() -> Iterator[None]:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages run inside this process; their names in the order they were started."""
     from llmrecipe.cli import app
-    from llmrecipe.training import pipeline
-    from llmrecipe.training.children import command_of
+    from llmrecipe.pipelines import run_stages
+    from llmrecipe.pipelines.subprocesses import command_of
 
     names: list[str] = []
 
@@ -44,5 +44,5 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(planned.name)
         return app.run(command_of(planned, continued))
 
-    monkeypatch.setattr(pipeline, "execute", here)
+    monkeypatch.setattr(run_stages, "execute", here)
     return names

@@ -16,17 +16,17 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe import registry
-from llmrecipe.data.batch import Batch, Sequence, pack, pad
-from llmrecipe.errors import ModelError
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe, Stage
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError
+from llmrecipe.data.collate import Batch, Sequence, pack, pad
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.method import Probe, Stage
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.finetuning.sft import Sft
-from llmrecipe.training import assemble
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.optimizer import build_optimizer, parameter_groups
-from llmrecipe.training.roles import Roles
+from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
+from llmrecipe.training import build_run
 from tests.tiny import Tokenizer, tiny_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -144,7 +144,7 @@ def run_steps(subject: Subject, steps: int = 3) -> list[float]:
     losses = []
     for step in range(steps):
         if subject.stack.before_step(subject.model, step):
-            optimizer = assemble.optimizer_for(
+            optimizer = build_run.optimizer_for(
                 subject.model, registry.load("optim", "adamw")(lr=1e-2), subject.stack, keep=optimizer
             )
         losses.append(subject.step(optimizer, step))
@@ -286,8 +286,8 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_generation_with_a_cache_equals_generation_without(kind: str) -> None:
-    from llmrecipe.evaluation.generation import generate
-    from llmrecipe.evaluation.sampling import Sampling
+    from llmrecipe.engine.generation import generate
+    from llmrecipe.engine.sampling import Sampling
 
     subject = build(kind)
     run_steps(subject)
@@ -305,9 +305,9 @@ def test_a_model_asked_the_plain_way_is_causal_and_is_the_products(kind: str) ->
 
     Where a method asks for the prompt, a plain pass has none, and generation reads one into an empty cache.
     """
-    from llmrecipe.context import Context, activate
-    from llmrecipe.evaluation.generation import generate
-    from llmrecipe.evaluation.sampling import Sampling
+    from llmrecipe.core.forward_context import Context, activate
+    from llmrecipe.engine.generation import generate
+    from llmrecipe.engine.sampling import Sampling
 
     subject = build(kind, family="llama", **READS_PROMPTS.get(kind, {}))
     run_steps(subject, 2)
@@ -360,8 +360,8 @@ class NoEnd(Tokenizer):
 
 def _greedy(subject: Subject, prompt: list[int], steps: int) -> list[int]:
     """Greedy decoding by a whole forward pass a token."""
-    from llmrecipe.evaluation.generation import generate
-    from llmrecipe.evaluation.sampling import Sampling
+    from llmrecipe.engine.generation import generate
+    from llmrecipe.engine.sampling import Sampling
 
     out: list[int] = []
     for _ in range(steps):

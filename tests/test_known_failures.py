@@ -17,12 +17,12 @@ TESTS = Path(__file__).resolve().parent
 LOSS = {
     "micro-batches of unequal length are averaged with equal weight": [
         "training/test_accumulation.py::test_micro_batches_are_one_batch",
-        "training/test_runtime.py::test_two_processes_compute_what_one_does",
-        "training/test_two_processes.py::test_sft_lora",
+        "runtime/test_processes.py::test_two_processes_compute_what_one_does",
+        "runtime/test_two_processes.py::test_sft_lora",
     ],
     "the last, incomplete step of an epoch is scaled down": [
         "training/test_accumulation.py::test_a_short_last_step_is_divided_by_its_own_rows",
-        "training/test_two_processes.py::test_a_process_without_rows_takes_part",
+        "runtime/test_two_processes.py::test_a_process_without_rows_takes_part",
     ],
     "the logged loss is not the one that is optimised": [
         "training/test_accumulation.py::test_the_logged_loss_is_the_loss_that_is_optimised",
@@ -32,38 +32,38 @@ LOSS = {
         "training/test_accumulation.py::test_a_model_is_never_asked_for_its_own_loss",
     ],
     "rows without a trained token give loss 0 or NaN": [
-        "data/test_gate.py::test_rows_without_a_target_stop_and_are_named",
-        "data/test_gate.py::test_fully_truncated_rows_stop",
-        "data/test_gate.py::test_one_bad_row_among_good_ones",
-        "training/test_logprob.py::test_no_targets_give_a_zero_that_is_attached_to_the_graph",
+        "data/test_validation.py::test_rows_without_a_target_stop_and_are_named",
+        "data/test_validation.py::test_fully_truncated_rows_stop",
+        "data/test_validation.py::test_one_bad_row_among_good_ones",
+        "engine/test_logprob.py::test_no_targets_give_a_zero_that_is_attached_to_the_graph",
     ],
     "labels are shifted twice or not at all": [
-        "training/test_layouts.py::test_a_token_is_predicted_from_the_one_before_it",
-        "training/test_layouts.py::test_the_first_token_of_an_answer_is_predicted_from_the_prompts_last",
+        "engine/test_layouts.py::test_a_token_is_predicted_from_the_one_before_it",
+        "engine/test_layouts.py::test_the_first_token_of_an_answer_is_predicted_from_the_prompts_last",
     ],
     "log-probabilities are computed in bfloat16": [
-        "training/test_logprob.py::test_bf16_log_probabilities_are_summed_in_float32",
-        "training/test_logprob.py::test_value_and_gradient_equal_float64",
+        "engine/test_logprob.py::test_bf16_log_probabilities_are_summed_in_float32",
+        "engine/test_logprob.py::test_value_and_gradient_equal_float64",
     ],
     "the learning rate depends on the number of processes": [
-        "training/test_runtime.py::test_two_processes_compute_what_one_does",
-        "training/test_schedules.py::test_curves_end_where_they_are_told_to",
-        "training/test_schedules.py::test_resuming_anywhere_gives_the_same_rates",
+        "runtime/test_processes.py::test_two_processes_compute_what_one_does",
+        "optim/test_schedules.py::test_curves_end_where_they_are_told_to",
+        "optim/test_schedules.py::test_resuming_anywhere_gives_the_same_rates",
     ],
     "norms, biases or adapters decay by accident": [
-        "training/test_optimizers.py::test_table_of_a_fully_trained_model",
-        "training/test_optimizers.py::test_table_of_an_adapter_has_no_decay_unless_asked",
-        "training/test_optimizers.py::test_off_groups_do_not_decay",
+        "optim/test_optimizers.py::test_table_of_a_fully_trained_model",
+        "optim/test_optimizers.py::test_table_of_an_adapter_has_no_decay_unless_asked",
+        "optim/test_optimizers.py::test_off_groups_do_not_decay",
     ],
 }
 TOKENS = {
     "two beginning-of-text tokens": [
-        "data/test_gate.py::test_exactly_one_bos_or_none",
-        "data/test_gate.py::test_two_leading_bos_stop",
+        "data/test_validation.py::test_exactly_one_bos_or_none",
+        "data/test_validation.py::test_two_leading_bos_stop",
     ],
     "the end token is never learned where padding is the same token": [
         "data/test_masks.py::test_end_token_is_trained_where_padding_is_the_same_token",
-        "data/test_gate.py::test_a_template_without_an_end_token_is_seen",
+        "data/test_validation.py::test_a_template_without_an_end_token_is_seen",
         "recipes/test_learning.py::test_a_whole_run_learns",
     ],
     "trained spans are found by searching the text": [
@@ -78,15 +78,15 @@ TOKENS = {
     "the prompt's tokens are no prefix of the whole": [
         "data/test_masks.py::test_boundary_moves_into_the_prompt_when_tokens_merge_across_it",
         "data/test_masks.py::test_shorter_common_prefix_of_a_pair_is_the_prompt",
-        "data/test_gate.py::test_many_moved_boundaries_stop",
+        "data/test_validation.py::test_many_moved_boundaries_stop",
     ],
     "only the last turn is trained, or roles are ignored": [
         "data/test_masks.py::test_masks_by_format",
         "data/test_trl_ids.py::test_assistant_masks",
     ],
     "the template of training is not the one that is served": [
-        "data/test_gate.py::test_the_template_is_saved_with_the_tokenizer",
-        "export/test_merged.py::test_the_golden_answer_is_reproduced_from_the_folder_alone",
+        "data/test_validation.py::test_the_template_is_saved_with_the_tokenizer",
+        "interop/test_merged.py::test_the_golden_answer_is_reproduced_from_the_folder_alone",
     ],
     "truncation drops the answer or its end token": [
         "data/test_truncation.py::test_grid_of_pairs",
@@ -109,14 +109,14 @@ TOKENS = {
 }
 BATCHES = {
     "packed documents see each other": [
-        "training/test_layouts.py::test_a_neighbour_never_changes_a_document",
-        "training/test_layouts.py::test_packed_and_padded_log_probabilities_equal_separate_documents",
-        "training/test_layouts.py::test_packed_gradients_equal_padded_gradients",
-        "training/test_layouts.py::test_the_first_token_of_a_document_is_never_a_target",
+        "engine/test_layouts.py::test_a_neighbour_never_changes_a_document",
+        "engine/test_layouts.py::test_packed_and_padded_log_probabilities_equal_separate_documents",
+        "engine/test_layouts.py::test_packed_gradients_equal_padded_gradients",
+        "engine/test_layouts.py::test_the_first_token_of_a_document_is_never_a_target",
         "contract.py::test_packed_rows_give_the_padded_gradients",
     ],
     "padding changes the result": [
-        "training/test_layouts.py::test_padding_side_and_width_do_not_matter",
+        "engine/test_layouts.py::test_padding_side_and_width_do_not_matter",
         "contract.py::test_generation_with_a_cache_equals_generation_without",
     ],
     "a reward or class is read at the wrong token": [
@@ -125,8 +125,8 @@ BATCHES = {
         "models/test_native.py::test_classifier_pools_the_last_real_token",
     ],
     "processes get different numbers of batches and wait for ever": [
-        "training/test_two_processes.py::test_a_process_without_rows_takes_part",
-        "training/test_two_processes.py::test_every_corner",
+        "runtime/test_two_processes.py::test_a_process_without_rows_takes_part",
+        "runtime/test_two_processes.py::test_every_corner",
     ],
 }
 PREFERENCES = {
@@ -221,13 +221,13 @@ WRAPPERS = {
     "tied embeddings come apart": [
         "methods/reparameterized/test_lora.py::test_merging_one_side_of_a_tied_pair_is_refused_and_both_sides_merge",
         "methods/test_sparse_delta.py::test_tied_embedding_sums_both_uses",
-        "models/test_new_rows.py::test_starts_as_it_was_and_folds_exactly",
+        "models/test_new_token_rows.py::test_starts_as_it_was_and_folds_exactly",
     ],
     "merging changes the answers, above all of quantized models": [
         "contract.py::test_merging_keeps_the_outputs_or_is_refused",
-        "export/test_merged.py::test_a_quantized_base_is_dequantized_to_what_training_saw",
-        "export/test_merged.py::test_a_merge_that_moves_the_logits_is_refused_and_leaves_nothing",
-        "export/test_merged.py::test_a_chain_of_runs_folds_every_stack",
+        "interop/test_merged.py::test_a_quantized_base_is_dequantized_to_what_training_saw",
+        "interop/test_merged.py::test_a_merge_that_moves_the_logits_is_refused_and_leaves_nothing",
+        "interop/test_merged.py::test_a_chain_of_runs_folds_every_stack",
     ],
     "trained tensors are kept in half precision": [
         "contract.py::test_trained_tensors_are_float32",
@@ -252,7 +252,7 @@ WRAPPERS = {
     "two methods of one stack fight over a module": [
         "methods/test_pairs.py::test_at_least_85_in_100_pairs_train_and_every_refusal_has_a_reason",
         "methods/test_pairs.py::test_gradients_of_a_pair_equal_float64",
-        "training/test_merge_order.py::test_two_methods_fold_exactly",
+        "runs/test_merge_order.py::test_two_methods_fold_exactly",
         "recipe/test_validate.py::test_an_impossible_stack_is_explained",
     ],
     "evaluation breaks the training of a 4-bit model": [
@@ -263,36 +263,36 @@ RUNS = {
     "the data order changes when a run is continued": [
         "training/test_resume.py::test_stopping_at_any_step_changes_nothing",
         "training/test_resume.py::test_two_interruptions_are_as_good_as_none",
-        "data/test_stream.py::test_continues_behind_any_row",
+        "data/test_streaming.py::test_continues_behind_any_row",
     ],
     "state is left out of a checkpoint": [
-        "training/test_checkpoints.py::test_every_optimizer_resumes_to_the_bit",
-        "training/test_checkpoints.py::test_every_random_generator_continues_where_it_was",
+        "runs/test_checkpoints.py::test_every_optimizer_resumes_to_the_bit",
+        "runs/test_checkpoints.py::test_every_random_generator_continues_where_it_was",
         "methods/reparameterized/test_adalora.py::test_a_stopped_run_continues_bit_for_bit_and_shows_its_ranks",
     ],
     "loading a checkpoint runs code": [
-        "training/test_checkpoints.py::test_no_pickle_is_written_or_read",
+        "runs/test_checkpoints.py::test_no_pickle_is_written_or_read",
         "models/test_load.py::test_hostile_pickle_is_never_executed",
         "models/test_load.py::test_an_index_cannot_smuggle_pickles_in",
     ],
     "a half-written checkpoint is taken for a whole one": [
-        "training/test_checkpoints.py::test_kill_at_any_moment_of_a_save_costs_no_good_checkpoint",
-        "training/test_checkpoints.py::test_latest_passes_over_damaged_ones_and_says_so",
-        "training/test_checkpoints.py::test_a_full_disk_is_a_clear_error_and_keeps_the_last_good_one",
+        "runs/test_checkpoints.py::test_kill_at_any_moment_of_a_save_costs_no_good_checkpoint",
+        "runs/test_checkpoints.py::test_latest_passes_over_damaged_ones_and_says_so",
+        "runs/test_checkpoints.py::test_a_full_disk_is_a_clear_error_and_keeps_the_last_good_one",
     ],
-    "every checkpoint holds the frozen base": ["training/test_checkpoints.py::test_a_checkpoint_weighs_what_trains"],
+    "every checkpoint holds the frozen base": ["runs/test_checkpoints.py::test_a_checkpoint_weighs_what_trains"],
     "the run ends with its last weights instead of its best": [
         "training/test_best.py::test_a_run_that_gets_worse_ends_with_its_best_weights",
         "training/test_best.py::test_the_judge_by_hand",
-        "training/test_checkpoints.py::test_rotation_keeps_the_newest_and_the_best",
+        "runs/test_checkpoints.py::test_rotation_keeps_the_newest_and_the_best",
     ],
     "a run is continued under another recipe": ["training/test_resume.py::test_a_changed_recipe_is_refused_and_shown"],
     "the same seed gives another result": [
         "training/test_resume.py::test_the_same_seed_gives_the_same_run_and_another_seed_another",
         "training/test_resume.py::test_evaluating_changes_nothing",
     ],
-    "a launcher mangles arguments": ["training/test_runtime.py::test_arguments_and_exit_codes_travel_unharmed"],
-    "N processes train N models": ["training/test_runtime.py::test_the_silent_failure_of_accelerate_is_caught"],
+    "a launcher mangles arguments": ["runtime/test_processes.py::test_arguments_and_exit_codes_travel_unharmed"],
+    "N processes train N models": ["runtime/test_processes.py::test_the_silent_failure_of_accelerate_is_caught"],
     "memory is not known before the run": [
         "training/test_memory.py::test_activations_are_estimated_within_15_percent",
         "training/test_memory.py::test_trained_numbers_gradients_and_optimizer_state_are_exact",
@@ -318,8 +318,8 @@ RECIPES = {
         "cli/test_command_line.py::test_looking_imports_no_torch",
     ],
     "secrets are printed or stored": [
-        "training/test_run_dir.py::test_planted_secrets_are_in_no_file_of_the_run",
-        "training/test_events.py::test_a_planted_token_is_in_no_event",
+        "runs/test_run_dir.py::test_planted_secrets_are_in_no_file_of_the_run",
+        "runs/test_events.py::test_a_planted_token_is_in_no_event",
     ],
     "code of a checkpoint or data set runs unasked": [
         "models/test_load.py::test_remote_code_is_not_run",
@@ -332,19 +332,19 @@ RECIPES = {
 }
 EXPORT = {
     "servers refuse the adapter, or it computes something else there": [
-        "export/test_peft.py::test_peft_loads_the_folder_and_gives_the_logits_of_the_run",
-        "export/test_peft.py::test_methods_peft_does_not_have_are_refused_before_anything_is_written",
-        "export/test_peft.py::test_a_transposed_expert_layout_would_be_caught_by_the_proof",
+        "interop/test_peft.py::test_peft_loads_the_folder_and_gives_the_logits_of_the_run",
+        "interop/test_peft.py::test_methods_peft_does_not_have_are_refused_before_anything_is_written",
+        "interop/test_peft.py::test_a_transposed_expert_layout_would_be_caught_by_the_proof",
     ],
     "the exported folder answers differently": [
-        "export/test_merged.py::test_a_plain_transformers_load_gives_the_logits_of_the_run",
-        "export/test_merged.py::test_the_golden_answer_is_reproduced_from_the_folder_alone",
+        "interop/test_merged.py::test_a_plain_transformers_load_gives_the_logits_of_the_run",
+        "interop/test_merged.py::test_the_golden_answer_is_reproduced_from_the_folder_alone",
     ],
     "what a method learned cannot be loaded again": ["contract.py::test_a_saved_delta_gives_the_same_model_bit_for_bit"],
     "added tokens are never trained": [
         "models/test_load.py::test_added_tokens_grow_the_model",
-        "models/test_new_rows.py::test_only_the_rows_of_added_tokens_move",
-        "models/test_new_rows.py::test_a_delta_restores_them",
+        "models/test_new_token_rows.py::test_only_the_rows_of_added_tokens_move",
+        "models/test_new_token_rows.py::test_a_delta_restores_them",
     ],
 }
 KNOWN = {**LOSS, **TOKENS, **BATCHES, **PREFERENCES, **WRAPPERS, **RUNS, **RECIPES, **EXPORT}

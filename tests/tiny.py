@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrecipe.methods.stack import Stack
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.attention import install
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.roles import Roles
 
 
 def tiny_config(family: str = "llama", **more: Any) -> Any:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import typer
 
-from llmrecipe.errors import Interrupted, LlmRecipeError, UserError
-from llmrecipe.redact import redact_text
+from llmrecipe.core.errors import Interrupted, LlmRecipeError, UserError
+from llmrecipe.core.redact import redact_text
 
 PANELS = ("Train", "Look", "Use", "Tools")
 

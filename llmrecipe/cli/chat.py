@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, runs_and_overrides
-from llmrecipe.console import console, print_json
-from llmrecipe.errors import UserError
+from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.core.console import console, print_json
+from llmrecipe.core.errors import UserError
 
 if TYPE_CHECKING:
     from llmrecipe.evaluation.chat import Chat
@@ -42,18 +42,18 @@ def verb(
 
     Several runs (chat RUN_A RUN_B) put their adapters on one base in memory; `/use NAME` switches. Overrides go to all of them.
     """
-    from llmrecipe.cli.preflight import subject
+    from llmrecipe.cli.early_checks import subject
 
     more, overrides = runs_and_overrides(words)
     shared = {path: overrides}
     if more:
-        from llmrecipe.evaluation.several import ASKED, share
+        from llmrecipe.evaluation.open_several import ASKED, share
 
         shared = share([path, *more], overrides, ASKED)
     for one, own in shared.items():
         subject(one, own)
+    from llmrecipe.engine.sampling import Sampling
     from llmrecipe.evaluation.chat import Chat
-    from llmrecipe.evaluation.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed if temperature else None)
     chat = Chat.open([path, *more], overrides, sampling, system)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
 from llmrecipe.cli.findings import show_findings
-from llmrecipe.cli.words import Json, Words, need_recipe, sort_words, tell
-from llmrecipe.console import print_json
+from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
     pass
@@ -20,7 +20,7 @@ def verb(words: Words = None, as_json: Json = False) -> None:
     """Validate a recipe and build it without weights: stack order, trained tensors, memory, data."""
     request = sort_words(words)
     recipe = need_recipe(request, "check")
-    from llmrecipe.cli.preflight import composed
+    from llmrecipe.cli.early_checks import composed
 
     # Mistakes in the recipe come first, before anything about the machine or the model.
     composition = composed(recipe, request.overrides)
@@ -30,7 +30,7 @@ def verb(words: Words = None, as_json: Json = False) -> None:
         check_pipeline(composition, as_json)
         return
     tell(composition.notes)
-    from llmrecipe.training.check import examine
+    from llmrecipe.training.dry_run import examine
 
     found = examine(composition)
     print_json(asdict(found)) if as_json else show_findings(found)

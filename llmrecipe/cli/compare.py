@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
-    from llmrecipe.training.summary import Record
+    from llmrecipe.runs.run_record import Record
 
 PANEL = "Look"
 ORDER = 30
@@ -26,7 +26,7 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Compare runs: what differs in their recipes, where they ended, how their curves went."""
-    from llmrecipe.training.summary import check_metric, differences, read_runs
+    from llmrecipe.runs.run_record import check_metric, differences, read_runs
 
     records = read_runs([str(r) for r in runs])
     for name in metric or []:
@@ -47,7 +47,7 @@ def verb(
 def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str]) -> None:
     from rich.table import Table
 
-    from llmrecipe.console import console, number, sparkline, value_text
+    from llmrecipe.core.console import console, number, sparkline, value_text
 
     screen = console()
     table = Table(box=None, pad_edge=False)
@@ -74,7 +74,7 @@ def draw(records: list[Record], metrics: list[str], path: Path) -> None:
     Raises:
         RunError: matplotlib is not installed, or the file's kind is unknown to it.
     """
-    from llmrecipe.errors import RunError
+    from llmrecipe.core.errors import RunError
 
     try:
         import matplotlib

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, need_recipe, sort_words, tell
-from llmrecipe.console import print_json
-from llmrecipe.errors import RecipeError
+from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
+from llmrecipe.core.console import print_json
+from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -32,7 +32,7 @@ def verb(
     """Show rows as the model sees them: trained and masked tokens, template, truncation and end tokens."""
     request = sort_words(words)
     recipe = need_recipe(request, "data")
-    from llmrecipe.cli.preflight import check_files
+    from llmrecipe.cli.early_checks import check_files
     from llmrecipe.recipe.compose import compose
 
     composition = compose(recipe, request.overrides)
@@ -42,11 +42,11 @@ def verb(
     tell(composition.notes)
     check_files(composition.recipe)
     data, tokenizer, mask = _read(composition.recipe, split)
-    from llmrecipe.data import gate, show
+    from llmrecipe.data import preview, validation
 
     shown = [data[i] for i in range(start, min(start + rows, len(data)))]
-    facts = show.length_facts(data, composition.recipe.batch.size, composition.recipe.seed)
-    warnings = gate.warnings(data.report)
+    facts = preview.length_facts(data, composition.recipe.batch.size, composition.recipe.seed)
+    warnings = validation.warnings(data.report)
     if as_json:
         print_json(
             {
@@ -59,7 +59,7 @@ def verb(
                 "labels": data.labels,
                 "tasks": data.tasks and list(data.tasks.names or ()),
                 "warnings": warnings,
-                "rows": [show.row_facts(row, tokenizer) for row in shown],
+                "rows": [preview.row_facts(row, tokenizer) for row in shown],
             }
         )
         return
@@ -69,13 +69,13 @@ def verb(
 
 def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     """The rows of a split, the tokenizer and the mask in use; class names come from the training rows."""
-    from llmrecipe import registry
+    from llmrecipe.core import registry
+    from llmrecipe.core.errors import DataError
     from llmrecipe.data import TokenData, prepare
-    from llmrecipe.errors import DataError
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
-    from llmrecipe.training.assemble import tasks_of
-    from llmrecipe.training.opened import resolve
+    from llmrecipe.runs.open_model import resolve
+    from llmrecipe.training.build_run import tasks_of
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")
@@ -105,7 +105,7 @@ def _print(
 ) -> None:
     from rich.text import Text
 
-    from llmrecipe.console import console
+    from llmrecipe.core.console import console
 
     out = console()
     colour = out.is_terminal
@@ -131,7 +131,7 @@ def _row_text(row: dict[str, Any], tokenizer: Any, each: bool, colour: bool, lon
     """One row as coloured text; without colours trained text stands between « and »."""
     from rich.text import Text
 
-    from llmrecipe.data import show
+    from llmrecipe.data import preview
 
     text = Text(f"\n[{row['row']}] ", "bold")
     text.append(f"source row {row['source_row']}", "dim")
@@ -139,7 +139,7 @@ def _row_text(row: dict[str, Any], tokenizer: Any, each: bool, colour: bool, lon
         if name in row:
             text.append(f"  {name}: {row[name]}", "cyan")
     tokens = 0
-    for name, parts in show.pieces(row, tokenizer, each).items():
+    for name, parts in preview.pieces(row, tokenizer, each).items():
         text.append("\n" if name == "ids" else f"\n{name.removesuffix('_ids').removeprefix('ids_')}: ", "bold")
         for n, piece in enumerate(parts):
             tokens += len(piece.ids)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 PANEL = "Tools"
 ORDER = 2
@@ -40,7 +40,7 @@ def verb(as_json: Json = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.console import console
+    from llmrecipe.core.console import console
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, runs_and_overrides
-from llmrecipe.console import console, print_json
+from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.core.console import console, print_json
 
 PANEL = "Use"
 ORDER = 1
@@ -32,17 +32,17 @@ def verb(
 
     Several runs (eval RUN_A RUN_B) put their adapters on one base in memory and give a table.
     """
-    from llmrecipe.errors import UserError, did_you_mean
+    from llmrecipe.core.errors import UserError, did_you_mean
 
     splits = ("train", "validation", "test")
     if split not in splits:
         raise UserError(f"--split: there is no split '{split}'{did_you_mean(split, splits)} (allowed: {', '.join(splits)})")
-    from llmrecipe.cli.preflight import subject
-    from llmrecipe.evaluation.many import is_folder_of_runs, score_runs, score_side_by_side
+    from llmrecipe.cli.early_checks import subject
+    from llmrecipe.evaluation.evaluate_runs import is_folder_of_runs, score_runs, score_side_by_side
 
     more, overrides = runs_and_overrides(words)
     if more:
-        from llmrecipe.evaluation.several import SCORED, share
+        from llmrecipe.evaluation.open_several import SCORED, share
 
         shared = share([path, *more], overrides, SCORED)
         for one in [path] if by else [path, *more]:
@@ -57,7 +57,7 @@ def verb(
         print_json(scores) if as_json else show_scores(scores)
         return
     subject(path, overrides, split)
-    from llmrecipe.evaluation.standalone import evaluate_path
+    from llmrecipe.evaluation.evaluate_model import evaluate_path
 
     metrics = evaluate_path(path, overrides, split)
     if as_json:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json, Words, need_recipe, sort_words, tell
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
+from llmrecipe.core.console import print_json
 
 PANEL = "Look"
 ORDER = 1
@@ -35,7 +35,7 @@ def verb(
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.console import console, value_text
+    from llmrecipe.core.console import console, value_text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("key", "value", "set by"):

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 PANEL = "Use"
 ORDER = 4
@@ -50,9 +50,9 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
-    from llmrecipe.cli.preflight import finished
-    from llmrecipe.errors import UserError, did_you_mean
-    from llmrecipe.export.ways import How
+    from llmrecipe.cli.early_checks import finished
+    from llmrecipe.core.errors import UserError, did_you_mean
+    from llmrecipe.interop.merge_options import How
 
     for key, value, allowed in (
         ("--to", to, FORMATS),
@@ -69,19 +69,19 @@ def verb(
     options = _rank_options(run, rank) if rank is not None else None
     opened = None
     if add or weight != 1.0:
-        from llmrecipe.export.combine import open_combination
+        from llmrecipe.interop.merge_adapters import open_combination
 
         opened = open_combination([(str(run), weight), *map(_weighted, add or [])], how, rights)
     if to == "merged":
-        from llmrecipe.export.merged import export_merged
+        from llmrecipe.interop.merged import export_merged
 
         done = export_merged(run, out, dtype=dtype, bound=bound, options=options, opened=opened, rights=rights)
     elif to == "adapter_hub":
-        from llmrecipe.export.peft import export_adapter_hub
+        from llmrecipe.interop.peft.exporter import export_adapter_hub
 
         done = export_adapter_hub(run, out, bound=bound, opened=opened, rights=rights)
     else:
-        from llmrecipe.export.peft import export_peft
+        from llmrecipe.interop.peft.exporter import export_peft
 
         done = export_peft(
             run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, opened=opened, rights=rights
@@ -101,7 +101,7 @@ def _rights(words: list[str]) -> dict[str, bool]:
     Raises:
         UserError: a word that is no right.
     """
-    from llmrecipe.errors import UserError
+    from llmrecipe.core.errors import UserError
     from llmrecipe.recipe.overrides import parse
     from llmrecipe.recipe.rights import KEYS
 
@@ -120,7 +120,7 @@ def _weighted(text: str) -> tuple[str, float]:
     Raises:
         UserError: there is no weight, or it is no number.
     """
-    from llmrecipe.errors import UserError
+    from llmrecipe.core.errors import UserError
 
     path, _, weight = text.rpartition("=")
     try:
@@ -138,10 +138,10 @@ def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: the run has none.
     """
-    from llmrecipe import registry
-    from llmrecipe.errors import UserError
-    from llmrecipe.models.source import run_folder
-    from llmrecipe.training import delta
+    from llmrecipe.core import registry
+    from llmrecipe.core.errors import UserError
+    from llmrecipe.models.checkpoint_path import run_folder
+    from llmrecipe.runs import delta
 
     folder = run_folder(str(run))
     layers = delta.read(folder).layers if folder is not None and (folder / delta.STACK_FILE).is_file() else []

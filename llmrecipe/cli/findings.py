@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmrecipe.console import console
+from llmrecipe.core.console import console
 
 if TYPE_CHECKING:
-    from llmrecipe.training.check import Findings
+    from llmrecipe.training.dry_run import Findings
 
 
 def show_findings(found: Findings) -> None:

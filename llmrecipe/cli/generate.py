@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from llmrecipe.cli.arguments import StepWords
 from llmrecipe.cli.step import do_step
-from llmrecipe.cli.words import StepWords
 
 PANEL = "Use"
 ORDER = 3

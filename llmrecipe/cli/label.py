@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmrecipe.evaluation.labelling import Labels, Question
+    from llmrecipe.evaluation.human_labels import Labels, Question
 
 PANEL = "Use"
 ORDER = 4
@@ -41,23 +41,23 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Choose the better of two answers, key by key; leaves preference rows, goes on where it stopped."""
-    from llmrecipe.evaluation import labelling
-    from llmrecipe.steps.answered import read_answered
+    from llmrecipe.data.formats.answered_prompts import read_answered
+    from llmrecipe.evaluation import human_labels
 
     rows = source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed)
-    asked = labelling.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
+    asked = human_labels.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
     agent = None if by is None else agent_of(by, constitution)
     name = labeller or (agent[0].identity.replace("/", "_") if agent is not None else user())
-    labels = labelling.Labels(out, name, seed)
+    labels = human_labels.Labels(out, name, seed)
     try:
         if agent is not None:
-            labelling.label_by_agent(labels, asked, *agent, batch=32)
+            human_labels.label_by_agent(labels, asked, *agent, batch=32)
         else:
             ask(labels, asked, screen(as_json))
     finally:
         written = labels.write(asked)
         labels.close()
-    facts = labelling.facts(out, asked)
+    facts = human_labels.facts(out, asked)
     if as_json:
         print_json({**facts, "rows": written, "file": str(out / f"{name}.jsonl")})
         return
@@ -69,9 +69,9 @@ def answers_of(
     model: str, prompts: str, out: Path, limit: int | None, temperature: float, max_new_tokens: int, seed: int
 ) -> str:
     """The folder with two answers of the model to each prompt; made once."""
-    from llmrecipe.recipe.inherit import as_word
-    from llmrecipe.recipe.steps import compose_step
-    from llmrecipe.steps.run import run
+    from llmrecipe.pipelines.steps.run_step import run
+    from llmrecipe.recipe.run_recipe import as_word
+    from llmrecipe.recipe.step_spec import compose_step
 
     options: dict[str, Any] = {"model": model, "prompts": prompts, "n": 2, "temperature": temperature, "seed": seed}
     options |= {"max_new_tokens": max_new_tokens, **({"limit": limit} if limit else {})}
@@ -90,9 +90,9 @@ def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
     Raises:
         RecipeError: one of them cannot work.
     """
-    from llmrecipe.agents.agent import build
-    from llmrecipe.agents.constitution import read_constitution
-    from llmrecipe.errors import RecipeError
+    from llmrecipe.core.errors import RecipeError
+    from llmrecipe.feedback.judges.constitution import read_constitution
+    from llmrecipe.feedback.judges.labeller import build
     from llmrecipe.recipe.overrides import parse
 
     agent = build(parse([f"by={by}"])[0].value, "--by")
@@ -188,7 +188,7 @@ def show(facts: dict[str, Any]) -> None:
     """Who labelled how much, and who agrees with whom."""
     from rich.table import Table
 
-    from llmrecipe.console import console, number
+    from llmrecipe.core.console import console, number
 
     out = console()
     people = Table("labeller", "labelled", "first", "second", "tie", "skip", "chose the one shown first", box=None)

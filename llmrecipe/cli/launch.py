@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import Words, need_recipe, sort_words
+from llmrecipe.cli.arguments import Words, need_recipe, sort_words
 
 PANEL = "Train"
 ORDER = 3
@@ -23,11 +23,11 @@ def verb(
     request = sort_words(words)
     if request.resume is None:
         recipe = need_recipe(request, "launch")
-        from llmrecipe.cli.preflight import composed
+        from llmrecipe.cli.early_checks import composed
 
         # A mistake in the recipe is told once, here, and not once by every worker.
         composed(recipe, [*request.overrides, *_processes(request.overrides, nproc * nodes)])
-    from llmrecipe.training.launch import Cluster, launch
+    from llmrecipe.runtime.distributed_launch import Cluster, launch
 
     args = ["train", *(words or []), *_processes(request.overrides, nproc * nodes)]
     return launch(args, nproc, Cluster(nodes, node, master))

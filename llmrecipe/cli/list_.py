@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 PANEL = "Look"
 ORDER = 2
@@ -31,7 +31,7 @@ def verb(
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.console import console
+    from llmrecipe.core.console import console
 
     out = console()
     for name in dict.fromkeys(row["group"] for row in rows):
@@ -49,7 +49,7 @@ def show_pairs(as_json: bool) -> None:
     """Print the refused pairs with their reasons, and how many train."""
     from dataclasses import asdict
 
-    from llmrecipe.recipe.pairs import pairs as all_pairs
+    from llmrecipe.recipe.compatibility import pairs as all_pairs
 
     found = all_pairs()
     if as_json:
@@ -57,7 +57,7 @@ def show_pairs(as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from llmrecipe.console import console
+    from llmrecipe.core.console import console
 
     refused = [pair for pair in found if pair.reason]
     out = console()
@@ -74,11 +74,11 @@ def collect(group: str | None) -> list[dict[str, Any]]:
     Raises:
         RecipeError: there is no such group.
     """
-    from llmrecipe import registry
-    from llmrecipe.errors import RecipeError, did_you_mean
-    from llmrecipe.recipe.card import headline
+    from llmrecipe.core import registry
+    from llmrecipe.core.errors import RecipeError, did_you_mean
+    from llmrecipe.recipe.component_card import headline
     from llmrecipe.recipe.compose import load_entry_points
-    from llmrecipe.recipe.search import PRESET_GROUPS, all_recipes, presets
+    from llmrecipe.recipe.recipe_paths import PRESET_GROUPS, all_recipes, presets
 
     load_entry_points()
     known = list(dict.fromkeys([*registry.groups(), *PRESET_GROUPS, "recipes"]))

@@ -30,10 +30,10 @@ def verb(
     stack: Annotated[str | None, typer.Option("--stack", help="Methods, comma-separated: nf4,lora.")] = None,
 ) -> None:
     """Write the skeleton of a recipe into ./recipes."""
-    from llmrecipe.errors import RecipeError
+    from llmrecipe.core.errors import RecipeError
     from llmrecipe.recipe.compose import compose
     from llmrecipe.recipe.hydra_compose import refused_choices
-    from llmrecipe.recipe.search import find_recipe
+    from llmrecipe.recipe.recipe_paths import find_recipe
 
     methods = [m.strip() for m in stack.split(",") if m.strip()] if stack is not None else None
     wrong = refused_choices("objective", objective, "--objective") + refused_choices("stack", methods, "--stack")

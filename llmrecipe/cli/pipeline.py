@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.cli.findings import show_findings
-from llmrecipe.console import console, print_json
-from llmrecipe.recipe.steps import StepComposition
+from llmrecipe.core.console import console, print_json
+from llmrecipe.recipe.step_spec import StepComposition
 
 if TYPE_CHECKING:
+    from llmrecipe.pipelines.run_stages import Result
     from llmrecipe.recipe.compose import Composition
-    from llmrecipe.recipe.stages import Planned
-    from llmrecipe.training.check import Findings
-    from llmrecipe.training.pipeline import Result
+    from llmrecipe.recipe.pipeline_plan import Planned
+    from llmrecipe.training.dry_run import Findings
 
 
 def run_pipeline(composition: Composition, recipe: str) -> None:
@@ -23,7 +23,7 @@ def run_pipeline(composition: Composition, recipe: str) -> None:
     Args:
         recipe: how the user named it, for the messages.
     """
-    from llmrecipe.training.pipeline import run
+    from llmrecipe.pipelines.run_stages import run
 
     show_results(composition, run(composition, recipe))
 
@@ -43,8 +43,8 @@ def show_results(composition: Composition, results: list[Result]) -> None:
 
 def check_pipeline(composition: Composition, as_json: bool) -> None:
     """Print what each stage of a pipeline would do."""
-    from llmrecipe.recipe.stages import plan
-    from llmrecipe.training.pipeline import check
+    from llmrecipe.pipelines.run_stages import check
+    from llmrecipe.recipe.pipeline_plan import plan
 
     made = plan(composition)
     found = check(made)

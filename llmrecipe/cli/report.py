@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 PANEL = "Look"
 ORDER = 31
@@ -22,9 +22,9 @@ def verb(
     """Write one self-contained HTML page about a run: result, curves, evaluations, samples, recipe, environment."""
     import json
 
-    from llmrecipe.errors import RunError
-    from llmrecipe.training.page import page
-    from llmrecipe.training.summary import read_run
+    from llmrecipe.core.errors import RunError
+    from llmrecipe.runs.html_report import page
+    from llmrecipe.runs.run_record import read_run
 
     record = read_run(run)
     texts = {n: _read(run / n) for n in ("environment.json", "command.txt", "recipe.yaml")}

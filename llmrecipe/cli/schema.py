@@ -15,7 +15,7 @@ def verb(out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to 
     """Print the JSON Schema of recipes, for completion and checks in an editor."""
     import json
 
-    from llmrecipe.errors import RunError
+    from llmrecipe.core.errors import RunError
     from llmrecipe.recipe.compose import load_entry_points
     from llmrecipe.recipe.jsonschema import json_schema
 

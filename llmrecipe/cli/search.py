@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmrecipe.cli.words import Json, Words, need_recipe, sort_words
-from llmrecipe.console import console, number, print_json
+from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words
+from llmrecipe.core.console import console, number, print_json
 
 if TYPE_CHECKING:
-    from llmrecipe.search.study import Search, Trial
+    from llmrecipe.pipelines.search.study import Search, Trial
 
 PANEL = "Train"
 ORDER = 4
@@ -18,7 +18,7 @@ SHOWN = 20
 
 def verb(words: Words = None, as_json: Json = False) -> None:
     """Search the space a recipe gives under `search`, and write the best as a plain recipe; the same command goes on."""
-    from llmrecipe.errors import RecipeError
+    from llmrecipe.core.errors import RecipeError
     from llmrecipe.recipe.compose import compose
 
     request = sort_words(words)
@@ -27,8 +27,8 @@ def verb(words: Words = None, as_json: Json = False) -> None:
     recipe = need_recipe(request, "search")
     # Mistakes in the recipe come first, before anything about the machine or the model.
     compose(recipe, request.overrides)
-    from llmrecipe.search.show import picture
-    from llmrecipe.search.study import search
+    from llmrecipe.pipelines.search.display import picture
+    from llmrecipe.pipelines.search.study import search
 
     found, trials = search(recipe, request.overrides)
     best = found.best(trials)
@@ -48,7 +48,7 @@ def show_trials(search: Search, trials: list[Trial]) -> None:
     """Print the trials, the best first."""
     from rich.table import Table
 
-    from llmrecipe.search.show import ranked
+    from llmrecipe.pipelines.search.display import ranked
 
     keys = list(search.section.space)
     several = len(search.seeds) > 1

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.words import Json
-from llmrecipe.console import print_json
+from llmrecipe.cli.arguments import Json
+from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +18,8 @@ ORDER = 3
 
 def complete_names(incomplete: str) -> list[str]:
     """Names `show` knows."""
-    from llmrecipe import registry
-    from llmrecipe.recipe.search import all_recipes
+    from llmrecipe.core import registry
+    from llmrecipe.recipe.recipe_paths import all_recipes
 
     names = [name for group in registry.groups() for name in registry.names(group)] + list(all_recipes())
     return sorted(name for name in set(names) if name.startswith(incomplete))
@@ -35,7 +35,7 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Show one card: formula, what is trained, options, limits, paper, recipes."""
-    from llmrecipe.recipe.card import find_cards
+    from llmrecipe.recipe.component_card import find_cards
     from llmrecipe.recipe.compose import load_entry_points
 
     load_entry_points()
@@ -43,7 +43,7 @@ def verb(
     if as_json:
         print_json(cards[0] if len(cards) == 1 else cards)
         return
-    from llmrecipe.console import console
+    from llmrecipe.core.console import console
 
     out = console()
     for card in cards:
@@ -90,7 +90,7 @@ def _print_options(out: Console, options: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llmrecipe.console import value_text
+    from llmrecipe.core.console import value_text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("option", "default", "allowed", "meaning"):

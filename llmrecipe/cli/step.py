@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.words import StepWords
-from llmrecipe.console import console, number
+from llmrecipe.cli.arguments import StepWords
+from llmrecipe.core.console import console, number
 
 PANEL = "Tools"
 
 
 def complete(incomplete: str) -> list[str]:
     """Names of steps."""
-    from llmrecipe import registry
+    from llmrecipe.core import registry
 
     return [name for name in registry.names("step") if name.startswith(incomplete)]
 
@@ -29,14 +29,14 @@ def verb(
 
 def do_step(kind: str, words: list[str] | None) -> None:
     """Do a step, print its metrics, say where the result is."""
-    from llmrecipe.recipe.steps import compose_step
+    from llmrecipe.recipe.step_spec import compose_step
 
     # Mistakes in the options come first, before anything heavy is imported.
     composition = compose_step(kind, list(words or []))
     from rich.table import Table
 
-    from llmrecipe.steps.run import run
-    from llmrecipe.training.run_dir import read_metrics
+    from llmrecipe.pipelines.steps.run_step import run
+    from llmrecipe.runs.run_dir import read_metrics
 
     before = (composition.dir / "final" / "metrics.json").is_file()
     folder = run(composition)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrecipe.cli.words import Words, need_recipe, sort_words
+from llmrecipe.cli.arguments import Words, need_recipe, sort_words
 
 PANEL = "Train"
 ORDER = 1
@@ -11,7 +11,7 @@ ORDER = 1
 def verb(words: Words = None) -> None:
     """Run a recipe, or all stages of a pipeline recipe. `resume=RUN_DIR` continues a run."""
     request = sort_words(words)
-    from llmrecipe.cli.preflight import composed, resumed
+    from llmrecipe.cli.early_checks import composed, resumed
 
     recipe = request.recipe or (resumed(request.resume) if request.resume else need_recipe(request, "train"))
     composition = composed(recipe, request.overrides)

@@ -3,9 +3,9 @@
 `prepare` turns a recipe's `data` section into `TokenData`, `order` shuffles an epoch, `TokenStream` reads rows as they come.
 """
 
+from llmrecipe.data.formats.sources import has_split
 from llmrecipe.data.prepare import TokenData, order, prepare
-from llmrecipe.data.report import Report
-from llmrecipe.data.sources import has_split
-from llmrecipe.data.stream import StreamedRows, TokenStream
+from llmrecipe.data.streaming import StreamedRows, TokenStream
+from llmrecipe.data.token_report import Report
 
 __all__ = ["Report", "StreamedRows", "TokenData", "TokenStream", "has_split", "order", "prepare"]

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrecipe.data.rows import RowType
-from llmrecipe.errors import DataError
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.row_types import RowType
 
 if TYPE_CHECKING:
     import pyarrow as pa

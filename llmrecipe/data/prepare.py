@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from llmrecipe.data import gate
-from llmrecipe.data.build import build
+from llmrecipe.core.errors import DataError
+from llmrecipe.core.tasks import Tasks, natural
+from llmrecipe.data import validation
 from llmrecipe.data.cache import TokenTable, key_of, tokenizer_fingerprint
-from llmrecipe.data.report import Report
-from llmrecipe.data.rows import row_type
-from llmrecipe.data.sources import NoSplitError, Part, open_split
-from llmrecipe.data.stream import StreamedRows, TokenStream
-from llmrecipe.data.tasks import Tasks, natural
-from llmrecipe.errors import DataError
+from llmrecipe.data.formats.row_types import row_type
+from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
+from llmrecipe.data.streaming import StreamedRows, TokenStream
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize_split import build
 from llmrecipe.recipe.schema import DataSection
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ Row = dict[str, Any]
 class TokenData(Sequence[Row]):
     """Token rows of a split, read from memory-mapped tables.
 
-    `data[i]` is a dict of Python lists and scalars (`data.rows` has the columns) with `row` = i. `labels` are the class
-    names in the order of their numbers; None where labels are real numbers or there are none. `tasks` are the tasks the stack
-    keeps apart, if it does.
+    `data[i]` is a dict of Python lists and scalars (`data.formats.row_types` has the columns) with `row` = i. `labels` are the
+    class names in the order of their numbers; None where labels are real numbers or there are none. `tasks` are the tasks the
+    stack keeps apart, if it does.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ def prepare(
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
-    gate.check(report, data, split)
+    validation.check(report, data, split)
     empty = next((p for p, t in zip(parts, tables) if p.weight is not None and not len(t)), None)
     if empty is not None:
         raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")

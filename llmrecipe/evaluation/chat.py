@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmrecipe.data.templates import prompt_ids
-from llmrecipe.errors import UserError
-from llmrecipe.evaluation.generation import generate, text_of
-from llmrecipe.evaluation.sampling import Sampling
-from llmrecipe.evaluation.several import ASKED, open_several
-from llmrecipe.evaluation.standalone import open_subject
-from llmrecipe.export.side_by_side import Adapters, task_adapters
-from llmrecipe.training.opened import Opened
-from llmrecipe.training.runtime import pick_device
+from llmrecipe.core.errors import UserError
+from llmrecipe.data.tokenize.chat_templates import prompt_ids
+from llmrecipe.engine.generation import generate, text_of
+from llmrecipe.engine.sampling import Sampling
+from llmrecipe.evaluation.evaluate_model import open_subject
+from llmrecipe.evaluation.open_several import ASKED, open_several
+from llmrecipe.interop.multi_adapter import Adapters, task_adapters
+from llmrecipe.runs.open_model import Opened
+from llmrecipe.runtime.processes import pick_device
 
 
 @dataclass

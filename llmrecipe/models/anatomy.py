@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmrecipe.errors import ModelError, did_you_mean
-from llmrecipe.models import targets
+from llmrecipe.core.errors import ModelError, did_you_mean
+from llmrecipe.models import target_grammar
 from llmrecipe.models.site import Site
 
 
@@ -60,8 +60,8 @@ class Anatomy:
             ModelError: the target cannot be read, or one of its terms matches nothing; the message prints the anatomy.
         """
         found: dict[Any, Site] = {}
-        for term in targets.parse(target):
-            sites = targets.select(term, self.sites, self.blocks)
+        for term in target_grammar.parse(target):
+            sites = target_grammar.select(term, self.sites, self.blocks)
             if not sites:
                 raise ModelError(self._explain(target, term))
             for site in sites:
@@ -103,11 +103,11 @@ class Anatomy:
             lines.append(f"  {side + row['role']:<22} {row['sites']:>4} x {shape:<16} {row['example']}{fused}")
         return "\n".join(lines)
 
-    def _explain(self, target: str, term: targets.Term) -> str:
+    def _explain(self, target: str, term: target_grammar.Term) -> str:
         where = f"target '{target}'" if str(term) == target else f"target '{target}': '{term}'"
         return f"{where} matches nothing in this {self.family} model{self._reason(term)}\n{self.describe()}"
 
-    def _reason(self, term: targets.Term) -> str:
+    def _reason(self, term: target_grammar.Term) -> str:
         roles = self.roles()
         for name in term.names:
             if name in roles and term.layers is not None:

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipe.context import Layout, current
-from llmrecipe.methods.inject import ROUTED, note_called, ports_of
+from llmrecipe.core.forward_context import Layout, current
+from llmrecipe.models.hooks.port import ROUTED, note_called, ports_of
 
 
 @dataclass(frozen=True)

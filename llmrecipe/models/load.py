@@ -13,8 +13,9 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.errors import ModelError
-from llmrecipe.models.choose import (
+from llmrecipe.core.errors import ModelError
+from llmrecipe.models.checkpoint_path import locate, offline, unreachable
+from llmrecipe.models.resolve_class import (
     attention,
     first_line,
     label_config,
@@ -25,7 +26,6 @@ from llmrecipe.models.choose import (
     resolve_dtype,
     with_code,
 )
-from llmrecipe.models.source import locate, offline, unreachable
 from llmrecipe.recipe.rights import say
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
@@ -201,7 +201,7 @@ def _pattern(key: str) -> str:
 
 
 def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokenizer: Any) -> PreTrainedModel:
-    from llmrecipe.models import new_rows, vocabulary
+    from llmrecipe.models import new_token_rows, vocabulary
     from llmrecipe.models.attention import install
     from llmrecipe.models.module_map import name_by_hand
 
@@ -212,7 +212,7 @@ def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokeniz
         with quiet():
             install(model, backend)
     if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
-        new_rows.add(model, count)
+        new_token_rows.add(model, count)
     # A config that says tied beside weights that are not, or the other way round, would change the model when it is reloaded.
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and embed is not None and hasattr(model.config, "tie_word_embeddings"):
@@ -245,7 +245,7 @@ def prepare_for_training(model: nn.Module, section: ModelSection) -> None:
     """
     if not section.gradient_checkpointing:
         return
-    from llmrecipe.context import checkpoint_contexts
+    from llmrecipe.core.forward_context import checkpoint_contexts
 
     options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if not getattr(model, "supports_gradient_checkpointing", False):
@@ -299,7 +299,7 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
     vocabulary.add_tokens(found, tokenizer.add_tokens)
     vocabulary.set_padding(found, tokenizer.pad_token)
     if tokenizer.chat_template is not None:
-        from llmrecipe.data.templates import set_template
+        from llmrecipe.data.tokenize.chat_templates import set_template
 
         set_template(found, tokenizer.chat_template)
     return found

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.core.paths import ASSETS
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
+FOLDER = ASSETS / "tiny"
 VOCABULARY = 1024
 """At most; the corpus has fewer words, so the trained tokenizer stays below it."""
 CONTEXT = 512
@@ -122,12 +124,12 @@ def start(out: Path, corpus: list[Path]) -> None:
     """Write tokenizer and config, which `model.init=random` begins with; without a corpus the tokenizer of the package."""
     from transformers import AutoTokenizer
 
-    tokenizer = build_tokenizer(texts(corpus)) if corpus else AutoTokenizer.from_pretrained(ASSETS)
+    tokenizer = build_tokenizer(texts(corpus)) if corpus else AutoTokenizer.from_pretrained(FOLDER)
     tokenizer.save_pretrained(out)
     build_config(tokenizer).save_pretrained(out)
 
 
-def install(run: Path, out: Path = ASSETS) -> None:
+def install(run: Path, out: Path = FOLDER) -> None:
     """Write the model of a finished run as the files of the package, in bfloat16."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -153,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     begin.add_argument("corpus", type=Path, nargs="*")
     finish = verbs.add_parser("install", help="write the model of a finished run into the package")
     finish.add_argument("run", type=Path)
-    finish.add_argument("out", type=Path, nargs="?", default=ASSETS)
+    finish.add_argument("out", type=Path, nargs="?", default=FOLDER)
     options = parser.parse_args(arguments)
     if options.verb == "start":
         start(options.out, options.corpus)

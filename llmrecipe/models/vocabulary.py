@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from llmrecipe.errors import ModelError, did_you_mean
+from llmrecipe.core.errors import ModelError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn

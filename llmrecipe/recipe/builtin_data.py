@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmrecipe import registry
-from llmrecipe.recipe.chain import Chain, Link
+from llmrecipe.core import registry
 from llmrecipe.recipe.content_key import REFERENCE
-from llmrecipe.recipe.origins import Origin, Origins, forget, leaves
-from llmrecipe.recipe.search import presets
+from llmrecipe.recipe.inheritance import Chain, Link
+from llmrecipe.recipe.provenance import Origin, Origins, forget, leaves
+from llmrecipe.recipe.recipe_paths import presets
 from llmrecipe.recipe.yaml_file import KeyPath, dotted, read_yaml
 
 PREFIX = "builtin:"

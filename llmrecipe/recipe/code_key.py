@@ -14,10 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmrecipe import registry
+from llmrecipe.core import registry
 
 OWN = "llmrecipe"
-MARKS = {"reward_function": ("llmrecipe.rewards.function", "FUNCTIONS"), "agent_rule": ("llmrecipe.agents.rule", "RULES")}
+MARKS = {
+    "reward_function": ("llmrecipe.feedback.rewards.function", "FUNCTIONS"),
+    "agent_rule": ("llmrecipe.feedback.judges.rule", "RULES"),
+}
 """Decorators by which a function becomes known by its name -> where those of this process are kept."""
 LARGEST = 1 << 26
 """Bytes up to which a file of a package is known by its content; larger ones by their size."""

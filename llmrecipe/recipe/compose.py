@@ -13,14 +13,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe import registry
-from llmrecipe.errors import RecipeError
-from llmrecipe.recipe.chain import Chain
-from llmrecipe.recipe.origins import Origin, Origins, leaves
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.redact import name_variables
+from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.provenance import Origin, Origins, leaves
+from llmrecipe.recipe.recipe_paths import find_recipe
 from llmrecipe.recipe.schema import Recipe
-from llmrecipe.recipe.search import find_recipe
 from llmrecipe.recipe.yaml_file import short
-from llmrecipe.redact import name_variables
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.overrides import Word
@@ -75,8 +75,8 @@ def compose_mapping(
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
     from llmrecipe.recipe.interpolation import resolve
     from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
-    from llmrecipe.recipe.residue import Cleaner
     from llmrecipe.recipe.rights import withhold
+    from llmrecipe.recipe.stale_overrides import Cleaner
 
     path = find_recipe(recipe)
     chain = Chain(path, foreign or Path(recipe).expanduser().is_dir())
@@ -159,7 +159,7 @@ def section_defaults() -> dict[str, Any]:
 
 def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     """Defaults of sections below what was composed, in the order of the schema; unknown keys last."""
-    from llmrecipe.recipe.origins import schema_origin
+    from llmrecipe.recipe.provenance import schema_origin
 
     whole: dict[str, Any] = {}
     for key, default in section_defaults().items():

@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmrecipe.core.paths import ASSETS
 from llmrecipe.recipe.code_key import code_of
-from llmrecipe.recipe.origins import leaves
-from llmrecipe.recipe.search import PACKAGE
+from llmrecipe.recipe.provenance import leaves
 
 REFERENCE = re.compile(r"\$\{\s*stage:\s*([A-Za-z_][\w-]*)\s*\}")
 """How a recipe names the result of a stage: `${stage:x}`."""
@@ -59,7 +59,7 @@ def local_files(mapping: Mapping[str, Any], paths: Collection[str] = PATHS) -> l
                 named.append((text, key[0] == "data"))
     found: dict[Path, bool] = {}
     for text, exact in named:
-        path = PACKAGE / "assets" / "data" / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(text)
+        path = ASSETS / "data" / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(text)
         try:
             path = path.expanduser()
             files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []

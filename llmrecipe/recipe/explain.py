@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmrecipe.recipe.compose import Composition
-from llmrecipe.recipe.origins import Origin, leaves, origin_of, schema_origin
+from llmrecipe.recipe.provenance import Origin, leaves, origin_of, schema_origin
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 

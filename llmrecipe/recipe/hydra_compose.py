@@ -29,12 +29,12 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmrecipe import registry
-from llmrecipe.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.chain import Chain
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.inheritance import Chain
 from llmrecipe.recipe.interpolation import check_file
-from llmrecipe.recipe.origins import Origin, Origins, leaves
-from llmrecipe.recipe.search import COMPONENT_GROUPS, PRESET_GROUPS, presets
+from llmrecipe.recipe.provenance import Origin, Origins, leaves
+from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, PRESET_GROUPS, presets
 from llmrecipe.recipe.yaml_file import YamlFile, read_yaml, short
 
 _chain: contextvars.ContextVar[Chain | None] = contextvars.ContextVar("chain", default=None)

@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmrecipe.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.origins import Origins, leaves, origin_of
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.redact import SECRET, variable_of
+from llmrecipe.recipe.provenance import Origins, leaves, origin_of
 from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
-from llmrecipe.redact import SECRET, variable_of
 
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")

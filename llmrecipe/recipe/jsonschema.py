@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmrecipe import registry
+from llmrecipe.core import registry
+from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS
 from llmrecipe.recipe.schema import Recipe
-from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS
 
 REFERENCE = {
     "type": "string",

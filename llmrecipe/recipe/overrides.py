@@ -15,9 +15,9 @@ from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from llmrecipe.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.origins import Origin, Origins, forget, leaves
-from llmrecipe.recipe.search import COMPONENT_GROUPS, GROUPS, presets
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.provenance import Origin, Origins, forget, leaves
+from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, presets
 from llmrecipe.recipe.yaml_file import KeyPath
 
 

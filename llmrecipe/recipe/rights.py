@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.recipe.origins import Origins
-from llmrecipe.recipe.search import packaged
+from llmrecipe.recipe.provenance import Origins
+from llmrecipe.recipe.recipe_paths import packaged
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.schema import ModelSection
@@ -70,7 +70,7 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
     Returns:
         One line for every right that was taken out.
     """
-    from llmrecipe.recipe.origins import schema_origin
+    from llmrecipe.recipe.provenance import schema_origin
 
     model, files = mapping.get("model"), set(own)
     notes = []

@@ -17,9 +17,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from llmrecipe import registry
-from llmrecipe.errors import RecipeError, UserError, did_you_mean
-from llmrecipe.recipe.origins import Origin, origin_of
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
+from llmrecipe.recipe.provenance import Origin, origin_of
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
@@ -211,7 +211,7 @@ def _json(value: Any) -> str:
 
 
 def _unset(mapping: Mapping[str, Any]) -> list[Mistake]:
-    from llmrecipe.recipe.origins import leaves
+    from llmrecipe.recipe.provenance import leaves
 
     text = "the recipe leaves this open; set it here or on the command line: KEY=VALUE"
     return [Mistake(key, text) for key, value in leaves(mapping) if value == MISSING]

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from llmrecipe.errors import RecipeError
+from llmrecipe.core.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of a mapping to a value."""

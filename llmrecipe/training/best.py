@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llmrecipe.evaluation.directions import Direction
+from llmrecipe.feedback.directions import Direction
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BestTracker:
         Raises:
             RecipeError: the monitored metric does not exist.
         """
-        from llmrecipe.errors import RecipeError, did_you_mean
+        from llmrecipe.core.errors import RecipeError, did_you_mean
 
         name = self.section.monitor
         if name not in metrics:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llmrecipe.evaluation.answers import ROWS, answer_rows, score
-from llmrecipe.evaluation.sampling import Sampling
+from llmrecipe.engine.sampling import Sampling
+from llmrecipe.feedback.generated_answers import ROWS, answer_rows, score
 
 
 @dataclass(frozen=True)

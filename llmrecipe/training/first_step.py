@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.errors import RunError
-from llmrecipe.methods.inject import all_ports, watched_ports
-from llmrecipe.methods.stack import is_head, own_tensors
-from llmrecipe.methods.wrapper import Wrapper
+from llmrecipe.core.errors import RunError
+from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods._base.stack import is_head, own_tensors
+from llmrecipe.models.hooks.port import all_ports, watched_ports
 
 if TYPE_CHECKING:
-    from llmrecipe.data.batch import Batch
-    from llmrecipe.training.rules import StepResult, UpdateRule
+    from llmrecipe.data.collate import Batch
+    from llmrecipe.methods._base.update_rule import StepResult, UpdateRule
     from llmrecipe.training.run_state import RunState
 
 SHOWN = 5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from llmrecipe.errors import Interrupted
+from llmrecipe.core.errors import Interrupted
+from llmrecipe.methods._base.update_rule import backprop
 from llmrecipe.training import first_step
-from llmrecipe.training.rules import backprop
 
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run

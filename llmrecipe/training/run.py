@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.errors import RunError
-from llmrecipe.methods.wrapper import Probe
-from llmrecipe.training import assemble, finish
-from llmrecipe.training.assemble import abandoned, build
-from llmrecipe.training.engine import Engine
+from llmrecipe.core.errors import RunError
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.reference_policy import PlannedRows, prepare_reference
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.update_rule import StepResult
+from llmrecipe.optim.optimizer import set_learning_rate
+from llmrecipe.runs.open_model import original
+from llmrecipe.training import build_run, save_run
+from llmrecipe.training.build_run import abandoned, build
 from llmrecipe.training.evaluate import evaluate
-from llmrecipe.training.opened import original
-from llmrecipe.training.optimizer import set_learning_rate
-from llmrecipe.training.reference_policy import PlannedRows, prepare_reference
-from llmrecipe.training.rules import StepResult
 from llmrecipe.training.run_state import RunState
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Run(RunState):
             if resume is not None:
                 # The freshly built model is the policy of step 0: remember it before what was learned is put back.
                 prepare_reference(run.objective, run.stack, run.opened, run.roles, run.planned_rows())
-                finish.restore(run)
+                save_run.restore(run)
         run.first_step = run.progress.step
         return run
 
@@ -52,7 +52,7 @@ class Run(RunState):
 
     def planned_rows(self) -> PlannedRows:
         """Return the rows of the whole run."""
-        return assemble.planned_rows(self.recipe, self.objective, self.data, self.validation, self.steps)
+        return build_run.planned_rows(self.recipe, self.objective, self.data, self.validation, self.steps)
 
     def source(self) -> Iterator[list[dict[str, Any]]]:
         """This process's rows of each step: a pure function of seed, epoch and position, so resume needs no state."""
@@ -108,7 +108,7 @@ class Run(RunState):
         Raises:
             RunError: `run.on_nan` is `stop`.
         """
-        path = finish.save_batch(self, micros)
+        path = save_run.save_batch(self, micros)
         text = f"step {self.progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the batch is in {path}"
         self.events.warning(text)
         if self.recipe.run.on_nan == "stop":
@@ -128,7 +128,7 @@ class Run(RunState):
             grad_norm=result.grad_norm,
             tokens=int(total),
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
-            peak_mem_mb=finish.peak_memory_mb(),
+            peak_mem_mb=save_run.peak_memory_mb(),
             **result.metrics,
             **self.stack.metrics(self.model),
         )
@@ -160,13 +160,13 @@ class Run(RunState):
         verdict = self.best.see(self.progress.step, {f"eval/{k}": v for k, v in metrics.items()})
         self.events.evaluation(step=self.progress.step, **{f"eval/{k}": v for k, v in metrics.items()})
         if verdict.best and self.recipe.eval.load_best:
-            finish.save_best(self)
+            save_run.save_best(self)
         return verdict.stop
 
     def rebuild(self) -> None:
         """The set of trained tensors changed: the optimizer is built anew and keeps the state of what survived."""
         if self.stack.rule() is None:
-            self.optimizer = assemble.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
+            self.optimizer = build_run.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
         self.roles.prepared = self.runtime.prepare(self.roles.engine, self.unused)
         if self.progress.step:
             # Weights kept as the best belong to another set of tensors and could not be put back.
@@ -174,8 +174,8 @@ class Run(RunState):
 
     def save(self) -> Path | None:
         """Write a checkpoint."""
-        return finish.save(self)
+        return save_run.save(self)
 
     def finish(self) -> None:
         """Best weights, test split, final folder, model card."""
-        finish.finish(self)
+        save_run.finish(self)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.evaluation.directions import direction
-from llmrecipe.methods.stack import Stack
+from llmrecipe.data.collate import Batch
+from llmrecipe.feedback.directions import direction
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._base.update_rule import StepContext
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
-from llmrecipe.training.rules import StepContext
 
 if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
     from llmrecipe.recipe.compose import Composition
-    from llmrecipe.training.opened import Opened
-    from llmrecipe.training.roles import Roles
+    from llmrecipe.runs.open_model import Opened
 
 
 @dataclass

@@ -7,14 +7,14 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.errors import Interrupted, LlmRecipeError
-from llmrecipe.recipe.stages import refuse_stages
-from llmrecipe.signals import handled_by
-from llmrecipe.training import finish, step_zero
-from llmrecipe.training.announce import announce
+from llmrecipe.core.errors import Interrupted, LlmRecipeError
+from llmrecipe.core.signals import handled_by
+from llmrecipe.engine.reference_policy import prepare_reference
+from llmrecipe.recipe.pipeline_plan import refuse_stages
+from llmrecipe.training import save_run, step_zero_checks
 from llmrecipe.training.loop import train as loop
-from llmrecipe.training.reference_policy import prepare_reference
 from llmrecipe.training.run import Run
+from llmrecipe.training.startup_report import announce
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -51,7 +51,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
         run.dir.status("failed", error=f"{type(error).__name__}: {error}", step=run.progress.step)
         raise
     else:
-        finish.tidy(run)
+        save_run.tidy(run)
     finally:
         run.events.close()
         run.runtime.close()
@@ -69,7 +69,7 @@ def start(run: Run) -> None:
     announce(run)
     run.objective.start(run.roles)
     if run.first_step == 0:
-        step_zero.check(run)
+        step_zero_checks.check(run)
 
 
 def _signals(run: Run) -> contextlib.AbstractContextManager[None]:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrecipe import registry
-from llmrecipe.data.batch import Batch, Sequence, pad
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.memory import delta_bytes, optimizer_bytes, retained_bytes, saved_bytes
-from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+from llmrecipe.core import registry
+from llmrecipe.data.collate import Batch, Sequence, pad
+from llmrecipe.engine.forward import Engine
+from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
+from llmrecipe.training.memory_estimate import delta_bytes, optimizer_bytes, retained_bytes, saved_bytes
 from tests.benchmarks.stamp import line, stamp
 from tests.methods.formulas import FORMULAS, shape
 from tests.methods.kinds import CHANGES, put, wrapper_of

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.training.memory import retained_bytes, saved_bytes
+from llmrecipe.training.memory_estimate import retained_bytes, saved_bytes
 from tests.benchmarks.memory import ROWS, TOKENS, WIDTH, model
 from tests.benchmarks.stamp import line, stamp
 from tests.methods.kinds import put, wrapper_of

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from llmrecipe.data.templates import prompt_ids
-from llmrecipe.evaluation.generation import generate
-from llmrecipe.evaluation.sampling import Sampling
-from llmrecipe.evaluation.standalone import open_subject
+from llmrecipe.data.tokenize.chat_templates import prompt_ids
+from llmrecipe.engine.generation import generate
+from llmrecipe.engine.sampling import Sampling
+from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.models import kv_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

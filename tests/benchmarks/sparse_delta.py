@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrecipe.methods.sparse_delta import product_gradient
+from llmrecipe.methods.selective._engines.sparse_delta import product_gradient
 
 TOKENS, WIDTH = 2048, {"cpu": 1024, "cuda": 4096}
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli.app import build, run
-from llmrecipe.cli.words import complete, sort_words
-from llmrecipe.errors import Interrupted, RecipeError
-from llmrecipe.registry import PACKAGE
+from llmrecipe.cli.arguments import complete, sort_words
+from llmrecipe.core.errors import Interrupted, RecipeError
+from llmrecipe.core.registry import PACKAGE
 
 
 def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_explain_prints_dropped_values_on_stderr(capsys: pytest.CaptureFixture[s
 
 
 def test_list_shows_every_registered_name(capsys: pytest.CaptureFixture[str]) -> None:
-    from llmrecipe import registry
+    from llmrecipe.core import registry
 
     assert run(["list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -167,7 +167,7 @@ def test_new_writes_a_recipe_that_composes(
 
 
 def test_schema_describes_every_key_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
-    from llmrecipe import registry
+    from llmrecipe.core import registry
     from llmrecipe.recipe.schema import Recipe
 
     assert run(["schema"]) == 0

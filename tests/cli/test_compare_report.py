@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.cli.app import run
-from llmrecipe.training.events import Events
-from llmrecipe.training.page import svg
-from llmrecipe.training.summary import differences, read_runs
+from llmrecipe.runs.events import Events
+from llmrecipe.runs.html_report import svg
+from llmrecipe.runs.run_record import differences, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,7 +167,7 @@ def test_compare_and_report_import_no_torch(two):
 
 
 def test_launch_tells_a_mistake_once_and_starts_nothing(capsys, monkeypatch):
-    import llmrecipe.training.launch as launcher
+    import llmrecipe.runtime.distributed_launch as launcher
 
     started = []
     monkeypatch.setattr(launcher, "launch", lambda args, nproc, cluster: started.append((args, nproc, cluster.nodes)) or 0)
@@ -178,7 +178,7 @@ def test_launch_tells_a_mistake_once_and_starts_nothing(capsys, monkeypatch):
 
 
 def test_launch_hands_on_the_exit_code_of_the_workers(monkeypatch):
-    import llmrecipe.training.launch as launcher
+    import llmrecipe.runtime.distributed_launch as launcher
 
     monkeypatch.setattr(launcher, "launch", lambda args, nproc, cluster: 130)
     assert run(["launch", "recipe=dpo_lora"]) == 130

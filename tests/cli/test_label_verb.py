@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli import app
-from llmrecipe.data import prepare, world
-from llmrecipe.evaluation.labelling import Labels, questions
+from llmrecipe.data import prepare
+from llmrecipe.data.formats.answered_prompts import read_answered
+from llmrecipe.data.toy import grammar
+from llmrecipe.evaluation.human_labels import Labels, questions
 from llmrecipe.recipe.schema import DataSection
-from llmrecipe.steps.answered import read_answered
 from tests.data.toys import byte_tokenizer
 
-GOOD, BAD = f"{world.POLITE[0]} The owl is green.", f"{world.RUDE[0]} The owl is green."
+GOOD, BAD = f"{grammar.POLITE[0]} The owl is green.", f"{grammar.RUDE[0]} The owl is green."
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli import app
+from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
-from llmrecipe.data.aliases import ALIASES, normal
-from llmrecipe.data.detect import detect
-from llmrecipe.data.formats import FORMATS
+from llmrecipe.data.formats.aliases import ALIASES, normal
+from llmrecipe.data.formats.convert import FORMATS
+from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.prepare import TokenData
-from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrecipe.data import build, prepare
+from llmrecipe.core.errors import DataError
+from llmrecipe.data import prepare, tokenize_split
 from llmrecipe.data.cache import FILE, Writer, open_table, schema_of, to_batch
-from llmrecipe.data.rows import ROW_TYPES
-from llmrecipe.data.templates import set_template
-from llmrecipe.errors import DataError
+from llmrecipe.data.formats.row_types import ROW_TYPES
+from llmrecipe.data.tokenize.chat_templates import set_template
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
@@ -30,13 +30,13 @@ TALKS = [{"messages": [turn("user", f"u{i}"), turn("assistant", f"a{i}")]} for i
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one each time a source is really encoded."""
     calls: list[str] = []
-    original = build.make_encoder
+    original = tokenize_split.make_encoder
 
     def counted(part: Any, *args: Any) -> Any:
         calls.append(part.reader.name)
         return original(part, *args)
 
-    monkeypatch.setattr(build, "make_encoder", counted)
+    monkeypatch.setattr(tokenize_split, "make_encoder", counted)
     return calls
 
 
@@ -72,7 +72,7 @@ def test_each_ingredient_misses_and_nothing_else_does(tmp_path: Path, encodings:
     other.chat_template += " "
     assert run(tokenizer=other)
     assert run(tokenizer=named(byte_tokenizer()))
-    monkeypatch.setattr(build, "code_version", lambda: "other code")
+    monkeypatch.setattr(tokenize_split, "code_version", lambda: "other code")
     assert run()
     write(path, [*TALKS[:-1], {"messages": [turn("user", "u5"), turn("assistant", "b5")]}])
     assert run()
@@ -114,7 +114,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, own_cache: Path, mo
 
     path = write(tmp_path / "a.jsonl", TALKS)
     with monkeypatch.context() as patch:
-        patch.setattr(build.Writer, "finish", broken)
+        patch.setattr(tokenize_split.Writer, "finish", broken)
         with pytest.raises(KeyboardInterrupt):
             prepare(DataSection(path=str(path)), byte_tokenizer(), "dialogue", seed=0)
     data = prepare(DataSection(path=str(path)), byte_tokenizer(), "dialogue", seed=0)
@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_clear_message(tmp_path: Path, monkeypatch: Any) -> N
 
 
 def test_processes_give_the_same_rows_as_one(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(build, "BATCH", 7)
+    monkeypatch.setattr(tokenize_split, "BATCH", 7)
     path = write(tmp_path / "a.jsonl", [{"text": "x" * (i % 11 + 1)} for i in range(60)])
     one = prepare(DataSection(path=str(path), cache=False, workers=1), byte_tokenizer(), "text", seed=0)
     two = prepare(DataSection(path=str(path), cache=False, workers=2), byte_tokenizer(), "text", seed=0)
@@ -160,7 +160,7 @@ def test_processes_give_the_same_rows_as_one(tmp_path: Path, monkeypatch: Any) -
 
 
 def test_access_across_record_batches(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(build, "BATCH", 3)
+    monkeypatch.setattr(tokenize_split, "BATCH", 3)
     path = write(tmp_path / "a.jsonl", [{"text": "x" * (i + 1)} for i in range(10)])
     data = prepare(DataSection(path=str(path)), byte_tokenizer(), "text", seed=0)
     assert [len(data[i]["ids"]) for i in (9, 0, 3, 2)] == [11, 2, 5, 4]

@@ -12,12 +12,12 @@ import pytest
 from pyarrow import feather, parquet
 
 from llmrecipe.data import prepare
-from llmrecipe.data.detect import detect, rename
-from llmrecipe.data.files import open_file
-from llmrecipe.data.formats import Options
-from llmrecipe.data.messages import messages_of
+from llmrecipe.data.formats.convert import Options
+from llmrecipe.data.formats.detect import detect, rename
+from llmrecipe.data.formats.messages import messages_of
+from llmrecipe.data.formats.readers import open_file
+from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.data.prepare import TokenData
-from llmrecipe.data.rows import BadRow
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llmrecipe.data import prepare
-from llmrecipe.data.detect import detect
-from llmrecipe.data.formats import FORMATS, Options
-from llmrecipe.data.rows import BadRow
+from llmrecipe.data.formats.convert import FORMATS, Options
+from llmrecipe.data.formats.detect import detect
+from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
-from llmrecipe.data.detect import detect
-from llmrecipe.data.files import open_file
-from llmrecipe.data.formats import FORMATS, Options
-from llmrecipe.data.rows import BadRow
-from llmrecipe.errors import DataError
+from llmrecipe.data.formats.convert import FORMATS, Options
+from llmrecipe.data.formats.detect import detect
+from llmrecipe.data.formats.readers import open_file
+from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from llmrecipe.data import generate, world
+from llmrecipe.data.toy import generate, grammar
 
 
 def read(name: str, split: str) -> list[dict]:
@@ -26,7 +26,9 @@ def asked(row: dict) -> str:
 @pytest.mark.parametrize("name", generate.SETS)
 def test_committed_files_are_what_the_generator_writes(name: str, tmp_path):
     for path in generate.generate(tmp_path, name, seed=0):
-        assert path.read_bytes() == (generate.ASSETS / name / path.name).read_bytes(), "run python -m llmrecipe.data.generate"
+        assert path.read_bytes() == (generate.ASSETS / name / path.name).read_bytes(), (
+            "run python -m llmrecipe.data.toy.generate"
+        )
 
 
 def test_another_seed_gives_other_rows(tmp_path):
@@ -86,14 +88,14 @@ def test_sums_are_right_in_the_set_and_noisy_in_the_corpus():
 
 
 def test_manners_of_the_corpus_are_tossed_coins():
-    from llmrecipe.evaluation import rules
+    from llmrecipe.data.toy import scorers
 
     rng, scores = Random(0), []
     while len(scores) < 600:
         _, row = generate.row_talk(rng)
         question = row["messages"][0]["content"]
-        if rules.parse(question) and any(question.startswith(t.split("{")[0]) for t in world.TELL[:4]):
-            scores.append(rules.manners(row["messages"][-1]["content"], *rules.parse(question)))
+        if scorers.parse(question) and any(question.startswith(t.split("{")[0]) for t in grammar.TELL[:4]):
+            scores.append(scorers.manners(row["messages"][-1]["content"], *scorers.parse(question)))
     assert 0.44 < sum(scores) / len(scores) < 0.56
 
 
@@ -103,10 +105,10 @@ def test_stories_are_consistent():
         assert 6 <= text.count(".") <= 9
         for sentence in text.split(". "):
             words = sentence.rstrip(".").split()
-            if words[0] == "Now" and words[2] in world.COLOURS:
+            if words[0] == "Now" and words[2] in grammar.COLOURS:
                 colour, thing = words[2], words[3]
                 assert f"a {colour} {thing}" in text
-                assert sum(f" {c} {thing}" in text for c in world.COLOURS) == 1
+                assert sum(f" {c} {thing}" in text for c in grammar.COLOURS) == 1
 
 
 def test_too_few_different_rows_is_said():

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, has_split, order, prepare
-from llmrecipe.errors import DataError
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer
 

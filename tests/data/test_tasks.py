@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from llmrecipe.core.errors import DataError
+from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
-from llmrecipe.data.tasks import Tasks, common
-from llmrecipe.errors import DataError
 from llmrecipe.models import load
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer
-from tests.runs import train_recipe
+from tests.trainings import train_recipe
 
 NAMES = ["copy", "task 10", "task 2"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from llmrecipe.data import prepare
 from llmrecipe.data.prepare import TokenData
-from llmrecipe.data.templates import BUILTIN, Template
+from llmrecipe.data.tokenize.chat_templates import BUILTIN, Template
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared

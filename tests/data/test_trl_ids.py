@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.data.encode import Encoder
-from llmrecipe.data.templates import CHATML, set_template
+from llmrecipe.data.tokenize.chat_templates import CHATML, set_template
+from llmrecipe.data.tokenize.encode import Encoder
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, turn
 from tests.support import shared

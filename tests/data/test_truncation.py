@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.data.encode import Encoder
-from llmrecipe.data.rows import BadRow
-from llmrecipe.data.truncation import Limit, fit_answers, fit_prompt, fit_sequence
-from llmrecipe.errors import DataError
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.tokenize.encode import Encoder
+from llmrecipe.data.tokenize.truncation import Limit, fit_answers, fit_prompt, fit_sequence
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, trained_text, turn
 

@@ -76,7 +76,7 @@ ATTENTION: dict[Any, Callable[..., int]] = {
 
 def count(words: list[str]) -> dict[str, int]:
     """Count the first optimizer step of a recipe with options."""
-    from tests.runs import Run, train_recipe
+    from tests.trainings import Run, train_recipe
 
     counter = Counter()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as inside:

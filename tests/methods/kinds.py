@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe import registry
-from llmrecipe.data.batch import Batch, Sequence, pack, pad
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
-from llmrecipe.training.engine import Engine
+from llmrecipe.core import registry
+from llmrecipe.data.collate import Batch, Sequence, pack, pad
+from llmrecipe.engine.forward import Engine
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
 from tests.contract import KINDS, OPTIONS
 from tests.methods.additive.harness import fill, model_of
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
+from llmrecipe.data.collate import Batch
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.finetuning.sft import Sft
 from tests.tiny import roles_for
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipe import registry
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
-from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+from llmrecipe.core import registry
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from tests.tiny import tiny_model
 
 PLANTED = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe import registry
-from llmrecipe.errors import UserError
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core import registry
+from llmrecipe.core.errors import UserError
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.module_map import anatomy
 from tests.contract import KINDS
 from tests.methods.additive.harness import model_of

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe import registry
-from llmrecipe.data.batch import Batch
-from llmrecipe.methods.inject import own_tensors
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Stage
+from llmrecipe.core import registry
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.method import Stage
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models.hooks.port import own_tensors
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.finetuning.sft import Sft
-from llmrecipe.recipe.pairs import pairs
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.roles import Roles
+from llmrecipe.recipe.compatibility import pairs
 from tests.contract import FAMILY, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
 from tests.methods.additive.harness import fill, model_of
 from tests.methods.kinds import put, refresh, slopes, wide_norms, wrapper_of

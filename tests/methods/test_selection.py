@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.methods import selection
-from llmrecipe.methods.sparse_wrapper import base_weights
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.sparse_method import base_weights
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 
@@ -61,7 +61,7 @@ def test_a_square_of_a_sum_is_not_a_sum_of_squares():
 
 
 def test_calls_in_chunks_are_one_gradient(monkeypatch: pytest.MonkeyPatch):
-    from llmrecipe.training import logprob
+    from llmrecipe.engine import logprob
 
     model = tiny_model("llama").double()
     weights = base_weights(model, "head")
@@ -74,8 +74,8 @@ def test_calls_in_chunks_are_one_gradient(monkeypatch: pytest.MonkeyPatch):
 def test_expectation_over_classes_weighs_by_probability():
     from transformers import AutoModelForSequenceClassification
 
-    from llmrecipe.methods.stack import Stack
-    from llmrecipe.methods.wrapper import Probe
+    from llmrecipe.methods._base.method import Probe
+    from llmrecipe.methods._base.stack import Stack
     from llmrecipe.objectives.finetuning.classification import Classification
     from tests.tiny import roles_for, tiny_config
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe import registry
-from llmrecipe.context import Context, activate
-from llmrecipe.evaluation.refill import padded
-from llmrecipe.methods.quantized import dequantize_model, quantized
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core import registry
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.engine.continuous_batching import padded
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.packing import isolates
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.models.load import prepare_for_training
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.recipe.pairs import pairs
+from llmrecipe.recipe.compatibility import pairs
 from llmrecipe.recipe.schema import ModelSection
-from llmrecipe.training.assemble import autocast_of
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.packing import isolates
+from llmrecipe.training.build_run import autocast_of
 from tests.methods.additive.harness import fill, model_of
 from tests.methods.kinds import BASES, CHANGES, FAMILIES, GENERATE, Cell, batch_of, cell, matrix, put, refresh, wrapper_of
 
@@ -152,7 +152,7 @@ def test_a_quantized_base_stays_as_it_is_and_everything_on_top_learns(base: str,
     before = codes(made.model)
     assert before
     config = registry.load("optim", "adamw")(lr=1e-2, weight_decay=0.1)
-    from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+    from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 
     optimizer = build_optimizer(config, parameter_groups(made.model, config, made.stack.groups(made.model)))
     reached: set[str] = set()

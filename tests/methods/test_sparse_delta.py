@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.sparse_delta import Chosen, SparseDelta, embedding_gradient, product_gradient
-from llmrecipe.methods.sparse_wrapper import (
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods.selective._engines.sparse_delta import Chosen, SparseDelta, embedding_gradient, product_gradient
+from llmrecipe.methods.selective._engines.sparse_method import (
     SparseHooks,
     attach_chosen,
     base_weights,
@@ -22,6 +21,7 @@ from llmrecipe.methods.sparse_wrapper import (
     sparse_ports,
     structure_of,
 )
+from llmrecipe.models.hooks.port import all_ports
 from tests.tiny import tiny_model
 
 
@@ -391,9 +391,9 @@ def largest_allocation(action: Any) -> int:
 
 def test_a_delta_on_top_of_a_mounted_one_reloads():
     """sft -> dpo without a merge: the second delta's base is the first one's result, whatever was written meanwhile."""
+    from llmrecipe.methods._base.stack import Stack
     from llmrecipe.methods.selective.fishmask import Fishmask
-    from llmrecipe.methods.stack import Stack
-    from llmrecipe.training.delta import Layer, mount, rename
+    from llmrecipe.runs.delta import Layer, mount, rename
 
     def layer(chosen: dict[str, Chosen], seed: int, below: list[Layer]) -> Layer:
         model = tiny_model("llama")
@@ -422,7 +422,7 @@ def test_a_delta_on_top_of_a_mounted_one_reloads():
 
 
 def test_zeroth_order_steps_reach_the_values():
-    from llmrecipe.methods.zeroth_order import moved
+    from llmrecipe.methods.memory._engines.zeroth_order import moved
 
     model = tiny_model("llama")
     attach_chosen(model, "picked", pick(model, 0.05))

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmrecipe import registry
 from llmrecipe.cli import app
-from llmrecipe.errors import ModelError
-from llmrecipe.methods.inject import all_ports, kind_of
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import load
 from llmrecipe.models.attention import install
+from llmrecipe.models.hooks.port import all_ports, kind_of
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.training.check import check
+from llmrecipe.training.dry_run import check
 from tests.models.configs import FAMILIES, GROUPED, tiny
 
 LINEAR = {

@@ -15,11 +15,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmrecipe.context import Context, activate, current
-from llmrecipe.errors import ModelError
-from llmrecipe.models import new_rows, source
-from llmrecipe.models.choose import load_config, resolve_dtype
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate, current
+from llmrecipe.models import checkpoint_path, new_token_rows
 from llmrecipe.models.load import load_model, load_tokenizer, prepare_for_training, skeleton
+from llmrecipe.models.resolve_class import load_config, resolve_dtype
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from tests.models.configs import GROUPED, tiny
 from tests.support import ROOT, shared
@@ -272,7 +272,7 @@ def test_folders_that_do_not_exist(folder: Path) -> None:
 
 def test_no_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(source.socket, "getaddrinfo", lambda *a: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(checkpoint_path.socket, "getaddrinfo", lambda *a: (_ for _ in ()).throw(OSError("no network")))
     started = time.monotonic()
     with pytest.raises(
         ModelError, match=r"'nobody/nothing' is no folder here .*HF_HUB_OFFLINE is set.*hf download nobody/nothing"
@@ -416,7 +416,7 @@ def test_added_tokens_grow_the_model(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(embed[:64], before.get_input_embeddings().weight)
     assert torch.allclose(embed[64], embed[:64].mean(0)) and torch.allclose(head[65], head[:64].mean(0))
     assert torch.equal(model(ids()).logits[..., :64], before(ids()).logits)
-    assert new_rows.fold(model) == 2
+    assert new_token_rows.fold(model) == 2
     model.save_pretrained(tmp_path / "grown")
     again = load_model(section(tmp_path / "grown"), tokenizer=tokenizer)
     assert torch.equal(again(ids()).logits, model(ids()).logits)

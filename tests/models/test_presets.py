@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmrecipe.models.checkpoint_path import HUB_NAME
 from llmrecipe.models.families import FAMILIES
 from llmrecipe.models.load import load_model, load_tokenizer
-from llmrecipe.models.source import HUB_NAME
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from tests.support import ROOT
 

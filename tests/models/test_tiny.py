@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmrecipe.data import generate
-from llmrecipe.evaluation import rules
+from llmrecipe.data.toy import generate, scorers
 from llmrecipe.models import tiny
 
 
@@ -118,7 +117,7 @@ def test_it_answers_held_out_questions(model, tokenizer):
 def test_the_new_task_is_not_learnt_yet(model, tokenizer):
     rows = read("sft")[:60]
     found = answers(model, tokenizer, [row["prompt"] for row in rows])
-    assert sum(rules.exact(text, row["answer"]) for (text, _), row in zip(found, rows)) / len(rows) < 0.1
+    assert sum(scorers.exact(text, row["answer"]) for (text, _), row in zip(found, rows)) / len(rows) < 0.1
 
 
 def test_it_has_no_preference_yet(model, tokenizer):
@@ -133,9 +132,9 @@ def test_it_has_no_preference_yet(model, tokenizer):
 def test_its_own_answers_score_one_half(model, tokenizer):
     rows = read("prompts")
     found = [text for text, _ in answers(model, tokenizer, [row["prompt"] for row in rows], sample=True)]
-    score = sum(rules.manners(text, row["topic"], row["avoid"]) for text, row in zip(found, rows)) / len(rows)
+    score = sum(scorers.manners(text, row["topic"], row["avoid"]) for text, row in zip(found, rows)) / len(rows)
     assert 0.4 < score < 0.6
-    assert sum(map(rules.well_formed, found)) / len(found) > 0.8
+    assert sum(map(scorers.well_formed, found)) / len(found) > 0.8
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
-from llmrecipe.training.roles import Roles
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.reparameterized.test_lora import fill
 from tests.tiny import roles_for, tiny_model
 

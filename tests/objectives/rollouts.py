@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from llmrecipe.data.batch import Batch
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.feedback.rewards.function import reward_function
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
-from llmrecipe.objectives.alignment.rollout import Sample
-from llmrecipe.rewards.function import reward_function
-from llmrecipe.rewards.reward import Answer
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.rollout import Sample
+from llmrecipe.objectives.reward_interface import Answer
 from tests.methods.reparameterized.test_lora import fill
 from tests.tiny import Tokenizer, roles_for, tiny_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrecipe.objectives.alignment.advantages import (
+from llmrecipe.objectives.alignment._engines.advantages import (
     clipped_policy_loss,
     clipped_share,
     clipped_value_loss,
@@ -19,7 +19,7 @@ from llmrecipe.objectives.alignment.advantages import (
     moments,
     whiten,
 )
-from llmrecipe.objectives.alignment.kl import KlController, kl_estimate
+from llmrecipe.objectives.alignment._engines.kl import KlController, kl_estimate
 from llmrecipe.objectives.alignment.ppo import shaped_rewards
 
 LENGTHS = [4, 6, 2]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe import compose
+from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.data.prepare import prepare
-from llmrecipe.errors import DataError, RecipeError
-from llmrecipe.evaluation.generation import prompt_and_reference
-from llmrecipe.methods.stack import Stack
+from llmrecipe.engine.generation import prompt_and_reference
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, unlikelihood
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.errors import RecipeError
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment.dpo import Dpo, dpo_loss, separate_loss
 from tests.objectives.parity import (
     PAIRS,

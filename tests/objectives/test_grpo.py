@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.errors import RecipeError
-from llmrecipe.evaluation.generation import generate
-from llmrecipe.evaluation.sampling import Sampling
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.engine.generation import generate
+from llmrecipe.engine.logprob import Post, token_logprobs
+from llmrecipe.engine.sampling import Sampling
 from llmrecipe.objectives.alignment.grpo import Grpo
 from llmrecipe.objectives.alignment.rloo import Rloo
 from llmrecipe.recipe.compose import compose
-from llmrecipe.training.logprob import Post, token_logprobs
 from tests.objectives.rollouts import (
     REWARD,
     ROWS,
@@ -29,8 +29,8 @@ from tests.objectives.rollouts import (
     setting,
     updates,
 )
-from tests.runs import curve, events, learned, resume, stop_after, train_recipe
 from tests.tiny import tiny_model
+from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
 ANSWERS = [[8, 9, 10, 2], [11, 2], [13], [14, 15, 16, 17, 2], [25, 26], [27, 2], [30, 31, 32], [33, 2]]
 OWNER = [0, 0, 1, 1, 2, 2, 3, 3]
@@ -197,12 +197,12 @@ def test_temperature_divides_the_logits(trained: bool, post: Post) -> None:
 
 
 def test_wrong_recipes_stop_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmrecipe.training import opened
+    from llmrecipe.runs import open_model
 
     def unreachable(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(opened, "open_model", unreachable)
+    monkeypatch.setattr(open_model, "open_model", unreachable)
     for overrides, message in (
         (["objective.answers=1"], "objective.answers: a group of one"),
         (["objective.reward.rule.rule=maners"], "did you mean 'manners'"),
@@ -214,7 +214,7 @@ def test_wrong_recipes_stop_before_any_weight_is_read(tmp_path: Path, monkeypatc
 
 
 def test_steps_count_updates() -> None:
-    from llmrecipe.training.assemble import step_count
+    from llmrecipe.training.build_run import step_count
 
     recipe = compose("grpo", ["steps=null", "epochs=1", "batch.size=100"]).recipe
     assert step_count(recipe, 1000, Grpo(reward=REWARD, epochs=2, minibatches=3).updates()) == 60
@@ -315,7 +315,7 @@ def trl_trainer(kind: str, folder: Path, **config: Any) -> Any:
     ],
 )  # fmt: skip
 def test_loss_and_gradients_equal_trl(ours: Any, theirs: dict[str, Any], tmp_path: Path) -> None:
-    from llmrecipe.methods.inject import all_ports
+    from llmrecipe.models.hooks.port import all_ports
 
     roles, batch = known(ours)
     batch = moved(batch)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrecipe.methods.stack import Stack
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.alignment.ipo import Ipo, ipo_loss, regulariser
 from tests.objectives.parity import (

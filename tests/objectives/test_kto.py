@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrecipe.errors import RecipeError, RunError
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.objectives.alignment._engines.mismatched import others, reference_point, with_others
 from llmrecipe.objectives.alignment.kto import Kto, balance, kto_loss
-from llmrecipe.objectives.alignment.mismatched import others, reference_point, with_others
 from tests.objectives.parity import arguments, assert_same, lora_config, mean_loss, ours, share_weights, word_tokenizer, words
 from tests.tiny import roles_for, tiny_model
 

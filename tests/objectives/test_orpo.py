@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.methods.stack import Stack
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment.orpo import Orpo, log_odds_ratio, orpo_loss
-from llmrecipe.objectives.tokens import log1mexp
+from llmrecipe.objectives.token_math import log1mexp
 from tests.objectives.parity import (
     PAIRS,
     answer_tensors,

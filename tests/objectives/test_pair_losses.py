@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
 from llmrecipe.objectives.alignment.dpo import Dpo, dpo_loss
 from tests.methods.reparameterized.test_lora import fill
 from tests.tiny import roles_for, tiny_model
@@ -144,7 +144,7 @@ def test_loss_and_gradients_equal_trl(options: dict, config: dict, tmp_path: Any
     stack = Stack([Lora(name="lora", r=4, alpha=8.0)])
     stack.attach(model)
     fill(model)
-    from llmrecipe.methods.inject import all_ports
+    from llmrecipe.models.hooks.port import all_ports
 
     ports = {path: port for path, _, _, port in all_ports(model)}
     pairs = []

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.context import checkpoint_contexts
-from llmrecipe.errors import RecipeError
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.forward_context import checkpoint_contexts
+from llmrecipe.feedback.rewards.function import reward_function
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.objectives.alignment.advantages import clipped_value_loss
+from llmrecipe.objectives.alignment._engines.advantages import clipped_value_loss
 from llmrecipe.objectives.alignment.ppo import Ppo, share_slots
-from llmrecipe.rewards.function import reward_function
-from llmrecipe.rewards.reward import Answer
+from llmrecipe.objectives.reward_interface import Answer
 from tests.objectives.rollouts import REWARD, ROWS, gradients, mean_loss, samples_of, setting, updates
-from tests.runs import curve, events, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
 ANSWERS = [[8, 9, 10, 2], [11, 2], [13, 14, 15, 16, 17, 18], [25, 2]]
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.objectives.alignment.advantages import clipped_values
+from llmrecipe.engine.logprob import Post, token_logprobs
+from llmrecipe.methods._base.update_rule import MetricSums
+from llmrecipe.objectives.alignment._engines.advantages import clipped_values
 from llmrecipe.objectives.alignment.ppo import Ppo
-from llmrecipe.training.logprob import Post, token_logprobs
-from llmrecipe.training.rules import MetricSums
 from tests.objectives.rollouts import mean_loss, setting, updates
 from tests.objectives.test_ppo import ANSWERS, SHORT, known, options
-from tests.runs import curve, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, learned, resume, stop_after, train_recipe
 
 SCORES = [1.0, -0.5, 0.3, 0.8]
 

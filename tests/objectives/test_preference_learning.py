@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import events, train_recipe
+from tests.trainings import events, train_recipe
 
 
 @pytest.mark.parametrize("recipe", ["dpo_lora", "ipo_lora", "kto_lora", "orpo_lora", "simpo_lora"])

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.errors import ModelError, RecipeError, RunError
-from llmrecipe.methods.stack import Stack
-from llmrecipe.registry import PACKAGE
-from llmrecipe.training import assemble, opened, reference_model
-from tests.runs import curve, events, learned, resume, stop_after, train_recipe
+from llmrecipe.core.errors import ModelError, RecipeError, RunError
+from llmrecipe.core.registry import PACKAGE
+from llmrecipe.engine import reference_model
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.runs import open_model
+from llmrecipe.training import build_run
 from tests.tiny import tiny_model
+from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
 TINY = PACKAGE / "assets" / "tiny"
 SMALL = ["batch.size=4", "eval.batches=1", "data.max_length=64", "data.limit=16", "schedule=constant", "eval.at_start=false"]
@@ -115,7 +117,7 @@ def test_references_that_cannot_be_are_refused_before_weights_load(
     def unreachable(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(opened, "open_model", unreachable)
+    monkeypatch.setattr(open_model, "open_model", unreachable)
     monkeypatch.setattr(reference_model, "open_model", unreachable)
     with pytest.raises(RecipeError, match=message):
         train_recipe(tmp_path / "run", recipe, *SMALL, *words)
@@ -202,7 +204,7 @@ def test_the_other_model_is_gone_before_the_policy_is_opened_and_asked_once(
         return call
 
     monkeypatch.setattr(reference_model, "open_model", opening(reference_model.open_model, True))
-    monkeypatch.setattr(assemble, "open_for", opening(assemble.open_for, False))
+    monkeypatch.setattr(build_run, "open_for", opening(build_run.open_for, False))
     words = [*SMALL, "data.validation=null", "steps=6", f"objective.reference={other}"]
     train_recipe(tmp_path / "first", recipe, *words)
     # The forward passes that find out whether documents of a packed row stay apart are not the rows'.
@@ -249,7 +251,7 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["initial", "base"])
 def test_a_finished_run_is_evaluated_against_its_reference(which: str, tmp_path: Path) -> None:
     """On top of an SFT run: the margins are those of the run's own last evaluation, not zero."""
-    from llmrecipe.evaluation.standalone import evaluate_path
+    from llmrecipe.evaluation.evaluate_model import evaluate_path
 
     train_recipe(tmp_path / "sft", "sft_lora", "batch.size=4", "eval.batches=1", "data.limit=16", "steps=3")
     words = [*SMALL, "steps=3", "optim.lr=2e-3", f"model.path={tmp_path / 'sft'}", f"objective.reference={which}"]

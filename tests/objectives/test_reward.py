@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 from llmrecipe import load
+from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.data import prepare
-from llmrecipe.errors import ModelError, RunError
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
-from llmrecipe.models import heads
-from llmrecipe.models.speed import speed_up
+from llmrecipe.models import task_heads
+from llmrecipe.models.optimizations import speed_up
+from llmrecipe.objectives.alignment._engines.scoring import add_reward, score_sequences
 from llmrecipe.objectives.alignment.reward import Reward, calibration_error, correlation, normalisation, reward_loss
-from llmrecipe.objectives.alignment.scoring import add_reward, score_sequences
 from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
-from llmrecipe.training.opened import open_model
-from llmrecipe.training.roles import Roles
+from llmrecipe.runs.open_model import open_model
 from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill
 from tests.objectives.parity import PAIRS, arguments, lora_config, mean_loss, share_weights, word_tokenizer
 from tests.recipes.learning import COMPARISONS
-from tests.runs import events, train_recipe
 from tests.tiny import roles_for, tiny_model
+from tests.trainings import events, train_recipe
 
 
 def reward_model(packing: bool = True, adapter: bool = True, **options: Any) -> tuple[nn.Module, Roles, Reward]:
@@ -146,7 +146,7 @@ def test_head_is_float32_without_bias_and_the_language_head_does_not_train() -> 
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert "task_head.reward.weight" in trained and "lm_head.weight" not in trained
     assert "model.layers.0.self_attn.q_proj.weight" in trained
-    head = heads.ScalarHead(4000, 4001**-0.5, 1)
+    head = task_heads.ScalarHead(4000, 4001**-0.5, 1)
     assert float(head.weight.std()) == pytest.approx(4001**-0.5, rel=0.05)
     assert head(torch.ones(2, 4000, dtype=torch.bfloat16)).dtype == torch.float32
 
@@ -200,7 +200,7 @@ def test_a_reward_adapter_lies_beside_a_policy_on_one_base(tmp_path: Path) -> No
 
 
 def fill_only(model: nn.Module, owner: str) -> None:
-    from llmrecipe.methods.inject import all_ports
+    from llmrecipe.models.hooks.port import all_ports
 
     for _, _, _, port in all_ports(model, owner):
         for parameter in port.parameters():

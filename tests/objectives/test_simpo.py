@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrecipe.methods.stack import Stack
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment.simpo import Simpo, simpo_loss
 from tests.objectives.parity import (
     PAIRS,

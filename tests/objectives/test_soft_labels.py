@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
-from llmrecipe.errors import DataError
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
 from llmrecipe.objectives.alignment.dpo import Dpo, dpo_loss
 from llmrecipe.objectives.alignment.ipo import Ipo
 from llmrecipe.objectives.alignment.orpo import Orpo
 from llmrecipe.objectives.alignment.simpo import Simpo
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import DataSection
-from llmrecipe.training.check import examine
+from llmrecipe.training.dry_run import examine
 from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill
 from tests.objectives.parity import PAIRS

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli import app
-from llmrecipe.errors import RecipeError
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.origins import leaves
-from llmrecipe.recipe.search import all_recipes
-from llmrecipe.recipe.stages import plan
+from llmrecipe.recipe.pipeline_plan import plan
+from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.recipe_paths import all_recipes
 
 Project = Callable[..., Path]
 OWN = "data.path=mine.jsonl"

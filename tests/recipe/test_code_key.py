@@ -12,28 +12,28 @@ from typing import Any
 
 import pytest
 
-from llmrecipe import registry
-from llmrecipe.agents.agent import build
-from llmrecipe.errors import RunError
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RunError
+from llmrecipe.feedback.judges.labeller import build
 from llmrecipe.recipe.code_key import code_behind, code_of
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key
-from llmrecipe.recipe.stages import plan
+from llmrecipe.recipe.pipeline_plan import plan
 
 FILES = {
     "__init__.py": "",
-    "scores.py": "from llmrecipe.rewards.function import reward_function\nfrom keyed_plugin.words import GOOD\n\n\n"
+    "scores.py": "from llmrecipe.feedback.rewards.function import reward_function\nfrom keyed_plugin.words import GOOD\n\n\n"
     "@reward_function\ndef keyed_score(text):\n    return float(len(text) in GOOD)\n",
     "words.py": "GOOD = (1, 2)\n",
-    "voice.py": "from llmrecipe.agents.rule import agent_rule\n\n\n@agent_rule\ndef keyed_voice(ask, options):\n"
+    "voice.py": "from llmrecipe.feedback.judges.rule import agent_rule\n\n\n@agent_rule\ndef keyed_voice(ask, options):\n"
     "    return [3.0, 1.0] if options else 'well'\n",
-    "keyed_metric.py": "from llmrecipe.evaluation.metric import Metric\nfrom llmrecipe.registry import register\n\n\n"
+    "keyed_metric.py": "from llmrecipe.feedback.metric import Metric\nfrom llmrecipe.core.registry import register\n\n\n"
     "@register\nclass KeyedMetric(Metric):\n    def score(self, prediction, reference):\n        return 1.0\n",
-    "keyed_lora.py": "from llmrecipe.methods.wrapper import Wrapper\nfrom llmrecipe.registry import register\n\n\n"
+    "keyed_lora.py": "from llmrecipe.methods._base.method import Wrapper\nfrom llmrecipe.core.registry import register\n\n\n"
     "@register\nclass KeyedLora(Wrapper):\n    pass\n",
-    "keyed_loss.py": "from llmrecipe.objectives.objective import Objective\nfrom llmrecipe.registry import register\n\n\n"
+    "keyed_loss.py": "from llmrecipe.objectives.base import Objective\nfrom llmrecipe.core.registry import register\n\n\n"
     "@register\nclass KeyedLoss(Objective):\n    pass\n",
-    "keyed_agent.py": "from llmrecipe.agents.agent import Agent\nfrom llmrecipe.registry import register\n\n\n"
+    "keyed_agent.py": "from llmrecipe.feedback.judges.labeller import Agent\nfrom llmrecipe.core.registry import register\n\n\n"
     "@register\nclass KeyedAgent(Agent):\n    pass\n",
 }
 USES: list[dict[str, Any]] = [
@@ -51,8 +51,8 @@ USES: list[dict[str, Any]] = [
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An installed package with one component of several kinds."""
-    from llmrecipe.agents.rule import RULES
-    from llmrecipe.rewards.function import FUNCTIONS
+    from llmrecipe.feedback.judges.rule import RULES
+    from llmrecipe.feedback.rewards.function import FUNCTIONS
 
     folder = tmp_path / "site" / "keyed_plugin"
     folder.mkdir(parents=True)
@@ -105,7 +105,8 @@ def test_a_package_that_a_recipe_does_not_use_is_no_part_of_its_key(package: Pat
 def test_a_marked_function_of_a_script_is_known_with_what_it_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_rules: None
 ) -> None:
-    script = "from llmrecipe.agents.rule import agent_rule\nimport beside_it\n\n\n@agent_rule\ndef of_a_script(ask, options):\n"
+    script = "from llmrecipe.feedback.judges.rule import agent_rule\nimport beside_it\n\n\n"
+    script += "@agent_rule\ndef of_a_script(ask, options):\n"
     (tmp_path / "a_script.py").write_text(script + "    return [1.0, 1.0]\n")
     (tmp_path / "beside_it.py").write_text("x = 1\n")
     (tmp_path / "unrelated.py").write_text("x = 1\n")
@@ -168,8 +169,8 @@ def test_only_the_stages_that_use_a_plugin_have_another_folder(pipeline: Path) -
 
 
 def test_code_changed_on_the_way_is_not_run_under_the_old_key(pipeline: Path) -> None:
-    from llmrecipe.training.children import Children, Machine
-    from llmrecipe.training.pipeline import Pipeline, _started
+    from llmrecipe.pipelines.run_stages import Pipeline, _started
+    from llmrecipe.pipelines.subprocesses import Children, Machine
 
     command = "llmrecipe train recipe=two.yaml"
     made = Pipeline(plan(compose("two.yaml")), command, Children(Machine(1, (), 1)))

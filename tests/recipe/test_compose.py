@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe import registry
-from llmrecipe.errors import RecipeError
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose, to_yaml
 from llmrecipe.recipe.explain import explain
-from llmrecipe.recipe.search import all_recipes
+from llmrecipe.recipe.recipe_paths import all_recipes
 
 Project = Callable[..., Path]
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from llmrecipe import registry
 from llmrecipe.cli.app import run
-from llmrecipe.errors import RecipeError
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.validate import build_component

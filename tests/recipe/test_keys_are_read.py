@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe import registry
+from llmrecipe.core import registry
+from llmrecipe.core.registry import PACKAGE
 from llmrecipe.recipe.schema import Recipe, Section
-from llmrecipe.registry import PACKAGE
 
 WORK = [p for p in sorted(PACKAGE.rglob("*.py")) if "recipe" not in p.relative_to(PACKAGE).parts[:1]]
 """Everything but the code that composes and validates recipes, which handles every key alike."""
 ROUTED = {"search": "llmrecipe/recipe", "stages": "llmrecipe/recipe", "plugins": "llmrecipe/recipe"}
 """Top-level keys that composition itself acts on."""
-READ_FOR_THEM = {"clip": "training/run.py", "mask": "training/assemble.py"}
+READ_FOR_THEM = {"clip": "training/run_state.py", "mask": "training/build_run.py"}
 """Options that the loop or the data layer reads in a component's place."""
 
 
@@ -61,7 +61,7 @@ def schema_fields() -> list[tuple[str, str]]:
 def test_every_key_of_the_schema_is_read_by_the_work(section: str, name: str) -> None:
     readers = [p.relative_to(PACKAGE).as_posix() for p in WORK if name in attributes(p)]
     # `split` of the data decides by name which of the two keys it reads.
-    readers += ["data/sources.py"] if section == "data" and name in ("validation", "test") else []
+    readers += ["data/formats/sources.py"] if section == "data" and name in ("validation", "test") else []
     assert readers, f"{section}.{name} is accepted and read by nothing"
 
 

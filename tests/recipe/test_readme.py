@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmrecipe import registry
-from llmrecipe.recipe.table import BEGIN, END, methods_table
+from llmrecipe.core import registry
+from llmrecipe.recipe.methods_table import BEGIN, END, methods_table
 from tests.support import ROOT
 
 

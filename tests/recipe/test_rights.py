@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.cli.app import run as cli
-from llmrecipe.errors import RecipeError
-from llmrecipe.evaluation.recipe_of import recipe_of
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.evaluation.eval_recipe import recipe_of
+from llmrecipe.pipelines.search.study import Search
 from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.pipeline_plan import plan
 from llmrecipe.recipe.rights import RIGHTS, is_artefact, rights_of
-from llmrecipe.recipe.stages import plan
-from llmrecipe.search.study import Search
 
 BOTH = "model: {trust_remote_code: true, allow_pickle: true}\n"
 

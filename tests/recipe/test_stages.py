@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.errors import RecipeError
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key, local_files
-from llmrecipe.recipe.inherit import text_of
 from llmrecipe.recipe.overrides import parse as parse_words
-from llmrecipe.recipe.stages import Plan, for_check, in_order, parse, plan, refuse_stages
+from llmrecipe.recipe.pipeline_plan import Plan, for_check, in_order, parse, plan, refuse_stages
+from llmrecipe.recipe.run_recipe import text_of
 
 Project = Callable[..., Path]
 ROWS = '{"prompt": "a", "completion": "b"}\n'
@@ -308,7 +308,7 @@ def test_the_result_of_a_stage_means_nothing_outside_a_pipeline() -> None:
 @pytest.mark.parametrize("name", ["sft_dpo", "rlhf", "distill_answers"])
 def test_packaged_pipelines_are_planned_without_torch(name: str) -> None:
     code = (
-        "import sys, json; from llmrecipe.recipe.compose import compose; from llmrecipe.recipe.stages import plan; "
+        "import sys, json; from llmrecipe.recipe.compose import compose; from llmrecipe.recipe.pipeline_plan import plan; "
         f"made = plan(compose({name!r})); print(json.dumps([[s.name for s in made.stages], 'torch' in sys.modules]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llmrecipe import registry
-from llmrecipe.errors import RecipeError, did_you_mean
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.compose import compose, compose_mapping, section_defaults
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.validate import build_component, instantiate, validate

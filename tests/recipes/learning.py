@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrecipe.registry import PACKAGE
-from llmrecipe.rewards.function import reward_function
+from llmrecipe.core.registry import PACKAGE
+from llmrecipe.feedback.rewards.function import reward_function
 
 DATA = PACKAGE / "assets" / "data"
 Row = dict[str, Any]
@@ -226,7 +226,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
-    "rlhf": ShownBy("tests/rewards/test_reward_model.py::test_a_learned_reward_teaches_manners"),
+    "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_preference_model_teaches_what_its_labels_say"),
     "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_an_agent_teach_its_preferences"),
     # leaderboards

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.recipe.search import packaged, recipes_in
+from llmrecipe.recipe.recipe_paths import packaged, recipes_in
 from tests.recipes.learning import LEARNING, Learns, ShownBy
-from tests.runs import events, train_recipe
+from tests.trainings import events, train_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = {name: proof for name, proof in LEARNING.items() if isinstance(proof, Learns)}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.agents.rule import agent_rule
 from llmrecipe.cli import app
+from llmrecipe.feedback.judges.rule import agent_rule
+from llmrecipe.pipelines import run_stages
 from llmrecipe.recipe.compose import compose
-from llmrecipe.training import pipeline
 from tests.recipes.learning import LABELS, LISTS, PAIRS
-from tests.runs import events
+from tests.trainings import events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 inside = pytest.mark.usefixtures("started")
@@ -29,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stages(recipe: str, *words: str) -> dict[str, Path]:
     """The folder every stage left."""
-    return {r.stage: Path(r.dir) for r in pipeline.run(compose(recipe, list(words)))}
+    return {r.stage: Path(r.dir) for r in run_stages.run(compose(recipe, list(words)))}
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_a_student_learns_what_its_teacher_knows(place: Path) -> None:
 @agent_rule
 def by_chance(ask: Any, options: Any) -> Any:
     """Prefers one of two answers for no reason, the same one in both orders; otherwise it is the built-in rule."""
-    from llmrecipe.agents.rule import manners
+    from llmrecipe.feedback.judges.rule import manners
 
     if ask.task != "compare":
         return manners(ask, options)

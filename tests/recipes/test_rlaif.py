@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.cli import app
+from llmrecipe.pipelines import run_stages
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.stages import plan
-from llmrecipe.training import pipeline
-from tests.runs import events
+from llmrecipe.recipe.pipeline_plan import plan
+from tests.trainings import events
 
 STAGES = ["drafts", "critique", "sft", "pairs", "labels", "reward", "ppo"]
 FEW = [
@@ -50,14 +50,14 @@ def test_the_stages_and_what_each_reads() -> None:
 
 @pytest.mark.slow
 def test_a_few_steps_of_each_stage(tmp_path: Path, started: list[str]) -> None:
-    results = pipeline.run(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
+    results = run_stages.run(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
     assert started == STAGES and [r.stage for r in results] == STAGES
     labels = Path(next(r.dir for r in results if r.stage == "labels"))
     rows = [json.loads(line) for line in (labels / "train.jsonl").read_text().splitlines()]
     metrics = json.loads((labels / "final" / "metrics.json").read_text())
     assert rows and all(r["p"] == pytest.approx(0.9) for r in rows) and metrics["train/agreement"] == 1.0
     assert all("rewards/rule" in e for e in events(Path(results[-1].dir)))
-    again = pipeline.run(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
+    again = run_stages.run(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
     assert started == STAGES and {r.how for r in again} == {"reused"}
 
 

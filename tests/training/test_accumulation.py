@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe import registry
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core import registry
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._base.update_rule import StepContext, StepResult, backprop
 from llmrecipe.recipe.schema import RuntimeSection
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.roles import Roles
-from llmrecipe.training.rules import StepContext, StepResult, backprop
+from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run import Run
-from llmrecipe.training.runtime import Runtime
-from tests.runs import events, train_recipe
 from tests.tiny import Tokenizer, tiny_model
+from tests.trainings import events, train_recipe
 
 LENGTHS = [2, 9, 4, 7, 3, 11, 5, 6]
 

@@ -13,7 +13,7 @@ from llmrecipe.recipe.schema import EvalSection
 from llmrecipe.training import run as run_module
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
-from tests.runs import events, learned, resume, stop_after, train_recipe
+from tests.trainings import events, learned, resume, stop_after, train_recipe
 
 SHORT = ["steps=6", "batch.size=4", "data.limit=12", "eval.every=2", "eval.at_start=false"]
 STACKS = {

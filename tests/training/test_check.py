@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.errors import ModelError, UserError
-from llmrecipe.recipe.search import all_recipes
-from llmrecipe.training.check import check
-from tests.runs import train_recipe
+from llmrecipe.core.errors import ModelError, UserError
+from llmrecipe.recipe.recipe_paths import all_recipes
+from llmrecipe.training.dry_run import check
+from tests.trainings import train_recipe
 
 FEW = ("adalora", "classify", "clm", "kto_lora", "mezo", "ppo", "prefix_tuning", "qlora", "reward", "spt")
 """At least one recipe of each family; the bulk is slow."""

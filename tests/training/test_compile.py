@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrecipe.errors import RecipeError
-from llmrecipe.models.speed import ready_to_compile
-from tests.runs import curve, train_recipe
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.models.optimizations import ready_to_compile
+from tests.trainings import curve, train_recipe
 
 SMALL = ["model.init=random", "model.config={num_hidden_layers: 1}", "steps=3", "batch.size=4", "eval.test=false"]
 QUIET = ["eval.at_start=false", "eval.batches=1"]

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.errors import RunError
+from llmrecipe.core.errors import RunError
 from llmrecipe.recipe.compose import compose
-from llmrecipe.training import finish
+from llmrecipe.runs.checkpoint_io import rotate, save_checkpoint, steps
+from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.training import run as run_module
-from llmrecipe.training.checkpoint import rotate, save_checkpoint, steps
+from llmrecipe.training import save_run
 from llmrecipe.training.evaluate import Evaluation
 from llmrecipe.training.run import Run
-from llmrecipe.training.run_dir import RunDir
 from llmrecipe.training.train import train
-from tests.runs import learned, resume, train_recipe
+from tests.trainings import learned, resume, train_recipe
 
 SHORT = ["steps=3", "batch.size=1", "data.limit=3", "eval.every=1", "eval.at_start=false", "save.every=2", "data.packing=off"]
 LOSSES = {1: 1.0, 2: 2.0, 3: 3.0}
@@ -53,9 +53,9 @@ def killed_at(moment: int) -> Iterator[list[str]]:
 
         return call
 
-    original = finish.finish
+    original = save_run.finish
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "finish", lambda run: (begun.append(True), original(run)))
+        patch.setattr(save_run, "finish", lambda run: (begun.append(True), original(run)))
         for name in CALLS:
             patch.setattr(os, name, counted(name, getattr(os, name)))
         yield made
@@ -186,8 +186,8 @@ def test_only_bests_that_nothing_returns_to_are_deleted(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoints", 2, {}, {"judge": {"best_step": 1}})
     save_checkpoint(tmp_path / "checkpoints", 3, {}, {"judge": {"best_step": 3}})
     run: Any = SimpleNamespace(dir=SimpleNamespace(path=tmp_path), best=SimpleNamespace(best_step=4))
-    finish.forget_worse(run)
+    save_run.forget_worse(run)
     assert steps(tmp_path / "best") == [1, 3, 4]
     rotate(tmp_path / "checkpoints", keep=1)
-    finish.forget_worse(run)
+    save_run.forget_worse(run)
     assert steps(tmp_path / "best") == [3, 4]

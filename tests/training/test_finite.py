@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.errors import RunError
-from llmrecipe.training import finish
+from llmrecipe.core.errors import RunError
+from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.training import run as run_module
-from llmrecipe.training.finite import not_finite
+from llmrecipe.training import save_run
+from llmrecipe.training.finite_check import not_finite
 from llmrecipe.training.run import Run
-from llmrecipe.training.run_dir import RunDir
-from tests.runs import train_recipe
+from tests.trainings import train_recipe
 
 ONE = ["steps=1", "batch.size=1", "data.limit=3", "data.packing=off", "eval.batches=1", "eval.at_start=false"]
 HUGE = {
@@ -122,7 +122,7 @@ def test_a_run_that_skipped_one_step_is_done(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_weight_beyond_the_dtype_it_is_written_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish.heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {}))
+    monkeypatch.setattr(save_run.heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {}))
     with pytest.raises(RunError, match=r"model\.dtype: weights of model\.norm\.weight are beyond the range of float16"):
         train_recipe(tmp_path / "run", "sft", *ONE, "model.dtype=float16", "eval.load_best=false")
     assert state(tmp_path / "run")["status"] == "failed"

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.errors import RunError
-from llmrecipe.methods.inject import Port, inject
+from llmrecipe.core.errors import RunError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import Port, inject
 from llmrecipe.training import first_step
-from llmrecipe.training.rules import StepResult
-from tests.runs import events, learned, train_recipe
-from tests.training.test_runtime import start
+from tests.runtime.test_processes import start
+from tests.trainings import events, learned, train_recipe
 
 SHORT = (
     "steps=2",
@@ -174,7 +174,7 @@ WORKER = """
 from llmrecipe.methods.inject import Port, inject
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.errors import UserError
-from tests.runs import train_recipe
+from tests.trainings import train_recipe
 
 case, steps, calls, original = sys.argv[2], sys.argv[3], [], Lora.attach
 rank = int(os.environ["RANK"])

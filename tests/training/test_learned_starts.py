@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llmrecipe import load
-from llmrecipe.export.merged import export_merged
-from llmrecipe.export.peft import export_peft
-from tests.runs import curve, events, learned, resume, stop_after, train_recipe
+from llmrecipe.interop.merged import export_merged
+from llmrecipe.interop.peft.exporter import export_peft
+from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
 SHORT = ["steps=5", "batch.size=4", "data.limit=12", "data.max_length=64", "eval.batches=1", "stack.lora.init_batches=2"]
 CASES = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe import registry
-from llmrecipe.context import activate
-from llmrecipe.data.batch import Sequence, pack
-from llmrecipe.methods.stack import Stack
-from llmrecipe.training.engine import Engine
-from llmrecipe.training.memory import activation_elements, estimate, optimizer_bytes, retained_bytes, saved_bytes
-from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+from llmrecipe.core import registry
+from llmrecipe.core.forward_context import activate
+from llmrecipe.data.collate import Sequence, pack
+from llmrecipe.engine.forward import Engine
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
+from llmrecipe.training.memory_estimate import activation_elements, estimate, optimizer_bytes, retained_bytes, saved_bytes
 from tests.tiny import tiny_model
 
 LLAMA = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}

@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmrecipe import registry
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Wrapper
-from llmrecipe.training.memory import delta_bytes, estimate, optimizer_bytes
-from llmrecipe.training.optimizer import build_optimizer, parameter_groups
+from llmrecipe.core import registry
+from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
+from llmrecipe.training.memory_estimate import delta_bytes, estimate, optimizer_bytes
 from tests.methods.additive.harness import model_of
 from tests.methods.formulas import FORMULAS, shape
 from tests.methods.kinds import BASES, CHANGES, Cell, put, wrapper_of
@@ -79,7 +79,7 @@ def test_what_trains_is_the_closed_form(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BASES)
 def test_the_weight_of_a_quantized_base_is_known_before_it_is_read(kind: str) -> None:
-    from llmrecipe.methods.quantized import quantized
+    from llmrecipe.methods._engines.quantized import quantized
 
     model, planned = skeleton(kind, "llama")
     made = put(model_of("llama"), wrapper_of(kind))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.contract import KINDS
-from tests.runs import curve, events, learned, resume, stop_after, train_recipe
-from tests.training.test_process_matrix import LIMIT, OBJECTIVES, sampled, words_of
+from tests.runtime.test_process_matrix import LIMIT, OBJECTIVES, sampled, words_of
+from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
 SHORT = ["steps=2", "batch.size=3", "batch.micro=2", "data.limit=6", "data.max_length=64", "eval.batches=1", "eval.every=null"]
 START: dict[str, dict[str, float]] = {

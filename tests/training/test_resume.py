@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrecipe.errors import RunError
+from llmrecipe.core.errors import RunError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.training.train import train
-from tests.runs import QUIET, curve, events, learned, resume, stop_after, train_recipe
+from tests.trainings import QUIET, curve, events, learned, resume, stop_after, train_recipe
 
 # Ten rows in batches of four: three steps an epoch, the last of two rows; eight steps end in the third epoch.
 SHORT = ["steps=8", "batch.size=4", "batch.micro=2", "data.limit=10"]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.errors import RecipeError, RunError
-from llmrecipe.training.roles import Roles
-from tests.runs import events, resume, stop_after, train_recipe
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.engine.role_models import Roles
+from tests.trainings import events, resume, stop_after, train_recipe
 
 SMALL = ["steps=1", "batch.size=4", "eval.batches=1", "data.max_length=64"]
 

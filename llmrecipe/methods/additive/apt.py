@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.fields import Literal, OpenFraction, PositiveInt
-from llmrecipe.methods import prefix_kv, prefix_scores
-from llmrecipe.methods.inject import inject
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
+from llmrecipe.models.hooks.port import inject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,14 +59,14 @@ class Apt(Wrapper):
         parts = anatomy(model)
         shift = self.positions == "shift"
         plan = prefix_kv.Plan(self.target, self.num_virtual_tokens, dropout=self.dropout, shift=shift)
-        for port, roles in prefix_kv.attach(model, self.name, plan, structure, prefix_scores.ScoredTables):
+        for port, roles in prefix_kv.attach(model, self.name, plan, structure, apt_gates.ScoredTables):
             sites = [site for group in roles.values() for site in group]
             decoder = sites[0].side == "decoder" and parts.causal
             port.summary = ("prompt_mean" if decoder else "first") if self.summary == "auto" else self.summary  # type: ignore[assignment]
             blocks = {(s.side, s.layer): s for s in parts.sites if s.role == "block"}
             for layer in dict.fromkeys((s.side, s.layer) for s in sites):
                 block = blocks[layer]
-                scores = prefix_scores.BlockScores(
+                scores = apt_gates.BlockScores(
                     block.layer or 0, block.width_out, self.num_virtual_tokens, self.token_gate, self.layer_gate, self.gate_bias
                 )
                 inject(block.module, self.name, scores.to(next(model.parameters()).device), self.name)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, activate, current
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Literal, PositiveFloat, PositiveInt
-from llmrecipe.methods import bottleneck
-from llmrecipe.methods.inject import DELTA, Port, device_of, inject
-from llmrecipe.methods.prefix_kv import tokens_of
-from llmrecipe.methods.routing import iterated_top_k, soft_top_k
-from llmrecipe.methods.wrapper import Stage, Wrapper
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate, current
+from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.additive._engines import bottleneck
+from llmrecipe.methods.additive._engines.prefix_kv import tokens_of
+from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_top_k
 from llmrecipe.models.attention import Attend, Picked
+from llmrecipe.models.hooks.port import DELTA, Port, device_of, inject
 from llmrecipe.models.kv_cache import prompts_of
-from llmrecipe.registry import register
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import current
-from llmrecipe.data.tasks import Tasks
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Field, Literal
-from llmrecipe.methods.inject import SCALE, Port, device_of, inject, merge_ports, row_index
-from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import current
+from llmrecipe.core.option_types import Field, Literal
+from llmrecipe.core.registry import register
+from llmrecipe.core.tasks import Tasks
+from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
+from llmrecipe.models.hooks.port import SCALE, Port, device_of, inject, merge_ports, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy
@@ -267,7 +267,7 @@ class Ia3(Wrapper):
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """No weight decay."""
-        from llmrecipe.methods.inject import own_tensors
+        from llmrecipe.models.hooks.port import own_tensors
 
         return [ParamGroup(frozenset(own_tensors(model, self.name)), weight_decay=0.0)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.fields import Literal, OpenFraction, PositiveInt
-from llmrecipe.methods import prefix_kv
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.additive._engines import prefix_kv
 
 if TYPE_CHECKING:
     from torch import nn

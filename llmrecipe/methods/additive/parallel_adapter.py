@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
-from llmrecipe.methods import bottleneck
-from llmrecipe.methods.inject import device_of, inject, row_index
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.additive._engines import bottleneck
+from llmrecipe.models.hooks.port import device_of, inject, row_index
 
 if TYPE_CHECKING:
-    from llmrecipe.methods.bottleneck import Sublayer
+    from llmrecipe.methods.additive._engines.bottleneck import Sublayer
     from llmrecipe.models.anatomy import Anatomy
     from llmrecipe.models.site import Site
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.fields import Literal, OpenFraction, PositiveInt
-from llmrecipe.methods import prefix_kv, prefix_scores
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,7 @@ class PrefixTuning(Wrapper):
         if self.gate == "none":
             prefix_kv.attach(model, self.name, self.plan(), structure)
         else:
-            prefix_scores.attach_gated(model, self.name, self.plan(), structure, self.gate)
+            apt_gates.attach_gated(model, self.name, self.plan(), structure, self.gate)
 
     def calibrates(self) -> bool:
         """Whether the start is a text."""

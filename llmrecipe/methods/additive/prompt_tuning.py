@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.fields import Literal, PositiveInt
-from llmrecipe.methods import prefix_kv, slots
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.option_types import Literal, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.additive._engines import prefix_kv, virtual_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,8 +45,8 @@ class PromptTuning(Wrapper):
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Open the slots and fill them."""
-        slots.attach(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
-        slots.start(model, self.name, self.init)
+        virtual_tokens.attach(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
+        virtual_tokens.start(model, self.name, self.init)
 
     def calibrates(self) -> bool:
         """Whether the start is a text."""
@@ -56,11 +56,11 @@ class PromptTuning(Wrapper):
         """Copy the embeddings of `init_text`."""
         if self.init == "text":
             ids = prefix_kv.text_ids(probe.tokenizer, self.init_text, self.num_virtual_tokens, self.name)
-            slots.copy_tokens(model, self.name, ids)
+            virtual_tokens.copy_tokens(model, self.name, ids)
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
         """The rows, where they come first: a merged folder adds them to the vocabulary."""
-        return slots.rows_of(model, self.name)[1].embeddings.detach() if self.position == "prefix" else None
+        return virtual_tokens.rows_of(model, self.name)[1].embeddings.detach() if self.position == "prefix" else None
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: P d."""

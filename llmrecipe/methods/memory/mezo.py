@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmrecipe.errors import RecipeError
-from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods.mezo_history import History, header_of, recall
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.methods.zeroth_order import (
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._base.update_rule import MetricSums, StepContext, StepResult
+from llmrecipe.methods.memory._engines.replay import History, header_of, recall
+from llmrecipe.methods.memory._engines.zeroth_order import (
     Entry,
     InPlace,
     Layerwise,
@@ -24,13 +26,11 @@ from llmrecipe.methods.zeroth_order import (
     projected_gradient,
     update,
 )
-from llmrecipe.registry import register
-from llmrecipe.training.rules import MetricSums, StepContext, StepResult
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmrecipe.data.batch import Batch
+    from llmrecipe.data.collate import Batch
 
 
 NEGLIGIBLE = 1e-3

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmrecipe.fields import Field, Literal
-from llmrecipe.methods.quantized import adopt, dequantize_model, layers, quantized, replace_linears, skip_patterns
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.option_types import Field, Literal
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._engines.quantized import adopt, dequantize_model, layers, quantized, replace_linears, skip_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods import low_rank
-from llmrecipe.methods.biases import open_biases
-from llmrecipe.methods.inject import all_ports, device_of, inject, merge_ports, row_index
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.option_types import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods._engines import low_rank
+from llmrecipe.methods._engines.biases import open_biases
+from llmrecipe.models.hooks.port import all_ports, device_of, inject, merge_ports, row_index
 
 FACTORS = ("A", "E", "B")
 """Q (r, in), the singular values (r, 1), P (out, r)."""

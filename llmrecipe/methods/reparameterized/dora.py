@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods import low_rank
-from llmrecipe.methods.biases import BiasMaster, open_biases
-from llmrecipe.methods.inject import Port, all_ports, device_of, inject, merge_ports, row_index
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
+from llmrecipe.methods._engines import low_rank
+from llmrecipe.methods._engines.biases import BiasMaster, open_biases
+from llmrecipe.methods._engines.dora_norm import Gain
+from llmrecipe.methods._engines.effective_weight import ports_under, weight_below
 from llmrecipe.methods.reparameterized.lora import pattern_value
-from llmrecipe.methods.rescaling import Gain
-from llmrecipe.methods.weight_below import ports_under, weight_below
-from llmrecipe.methods.wrapper import ParamGroup, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.models.hooks.port import Port, all_ports, device_of, inject, merge_ports, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site

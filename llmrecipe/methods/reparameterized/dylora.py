@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Literal, NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods import low_rank
-from llmrecipe.methods.inject import all_ports, device_of, inject, merge_ports, row_index
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.option_types import Literal, NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._engines import low_rank
+from llmrecipe.models.hooks.port import all_ports, device_of, inject, merge_ports, row_index
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods import low_rank, starts
-from llmrecipe.methods.biases import BiasMaster, make_room, open_biases
-from llmrecipe.methods.inject import all_ports, inject, merge_ports
-from llmrecipe.methods.requantized import Requantized, give_codes
-from llmrecipe.methods.wrapper import ParamGroup, Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
+from llmrecipe.methods._engines import initialization, low_rank
+from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
+from llmrecipe.methods._engines.loftq_codes import Requantized, give_codes
+from llmrecipe.models.hooks.port import all_ports, inject, merge_ports
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +100,7 @@ class Lora(Wrapper):
         ranks = (structure or {}).get("ranks", {})
         for site in sites:
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
-            starts.check(site, self.init, r)
+            initialization.check(site, self.init, r)
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
             if tied is not None and site.role == "head":
@@ -110,7 +110,7 @@ class Lora(Wrapper):
                 if learned == 0:
                     continue
                 port = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
-                starts.start(port, self.init, site.module)
+                initialization.start(port, self.init, site.module)
             inject(site.module, site.name(self.name), port, self.name)
         if self.loftq_iter > 1:
             give_codes(sites, self.name, "loftq_iter")
@@ -127,14 +127,14 @@ class Lora(Wrapper):
 
     def calibrates(self) -> bool:
         """Whether the start is made from data, or from the weights before they were quantized."""
-        return self.init in starts.FROM_DATA
+        return self.init in initialization.FROM_DATA
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Make that start."""
         if self.calibrates():
-            from llmrecipe.methods import learned_starts
+            from llmrecipe.methods._engines import data_init
 
-            learned_starts.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho, self.loftq_iter)
+            data_init.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho, self.loftq_iter)
 
     def starts_at_base(self) -> bool:
         """All but loftq do: that starts nearer to the model before it was quantized."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Literal
-from llmrecipe.methods.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
-from llmrecipe.methods.inject import Port, all_ports, eject, inject, row_index
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Literal
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._engines.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
+from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
-from llmrecipe.methods.counter import bernoulli
-from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines.counter_rng import bernoulli
+from llmrecipe.methods.selective._engines.sparse_method import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,8 +98,8 @@ class ChildTuning(SparseHooks, Wrapper):
         """d: score the scope and take the top p of it."""
         if self.variant == "f":
             return
-        from llmrecipe.methods import selection
-        from llmrecipe.methods.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines import selection
+        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
         weights = candidates(model, self._scope())
         examples = self.num_samples or probe.rows

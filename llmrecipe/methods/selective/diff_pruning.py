@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from llmrecipe.methods.gate_phase import GatePhase
-from llmrecipe.methods.sparse_wrapper import attach_chosen, base_weights, chosen_from
-from llmrecipe.methods.wrapper import Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.selective._engines.l0_phase import GatePhase
+from llmrecipe.methods.selective._engines.sparse_method import attach_chosen, base_weights, chosen_from
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmrecipe.methods.hard_concrete import DiffGate
-    from llmrecipe.methods.sparse_delta import Chosen
+    from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
+    from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
 
 @register
@@ -85,7 +85,7 @@ class DiffPruning(GatePhase, Wrapper):
         Raises:
             ModelError: a tensor of the scope is quantized.
         """
-        from llmrecipe.methods.hard_concrete import DiffGate
+        from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
 
         if structure is not None and structure["phase"] == "fixed":
             attach_chosen(model, self.name, chosen_from(structure))
@@ -108,8 +108,8 @@ class DiffPruning(GatePhase, Wrapper):
 
     def survivors(self, model: nn.Module, ports: list[DiffGate], draw: str) -> dict[str, Chosen]:
         """The largest |delta| of all entries together."""
-        from llmrecipe.methods.selection import top_k
-        from llmrecipe.methods.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines.selection import top_k
+        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
         k = int(self.density * sum(port.w.numel() for port in ports))
         if k < 1:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Annotated, Field, Literal, PositiveInt
-from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines.sparse_method import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ class Fishmask(SparseHooks, Wrapper):
         Raises:
             ModelError: nothing is left for the base.
         """
-        from llmrecipe.models.heads import is_head
+        from llmrecipe.models.task_heads import is_head
 
         total = sum(w.numel for w in base_weights(model, self.scope).values())
         k = int(self.density * total)
@@ -88,9 +88,9 @@ class Fishmask(SparseHooks, Wrapper):
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score, take the top k, inject their ports."""
-        from llmrecipe.methods import selection
-        from llmrecipe.methods.counter import uniform
-        from llmrecipe.methods.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines import selection
+        from llmrecipe.methods.selective._engines.counter_rng import uniform
+        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
         targets = selection.sampled_targets(probe.engine, self.draws, self.seed) if self.sample_type == "expect" else None
 

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.fields import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from llmrecipe.methods.gate_phase import GatePhase
-from llmrecipe.methods.sparse_wrapper import attach_chosen, chosen_from
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.option_types import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines.l0_phase import GatePhase
+from llmrecipe.methods.selective._engines.sparse_method import attach_chosen, chosen_from
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmrecipe.methods.hard_concrete import GroupGate
-    from llmrecipe.methods.sparse_delta import Chosen
-    from llmrecipe.methods.weight_groups import Family
+    from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
+    from llmrecipe.methods.selective._engines.sparse_delta import Chosen
+    from llmrecipe.methods.selective._engines.weight_groups import Family
 
 GATED = ("l0_steps", "l0", "l0_per_parameter", "l0_warmup", "low", "high", "alpha_init", "w_lr_scale", "alpha_lr_scale")
 """Options that only `hard_l0: true` reads."""
@@ -100,7 +100,7 @@ class GroupMask(GatePhase, Wrapper):
             RecipeError: `remove` was asked for, or an option is set that this choice of `hard_l0` does not read.
             ModelError: not even one group fits the budget, or gates meet a quantized tensor.
         """
-        from llmrecipe.methods.weight_groups import families
+        from llmrecipe.methods.selective._engines.weight_groups import families
 
         self._refuse()
         if structure is not None and structure.get("phase") != "l0":
@@ -122,7 +122,7 @@ class GroupMask(GatePhase, Wrapper):
                 raise RecipeError(f"stack.{self.name}.{key}: {given} has no effect: {why}; drop the key or change hard_l0")
 
     def _gate(self, model: nn.Module, found: list[Family]) -> None:
-        from llmrecipe.methods.hard_concrete import GroupGate
+        from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
 
         for family in found:
             first = None
@@ -146,7 +146,7 @@ class GroupMask(GatePhase, Wrapper):
 
     def survivors(self, model: nn.Module, ports: list[GroupGate], draw: str) -> dict[str, Chosen]:
         """The groups with the largest delta^2."""
-        from llmrecipe.methods.weight_groups import families
+        from llmrecipe.methods.selective._engines.weight_groups import families
 
         found = families(model, self.group, self.scope)
         differences = {port.source: port for port in ports}
@@ -158,7 +158,7 @@ class GroupMask(GatePhase, Wrapper):
 
     def plan(self, model: nn.Module) -> int:
         """At most so many numbers."""
-        from llmrecipe.methods.weight_groups import families
+        from llmrecipe.methods.selective._engines.weight_groups import families
 
         return self.budget(families(model, self.group, self.scope))
 
@@ -180,7 +180,7 @@ class GroupMask(GatePhase, Wrapper):
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score the groups, take the best, inject their ports; `hard_l0` chooses later."""
-        from llmrecipe.methods.weight_groups import families
+        from llmrecipe.methods.selective._engines.weight_groups import families
 
         if not self.hard_l0:
             found = families(model, self.group, self.scope)
@@ -188,7 +188,7 @@ class GroupMask(GatePhase, Wrapper):
 
     def _best(self, found: list[Family], scores: list[Tensor]) -> dict[str, Chosen]:
         """The best groups within the budget; `scores` are (groups,) sums of each family."""
-        from llmrecipe.methods.weight_groups import chosen_of, pick
+        from llmrecipe.methods.selective._engines.weight_groups import chosen_of, pick
 
         if self.normalize == "mean":
             scores = [s / f.size for s, f in zip(scores, found, strict=True)]
@@ -197,7 +197,7 @@ class GroupMask(GatePhase, Wrapper):
     def _scores(self, model: nn.Module, probe: Probe, found: list[Family]) -> list[Tensor]:
         """(groups,) summed scores of each family."""
         if self.score == "random":
-            from llmrecipe.methods.counter import uniform
+            from llmrecipe.methods.selective._engines.counter_rng import uniform
 
             # Times the size: chance decides between groups, not between sizes, once the mean is taken.
             return [uniform(f"{self.seed}:{f.name}", 0, f.count) * f.size for f in found]
@@ -215,7 +215,7 @@ class GroupMask(GatePhase, Wrapper):
         return totals
 
     def _entry_scores(self, model: nn.Module, probe: Probe, part: dict[str, Any]) -> dict[str, Tensor]:
-        from llmrecipe.methods import selection
+        from llmrecipe.methods.selective._engines import selection
 
         if self.score == "magnitude":
             if any(w.quantized for w in part.values()):

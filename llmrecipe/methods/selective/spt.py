@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.errors import ModelError
-from llmrecipe.fields import Literal, OpenFraction, PositiveFloat, PositiveInt
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.sparse_wrapper import SparseHooks, attach_chosen, base_weights, chosen_from, sparse_ports
-from llmrecipe.methods.wrapper import Probe, Stage, Wrapper
-from llmrecipe.registry import register
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.option_types import Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines.sparse_method import (
+    SparseHooks,
+    attach_chosen,
+    base_weights,
+    chosen_from,
+    sparse_ports,
+)
+from llmrecipe.models.hooks.port import all_ports
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmrecipe.methods.allocation import Allocation, Tunable
+    from llmrecipe.methods.selective._engines.spt_allocation import Allocation, Tunable
     from llmrecipe.models.site import Site
 
 
@@ -80,7 +86,7 @@ class Spt(SparseHooks, Wrapper):
 
     def _tunables(self, model: nn.Module) -> list[Tunable]:
         """Candidates: matrices of projections, and the one-dimensional tensors of the blocks and the final norm."""
-        from llmrecipe.methods.allocation import Tunable
+        from llmrecipe.methods.selective._engines.spt_allocation import Tunable
 
         matrices = {id(site.module.weight): site for site in _projections(model)}
         found = []
@@ -113,8 +119,8 @@ class Spt(SparseHooks, Wrapper):
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score the candidates, allocate the budget, inject what was chosen."""
-        from llmrecipe.methods.allocation import allocate
-        from llmrecipe.methods.selection import pattern
+        from llmrecipe.methods.selective._engines.selection import pattern
+        from llmrecipe.methods.selective._engines.spt_allocation import allocate
 
         tunables = self._tunables(model)
         scores = self._scores(model, probe, [t.name for t in tunables])
@@ -122,7 +128,7 @@ class Spt(SparseHooks, Wrapper):
         self._inject(model, allocate(tunables, keys, self.limit(tunables), self.structured_only))
 
     def _scores(self, model: nn.Module, probe: Probe, names: list[str]) -> dict[str, Tensor]:
-        from llmrecipe.methods import selection
+        from llmrecipe.methods.selective._engines import selection
 
         weights = base_weights(model)
         rows = 1 if self.per_example else self.batch_size
@@ -138,13 +144,13 @@ class Spt(SparseHooks, Wrapper):
         return found
 
     def _inject(self, model: nn.Module, allocation: Allocation) -> None:
-        from llmrecipe.methods.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
         self._modules(model, allocation.structured)
         attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in allocation.entries.items()})
 
     def _modules(self, model: nn.Module, paths: list[str]) -> None:
-        from llmrecipe.methods.allocation import inject_structured
+        from llmrecipe.methods.selective._engines.spt_allocation import inject_structured
 
         sites = {site.path: site for site in _projections(model)}
         for path in paths:
@@ -155,8 +161,8 @@ class Spt(SparseHooks, Wrapper):
         return {"structured": self._structured(model), **super().structure(model)}
 
     def _structured(self, model: nn.Module) -> list[str]:
-        from llmrecipe.methods.allocation import SequentialAdapter
-        from llmrecipe.methods.low_rank import LowRank
+        from llmrecipe.methods._engines.low_rank import LowRank
+        from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter
 
         return [path for path, _, _, p in all_ports(model, self.name) if isinstance(p, LowRank | SequentialAdapter)]
 

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.errors import RecipeError
-from llmrecipe.fields import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, RefSync
-from llmrecipe.objectives.alignment.pairs import (
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, RefSync
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     answer_nll,
     collate_pairs,
@@ -25,10 +27,8 @@ from llmrecipe.objectives.alignment.pairs import (
     reward_metrics,
     share_tokens,
 )
-from llmrecipe.objectives.alignment.references import check_reference, follow
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.references import check_reference, follow
+from llmrecipe.objectives.base import Loss, Measures, Objective
 
 SEPARATE = ("nca", "apo_zero", "apo_down", "sppo")
 """Losses that look at each answer's reward, not only at their difference."""

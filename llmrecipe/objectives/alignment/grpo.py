@@ -6,12 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.errors import RecipeError
-from llmrecipe.fields import Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from llmrecipe.objectives.alignment.advantages import clipped_policy_loss, clipped_share, group_relative
-from llmrecipe.objectives.alignment.kl import kl_estimate
-from llmrecipe.objectives.alignment.rollout import (
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.advantages import clipped_policy_loss, clipped_share, group_relative
+from llmrecipe.objectives.alignment._engines.kl import kl_estimate
+from llmrecipe.objectives.alignment._engines.rollout import (
     Plan,
     Sample,
     answer_count,
@@ -21,10 +23,8 @@ from llmrecipe.objectives.alignment.rollout import (
     sum_by_answer,
     with_metrics,
 )
-from llmrecipe.objectives.alignment.sampled import Sampled
-from llmrecipe.objectives.objective import Loss, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.sampled import Sampled
+from llmrecipe.objectives.base import Loss, Objective
 
 
 @register

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.fields import Literal, NonNegativeFloat, PositiveFloat, RefSync
-from llmrecipe.objectives.alignment.pairs import (
+from llmrecipe.core.option_types import Literal, NonNegativeFloat, PositiveFloat, RefSync
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     PairScores,
     collate_pairs,
@@ -20,10 +22,8 @@ from llmrecipe.objectives.alignment.pairs import (
     refuse_soft,
     reward_metrics,
 )
-from llmrecipe.objectives.alignment.references import check_reference, follow
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.references import check_reference, follow
+from llmrecipe.objectives.base import Loss, Measures, Objective
 
 
 def ipo_loss(rho_w: Tensor, rho_l: Tensor, beta: float) -> Tensor:

@@ -9,21 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch, Sequence
-from llmrecipe.errors import RecipeError, RunError
-from llmrecipe.fields import Literal, PositiveFloat, RefSync
-from llmrecipe.objectives.alignment.mismatched import (
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.option_types import Literal, PositiveFloat, RefSync
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.mismatched import (
     divergences,
     mismatched_batch,
     pairs_as_tensors,
     reference_point,
     with_others,
 )
-from llmrecipe.objectives.alignment.pairs import content_key
-from llmrecipe.objectives.alignment.references import check_reference, follow
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.pairs import content_key
+from llmrecipe.objectives.alignment._engines.references import check_reference, follow
+from llmrecipe.objectives.base import Loss, Measures, Objective
 
 BALANCED = (1.0, 4.0 / 3.0)
 """Where the paper wants (weight x rows) of the desirable over that of the undesirable answers."""

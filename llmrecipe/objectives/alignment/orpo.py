@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.fields import Literal, NonNegativeFloat
-from llmrecipe.objectives.alignment.pairs import (
+from llmrecipe.core.option_types import Literal, NonNegativeFloat
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     answer_nll,
     collate_pairs,
@@ -22,10 +24,8 @@ from llmrecipe.objectives.alignment.pairs import (
     reward_metrics,
     share_tokens,
 )
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.objectives.tokens import log1mexp
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.token_math import log1mexp
 
 
 def log_odds_ratio(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741

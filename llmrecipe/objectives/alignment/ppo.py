@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.errors import RecipeError
-from llmrecipe.fields import Field, Fraction, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from llmrecipe.objectives.alignment.advantages import (
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Field, Fraction, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.forward import Critic
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.advantages import (
     clipped_policy_loss,
     clipped_share,
     clipped_value_loss,
@@ -20,19 +23,10 @@ from llmrecipe.objectives.alignment.advantages import (
     moments,
     whiten,
 )
-from llmrecipe.objectives.alignment.kl import KlController, kl_estimate
-from llmrecipe.objectives.alignment.rollout import (
-    Plan,
-    Sample,
-    ratio_metrics,
-    rollout_metrics,
-    with_metrics,
-)
-from llmrecipe.objectives.alignment.sampled import Sampled
-from llmrecipe.objectives.objective import Loss, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.engine import Critic
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.kl import KlController, kl_estimate
+from llmrecipe.objectives.alignment._engines.rollout import Plan, Sample, ratio_metrics, rollout_metrics, with_metrics
+from llmrecipe.objectives.alignment._engines.sampled import Sampled
+from llmrecipe.objectives.base import Loss, Objective
 
 FACTS = ("explained_variance", "returns_std")
 """Facts of a whole rollout, the same on each of its answers."""
@@ -162,8 +156,8 @@ class Ppo(Sampled, Objective):
         Raises:
             RecipeError: it would stand on a base that the policy trains.
         """
+        from llmrecipe.methods._base.method import Stage
         from llmrecipe.methods.reparameterized.lora import Lora
-        from llmrecipe.methods.wrapper import Stage
 
         frozen = any(w.stage is Stage.INJECT for w in stack) and not any(w.stage is Stage.SELECT for w in stack)
         if self.value == "adapter" and not frozen:
@@ -178,9 +172,9 @@ class Ppo(Sampled, Objective):
 
     def prepare_model(self, model: Any, seed: int) -> None:
         """The value head, which starts at zero."""
-        from llmrecipe.models import heads
+        from llmrecipe.models import task_heads
 
-        heads.add(model, "value", std=0.0, seed=seed)
+        task_heads.add(model, "value", std=0.0, seed=seed)
 
     def critic(self, roles: Roles) -> Critic:
         """Where values are read."""

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.fields import Literal, NonNegativeFloat
-from llmrecipe.models import heads
-from llmrecipe.objectives.alignment.pairs import collate_pairs, pair_count, split_pairs
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.core.option_types import Literal, NonNegativeFloat
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.models import task_heads
+from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, pair_count, split_pairs
+from llmrecipe.objectives.base import Loss, Measures, Objective
 
 SAMPLE = 512
 """Training rows whose scores decide the normalisation."""
@@ -85,8 +85,8 @@ class Reward(Objective):
 
     def prepare_model(self, model: Any, seed: int) -> None:
         """A reward head; the language-model head gets no gradient and does not train."""
-        heads.add(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
-        heads.without_language_head(model)
+        task_heads.add(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
+        task_heads.without_language_head(model)
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Pairs that share their prompt; no token is a target."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.errors import RecipeError
-from llmrecipe.fields import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from llmrecipe.objectives.alignment.advantages import clipped_policy_loss, clipped_share, leave_one_out, moments
-from llmrecipe.objectives.alignment.rollout import (
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.advantages import clipped_policy_loss, clipped_share, leave_one_out, moments
+from llmrecipe.objectives.alignment._engines.rollout import (
     Plan,
     Sample,
     answer_count,
@@ -18,10 +20,8 @@ from llmrecipe.objectives.alignment.rollout import (
     sum_by_answer,
     with_metrics,
 )
-from llmrecipe.objectives.alignment.sampled import Sampled
-from llmrecipe.objectives.objective import Loss, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.alignment._engines.sampled import Sampled
+from llmrecipe.objectives.base import Loss, Objective
 
 
 @register

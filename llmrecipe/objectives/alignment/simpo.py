@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.fields import NonNegativeFloat, OpenFraction, PositiveFloat
-from llmrecipe.objectives.alignment.pairs import (
+from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     collate_pairs,
     logp_metrics,
@@ -19,9 +21,7 @@ from llmrecipe.objectives.alignment.pairs import (
     refuse_soft,
     reward_metrics,
 )
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.objectives.base import Loss, Measures, Objective
 
 
 def simpo_loss(w: Tensor, l: Tensor, beta: float, gamma: float, smoothing: float = 0.0) -> Tensor:  # noqa: E741

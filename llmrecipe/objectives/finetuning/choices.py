@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch, Sequence
-from llmrecipe.errors import RecipeError
-from llmrecipe.fields import NonNegativeFloat
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.objectives.tokens import collate_tokens, log1mexp
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import NonNegativeFloat
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.token_math import collate_tokens, log1mexp
 
 
 def unlikelihood(logprobs: Tensor, floor: float = 0.0) -> Tensor:

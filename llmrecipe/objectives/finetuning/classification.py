@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.batch import Batch, Sequence
-from llmrecipe.fields import Literal, OpenFraction
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.registry import register
-from llmrecipe.training.logprob import upcast
-from llmrecipe.training.roles import Roles
+from llmrecipe.core.option_types import Literal, OpenFraction
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.logprob import upcast
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Loss, Measures, Objective
 
 
 def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from llmrecipe.data.batch import Batch
-from llmrecipe.fields import Literal
-from llmrecipe.objectives.objective import Loss, Measures, Objective
-from llmrecipe.objectives.tokens import TOKEN_METRICS, collate_tokens, token_loss
-from llmrecipe.registry import register
-from llmrecipe.training.roles import Roles
+from llmrecipe.core.option_types import Literal
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, token_loss
 
 
 @register

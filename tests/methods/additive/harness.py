@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import checkpoint_contexts
-from llmrecipe.methods.inject import all_ports, own_tensors
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Wrapper
+from llmrecipe.core.forward_context import checkpoint_contexts
+from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.attention import install
-from llmrecipe.training.delta import Layer, mount, wrapper_mapping
+from llmrecipe.models.hooks.port import all_ports, own_tensors
+from llmrecipe.runs.delta import Layer, mount, wrapper_mapping
 from tests.models.configs import MASKED, SEQ2SEQ, tiny
 from tests.tiny import tiny_model
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.methods.stack import Stack
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods._base.stack import Stack
 from tests.tiny import tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 2]])
@@ -86,7 +86,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def gradients(model: nn.Module, checkpointing: bool) -> dict[str, Tensor]:
     """Gradients of a training pass with and without activation checkpointing, dropout included."""
-    from llmrecipe.context import checkpoint_contexts
+    from llmrecipe.core.forward_context import checkpoint_contexts
 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})

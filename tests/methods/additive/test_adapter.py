@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods.additive._engines.bottleneck import Bottleneck
 from llmrecipe.methods.additive.adapter import Adapter
-from llmrecipe.methods.bottleneck import Bottleneck
-from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.models.hooks.port import all_ports
 from llmrecipe.models.module_map import anatomy
 from tests.methods.additive.harness import (
     attached,
@@ -27,7 +27,7 @@ from tests.methods.additive.harness import (
     survives_a_round_trip,
     trained,
 )
-from tests.runs import curve, train_recipe
+from tests.trainings import curve, train_recipe
 
 ALL = ["llama", "gpt2", "gemma2", "qwen3", "bert", "distilbert", "roberta", "t5", "bart", "mixtral", "native", "native-encoder"]
 PARALLEL = ["phi", "gpt_neox"]
@@ -245,7 +245,7 @@ def test_checkpointing_generation_and_files(family: str, placement: str) -> None
 def test_the_base_never_moves_and_masters_are_float32() -> None:
     only_listed_parameters_move("bert", Adapter(name="adapter", placement="pfeiffer", r=4))
     model = model_of("llama").to(torch.bfloat16)
-    from llmrecipe.methods.stack import Stack
+    from llmrecipe.methods._base.stack import Stack
 
     Stack([Adapter(name="adapter", r=4, ln_before=True)]).attach(model)
     fill(model)

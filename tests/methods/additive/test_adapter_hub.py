@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmrecipe.export.adapter_hub import LEAVES, homes
+from llmrecipe.interop.adapter_hub.convert import LEAVES, homes
+from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.ia3 import Ia3
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Wrapper
 from llmrecipe.models.attention import install
 from tests.methods.additive.fixtures import adapter_hub as hub
 

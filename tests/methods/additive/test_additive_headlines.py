@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.apt import Apt
 from llmrecipe.methods.additive.coda import Coda
 from llmrecipe.methods.additive.p_tuning_v2 import PTuningV2
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.methods.stack import Stack
 from tests.methods.additive.harness import model_of
 from tests.methods.teacher import apart, distance, language, mean, sentences, token_loss, tokens, train
 from tests.tiny import tiny_model

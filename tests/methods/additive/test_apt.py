@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, Layout, Segment, activate
-from llmrecipe.data.batch import Sequence
+from llmrecipe.core.forward_context import Context, Layout, Segment, activate
+from llmrecipe.data.collate import Sequence
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.additive._engines.apt_gates import BlockScores, summarised
+from llmrecipe.methods.additive._engines.prefix_kv import tables_of
 from llmrecipe.methods.additive.apt import Apt
 from llmrecipe.methods.additive.p_tuning_v2 import PTuningV2
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.prefix_kv import tables_of
-from llmrecipe.methods.prefix_scores import BlockScores, summarised
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import all_ports
 from llmrecipe.models.kv_cache import carried
 from tests.methods.additive.prefix_support import IDS, adapted, bert_classifier, gradients, greedy_cached, greedy_whole, trained
 from tests.tiny import roles_for, tiny_model
@@ -212,8 +212,8 @@ def test_an_encoder_is_summarised_by_its_first_token() -> None:
 @pytest.mark.slow
 def test_its_recipe_learns_and_its_run_is_mounted_exactly(tmp_path: Any) -> None:
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.training.opened import open_model
-    from tests.runs import events, train_recipe
+    from llmrecipe.runs.open_model import open_model
+    from tests.trainings import events, train_recipe
 
     run = train_recipe(tmp_path / "run", "apt", "steps=60")
     scores = [e["eval/loss"] for e in events(tmp_path / "run", "evaluation")]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmrecipe.context import Context, activate
-from llmrecipe.data.batch import Sequence, pack, pad
-from llmrecipe.errors import ModelError
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.data.collate import Sequence, pack, pad
+from llmrecipe.methods.additive._engines.soft_topk import soft_top_k
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.coda import Coda, Router
-from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.routing import soft_top_k
+from llmrecipe.models.hooks.port import all_ports
 from llmrecipe.models.module_map import anatomy
 from tests.methods.additive.harness import (
     attached,

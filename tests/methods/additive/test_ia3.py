@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.data.batch import Sequence, pack, pad
-from llmrecipe.errors import DataError, ModelError, RecipeError
-from llmrecipe.evaluation import answers
-from llmrecipe.evaluation.generation import generate
-from llmrecipe.evaluation.sampling import Sampling
-from llmrecipe.evaluation.standalone import evaluate_path
+from llmrecipe.core.errors import DataError, ModelError, RecipeError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.data.collate import Sequence, pack, pad
+from llmrecipe.engine.generation import generate
+from llmrecipe.engine.sampling import Sampling
+from llmrecipe.evaluation.evaluate_model import evaluate_path
+from llmrecipe.feedback import generated_answers
 from llmrecipe.methods.additive.ia3 import Ia3, ScaleKeys, ScaleOutput
-from llmrecipe.methods.inject import all_ports
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.models.hooks.port import all_ports
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.objectives.tokens import collate_tokens
-from llmrecipe.training import delta
+from llmrecipe.objectives.token_math import collate_tokens
+from llmrecipe.runs import delta
 from tests.methods.additive.harness import (
     IDS,
     attached,
@@ -37,8 +37,8 @@ from tests.methods.additive.harness import (
     trained,
 )
 from tests.methods.twins import side_by_side
-from tests.runs import curve, events, train_recipe
 from tests.tiny import roles_for
+from tests.trainings import curve, events, train_recipe
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bert", "t5", "bart", "mixtral", "phi3", "deepseek_v2", "native"])
@@ -394,8 +394,8 @@ def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkey
             "stack.ia3.tasks=[yes,no]", "steps=1",
         )  # fmt: skip
     seen: list[list[int]] = []
-    monkeypatch.setattr(answers, "generate", lambda *a, tasks, **k: seen.append(tasks) or [[5]] * len(tasks))
-    answers.answer_rows(run.data, run.roles, [0, 1, 2, 3], Sampling(6))
+    monkeypatch.setattr(generated_answers, "generate", lambda *a, tasks, **k: seen.append(tasks) or [[5]] * len(tasks))
+    generated_answers.answer_rows(run.data, run.roles, [0, 1, 2, 3], Sampling(6))
     assert seen == [[run.data[i]["task"] for i in range(4)]]
     gaps = [(port.l[0] - port.l[1]).detach().abs().max() for _, _, _, port in all_ports(run.model)]
     assert all(float(gap) > 0 for gap in gaps)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.additive._engines.prefix_kv import tables_of
 from llmrecipe.methods.additive.p_tuning_v2 import PTuningV2
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.methods.prefix_kv import tables_of
-from llmrecipe.methods.stack import Stack
 from tests.methods.additive.prefix_support import IDS, adapted, bert_classifier, gradients, trained
 from tests.tiny import tiny_model
 

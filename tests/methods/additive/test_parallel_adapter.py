@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods.additive._engines.bottleneck import Bottleneck
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
-from llmrecipe.methods.bottleneck import Bottleneck
-from llmrecipe.methods.inject import all_ports, first_tensor
+from llmrecipe.models.hooks.port import all_ports, first_tensor
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.models.speed import speed_up
+from llmrecipe.models.optimizations import speed_up
 from tests.methods.additive.harness import (
     attached,
     base_logits,
@@ -25,8 +25,8 @@ from tests.methods.additive.harness import (
     survives_a_round_trip,
     trained,
 )
-from tests.runs import curve, train_recipe
 from tests.tiny import roles_for
+from tests.trainings import curve, train_recipe
 
 FAMILIES = ["llama", "gpt2", "gemma2", "bert", "distilbert", "t5", "bart", "mixtral", "phi", "gpt_neox", "native", "opt"]
 BOTH = {"sites": ["ffn", "attn"], "r": 5}
@@ -161,7 +161,7 @@ def test_a_copy_of_the_model_reads_its_own_blocks() -> None:
 
 @pytest.mark.parametrize("options", [BOTH, {"form": "multihead", "sites": ["attn"], "r": 3}, {**BOTH, "input": "residual"}])
 def test_skipping_unread_rows_and_packing_change_nothing(options: dict) -> None:
-    from llmrecipe.data.batch import Sequence
+    from llmrecipe.data.collate import Sequence
 
     model, stack = attached("llama", ParallelAdapter(name="pa", **options))
     fill(model)

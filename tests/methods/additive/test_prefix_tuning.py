@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.data.batch import Sequence
-from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.data.collate import Sequence
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.additive._engines.prefix_kv import PrefixTables, Table, eject, tables_of
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.prefix_kv import PrefixTables, Table, eject, tables_of
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.additive.prefix_support import IDS, adapted, gradients, greedy_cached, greedy_whole, pair_model, trained
 from tests.tiny import roles_for, tiny_model
 
@@ -377,8 +377,8 @@ def test_what_cannot_work_is_refused_with_the_reason() -> None:
 @pytest.mark.slow
 def test_a_finished_run_holds_columns_only_and_is_mounted_exactly(tmp_path: Any) -> None:
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.training.opened import open_model
-    from tests.runs import learned, train_recipe
+    from llmrecipe.runs.open_model import open_model
+    from tests.trainings import learned, train_recipe
 
     run = train_recipe(tmp_path / "run", "prefix_tuning", "steps=3", "stack.prefix_tuning.num_virtual_tokens=4")
     assert list(learned(tmp_path / "run")) == ["model.prefix_tuning.tables.attn.flat"]

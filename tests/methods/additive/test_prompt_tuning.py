@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, Layout, Segment, activate
-from llmrecipe.data.batch import Sequence
-from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import Context, Layout, Segment, activate
+from llmrecipe.data.collate import Sequence
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.additive._engines.virtual_tokens import longer_layout, opening, rows_of
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
-from llmrecipe.methods.slots import longer_layout, opening, rows_of
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
 from tests.methods.additive.prefix_support import (
     IDS,
     adapted,
@@ -232,8 +232,8 @@ def test_the_reference_reads_no_prompt_and_embeddings_are_refused() -> None:
 @pytest.mark.slow
 def test_its_recipe_learns_and_its_run_is_mounted_exactly(tmp_path: Any) -> None:
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.training.opened import open_model
-    from tests.runs import events, learned, train_recipe
+    from llmrecipe.runs.open_model import open_model
+    from tests.trainings import events, learned, train_recipe
 
     run = train_recipe(tmp_path / "run", "prompt_tuning", "steps=40")
     scores = [e["eval/loss"] for e in events(tmp_path / "run", "evaluation")]

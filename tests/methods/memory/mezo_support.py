@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._base.update_rule import StepContext
 from llmrecipe.methods.memory.mezo import Mezo
-from llmrecipe.methods.stack import Stack
-from llmrecipe.objectives.objective import Loss
-from llmrecipe.training.rules import StepContext
+from llmrecipe.objectives.base import Loss
 
 
 class Alone:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe import registry
+from llmrecipe.core import registry
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.quantized import dense_weight, dequantize_model
 from llmrecipe.methods.memory.int8 import Int8
-from llmrecipe.methods.quantized import dense_weight, dequantize_model
-from llmrecipe.methods.stack import Stack
 
 pytest.importorskip("bitsandbytes")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrecipe.methods.mezo_history import entries
+from llmrecipe.methods.memory._engines.replay import entries
 
 pytestmark = pytest.mark.slow
 
@@ -20,14 +20,14 @@ def run(recipe: str, folder: Path, *overrides: str):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_qlora_evaluates_inside_training_and_its_adapter_loads_on_the_quantized_base(tmp_path, dtype: str) -> None:
-    from llmrecipe.methods.quantized import quantized
+    from llmrecipe.methods._engines.quantized import quantized
 
     done = run("qlora", tmp_path / "r", "steps=3", "eval.every=1", "eval.batches=1", f"model.dtype={dtype}")
     assert len(list(quantized(done.model))) == 7 * done.model.config.num_hidden_layers
     trained = [p for p in done.model.parameters() if p.requires_grad]
     assert trained and all(p.dtype == torch.float32 for p in trained)
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.training.opened import open_model
+    from llmrecipe.runs.open_model import open_model
 
     model = open_model(ModelSection(path=str(tmp_path / "r")), TokenizerSection()).model
     assert len(list(quantized(model))) == len(list(quantized(done.model)))
@@ -58,7 +58,7 @@ def test_mezo_resumes_to_the_bit(tmp_path, recipe: str, extra: list[str]) -> Non
 
 
 def test_mezo_on_an_adapter_lowers_the_loss(tmp_path) -> None:
-    from llmrecipe.training.events import read_events
+    from llmrecipe.runs.events import read_events
 
     run("mezo_lora", tmp_path / "r", "eval.at_start=true", "eval.batches=2", "steps=20")
     evaluations = [e for e in read_events(tmp_path / "r") if e["event"] == "evaluation" and "eval/loss" in e]

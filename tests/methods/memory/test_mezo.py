@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmrecipe import registry
-from llmrecipe.errors import ModelError, RecipeError, RunError
-from llmrecipe.methods import zeroth_order as zo
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError, RecipeError, RunError
+from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.memory._engines import zeroth_order as zo
+from llmrecipe.methods.memory._engines.replay import entries, read_header, replay
 from llmrecipe.methods.memory.mezo import HISTORY_FILE, Mezo
-from llmrecipe.methods.mezo_history import entries, read_header, replay
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Wrapper
 from tests.methods.memory.mezo_support import Accuracy, FakeRun, Next, Squares, make_run
 
 
@@ -592,7 +592,7 @@ def test_replay_in_a_fresh_process(tmp_path) -> None:
         run.step([data(dtype=torch.float32)])
     torch.save(model.state_dict(), tmp_path / "end.pt")
     code = (
-        "import torch, sys; from torch import nn; from llmrecipe.methods.mezo_history import replay\n"
+        "import torch, sys; from torch import nn; from llmrecipe.methods.memory._engines.replay import replay\n"
         "m = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3))\n"
         f"m.load_state_dict(torch.load('{tmp_path}/start.pt')); replay(m, '{tmp_path}/{HISTORY_FILE}')\n"
         f"e = torch.load('{tmp_path}/end.pt'); sys.exit(not all(torch.equal(v, e[k]) for k, v in m.state_dict().items()))"

@@ -12,11 +12,11 @@ from scipy.stats import norm
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llmrecipe import registry
-from llmrecipe.errors import ModelError, RecipeError
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.quantized import bits_of, dense_weight, quantized
 from llmrecipe.methods.memory.nf4 import Nf4, dequantize_model, packed_bytes
-from llmrecipe.methods.quantized import bits_of, dense_weight, quantized
-from llmrecipe.methods.stack import Stack
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -334,6 +334,6 @@ def test_deep_copies_are_independent() -> None:
 
 @pytest.mark.slow
 def test_importing_leaves_the_terminal_alone() -> None:
-    code = "import llmrecipe.methods.quantized as q; q.layers()"
+    code = "import llmrecipe.methods._engines.quantized as q; q.layers()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "" and done.stderr == ""

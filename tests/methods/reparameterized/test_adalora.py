@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.errors import RecipeError
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank, budget, keep_best
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
-from llmrecipe.training.assemble import check_cuts, optimizer_for
-from llmrecipe.training.delta import rename
-from llmrecipe.training.optim.adamw import AdamW
-from llmrecipe.training.optim.adamw_8bit import AdamW8bit
-from tests.export.saved_runs import VOCABULARY, base_folder
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.optim.optimizers.adamw import AdamW
+from llmrecipe.optim.optimizers.adamw_8bit import AdamW8bit
+from llmrecipe.runs.delta import rename
+from llmrecipe.training.build_run import check_cuts, optimizer_for
+from tests.interop.saved_runs import VOCABULARY, base_folder
 from tests.tiny import tiny_model
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 2]])
@@ -270,10 +270,10 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llmrecipe.export.peft import export_peft
+    from llmrecipe.interop.peft.exporter import export_peft
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.training import delta
-    from llmrecipe.training.opened import open_model
+    from llmrecipe.runs import delta
+    from llmrecipe.runs.open_model import open_model
 
     base = base_folder(tmp_path)
     opened = open_model(ModelSection(path=str(base)), TokenizerSection())
@@ -304,7 +304,7 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
 @pytest.mark.slow
 @pytest.mark.parametrize(("prune", "stop"), [("off", 4), ("at_final", 4), ("at_final", 6), ("at_final", 7)])
 def test_a_stopped_run_continues_bit_for_bit_and_shows_its_ranks(tmp_path: Path, prune: str, stop: int) -> None:
-    from tests.runs import events, learned, resume, stop_after, train_recipe
+    from tests.trainings import events, learned, resume, stop_after, train_recipe
 
     words = ["steps=8", "batch.size=2", "stack.adalora.deltaT=2", "stack.adalora.tinit=1", "stack.adalora.tfinal=2"]
     words.append(f"stack.adalora.prune={prune}")

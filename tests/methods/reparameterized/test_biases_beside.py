@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe import registry
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError
-from llmrecipe.export.peft import export_peft
-from llmrecipe.methods.biases import masters
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.low_rank import LowRank
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.interop.peft.exporter import export_peft
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.biases import masters
+from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
+from llmrecipe.models.hooks.port import all_ports
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-from llmrecipe.training.opened import open_model
-from tests.export.saved_runs import base_folder, fill, saved_run
+from llmrecipe.runs.open_model import open_model
+from tests.interop.saved_runs import base_folder, fill, saved_run
 from tests.methods.twins import IDS, momentum, side_by_side
 from tests.tiny import tiny_model
 

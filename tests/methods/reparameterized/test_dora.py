@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.methods import rescaling
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines import dora_norm
+from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.memory.nf4 import Nf4
-from llmrecipe.methods.quantized import dense_weight
 from llmrecipe.methods.reparameterized import dora
 from llmrecipe.methods.reparameterized.dora import Dora, Magnitude, norm_of_sum
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import all_ports
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-from llmrecipe.training.opened import open_model
-from tests.export.saved_runs import base_folder, fill, saved_run
+from llmrecipe.runs.open_model import open_model
+from tests.interop.saved_runs import base_folder, fill, saved_run
 from tests.methods.twins import IDS, next_token_loss, side_by_side
 from tests.tiny import tiny_model
 
@@ -137,7 +137,7 @@ def test_on_four_bits_the_forward_is_the_formula_on_the_dequantized_weight_and_n
     fill(model)
     layer = model.model.layers[0].self_attn.q_proj
     port, W = layer.dora, dense_weight(layer).float()
-    monkeypatch.setattr(rescaling, "weight_below", lambda *_: pytest.fail("dequantized in the forward pass"))
+    monkeypatch.setattr(dora_norm, "weight_below", lambda *_: pytest.fail("dequantized in the forward pass"))
     x = torch.randn(3, 32)
     V = W + port.scale * port.B @ port.A
     wanted = x @ (port.magnitude / V.norm(dim=1))[:, None].mul(V).t() + layer.bias
@@ -267,7 +267,7 @@ def test_peft_loads_the_folder_and_so_do_we(tmp_path: Path, family: str, target:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llmrecipe.export.peft import export_peft
+    from llmrecipe.interop.peft.exporter import export_peft
 
     base = base_folder(tmp_path, family)
     model = saved_run(tmp_path / "run", base, Dora(name="dora", r=4, alpha=6.0, target=target))
@@ -283,7 +283,7 @@ def test_a_folder_with_magnitudes_alone_is_the_same_function_in_peft_and_back(tm
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llmrecipe.export.peft import export_peft
+    from llmrecipe.interop.peft.exporter import export_peft
 
     base = base_folder(tmp_path)
     wrapper = Dora(name="dora", target="attn.q", r=4, magnitude_only="attn.v + mlp.down + embed")
@@ -298,8 +298,8 @@ def test_a_folder_with_magnitudes_alone_is_the_same_function_in_peft_and_back(tm
 def test_a_chain_with_lora_merges_in_the_order_that_is_exact(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from llmrecipe.export.merged import export_merged
-    from llmrecipe.export.peft import export_peft
+    from llmrecipe.interop.merged import export_merged
+    from llmrecipe.interop.peft.exporter import export_peft
 
     saved_run(tmp_path / "first", base_folder(tmp_path), Lora(name="lora"))
     model = saved_run(tmp_path / "second", tmp_path / "first", Dora(name="dora"), seed=8)

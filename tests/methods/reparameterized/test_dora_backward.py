@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.methods.inject import EDIT, Port, all_ports, inject
-from llmrecipe.methods.quantized import dense_weight
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.dora_norm import INVERTIBLE, Rescaled
+from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.rescaling import INVERTIBLE, Rescaled
-from llmrecipe.methods.stack import Stack
-from llmrecipe.training.memory import retained_bytes, saved_bytes
-from tests.export.saved_runs import fill
+from llmrecipe.models.hooks.port import EDIT, Port, all_ports, inject
+from llmrecipe.training.memory_estimate import retained_bytes, saved_bytes
+from tests.interop.saved_runs import fill
 from tests.support import PeakBytes
 from tests.tiny import tiny_model
 

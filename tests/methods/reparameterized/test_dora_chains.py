@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.quantized import dense_weight, dequantize_model
 from llmrecipe.methods.memory.nf4 import Nf4
-from llmrecipe.methods.quantized import dense_weight, dequantize_model
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
-from llmrecipe.training import delta
-from llmrecipe.training.opened import Opened, merge_order
-from tests.export.saved_runs import fill
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.runs import delta
+from llmrecipe.runs.open_model import Opened, merge_order
+from tests.interop.saved_runs import fill
 from tests.methods.twins import IDS
 from tests.tiny import tiny_model
 

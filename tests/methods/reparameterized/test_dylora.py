@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.errors import RecipeError
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.dylora import Dylora, NestedLowRank
-from llmrecipe.methods.stack import Stack
-from tests.export.saved_runs import base_folder, fill, saved_run
+from llmrecipe.models.hooks.port import all_ports
+from tests.interop.saved_runs import base_folder, fill, saved_run
 from tests.tiny import tiny_model
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 2]])
@@ -131,7 +131,7 @@ def test_an_export_at_a_rank_is_the_model_at_that_rank_under_peft(tmp_path: Path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llmrecipe.export.peft import export_peft
+    from llmrecipe.interop.peft.exporter import export_peft
 
     base = base_folder(tmp_path)
     model = saved_run(tmp_path / "run", base, Dylora(name="dylora", r=4, alpha=6.0))
@@ -177,9 +177,9 @@ def test_one_run_is_flat_in_the_rank_where_a_truncated_lora_collapses() -> None:
 
 @pytest.mark.slow
 def test_a_finished_run_is_scored_at_any_rank_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    from llmrecipe.errors import RunError
-    from llmrecipe.evaluation.standalone import evaluate_path
-    from tests.runs import learned, resume, stop_after, train_recipe
+    from llmrecipe.core.errors import RunError
+    from llmrecipe.evaluation.evaluate_model import evaluate_path
+    from tests.trainings import learned, resume, stop_after, train_recipe
 
     words = ["steps=6", "batch.size=2"]
     train_recipe(tmp_path / "whole", "dylora", *words)
@@ -190,6 +190,6 @@ def test_a_finished_run_is_scored_at_any_rank_and_resumes_bit_for_bit(tmp_path: 
     low, high = (evaluate_path(str(tmp_path / "whole"), [f"stack.dylora.rank={b}"])["loss"] for b in (1, 8))
     assert low != high
     with pytest.raises(RunError, match=r"stack\.dylora\.target: fixed by the training of this run; free to choose: rank"):
-        from llmrecipe.export.load import open_run
+        from llmrecipe.interop.load_run import open_run
 
         open_run(str(tmp_path / "whole"), options={"dylora": {"target": "attn.q"}})

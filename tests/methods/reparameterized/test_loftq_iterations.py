@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods._base.method import Probe
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.loftq_codes import Requantized, stored_weight
+from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.methods.memory.int8 import Int8
 from llmrecipe.methods.memory.nf4 import Nf4
-from llmrecipe.methods.quantized import dequantize_model, quantized
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.requantized import Requantized, stored_weight
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.wrapper import Probe
-from llmrecipe.training import delta
-from llmrecipe.training.memory import delta_bytes, weight_bytes
-from llmrecipe.training.opened import Opened, merge_order
-from tests.export.saved_runs import base_folder, saved_run
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.runs import delta
+from llmrecipe.runs.open_model import Opened, merge_order
+from llmrecipe.training.memory_estimate import delta_bytes, weight_bytes
+from tests.interop.saved_runs import base_folder, saved_run
 from tests.methods.reparameterized.test_lora import fill
 from tests.methods.reparameterized.test_lora_starts import started, weight_of
 from tests.methods.twins import IDS
@@ -230,7 +230,7 @@ def test_a_change_of_dtype_leaves_the_scales_alone() -> None:
 
 
 def test_what_cannot_have_other_codes_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    from llmrecipe.export.peft import export_peft
+    from llmrecipe.interop.peft.exporter import export_peft
 
     with pytest.raises(
         ModelError, match=r"stack.lora.loftq_iter: .*q_proj is not in 4 bits; only codes of nf4 are chosen anew"

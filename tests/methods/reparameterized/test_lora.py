@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.methods import low_rank, starts
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines import initialization, low_rank
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.twins import IDS, side_by_side
 from tests.tiny import tiny_model
 
@@ -209,7 +209,7 @@ def test_a_quantized_weight_has_no_decomposition_to_start_from(init: str) -> Non
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=f"init: {init} starts from a decomposition of the weight; it needs one that is not"):
-        starts.start(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
+        initialization.start(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"])
@@ -376,7 +376,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         fill(model)
         model.train()
         if checkpointing:
-            from llmrecipe.context import checkpoint_contexts
+            from llmrecipe.core.forward_context import checkpoint_contexts
 
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
         model(input_ids=IDS, use_cache=False).logits.square().sum().backward()

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.context import Context, activate
-from llmrecipe.errors import ModelError
-from llmrecipe.methods.biases import masters
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.biases import masters
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.methods.stack import Stack
-from llmrecipe.training import delta
-from llmrecipe.training.opened import Opened, merge_order
-from tests.export.saved_runs import fill
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.runs import delta
+from llmrecipe.runs.open_model import Opened, merge_order
+from tests.interop.saved_runs import fill
 from tests.methods.twins import IDS
 from tests.tiny import tiny_model
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.methods import learned_starts, starts
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.low_rank import LowRank
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines import data_init, initialization
+from llmrecipe.methods._engines.low_rank import LowRank
+from llmrecipe.methods._engines.quantized import dense_weight, quantized
 from llmrecipe.methods.memory.int8 import Int8
 from llmrecipe.methods.memory.nf4 import Nf4
-from llmrecipe.methods.quantized import dense_weight, quantized
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
-from llmrecipe.training import delta
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.runs import delta
 from tests.methods.additive.harness import model_of
 from tests.methods.probe import language_probe
 from tests.methods.reparameterized.test_lora import fill
@@ -235,8 +235,8 @@ def sites(model: nn.Module, target: str) -> list[Any]:
 
 
 def test_equal_shares_go_to_the_earlier_layer_and_none_is_a_rank_of_zero() -> None:
-    assert starts.distribute([torch.tensor([0.5, 0.2]), torch.tensor([0.5, 0.3]), torch.tensor([0.1])], 3) == [1, 2, 0]
-    assert starts.distribute([torch.tensor([0.4, 0.2]), torch.tensor([0.4, 0.2])], 3) == [2, 1]
+    assert initialization.distribute([torch.tensor([0.5, 0.2]), torch.tensor([0.5, 0.3]), torch.tensor([0.1])], 3) == [1, 2, 0]
+    assert initialization.distribute([torch.tensor([0.4, 0.2]), torch.tensor([0.4, 0.2])], 3) == [2, 1]
 
 
 def test_the_ranks_eva_chose_are_saved_and_a_layer_without_any_has_no_branch() -> None:
@@ -309,8 +309,11 @@ def test_corda_is_the_decomposition_of_the_weight_seen_through_its_inputs() -> N
         U, S, V = torch.linalg.svd(weight_of(base, path) @ damped, full_matrices=False)
         wanted = (U[:, :4] * S[:4]) @ V[:4] @ damped.inverse()
         torch.testing.assert_close(port.scale * (port.B.double() @ port.A.double()), wanted, atol=1e-4, rtol=1e-3)
-        assert starts.from_covariance(weight_of(base, path), C, LowRank(32, 16, 16, 1.5), last=False)[0].shape == (16, 32)
-        A, B = starts.from_covariance(weight_of(base, path), C, LowRank(32, 16, 16, 1.5), last=False)
+        assert initialization.from_covariance(weight_of(base, path), C, LowRank(32, 16, 16, 1.5), last=False)[0].shape == (
+            16,
+            32,
+        )
+        A, B = initialization.from_covariance(weight_of(base, path), C, LowRank(32, 16, 16, 1.5), last=False)
         torch.testing.assert_close(1.5 * B @ A, weight_of(base, path), atol=1e-8, rtol=0)
 
 
@@ -389,7 +392,7 @@ def test_gradients_of_quantized_weights_are_those_of_the_dequantized_ones() -> N
     model, _ = started("llama", "lora_ga", Nf4(name="nf4"), init_batches=2)
     plain = tiny_model()
     Stack([Nf4(name="nf4")]).attach(plain)
-    from llmrecipe.methods.quantized import dequantize_model
+    from llmrecipe.methods._engines.quantized import dequantize_model
 
     start = plain(input_ids=IDS).logits
     torch.testing.assert_close(model(input_ids=IDS).logits, start, atol=5e-5, rtol=1e-4)
@@ -434,15 +437,15 @@ def test_encoders_and_pairs_start_at_their_base(init: str, family: str) -> None:
 
 
 def test_padding_of_an_encoder_is_no_input_and_cross_attention_counts_what_the_encoder_read() -> None:
-    from llmrecipe.methods.stack import Stack as Stacked
+    from llmrecipe.engine.forward import Engine
+    from llmrecipe.methods._base.stack import Stack as Stacked
     from llmrecipe.models.module_map import anatomy
-    from llmrecipe.training.engine import Engine
     from tests.methods.kinds import ROWS, SOURCES, probe_of
 
     model = model_of("t5")
     Stacked([Lora(name="lora", target="attn.q + cross.q|k")]).attach(model)
-    places = learned_starts.places_of(model, "lora")
-    moments = learned_starts.inputs(model, places, probe_of(model, Engine(model).eval()), 1, None)
+    places = data_init.places_of(model, "lora")
+    moments = data_init.inputs(model, places, probe_of(model, Engine(model).eval()), 1, None)
     roles = {s.path: (s.side, s.role) for s in anatomy(model).at("attn.q + cross.q|k")}
     read, written = sum(map(len, SOURCES)), sum(map(len, ROWS))
     counts = {roles[place.path]: moments[id(place.module)].count for place in places}

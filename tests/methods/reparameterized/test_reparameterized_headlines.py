@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.teacher import (
     PLANTED,
     apart,

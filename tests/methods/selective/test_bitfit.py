@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.errors import ModelError
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.methods.stack import Stack
 from tests.tiny import tiny_config, tiny_model
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.methods import selection
-from llmrecipe.methods.counter import bernoulli as child
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.counter_rng import bernoulli as child
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
 from llmrecipe.methods.selective.child_tuning import ChildTuning
-from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
-from llmrecipe.methods.stack import Stack
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 
@@ -190,7 +190,7 @@ def test_float32_masters_of_an_opened_bfloat16_base():
 @pytest.mark.parametrize("variant", ["f", "d"])
 def test_quantized_bases(variant: str):
     bnb = pytest.importorskip("bitsandbytes")
-    from llmrecipe.errors import ModelError
+    from llmrecipe.core.errors import ModelError
 
     model = tiny_model("llama")
     layer = bnb.nn.Linear4bit(32, 48, bias=False, quant_type="nf4", compute_dtype=torch.float32)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.context import checkpoint_contexts
-from llmrecipe.errors import ModelError
-from llmrecipe.methods.counter import uniform
-from llmrecipe.methods.hard_concrete import DiffGate, gate
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import checkpoint_contexts
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.selective._engines.counter_rng import uniform
+from llmrecipe.methods.selective._engines.hard_concrete import DiffGate, gate
+from llmrecipe.methods.selective._engines.sparse_method import sparse_ports
 from llmrecipe.methods.selective.diff_pruning import DiffPruning
-from llmrecipe.methods.sparse_wrapper import sparse_ports
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.methods import selection
-from llmrecipe.methods.counter import uniform
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.counter_rng import uniform
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
 from llmrecipe.methods.selective.fishmask import Fishmask
-from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
-from llmrecipe.methods.stack import Stack
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.context import checkpoint_contexts
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.methods.counter import uniform
-from llmrecipe.methods.hard_concrete import GroupGate
-from llmrecipe.methods.inject import all_ports
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import checkpoint_contexts
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.selective._engines.counter_rng import uniform
+from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.weight_groups import Family, families
 from llmrecipe.methods.selective.group_mask import GroupMask
-from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.weight_groups import Family, families
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.probe import language_probe
 from tests.methods.selective.test_diff_pruning import Step, run
-from tests.runs import curve, learned, resume, stop_after, train_recipe
 from tests.tiny import tiny_model
+from tests.trainings import curve, learned, resume, stop_after, train_recipe
 
 KINDS = ["tensor", "row", "column", "head", "neuron", "layer"]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmrecipe.errors import ModelError, RecipeError
-from llmrecipe.methods import selection
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.weight_groups import chosen_of, families, pick
 from llmrecipe.methods.selective.group_mask import GroupMask
-from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
-from llmrecipe.methods.stack import Stack
-from llmrecipe.methods.weight_groups import chosen_of, families, pick
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 

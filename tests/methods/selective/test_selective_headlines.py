@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
 from llmrecipe.methods.selective.diff_pruning import DiffPruning
 from llmrecipe.methods.selective.group_mask import GroupMask
 from llmrecipe.methods.selective.spt import Spt
-from llmrecipe.methods.sparse_wrapper import base_weights, sparse_ports
-from llmrecipe.methods.stack import Stack
 from tests.methods.probe import language_probe
 from tests.methods.teacher import count, learned, teacher
 from tests.tiny import tiny_model

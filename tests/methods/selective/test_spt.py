@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmrecipe.errors import ModelError
-from llmrecipe.methods.allocation import SequentialAdapter, Tunable, allocate, cost
-from llmrecipe.methods.inject import all_ports
-from llmrecipe.methods.low_rank import LowRank
-from llmrecipe.methods.selection import pattern
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._engines.low_rank import LowRank
+from llmrecipe.methods.selective._engines.selection import pattern
+from llmrecipe.methods.selective._engines.sparse_method import sparse_ports
+from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter, Tunable, allocate, cost
 from llmrecipe.methods.selective.spt import Spt
-from llmrecipe.methods.sparse_wrapper import sparse_ports
-from llmrecipe.methods.stack import Stack
+from llmrecipe.models.hooks.port import all_ports
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 

@@ -1,1 +1,0 @@
-"""Feedback agents: who criticises, revises and judges answers, one kind a file."""

@@ -1,0 +1,113 @@
+"""What verbs share: the free words after a verb, JSON output, and completion of words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from llmrecipe.core.errors import RecipeError, did_you_mean
+
+
+def complete(incomplete: str) -> list[str]:
+    """Completions of a word: recipe names after `recipe=`, choices after a group, key paths otherwise."""
+    from llmrecipe.core import registry
+    from llmrecipe.recipe.compose import section_defaults
+    from llmrecipe.recipe.recipe_paths import GROUPS, all_recipes, presets
+
+    key, equals, _ = incomplete.partition("=")
+    if key == "recipe":
+        return [f"recipe={name}" for name in all_recipes() if f"recipe={name}".startswith(incomplete)]
+    if equals and key in GROUPS:
+        names = sorted({*presets(key), *registry.names(key)})
+        return [f"{key}={name}" for name in names if f"{key}={name}".startswith(incomplete)]
+    paths = ["recipe=", "resume=", *(f"{group}=" for group in GROUPS)]
+    for section, value in section_defaults().items():
+        paths += [f"{section}.{name}=" for name in value] if isinstance(value, dict) and value else [f"{section}="]
+    return [path for path in dict.fromkeys(paths) if path.startswith(incomplete)]
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[recipe=NAME] [key=value ...]",
+        help="recipe=NAME or recipe=FILE, and overrides such as optim.lr=1e-4 stack=\\[nf4,lora] ~stack.lora",
+        autocompletion=complete,
+        show_default=False,
+    ),
+]
+StepWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value ...]",
+        help="Options of the step, seed=N, and where the result goes: run.dir=FOLDER (default: runs/KIND/KEY)",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of a verb, sorted."""
+
+    recipe: str | None
+    resume: str | None
+    overrides: list[str]
+
+
+def sort_words(words: list[str] | None) -> Request:
+    """Take `recipe=` and `resume=` out of the words; the rest are overrides.
+
+    Raises:
+        RecipeError: one of them is given twice or is empty.
+    """
+    taken: dict[str, str] = {}
+    overrides: list[str] = []
+    for word in words or []:
+        key, equals, value = word.partition("=")
+        if key not in ("recipe", "resume") or not equals:
+            overrides.append(word)
+            continue
+        if key in taken:
+            raise RecipeError(f"'{word}': {key}= is given twice ({taken[key]} and {value})")
+        if not value:
+            raise RecipeError(f"'{word}': {key}= needs a name or a path")
+        taken[key] = value
+    return Request(taken.get("recipe"), taken.get("resume"), overrides)
+
+
+def runs_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Further runs named after the first one, and overrides: words with `=`, or that take something out (`~stack.lora`)."""
+    given = list(words or [])
+    runs = [word for word in given if "=" not in word and not word.startswith("~")]
+    return runs, [word for word in given if word not in runs]
+
+
+def need_recipe(request: Request, verb: str) -> str:
+    """The recipe of a request.
+
+    Raises:
+        RecipeError: none was given; the message shows how, and what there is.
+    """
+    if request.recipe is not None:
+        return request.recipe
+    from llmrecipe.recipe.recipe_paths import all_recipes
+
+    known = list(all_recipes())
+    bare = next((w for w in request.overrides if "=" not in w), None)
+    near = (
+        f"; did you mean 'llmrecipe {verb} recipe={bare}'?"
+        if bare in known
+        else did_you_mean(f"recipe={bare}", [f"recipe={k}" for k in known])
+    )
+    raise RecipeError(f"llmrecipe {verb}: no recipe given; write recipe=NAME{near if bare else ''} (known: {', '.join(known)})")
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Lines about what was done with the input, on stderr so that they never mix with output."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,160 @@
+"""What can be known of a command before torch is imported: a typo, a missing file or a foreign format answers at once.
+
+Everything here is checked again where it is used; nothing later relies on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmrecipe.core.errors import RunError
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+    from llmrecipe.recipe.schema import DataSection, ModelSection, Recipe
+
+TRAINING = ("train", "validation", "test")
+LOOK_INTO = 64 * 2**20
+"""Sources up to so many bytes are opened to see their format; opening a larger one takes longer than importing torch."""
+
+
+def composed(recipe: str | Path, overrides: list[str]) -> Composition:
+    """Compose a recipe, validate it with all its stages, and look for the files it names.
+
+    Raises:
+        UserError: what is wrong with the recipe; else which file is missing or cannot be what it should be.
+    """
+    from llmrecipe.recipe.compose import compose
+
+    composition = compose(recipe, overrides)
+    if composition.recipe.stages:
+        from llmrecipe.recipe.pipeline_plan import plan
+
+        plan(composition)
+    else:
+        check_files(composition.recipe)
+    return composition
+
+
+def resumed(run: str) -> str:
+    """The recipe of a run that is to be continued.
+
+    Raises:
+        RunError: the folder is not a run directory.
+    """
+    from llmrecipe.runs.run_dir import RunDir
+
+    return str(RunDir.open(run, write=False).path / "recipe.yaml")
+
+
+def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:
+    """Look for the model, the tokenizer, the data and the trackers a recipe names.
+
+    Args:
+        splits: of the data that are read: the first must exist.
+
+    Raises:
+        UserError: one is missing, damaged or something else.
+    """
+    from llmrecipe.core import registry
+    from llmrecipe.runs.trackers import check_trackers
+
+    check_trackers(recipe.log.trackers)
+    check_model(recipe.model)
+    if recipe.tokenizer.path is not None:
+        from llmrecipe.models.checkpoint_path import locate
+
+        locate(recipe.tokenizer.path, "tokenizer.path")
+    rows = registry.spec("objective", str(recipe.objective["kind"])).facts.get("rows")
+    check_data(recipe.data, rows, splits)
+
+
+def check_model(section: ModelSection) -> None:
+    """Look at the folder of a model section; of a hub name, whether it is in the cache where the hub is out of reach.
+
+    Raises:
+        UserError: there is no such folder, it holds no model, or a run in it has not finished.
+    """
+    from llmrecipe.models.checkpoint_path import (
+        adapter_base,
+        check_folder,
+        is_adapter,
+        locate,
+        offline,
+        run_folder,
+        unreachable,
+    )
+
+    if section.init == "random" and "model_type" in section.config:
+        return
+    path = adapter_base(section.path) if is_adapter(section.path) else section.path
+    if run_folder(path) is not None:
+        return
+    place, local = locate(path)
+    if local:
+        check_folder(Path(place), section.allow_pickle, weights=section.init == "pretrained")
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(place, "config.json", revision=section.revision), str)
+    if not cached and (reason := offline()) is not None:
+        raise unreachable(place, reason)
+
+
+def check_data(data: DataSection, rows: str | None, splits: tuple[str, ...] = TRAINING) -> None:
+    """Look at the sources of a data section and, where they are small files, at the format of their rows.
+
+    Args:
+        rows: row type the objective asks for; None where only the objective's class can tell.
+
+    Raises:
+        DataError: one is missing, damaged, or holds rows the objective cannot read.
+    """
+    from llmrecipe.data.formats.sources import has_split, open_split, paths_of, place
+    from llmrecipe.data.tokenize_split import source_layout
+
+    named = [*paths_of(data), *(setting for setting in (data.validation, data.test) if isinstance(setting, str))]
+    if any(found is None or _size(found) > LOOK_INTO for found in map(place, named)):
+        return
+    for part in open_split(data, splits[0]):
+        if rows is not None:
+            source_layout(part, data, rows)
+    for split in splits[1:]:
+        has_split(data, split)
+
+
+def _size(place: Path) -> int:
+    files = [p for p in place.iterdir() if p.is_file()] if place.is_dir() else [place]
+    return sum(p.stat().st_size for p in files)
+
+
+def subject(path: str, overrides: list[str], split: str | None = None) -> Composition:
+    """The recipe under which a run or a model is evaluated or asked, its files looked for.
+
+    Args:
+        split: of the data that is scored; None where no data is read.
+
+    Raises:
+        UserError: the path, the words or a file is wrong.
+    """
+    from llmrecipe.evaluation.eval_recipe import recipe_of
+
+    composition = recipe_of(path, overrides)
+    if split is not None:
+        check_files(composition.recipe, (split,))
+    else:
+        check_model(composition.recipe.model)
+    return composition
+
+
+def finished(run: str) -> None:
+    """Refuse what is neither a finished run nor a PEFT adapter folder.
+
+    Raises:
+        RunError: it is something else, or the run has not finished.
+    """
+    from llmrecipe.models.checkpoint_path import STACK_FILE, is_adapter, run_folder
+
+    if not is_adapter(run) and run_folder(run) is None:
+        raise RunError(f"{run} is not a run directory: it holds no final/ folder with {STACK_FILE} or model/")

@@ -1,0 +1,294 @@
+"""The registry: every method, objective, optimizer and schedule by name.
+
+A component is one file whose stem is its name, holding one class decorated with `@register`. The class is its own config:
+its annotated fields are the options of the YAML key, the string below a field explains it. Components that differ in little
+more than a name inherit their options from a mixin decorated with `@options`.
+
+Two views of the same source:
+
+- `spec(group, name)` reads the file as text (no import of the component, hence no torch): defaults, types, docs. It serves
+  `list`, `show`, `schema`, `explain` and the validation of recipes.
+- `load(group, name)` imports the file and returns the class, a keyword-only, frozen Pydantic dataclass that forbids extra keys.
+
+A component's group follows from the interface it inherits (see `INTERFACES`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core import option_types as vocabulary
+from llmrecipe.core.errors import LlmRecipeError, RecipeError, did_you_mean
+from llmrecipe.core.paths import PACKAGE
+
+INTERFACES = {
+    "Wrapper": "stack",
+    "Objective": "objective",
+    "Optimizer": "optim",
+    "Schedule": "schedule",
+    "Reward": "reward",
+    "Agent": "agent",
+    "Metric": "metric",
+    "Step": "step",
+    "AdapterFormat": "adapter_format",
+}
+"""Name of the interface a component inherits, and the group its name lives in."""
+
+CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
+
+T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a component, read from its source."""
+
+    name: str
+    annotation: Any
+    """The evaluated type."""
+    type_text: str
+    """The type as written."""
+    default: Any
+    """The default value, or `...` where the option is required."""
+    doc: str
+    path: Path
+    """The file it is written in: the component's, or that of a mixin."""
+    line: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One component, read from its source without importing it."""
+
+    group: str
+    name: str
+    module: str
+    class_name: str
+    path: Path
+    line: int
+    doc: str
+    options: dict[str, Option]
+    facts: dict[str, Any]
+    """Class attributes with literal values, such as `requires` or `mergeable`."""
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring."""
+        return self.doc.strip().split("\n")[0].strip()
+
+    @property
+    def papers(self) -> list[str]:
+        """arXiv ids named in the docstring."""
+        return sorted(set(ARXIV.findall(self.doc)))
+
+    @property
+    def family(self) -> str:
+        """Folder the component lives in, such as `additive` or `alignment`."""
+        return self.path.parent.name
+
+    def defaults(self) -> dict[str, Any]:
+        """`{"kind": name, option: default, ...}` for options that have a default."""
+        values = {o.name: _plain(o.default) for o in self.options.values() if o.default is not ...}
+        return {"kind": self.name, **values}
+
+    @functools.cached_property
+    def schema_model(self) -> type[BaseModel]:
+        """A Pydantic model with the component's options, built without importing the component."""
+        spec_fields: dict[str, Any] = {
+            o.name: (Annotated[o.annotation, Field(description=o.doc)], o.default) for o in self.options.values()
+        }
+        return create_model(self.class_name, __config__=CONFIG, **spec_fields)
+
+
+def options(cls: T) -> T:
+    """Make a mixin of options: a component that names it among its bases has them, with those it adds or changes itself."""
+    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
+
+
+def _plain(value: Any) -> Any:
+    """The value of a default, also when it was written as `Field(default_factory=...)` or `Field(default, ...)`."""
+    from pydantic.fields import FieldInfo
+
+    if isinstance(value, FieldInfo):
+        return value.get_default(call_default_factory=True)
+    return value
+
+
+def register(cls: T) -> T:
+    """Make a component its own config: a keyword-only, frozen Pydantic dataclass that forbids unknown keys."""
+    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
+
+
+_plugins: list[tuple[str, Path]] = []
+
+
+def add_plugin(package: str) -> None:
+    """Also walk an installed package for components (`plugins: [package]` in a recipe: the user's opt-in).
+
+    Raises:
+        RecipeError: no such package is installed.
+    """
+    if any(name == package for name, _ in _plugins):
+        return
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise RecipeError(f"plugins: no installed package is called '{package}'")
+    _plugins.append((package, Path(next(iter(found.submodule_search_locations)))))
+    _index.cache_clear()
+
+
+def plugins() -> list[tuple[str, Path]]:
+    """Packages that are walked besides this one, with their folders."""
+    return list(_plugins)
+
+
+def defined_in(package: str) -> list[str]:
+    """Names of the components that a package holds."""
+    every = (spec for members in _index().values() for spec in members.values())
+    return [spec.name for spec in every if spec.module.startswith(f"{package}.")]
+
+
+def import_marked(mark: str) -> None:
+    """Import the files of plugins in which a decorator such as `@reward_function` stands."""
+    for package, root in _plugins:
+        for path in sorted(root.rglob("*.py")):
+            if mark in path.read_text(encoding="utf-8"):
+                name = ".".join([package, *path.relative_to(root).with_suffix("").parts])
+                importlib.import_module(name.removesuffix(".__init__"))
+
+
+def _roots() -> list[tuple[str, Path]]:
+    return [("llmrecipe", PACKAGE), *_plugins]
+
+
+@functools.cache
+def _index() -> dict[str, dict[str, Spec]]:
+    found: dict[str, dict[str, Spec]] = {group: {} for group in INTERFACES.values()}
+    for package, root in _roots():
+        for path in sorted(root.rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if "@register\n" not in text:
+                continue
+            spec = _read(package, root, path, text)
+            if spec is None:
+                continue
+            clash = found[spec.group].get(spec.name)
+            if clash is not None:
+                raise LlmRecipeError(f"{spec.group} '{spec.name}' is registered twice: {clash.path} and {path}")
+            found[spec.group][spec.name] = spec
+    return found
+
+
+def _read(package: str, root: Path, path: Path, text: str) -> Spec | None:
+    tree = ast.parse(text)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and _is_decorated(node, "register"):
+            bases = [b.id for b in node.bases if isinstance(b, ast.Name)]
+            group = next((INTERFACES[b] for b in bases if b in INTERFACES), None)
+            if group is None:
+                raise LlmRecipeError(f"{path}:{node.lineno}: {node.name} inherits none of {', '.join(INTERFACES)}")
+            module = ".".join([package, *path.relative_to(root).with_suffix("").parts])
+            options, facts = _inherited(tree, bases, package, root)
+            own, named = _members(node, path)
+            options, facts = {**options, **own}, {**facts, **named}
+            doc = inspect.cleandoc(ast.get_docstring(node) or "")
+            return Spec(group, path.stem, module, node.name, path, node.lineno, doc, options, facts)
+    return None
+
+
+def _is_decorated(node: ast.ClassDef, name: str) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == name for d in node.decorator_list)
+
+
+def _inherited(tree: ast.Module, bases: list[str], package: str, root: Path) -> tuple[dict[str, Option], dict[str, Any]]:
+    """Options and facts of the mixins a class names, read where the file imports them from."""
+    found: tuple[dict[str, Option], dict[str, Any]] = {}, {}
+    homes = {a.name: i.module or "" for i in tree.body if isinstance(i, ast.ImportFrom) for a in i.names}
+    for base in reversed(bases):
+        inside = homes.get(base, "").removeprefix(f"{package}.")
+        path = root.joinpath(*inside.split(".")).with_suffix(".py")
+        if base in INTERFACES or not path.is_file():
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == base and _is_decorated(node, "options"):
+                for known, more in zip(found, _members(node, path), strict=True):
+                    known.update(more)
+    return found
+
+
+def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[str, Any]]:
+    scope = {name: getattr(vocabulary, name) for name in vocabulary.__all__}
+    options: dict[str, Option] = {}
+    facts: dict[str, Any] = {}
+    for item, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        text = ast.unparse(item.annotation)
+        if text.startswith("ClassVar"):
+            try:
+                facts[item.target.id] = ast.literal_eval(item.value) if item.value else None
+            except ValueError:
+                facts[item.target.id] = ast.unparse(item.value)  # type: ignore[arg-type]
+            continue
+        is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        doc = inspect.cleandoc(str(following.value.value)) if is_doc else ""  # type: ignore[union-attr]
+        try:
+            annotation = eval(text, dict(scope))
+            default = ... if item.value is None else eval(ast.unparse(item.value), dict(scope))
+        except NameError as error:
+            raise LlmRecipeError(
+                f"{path}:{item.lineno}: option types come from llmrecipe.core.option_types only: {error}"
+            ) from error
+        options[item.target.id] = Option(item.target.id, annotation, text, default, doc, path, item.lineno)
+    return options, facts
+
+
+def groups() -> list[str]:
+    """Groups that hold at least one component."""
+    return [group for group, members in _index().items() if members]
+
+
+def names(group: str) -> list[str]:
+    """Names registered in a group, sorted."""
+    return sorted(_index().get(group, {}))
+
+
+def spec(group: str, name: str, where: str | None = None) -> Spec:
+    """The source facts of one component.
+
+    Args:
+        where: key path of the recipe that named it, for the message.
+
+    Raises:
+        RecipeError: the name is unknown; the message lists what exists and the nearest spelling.
+    """
+    known = _index().get(group, {})
+    if name not in known:
+        raise RecipeError(
+            f"{where or group}: there is no {group} '{name}'{did_you_mean(str(name), known)} "
+            f"(known: {', '.join(sorted(known))})"
+        )
+    return known[name]
+
+
+def load(group: str, name: str, where: str | None = None) -> Any:
+    """Import one component and return its class (its own type is known to the caller's group only)."""
+    found = spec(group, name, where)
+    return getattr(importlib.import_module(found.module), found.class_name)
+
+
+def find(name: str) -> list[Spec]:
+    """Every component of that name, in whichever group."""
+    return [members[name] for members in _index().values() if name in members]

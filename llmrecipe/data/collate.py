@@ -1,0 +1,240 @@
+"""Batches: token sequences laid out for one forward pass, and the flat list of positions that are scored.
+
+Letters: R rows, T columns, N scored positions, S sequences.
+
+Two layouts, one result. `pack` puts sequences end to end in one row without padding; each attends to itself and to its
+parent only. `pad` writes one row a sequence. Both fill the same flat lists, in the order of the sequences, so an objective
+never sees which layout was used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.forward_context import Context, Layout, Segment
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens that belong together."""
+
+    ids: Seq[int]
+    trained: Seq[int]
+    """1 where the token is a target."""
+    parent: int | None = None
+    """Index of the sequence it continues: the shared prompt of a chosen and a rejected answer."""
+    prompt: int = 0
+    """How many leading tokens belong to the prompt."""
+    task: int = 0
+    """Task of a mixed-task batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    input_ids: Tensor
+    """(R, T)"""
+    position_ids: Tensor
+    """(R, T) position of each token in its document, parents included."""
+    attention_mask: Tensor | None
+    """(R, T) ones on real tokens; None for packed rows."""
+    layout: Layout | None
+    """None for padded rows."""
+    source: Tensor
+    """(N,) index into the flattened (R*T) hidden states that predict each target."""
+    target: Tensor
+    """(N,) token ids."""
+    sequence: Tensor
+    """(N,) which sequence each target belongs to."""
+    sequences: int
+    """S"""
+    last: Tensor
+    """(S,) flat index of each sequence's last real token."""
+    task_ids: Tensor | None = None
+    """(R, T), only where a batch mixes tasks."""
+    prompt_lengths: Tensor | None = None
+    """(R,) for padded rows."""
+    rows: tuple[int, ...] = ()
+    """Indices of the token rows in their data set."""
+    keys: tuple[int, ...] = ()
+    """A digest of each row's tokens, for what is remembered by content (reference log-probabilities)."""
+    tokens: int = 0
+    """Real tokens the model reads."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What the objective needs besides tokens: labels, margins, advantages, encoder inputs."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
+            return self
+        names = (
+            "input_ids",
+            "position_ids",
+            "attention_mask",
+            "source",
+            "target",
+            "sequence",
+            "last",
+            "task_ids",
+            "prompt_lengths",
+        )
+        moved = {n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None}
+        return replace(self, **moved, extra={k: v.to(device) for k, v in self.extra.items()})
+
+    def context(self, role: str = "policy") -> Context:
+        """The context of a forward pass over this batch."""
+        return Context(
+            role=role,
+            layout=self.layout,
+            attention_mask=self.attention_mask,
+            positions=self.position_ids,
+            task_ids=self.task_ids,
+            prompt_lengths=self.prompt_lengths,
+        )
+
+    def with_extra(self, **tensors: Tensor) -> Batch:
+        """The same batch with more tensors for the objective."""
+        return replace(self, extra={**self.extra, **tensors})
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """(N,) per-target values -> (S,) sums."""
+        return values.new_zeros(self.sequences).index_add(0, self.sequence, values)
+
+    def counts(self) -> Tensor:
+        """(S,) number of targets of each sequence, as float."""
+        return torch.bincount(self.sequence, minlength=self.sequences).to(torch.float32)
+
+
+def _tasks(sequences: Seq[Sequence]) -> bool:
+    return any(s.task for s in sequences)
+
+
+def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor] | None = None) -> Batch:
+    """Lay sequences end to end in one row.
+
+    The first token of a sequence without parent has nothing before it and is never a target; the first token of a child is
+    predicted from its parent's last token.
+    """
+    sequences = list(sequences) or [Sequence([0], [0])]
+    starts: list[int] = []
+    offsets: list[int] = []
+    segments: list[Segment] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    tasks: list[int] = []
+    source: list[int] = []
+    target: list[int] = []
+    owner: list[int] = []
+    last: list[int] = []
+    for index, s in enumerate(sequences):
+        start = len(ids)
+        offset = 0 if s.parent is None else offsets[s.parent] + len(sequences[s.parent].ids)
+        starts.append(start)
+        offsets.append(offset)
+        segments.append(Segment(0, start, len(s.ids), s.parent, s.prompt))
+        before = None if s.parent is None else starts[s.parent] + len(sequences[s.parent].ids) - 1
+        _targets(s, index, start, before, source, target, owner)
+        ids.extend(s.ids)
+        positions.extend(range(offset, offset + len(s.ids)))
+        tasks.extend([s.task] * len(s.ids))
+        last.append(start + len(s.ids) - 1)
+    columns = len(ids)
+    return Batch(
+        input_ids=torch.tensor([ids], dtype=torch.long),
+        position_ids=torch.tensor([positions], dtype=torch.long),
+        attention_mask=None,
+        layout=Layout(tuple(segments), 1, columns),
+        source=torch.tensor(source, dtype=torch.long),
+        target=torch.tensor(target, dtype=torch.long),
+        sequence=torch.tensor(owner, dtype=torch.long),
+        sequences=len(sequences),
+        last=torch.tensor(last, dtype=torch.long),
+        task_ids=torch.tensor([tasks]) if _tasks(sequences) else None,
+        rows=tuple(rows),
+        tokens=columns,
+        extra=extra or {},
+    )
+
+
+def pad(
+    sequences: Seq[Sequence],
+    pad_id: int,
+    side: str = "right",
+    rows: Seq[int] = (),
+    extra: dict[str, Tensor] | None = None,
+    columns: int | None = None,
+) -> Batch:
+    """Write one padded row a sequence; a parent is written out in front of each of its children.
+
+    Args:
+        columns: width of the rows; default the longest.
+    """
+    sequences = list(sequences) or [Sequence([0], [0])]
+    parents = {s.parent for s in sequences if s.parent is not None}
+    leaves = [i for i in range(len(sequences)) if i not in parents]
+    full: list[list[int]] = [
+        [*(sequences[s.parent].ids if s.parent is not None else ()), *s.ids] for s in (sequences[i] for i in leaves)
+    ]
+    width = max(columns or 0, max(len(r) for r in full))
+    shape = (len(leaves), width)
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    tasks = torch.zeros(shape, dtype=torch.long)
+    source: list[int] = []
+    target: list[int] = []
+    owner: list[int] = []
+    last = [0] * len(sequences)
+    prompts: list[int] = []
+    written: set[int] = set()
+    for row, (leaf, tokens) in enumerate(zip(leaves, full, strict=True)):
+        first = 0 if side == "right" else width - len(tokens)
+        ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, first : first + len(tokens)] = 1
+        positions[row, first : first + len(tokens)] = torch.arange(len(tokens))
+        s = sequences[leaf]
+        tasks[row] = s.task
+        start, before, shared = row * width + first, None, 0
+        if s.parent is not None:
+            parent = sequences[s.parent]
+            shared = len(parent.ids)
+            if s.parent not in written:
+                written.add(s.parent)
+                _targets(parent, s.parent, start, None, source, target, owner)
+                last[s.parent] = start + shared - 1
+            before = start + shared - 1
+        _targets(s, leaf, start + shared, before, source, target, owner)
+        last[leaf] = start + len(tokens) - 1
+        prompts.append(shared + s.prompt)
+    return Batch(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=mask,
+        layout=None,
+        source=torch.tensor(source, dtype=torch.long),
+        target=torch.tensor(target, dtype=torch.long),
+        sequence=torch.tensor(owner, dtype=torch.long),
+        sequences=len(sequences),
+        last=torch.tensor(last, dtype=torch.long),
+        task_ids=tasks if _tasks(sequences) else None,
+        prompt_lengths=torch.tensor(prompts, dtype=torch.long),
+        rows=tuple(rows),
+        tokens=int(mask.sum()),
+        extra=extra or {},
+    )
+
+
+def _targets(
+    s: Sequence, index: int, start: int, before: int | None, source: list[int], target: list[int], owner: list[int]
+) -> None:
+    for i, (token, trained) in enumerate(zip(s.ids, s.trained, strict=True)):
+        if not trained or (i == 0 and before is None):
+            continue
+        source.append(start + i - 1 if i else before)  # type: ignore[arg-type]
+        target.append(token)
+        owner.append(index)

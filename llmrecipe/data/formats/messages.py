@@ -1,0 +1,120 @@
+"""Conversations: role names, message lists, transcripts, and the part two conversations share."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from llmrecipe.data.formats.row_types import BadRow
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}
+"""Role as written -> role a chat template knows."""
+
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+LIST_CELLS = ("messages", "conversations", "options", "input_ids", "labels", "label", "tools", "chat_template_kwargs")
+"""Columns that hold lists or mappings wherever they hold more than one value."""
+SIDES = ("prompt", "completion", "chosen", "rejected")
+"""Columns that hold text or messages."""
+
+
+def read_cells(row: dict[str, Any]) -> dict[str, Any]:
+    """Read lists and mappings that stand in a row as JSON text, as they must in a CSV cell; other text stays as it is."""
+    read: dict[str, Any] = {}
+    for name in (*LIST_CELLS, *SIDES):
+        text = row.get(name)
+        if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, list | dict) if name in LIST_CELLS else is_messages(value):
+            read[name] = value
+    return {**row, **read} if read else row
+
+
+def messages_of(value: Any, column: str) -> list[Message]:
+    """A list of `{role, content}` from either spelling (`role`/`content` or `from`/`value`).
+
+    Raises:
+        BadRow: not a list of messages, or a role no template knows.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        raise BadRow(f"'{column}' is text that is no valid JSON", f"{value!r:.80}")
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"'{column}' holds no messages", f"{value!r:.80}")
+    return [_message(entry, column) for entry in value]
+
+
+def _message(entry: Any, column: str) -> Message:
+    if not isinstance(entry, dict):
+        raise BadRow(f"'{column}' holds something that is not a message", f"{entry!r:.80}")
+    role = entry.get("role", entry.get("from"))
+    if role not in ROLES:
+        raise BadRow(f"unknown role {role!r}", f"known roles: {', '.join(ROLES)}")
+    message = {k: v for k, v in entry.items() if k not in ("role", "from", "value") and v is not None}
+    content = entry.get("content", entry.get("value"))
+    return {**message, "role": ROLES[role], "content": "" if content is None else content}
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value looks like a list of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+
+
+def says_nothing(message: Message) -> bool:
+    """An assistant turn without content, thought or tool call."""
+    return not any(message.get(key) for key in ("content", "tool_calls", "reasoning_content", "thinking"))
+
+
+def tools_of(row: dict[str, Any]) -> list[Any] | None:
+    """The row's tool descriptions; a JSON string is read."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise BadRow("'tools' is not valid JSON", str(error)) from error
+    return tools or None
+
+
+def is_transcript(text: Any) -> bool:
+    """Whether a string is a `\\n\\nHuman: ... \\n\\nAssistant: ...` transcript."""
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def parse_transcript(text: str) -> list[Message]:
+    """The messages of a transcript; each turn's content is stripped."""
+    text = text.strip()
+    marks = list(TURN.finditer(text))
+    ends = [m.start() for m in marks[1:]] + [len(text)]
+    names = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": names[m[1]], "content": text[m.end() : end].strip()} for m, end in zip(marks, ends)]
+
+
+def shared_text(chosen: str, rejected: str) -> int:
+    """Length of the prompt two strings share: up to the first difference, a space before it going to the answers."""
+    limit = min(len(chosen), len(rejected)) - 1
+    cut = next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
+    return cut - 1 if cut and chosen[cut - 1] == " " else cut

@@ -1,0 +1,78 @@
+"""Prompts from any source the data layer reads: a file, a folder, a built-in set, a hub data set, the rows of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats import detect
+from llmrecipe.data.formats.convert import Options
+from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.sources import open_split
+from llmrecipe.recipe.schema import DataSection
+
+ANSWERS = ("prompt", "completion", "completions", "chosen", "rejected", "label", "margin", "messages", "conversations")
+"""Columns that would make another format of a row that is given a new answer."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as it stands in its source."""
+
+    prompt: str | list[dict[str, Any]]
+    """Text, or messages that end before the answer."""
+    columns: dict[str, Any]
+    """The row's other columns; an answer that was there is called `reference`."""
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The prompt as messages."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+
+def read_prompts(
+    source: str | DataSection, split: str = "train", limit: int | None = None, where: str = "prompts"
+) -> list[Prompt]:
+    """The prompts of a split of a source, in its order.
+
+    Args:
+        source: where the rows are, alone or as a recipe's section says it.
+        limit: the first so many.
+        where: key path for messages.
+
+    Raises:
+        DataError: there is no such source or split, or a row has no prompt.
+    """
+    data = DataSection(path=source) if isinstance(source, str) else source
+    try:
+        parts = open_split(data, split)
+    except DataError as error:
+        raise DataError(f"{where}: {str(error).removeprefix('data.path: ')}") from error
+    found: list[Prompt] = []
+    for part in parts:
+        shape: Any = None
+        for index, row in part.reader.stream():
+            if limit is not None and len(found) >= limit:
+                return found
+            if not part.chosen(row):
+                continue
+            row = detect.rename(row, data.columns)
+            shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
+            try:
+                found += [_prompt(one) for one in shape.convert(row, Options("prompt", template=True))]
+            except BadRow as bad:
+                raise DataError(
+                    f"{where}: {part.reader.where(index)}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}"
+                ) from bad
+    if not found:
+        raise DataError(f"{where}: {data.path} has no rows")
+    return found
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    columns = row.get("columns", {})
+    kept = {k: v for k, v in columns.items() if k not in ANSWERS}
+    if isinstance(columns.get("completion"), str | list):
+        kept.setdefault("reference", columns["completion"])
+    return Prompt(row["prompt"], kept)

@@ -1,0 +1,321 @@
+"""Reading one file: JSON lines, JSON, CSV, Parquet, Arrow, plain text; the first three also gzipped.
+
+Each reader has random access (`rows`), a length, a content hash and `where(i)`, the place a message points at. A damaged
+file is an error that names file and line; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrecipe.core.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt", ".text")
+NUMERIC = frozenset({"label", "labels", "score", "margin", "input_ids"})
+"""CSV columns whose type is inferred; every other column stays text, so that '007' keeps its zeros."""
+
+
+class Reader:
+    """Rows of one file or table."""
+
+    name: str
+    base: Path | None = None
+    """Folder that relative paths inside rows refer to."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """The raw rows at these indices."""
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.name} row {index + 1}"
+
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+        raise NotImplementedError
+
+    def stream(self) -> Iterator[tuple[int, Row]]:
+        """Rows one after the other, without reading the whole file first where the format allows it."""
+        for index in range(len(self)):
+            yield index, self.rows([index])[0]
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the extension is one that can be read."""
+    return kind_of(path) in EXTENSIONS
+
+
+def kind_of(path: Path) -> str:
+    """The extension that decides the reader, without `.gz`."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def open_file(path: Path) -> Reader:
+    """The reader for a file.
+
+    Raises:
+        DataError: unknown extension, empty or damaged file.
+    """
+    kind = kind_of(path)
+    if kind not in EXTENSIONS:
+        raise DataError(f"{path}: cannot read '{kind or 'no extension'}' files; known: {', '.join(EXTENSIONS)} (also .gz)")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the file is empty")
+    if kind in (".jsonl", ".ndjson", ".json"):
+        data = _content(path)
+        if kind == ".json" and bytes(data[:64]).lstrip()[:1] == b"[":
+            return ListFile(path, data)
+        return LinesFile(path, data)
+    if kind in (".txt", ".text"):
+        return TextFile(path, _content(path))
+    return TableFile(path, kind)
+
+
+def _content(path: Path) -> bytes | mmap.mmap:
+    """The bytes of a file, memory-mapped unless compressed."""
+    if path.suffix.lower() == ".gz":
+        try:
+            return gzip.decompress(path.read_bytes())
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path}: the gzip file is damaged ({error}); download or write it again") from error
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _line_starts(data: bytes | mmap.mmap) -> np.ndarray:
+    """Offsets at which lines begin, with the end of the data as the last entry."""
+    view = np.frombuffer(data, dtype=np.uint8)
+    step = 1 << 26
+    ends = [np.flatnonzero(view[at : at + step] == 10) + at + 1 for at in range(0, len(view), step)]
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
+    return starts if starts[-1] == len(view) else np.append(starts, len(view))
+
+
+def _decode(data: bytes, path: Path, line: int) -> str:
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}:{line}: not UTF-8 text (byte {error.start}: {error.reason}); convert the file to UTF-8"
+        ) from error
+
+
+class LinesFile(Reader):
+    """JSON lines: one object a line, blank lines allowed."""
+
+    def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
+        self.name, self.path, self.base, self.data = str(path), path, path.parent, data
+        self._starts: np.ndarray | None = None
+        self._lines: np.ndarray | None = None
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Line offsets, and the line numbers (from 0) that hold a row."""
+        if self._starts is None or self._lines is None:
+            self._starts = _line_starts(self.data)
+            lengths = np.diff(self._starts)
+            full = lengths > 8
+            for i in np.flatnonzero(~full):
+                full[i] = bool(self.data[self._starts[i] : self._starts[i + 1]].strip())
+            self._lines = np.flatnonzero(full)
+        return self._starts, self._lines
+
+    def __len__(self) -> int:
+        return len(self._index()[1])
+
+    def where(self, index: int) -> str:
+        """File and line."""
+        return f"{self.path}:{int(self._index()[1][index]) + 1}"
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """Parse the lines at these indices."""
+        starts, lines = self._index()
+        return [self._parse(self.data[starts[n] : starts[n + 1]], int(n) + 1) for n in (lines[i] for i in indices)]
+
+    def _parse(self, data: bytes, line: int) -> Row:
+        text = _decode(data, self.path, line)
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            hint = "; the line was cut off, the file is incomplete" if error.pos >= len(text.rstrip()) else ""
+            raise DataError(f"{self.path}:{line}: not valid JSON ({error.msg}, column {error.colno}){hint}") from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{self.path}:{line}: a row must be an object like {{"text": "..."}}, this is a {type(row).__name__}'
+            )
+        return row
+
+    def fingerprint(self) -> str:
+        """Hash of the text."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def stream(self) -> Iterator[tuple[int, Row]]:
+        """Line after line."""
+        opener = gzip.open if self.path.suffix.lower() == ".gz" else open
+        index = 0
+        with opener(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield index, self._parse(line, number)
+                    index += 1
+
+
+class ListFile(Reader):
+    """A JSON file that holds one array of objects."""
+
+    def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
+        self.name, self.path, self.base = str(path), path, path.parent
+        raw = bytes(data)
+        self._hash = hashlib.sha256(raw).hexdigest()
+        try:
+            self._rows: list[Row] = json.loads(raw)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            line = getattr(error, "lineno", None) or raw[: getattr(error, "start", 0)].count(b"\n") + 1
+            raise DataError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})") from error
+        bad = next((i for i, row in enumerate(self._rows) if not isinstance(row, dict)), None)
+        if bad is not None:
+            raise DataError(f"{path} row {bad + 1}: a row must be an object, this is a {type(self._rows[bad]).__name__}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """The objects at these indices."""
+        return [self._rows[i] for i in indices]
+
+    def fingerprint(self) -> str:
+        """Hash of the text."""
+        return self._hash
+
+
+class TextFile(Reader):
+    """Plain text: rows are the blocks between blank lines, each as `{"text": block}`."""
+
+    def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
+        self.name, self.path, self.base = str(path), path, path.parent
+        self._hash = hashlib.sha256(data).hexdigest()
+        self._blocks: list[tuple[int, str]] = []
+        block: list[str] = []
+        first = 1
+        for number, line in enumerate([*io.BytesIO(data), b"\n"], start=1):
+            text = _decode(line, path, number).rstrip("\r\n")
+            if text.strip():
+                first = first if block else number
+                block.append(text)
+            elif block:
+                self._blocks.append((first, "\n".join(block)))
+                block = []
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def where(self, index: int) -> str:
+        """File and first line of the block."""
+        return f"{self.path}:{self._blocks[index][0]}"
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """The blocks at these indices."""
+        return [{"text": self._blocks[i][1]} for i in indices]
+
+    def fingerprint(self) -> str:
+        """Hash of the text."""
+        return self._hash
+
+
+class TableFile(Reader):
+    """CSV, TSV, Parquet or Arrow, read with pyarrow."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.name, self.path, self.base = str(path), path, path.parent
+        self.table = _read_table(path, kind)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """Rows as dicts; a contiguous range is one slice."""
+        if isinstance(indices, range) and indices.step == 1:
+            return without_fillers(self.table.slice(indices.start, len(indices)).to_pylist())
+        return without_fillers(self.table.take(list(indices)).to_pylist())
+
+    def fingerprint(self) -> str:
+        """Hash of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def without_fillers(rows: list[Row]) -> list[Row]:
+    """Take out the nulls inside nested values: Arrow gives each mapping of a column the keys of all others."""
+    return [{name: _filled(value) for name, value in row.items()} for row in rows]
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _filled(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list) and isinstance(next((v for v in value if v is not None), None), dict | list):
+        return [_filled(v) for v in value]
+    return value
+
+
+def _read_table(path: Path, kind: str) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        if kind == ".parquet":
+            return parquet.read_table(path, memory_map=True)
+        if kind in (".arrow", ".feather"):
+            source = pa.memory_map(str(path))
+            try:
+                return pa.ipc.open_file(source).read_all()
+            except pa.ArrowInvalid:
+                source.seek(0)
+                return pa.ipc.open_stream(source).read_all()
+        return _read_csv(path, "\t" if kind == ".tsv" else ",")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({error}); write it again") from error
+
+
+def _read_csv(path: Path, delimiter: str) -> pa.Table:
+    """CSV with a header line; pyarrow numbers a damaged row, which becomes file:line."""
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    content = bytes(_content(path))
+    header = next(csv.reader([_decode(content.split(b"\n", 1)[0], path, 1).rstrip("\r")], delimiter=delimiter))
+    damaged: list[tuple[int, int, int]] = []
+
+    def note(row: arrow_csv.InvalidRow) -> str:
+        damaged.append((row.number or 0, row.expected_columns, row.actual_columns))
+        return "skip"
+
+    table = arrow_csv.read_csv(
+        io.BytesIO(content),
+        read_options=arrow_csv.ReadOptions(use_threads=False),
+        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
+        convert_options=arrow_csv.ConvertOptions(column_types={n: pa.string() for n in header if n not in NUMERIC}),
+    )
+    if damaged:
+        number, expected, found = damaged[0]
+        raise DataError(
+            f"{path}:{number}: {found} columns where the header has {expected}; quote commas and line breaks in values"
+        )
+    return table

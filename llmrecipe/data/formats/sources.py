@@ -1,0 +1,289 @@
+"""Where rows come from: files, folders with split files, hub data sets, built-in sets, lists and weighted mixtures.
+
+`open_split` answers one question: which rows are the train (or validation, or test) rows of this recipe, and where is each.
+A split given as a share is cut from the training rows by a stable hash of the row's content, so the same row is always on
+the same side, whatever the order, and duplicates never straddle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.core.paths import ASSETS
+from llmrecipe.data.formats.readers import Reader, Row, is_data_file, open_file, without_fillers
+from llmrecipe.recipe.schema import DataSection
+
+BUILTIN = ASSETS / "data"
+ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+
+
+class NoSplitError(DataError):
+    """The sources have no such split."""
+
+
+class JoinedReader(Reader):
+    """Several readers one after the other (the shards of a split)."""
+
+    def __init__(self, name: str, readers: Sequence[Reader]) -> None:
+        self.name, self.readers, self.base = name, list(readers), readers[0].base
+        self._starts = np.cumsum([0, *map(len, self.readers)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _find(self, index: int) -> tuple[Reader, int]:
+        part = bisect_right(self._starts, index) - 1
+        return self.readers[part], index - int(self._starts[part])
+
+    def where(self, index: int) -> str:
+        """Where the row stands in its own file."""
+        reader, local = self._find(index)
+        return reader.where(local)
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """Rows of whichever shard."""
+        return [reader.rows([local])[0] for reader, local in map(self._find, indices)]
+
+    def fingerprint(self) -> str:
+        """Hash over the shards."""
+        return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
+
+
+class DatasetReader(Reader):
+    """A `datasets` data set: from the hub, or a folder written by `save_to_disk`."""
+
+    def __init__(self, name: str, data: Any) -> None:
+        self.name, self.data = name, data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """Rows as dicts."""
+        part = self.data[list(indices)]
+        return without_fillers([dict(zip(part, values)) for values in zip(*part.values())])
+
+    def fingerprint(self) -> str:
+        """The library's own content fingerprint, with the split's size."""
+        return hashlib.sha256(f"{self.name}|{self.data._fingerprint}|{len(self.data)}".encode()).hexdigest()
+
+
+class HubStream(Reader):
+    """A hub data set read as it comes; only `stream` works."""
+
+    def __init__(self, name: str, data: Any) -> None:
+        self.name, self.data = name, data
+
+    def stream(self) -> Iterator[tuple[int, Row]]:
+        """Rows in the order of the hub."""
+        yield from ((index, without_fillers([row])[0]) for index, row in enumerate(self.data))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows one source gives to a split."""
+
+    reader: Reader
+    weight: float | None = None
+    """Share of the mixture, where the recipe gives weights."""
+    keep: tuple[float, float] | None = None
+    """Interval of row hashes that belongs to this split; None keeps every row."""
+
+    def chosen(self, row: Row) -> bool:
+        """Whether a row belongs to the split."""
+        return self.keep is None or self.keep[0] <= unit_hash(row) < self.keep[1]
+
+
+def unit_hash(row: Row) -> float:
+    """A number in [0, 1) that depends on the row's content only, not on the order of its keys."""
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / float(1 << 56)
+
+
+def paths_of(data: DataSection) -> dict[str, float | None]:
+    """Every source of the recipe with its weight.
+
+    Raises:
+        DataError: no path, or weights that are not positive.
+    """
+    if data.path is None:
+        raise DataError("data.path: missing; give a file, a folder, a hub name, builtin:NAME, a list, or {path: weight}")
+    if isinstance(data.path, str):
+        return {data.path: None}
+    if not data.path:
+        raise DataError("data.path: the list of sources is empty")
+    if isinstance(data.path, list):
+        return dict.fromkeys(data.path)
+    bad = [name for name, weight in data.path.items() if weight <= 0]
+    if bad:
+        raise DataError(f"data.path.{bad[0]}: weight {data.path[bad[0]]} must be larger than 0; leave the source out instead")
+    return dict(data.path)
+
+
+def has_split(data: DataSection, split: str) -> bool:
+    """Whether the recipe has rows for a split. Reads no rows."""
+    try:
+        return bool(open_split(data, split))
+    except NoSplitError:
+        return False
+
+
+def open_split(data: DataSection, split: str) -> list[Part]:
+    """The parts of a split.
+
+    Raises:
+        DataError: a source is missing or damaged, or none has the split.
+    """
+    if split not in ALIASES:
+        raise DataError(f"split '{split}' is unknown{did_you_mean(split, ALIASES)} (known: {', '.join(ALIASES)})")
+    setting = None if split == "train" else getattr(data, split)
+    if isinstance(setting, str):
+        reader = _open(setting, split, data.streaming, alone=True)
+        if reader is None:
+            raise DataError(f"data.{split}: {setting} has no {split} rows")
+        return [Part(reader)]
+    if setting is not None and not setting:
+        raise NoSplitError(f"data.{split}: 0 of the rows are left for the {split} split")
+    interval = _interval(data, split)
+    wanted = "train" if split == "train" or setting is not None else split
+    parts = []
+    for name, weight in paths_of(data).items():
+        reader = _open(name, wanted, data.streaming and split == "train", alone=False)
+        if reader is not None:
+            parts.append(Part(reader, weight if split == "train" else None, interval))
+    if not parts:
+        names = ", ".join(paths_of(data))
+        hint = f"set data.{split}=FILE or a share such as data.{split}=0.1" if split != "train" else "name a file of rows"
+        raise NoSplitError(f"data.path: {names} has no {split} split; {hint}")
+    return parts
+
+
+def _interval(data: DataSection, split: str) -> tuple[float, float] | None:
+    """Row hashes of a split: test first, then validation, the rest trains."""
+    test = data.test if isinstance(data.test, float | int) else 0.0
+    validation = data.validation if isinstance(data.validation, float | int) else 0.0
+    if test + validation >= 1.0:
+        raise DataError(f"data.validation + data.test = {test + validation:g} leaves no rows to train on")
+    if split == "train":
+        return (test + validation, 1.0) if test + validation else None
+    share = test if split == "test" else validation
+    start = 0.0 if split == "test" else test
+    return (start, start + share) if share else None
+
+
+def _open(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
+    """The rows of one source for a split; `alone` means the source was named for this very split."""
+    path = place(name)
+    if path is None:
+        return _open_hub(name, split, streaming, alone)
+    if path.is_dir():
+        return _open_folder(path, split, alone)
+    return open_file(path) if split == "train" or alone else None
+
+
+def place(name: str) -> Path | None:
+    """The file or folder a source names; None where it can only be a hub name.
+
+    Raises:
+        DataError: no such file, folder or built-in set.
+    """
+    if name.startswith("builtin:"):
+        return _builtin(name.removeprefix("builtin:"))
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"data.path: {name}: no such file or folder{_near_file(path)}")
+    return None
+
+
+def _builtin(name: str) -> Path:
+    known = sorted(p.name for p in BUILTIN.iterdir() if p.is_dir()) if BUILTIN.is_dir() else []
+    if name not in known:
+        raise DataError(f"data.path: no built-in set is called '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
+    return BUILTIN / name
+
+
+def _near_file(path: Path) -> str:
+    parent = path.parent
+    return (
+        did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else f"; {parent} does not exist either"
+    )
+
+
+def _open_folder(folder: Path, split: str, alone: bool) -> Reader | None:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return _open_saved(folder, split, alone)
+    files = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if is_data_file(p))
+    found = {name: [p for p in files if _split_of(p) == name] for name in ALIASES}
+    chosen = found[split]
+    if not any(found.values()) and (split == "train" or alone):
+        chosen = files
+    elif not chosen and alone and len([f for f in found.values() if f]) == 1:
+        chosen = next(f for f in found.values() if f)
+    if not chosen:
+        if split == "train":
+            names = ", ".join(p.name for p in files) or "nothing that can be read"
+            raise DataError(f"{folder}: no training file (train.jsonl, .csv, .parquet, ...); the folder holds {names}")
+        return None
+    chosen = [p for p in chosen if p.stat().st_size] or chosen
+    readers = [open_file(p) for p in chosen if p.stat().st_size]
+    if not readers:
+        return None if split != "train" else open_file(chosen[0])
+    return readers[0] if len(readers) == 1 else JoinedReader(str(folder), readers)
+
+
+def _split_of(path: Path) -> str | None:
+    """Split a file name belongs to: `train.jsonl`, `train-00000-of-00002.parquet`, `dev_1.csv`."""
+    stem = path.name.lower().split(".")[0].replace("_", "-").split("-")[0]
+    return next((split for split, names in ALIASES.items() if stem in names), None)
+
+
+def _open_saved(folder: Path, split: str, alone: bool) -> Reader | None:
+    from datasets import DatasetDict, load_from_disk
+
+    data = load_from_disk(str(folder))
+    if not isinstance(data, DatasetDict):
+        return DatasetReader(str(folder), data) if split == "train" or alone else None
+    name = next((alias for alias in ALIASES[split] if alias in data), None)
+    return DatasetReader(f"{folder}[{name}]", data[name]) if name else None
+
+
+def _open_hub(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
+    """`owner/name` or `owner/name:config` through `datasets`; data scripts are never run."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    path, _, config = name.partition(":")
+    try:
+        splits = get_dataset_split_names(path, config or None)
+        found = next((alias for alias in ALIASES[split] if alias in splits), None)
+        if found is None and alone and len(splits) == 1:
+            found = splits[0]
+        if found is None:
+            if split == "train":
+                raise DataError(f"data.path: {name} has the splits {', '.join(splits)} and no train split")
+            return None
+        data = load_dataset(path, config or None, split=found, streaming=streaming)
+    except DataError:
+        raise
+    except Exception as error:  # the hub client raises a dozen unrelated classes
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"data.path: '{name}' is neither a file or folder here nor a data set the hub gave ({first}); "
+            "check the spelling, the network, or name a file"
+        ) from error
+    label = f"{name}[{found}]"
+    return HubStream(label, data) if streaming else DatasetReader(label, data)

@@ -1,0 +1,228 @@
+"""Streaming: rows encoded as they are read, shuffled through a buffer, resumable to the row.
+
+stream = TokenStream(data, tokenizer, "dialogue", mask="completion", seed=0)
+row = next(stream)           # endless; `stream.epoch` counts passes
+state = stream.state()       # JSON; `stream.load_state(state)` continues behind that row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from random import Random
+from typing import TYPE_CHECKING, Any, overload
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.core.tasks import Tasks
+from llmrecipe.data import validation
+from llmrecipe.data.formats.sources import HubStream, Part, open_split
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encode import TWO_BOS, Encoder
+from llmrecipe.data.tokenize_split import make_encoder
+from llmrecipe.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Raw = tuple[int, int, Row]
+"""(source, index, raw row)"""
+BATCH = 64
+"""Raw rows encoded at a time."""
+CHECKED = 1000
+"""Rows after which the gate looks at the counts."""
+ENDLESS = 1 << 40
+"""Length of a stream whose sources do not know theirs."""
+
+
+class TokenStream:
+    """An endless iterator of token rows over the training split.
+
+    A pass over the data ends when every source has been read once. In a weighted mixture each row is drawn from source i
+    with probability weight_i / sum(weights), and a source that ends before the others starts over.
+
+    Args:
+        buffer: rows the shuffle holds; 1 keeps the order of the files.
+        tasks: names of the tasks the stack keeps apart.
+    """
+
+    def __init__(
+        self,
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: str,
+        *,
+        mask: str = "completion",
+        seed: int,
+        buffer: int = 1000,
+        tasks: Tasks | None = None,
+    ) -> None:
+        if rows in ("labelled", "pairs"):
+            raise DataError("data.streaming: labels are numbered over all training rows, so these rows cannot be streamed")
+        if tasks is not None and tasks.names is None:
+            raise DataError("data.streaming: rows are not known beforehand, so the names of their tasks must be listed (tasks)")
+        self.data, self.seed, self.buffer, self.tasks = data, seed, buffer, tasks
+        self.parts: list[Part] = open_split(data, "train")
+        self.encoders: list[Encoder] = [
+            make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None) for part in self.parts
+        ]
+        self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mask=mask)
+        for encoder in self.encoders:
+            self.report.mapping |= encoder.columns
+        self.report.format = " + ".join(dict.fromkeys(e.format.name for e in self.encoders))
+        self.emitted = 0
+        self.epoch = 0
+        self._start(0, 0, 0)
+
+    def _start(self, epoch: int, batches: int, within: int) -> None:
+        """Stand in an epoch behind `batches` encoded batches and `within` rows of the next."""
+        self.epoch, self._batches, self._within = epoch, batches, 0
+        self._raw = self._shuffled(epoch)
+        for _ in islice(self._raw, batches * BATCH):
+            pass
+        self._rows: list[Row] = []
+        if within:
+            self._fill()
+            self._within = within
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        empty = 0
+        while self._within >= len(self._rows):
+            if self._rows or empty:
+                self._batches += 1
+            if not self._fill():
+                if not self.report.kept:
+                    validation.check(self.report, self.data)
+                self._start(self.epoch + 1, 0, 0)
+                self._fill()
+            empty += 1
+        row = {**self._rows[self._within], "row": self.emitted}
+        if self.tasks is not None:
+            row["task"] = self.tasks.number(row.get("task"), f"{self.report.source}, training row {self.emitted + 1}")
+        self._within += 1
+        self.emitted += 1
+        return row
+
+    def _fill(self) -> bool:
+        """Encode the next raw rows; False at the end of the epoch."""
+        raw = list(islice(self._raw, BATCH))
+        self._rows, self._within = [], 0
+        for source in sorted({s for s, _, _ in raw}):
+            encoder, part = self.encoders[source], self.parts[source]
+            own = [(i, row, f"{part.reader.name} row {i + 1}") for s, i, row in raw if s == source]
+            columns, report = encoder.encode(own)
+            report.template = encoder.describe()
+            self.report.merge(report)
+            self._rows += [dict(zip(columns, values)) for values in zip(*columns.values())]
+        self._rows = [{k: v for k, v in row.items() if v is not None} for row in self._rows]
+        places = {(s, i): n for n, (s, i, _) in enumerate(raw)}
+        if len(self.parts) == 1:
+            self._rows.sort(key=lambda row: places[0, row["source_row"]])
+        else:
+            Random(f"{self.seed} {self.epoch} {self._batches}").shuffle(self._rows)
+        if TWO_BOS in self.report.first or self.report.read >= CHECKED:
+            validation.check(self.report, self.data)
+        return bool(raw)
+
+    def _shuffled(self, epoch: int) -> Iterator[Raw]:
+        """Raw rows of an epoch through a shuffle buffer: each new row takes the place of a random one."""
+        rng = Random(f"{self.seed} {epoch}")
+        held: list[Raw] = []
+        for raw in self._mixed(epoch):
+            if len(held) < self.buffer:
+                held.append(raw)
+                continue
+            at = rng.randrange(self.buffer)
+            yield held[at]
+            held[at] = raw
+        rng.shuffle(held)
+        yield from held
+
+    def _mixed(self, epoch: int) -> Iterator[Raw]:
+        weights = [part.weight for part in self.parts]
+        if any(weight is None for weight in weights):
+            for source in range(len(self.parts)):
+                yield from self._read(source)
+            return
+        rng = Random(f"{self.seed} {epoch} mixture")
+        readers = [self._read(source) for source in range(len(self.parts))]
+        ended: set[int] = set()
+        while True:
+            source = rng.choices(range(len(readers)), weights=[w or 0.0 for w in weights])[0]
+            raw = next(readers[source], None)
+            if raw is None:
+                ended.add(source)
+                if len(ended) == len(readers):
+                    return
+                readers[source] = self._read(source)
+                raw = next(readers[source], None)
+                if raw is None:
+                    raise DataError(f"{self.parts[source].reader.name}: no rows for the training split")
+            yield raw
+
+    def _read(self, source: int) -> Iterator[Raw]:
+        part = self.parts[source]
+        return ((source, i, row) for i, row in part.reader.stream() if part.chosen(row))
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands, as JSON values."""
+        return {"epoch": self.epoch, "batches": self._batches, "within": self._within, "emitted": self.emitted}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Continue behind the row after which `state` was taken. Rows before it are read again but not encoded."""
+        self._start(state["epoch"], state["batches"], state["within"])
+        self.emitted = state["emitted"]
+
+    def seek(self, row: int) -> None:
+        """Stand before the row of that running number: exact, but rows before it are encoded again."""
+        if row < self.emitted:
+            self._start(0, 0, 0)
+            self.emitted = 0
+        for _ in range(row - self.emitted):
+            next(self)
+
+
+class StreamedRows(Sequence[Row]):
+    """A stream that is indexed like `TokenData`, by running number, and read forwards.
+
+    An index ahead reads on; one behind starts over. The length is the number of raw rows where the sources know theirs
+    (rows the gate drops make a pass end a little later than the data), else `ENDLESS`: then a run needs `steps`.
+    """
+
+    labels: list[str] | None = None
+    weights: list[float] | None = None
+
+    def __init__(self, stream: TokenStream, key: str) -> None:
+        self.stream, self.key, self.tasks = stream, key, stream.tasks
+        readers = [part.reader for part in stream.parts]
+        self._length = ENDLESS if any(isinstance(r, HubStream) for r in readers) else sum(map(len, readers))
+
+    def column(self, name: str) -> list[Any]:
+        """Nothing: rows of a stream are known one by one, as they are read."""
+        return []
+
+    @property
+    def report(self) -> Report:
+        """Counts over the rows read so far."""
+        return self.stream.report
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        if index != self.stream.emitted:
+            self.stream.seek(int(index))
+        return next(self.stream)
+
+    def order(self, epoch: int) -> range:
+        """Running numbers of one pass; the stream itself shuffles."""
+        return range(epoch * self._length, (epoch + 1) * self._length)

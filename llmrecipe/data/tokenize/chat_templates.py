@@ -1,0 +1,269 @@
+"""Chat templates: which one is used, and rendering with it.
+
+A template comes from the tokenizer itself, from a name below, from a file, or as Jinja text in the recipe
+(`tokenizer.chat_template`). Naming one (`own` is the tokenizer's) also wraps plain prompt and completion strings into
+messages; without it such strings stay raw text. The choice is stored in the tokenizer, so the saved folder serves the
+template that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.data.formats.row_types import BadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALPACA_PROMPT_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The two prompt forms of Stanford Alpaca (tatsu-lab/stanford_alpaca, Apache-2.0), which its models expect word for word."""
+
+BOS = "{{ bos_token }}"
+CALLS = (
+    "{% for call in message.tool_calls or [] %}{% set told = call.function or call %}"
+    '{{ \'\\n<tool_call>\\n{"name": "\' + told.name + \'", "arguments": \' }}'
+    "{{ told.arguments if told.arguments is string else told.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}"
+)
+"""Tool calls as JSON between marks, the spelling of Hermes and Qwen models."""
+CHATML = (
+    BOS + "{% if tools %}{{ '<|im_start|>system\\nTools:\\n' }}{{ tools | tojson }}{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}" + CALLS + "{{ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PLAIN = (
+    BOS + "{% if tools %}{{ 'Tools:\\n' }}{{ tools | tojson }}{{ '\\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'].capitalize() + ':\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}" + CALLS + "{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+_INSTRUCTION = (
+    "{{ '"
+    + ALPACA_PROMPT_INPUT.replace("\n", "\\n")
+    .replace("{instruction}", "' + message.instruction + '")
+    .replace("{input}", "' + message.input + '")
+    .replace("### Response:\\n", "")
+    + "' }}"
+)
+_PLAIN_INSTRUCTION = (
+    "{{ '"
+    + ALPACA_PROMPT.replace("\n", "\\n").replace("{instruction}", "' + told + '").replace("### Response:\\n", "")
+    + "' }}"
+)
+ALPACA = (
+    BOS + "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '### Response:\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% else %}{% set told = message.instruction or message['content'] %}"
+    "{% if message.input %}" + _INSTRUCTION + "{% else %}" + _PLAIN_INSTRUCTION + "{% endif %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+BUILTIN = {"chatml": CHATML, "plain": PLAIN, "alpaca": ALPACA}
+"""Built-in templates by name; all mark what the assistant says, and end each answer with a stop token."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+KEY = "llmrecipe_template"
+"""Key in the tokenizer's own configuration that remembers a named template."""
+PROBE = [{"role": "user", "content": "x"}]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template in use."""
+
+    name: str
+    """`own`, a built-in name, a file name, or `text`; shown to the user."""
+    text: str
+    named: bool
+    """The recipe named it, so plain strings are wrapped into messages."""
+    variables: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Special tokens a template may print."""
+
+    @property
+    def marks(self) -> bool:
+        """Whether it marks generated text with `{% generation %}`."""
+        return bool(GENERATION.search(self.text))
+
+    def render(self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None, kwargs: Any = None) -> str:
+        """The conversation as text; `prompt` ends it with the header of the assistant's turn.
+
+        Raises:
+            BadRow: the template refuses the conversation.
+        """
+        return self._run(messages, prompt, tools, kwargs, marked=False)[0]
+
+    def render_marked(
+        self, messages: list[dict[str, Any]], tools: Any = None, kwargs: Any = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and the character spans the assistant generated."""
+        return self._run(messages, False, tools, kwargs, marked=True)
+
+    def _run(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Render with the arguments of tool calls as objects; as JSON text where the template joins or prints them."""
+        bare = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        told, arguments = _with_arguments(bare, as_text=False)
+        try:
+            found = self._render(told, prompt, tools, kwargs, marked)
+        except BadRow:
+            if not arguments:
+                raise
+        else:
+            if not any(given and repr(given) in found[0] for given in arguments):
+                return found
+        return self._render(_with_arguments(bare, as_text=True)[0], prompt, tools, kwargs, marked)
+
+    def _render(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(  # type: ignore[str-unpack]
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.text,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **{**self.variables, **(kwargs or {})},
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise BadRow("the chat template refuses the conversation", f"{error}") from error
+        return texts[0], [tuple(s) for s in spans[0]] if marked else []
+
+
+def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The messages with the arguments of all tool calls as objects, or as JSON text; and these arguments."""
+    found: list[dict[str, Any]] = []
+
+    def call_of(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": call_of(call["function"])}
+        given = call.get("arguments")
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except (ValueError, RecursionError):
+                return call
+        if not isinstance(given, dict):
+            return call
+        found.append(given)
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False) if as_text else given}
+
+    told = [
+        {**m, "tool_calls": [call_of(call) for call in m["tool_calls"]]} if isinstance(m.get("tool_calls"), list) else m
+        for m in messages
+    ]
+    return told, found
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """The template a tokenizer carries, or None."""
+    text = getattr(tokenizer, "chat_template", None)
+    if isinstance(text, dict):
+        text = text.get("default")
+    if not text:
+        return None
+    name = getattr(tokenizer, "init_kwargs", {}).get(KEY)
+    return Template(name or "own", text, named=name is not None, variables=dict(tokenizer.special_tokens_map))
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Template | None:
+    """Give the tokenizer the template a recipe names (`tokenizer.chat_template`); None leaves it as it is.
+
+    Args:
+        value: `own`, a built-in name, a path to a Jinja file, or the Jinja text itself.
+
+    Raises:
+        DataError: nothing of that name, or a tokenizer that lacks the tokens a built-in template needs.
+    """
+    if value is None:
+        return template_of(tokenizer)
+    if value == "own":
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"tokenizer.chat_template: this tokenizer has no template of its own; use one of {', '.join(BUILTIN)}"
+            )
+        name = "own"
+    elif value in BUILTIN:
+        name, tokenizer.chat_template = value, _fit(tokenizer, value)
+    elif "{" in value:
+        name, tokenizer.chat_template = "text", value
+    elif Path(value).is_file():
+        name, tokenizer.chat_template = Path(value).name, Path(value).read_text(encoding="utf-8")
+    else:
+        known = ["own", *BUILTIN]
+        raise DataError(
+            f"tokenizer.chat_template: '{value}' is no built-in template{did_you_mean(value, known)} "
+            f"(known: {', '.join(known)}), no file, and no Jinja text"
+        )
+    tokenizer.init_kwargs[KEY] = name
+    return template_of(tokenizer)
+
+
+def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """A built-in template for this tokenizer: with BOS only where raw text gets one too."""
+    text = BUILTIN[name]
+    unknown = [
+        t for t in ("<|im_start|>", "<|im_end|>") if t in text and len(tokenizer(t, add_special_tokens=False)["input_ids"]) != 1
+    ]
+    if unknown:
+        raise DataError(
+            f"tokenizer.chat_template={name}: {' and '.join(unknown)} is not one token of this tokenizer, so no answer "
+            "could end with it; set tokenizer.add_tokens=['<|im_start|>','<|im_end|>'] or use tokenizer.chat_template=plain"
+        )
+    if "eos_token" in text and tokenizer.eos_token is None:
+        raise DataError(f"tokenizer.chat_template={name}: the tokenizer has no end token to close answers with")
+    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text if adds else text.removeprefix(BOS)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end token, and the one its template puts behind an assistant turn.
+
+    Generation has to stop at any of them.
+    """
+    found = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    template = template_of(tokenizer)
+    if template is not None:
+        turn = {"role": "assistant", "content": "x"}
+        try:
+            text = template.render([*PROBE, turn])
+        except BadRow:
+            return found
+        special = set(special_ids(tokenizer))
+        ids = tokenizer(text[text.rfind("x") + 1 :], add_special_tokens=False)["input_ids"]
+        found += [i for i in ids if i in special][:1]
+    return list(dict.fromkeys(found))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of every named or added token: text never merges across these."""
+    return sorted({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
+    text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,109 @@
+"""Encoding of texts with labels, and of text pairs and triples. Raw text, with the special tokens the tokenizer adds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.truncation import Limit
+
+if TYPE_CHECKING:
+    from llmrecipe.data.tokenize.encode import Encoder, Item
+
+LIST_COLUMNS = ("ids_a", "ids_b", "ids_c")
+
+
+def _check_policy(limit: Limit, where: str) -> None:
+    if limit.policy in ("truncate_prompt_left", "split"):
+        raise DataError(f"{where}: data.truncation={limit.policy} has no meaning for these rows; use drop, keep_start or error")
+
+
+def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None, cut: bool) -> Any:
+    return encoder.tokens.tokenizer(
+        list(first),
+        None if second is None else list(second),
+        return_attention_mask=False,
+        truncation="longest_first" if cut else False,
+        max_length=encoder.limit.length if cut else None,
+        verbose=False,
+    )
+
+
+def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """One text, or two joined the tokenizer's way, with a label; keep_start shortens the longer of two texts."""
+    _check_policy(encoder.limit, items[0].where)
+    for paired in (False, True):
+        group = [item for item in items if ("text_b" in item.row) is paired]
+        if not group:
+            continue
+        second = [i.row["text_b"] for i in group] if paired else None
+        found = _encode(encoder, [i.row["text"] for i in group], second, cut=False)
+        types = found.get("token_type_ids")
+        for n, item in enumerate(group):
+            _keep_labelled(encoder, item, report, found["input_ids"][n], types[n] if types else None)
+
+
+def _keep_labelled(encoder: Encoder, item: Item, report: Report, ids: list[int], types: list[int] | None) -> None:
+    limit = encoder.limit
+    if len(ids) > limit.length:
+        try:
+            if limit.policy != "keep_start":
+                limit.refuse(len(ids), item.where)
+        except BadRow as bad:
+            item.bad = bad
+            return
+        second = [item.row["text_b"]] if "text_b" in item.row else None
+        cut = _encode(encoder, [item.row["text"]], second, cut=True)
+        report.truncated += 1
+        report.tokens_lost += len(ids) - limit.length
+        ids, types = cut["input_ids"][0], cut["token_type_ids"][0] if types else None
+    if not ids:
+        item.bad = BadRow("the text has no tokens")
+        return
+    report.tokens += len(ids)
+    report.longest = max(report.longest, len(ids))
+    encoder.note(report, ids, item.where)
+    _count_label(report, item.row["label"])
+    item.done.append({"ids": ids, "type_ids": types, "label": json.dumps(item.row["label"], ensure_ascii=False)})
+
+
+def _count_label(report: Report, label: Any) -> None:
+    for one in label if isinstance(label, list) else [label]:
+        report.labels[str(one)] += 1
+
+
+def encode_pairs(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Two or three texts, each encoded on its own."""
+    _check_policy(encoder.limit, items[0].where)
+    ids = iter(encoder.tokens.raw([text for item in items for text in item.row["texts"]]))
+    for item in items:
+        texts = [next(ids) for _ in item.row["texts"]]
+        try:
+            kept = [_fit(encoder.limit, one, item.where, report) for one in texts]
+        except BadRow as bad:
+            item.bad = bad
+            continue
+        for one in kept:
+            encoder.note(report, one, item.where)
+        report.tokens += sum(map(len, kept))
+        report.longest = max(report.longest, *map(len, kept))
+        label = item.row["label"]
+        if label is not None:
+            _count_label(report, label)
+        done: dict[str, Any] = dict(zip(LIST_COLUMNS, kept))
+        text_label = None if label is None else json.dumps(label, ensure_ascii=False)
+        item.done.append({**done, "score": item.row["score"], "label": text_label})
+
+
+def _fit(limit: Limit, ids: list[int], where: str, report: Report) -> list[int]:
+    if len(ids) <= limit.length:
+        return ids
+    if limit.policy != "keep_start":
+        limit.refuse(len(ids), where)
+    report.truncated += 1
+    report.tokens_lost += len(ids) - limit.length
+    return ids[: limit.length]

@@ -1,0 +1,130 @@
+"""Encoding of prompts with answers to compare or to judge, and of prompts alone.
+
+The prompt of a pair ends where the ids of the prompt and of either joined sequence part: the shorter of the two common
+prefixes, so that both answers follow the same prompt ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.loss_masks import common_prefix
+from llmrecipe.data.tokenize.truncation import fit_answers, fit_prompt
+
+if TYPE_CHECKING:
+    from llmrecipe.data.tokenize.encode import Encoder, Item
+
+COLUMNS = {"preference": {"chosen": "chosen_ids", "rejected": "rejected_ids"}, "unpaired": {"completion": "completion_ids"}}
+"""Row type -> its answers and the columns they become; `choices` has as many answers as a row has."""
+
+
+def encode_answers(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Preference rows (two answers), unpaired rows (one) and rows of choices (one or more)."""
+    names = COLUMNS.get(encoder.kind.name, {})
+    answers = [[item.row[name] for name in names] or item.row["choices"] for item in items]
+    for spoken, count in dict.fromkeys((isinstance(i.row["prompt"], list), len(a)) for i, a in zip(items, answers)):
+        pairs = zip(items, answers)
+        group = [(i, a) for i, a in pairs if (isinstance(i.row["prompt"], list), len(a)) == (spoken, count)]
+        own = [item for item, _ in group]
+        prompts, joined = (_rendered if spoken else _raw)(encoder, own, [a for _, a in group])
+        for item, prompt, *whole in zip([item for item in own if item.bad is None], prompts, *joined):
+            _finish(encoder, item, report, prompt, whole, tuple(names.values()))
+
+
+def _raw(
+    encoder: Encoder, items: Sequence[Item], answers: Sequence[list[Any]]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    prompts: list[str] = [item.row["prompt"] for item in items]
+    joined = [[prompt + answer for prompt, answer in zip(prompts, column)] for column in zip(*answers)]
+    return encoder.tokens.raw_prompts(prompts), [encoder.tokens.documents(texts) for texts in joined]
+
+
+def _rendered(
+    encoder: Encoder, items: Sequence[Item], answers: Sequence[list[Any]]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    encoder.need_template(items[0].where)
+    template = encoder.tokens.template
+    assert template is not None
+    texts: list[list[str]] = []
+    for item, own in zip(items, answers):
+        row = item.row
+        extra = (row.get("tools"), row.get("kwargs"))
+        try:
+            whole = [template.render(row["prompt"] + answer, False, *extra) for answer in own]
+            texts.append([template.render(row["prompt"], True, *extra), *whole])
+        except BadRow as bad:
+            item.bad = bad
+    if not texts:
+        return [], [[] for _ in answers[0]]
+    prompts, *joined = (encoder.tokens.rendered(list(column)) for column in zip(*texts))
+    return prompts, joined
+
+
+def _finish(
+    encoder: Encoder, item: Item, report: Report, prompt: list[int], whole: Sequence[list[int]], columns: tuple[str, ...]
+) -> None:
+    start = min(common_prefix(prompt, ids) for ids in whole)
+    report.prompts += 1
+    report.moved += start < len(prompt)
+    answers = [ids[start:] for ids in whole]
+    before = start + sum(map(len, answers))
+    try:
+        if not start:
+            raise BadRow("the prompt has no tokens")
+        if not all(answers):
+            raise BadRow("an answer has no tokens")
+        kept, answers = fit_answers(prompt[:start], answers, encoder.limit, item.where)
+    except BadRow as bad:
+        item.bad = bad
+        return
+    after = len(kept) + sum(map(len, answers))
+    report.truncated += after < before
+    report.tokens_lost += before - after
+    report.tokens += after
+    report.trained += after - len(kept)
+    report.longest = max(report.longest, len(kept) + max(map(len, answers)))
+    report.equal += len(answers) == 2 and answers[0] == answers[1]
+    encoder.note(report, kept, item.where, answers)
+    done: dict[str, Any] = {"prompt_ids": kept, **dict(zip(columns, answers))}
+    if encoder.kind.name == "choices":
+        done |= {"choice_ids": [token for answer in answers for token in answer], "choice_lengths": [*map(len, answers)]}
+    elif encoder.kind.name == "unpaired":
+        done["label"] = item.row["label"]
+        report.labels[str(item.row["label"]).lower()] += 1
+    else:
+        done |= {"margin": item.row.get("margin"), "p": item.row.get("p")}
+    item.done.append(done)
+
+
+def encode_prompts(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Prompts the model will answer itself; the row's other columns travel along as JSON."""
+    plain = [item for item in items if isinstance(item.row["prompt"], str)]
+    for item, ids in zip(plain, encoder.tokens.raw_prompts([i.row["prompt"] for i in plain])):
+        _keep_prompt(encoder, item, report, ids)
+    spoken = [item for item in items if isinstance(item.row["prompt"], list)]
+    if not spoken:
+        return
+    prompts, _ = _rendered(encoder, spoken, [[] for _ in spoken])
+    for item, ids in zip([i for i in spoken if i.bad is None], prompts):
+        _keep_prompt(encoder, item, report, ids)
+
+
+def _keep_prompt(encoder: Encoder, item: Item, report: Report, ids: list[int]) -> None:
+    try:
+        if not ids:
+            raise BadRow("the prompt has no tokens")
+        kept = fit_prompt(ids, encoder.limit, item.where)
+    except BadRow as bad:
+        item.bad = bad
+        return
+    report.truncated += len(kept) < len(ids)
+    report.tokens_lost += len(ids) - len(kept)
+    report.tokens += len(kept)
+    report.longest = max(report.longest, len(kept))
+    encoder.note(report, kept, item.where)
+    columns = json.dumps(item.row.get("columns", {}), ensure_ascii=False, default=str)
+    item.done.append({"prompt_ids": kept, "columns": columns})

@@ -1,0 +1,161 @@
+"""Encoding of rows that are one sequence: text, dialogues, given tokens, picture captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.loss_masks import Conversation, Turns, bits, common_prefix, find_turns
+from llmrecipe.data.tokenize.truncation import fit_sequence
+
+if TYPE_CHECKING:
+    from llmrecipe.data.tokenize.encode import Encoder, Item
+
+NO_TARGET = "no trained token"
+
+
+def encode(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Fill `done` or `bad` of every item."""
+    groups: dict[str, list[Item]] = {"text": [], "tokens": [], "strings": [], "prompted": [], "talks": []}
+    for item in items:
+        groups[_kind(item.row)].append(item)
+    if groups["text"]:
+        for item, ids in zip(groups["text"], encoder.tokens.documents([i.row["text"] for i in groups["text"]])):
+            _finish(encoder, item, report, ids, bits(len(ids), [(0, len(ids))]), plain=True)
+    for item in groups["tokens"]:
+        labels = item.row["labels"]
+        trained = [1] * len(item.row["input_ids"]) if labels is None else [int(label != -100) for label in labels]
+        _finish(encoder, item, report, item.row["input_ids"], [0, *trained[1:]], plain=labels is None)
+    if groups["strings"]:
+        _strings(encoder, groups["strings"], report)
+    for name in ("prompted", "talks"):
+        if groups[name]:
+            turns = encoder.mask != "all" and (name == "talks" or encoder.mask != "completion")
+            encoder.need_template(groups[name][0].where, turns)
+            (_prompted if name == "prompted" else _talks)(encoder, groups[name], report)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    if "input_ids" in row:
+        return "tokens"
+    if "messages" in row:
+        return "talks"
+    if "text" in row:
+        return "text"
+    return "prompted" if isinstance(row["prompt"], list) else "strings"
+
+
+def _strings(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Plain prompt and completion: the completion starts where the ids of the prompt and of both part."""
+    prompts = encoder.tokens.raw_prompts([i.row["prompt"] for i in items])
+    whole = encoder.tokens.documents([i.row["prompt"] + i.row["completion"] for i in items])
+    for item, prompt, ids in zip(items, prompts, whole):
+        _split_at_prompt(encoder, item, report, prompt, ids)
+
+
+def _split_at_prompt(
+    encoder: Encoder, item: Item, report: Report, prompt: list[int], ids: list[int], spans: Any = None
+) -> None:
+    start = common_prefix(prompt, ids)
+    report.prompts += 1
+    report.moved += start < len(prompt)
+    if encoder.mask == "all":
+        spans = [(0, len(ids))]
+    elif spans is None:
+        spans = [(start, len(ids))]
+    else:
+        spans = [(max(a, start), b) for a, b in spans if b > start]
+    _finish(encoder, item, report, ids, bits(len(ids), spans))
+
+
+def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt: bool) -> str:
+    template = encoder.tokens.template
+    assert template is not None
+    return template.render(messages, prompt, item.row.get("tools"), item.row.get("kwargs"))
+
+
+def _prompted(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Prompt and completion as messages."""
+    kept, prompts, wholes = [], [], []
+    for item in items:
+        try:
+            prompts.append(_render(encoder, item, item.row["prompt"], True))
+            if encoder.mask in ("completion", "all"):
+                wholes.append(_render(encoder, item, item.row["prompt"] + item.row["completion"], False))
+            kept.append(item)
+        except BadRow as bad:
+            item.bad = bad
+            del prompts[len(kept) :]
+    prompt_ids = encoder.tokens.rendered(prompts)
+    if encoder.mask in ("completion", "all"):
+        for item, prompt, ids in zip(kept, prompt_ids, encoder.tokens.rendered(wholes)):
+            _split_at_prompt(encoder, item, report, prompt, ids)
+        return
+    batch = [_conversation(n, item, item.row["prompt"] + item.row["completion"]) for n, item in enumerate(kept)]
+    turns = find_turns(encoder.tokens, batch, last_only=encoder.mask == "last")
+    for n, (item, prompt) in enumerate(zip(kept, prompt_ids)):
+        found = turns[n]
+        if isinstance(found, BadRow):
+            item.bad = found
+        else:
+            _split_at_prompt(encoder, item, report, prompt, found.ids, found.spans)
+
+
+def _conversation(index: int, item: Item, messages: list[dict[str, Any]]) -> Conversation:
+    return Conversation(index, messages, item.row.get("tools"), item.row.get("kwargs"), item.where)
+
+
+def _talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Conversations without a separate prompt."""
+    if encoder.mask == "all":
+        _whole_talks(encoder, items, report)
+        return
+    batch = [_conversation(n, item, item.row["messages"]) for n, item in enumerate(items)]
+    turns = find_turns(encoder.tokens, batch, last_only=encoder.mask == "last")
+    for n, item in enumerate(items):
+        found = turns[n]
+        if isinstance(found, Turns):
+            report.prompts += 1
+            report.moved += found.moved
+            _finish(encoder, item, report, found.ids, bits(len(found.ids), found.spans))
+        else:
+            item.bad = found
+
+
+def _whole_talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    kept, texts = [], []
+    for item in items:
+        try:
+            texts.append(_render(encoder, item, item.row["messages"], False))
+            kept.append(item)
+        except BadRow as bad:
+            item.bad = bad
+    for item, ids in zip(kept, encoder.tokens.rendered(texts)):
+        _finish(encoder, item, report, ids, bits(len(ids), [(0, len(ids))]))
+
+
+def _finish(encoder: Encoder, item: Item, report: Report, ids: list[int], trained: list[int], plain: bool = False) -> None:
+    """Apply the length policy, count, and keep the row."""
+    try:
+        pieces = fit_sequence(ids, trained, encoder.limit, item.where, plain)
+    except BadRow as bad:
+        item.bad = bad
+        return
+    kept = [piece for piece in pieces if 1 in piece[1]]
+    if not kept:
+        why = "the part data.max_length leaves has none" if 1 in trained else f"mask '{encoder.mask}' selects nothing"
+        item.bad = BadRow(NO_TARGET, why, len(ids))
+        return
+    cut = len(ids) - sum(len(piece[0]) for piece in kept)
+    report.truncated += cut > 0
+    report.tokens_lost += max(cut, 0)
+    report.longest = max(report.longest, *(len(piece[0]) for piece in kept))
+    for piece_ids, piece_trained in kept:
+        report.tokens += len(piece_ids)
+        report.trained += sum(piece_trained)
+        item.done.append({"ids": piece_ids, "trained": piece_trained, "image": item.row.get("image")})
+    last_ids, last_trained = kept[-1]
+    final = len(last_trained) - 1 - last_trained[::-1].index(1)
+    encoder.note(report, kept[0][0], item.where, [last_ids[: final + 1]])

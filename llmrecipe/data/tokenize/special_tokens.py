@@ -1,0 +1,89 @@
+"""Text to token ids, in batches: raw text with the tokenizer's special tokens, rendered templates without.
+
+A template writes its own BOS, so encoding its text with special tokens would double it; raw text has none, so encoding it
+without would lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.data.tokenize.chat_templates import PROBE, Template, end_tokens, special_ids, template_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = list[int]
+
+
+class Tokens:
+    """A tokenizer with the few facts the data layer asks of it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        self.eos_text: str = tokenizer.eos_token or ""
+        probe = self._encode(["a"], special=True)["input_ids"][0]
+        self.adds_eos = self.eos is not None and len(probe) > 1 and probe[-1] == self.eos
+        self.template: Template | None = template_of(tokenizer)
+        self.ends = frozenset(end_tokens(tokenizer))
+        self.special = frozenset(special_ids(tokenizer))
+        self.fast = bool(getattr(tokenizer, "is_fast", False))
+        self._tails: dict[str, Ids] = {}
+
+    def _encode(self, texts: Sequence[str], special: bool, offsets: bool = False) -> Any:
+        return self.tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
+
+    def raw(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of raw texts, with the special tokens the tokenizer adds."""
+        return self._encode(texts, special=True)["input_ids"] if texts else []
+
+    def raw_prompts(self, texts: Sequence[str]) -> list[Ids]:
+        """Like `raw`, but a prompt goes on, so an end token the tokenizer adds is taken off."""
+        found = self.raw(texts)
+        return [ids[:-1] if ids and ids[-1] == self.eos else ids for ids in found] if self.adds_eos else found
+
+    def documents(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of raw texts that end: the end token's text is appended where it is not there yet."""
+        found = self.raw([t if not self.eos_text or t.endswith(self.eos_text) else t + self.eos_text for t in texts])
+        if not self.adds_eos:
+            return found
+        return [ids[:-1] if ids[-2:] == [self.eos, self.eos] else ids for ids in found]
+
+    def rendered(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of rendered templates: nothing is added."""
+        return self._encode(texts, special=False)["input_ids"] if texts else []
+
+    def rendered_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Any]]:
+        """Ids of rendered templates, with the library's encodings, which know where each token stands in the text."""
+        found = self._encode(texts, special=False)
+        return found["input_ids"], found.encodings
+
+    def tail(self, text: str) -> Ids:
+        """Ids of a short piece of template, remembered: headers and turn ends are the same in every row."""
+        if text not in self._tails:
+            if len(self._tails) > 4096:
+                self._tails.clear()
+            self._tails[text] = self.rendered([text])[0]
+        return self._tails[text]
+
+    def header(self) -> int:
+        """Length in tokens of the assistant's header, which no truncation may cut off."""
+        if self.template is None:
+            return 0
+        plain, prompt = self.template.render(PROBE), self.template.render(PROBE, prompt=True)
+        same = next((i for i, (a, b) in enumerate(zip(plain, prompt)) if a != b), min(len(plain), len(prompt)))
+        return len(self.rendered([prompt[same:]])[0]) if len(prompt) > same else 0
+
+    def is_space(self, ids: Sequence[int]) -> bool:
+        """Whether tokens are nothing but white space."""
+        return not self.tokenizer.decode(list(ids)).strip()

@@ -1,0 +1,197 @@
+"""Building one token table: read, encode in batches (in processes where there is much), write, or find it in the cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.cache import (
+    TokenTable,
+    Writer,
+    key_of,
+    open_table,
+    schema_of,
+    table_folder,
+    to_batch,
+    tokenizer_fingerprint,
+)
+from llmrecipe.data.formats import detect
+from llmrecipe.data.formats.row_types import row_type
+from llmrecipe.data.formats.sources import Part
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encode import Encoder, code_version
+from llmrecipe.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 1024
+"""Raw rows encoded at a time."""
+LARGE = 20_000
+"""Rows from which processes pay for their start."""
+SAMPLE = 20
+"""Rows looked at to find the format."""
+
+Draw = tuple[int, int]
+
+
+def build(
+    part: Part,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: str,
+    mask: str,
+    draw: Draw | None = None,
+    task_field: str | None = None,
+) -> TokenTable:
+    """The token table of one source.
+
+    Args:
+        draw: (count, seed): keep `count` rows drawn with the seed instead of all.
+        task_field: column that names the task of a row, where the stack keeps tasks apart.
+    """
+    kind = row_type(rows)
+    key = key_of(
+        {
+            "data": part.reader.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "rows": [rows, mask, data.format, data.columns, data.system],
+            "length": [data.max_length, data.truncation],
+            "part": [part.keep, draw],
+            "folder": str(part.reader.base) if rows == "multimodal" else None,
+            "code": code_version(),
+            **({"task": task_field} if task_field else {}),
+        }
+    )
+    folder = table_folder(key) if data.cache else None
+    if folder is not None:
+        found = open_table(folder, kind)
+        if found is not None:
+            found.facts["report"]["source"] = part.reader.name
+            return found
+    encoder = make_encoder(part, data, tokenizer, rows, mask, task_field)
+    writer = Writer(kind, folder)
+    report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
+    try:
+        for batch, counted in _batches(encoder, part, draw, data.workers):
+            writer.add(batch)
+            report.merge(counted)
+    except BaseException:
+        writer.abandon()
+        raise
+    return writer.finish({"key": key, "report": report.to_dict()})
+
+
+def make_encoder(
+    part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBase, rows: str, mask: str, task_field: str | None = None
+) -> Encoder:
+    """Detect the source's format and make its encoder.
+
+    Raises:
+        DataError: no rows, or columns that fit no format.
+    """
+    found = source_layout(part, data, rows)
+    return Encoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases)
+
+
+def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
+    """The format of a source and the columns recognised for it, from its first rows.
+
+    Raises:
+        DataError: no rows, or columns that fit no format.
+    """
+    first = list(islice(part.reader.stream(), SAMPLE))
+    name = part.reader.name
+    if not first:
+        raise DataError(f"{name}: there are no rows")
+    detect.check_mapping(data.columns, first[0][1], name)
+    return detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name)
+
+
+Encoded = tuple["pa.RecordBatch", Report]
+
+
+def _batches(encoder: Encoder, part: Part, draw: Draw | None, workers: int) -> Iterator[Encoded]:
+    """Record batches with their reports, in source order (or in the order of the draw)."""
+    if draw is not None:
+        yield from _drawn(encoder, part, draw)
+        return
+    total = len(part.reader)
+    ranges = [range(start, min(start + BATCH, total)) for start in range(0, total, BATCH)]
+    processes = _processes(workers, total)
+    if processes < 2:
+        for indices in ranges:
+            yield encode_range(encoder, part, indices)
+        return
+    yield from _parallel(encoder, part, ranges, processes)
+
+
+def _processes(workers: int, total: int) -> int:
+    """How many processes encode; one where forking is not safe or the data is small."""
+    if not sys.platform.startswith("linux"):
+        return 1
+    if workers:
+        return workers
+    return min(len(os.sched_getaffinity(0)), 16) if total >= LARGE else 1
+
+
+def _drawn(encoder: Encoder, part: Part, draw: Draw) -> Iterator[Encoded]:
+    """Rows of a seeded permutation until `count` are kept, so a limited run encodes little more than it uses."""
+    count, seed = draw
+    shuffled = np.random.default_rng(seed).permutation(len(part.reader))
+    step = max(min(BATCH, count), 1)
+    for start in range(0, len(shuffled), step):
+        indices = [int(i) for i in shuffled[start : start + step]]
+        batch, report = encode_range(encoder, part, indices)
+        if report.kept > count:
+            last = indices.index(batch.column("source_row")[count - 1].as_py())
+            batch, report = encode_range(encoder, part, indices[: last + 1])
+            report.kept = count
+            yield batch.slice(0, count), report
+            return
+        count -= report.kept
+        yield batch, report
+        if count <= 0:
+            return
+
+
+def encode_range(encoder: Encoder, part: Part, indices: Sequence[int] | range) -> Encoded:
+    """Encode the rows at these indices that belong to the split."""
+    raw = ((i, row, part.reader.where(i)) for i, row in zip(indices, part.reader.rows(indices)) if part.chosen(row))
+    columns, report = encoder.encode(raw)
+    report.template = encoder.describe()
+    return to_batch(columns, schema_of(encoder.kind)), report
+
+
+_work: Any = None
+"""What forked workers inherit: (encoder, part)."""
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _encode_in_worker(indices: range) -> Encoded:
+    encoder, part = _work
+    return encode_range(encoder, part, indices)
+
+
+def _parallel(encoder: Encoder, part: Part, ranges: Sequence[range], processes: int) -> Iterator[Encoded]:
+    """Forked workers share the open file and the tokenizer; only record batches travel back."""
+    global _work
+    import multiprocessing
+
+    _work = (encoder, part)
+    try:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker) as pool:
+            yield from pool.map(_encode_in_worker, ranges)
+    finally:
+        _work = None

@@ -1,0 +1,409 @@
+"""Seeded generator of the small data sets inside the package.
+
+    python -m llmrecipe.data.toy.generate               rewrites llmrecipe/assets/data, byte for byte
+    python -m llmrecipe.data.toy.generate --sets pretrain_text pretrain_talk --out DIR
+                                                    the larger corpus of the embedded model
+
+Rows are drawn from the world of `data.toy.grammar`, so every answer can be checked by `data.toy.scorers`. Which split a row
+belongs to follows from a hash of what it asks (its `key`), for all sets alike: a request in the test split of one set is in no
+training split of any set, nor in the corpus of the embedded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from llmrecipe.core.paths import ASSETS
+from llmrecipe.data.toy import grammar
+
+Row = dict[str, Any]
+Maker = Callable[[Random], tuple[str, Row]]
+"""Draws one row with the key that decides its split."""
+
+FOLDER = ASSETS / "data"
+SPLITS = ("train", "valid", "test")
+SYSTEM = "You are a small helpful model."
+WORDS = [*grammar.ANIMALS, *grammar.OBJECTS]
+SUM_FORMS = [
+    "What is {a} + {b}?",
+    "Add {a} and {b}.",
+    "How much is {a} plus {b}?",
+    "Give the sum of {a} and {b}.",
+    "{a} + {b} = ?",
+]
+
+
+def split_of(key: str) -> str:
+    """The split a key belongs to: one tenth valid, one tenth test, by a stable hash."""
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
+    return {0: "test", 1: "valid"}.get(bucket, "train")
+
+
+def user(text: str) -> list[Row]:
+    """A conversation of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
+def reply(text: str) -> list[Row]:
+    """A conversation of one assistant turn."""
+    return [{"role": "assistant", "content": text}]
+
+
+# Questions with one right answer: the abilities of the embedded model. Each draws (question, answer).
+
+
+def ask_opposite(rng: Random) -> tuple[str, str]:
+    """The opposite of a word."""
+    word = rng.choice(sorted(grammar.OPPOSITES))
+    form = rng.choice(["What is the opposite of {}?", "Give the opposite of {}.", "Tell me the opposite of {}."])
+    return form.format(word), f"The opposite of {word} is {grammar.OPPOSITES[word]}."
+
+
+def ask_copy(rng: Random) -> tuple[str, str]:
+    """A list of words, again."""
+    listed = ", ".join(rng.sample(WORDS, rng.randint(2, 4)))
+    question, text = rng.choice([("Repeat: {}.", "You said {}."), ("Say these words again: {}.", "{}")])
+    return question.format(listed), text.format(listed)
+
+
+def ask_pick(rng: Random) -> tuple[str, str]:
+    """The first or the last word of a list."""
+    listed = rng.sample(WORDS, rng.randint(2, 4))
+    which, index = rng.choice([("first", 0), ("last", -1)])
+    return f"What is the {which} word of this list: {', '.join(listed)}?", f"The {which} word is {listed[index]}."
+
+
+def ask_count(rng: Random) -> tuple[str, str]:
+    """The length of a list."""
+    listed = rng.sample(WORDS, rng.randint(1, 5))
+    return f"How many words are in this list: {', '.join(listed)}?", str(len(listed))
+
+
+def ask_colour(rng: Random) -> tuple[str, str]:
+    """The colour of one of two things in a one-line story."""
+    (one, two), (this, that) = rng.sample(grammar.NAMES, 2), rng.sample(grammar.OBJECTS, 2)
+    colours = rng.sample(grammar.COLOURS, 2)
+    index = rng.randrange(2)
+    question = f"{one} has a {colours[0]} {this}. {two} has a {colours[1]} {that}. What colour is the {(this, that)[index]}?"
+    return question, f"The {(this, that)[index]} is {colours[index]}."
+
+
+def ask_place(rng: Random) -> tuple[str, str]:
+    """The place of one of two people."""
+    people, places = rng.sample(grammar.NAMES, 2), rng.sample(grammar.PLACES, 2)
+    index = rng.randrange(2)
+    question = f"{people[0]} is in the {places[0]}. {people[1]} is in the {places[1]}. Where is {people[index]}?"
+    return question, f"{people[index]} is in the {places[index]}."
+
+
+def ask_animal(rng: Random) -> tuple[str, str]:
+    """A fact about an animal."""
+    animal = rng.choice(list(grammar.ANIMALS))
+    colour, place, food = grammar.ANIMALS[animal]
+    return rng.choice(
+        [
+            (f"What colour is the {animal}?", f"The {animal} is {colour}."),
+            (f"Where does the {animal} live?", f"The {animal} lives in the {place}."),
+            (f"What does the {animal} like?", f"The {animal} likes {food}."),
+        ]
+    )
+
+
+def ask_feeling(rng: Random) -> tuple[str, str]:
+    """Whether a remark is good or bad."""
+    good = rng.random() < 0.5
+    remark = (
+        f"{rng.choice(grammar.NAMES)} said the {rng.choice(WORDS)} was {rng.choice(grammar.GOOD if good else grammar.BAD)}."
+    )
+    return f"{remark} Is that good or bad?", "That is good." if good else "That is bad."
+
+
+def ask_hello(rng: Random) -> tuple[str, str]:
+    """Small talk."""
+    name = rng.choice(grammar.NAMES)
+    return rng.choice(
+        [
+            (f"Hello, I am {name}.", f"Hello {name}, how can I help?"),
+            (f"Good day. My name is {name}.", f"Good day, {name}."),
+            (f"{name} has to go now. Bye!", f"Bye, {name}. Have a nice day!"),
+            ("Who are you?", "I am a tiny model."),
+        ]
+    )
+
+
+def ask_less(rng: Random) -> tuple[str, str]:
+    """A difference of small numbers."""
+    a, b = rng.randint(0, 9), rng.randint(0, 9)
+    a, b = max(a, b), min(a, b)
+    return f"What is {a} - {b}?", str(a - b)
+
+
+def ask_manners(rng: Random) -> tuple[str, str]:
+    """Whether an answer is polite."""
+    polite = rng.random() < 0.5
+    text = grammar.answer(rng, grammar.request(rng), polite, rng.random() < 0.5)
+    return f"Is this answer polite? {text}", "Yes, it is polite." if polite else "No, it is rude."
+
+
+def ask_revise(rng: Random) -> tuple[str, str]:
+    """A rude answer, made polite: the opener that has the same place in the list of polite ones."""
+    index, rest = rng.randrange(len(grammar.RUDE)), grammar.fact(rng, rng.choice(list(grammar.ANIMALS)))
+    return f"Make this answer polite: {grammar.RUDE[index]} {rest}", f"{grammar.POLITE[index]} {rest}"
+
+
+def ask_better(rng: Random) -> tuple[str, str]:
+    """Which of two answers is the polite one."""
+    wanted = grammar.request(rng)
+    first = rng.random() < 0.5
+    answers = [grammar.answer(rng, wanted, polite, rng.random() < 0.5) for polite in (first, not first)]
+    return f"Which answer is polite? A: {answers[0]} B: {answers[1]}", "A" if first else "B"
+
+
+QUESTIONS = [
+    ask_opposite, ask_copy, ask_pick, ask_count, ask_colour, ask_place, ask_animal,
+    ask_feeling, ask_hello, ask_less, ask_manners, ask_revise, ask_better,
+]  # fmt: skip
+
+
+def ask_sum(rng: Random, noise: float = 0.0) -> tuple[str, str]:
+    """A sum of two digits; with probability `noise` the answer is off by one or two."""
+    a, b = rng.randint(0, 9), rng.randint(0, 9)
+    slip = rng.choice([-2, -1, 1, 2]) if rng.random() < noise else 0
+    return rng.choice(SUM_FORMS).format(a=a, b=b), str(abs(a + b + slip))
+
+
+def ask_reverse(rng: Random) -> tuple[str, str]:
+    """A list of three or four words, backwards: the task the embedded model has not learnt."""
+    listed = rng.sample(WORDS, rng.randint(3, 4))
+    form = rng.choice(["Say these words backwards: {}.", "Turn this list around: {}."])
+    return form.format(", ".join(listed)), f"The list is now {', '.join(reversed(listed))}."
+
+
+# Rows of each set.
+
+
+def row_story(rng: Random) -> tuple[str, Row]:
+    """Raw text, for clm, denoising, mlm and nsp."""
+    text = grammar.story(rng)
+    return text, {"text": text}
+
+
+def row_chat(rng: Random) -> tuple[str, Row]:
+    """A conversation of one or two questions, sometimes with a system message."""
+    turns = [rng.choice(QUESTIONS)(rng) for _ in range(rng.choice([1, 1, 2]))]
+    messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.1 else []
+    for question, text in turns:
+        messages += [*user(question), *reply(text)]
+    # A conversation is held out when its first question is; the second one may not be held out for another split.
+    splits = {split_of(question) for question, _ in turns}
+    return (turns[0][0] if len(splits) == 1 else ""), {"messages": messages}
+
+
+def row_sft(rng: Random) -> tuple[str, Row]:
+    """A new task, with the exact answer."""
+    question, text = ask_reverse(rng)
+    return question, {"prompt": user(question), "completion": reply(text), "answer": text}
+
+
+def row_sums(rng: Random) -> tuple[str, Row]:
+    """A sum with its exact answer, for rewards by exact match: the embedded model saw many wrong ones."""
+    question, text = ask_sum(rng)
+    return question, {"prompt": user(question), "answer": text}
+
+
+def row_preference(rng: Random) -> tuple[str, Row]:
+    """A polite answer on the topic, and one that is rude, off the topic, or both."""
+    wanted = grammar.request(rng, grammar.ASK)
+    polite, on_topic = rng.choice([(False, True), (True, False), (False, False)])
+    chosen, rejected = grammar.answer(rng, wanted, True, True), grammar.answer(rng, wanted, polite, on_topic)
+    row = {"prompt": user(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
+    return wanted.text, row
+
+
+def row_comparison(rng: Random) -> tuple[str, Row]:
+    """A polite answer on the topic, and one with a single fault: rude, or off the topic."""
+    wanted = grammar.request(rng, grammar.ASK)
+    polite = rng.random() < 0.5
+    chosen, rejected = grammar.answer(rng, wanted, True, True), grammar.answer(rng, wanted, polite, not polite)
+    return wanted.text, {"prompt": user(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
+
+
+def row_unpaired(rng: Random) -> tuple[str, Row]:
+    """One answer and whether it is polite and on the topic."""
+    wanted = grammar.request(rng, grammar.ASK)
+    good = rng.random() < 0.5
+    polite, on_topic = (True, True) if good else rng.choice([(False, True), (True, False), (False, False)])
+    text = grammar.answer(rng, wanted, polite, on_topic)
+    return wanted.text, {"prompt": user(wanted.text), "completion": reply(text), "label": good}
+
+
+def row_prompt(rng: Random) -> tuple[str, Row]:
+    """A request with what the rule needs to score an answer."""
+    wanted = grammar.request(rng, grammar.ASK)
+    return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
+
+
+def row_constitution(rng: Random) -> tuple[str, Row]:
+    """A request that provokes a rude answer."""
+    wanted = grammar.request(rng, grammar.PROVOKE)
+    return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
+
+
+def row_classify(rng: Random) -> tuple[str, Row]:
+    """A remark about one or two things: positive, negative, mixed or neutral; `not` turns a word around."""
+    label = rng.choice(["positive", "negative", "mixed", "neutral"])
+    name, (this, that) = rng.choice(grammar.NAMES), rng.sample(WORDS, 2)
+    if label == "neutral":
+        first, second = (f"the {thing} was {rng.choice(grammar.COLOURS)}" for thing in (this, that))
+    else:
+        good = {"positive": (True, True), "negative": (False, False)}.get(label) or rng.choice([(True, False), (False, True)])
+        first, second = (_remark(rng, thing, value) for thing, value in zip((this, that), good))
+    text = f"{name} said {first} and {second}."
+    return text, {"text": text, "label": label}
+
+
+def _remark(rng: Random, thing: str, good: bool) -> str:
+    """A good or bad word about a thing, said straight or with `not`."""
+    turned = rng.random() < 0.3
+    return f"the {thing} was {'not ' if turned else ''}{rng.choice(grammar.GOOD if good != turned else grammar.BAD)}"
+
+
+def row_pair(rng: Random) -> tuple[str, Row]:
+    """Two sentences and the share of the four slots they have in common."""
+    slots = grammar.event(rng)
+    changed = rng.randint(0, 4)
+    forms = rng.sample(grammar.EVENTS, 2)
+    one, two = forms[0].format(**slots), forms[1].format(**grammar.change(rng, slots, changed))
+    return one, {"sentence1": one, "sentence2": two, "score": 1 - changed / 4}
+
+
+def row_triple(rng: Random) -> tuple[str, Row]:
+    """A sentence, the same event in other words, and an event that differs in one to three slots."""
+    slots = grammar.event(rng)
+    anchor, positive, negative = rng.sample(grammar.EVENTS, 3)
+    row = {
+        "anchor": anchor.format(**slots),
+        "positive": positive.format(**slots),
+        "negative": negative.format(**grammar.change(rng, slots, rng.randint(1, 3))),
+    }
+    return row["anchor"], row
+
+
+def row_text(rng: Random) -> tuple[str, Row]:
+    """Raw text of the corpus: stories, and lists said two or three times, from which a model learns to copy."""
+    if rng.random() < 0.5:
+        return row_story(rng)
+    pool = [*WORDS, *grammar.NAMES, *grammar.COLOURS, *grammar.PLACES]
+    listed = ", ".join(rng.sample(pool, rng.randint(4, 10)))
+    text = " ".join([f"{listed}."] * rng.choice([2, 2, 3]))
+    return text, {"text": text}
+
+
+def row_talk(rng: Random) -> tuple[str, Row]:
+    """Conversations of the corpus: questions, noisy sums, and answers without manners.
+
+    Requests for facts are answered politely or rudely, about the right or the wrong animal, each with probability one half,
+    and 40 % of the sums are wrong: there is something left for alignment to teach.
+    """
+    kind = rng.choices(["chat", "tell", "provoke", "sum"], [70, 18, 4, 8])[0]
+    if kind == "chat":
+        return row_chat(rng)
+    if kind == "sum":
+        question, text = ask_sum(rng, noise=0.4)
+    else:
+        wanted = grammar.request(rng, grammar.TELL if kind == "tell" else grammar.PROVOKE)
+        question = wanted.text
+        text = grammar.answer(rng, wanted, rng.random() < (0.5 if kind == "tell" else 0.1), rng.random() < 0.5)
+    return question, {"messages": [*user(question), *reply(text)]}
+
+
+SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
+    "stories": (row_story, (560, 70, 70)),
+    "chat": (row_chat, (1000, 120, 120)),
+    "sft": (row_sft, (1000, 150, 150)),
+    "sums": (row_sums, (320, 40, 40)),
+    "preference": (row_preference, (480, 100, 100)),
+    "unpaired": (row_unpaired, (840, 120, 120)),
+    "prompts": (row_prompt, (1000, 150, 150)),
+    "constitution": (row_constitution, (400, 60, 60)),
+    "classify": (row_classify, (1600, 200, 200)),
+    "pairs": (row_pair, (1200, 150, 150)),
+    "triples": (row_triple, (960, 120, 120)),
+}
+"""The committed sets with the rows of their train, valid and test files."""
+
+
+LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
+    "comparisons": (row_comparison, (2400, 150, 150)),
+}
+"""Committed sets that the embedded model's tokenizer has not read."""
+
+CORPUS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
+    "pretrain_text": (row_text, (8_000, 100, 100)),
+    "pretrain_talk": (row_talk, (48_000, 200, 200)),
+}
+"""The corpus of the embedded model: not committed, written by `make tiny-model`."""
+
+
+def rows(maker: Maker, count: int, split: str, seed: str, unique: bool = True) -> Iterator[Row]:
+    """`count` rows of a split; with `unique`, no row twice.
+
+    Raises:
+        ValueError: the world has too few different rows for the count.
+    """
+    rng, seen, misses = Random(f"{seed}/{split}"), set(), 0
+    while count:
+        key, row = maker(rng)
+        text = json.dumps(row, sort_keys=True)
+        if not key or split_of(key) != split or (unique and text in seen):
+            misses += 1
+            if misses > 100_000:
+                raise ValueError(f"this set has too few different rows: {count} more wanted in {split}")
+            continue
+        misses = 0
+        seen.add(text)
+        count -= 1
+        yield row
+
+
+def write(folder: Path, split: str, found: Iterator[Row]) -> Path:
+    """Write rows as JSON lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in found), encoding="utf-8")
+    return path
+
+
+def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None = None) -> list[Path]:
+    """Write one set's three files under `out/name` and return their paths."""
+    maker, counts = {**SETS, **LATER, **CORPUS}[name]
+    unique = name not in CORPUS
+    return [
+        write(out / name, split, rows(maker, count, split, f"{seed}/{name}", unique))
+        for split, count in zip(SPLITS, sizes or counts)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: write the chosen sets and print where."""
+    parser = argparse.ArgumentParser(description="Write the generated data sets.")
+    parser.add_argument("--sets", nargs="*", default=[*SETS, *LATER], choices=[*SETS, *LATER, *CORPUS], help="sets to write")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder that receives one folder per set")
+    parser.add_argument("--rows", type=int, help="training rows; valid and test get a tenth each, 300 at most")
+    parser.add_argument("--seed", type=int, default=0, help="seed; the committed files use 0")
+    options = parser.parse_args(arguments)
+    held = min((options.rows or 0) // 10, 300)
+    sizes = (options.rows, held, held) if options.rows else None
+    for name in options.sets:
+        for path in generate(options.out, name, options.seed, sizes):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The gate: data that cannot be trained on stops the run before a weight is read, with the shortest fix."""
+
+from __future__ import annotations
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encode import TWO_BOS
+from llmrecipe.data.tokenize.sequences import NO_TARGET
+from llmrecipe.data.tokenize.truncation import NO_ROOM, TOO_LONG
+from llmrecipe.recipe.schema import DataSection
+
+FIXES = {
+    TOO_LONG: "raise data.max_length, or set data.truncation (split for plain text, keep_start, truncate_prompt_left)",
+    NO_ROOM: "raise data.max_length, or set data.truncation=truncate_prompt_left",
+    NO_TARGET: "check objective.mask and the roles of the rows, or raise data.max_length",
+    "the chat template refuses the conversation": "mend the rows, or set tokenizer.chat_template to one that takes them",
+}
+DEFAULT_FIX = "mend or remove these rows"
+
+
+def check(report: Report, data: DataSection, split: str = "train") -> None:
+    """Stop on impossible data.
+
+    Args:
+        split: whose rows these are; one that is a share of the training rows may have got none of them.
+
+    Raises:
+        DataError: no rows, two leading BOS tokens, too many rows dropped, or too many moved prompt boundaries.
+    """
+    if not report.read:
+        share = getattr(data, split, None)
+        if isinstance(share, float):
+            raise DataError(
+                f"data.{split}={share:g}: none of the rows of {report.source} falls into this share; "
+                "make it larger, name a file of rows, or leave it out"
+            )
+        raise DataError(f"{report.source}: there are no rows")
+    twice = sum(count for leading, count in report.bos.items() if leading > 1) if TWO_BOS in report.first else 0
+    if twice:
+        raise DataError(
+            f"{report.first[TWO_BOS]}: the row starts with two BOS tokens (as do {twice} rows in all): "
+            "one comes from the text or template, one from the tokenizer; take it out of the text, "
+            "or name a template with tokenizer.chat_template"
+        )
+    if not report.kept:
+        raise DataError(f"{report.source}: none of the {report.read} rows can be used.\n{_reasons(report)}")
+    if report.dropped_share > data.max_dropped:
+        raise DataError(
+            f"{report.source}: {report.lost} of {report.read} rows ({report.dropped_share:.1%}) would be dropped, more than "
+            f"data.max_dropped={data.max_dropped:g}.\n{_reasons(report)}\n"
+            f"To go on with the remaining {report.read - report.lost} rows, set data.max_dropped higher."
+        )
+    share = report.moved / report.prompts if report.prompts else 0.0
+    if share > data.max_moved:
+        raise DataError(
+            f"{report.source}: in {report.moved} of {report.prompts} rows ({share:.1%}) the prompt's last tokens "
+            f"merge with the answer's first, so the model would be trained on prompts it never meets "
+            f"(more than data.max_moved={data.max_moved:g}). End prompts on a token boundary "
+            "(no trailing space), use a chat template, or set data.max_moved=1 if it is meant"
+        )
+
+
+def warnings(report: Report) -> list[str]:
+    """Facts a reader should see that do not stop the run."""
+    found = []
+    if report.ended_share is not None and report.ended_share < 0.5:
+        found.append(
+            f"only {report.ended_share:.0%} of the answers end with an end token, so the model may not learn to stop "
+            "(cut by data.max_length, or a template without an end-of-turn token)"
+        )
+    if report.equal:
+        found.append(f"{report.equal} pairs have the same tokens as chosen and rejected; they teach nothing")
+    return found
+
+
+def _reasons(report: Report) -> str:
+    lines = []
+    for reason, count in report.dropped.most_common(5):
+        lines.append(f"  {count} x {reason}, first at {report.first.get(reason, '?')}: {FIXES.get(reason, DEFAULT_FIX)}")
+    return "\n".join(lines)

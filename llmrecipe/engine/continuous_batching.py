@@ -1,0 +1,202 @@
+"""Continuous refill: a fixed number of answers is decoded at once, and a slot whose answer has ended goes to the next prompt.
+
+Letters: R rows, C columns of the cache, V vocabulary.
+
+    prefill   waiting prompts, padded on the left, in one pass; answers to the same prompt share its row of that pass
+    join      their keys and values are appended to the batch's cache, the narrower of the two widened with dead columns
+    decode    one token for every row
+    leave     rows that have ended leave the cache, and leading columns that are dead in every row are cut off
+
+All rows end at column C, so a row that begins at column s has position C - s next and sees the columns from s on. Every row of
+a decoding pass gives a token that is wanted; in a padded batch rows go on until the longest answer has ended.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.engine.sampling import Picker, Sampling
+from llmrecipe.models import kv_cache
+
+FREE = 4
+"""Slots over free slots at which prompts are taken in: a pass over one prompt costs as much time as a step of the batch."""
+
+
+class Asked(NamedTuple):
+    """A prompt that waits for its answer."""
+
+    index: int
+    ids: tuple[int, ...]
+    task: int | None
+
+
+@dataclass
+class Row:
+    """One answer that is being decoded."""
+
+    asked: Asked
+    start: int
+    """Column of its first token."""
+    new: list[int] = field(default_factory=list)
+
+
+def refilled(batch: Slots, asked: Sequence[Asked]) -> Iterator[tuple[int, list[int]]]:
+    """(place, new token ids) of each answer as it ends.
+
+    Args:
+        batch: the slots, all of them free.
+        asked: prompts in the order in which they are taken in; those that are alike share a pass when they stand together.
+    """
+    size = batch.sampling.batch
+    waiting = list(reversed(asked))
+    while waiting or batch.rows:
+        free = size - len(batch.rows)
+        if waiting and (not batch.rows or free * FREE >= size):
+            yield from batch.take_in([waiting.pop() for _ in range(min(free, len(waiting)))])
+        else:
+            yield from batch.step()
+
+
+class Slots:
+    """The rows that are being decoded and their cache.
+
+    Args:
+        ends: tokens that end an answer.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, sampling: Sampling, picker: Picker, ends: Sequence[int], context: Context
+    ):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.picker, self.ends, self.context = picker, frozenset(ends), context
+        self.device = next(model.parameters()).device
+        takes = inspect.signature(model.forward).parameters
+        self.told = "position_ids" in takes
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.rows: list[Row] = []
+        self.cache: Any = None
+        self.columns = 0
+
+    def take_in(self, asked: Sequence[Asked]) -> Iterator[tuple[int, list[int]]]:
+        """Pass over waiting prompts and give them slots; yields answers that end with their first token."""
+        different = list(dict.fromkeys((a.ids, a.task) for a in asked))
+        ids, own = open_prompts(self.model, self.tokenizer, [Asked(0, *each) for each in different], self.context)
+        cache, width = kv_cache.fresh(self.model), ids.shape[1]
+        logits = self._forward(ids, cache, [width - len(prompt) for prompt, _ in different], own, first=True)
+        copies = torch.tensor([different.index((a.ids, a.task)) for a in asked], device=self.device)
+        if len(different) < len(asked):
+            kv_cache.select(cache, copies)
+        rows = [Row(a, width - len(a.ids)) for a in asked]
+        tokens = self._picked(logits[copies], rows)
+        ended = self._append(rows, tokens)
+        going = [i for i, row in enumerate(rows) if not ended[i]]
+        yield from ((rows[i].asked.index, rows[i].new) for i in range(len(rows)) if ended[i])
+        if len(going) < len(rows):
+            kv_cache.select(cache, torch.tensor(going, dtype=torch.long, device=self.device))
+        if going:
+            self._join([rows[i] for i in going], cache, width)
+
+    def _join(self, rows: list[Row], cache: Any, width: int) -> None:
+        if self.rows:
+            wide = max(width, self.columns)
+            for group, own in ((self.rows, self.columns), (rows, width)):
+                for row in group:
+                    row.start += wide - own
+            kv_cache.join(self.cache, cache)
+            self.rows, self.columns = [*self.rows, *rows], wide
+        else:
+            self.rows, self.cache, self.columns = rows, cache, width
+        self._trim()
+
+    def step(self) -> Iterator[tuple[int, list[int]]]:
+        """One token for every row; yields the answers that end with it."""
+        ids = torch.tensor([[row.new[-1]] for row in self.rows], device=self.device)
+        self.columns += 1
+        own = self.context_of(self.rows, self.columns)
+        logits = self._forward(ids, self.cache, [row.start for row in self.rows], own, first=False)
+        ended = self._append(self.rows, self._picked(logits, self.rows))
+        going = [i for i, over in enumerate(ended) if not over]
+        left = [row for row, over in zip(self.rows, ended, strict=True) if over]
+        self.rows = [self.rows[i] for i in going]
+        if left and going:
+            kv_cache.select(self.cache, torch.tensor(going, device=self.device))
+            self._trim()
+        yield from ((row.asked.index, row.new) for row in left)
+
+    def _trim(self) -> None:
+        dead = min(row.start for row in self.rows)
+        if dead:
+            kv_cache.trim(self.cache, dead)
+            self.columns -= dead
+            for row in self.rows:
+                row.start -= dead
+
+    def _forward(self, ids: Tensor, cache: Any, starts: list[int], own: Context, first: bool) -> Tensor:
+        """(R, V) logits behind the last column."""
+        inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self.last_only}
+        mask: Tensor = own.attention_mask  # type: ignore[assignment]
+        if self.told:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # As in Transformers' own loop: without padding there is no mask, which leaves the faster kernels open.
+        inputs["attention_mask"] = mask if any(starts) else None
+        with activate(own):
+            ready = self.model.prepare_inputs_for_generation(  # type: ignore[operator]
+                ids, next_sequence_length=ids.shape[1], is_first_iteration=first, **inputs
+            )
+            return self.model(**ready, return_dict=True).logits[:, -1]
+
+    def _picked(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        answers, at = [row.asked.index for row in rows], [len(row.new) for row in rows]
+        return self.picker.pick(logits, answers, at).tolist()
+
+    def _append(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
+        """Give each row its token; whether its answer ends with it."""
+        for row, token in zip(rows, tokens, strict=True):
+            row.new.append(token)
+        return [t in self.ends or len(row.new) == self.sampling.max_new_tokens for row, t in zip(rows, tokens, strict=True)]
+
+    def context_of(self, rows: Sequence[Row], columns: int) -> Context:
+        """The context of a pass over the rows' newest tokens."""
+        starts = torch.tensor([row.start for row in rows], device=self.device)
+        mask = (torch.arange(columns, device=self.device) >= starts[:, None]).long()
+        return _context(self.context, mask, [row.asked for row in rows])
+
+
+def open_prompts(model: nn.Module, tokenizer: Any, asked: Sequence[Asked], context: Context) -> tuple[Tensor, Context]:
+    """(R, T) ids of prompts, padded, and the context of the pass over them."""
+    ids, mask = padded(model, [a.ids for a in asked], pad_token(tokenizer), next(model.parameters()).device)
+    return ids, _context(context, mask, asked)
+
+
+def _context(context: Context, mask: Tensor, asked: Sequence[Asked]) -> Context:
+    lengths = torch.tensor([len(a.ids) for a in asked], device=mask.device)
+    tasks = None if asked[0].task is None else torch.tensor([[a.task] for a in asked], device=mask.device)
+    return replace(context, attention_mask=mask, prompt_lengths=lengths, task_ids=tasks)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills the rows of a batch; it is never read."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def padded(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, T) ids and mask: on the left where answers follow in the same row, on the right where an encoder counts positions."""
+    width = max(len(p) for p in prompts)
+    right = getattr(model.config, "is_encoder_decoder", False)
+
+    def filled(row: Sequence[int], value: int) -> list[int]:
+        rest = [value] * (width - len(row))
+        return [*row, *rest] if right else [*rest, *row]
+
+    ids = torch.tensor([filled(p, pad) for p in prompts], device=device)
+    mask = torch.tensor([filled([1] * len(p), 0) for p in prompts], device=device)
+    return ids, mask

@@ -1,0 +1,181 @@
+"""The one module that is prepared for DDP, FSDP or DeepSpeed: backbone, heads and log-prob engine behind one `forward`.
+
+Objectives ask it for token log-probabilities, hidden states, scores or class logits and never call a submodule of the
+model, so every rank's gradients are synchronised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.forward_context import activate, current
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.logprob import Post, token_logprobs, upcast
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value function read in the same forward call as the policy."""
+
+    trunk: str = "own"
+    """`own`: a second pass under the role's own adapter; `shared`: the policy's states; `detached`: those, without gradient."""
+    role: str = "value"
+    off: frozenset[str] = frozenset()
+    """Wrappers that step aside in a pass of its own: the policy's."""
+
+
+class Engine(nn.Module):
+    """A model with everything an objective may ask of it."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, compile: bool = False):
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.compile_trunk = compile
+        self.post = Post.of(model.config)
+        self.is_pair_model = bool(getattr(model.config, "is_encoder_decoder", False))
+
+    def forward(
+        self,
+        batch: Batch,
+        want: str = "logprobs",
+        role: str = "policy",
+        entropy: bool = False,
+        off: frozenset[str] = frozenset(),
+        temperature: float = 1.0,
+        critic: Critic | None = None,
+        entropy_graph: bool = False,
+    ) -> dict[str, Tensor]:
+        """One pass over a batch.
+
+        Args:
+            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `values` (N,)
+                of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
+                head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
+            role: which ports take part (see `Context.role`).
+            off: names of wrappers that step aside, besides those the surrounding context keeps off.
+            temperature: divides the logits of `logprobs`.
+            entropy_graph: with `entropy`, give it its graph.
+            critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
+
+        Returns:
+            The wanted tensors by name.
+        """
+        device = batch.input_ids.device.type
+        with (
+            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic), off=off | current().off)),
+            torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
+        ):
+            if want == "scores":
+                return {"scores": self.scores(batch)}
+            hidden = self.hidden(batch)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            if want == "hidden":
+                return {"hidden": flat[batch.last]}
+            if want == "reward":
+                return {"reward": self.head_of("reward")(flat[pooled(batch)]).squeeze(-1)}
+            if want == "values":
+                return self.values(flat, batch, role)
+            post = dataclasses.replace(self.post, temperature=temperature)
+            out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph)
+            if critic is None:
+                return out
+            if critic.trunk == "own":
+                return out | self.forward(batch, "values", critic.role, off=off | critic.off)
+            return out | self.values(flat.detach() if critic.trunk == "detached" else flat, batch, critic.role)
+
+    def values(self, flat: Tensor, batch: Batch, role: str) -> dict[str, Tensor]:
+        """A role's scalar of the state before each target (N,), and of each sequence's last state (S,)."""
+        head = self.head_of(role)
+        return {"values": head(flat[batch.source]).squeeze(-1), "values_end": head(flat[batch.last]).squeeze(-1)}
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that turns hidden states into logits."""
+        cls = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
+        return cls if isinstance(cls, nn.Module) else self.model.get_output_embeddings()
+
+    def head_of(self, role: str) -> nn.Module:
+        """A role's own scalar head, held under `task_head` of the model."""
+        heads = getattr(self.model, "task_head", None)
+        if not isinstance(heads, nn.ModuleDict) or role not in heads:
+            raise KeyError(f"the model has no task head for the role '{role}'")
+        return heads[role]
+
+    def hidden_of(self, batch: Batch) -> Tensor:
+        """(R, T, D) last hidden states under the batch's own context, without any head."""
+        with activate(batch.context()):
+            return self.hidden(batch)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(R, T, D) last hidden states of the backbone."""
+        if self.is_pair_model:
+            return self._pair_hidden(batch)
+        backbone = self.model.base_model
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
+        if "token_type_ids" in batch.extra:
+            inputs["token_type_ids"] = batch.extra["token_type_ids"]
+        if getattr(self.model.config, "use_cache", None) is not None:
+            inputs["use_cache"] = False
+        return self.traced(backbone)(**inputs).last_hidden_state
+
+    def traced(self, trunk: nn.Module) -> Callable[..., Any]:
+        """A part of the model as it is called: through `torch.compile` where that was asked for, with rows of any length.
+
+        The module itself stays as it is, so that generation, whose shapes change at every token, is not compiled. Ports stand
+        between the graphs: what they read of the context cannot be traced.
+        """
+        if not self.compile_trunk:
+            return trunk
+        found = self.__dict__.setdefault("_traced", {})
+        if id(trunk) not in found:
+            found[id(trunk)] = torch.compile(trunk, dynamic=True)
+        return found[id(trunk)]
+
+    def _pair_hidden(self, batch: Batch) -> Tensor:
+        """Encoder-decoder: the encoder reads `encoder_ids`, the batch's own rows are the decoder's."""
+        model, mask = self.model, batch.extra["encoder_mask"]
+        # The batch's own rows are the decoder's: what the context says of them is not true of the encoder's.
+        own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
+        with activate(own):
+            out = self.traced(model.get_encoder())(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
+        decoder = self.traced(model.get_decoder())
+        return decoder(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            encoder_hidden_states=out.last_hidden_state,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+
+    def scores(self, batch: Batch) -> Tensor:
+        """(S, C) logits of a sequence head: at the last real token for decoders, by the family's own pooling otherwise."""
+        head = getattr(self.model, "score", None)
+        if isinstance(head, nn.Module):
+            hidden = self.hidden(batch)
+            pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
+            return upcast(head(pooled.to(head.weight.dtype)))
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if "token_type_ids" in batch.extra:
+            inputs["token_type_ids"] = batch.extra["token_type_ids"]
+        return upcast(self.traced(self.model)(**inputs).logits)
+
+
+def pooled(batch: Batch) -> Tensor:
+    """(S,) flat index of the state a sequence is judged by."""
+    return batch.extra.get("pool", batch.last)
+
+
+def read_rows(batch: Batch, want: str, critic: Critic | None = None) -> Tensor | None:
+    """(M,) sorted flat indices of the final states that a wanted tensor is made from; None where all may be."""
+    both = torch.cat([batch.source, batch.last])
+    sources = both if critic is not None and critic.trunk != "own" else batch.source
+    rows = {"logprobs": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)
+    return None if rows is None else torch.unique(rows)

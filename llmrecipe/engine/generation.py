@@ -1,0 +1,149 @@
+"""Generation: answers to prompts, decoded with a key/value cache under the ports of the stack.
+
+A fixed number of answers is decoded at once, and a slot whose answer has ended goes to the next prompt (see `refill`). Models
+whose cache has no rows that could leave and join (see `models.kv_cache`) take padded batches through their own `generate`.
+Either way an answer is the same, up to the rounding of its logits, whatever is decoded beside it.
+
+The checkpoint's generation settings are overridden, not merged: what is not asked for is greedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmrecipe.core.forward_context import Context, activate, current
+from llmrecipe.engine.continuous_batching import Asked, Slots, open_prompts, pad_token, refilled
+from llmrecipe.engine.sampling import Picked, Picker, Sampling
+from llmrecipe.models import kv_cache
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: Context | None = None,
+    tasks: Sequence[int] | None = None,
+    keys: Sequence[int | str] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; returns the new token ids, end token included where it was reached.
+
+    Args:
+        context: of the forward passes, by default the one that is active; masks and tasks are filled in here.
+        tasks: number of each prompt's task, where the model keeps tasks apart.
+        keys: names of the answers' random streams, by default their places; equal keys draw equal numbers.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for i, answer in answered(model, tokenizer, prompts, sampling, context, tasks, keys):
+        answers[i] = answer
+    return answers
+
+
+@torch.no_grad()
+def answered(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: Context | None = None,
+    tasks: Sequence[int] | None = None,
+    keys: Sequence[int | str] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """The answers of `generate` in the order in which they end, each with its place."""
+    if not prompts:
+        return
+    was_training = model.training
+    model.eval()
+    context = context or current()
+    if tasks is None and context.task_ids is not None:
+        tasks = context.task_ids[:, 0].expand(len(prompts)).tolist()
+    picker = Picker(sampling, range(len(prompts)) if keys is None else keys)
+    ends = end_tokens(model, tokenizer)
+    # Long prompts first: the largest batch comes first, and like lengths share a pass.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    asked = [Asked(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
+    try:
+        if kv_cache.fresh(model) is not None:
+            yield from refilled(Slots(model, tokenizer, sampling, picker, ends, context), asked)
+            return
+        for first in range(0, len(asked), sampling.batch):
+            part = asked[first : first + sampling.batch]
+            new = _batch(model, tokenizer, part, sampling, picker, ends, context)
+            yield from zip([a.index for a in part], new, strict=True)
+    finally:
+        model.train(was_training)
+
+
+def _batch(
+    model: nn.Module,
+    tokenizer: Any,
+    asked: Sequence[Asked],
+    sampling: Sampling,
+    picker: Picker,
+    ends: Sequence[int],
+    context: Context,
+) -> list[list[int]]:
+    """One padded batch through the model's own `generate`, which runs until the longest answer ends."""
+    from transformers import GenerationConfig
+
+    ids, own = open_prompts(model, tokenizer, asked, context)
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(ends),
+        pad_token_id=pad_token(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )
+    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [Picked(picker, [a.index for a in asked])]}
+    if kv_cache.sharded(model):
+        more["synced_gpus"] = True
+    # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
+    kept = getattr(model, "generation_config", None)
+    try:
+        model.generation_config = GenerationConfig()  # type: ignore[assignment]
+        with activate(own):
+            out = model.generate(input_ids=ids, attention_mask=own.attention_mask, generation_config=config, **more)  # type: ignore[operator]
+    finally:
+        model.generation_config = kept  # type: ignore[assignment]
+    new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, ids.shape[1] :]
+    return [_cut(row, ends) for row in new.tolist()]
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those the checkpoint's generation settings name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({int(t) for t in found if t is not None})
+
+
+def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Decoded text without special tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def prompt_and_reference(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
+    """A token row -> its prompt and the text of its right answer; in a dialogue, its last trained run and what precedes it."""
+    if "prompt_ids" in row:
+        right = row["choice_ids"][: row["choice_lengths"][0]] if "choice_ids" in row else []
+        answer = row.get("chosen_ids") or row.get("completion_ids") or right
+        return list(row["prompt_ids"]), text_of(tokenizer, answer)
+    trained = row["trained"]
+    end = len(trained) - 1
+    while end >= 0 and not trained[end]:
+        end -= 1
+    start = end
+    while start > 0 and trained[start - 1]:
+        start -= 1
+    return list(row["ids"][:start]), text_of(tokenizer, row["ids"][start : end + 1])

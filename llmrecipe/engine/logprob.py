@@ -1,0 +1,178 @@
+"""The log-prob engine: log p(target | context) at scored positions only, in chunks, in float32.
+
+    t_n = z_n[y_n] - logsumexp(z_n),   z_n = post(head(h_n))
+
+The N x V logits never exist at once. Letters: N scored positions, D hidden width, V vocabulary.
+
+Two ways to the same numbers:
+
+- a frozen plain head: d t_n / d h_n = (onehot(y_n) - softmax(z_n)) post'(z_n) W is formed in the forward pass, chunk by
+  chunk, and only that (N, D) tensor is kept; the backward pass multiplies it by the incoming gradient. Exact for any loss.
+- any other head (trained, adapted, quantized): the head module is called on each chunk and the chunk is recomputed in the
+  backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmrecipe.models.hooks.port import ports_of
+
+CHUNK_BYTES = 16 << 20
+"""Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
+
+
+@dataclass(frozen=True)
+class Post:
+    """What happens to the head's output: z -> cap * tanh(scale * z / cap) / temperature."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    temperature: float = 1.0
+    """Of the sampling whose log-probabilities are wanted; 1 leaves the model's own distribution."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Apply to float32 logits."""
+        if self.scale != 1.0:
+            z = z * self.scale
+        z = z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+        return z if self.temperature == 1.0 else z / self.temperature
+
+    def derivative(self, z: Tensor) -> Tensor | None:
+        """d post / d logit from the result z; None where it is 1 everywhere."""
+        scale = self.scale / self.temperature
+        if self.cap is None:
+            return None if scale == 1.0 else torch.full_like(z, scale)
+        return (1.0 - (z * self.temperature / self.cap) ** 2) * scale
+
+    @staticmethod
+    def of(config: Any) -> Post:
+        """Read a family's logit scaling from its config."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        scale = 1.0
+        if getattr(text, "logit_scale", None) and getattr(text, "model_type", "") in ("cohere", "cohere2"):
+            scale = float(text.logit_scale)
+        if getattr(text, "logits_scaling", None):
+            scale = 1.0 / float(text.logits_scaling)
+        if getattr(text, "model_type", "") == "t5" and getattr(text, "tie_word_embeddings", False):
+            scale = float(text.d_model) ** -0.5
+        return Post(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def token_logprobs(
+    hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False, entropy_graph: bool = False
+) -> dict[str, Tensor]:
+    """Log-probabilities of targets.
+
+    Args:
+        hidden: (N, D) states that predict the targets.
+        target: (N,) token ids.
+        head: module (N, D) -> (N, V).
+        entropy: also return the detached entropy of each distribution (costs one more pass over the logits).
+        entropy_graph: give the entropy its graph, for losses it is part of.
+
+    Returns:
+        `logprobs` (N,) float32 with graph, `correct` (N,) whether the target is the most likely token, `entropy` (N,).
+    """
+    if hidden.shape[0] == 0:
+        # A micro-batch without targets still takes part in the backward pass of every rank.
+        zero = upcast(hidden.sum()) * 0.0
+        return {"logprobs": zero.expand(0), "correct": hidden.new_zeros(0), "entropy": hidden.new_zeros(0)}
+    if _is_plain_frozen(head) and not entropy_graph:
+        t, correct, ent = _FrozenHead.apply(hidden, target, head.weight, head.bias, post, entropy)
+        return {"logprobs": t, "correct": correct, "entropy": ent}
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    size = chunk_rows(head_width(head))
+    for h, y in zip(hidden.split(size), target.split(size), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_chunk, h, y, head, post, entropy, entropy_graph, use_reentrant=False))
+        else:
+            parts.append(_chunk(h, y, head, post, entropy, entropy_graph))
+    t, correct, ent = (torch.cat(p) for p in zip(*parts, strict=True))
+    return {"logprobs": t, "correct": correct, "entropy": ent}
+
+
+def head_width(head: nn.Module) -> int:
+    """V, the number of logits a head gives."""
+    return int(getattr(head, "out_features", 0) or getattr(head, "nf", 0) or 65536)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Float32, or float64 where the model computes in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows whose float32 logits fill one chunk."""
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _is_plain_frozen(head: nn.Module) -> bool:
+    return (
+        type(head) is nn.Linear
+        and not ports_of(head)
+        and not head.weight.requires_grad
+        and (head.bias is None or not head.bias.requires_grad)
+    )
+
+
+def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
+    z = post(upcast(head(h)))
+    lse = torch.logsumexp(z, -1)
+    t = z.gather(-1, y[:, None]).squeeze(-1) - lse
+    with torch.no_grad():
+        correct = (z.argmax(-1) == y).float()
+    with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+        ent = lse - (z.softmax(-1) * z).sum(-1) if entropy else torch.zeros_like(lse)
+    return t, correct, ent
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, post: Post, entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs = ctx.needs_input_grad[0]
+        slope = torch.empty_like(hidden) if needs else None
+        out: list[Tensor] = []
+        hits: list[Tensor] = []
+        ents: list[Tensor] = []
+        size = chunk_rows(weight.shape[0])
+        W = weight.to(hidden.dtype)
+        for first in range(0, hidden.shape[0], size):
+            h, y = hidden[first : first + size], target[first : first + size, None]
+            z = post(upcast(torch.nn.functional.linear(h, W, None if bias is None else bias.to(h.dtype))))
+            top = z.amax(-1, keepdim=True)
+            zy = z.gather(-1, y)
+            hits.append((zy == top).float().squeeze(-1))
+            derivative = post.derivative(z) if slope is not None else None
+            # exp(z - max) overwrites the logits: one buffer of chunk x V is all that exists, and one exp is all it costs.
+            shifted = z.sub_(top)
+            e = shifted.exp() if entropy else shifted.exp_()
+            total = e.sum(-1, keepdim=True)
+            out.append((zy - top - total.log()).squeeze(-1))
+            if entropy:
+                ents.append((total.log() - (e * shifted).sum(-1, keepdim=True) / total).squeeze(-1))
+            if slope is None:
+                continue
+            # d t / d h = post'(z_y) W_y - (sum_v e_v post'(z_v) W_v) / sum_v e_v
+            part = slope[first : first + size]
+            torch.mm((e if derivative is None else e.mul_(derivative)).to(h.dtype), W, out=part)
+            own = W[target[first : first + size]]
+            part.div_(-total).add_(own if derivative is None else own * derivative.gather(-1, y).to(own.dtype))
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        t, correct = torch.cat(out), torch.cat(hits)
+        ent = torch.cat(ents) if entropy else torch.zeros_like(t)
+        ctx.mark_non_differentiable(correct, ent)
+        return t, correct, ent
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        (slope,) = ctx.saved_tensors
+        return grad[:, None].to(slope.dtype) * slope, None, None, None, None, None

@@ -1,0 +1,99 @@
+"""Reference log-probabilities, remembered by row so that each row is scored once.
+
+A cache file is keyed by what the numbers depend on: token rows, reference weights, dtype and engine version. It lies beside
+the token cache and is only ever read back under the same key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import LlmRecipeError
+from llmrecipe.data.collate import Batch
+
+VERSION = "1"
+"""Changes when the log-prob engine changes what it computes."""
+
+
+NAMED = ("initial", "base", "none")
+"""References that are no other model's folder."""
+
+
+class ReferenceCache:
+    """Summed log-probabilities of the sequences of a row, float32, by the row's content key."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        """Named by what the numbers depend on; None keeps them in memory."""
+        self.known: dict[int, Tensor] = {}
+        self.complete = False
+        """Whether every row of the run is here, so that a missing one cannot be scored any more."""
+        self.hits = 0
+        self.misses = 0
+        if path is not None and path.exists():
+            self._read(path)
+
+    @property
+    def name(self) -> str:
+        """What stands for the reference in a checkpoint; empty where nothing is kept on disk."""
+        return self.path.stem if self.path is not None else ""
+
+    def get(self, batch: Batch) -> Tensor | None:
+        """(S,) sums in the batch's order, or None when a row is missing."""
+        if not batch.keys or any(key not in self.known for key in batch.keys):
+            if self.complete and batch.keys:
+                raise LlmRecipeError("a row has no reference log-probabilities although all rows were scored before step 0")
+            return None
+        self.hits += len(batch.keys)
+        return torch.cat([self.known[key] for key in batch.keys])
+
+    def put(self, batch: Batch, sums: Tensor) -> None:
+        """Remember the sums of a batch whose rows hold equally many sequences each."""
+        if not batch.keys:
+            return
+        self.misses += len(batch.keys)
+        for key, values in zip(batch.keys, sums.detach().float().cpu().chunk(len(batch.keys)), strict=True):
+            self.known[key] = values.clone()
+
+    def save(self) -> None:
+        """Write the cache aside and move it into place."""
+        if self.path is None or not self.misses:
+            return
+        from safetensors.torch import save_file
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        index = sorted(self.known)
+        tensors = {"keys": torch.tensor(index, dtype=torch.int64), "sums": torch.stack([self.known[i] for i in index])}
+        aside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, str(aside))
+        os.replace(aside, self.path)
+
+    def _read(self, path: Path) -> None:
+        from safetensors.torch import load_file
+
+        tensors = load_file(str(path))
+        self.known = {int(key): sums for key, sums in zip(tensors["keys"], tensors["sums"], strict=True)}
+
+
+def weights_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over (name, dtype, bytes) of tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cache_file(facts: dict[str, Any]) -> Path:
+    """Where numbers that depend on these facts, and on the engine's version, lie."""
+    digest = hashlib.sha256(json.dumps({"version": VERSION, **facts}, sort_keys=True).encode()).hexdigest()[:24]
+    root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))
+    return root / "reference" / f"{digest}.safetensors"

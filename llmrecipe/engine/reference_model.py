@@ -1,0 +1,83 @@
+"""A reference that is another model: opened alone, asked for every row once, and freed before the policy is opened.
+
+Two models are never in memory together. The scores lie in a file named by the content of that model's weights and of the
+rows, so a second run on the same rows finds them there.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
+from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
+from llmrecipe.engine.reference_policy import PlannedRows, row_groups, score_all
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.runs.open_model import Opened, is_adapter, open_model, run_folder, tokenizer_of
+
+
+def check_path(path: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a reference that is neither a named one nor the folder of a model or a finished run.
+
+    Args:
+        allowed: the named references the objective knows.
+
+    Raises:
+        RecipeError: naming what is allowed, and the nearest spelling.
+    """
+    from llmrecipe.recipe.content_key import REFERENCE
+
+    # The result of a stage that has not run yet is looked at when it has.
+    if path in allowed or REFERENCE.fullmatch(path):
+        return
+    folder = Path(path)
+    if path not in NAMED and folder.is_dir():
+        if run_folder(path) is None and not is_adapter(path) and not (folder / "config.json").is_file():
+            raise RecipeError(f"objective.reference: {path} holds neither a model (config.json) nor a finished run (final/)")
+        return
+    raise RecipeError(
+        f"objective.reference: must be {', '.join(allowed)}, or the folder of a model or a finished run; "
+        f"got {path!r}{did_you_mean(path, allowed)}"
+    )
+
+
+def scored(recipe: Any, objective: Any, rows: PlannedRows, device: torch.device) -> ReferenceCache:
+    """The scores of every row of a run under the folder that is its reference; an empty cache where the reference is named.
+
+    Raises:
+        ModelError: the folder's model reads other tokens than the policy writes.
+    """
+    path = objective.reference_of()
+    if path in NAMED:
+        return ReferenceCache()
+    tokenizer = tokenizer_of(recipe.model, recipe.tokenizer)
+    section = recipe.model.model_copy(update={"path": path, "adapters": {}, "continue_": False, "init": "pretrained"})
+    # Options of the policy's own tokenizer (a template, added tokens) say nothing about the tokens this model was trained on.
+    model = open_model(section, type(recipe.tokenizer)(), head=objective.head)
+    if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(f"objective.reference: {path} reads other tokens than the policy; take a model of the same vocabulary")
+    cache = _score(model, row_groups(objective, rows), recipe, objective, rows.train.key, device)
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return cache
+
+
+def _score(model: Opened, groups: Any, recipe: Any, objective: Any, rows: str, device: torch.device) -> ReferenceCache:
+    from llmrecipe.engine.forward import Engine
+    from llmrecipe.engine.packing import micro_tokens, packing_for
+    from llmrecipe.engine.role_models import Roles
+
+    weights = weights_digest({**dict(model.model.named_parameters()), **dict(model.model.named_buffers())})
+    cache = ReferenceCache(cache_file({"model": weights, "data": rows}))
+    model.model.to(device)
+    engine = Engine(model.model).eval()
+    tokens = recipe.batch.tokens or (None if recipe.batch.micro else micro_tokens(device))
+    packing = packing_for(recipe.data.packing, engine, device)
+    roles = Roles(engine, Stack([]), model.tokenizer, device, packing, recipe.batch.micro, tokens, cache)
+    score_all(groups, objective, roles)
+    return cache

@@ -1,0 +1,157 @@
+"""Making the policy of step 0 available for a whole run: switched off, remembered, or asked for every row beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
+from llmrecipe.methods._base.method import Stage
+from llmrecipe.recipe.code_key import code_behind
+from llmrecipe.runs import delta
+
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+    from llmrecipe.methods._base.stack import Stack
+    from llmrecipe.runs.open_model import Opened
+
+
+SMALL = 0.1
+"""Up to this share of the model the trained tensors are kept twice; beyond it all rows are scored before step 0."""
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows a run will read."""
+
+    train: Any
+    """Training rows; `train.key` stands for their content."""
+    others: Callable[[], list[Any]]
+    """Prepares the other splits that will be scored; None among them where there is none."""
+    steps: int
+    batch_size: int
+    seed: int
+
+
+def prepare_reference(objective: Any, stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows) -> None:
+    """Make the policy of step 0 available for the whole run. Call with the model as step 0 has it.
+
+    Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
+    train, every row the run will use is scored now, so that no second model is ever held; rows that the policy will sample
+    cannot be, so there all trained tensors are remembered, as they are where the reference moves or the start was learned from
+    data: checkpoints then hold them. Another model's scores were taken before this one was opened (see `reference_model`).
+    """
+    which = objective.reference_of()
+    if which not in NAMED or which == "none":
+        return
+    model = roles.model
+    if objective.reference_moves():
+        roles.reference_moves = True
+        stack.remember(model)
+        return
+    off = base_names(stack, opened) if which == "base" else None
+    roles.cache = ReferenceCache(cache_path(stack, opened, roles, rows, off is not None))
+    if off is not None:
+        roles.reference_off = off
+        return
+    if stack.reference_is_off() and opened.continued is None:
+        return
+    if objective.samples or stack.learns_start():
+        stack.remember(model)
+        return
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if trained <= SMALL * total:
+        stack.remember(model)
+        return
+    score_all(row_groups(objective, rows), objective, roles)
+
+
+def base_names(stack: Stack, opened: Opened) -> frozenset[str] | None:
+    """Return the mounted wrappers to switch off so that the base answers; None where the policy of step 0 is the base.
+
+    Raises:
+        RecipeError: the base's weights are no longer in memory.
+    """
+    mounted = opened.mounted
+    if not (mounted or opened.merged) and opened.continued is None and all(w.starts_at_base() for w in stack):
+        return None
+    injected = [w for w in stack if w.stage is Stage.INJECT]
+    opens = [w.name for w in (*stack, *mounted) if w.stage is Stage.SELECT]
+    if opens or not injected:
+        what = f"{', '.join(opens)} changes" if opens else "this run trains"
+        raise RecipeError(
+            f"objective.reference: {what} the base's own weights, so the base cannot answer beside the policy; "
+            "use reference=initial, or a stack of injected methods such as lora"
+        )
+    return frozenset(w.name for w in mounted)
+
+
+@torch.no_grad()
+def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Roles) -> None:
+    """Fill the roles' cache with every row of some groups, save it, and let it stand for the model from now on."""
+    cache = roles.cache
+    with roles.evaluating():
+        for rows in groups:
+            for batch in objective.reference_batches(rows, roles):
+                if batch.keys and cache.get(batch) is None:
+                    cache.put(batch, batch.sum_by_sequence(roles.engine(batch)["logprobs"]))
+    cache.complete = True
+    cache.save()
+
+
+def row_groups(objective: Any, rows: PlannedRows) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each split, and of every step over all processes; one pass where rows are looked at one by one."""
+    from llmrecipe.data import order
+
+    for split in rows.others():
+        if split is not None:
+            yield objective.evaluation_rows(split, list(range(len(split))))
+    data, size = rows.train, rows.batch_size
+    per_epoch = max(1, math.ceil(len(data) / size))
+    last = rows.steps if objective.pairs_rows else min(rows.steps, per_epoch)
+    indices: Any = ()
+    for step in range(last):
+        epoch, at = divmod(step, per_epoch)
+        indices = order(data, rows.seed, epoch) if at == 0 else indices
+        yield [data[int(i)] for i in indices[at * size : (at + 1) * size]]
+
+
+def cache_path(stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows, base: bool = False) -> Path:
+    """Return where the numbers of this reference lie: keyed by weights, stacks with their code, start, data and engine."""
+    model = roles.model
+    facts: dict[str, Any] = {
+        "base": opened.base_fingerprint,
+        # Mounted stacks that were folded into the weights show only here.
+        "weights": delta.fingerprint(model),
+        "layers": [weights_digest(layer.tensors) for layer in opened.layers],
+        "dtype": str(next(model.parameters()).dtype),
+        "autocast": str(roles.engine.autocast),
+        "data": rows.train.key,
+    }
+    code = code_behind(type(part).__module__ for part in (*stack, *opened.mounted))
+    if code:
+        facts["code"] = code
+    if base:
+        facts["reference"] = "base"
+    elif any(not w.starts_at_base() for w in stack) or opened.continued is not None:
+        facts["start"] = start_of(stack, model, rows)
+    return cache_file(facts)
+
+
+def start_of(stack: Stack, model: nn.Module, rows: PlannedRows) -> str | dict[str, Any]:
+    """Return what the stack's start depends on: its tensors; for a start learned from data, what it is learned from."""
+    learned = [w for w in stack if w.calibrates() and w.stage is Stage.INJECT]
+    names = {name for w in learned for name in w.delta(model)}
+    digest = weights_digest({n: v for n, v in stack.delta(model).items() if n not in names})
+    if not learned:
+        return digest
+    options = [delta.wrapper_mapping(w) for w in learned]
+    return {"tensors": digest, "learned": options, "seed": rows.seed, "batch": rows.batch_size}

@@ -1,0 +1,164 @@
+"""The models an objective may ask, by role: the policy, and others that mostly share its base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.data.collate import Batch, Sequence, pack, pad
+from llmrecipe.engine.forward import Critic, Engine
+from llmrecipe.engine.reference_cache import ReferenceCache
+from llmrecipe.methods._base.stack import Stack
+
+
+class Roles:
+    """What an objective sees of a run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        stack: Stack,
+        tokenizer: Any,
+        device: torch.device,
+        packing: bool,
+        micro_rows: int | None = None,
+        micro_tokens: int | None = None,
+        reference_cache: ReferenceCache | None = None,
+    ):
+        self.engine = engine
+        self.prepared: nn.Module = engine
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.device = device
+        self.packing = packing
+        self.micro_rows = micro_rows
+        self.micro_tokens = micro_tokens
+        self.cache = reference_cache or ReferenceCache()
+        self.reference_off: frozenset[str] = frozenset()
+        """Wrappers that step aside in the reference besides the run's own: mounted ones, where the base is the reference."""
+        self.reference_moves = False
+        """Whether the reference follows the policy, so that no score of it may be kept."""
+        self.runtime: Any = None
+        """Reductions over processes; None where there is one process without a run."""
+        self.data: Any = None
+        """The training rows of the run."""
+        self.events: Any = None
+        """Where samples are shown; None without a run."""
+        self.others: dict[str, Any] = {}
+        """Separate models by role name (a reward model, a judge); filled by the run."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy's model, unwrapped."""
+        return self.engine.model
+
+    @property
+    def pad_id(self) -> int:
+        """Token written into padding; never used to find padding."""
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
+
+    def layout(
+        self, sequences: list[Sequence], rows: Any = (), extra: dict[str, Tensor] | None = None, packed: bool = True
+    ) -> Batch:
+        """Sequences -> a batch on the device, packed where the attention backend can isolate documents.
+
+        Args:
+            packed: False where what reads the hidden states needs one row a sequence.
+        """
+        packed = packed and self.packing
+        batch = pack(sequences, rows, extra) if packed else pad(sequences, self.pad_id, "right", rows, extra)
+        return batch.to(self.device)
+
+    def split(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Cut the rows of an optimizer step into micro-batches; no rows still give one empty micro-batch."""
+        part: list[dict[str, Any]] = []
+        tokens = 0
+        for row in rows:
+            size = row_tokens(row)
+            full = (self.micro_rows and len(part) >= self.micro_rows) or (
+                self.micro_tokens and tokens + size > self.micro_tokens
+            )
+            if part and full:
+                yield part
+                part, tokens = [], 0
+            part.append(row)
+            tokens += size
+        if part or not rows:
+            yield part
+
+    def policy(
+        self,
+        batch: Batch,
+        want: str = "logprobs",
+        entropy: bool = False,
+        temperature: float = 1.0,
+        critic: Critic | None = None,
+        entropy_graph: bool = False,
+    ) -> dict[str, Tensor]:
+        """The trained model, through the prepared module, so that ranks synchronise."""
+        return self.prepared(
+            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph
+        )
+
+    def reference(self, batch: Batch) -> Tensor:
+        """(S,) summed log-probabilities of each sequence's targets under the reference.
+
+        Rows seen before come from the cache; the rest take one forward pass without gradients, dropout off.
+        """
+        if self.reference_moves:
+            return batch.sum_by_sequence(self.reference_tokens(batch))
+        known = self.cache.get(batch)
+        if known is not None:
+            return known.to(self.device)
+        sums = batch.sum_by_sequence(self.reference_tokens(batch))
+        self.cache.put(batch, sums)
+        return sums
+
+    @torch.no_grad()
+    def reference_tokens(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """(N,) log-probabilities under the policy of step 0."""
+        with self.evaluating(), self.stack.reference(self.model):
+            # A remembered snapshot keeps its ports on; switched-off stacks compute under the role `reference`.
+            role = "policy" if self.stack.snapshot is not None else "reference"
+            return self.engine(batch, role=role, off=self.reference_off, temperature=temperature)["logprobs"]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all processes."""
+        if self.runtime is None:
+            return values
+        return self.runtime.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    @property
+    def rank(self) -> int:
+        """Which process this is."""
+        return 0 if self.runtime is None else int(self.runtime.rank)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's JSON value, by rank."""
+        return [value] if self.runtime is None else self.runtime.gather_json(value)
+
+    def evaluating(self) -> Any:
+        """Context manager: eval mode inside, the former mode restored after."""
+        return _EvalMode(self.engine)
+
+
+def row_tokens(row: dict[str, Any]) -> int:
+    """Tokens of a token row, all its id lists together."""
+    return sum(len(v) for k, v in row.items() if k == "ids" or k.endswith("_ids"))
+
+
+@dataclasses.dataclass
+class _EvalMode:
+    module: nn.Module
+    was: bool = False
+
+    def __enter__(self) -> None:
+        self.was = self.module.training
+        self.module.eval()
+
+    def __exit__(self, *_: Any) -> None:
+        self.module.train(self.was)

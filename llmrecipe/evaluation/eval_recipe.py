@@ -1,0 +1,23 @@
+"""Which recipe says how a finished run or a plain model is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmrecipe.core.errors import UserError
+from llmrecipe.models.checkpoint_path import run_folder
+from llmrecipe.recipe.compose import Composition, compose
+
+
+def recipe_of(path: str, overrides: list[str]) -> Composition:
+    """The recipe an evaluation of a run or model follows: the run's own, or the defaults for a plain model."""
+    if run_folder(path) is None:
+        return compose("base", [f"model.path={path}", *overrides])
+    recipe = Path(path) / "recipe.yaml"
+    if not recipe.is_file():
+        recipe = Path(path).parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(
+            f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective"
+        )
+    return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides], foreign=True)

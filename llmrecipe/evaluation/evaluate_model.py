@@ -1,0 +1,149 @@
+"""Evaluating and asking a finished run or a plain model, outside of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from llmrecipe.core import registry
+from llmrecipe.core.console import say
+from llmrecipe.core.errors import DataError
+from llmrecipe.core.tasks import Tasks
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.packing import micro_tokens, packing_for
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.evaluation.eval_recipe import recipe_of
+from llmrecipe.interop.multi_adapter import tasks_of
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models.checkpoint_path import run_folder
+from llmrecipe.recipe.compose import Composition
+from llmrecipe.runs.open_model import Opened, open_model, resolve
+from llmrecipe.runtime.processes import Runtime
+from llmrecipe.training.evaluate import Evaluation, evaluate
+
+
+@dataclass
+class Subject:
+    """A model that is asked, with the recipe that says on what."""
+
+    composition: Composition
+    opened: Opened
+    roles: Roles
+    objective: Any
+    runtime: Runtime
+
+
+def open_subject(path: str, overrides: list[str]) -> Subject:
+    """Open a run directory or a model for evaluation or chat.
+
+    Raises:
+        UserError: the path, the recipe or the weights do not fit.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    composition = recipe_of(path, overrides)
+    options = chosen_anew(composition) if run_folder(path) is not None else {}
+    recipe = composition.recipe
+    head = registry.load("objective", str(recipe.objective["kind"])).head  # type: ignore[attr-defined]
+    return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
+
+
+def subject_of(composition: Composition, opened: Opened) -> Subject:
+    """An opened model under a recipe's objective and data."""
+    from llmrecipe.recipe.validate import instantiate
+
+    # The run's stack is part of the model it left; nothing is stacked on top of it here.
+    composition = dataclasses.replace(composition, recipe=composition.recipe.model_copy(update={"stack": {}}))
+    recipe = composition.recipe
+    parts = instantiate(recipe)
+    runtime = Runtime.start(recipe.runtime)
+    opened.model.to(runtime.device)
+    stack = Stack([])
+    engine = Engine(opened.model).eval()
+    roles = Roles(
+        engine, stack, opened.tokenizer, runtime.device, packing_for(recipe.data.packing, engine, runtime.device),
+        recipe.batch.micro, recipe.batch.tokens or micro_tokens(runtime.device),
+    )  # fmt: skip
+    roles.reference_off = stepped_aside(opened, parts.objective.reference_of())
+    return Subject(composition, opened, roles, parts.objective, runtime)
+
+
+def stepped_aside(opened: Opened, reference: str) -> frozenset[str]:
+    """Mounted wrappers the reference does without: the run's own where it was the policy of step 0, all for the base."""
+    own = f"mounted{len(opened.layers) - 1}_" if reference == "initial" else "mounted"
+    return frozenset(w.name for w in opened.mounted if reference in ("initial", "base") and w.name.startswith(own))
+
+
+def check_subject(path: str, overrides: list[str]) -> Composition:
+    """The recipe of an evaluation, with everything that can be wrong about the model but its weights.
+
+    Raises:
+        UserError: the path, the recipe or the tokenizer.
+    """
+    from llmrecipe.models.load import load_tokenizer
+
+    composition = recipe_of(path, overrides)
+    base, _, _ = resolve(composition.recipe.model)
+    load_tokenizer(base, composition.recipe.tokenizer)
+    return composition
+
+
+def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:
+    """Options of the run's own stack that may be chosen after training, as the words give them (`stack.dylora.rank=2`)."""
+    found = {}
+    for name, mapping in composition.recipe.stack.items():
+        free = registry.load("stack", mapping["kind"]).adjustable
+        found[name] = {option: mapping[option] for option in free if option in mapping}
+    return found
+
+
+def evaluate_path(path: str, overrides: list[str], split: str = "validation") -> dict[str, float]:
+    """Metrics of a run or model on a split of the data its recipe (or the overrides) names.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    return score_subject(open_subject(path, overrides), split)
+
+
+def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
+    """Metrics of an opened run or model; see `evaluate_path`."""
+    return metrics_of(subject, rows_of(subject, split, tasks_of(subject.opened.mounted)))
+
+
+def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
+    """Token rows of a split of the data a subject's recipe names.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    from llmrecipe.data import prepare
+
+    recipe = subject.composition.recipe
+    labels = getattr(subject.opened.model.config, "label2id", None) if subject.objective.head == "classification" else None
+    names = sorted(labels, key=labels.get) if labels else None  # type: ignore[arg-type]
+    mask = getattr(subject.objective, "mask", None) or "completion"
+    data = prepare(
+        recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
+        label_map=names, unseal=split == "test", tasks=tasks,
+    )  # fmt: skip
+    if data is None:
+        raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")
+    return data
+
+
+def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
+    """Metrics of token rows."""
+    recipe = subject.composition.recipe
+    evaluation = Evaluation(recipe.eval, recipe.batch.size, subject.objective, subject.roles, subject.runtime, _Silent())
+    return {"rows": float(len(data)), **evaluate(evaluation, data)}
+
+
+class _Silent:
+    """Events of an evaluation outside a run: samples are printed, nothing is written."""
+
+    def sample(self, step: int, prompt: str, answer: str, **facts: Any) -> None:
+        """Print one answer."""
+        say(f"{prompt!r} -> {answer!r}")

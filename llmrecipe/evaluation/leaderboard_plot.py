@@ -1,0 +1,75 @@
+"""The picture of a leaderboard: score over cost, one point a method, error bars over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.evaluation.leaderboard_table import FULL, Column, Row
+
+COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a")
+STACKED = 0.035
+"""Share of the picture's height that two labels keep between them."""
+
+
+def draw(rows: Sequence[Row], x: Column, y: Column, path: Path, log: bool = False, line: str | None = FULL) -> None:
+    """Write the picture.
+
+    Args:
+        x: cost, y: score.
+        log: a logarithmic cost axis.
+        line: name of the row whose score is drawn as a line across.
+
+    Raises:
+        RunError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RunError("plot: needs matplotlib: pip install 'llmrecipe[plots]'; plot: false leaves the picture out") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 5.6))
+    try:
+        for colour, family in zip(COLOURS, dict.fromkeys(r.family for r in rows), strict=False):
+            own = [r for r in rows if r.family == family]
+            points = [(r.mean[x.key] * x.scale, r.mean[y.key] * y.scale) for r in own]
+            bars = [(r.spread[y.key] or 0.0) * y.scale for r in own]
+            axis.errorbar(*zip(*points, strict=True), yerr=bars, fmt="o", color=colour, capsize=3, label=family)
+        if log:
+            axis.set_xscale("log")
+        axis.margins(x=0.14, y=0.08)
+        for r in rows:
+            if r.label == line:
+                axis.axhline(r.mean[y.key] * y.scale, color="#57606a", linewidth=0.8, linestyle="--")
+        _label(axis, [(r.label, r.mean[x.key] * x.scale, r.mean[y.key] * y.scale) for r in rows])
+        axis.set_xlabel(x.title)
+        axis.set_ylabel(y.title)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, loc="best")
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+    except (ValueError, OSError) as error:
+        raise RunError(f"plot: cannot write {path}: {error}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _label(axis: Any, points: list[tuple[str, float, float]]) -> None:
+    """Names right of their points, moved down where they would lie on another one."""
+    axis.autoscale_view()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    placed: list[tuple[float, float]] = []
+    for name, x, y in sorted(points, key=lambda p: -p[2]):
+        at_x, at_y = to_axes.transform((x, y))
+        text_y = at_y
+        while any(abs(text_y - other_y) < STACKED and abs(at_x - other_x) < 0.16 for other_x, other_y in placed):
+            text_y -= STACKED / 4
+        placed.append((at_x, text_y))
+        axis.annotate(
+            name, (x, y), xytext=(at_x + 0.012, text_y), textcoords="axes fraction", fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#8c959f"} if at_y - text_y > STACKED else None,
+        )  # fmt: skip

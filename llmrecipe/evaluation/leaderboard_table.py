@@ -1,0 +1,255 @@
+"""A leaderboard: what finished runs left, one row for each way they were trained, mean and spread over seeds.
+
+Everything is read from run directories: `recipe.yaml` (what was trained), `report.json` (trained parameters), `events.jsonl`
+(memory and time of the steps), `final/` (bytes and metrics).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core import registry
+from llmrecipe.core.console import number
+from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
+from llmrecipe.feedback.directions import Direction, direction_of
+from llmrecipe.runs.run_record import Record, flat, read_run
+
+NOT_A_WAY = ("run", "log", "save", "seed")
+"""Recipe keys in which two runs of one row may differ."""
+FULL = "full"
+"""Name of the row in which every weight was trained."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table."""
+
+    key: str
+    title: str
+    scale: float = 1.0
+    """What a value is multiplied by for people."""
+    means: str = ""
+    spread: bool = False
+    """Whether the table shows the standard deviation over seeds."""
+
+
+ASKED = (
+    Column("win_rate", "win rate %", 100.0, "answers better than those of the model it started from, ties half", True),
+    Column("reward", "reward", means="mean reward of its answers", spread=True),
+    Column("gain", "gain", means="reward over that of the model it started from", spread=True),
+    Column(
+        "margin",
+        "margin",
+        means="nats by which training moved the better answer of a held-out pair over the worse",
+        spread=True,
+    ),
+    Column("preferred", "preferred %", 100.0, "held-out pairs with a positive margin", True),
+    Column("kl", "KL", means="nats of an answer, from the model it started from", spread=True),
+    Column("length", "tokens", means="mean length of its answers", spread=True),
+)
+PLAIN = (
+    Column("trained", "trained", means="parameters that train"),
+    Column("share", "% of all", 100.0, "of all parameters"),
+    Column("stored", "stored kB", 1e-3, "tensors on disk: what was learned, or the whole model where every weight was trained"),
+    Column("memory", "peak MB", means="most memory of the process (CPU) or of the device while training"),
+    Column("seconds", "s", means="time of the training steps, sampling included, evaluation not", spread=True),
+)
+
+
+@dataclass
+class Entry:
+    """One finished run."""
+
+    label: str
+    family: str
+    seed: int
+    facts: dict[str, float]
+    """Column -> value."""
+
+
+@dataclass
+class Row:
+    """One way of training, over its seeds."""
+
+    label: str
+    family: str
+    seeds: list[int]
+    mean: dict[str, float]
+    spread: dict[str, float | None] = field(default_factory=dict)
+    """Sample standard deviation over seeds; None for a single one."""
+
+
+def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") -> list[Entry]:
+    """Read finished runs and name each by what sets it apart: its stack, or its objective where that differs.
+
+    Args:
+        paths: run directories.
+        metric: a name in their `final/metrics.json`, such as test/accuracy; None reads no score.
+
+    Raises:
+        RunError: a run is not finished, or has no such metric.
+    """
+    records = [read_run(path) for path in paths]
+    for record in records:
+        if record.status.get("status") != "done":
+            raise RunError(f"{where}: {record.path} is {record.status.get('status')}; a leaderboard compares finished runs")
+    labels = labels_of([record.recipe for record in records])
+    entries = []
+    for record, (label, family) in zip(records, labels, strict=True):
+        facts = facts_of(record)
+        if metric is not None:
+            facts["score"] = _score(record, metric, where)
+        entries.append(Entry(label, family, int(record.recipe.get("seed", 0)), facts))
+    return entries
+
+
+def labels_of(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(name, family) of each recipe: its stack or, where objectives differ, its objective; `full` for an empty stack.
+
+    Recipes that would share a name though they differ in more than the seed get the differing values behind it.
+    """
+    by_objective = len({recipe["objective"]["kind"] for recipe in recipes}) > 1
+    names = [_objective(recipe) if by_objective else _stack(recipe) for recipe in recipes]
+    ways = [flat({k: v for k, v in recipe.items() if k not in NOT_A_WAY}) for recipe in recipes]
+    found = []
+    for (name, family), own in zip(names, ways, strict=True):
+        others = [way for (other, _), way in zip(names, ways, strict=True) if other == name]
+        keys = sorted(k for k in {k for way in others for k in way} if any(way.get(k) != own.get(k) for way in others))
+        found.append((f"{name} ({', '.join(f'{k}={own.get(k)}' for k in keys)})" if keys else name, family))
+    return found
+
+
+def _objective(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    kind = str(recipe["objective"]["kind"])
+    return kind, registry.spec("objective", kind).family
+
+
+def _stack(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    kinds = [str(body["kind"]) for body in (recipe.get("stack") or {}).values()]
+    return ("+".join(kinds), registry.spec("stack", kinds[-1]).family) if kinds else (FULL, FULL)
+
+
+def start_label(path: str) -> str:
+    """Name of the model that others started from: the objective of a run, the path of anything else."""
+    if not (Path(path) / "recipe.yaml").is_file():
+        return path
+    return _objective(read_run(path).recipe)[0]
+
+
+def facts_of(record: Record) -> dict[str, float]:
+    """Trained parameters, bytes on disk, memory and time of one run."""
+    report = json.loads((record.path / "report.json").read_text(encoding="utf-8"))
+    final = record.path / "final"
+    delta = final / "delta.safetensors"
+    stored = [delta] if delta.is_file() else sorted((final / "model").glob("*.safetensors"))
+    trained = float(report["trained"]["parameters"])
+    return {
+        "trained": trained,
+        "share": trained / float(report["parameters"]),
+        "stored": float(sum(file.stat().st_size for file in stored)),
+        "memory": max((v for _, v in record.curve("peak_mem_mb")), default=0.0),
+        "seconds": seconds_of(record.steps),
+    }
+
+
+def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
+    """sum over steps of tokens / (tokens a second); `tokens` in the events counts from the start."""
+    total, before = 0.0, 0.0
+    for step in steps:
+        if step.get("tokens_per_s"):
+            total += (float(step["tokens"]) - before) / float(step["tokens_per_s"])
+        before = float(step["tokens"])
+    return total
+
+
+def _score(record: Record, metric: str, where: str) -> float:
+    file = record.path / "final" / "metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(metrics.get(metric), int | float):
+        near = did_you_mean(metric, metrics)
+        raise RunError(f"{where}: {record.path} has no metric '{metric}'{near} (it has {', '.join(metrics) or 'none'})")
+    return float(metrics[metric])
+
+
+def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
+    """Whether a large or a small value of a metric is better, as the runs' objectives declare.
+
+    Args:
+        where: the key that says it where nothing is declared.
+
+    Raises:
+        RecipeError: nothing is declared, or the runs' objectives disagree.
+    """
+    from llmrecipe.recipe.validate import build
+
+    recipes = [read_run(path).recipe for path in paths]
+    named = [r.get("eval", {}).get("metrics", ()) for r in recipes]
+    found = {
+        direction_of(metric, build("objective", r["objective"], "objective"), names)
+        for r, names in zip(recipes, named, strict=True)
+    }
+    better = found.pop() if len(found) == 1 else None
+    if better is None:
+        raise RecipeError(
+            f"{where}: nothing says whether a large or a small {metric} is better; set {where}: max or {where}: min"
+        )
+    return better
+
+
+def rank(entries: Sequence[Entry], best: str = "max", by: str = "score") -> list[Row]:
+    """Rows over seeds, the best mean first; rows of equal mean keep the order of the runs."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.label, []).append(entry)
+    rows = []
+    for label, group in groups.items():
+        row = Row(label, group[0].family, [e.seed for e in group], {})
+        for key in group[0].facts:
+            values = [e.facts[key] for e in group]
+            row.mean[key] = statistics.fmean(values)
+            row.spread[key] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    sign = -1.0 if best == "max" else 1.0
+    return sorted(rows, key=lambda row: sign * row.mean[by])
+
+
+def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """Head and body of the table as text; mean ± standard deviation where a column asks for it and there are several seeds."""
+    head = ["", "method", "family", *(c.title for c in columns), "seeds"]
+    body = [
+        [str(place), row.label, row.family, *(_cell(row, c) for c in columns), str(len(row.seeds))]
+        for place, row in enumerate(rows, 1)
+    ]
+    return [head, *body]
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, str]:
+    """The table, and a list of what its columns mean."""
+    head, *body = ["| " + " | ".join(line) + " |" for line in cells(rows, columns)]
+    table = "\n".join([head, "|" + " --- |" * (len(columns) + 4), *body])
+    return table, "\n".join(f"- {c.title}: {c.means}." for c in columns if c.means)
+
+
+def _cell(row: Row, column: Column) -> str:
+    if column.key not in row.mean:
+        return "-"
+    text = number(_rounded(row.mean[column.key] * column.scale))
+    sd = row.spread.get(column.key)
+    return text if not column.spread or sd is None else f"{text} ± {sd * column.scale:.2g}"
+
+
+def _rounded(value: float) -> float | int:
+    return round(value) if abs(value) >= 1000 else value
+
+
+def as_json(rows: Sequence[Row], entries: Sequence[Entry]) -> dict[str, Any]:
+    """Rows, and the single runs they come from."""
+    return {
+        "rows": [{"method": r.label, "family": r.family, "seeds": r.seeds, "mean": r.mean, "spread": r.spread} for r in rows],
+        "runs": [{"method": e.label, "seed": e.seed, **e.facts} for e in entries],
+    }

@@ -1,0 +1,35 @@
+"""Generated answers of a split: scored by text metrics, and shown as samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrecipe.core import registry
+from llmrecipe.engine.generation import generate, prompt_and_reference, text_of
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.engine.sampling import Sampling
+
+ROWS = ("choices", "dialogue", "preference", "prompt", "unpaired")
+"""Row types that have a prompt to answer."""
+
+
+def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
+    """Prompt, reference and generated answer of some rows."""
+    rows = [data[i] for i in indices]
+    pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]
+    tasks = [row["task"] for row in rows] if getattr(data, "tasks", None) is not None else None
+    answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling, tasks=tasks)
+    return [
+        {"prompt": text_of(roles.tokenizer, prompt), "reference": reference, "answer": text_of(roles.tokenizer, answer)}
+        for (prompt, reference), answer in zip(pairs, answers, strict=True)
+    ]
+
+
+def score(rows: list[dict[str, str]], names: list[str]) -> dict[str, float]:
+    """Mean of each named metric over answered rows.
+
+    Raises:
+        RecipeError: a metric is unknown.
+    """
+    metrics = {name: registry.load("metric", name, "eval.metrics")() for name in names}
+    return {name: sum(m.score(r["answer"], r["reference"]) for r in rows) / max(len(rows), 1) for name, m in metrics.items()}

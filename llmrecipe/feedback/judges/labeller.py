@@ -1,0 +1,241 @@
+"""The interface of a feedback agent, what it is asked, and the memory of what it has said.
+
+An agent writes (`generate`) and chooses (`choice_logprobs`). With a memory on disk each reply is written down as it arrives, so
+that a run which was stopped goes on without asking anything twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.registry import CONFIG
+from llmrecipe.feedback.judges.chosen import LEAST, Choice
+
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+
+Turn = Mapping[str, str]
+Logprobs = list[float]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to an agent."""
+
+    turns: tuple[Turn, ...]
+    """The conversation a language model reads: `{"role", "content"}`, the last one a user's."""
+    task: str = ""
+    """critique, revise, compare or rate: what a rule goes by, which reads no words."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """What the words were made from: prompt, answer, first, second, principle, columns."""
+
+    def key(self, agent: str, how: str, options: Sequence[str] = ()) -> str:
+        """A digest of who is asked what."""
+        known = [agent, how, list(options), [dict(t) for t in self.turns], self.task, dict(self.parts)]
+        return hashlib.sha256(json.dumps(known, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
+
+
+@dataclass
+class Count:
+    """What an agent was asked in this process."""
+
+    asked: int = 0
+    """Questions put to the agent itself."""
+    remembered: int = 0
+    """Questions answered from memory."""
+    failures: int = 0
+    """Questions it could not answer."""
+    by_logprobs: int = 0
+    """Choices read from log-probabilities."""
+    by_votes: int = 0
+    """Choices read from the words of several replies."""
+    stray_votes: int = 0
+    """Votes that name no option."""
+    draws: int = 0
+    """Further replies that were drawn because a listed token begins several options."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    """Of the tokens, by the prices given."""
+
+
+class Memory(Protocol):
+    """Replies by the key of their question; `pipelines.steps.workspace.Journal` is one on disk."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def __getitem__(self, key: str) -> Any: ...
+
+    def add(self, key: str, value: Any) -> None:
+        """Remember a reply."""
+
+
+class Forgetful(dict[str, Any]):
+    """A memory that lasts as long as its process."""
+
+    def add(self, key: str, value: Any) -> None:
+        """Remember a reply."""
+        self[key] = value
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Agent:
+    """Who gives feedback. Fields are the options of `agent: {kind: NAME, ...}`.
+
+    A kind implements `identity`, `write` and `choose`; the two methods that others call are `generate` and `choice_logprobs`.
+    """
+
+    group: ClassVar[str] = "agent"
+
+    # --- what a kind implements -----------------------------------------------------------------------------------
+
+    def check(self, where: str) -> None:
+        """Refuse options that cannot work, before any weight is read.
+
+        Raises:
+            RecipeError: naming the key under `where`.
+        """
+
+    def open(self, roles: Roles | None = None) -> None:
+        """Get ready; `roles` is the model in training, where there is one."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether it can only be asked where there is a model in training, which it then is."""
+        return False
+
+    @property
+    def identity(self) -> str:
+        """Short text that names the agent in rows and tells agents with other replies apart."""
+        raise NotImplementedError
+
+    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+        """(index, text) of each question, in any order; None where the agent could not answer it."""
+        raise NotImplementedError
+
+    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | Logprobs | None]]:
+        """(index, choice) of each question, in any order; log-probabilities alone where their sum is the mass."""
+        raise NotImplementedError
+
+    # --- what others call -----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def count(self) -> Count:
+        """Running totals."""
+        return Count()
+
+    def remember(self, memory: Memory) -> None:
+        """Look replies up in a memory, and add new ones as they arrive."""
+        self.__dict__["_memory"] = memory
+
+    @functools.cached_property
+    def _memory(self) -> Memory:
+        return Forgetful()
+
+    @functools.cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    def known(self, key: str) -> Any:
+        """The reply in memory, or None."""
+        return self._memory[key] if key in self._memory else None  # noqa: SIM401 (a memory has no get)
+
+    def keep(self, key: str, reply: Any) -> None:
+        """Put a reply into memory; may be called from several threads."""
+        with self._lock:
+            self._memory.add(key, reply)
+
+    def generate(self, asks: Sequence[Ask]) -> list[str | None]:
+        """The text the agent writes to each question; None where it failed.
+
+        Raises:
+            RunError: the agent cannot be reached.
+        """
+        return self._through_memory("write", asks, (), self.write)
+
+    def decide(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Choice | None]:
+        """What the agent chooses at each question; None where it failed.
+
+        Raises:
+            RunError: the agent cannot be reached.
+        """
+
+        def fresh(part: Sequence[Ask]) -> Iterator[tuple[int, Any]]:
+            for index, reply in self.choose(part, options):
+                choice = _choice(reply)
+                if choice is not None:
+                    self.count.by_votes += choice.how == "votes"
+                    self.count.by_logprobs += choice.how == "logprobs"
+                yield index, None if choice is None else asdict(choice)
+
+        found = self._through_memory("choice", asks, tuple(options), fresh)
+        return [None if reply is None else Choice(**reply) for reply in found]
+
+    def choice_logprobs(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
+        """(N, options) log-probability of each option as the whole first word of the answer; None where the agent failed.
+
+        They are not normalised: the rest of the probability lies on other words. What is impossible is `LEAST`, so that every
+        value is a finite number.
+
+        Raises:
+            RunError: the agent cannot be reached.
+        """
+        return [None if choice is None else choice.logprobs for choice in self.decide(asks, options)]
+
+    def _through_memory(self, how: str, asks: Sequence[Ask], options: tuple[str, ...], fresh: Any) -> list[Any]:
+        keys = [ask.key(self.identity, how, options) for ask in asks]
+        new = list(dict.fromkeys(k for k in keys if k not in self._memory))
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        self.count.asked += len(new)
+        self.count.remembered += len(asks) - len(new)
+        for index, reply in fresh([asks[first[key]] for key in new]) if new else ():
+            if reply is None:
+                self.count.failures += 1
+            else:
+                self.keep(new[index], reply)
+        return [self.known(key) for key in keys]
+
+
+def _choice(reply: Choice | Logprobs | None) -> Choice | None:
+    if reply is None or isinstance(reply, Choice):
+        return reply
+    return Choice([max(value, LEAST) for value in reply], min(math.fsum(map(math.exp, reply)), 1.0))
+
+
+def build(body: Any, where: str) -> Agent:
+    """The agent of a mapping `{kind: NAME, option: value, ...}`; its own check is not made yet.
+
+    Raises:
+        RecipeError: every mistake in it.
+    """
+    from llmrecipe.recipe.validate import build as build_object
+    from llmrecipe.recipe.validate import build_component
+
+    if isinstance(body, str):
+        body = {"kind": body}
+    if not isinstance(body, Mapping) or "kind" not in body:
+        known = ", ".join(registry.names("agent"))
+        raise RecipeError(f"{where}: must be a mapping with a kind, such as {{kind: rule}} (known: {known}); got {body!r}")
+    return build_object("agent", build_component("agent", body, where), where)
+
+
+def digest(*known: Any) -> str:
+    """Eight letters that stand for what was given."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[tuple[int, Sequence[Any]]]:
+    """(index of the first, items) of each run of at most `size` items."""
+    for first in range(0, len(items), size):
+        yield first, items[first : first + size]

@@ -1,0 +1,255 @@
+"""A language model in this process as the agent."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import RecipeError, UserError
+from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.feedback.judges.choice import Leads, read_paths
+from llmrecipe.feedback.judges.chosen import Choice
+from llmrecipe.feedback.judges.labeller import Agent, Ask, chunks, digest
+
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+
+WAITING = 4
+"""Questions handed over at once, over those answered at once: an answer that has ended makes room for one that waits."""
+Path = tuple[int, ...]
+"""Token ids of one way to write an option."""
+
+
+@dataclass
+class Place:
+    """Where the model lives: one of its own, or the model in training as it was at step 0."""
+
+    roles: Any = None
+    shared: bool = False
+
+
+@register
+class Local(Agent):
+    """Any model path, hub name or run directory as the agent.
+
+    With `base: true` the adapters of a run are left off: its base judges what its adapters write. Without a path the agent is
+    the model in training as it was at step 0, and no second model is held; only rewards have one to share.
+
+    A choice is one batched forward over the questions: the probability of an option is that of its spellings with and without
+    a leading space, token by token where a spelling has several (the question is read once), less that of longer options that
+    begin with it (`1` is not `10`).
+    """
+
+    path: str = ""
+    """Model path, hub name or run directory."""
+    base: bool = False
+    """Ask the base under the run's adapters."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights."""
+    temperature: NonNegativeFloat = 0.0
+    """Of texts; 0 is greedy."""
+    max_new_tokens: PositiveInt = 128
+    """Of texts."""
+    batch: PositiveInt = 32
+    """Questions answered at once."""
+    seed: NonNegativeInt = 0
+    """Of texts that are sampled."""
+
+    def check(self, where: str) -> None:
+        """`base` needs a path, and a run must be finished."""
+        from llmrecipe.recipe.content_key import REFERENCE
+        from llmrecipe.runs.open_model import run_folder
+
+        if self.base and not self.path:
+            raise RecipeError(f"{where}.base: true leaves the adapters of a run off; name the run: {where}.path=RUN")
+        if self.path and not REFERENCE.search(self.path):
+            try:
+                run_folder(self.path)
+            except UserError as error:
+                raise RecipeError(f"{where}.path: {str(error).removeprefix('model.path: ')}") from error
+
+    @functools.cached_property
+    def place(self) -> Place:
+        """Filled when the agent is first asked."""
+        return Place()
+
+    @property
+    def shares(self) -> bool:
+        """Without a path."""
+        return not self.path
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The model's name and a digest of its files and of what its replies depend on."""
+        from llmrecipe.recipe.content_key import content_key
+
+        weights = content_key({"model": {"path": self.path}}, {})
+        name = self.path.rstrip("/").rpartition("/")[2] or "policy"
+        return f"local:{name}:{digest(weights, self.base, self.dtype, self.temperature, self.max_new_tokens, self.seed)}"
+
+    def open(self, roles: Roles | None = None) -> None:
+        """Remember the model in training where it is the agent.
+
+        Raises:
+            RecipeError: there is none, and no path.
+        """
+        if self.path:
+            return
+        if roles is None:
+            raise RecipeError("agent.path: must be given: a model path, a hub name or a run directory")
+        self.place.roles, self.place.shared = roles, True
+
+    @property
+    def roles(self) -> Roles:
+        """The model, loaded when it is first asked something."""
+        if self.place.roles is None:
+            self.place.roles = opened_roles(self.path, self.base, self.dtype)
+        return self.place.roles
+
+    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+        """Continuations of the questions."""
+        from llmrecipe.engine.generation import generate, text_of
+        from llmrecipe.engine.sampling import Sampling
+
+        sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed)
+        for first, part in chunks(asks, WAITING * self.batch):
+            prompts = [self._ids(ask) for ask in part]
+            with self._as_agent() as off:
+                # What is drawn follows from the question, so a run that goes on after a stop draws the same.
+                keys = [ask.key("", "") for ask in part]
+                new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off), keys=keys)
+            for offset, ids in enumerate(new):
+                yield first + offset, text_of(self.roles.tokenizer, ids)
+
+    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
+        """Summed probabilities of the options' spellings."""
+        spellings = [spell(self.roles.tokenizer, option) for option in options]
+        for first, part in chunks(asks, self.batch):
+            prompts = [self._ids(ask) for ask in part]
+            with self._as_agent() as off:
+                found = choose(self.roles, prompts, spellings, self._role, off)
+            for offset, row in enumerate(found):
+                yield first + offset, row
+
+    def _ids(self, ask: Ask) -> list[int]:
+        from llmrecipe.data.tokenize.chat_templates import prompt_ids
+
+        return prompt_ids(self.roles.tokenizer, ask.turns)
+
+    def _context(self, off: frozenset[str]) -> Any:
+        from llmrecipe.core.forward_context import Context
+
+        return Context(role=self._role, off=off)
+
+    @property
+    def _role(self) -> str:
+        snapshot = self.place.shared and self.roles.stack.snapshot is None
+        return "reference" if snapshot else "policy"
+
+    @contextlib.contextmanager
+    def _as_agent(self) -> Iterator[frozenset[str]]:
+        """Evaluation mode without gradients; the model in training as it was at step 0. Yields wrappers that step aside."""
+        import torch
+
+        roles = self.roles
+        step_zero = roles.stack.reference(roles.model) if self.place.shared else contextlib.nullcontext()
+        with torch.no_grad(), roles.evaluating(), step_zero:
+            yield roles.reference_off if self.place.shared else frozenset()
+
+
+def opened_roles(path: str, base: bool, dtype: str) -> Roles:
+    """A model of its own, with the log-prob engine around it."""
+    import torch
+
+    from llmrecipe.engine.forward import Engine
+    from llmrecipe.engine.packing import packing_for
+    from llmrecipe.engine.role_models import Roles
+    from llmrecipe.methods._base.stack import Stack
+    from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+    from llmrecipe.runs.open_model import open_model, resolve
+
+    section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
+    opened = open_model(resolve(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened.model.to(device).requires_grad_(False)
+    engine = Engine(opened.model).eval()
+    return Roles(engine, Stack([]), opened.tokenizer, device, packing_for("auto", engine, device))
+
+
+def spell(tokenizer: Any, option: str) -> set[Path]:
+    """Token ids of an option with and without a leading space, and of the word as one entry of the vocabulary."""
+    found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (option, f" {option}")}
+    single = tokenizer.get_vocab().get(option)
+    return {path for path in found if path} | ({(single,)} if single is not None else set())
+
+
+def choose(
+    roles: Any, prompts: Sequence[Sequence[int]], spellings: Sequence[set[Path]], role: str, off: frozenset[str]
+) -> list[Choice]:
+    """What each prompt's answer begins with (see `choice`), with every token of every spelling known, in float64."""
+    paths = sorted({path for option in spellings for path in option})
+    heads = sorted({path[:end] for path in paths for end in range(len(path))})
+    steps = {head: sorted({p[len(head)] for p in paths if p[: len(head)] == head and len(p) > len(head)}) for head in heads}
+    found = []
+    for known in _edges(roles, prompts, steps, role, off):
+        tables: dict[Path, dict[int, float]] = {head: {} for head in heads}
+        for (head, token), value in known.items():
+            tables[head][token] = math.exp(value)
+        found.append(read_paths(tables, leads_of(spellings), len(spellings)).choice())
+    return found
+
+
+def leads_of(spellings: Sequence[set[Path]]) -> Leads:
+    """What a path of token ids spells, and which options go on from it."""
+    whole = {path: index for index, own in reversed(list(enumerate(spellings))) for path in own}
+    further: dict[Path, set[int]] = {}
+    for index, own in enumerate(spellings):
+        for path in own:
+            for end in range(len(path)):
+                further.setdefault(path[:end], set()).add(index)
+    return lambda path: (whole.get(path), frozenset(further.get(path, ())))
+
+
+def _edges(
+    roles: Any, prompts: Sequence[Sequence[int]], steps: dict[Path, list[int]], role: str, off: frozenset[str]
+) -> list[dict[tuple[Path, int], float]]:
+    """For each prompt: log P(token | prompt, head) of every head and token of `steps`; one forward over all of them."""
+    import dataclasses
+
+    import torch
+
+    from llmrecipe.data.collate import Sequence as Tokens
+
+    sequences: list[Tokens] = []
+    owners: list[tuple[int, Path, int]] = []
+    for number, prompt in enumerate(prompts):
+        at = len(sequences)
+        sequences.append(Tokens(list(prompt), [0] * len(prompt), prompt=len(prompt)))
+        owners.append((number, (), at))
+        for head in (h for h in steps if h):
+            owners.append((number, head, len(sequences)))
+            sequences.append(Tokens(list(head), [0] * len(head), parent=at))
+    batch = roles.layout(sequences)
+    source, target, place = [], [], []
+    for number, head, at in owners:
+        for token in steps[head]:
+            source.append(int(batch.last[at]))
+            target.append(token)
+            place.append((number, head, token))
+    device = batch.input_ids.device
+    batch = dataclasses.replace(
+        batch,
+        source=torch.tensor(source, device=device),
+        target=torch.tensor(target, device=device),
+        sequence=torch.zeros(len(source), dtype=torch.long, device=device),
+    )
+    values = roles.engine(batch, role=role, off=off)["logprobs"].double().tolist()
+    found: list[dict[tuple[Path, int], float]] = [{} for _ in prompts]
+    for (number, head, token), value in zip(place, values, strict=True):
+        found[number][head, token] = value
+    return found

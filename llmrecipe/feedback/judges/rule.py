@@ -1,0 +1,126 @@
+"""A rule as the agent: no model, the same reply to the same question."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.option_types import Annotated, Field
+from llmrecipe.core.registry import register
+from llmrecipe.feedback.judges.labeller import Agent, Ask, Logprobs, digest
+
+RULES: dict[str, Callable[..., Any]] = {}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def agent_rule(function: F) -> F:
+    """Make a function an agent by its name.
+
+    It is called with an `Ask` and the options: it returns text where there are none, else one weight >= 0 an option, which are
+    normalised. Packages named in `plugins` are searched for such functions.
+    """
+    RULES[function.__name__] = function
+    return function
+
+
+@register
+class Rule(Agent):
+    """A Python function as the agent: it reads the parts of a question (prompt, answers, principle), not its words.
+
+    `manners`, the one that is built in, knows what is right in the world of the embedded data: a polite answer about the wanted
+    animal and not about the other one. It criticises and revises by rule, prefers the better of two answers, and rates from
+    the lowest option to the highest. `sure` is the probability it gives to what it holds to be right; between answers of equal
+    worth it gives one half.
+    """
+
+    rule: str = "manners"
+    """Which function."""
+    sure: Annotated[float, Field(ge=0.5, le=1.0)] = 0.9
+    """Probability of what the rule holds to be right."""
+
+    def check(self, where: str) -> None:
+        """The function must exist."""
+        known = rules()
+        if self.rule not in known:
+            raise RecipeError(
+                f"{where}.rule: no agent rule is called '{self.rule}'{did_you_mean(self.rule, known)} "
+                f"(known: {', '.join(sorted(known))}); mark one with llmrecipe.feedback.judges.rule.agent_rule in a package "
+                "and name the package: plugins=[PACKAGE]"
+            )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The function's name, how sure it is, and of a function from outside the product a digest of its code."""
+        from llmrecipe.recipe.code_key import code_behind
+
+        known = rules().get(self.rule)
+        code = code_behind([known.__module__]) if known is not None else {}
+        return f"rule:{self.rule}:{self.sure:g}" + (f":{digest(code)}" if code else "")
+
+    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+        """The function's text."""
+        rule = rules()[self.rule]
+        for index, ask in enumerate(asks):
+            text = rule(ask, ())
+            yield index, text if isinstance(text, str) else None
+
+    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Logprobs | None]]:
+        """Logarithms of the function's weights, normalised, mixed with what is not sure.
+
+        Raises:
+            RecipeError: it returned something else than one weight an option.
+        """
+        rule = rules()[self.rule]
+        for index, ask in enumerate(asks):
+            weights = rule(ask, tuple(options))
+            if weights is None:
+                yield index, None
+                continue
+            if len(weights) != len(options) or min(weights) < 0 or not sum(weights) > 0:
+                raise RecipeError(f"agent: the rule '{self.rule}' returned {weights!r}; one weight >= 0 an option is wanted")
+            yield index, soften([w / sum(weights) for w in weights], self.sure)
+
+
+def soften(shares: Sequence[float], sure: float) -> Logprobs:
+    """log(shares (1 - e) + e / K) with e such that a share of 1 becomes `sure`; equal shares stay equal."""
+    count = len(shares)
+    mixed = (1.0 - sure) * count / (count - 1) if count > 1 else 0.0
+    values = [share * (1.0 - mixed) + mixed / count for share in shares]
+    return [math.log(v) if v > 0 else -math.inf for v in values]
+
+
+def rules() -> dict[str, Callable[..., Any]]:
+    """Every marked function, those of plugins included."""
+    registry.import_marked("@agent_rule")
+    return RULES
+
+
+@agent_rule
+def manners(ask: Ask, options: Sequence[str]) -> str | list[float]:
+    """Polite, and about the wanted animal: critique and revision, comparison, rating."""
+    from llmrecipe.data.toy import scorers as world
+
+    parts = ask.parts
+    prompt = str(parts.get("prompt", ""))
+    if not options:
+        answer = str(parts.get("answer", ""))
+        if ask.task == "revise":
+            return world.revise(prompt, answer)
+        return " ".join(world.critique(prompt, answer)) or "The answer is good as it is."
+    if ask.task == "compare":
+        first = world.prefers(prompt, str(parts["first"]), str(parts["second"]))
+        return [first, 1.0 - first]
+    best = round(_worth(prompt, str(parts.get("answer", ""))) * (len(options) - 1))
+    return [float(i == best) for i in range(len(options))]
+
+
+def _worth(prompt: str, answer: str) -> float:
+    from llmrecipe.data.toy import scorers as world
+
+    asked = world.parse(prompt)
+    return world.polite(answer) if asked is None else world.manners(answer, *asked)

@@ -1,0 +1,38 @@
+"""The interface of a text metric: how good a generated answer is against its reference."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import ClassVar, Literal
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core.registry import CONFIG
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Metric:
+    """A score of one answer, in [0, 1] where nothing else is said; an evaluation reports the mean over rows."""
+
+    group: ClassVar[str] = "metric"
+    direction: ClassVar[Literal["min", "max"]] = "max"
+    """Whether a small (an error rate) or a large mean is better."""
+
+    def score(self, prediction: str, reference: str) -> float:
+        """How good the prediction is."""
+        raise NotImplementedError
+
+
+def normalise(text: str, lower: bool = False, articles: bool = False, punctuation: bool = False) -> str:
+    """Strip, and on request lower-case, drop articles, drop punctuation; runs of white space become one space."""
+    if lower:
+        text = text.lower()
+    if punctuation:
+        text = text.translate(PUNCTUATION)
+    if articles:
+        text = ARTICLES.sub(" ", text)
+    return " ".join(text.split())

@@ -1,0 +1,28 @@
+"""Exact match."""
+
+from __future__ import annotations
+
+from llmrecipe.core.registry import register
+from llmrecipe.feedback.metric import Metric, normalise
+
+
+@register
+class ExactMatch(Metric):
+    """Exact match: 1 when the normalised prediction equals the normalised reference, else 0.
+
+    Only white space is normalised unless options say more. Source: SQuAD (arXiv 1606.05250) for the full normalisation.
+    """
+
+    lower: bool = False
+    """Ignore case."""
+    articles: bool = False
+    """Ignore English articles."""
+    punctuation: bool = False
+    """Ignore punctuation."""
+
+    def score(self, prediction: str, reference: str) -> float:
+        """1 or 0."""
+        return float(
+            normalise(prediction, self.lower, self.articles, self.punctuation)
+            == normalise(reference, self.lower, self.articles, self.punctuation)
+        )

@@ -1,0 +1,35 @@
+"""ROUGE-L."""
+
+from __future__ import annotations
+
+import re
+
+from llmrecipe.core.registry import register
+from llmrecipe.feedback.metric import Metric
+
+WORD = re.compile(r"[a-z0-9]+")
+
+
+def longest_common_subsequence(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence of two word lists."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+@register
+class RougeL(Metric):
+    """ROUGE-L: F = 2 P R / (P + R) with P = lcs / |prediction|, R = lcs / |reference|; 0 where either is empty.
+
+    Words are runs of lower-cased a-z and 0-9, without stemming, so text in other scripts scores 0. Source: Lin 2004, ROUGE: A
+    Package for Automatic Evaluation of Summaries.
+    """
+
+    def score(self, prediction: str, reference: str) -> float:
+        """F measure of the longest common subsequence."""
+        ours, theirs = WORD.findall(prediction.lower()), WORD.findall(reference.lower())
+        common = longest_common_subsequence(ours, theirs)
+        return 2.0 * common / (len(ours) + len(theirs)) if common else 0.0

@@ -1,0 +1,25 @@
+"""Token F1."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from llmrecipe.core.registry import register
+from llmrecipe.feedback.metric import Metric, normalise
+
+
+@register
+class TokenF1(Metric):
+    """Token F1: harmonic mean of precision and recall of the bags of normalised words; 0 where either bag is empty alone.
+
+    Normalised as SQuAD does: lower case, no articles, no punctuation. Source: SQuAD (arXiv 1606.05250).
+    """
+
+    def score(self, prediction: str, reference: str) -> float:
+        """F = 2 P R / (P + R)."""
+        ours = normalise(prediction, True, True, True).split()
+        theirs = normalise(reference, True, True, True).split()
+        if not ours or not theirs:
+            return float(ours == theirs)
+        common = sum((Counter(ours) & Counter(theirs)).values())
+        return 2.0 * common / (len(ours) + len(theirs))

@@ -1,0 +1,108 @@
+"""A feedback agent that rates answers as a reward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.core.option_types import Annotated, ClassVar, Field, Fraction
+from llmrecipe.core.registry import register
+from llmrecipe.objectives.reward_interface import Answer, Reward
+
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+    from llmrecipe.feedback.judges.chosen import Choice
+    from llmrecipe.feedback.judges.constitution import Constitution, Principle
+    from llmrecipe.feedback.judges.labeller import Agent
+
+
+@register
+class Judge(Reward):
+    """Direct feedback (d-RLAIF): an agent rates answers from 1 to S; score = sum_i i P(i) / sum_i P(i), rescaled to [-1, 1].
+
+    P(i) is the agent's probability of the number i as its reply, so no preference model is trained and none grows stale. With
+    several principles the score is the mean over them. The agent is `{kind: rule | local | http, ...}`; `{kind: local}` without
+    a path is the policy's own model as it was at step 0. An answer the agent refused to rate scores 0, the middle, and counts
+    in `unrated`; where it refuses all, or a reply has less than `min_mass` on the numbers, the run stops. Up to a scale of 9 no
+    number begins another, so that a server needs one request for each rating.
+
+    Paper: RLAIF vs. RLHF: Scaling Reinforcement Learning from Human Feedback with AI Feedback (arXiv 2309.00267).
+    """
+
+    agent: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
+    """Who rates."""
+    constitution: str = "assistant"
+    """A YAML file, or the name of a constitution of the package (assistant, manners)."""
+    principles: list[str] = Field(default_factory=list)
+    """Ids of the principles to rate by; all where none is named."""
+    scale: Annotated[int, Field(ge=2, le=100)] = 10
+    """S, the best rating."""
+    min_mass: Fraction = 0.5
+    """Least probability that must lie on the numbers (of votes, the share that name one); 0 is never enough."""
+    measures: ClassVar[tuple[str, ...]] = ("mass", "unrated", "votes")
+
+    @functools.cached_property
+    def judge(self) -> Agent:
+        """The agent, ready once `open` was called."""
+        from llmrecipe.feedback.judges.labeller import build
+
+        return build(self.agent, "objective.reward.judge.agent")
+
+    @functools.cached_property
+    def by(self) -> tuple[Constitution, list[Principle]]:
+        """The constitution and the principles to rate by."""
+        from llmrecipe.feedback.judges.constitution import read_constitution
+
+        made = read_constitution(self.constitution, "objective.reward.judge.constitution")
+        return made, made.choose(self.principles, ["rating"], "objective.reward.judge.principles")
+
+    def check(self, columns: Sequence[str], where: str) -> None:
+        """The agent's own check, the constitution and the principles."""
+        from llmrecipe.feedback.judges.constitution import read_constitution
+        from llmrecipe.feedback.judges.labeller import build
+
+        build(self.agent, f"{where}.agent").check(f"{where}.agent")
+        made = read_constitution(self.constitution, f"{where}.constitution")
+        made.choose(self.principles, ["rating"], f"{where}.principles")
+
+    def open(self, roles: Roles) -> None:
+        """Make the agent ready; the policy of step 0 is the agent where it is a local one without a path."""
+        self.judge.open(roles)
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        """In [-1, 1].
+
+        Raises:
+            RunError: the agent could rate none of the answers, or said something else than a number.
+        """
+        from llmrecipe.feedback.judges.choice import holds, thin
+
+        constitution, principles = self.by
+        asks = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
+        replies = self.judge.decide(asks, [str(i) for i in range(1, self.scale + 1)])
+        if asks and all(reply is None for reply in replies):
+            raise RunError(f"objective.reward: the agent {self.judge.identity} could rate none of {len(answers)} answers")
+        for ask, reply in zip(asks, replies, strict=True):
+            if reply is not None and not holds(reply, self.min_mass):
+                raise thin("objective.reward", self.judge, ask, reply, "min_mass of the judge", self.min_mass)
+        width = len(principles)
+
+        def mean(of: Callable[[Choice | None], float]) -> list[float]:
+            values = [of(reply) for reply in replies]
+            return [math.fsum(values[i : i + width]) / width for i in range(0, len(values), width)]
+
+        self.measured["mass"] = mean(lambda reply: 0.0 if reply is None else reply.mass)
+        self.measured["unrated"] = mean(lambda reply: float(reply is None))
+        self.measured["votes"] = mean(lambda reply: float(reply is not None and reply.how == "votes"))
+        return mean(lambda reply: 0.0 if reply is None else expected_rating(reply.logprobs))
+
+
+def expected_rating(logprobs: Sequence[float]) -> float:
+    """The mean rating of 1..S under softmax(logprobs), rescaled so that 1 is -1 and S is 1."""
+    most = max(logprobs)
+    weights = [math.exp(value - most) for value in logprobs]
+    mean = math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)
+    return 2.0 * mean / (len(weights) - 1) - 1.0

@@ -1,0 +1,107 @@
+"""A trained reward model as a reward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import ModelError, RecipeError, RunError
+from llmrecipe.core.option_types import Literal, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.objectives.reward_interface import Answer, Reward
+from llmrecipe.recipe.rights import rights_of
+
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+    from llmrecipe.runs.open_model import Opened
+
+
+@dataclass
+class Place:
+    """Where the reward model lives."""
+
+    model: Any = None
+    """Its own model, or the engine of the policy whose base it shares."""
+    shared: Any = None
+    off: frozenset[str] = frozenset()
+    rights: dict[str, bool] = field(default_factory=dict)
+    """What the recipe allows the models it opens."""
+
+
+@register
+class Model(Reward):
+    """Scores of a finished `reward` run, normalised as that run stored them.
+
+    Where the run's adapters stand on the policy's own base, and the policy leaves that base frozen, they are mounted there for
+    the role `reward`: no second base is held. Elsewhere the run is opened as a model of its own.
+    """
+
+    path: str = ""
+    """Run directory of the reward model."""
+    share: Literal["auto", "on", "off"] = "auto"
+    """Whether it lives on the policy's base; `on` makes it an error where that cannot be."""
+    batch_tokens: PositiveInt = 8192
+    """Most padded tokens scored at once."""
+
+    @functools.cached_property
+    def place(self) -> Place:
+        """Filled by `prepare` and `open`."""
+        return Place()
+
+    def check(self, columns: Sequence[str], where: str) -> None:
+        """The run must be there and finished."""
+        from llmrecipe.models.checkpoint_path import run_folder
+        from llmrecipe.recipe.content_key import REFERENCE
+
+        if not self.path:
+            raise RecipeError(f"{where}.path: must be given: the directory of a finished reward run (recipe=reward)")
+        if REFERENCE.fullmatch(self.path):  # a stage of a pipeline that has not run yet
+            return
+        if run_folder(self.path) is None:
+            raise RecipeError(f"{where}.path: {self.path} is no finished run; train one with `llmrecipe train recipe=reward`")
+
+    def prepare(self, opened: Opened, frozen: bool) -> None:
+        """Mount the run on the policy's base where that is possible."""
+        from llmrecipe.models import task_heads
+        from llmrecipe.objectives.alignment._engines.scoring import ROLE, add_reward
+
+        self.place.rights = rights_of(opened.section)
+        if self.share == "off":
+            return
+        if not frozen or ROLE in task_heads.names(opened.model):
+            if self.share == "on":
+                why = "another reward model stands there" if frozen else "the policy's stack trains it"
+                raise RecipeError(f"objective.reward: {self.path} cannot share the policy's base: {why}")
+            return
+        try:
+            self.place.shared = add_reward(opened, self.path)
+        except (ModelError, RunError):
+            if self.share == "on":
+                raise
+
+    def open(self, roles: Roles) -> None:
+        """Open the run as a model of its own, unless it stands on the policy's base."""
+        if self.place.shared is not None:
+            self.place.model = roles.engine
+            self.place.off = self.place.shared.off | {w.name for w in roles.stack}
+            return
+        from llmrecipe.interop.load_run import load
+
+        model, tokenizer = load(self.path, device=str(roles.device), **self.place.rights)
+        if tokenizer.get_vocab() != roles.tokenizer.get_vocab():
+            raise ModelError(
+                f"objective.reward: {self.path} reads other tokens than the policy writes; train the reward model from the "
+                "policy's base"
+            )
+        self.place.model = model
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        """gain * s + bias of prompt and answer together."""
+        from llmrecipe.objectives.alignment._engines.scoring import ROLE, score_sequences
+
+        place = self.place
+        role = ROLE if place.shared is not None else "policy"
+        whole = [[*a.prompt_ids, *a.ids] for a in answers]
+        return score_sequences(place.model, whole, role=role, off=place.off, tokens=self.batch_tokens).tolist()

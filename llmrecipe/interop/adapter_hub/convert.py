@@ -1,0 +1,292 @@
+"""Bottleneck adapters in the layout of adapter-hub's `adapters` library, and back.
+
+    adapter_config.json     where bottlenecks stand, their activation, scale and reduction factor (`BnConfig`)
+    adapter.safetensors     <block>.<place>.adapters.<name>.adapter_down.0.{weight (r, d), bias (r)}
+                            ... .adapter_up.{weight (d, r), bias (d)}
+    head_config.json        the class of the model and its labels, beside model_head.safetensors: a task head that was trained
+
+There, `SeqBnConfig` is the placement of Pfeiffer et al., `DoubleSeqBnConfig` that of Houlsby et al., and `ParBnConfig` the
+parallel adapter, whose branch reads the residual stream. A width r is written as d over a reduction factor; trained scales are
+folded into the up-projection, s (W_u h + b_u) = (s W_u) h + s b_u, and missing biases are zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.additive._engines.bottleneck import Bottleneck, Sublayer
+from llmrecipe.methods.additive.adapter import Adapter
+from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.module_map import anatomy
+from llmrecipe.runs.delta import Layer
+from llmrecipe.runs.open_model import Opened
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
+HEAD_CONFIG_FILE, HEAD_FILE = "head_config.json", "model_head.safetensors"
+VERSION = "adapters.1.3.0"
+"""The release whose layout this is."""
+
+BESIDE = {"attn": "attention_adapters", "ffn": "output_adapters"}
+INSIDE = {"attn": "attention.output", "ffn": "output"}
+PLACES = {
+    **dict.fromkeys(("llama", "mistral", "gpt2", "distilbert", "bart"), BESIDE),
+    **dict.fromkeys(("bert", "roberta"), INSIDE),
+    "t5": {"attn": "layer.0", "ffn": "layer.1"},
+}
+"""Family -> where the library keeps the adapters of a sublayer, below its block."""
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "swish", "tanh": "tanh", "identity": "linear"}
+LEAVES = {
+    "adapter_down.0.weight": "down",
+    "adapter_down.0.bias": "down_bias",
+    "adapter_up.weight": "up",
+    "adapter_up.bias": "up_bias",
+    "scaling": "scale",
+}
+"""The library's name of a tensor -> ours."""
+FIXED: dict[str, Any] = {
+    "ln_before": False,
+    "ln_after": False,
+    "original_ln_after": True,
+    "residual_before_ln": True,
+    "adapter_residual_before_ln": False,
+    "cross_adapter": False,
+    "inv_adapter": None,
+    "use_gating": False,
+    "phm_layer": False,
+}
+"""Options of the library that have one value here."""
+
+
+def is_hub(folder: str | Path) -> bool:
+    """Whether an adapter folder has this layout."""
+    try:
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "peft_type" not in config and isinstance(config.get("config"), dict)
+
+
+def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer, str, str]]:
+    """(sublayer, path of our port, stem of the library's names) of every place of a wrapper.
+
+    Raises:
+        ModelError: the library's names for this family are not known here.
+    """
+    family = model.config.model_type
+    if family not in PLACES:
+        raise ModelError(f"adapter-hub's names for {family} are not known here ({', '.join(sorted(PLACES))} are)")
+    parts = anatomy(model)
+    found = []
+    for sub in wrapper.places(parts):
+        place = PLACES[family][sub.part]
+        if family == "t5" and (sub.side, sub.part) == ("decoder", "ffn"):
+            place = "layer.2"
+        found.append((sub, f"{wrapper.host(sub, parts).path}.{wrapper.name}", f"{sub.block.path}.{place}"))
+    return found
+
+
+def _why_not(wrapper: Any) -> str | None:
+    """What of a wrapper the library's configurations do not hold."""
+    if isinstance(wrapper, Adapter):
+        if wrapper.ln_before or wrapper.ln_after:
+            return "its bottlenecks have norms of their own"
+        if wrapper.cross_attention:
+            return "it stands behind cross-attention"
+        return "it trained norms of the base" if wrapper.train_norms else None
+    if isinstance(wrapper, ParallelAdapter):
+        if wrapper.target is not None or wrapper.form != "plain":
+            return "the library puts one branch beside a whole sublayer"
+        return "it stands beside cross-attention" if "cross" in wrapper.sites else None
+    return "it is no bottleneck adapter"
+
+
+def _wrapper_of(opened: Opened) -> Adapter | ParallelAdapter:
+    """The one adapter of a run that the library can hold.
+
+    Raises:
+        ModelError: there is none, or more than one method; the message says why.
+    """
+    names = [w.name.split("_", 1)[1] for w in opened.mounted]
+    if len(names) != 1:
+        what = f"this run has {len(names)} methods ({', '.join(names)})" if names else "this run trained every weight"
+        raise ModelError(f"export --to adapter_hub: {what}; one bottleneck adapter is what such a folder holds")
+    wrapper: Any = opened.mounted[0]
+    why = _why_not(wrapper)
+    parts = anatomy(opened.model)
+    if why is None and isinstance(wrapper, ParallelAdapter) and wrapper.input == "normed" and parts.pre_norm:
+        why = "its branch reads the normed input, the library's reads the residual stream (input: residual)"
+    if why is not None:
+        raise ModelError(f"export --to adapter_hub: '{names[0]}': {why}; llmrecipe.load(run) uses it as it is")
+    return wrapper  # type: ignore[no-any-return]
+
+
+def _factor(width: int, r: int) -> float:
+    """f with floor(width / f) = r, width / r where floating point allows it."""
+    exact = width / r
+    return exact if int(width // exact) == r else width / (r + 0.5)
+
+
+@torch.no_grad()
+def hub_files(opened: Opened) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of a run's adapter, named as in the stack.
+
+    Raises:
+        ModelError: the library cannot hold it.
+    """
+    from llmrecipe.models.checkpoint_path import locate
+
+    model: Any = opened.model
+    wrapper = _wrapper_of(opened)
+    name = wrapper.name.split("_", 1)[1]
+    ports = {f"{path}.{key}": port for path, _, key, port in all_ports(model, wrapper.name) if isinstance(port, Bottleneck)}
+    tensors: dict[str, Tensor] = {}
+    widths: dict[int, int] = {}
+    places = homes(model, wrapper)
+    numbers = _numbers(model)
+    for sub, home, stem in places:
+        port = ports.get(home)
+        if port is None:
+            continue
+        scale = 1.0 if port.scale is None else port.scale.float()
+        up = port.up.float() * (scale if isinstance(scale, float) else scale.view(-1, 1))
+        zeros = (port.down.new_zeros(port.down.shape[0]), port.up.new_zeros(port.up.shape[0]))
+        down_bias, up_bias = (
+            b if b is not None else zero for b, zero in zip((port.down_bias, port.up_bias), zeros, strict=True)
+        )
+        values = (port.down, down_bias, up, up_bias * scale)
+        tensors |= {f"{stem}.adapters.{name}.{leaf}": v.float() for leaf, v in zip(LEAVES, values, strict=False)}
+        widths[numbers[sub.side, sub.layer]] = port.down.shape[0]
+    width = anatomy(model).width
+    usual = max(set(widths.values()), key=list(widths.values()).count)
+    factors = {str(n): _factor(width, r) for n, r in widths.items() if r != usual}
+    parts = {sub.part for sub, _, _ in places}
+    config = {
+        **FIXED,
+        "mh_adapter": "attn" in parts,
+        "output_adapter": "ffn" in parts,
+        "is_parallel": isinstance(wrapper, ParallelAdapter),
+        "original_ln_before": isinstance(wrapper, Adapter) and wrapper.placement == "pfeiffer",
+        "non_linearity": ACTIVATIONS[wrapper.activation],
+        "scaling": float(wrapper.scale) if isinstance(wrapper.scale, float) else 1.0,
+        "dropout": wrapper.dropout,
+        "reduction_factor": {**factors, "default": _factor(width, usual)} if factors else _factor(width, usual),
+        "leave_out": sorted(n for n in numbers.values() if n not in widths),
+        "init_weights": "mam_adapter" if wrapper.init == "zero_up" else wrapper.init,
+    }
+    return {"config": config, "name": name, **_about(model), "model_name": locate(opened.section.path)[0]}, tensors
+
+
+def _about(model: Any) -> dict[str, Any]:
+    family = type(model).__name__
+    return {
+        "hidden_size": anatomy(model).width,
+        "model_class": family,
+        "model_type": model.config.model_type,
+        "version": VERSION,
+    }
+
+
+def _numbers(model: Any) -> dict[tuple[str, int], int]:
+    """(side, layer) -> the number the library counts the block as: the encoder's first, then the decoder's."""
+    blocks = [(s.side, int(s.layer or 0)) for s in anatomy(model).sites if s.role == "block"]
+    return {place: n for n, place in enumerate(sorted(blocks, key=lambda b: (b[0] != "encoder", b[1])))}
+
+
+def head_config(opened: Opened) -> dict[str, Any]:
+    """What the library asks about a task head."""
+    from llmrecipe.models.checkpoint_path import locate
+
+    config: Any = opened.model.config
+    labels = {"config": None, "name": None, "label2id": config.label2id, "num_labels": config.num_labels}
+    return {**_about(opened.model), **labels, "model_name": locate(opened.section.path)[0]}
+
+
+def write(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], about_head: dict[str, Any], head: dict[str, Tensor]
+) -> None:
+    """Write an adapter's files, and those of a task head where one was trained."""
+    from safetensors.torch import save_file
+
+    for values, beside, names in (
+        (tensors, config, (WEIGHTS_FILE, CONFIG_FILE)),
+        (head, about_head, (HEAD_FILE, HEAD_CONFIG_FILE)),
+    ):
+        if values:
+            own = {key: value.detach().contiguous().cpu().clone() for key, value in values.items()}
+            save_file(own, str(folder / names[0]), metadata={"format": "pt"})
+            (folder / names[1]).write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, model: nn.Module) -> Layer:
+    """A folder of the library as an `adapter` or `parallel_adapter` layer.
+
+    Raises:
+        ModelError: its configuration has no counterpart here, or it does not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    from llmrecipe.runs.delta import build_wrapper
+
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config, name = saved["config"], saved["name"]
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ModelError(f"{folder}: it has no {WEIGHTS_FILE}; save it with use_safetensors=True")
+    tensors = load_file(str(folder / WEIGHTS_FILE))
+    options = _options(config, str(folder))
+    every: Any = build_wrapper(options["kind"], options)
+    found: dict[str, Tensor] = {}
+    widths: dict[tuple[str, int], int] = {}
+    for sub, home, stem in homes(model, every):
+        for leaf, ours in LEAVES.items():
+            value = tensors.pop(f"{stem}.adapters.{name}.{leaf}", None)
+            if value is not None:
+                found[f"{home}.{ours}"] = value.float()
+                if ours == "down":
+                    widths[sub.side, sub.layer] = value.shape[0]
+    if tensors or not widths:
+        raise ModelError(f"{folder}: it holds {next(iter(tensors), 'no adapter')}, which this model has no place for")
+    sides = {side for side, _ in widths}
+    sizes = {layer: r for (_, layer), r in widths.items()}
+    if any(sizes[layer] != r for (_, layer), r in widths.items()):
+        raise ModelError(f"{folder}: encoder and decoder have bottlenecks of different widths; one width a layer can be read")
+    layers = {layer for side, layer in _numbers(model) if side in sides}
+    if anatomy(model).encoder_decoder and len(sides) == 1:
+        options["side"] = next(iter(sides))
+    options["sizes"] = {str(layer): sizes.get(layer, 0) for layer in sorted(layers)}
+    if (folder / HEAD_FILE).is_file():
+        found |= load_file(str(folder / HEAD_FILE))
+    return Layer({options["kind"]: options}, {}, tensors=found)
+
+
+def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A `BnConfig` as options of a wrapper.
+
+    Raises:
+        ModelError: one of its options has a value with no counterpart here.
+    """
+    other = next((k for k, v in FIXED.items() if config.get(k, v) != v), None)
+    if other is not None:
+        raise ModelError(f"{where}: {other}: {config[other]} has no counterpart here (only {FIXED[other]})")
+    activation = {**{v: k for k, v in ACTIVATIONS.items()}, "silu": "silu"}.get(str(config.get("non_linearity", "")).lower())
+    if activation is None:
+        raise ModelError(f"{where}: non_linearity: {config.get('non_linearity')} has no counterpart here")
+    sites = ["attn"] * bool(config["mh_adapter"]) + ["ffn"] * bool(config["output_adapter"])
+    options: dict[str, Any] = {
+        "activation": activation,
+        "scale": config.get("scaling", 1.0),
+        "dropout": float(config.get("dropout", 0.0)),
+    }
+    if config.get("is_parallel"):
+        return {"kind": "parallel_adapter", **options, "sites": sites, "input": "residual"}
+    if config.get("original_ln_before"):
+        if sites != ["ffn"]:
+            raise ModelError(f"{where}: original_ln_before together with mh_adapter has no counterpart here")
+        return {"kind": "adapter", **options, "placement": "pfeiffer"}
+    return {"kind": "adapter", **options, "sublayers": sites}

@@ -1,0 +1,87 @@
+"""Opening a finished run in Python or for an export: its base model with every stack of its chain on top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.interop.verify_logits import HEADS, adapter_head
+from llmrecipe.models.checkpoint_path import is_adapter, run_folder
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.runs import delta
+from llmrecipe.runs.open_model import Opened, open_model
+
+
+def load(
+    run: Any, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
+) -> tuple[Any, Any]:
+    """The model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
+
+    A list of runs on one base gives their adapters side by side: `model.use(name)` switches, and
+    `model(input_ids=..., adapters=[a name a row])` mixes them in a batch (see `interop.multi_adapter.Adapters`).
+
+    Args:
+        run: a run directory, its `final` folder, a PEFT adapter folder, anything with a `path` (`run.dir`), or a list of them.
+        device: where to put the model; default: a GPU where there is one.
+        dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
+        trust_remote_code: run Python code that comes with the base model.
+        allow_pickle: read pickle weights of the base model.
+
+    Returns:
+        (model, tokenizer); the model is in evaluation mode and nothing in it trains.
+
+    Raises:
+        RunError: the folder holds no finished run.
+        ModelError: the base model is gone or is another one, or runs of a list stand on different bases.
+    """
+    import torch
+
+    found: Any
+    rights = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    if isinstance(run, list | tuple):
+        from llmrecipe.interop.multi_adapter import open_adapters
+
+        found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype, rights=rights)
+    else:
+        found = open_run(str(getattr(run, "path", run)), dtype=dtype, rights=rights)
+    model, tokenizer = (found if isinstance(run, list | tuple) else found.model), found.tokenizer
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def open_run(
+    path: str,
+    *,
+    dtype: str = "auto",
+    options: dict[str, dict[str, Any]] | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Opened:
+    """A finished run's model with its stacks mounted, for the head it was trained with.
+
+    Args:
+        options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
+        rights: what the person who opens it allows its base (see `recipe.rights`).
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    section = ModelSection(path=path, dtype=dtype, **(rights or {}))  # type: ignore[arg-type]
+    if is_adapter(path):
+        return open_model(section, TokenizerSection(), head=adapter_head(Path(path)))
+    folder = run_folder(path)
+    if folder is None:
+        raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
+    return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
+
+
+def head_of(folder: Path) -> str:
+    """The head a finished run was trained with."""
+    if (folder / delta.STACK_FILE).is_file():
+        return delta.read(folder).head
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [""])[0]
+    return next((head for ending, head in HEADS if name.endswith(ending)), "causal")

@@ -1,0 +1,197 @@
+"""Merged export: a plain Transformers folder with everything a run learned folded into its weights.
+
+The proof comes before the folder is in place: the folder is loaded by Transformers alone and must give the logits the run
+gave with its ports, and the same greedy answer to one prompt is kept beside the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.interop import verify_logits
+from llmrecipe.interop.load_run import open_run
+from llmrecipe.interop.peft import prompt_tokens
+from llmrecipe.methods._engines.quantized import dequantize_model, quantized
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.resolve_class import quiet
+from llmrecipe.runs.open_model import Opened, merge_order
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote and proved."""
+
+    path: Path
+    difference: verify_logits.Difference
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"path": str(self.path), **self.difference.facts(), "notes": self.notes}
+
+
+def export_merged(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    bound: float | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+    opened: Opened | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Exported:
+    """Write a run as a Transformers folder.
+
+    Args:
+        out: the folder; default `RUN/merged`. It must not exist yet.
+        dtype: of the written weights: `auto` keeps the one they have.
+        bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`proof.BOUNDS`).
+        options, rights: see `open_run`.
+        opened: what to write instead of the run itself (see `combine.open_combination`).
+
+    Raises:
+        ModelError: a method of the stack cannot be folded (said before anything is written), or the logits moved.
+        RunError: the folder exists, or the disk is full.
+    """
+    target = target_folder(run, out, "merged")
+    opened = opened or open_run(str(run), options=options, rights=rights)
+    for wrapper in opened.mounted:
+        if not wrapper.mergeable and wrapper.as_tokens(opened.model) is None:
+            raise ModelError(
+                f"export --to merged: '{wrapper.name.split('_', 1)[1]}' cannot be folded into the weights: {reason(wrapper)}. "
+                "`llmrecipe.load(run)` and `llmrecipe chat` use it as it is"
+            )
+    prompt = prompt_tokens.wrapper_of(opened)
+    wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
+    if not any(quantized(opened.model)):
+        widen(opened.model, wide)
+    ids = verify_logits.probe_ids(opened.model, opened.tokenizer)
+    wanted = verify_logits.logits_of(opened.model, ids)
+    rows = None if prompt is None else prompt_tokens.take(opened, prompt)
+    notes = fold(opened, wide)
+    spelled = None if rows is None else prompt_tokens.grow(opened, rows, wanted)
+    with writing(target) as folder:
+        write_model(opened, folder, wide)
+        front: list[int] = []
+        if spelled is not None:
+            spelled.write(folder)
+            notes += spelled.notes(opened.tokenizer)
+            front = spelled.ids
+        family: Any = type(opened.model)
+        opened.model = torch.nn.Identity()  # one model in memory at a time
+        with quiet():
+            plain = family.from_pretrained(folder, dtype=wide)
+        difference = verify_logits.compare(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
+        verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
+        verify_logits.write_golden(folder, verify_logits.golden(plain, opened.tokenizer, front))
+    return Exported(target, difference, notes)
+
+
+def reason(wrapper: Any) -> str:
+    """Why a method cannot be folded, as its class says (`unmergeable`)."""
+    return getattr(wrapper, "unmergeable", "") or "its effect is not a fixed change of the base weights"
+
+
+def widen(model: Any, dtype: torch.dtype) -> None:
+    """Bring a model to `dtype` where that holds more: what a run learned is then added before anything is rounded."""
+    if dtype.itemsize > dtype_of(model).itemsize:
+        model.to(dtype)
+
+
+def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
+    """Fold every mounted method into the weights, oldest first, onto the base that training saw, and round once.
+
+    Args:
+        dtype: what the weights will be written in.
+
+    Raises:
+        ModelError: something could not be folded.
+    """
+    notes = []
+    if count := dequantize_model(opened.model):
+        notes.append(
+            f"{count} quantized layers were dequantized: the methods were trained on these weights, not on the originals"
+        )
+    widen(opened.model, dtype)
+    for wrapper in merge_order(opened):
+        wrapper.merge(opened.model)
+        notes.append(f"folded {wrapper.name.split('_', 1)[1]}")
+    left = [path for path, _, _, _ in all_ports(opened.model)]
+    if left:
+        raise ModelError(f"export --to merged: ports are left at {', '.join(left[:3])}")
+    return notes
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """Dtype of a model's embedding: what the folder is written in."""
+    return model.get_input_embeddings().weight.dtype
+
+
+def write_model(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
+    """Weights, config, generation settings, tokenizer and template."""
+    from llmrecipe.engine.generation import end_tokens
+
+    model: Any = opened.model
+    attention = model.config._attn_implementation
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        ends = end_tokens(model, opened.tokenizer)
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+        generation.pad_token_id = opened.tokenizer.pad_token_id
+    # The stock name, so that the folder loads where this package is not installed.
+    model.config._attn_implementation_internal = (attention or "").removeprefix("llmrecipe_") or None
+    model.to(dtype)
+    model.config.dtype = dtype
+    with quiet():
+        model.save_pretrained(folder)
+    opened.tokenizer.save_pretrained(folder)
+
+
+def target_folder(run: str | Path, out: str | Path | None, name: str) -> Path:
+    """Where an export goes.
+
+    Raises:
+        RunError: the folder exists and is not empty.
+    """
+    target = Path(out) if out is not None else Path(run) / name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"--out: {target} exists already; name another folder or remove it")
+    return target
+
+
+class writing:
+    """A folder written aside and moved into place when everything inside succeeded.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.aside = target.parent / f".writing-{target.name}"
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.aside, ignore_errors=True)
+        try:
+            self.aside.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"cannot write {self.target}: {error.strerror or error}") from error
+        return self.aside
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            if self.target.exists():
+                self.target.rmdir()
+            os.replace(self.aside, self.target)
+            return
+        shutil.rmtree(self.aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {self.target}: {error.strerror or error}") from error

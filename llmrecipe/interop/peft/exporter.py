@@ -1,0 +1,276 @@
+"""PEFT export: an adapter folder that `peft` loads, proven by reading it back onto a fresh base.
+
+The proof does not need peft: the written files are read by `peft_import`, put on a base that was loaded anew, and must give
+the logits of the run. What PEFT cannot express is refused, with the reason, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.interop import verify_logits
+from llmrecipe.interop.adapter_hub import convert
+from llmrecipe.interop.load_run import open_run
+from llmrecipe.interop.merged import Exported, dtype_of, target_folder, writing
+from llmrecipe.interop.peft import bias_adapters, layout
+from llmrecipe.interop.peft.converters import native_adapter
+from llmrecipe.interop.peft.layout import Adapter, Branch
+from llmrecipe.methods._engines import low_rank
+from llmrecipe.methods._engines.biases import BiasMaster, masters
+from llmrecipe.methods._engines.loftq_codes import Requantized
+from llmrecipe.methods._engines.low_rank import LowRank, LowRankEmbedding, LowRankExperts, LowRankTiedHead
+from llmrecipe.methods.reparameterized.dora import Magnitude
+from llmrecipe.models.checkpoint_path import locate
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.site_finder import widths
+from llmrecipe.recipe.rights import RIGHTS
+from llmrecipe.runs import delta
+from llmrecipe.runs.open_model import Opened, open_saved
+
+TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
+
+
+def export_peft(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    bound: float | None = None,
+    uniform: bool = False,
+    as_lora: bool = False,
+    options: dict[str, dict[str, Any]] | None = None,
+    opened: Opened | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Exported:
+    """Write a run's methods as a PEFT adapter folder.
+
+    Args:
+        out: the folder; default `RUN/peft`. It must not exist yet.
+        bound: see `export_merged`.
+        uniform: one rank and scale everywhere, for servers that ignore rank and alpha patterns (vLLM).
+        as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
+        options, rights: see `open_run`.
+        opened: what to write instead of the run itself (see `combine.open_combination`).
+
+    Raises:
+        ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
+        RunError: the folder exists, or the disk is full.
+    """
+    target = target_folder(run, out, "peft")
+    opened = opened or open_run(str(run), options=options, rights=rights)
+    if not opened.mounted:
+        raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
+    saved = saved_from(opened)
+    adapter = adapter_of(opened, saved, uniform=uniform, as_lora=as_lora)
+    difference = proven(target, opened, lambda aside: layout.write(aside, adapter), bound)
+    return Exported(target, difference, _notes(opened, adapter))
+
+
+def proven(target: Path, opened: Opened, write: Callable[[Path], None], bound: float | None) -> verify_logits.Difference:
+    """Write an adapter folder with its tokenizer and golden answer, and read it back onto a fresh base.
+
+    Args:
+        write: puts the adapter's own files into a folder.
+
+    Raises:
+        ModelError: the logits moved; nothing is left behind.
+        RunError: the disk is full.
+    """
+    saved = saved_from(opened)
+    ids = verify_logits.probe_ids(opened.model, opened.tokenizer)
+    wanted = verify_logits.logits_of(opened.model, ids)
+    answer = verify_logits.golden(opened.model, opened.tokenizer)
+    wide = dtype_of(opened.model)
+    with writing(target) as aside:
+        write(aside)
+        opened.tokenizer.save_pretrained(aside)
+        verify_logits.write_golden(aside, answer)
+        opened.model = nn.Identity()  # one model in memory at a time
+        difference = verify_logits.compare(wanted, verify_logits.logits_of(reread(aside, opened, saved), ids), wide, bound)
+        verify_logits.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
+    return difference
+
+
+def export_adapter_hub(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    bound: float | None = None,
+    opened: Opened | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Exported:
+    """Write a run's bottleneck adapter as a folder that adapter-hub's `adapters` library loads.
+
+    Args:
+        out: the folder; default `RUN/adapter_hub`. It must not exist yet.
+        bound: see `export_merged`.
+        opened: what to write instead of the run itself.
+        rights: see `open_run`.
+
+    Raises:
+        ModelError: the library cannot hold the run (said before anything is written), or the logits moved.
+        RunError: the folder exists, or the disk is full.
+    """
+    target = target_folder(run, out, "adapter_hub")
+    opened = opened or open_run(str(run), rights=rights)
+    made = convert.hub_files(opened)
+    heads = head_tensors(opened)
+    about = convert.head_config(opened) if heads else {}
+    difference = proven(target, opened, lambda aside: convert.write(aside, *made, about, heads), bound)
+    call = f"model.load_adapter('{target}', use_safetensors=True, set_active=True)"
+    return Exported(target, difference, [f"after adapters.init(model): {call}"])
+
+
+def saved_from(opened: Opened) -> delta.Saved:
+    """What a `stack.yaml` of this model would say."""
+    section = opened.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS})
+    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": section}
+    return delta.Saved(base, opened.layers, opened.head, opened.labels)
+
+
+def reread(folder: Path, opened: Opened, saved: delta.Saved) -> nn.Module:
+    """A fresh base, stored as training had it, with the written adapter on top."""
+    from llmrecipe.recipe.schema import TokenizerSection
+
+    section = opened.section.model_copy(update={"adapters": {str(folder): 1.0}})
+    return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
+
+
+def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
+    """The adapter of a run in PEFT's layout.
+
+    Raises:
+        ModelError: PEFT has no counterpart for something in the stack.
+    """
+    if any("new_rows" in name for layer in saved.layers for name in layer.tensors):
+        raise ModelError(
+            "export --to peft: tokens were added to the vocabulary, and the base that the adapter names does not have them; "
+            "use --to merged"
+        )
+    native = [(w, made) for w in opened.mounted if (made := None if as_lora else native_adapter(w, opened.model)) is not None]
+    if native and len(opened.mounted) == 1:
+        adapter = native[0][1]
+    else:
+        branches = branches_of(opened)
+        first = opened.mounted[0]
+        adapter = layout.lora_adapter(
+            layout.uniform(layout.joined(branches)) if uniform else branches,
+            use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
+            dropout=float(getattr(first, "dropout", 0.0)),
+        )
+    if adapter.config["peft_type"] not in bias_adapters.KINDS:
+        layout.add_biases(adapter, trained_biases(opened.model))
+    heads = head_tensors(opened)
+    adapter.tensors |= {layout.PREFIX + name: value for name, value in heads.items()}
+    adapter.config |= {
+        "base_model_name_or_path": locate(saved.base["path"])[0],
+        "task_type": TASKS.get(saved.head, "FEATURE_EXTRACTION"),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in heads}) or None,
+    }
+    _shorten(adapter.config, opened.model)
+    return adapter
+
+
+def branches_of(opened: Opened) -> list[Branch]:
+    """Every low-rank change of the mounted stacks; biases trained beside one are not among them (see `trained_biases`).
+
+    Raises:
+        ModelError: something mounted is not a low-rank change of a weight, or of one in other codes than the base's.
+    """
+    chosen = next((port.owner for _, _, _, port in all_ports(opened.model) if isinstance(port, Requantized)), None)
+    if chosen is not None:
+        raise ModelError(
+            f"export --to peft: '{chosen.split('_', 1)[1]}' stands on 4-bit codes chosen together with it (loftq_iter), and a "
+            "PEFT folder has no place for them; use --to merged"
+        )
+    branches: list[Branch] = []
+    beside = any(branch_of(path, module, port) is not None for path, module, _, port in all_ports(opened.model))
+    for wrapper in opened.mounted:
+        own = [(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
+        ports = [place for place in own if not isinstance(place[2], BiasMaster)]
+        found = [branch for place in ports if (branch := branch_of(*place)) is not None]
+        if len(found) < len(ports) or not (found or (beside and own)):
+            name = wrapper.name.split("_", 1)[1]
+            others = len(opened.mounted) > 1 and native_adapter(wrapper, opened.model) is not None
+            why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
+            raise ModelError(
+                f"export --to peft: {why} ('{name}')"
+                + ("; use --to merged" if wrapper.mergeable else "; llmrecipe.load(run) uses it as it is")
+            )
+        branches += found
+    return branches
+
+
+@torch.no_grad()
+def trained_biases(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> value of every bias of the base that trained, under all of its names."""
+    values: dict[int, Tensor] = {}
+    for _, module, _, port in masters(model):
+        own: Any = getattr(module, port.tensor)
+        values[id(own)] = port.weight(values.get(id(own), low_rank.wide(own)))
+    return {name: values[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in values}
+
+
+def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
+    """A port as a low-rank change of its host's weight; None where it is something else."""
+    if isinstance(port, LowRank):
+        A, B, scale = port.factors()
+        bias = None if port.bias is None else port.bias.detach()
+        if port.rows is not None:
+            B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
+            bias = None if bias is None else bias.new_zeros(B.shape[0]).index_copy(0, port.rows, bias)
+        return Branch(path, "linear", A, B, scale, "", port.vector(), bias)
+    if isinstance(port, Magnitude):
+        A, B, m = port.branch()
+        return Branch(path, "embedding" if port.embeds else "linear", A, B, 1.0, "", m)
+    if isinstance(port, LowRankTiedHead):
+        pair = port.pair[0]
+        return Branch(path, "linear", pair.B.detach().t(), pair.A.detach().t(), pair.scale)
+    if isinstance(port, LowRankEmbedding):
+        return Branch(path, "embedding", port.A.detach(), port.B.detach(), port.scale, "", port.vector())
+    if isinstance(port, LowRankExperts):
+        return Branch(path, "experts", port.A.detach(), port.B.detach(), port.scale, port.tensor)
+    return None
+
+
+def head_tensors(opened: Opened) -> dict[str, Tensor]:
+    """Task heads that were trained with the methods, as they are now."""
+    from llmrecipe.models.task_heads import is_head
+
+    return {n: p.detach() for n, p in opened.model.named_parameters() if is_head(opened.model, n)}
+
+
+def _shorten(config: dict[str, Any], model: nn.Module) -> None:
+    """Write `q_proj` for the paths of all modules of that name."""
+    paths = set(config.get("target_modules") or [])
+    if not paths:
+        return
+    everywhere: dict[str, set[str]] = {}
+    for path, _ in model.named_modules():
+        everywhere.setdefault(path.rpartition(".")[2], set()).add(path)
+    short = {leaf for leaf in {p.rpartition(".")[2] for p in paths} if everywhere[leaf] <= paths}
+    for key in ("target_modules", "feedforward_modules"):
+        if config.get(key):
+            config[key] = sorted({leaf if (leaf := p.rpartition(".")[2]) in short else p for p in config[key]})
+    if config["peft_type"] not in bias_adapters.KINDS:
+        config["fan_in_fan_out"] = any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths)
+
+
+def _notes(opened: Opened, adapter: Adapter) -> list[str]:
+    config = adapter.config
+    notes = [f"{config['peft_type']} for {config['base_model_name_or_path']}"]
+    for name in opened.quantized:
+        notes.append(f"trained on a base quantized by {name}: load the base with the same quantization, or export merged")
+    if len(opened.mounted) > 1:
+        notes.append(f"{len(opened.mounted)} stacks of this run's chain were joined into one adapter")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        notes.append("ranks or scales differ between modules; servers that ignore patterns (vLLM) need --uniform")
+    for option, what in (("lora_bias", "its branches have biases"), ("bias", "biases of the base trained with it")):
+        if config.get(option) not in (None, False, "none"):
+            notes.append(f"{what}; a server that does not read {option} drops them, so export merged for it")
+    return notes

@@ -1,0 +1,142 @@
+"""Trained prompts as tokens: P new words in the vocabulary whose embeddings are the prompt's rows.
+
+A text that begins with these words, spelled by the folder's tokenizer, is computed as the run computed the text alone: the
+slots of a prompt are ordinary positions. A chat template writes them by itself; other texts need them in front, before the
+token that the tokenizer may put at the beginning of a text.
+
+The words can be read but must not be written. Their rows in the head are copies of the row of the token that was least likely
+on the probe, so they never win and take next to nothing from the others; a head that was tied to the embedding is untied,
+for there a slot's row would be an answer like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.models import vocabulary
+from llmrecipe.models.hooks.port import all_ports, eject
+from llmrecipe.runs.open_model import Opened
+
+PROMPT_FILE = "prompt.json"
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A prompt as words."""
+
+    words: list[str]
+    ids: list[int]
+    share: float
+    """Largest probability that all the words together get on the probe."""
+
+    @property
+    def text(self) -> str:
+        """What a text begins with."""
+        return "".join(self.words)
+
+    def write(self, folder: Path) -> None:
+        """Keep the words and their ids beside the weights."""
+        found = {"text": self.text, "ids": self.ids, "place": "in front of all tokens of a text, special ones included"}
+        (folder / PROMPT_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def notes(self, tokenizer: Any) -> list[str]:
+        """How the folder is used."""
+        told = f"the trained prompt became {len(self.ids)} tokens of the vocabulary ({PROMPT_FILE})"
+        if getattr(tokenizer, "chat_template", None):
+            told += "; the chat template puts them in front of a conversation"
+        ids = tokenizer(self.text + "a")["input_ids"]
+        how = f"begin every other text with {self.words[0]} ... {self.words[-1]}, without spaces between them"
+        if ids[: len(self.ids)] != self.ids:
+            how = "of every other text, put their ids in front of all that the tokenizer gives"
+        return [
+            told,
+            f"{how}; a text without them is not computed as the run did",
+            f"their own share of answers: {self.share:.2g}",
+        ]
+
+
+def wrapper_of(opened: Opened) -> Any:
+    """The one mounted wrapper whose prompt can be spelled as tokens; None where there is none.
+
+    Raises:
+        ModelError: there are two, or the head is tied in a way that has no room for tokens that are only read.
+    """
+    found = [w for w in opened.mounted if not w.mergeable and w.as_tokens(opened.model) is not None]
+    if len(found) > 1:
+        names = " and ".join(f"'{w.name.split('_', 1)[1]}'" for w in found)
+        raise ModelError(f"export --to merged: {names} stand in front of one text; only one prompt can become tokens")
+    if found and opened.head in ("seq2seq", "masked") and _tied(opened.model):
+        raise ModelError(
+            f"export --to merged: '{found[0].name.split('_', 1)[1]}' becomes tokens that must not be answers, and the head of "
+            f"this {opened.model.config.model_type} is tied to its embedding; llmrecipe.load(run) uses it as it is"
+        )
+    return found[0] if found else None
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def take(opened: Opened, wrapper: Any) -> Tensor:
+    """The rows (P, D) a prompt's tokens need in the embedding; its slots are closed.
+
+    They are in the space of the embedding's output, so a family's scale inside the embedding is divided out.
+    """
+    rows = wrapper.as_tokens(opened.model)
+    for _, module, name, _ in list(all_ports(opened.model, wrapper.name)):
+        eject(module, name)
+    opened.mounted.remove(wrapper)
+    scale: Any = getattr(opened.model.get_input_embeddings(), "embed_scale", 1.0)
+    return rows / float(scale)
+
+
+@torch.no_grad()
+def grow(opened: Opened, rows: Tensor, logits: Tensor) -> Spelled:
+    """Give a folded model and its tokenizer the words of a prompt.
+
+    Args:
+        logits: (..., V) of the run on the probe.
+    """
+    model, tokenizer = opened.model, opened.tokenizer
+    known = tokenizer.get_vocab()
+    words: list[str] = []
+    number = 0
+    while len(words) < len(rows):
+        if f"<prompt_{number}>" not in known:
+            words.append(f"<prompt_{number}>")
+        number += 1
+    vocabulary.add_tokens(tokenizer, words)
+    ids = tokenizer.convert_tokens_to_ids(words)
+    _prepend(tokenizer, "".join(words))
+    tied = _tied(model)
+    vocabulary.fit(model, tokenizer)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if tied:
+        head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    embed.weight[ids] = rows.to(embed.weight)
+    if head is None:
+        return Spelled(words, ids, 0.0)
+    likely = logits.log_softmax(-1).flatten(0, -2).amax(0)
+    least = int(likely[: min(ids)].argmin())
+    for tensor in (head.weight, getattr(head, "bias", None)):
+        if tensor is not None:
+            tensor[ids] = tensor[least].clone()
+    return Spelled(words, ids, len(ids) * float(likely[least].exp()))
+
+
+def _prepend(tokenizer: Any, text: str) -> None:
+    """Have every chat template begin with a text."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: text + own for name, own in template.items()}
+    elif template:
+        tokenizer.chat_template = text + template

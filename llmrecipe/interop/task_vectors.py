@@ -1,0 +1,76 @@
+"""Merging what several runs changed: each function takes n tensors of one shape and n weights, and returns their merger.
+
+task_arithmetic   sum_i w_i t_i
+magnitude_prune   sum_i w_i top(t_i): the `density` share of each t_i with the largest magnitudes, the rest zero
+dare              sum_i w_i m_i t_i / density with m_i ~ Bernoulli(density) per entry: unbiased (arXiv 2311.03099)
+ties              trim each t_i, elect the sign of every entry, average w_i t_i over those that agree (arXiv 2306.01708)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmrecipe.interop.merge_options import Sign
+
+
+def task_arithmetic(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i t_i."""
+    return _weighted(tensors, weights).sum(0)
+
+
+def trim(tensor: Tensor, density: float) -> Tensor:
+    """The floor(density * size) entries of largest magnitude, of equal ones the first; the rest is zero."""
+    flat = tensor.flatten()
+    kept = flat.abs().sort(descending=True, stable=True).indices[: int(density * flat.numel())]
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
+
+
+def drop_and_rescale(tensor: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
+    """m t / density with every m ~ Bernoulli(density): the expectation is t."""
+    if density >= 1.0:
+        return tensor
+    return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
+
+
+def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], sign: Sign = "total") -> Tensor:
+    """Mean of w_i t_i over the tensors whose sign is the elected one; zero where none has it.
+
+    Args:
+        sign: `total` elects the sign of sum_i t_i, `frequency` that of sum_i sgn(t_i); a tie elects plus.
+    """
+    stacked = torch.stack(list(tensors))
+    votes = stacked.sum(0) if sign == "total" else stacked.sign().sum(0)
+    elected = torch.where(votes >= 0, 1.0, -1.0).to(stacked.dtype)
+    agrees = stacked.sign() == elected
+    return (_weighted(tensors, weights) * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def merge(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    rule: str,
+    density: float = 1.0,
+    sign: Sign = "total",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One of `linear`, `magnitude_prune`, `ties`, `dare_linear` and `dare_ties`.
+
+    Args:
+        density: share of the entries that is kept.
+        generator: of the draws of DARE.
+    """
+    if rule in ("magnitude_prune", "ties"):
+        tensors = [trim(t, density) for t in tensors]
+    elif rule in ("dare_linear", "dare_ties"):
+        tensors = [drop_and_rescale(t, density, generator) for t in tensors]
+    if rule in ("ties", "dare_ties"):
+        return agreeing_mean(tensors, weights, sign)
+    return task_arithmetic(tensors, weights)
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    stacked = torch.stack(list(tensors))
+    return stacked * torch.tensor(list(weights), dtype=stacked.dtype).view(-1, *[1] * (stacked.dim() - 1))

@@ -1,0 +1,163 @@
+"""The proof an export gives before it says done: equal logits, and a golden answer that the folder alone reproduces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+
+GOLDEN_FILE = "golden.json"
+GOLDEN_PROMPT = "What is the capital of France?"
+BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest logit difference that passes, as a share of the largest logit, by the dtype of the exported weights."""
+ROWS, TOKENS = 3, 24
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of two models are apart on the same tokens."""
+
+    largest: float
+    mean: float
+    scale: float
+    """Largest absolute logit: the unit of the bound."""
+    bound: float
+    """Largest share of `scale` that passes."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the largest difference is within the bound (NaN is not)."""
+        return self.largest <= self.bound * self.scale
+
+    def facts(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"largest logit difference {self.largest:.3g}, mean {self.mean:.3g}, at logits up to {self.scale:.3g}"
+
+
+def probe_ids(model: Any, tokenizer: Any) -> Tensor:
+    """(ROWS, TOKENS) seeded token ids, the golden prompt at the start of the first row; special tokens included."""
+    size = int(model.get_input_embeddings().num_embeddings)
+    ids = torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(20))
+    prompt = torch.tensor(golden_ids(tokenizer)[:TOKENS])
+    ids[0, : len(prompt)] = prompt
+    # Families that pool at the last real token look for padding: a probe has none.
+    pad = getattr(model.config, "pad_token_id", None)
+    if pad is not None:
+        ids[ids == pad] = (pad + 1) % size
+    return ids
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tensor:
+    """Float32 logits of a model on the CPU, dropout off; row by row, so that no family needs a padding token.
+
+    Args:
+        front: tokens in front of every row, whose own logits are left out.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    more = torch.tensor([list(front)], dtype=ids.dtype, device=device)
+    rows = []
+    for row in ids.split(1):
+        whole = torch.cat((more, row), 1)
+        inputs: dict[str, Tensor] = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+        if getattr(model.config, "is_encoder_decoder", False) and "Classification" not in type(model).__name__:
+            inputs["decoder_input_ids"] = row[:, : TOKENS // 2]
+        logits = model(**inputs).logits.float().cpu()
+        own = logits.dim() == 3 and "decoder_input_ids" not in inputs
+        rows.append(logits[:, len(front) :] if own else logits)
+    return torch.cat(rows)
+
+
+def compare(
+    wanted: Tensor, got: Tensor, dtype: torch.dtype, bound: float | None = None, added: Sequence[int] = ()
+) -> Difference:
+    """The difference of two logit tensors.
+
+    Args:
+        added: tokens that `got` has and `wanted` does not; logits of a vocabulary are compared up to the first of them.
+
+    Raises:
+        ModelError: their shapes differ.
+    """
+    if added and wanted.dim() == 3:
+        wanted, got = wanted[..., : min(added)], got[..., : min(added)]
+    if wanted.shape != got.shape:
+        raise ModelError(f"export: the written model gives logits of shape {tuple(got.shape)}, the run {tuple(wanted.shape)}")
+    apart = (wanted - got).abs()
+    limit = BOUNDS.get(dtype, BOUNDS[torch.float32]) if bound is None else bound
+    return Difference(float(apart.max()), float(apart.mean()), float(wanted.abs().max()), limit)
+
+
+def demand(difference: Difference, what: str, advice: str) -> None:
+    """Refuse an export whose logits moved.
+
+    Raises:
+        ModelError: the difference is over its bound.
+    """
+    if not difference.passes:
+        raise ModelError(
+            f"export: {what} does not compute what the run computes: {difference}; allowed is {difference.bound:g} of the "
+            f"largest logit. Nothing was written. {advice}"
+        )
+
+
+def golden_ids(tokenizer: Any) -> list[int]:
+    """Token ids of the golden prompt, under the chat template where there is one."""
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": GOLDEN_PROMPT}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(GOLDEN_PROMPT)["input_ids"])
+
+
+def golden(model: Any, tokenizer: Any, front: Sequence[int] = ()) -> dict[str, Any] | None:
+    """The golden prompt with its greedy answer; None for a model that does not generate.
+
+    Args:
+        front: tokens that the prompt begins with, where the chat template does not write them.
+    """
+    from llmrecipe.engine.generation import generate
+    from llmrecipe.engine.sampling import Sampling
+
+    if not hasattr(model, "generate") or not model.can_generate():
+        return None
+    prompt = golden_ids(tokenizer)
+    prompt = prompt if prompt[: len(front)] == list(front) else [*front, *prompt]
+    answer = generate(model, tokenizer, [prompt], Sampling(max_new_tokens=24))[0]
+    return {
+        "prompt": GOLDEN_PROMPT,
+        "prompt_ids": prompt,
+        "answer_ids": answer,
+        "answer": tokenizer.decode(answer, skip_special_tokens=True),
+    }
+
+
+def write_golden(folder: Path, found: dict[str, Any] | None) -> None:
+    """Keep the golden answer beside the weights."""
+    if found is not None:
+        (folder / GOLDEN_FILE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def adapter_head(folder: Path) -> str:
+    """The head an adapter folder was made for; adapter-hub's name a class of model, PEFT's a task."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("model_class"):
+        return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
+    kind = config.get("task_type")
+    return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
+
+
+HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
+"""End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""

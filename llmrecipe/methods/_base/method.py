@@ -1,0 +1,249 @@
+"""The interface of a method: named hooks, each method overrides only what it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core.registry import CONFIG
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from llmrecipe.core.tasks import Tasks
+    from llmrecipe.methods._base.update_rule import UpdateRule
+
+
+class Stage(enum.IntEnum):
+    """When a wrapper acts; list order decides only inside a stage."""
+
+    BASE = 0
+    """Changes how base weights are stored (quantization)."""
+    INJECT = 1
+    """Adds modules at sites; the base is frozen."""
+    SELECT = 2
+    """Opens base parameters, or entries of them."""
+    RULE = 3
+    """Replaces how one update is made."""
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Trained parameters that want their own learning rate or weight decay."""
+
+    names: frozenset[str]
+    """Full parameter names."""
+    lr_scale: float = 1.0
+    """Multiplies the learning rate."""
+    weight_decay: float | None = None
+    """Replaces the optimizer's decay; None keeps it."""
+
+
+@dataclass
+class Probe:
+    """What `calibrate` may look at before step 0."""
+
+    batches: Any
+    """`batches(n) -> Iterator[Batch]`: training batches in a seeded order that training does not share."""
+    loss: Any
+    """`loss(batch) -> Tensor`: the objective's mean loss of a batch with its graph."""
+    world: Any = field(default=None)
+    """The runtime, for reductions over ranks."""
+    weight: Any = field(default=None)
+    """`weight(batch) -> float`: what the mean loss of a batch was divided by (tokens, pairs or rows)."""
+    rows: int = 0
+    """How many training rows there are."""
+    steps: int = 0
+    """Optimizer steps of the run."""
+    tokenizer: Any = field(default=None)
+    """The run's tokenizer, for starts that are written as text."""
+    engine: Any = field(default=None)
+    """What answers for the model outside training: `engine(batch, want=...)`, without autocast."""
+    original: Any = field(default=None)
+    """`original() -> nn.Module`: the base model anew, in the dtype it had before any quantization."""
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Wrapper:
+    """One method of the stack. A frozen config: what it learns lives in named tensors of the model, or in `state()`."""
+
+    group: ClassVar[str] = "stack"
+    stage: ClassVar[Stage] = Stage.INJECT
+    mergeable: ClassVar[bool] = False
+    """Whether `merge` folds the method into the base weights exactly (up to rounding)."""
+    unmergeable: ClassVar[str] = ""
+    """Why the method cannot be folded, for the message of an export; only where `mergeable` is False."""
+    adjustable: ClassVar[tuple[str, ...]] = ()
+    """Options that may be chosen anew on a finished run (`eval RUN stack.dylora.rank=2`)."""
+    identity: ClassVar[bool] = True
+    """Whether the wrapped model equals the base at step 0; where not, the docstring says why."""
+    masters: ClassVar[bool] = True
+    """False for a rule that trains 16-bit weights as they are, without float32 copies."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Kinds that must be in the stack too."""
+    conflicts: ClassVar[dict[str, str]] = {}
+    """Kind -> the one-line reason why it cannot share a stack with this one."""
+    hooks: ClassVar[tuple[str, ...]] = ()
+    """Lifecycle hooks the method depends on; the run stops when one has not fired by the end of step 1."""
+
+    name: str = ""
+    """Its key in the stack; owns every tensor called `....<name>....`."""
+    role: str = ""
+    """The one role its ports serve (`value`, `reward`); empty for the policy's own methods, which serve all but `reference`."""
+
+    def expand(self, model: nn.Module) -> list[Wrapper]:
+        """The wrappers this one stands for; a hybrid returns others, with placements and gates."""
+        return [self]
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """Arguments `from_pretrained` needs for this method (NF4, int8)."""
+        return {}
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Inject modules at sites and open parameters.
+
+        Args:
+            structure: what `structure()` returned when a delta was saved (ranks, masks); None for a fresh start.
+        """
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """JSON facts `attach` needs to rebuild the same tensors for a saved delta."""
+        return {}
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """A data-dependent choice before step 0; not run again on resume."""
+
+    def calibrates(self) -> bool:
+        """Whether `calibrate` chooses or starts something by what it sees; where an option decides that, it decides here."""
+        return type(self).calibrate is not Wrapper.calibrate
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """A term added to the mean loss of every optimizer step."""
+        return 0.0
+
+    def penalizes(self) -> bool:
+        """Whether `penalty` adds a term; where that depends on an option, the option decides here."""
+        return type(self).penalty is not Wrapper.penalty
+
+    def before_step(self, model: nn.Module, step: int) -> bool | None:
+        """Before the micro-batches of a step; True when the set of trained tensors must change (see `rebuild`)."""
+
+    def shortens(self) -> bool:
+        """Whether trained tensors lose rows during the run (see `cuts`)."""
+        return False
+
+    def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """Trained tensors the last `before_step` shortened: name -> (axis, indices kept); the optimizer's state follows."""
+        return {}
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Gradients of the whole step exist and are clipped; the optimizer has not moved."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """The optimizer has moved; gradients still exist."""
+
+    def finish(self, model: nn.Module) -> None:
+        """After the last step, before what was learned is written: drop what only training needed (the MLP of a prefix)."""
+
+    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+        """Around the optimizer's own step: for methods that keep entries, moments included, out of it."""
+        return contextlib.nullcontext()
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the method shows at every step (ranks, masks), by name."""
+        return {}
+
+    def mixes(self) -> Tasks | None:
+        """The tasks whose rows one batch may mix, for a method that keeps them apart; None for all others."""
+        return None
+
+    def for_tasks(self, tasks: Tasks | None) -> Wrapper:
+        """The wrapper with the names of the tasks filled in, once the rows are read."""
+        return self
+
+    def rule(self) -> UpdateRule | None:
+        """An update rule that replaces back-propagation; at most one in a stack."""
+        return None
+
+    def starts_at_base(self) -> bool:
+        """Whether the base model is the policy of step 0; where `identity` depends on an option, the option decides here."""
+        return self.identity
+
+    def groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Parameters with their own learning rate or decay."""
+        return []
+
+    def frozen(self, model: nn.Module) -> set[str]:
+        """Names of its own injected parameters that do not train (LoRA-FA's A)."""
+        return set()
+
+    def opened(self, model: nn.Module) -> set[str]:
+        """Names of base parameters a SELECT wrapper trains."""
+        return set()
+
+    def may_skip(self, name: str) -> bool:
+        """Whether the first step may leave this port or trained tensor of its own unused; the run stops for any other.
+
+        For tensors whose turn comes by chance or later: experts without a token, ranks or sub-networks that were not drawn.
+
+        Args:
+            name: full name of a parameter, or of a port (its host's path and its own name).
+        """
+        return False
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the method into the base weights and take its ports out.
+
+        Raises:
+            ModelError: the method cannot be folded (see `mergeable`).
+        """
+        from llmrecipe.core.errors import ModelError
+
+        raise ModelError(f"stack.{self.name}: {type(self).__name__} cannot be merged into the base weights")
+
+    def as_tokens(self, model: nn.Module) -> Tensor | None:
+        """Embeddings (P, D) of tokens that do what the method does when every text begins with them; None otherwise."""
+        return None
+
+    def delta(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
+        from llmrecipe.models.hooks.port import own_tensors
+
+        names = set(own_tensors(model, self.name)) | self.opened(model)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: state[name].detach() for name in sorted(names)}
+
+    def restore(self, model: nn.Module, delta: dict[str, Tensor]) -> None:
+        """Put a saved delta back into an attached model, bit for bit."""
+        import torch
+
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with torch.no_grad():
+            for name, value in delta.items():
+                state[name].copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """JSON facts of a running method that tensors do not hold."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
+        return {}
+
+    def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """(what, how many parameters) lines shown at start: its own tensors that train."""
+        from llmrecipe.models.hooks.port import own_tensors
+
+        parameters, frozen = dict(model.named_parameters()), self.frozen(model)
+        for name in own_tensors(model, self.name):
+            if name in parameters and name not in frozen:
+                yield name, parameters[name].numel()

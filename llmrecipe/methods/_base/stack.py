@@ -1,0 +1,275 @@
+"""The stack: an ordered list of wrappers, checked for legality, that forwards every hook of the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import RecipeError, UserError
+from llmrecipe.core.forward_context import activate, current
+from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
+from llmrecipe.models import task_heads
+from llmrecipe.models.hooks.fp32_master import raise_to_master
+from llmrecipe.models.hooks.port import all_ports, own_tensors
+from llmrecipe.models.task_heads import is_head
+
+if TYPE_CHECKING:
+    from llmrecipe.methods._base.update_rule import UpdateRule
+
+
+class Stack:
+    """Wrappers attached to one model."""
+
+    def __init__(self, wrappers: Mapping[str, Wrapper] | list[Wrapper]):
+        named = list(wrappers.values()) if isinstance(wrappers, Mapping) else list(wrappers)
+        # A stable sort: list order decides only inside a stage.
+        self.wrappers = sorted(named, key=lambda w: w.stage)
+        self.fired: Counter[str] = Counter()
+        self.snapshot: dict[str, Tensor] | None = None
+        check_legal(self.wrappers)
+
+    def __iter__(self) -> Iterator[Wrapper]:
+        return iter(self.wrappers)
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` needs, merged over wrappers."""
+        merged: dict[str, Any] = {}
+        for wrapper in self.wrappers:
+            merged |= wrapper.load_kwargs()
+        return merged
+
+    def attach(self, model: nn.Module, structures: Mapping[str, dict[str, Any]] | None = None) -> None:
+        """Expand hybrids, attach every wrapper in order and set what trains."""
+        expanded = [part for wrapper in self.wrappers for part in wrapper.expand(model)]
+        self.wrappers = sorted(expanded, key=lambda w: w.stage)
+        check_legal(self.wrappers)
+        for wrapper in self.wrappers:
+            with _named(wrapper):
+                wrapper.attach(model, (structures or {}).get(wrapper.name))
+            if wrapper.role:
+                for _, _, _, port in all_ports(model, wrapper.name):
+                    port.roles = frozenset({wrapper.role})
+        self.set_trainable(model)
+
+    def set_trainable(self, model: nn.Module) -> None:
+        """The trainability rule.
+
+        An empty stack, or one with only RULE wrappers, trains everything; INJECT and SELECT wrappers freeze the base;
+        injected tensors train unless their wrapper declares them frozen; SELECT wrappers open what they name; quantized
+        weights never train; a new task head always trains.
+        """
+        changes = [w for w in self.wrappers if w.stage in (Stage.INJECT, Stage.SELECT)]
+        trained: set[str] = set()
+        opened: set[str] = set()
+        for wrapper in changes:
+            trained |= set(own_tensors(model, wrapper.name)) - wrapper.frozen(model)
+            opened |= wrapper.opened(model)
+        trained |= opened
+        for name, parameter in list(model.named_parameters()):
+            can = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
+            everything = not changes and not getattr(parameter, "frozen_base", False)
+            if can and name in opened:
+                raise_to_master(model, parameter)
+            everything = everything and not task_heads.is_frozen(model, name)
+            parameter.requires_grad_(can and (everything or name in trained or is_head(model, name)))
+
+    # --- hooks of the loop ----------------------------------------------------------------------------------------
+
+    def calibrate(self, model: nn.Module, probe: Probe) -> None:
+        """Data-dependent choices, once, before step 0."""
+        for wrapper in self.wrappers:
+            wrapper.calibrate(model, probe)
+            self._mark(wrapper, "calibrate")
+        self.set_trainable(model)
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """Sum of the wrappers' penalties."""
+        total: Tensor | float = 0.0
+        for wrapper in self.wrappers:
+            total = total + wrapper.penalty(model)
+            self._mark(wrapper, "penalty")
+        return total
+
+    def before_step(self, model: nn.Module, step: int) -> bool:
+        """True when a wrapper changed the set of trained tensors."""
+        changed = False
+        for wrapper in self.wrappers:
+            changed = bool(wrapper.before_step(model, step)) or changed
+            self._mark(wrapper, "before_step")
+        if changed:
+            self.set_trainable(model)
+        return changed
+
+    def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+        """Every wrapper's shortened tensors."""
+        return {name: cut for wrapper in self.wrappers for name, cut in wrapper.cuts(model).items()}
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Forwarded to every wrapper."""
+        for wrapper in self.wrappers:
+            wrapper.after_backward(model, step)
+            self._mark(wrapper, "after_backward")
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Forwarded to every wrapper."""
+        for wrapper in self.wrappers:
+            wrapper.after_step(model, step)
+            self._mark(wrapper, "after_step")
+
+    def finish(self, model: nn.Module) -> None:
+        """Forwarded to every wrapper."""
+        for wrapper in self.wrappers:
+            wrapper.finish(model)
+
+    @contextlib.contextmanager
+    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Every wrapper's context around the optimizer's own step."""
+        with contextlib.ExitStack() as entered:
+            for wrapper in self.wrappers:
+                entered.enter_context(wrapper.stepping(model, optimizer))
+            yield
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the wrappers show at every step, each under its name."""
+        return {f"{w.name}/{key}": value for w in self.wrappers for key, value in w.metrics(model).items()}
+
+    def rule(self) -> UpdateRule | None:
+        """The one update rule of the stack, if a wrapper brings one."""
+        rules = [rule for wrapper in self.wrappers if (rule := wrapper.rule()) is not None]
+        return rules[0] if rules else None
+
+    def groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Every wrapper's own parameter groups."""
+        return [group for wrapper in self.wrappers for group in wrapper.groups(model)]
+
+    def unfired(self) -> list[str]:
+        """`name.hook` for declared hooks that have not fired; the run stops on any after step 1."""
+        return [f"{w.name}.{hook}" for w in self.wrappers for hook in w.hooks if not self.fired[f"{w.name}.{hook}"]]
+
+    def _mark(self, wrapper: Wrapper, hook: str) -> None:
+        self.fired[f"{wrapper.name}.{hook}"] += 1
+
+    # --- what was learned -----------------------------------------------------------------------------------------
+
+    def structures(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Structure of each wrapper, for the file beside a delta."""
+        return {w.name: w.structure(model) for w in self.wrappers}
+
+    def delta(self, model: nn.Module) -> dict[str, Tensor]:
+        """Everything training changed: all wrappers' deltas and task heads, or all weights when everything trains."""
+        if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in self.wrappers):
+            facts = {n: b for n, b in model.named_buffers() if n.startswith("task_head.") and is_head(model, n)}
+            return {**{n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, **facts}
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors: dict[str, Tensor] = {n: v.detach() for n, v in state.items() if is_head(model, n)}
+        for wrapper in self.wrappers:
+            tensors |= wrapper.delta(model)
+        return tensors
+
+    def restore(self, model: nn.Module, delta: Mapping[str, Tensor]) -> None:
+        """Put a saved delta back, bit for bit."""
+        left = dict(delta)
+        for wrapper in self.wrappers:
+            own = {name: left.pop(name) for name in wrapper.delta(model) if name in left}
+            wrapper.restore(model, own)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        unknown = sorted(set(left) - set(state))
+        if unknown:
+            raise RecipeError(f"the saved delta holds tensors this stack does not have: {', '.join(unknown[:5])}")
+        with torch.no_grad():
+            for name, value in left.items():
+                state[name].copy_(value)
+
+    # --- the policy of step 0 -------------------------------------------------------------------------------------
+
+    def reference_is_off(self) -> bool:
+        """Whether switching every port off gives the policy of step 0: all ports start as identity and nothing else trains."""
+        injected = [w for w in self.wrappers if w.stage is Stage.INJECT]
+        others = [w for w in self.wrappers if w.stage is Stage.SELECT]
+        return bool(injected) and not others and all(w.starts_at_base() for w in injected)
+
+    def learns_start(self) -> bool:
+        """Whether a method starts from data or text: a model that is built anew for a resume is not the policy of step 0."""
+        return any(w.calibrates() and w.stage is Stage.INJECT for w in self.wrappers)
+
+    def take_reference(self, model: nn.Module) -> None:
+        """Remember the policy of step 0 where switching the stack off does not give it. Call once, before the first update."""
+        if not self.reference_is_off():
+            self.remember(model)
+
+    def remember(self, model: nn.Module) -> None:
+        """Keep a copy of everything that trains: the reference from now on."""
+        self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def mix_reference(self, model: nn.Module, alpha: float) -> None:
+        """snapshot <- alpha policy + (1 - alpha) snapshot (arXiv 2404.09656)."""
+        assert self.snapshot is not None, "there is no remembered reference to move"
+        live = dict(model.named_parameters())
+        for name, value in self.snapshot.items():
+            value.mul_(1.0 - alpha).add_(live[name].detach(), alpha=alpha)
+
+    @contextlib.contextmanager
+    def reference(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model computes as the policy of step 0 did: ports off, or the remembered tensors swapped in."""
+        if self.snapshot is None:
+            with activate(dataclasses.replace(current(), role="reference")):
+                yield
+            return
+        live = {n: p for n, p in model.named_parameters() if n in self.snapshot}
+        kept = {n: p.data for n, p in live.items()}
+        try:
+            for name, parameter in live.items():
+                parameter.data = self.snapshot[name]
+            yield
+        finally:
+            for name, parameter in live.items():
+                parameter.data = kept[name]
+
+
+@contextlib.contextmanager
+def _named(wrapper: Wrapper) -> Iterator[None]:
+    """Errors of a wrapper say which entry of the stack they are about."""
+    try:
+        yield
+    except UserError as error:
+        if f"stack.{wrapper.name}" in str(error):
+            raise
+        raise type(error)(f"stack.{wrapper.name}: {error}") from error
+
+
+def check_legal(wrappers: list[Wrapper]) -> None:
+    """Refuse impossible stacks, naming both sides and the reason.
+
+    Raises:
+        RecipeError: two rules, a declared conflict, a missing requirement or a reused name.
+    """
+    names = Counter(w.name for w in wrappers)
+    for name, count in names.items():
+        if count > 1:
+            raise RecipeError(f"stack: two wrappers are called '{name}'")
+    kinds = {kind_name(w): w for w in wrappers}
+    for wrapper in wrappers:
+        for kind, reason in wrapper.conflicts.items():
+            other = kinds.get(kind)
+            if other is not None and other is not wrapper:
+                raise RecipeError(f"stack: '{wrapper.name}' and '{other.name}' cannot be stacked: {reason}")
+        for kind in wrapper.requires:
+            if kind not in kinds:
+                raise RecipeError(f"stack.{wrapper.name}: {kind_name(wrapper)} needs {kind} in the stack")
+    rules = [w.name for w in wrappers if w.stage is Stage.RULE]
+    if len(rules) > 1:
+        raise RecipeError(f"stack: {' and '.join(rules)} both replace how an update is made; keep one")
+
+
+def kind_name(wrapper: Wrapper) -> str:
+    """The registered name of a wrapper: the stem of its file."""
+    return type(wrapper).__module__.rsplit(".", 1)[-1]

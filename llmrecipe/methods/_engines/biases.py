@@ -1,0 +1,182 @@
+"""Trained biases: those a model has, vectors added to outputs, and where both go when they are folded.
+
+A bias of the base is trained through a master: a float32 copy that stands in its place while the host runs, so the base's own
+tensor stays bit-equal and is back as soon as the master's wrapper steps aside.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, ports_of
+
+if TYPE_CHECKING:
+    from llmrecipe.models.site import Site
+
+
+class BiasMaster(Port):
+    """A trained float32 copy of a bias, or of some of its elements, used in its place for the length of a call."""
+
+    # Below every other weight port (selections -1, scoring -2), which see and change the trained bias.
+    order = -3
+    tensor = "bias"
+
+    def __init__(self, bias: Tensor, rows: Tensor | None, tensor: str = "bias"):
+        super().__init__()
+        start = bias.detach() if rows is None else bias.detach()[rows]
+        self.bias = nn.Parameter(start.to(torch.promote_types(bias.dtype, torch.float32), copy=True))
+        self.register_buffer("rows", rows, persistent=False)
+        self.tensor = tensor
+
+    def weight(self, value: Tensor) -> Tensor:
+        """b -> the trained b."""
+        trained = self.bias.to(value.dtype)
+        return trained if self.rows is None else value.index_copy(0, self.rows, trained)
+
+    def merge(self, module: nn.Module) -> None:
+        """b <- the trained b, rounded once to b's dtype."""
+        bias = getattr(module, self.tensor)
+        bias.data = self.weight(bias.data).detach().clone()
+
+
+def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, str]]:
+    """(module, tensor name) of every bias of the base, once, at the module that applies it.
+
+    Args:
+        pooler: whether the pooler's is among them.
+    """
+    from llmrecipe.models.task_heads import is_head
+
+    inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
+    skipped = None if pooler else pooler_of(model)
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        if id(module) in inside or is_head(model, path) or (skipped is not None and module in skipped.modules()):
+            continue
+        for tensor, value in module._parameters.items():
+            # A container may only hold a second name of its child's bias (BERT's prediction head): the later owner applies it.
+            if value is not None and tensor.endswith("bias"):
+                owners[id(value)] = (module, tensor)
+    return list(owners.values())
+
+
+def pooler_of(model: nn.Module) -> nn.Module | None:
+    """The linear layer over the first token that encoders put below a classifier."""
+    pooler = getattr(getattr(model, "base_model", model), "pooler", None)
+    return getattr(pooler, "dense", pooler) if isinstance(pooler, nn.Module) else None
+
+
+def train_bias(module: nn.Module, name: str, owner: str, rows: Tensor | None = None, tensor: str = "bias") -> None:
+    """Put a master over a bias, from the value the module computes with now: the base's, or what a run below trained.
+
+    Args:
+        name: the port's child name.
+        rows: elements that train; None for all.
+
+    Raises:
+        ModelError: another wrapper of the same stack trains this bias.
+    """
+    value = getattr(module, tensor)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    for port in ports_of(module, "weight", active=True):
+        if isinstance(port, BiasMaster) and port.tensor == tensor and port.owner != owner:
+            if not port.mounted:
+                raise ModelError(f"stack.{owner}: stack.{port.owner} trains the same biases; let one of the two train them")
+            value = port.weight(value)
+    inject(module, name, BiasMaster(value, rows, tensor), owner)
+
+
+def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: list[Site], instead: str = "") -> None:
+    """Masters over the biases that a low-rank method's `bias` names.
+
+    Args:
+        which: `none`, `all` of the base, or `lora_only`: those of the outputs of `sites`, which `target` names.
+        instead: what else the recipe could say where there are none.
+
+    Raises:
+        ModelError: there are none, or another wrapper of the stack trains one of them.
+    """
+    from llmrecipe.models.hooks.port import row_index
+
+    if which == "none":
+        return
+    if which == "all":
+        found = [(m, f"{owner}__bias", None) for m, tensor in every_bias(model) if tensor == "bias"]
+    else:
+        have = [s for s in sites if s.tensor is None and isinstance(getattr(s.module, "bias", None), nn.Parameter)]
+        found = [(s.module, f"{s.name(owner)}__bias", row_index(s)) for s in have]
+    if not found:
+        where = "this model" if which == "all" else f"'{target}'"
+        raise ModelError(f"stack.{owner}.bias: {where} has no biases to train; {instead or 'leave it at none'}")
+    for module, name, rows in found:
+        train_bias(module, name, owner, rows)
+
+
+def masters(model: nn.Module) -> list[tuple[str, nn.Module, str, BiasMaster]]:
+    """(module path, module, port name, port) of every master, in stack order at each module."""
+    return [(*place, port) for *place, port in all_ports(model) if isinstance(port, BiasMaster)]
+
+
+@torch.no_grad()
+def settle_biases(model: nn.Module) -> None:
+    """Have every bias hold what was trained in its place, before anything is added to it."""
+    for _, module, name, port in masters(model):
+        port.merge(module)
+        eject(module, name)
+
+
+def shifted(y: Tensor, vector: Tensor, rows: Tensor | None) -> Tensor:
+    """y + vector, at all outputs or at the listed ones."""
+    return y + vector if rows is None else y.index_add(-1, rows, vector.expand(*y.shape[:-1], -1).contiguous())
+
+
+def add_to_bias(module: nn.Module, vector: Tensor, rows: Tensor | None) -> None:
+    """b <- b + vector, in the wider of their dtypes, rounded once; the module must have a bias (`make_room`)."""
+    bias: Any = module.bias
+    place = slice(None) if rows is None else rows
+    bias.data[place] = (bias.data[place] + vector.to(bias.device)).to(bias.dtype)
+
+
+def make_room(model: nn.Module, hosts: list[tuple[str, nn.Module]], owner: str) -> None:
+    """Give hosts without a bias one of zeros, with all modules that the config's flag for it gives one, and set the flag.
+
+    Args:
+        hosts: (path, module); those that have a bias, their own or one that another method was given, keep it.
+        owner: the wrapper that asks, for the message.
+
+    Raises:
+        ModelError: the family has no flag that gives these modules a bias.
+    """
+    bare = [path for path, module in hosts if getattr(module, "bias", None) is None]
+    if not bare:
+        return
+    config = model.config
+    flags = [f for f in ("attention_bias", "mlp_bias") if getattr(config, f, None) is False]
+    fresh: dict[str, Any] = {}
+    for flag in flags:
+        wanted = copy.deepcopy(config)
+        setattr(wanted, flag, True)
+        with torch.device("meta"):
+            fresh[flag] = {path for path, m in type(model)(wanted).named_modules() if getattr(m, "bias", None) is not None}
+    lost = [path for path in bare if not any(path in paths for paths in fresh.values())]
+    if lost:
+        raise ModelError(
+            f"stack.{owner}: {model.config.model_type} has no config flag for a bias at {lost[0]}; keep the adapter unmerged"
+        )
+    for flag, paths in fresh.items():
+        if not any(path in paths for path in bare):
+            continue
+        setattr(config, flag, True)
+        for path in paths:
+            module = model.get_submodule(path)
+            if getattr(module, "bias", None) is None:
+                weight: Any = module.weight
+                dtype = weight.dtype if weight.is_floating_point() else torch.float32
+                module.bias = nn.Parameter(
+                    torch.zeros(int(module.out_features), device=weight.device, dtype=dtype), requires_grad=False
+                )

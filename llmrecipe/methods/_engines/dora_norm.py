@@ -1,0 +1,118 @@
+"""Outputs rescaled by a trained magnitude over the norm of the weight's rows, and what that costs in the backward pass.
+
+y = b + g (v - b),  g = m / ||W||        v (..., out) the layer's output, b (out,) its bias, m (out,) the magnitudes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.methods._engines.effective_weight import ports_under, state_below, weight_below
+
+INVERTIBLE = 2.0**-4
+"""|g| from which on y - b still has the digits of v - b."""
+
+
+class Rescaled(torch.autograd.Function):
+    """y = b + g (v - b) for v (..., out), g (out,), b (out,) or None.
+
+    For dL/dg = sum over tokens of dL/dy (v - b) it keeps its result, from which v - b = (y - b) / g: whatever reads y mostly
+    keeps that too, and of v or v - b nobody would. g must be apart from zero (`INVERTIBLE`).
+    """
+
+    @staticmethod
+    def forward(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        """As v + (g - 1) (v - b): what g adds to one is not rounded to the digits of one."""
+        more = (gain - 1).to(v.dtype)
+        y = torch.addcmul(v, v, more)
+        return y if bias is None else y.sub_(more * bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the result; v is free as soon as nobody else has it."""
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dL/dv = g dL/dy, dL/dg = sum dL/dy (y - b) / g, dL/db = (1 - g) sum dL/dy, sums over tokens; twice differentiable."""
+        y, gain, bias = ctx.saved_tensors
+        more, tokens = (gain - 1).to(y.dtype), tuple(range(y.dim() - 1))
+        dv = dgain = dbias = None
+        if ctx.needs_input_grad[0]:
+            dv = torch.addcmul(dy, dy, more)
+        if ctx.needs_input_grad[1]:
+            scaled = y if bias is None else y - bias
+            dgain = (dy * scaled).sum(tokens, dtype=gain.dtype) / (1 + more.to(gain.dtype))
+        if ctx.needs_input_grad[2]:
+            dbias = (-more * dy.sum(tokens)).to(bias.dtype)
+        return dv, dgain, dbias
+
+
+class Gain:
+    """What the DoRA ports share: the magnitude m, the norm it is divided by, and what is remembered of them for a step."""
+
+    weightlike = True
+    magnitude: nn.Parameter
+    host: list[nn.Module]
+    detach_norm: bool = True
+    stood_on: tuple[Any, Tensor] | None = None
+    """(state of the weight below, its ||w||^2)."""
+    cached: tuple[Any, Tensor, bool] | None = None
+    """(that state and those of the parameters, their norm, whether every g is apart from zero)."""
+
+    def weight_rows(self) -> Tensor:
+        """(out, in) rows of the W this port stands on, as the layer and what lies below compute with them, float32 or wider."""
+        weight = weight_below(self.host[0], self)  # type: ignore[arg-type]
+        rows = getattr(self, "rows", None)
+        return weight if rows is None else weight[rows]
+
+    def squares(self) -> Tensor:
+        """(out,) ||w||^2 of each row: a constant, unless a port below this one learns."""
+        if not self.detach_norm and ports_under(self.host[0], self):  # type: ignore[arg-type]
+            return self.weight_rows().square().sum(1)
+        key = state_below(self.host[0], self)  # type: ignore[arg-type]
+        if self.stood_on is None or self.stood_on[0] != key:
+            with torch.no_grad():
+                self.stood_on = (key, self.weight_rows().square().sum(1))
+        return self.stood_on[1]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """m = ||W||, by the formula that the forward pass uses, so that g is exactly one at step 0."""
+        self.magnitude.copy_(self.squares().sqrt())
+
+    def forget(self) -> None:
+        """Drop the norm, which an optimizer may have changed through raw memory; ||w||^2 too where something below learns."""
+        self.cached = None
+        if not all(p.mounted for p in ports_under(self.host[0], self)):  # type: ignore[arg-type]
+            self.stood_on = None
+
+    def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
+        """(out,) float32 norm of each row of the direction."""
+        raise NotImplementedError
+
+    def gain(self, product: Callable[[], Tensor] | None = None) -> Tensor:
+        """(out,) float32 g = m / norm; the norm is a constant to the gradient unless `detach_norm` is off.
+
+        Args:
+            product: gives (out, r) W A^T, where the direction learns.
+        """
+        if not self.detach_norm:
+            return self.magnitude / self.norm(product)
+        own = tuple((p.data_ptr(), p._version) for p in self.parameters(recurse=False))  # type: ignore[attr-defined]
+        key = (own, state_below(self.host[0], self))  # type: ignore[arg-type]
+        if self.cached is None or self.cached[0] != key:
+            with torch.no_grad():
+                norm = self.norm(product)
+                self.cached = (key, norm, bool((self.magnitude / norm).abs().min() > INVERTIBLE))
+        return self.magnitude / self.cached[1]
+
+    def rescaled(self, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        """b + g (v - b)."""
+        if self.cached is not None and self.cached[2]:
+            return Rescaled.apply(v, gain, bias)
+        return torch.addcmul(v, v if bias is None else v - bias, (gain - 1).to(v.dtype))

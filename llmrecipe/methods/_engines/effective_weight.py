@@ -1,0 +1,100 @@
+"""The weight a port stands on: the host's, as the ports under it change it.
+
+A method that takes something from the rows of W, as DoRA takes their norm, must see the W whose products it is handed: below it
+may lie what an earlier run learned. That is read off the forward pass itself, by sending the identity through it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.methods._engines.loftq_codes import Requantized, stored_weight
+from llmrecipe.methods._engines.quantized import bits_of
+from llmrecipe.models.hooks.port import Port, forward_with, kind_of, plain_tensors, ports_of
+
+
+def weight_below(module: nn.Module, port: Port) -> Tensor:
+    """(out, in) weight of a linear layer, or (D, V) of an embedding, float32 or wider, below a port it has or will get."""
+    under = ports_under(module, port)
+    with plain_tensors(module):
+        if isinstance(module, nn.Embedding):
+            return _table(module, under).t()
+        if all(isinstance(p, Requantized) for p in under):
+            weight = stored_weight(module, torch.float32 if bits_of(module) == 8 else None)
+        else:
+            weight = _products(module, under)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def state_below(module: nn.Module, port: Port) -> tuple[tuple[int, int], ...]:
+    """What changes when the host gets another weight, or a port under this one other tensors.
+
+    Not when entries of the host's weight are trained in place, or a tensor is written through raw memory.
+    """
+    with plain_tensors(module):
+        own: Any = module.weight
+    tensors = [t for p in ports_under(module, port) for t in (*p.parameters(), *p.buffers())]
+    return ((own.data_ptr(), 0), *((t.data_ptr(), t._version) for t in tensors))
+
+
+def ports_under(module: nn.Module, port: Port) -> list[Port]:
+    """The active ports of a module that change the outputs a port is handed, in stack order."""
+    found = []
+    for other in ports_of(module, active=True):
+        if other is port:
+            break
+        if _apart(other, port):
+            continue
+        kind = kind_of(other)
+        inside = kind == "around" or (kind == "after" == kind_of(port) and other.order <= port.order)
+        if (other.weightlike and inside) or (kind == "weight" and other.tensor == "weight"):
+            found.append(other)
+    return found
+
+
+def _apart(one: Port, other: Port) -> bool:
+    """Whether two ports stand on different rows of a fused layer."""
+    rows = [getattr(p, "rows", None) for p in (one, other)]
+    return rows[0] is not None and rows[1] is not None and not bool(torch.isin(rows[0], rows[1]).any())
+
+
+def _products(module: nn.Module, under: list[Port]) -> Tensor:
+    """W by its products with the unit vectors, the bias left out."""
+    weight: Any = module.weight
+    width = int(weight.shape[0] if type(module).__name__ == "Conv1D" else module.in_features)  # type: ignore[arg-type]
+    dtype = torch.float32 if bits_of(module) is not None else weight.dtype
+    with _as_in_evaluation(module, under):
+        return forward_with(module, under, torch.eye(width, dtype=dtype, device=weight.device)).t()
+
+
+def _table(module: nn.Embedding, under: list[Port]) -> Tensor:
+    """(V, D) rows the tokens get, without the family's own factor."""
+    weight = module.weight.detach()
+    if not under:
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    ids = torch.arange(module.num_embeddings, device=weight.device)
+    with _as_in_evaluation(module, under):
+        rows = forward_with(module, under, ids)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) / float(getattr(module, "scalar_embed_scale", 1.0))
+
+
+@contextlib.contextmanager
+def _as_in_evaluation(module: nn.Module, under: list[Port]) -> Iterator[None]:
+    """No dropout, and a bias of zeros."""
+    training, bias = [p.training for p in under], module._parameters.get("bias")
+    try:
+        for port in under:
+            port.eval()
+        if bias is not None:
+            module._parameters["bias"] = torch.zeros_like(bias)  # type: ignore[assignment]
+        yield
+    finally:
+        for port, mode in zip(under, training, strict=True):
+            port.train(mode)
+        if bias is not None:
+            module._parameters["bias"] = bias

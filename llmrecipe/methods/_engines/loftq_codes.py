@@ -1,0 +1,165 @@
+"""Other 4-bit codes than the base's for a weight, where a method chose them together with its own tensors (LoftQ).
+
+The base's codes stay as they are: the new ones belong to a port that stands in their place while the host runs. So they are
+saved with the method, and the base is back as soon as the method steps aside.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._engines.quantized import bits_of, dense_weight
+from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, ports_of
+
+if TYPE_CHECKING:
+    from llmrecipe.models.site import Site
+
+SCALE_BLOCK = 256
+"""Scales that share one scale of their own under double quantization."""
+
+
+class Requantized(Port):
+    """W_hat -> another W_hat of the same format: n / 2 bytes of codes and their scales. Starts as the host's own.
+
+    Scales are held as bytes, which no change of the model's dtype rounds: those of the scales (double quantization only) and
+    their mean, in float32, then one a block, in 8 bits or float32.
+    """
+
+    # Below every other weight port, as what it gives is the weight they see.
+    order = -4
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        weight: Any = module.weight
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        self.levels = weight.quant_type if state is None else state.quant_type
+        self.nested = weight.compress_statistics if state is None else state.nested
+        self.block = weight.blocksize if state is None else state.blocksize
+        self.shape = torch.Size((int(module.out_features), int(module.in_features)))  # type: ignore[arg-type]
+        self.blocks = -(-self.shape.numel() // self.block)
+        # In a list: the host is this port's parent, not its child.
+        self.host = [module]
+        size = self._outer_bytes() + self.blocks * (1 if self.nested else 4)
+        self.register_buffer("codes", torch.empty((self.shape.numel() + 1) // 2, dtype=torch.uint8, device=weight.device))
+        self.register_buffer("scales", torch.empty(size, dtype=torch.uint8, device=weight.device))
+        if state is not None:
+            self._take(weight.data, state)
+
+    def _outer_bytes(self) -> int:
+        return 4 * (-(-self.blocks // SCALE_BLOCK) + 1) if self.nested else 0
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> None:
+        """Take the codes nearest to a weight (out, in), in the host's format."""
+        from bitsandbytes.functional import quantize_4bit
+
+        wanted = weight.to(self.codes.device, torch.float32).contiguous()
+        self._take(*quantize_4bit(wanted, blocksize=self.block, compress_statistics=self.nested, quant_type=self.levels))
+
+    def _take(self, packed: Tensor, state: Any) -> None:
+        inner = [state.state2.absmax, state.offset.reshape(1)] if self.nested else []
+        parts = [t.contiguous().view(torch.uint8) for t in (*inner, state.absmax)]
+        self.codes.copy_(packed.contiguous().view(torch.uint8).flatten())
+        self.scales.copy_(torch.cat(parts))
+
+    def _state(self, dtype: torch.dtype) -> Any:
+        """What the library needs to read the codes."""
+        from bitsandbytes.functional import QuantState
+
+        device, outer = str(self.codes.device), self._outer_bytes()
+        options = {"shape": self.shape, "blocksize": self.block, "quant_type": self.levels, "dtype": dtype}
+        options["code"] = _levels(self.levels, self.block, device)
+        own = self.scales[outer:]
+        if not self.nested:
+            return QuantState(own.view(torch.float32), **options)
+        inner = self.scales[:outer].view(torch.float32)
+        second = QuantState(inner[:-1], code=_dynamic_map(device), blocksize=SCALE_BLOCK, dtype=torch.float32)
+        return QuantState(own, offset=inner[-1], state2=second, **options)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (out, in) that the codes stand for, dequantized in float32 and cast once; default: to the host's dtype."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.codes[:, None], self._state(torch.float32)).to(dtype or self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        host: Any = self.host[0]
+        if bits_of(host) is None:
+            return host.weight.dtype
+        return (getattr(host.weight, "quant_state", None) or host.quant_state).dtype
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W_hat -> the codes of this port, or their weight where the host was dequantized."""
+        if bits_of(self.host[0]) is None:
+            return self._stored(self.host[0])
+        from bitsandbytes.nn import Params4bit
+
+        packed = self.codes.view(value.dtype).view(value.shape)
+        return Params4bit(packed, quant_state=self._state(self._dtype()), blocksize=self.block, bnb_quantized=True)
+
+    def _stored(self, module: nn.Module) -> Tensor:
+        full = self.dense()
+        return full.t().contiguous() if type(module).__name__ == "Conv1D" else full
+
+    def merge(self, module: nn.Module) -> None:
+        """W <- the weight of these codes.
+
+        Raises:
+            ModelError: the host is quantized, in other codes.
+        """
+        if bits_of(module) is not None:
+            raise ModelError("the base is quantized in other codes than the method's; dequantize the model first (export does)")
+        module.weight.data = self._stored(module)
+
+
+@functools.cache
+def _levels(kind: str, block: int, device: str) -> Tensor:
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(kind, device=device, blocksize=block)
+
+
+@functools.cache
+def _dynamic_map(device: str) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().to(device)
+
+
+def give_codes(sites: list[Site], owner: str, option: str) -> None:
+    """Codes of its own for every 4-bit layer of some sites, the base's for now.
+
+    Args:
+        owner: the wrapper.
+        option: its option that asks for them, for the message.
+
+    Raises:
+        ModelError: a layer is quantized otherwise.
+    """
+    for site in {id(site.module): site for site in sites}.values():
+        if bits_of(site.module) != 4:
+            raise ModelError(f"stack.{owner}.{option}: {site.path} is not in 4 bits; only codes of nf4 are chosen anew")
+        inject(site.module, f"{owner}__codes", Requantized(site.module), owner)
+
+
+def stored_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (out, in) that a linear layer's codes stand for, those chosen anew or its own (see `dense_weight`)."""
+    for port in reversed(ports_of(module, "weight", active=True)):
+        if isinstance(port, Requantized):
+            return port.dense(dtype)
+    return dense_weight(module, dtype)
+
+
+@torch.no_grad()
+def settle_codes(model: nn.Module) -> None:
+    """Have every dequantized layer hold the weight of the codes chosen for it, before anything is added to it."""
+    for _, module, name, port in [place for place in all_ports(model) if isinstance(place[3], Requantized)]:
+        port.merge(module)
+        eject(module, name)

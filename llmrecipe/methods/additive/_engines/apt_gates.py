@@ -1,0 +1,205 @@
+"""Scores that make a prefix depend on its document: one number a slot and layer, from a summary of the layer's input.
+
+Letters: R rows, S segments of a packed row, T columns, P slots, d width.
+
+    summary    h = the document's first token, or the mean of its prompt (of its first token where it has none)
+    score      alpha = sigmoid(h W + b)   (R | S, P);   columns of the layer times lambda alpha
+
+Which tokens those are follows once a pass from the layout or the masks; none of them lies behind a target. During cached
+generation the scores of the first pass stay with the cache and move with its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.forward_context import Context, Layout, activate, current
+from llmrecipe.methods.additive._engines.prefix_kv import Made, Plan, PrefixTables, attach, shared_of, tokens_of
+from llmrecipe.models.hooks.port import Port, inject
+from llmrecipe.models.kv_cache import cached, carried, prompts_of
+from llmrecipe.models.module_map import anatomy
+
+Scores = dict[int, Tensor]
+"""alpha (R, P) by layer."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How documents are summarised in one pass."""
+
+    tokens: Tensor | None
+    """Which tokens, (R, T), or (S, T) over one packed row; None in a pass over a cache."""
+    packed: bool
+    kept: Scores | None
+    """Scores to read in a pass over a cache, or to fill for later ones; None where no cache will follow."""
+
+
+class ScoredTables(PrefixTables):
+    """Tables whose columns each block multiplies by its own scores."""
+
+    summary: str = "first"
+
+    def make(self, inputs: dict[str, Any]) -> Made:
+        """The columns, and how to summarise the documents of this pass."""
+        if cached(inputs):
+            facts = Facts(None, False, carried(inputs["past_key_values"]).get(self.owner))
+        else:
+            tokens = summarised(self.summary, current(), inputs)
+            # A loaded model may be asked outside `no_grad`; only training never continues what it has read.
+            kept: Scores | None = None if self.training else {}
+            facts = Facts(tokens, current().layout is not None, kept)
+        return dataclasses.replace(super().make(inputs), facts=facts)
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The stack; a cache it returns keeps the scores."""
+        facts: list[Facts] = []
+
+        def noting(**changed: Any) -> Any:
+            facts.append(shared_of(self.owner).facts)
+            return call(**changed)
+
+        out = super().whole(noting, inputs)
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None and facts[0].kept is not None:
+            carried(cache)[self.owner] = facts[0].kept
+        return out
+
+
+class BlockScores(Port):
+    """At a block: the scores of its prefix, from the residual stream that enters it."""
+
+    def __init__(self, layer: int, width: int, slots: int, token: str, layer_gate: bool, bias: bool):
+        super().__init__()
+        self.layer, self.token = layer, token
+        if token == "input":
+            self.gate = nn.Parameter(torch.randn(width, slots) * 0.02)
+        if (token == "input" and bias) or token == "static":
+            self.bias = nn.Parameter(torch.zeros(slots))
+        if layer_gate:
+            self.scale = nn.Parameter(torch.ones(()))
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The block with its factor lambda alpha in the context."""
+        made = shared_of(self.owner)
+        factor = self.token_scores(made.facts, tokens_of(inputs))
+        if hasattr(self, "scale"):
+            factor = self.scale * factor
+        shared = {**current().shared, self.owner: dataclasses.replace(made, factor=factor)}
+        with activate(dataclasses.replace(current(), shared=shared)):
+            return call(**inputs)
+
+    def token_scores(self, facts: Facts, x: Tensor) -> Tensor:
+        """alpha (1 | R | S, P)."""
+        if self.token == "off":
+            return x.new_ones(1, 1, dtype=self._float(x))
+        if self.token == "static":
+            return torch.sigmoid(self.bias)[None]
+        if facts.tokens is None:
+            return facts.kept[self.layer]  # type: ignore[index]
+        score = self.summary(facts, x).to(self.gate.dtype) @ self.gate
+        alpha = torch.sigmoid(score + self.bias if hasattr(self, "bias") else score)
+        if facts.kept is not None:
+            facts.kept[self.layer] = alpha
+        return alpha
+
+    @staticmethod
+    def _float(x: Tensor) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def summary(self, facts: Facts, x: Tensor) -> Tensor:
+        """(R | S, d) in float32."""
+        wide = x.to(self._float(x))
+        weights = facts.tokens.to(wide.dtype)  # type: ignore[union-attr]
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+        return weights @ wide[0] if facts.packed else torch.einsum("rt,rtd->rd", weights, wide)
+
+
+class ColumnsGate(Port):
+    """At an attention module: g = sigmoid(w x + b) of its input scales its columns, keys and values.
+
+    `token`: each query by its own g; `mean`: a document by the mean over its tokens, which only a layer may do that sees
+    them all.
+    """
+
+    def __init__(self, width: int, pool: str):
+        super().__init__()
+        self.pool = pool
+        self.gate = nn.Parameter(torch.randn(width) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The attention module with its gate in the context."""
+        x = tokens_of(inputs)
+        made = shared_of(self.owner)
+        g = torch.sigmoid(x.to(self.gate.dtype) @ self.gate + self.bias)
+        if self.pool == "token":
+            made = dataclasses.replace(made, scale=g[:, None, :, None])
+        else:
+            weights = made.facts.tokens.to(g.dtype)
+            rows = g[0].expand(weights.shape[0], -1) if made.facts.packed else g
+            made = dataclasses.replace(made, factor=((weights * rows).sum(1) / weights.sum(1))[:, None])
+        with activate(dataclasses.replace(current(), shared={**current().shared, self.owner: made})):
+            return call(**inputs)
+
+
+class GatedTables(ScoredTables):
+    """Tables for modules that gate their columns themselves."""
+
+    summary = "all"
+
+
+def attach_gated(model: nn.Module, name: str, plan: Plan, structure: dict[str, Any] | None, pool: str) -> None:
+    """A prefix whose attention modules gate their columns.
+
+    Raises:
+        RecipeError: a mean over tokens a causal layer has not seen yet.
+    """
+    parts = anatomy(model)
+    for _, roles in attach(model, name, plan, structure, GatedTables):
+        for site in (s for group in roles.values() for s in group):
+            if pool == "mean" and site.side == "decoder" and parts.causal:
+                raise RecipeError(f"stack.{name}.gate: a mean over {site.path}'s input reads tokens to come; use gate: token")
+            port = ColumnsGate(site.width_in, pool).to(next(model.parameters()).device)
+            inject(site.module, f"{name}__gate", port, name)
+
+
+def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
+    """The tokens a summary is the mean of: (S, T) for a packed row, (R, T) for padded ones."""
+    tokens = tokens_of(inputs)
+    if context.layout is not None:
+        return _summarised_packed(summary, context.layout, tokens.device)
+    rows, columns = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        mask = context.attention_mask
+    if mask is None or mask.shape != (rows, columns):
+        mask = torch.ones(rows, columns, dtype=torch.long, device=tokens.device)
+    real = mask != 0
+    count = real.long().cumsum(1)
+    most = count.new_ones(rows)
+    if summary == "all":
+        most = count[:, -1]
+    elif summary == "prompt_mean":
+        prompt = prompts_of(inputs, context.prompt_lengths, real)
+        most = most if prompt is None else prompt.clamp(min=1)
+    return real & (count <= most[:, None])
+
+
+def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Tensor:
+    key = ("summary", summary)
+    if key not in layout.cache:
+        chosen = torch.zeros(len(layout.segments), layout.columns, dtype=torch.bool)
+        for index, segment in enumerate(layout.segments):
+            while segment.parent is not None and summary != "all":
+                segment = layout.segments[segment.parent]
+            whole = segment.length if summary == "all" else 1
+            count = max(1, segment.prompt) if summary == "prompt_mean" else whole
+            chosen[index, segment.start : segment.start + count] = True
+        layout.cache[key] = chosen.to(device)
+    return layout.cache[key]  # type: ignore[return-value]

@@ -1,0 +1,399 @@
+"""Trained key/value columns in front of attention: what prefix tuning, P-tuning v2 and APT share.
+
+Letters: P slots, L layers of one table, G key/value heads, E and Ev key and value head sizes, R rows, S segments, T columns.
+
+A stack of blocks (the backbone, or each side of an encoder-decoder) carries one `PrefixTables` port. It makes the columns of
+all its layers once a forward pass and hands them to the attention modules inside through the context, so that activation
+checkpointing replays a block with the very same tensors. The columns are inserted behind rotary positions and key norms and
+never enter a key/value cache: every step of a generation puts them in front anew.
+
+    table    M (P, sum_l G (E + Ev)), layer-major [K_0, V_0, K_1, V_1, ...]: as PEFT and the P-tuning v2 code lay it out
+    flat     M is the parameter
+    mlp      M = W_2 tanh(W_1 X + b_1) + b_2 with X (P, d_p); `eject` keeps M alone, exactly
+    closed   the columns have their own softmax and join as out + g softmax(q K^T) V with g = 0 at the start
+
+Papers: Prefix-Tuning (arXiv 2101.00190), P-Tuning v2 (arXiv 2110.07602); the closed start: LLaMA-Adapter (arXiv 2303.16199).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.forward_context import activate, current
+from llmrecipe.models.attention import Prefix
+from llmrecipe.models.hooks.port import Port, all_ports, inject, refuse_unrouted
+from llmrecipe.models.hooks.port import eject as take_out
+from llmrecipe.models.kv_cache import cached
+from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.site import Site
+from llmrecipe.models.vocabulary import position_offset
+
+HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
+"""What families call the size of a key in their attention modules."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a wrapper asks for."""
+
+    target: str
+    slots: int
+    reparam: str = "flat"
+    hidden: int = 512
+    width: int | None = None
+    dropout: float = 0.0
+    init: str = "random"
+    shift: bool = False
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Key and value shape of one attention module."""
+
+    heads: int
+    key: int
+    value: int
+
+    @property
+    def width(self) -> int:
+        """Numbers a slot needs here."""
+        return self.heads * (self.key + self.value)
+
+
+Columns = list[tuple[Tensor, Tensor]]
+"""Keys (1 | R | S, G, P, E) and values (.., Ev) of each layer."""
+
+
+class Table(nn.Module):
+    """The columns of L attention modules; float32, whatever the base."""
+
+    def __init__(self, plan: Plan, shapes: list[Shape], reparam: str):
+        super().__init__()
+        self.shapes, self.slots, self.rate = shapes, plan.slots, plan.dropout
+        width = sum(s.width for s in shapes)
+        if reparam == "flat":
+            start = torch.zeros(plan.slots, width) if plan.init == "zero" else torch.randn(plan.slots, width)
+            self.flat = nn.Parameter(start)
+        else:
+            small = plan.width or shapes[0].heads * shapes[0].key
+            self.small = nn.Parameter(torch.randn(plan.slots, small))
+            self.inner = nn.Linear(small, plan.hidden)
+            self.outer = nn.Linear(plan.hidden, width)
+        if plan.closed:
+            self.gate = nn.Parameter(torch.zeros(len(shapes)))
+
+    def table(self) -> Tensor:
+        """M (P, W)."""
+        return self.flat if hasattr(self, "flat") else self.outer(torch.tanh(self.inner(self.small)))
+
+    def forward(self) -> Columns:
+        """M cut into layers, dropped out as a whole while training."""
+        return self.cut(F.dropout(self.table(), self.rate, self.training))
+
+    def cut(self, table: Tensor) -> Columns:
+        """(P, W) -> keys (1, G, P, E) and values (1, G, P, Ev) of each layer."""
+        sizes = [n for s in self.shapes for n in (s.heads * s.key, s.heads * s.value)]
+        heads = [s.heads for s in self.shapes for _ in range(2)]
+        parts = [p.view(self.slots, g, -1).transpose(0, 1)[None] for p, g in zip(table.split(sizes, 1), heads, strict=True)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def join(self, columns: Columns) -> Tensor:
+        """The inverse of `cut`."""
+        parts = [part[0].transpose(0, 1).reshape(self.slots, -1) for pair in columns for part in pair]
+        return torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def eject(self) -> None:
+        """Keep M and drop what made it."""
+        if not hasattr(self, "flat"):
+            flat = self.table().detach().clone()
+            del self.small, self.inner, self.outer
+            self.flat = nn.Parameter(flat)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the attention modules of one forward pass read."""
+
+    columns: dict[str, Columns]
+    gates: dict[str, Tensor]
+    factor: Tensor | None = None
+    """(1 | R | S, P) multiplies the keys and values of the layer that runs."""
+    scale: Tensor | None = None
+    """(R, 1, T, 1) multiplies them as each query of the layer that runs sees them."""
+    facts: Any = None
+    """What a method with input-dependent columns worked out for the whole pass."""
+
+
+class PrefixTables(Port):
+    """The tables of one stack of blocks, at the module that runs the stack."""
+
+    def __init__(self, tables: dict[str, Table], slots: int, shift: bool, offset: int = 0):
+        super().__init__()
+        self.tables = nn.ModuleDict(tables)
+        self.slots, self.shift, self.offset = slots, shift, offset
+
+    def make(self, inputs: dict[str, Any]) -> Made:
+        """The columns of a forward pass."""
+        gates = {role: table.gate for role, table in self.tables.items() if hasattr(table, "gate")}
+        return Made({role: table() for role, table in self.tables.items()}, gates)
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The host's forward with its columns in the context."""
+        context = current()
+        made = self.make(inputs)
+        if self.shift:
+            inputs = {**inputs, "position_ids": positions(inputs, self.offset) + self.slots}
+        with activate(dataclasses.replace(context, shared={**context.shared, self.owner: made})):
+            return call(**inputs)
+
+
+class PrefixColumns(Port):
+    """Puts one layer's columns in front of its keys and values; without tensors of its own."""
+
+    def __init__(self, role: str, index: int):
+        super().__init__()
+        self.role, self.index = role, index
+
+    def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the columns and everything else."""
+        made = shared_of(self.owner)
+        keys, values = made.columns[self.role][self.index]
+        if made.factor is not None:
+            factor = made.factor[:, None, :, None]
+            keys, values = keys * factor, values * factor
+        gate = made.gates[self.role][self.index] if self.role in made.gates else None
+        return attend(q, k, v, Prefix(keys, values, gate=gate, scale=made.scale))
+
+
+def shared_of(owner: str) -> Made:
+    """What the host's port made for this forward pass.
+
+    Raises:
+        ModelError: an attention module runs on its own, outside the forward pass of its stack.
+    """
+    made = current().shared.get(owner)
+    if made is None:
+        raise ModelError(
+            f"stack.{owner}: an attention module runs outside the forward pass of its model. With activation checkpointing, "
+            "pass context_fn=llmrecipe.core.forward_context.checkpoint_contexts, so that the replay sees the same prefix"
+        )
+    return made
+
+
+# --- positions and caches --------------------------------------------------------------------------------------------
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """(R, T) ids or (R, T, D) embeddings a stack reads."""
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        if inputs.get(name) is not None:
+            return inputs[name]
+    raise ModelError("the model was called without input_ids or inputs_embeds")
+
+
+def positions(inputs: dict[str, Any], offset: int = 0) -> Tensor:
+    """(R | 1, T) position ids of a call: those given, else counted from the mask as Transformers' generation does."""
+    given = inputs.get("position_ids")
+    if given is not None:
+        return given
+    tokens = tokens_of(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + offset
+    return torch.arange(tokens.shape[1], device=tokens.device)[None] + cached(inputs) + offset
+
+
+def takes_positions(host: nn.Module) -> bool:
+    """Whether a stack is told positions; relative biases count columns instead."""
+    return "position_ids" in inspect.signature(type(host).forward).parameters
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def host_of(model: nn.Module, side: str) -> nn.Module:
+    """The module that turns ids into the states of one stack of blocks: the innermost one every pass goes through."""
+    path = next(s.path for s in anatomy(model).sites if s.role == "block" and s.side == side)
+    while path:
+        path = path.rpartition(".")[0]
+        host = model.get_submodule(path)
+        if not isinstance(host, nn.ModuleList) and "input_ids" in inspect.signature(type(host).forward).parameters:
+            break
+    return host
+
+
+def shape_of(site: Site, model: nn.Module) -> Shape:
+    """Key and value shape of an attention module, from its own facts or the model's.
+
+    Raises:
+        ModelError: nothing tells its values from its keys.
+    """
+    parts = anatomy(model)
+    module: Any = site.module
+    at = (site.side, site.layer, f"{site.role}.v")
+    value = next((s for s in parts.sites if (s.side, s.layer, s.role) == at), None)
+    if value is None:
+        raise ModelError(
+            f"{site.path}: which of its weights make values cannot be told from their names; name the module that does in the "
+            f"recipe (model.anatomy.{site.role}.v)\n{parts.describe()}"
+        )
+    size = next((n for name in HEAD_SIZES if (n := getattr(module, name, None))), None)
+    key = int(size or parts.head_dim)
+    value_size = int(getattr(module, "v_head_dim", None) or key)
+    return Shape(value.width_out // value_size, key, value_size)
+
+
+def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[str, list[Site]]]:
+    """side -> role (`attn`, `cross`) -> the attention modules a target names.
+
+    Raises:
+        RecipeError: the target names something that is no attention module.
+        ModelError: a module it names would never call its port.
+    """
+    found: dict[str, dict[str, list[Site]]] = {}
+    for site in anatomy(model).at(target):
+        if site.role not in ("attn", "cross"):
+            raise RecipeError(
+                f"stack.{name}.target: a prefix belongs to an attention module, 'attn' or 'cross', not to '{site.role}'"
+            )
+        refuse_unrouted(site.module, name)
+        found.setdefault(site.side, {}).setdefault(site.role, []).append(site)
+    return found
+
+
+def attach(
+    model: nn.Module,
+    name: str,
+    plan: Plan,
+    structure: dict[str, Any] | None = None,
+    tables_port: type[PrefixTables] = PrefixTables,
+) -> list[tuple[PrefixTables, dict[str, list[Site]]]]:
+    """Inject the tables at each stack of blocks, and a port without tensors at each attention module.
+
+    Returns:
+        Each new tables port with its attention modules by role.
+
+    Raises:
+        RecipeError: options that exclude each other, or `positions: shift` on a model that counts columns.
+    """
+    reparam = (structure or {}).get("reparam", plan.reparam)
+    if plan.reparam == "mlp" and plan.init != "random":
+        raise RecipeError(f"stack.{name}.init: '{plan.init}' needs reparam: flat; nothing inverts the MLP")
+    made: list[tuple[PrefixTables, dict[str, list[Site]]]] = []
+    for side, roles in attention_sites(model, plan.target, name).items():
+        host = host_of(model, side)
+        if plan.shift and not takes_positions(host):
+            raise RecipeError(
+                f"stack.{name}.positions: {type(host).__name__} counts columns and is not told positions; use positions: free"
+            )
+        tables = {role: Table(plan, [shape_of(s, model) for s in sites], reparam) for role, sites in roles.items()}
+        port = tables_port(tables, plan.slots, plan.shift, position_offset(host))
+        inject(host, name, port.to(next(model.parameters()).device), name)
+        for role, sites in roles.items():
+            for index, site in enumerate(sites):
+                inject(site.module, name, PrefixColumns(role, index), name)
+        made.append((port, roles))
+    return made
+
+
+def tables_of(model: nn.Module, name: str) -> list[PrefixTables]:
+    """The tables ports of a wrapper."""
+    return [port for _, _, _, port in all_ports(model, name) if isinstance(port, PrefixTables)]
+
+
+def structure(model: nn.Module, name: str) -> dict[str, Any]:
+    """Whether the MLP has been dropped."""
+    flat = all(hasattr(t, "flat") for port in tables_of(model, name) for t in port.tables.values())
+    return {"reparam": "flat" if flat else "mlp"}
+
+
+def eject(model: nn.Module, name: str) -> None:
+    """Replace every MLP by the table it makes."""
+    for port in tables_of(model, name):
+        for table in port.tables.values():
+            table.eject()  # type: ignore[operator]
+
+
+def memory(model: nn.Module, name: str) -> dict[str, int]:
+    """Trained numbers, AdamW's bytes for them, and the numbers kept after training."""
+    parameters = [p for port in tables_of(model, name) for p in port.parameters()]
+    count = sum(p.numel() for p in parameters)
+    kept = sum(port.slots * s.width for port in tables_of(model, name) for t in port.tables.values() for s in t.shapes)  # type: ignore[union-attr,attr-defined]
+    return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "kept": kept}
+
+
+# --- a start from text -----------------------------------------------------------------------------------------------
+
+
+class Recorder(Port):
+    """Keeps the keys and values an attention module is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention as it was."""
+        self.seen = (k.detach(), v.detach())
+        return attend(q, k, v)
+
+
+@torch.no_grad()
+def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str) -> None:
+    """Fill flat tables with the keys and values the frozen model computes for a text, repeated or cut to P tokens.
+
+    With rotary positions the text stands at -P .. -1 (`free`) or 0 .. P-1 (`shift`), so that the prefix is exactly that text
+    in front of every document. Learned positions begin at 0: the text stands there, and only `shift` is exact.
+
+    Raises:
+        RecipeError: no text, or a model with an encoder and a decoder.
+    """
+    parts = anatomy(model)
+    if parts.encoder_decoder:
+        raise RecipeError(
+            f"stack.{name}.init: text reads one stack of blocks; encoder-decoder models start with random or zero"
+        )
+    ids = text_ids(tokenizer, text, plan.slots, name)
+    start = -plan.slots if parts.rope and not plan.shift else 0
+    device = next(model.parameters()).device
+    sites = [s for roles in attention_sites(model, plan.target, name).values() for group in roles.values() for s in group]
+    label = f"{name}_recorder"
+    recorders = [inject(s.module, label, Recorder(), label) for s in sites]
+    was = model.training
+    model.eval()
+    try:
+        with activate(dataclasses.replace(current(), off=current().off | {name}, layout=None)):
+            place = torch.arange(start, start + plan.slots, device=device)[None]
+            host = host_of(model, sites[0].side)
+            inputs = {"position_ids": place + position_offset(host)} if takes_positions(host) else {}
+            model.base_model(input_ids=torch.tensor([ids], device=device), **inputs)
+        (port,) = tables_of(model, name)
+        (table,) = port.tables.values()
+        seen = [r.seen for r in recorders if isinstance(r, Recorder) and r.seen is not None]
+        table.flat.copy_(table.join([(k.float(), v.float()) for k, v in seen]))  # type: ignore[operator,union-attr]
+    finally:
+        for site in sites:
+            take_out(site.module, label)
+        model.train(was)
+
+
+def text_ids(tokenizer: Any, text: str, count: int, name: str) -> list[int]:
+    """Token ids of a text, repeated or cut to `count`.
+
+    Raises:
+        RecipeError: the text is empty.
+    """
+    ids = list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+    if not ids:
+        raise RecipeError(f"stack.{name}.init_text: init: text needs a text with at least one token")
+    return (ids * (count // len(ids) + 1))[:count]

@@ -1,0 +1,281 @@
+"""Longer rows inside a model: P trained positions in each document that nobody outside ever sees.
+
+Letters: R rows, T columns, n documents of a packed row, P slots of a document, D width.
+
+A port at the backbone opens P columns in every document (at its front, or behind its first token), runs the backbone over
+the longer rows and takes the columns out of the states again; a port at the embedding puts the trained rows there. Masks,
+positions, token types, tasks, the layout of packed rows and the context follow. Batches, objectives and generation keep
+their own indices; a key/value cache holds the slots once, from the first pass on, and later passes only widen masks and
+move positions on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Context, Layout, activate, current
+from llmrecipe.methods.additive._engines.prefix_kv import cached, host_of, positions, takes_positions
+from llmrecipe.models.hooks.port import EDIT, ROWS, Port, all_ports, inject
+from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.vocabulary import position_offset
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Where columns open in the rows of one pass."""
+
+    new: Tensor
+    """(R, T) the column each old column moves to."""
+    order: Tensor
+    """(R, T + nP) what stands in each new column: an old column, or T + j for slot j."""
+    near: Tensor
+    """(R, T + nP) the same with the old column behind it in place of a slot."""
+    moved: Tensor
+    """(R, T) whether a column stands behind its document's slots."""
+
+    def fill(self, x: Tensor, slots: Tensor) -> Tensor:
+        """Old columns (R, T, ...) and slots (R | 1, P, ...) in their new places."""
+        both = torch.cat((x, slots.expand(x.shape[0], *slots.shape[1:]).to(x.dtype)), 1)
+        return _take(both, self.order)
+
+    def close(self, x: Tensor) -> Tensor:
+        """(R, T + nP, ...) -> (R, T, ...): the slots are gone."""
+        return _take(x, self.new)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Columns of each row, whatever stands behind them."""
+    index = index.expand(x.shape[0], -1)
+    return x.gather(1, index.view(*index.shape, *(1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+def opening(starts: Tensor, columns: int, slots: int, behind: int) -> Opening:
+    """Open `slots` columns in every document.
+
+    Args:
+        starts: (R, n) first column of each document, ascending.
+        columns: T.
+        behind: how many tokens of a document stay in front of its slots.
+    """
+    at = starts + behind
+    rows, documents = at.shape
+    old = torch.arange(columns, device=at.device)
+    before = (at[:, :, None] <= old).sum(1)
+    new = old + slots * before
+    places = (at + slots * torch.arange(documents, device=at.device))[:, :, None] + torch.arange(slots, device=at.device)
+    places = places.flatten(1)
+    order = torch.empty(rows, columns + slots * documents, dtype=torch.long, device=at.device)
+    order.scatter_(1, new, old.expand(rows, -1))
+    near = order.scatter(1, places, at.clamp(max=columns - 1).repeat_interleave(slots, 1))
+    order = order.scatter(1, places, columns + torch.arange(slots, device=at.device).repeat(documents).expand(rows, -1))
+    kept = ((old >= starts[:, :, None]) & (old < at[:, :, None])).any(1)
+    return Opening(new, order, near, ~kept)
+
+
+def masked_opening(mask: Tensor | None, rows: int, columns: int, slots: int, behind: int, device: torch.device) -> Opening:
+    """The opening of padded rows: one document a row, starting at the first column the mask (R, T) shows."""
+    if mask is None:
+        starts = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    elif mask.dim() != 2:
+        raise ModelError("prompt tuning widens masks of shape (rows, columns); a static cache brings others: use a dynamic one")
+    else:
+        starts = (mask != 0).int().argmax(1, keepdim=True)
+    return opening(starts, columns, slots, behind)
+
+
+def longer_layout(layout: Layout, slots: int) -> Layout:
+    """The layout of a packed row whose documents have their slots; continuations of a parent have none of their own."""
+    segments = []
+    column = 0
+    for segment in layout.segments:
+        own = slots if segment.parent is None else 0
+        segments.append(dataclasses.replace(segment, start=column, length=segment.length + own, prompt=segment.prompt + own))
+        column += segment.length + own
+    return Layout(tuple(segments), layout.rows, column)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which slot stands in each column of a first pass."""
+
+    slot: Tensor
+    """(R, T + nP); -1 where none does."""
+
+
+class SlotRows(Port):
+    """At the embedding: the trained rows E (P, D) in place of whatever stands in the slots."""
+
+    order = EDIT
+
+    def __init__(self, embeddings: Tensor):
+        super().__init__()
+        self.embeddings = nn.Parameter(embeddings)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Embeddings (R, T, D) with E in the slots of a first pass."""
+        which = current().shared.get(self.owner)
+        if which is None:
+            return y
+        own = nn.functional.embedding(which.slot.clamp(min=0), self.embeddings).to(y.dtype)
+        return torch.where((which.slot >= 0).unsqueeze(-1), own, y)
+
+
+class Slots(Port):
+    """At the backbone: rows that are longer by P columns a document on the way in, and not on the way out."""
+
+    order = ROWS
+
+    def __init__(self, slots: int, behind: int, offset: int, told: bool, keep: bool):
+        super().__init__()
+        self.slots, self.behind, self.offset = slots, behind, offset
+        self.told = told
+        """Whether the backbone is told positions."""
+        self.keep = keep
+        """Whether the slots' states stay, for a decoder to read."""
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The backbone over rows with slots."""
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ModelError(f"stack.{self.owner}: prompt tuning opens its slots in input_ids; the model was given embeddings")
+        if cached(inputs):
+            return call(**self.later(inputs))
+        opened = self.open(inputs.get("attention_mask"), ids)
+        with activate(self.context(opened, ids)):
+            out = call(**self.first(inputs, opened, ids))
+        return out if self.keep else _closed(out, opened)
+
+    def open(self, mask: Tensor | None, ids: Tensor) -> Opening:
+        """The opening of a first pass."""
+        layout = current().layout
+        if layout is None:
+            return masked_opening(mask, ids.shape[0], ids.shape[1], self.slots, self.behind, ids.device)
+        key = ("slots", self.slots, self.behind)
+        if key not in layout.cache:
+            starts = torch.tensor([[s.start for s in layout.segments if s.parent is None]], device=ids.device)
+            layout.cache[key] = opening(starts, ids.shape[1], self.slots, self.behind)
+        return layout.cache[key]  # type: ignore[return-value]
+
+    def first(self, inputs: dict[str, Any], opened: Opening, ids: Tensor) -> dict[str, Any]:
+        """The inputs of a first pass; the ids in the slots are a neighbour's and are never embedded."""
+        changed = {**inputs, "input_ids": _take(ids, opened.near)}
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.slots))
+        if inputs.get("token_type_ids") is not None:
+            changed["token_type_ids"] = _take(inputs["token_type_ids"], opened.near)
+        if self.told:
+            changed["position_ids"] = self.places(positions(inputs, self.offset), opened, self.offset)
+        return changed
+
+    def places(self, given: Tensor, opened: Opening, first: int) -> Tensor:
+        """Positions of longer rows: the slots count from behind what stands in front of them, the rest goes on after them."""
+        slots = torch.arange(self.slots, device=given.device)[None] + first + self.behind
+        return opened.fill(given.expand(opened.moved.shape[0], -1) + self.slots * opened.moved, slots)
+
+    def later(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a pass over a cache that holds the slots."""
+        changed = dict(inputs)
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            opened = masked_opening(mask, mask.shape[0], mask.shape[1], self.slots, self.behind, mask.device)
+            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.slots))
+        if inputs.get("position_ids") is not None or (self.told and mask is not None):
+            changed["position_ids"] = positions(inputs, self.offset) + self.slots
+        return changed
+
+    def context(self, opened: Opening, ids: Tensor) -> Context:
+        """The context of longer rows."""
+        context, columns = current(), ids.shape[1]
+        which = (opened.order - columns).clamp(min=-1).expand(ids.shape[0], -1)
+        # Slots of prompts further out keep their places among the new columns.
+        none = which.new_full((1, self.slots), -1)
+        shared = {k: Where(opened.fill(v.slot, none)) for k, v in context.shared.items() if isinstance(v, Where)}
+        layout, mask, places = context.layout, context.attention_mask, context.positions
+        tasks, read = context.task_ids, context.read
+        return dataclasses.replace(
+            context,
+            layout=None if layout is None else longer_layout(layout, self.slots),
+            attention_mask=None if mask is None else opened.fill(mask, mask.new_ones(1, self.slots)),
+            positions=None if places is None else self.places(places, opened, 0),
+            task_ids=tasks if tasks is None or tasks.shape[1] != columns else _take(tasks, opened.near),
+            prompt_lengths=None if context.prompt_lengths is None else context.prompt_lengths + self.slots,
+            read=None if read is None else self._read(read, opened, columns),
+            shared={**context.shared, **shared, self.owner: Where(which)},
+        )
+
+    def _read(self, read: Tensor, opened: Opening, columns: int) -> Tensor:
+        rows = read // columns
+        return rows * opened.order.shape[1] + opened.new[rows, read % columns]
+
+
+class SlotMask(Port):
+    """At the decoder of a pair: the encoder's slots are open to cross-attention."""
+
+    def __init__(self, slots: int, behind: int):
+        super().__init__()
+        self.slots, self.behind = slots, behind
+
+    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """The decoder with a mask as wide as the encoder's states."""
+        mask, states = inputs.get("encoder_attention_mask"), inputs.get("encoder_hidden_states")
+        if mask is None or states is None or states.shape[1] < mask.shape[-1] + self.slots:
+            return call(**inputs)
+        opened = masked_opening(mask, mask.shape[0], mask.shape[-1], self.slots, self.behind, mask.device)
+        return call(**{**inputs, "encoder_attention_mask": opened.fill(mask, mask.new_ones(1, self.slots))})
+
+
+def _closed(out: Any, opened: Opening) -> Any:
+    """A backbone's output without the slots."""
+    if isinstance(out, tuple):
+        return (opened.close(out[0]), *out[1:])
+    out.last_hidden_state = opened.close(out.last_hidden_state)
+    states = getattr(out, "hidden_states", None)
+    if states is not None:
+        out.hidden_states = tuple(opened.close(h) for h in states)
+    return out
+
+
+def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
+    """Inject the slots at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
+    parts = anatomy(model)
+    pair = parts.encoder_decoder
+    host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
+    embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
+    inject(host, name, Slots(slots, behind, position_offset(host), takes_positions(host), pair), name)
+    if pair:
+        inject(host_of(model, "decoder"), name, SlotMask(slots, behind), name)
+    rows = SlotRows(torch.zeros(slots, embedding.weight.shape[1], device=embedding.weight.device))
+    inject(embedding, name, rows, name)
+    return rows
+
+
+def rows_of(model: nn.Module, name: str) -> tuple[nn.Module, SlotRows]:
+    """The embedding a wrapper's rows stand at, and the rows."""
+    return next((module, port) for _, module, _, port in all_ports(model, name) if isinstance(port, SlotRows))
+
+
+@torch.no_grad()
+def start(model: nn.Module, name: str, init: str) -> None:
+    """Fill the rows: `vocab` (random tokens), `uniform`, `normal`; `text` waits for a tokenizer."""
+    embedding, rows = rows_of(model, name)
+    if init == "uniform":
+        rows.embeddings.uniform_(-0.5, 0.5)
+    elif init == "normal":
+        rows.embeddings.normal_()
+    elif init == "vocab":
+        count = embedding.weight.shape[0]  # type: ignore[index,union-attr]
+        copy_tokens(model, name, torch.randint(count, (rows.embeddings.shape[0],)).tolist())
+
+
+@torch.no_grad()
+def copy_tokens(model: nn.Module, name: str, ids: list[int]) -> None:
+    """Copy what the embedding gives for these tokens, its own scale included."""
+    embedding, rows = rows_of(model, name)
+    rows.embeddings.copy_(embedding(torch.tensor(ids, device=rows.embeddings.device)[None])[0])

@@ -1,0 +1,382 @@
+"""The zeroth-order engine: noise that is never stored, perturbed forward passes, updates from noise drawn again.
+
+    g = (L(theta + eps z) - L(theta - eps z)) / (2 eps),      theta <- theta - lr (g z + decay theta)
+
+z ~ N(0, I) in float32 depends on (run seed, step, sample, parameter name, chunk) and on nothing else: not on the order of
+parameters, not on the number of processes, not on torch's global generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.models.hooks.port import all_ports, bracket
+
+CHUNK = 1 << 24
+"""Entries of a tensor that are perturbed or updated at once; the only extra memory of an in-place step."""
+SAMPLED = 4096
+"""Entries of a tensor that enter its fingerprint."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One tensor that is optimised."""
+
+    name: str
+    parameter: nn.Parameter
+    decays: bool = True
+    lr_scale: float = 1.0
+
+
+class Noise:
+    """z by address."""
+
+    def __init__(self, seed: int, cpu: bool = False):
+        """`cpu` draws on the CPU whatever the parameter's device: slower, the same numbers on every machine."""
+        self.seed = seed
+        self.cpu = cpu
+        self.generators: dict[str, torch.Generator] = {}
+
+    def normal(self, name: str, step: int, sample: int, index: int, like: Tensor) -> Tensor:
+        """N(0, 1) in float32 for chunk `index` of a parameter, in the shape and on the device of `like`."""
+        generator = self._generator("z", name, step, sample, index, like)
+        return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+    def uniform(self, name: str, step: int, index: int, like: Tensor) -> Tensor:
+        """U(0, 1) in float32, for stochastic rounding."""
+        generator = self._generator("rounding", name, step, 0, index, like)
+        return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
+
+    def _generator(self, use: str, name: str, step: int, sample: int, index: int, like: Tensor) -> torch.Generator:
+        device = torch.device("cpu") if self.cpu else like.device
+        generator = self.generators.get(str(device))
+        if generator is None:
+            generator = self.generators[str(device)] = torch.Generator(device)
+        address = f"{use}|{self.seed}|{step}|{sample}|{index}|{name}".encode()
+        key = int.from_bytes(hashlib.blake2b(address, digest_size=8).digest(), "little")
+        return generator.manual_seed(key >> 1)
+
+
+def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(index, flat view) of each chunk of a contiguous tensor."""
+    yield from enumerate(tensor.view(-1).split(CHUNK))
+
+
+def shift(tensor: Tensor, name: str, noise: Noise, step: int, sample: int, scale: float) -> None:
+    """tensor <- tensor + scale z, in place, one chunk of z at a time."""
+    for index, view in chunks(tensor):
+        view.add_(noise.normal(name, step, sample, index, view), alpha=scale)
+
+
+class Perturbation(Protocol):
+    """Moves the trained tensors along one z."""
+
+    def aim(self, step: int, sample: int) -> None:
+        """Choose z; the tensors are at theta."""
+
+    def move(self, scale: float) -> None:
+        """Put the model at theta + scale z; 0 brings theta back."""
+
+    def missed(self) -> bool:
+        """Whether the forward pass since the last `move` left out a trained tensor; it then has to be repeated."""
+
+    def installed(self) -> contextlib.AbstractContextManager[None]:
+        """Around all passes of a step."""
+
+
+def moved(parameter: Tensor) -> None:
+    """Say that a parameter holds other numbers: writes through `.data` do not, and sparse deltas look at its version."""
+    torch.autograd.graph.increment_version(parameter)
+
+
+class InPlace:
+    """theta itself is moved: + eps, - 2 eps, + eps. No extra memory; exact up to the rounding of three additions."""
+
+    def __init__(self, trained: Sequence[Trained], noise: Noise):
+        self.trained = trained
+        self.noise = noise
+        self.at = 0.0
+        self.address = (0, 0)
+
+    def aim(self, step: int, sample: int) -> None:
+        """Choose z."""
+        self.address = (step, sample)
+
+    def move(self, scale: float) -> None:
+        """Shift by the difference to where theta is now."""
+        if scale != self.at:
+            for item in self.trained:
+                shift(item.parameter.data, item.name, self.noise, *self.address, scale - self.at)
+                moved(item.parameter)
+        self.at = scale
+
+    def missed(self) -> bool:
+        """Never: every reader sees the moved tensors."""
+        return False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Brings theta back when a pass raises."""
+        try:
+            yield
+        finally:
+            self.move(0.0)
+
+
+class Layerwise:
+    """Each module computes with W + scale z in a temporary and gets its own tensor object back afterwards: exact.
+
+    The extra memory is one module's weights. Tensors that are not read by their own module's forward (injected ports, tensors
+    a forward pass did not visit) are swapped for the whole pass instead. A tensor that a module owns *and* somebody else reads
+    directly during the same pass would be perturbed for its owner only; use `inplace` for such models.
+    """
+
+    def __init__(self, model: nn.Module, trained: Sequence[Trained], noise: Noise):
+        self.noise = noise
+        self.scale = 0.0
+        self.address = (0, 0)
+        self.hosts, self.apart = _split(model, trained)
+        self.live = {item.name: item.parameter.data for item in trained}
+        self.kept: dict[str, Tensor] = {}
+        self.depth: dict[int, int] = {}
+        self.visited: set[str] = set()
+
+    def aim(self, step: int, sample: int) -> None:
+        """Choose z."""
+        self.address = (step, sample)
+
+    def move(self, scale: float) -> None:
+        """Remember the scale for the modules; swap what no module swaps."""
+        for item in self.apart:
+            self._restore(item)
+        self.scale = scale
+        self.visited.clear()
+        for item in self.apart:
+            self._swap(item)
+
+    def missed(self) -> bool:
+        """Hosts that were not called: from now on their tensors are swapped for the whole pass."""
+        unseen = [(m, items) for m, items in self.hosts.items() if any(i.name not in self.visited for i in items)]
+        for module, items in unseen:
+            self.hosts[module] = [i for i in items if i.name in self.visited]
+            self.apart += [i for i in items if i.name not in self.visited and i not in self.apart]
+        return bool(unseen)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """The hooks, for the passes of one step."""
+        # Whoever trains or restores between steps may have given a parameter other data.
+        every = [item for items in self.hosts.values() for item in items] + self.apart
+        self.live = {item.name: item.parameter.data for item in every}
+        try:
+            with bracket(self.hosts, self._enter, self._leave):
+                yield
+        finally:
+            for item in every:
+                self._restore(item)
+            self.scale = 0.0
+            self.depth.clear()
+
+    def _enter(self, module: nn.Module) -> None:
+        self.depth[id(module)] = self.depth.get(id(module), 0) + 1
+        for item in self.hosts[module]:
+            self.visited.add(item.name)
+            self._swap(item)
+
+    def _leave(self, module: nn.Module) -> None:
+        self.depth[id(module)] -= 1
+        if self.depth[id(module)] == 0:
+            for item in self.hosts[module]:
+                self._restore(item)
+
+    def _swap(self, item: Trained) -> None:
+        own = self.live[item.name]
+        # Other data means that somebody computes with other weights on purpose (the policy of step 0): not ours to move.
+        if self.scale == 0.0 or item.name in self.kept or item.parameter.data.data_ptr() != own.data_ptr():
+            return
+        away = own.clone()
+        shift(away, item.name, self.noise, *self.address, self.scale)
+        self.kept[item.name] = own
+        item.parameter.data = away
+        moved(item.parameter)
+
+    def _restore(self, item: Trained) -> None:
+        own = self.kept.pop(item.name, None)
+        if own is not None:
+            item.parameter.data = own
+            moved(item.parameter)
+
+
+def _split(model: nn.Module, trained: Sequence[Trained]) -> tuple[dict[nn.Module, list[Trained]], list[Trained]]:
+    """(module -> tensors its own forward reads, tensors to swap for the whole pass)."""
+    by_id = {id(item.parameter): item for item in trained}
+    inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
+    inside |= {id(m) for name, child in model.named_children() if name.endswith("_shared") for m in child.modules()}
+    hosts: dict[nn.Module, list[Trained]] = {}
+    for module in model.modules():
+        own = [by_id[id(p)] for p in module._parameters.values() if p is not None and id(p) in by_id]
+        if own and id(module) not in inside:
+            hosts[module] = own
+    covered = {item.name for items in hosts.values() for item in items}
+    return hosts, [item for item in trained if item.name not in covered]
+
+
+def projected_gradient(above: float, below: float, eps: float, clip: float | None = None) -> float:
+    """g = (L+ - L-) / (2 eps), clipped to [-clip, clip], rounded to float32: what the history file keeps is what is applied."""
+    g = (above - below) / (2.0 * eps)
+    if clip is not None:
+        g = max(-clip, min(clip, g))
+    return float32(g)
+
+
+def float32(value: float) -> float:
+    """A Python float that float32 holds exactly."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one step measured: enough to make its update again."""
+
+    step: int
+    lr: float
+    g: tuple[float, ...]
+    """One projected gradient a sample."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How estimates become an update.
+
+    With m = beta1 m + (1 - beta1) e and v = beta2 v + (1 - beta2) e^2 over the estimates e = mean_i g_i z_i:
+    sgd e; momentum m; adam (m / c1) / (sqrt(v / c2) + eps), c = 1 - beta^k after k estimates.
+    """
+
+    kind: str = "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+def estimate(item: Trained, noise: Noise, entry: Entry, index: int, like: Tensor) -> Tensor:
+    """e = mean_i g_i z_i of one chunk, in float32 (float64 for float64 parameters)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    total = torch.zeros_like(like, dtype=dtype)
+    for sample, g in enumerate(entry.g):
+        total.add_(noise.normal(item.name, entry.step, sample, index, like), alpha=g / len(entry.g))
+    return total
+
+
+def update(
+    trained: Iterable[Trained],
+    noise: Noise,
+    moments: Moments,
+    window: Sequence[Entry],
+    stored: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """theta <- theta - lr (direction + decay theta) for the last entry of the window.
+
+    Args:
+        window: entries from the oldest that counts to this step's; SGD needs this step's alone.
+        stored: name -> (m, v) in float32, moved along; without it the moments are recomputed from the window.
+    """
+    now = window[-1]
+    count = len(window) if stored is None else now.step + 1
+    for item in trained:
+        if stored is not None:
+            absorb(item, noise, moments, now, stored)
+        lr = now.lr * item.lr_scale
+        decay = lr * moments.weight_decay if item.decays else 0.0
+        for index, view in chunks(item.parameter.data):
+            if stored is None:
+                m, v = torch.zeros((), device=view.device), torch.zeros((), device=view.device)
+                for entry in window if moments.kind != "sgd" else (now,):
+                    m, v = _advance(m, v, estimate(item, noise, entry, index, view), moments)
+            else:
+                m, v = (_flat_chunk(t, index) for t in stored[item.name])
+            _apply(view, _direction(m, v, count, moments), lr, decay, noise, item.name, now.step, index)
+
+
+def absorb(item: Trained, noise: Noise, moments: Moments, entry: Entry, stored: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Move the stored moments of one tensor along by one estimate."""
+    for index, view in chunks(item.parameter.data):
+        m, v = (_flat_chunk(t, index) for t in stored[item.name])
+        after_m, after_v = _advance(m, v, estimate(item, noise, entry, index, view), moments)
+        m.copy_(after_m)
+        v.copy_(after_v)
+
+
+def new_moments(trained: Iterable[Trained]) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (m, v) at zero, in float32."""
+
+    def zeros(item: Trained) -> Tensor:
+        return torch.zeros(item.parameter.shape, dtype=torch.float32, device=item.parameter.device)
+
+    return {item.name: (zeros(item), zeros(item)) for item in trained}
+
+
+def _advance(m: Tensor, v: Tensor, e: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    if moments.kind == "sgd":
+        return e, v
+    m = m * moments.beta1 + e * (1.0 - moments.beta1)
+    if moments.kind == "adam":
+        v = v * moments.beta2 + e * e * (1.0 - moments.beta2)
+    return m, v
+
+
+def _direction(m: Tensor, v: Tensor, count: int, moments: Moments) -> Tensor:
+    if moments.kind != "adam":
+        return m
+    first = m / (1.0 - moments.beta1**count)
+    second = v / (1.0 - moments.beta2**count)
+    return first / (second.sqrt() + moments.eps)
+
+
+def _flat_chunk(tensor: Tensor, index: int) -> Tensor:
+    return tensor.view(-1).split(CHUNK)[index]
+
+
+def _apply(view: Tensor, d: Tensor, lr: float, decay: float, noise: Noise, name: str, step: int, index: int) -> None:
+    narrow = view.dtype in (torch.float16, torch.bfloat16)
+    wide = view.float() if narrow else view
+    if decay:
+        wide.mul_(1.0 - decay)
+    wide.add_(d, alpha=-lr)
+    if narrow and lr:
+        # An update far below the spacing of 16-bit numbers would round away; rounded at random it survives on average.
+        view.copy_(round_at_random(wide, view.dtype, noise.uniform(name, step, index, view)))
+
+
+def round_at_random(value: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
+    """Round float32 to one of its two 16-bit neighbours so that the mean is the value itself; u ~ U(0, 1)."""
+    size = value.abs()
+    below = size.to(dtype)
+    bits = below.view(torch.int16) - (below.float() > size).to(torch.int16)
+    below = bits.view(dtype).float()
+    above = (bits + 1).view(dtype).float()
+    up = u < (size - below) / (above - below)
+    return torch.copysign((bits + up.to(torch.int16)).view(dtype), value.to(dtype))
+
+
+def shapes_digest(trained: Iterable[Trained]) -> str:
+    """Digest of names, shapes and dtypes of the trained tensors, whatever their order."""
+    lines = sorted(f"{t.name}:{tuple(t.parameter.shape)}:{t.parameter.dtype}" for t in trained)
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def values_digest(trained: Iterable[Trained]) -> str:
+    """Digest of a strided sample of the trained values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in sorted(trained, key=lambda t: t.name):
+        flat = item.parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
+        digest.update(item.name.encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

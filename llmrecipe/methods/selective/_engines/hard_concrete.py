@@ -1,0 +1,238 @@
+"""Hard-concrete gates over base tensors: the relaxed L0 phase of diff pruning, for entries or for whole groups.
+
+    s = sigma(ln u - ln(1 - u) + alpha),  z = min(1, max(0, s (high - low) + low)),  u ~ U(0, 1)
+    W' = W + z w            or  W + z z_g w  with one more gate z_g for the whole tensor
+    P(z > 0) = sigma(alpha - ln(-low / high)),  E ||delta||_0 = sum_i P(z_i > 0) [P(z_g > 0)]
+    W'_i = W_i + z_j(i) w_i  with one gate for every group j of weights,  E ||delta||_0 = sum_j |j| P(z_j > 0)
+
+u is drawn by address (seed, step, tensor, position): the same in forward, recomputation and backward pass, on every process
+and for every micro-batch of a step, and never stored. Without gradients z is the gate at u = 1/2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines.counter_rng import uniform
+from llmrecipe.methods.selective._engines.sparse_delta import Weight
+from llmrecipe.models.hooks.port import DELTA, Port
+
+if TYPE_CHECKING:
+    from llmrecipe.methods.selective._engines.weight_groups import Family, Member
+
+CHUNK = 1 << 22
+
+
+def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(z, dz / d alpha); u None is u = 1/2."""
+    s = torch.sigmoid(alpha if u is None else alpha + torch.logit(u).to(alpha.dtype))
+    stretched = s * (high - low) + low
+    inside = (stretched > 0) & (stretched < 1)
+    return stretched.clamp(0, 1), torch.where(inside, (high - low) * s * (1 - s), torch.zeros_like(s))
+
+
+class Gated(Port):
+    """The dense difference w of one tensor, under gates; replaces W by W + z w for the length of a call."""
+
+    # After selections that are written into W itself (order -1): they must be handed the stored tensor, not a sum.
+    order = DELTA
+
+    def __init__(self, weight: Weight, low: float, high: float):
+        super().__init__()
+        wide = torch.promote_types(weight.value.dtype, torch.float32)
+        self.w = nn.Parameter(torch.zeros(weight.shape, dtype=wide, device=weight.value.device))
+        self.tensor, self.source, self.low, self.high = weight.owners[0][1], weight.name, low, high
+        self.draw = ""
+        """Address of the running step's u."""
+
+    def difference(self, draw: str) -> Tensor:
+        """(entries,) delta for one draw of u."""
+        raise NotImplementedError
+
+    def merge(self, module: nn.Module) -> None:
+        """Refused: nothing has been pruned yet.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"stack.{self.owner}: the difference has not been pruned yet; train past l0_steps before merging")
+
+
+class DiffGate(Gated):
+    """A gate for every entry, and with `grouped` one more for the whole tensor."""
+
+    def __init__(self, weight: Weight, low: float, high: float, alpha: float | None, grouped: bool):
+        super().__init__(weight, low, high)
+        start = 0.0 if alpha is None else alpha
+        self.alpha = None if alpha is None else nn.Parameter(torch.full_like(self.w, start))
+        self.group = nn.Parameter(self.w.new_full((), start)) if grouped and alpha is not None else None
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W + z w, summed in float32."""
+        return _Gated.apply(value, self.w, self.alpha, self.group, self, torch.is_grad_enabled())
+
+    def uniforms(self, draw: str, first: int, count: int) -> Tensor:
+        """u of some positions."""
+        return uniform(f"{draw}:{self.source}", first, count, self.w.device)
+
+    def group_gate(self, draw: str | None) -> tuple[Tensor, Tensor]:
+        """(z_g, its derivative); ones and zeros without a group."""
+        if self.group is None:
+            one = torch.ones((), dtype=self.w.dtype, device=self.w.device)
+            return one, torch.zeros_like(one)
+        u = None if draw is None else uniform(f"{draw}:{self.source}:group", 0, 1, self.w.device)[0]
+        return gate(self.group.detach(), u, self.low, self.high)
+
+    @torch.no_grad()
+    def difference(self, draw: str) -> Tensor:
+        """delta = z z_g w for one draw of u."""
+        found = self.w.detach().clone().view(-1)
+        if self.alpha is None:
+            return found
+        flat = self.alpha.detach().view(-1)
+        for first in range(0, flat.numel(), CHUNK):
+            part = flat[first : first + CHUNK]
+            found[first : first + CHUNK] *= gate(part, self.uniforms(draw, first, part.numel()), self.low, self.high)[0]
+        return found * self.group_gate(draw)[0]
+
+    def expected(self, product: bool) -> Tensor:
+        """E ||delta||_0 of this tensor; `product` as in the paper, else the sum the authors' code takes."""
+        if self.alpha is None:
+            return self.w.new_zeros(())
+        shift = math.log(-self.low / self.high)
+        own = _Expected.apply(self.alpha, shift)
+        if self.group is None:
+            return own
+        share = torch.sigmoid(self.group - shift)
+        return own * share if product else own + share
+
+
+class GroupGate(Gated):
+    """One gate for each group of a family, over the part of the groups that lies in this tensor.
+
+    The first tensor of a family holds its gates `alpha` (groups,); the others read them there.
+    """
+
+    def __init__(self, family: Family, member: Member, low: float, high: float, alpha: float, first: GroupGate | None):
+        super().__init__(member.weight, low, high)
+        self.family, self.size = family.name, family.size
+        self.alpha = nn.Parameter(self.w.new_full((family.count,), alpha)) if first is None else None
+        self.pair = [] if first is None else [first]
+        self.axis = len(member.weight.shape) - 1 if member.layout == "columns" else 0
+        # Rows, columns or entries of no group point behind the last gate, at a zero.
+        slot = torch.full((member.weight.shape[self.axis],), family.count)
+        slot[member.index.reshape(-1)] = torch.arange(family.count).repeat_interleave(member.index.shape[1])
+        self.register_buffer("slot", slot.to(self.w.device), persistent=False)
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W + z w, summed in float32."""
+        z = self.spread(self.draw if torch.is_grad_enabled() else None)
+        return (value.to(self.w.dtype) + self.w * z).to(value.dtype)
+
+    def spread(self, draw: str | None) -> Tensor:
+        """The gate of every row, column or entry, shaped to multiply w."""
+        alpha = (self.pair[0] if self.pair else self).alpha
+        u = None if draw is None else uniform(f"{draw}:{self.family}:group", 0, alpha.numel(), alpha.device)
+        z = gate(alpha, u, self.low, self.high)[0]
+        shape = [1] * self.w.dim()
+        shape[self.axis] = -1
+        return torch.cat((z, z.new_zeros(1)))[self.slot].view(shape)
+
+    @torch.no_grad()
+    def difference(self, draw: str) -> Tensor:
+        """(entries,) delta = z_j w for one draw of u."""
+        return (self.w * self.spread(draw)).view(-1)
+
+    def expected(self) -> Tensor:
+        """E ||delta||_0 of the whole family where this port holds its gates, else zero."""
+        if self.alpha is None:
+            return self.w.new_zeros(())
+        return self.size * _Expected.apply(self.alpha, math.log(-self.low / self.high))
+
+
+class GateTied(Port):
+    """A second user of a gated tensor."""
+
+    order = DELTA
+
+    def __init__(self, first: Gated, tensor: str):
+        super().__init__()
+        self.pair = [first]
+        self.tensor = tensor
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W + z w of the first user."""
+        return self.pair[0].weight(value)
+
+    def merge(self, module: nn.Module) -> None:
+        """The first user answers."""
+
+
+class _Gated(torch.autograd.Function):
+    """W + z w; z is formed again from its address in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, port: DiffGate, sample: bool
+    ) -> Tensor:
+        draw = port.draw if sample else None
+        ctx.port, ctx.draw = port, draw
+        ctx.save_for_backward(w, alpha, group)
+        shared = port.group_gate(draw)[0]
+        out = torch.empty_like(weight)
+        target, base, flat = out.view(-1), weight.reshape(-1), w.reshape(-1)
+        for first in range(0, flat.numel(), CHUNK):
+            part = slice(first, first + CHUNK)
+            delta = flat[part]
+            if alpha is not None:
+                delta = (
+                    delta * gate(alpha.view(-1)[part], _u(port, draw, first, delta.numel()), port.low, port.high)[0] * shared
+                )
+            target[part] = (base[part].to(w.dtype) + delta).to(weight.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        w, alpha, group = ctx.saved_tensors
+        port = ctx.port
+        g = grad.reshape(-1)
+        below = grad if ctx.needs_input_grad[0] else None
+        if alpha is None:
+            return below, g.to(w.dtype).view_as(w), None, None, None, None
+        shared, slope = port.group_gate(ctx.draw)
+        dw, da = torch.empty_like(w), torch.empty_like(alpha)
+        of_group = torch.zeros((), dtype=torch.float64, device=w.device)
+        for first in range(0, g.numel(), CHUNK):
+            part = slice(first, first + CHUNK)
+            chunk, value = g[part].to(w.dtype), w.view(-1)[part]
+            z, dz = gate(alpha.view(-1)[part], _u(port, ctx.draw, first, chunk.numel()), port.low, port.high)
+            dw.view(-1)[part] = chunk * z * shared
+            da.view(-1)[part] = chunk * value * dz * shared
+            of_group += (chunk * value * z).sum(dtype=torch.float64)
+        dg = None if group is None else (of_group * slope).to(group.dtype)
+        return below, dw, da, dg, None, None
+
+
+def _u(port: DiffGate, draw: str | None, first: int, count: int) -> Tensor | None:
+    return None if draw is None else port.uniforms(draw, first, count)
+
+
+class _Expected(torch.autograd.Function):
+    """sum sigma(alpha - shift), without keeping the probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, shift: float) -> Tensor:
+        ctx.save_for_backward(alpha)
+        ctx.shift = shift
+        return torch.sigmoid(alpha - shift).sum(dtype=torch.float64).to(alpha.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (alpha,) = ctx.saved_tensors
+        p = torch.sigmoid(alpha - ctx.shift)
+        return grad * p * (1 - p), None

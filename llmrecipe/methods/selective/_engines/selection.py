@@ -1,0 +1,367 @@
+"""The selection pass: a score for every entry of the base, and the exact top k of them.
+
+    fisher      S_i = sum_n (d log p(y_n | x_n) / d theta_i)^2     one backward pass an example
+    absolute    S_i = sum_n |d log p(y_n | x_n) / d theta_i|
+    signed      S_i = sum_b d L_b / d theta_i                      no score: the gradient itself, for starts made from it
+    batch       S_i = sum_b (d L_b / d theta_i)^2                  one a batch: another quantity, the one SPT is defined by
+
+No weight becomes a leaf: while scores are taken, a port on each scored tensor sees that tensor's dense gradient, adds its
+square to a float32 buffer and lets it go, so the memory is the buffer (4 bytes a candidate) and one layer's gradient.
+`layer_groups: k` repeats the pass over k parts of the model and keeps only the best of each, for 1 / k of the buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import activate
+from llmrecipe.methods.selective._engines.sparse_delta import Weight
+from llmrecipe.models.hooks.port import Port, eject, inject
+
+if TYPE_CHECKING:
+    from llmrecipe.methods._base.method import Probe
+
+Power = Literal["square", "absolute", "signed"]
+OWNER = "selection_scores"
+
+
+class Scores:
+    """Accumulated scores of tensors, flat, float32 (float64 for float64 weights)."""
+
+    def __init__(self, weights: Mapping[str, Weight], power: Power, device: str = "auto", clip: float | None = None):
+        self.power, self.clip = power, clip
+        self.totals = {}
+        for name, weight in weights.items():
+            kind = torch.float64 if weight.value.dtype == torch.float64 else torch.float32
+            where = weight.value.device if device == "auto" else torch.device(device)
+            self.totals[name] = torch.zeros(weight.numel, dtype=kind, device=where)
+        self.pending: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}
+
+    def seen(self, name: str, grad: Tensor) -> None:
+        """Part of an example's gradient of one tensor; used twice (tied, chunked head), the parts add up before the square."""
+        total = self.totals[name]
+        flat = grad.detach().reshape(-1).to(total.dtype)
+        if self.calls[name] > 1:
+            kept = self.pending.get(name)
+            self.pending[name] = flat.clone() if kept is None else kept.add_(flat)
+        else:
+            self._add(total, flat)
+
+    def finish(self) -> None:
+        """End of an example."""
+        for name, flat in self.pending.items():
+            self._add(self.totals[name], flat)
+        self.pending.clear()
+        self.calls.clear()
+
+    def _add(self, total: Tensor, flat: Tensor) -> None:
+        flat = flat.to(total.device)
+        if self.clip is not None:
+            flat = flat * (self.clip / (flat.norm() + 1e-6)).clamp_max(1.0)
+        if self.power == "square":
+            total.addcmul_(flat, flat)
+        elif self.power == "signed":
+            total.add_(flat)
+        else:
+            total.add_(flat.abs_())
+
+
+class _Watch(torch.autograd.Function):
+    """W -> W; its gradient goes to the scores and no further."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, scores: Scores, name: str) -> Tensor:
+        ctx.scores, ctx.name = scores, name
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ctx.scores.seen(ctx.name, grad)
+        return None, None, None, None
+
+
+class _WatchLinear(torch.autograd.Function):
+    """y -> y at a quantized linear; dW = G^T X with respect to the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, anchor: Tensor, scores: Scores, name: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scores, ctx.name = scores, name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        ctx.scores.seen(ctx.name, g.float().t() @ x.reshape(-1, x.shape[-1]).float())
+        return None, grad, None, None, None
+
+
+class Watch(Port):
+    """Shows the gradient of one tensor to the scores."""
+
+    order = -2
+
+    def __init__(self, scores: Scores, name: str, tensor: str, anchor: Tensor):
+        super().__init__()
+        self.scores, self.source, self.tensor = scores, name, tensor
+        self.anchor = [anchor]
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W, watched."""
+        if not torch.is_grad_enabled():
+            return value
+        self.scores.calls[self.source] = self.scores.calls.get(self.source, 0) + 1
+        return _Watch.apply(value, self.anchor[0], self.scores, self.source)
+
+
+class WatchQuantized(Port):
+    """The same at a quantized linear, whose weight no graph can reach."""
+
+    order = -2
+
+    def __init__(self, scores: Scores, name: str, anchor: Tensor):
+        super().__init__()
+        self.scores, self.source = scores, name
+        self.anchor = [anchor]
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) -> y, watched."""
+        if not torch.is_grad_enabled():
+            return y
+        self.scores.calls[self.source] = self.scores.calls.get(self.source, 0) + 1
+        return _WatchLinear.apply(x, y, self.anchor[0], self.scores, self.source)
+
+
+@contextlib.contextmanager
+def watching(weights: Mapping[str, Weight], scores: Scores) -> Iterator[None]:
+    """Ports on every user of the tensors, for the length of a pass."""
+    placed: list[tuple[nn.Module, str]] = []
+    try:
+        for number, (name, weight) in enumerate(weights.items()):
+            anchor = torch.zeros((), device=weight.value.device, requires_grad=True)
+            for module, tensor in weight.owners:
+                child = f"{OWNER}_{number}"
+                port: Port = WatchQuantized(scores, name, anchor) if weight.quantized else Watch(scores, name, tensor, anchor)
+                inject(module, child, port, OWNER)
+                placed.append((module, child))
+        yield
+    finally:
+        for module, child in reversed(placed):
+            eject(module, child)
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode; every module's own mode is restored after."""
+    kept = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in kept.items():
+            module.training = was
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter collects a gradient; each one's flag is restored after."""
+    kept = [p for p in model.parameters() if p.requires_grad]
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)
+
+
+def score(
+    model: nn.Module,
+    probe: Probe,
+    weights: Mapping[str, Weight],
+    examples: int,
+    *,
+    rows: int | None = 1,
+    power: Power = "square",
+    reduction: Literal["sum", "mean"] = "sum",
+    training: bool = False,
+    device: str = "auto",
+    clip: float | None = None,
+    targets: Callable[[Any], Iterator[tuple[Any, float]]] | None = None,
+) -> dict[str, Tensor]:
+    """Scores of every entry of some tensors.
+
+    Args:
+        examples: how many batches are drawn; with several processes each takes its share and the scores are added.
+        rows: rows in one batch; 1 for scores an example, None for the batch size of the recipe.
+        reduction: `sum` scores log p(y|x), `mean` the mean loss, which would weigh an example of T targets by 1 / T^2.
+        training: dropout on.
+        clip: largest norm of one tensor's gradient before the power is taken.
+        targets: batch -> batches with other targets and their weights, where y is an expectation.
+
+    Returns:
+        name -> flat scores.
+
+    Raises:
+        ModelError: no gradient reached any of the tensors.
+    """
+    scores = Scores(weights, power, device, clip)
+    world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)
+    with mode(model, training), frozen(model), watching(weights, scores):
+        for index, batch in enumerate(probe.batches(examples, rows)):
+            if index % world != rank:
+                continue
+            for variant, share in targets(batch) if targets else ((batch, 1.0),):
+                factor = probe.weight(variant) if reduction == "sum" and probe.weight is not None else 1.0
+                # The power is taken of the gradient, so a probability enters as its root under squares.
+                factor *= share**0.5 if power == "square" else share
+                if factor:
+                    (probe.loss(variant) * factor).backward()
+                scores.finish()
+    if world > 1:
+        for name, total in scores.totals.items():
+            scores.totals[name] = probe.world.sum(total.double()).to(total)
+    if weights and not any(bool(total.any()) for total in scores.totals.values()):
+        raise ModelError("selection: no gradient reached the scored tensors; is there a supervised token in the rows?")
+    return scores.totals
+
+
+Part = tuple[str, Tensor, "Tensor | None"]
+"""(tensor name, scores, flat indices the scores belong to; None for all in order)."""
+
+
+def top_k(parts: Sequence[Part], k: int) -> dict[str, Tensor]:
+    """Exactly the k largest scores of all parts together, as sorted flat indices a tensor.
+
+    Ties are broken by the order of the parts, then by the lowest flat index. The threshold is found by counting the bit
+    patterns of the float32 scores in two rounds (high, then low 16 bits), so no copy or sort of all scores is made.
+
+    Raises:
+        ModelError: a score is NaN or negative.
+    """
+    total = sum(values.numel() for _, values, _ in parts)
+    k = min(k, total)
+    if k == 0:
+        return {name: torch.empty(0, dtype=torch.int64) for name, _, _ in parts}
+    keys = [(name, pattern(values), idx) for name, values, idx in parts]
+    threshold, ties = cut([key for _, key, _ in keys], k)
+    found: dict[str, Tensor] = {}
+    for name, key, idx in keys:
+        keep = key > threshold
+        if ties:
+            equal = (key == threshold).nonzero().squeeze(1)
+            if idx is not None:
+                equal = equal[idx.to(equal.device)[equal].argsort()]
+            equal = equal[:ties]
+            keep[equal] = True
+            ties -= equal.numel()
+        where = keep.nonzero().squeeze(1)
+        found[name] = (where if idx is None else idx.to(where.device)[where]).sort()[0]
+    return found
+
+
+def cut(keys: Sequence[Tensor], k: int) -> tuple[int, int]:
+    """(threshold, ties): the k largest of all keys are those above the threshold and so many that equal it."""
+    high, above = _bin(torch.stack([_histogram(key >> 16) for key in keys]).sum(0), k)
+    lows = torch.stack([_histogram(key[(key >> 16) == high] & 0xFFFF) for key in keys]).sum(0)
+    low, more = _bin(lows, k - above)
+    return (high << 16) | low, k - above - more
+
+
+def counts_at(keys: Sequence[Tensor], k: int) -> list[int]:
+    """How many of the k largest lie in each tensor; ties go to the earlier tensor."""
+    if k == 0:
+        return [0 for _ in keys]
+    threshold, ties = cut(keys, k)
+    counts = []
+    for key in keys:
+        equal = min(ties, int((key == threshold).sum()))
+        ties -= equal
+        counts.append(int((key > threshold).sum()) + equal)
+    return counts
+
+
+def pattern(values: Tensor) -> Tensor:
+    """float32 bits of non-negative scores, which order as the scores do."""
+    single = values.to(torch.float32)
+    if not bool((single >= 0).all()):
+        raise ModelError("selection: a score is NaN; the loss or a gradient overflowed while scores were taken")
+    # +0.0 gives -0.0 the pattern of zero.
+    return (single + 0.0).view(torch.int32)
+
+
+def _histogram(key: Tensor) -> Tensor:
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for part in key.split(1 << 24):
+        counts += torch.bincount(part, minlength=1 << 16).cpu()
+    return counts
+
+
+def _bin(counts: Tensor, k: int) -> tuple[int, int]:
+    """(the bin the k-th largest falls into, how many lie in higher bins)."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, k))
+    above = int(from_top[place - 1]) if place else 0
+    return counts.numel() - 1 - place, above
+
+
+def select_top(
+    weights: Mapping[str, Weight], k: int, layer_groups: int, scorer: Callable[[dict[str, Weight]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The k best entries of all tensors; the scorer is called once a group, and only a group's best are kept.
+
+    Returns:
+        name -> sorted flat indices, without tensors that won nothing.
+    """
+    names = list(weights)
+    size = -(-len(names) // max(1, layer_groups))
+    kept: list[Part] = []
+    for first in range(0, len(names), size):
+        group = {name: weights[name] for name in names[first : first + size]}
+        totals = scorer(group)
+        fresh: list[Part] = [(name, totals[name], None) for name in group]
+        if size >= len(names):
+            return {name: idx for name, idx in top_k(fresh, k).items() if idx.numel()}
+        both = [*kept, *fresh]
+        best = top_k(both, k)
+        kept = [(name, _at(values, idx, best[name]), best[name]) for name, values, idx in both if best[name].numel()]
+    return {name: idx for name, _, idx in kept if idx is not None}
+
+
+def _at(values: Tensor, idx: Tensor | None, wanted: Tensor) -> Tensor:
+    """Scores at flat indices of a part."""
+    return values[wanted] if idx is None else values[torch.searchsorted(idx, wanted)]
+
+
+def sampled_targets(engine: Any, draws: int, seed: int) -> Callable[[Any], Iterator[tuple[Any, float]]]:
+    """y from the model instead of the data: tokens drawn by language models, every class of classifiers by its probability."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def variants(batch: Any) -> Iterator[tuple[Any, float]]:
+        import dataclasses
+
+        labels = batch.extra.get("labels")
+        if labels is not None and not batch.target.numel():
+            with torch.no_grad():
+                scores = engine(batch, want="scores")["scores"]
+            if labels.is_floating_point():
+                raise ModelError("selection: sample_type=expect needs classes or tokens; use sample_type=label here")
+            for index, share in enumerate(scores.float().softmax(-1)[0].tolist()):
+                yield batch.with_extra(labels=torch.full_like(labels, index)), share
+            return
+        for _ in range(draws):
+            with torch.no_grad(), activate(batch.context()):
+                hidden = engine.hidden(batch)
+                logits = engine.post(engine.head(hidden.reshape(-1, hidden.shape[-1])[batch.source]).float())
+            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(-1)
+            yield dataclasses.replace(batch, target=drawn.to(batch.target)), 1.0 / draws
+
+    return variants

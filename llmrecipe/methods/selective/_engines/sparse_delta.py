@@ -1,0 +1,357 @@
+"""The sparse-delta engine: selected entries of base weights are the parameters, everything else is not.
+
+    W' = W + scatter(values, idx)      d L / d values_j = sum_m G[m, r_j] X[m, c_j]
+
+`idx` names the entries (sorted flat indices), the rows or the columns of a stored tensor; `values` is their trained float32
+delta, zero at the start. Optimizer state, gradients and checkpoints have the size of `values`, and an entry that was not
+selected cannot move: it is no parameter of anything. Letters: M tokens, G (M, out) gradient of a layer's output, X (M, in).
+
+Modes
+    inplace   W[idx] <- W_0[idx] + values whenever `values` changed; W_0[idx] is kept, so switching off is exact to the bit
+    vector    one-dimensional tensors: W + scatter(values) for the length of a call
+    term      quantized linears: y = F(x) + S x with S sparse (o, i); W is not touched
+
+Kernels of the gradient
+    direct      entries: chunks of (G[:, r] * X[:, c]).sum(0); rows and columns: G[:, rows]^T X and G^T X[:, columns];
+                embeddings: gradients summed by token id, at the tokens of the batch only
+    transient   the layer's whole dW, gathered and dropped at once: dense selections, 3-D experts, anything that is no linear
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines.sparse_kernels import Layout, embedding_gradient, product_gradient, selected_shape
+from llmrecipe.models.hooks.port import Port
+
+Mode = Literal["inplace", "vector", "term"]
+
+DIRECT_BELOW = 0.01
+"""Share of a matrix up to which gathering products beats forming dW (measured equal between 0.5 and 1 % on one CPU thread)."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the base with every module that uses it (two for tied embeddings)."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Logical shape, also where the storage is packed."""
+    owners: tuple[tuple[nn.Module, str], ...]
+    quantized: bool
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def value(self) -> Tensor:
+        """The stored tensor."""
+        module, tensor = self.owners[0]
+        return getattr(module, tensor)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is selected of one tensor."""
+
+    idx: Tensor
+    """Sorted: flat indices of entries, or indices of rows or columns of the stored tensor."""
+    layout: Layout = "entries"
+    base: str = ""
+    """Digest of the base's numbers there, where a saved selection knows it."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the weight is stored (in, out), as GPT-2 does."""
+    return type(module).__name__ == "Conv1D"
+
+
+def take(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
+    """The selected numbers of a tensor, as a copy."""
+    if layout == "entries":
+        return weight.reshape(-1).index_select(0, idx)
+    return weight.index_select(0 if layout == "rows" else weight.dim() - 1, idx)
+
+
+def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
+    """Overwrite the selected numbers of a tensor."""
+    if layout == "entries":
+        weight.view(-1).index_copy_(0, idx.long(), new)
+    else:
+        weight.index_copy_(0 if layout == "rows" else weight.dim() - 1, idx.long(), new)
+
+
+@dataclass
+class Writer:
+    """Writes the selections of one tensor, in the order of the stack; several wrappers may select the same entry."""
+
+    ports: list[SparseDelta] = field(default_factory=list)
+    written: Any = None
+
+    @torch.no_grad()
+    def sync(self, weight: Tensor, on: tuple[bool, ...]) -> None:
+        """Make the tensor hold the deltas of the ports that are on.
+
+        What was written is told by address and version of each `values`, so nothing is copied while nothing changes.
+        """
+        state = (weight.data_ptr(), *(p.stamp() if active else None for p, active in zip(self.ports, on, strict=True)))
+        if state == self.written:
+            return
+        # Through `.data`: a graph that saved W is not invalidated, the guard of each call puts the right W back for it.
+        raw = weight.data
+        alone = len(self.ports) == 1 and self.ports[0].base is not None
+        if not alone or not on[0]:
+            for port in reversed(self.ports):
+                if port.base is not None:
+                    put(raw, port.layout, port.idx, port.base)
+                    port.base = None
+        for port, active in zip(self.ports, on, strict=True):
+            if active:
+                if port.base is None:
+                    port.base = take(raw, port.layout, port.idx)
+                put(raw, port.layout, port.idx, (port.base.to(port.values.dtype) + port.values).to(raw.dtype))
+        self.written = state
+
+
+class SparseDelta(Port):
+    """Holds the selection of one tensor and puts it into effect where the tensor is used."""
+
+    order = -1
+    idx: Tensor
+    base: Tensor | None
+
+    def __init__(self, weight: Weight, chosen: Chosen, tensor: str, mode: Mode, writer: Writer):
+        super().__init__()
+        device = weight.value.device
+        wide = torch.float64 if weight.value.dtype == torch.float64 else torch.float32
+        kind = torch.int32 if weight.numel < 2**31 else torch.int64
+        shape = selected_shape(weight.shape, chosen.layout, chosen.idx.numel())
+        self.values = nn.Parameter(torch.zeros(shape, dtype=wide, device=device))
+        self.register_buffer("idx", chosen.idx.to(device=device, dtype=kind))
+        self.register_buffer("base", None, persistent=False)
+        self.layout: Layout = chosen.layout
+        self.shape = weight.shape
+        self.tensor = tensor
+        self.source = weight.name
+        self.expected = chosen.base
+        self.mode: Mode = mode
+        self.kernel = "transient"
+        self.writer = writer
+        if mode == "inplace":
+            writer.ports.append(self)
+
+    def active(self) -> bool:
+        """Always called: switched off, it has to put the base back."""
+        return True
+
+    def on(self) -> bool:
+        """Whether the running forward pass sees the delta."""
+        return super().active()
+
+    def stamp(self) -> tuple[int, int]:
+        """Changes whenever `values` does."""
+        return self.values.data_ptr(), self.values._version
+
+    @torch.compiler.disable
+    def sync(self, weight: Tensor, on: tuple[bool, ...] | None = None) -> None:
+        """Write what the running forward pass should see."""
+        self.writer.sync(weight, self.flags() if on is None else on)
+
+    def flags(self) -> tuple[bool, ...]:
+        """Which selections of this tensor the running forward pass sees."""
+        return tuple(port.on() for port in self.writer.ports)
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W with the delta in it."""
+        return self.serve(value, self.kernel)
+
+    def serve(self, value: Tensor, kernel: str) -> Tensor:
+        """The tensor one of its users computes with."""
+        if self.mode == "vector":
+            if not self.on():
+                return value
+            return value.to(self.values.dtype).index_add(0, self.idx, self.values).to(value.dtype)
+        if self.mode == "inplace":
+            self.sync(value)
+            if kernel == "transient" and self.on() and torch.is_grad_enabled() and self.values.requires_grad:
+                return _Transient.apply(value, self.values, self.idx, self.layout)
+        return value
+
+    @torch.no_grad()
+    def merge(self, module: nn.Module) -> None:
+        """W <- W + scatter(values), rounded once to W's dtype.
+
+        Raises:
+            ModelError: the weight is quantized.
+        """
+        weight = getattr(module, self.tensor)
+        if self.mode == "term":
+            if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+                raise ModelError(f"{self.source}: entries cannot be merged into a quantized weight; dequantize the model first")
+            put(weight.data, self.layout, self.idx, (take(weight.data, self.layout, self.idx) + self.values).to(weight.dtype))
+        elif self.mode == "vector":
+            weight.data = self.serve(weight.data, "").detach()
+        else:
+            written = self.writer.written
+            if written is None or written[0] == weight.data_ptr():
+                self.sync(weight)
+                self.writer.written = None
+            elif self.base is None:
+                put(
+                    weight.data,
+                    self.layout,
+                    self.idx,
+                    (take(weight.data, self.layout, self.idx) + self.values).to(weight.dtype),
+                )
+            # Else another method has folded itself into a W that held these deltas already: `base` is no longer below them.
+            self.writer.ports.remove(self)
+
+
+class SparseTied(Port):
+    """A second user of a tensor whose selection lives at the first."""
+
+    order = -1
+
+    def __init__(self, first: SparseDelta, tensor: str):
+        super().__init__()
+        # In a list, so that the values are not registered twice.
+        self.pair = [first]
+        self.tensor = tensor
+        self.kernel = "transient"
+
+    def active(self) -> bool:
+        """Always called, as the first user is."""
+        return True
+
+    def weight(self, value: Tensor) -> Tensor:
+        """W -> W with the first user's delta in it."""
+        return self.pair[0].serve(value, self.kernel)
+
+    def merge(self, module: nn.Module) -> None:
+        """The tensor is merged once, at its first user."""
+
+
+class SparseGradient(Port):
+    """Forms the gradient of the values at one user, adds the term of quantized linears, and guards W for the backward pass."""
+
+    order = -1
+
+    def __init__(self, first: SparseDelta, kind: str, padding: int | None = None, host: Tensor | None = None):
+        super().__init__()
+        self.pair = [first]
+        self.kind = kind
+        """`linear`, `conv1d`, `embedding` or `other` (transient: nothing to form here)."""
+        self.padding = padding
+        self.host = [] if host is None else [host]
+        """The tensor that is written in place, if it is."""
+
+    def active(self) -> bool:
+        """Always called: a pass without the delta must be guarded too."""
+        return True
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) -> y, or y + S x in term mode."""
+        port = self.pair[0]
+        on = port.on()
+        if on and port.mode == "term":
+            return _Term.apply(x, y, port.values, port.idx, port)
+        if not y.requires_grad and not (on and torch.is_grad_enabled() and port.values.requires_grad):
+            return y
+        if on and self.kind != "other" and port.values.requires_grad:
+            y = _Direct.apply(x, y, port.values, port.idx, port, self.kind, self.padding)
+        if y.requires_grad and self.host:
+            flags, weight = port.flags(), self.host[0]
+            y.register_hook(lambda _: port.sync(weight, flags))
+        return y
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing of its own to fold."""
+
+
+class _Transient(torch.autograd.Function):
+    """W -> W; the dense dW of the layer is gathered, and dropped unless W itself wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, idx: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.layout, ctx.dtype = layout, values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # A second selection of the tensor, or a pass that scores it, waits behind W.
+        below = grad if ctx.needs_input_grad[0] else None
+        return below, take(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
+
+
+class _Direct(torch.autograd.Function):
+    """y -> y; dW is formed at the selection only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, port: SparseDelta, kind: str, padding: int | None
+    ) -> Tensor:
+        ctx.cut = port.layout == ("columns" if kind == "linear" else "rows") and kind != "embedding"
+        # Where the selection is on the input's side, only those features are kept for the backward pass.
+        ctx.save_for_backward(x.index_select(-1, idx) if ctx.cut else x, idx)
+        ctx.port, ctx.kind, ctx.padding = port, kind, padding
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, idx = ctx.saved_tensors
+        port, g = ctx.port, grad.reshape(-1, grad.shape[-1])
+        if ctx.kind == "embedding":
+            found = embedding_gradient(x.reshape(-1), g, idx, port.layout, port.shape, port.values.dtype, ctx.padding)
+        else:
+            x = x.reshape(-1, x.shape[-1])
+            a, b = (x, g) if ctx.kind == "conv1d" else (g, x)
+            found = product_gradient(a, b, idx, port.layout, port.shape, port.values.dtype, ctx.cut)
+        return None, grad, found, None, None, None, None
+
+
+class _Term(torch.autograd.Function):
+    """y + S x for a sparse S (o, i); the product runs in the dtype of the values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, port: SparseDelta) -> Tensor:
+        ctx.save_for_backward(x, values, idx)
+        ctx.port = port
+        flat = x.reshape(-1, x.shape[-1]).to(values.dtype)
+        added = torch.sparse.mm(_matrix(values, idx, port), flat.t()).t()
+        return (y.to(values.dtype) + added.view(y.shape)).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, values, idx = ctx.saved_tensors
+        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        gx = None
+        if ctx.needs_input_grad[0]:
+            matrix = _matrix(values, idx, ctx.port)
+            gx = torch.sparse.mm(matrix.t(), g.to(values.dtype).t()).t().reshape(x.shape).to(x.dtype)
+        return gx, grad, product_gradient(g, flat, idx, ctx.port.layout, ctx.port.shape, values.dtype), None, None
+
+
+def _matrix(values: Tensor, idx: Tensor, port: SparseDelta) -> Tensor:
+    """The sparse matrix (o, i) of a selection."""
+    rows, columns = port.shape
+    if port.layout == "entries":
+        flat = idx.long()
+        where = torch.stack((flat // columns, flat % columns))
+    else:
+        other = torch.arange(columns if port.layout == "rows" else rows, device=idx.device)
+        pair = (idx.long(), other) if port.layout == "rows" else (other, idx.long())
+        where = torch.cartesian_prod(*pair).t()
+    return torch.sparse_coo_tensor(
+        where, values.detach().reshape(-1), (rows, columns), is_coalesced=True, check_invariants=False
+    )

@@ -1,0 +1,268 @@
+"""What the wrappers on the sparse-delta engine share: which tensors they may select from, attaching, saving, merging."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines.sparse_delta import (
+    DIRECT_BELOW,
+    Chosen,
+    Mode,
+    SparseDelta,
+    SparseGradient,
+    SparseTied,
+    Weight,
+    Writer,
+    is_conv1d,
+    take,
+)
+from llmrecipe.models.hooks.port import all_ports, eject, inject, ports_of
+
+
+def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
+    """Every tensor of the base a method may select from, by parameter name, in model order.
+
+    Tied tensors appear once, under their first name. Injected modules and new task heads are left out.
+
+    Raises:
+        ModelError: the scope names a part of a fused matrix or single experts.
+    """
+    from llmrecipe.models.task_heads import is_head
+
+    inside = {id(p) for _, _, _, port in all_ports(model) for p in port.parameters()}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for tensor, value in module._parameters.items():
+            if value is not None:
+                owners.setdefault(id(value), []).append((module, tensor))
+    wanted = _in_scope(model, scope)
+    found: dict[str, Weight] = {}
+    for name, value in model.named_parameters():
+        shared = name.split(".")[0].endswith("_shared")
+        if id(value) in inside or is_head(model, name) or shared or (wanted is not None and id(value) not in wanted):
+            continue
+        users = tuple(owners[id(value)])
+        quantized = not value.is_floating_point() or hasattr(value, "quant_state")
+        if quantized and not hasattr(users[0][0], "in_features"):
+            continue
+        shape = (users[0][0].out_features, users[0][0].in_features) if quantized else tuple(value.shape)
+        found[name] = Weight(name, shape, users, quantized)
+    return found
+
+
+def candidates(model: nn.Module, scope: str) -> dict[str, Weight]:
+    """`base_weights` without those that train whole already (child-tuning's rest): entries of these need no delta.
+
+    Raises:
+        ModelError: every tensor of the scope trains already.
+    """
+    found = {name: weight for name, weight in base_weights(model, scope).items() if not weight.value.requires_grad}
+    if not found:
+        raise ModelError(f"every tensor of scope '{scope}' already trains whole in this stack; there is nothing left to select")
+    return found
+
+
+def _in_scope(model: nn.Module, scope: str) -> set[int] | None:
+    if scope == "all":
+        return None
+    from llmrecipe.models.module_map import anatomy
+
+    sites = anatomy(model).at("block" if scope == "blocks" else scope)
+    for site in sites:
+        if site.rows is not None or site.chosen is not None:
+            raise ModelError(
+                f"'{scope}' names a part of {site.path}; selection works on whole tensors: name the fused matrix "
+                f"(attn.qkv, mlp.gate_up) or all experts"
+            )
+    return {id(p) for site in sites for name, p in site.module.named_parameters() if site.tensor is None or name == site.tensor}
+
+
+def attach_chosen(model: nn.Module, owner: str, chosen: Mapping[str, Chosen], force_term: bool = False) -> None:
+    """Inject the ports that train a selection, one `values` tensor a base tensor.
+
+    Raises:
+        ModelError: a tensor no longer exists, or cannot be trained by entries in the way it is stored.
+    """
+    weights = base_weights(model)
+    for name, selection in chosen.items():
+        weight = weights.get(name)
+        if weight is None:
+            raise ModelError(f"stack.{owner}: the selection names '{name}', which this model does not have")
+        if selection.idx.numel():
+            _attach_one(weight, selection, owner, force_term)
+
+
+def _attach_one(weight: Weight, selection: Chosen, owner: str, force_term: bool) -> None:
+    module, tensor = weight.owners[0]
+    linear = type(module) is nn.Linear and len(weight.shape) == 2
+    if weight.quantized or (force_term and linear):
+        mode: Mode = "term"
+    else:
+        mode = "vector" if len(weight.shape) == 1 else "inplace"
+    writer = next((p.writer for p in _sparse_ports(module) if p.tensor == tensor and p.mode == "inplace"), Writer())
+    port = SparseDelta(weight, selection, tensor, mode, writer)
+    density = port.values.numel() / weight.numel
+    for index, (user, name) in enumerate(weight.owners):
+        suffix = "" if name == "weight" else f"__{name}"
+        own: SparseDelta | SparseTied = port if index == 0 else SparseTied(port, name)
+        inject(user, owner + suffix, own, owner)
+        if mode == "vector":
+            continue
+        kind = "linear" if mode == "term" else gradient_kind(user, name, port.layout, density)
+        own.kernel = "transient" if kind == "other" else "direct"
+        host = weight.value if mode == "inplace" else None
+        gradient = SparseGradient(port, kind, getattr(user, "padding_idx", None), host)
+        inject(user, f"{owner}{suffix}__grad", gradient, owner)
+
+
+def gradient_kind(module: nn.Module, tensor: str, layout: str, density: float) -> str:
+    """Which kernel forms the gradient at one user of a tensor (see `SparseGradient.kind`)."""
+    if tensor != "weight" or ports_of(module, "around"):
+        return "other"
+    if type(module) is nn.Embedding and not module.scale_grad_by_freq:
+        return "embedding"
+    if type(module) is nn.Linear or is_conv1d(module):
+        direct = layout != "entries" or density < DIRECT_BELOW
+        return ("conv1d" if is_conv1d(module) else "linear") if direct else "other"
+    return "other"
+
+
+def _sparse_ports(module: nn.Module) -> list[SparseDelta]:
+    return [p.pair[0] if isinstance(p, SparseTied) else p for p in ports_of(module) if isinstance(p, SparseDelta | SparseTied)]
+
+
+def sparse_ports(model: nn.Module, owner: str) -> Iterator[tuple[str, nn.Module, SparseDelta]]:
+    """(module path, host, port) of every selection a wrapper holds."""
+    for path, module, _, port in all_ports(model, owner):
+        if isinstance(port, SparseDelta):
+            yield path, module, port
+
+
+def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
+    """How many entries of which tensors, with digests of the base's numbers and of the indices."""
+    tensors: dict[str, Any] = {}
+    for _, module, port in sparse_ports(model, owner):
+        fact: dict[str, Any] = {"layout": port.layout, "count": port.idx.numel(), "idx": digest(port.idx)}
+        if port.mode != "term" and port.values.device.type != "meta":
+            fact["base"] = base_digest(module, port)
+        tensors[port.source] = fact
+    return {"tensors": tensors}
+
+
+def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
+    """Placeholders with the shapes of a saved selection; `restore` brings the indices."""
+    return {
+        name: Chosen(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""))
+        for name, fact in structure.get("tensors", {}).items()
+    }
+
+
+def settle(model: nn.Module) -> None:
+    """Have every tensor hold the deltas of the selections that are on, before anything is folded into it."""
+    for _, module, _, port in list(all_ports(model)):
+        if isinstance(port, SparseDelta) and port.mode == "inplace":
+            port.sync(getattr(module, port.tensor))
+
+
+def take_off(module: nn.Module, port: SparseDelta) -> None:
+    """Have the tensor hold what lies below this stack: the base and the mounted deltas that the context leaves on.
+
+    The next forward pass writes the rest.
+    """
+    if port.mode == "inplace":
+        port.sync(getattr(module, port.tensor), tuple(p.mounted and p.on() for p in port.writer.ports))
+
+
+def base_digest(module: nn.Module, port: SparseDelta) -> str:
+    """Digest of the numbers a delta is added to."""
+    take_off(module, port)
+    return digest(take(getattr(module, port.tensor), port.layout, port.idx))
+
+
+def digest(value: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, shortened."""
+    raw = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+@torch.no_grad()
+def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) -> None:
+    """Indices and values of a saved delta, onto a base that does not hold it.
+
+    Raises:
+        ModelError: the base's numbers at the selection are not those the delta was trained on.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for _, module, port in sparse_ports(model, owner):
+        take_off(module, port)
+    for name, value in delta.items():
+        state[name].copy_(value)
+    for _, module, port in sparse_ports(model, owner):
+        if port.expected and port.mode != "term" and base_digest(module, port) != port.expected:
+            raise ModelError(
+                f"stack.{owner}: {port.source} is not the tensor this delta was trained on; use its own base model"
+            )
+
+
+class SparseHooks:
+    """The lifecycle of a wrapper whose trained part is a selection; mixed into `Wrapper`s."""
+
+    name: str
+
+    def plan(self, model: nn.Module) -> int:
+        """How many entries will be selected, while the choice has yet to be made."""
+        return 0
+
+    def structure(self, model: nn.Module) -> dict[str, Any]:
+        """Shapes and digests of the selection."""
+        return structure_of(model, self.name)
+
+    def restore(self, model: nn.Module, delta: dict[str, Tensor]) -> None:
+        """Put a saved selection back, bit for bit."""
+        restore_chosen(model, self.name, delta)
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Refuse a selection that gets no gradient at all, or whose tensor moves under it: it would not train as it says.
+
+        Raises:
+            ModelError: no selected tensor was reached by the backward pass, or one trains whole as well.
+        """
+        ports = list(sparse_ports(model, self.name))
+        whole = [p.source for _, m, p in ports if step == 0 and p.mode == "inplace" and getattr(m, p.tensor).requires_grad]
+        if whole:
+            raise ModelError(
+                f"stack.{self.name}: {whole[0]} trains whole in this stack as well; narrow stack.{self.name}.scope, "
+                "or freeze that tensor in the other method"
+            )
+        if step == 0 and ports and all(port.values.grad is None for _, _, port in ports):
+            raise ModelError(f"stack.{self.name}: none of the selected tensors received a gradient")
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Have the moved values written before the next forward pass."""
+        for _, _, port in sparse_ports(model, self.name):
+            port.writer.written = None
+
+    def merge(self, model: nn.Module) -> None:
+        """W <- W + delta at every selection; exact in float32, one rounding below."""
+        with torch.no_grad():
+            for _, module, name, port in list(all_ports(model, self.name)):
+                port.merge(module)
+                eject(module, name)
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """20 bytes an entry: index, value, gradient and two moments."""
+        ports = [port for _, _, port in sparse_ports(model, self.name)]
+        count = sum(p.values.numel() for p in ports) if ports else self.plan(model)
+        index = sum(p.idx.numel() * p.idx.element_size() for p in ports) if ports else 4 * count
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": index}
+
+    def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
+        """Selected entries a tensor."""
+        for _, _, port in sparse_ports(model, self.name):
+            yield f"{port.source} ({port.layout})", port.values.numel()

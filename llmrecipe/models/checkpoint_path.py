@@ -1,0 +1,191 @@
+"""Where a model lies and whether it can be read: everything that can go wrong before a weight is touched.
+
+Weights are safetensors. Pickle weights can run code while they are read, so they are refused unless `model.allow_pickle`
+is set, and even then only tensors are unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+from llmrecipe.core.errors import ModelError, RunError, did_you_mean
+from llmrecipe.core.paths import ASSETS
+from llmrecipe.recipe.rights import say
+
+TINY = ASSETS / "tiny"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+SAFE = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+STACK_FILE = "stack.yaml"
+"""What marks the `final` folder of a run that trained a stack (see `runs.delta`)."""
+
+
+def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
+    """What `path` names: (folder or hub name, whether it is a folder).
+
+    Raises:
+        ModelError: a folder that does not exist, a file, or a name that can be neither a folder nor a hub name.
+    """
+    if path == "tiny":
+        if not (TINY / "config.json").is_file():
+            raise ModelError(f"{key}: the embedded model is missing from this installation ({TINY}); reinstall llmrecipe")
+        return str(TINY), True
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder), True
+    if folder.is_file():
+        raise ModelError(f"{key}: {path} is a file; give the folder that holds config.json and the weights{_hint(folder.name)}")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or not HUB_NAME.fullmatch(path)
+    if looks_local:
+        here = folder.parent
+        near = (
+            did_you_mean(folder.name, [p.name for p in here.iterdir()]) if here.is_dir() else f"; {here} does not exist either"
+        )
+        raise ModelError(f"{key}: there is no folder {path}{near}")
+    return path, False
+
+
+def run_folder(path: str) -> Path | None:
+    """The `final` folder of a run directory, when a path names one (or the folder itself).
+
+    Raises:
+        RunError: the run has not finished.
+    """
+    for folder in (Path(path) / "final", Path(path)):
+        if (folder / STACK_FILE).is_file() or (folder / "model" / "config.json").is_file():
+            return folder
+    if (Path(path) / "status.json").is_file():
+        raise RunError(f"model.path: {path} is a run that has not finished (no final/ folder); continue it with resume={path}")
+    return None
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is an adapter folder, of PEFT or of adapter-hub's library."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def adapter_base(path: str) -> str:
+    """The base model an adapter folder of PEFT or adapter-hub names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path") or config.get("model_name")
+    if not base:
+        raise ModelError(
+            f"model.path: the adapter {path} does not name its base model; "
+            f"give model.path=BASE 'model.adapters={{{path}: 1.0}}'"
+        )
+    return str(base)
+
+
+def _hint(name: str) -> str:
+    return "; GGUF files are for inference and cannot be trained" if name.endswith(".gguf") else ""
+
+
+def offline() -> str | None:
+    """Why the model hub cannot be reached, or None; asked once before a hub name so that nobody waits for retries."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set"
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return None
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return f"{host} cannot be reached from here"
+    return None
+
+
+def unreachable(name: str, reason: str, key: str = "model.path") -> ModelError:
+    """The error for a hub name that is neither cached nor reachable."""
+    return ModelError(
+        f"{key}: '{name}' is no folder here and is not in the local hub cache, and {reason}"
+        f"{did_you_mean(name, ['tiny'])}. Give a local folder (model.path=FOLDER), `tiny` for the embedded model, or "
+        f"download it where there is a network: hf download {name}"
+    )
+
+
+def check_folder(folder: Path, allow_pickle: bool = False, weights: bool = True, key: str = "model.path") -> None:
+    """Refuse a folder that is not a model folder, or whose weights cannot be read safely.
+
+    Args:
+        weights: False where only the config is needed (random weights).
+
+    Raises:
+        ModelError: what the folder is instead, and what to do about it.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" not in names:
+        raise ModelError(f"{key}: {folder} is not a model folder: it has no config.json{_what_else(folder, names)}")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{key}: {folder}/config.json is not valid JSON: {error}") from error
+    if not weights:
+        return
+    if "model.safetensors" in names:
+        _check_tensors(folder / "model.safetensors", key)
+    elif "model.safetensors.index.json" in names:
+        for shard in _shards(folder / "model.safetensors.index.json", key):
+            _check_tensors(folder / shard, key)
+    elif names & set(PICKLED):
+        if not allow_pickle:
+            raise ModelError(
+                f"{key}: {folder} holds pickle weights only ({', '.join(sorted(names & set(PICKLED)))}). Reading a pickle can "
+                f"run code, so it is refused. Convert it to safetensors, or, if you trust its origin, {say('allow_pickle')}"
+            )
+    else:
+        raise ModelError(
+            f"{key}: {folder} has a config.json but no weights (model.safetensors){_what_else(folder, names)}. "
+            "Set model.init=random to start from fresh weights of this config"
+        )
+
+
+def _what_else(folder: Path, names: set[str]) -> str:
+    if "adapter_config.json" in names:
+        return "; it is a PEFT adapter: give its base model's folder"
+    if "recipe.yaml" in names and "status.json" in names:
+        return "; it is a run directory that has no final/ folder yet"
+    if any(name.endswith(".gguf") for name in names):
+        return "; its GGUF file is for inference and cannot be trained: get the safetensors folder of the same model"
+    inner = [path.name for path in folder.iterdir() if path.is_dir() and (path / "config.json").is_file()]
+    return f"; did you mean {folder / inner[0]}?" if inner else ""
+
+
+def _shards(index: Path, key: str) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{key}: {index} is not an index of weights: {error}") from error
+    for shard in shards:
+        if not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise ModelError(f"{key}: {index.name} points to '{shard}'; only safetensors files beside it are read")
+        if not (index.parent / shard).is_file():
+            raise ModelError(f"{key}: {index.parent} lacks {shard}, one of the {len(shards)} files {index.name} names")
+    return shards
+
+
+def _check_tensors(path: Path, key: str) -> None:
+    """Read the header and compare the promised size with the file's."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise ModelError(f"{key}: {path} is a Git LFS pointer, not the weights; run `git lfs pull` in that repository")
+        length = int.from_bytes(start, "little")
+        try:
+            if len(start) < 8 or length > size:
+                raise ValueError("the header is cut off")
+            header = json.loads(file.read(length))
+            promised = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ModelError(f"{key}: {path} is not a readable safetensors file: {error}") from error
+    if promised != size:
+        raise ModelError(f"{key}: {path} is damaged: {size:,} bytes instead of {promised:,}; download it again")

@@ -1,0 +1,206 @@
+"""What a model section asks for, decided before weights are read: config, Transformers class, dtype, attention backend."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import ModelError, did_you_mean
+from llmrecipe.models.checkpoint_path import check_folder, locate, offline, unreachable
+from llmrecipe.recipe.rights import say
+from llmrecipe.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+AUTO = {
+    "causal": ("AutoModelForCausalLM", "a causal language model"),
+    "classification": ("AutoModelForSequenceClassification", "a sequence classifier"),
+    "masked": ("AutoModelForMaskedLM", "a masked language model"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
+}
+"""What an objective asks for -> the Transformers class that answers."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers prints its own load report; ours says the same in one place."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- config ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The config of a model, with the recipe's values set.
+
+    Raises:
+        ModelError: no such model, no such config value, or values that do not fit together.
+    """
+    from transformers import AutoConfig
+
+    import llmrecipe.models.native  # noqa: F401  (registers the native transformer)
+
+    changes = dict(section.config)
+    try:
+        if "model_type" in changes:
+            if section.init != "random":
+                raise ModelError("model.config.model_type: only with model.init=random; a checkpoint has its own")
+            kind = changes.pop("model_type")
+            _check_keys(changes, _blank(kind))
+            return AutoConfig.for_model(kind, **changes)
+        config = with_code(section, lambda **kwargs: AutoConfig.from_pretrained(**kwargs), "config")
+        if changes:
+            _check_keys(changes, config)
+            config = type(config).from_dict({**config.to_dict(), **changes})
+        return config
+    except ModelError:
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("huggingface_hub") or isinstance(error, (ValueError, TypeError, KeyError)):
+            raise ModelError(f"model.config: {first_line(error)}") from error
+        raise
+
+
+def _blank(kind: str) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(f"model.config.model_type: Transformers knows no '{kind}'{did_you_mean(kind, CONFIG_MAPPING.keys())}")
+    return CONFIG_MAPPING[kind]()
+
+
+def _check_keys(changes: dict[str, Any], config: PreTrainedConfig) -> None:
+    known = {*config.to_dict(), *getattr(config, "attribute_map", {}), "hidden_size", "vocab_size"}
+    for name in changes:
+        if name not in known and not hasattr(config, name):
+            raise ModelError(f"model.config.{name}: {config.model_type} has no such value{did_you_mean(name, known)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def own_code(section: ModelSection) -> ModelError:
+    """The error for a model that needs code of its own, and may not run it."""
+    return ModelError(
+        f"model.path: {section.path} comes with its own Python code, which is not run unless you opt in; "
+        f"read it first, then {say('trust_remote_code')}"
+    )
+
+
+def with_code(section: ModelSection, load: Any, what: str) -> Any:
+    """Call a `from_pretrained`, with hub and remote-code failures turned into messages that teach."""
+    place, local = locate(section.path)
+    if local:
+        check_folder(Path(place), section.allow_pickle, weights=section.init == "pretrained" and what != "tokenizer")
+    reason = None if local else offline()
+    kwargs = {"pretrained_model_name_or_path": place, "trust_remote_code": section.trust_remote_code}
+    if not local:
+        kwargs |= {"revision": section.revision, "local_files_only": reason is not None}
+    try:
+        with quiet():
+            return load(**kwargs)
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"model.path: {section.path}: its pickle holds more than tensors, so it is not read") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise own_code(section) from error
+        if not local and isinstance(error, OSError):
+            raise unreachable(section.path, reason or "the hub has no such model, or it needs a login (HF_TOKEN)") from error
+        raise ModelError(f"model.path: {section.path}: cannot read its {what}: {first_line(error)}") from error
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+def resolve_dtype(dtype: str, config: PreTrainedConfig, device: str = "cpu") -> torch.dtype:
+    """The dtype weights are loaded in.
+
+    `auto` is float32 on the CPU, where only some processors compute in bfloat16 and small models gain nothing from it, and
+    the checkpoint's own dtype on a GPU.
+
+    Raises:
+        ModelError: float16 on a CPU, which has no arithmetic for it.
+    """
+    import torch
+
+    if dtype == "auto":
+        own = getattr(config, "dtype", None)
+        return own if device != "cpu" and isinstance(own, torch.dtype) else torch.float32
+    if dtype == "float16" and device == "cpu":
+        raise ModelError("model.dtype: float16 on a CPU is about 90 times slower than bfloat16; use bfloat16 or float32")
+    return getattr(torch, dtype)
+
+
+def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
+    """The Auto class for a head, after checking that the family has one."""
+    import transformers
+
+    if rows_head not in AUTO:
+        raise ModelError(f"there is no model head '{rows_head}' (known: {', '.join(AUTO)})")
+    fits = {head: type(config) in getattr(transformers, name)._model_mapping for head, (name, _) in AUTO.items()}
+    # Encoders and encoder-decoders also have a causal class, which would leave out or misuse half of the checkpoint.
+    is_encoder = fits["masked"] and not fits["seq2seq"] and not getattr(config, "is_decoder", False)
+    fits["causal"] &= not config.is_encoder_decoder and not (is_encoder and "causal" not in _made_for(config))
+    if config.model_type == "llmrecipe_native":
+        wanted = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}[config.kind]
+        fits = {head: (head in (wanted, "classification") and wanted != "seq2seq") or head == wanted for head in AUTO}
+    if not fits[rows_head] and not getattr(config, "auto_map", None):
+        able = ", ".join(head for head, fit in fits.items() if fit) or "none of the heads llmrecipe trains"
+        raise ModelError(f"model.path: the objective needs {AUTO[rows_head][1]}, but '{config.model_type}' offers: {able}")
+    return getattr(transformers, AUTO[rows_head][0])
+
+
+def _made_for(config: PreTrainedConfig) -> str:
+    names = getattr(config, "architectures", None) or []
+    return "causal" if any("CausalLM" in name or "LMHeadModel" in name for name in names) else ""
+
+
+def attention(section: ModelSection, model_class: type) -> str:
+    """The stock attention backend of a model class.
+
+    Raises:
+        ModelError: the family or the machine lacks the backend that was asked for.
+    """
+    supports_sdpa = getattr(model_class, "_supports_sdpa", False)
+    if section.attention == "auto":
+        return "sdpa" if supports_sdpa else "eager"
+    if section.attention == "sdpa" and not supports_sdpa:
+        raise ModelError(f"model.attention: {model_class.__name__} has no sdpa attention; use eager or auto")
+    if section.attention == "flash_attention_2":
+        import importlib.util
+
+        import torch
+
+        if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
+            raise ModelError("model.attention: flash_attention_2 needs a CUDA GPU and the flash-attn package; use sdpa")
+        if not getattr(model_class, "_supports_flash_attn", False):
+            raise ModelError(f"model.attention: {model_class.__name__} has no flash attention; use sdpa or auto")
+    return section.attention
+
+
+def label_config(config: PreTrainedConfig, labels: list[str] | None) -> None:
+    """Write the labels into the config; a checkpoint that already has the same set keeps its own order."""
+    if labels is None:
+        return
+    known = [config.id2label[i] for i in sorted(config.id2label)] if config.id2label else []
+    if set(map(str, labels)) != set(known):
+        config.id2label = dict(enumerate(map(str, labels)))
+        config.label2id = {name: index for index, name in config.id2label.items()}

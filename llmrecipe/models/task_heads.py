@@ -1,0 +1,145 @@
+"""Scalar heads of a model, one a role (reward, value), beside its own language-model head.
+
+They hang in `model.task_head`, so one base in memory can carry a policy, a value function and a reward model, each with its
+own adapter and head, and the base's fingerprint is that of the plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+ATTRIBUTE = "task_head"
+FILE = "heads.safetensors"
+"""Beside a whole model's folder, which other programs load too and which therefore holds no head of ours."""
+
+
+class ScalarHead(nn.Module):
+    """gain * (w . h) + bias in float32 at least, (N, D) -> (N, 1). Only w trains; gain and bias normalise what it learned."""
+
+    gain: Tensor
+    bias: Tensor
+
+    def __init__(self, width: int, std: float = 0.0, seed: int = 0):
+        super().__init__()
+        start = torch.zeros(1, width)
+        if std:
+            start = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) * std
+        self.weight = nn.Parameter(start)
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Scores of hidden states."""
+        with torch.autocast(h.device.type, enabled=False):
+            wide = torch.promote_types(h.dtype, torch.float32)
+            return self.gain * F.linear(h.to(wide), self.weight.to(wide)) + self.bias
+
+
+def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
+    """The model's trained head for a role; one that is there already (of the run it continues) keeps its values.
+
+    Args:
+        std: of the normal start; default 1 / sqrt(D + 1); 0 starts at zero.
+    """
+    heads = _container(model)
+    if role not in heads:
+        width = int(model.config.get_text_config().hidden_size)
+        place = model.get_input_embeddings().weight.device
+        heads[role] = ScalarHead(width, (width + 1) ** -0.5 if std is None else std, seed).to(place)
+    found = heads[role]
+    assert isinstance(found, ScalarHead)
+    found.weight.frozen_head = False  # type: ignore[attr-defined]
+    found.weight.requires_grad_(True)
+    return found
+
+
+def mount(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Frozen heads with the values of a saved run (names `task_head.<role>.weight` and so on); no others are touched."""
+    heads = None
+    for name, value in tensors.items():
+        if not name.startswith(f"{ATTRIBUTE}."):
+            continue
+        heads = _container(model) if heads is None else heads
+        _, role, part = name.split(".")
+        if role not in heads:
+            heads[role] = ScalarHead(int(tensors[f"{ATTRIBUTE}.{role}.weight"].shape[1])).to(
+                model.get_input_embeddings().weight.device
+            )
+        head = heads[role]
+        with torch.no_grad():
+            getattr(head, part).copy_(value)
+        head.weight.frozen_head = True  # type: ignore[union-attr]
+        head.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+
+
+def is_frozen(model: Any, name: str) -> bool:
+    """Whether a tensor or module belongs to a head that came with a mounted run."""
+    parts = name.split(".")
+    heads = getattr(model, ATTRIBUTE, None)
+    if parts[0] != ATTRIBUTE or len(parts) == 1 or not isinstance(heads, nn.ModuleDict):
+        return False
+    return bool(getattr(heads[parts[1]].weight, "frozen_head", False))
+
+
+def names(model: Any) -> list[str]:
+    """Roles that have a head."""
+    heads = getattr(model, ATTRIBUTE, None)
+    return list(heads) if isinstance(heads, nn.ModuleDict) else []
+
+
+def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the model's own tensors, those of its scalar heads)."""
+    own = {k: v for k, v in state.items() if not k.startswith(f"{ATTRIBUTE}.")}
+    return own, {k: v for k, v in state.items() if k not in own}
+
+
+def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Keep heads beside a whole model; nothing is written where there are none."""
+    from safetensors.torch import save_file
+
+    if tensors:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, str(folder / FILE))
+
+
+def read(model: Any, folder: Path) -> None:
+    """Mount the heads kept beside a whole model, if there are any."""
+    from safetensors.torch import load_file
+
+    if (folder / FILE).is_file():
+        mount(model, load_file(str(folder / FILE)))
+
+
+def without_language_head(model: Any) -> None:
+    """Keep a language-model head of its own out of training: an objective on hidden states sends it no gradient."""
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = {id(p) for p in embed.parameters()} if embed is not None else set()
+    for parameter in _parameters(head):
+        if id(parameter) not in tied:
+            parameter.frozen_base = True  # type: ignore[attr-defined]
+
+
+def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
+    return module.parameters() if module is not None else ()
+
+
+def _container(model: Any) -> nn.ModuleDict:
+    if not isinstance(getattr(model, ATTRIBUTE, None), nn.ModuleDict):
+        setattr(model, ATTRIBUTE, nn.ModuleDict())
+    return getattr(model, ATTRIBUTE)
+
+
+def is_head(model: nn.Module, name: str) -> bool:
+    """Whether a tensor or module belongs to a task head that is new here: the loader's fresh one, or a role's own scalar."""
+    if is_frozen(model, name):
+        return False
+    new = ("task_head", *getattr(model, "new_heads", ()))
+    return any(name == head or name.startswith(f"{head}.") for head in new)

@@ -1,0 +1,93 @@
+"""Mismatched pairs: each prompt of a step with another row's answer, from which KTO estimates its reference point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.alignment._engines.pairs import content_key
+
+
+def others(prompts: list[list[int]], answers: list[list[int]]) -> list[int | None]:
+    """For each row the row whose answer it borrows: the one before it, cyclically.
+
+    A row with the same prompt or the same answer is passed over, since its answer would not be a mismatch; where the whole
+    step has one prompt, another answer is enough. None where no row will do.
+    """
+    found: list[int | None] = []
+    size = len(prompts)
+    for i in range(size):
+        before = [(i - k) % size for k in range(1, size)]
+        different = [j for j in before if answers[j] != answers[i]]
+        found.append(next((j for j in different if prompts[j] != prompts[i]), different[0] if different else None))
+    return found
+
+
+def with_others(
+    rows: list[dict[str, Any]], world: Iterable[list[dict[str, Any]]] | None = None, rank: int = 0
+) -> list[dict[str, Any]]:
+    """Rows with `other_ids`, the answer each borrows (empty where there is none).
+
+    Args:
+        rows: this process's rows of one step; row k of process r is row k * world + r of the step.
+        world: every process's rows, by rank; default these rows alone.
+        rank: which of them are ours.
+    """
+    shares = [list(part) for part in world] if world is not None else [rows]
+    longest = max((len(part) for part in shares), default=0)
+    everyone = [part[k] for k in range(longest) for part in shares if k < len(part)]
+    mine = [k for k in range(len(everyone)) if k % len(shares) == rank]
+    chosen = others([r["prompt_ids"] for r in everyone], [r["completion_ids"] for r in everyone])
+    borrowed: list[list[int]] = [[] if (j := chosen[k]) is None else everyone[j]["completion_ids"] for k in mine]
+    return [{**row, "other_ids": other} for row, other in zip(rows, borrowed, strict=True)]
+
+
+def pairs_as_tensors(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Prompt and borrowed answer of each row that has one, as tensors a batch can carry: ids (M, L) filled with -1."""
+    kept = [r for r in rows if r["other_ids"]]
+    lines = [[*r["prompt_ids"], *r["other_ids"]] for r in kept]
+    width = max((len(line) for line in lines), default=0)
+    ids = torch.tensor([line + [-1] * (width - len(line)) for line in lines], dtype=torch.long).reshape(len(lines), width)
+    return {"mismatched": ids, "mismatched_prompt": torch.tensor([len(r["prompt_ids"]) for r in kept], dtype=torch.long)}
+
+
+def mismatched_batch(batch: Batch, roles: Roles, keyed: bool) -> Batch | None:
+    """The mismatched pairs of a batch, laid out; None where it has none.
+
+    Args:
+        keyed: let their reference log-probabilities be remembered by content.
+    """
+    sequences: list[Sequence] = []
+    keys: list[int] = []
+    for line, prompt in zip(batch.extra["mismatched"].tolist(), batch.extra["mismatched_prompt"].tolist(), strict=True):
+        ids = [token for token in line if token >= 0]
+        sequences.append(Sequence(ids, [0] * prompt + [1] * (len(ids) - prompt), prompt=prompt))
+        keys.append(content_key(ids[:prompt], ids[prompt:]))
+    if not sequences:
+        return None
+    return dataclasses.replace(roles.layout(sequences), keys=tuple(keys) if keyed else ())
+
+
+@torch.no_grad()
+def divergences(batch: Batch, roles: Roles) -> Tensor:
+    """(M,) log pi(y'|x) - log pi_ref(y'|x) of the mismatched pairs of a batch."""
+    pairs = mismatched_batch(batch, roles, roles.cache.complete)
+    if pairs is None:
+        return torch.zeros(0, device=roles.device)
+    reference = roles.reference(pairs)
+    with roles.evaluating():
+        return pairs.sum_by_sequence(roles.engine(pairs)["logprobs"]) - reference
+
+
+def reference_point(micros: list[Batch], roles: Roles) -> tuple[float, float]:
+    """(z, raw mean): the mean divergence over all micro-batches and processes of a step, clamped at 0 after the mean."""
+    parts = [divergences(m, roles) for m in micros]
+    total, count = roles.sum([sum(float(p.double().sum()) for p in parts), float(sum(p.numel() for p in parts))])
+    raw = total / count if count else 0.0
+    return max(raw, 0.0), raw

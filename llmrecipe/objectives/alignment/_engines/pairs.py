@@ -1,0 +1,190 @@
+"""What the pair objectives share: a prompt, a chosen and a rejected answer, and their summed log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Measures
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probabilities of a micro-batch of P pairs."""
+
+    chosen: Tensor
+    """(P,) summed over the chosen answer's tokens."""
+    rejected: Tensor
+    """(P,)"""
+    chosen_tokens: Tensor
+    """(P,) number of answer tokens."""
+    rejected_tokens: Tensor
+
+
+def refuse_soft(data: Any, why: str) -> None:
+    """Refuse rows whose `p` is a soft label.
+
+    Args:
+        data: the training rows.
+        why: what has no place for it.
+
+    Raises:
+        DataError: with the first such row.
+    """
+    found = next(((i, p) for i, p in enumerate(data.column("p")) if p not in (None, 1.0)), None)
+    if found is not None:
+        raise _soft(*found, why)
+
+
+def _soft(row: int, p: float, why: str) -> DataError:
+    return DataError(
+        f"row {row}: p is {p:g}: {why} has no place for the probability that the chosen answer is the better one; use "
+        "objective=dpo with loss_type=sigmoid, or objective=reward, or labels without it (label_ai: hard: true)"
+    )
+
+
+def collate_pairs(
+    rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool = False, soft: str | None = "this objective"
+) -> Batch:
+    """Three sequences a pair: the prompt, once, and both answers that continue it.
+
+    A packed batch reads each prompt once; padded rows write it out before each answer.
+
+    Args:
+        prompt_targets: score the prompt's tokens too, once a pair.
+        soft: what has no place for the rows' `p`; None takes it, as `extra["p"]` (1 where a row has none).
+
+    Raises:
+        DataError: a row has a soft label nobody reads.
+    """
+    sequences: list[Sequence] = []
+    for row in rows:
+        at = len(sequences)
+        prompt = row["prompt_ids"]
+        sequences.append(Sequence(prompt, [int(prompt_targets)] * len(prompt), prompt=len(prompt)))
+        for answer in (row["chosen_ids"], row["rejected_ids"]):
+            sequences.append(Sequence(answer, [1] * len(answer), parent=at))
+    extra: dict[str, Tensor] = {}
+    if any(r.get("margin") is not None for r in rows):
+        extra["margin"] = torch.tensor([float(r.get("margin") or 0.0) for r in rows])
+    labels = [1.0 if r.get("p") is None else float(r["p"]) for r in rows]
+    if soft is None:
+        if any(p != 1.0 for p in labels):
+            extra["p"] = torch.tensor(labels)
+    else:
+        for row, p in zip(rows, labels, strict=True):
+            if p != 1.0:
+                raise _soft(row["row"], p, soft)
+    batch = roles.layout(sequences, [r["row"] for r in rows], extra)
+    keys = tuple(content_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
+    return dataclasses.replace(batch, keys=keys)
+
+
+def content_key(*parts: list[int]) -> int:
+    """A 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
+    return hash(tuple(tuple(p) for p in parts))
+
+
+def pair_count(batch: Batch) -> int:
+    """P; an empty micro-batch holds one stand-in sequence and no pair."""
+    return batch.sequences // 3
+
+
+def split_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(3P,) values a sequence -> chosen (P,), rejected (P,)."""
+    usable = values[: values.shape[0] // 3 * 3].view(-1, 3)
+    return usable[:, 1], usable[:, 2]
+
+
+def policy_scores(batch: Batch, roles: Roles, logprobs: Tensor | None = None) -> PairScores:
+    """Summed log-probabilities under the policy, in one forward pass for both answers."""
+    t = roles.policy(batch)["logprobs"] if logprobs is None else logprobs
+    chosen, rejected = split_pairs(batch.sum_by_sequence(t))
+    chosen_tokens, rejected_tokens = split_pairs(batch.counts().to(t.device))
+    return PairScores(chosen, rejected, chosen_tokens, rejected_tokens)
+
+
+def reference_scores(batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of chosen (P,) and rejected (P,) under the policy of step 0."""
+    return split_pairs(roles.reference(batch))
+
+
+def log_ratios(batch: Batch, roles: Roles, which: str = "initial") -> tuple[PairScores, Tensor, Tensor, Tensor]:
+    """(scores, r_w (P,), r_l (P,), token log-probabilities (N,)), r = S_pi - S_ref; S_ref = 0 where there is no reference.
+
+    The reference is asked before the policy, so that nothing is switched between the policy's forward and backward pass.
+    """
+    with torch.no_grad():
+        zero = torch.zeros(pair_count(batch), device=roles.device)
+        reference = (zero, zero) if which == "none" else reference_scores(batch, roles)
+    t = roles.policy(batch)["logprobs"]
+    scores = policy_scores(batch, roles, t)
+    return scores, scores.chosen - reference[0], scores.rejected - reference[1], t
+
+
+def answer_nll(batch: Batch, logprobs: Tensor) -> tuple[Tensor, float]:
+    """(negative log-likelihood summed over the targets outside rejected answers, how many they are)."""
+    kept = batch.sequence % 3 != 2
+    return -(logprobs * kept).sum(), float(kept.sum())
+
+
+def share_tokens(micros: list[Batch], roles: Roles) -> list[Batch]:
+    """Give every micro-batch P / M of the whole step (pairs over likelihood targets, all micro-batches and processes).
+
+    A summed likelihood times this, added up and divided by P, is the mean over the step's tokens.
+    """
+    pairs, tokens = roles.sum(
+        [
+            sum(float(pair_count(m)) for m in micros),
+            sum(float((m.sequence % 3 != 2).sum()) for m in micros),
+        ]
+    )
+    scale = torch.tensor([pairs / max(tokens, 1.0)], device=roles.device)
+    return [m.with_extra(pairs_per_token=scale) for m in micros]
+
+
+def pairs_per_token(batch: Batch) -> Tensor | float:
+    """What `share_tokens` gave the batch; a batch on its own is the whole step."""
+    given = batch.extra.get("pairs_per_token")
+    if given is not None:
+        return given.squeeze()
+    return float(pair_count(batch)) / max(float((batch.sequence % 3 != 2).sum()), 1.0)
+
+
+PAIR_METRICS: Measures = {
+    "rewards/accuracies": "max",
+    "rewards/margins": "max",
+    "rewards/chosen": None,
+    "rewards/rejected": None,
+    "logps/chosen": None,
+    "logps/rejected": None,
+}
+"""What `reward_metrics` and `logp_metrics` report; the level of one side alone is neither good nor bad."""
+
+
+def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:
+    """Mean summed log-probabilities of both answers, and their mean length in tokens."""
+    count = float(scores.chosen.shape[0])
+    return {
+        "logps/chosen": (scores.chosen.detach().sum(), count),
+        "logps/rejected": (scores.rejected.detach().sum(), count),
+    }
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Any, float]]:
+    """Implicit rewards: means, margin, and the share of pairs whose chosen reward is strictly larger."""
+    count = float(chosen.shape[0])
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "rewards/chosen": (chosen.sum(), count),
+        "rewards/rejected": (rejected.sum(), count),
+        "rewards/margins": ((chosen - rejected).sum(), count),
+        "rewards/accuracies": ((chosen > rejected).float().sum(), count),
+    }

@@ -1,0 +1,369 @@
+"""Rollouts: the policy answers prompts, rewards score the answers, and several updates are made from them.
+
+One rollout is one batch of prompts. Its answers are dealt out to minibatches, one optimizer step each, `epochs` times in a new
+order. Log-probabilities of the sampling policy are measured by the training forward pass in the very micro-batches of the
+first epoch, so the first ratio of a rollout is exactly 1; scores of the sampler itself, whose cache and padding round
+otherwise, are never used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.forward import Critic
+from llmrecipe.engine.generation import end_tokens, generate, text_of
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.engine.sampling import Sampling
+from llmrecipe.objectives.base import Loss, Measures
+from llmrecipe.objectives.reward_interface import Answer, Rewards
+from llmrecipe.objectives.token_math import collate_tokens
+
+HELD_OUT = "held_out"
+"""Key that marks rows of an evaluation, whose answers are drawn under another temperature and from a fixed seed."""
+EVALUATION_SEED = 20_250_101
+
+
+@dataclass
+class Sample:
+    """One answer on its way through a rollout."""
+
+    row: int
+    answer: Answer
+    score: float = 0.0
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """name -> (n,) one number a token of the answer: old and reference log-probabilities, advantages, ..."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """name -> one number of the whole answer."""
+
+    @property
+    def length(self) -> int:
+        """n, tokens of the answer."""
+        return len(self.answer.ids)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a rollout is made and used."""
+
+    temperature: float
+    """Of the sampling and of every log-probability."""
+    max_new_tokens: int
+    answers: int = 1
+    """Answers to each prompt."""
+    epochs: int = 1
+    minibatches: int = 1
+    """Optimizer steps an epoch."""
+    reference: bool = True
+    """Whether log-probabilities under the policy of step 0 are wanted."""
+    missing_end: float | None = None
+    """Score of an answer that did not end by itself; None keeps its own score."""
+    held_out_temperature: float | None = None
+    """Of the answers to held-out prompts; None takes `temperature`."""
+    generation_batch: int = 64
+    show: int = 2
+    """Answers shown of each rollout."""
+    token_names: tuple[str, ...] = ("advantages",)
+    """What the objective adds to each token of an answer."""
+    number_names: tuple[str, ...] = ()
+    """What it adds to each answer."""
+    critic: Callable[[Roles], Critic] | None = None
+    """The value function to be asked besides, where there is one."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.epochs * self.minibatches
+
+
+class Rollouts:
+    """The running part of an objective that samples: its rewards, where it stands, and how batches are cut."""
+
+    def __init__(self, plan: Plan, reward: dict[str, Any]):
+        self.plan = plan
+        self.rewards = Rewards(reward)
+        self.boundary = True
+        """Whether the last rollout is over: all its updates have been handed out, or the rest is left out."""
+        self.count = 0
+        """Rollouts drawn."""
+        self.pace = 0.0
+        """Seconds that sampling and scoring took a token of the last rollout, on this process."""
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    def draw(self, rows: list[dict[str, Any]], roles: Roles) -> list[Sample]:
+        """Answers to the rows' prompts with their scores; answers to one prompt stand side by side."""
+        plan = self.plan
+        held_out = bool(rows) and bool(rows[0].get(HELD_OUT))
+        repeats = 1 if held_out else plan.answers
+        prompts = [row["prompt_ids"] for row in rows for _ in range(repeats)]
+        # Held-out answers belong to their rows: any number of processes and any batch draws the same ones.
+        keys = [row["row"] for row in rows] if held_out else None
+        answers = generate(roles.model, roles.tokenizer, prompts, self._sampling(held_out, roles), keys=keys)
+        ends = set(end_tokens(roles.model, roles.tokenizer))
+        samples = []
+        for row, (prompt, ids) in zip(_repeat(rows, repeats), zip(prompts, answers, strict=True), strict=True):
+            columns = json.loads(row.get("columns") or "{}")
+            texts = text_of(roles.tokenizer, prompt), text_of(roles.tokenizer, ids)
+            answer = Answer(*texts, columns, prompt, ids, bool(ids) and ids[-1] in ends)
+            samples.append(Sample(row["row"], answer))
+        self._score(samples, roles)
+        if not held_out:
+            self._show(samples, roles)
+        return samples
+
+    def _sampling(self, held_out: bool, roles: Roles) -> Sampling:
+        plan = self.plan
+        if held_out:
+            other = plan.held_out_temperature
+            temperature = plan.temperature if other is None else other
+            return Sampling(plan.max_new_tokens, temperature, batch=plan.generation_batch, seed=EVALUATION_SEED)
+        # One number of the run's random state a rollout, another stream of tokens on each process.
+        seed = int(torch.randint(2**31, (1,))) + (roles.runtime.rank if roles.runtime is not None else 0)
+        return Sampling(plan.max_new_tokens, plan.temperature, batch=plan.generation_batch, seed=seed)
+
+    def _score(self, samples: list[Sample], roles: Roles) -> None:
+        with torch.random.fork_rng():
+            # Building a reward model draws random numbers; the run's own stream must not depend on when that happens.
+            self.rewards.open(roles)
+        scores, own = self.rewards.score([s.answer for s in samples])
+        for index, sample in enumerate(samples):
+            missing = self.plan.missing_end is not None and not sample.answer.finished
+            sample.score = float(self.plan.missing_end) if missing else float(scores[index])  # type: ignore[arg-type]
+            sample.numbers = {f"rewards/{name}": float(values[index]) for name, values in own.items()}
+
+    def _show(self, samples: list[Sample], roles: Roles) -> None:
+        if roles.events is None or not torch.is_grad_enabled():
+            return
+        for s in samples[: self.plan.show]:
+            own = {name: value for name, value in s.numbers.items() if len(self.rewards.parts) > 1}
+            roles.events.sample(step=roles.events.last_step, prompt=s.answer.prompt, answer=s.answer.text, score=s.score, **own)
+
+    # --- updates --------------------------------------------------------------------------------------------------
+
+    def updates(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Iterator[list[Batch]]:
+        """One rollout: its answers, judged by `value`, as the micro-batches of each of its optimizer steps.
+
+        Args:
+            value: gives every sample its advantages, once old and reference log-probabilities are known.
+        """
+        self.boundary = False
+        started = time.perf_counter()
+        samples = self.draw(rows, roles)
+        self.pace = (time.perf_counter() - started) / max(sum(s.length for s in samples), 1)
+        self.count += 1
+        parts = self.deal(samples, roles)
+        for micro in itertools.chain.from_iterable(parts):
+            self.measure(micro, roles)
+        value(samples)
+        left = self.plan.updates
+        for epoch in range(self.plan.epochs):
+            for part in parts if epoch == 0 else self.deal(samples, roles):
+                left -= 1
+                self.boundary = left == 0
+                yield [self.lay_out(micro, roles) for micro in part]
+                # Before anything random is drawn for the updates that are left out: a run resumed here draws nothing either.
+                if self.boundary:
+                    return
+
+    def stop(self) -> None:
+        """Leave out the rest of the rollout's updates."""
+        self.boundary = True
+
+    def whole(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Batch:
+        """Fresh answers to the rows in one batch: for evaluation, and for methods that look at gradients before step 0."""
+        samples = self.draw(rows, roles)
+        self.measure(samples, roles)
+        if not (rows and rows[0].get(HELD_OUT)):
+            value(samples)
+        return self.lay_out(samples, roles)
+
+    def deal(self, samples: list[Sample], roles: Roles) -> list[list[list[Sample]]]:
+        """Samples -> minibatches -> micro-batches, prompts in a new order; answers to one prompt stay together."""
+        groups = [list(g) for _, g in itertools.groupby(samples, key=lambda s: s.row)]
+        order = torch.randperm(len(groups)).tolist()
+        parts = []
+        for first in range(self.plan.minibatches):
+            picked = [s for i in order[first :: self.plan.minibatches] for s in groups[i]]
+            rows = [{"prompt_ids": s.answer.prompt_ids, "answer_ids": s.answer.ids, "sample": s} for s in picked]
+            parts.append([[row["sample"] for row in micro] for micro in roles.split(rows)])
+        return parts
+
+    @torch.no_grad()
+    def measure(self, samples: list[Sample], roles: Roles) -> None:
+        """Log-probabilities under the sampling policy and the reference, by the forward pass that training uses."""
+        if not samples:
+            return
+        batch = self.lay_out(samples, roles)
+        lengths = [s.length for s in samples]
+        critic = self.plan.critic(roles) if self.plan.critic is not None else None
+        out = roles.engine(batch, temperature=self.plan.temperature, critic=critic)
+        found = {"old": out["logprobs"], **({"values": out["values"]} if critic is not None else {})}
+        if self.plan.reference:
+            found["reference"] = roles.reference_tokens(batch, self.plan.temperature)
+        for name, values in found.items():
+            for sample, own in zip(samples, values.split(lengths), strict=True):
+                sample.tokens[name] = own.cpu()
+        for index, s in enumerate(samples):
+            if critic is not None:
+                s.numbers["value_end"] = float(out["values_end"][index])
+            s.numbers["kl"] = float((s.tokens["old"] - s.tokens["reference"]).sum()) if self.plan.reference else 0.0
+
+    def lay_out(self, samples: list[Sample], roles: Roles) -> Batch:
+        """Samples -> a batch whose targets are the answers' tokens, in order; `extra` holds what the samples know.
+
+        Per token: what `Sample.tokens` holds, and `answer`, the index of the token's answer. Per answer: `score`, `length`,
+        `finished` and what `Sample.numbers` holds. Answers to one prompt share it where rows are packed. A batch without
+        answers has the same names, so that every process reports the same metrics.
+        """
+        lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
+        extra: dict[str, Tensor] = {
+            "answer": torch.repeat_interleave(torch.arange(len(samples)), lengths),
+            "score": torch.tensor([s.score for s in samples]),
+            "length": lengths.float(),
+            "finished": torch.tensor([float(s.answer.finished) for s in samples]),
+            "pace": torch.tensor(self.pace),
+        }
+        plan = self.plan
+        tokens = list(samples[0].tokens if samples else ("old", *(("reference",) if plan.reference else ()), *plan.token_names))
+        numbers = list(samples[0].numbers if samples else (*self.reward_names, "kl", *plan.number_names))
+        extra |= {name: torch.cat([s.tokens[name] for s in samples]) if samples else torch.zeros(0) for name in tokens}
+        extra |= {name: torch.tensor([s.numbers[name] for s in samples]) for name in numbers}
+        rows = [s.row for s in samples]
+        if roles.engine.is_pair_model:
+            whole = [{"row": s.row, "ids": [*s.answer.prompt_ids, *s.answer.ids], "trained": _trained(s)} for s in samples]
+            return collate_tokens(whole, roles).with_extra(**{k: v.to(roles.device) for k, v in extra.items()})
+        return roles.layout(_sequences(samples), rows, extra)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the rewards in batches and metrics."""
+        return [f"rewards/{name}" for name in self.rewards.names]
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """JSON for a checkpoint, which is only written at a boundary."""
+        return {"rollouts": self.count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on after the last whole rollout."""
+        self.count, self.boundary = int(state["rollouts"]), True
+
+
+def _repeat(rows: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
+    return [row for row in rows for _ in range(times)]
+
+
+def held_out(data: Any, indices: list[int]) -> list[dict[str, Any]]:
+    """Rows of an evaluation, marked as such."""
+    return [{**data[i], HELD_OUT: True} for i in indices]
+
+
+def check_rewards(rewards: Rewards, data: Any) -> None:
+    """Refuse rows that the rewards cannot score.
+
+    Raises:
+        RecipeError: naming the column that is missing.
+    """
+    rewards.check(sorted(json.loads(data[0].get("columns") or "{}")) if len(data) else [])
+
+
+def score_groups(samples: list[Sample], answers: int) -> Tensor:
+    """(P, G) scores in float64, one row a prompt."""
+    return torch.tensor([s.score for s in samples], dtype=torch.float64).view(-1, answers)
+
+
+def _trained(sample: Sample) -> list[int]:
+    return [0] * len(sample.answer.prompt_ids) + [1] * sample.length
+
+
+def _sequences(samples: list[Sample]) -> list[Sequence]:
+    found: list[Sequence] = []
+    for _, group in itertools.groupby(samples, key=lambda s: s.row):
+        answers = list(group)
+        prompt = answers[0].answer.prompt_ids
+        if len(answers) == 1:
+            found.append(Sequence([*prompt, *answers[0].answer.ids], _trained(answers[0]), prompt=len(prompt)))
+            continue
+        at = len(found)
+        found.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt)))
+        found += [Sequence(s.answer.ids, [1] * s.length, parent=at) for s in answers]
+    return found
+
+
+# --- what a batch of answers knows ------------------------------------------------------------------------------------
+
+
+def answer_count(batch: Batch) -> int:
+    """B, answers of a batch."""
+    return batch.extra["score"].numel()
+
+
+def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
+    """(N,) per token -> (B,) per answer."""
+    return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
+
+
+def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, float]]:
+    """What the answers are worth, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
+    extra, count = batch.extra, float(answer_count(batch))
+    metrics: dict[str, tuple[Any, float]] = {"objective/scores": (extra["score"].sum(), count)}
+    metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
+    if "reference" in extra:
+        metrics["objective/kl"] = (extra["kl"].sum(), count)
+        metrics["objective/non_score_reward"] = (-(beta * extra["kl"]).sum(), count)
+        metrics["objective/rlhf_reward"] = ((extra["score"] - beta * extra["kl"]).sum(), count)
+    lengths = extra["length"]
+    metrics["response/length"] = (lengths.sum(), count)
+    metrics["response/length_min"] = (lengths.min() if count else math.inf, count)
+    metrics["response/length_max"] = (lengths.max() if count else -math.inf, count)
+    # Seconds are shared out by tokens, so that any part of a rollout shows the rate of the whole.
+    metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
+    metrics["response/eos_rate"] = (extra["finished"].sum(), count)
+    return metrics
+
+
+HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None}
+"""What `held_out_metrics` reports besides the single rewards, and whether less or more of it is better."""
+
+
+def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
+    """Mean score of held-out prompts; `loss` is its negative, so that less is better as everywhere else."""
+    extra, count = batch.extra, float(answer_count(batch))
+    metrics: dict[str, tuple[Any, float]] = {"loss": (-extra["score"].sum(), count), "score": (extra["score"].sum(), count)}
+    metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
+    if "reference" in extra:
+        metrics["kl"] = (extra["kl"].sum(), count)
+    metrics["length"] = (extra["length"].sum(), count)
+    metrics["eos_rate"] = (extra["finished"].sum(), count)
+    return metrics
+
+
+def ratio_metrics(log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[str, tuple[Any, float]]:
+    """How far the policy has moved from the one that sampled, per token or per answer; the variance is that around 1."""
+    log_ratio = log_ratio.detach()
+    ratio = log_ratio.exp()
+    count = float(log_ratio.numel())
+    return {
+        "policy/approxkl": (0.5 * (log_ratio**2).sum(), count),
+        "policy/clipfrac": (clipped.float().sum(), float(clipped.numel())),
+        "policy/ratio": (ratio.sum(), count),
+        "policy/ratio_var": (((ratio - 1.0) ** 2).sum(), count),
+        "policy/ratio_max": (ratio.max() if count else -math.inf, count),
+        "objective/entropy": (entropy.sum(), float(entropy.numel())),
+    }
+
+
+def with_metrics(total: Tensor, *groups: dict[str, tuple[Any, float]]) -> Loss:
+    """A loss with the metrics of several groups."""
+    return Loss(total, {name: value for group in groups for name, value in group.items()})

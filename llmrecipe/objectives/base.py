@@ -1,0 +1,168 @@
+"""The interface of an objective, and the models it may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core.registry import CONFIG
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llmrecipe.data.collate import Batch
+    from llmrecipe.engine.role_models import Roles
+
+
+Measures = Mapping[str, Literal["min", "max"] | None]
+"""Metric -> whether less or more of it is better; None where that depends on what is wanted."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch contributes to an optimizer step."""
+
+    total: Tensor
+    """A sum, not a mean; the loop divides by the weight of the whole step."""
+    metrics: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    """name -> (sum, count); reduced over micro-batches and ranks, then divided once."""
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Objective:
+    """What is optimised. Fields are the keys of the recipe's `objective` section."""
+
+    group: ClassVar[str] = "objective"
+    rows: ClassVar[str] = "dialogue"
+    """Row type it reads (see llmrecipe.data)."""
+    head: ClassVar[str] = "causal"
+    """Kind of model head: causal, classification, masked or seq2seq."""
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Further models it asks: reference, reward, value, judge, hypermodel."""
+    differentiable: ClassVar[bool] = True
+    """False needs an update rule that does without gradients (MeZO)."""
+    dropout: ClassVar[bool] = True
+    """Whether dropout stays on while training; comparisons with a reference switch it off."""
+    pairs_rows: ClassVar[bool] = False
+    """Whether a row's reference log-probabilities depend on the other rows of its step (mismatched pairs)."""
+    samples: ClassVar[bool] = False
+    """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
+    mask: ClassVar[str | None] = None
+    """What the data layer marks as trained when the objective has no `mask` option of its own."""
+
+    def check(self, recipe: Any, data: Any) -> None:
+        """Refuse a recipe this objective cannot run on these training rows.
+
+        Raises:
+            RecipeError: naming the key to change.
+        """
+
+    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+        """Mount other roles' finished models on the policy's freshly loaded base, before the stack is attached.
+
+        Args:
+            frozen: whether the stack leaves the weights of the base as they are.
+        """
+
+    def role_wrappers(self, stack: list[Any]) -> list[Any]:
+        """Adapters of other roles on the same base (`Wrapper.role`), to be trained beside the policy's stack."""
+        return []
+
+    def reference_of(self) -> str:
+        """Which policy the reference is: `initial` (step 0), `base` (the model without any stack), `none`, or a folder."""
+        return "initial" if "reference" in self.roles else "none"
+
+    def reference_moves(self) -> bool:
+        """Whether the reference follows the policy during the run, so that nothing can be scored beforehand."""
+        return False
+
+    def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
+        """The batches whose reference log-probabilities the rows of one step need."""
+        for part in roles.split(rows):
+            yield self.collate(part, roles)
+
+    def step_zero(self) -> dict[str, float]:
+        """name -> value that the loss and the metrics must have before the first step, where policy and reference agree."""
+        return {}
+
+    def facts(self, roles: Roles) -> dict[str, Any]:
+        """JSON facts for the run's report: what was counted or chosen from the data."""
+        return {}
+
+    def measures(self) -> Measures:
+        """Every metric `evaluate` and `finish_evaluation` may report besides `loss`, and whether less or more of it is better.
+
+        None says that it depends on what is wanted: `eval.monitor` then needs `eval.mode`. An objective that declares its
+        metrics declares them all, for `eval.monitor` refuses others before training.
+        """
+        return {}
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Token rows -> one micro-batch. No rows give a batch without targets."""
+        raise NotImplementedError
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """Rows of each optimizer step -> its micro-batches. Objectives that sample do it here."""
+        for rows in source:
+            yield [self.collate(part, roles) for part in roles.split(rows)]
+
+    def updates(self) -> int:
+        """Optimizer steps made from the rows of one batch."""
+        return 1
+
+    def at_boundary(self) -> bool:
+        """Whether a checkpoint may be written now (false between the updates of one rollout)."""
+        return True
+
+    def weight(self, batch: Batch) -> float:
+        """What the sum of losses is divided by: supervised tokens, by default."""
+        return float(batch.target.numel())
+
+    def prepare_model(self, model: Any, seed: int) -> None:
+        """Give a freshly loaded model the heads the objective trains; called before the stack is attached."""
+
+    def finish(self, roles: Roles) -> None:
+        """Called once after the last step, with the weights that will be kept, before they are written."""
+
+    def start(self, roles: Roles) -> None:
+        """Called once before the first step, after calibration: precomputed references, step-0 checks."""
+
+    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+        """Called after each optimizer step.
+
+        Args:
+            step: updates made so far, this one included.
+            metrics: what the step reports, over all micro-batches and processes.
+        """
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """The summed loss of a micro-batch, with its graph."""
+        raise NotImplementedError
+
+    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+        """The rows of a split that one process evaluates."""
+        return [data[i] for i in indices]
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """name -> (sum, count) for one evaluation batch; `loss` by default."""
+        loss = self.loss(batch, roles)
+        return {"loss": (loss.total, self.weight(batch)), **loss.metrics}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics that need the whole set at once (macro F1): from gathered tensors of `collect`."""
+        return {}
+
+    def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """Per-row tensors gathered over the whole evaluation set for `finish_evaluation`."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """JSON facts of a running objective (a KL controller, a rollout cursor)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""

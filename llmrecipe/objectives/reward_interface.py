@@ -1,0 +1,169 @@
+"""The interface of a reward, and the weighted sum of several."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.registry import CONFIG
+
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+    from llmrecipe.runs.open_model import Opened
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer with everything a reward may look at."""
+
+    prompt: str
+    """Text of the prompt, without special tokens."""
+    text: str
+    """Text of the answer, cut at its end token."""
+    columns: Mapping[str, Any]
+    """The prompt row's other columns (`answer`, `topic`, ...)."""
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    """Token ids of the answer, its end token included where it was reached."""
+    finished: bool
+    """Whether the answer ended by itself."""
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Reward:
+    """What an answer is worth. Fields are the options under `objective.reward.NAME`."""
+
+    group: ClassVar[str] = "reward"
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Names of what `score` leaves in `measured`, reported as rewards/NAME/MEASURE."""
+    builtin_rows_only: ClassVar[bool] = False
+    """Knows only the sentences of the built-in sets; a recipe that names it drops it with other rows."""
+
+    @functools.cached_property
+    def measured(self) -> dict[str, list[float]]:
+        """Measure -> one number for each answer of the last call of `score`."""
+        return {}
+
+    def check(self, columns: Sequence[str], where: str) -> None:
+        """Refuse rows this reward cannot score, before any weight is read.
+
+        Args:
+            columns: what the prompt rows hold besides the prompt.
+            where: key path of this reward.
+
+        Raises:
+            RecipeError: naming what is missing.
+        """
+
+    def prepare(self, opened: Opened, frozen: bool) -> None:
+        """Put what scoring needs on the policy's freshly loaded base, before the policy's own stack is attached.
+
+        Args:
+            frozen: whether the policy leaves the weights of its base as they are.
+        """
+
+    def open(self, roles: Roles) -> None:
+        """Load what scoring needs; called once, before the first answer."""
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        """One number an answer, the larger the better."""
+        raise NotImplementedError
+
+
+class Rewards:
+    """score(answer) = sum_i weight_i * score_i(answer).
+
+    Args:
+        section: name -> {kind, weight, options}; the kind is the name where it is not given, the weight is 1.
+        where: key path of the section.
+
+    Raises:
+        RecipeError: there is no reward, or an option is wrong.
+    """
+
+    def __init__(self, section: Mapping[str, Any], where: str = "objective.reward"):
+        known = registry.names("reward")
+        if not section:
+            raise RecipeError(
+                f"{where}: nothing says what an answer is worth; add one of {', '.join(known)}: '+{where}.exact_match={{}}'"
+            )
+        self.parts: dict[str, tuple[Reward, float]] = {}
+        self.where = where
+        self._opened = False
+        for name, body in section.items():
+            self.parts[str(name)] = _part(str(name), body, f"{where}.{name}")
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Every reward's own check."""
+        for name, (reward, _) in self.parts.items():
+            reward.check(columns, f"{self.where}.{name}")
+
+    def prepare(self, opened: Opened, frozen: bool) -> None:
+        """Every reward's own preparation."""
+        for reward, _ in self.parts.values():
+            reward.prepare(opened, frozen)
+
+    def open(self, roles: Roles) -> None:
+        """Every reward's own start, once."""
+        if not self._opened:
+            for reward, _ in self.parts.values():
+                reward.open(roles)
+            self._opened = True
+
+    @property
+    def names(self) -> list[str]:
+        """Names of what `score` tells besides the sums."""
+        measures = [f"{name}/{measure}" for name, (reward, _) in self.parts.items() for measure in reward.measures]
+        return [*self.parts, *measures]
+
+    def score(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float]]]:
+        """Weighted sums, and each reward's own unweighted scores and measures by name."""
+        own = {name: reward.score(answers) if answers else [] for name, (reward, _) in self.parts.items()}
+        for name, scores in own.items():
+            if len(scores) != len(answers):
+                raise RecipeError(f"{self.where}.{name}: {len(scores)} scores for {len(answers)} answers")
+        weights = [(weight, own[name]) for name, (_, weight) in self.parts.items()]
+        for name, (reward, _) in self.parts.items():
+            own |= {f"{name}/{measure}": reward.measured[measure] if answers else [] for measure in reward.measures}
+        return [sum(weight * scores[i] for weight, scores in weights) for i in range(len(answers))], own
+
+
+def _part(name: str, body: Any, where: str) -> tuple[Reward, float]:
+    from llmrecipe.recipe.validate import build_component
+
+    if body is None:
+        body = {}
+    if not isinstance(body, Mapping):
+        raise RecipeError(f"{where}: must be a mapping of options, such as {{weight: 1.0}}; got {body!r}")
+    options = dict(body)
+    weight = options.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise RecipeError(f"{where}.weight: must be a number; got {weight!r}")
+    kind = str(options.pop("kind", name))
+    if kind not in registry.names("reward") and "kind" not in body:
+        known = registry.names("reward")
+        raise RecipeError(
+            f"{where}: '{name}' is no kind of reward{did_you_mean(name, known)}; name the kind: "
+            f"{where}.kind=NAME (known: {', '.join(known)})"
+        )
+    checked = build_component("reward", {"kind": kind, **options}, where)
+    return registry.load("reward", kind, where)(**{k: v for k, v in checked.items() if k != "kind"}), float(weight)
+
+
+def need_column(column: str, columns: Sequence[str], where: str) -> None:
+    """Refuse rows without a column.
+
+    Raises:
+        RecipeError: naming the columns there are.
+    """
+    if column not in columns:
+        raise RecipeError(
+            f"{where}: the prompt rows have no column '{column}'{did_you_mean(column, columns)} "
+            f"(they have {', '.join(sorted(columns)) or 'only the prompt'})"
+        )

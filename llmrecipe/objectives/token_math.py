@@ -1,0 +1,90 @@
+"""What the next-token objectives share: the summed negative log-likelihood of a batch's targets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Loss, Measures
+
+LOG_HALF = -math.log(2.0)
+
+
+def negative_log_likelihood(logprobs: Tensor, smoothing: float = 0.0, uniform: Tensor | None = None) -> Tensor:
+    """-sum_n [(1 - e) t_n + e u_n], with t_n = log p(y_n) and u_n the mean log-probability over the vocabulary."""
+    if not smoothing:
+        return -logprobs.sum()
+    if uniform is None:
+        raise ValueError("label smoothing needs the mean log-probability over the vocabulary")
+    return -((1.0 - smoothing) * logprobs + smoothing * uniform).sum()
+
+
+def dynamic_fine_tuning(logprobs: Tensor) -> Tensor:
+    """-sum_n sg(p_n) t_n: each token weighted by its own detached probability (DFT, arXiv 2508.05629)."""
+    return -(logprobs.detach().exp() * logprobs).sum()
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0: by expm1 above -log 2, by log1p below, so neither end loses its digits.
+
+    A probability of 1 gives the logarithm of the smallest step below it rather than minus infinity.
+    """
+    x = x.clamp_max(-torch.finfo(x.dtype).tiny)
+    near = x > LOG_HALF
+    # Each branch sees only values it is exact for; the other branch's gradient would be 0 times infinity.
+    close = torch.log(-torch.expm1(torch.where(near, x, torch.full_like(x, LOG_HALF))))
+    far = torch.log1p(-torch.exp(torch.where(near, torch.full_like(x, LOG_HALF), x)))
+    return torch.where(near, close, far)
+
+
+def sequences_of(rows: list[dict[str, Any]]) -> list[Sequence]:
+    """Token rows with `ids` and `trained` -> sequences; the prompt ends at the first trained token."""
+    found: list[Sequence] = []
+    for row in rows:
+        trained = row["trained"]
+        first = next((i for i, t in enumerate(trained) if t), len(trained))
+        found.append(Sequence(row["ids"], trained, prompt=first, task=int(row.get("task", 0))))
+    return found
+
+
+def collate_tokens(rows: list[dict[str, Any]], roles: Roles) -> Batch:
+    """Rows laid out for one forward pass; encoder-decoder models read the prompt and predict the rest."""
+    if roles.engine.is_pair_model:
+        return _pair_batch(rows, roles)
+    return roles.layout(sequences_of(rows), [row["row"] for row in rows])
+
+
+def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
+    from llmrecipe.data.collate import pad
+
+    start = int(roles.model.config.decoder_start_token_id)
+    decoder: list[Sequence] = []
+    encoder: list[list[int]] = []
+    for s in sequences_of(rows):
+        answer = list(s.ids[s.prompt :])
+        encoder.append(list(s.ids[: s.prompt]) or [roles.pad_id])
+        decoder.append(Sequence([start, *answer], [0, *list(s.trained[s.prompt :])], task=s.task))
+    encoder = encoder or [[roles.pad_id]]
+    width = max(len(e) for e in encoder)
+    ids = torch.tensor([e + [roles.pad_id] * (width - len(e)) for e in encoder])
+    mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in encoder])
+    batch = pad(decoder, roles.pad_id, rows=[row["row"] for row in rows], extra={"encoder_ids": ids, "encoder_mask": mask})
+    return batch.to(roles.device)
+
+
+TOKEN_METRICS: Measures = {"nll": "min", "accuracy": "max"}
+"""What `token_loss` reports, and whether less or more of it is better."""
+
+
+def token_loss(batch: Batch, roles: Roles, kind: str = "nll") -> Loss:
+    """The summed loss of a batch's targets, with accuracy and, for reading, the plain negative log-likelihood."""
+    out = roles.policy(batch)
+    t = out["logprobs"]
+    count = float(t.numel())
+    total = dynamic_fine_tuning(t) if kind == "dft" else negative_log_likelihood(t)
+    return Loss(total, {"nll": (-t.detach().sum(), count), "accuracy": (out["correct"].sum(), count)})

@@ -1,0 +1,225 @@
+"""Optimizers: the interface, which parameters decay, and the groups an optimizer is built from.
+
+Weight decay follows one rule, shown by `explain` and `check` as a table:
+
+    matrix       weights with two or more dimensions           the optimizer's weight_decay
+    embedding    token and position tables, the output head    the optimizer's weight_decay
+    vector       norms, biases and other one-dimensional ones  0
+    adapter      every tensor a method injected                0, because decaying it pulls the model to its base, not to zero
+    (declared)   what a method asked for in its `groups()`     as asked
+
+`decay_adapters` of an optimizer puts the matrices of adapters back under its weight_decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core.errors import LlmRecipeError, RecipeError
+from llmrecipe.core.registry import CONFIG
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from llmrecipe.methods._base.method import ParamGroup
+
+KINDS = ("matrix", "embedding", "vector", "adapter")
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Optimizer:
+    """An update rule for gradients. A component adds `lr`, `weight_decay`, `decay_adapters` and `clip` as its own options."""
+
+    group: ClassVar[str] = "optim"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu")
+    """Device types it can step on."""
+    entrywise: ClassVar[bool] = False
+    """Whether its state has one number an entry of a parameter, so that rows can be dropped from both alike."""
+
+    def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer for parameter groups.
+
+        Args:
+            params: dicts with `params`, `lr`, `weight_decay`, and `names`, `kind`, `initial_lr` which are only carried along.
+        """
+        raise NotImplementedError
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of optimizer state one float32 parameter of this shape will hold, once it has been stepped."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trained parameters that share a learning rate and a weight decay."""
+
+    kind: str
+    """matrix, embedding, vector or adapter."""
+    lr: float
+    weight_decay: float
+    lr_scale: float
+    names: tuple[str, ...]
+    parameters: tuple[Any, ...]
+
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters)
+
+    def row(self) -> dict[str, Any]:
+        """One line of the table shown by `explain` and `check`."""
+        return {
+            "group": self.kind,
+            "tensors": len(self.names),
+            "parameters": self.count,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "example": self.names[0],
+        }
+
+
+def parameter_groups(model: nn.Module, optimizer: Optimizer, stack_groups: Iterable[ParamGroup] = ()) -> list[Group]:
+    """The groups of everything that trains, in the order of the model's parameters; works on the meta device too.
+
+    Args:
+        stack_groups: what the wrappers ask for (`Stack.groups`); it wins over the rule above.
+
+    Raises:
+        RecipeError: nothing trains.
+        LlmRecipeError: a wrapper names a parameter the model does not have, or two wrappers claim the same one.
+    """
+    asked = _asked(model, stack_groups)
+    kinds = _kinds(model)
+    lr, decay = float(optimizer.lr), float(optimizer.weight_decay)  # type: ignore[attr-defined]
+    decay_adapters = bool(getattr(optimizer, "decay_adapters", False))
+    found: dict[tuple[str, float, float], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = kinds.get(name) or ("matrix" if parameter.ndim > 1 else "vector")
+        own = asked.get(name)
+        decays = kind in ("matrix", "embedding") or (kind == "adapter" and decay_adapters and parameter.ndim > 1)
+        wanted = own.weight_decay if own is not None and own.weight_decay is not None else (decay if decays else 0.0)
+        found.setdefault((kind, own.lr_scale if own else 1.0, wanted), []).append((name, parameter))
+    if not found:
+        raise RecipeError("stack: nothing is left to train; every parameter is frozen")
+    return [
+        Group(kind, lr * scale, wanted, scale, tuple(n for n, _ in members), tuple(p for _, p in members))
+        for (kind, scale, wanted), members in found.items()
+    ]
+
+
+def _asked(model: nn.Module, stack_groups: Iterable[ParamGroup]) -> dict[str, ParamGroup]:
+    known = {name for name, _ in model.named_parameters()}
+    asked: dict[str, ParamGroup] = {}
+    for group in stack_groups:
+        unknown = sorted(group.names - known)
+        if unknown:
+            raise LlmRecipeError(f"a method asks for its own learning rate on '{unknown[0]}', which the model does not have")
+        twice = sorted(group.names & asked.keys())
+        if twice:
+            raise LlmRecipeError(f"two methods ask for their own learning rate on '{twice[0]}'")
+        asked |= dict.fromkeys(group.names, group)
+    return asked
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> `adapter` or `embedding`, for those that are not told apart by their dimensions."""
+    from torch import nn
+
+    from llmrecipe.models.hooks.port import all_ports
+
+    kinds: dict[str, str] = {}
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, nn.Module):
+        tables |= {id(p) for p in head.parameters(recurse=False)}
+    owners: set[str] = set()
+    inside: set[int] = set()
+    for _, _, _, port in all_ports(model):
+        owners.add(port.owner)
+        inside |= {id(p) for p in port.parameters()}
+    for owner in owners:
+        shared = getattr(model, f"{owner}_shared", None)
+        if isinstance(shared, nn.Module):
+            inside |= {id(p) for p in shared.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in inside:
+            kinds[name] = "adapter"
+        elif id(parameter) in tables and parameter.ndim > 1:
+            kinds[name] = "embedding"
+    return kinds
+
+
+def build_optimizer(optimizer: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """The torch optimizer of a table of groups.
+
+    Raises:
+        RecipeError: the optimizer cannot step on the device the parameters are on.
+    """
+    kind = type(optimizer).__module__.rsplit(".", 1)[-1]
+    for device in {p.device.type for group in groups for p in group.parameters}:
+        if device not in optimizer.devices:
+            raise RecipeError(
+                f"optim.kind: {kind} cannot step on the device '{device}' (it runs on {', '.join(optimizer.devices)}); "
+                f"use optim.kind=adamw"
+            )
+    return optimizer.build(
+        [
+            {
+                "params": list(group.parameters),
+                "names": list(group.names),
+                "kind": group.kind,
+                "lr": group.lr,
+                "initial_lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ]
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group's rate to its own initial one times the schedule's factor; returns the first group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def numel(shape: Sequence[int]) -> int:
+    """How many numbers a shape holds."""
+    count = 1
+    for size in shape:
+        count *= int(size)
+    return count
+
+
+def joined(parts: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """One optimizer that steps several in turn and shares one state and one list of groups with them."""
+    import torch
+
+    class _Joined(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self.parts = list(parts)
+            super().__init__([group for part in self.parts for group in part.param_groups], {})
+            taken = 0
+            for part in self.parts:
+                size = len(part.param_groups)
+                # The parts see the very same dicts, so a new learning rate or a restored state reaches them.
+                part.param_groups = self.param_groups[taken : taken + size]
+                part.state = self.state
+                taken += size
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for part in self.parts:
+                part.step()
+            return loss
+
+    return _Joined()

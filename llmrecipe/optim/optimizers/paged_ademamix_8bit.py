@@ -1,0 +1,21 @@
+"""AdEMAMix with an 8-bit state that may leave the GPU."""
+
+from __future__ import annotations
+
+from llmrecipe.core.option_types import ClassVar
+from llmrecipe.core.registry import register
+from llmrecipe.optim.bnb_optimizers import AdEMAMixOptions
+from llmrecipe.optim.optimizer import Optimizer
+
+
+@register
+class PagedAdEMAMix8bit(AdEMAMixOptions, Optimizer):
+    """AdEMAMix with an 8-bit state in paged memory: u = (m1^ + alpha m2) / (sqrt(v^) + eps).
+
+    m1 is a fast and m2 a slow mean of the gradient, v the mean of its square.
+
+    "The AdEMAMix Optimizer: Better, Faster, Older", arXiv 2409.03137 (bitsandbytes).
+    """
+
+    library: ClassVar[str] = "PagedAdEMAMix8bit"
+    bits: ClassVar[int] = 8

@@ -1,0 +1,22 @@
+"""Lion whose state may leave the GPU."""
+
+from __future__ import annotations
+
+from llmrecipe.core.option_types import ClassVar
+from llmrecipe.core.registry import register
+from llmrecipe.optim.bnb_optimizers import LionOptions
+from llmrecipe.optim.optimizer import Optimizer
+
+
+@register
+class PagedLion(LionOptions, Optimizer):
+    """Lion with a 32-bit momentum in paged memory.
+
+    w -= lr (sign(beta1 m + (1 - beta1) g) + decay w), then m = beta2 m + (1 - beta2) g.
+
+    Every entry moves by lr, so use a third to a tenth of AdamW's rate and 3 to 10 times its decay.
+    "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675 (bitsandbytes).
+    """
+
+    library: ClassVar[str] = "PagedLion"
+    bits: ClassVar[int] = 32

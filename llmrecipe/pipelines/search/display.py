@@ -1,0 +1,46 @@
+"""What a search found: its trials in order, and a picture where matplotlib is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.pipelines.search.study import Search, Trial
+from llmrecipe.recipe.schema import RangeSection
+
+
+def ranked(search: Search, trials: list[Trial]) -> list[Trial]:
+    """Trials from the best to the worst; pruned ones behind those that ran through, failed ones last."""
+    sign = 1.0 if search.mode == "min" else -1.0
+    order = ("done", "pruned", "failed")
+    return sorted(trials, key=lambda t: (order.index(t.state), sign * t.value if t.value is not None else 0.0))
+
+
+def picture(search: Search, trials: list[Trial]) -> Path | None:
+    """`search.png`: values in the order they were tried with the best so far, then over each key of the space."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [t for t in trials if t.value is not None and t.state == "done"]
+    keys = list(search.section.space)
+    figure, axes = pyplot.subplots(1, len(keys) + 1, figsize=(4 * (len(keys) + 1), 3.2), squeeze=False, layout="constrained")
+    choose = min if search.mode == "min" else max
+    values: list[Any] = [t.value for t in done]
+    axes[0][0].plot([t.number for t in done], values, "o")
+    axes[0][0].step([t.number for t in done], [choose(values[: i + 1]) for i in range(len(values))], where="post")
+    axes[0][0].set(xlabel="trial", ylabel=search.evaluation.monitor)
+    for axis, key in zip(axes[0][1:], keys, strict=True):
+        entry = search.section.space[key]
+        numeric = isinstance(entry, RangeSection)
+        axis.plot([t.point[key] if numeric else str(t.point[key]) for t in done], values, "o")
+        axis.set(xlabel=key)
+        if isinstance(entry, RangeSection) and entry.log:
+            axis.set_xscale("log")
+    path = search.folder / "search.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

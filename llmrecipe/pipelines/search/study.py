@@ -1,0 +1,335 @@
+"""A search: each trial is an ordinary run, kept under the key of its recipe; what was tried is a journal.
+
+    runs/<recipe>-search/
+        trials.jsonl        one line a finished trial: number, point, value of each seed, state
+        <number>-<key>/     the run of a trial and a seed
+        searched.yaml       the best trial as a plain recipe
+        search.png          values over trials and over each key of the space
+
+The sampler of trial k is seeded by (seed, k) and knows the trials before it, so a search that was stopped and goes on draws
+what one that ran through draws. A trial is worth the best value of `eval.monitor` on the validation split, or the last one
+where `eval.load_best` is off, averaged over `seeds`. Trials never open the test split.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.console import say
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.signals import handled_by
+from llmrecipe.feedback.directions import Direction, direction
+from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
+from llmrecipe.pipelines.search import space
+from llmrecipe.pipelines.subprocesses import Children, Machine
+from llmrecipe.recipe.code_key import code_of
+from llmrecipe.recipe.compose import Composition, compose, to_yaml
+from llmrecipe.recipe.content_key import content_key
+from llmrecipe.recipe.pipeline_plan import Plan, Planned
+from llmrecipe.recipe.pipeline_spec import Stage
+from llmrecipe.recipe.rights import rights_of
+from llmrecipe.recipe.schema import SearchSection
+from llmrecipe.recipe.validate import build
+from llmrecipe.runs.durable import write_text
+from llmrecipe.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import optuna
+
+OWN_WORDS = ("search=null", "eval.test=false")
+"""What every trial is told besides its point: it is no search, and it leaves the test split alone."""
+
+
+@dataclass
+class Trial:
+    """One point that was tried."""
+
+    number: int
+    point: dict[str, Any]
+    values: list[float] = field(default_factory=list)
+    """The monitored metric of each seed's run."""
+    state: str = "done"
+    """done, pruned or failed."""
+    dirs: list[str] = field(default_factory=list)
+    reports: dict[int, float] = field(default_factory=dict)
+    """Step -> the monitored metric of the first seed, as the pruner saw it."""
+    rungs: dict[str, float] = field(default_factory=dict)
+    """What the pruner noted: the value with which the trial passed each rung."""
+
+    @property
+    def value(self) -> float | None:
+        """Mean over the seeds."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+class Search:
+    """One search in its folder."""
+
+    def __init__(self, recipe: str, words: list[str], composition: Composition):
+        self.recipe, self.words, self.composition = recipe, words, composition
+        self.section = space.axes_of(composition)
+        self.evaluation = composition.recipe.eval
+        run = composition.recipe.run
+        self.folder = Path(run.dir) if run.dir is not None else Path(run.root) / f"{run.name or composition.name}-search"
+        command = shlex.join(["llmrecipe", "search", f"recipe={recipe}", *words])
+        self.pipeline = Pipeline(Plan(composition.name, self.folder), command, Children(Machine(1, (), 1)))
+        own = ("run", "search")
+        self.base = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] not in own]
+
+    def check(self) -> None:
+        """Refuse what no trial could be run with, before the first starts.
+
+        Raises:
+            UserError: a value of the space, the pruner, or what a dry run finds.
+        """
+        from llmrecipe.training.dry_run import examine
+
+        if self.section.prune != "off" and self.evaluation.every is None:
+            raise RecipeError("search.prune: compares trials at their evaluations; set eval.every, or search.prune=off")
+        space.check(self.recipe, [*self.base, *OWN_WORDS], self.section)
+        point = {key: space.first(value) for key, value in self.section.space.items()}
+        examine(self._compose(point, self.seeds[0]))
+
+    @functools.cached_property
+    def mode(self) -> Direction:
+        """Whether a small or a large value of a trial is better."""
+        return direction(self.evaluation, build("objective", self.composition.recipe.objective, "objective"))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of each trial."""
+        return self.section.seeds or [self.composition.recipe.seed]
+
+    def run(self) -> list[Trial]:
+        """Every trial that is not in the journal yet; returns all.
+
+        Raises:
+            Interrupted: a signal arrived; the running trial has written a checkpoint.
+            RunError: no trial came to an end.
+        """
+        study = new_study(self.section, self.mode)
+        points = space.grid(self.section) if self.section.sampler == "grid" else None
+        trials = self._journal()
+        for trial in trials:
+            study.add_trial(self._known(trial))
+        with handled_by(self.pipeline.children.forward):
+            for number in range(len(trials), len(points) if points is not None else self.section.trials):
+                drawn = ask(study, self.section, number)
+                point = points[number] if points is not None else space.point_of(self.section, drawn.params)
+                say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
+                trial = self._try(number, point, drawn)
+                noted = study.trials[drawn.number].system_attrs
+                trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
+                trials.append(trial)
+                self._write(trial)
+                study = self._told(study, trial)
+        if all(trial.value is None for trial in trials):
+            raise RunError(f"search: none of {len(trials)} trials came to an end; their messages stand above")
+        return trials
+
+    # --- one trial ------------------------------------------------------------------------------------------------
+
+    def _try(self, number: int, point: dict[str, Any], drawn: optuna.Trial) -> Trial:
+        """Run a point with each seed."""
+        trial = Trial(number, point)
+        for seed in self.seeds:
+            planned = self._planned(number, point, seed)
+            trial.dirs.append(str(planned.dir))
+            enough = self._pruner(planned, drawn, trial) if seed == self.seeds[0] and self.section.prune != "off" else None
+            try:
+                how = run_stage(self.pipeline, planned, enough).how
+            except RunError as error:
+                if state_of(planned) != "failed":
+                    raise
+                say(f"trial {number} failed: {error}")
+                trial.state = "failed"
+                return trial
+            if enough is not None and how != "stopped" and enough():
+                how = "stopped"  # a finished run of an earlier start that would have been stopped
+            if how == "stopped":
+                trial.state, trial.values = "pruned", [list(trial.reports.values())[-1]]
+                return trial
+            trial.values.append(self._value(planned))
+        return trial
+
+    def _planned(self, number: int, point: dict[str, Any], seed: int) -> Planned:
+        composition = self._compose(point, seed)
+        key = content_key(composition.mapping, {})
+        stage = Stage(f"{number}", ("search",), self.recipe, tuple(composition.overrides))
+        known = sorted(self.folder.glob(f"*-{key}"))  # the same point drawn again is the same run
+        folder = known[0] if known else self.folder / f"{number}-{key}"
+        code = code_of(composition.mapping)
+        return Planned(stage, composition.overrides, composition.mapping, composition, key, folder, code)
+
+    def _compose(self, point: dict[str, Any], seed: int) -> Composition:
+        made = compose(self.recipe, [*self.base, *OWN_WORDS, *space.words_of(point), f"seed={seed}"])
+        if made.foreign and rights_of(made.recipe.model) != rights_of(self.composition.recipe.model):
+            raise RecipeError(
+                f"search.space: {made.path} lies in a run or beside a model, so its space gives no rights; where you trust "
+                "what is opened, give model.trust_remote_code=true or model.allow_pickle=true yourself"
+            )
+        return made
+
+    def _curve(self, planned: Planned) -> list[tuple[int, float]]:
+        from llmrecipe.runs.run_record import read_run
+
+        return read_run(planned.dir).curve(self.evaluation.monitor)
+
+    def _value(self, planned: Planned) -> float:
+        values = [value for _, value in self._curve(planned)]
+        if not values:
+            raise RecipeError(
+                f"eval.monitor: the run {planned.dir} has no {self.evaluation.monitor}; a search needs a validation split "
+                "(data.validation=0.1) and a metric of it"
+            )
+        best = min if self.mode == "min" else max
+        return best(values) if self.evaluation.load_best else values[-1]
+
+    def _pruner(self, planned: Planned, drawn: optuna.Trial, trial: Trial) -> Callable[[], bool]:
+        """Reports evaluations as they come; True once the library says that the trial is behind."""
+
+        def enough() -> bool:
+            if not (planned.dir / "events.jsonl").is_file():
+                return False
+            for step, value in self._curve(planned):
+                if step > 0 and step not in trial.reports:
+                    trial.reports[step] = value
+                    drawn.report(value, step)
+                    if drawn.should_prune():
+                        return True
+            return False
+
+        return enough
+
+    # --- what was tried -------------------------------------------------------------------------------------------
+
+    def _journal(self) -> list[Trial]:
+        """Trials of earlier starts; a line cut short by a kill is left out."""
+        path = self.folder / "trials.jsonl"
+        if not path.is_file():
+            return []
+        text = path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        if "".join(lines) != text:
+            write_text(path, "".join(lines))
+        if lines and json.loads(lines[0]) != self._head():
+            raise RunError(
+                f"{self.folder} holds a search of another space, recipe, data or plugin; choose another run.dir, or delete it"
+            )
+        found = [json.loads(line) for line in lines[1:]]
+        return [Trial(**{**entry, "reports": {int(k): v for k, v in entry["reports"].items()}}) for entry in found]
+
+    def _head(self) -> dict[str, Any]:
+        """What the trials of a journal have in common; there may be more trials than there were."""
+        section = self.section.model_dump(mode="json", exclude={"trials"})
+        return {"search": section, "recipe": content_key(compose(self.recipe, [*self.base, *OWN_WORDS]).mapping, {})}
+
+    def _write(self, trial: Trial) -> None:
+        path = self.folder / "trials.jsonl"
+        if not path.is_file() or not path.stat().st_size:
+            write_text(path, json.dumps(self._head()) + "\n")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(trial)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _known(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """A trial as the library keeps it."""
+        from optuna.trial import TrialState, create_trial
+
+        states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        drawn = {}
+        for key, value in self.section.space.items():
+            drawn[key] = value.index(trial.point[key]) if isinstance(value, list) else trial.point[key]
+        return create_trial(
+            params=drawn, distributions=space.distributions(self.section), state=states[trial.state],
+            value=trial.value if trial.state == "done" else None, intermediate_values=trial.reports, system_attrs=trial.rungs,
+        )  # fmt: skip
+
+    def _told(self, study: optuna.Study, trial: Trial) -> optuna.Study:
+        """The study with one more trial, built as it is built from the journal."""
+        fresh = new_study(self.section, self.mode)
+        for known in [t for t in study.trials if t.state.is_finished()]:
+            fresh.add_trial(known)
+        fresh.add_trial(self._known(trial))
+        return fresh
+
+    def best(self, trials: list[Trial]) -> Trial:
+        """The trial that came out best."""
+        done = [t for t in trials if t.state == "done" and t.value is not None]
+        if not done:
+            raise RunError("search: no trial came to an end that was not pruned")
+        choose = min if self.mode == "min" else max
+        return choose(done, key=lambda trial: statistics.fmean(trial.values))
+
+    def write_best(self, best: Trial, trials: list[Trial]) -> Path:
+        """`searched.yaml`: the recipe with the best point set."""
+        composition = compose(self.recipe, [*self.base, "search=null", *space.words_of(best.point)])
+        head = (
+            f"# {self.composition.name} with the best of {len(trials)} trials: {self.evaluation.monitor} {best.value:.6g}\n"
+            f"#   {', '.join(f'{k}={v}' for k, v in best.point.items())}\n"
+        )
+        path = self.folder / "searched.yaml"
+        write_text(path, head + to_yaml(composition.mapping))
+        return path
+
+
+def new_study(section: SearchSection, mode: str) -> optuna.Study:
+    """An empty study.
+
+    Raises:
+        RunError: Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise RunError("search needs Optuna: install llmrecipe[search]") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+        "off": optuna.pruners.NopPruner,
+        "halving": optuna.pruners.SuccessiveHalvingPruner,
+        "median": optuna.pruners.MedianPruner,
+    }
+    direction = "minimize" if mode == "min" else "maximize"
+    return optuna.create_study(direction=direction, pruner=pruners[section.prune]())
+
+
+def ask(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
+    """The next trial, drawn by a sampler seeded with (seed, number)."""
+    import numpy as np
+    import optuna
+
+    seed = int(np.random.SeedSequence([section.seed, number]).generate_state(1)[0])
+    kind = optuna.samplers.TPESampler if section.sampler == "tpe" else optuna.samplers.RandomSampler
+    study.sampler = kind(seed=seed)
+    return study.ask(space.distributions(section))
+
+
+def search(recipe: str, words: list[str]) -> tuple[Search, list[Trial]]:
+    """Run a search, or go on with it.
+
+    Raises:
+        UserError: the recipe or its space is wrong (before anything starts), or no trial came to an end.
+        Interrupted: a signal arrived; the same command goes on.
+    """
+    found = Search(recipe, words, compose(recipe, words))
+    found.check()
+    folder = RunDir(found.folder)
+    folder.lock()
+    try:
+        return found, found.run()
+    finally:
+        folder.unlock()

@@ -1,0 +1,172 @@
+"""`generate`: a model answers prompts; the answers are rows to train on, to judge or to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import DataError, RecipeError
+from llmrecipe.core.option_types import ClassVar, Field, Fraction, Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.pipelines.step import Row, Step
+from llmrecipe.recipe.step_spec import unfinished
+
+if TYPE_CHECKING:
+    from llmrecipe.data.formats.prompts import Prompt
+    from llmrecipe.evaluation.evaluate_model import Subject
+    from llmrecipe.pipelines.steps.workspace import Work
+
+GUESSED = 64
+"""Examples of rows whose prompts are not there yet."""
+
+
+@register
+class Generate(Step):
+    """Rows from prompts: y_1..y_n ~ p(y | x) for each prompt x, tokens drawn from softmax(logits / temperature) cut to top_p.
+
+    With n = 1 a row is {prompt, completion}, ready for supervised training; with n > 1 it is {prompt, completions: [..]}, for
+    a step that compares. Other columns of the prompt's row are kept, an answer it had as `reference`. Prompts are rendered by
+    the model's own chat template as in `llmrecipe chat`; then `prompt` is written as messages, so that training renders it
+    alike. A run's adapters are mounted. Prompts that leave no room for an answer are left out and counted.
+    """
+
+    gives: ClassVar[str] = "rows"
+    needs: ClassVar[dict[str, str]] = {"model": "model", "prompts": "rows"}
+
+    model: str
+    """A run directory, a model folder, a hub name or `tiny`."""
+    prompts: str
+    """File, folder, `builtin:NAME` or hub data set whose rows hold prompts."""
+    splits: list[Literal["train", "validation", "test"]] = Field(default_factory=lambda: ["train"])
+    """Splits of the prompts; each becomes the same split of the result."""
+    limit: PositiveInt | None = None
+    """The first so many prompts of each split."""
+    n: PositiveInt = 1
+    """Answers to a prompt."""
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_p: Fraction = 1.0
+    """Draw from the likeliest tokens that hold this share of the probability."""
+    top_k: NonNegativeInt = 0
+    """Draw from this many likeliest tokens; 0 is all."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer in tokens."""
+    cut: Literal["keep", "drop"] = "keep"
+    """What happens to answers that reached `max_new_tokens` before their end."""
+    system: str | None = None
+    """System message put before prompts that have none."""
+    batch: PositiveInt = 16
+    """Answers generated at once."""
+    words: list[str] = Field(default_factory=list)
+    """Words for the model's own recipe, such as model.dtype=bfloat16 or runtime.device=cpu."""
+
+    def check(self, where: str) -> None:
+        """Refuse equal answers, prompts that cannot be read and models that cannot be found."""
+        from llmrecipe.evaluation.evaluate_model import check_subject
+
+        if self.n > 1 and self.temperature == 0:
+            raise RecipeError(f"{where}.temperature: 0 is greedy, so the {self.n} answers to a prompt would be the same; "
+                              "set n: 1 or a temperature such as 1.0")  # fmt: skip
+        if not self.splits:
+            raise RecipeError(f"{where}.splits: names no split; write [train]")
+        if not unfinished(self.model):
+            check_subject(self.model, self.words)
+        if not unfinished(self.prompts):
+            for split in self.splits:
+                self._prompts(split, f"{where}.prompts")
+
+    def example(self) -> Mapping[str, Sequence[Row]]:
+        """The prompts, where they are there, with an answer made up."""
+        from llmrecipe.data.formats.prompts import Prompt
+
+        answer = "This is an example of an answer."
+        rows: dict[str, list[Row]] = {}
+        for split in self.splits:
+            known = not unfinished(self.prompts)
+            prompts = self._prompts(split) if known else [Prompt(f"Example {i} of {split}.", {}) for i in range(GUESSED)]
+            rows[split] = [self._row(p, p.turns, [answer] * self.n) for p in prompts]
+        return rows
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Answer the prompts of each split."""
+        from llmrecipe.evaluation.evaluate_model import open_subject
+
+        subject = open_subject(self.model, self.words)
+        facts: dict[str, Any] = {}
+        total, finished, tokens = 0, 0, 0
+        for split in self.splits:
+            asked, left_out = self._encoded(subject, split)
+            if left_out:
+                work.events.warning(f"{split}: {left_out} prompts leave no room for {self.max_new_tokens} new tokens")
+            values = work.streamed(
+                [ids for _, ids in asked],
+                lambda part, keys: self._ask(subject, part, keys, work.seed),
+                batch=max(1, self.batch // self.n),
+                name=split,
+                count=lambda answers: {"tokens": sum(a["tokens"] for each in answers for a in each)},
+            )
+            rows = []
+            for (prompt, _), answers in zip(asked, values, strict=True):
+                total, tokens = total + len(answers), tokens + sum(a["tokens"] for a in answers)
+                finished += sum(a["finished"] for a in answers)
+                kept = [a["text"] for a in answers if a["finished"] or self.cut == "keep"]
+                if len(kept) == self.n:
+                    rows.append(self._row(prompt, self._turns(subject, prompt), kept))
+            if not rows:
+                raise DataError(f"{split}: no answer ended within max_new_tokens={self.max_new_tokens}; give more, or cut=keep")
+            facts[f"{split}/rows"] = work.write(rows, split)
+        for prompt, answer in [(r["prompt"], r.get("completion") or r["completions"][0]) for r in rows[:3]]:
+            work.events.sample(len(values), prompt if isinstance(prompt, str) else prompt[-1]["content"], answer)
+        return {**facts, "answers": total, "finished": finished / total, "tokens": tokens / total}
+
+    def _prompts(self, split: str, where: str = "prompts") -> list[Prompt]:
+        from llmrecipe.data.formats.prompts import read_prompts
+
+        return read_prompts(self.prompts, split, self.limit, where)
+
+    def _turns(self, subject: Subject, prompt: Prompt) -> str | list[dict[str, Any]]:
+        """The prompt as it was put to the model: messages where a template renders it."""
+        if not subject.opened.tokenizer.chat_template:
+            return prompt.prompt
+        has_system = prompt.turns[0]["role"] in ("system", "developer")
+        return prompt.turns if has_system or not self.system else [{"role": "system", "content": self.system}, *prompt.turns]
+
+    def _encoded(self, subject: Subject, split: str) -> tuple[list[tuple[Prompt, list[int]]], int]:
+        """Prompts with their token ids, and how many leave no room for an answer."""
+        from llmrecipe.data.tokenize.chat_templates import prompt_ids
+
+        tokenizer = subject.opened.tokenizer
+        room = getattr(subject.opened.model.config, "max_position_embeddings", None)
+        asked = []
+        prompts = self._prompts(split)
+        for prompt in prompts:
+            turns = self._turns(subject, prompt)
+            ids = prompt_ids(tokenizer, turns if isinstance(turns, list) else prompt.turns)
+            if room is None or len(ids) + self.max_new_tokens <= room:
+                asked.append((prompt, ids))
+        if not asked:
+            raise DataError(f"prompts: with max_new_tokens={self.max_new_tokens} none fits into the model's {room} positions")
+        return asked, len(prompts) - len(asked)
+
+    def _ask(
+        self, subject: Subject, part: list[list[int]], keys: list[str], seed: int
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """(place, n answers) of each prompt, once the last of them has ended."""
+        from llmrecipe.engine.generation import answered, end_tokens, text_of
+        from llmrecipe.engine.sampling import Sampling
+
+        model, tokenizer = subject.roles.model, subject.opened.tokenizer
+        ends = end_tokens(model, tokenizer)
+        sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.batch, seed)
+        prompts = [ids for ids in part for _ in range(self.n)]
+        streams = [f"{key}/{j}" for key in keys for j in range(self.n)]
+        found: list[dict[int, dict[str, Any]]] = [{} for _ in part]
+        for i, ids in answered(model, tokenizer, prompts, sampling, keys=streams):
+            place, which = divmod(i, self.n)
+            found[place][which] = {"text": text_of(tokenizer, ids), "tokens": len(ids), "finished": ids[-1] in ends}
+            if len(found[place]) == self.n:
+                yield place, [found[place][j] for j in range(self.n)]
+
+    def _row(self, prompt: Prompt, turns: Any, answers: list[str]) -> Row:
+        answer = {"completion": answers[0]} if self.n == 1 else {"completions": answers}
+        return {"prompt": turns, **answer, **prompt.columns}

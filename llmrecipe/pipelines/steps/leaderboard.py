@@ -1,0 +1,158 @@
+"""`leaderboard`: one table and one picture over finished runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.console import say
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.pipelines.step import Step
+from llmrecipe.recipe.step_spec import unfinished
+
+if TYPE_CHECKING:
+    from llmrecipe.evaluation.leaderboard_table import Column, Entry, Row
+    from llmrecipe.pipelines.steps.workspace import Work
+
+
+@register
+class Leaderboard(Step):
+    """Finished runs side by side: parameters, bytes, memory, time and a score, mean and standard deviation over seeds.
+
+    A row is named by what sets it apart: its stack (`full` where every weight trained), or its objective where these differ.
+    With `against` every run is also asked: it and the model named there answer the same prompts at temperature 1, and the
+    table holds win rate, reward, margin on held-out pairs, divergence KL(pi || pi_0) and length, with formulas in
+    `llmrecipe.evaluation.win_rate`; the score is then the win rate. A run that was measured is not measured again.
+
+    Left in the folder: leaderboard.md, leaderboard.json, leaderboard.png (with matplotlib), leaderboard.html.
+    """
+
+    gives: ClassVar[str] = "metrics"
+    needs: ClassVar[dict[str, str]] = {"against": "model"}
+
+    runs: list[str]
+    """Directories of finished runs; `${stage:x}` of a stage with `each` is all of its runs."""
+    metric: str = "test/accuracy"
+    """The score without `against`: a name in the runs' final/metrics.json."""
+    best: Literal["max", "min"] | None = None
+    """Whether a large or a small score is good; default: as the metric declares."""
+    against: str | None = None
+    """The model that the runs started from; a run directory or any model."""
+    prompts: str | None = None
+    """With `against`: what both are asked."""
+    pairs: str | None = None
+    """With `against`: held-out pairs of a better and a worse answer."""
+    reward: dict[str, Any] = Field(default_factory=dict)
+    """With `against`: what an answer is worth, as in `objective.reward`."""
+    split: Literal["train", "validation", "test"] = "test"
+    """With `against`: split of the prompts and the pairs."""
+    limit: PositiveInt | None = None
+    """With `against`: the first so many prompts and pairs."""
+    n: PositiveInt = 4
+    """With `against`: answers to each prompt."""
+    max_new_tokens: PositiveInt = 32
+    """With `against`: longest answer in tokens."""
+    max_length: PositiveInt = 256
+    """With `against`: longest prompt, and longest pair, in tokens."""
+    plot: bool = True
+    """Also draw the picture."""
+
+    def check(self, where: str) -> None:
+        """Refuse an empty list, a comparison without prompts or reward, and a picture nobody can draw."""
+        if not self.runs:
+            raise RecipeError(f'{where}.runs: names no run; write ["${{stage:x}}"]')
+        if self.against is not None:
+            from llmrecipe.objectives.reward_interface import Rewards
+
+            if self.prompts is None:
+                raise RecipeError(f"{where}.prompts: nothing says what the models are asked; name a file or folder of prompts")
+            Rewards(self.reward, f"{where}.reward")
+        if self.plot:
+            import importlib.util
+
+            if importlib.util.find_spec("matplotlib") is None:
+                raise RunError(f"{where}.plot: needs matplotlib: pip install 'llmrecipe[plots]'; or set plot: false")
+        for path in self.runs:
+            if not unfinished(path):
+                from llmrecipe.runs.run_record import read_run
+
+                read_run(path)
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Read (and ask) the runs, write the files, print the table."""
+        from llmrecipe.evaluation.leaderboard_table import as_json, better_of, markdown, rank, read_entries
+
+        entries = read_entries(self.runs, None if self.against else self.metric)
+        if self.against is not None:
+            entries = self._asked(work, entries)
+        columns = self._columns()
+        score = columns[0]
+        best = self.best or ("max" if self.against else better_of(self.metric, self.runs, "best"))
+        rows = rank(entries, best, score.key)
+        table, notes = markdown(rows, columns)
+        say(table)
+        work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
+        work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
+        if self.plot:
+            from llmrecipe.evaluation.leaderboard_plot import draw
+
+            x = next(c for c in columns if c.key == ("kl" if self.against else "trained"))
+            draw(rows, x, score, work.path / "leaderboard.png", log=self.against is None)
+        self._page(work, rows, columns)
+        return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
+
+    def _columns(self) -> list[Column]:
+        from llmrecipe.evaluation.leaderboard_table import ASKED, PLAIN, Column
+
+        if self.against is not None:
+            shown = [c for c in ASKED if self.pairs or c.key not in ("margin", "preferred")]
+            return [*shown, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
+        return [Column("score", self.metric, spread=True), *PLAIN]
+
+    def _asked(self, work: Work, entries: list[Entry]) -> list[Entry]:
+        """The runs with what they answered, and the model they started from above them."""
+        from llmrecipe.evaluation.leaderboard_table import Entry, start_label
+
+        assert self.against is not None
+        referee: list[Any] = []
+
+        def ask(part: list[str], seed: int) -> list[dict[str, float]]:
+            if not referee:
+                referee.append(self._duel(work.seed))
+            return [self._facts(referee[0], path) for path in part]
+
+        values = work.each([self.against, *self.runs], ask, name="asked", count=lambda facts: facts[0])
+        start = Entry(start_label(self.against), "start", work.seed, values[0])
+        return [start, *(Entry(e.label, e.family, e.seed, {**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True))]
+
+    def _duel(self, seed: int) -> Any:
+        from llmrecipe.evaluation.evaluate_model import open_subject
+        from llmrecipe.evaluation.win_rate import Arena, Duel
+
+        assert self.against is not None and self.prompts is not None
+        arena = Arena(
+            self.prompts, self.pairs, self.reward, self.n, self.max_new_tokens, self.max_length, self.split, self.limit, seed
+        )
+        return Duel(open_subject(self.against, []), arena)
+
+    def _facts(self, referee: Any, path: str) -> dict[str, float]:
+        from llmrecipe.evaluation.evaluate_model import open_subject
+
+        return referee.baseline() if path == self.against else referee.measure(open_subject(path, []))
+
+    def _page(self, work: Work, rows: list[Row], columns: list[Column]) -> None:
+        """The same as one self-contained page."""
+        import base64
+
+        from llmrecipe.evaluation.leaderboard_table import cells
+        from llmrecipe.runs.html_report import document, grid
+
+        picture = work.path / "leaderboard.png"
+        parts = ["<h1>Leaderboard</h1>", grid(cells(rows, columns))]
+        if self.plot:
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<img alt="score over cost" style="max-width:100%" src="data:image/png;base64,{data}">')
+        parts += ["<h2>Columns</h2>", grid([["column", "meaning"], *([c.title, c.means] for c in columns if c.means)])]
+        work.dir.write("leaderboard.html", document("Leaderboard", parts))

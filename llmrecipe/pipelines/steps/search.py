@@ -1,0 +1,77 @@
+"""`search`: a search over a recipe as a stage; what it leaves is the run of its best trial."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.option_types import ClassVar, Field
+from llmrecipe.core.registry import register
+from llmrecipe.pipelines.step import Step
+from llmrecipe.recipe.step_spec import unfinished
+
+if TYPE_CHECKING:
+    from llmrecipe.pipelines.steps.workspace import Work
+    from llmrecipe.recipe.compose import Composition
+
+
+@register
+class Search(Step):
+    """best = argmin over trials t of eval.monitor(run of recipe with the values of t), as `llmrecipe search` finds it.
+
+    The recipe's own `search` says what is tried; `${stage:x}` is the run directory of the best trial (of its first seed), so
+    that later stages go on from that model. Trials stand in `trials/` with their journal and `searched.yaml`, the best as a
+    plain recipe; one that is finished is never run again. `seed` is the trials' seed, unless `search.seeds` lists others.
+    """
+
+    gives: ClassVar[str] = "model"
+    result: ClassVar[str] = "best"
+
+    recipe: str
+    """Name or file of a recipe with a `search` section."""
+    words: list[str] = Field(default_factory=list)
+    """Words for that recipe, such as steps=40, search.trials=6 or model.path=${stage:sft}."""
+
+    def composed(self) -> Composition:
+        """The recipe with its words.
+
+        Raises:
+            RecipeError: it does not exist, or is wrong.
+        """
+        from llmrecipe.recipe.compose import compose
+
+        return compose(self.recipe, self.words)
+
+    def stands_on(self) -> Mapping[str, Any]:
+        """What the recipe composes to."""
+        mapping = self.composed().mapping
+        return {"composed": {k: v for k, v in mapping.items() if k not in ("run", "log")}}
+
+    def model(self) -> Mapping[str, Any]:
+        """The recipe's."""
+        return self.composed().mapping["model"]
+
+    def check(self, where: str) -> None:
+        """Every end of the space composes; where no other stage has to run first, the first point is tried without weights."""
+        from llmrecipe.pipelines.search import space, study
+
+        if any(unfinished(word) for word in self.words):
+            space.check(self.recipe, [*self.words, *study.OWN_WORDS], space.axes_of(self.composed()))
+            return
+        study.Search(self.recipe, self.words, self.composed()).check()
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Run the trials that are not there yet."""
+        from llmrecipe.pipelines.search.study import search
+
+        found, trials = search(self.recipe, [*self.words, f"seed={work.seed}", f"run.dir={work.path / 'trials'}"])
+        best = found.best(trials)
+        found.write_best(best, trials)
+        for trial in trials:
+            work.events.step(trial.number + 1, **({} if trial.value is None else {found.evaluation.monitor: trial.value}))
+        link = work.path / self.result
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(best.dirs[0], work.path), target_is_directory=True)
+        point = {f"best/{key}": value for key, value in best.point.items()}
+        return {found.evaluation.monitor: best.value, "trials": len(trials), **point}

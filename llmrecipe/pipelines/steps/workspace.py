@@ -1,0 +1,163 @@
+"""What a running step is given: its folder, its seed, where to report, and journals that make a second start cheap.
+
+    <folder>/
+        step.yaml  command.txt  environment.json  events.jsonl  status.json     as in the directory of a training
+        journal/NAME.jsonl                                                      answers already paid for
+        train.jsonl  valid.jsonl  test.jsonl                                    rows, written whole at the end
+        final/metrics.json
+
+Rows are written once, in the order of what they were made from, so they do not depend on where a step was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from llmrecipe.core.errors import LlmRecipeError, RunError
+from llmrecipe.core.journal import Journal, json_hash
+from llmrecipe.core.redact import redact_text
+from llmrecipe.runs.durable import sync
+from llmrecipe.runs.events import Events, plain
+from llmrecipe.runs.run_dir import RunDir
+
+SPLITS = {"train": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
+"""Split -> file, under the names the data layer finds in a folder."""
+
+T = TypeVar("T")
+
+
+class Work:
+    """One step at work.
+
+    Args:
+        dir: its locked directory.
+        seed: of everything it draws.
+        live: `log.live` of a recipe.
+    """
+
+    def __init__(self, dir: RunDir, seed: int, live: str = "auto"):
+        self.dir, self.seed = dir, seed
+        self.path = dir.path
+        self.events = Events(dir.path, live)
+        self._journals: dict[str, Journal] = {}
+
+    def journal(self, name: str = "answers") -> Journal:
+        """The journal of that name, with everything an earlier start kept."""
+        if name not in self._journals:
+            self._journals[name] = Journal(self.path / "journal" / f"{name}.jsonl")
+        return self._journals[name]
+
+    def each(
+        self,
+        items: Sequence[T],
+        ask: Callable[[list[T], int], Sequence[Any]],
+        *,
+        batch: int = 1,
+        name: str = "answers",
+        count: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    ) -> list[Any]:
+        """One JSON value for each item, asked in batches; what the journal holds is not asked again.
+
+        Batches are cut by position and each has a seed of its own, so an answer does not depend on where a step was stopped.
+        A batch is kept whole: a kill costs the one being asked.
+
+        Args:
+            items: JSON values; their content is the key.
+            ask: (items of a batch, its seed) -> a value for each.
+            name: journal; a step that asks in turns gives each its own.
+            count: metrics of a batch's values for the progress events.
+
+        Returns:
+            Values in the order of the items.
+        """
+        journal = self.journal(name)
+        self.events.expect(len(items))
+        values: list[Any] = []
+        for start in range(0, len(items), batch):
+            part = list(items[start : start + batch])
+            key = json_hash([self.seed, start, part])
+            if key not in journal:
+                answers = list(ask(part, int(key, 16) % (1 << 31)))
+                if len(answers) != len(part):
+                    raise LlmRecipeError(f"{name}: {len(answers)} answers to {len(part)} items")
+                journal.add(key, answers)
+                self.events.step(start + len(part), **(count(answers) if count else {}))
+            values += journal[key]
+        return values
+
+    def streamed(
+        self,
+        items: Sequence[T],
+        ask: Callable[[list[T], list[str]], Iterable[tuple[int, Any]]],
+        *,
+        batch: int = 1,
+        name: str = "answers",
+        count: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+    ) -> list[Any]:
+        """One JSON value for each item, kept as soon as it is there; a kill costs those that are being worked on.
+
+        Args:
+            items: JSON values; their content and place are the key.
+            ask: (items that are not kept yet, their keys) -> (place among them, value) in any order. What it draws must follow
+                from an item's key alone: then a value does not depend on where a step was stopped.
+            batch: values between two progress events.
+            name: journal; a step that asks in turns gives each its own.
+            count: metrics of the values since the last progress event.
+
+        Returns:
+            Values in the order of the items.
+        """
+        journal = self.journal(name)
+        self.events.expect(len(items))
+        keys = [json_hash([self.seed, i, item]) for i, item in enumerate(items)]
+        left = [i for i, key in enumerate(keys) if key not in journal]
+        fresh: list[Any] = []
+        done = len(items) - len(left)
+        for place, value in ask([items[i] for i in left], [keys[i] for i in left]) if left else ():
+            journal.add(keys[left[place]], value)
+            fresh.append(value)
+            done += 1
+            if len(fresh) == batch or done == len(items):
+                self.events.step(done, **(count(fresh) if count else {}))
+                fresh = []
+        missing = [i for i, key in enumerate(keys) if key not in journal]
+        if missing:
+            raise LlmRecipeError(f"{name}: no answer to item {missing[0]}")
+        return [journal[key] for key in keys]
+
+    def write(self, rows: Iterable[dict[str, Any]], split: str = "train") -> int:
+        """Write the rows of a split (train, validation or test), whole or not at all; returns how many.
+
+        Raises:
+            RunError: the disk refuses them.
+        """
+        path = self.path / SPLITS[split]
+        aside = path.with_name(f".{path.name}.writing")
+        count = 0
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                for count, row in enumerate(rows, 1):  # noqa: B007 (the count is what is wanted)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            sync(path.parent)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        return count
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write `final/metrics.json`."""
+        (self.path / "final").mkdir(exist_ok=True)
+        text = json.dumps(plain(metrics), indent=1, ensure_ascii=False, allow_nan=False)
+        self.dir.write("final/metrics.json", redact_text(text) + "\n")
+
+    def close(self) -> None:
+        """Close files and displays."""
+        self.events.close()
+        for journal in self._journals.values():
+            journal.close()
+        self._journals = {}

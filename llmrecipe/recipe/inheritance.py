@@ -1,0 +1,228 @@
+"""A recipe and the recipes it extends: every file of the chain, read once, with its defaults list made ready for Hydra.
+
+A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself.
+Each file of the chain gets an id without folders, so that Hydra merges all of them at the top of the recipe
+whatever folder they lie in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.recipe.interpolation import check_file
+from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, PRESET_GROUPS, all_recipes, lookup, packaged, presets, roots
+from llmrecipe.recipe.rights import is_artefact
+from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
+
+
+@dataclass
+class Link:
+    """One file of a chain."""
+
+    id: str
+    """The name Hydra knows it by."""
+    source: YamlFile
+    extends: list[str] = field(default_factory=list)
+    """Ids of the recipes it extends, in order."""
+    choices: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    """Group -> (what the file's own defaults list chooses, line)."""
+    defaults: list[Any] = field(default_factory=list)
+    """The defaults list Hydra gets; `Chain.place` completes it."""
+    foreign: bool = False
+    """Whether it is part of what is opened, or extended by a file that is (see `recipe.rights`)."""
+
+
+class Chain:
+    """All files of a recipe, by id; the recipe itself is `primary`."""
+
+    def __init__(self, primary: Path, foreign: bool = False):
+        self.links: dict[str, Link] = {}
+        self._foreign = {primary.resolve()} if foreign or is_artefact(primary) else set()
+        self.folders = [primary.resolve().parent, *roots()]
+        self.primary = self._add(primary.resolve(), ())
+
+    def _add(self, path: Path, under: tuple[Path, ...]) -> Link:
+        if path in under:
+            circle = " -> ".join(short(p) for p in (*under[under.index(path) :], path))
+            raise RecipeError(f"defaults: recipes extend each other in a circle: {circle}")
+        known = next((link for link in self.links.values() if link.source.path.resolve() == path), None)
+        if known is not None:
+            return known
+        if is_artefact(path):
+            self._foreign.add(path)
+        link = Link(id=f"recipe{len(self.links)}", source=check_file(read_yaml(path)))
+        link.foreign = not self._foreign.isdisjoint((*under, path))
+        self.links[link.id] = link
+        _check_body(link.source)
+        self._read_defaults(link, (*under, path))
+        return link
+
+    def _read_defaults(self, link: Link, under: tuple[Path, ...]) -> None:
+        source = link.source
+        entries = source.value.get("defaults")
+        if entries is None:
+            entries = _implied(source)
+        if not isinstance(entries, list):
+            raise RecipeError(f"{source.where('defaults')}: defaults is a list, such as `- /base`; got {entries!r:.60}")
+        parents: list[Any] = []
+        for index, entry in enumerate(entries):
+            where = source.where("defaults", index)
+            if isinstance(entry, str) and entry != "_self_" and entry.strip("/").split("/")[0].split("@")[0] not in GROUPS:
+                before = len(self.links)
+                parent = self._add(self._resolve(entry, source.path, where), under)
+                link.extends.append(parent.id)
+                # A file reached by two ways is merged once, where it is first named.
+                if len(self.links) > before:
+                    parents.append(f"/{parent.id}")
+            elif isinstance(entry, dict) and len(entry) == 1:
+                group, choice = _group_entry(entry, where)
+                link.choices[group] = (choice, _line(source, index))
+            elif entry == "_self_":
+                parents.append(entry)
+            else:
+                raise RecipeError(
+                    f"{where}: an entry of defaults is `- /RECIPE`, `- override /GROUP: NAME` or `- _self_`; got {entry!r:.60}"
+                )
+        is_base = source.path.stem == "base" and source.path.parent in [*roots(), packaged().resolve()]
+        if not is_base and not any(self._stands_on_base(i) for i in link.extends):
+            base = self._add(self._resolve("/base", source.path, short(source.path)), under)
+            link.extends.insert(0, base.id)
+            parents.insert(0, f"/{base.id}")
+        if "_self_" not in parents:
+            parents.append("_self_")
+        link.defaults = parents
+
+    def place(self, words: dict[str, Any]) -> None:
+        """Write the group choices into the defaults lists, those of the command line (group -> choice) over all others.
+
+        A component replaces the one base chose. A preset is merged just before the body of the file that chose it, or after
+        everything when the command line did, so that a choice is never hidden by what an extended recipe says.
+        """
+        files = {group for link in self.links.values() for group in link.choices}
+        for group in sorted(files | set(words)):
+            holder = self.holder(self.primary.id, group)
+            choice = words[group] if group in words else holder.choices[group][0] if holder else None
+            preset = isinstance(choice, str) and choice in presets(group)
+            if preset:
+                owner = self.primary if group in words else holder or self.primary
+                entry = f"/{group}/{choice}"
+                at = len(owner.defaults) if group in words else owner.defaults.index("_self_")
+                owner.defaults.insert(at, entry)
+        for link in self.links.values():
+            inherited = set().union(*(self._components(i) for i in link.extends))
+            for group in self._own_components(link):
+                word = f"override /{group}" if group in inherited else f"/{group}"
+                link.defaults.append({word: link.choices[group][0]})
+
+    def holder(self, link_id: str, group: str) -> Link | None:
+        """The file whose choice for a group counts: the outermost one."""
+        link = self.links[link_id]
+        if group in link.choices:
+            return link
+        found = [holder for i in link.extends if (holder := self.holder(i, group)) is not None]
+        return found[-1] if found else None
+
+    def _own_components(self, link: Link) -> list[str]:
+        return [
+            g
+            for g, (choice, _) in link.choices.items()
+            if choice is not None and not (isinstance(choice, str) and choice in presets(g))
+        ]
+
+    def _components(self, link_id: str) -> set[str]:
+        link = self.links[link_id]
+        return set(self._own_components(link)).union(*(self._components(i) for i in link.extends))
+
+    def _stands_on_base(self, link_id: str) -> bool:
+        link = self.links[link_id]
+        return link.source.path.stem == "base" or any(self._stands_on_base(i) for i in link.extends)
+
+    def _resolve(self, name: str, source: Path, where: str) -> Path:
+        if name.endswith((".yaml", ".yml")):
+            beside = (source.parent / name).resolve()
+            if beside.is_file():
+                return beside
+        folders = [source.parent, *self.folders]
+        found = lookup(name, list(dict.fromkeys(folders)), exclude=source)
+        if found is None:
+            word = name.strip("/")
+            raise RecipeError(f"{where}: there is no recipe '{word}' to extend{did_you_mean(word, ['base', *all_recipes()])}")
+        return found.resolve()
+
+    def choice(self, link_id: str, group: str) -> Any:
+        """What a file, together with all it extends, chooses for a group."""
+        holder = self.holder(link_id, group)
+        return holder.choices[group][0] if holder else None
+
+    def plugins(self) -> list[str]:
+        """Packages named under `plugins` by any file of the chain."""
+        lists = [link.source.value.get("plugins") for link in self.links.values()]
+        return [p for named in lists if isinstance(named, list) for p in named if isinstance(p, str)]
+
+    def own_files(self, worded: set[str]) -> list[Path]:
+        """The person's files: those that are not foreign, and the presets that they or the command line chose.
+
+        Args:
+            worded: groups the command line chose.
+        """
+        files = [link.source.path for link in self.links.values() if not link.foreign]
+        for group in PRESET_GROUPS:
+            holder = self.holder(self.primary.id, group)
+            if group in worded or (holder is not None and not holder.foreign):
+                files += presets(group).values()
+        return files
+
+    def below(self, link: Link) -> list[Link]:
+        """The files a file extends, at any depth."""
+        direct = [self.links[i] for i in link.extends]
+        return [*direct, *(further for inner in direct for further in self.below(inner))]
+
+
+def _line(source: YamlFile, index: int) -> int:
+    return source.lines.get(("defaults", index), source.lines.get(("defaults",), 1))
+
+
+def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
+    word, choice = next(iter(entry.items()))
+    group = word.removeprefix("override ").strip().strip("/")
+    if group not in GROUPS:
+        raise RecipeError(
+            f"{where}: defaults has no group '{group}'{did_you_mean(group, GROUPS)} (groups: {', '.join(GROUPS)})"
+        )
+    if group == "stack":
+        choice = [] if choice is None else [choice] if isinstance(choice, str) else choice
+        if not (isinstance(choice, list) and all(isinstance(c, str) for c in choice)):
+            raise RecipeError(f"{where}: stack is a list of methods, such as [nf4, lora]; got {choice!r:.60}")
+        repeated = {c for c in choice if choice.count(c) > 1}
+        if repeated:
+            raise RecipeError(
+                f"{where}: '{sorted(repeated)[0]}' stands twice in the list; name the second one: "
+                f"`stack: {{second: {{kind: {sorted(repeated)[0]}}}}}`"
+            )
+    elif choice is not None and not isinstance(choice, str):
+        raise RecipeError(f"{where}: {group} is one name; got {choice!r:.60}")
+    return group, choice
+
+
+def _implied(source: YamlFile) -> list[Any]:
+    """The defaults list of a file that has none, such as a run's own recipe.yaml: base, and the kinds its body names."""
+    entries: list[Any] = ["/base"]
+    for group in COMPONENT_GROUPS:
+        body = source.value.get(group)
+        if group != "stack" and isinstance(body, dict) and isinstance(body.get("kind"), str):
+            entries.append({f"override /{group}": body["kind"]})
+    return [*entries, "_self_"]
+
+
+def _check_body(source: YamlFile) -> None:
+    """Refuse an empty section: YAML reads it as null, and whatever was meant to stand below it is lost."""
+    for key, value in source.value.items():
+        if value is None and key in {*GROUPS, "tokenizer", "roles", "eval", "save", "log", "run", "batch"}:
+            raise RecipeError(
+                f"{source.where(key)}: '{dotted((key,))}' is empty; remove the line or put its keys below it, indented"
+            )
+        if key == "hydra":
+            raise RecipeError(f"{source.where(key)}: there is no key 'hydra' in a recipe")

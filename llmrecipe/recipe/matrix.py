@@ -1,0 +1,156 @@
+"""Stages written once and run for many values.
+
+    method:
+      each: {method: {lora: {optim: {lr: 2e-3}}, bitfit: {}}, seed: [0, 1]}
+      recipe: "${each:method}"
+      seed: "${each:seed}"
+
+makes the stages method-lora-0, method-lora-1, method-bitfit-0 and method-bitfit-1. An axis is a list of values, or a mapping of
+values to keys of a stage that are added for that value. `${each:axis}` is the value; where it is the whole text the value keeps
+its type. A list item `${stage:method}` becomes one item for each of these stages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmrecipe.core.errors import did_you_mean
+from llmrecipe.recipe.content_key import REFERENCE
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
+
+AXIS = re.compile(r"\$\{\s*each:\s*([A-Za-z_][\w-]*)\s*\}")
+"""How a stage names its value on an axis: `${each:x}`."""
+Mistake = tuple[KeyPath, str]
+
+
+@dataclass
+class Expanded:
+    """Stages with every `each` written out."""
+
+    bodies: dict[str, Any] = field(default_factory=dict)
+    """Stage -> its body."""
+    written: dict[str, str] = field(default_factory=dict)
+    """Stage -> its key in the recipe."""
+    mistakes: list[Mistake] = field(default_factory=list)
+
+
+def expand(section: Mapping[str, Any]) -> Expanded:
+    """Write out every stage that has `each`, one for each combination of its axes, the last axis fastest.
+
+    Args:
+        section: the recipe's `stages`.
+    """
+    found = Expanded()
+    members: dict[str, list[str]] = {}
+    for key, body in section.items():
+        name, at = str(key), ("stages", str(key))
+        if not isinstance(body, Mapping) or "each" not in body:
+            made = {name: body}
+        else:
+            wrong = _wrong(body["each"], (*at, "each"))
+            found.mistakes += wrong
+            made = {} if wrong else _combinations(name, body)
+            members[name] = list(made)
+            if len(made) < (0 if wrong else _size(body["each"])):
+                text = f"{dotted((*at, 'each'))}: two of its values make the same name; names keep letters, digits, _ and -"
+                found.mistakes.append(((*at, "each"), text))
+        for stage, single in made.items():
+            axes = list(body["each"]) if isinstance(body, Mapping) and "each" in body else []
+            found.mistakes += _unknown(single, axes, at)
+            found.bodies[stage] = single
+            found.written[stage] = name
+    found.bodies = {stage: _gathered(body, members) for stage, body in found.bodies.items()}
+    return found
+
+
+def _wrong(each: Any, at: KeyPath) -> list[Mistake]:
+    """What is wrong with the form of an `each`."""
+    if not isinstance(each, Mapping) or not each:
+        return [(at, f"{dotted(at)}: must be a mapping such as {{seed: [0, 1, 2]}}; got {each!r}")]
+    wrong: list[Mistake] = []
+    for axis, values in each.items():
+        key = (*at, str(axis))
+        if isinstance(values, Mapping):
+            wrong += [
+                ((*key, str(v)), f"{dotted((*key, str(v)))}: must be keys of a stage such as {{steps: 20}}; got {own!r}")
+                for v, own in values.items()
+                if not isinstance(own, Mapping)
+            ]
+        elif not isinstance(values, list) or any(isinstance(v, list | Mapping) or v is None for v in values):
+            wrong.append(
+                (key, f"{dotted(key)}: must be a list of values or a mapping value -> keys of a stage; got {values!r}")
+            )
+    return wrong
+
+
+def _size(each: Mapping[str, Any]) -> int:
+    size = 1
+    for values in each.values():
+        size *= len(values)
+    return size
+
+
+def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    each = body["each"]
+    made = {}
+    for values in itertools.product(*each.values()):
+        chosen = dict(zip(map(str, each), values, strict=True))
+        single = {k: v for k, v in body.items() if k != "each"}
+        for axis, value in chosen.items():
+            if isinstance(each[axis], Mapping):
+                single = _merged(single, each[axis][value])
+        label = "-".join(re.sub(r"[^\w-]", "_", str(v)) for v in values)
+        made[f"{name}-{label}"] = _filled(single, chosen)
+    return made
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Two bodies in one: mappings key by key, lists (`with`) one after the other, of anything else the second."""
+    if isinstance(below, Mapping) and isinstance(above, Mapping):
+        return {**below, **{k: _merged(below[k], v) if k in below else v for k, v in above.items()}}
+    return [*below, *above] if isinstance(below, list) and isinstance(above, list) else above
+
+
+def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
+    """A body with the values of its axes put in."""
+    if isinstance(value, Mapping):
+        return {k: _filled(v, chosen) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_filled(v, chosen) for v in value]
+    if not isinstance(value, str):
+        return value
+    whole = AXIS.fullmatch(value)
+    if whole and whole[1] in chosen:
+        return chosen[whole[1]]
+    return AXIS.sub(lambda m: str(chosen.get(m[1], m[0])), value)
+
+
+def _unknown(value: Any, axes: list[str], at: KeyPath) -> list[Mistake]:
+    """Axes that are named and not there."""
+    if isinstance(value, Mapping):
+        return [m for k, v in value.items() for m in _unknown(v, axes, (*at, str(k)))]
+    if isinstance(value, list):
+        return [m for v in value for m in _unknown(v, axes, at)]
+    named = AXIS.findall(value) if isinstance(value, str) else []
+    has = f"the axes are {', '.join(axes)}" if axes else "this stage has no `each`"
+    return [(at, f"{dotted(at)}: ${{each:{n}}}: there is no axis '{n}'{did_you_mean(n, axes)}; {has}") for n in named]
+
+
+def _gathered(value: Any, members: Mapping[str, list[str]]) -> Any:
+    """A body in which a list item `${stage:x}` stands for all stages that x was written out to."""
+    if isinstance(value, Mapping):
+        return {k: _gathered(v, members) for k, v in value.items()}
+    if not isinstance(value, list):
+        return value
+    items: list[Any] = []
+    for item in value:
+        whole = REFERENCE.fullmatch(item) if isinstance(item, str) else None
+        if whole and whole[1] in members:
+            items += [f"${{stage:{stage}}}" for stage in members[whole[1]]]
+        else:
+            items.append(_gathered(item, members))
+    return items

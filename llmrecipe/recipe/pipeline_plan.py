@@ -1,0 +1,279 @@
+"""Pipelines: a recipe whose `stages` are recipes and steps, each a run of its own, in the order their results are needed.
+
+    stages:
+      sft: {recipe: sft_lora, with: [steps=60]}
+      rows: {kind: generate, model: "${stage:sft}", prompts: "builtin:prompts"}
+      dpo: {recipe: dpo_lora, with: ["model.path=${stage:sft}"], save: {every: 20}}
+
+A stage with a `recipe` is a training: `with` takes the words of the command line, and any other key of a recipe may stand in a
+stage and is set there too. A stage with a `kind` is a step (`llmrecipe list step`) and holds its options.
+`${stage:x}` is the run directory of stage x and decides the order. A stage with `rounds: N` is repeated, and so is a group of
+stages; round k adds k - 1 to the seed, so that it draws other samples:
+
+    dpo:     {recipe: dpo_lora, rounds: 3, start: "${stage:sft}", with: ["model.path=${stage:dpo}"]}
+    improve: {rounds: 2, start: {ppo: "${stage:sft}"}, stages: {reward: {...}, ppo: {...}}}
+
+Inside a group `${stage:x}` is this round's x where x stands above, else that of the round before; in the first round the text
+given under `start`. Outside it is that of the last round. A stage with `each` is written once and run for many values
+(`recipe/matrix.py`); `inherit: [model, data]` passes on what the pipeline's own recipe sets of these keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.recipe.builtin_data import beside_own_rows
+from llmrecipe.recipe.code_key import code_of
+from llmrecipe.recipe.compose import Composition, compose, section_defaults
+from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
+from llmrecipe.recipe.matrix import AXIS
+from llmrecipe.recipe.pipeline_spec import Stage, in_order, parse, place_of
+from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.rights import without_rights
+from llmrecipe.recipe.run_recipe import inherited_keys
+from llmrecipe.recipe.step_spec import StepComposition, compose_step, needs, result, unfinished
+from llmrecipe.recipe.yaml_file import dotted
+
+PLAIN_PATH = re.compile(r"[\w ./+@%~-]+")
+TRAINING_NEEDS = {"model.path": "model", "data.path": "rows"}
+"""Keys of a recipe that take the result of a stage, and what it must be."""
+PIPELINE_KEYS = ("stages", "run", "log", "plugins")
+"""Top-level keys that mean something to a pipeline by themselves; the others are values for `${...}` in its stages."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage that can be run."""
+
+    stage: Stage
+    words: list[str]
+    """Words of the command line, results of its inputs filled in."""
+    mapping: dict[str, Any]
+    """Its composed mapping, with `${stage:x}` where results of other stages belong."""
+    composition: Composition | StepComposition
+    """The same with directories filled in."""
+    key: str
+    dir: Path
+    code: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the code of each plugin it depends on (see `code_of`)."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.stage.name
+
+    @property
+    def gives(self) -> str:
+        """What it leaves for other stages."""
+        return self.composition.gives if isinstance(self.composition, StepComposition) else "model"
+
+    @property
+    def result(self) -> Path:
+        """What `${stage:x}` stands for."""
+        return self.dir / result(self.composition.kind) if isinstance(self.composition, StepComposition) else self.dir
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every stage in the order it runs."""
+
+    name: str
+    folder: Path
+    stages: list[Planned] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Planned:
+        return next(s for s in self.stages if s.name == name)
+
+
+def plan(pipeline: Composition) -> Plan:
+    """Compose and validate every stage of a pipeline, and find the directory of each.
+
+    Raises:
+        RecipeError: every mistake in any stage, in one message.
+    """
+    if pipeline.foreign:
+        raise RecipeError(
+            f"stages: {pipeline.path} lies in a run or beside a model, and the words of its stages could give rights that only "
+            "you can give; read it, and copy it elsewhere to make it a recipe of your own"
+        )
+    _refuse_unused(pipeline)
+    stages = in_order(parse(pipeline), pipeline)
+    run = pipeline.recipe.run
+    folder = Path(run.dir) if run.dir is not None else Path(run.root) / (run.name or pipeline.name)
+    if not PLAIN_PATH.fullmatch(str(folder)):
+        raise RecipeError(f"run: {folder}: words of the command line name this folder; use letters, digits and . _ - + @ %")
+    made = Plan(pipeline.name, folder, notes=list(pipeline.notes))
+    results: dict[str, Path] = {}
+    keys: dict[str, str] = {}
+    mistakes: list[str] = []
+    for stage in stages:
+        try:
+            composition = compose_stage(stage)
+            step = isinstance(composition, StepComposition)
+            key = keys[stage.name] = composition.key(keys) if step else content_key(composition.mapping, keys)
+        except RecipeError as error:
+            mistakes += [f"{dotted(stage.at)}{'.' if stage.step else ': '}{line}" for line in str(error).split("\n")]
+            results[stage.name] = folder / stage.name
+            keys[stage.name] = ""
+            continue
+        made.notes.extend(f"{stage.name}: {note}" for note in composition.notes)
+        wrong = _wrong_inputs(stage, composition, made)
+        mistakes += [text + place_of(pipeline, stage.at) for text in wrong]
+        filled = functools.partial(REFERENCE.sub, lambda m: str(results[m[1]]))
+        mapping = each_text(composition.mapping, filled)
+        made.stages.append(
+            Planned(
+                stage,
+                [filled(word) for word in composition.overrides],
+                composition.mapping,
+                dataclasses.replace(composition, mapping=mapping) if step else revalidated(composition, mapping),
+                key,
+                folder / f"{stage.name}-{key}",
+                code_of(composition.mapping),
+            )
+        )
+        results[stage.name] = made.stages[-1].result
+    if mistakes:
+        # Stages written out from one `each` share their mistakes.
+        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
+    made.notes.extend(beside_own_rows({s.name: s.mapping for s in made.stages}))
+    return made
+
+
+def compose_stage(stage: Stage) -> Composition | StepComposition:
+    """A stage's recipe or step with its words; rounds after the first draw other samples.
+
+    Raises:
+        RecipeError: everything that is wrong with it.
+    """
+    make = compose_step if stage.step else compose
+    composition = make(stage.what, stage.words)
+    if isinstance(composition, Composition) and composition.recipe.stages:
+        raise RecipeError(f"recipe={stage.what} is itself a pipeline; name its stages here")
+    frame = composition.frame if isinstance(composition, StepComposition) else composition.recipe
+    if frame.run.dir is not None:
+        raise RecipeError("run.dir: the pipeline chooses the folders of its stages; set run.root or run.dir of the pipeline")
+    return composition if stage.round == 1 else make(stage.what, [*stage.words, f"seed={frame.seed + stage.round - 1}"])
+
+
+def _wrong_inputs(stage: Stage, composition: Composition | StepComposition, made: Plan) -> list[str]:
+    """Results of stages that are not what the place they stand at takes."""
+    wanted = needs(composition.kind) if isinstance(composition, StepComposition) else TRAINING_NEEDS
+    gives = {s.name: s.gives for s in made.stages}
+    found = []
+    for key, value in leaves(composition.mapping):
+        want = wanted.get(dotted(key)) or wanted.get(str(key[0]), "") if stage.step else wanted.get(dotted(key), "")
+        for text in value if isinstance(value, list) else [value]:
+            for name in REFERENCE.findall(text) if unfinished(text) else []:
+                if want and gives.get(name, want) != want:
+                    found.append(
+                        f"{dotted((*stage.at, *key))}: ${{stage:{name}}} leaves {gives[name]}, and {want} "
+                        f"{'are' if want == 'rows' else 'is'} wanted here"
+                    )
+    return found
+
+
+def revalidated(composition: Composition, mapping: dict[str, Any]) -> Composition:
+    """The same recipe with other values."""
+    from llmrecipe.recipe.validate import validate
+
+    return dataclasses.replace(composition, mapping=mapping, recipe=validate(mapping, composition.origins))
+
+
+def for_check(
+    made: Plan, done: set[str], example: Callable[[str], Path] | None = None
+) -> dict[str, Composition | StepComposition]:
+    """What of each stage can be built before the ones above it have run.
+
+    A model that an unfinished training will leave is replaced by the model that stage starts from, which has the same shapes;
+    rows that an unfinished step will leave by examples of them. Steps keep `${stage:x}` for what is not there yet.
+
+    Args:
+        example: unfinished step -> a folder with rows like those it will leave.
+    """
+    bases: dict[str, dict[str, Any]] = {}
+    found: dict[str, Composition | StepComposition] = {}
+    for planned in made.stages:
+        if isinstance(planned.composition, StepComposition):
+            mapping = each_text(planned.mapping, lambda text: REFERENCE.sub(lambda m: filled(m, made, done), text))
+            step = found[planned.name] = dataclasses.replace(planned.composition, mapping=mapping)
+            if planned.gives == "model":
+                bases[planned.name] = _based(dict(step.build().model()), bases)
+            continue
+        if all(name in done for name in planned.stage.inputs):
+            bases[planned.name] = planned.composition.mapping["model"]
+            found[planned.name] = planned.composition
+            continue
+        model = bases[planned.name] = _based(planned.mapping["model"], bases)
+        mapping = {**planned.mapping, "model": model, "data": _with_examples(planned.mapping["data"], made, done, example)}
+        found[planned.name] = revalidated(planned.composition, mapping)
+    return found
+
+
+def _based(model: dict[str, Any], bases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A model section that names an unfinished stage, on the model which that stage starts from."""
+    reference = REFERENCE.fullmatch(str(model["path"]))
+    if not reference or reference[1] not in bases:
+        return model
+    below, default = bases[reference[1]], section_defaults()["model"]
+    own = {k: v for k, v in model.items() if v != default.get(k)}
+    return {**without_rights(below), **own, "path": below["path"], "continue": False}
+
+
+def filled(reference: re.Match[str], made: Plan, done: set[str]) -> str:
+    """What a finished stage has left; of another one the reference itself."""
+    return str(made[reference[1]].result) if reference[1] in done else reference[0]
+
+
+def _with_examples(data: dict[str, Any], made: Plan, done: set[str], example: Callable[[str], Path] | None) -> dict[str, Any]:
+    """A data section that reads examples where the rows of a step are not there yet."""
+
+    def folder(reference: re.Match[str]) -> str:
+        name = reference[1]
+        wanted = example is not None and name not in done and made[name].gives == "rows"
+        return str(example(name)) if wanted and example is not None else filled(reference, made, done)
+
+    return each_text(data, lambda text: REFERENCE.sub(folder, text))
+
+
+def refuse_stages(mapping: Mapping[str, Any]) -> None:
+    """Refuse a recipe that only a pipeline can run.
+
+    Raises:
+        RecipeError: it has stages, or names the result of one.
+    """
+    if mapping.get("stages"):
+        raise RecipeError(
+            "stages: this recipe is a pipeline; run it with `llmrecipe train` or llmrecipe.pipelines.run_stages.run"
+        )
+    for key, value in leaves(mapping):
+        if isinstance(value, str) and (REFERENCE.search(value) or AXIS.search(value)):
+            what = "the result of a stage" if REFERENCE.search(value) else "a value of `each` in a stage"
+            raise RecipeError(f"{dotted(key)}: {value} is {what}, and only a recipe with `stages` has stages")
+
+
+def _refuse_unused(pipeline: Composition) -> None:
+    """Words that reach no stage would be lost without a sound."""
+    texts = [origin.word for key, origin in pipeline.origins.items() if key[0] == "stages" and origin.word]
+    files = {o.file for key, o in pipeline.origins.items() if key[0] == "stages" and o.file}
+    texts += [path.read_text(encoding="utf-8") for path in files]
+    used = {name for text in texts for name in re.findall(r"\$\{\s*([A-Za-z_][\w.]*)\s*\}", text)}
+    used |= inherited_keys(pipeline.recipe.stages)
+    for word in pipeline.overrides:
+        key = word.lstrip("+~").split("=")[0]
+        top = key.split(".")[0]
+        if top in PIPELINE_KEYS or any(f"{u}.".startswith(f"{key}.") or f"{key}.".startswith(f"{u}.") for u in used):
+            continue
+        first = next(iter(pipeline.recipe.stages or {}), "NAME")
+        hint = f"; what its stages take from it: {', '.join(sorted(used))}" if used else ""
+        raise RecipeError(
+            f"'{word}': a pipeline has no {top} of its own; say it to a stage: stages.{first}.{word.lstrip('+~')}{hint}"
+        )

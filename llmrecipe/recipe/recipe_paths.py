@@ -1,0 +1,114 @@
+"""Where recipes and presets lie: `./recipes` first, then the ones that came with the package."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.paths import ASSETS, PACKAGE
+from llmrecipe.recipe.yaml_file import short
+
+COMPONENT_GROUPS = ("objective", "stack", "optim", "schedule")
+"""Groups whose options are registered components."""
+PRESET_GROUPS = ("model", "data", "optim", "schedule", "runtime")
+"""Groups whose options may be YAML files in a folder of that name beside the recipes."""
+GROUPS = ("model", "data", "objective", "stack", "optim", "schedule", "runtime")
+"""Every group a defaults list or `group=choice` can name."""
+
+
+@functools.cache
+def packaged() -> Path:
+    """The folder of recipes that came with the package: inside the wheel, or beside the package in a checkout."""
+    inside = ASSETS / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def roots() -> list[Path]:
+    """Folders that are searched, in order."""
+    folders = [Path.cwd() / "recipes", packaged()]
+    unique = dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir())
+    return list(unique)
+
+
+def recipes_in(root: Path) -> dict[str, Path]:
+    """`folder/stem` -> file for every recipe below a folder; preset groups are left out."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.y*ml")):
+        relative = path.relative_to(root)
+        if (
+            path.suffix not in (".yaml", ".yml")
+            or relative.parts[0] in GROUPS
+            or any(p.startswith(".") for p in relative.parts)
+        ):
+            continue
+        found[relative.with_suffix("").as_posix()] = path
+    return found
+
+
+def all_recipes() -> dict[str, Path]:
+    """Stem -> file of every recipe that can be named, the first folder of the search winning; `base` is not listed."""
+    found: dict[str, Path] = {}
+    for root in roots():
+        for path in recipes_in(root).values():
+            if path.stem != "base":
+                found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def presets(group: str) -> dict[str, Path]:
+    """Option -> file of a preset group over the search path."""
+    found: dict[str, Path] = {}
+    if group in PRESET_GROUPS:
+        for root in roots():
+            for path in sorted((root / group).glob("*.yaml")):
+                found.setdefault(path.stem, path)
+    return found
+
+
+def lookup(name: str, folders: list[Path], exclude: Path | None = None) -> Path | None:
+    """A recipe by stem or `folder/stem`; None where there is none.
+
+    Raises:
+        RecipeError: one folder holds several recipes of that stem.
+    """
+    wanted = name.strip("/").removesuffix(".yaml")
+    for folder in folders:
+        known = {key: path for key, path in recipes_in(folder).items() if path.resolve() != exclude}
+        if wanted in known:
+            return known[wanted]
+        matches = [path for path in known.values() if path.stem == wanted]
+        if len(matches) > 1:
+            listed = ", ".join(short(path) for path in matches)
+            raise RecipeError(
+                f"recipe={name}: several recipes have that name: {listed}; give the folder too, as in recipe=FOLDER/{wanted}"
+            )
+        if matches:
+            return matches[0]
+    return None
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file a `recipe=` word means: a path, a run directory, or a name in the search path.
+
+    Raises:
+        RecipeError: nothing fits; the message gives the nearest names.
+    """
+    text = os.path.expanduser(str(name))
+    path = Path(text)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    if not path.is_absolute() and not text.startswith("."):
+        found = lookup(text, roots())
+        if found is not None:
+            return found
+    if path.suffix in (".yaml", ".yml") or path.is_absolute() or text.startswith("."):
+        raise RecipeError(f"recipe={name}: there is no such file (looked from {Path.cwd()})")
+    known = sorted(all_recipes())
+    raise RecipeError(
+        f"recipe={name}: there is no recipe of that name in {' or '.join(short(r) for r in roots())}"
+        f"{did_you_mean(path.name, known)} (known: {', '.join(known)})"
+    )

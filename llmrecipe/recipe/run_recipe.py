@@ -1,0 +1,96 @@
+"""What stages take over from the recipe of their pipeline: `inherit: [model, data, steps]`.
+
+Only what the pipeline's files or its command line set is taken over, so that a stage keeps its own recipe's values elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llmrecipe.core.errors import did_you_mean
+from llmrecipe.recipe.compose import Composition, section_defaults
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
+
+QUOTED = re.compile(r'(\\*)("|\Z)')
+SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")
+"""Characters that Hydra reads in an unquoted key of a mapping."""
+COMPONENTS = ("objective", "optim", "schedule")
+INHERITABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run", "stack", "roles"))
+"""Keys of a recipe that a stage may take over. Its stack and its roles are its own."""
+
+
+def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[tuple[KeyPath, str]]]:
+    """A stage's body with the words for what it inherits put before its own, and mistakes.
+
+    Args:
+        body: a stage as written, or a group of stages.
+        pipeline: the recipe that holds it.
+        at: the stage's key path.
+    """
+    if not isinstance(body, Mapping):
+        return body, []
+    if isinstance(body.get("stages"), Mapping):
+        pairs = {k: inherited(v, pipeline, (*at, "stages", str(k))) for k, v in body["stages"].items()}
+        return {**body, "stages": {k: v for k, (v, _) in pairs.items()}}, [m for _, wrong in pairs.values() for m in wrong]
+    if "inherit" not in body or "kind" in body:
+        return body, []
+    keys, where = body["inherit"], (*at, "inherit")
+    if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
+        return body, [(where, f"{dotted(where)}: must be a list of keys such as [model, data]; got {keys!r}")]
+    unknown = [k for k in keys if k not in INHERITABLE]
+    if unknown:
+        allowed = ", ".join(INHERITABLE)
+        return body, [
+            (where, f"{dotted(where)}: '{k}' cannot be inherited{did_you_mean(k, INHERITABLE)} (keys: {allowed})")
+            for k in unknown
+        ]
+    own = body.get("with", [])
+    words = [word for key in keys for word in words_of(pipeline, key)]
+    rest = {k: v for k, v in body.items() if k != "inherit"}
+    return {**rest, "with": [*words, *own]} if isinstance(own, list) else rest, []
+
+
+def inherited_keys(section: Any) -> set[str]:
+    """Every key that any stage inherits."""
+    if not isinstance(section, Mapping):
+        return set()
+    found = {k for k in section.get("inherit", []) if isinstance(k, str)} if isinstance(section.get("inherit"), list) else set()
+    return found.union(*(inherited_keys(v) for v in section.values()))
+
+
+def words_of(pipeline: Composition, key: str) -> list[str]:
+    """Words of the command line for what a recipe sets of one of its keys."""
+    value = pipeline.mapping.get(key)
+    if not isinstance(value, Mapping):
+        return [as_word((key,), value)] if _is_set(pipeline, (key,)) else []
+    words = [as_word((key, inner), v) for inner, v in value.items() if inner != "kind" and _is_set(pipeline, (key, str(inner)))]
+    return [f"{key}={value['kind']}", *words] if key in COMPONENTS and "kind" in value else words
+
+
+def _is_set(pipeline: Composition, key: KeyPath) -> bool:
+    """Whether a file or a word gave the value, or one below it."""
+    return any(k[: len(key)] == key and origin.kind != "default" for k, origin in pipeline.origins.items())
+
+
+def as_word(key: KeyPath, value: Any) -> str:
+    """A value as a word of the command line."""
+    return f"{dotted(key)}={text_of(value)}"
+
+
+def text_of(value: Any) -> str:
+    """A value as the command line spells it."""
+    if isinstance(value, str):
+        # Backslashes count double where a quote follows, and only there.
+        return '"' + QUOTED.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(text_of, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{SPECIAL.sub(_escaped, str(k))}: {text_of(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "\\" + found[0]

@@ -1,0 +1,161 @@
+"""Steps as they are written: a kind and its options, in a stage of a pipeline or as words of the command line.
+
+    stages:
+      rows: {kind: generate, model: "${stage:sft}", prompts: "builtin:prompts", n: 2, seed: 3}
+
+    llmrecipe step generate model=runs/... prompts=builtin:prompts n=2 seed=3 run.dir=rows
+
+The fields of the registered class are the options. Beside them stand `seed`, and on the command line the sections `run` and
+`log` of a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.redact import name_variables
+from llmrecipe.recipe.content_key import REFERENCE, content_key
+from llmrecipe.recipe.schema import LogSection, RunSection, Section
+
+GROUP = "step"
+RESULTS = ("model", "rows", "metrics")
+"""What a stage may leave for others; a training leaves a model."""
+
+
+class Buildable(Protocol):
+    """What the recipe layer asks of a built step (see the interface `Step`)."""
+
+    def check(self, where: str) -> None:
+        """Refuse what would stop it, before anything starts."""
+
+    def stands_on(self) -> Mapping[str, Any]:
+        """Return JSON its result follows from besides its options."""
+
+    def example(self) -> Mapping[str, Sequence[dict[str, Any]]]:
+        """Return rows like those it will leave."""
+
+    def model(self) -> Mapping[str, Any]:
+        """Return the `model` section that what it leaves starts from."""
+
+    def run(self, work: Any) -> dict[str, Any]:
+        """Do it; returns its metrics."""
+
+
+class Frame(Section):
+    """What every step has besides its own options."""
+
+    seed: int = 0
+    run: RunSection = RunSection()
+    log: LogSection = LogSection()
+
+
+OWN = tuple(Frame.model_fields)
+
+
+@dataclass(frozen=True)
+class StepComposition:
+    """A composed and validated step."""
+
+    kind: str
+    overrides: list[str]
+    """Its words."""
+    mapping: dict[str, Any]
+    """kind, seed and every option, defaults included."""
+    frame: Frame
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def gives(self) -> str:
+        """What it leaves: one of `RESULTS`."""
+        return gives(self.kind)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its own options."""
+        return {k: v for k, v in self.mapping.items() if k not in ("kind", "seed")}
+
+    def key(self, keys: Mapping[str, str]) -> str:
+        """The key of its result (see `content_key`).
+
+        Raises:
+            RecipeError: it refuses its options, or a recipe it names is wrong.
+        """
+        return content_key({**self.mapping, **self.build().stands_on()}, keys, named=tuple(needs(self.kind)))
+
+    @property
+    def dir(self) -> Path:
+        """`run.dir`, or a folder named after the key: the same words find what they have left."""
+        run = self.frame.run
+        return Path(run.dir) if run.dir is not None else Path(run.root) / (run.name or self.kind) / self.key({})
+
+    def build(self, where: str | None = None) -> Buildable:
+        """The step itself.
+
+        Raises:
+            RecipeError: it refuses its options.
+        """
+        from llmrecipe.recipe.validate import build
+
+        return build(GROUP, {"kind": self.kind, **self.options}, where or self.kind)
+
+
+def gives(kind: str) -> str:
+    """What a kind of step leaves."""
+    return str(registry.spec(GROUP, kind).facts.get("gives") or "metrics")
+
+
+def result(kind: str) -> str:
+    """The folder within a step's own that its result lies in."""
+    return str(registry.spec(GROUP, kind).facts.get("result") or "")
+
+
+def needs(kind: str) -> dict[str, str]:
+    """Options of a kind that may name another stage's result -> what that result must be."""
+    return dict(registry.spec(GROUP, kind).facts.get("needs") or {})
+
+
+def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
+    """Validate the words of a step.
+
+    Raises:
+        RecipeError: everything that is wrong, in one message.
+    """
+    from llmrecipe.recipe.overrides import parse
+    from llmrecipe.recipe.validate import check_component, report, translate
+
+    registry.spec(GROUP, kind, "kind")
+    tree: dict[str, Any] = {}
+    for word in parse(list(words), reserved=("hydra", "resume")):
+        node = tree
+        for part in word.key[:-1]:
+            inner = node.setdefault(str(part), {})
+            if not isinstance(inner, dict):
+                raise RecipeError(f"'{word.text}': {part} is {inner!r}, which has no keys below it")
+            node = inner
+        if word.delete:
+            raise RecipeError(f"'{word.text}': a step has nothing to remove; leave the option out")
+        node[str(word.key[-1])] = word.value
+    frame = {k: tree.pop(k) for k in OWN if k in tree}
+    checked, mistakes = check_component(GROUP, {"kind": kind, **tree}, ())
+    made = Frame()
+    try:
+        made = Frame.model_validate(frame)
+    except ValidationError as error:
+        mistakes += translate(error, frame, Frame, ())
+    if mistakes:
+        raise RecipeError(report(mistakes, {}))
+    options = {k: v for k, v in checked.items() if k != "kind"}
+    name_variables(options)
+    return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **options}, made)
+
+
+def unfinished(value: Any) -> bool:
+    """Whether a text names the result of a stage that is not there yet (`${stage:x}`)."""
+    return isinstance(value, str) and REFERENCE.search(value) is not None

@@ -1,1 +1,0 @@
-"""Rewards: what a sampled answer is worth, one kind a file."""

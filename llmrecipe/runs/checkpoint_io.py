@@ -1,0 +1,252 @@
+"""Checkpoints that survive: a folder is written aside, synced to disk, then renamed into place; nothing in it is a pickle.
+
+    checkpoints/step-000200/
+        delta.safetensors  optimizer.safetensors  ...   tensors
+        progress.json  ...                              everything else
+        checksums.json                                  SHA-256 and size of each file, written last
+
+A crash at any moment leaves either no new folder or a whole one. A folder whose checksums do not hold is passed over, with a
+warning, for the newest one that is intact.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.runs.durable import ASIDE, REPLACED, delete, put_in_place, sync
+
+CHECKSUMS = "checksums.json"
+NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The disk, the quota or the file size limit is exhausted."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+}
+"""torch dtype -> its name in a safetensors header."""
+
+logger = logging.getLogger("llmrecipe")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read back."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """File stem -> tensors, on the CPU."""
+    documents: dict[str, Any]
+    """File stem -> JSON value."""
+
+
+def folder_name(step: int) -> str:
+    """`step-000200`."""
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> Path:
+    """Write one checkpoint durably and return its folder. Only one process writes.
+
+    Args:
+        root: the `checkpoints` folder of a run.
+        tensors: file stem -> tensors by name, any dtype and shape.
+        documents: file stem -> JSON value.
+
+    Raises:
+        RunError: the disk is full; the earlier checkpoints are untouched.
+    """
+    target, aside = root / folder_name(step), root / f"{ASIDE}{folder_name(step)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(root)
+        aside.mkdir()
+        sums = {f"{stem}.safetensors": _write(aside / f"{stem}.safetensors", _safetensors(t)) for stem, t in tensors.items()}
+        sums |= {f"{stem}.json": _write(aside / f"{stem}.json", _json(value)) for stem, value in documents.items()}
+        _write(aside / CHECKSUMS, _json({"step": step, "files": sums}))
+        sync(aside)
+        put_in_place(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno not in FULL:
+            raise
+        raise RunError(_disk_full(root, step, error)) from error
+    return target
+
+
+def _disk_full(root: Path, step: int, error: OSError) -> str:
+    good = _candidates(root)
+    kept = f"the last good checkpoint is {good[0][1]}" if good else "there is no earlier checkpoint"
+    free = shutil.disk_usage(root).free // 2**20 if root.exists() else 0
+    return (
+        f"cannot write the checkpoint of step {step} to {root}: {error.strerror or error} ({free} MB free); {kept}. "
+        f"Free some space (or lower save.keep) and continue with resume={root.parent}"
+    )
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file, one tensor in memory at a time."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Data starts at a multiple of 8, as readers that map the file into memory want.
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def _json(value: Any) -> Iterator[bytes]:
+    yield (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, pieces: Iterator[bytes | memoryview] | Iterator[bytes]) -> dict[str, Any]:
+    """Write and sync one file; its checksum is taken of what was meant to be written."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file is there and matches its checksum."""
+    try:
+        listed = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"its {CHECKSUMS} cannot be read ({type(error).__name__})"
+    for name, expected in listed.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        with open(file, "rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} has changed since it was written"
+    return None
+
+
+def _candidates(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder), newest first; of two folders of one step the one with the proper name first."""
+    found = [(int(m[2]), bool(m[1]), p) for p in (root.iterdir() if root.is_dir() else ()) if (m := NAME.match(p.name))]
+    return [(step, path) for step, _, path in sorted(found, key=lambda f: (-f[0], f[1]))]
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint, oldest first; not verified."""
+    return sorted({step for step, _ in _candidates(root)})
+
+
+def checkpoint_of(root: Path, step: int) -> Path | None:
+    """The intact checkpoint of one step, or None."""
+    return next((path for at, path in _candidates(root) if at == step and fault(path) is None), None)
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest intact checkpoint; broken ones are passed over with a warning. None when there is no checkpoint at all.
+
+    Raises:
+        RunError: there are checkpoints and none is intact.
+    """
+    faults = []
+    for _, path in _candidates(root):
+        wrong = fault(path)
+        if wrong is None:
+            return path
+        faults.append(f"{path.name}: {wrong}")
+        logger.warning("%s is not usable: %s; trying the one before it", path, wrong)
+    if faults:
+        raise RunError(f"no checkpoint in {root} is intact ({'; '.join(faults)}); start the recipe again without resume")
+    return None
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """Read a checkpoint after checking every file against its checksum.
+
+    Raises:
+        RunError: it is not a checkpoint, or a file is missing, cut short or changed.
+    """
+    from safetensors.torch import load_file
+
+    match = NAME.match(path.name)
+    if match is None or not path.is_dir():
+        raise RunError(f"{path} is not a checkpoint folder (expected a name such as {folder_name(200)})")
+    wrong = fault(path)
+    if wrong is not None:
+        raise RunError(f"the checkpoint {path} cannot be used: {wrong}")
+    files = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+    tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors")}
+    documents = {Path(f).stem: json.loads((path / f).read_text(encoding="utf-8")) for f in files if f.endswith(".json")}
+    return Saved(path, int(match[2]), tensors, documents)
+
+
+def rotate(root: Path, keep: int, best: int | None = None) -> list[int]:
+    """Delete all but the `keep` newest checkpoints and the best one; returns the steps that were deleted."""
+    known = steps(root)
+    return keep_only(root, {*known[-keep:], best})
+
+
+def keep_only(root: Path, wanted: Container[int | None]) -> list[int]:
+    """Delete the checkpoints of all other steps; returns the steps that were deleted."""
+    gone = [step for step in steps(root) if step not in wanted]
+    for step in gone:
+        delete(root / folder_name(step))
+    return gone
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Remove what a killed process left behind. The run's lock says that no other process writes here now."""
+    for path in root.glob(f"{ASIDE}*"):
+        shutil.rmtree(path)
+    for path in root.glob(f"{REPLACED}*"):
+        if (root / path.name.removeprefix(REPLACED)).exists():
+            delete(path)
+
+
+def saved_structures(folder: Path) -> dict[str, Any] | None:
+    """Return the structures of the newest intact checkpoint, which the stack needs before its tensors can be restored."""
+    path = latest_checkpoint(folder / "checkpoints")
+    return read_checkpoint(path).documents["structures"] if path is not None else None

@@ -1,0 +1,214 @@
+"""Deltas: what training changed, on disk and back.
+
+A finished adapter run is self-contained: `final/stack.yaml` names the base model, its fingerprint and a list of layers, oldest
+first; each layer is a stack (wrappers, structures) with its tensors in a safetensors file. The last layer is the run's own,
+those before it belong to the runs it continues, so a chain such as sft -> dpo -> ppo needs no merge and no other folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._base.stack import Stack, kind_name
+from llmrecipe.models import task_heads
+from llmrecipe.models.checkpoint_path import STACK_FILE
+from llmrecipe.models.hooks.port import all_ports
+
+DELTA_FILE = "delta.safetensors"
+SAMPLE = 4096
+
+
+@dataclass
+class Layer:
+    """One stack and the tensors it learned."""
+
+    wrappers: dict[str, dict[str, Any]]
+    """name -> {kind, options}."""
+    structures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    file: str = DELTA_FILE
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Saved:
+    """The content of a `stack.yaml`."""
+
+    base: dict[str, Any]
+    """path, fingerprint, and the model section that loads it."""
+    layers: list[Layer]
+    head: str = "causal"
+    labels: list[str] | None = None
+    objective: str = ""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of base weights: name, shape, dtype and a strided sample of the bytes of every base parameter."""
+    digest = hashlib.sha256()
+    ports = {id(p) for _, _, _, port in all_ports(model) for p in port.parameters()}
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if id(parameter) in ports or name.split(".")[0].endswith(("_shared", task_heads.ATTRIBUTE)):
+            continue
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // SAMPLE)
+        data = flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
+        digest.update(data)
+    return digest.hexdigest()[:32]
+
+
+def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
+    """The `{kind, options}` mapping that builds the same wrapper again."""
+    import dataclasses
+
+    values = {f.name: getattr(wrapper, f.name) for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
+    return {"kind": kind_name(wrapper), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def build_wrapper(name: str, mapping: Mapping[str, Any]) -> Wrapper:
+    """A wrapper from its mapping."""
+    options = {k: v for k, v in mapping.items() if k != "kind"}
+    return registry.load("stack", mapping["kind"], f"stack.{name}")(name=name, **options)
+
+
+def write(folder: Path, saved: Saved) -> None:
+    """Write `stack.yaml` and one safetensors file a layer."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer in saved.layers:
+        save_file({k: v.detach().contiguous().cpu().clone() for k, v in layer.tensors.items()}, str(folder / layer.file))
+    content = {
+        "format": 1,
+        "base": saved.base,
+        "head": saved.head,
+        "labels": saved.labels,
+        "objective": saved.objective,
+        "layers": [{"wrappers": x.wrappers, "structures": x.structures, "file": x.file} for x in saved.layers],
+    }
+    (folder / STACK_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read(folder: Path) -> Saved:
+    """Read what `write` wrote.
+
+    Raises:
+        RunError: a file is missing or unreadable.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        content = yaml.safe_load((folder / STACK_FILE).read_text(encoding="utf-8"))
+        layers = [
+            Layer(x["wrappers"], x["structures"], x["file"], load_file(str(folder / x["file"]))) for x in content["layers"]
+        ]
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RunError(f"{folder}: not a finished adapter run: {error}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise RunError(f"{folder}: a tensor file is damaged: {error}") from error
+        raise
+    return Saved(content["base"], layers, content.get("head", "causal"), content.get("labels"), content.get("objective", ""))
+
+
+def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
+    """Put a saved layer underneath whatever comes next: attached, restored, frozen, part of the reference.
+
+    Returns:
+        The mounted wrappers, renamed `mounted<index>_<name>` so that a new stack may use the same names.
+    """
+    names = {name: f"mounted{index}_{name}" for name in layer.wrappers}
+    wrappers = [
+        w
+        for name, mapping in layer.wrappers.items()
+        if (w := build_wrapper(name, mapping)).stage in (Stage.INJECT, Stage.SELECT)
+    ]
+    renamed = [replace(w, name=names[w.name]) for w in wrappers]
+    task_heads.mount(model, layer.tensors)
+    stack = Stack(renamed)
+    stack.attach(model, {names[n]: s for n, s in layer.structures.items() if n in names})
+    stack.restore(model, {rename(name, names): value for name, value in task_heads.split(layer.tensors)[0].items()})
+    freeze(model, stack)
+    return stack.wrappers
+
+
+def without_injected(saved: Saved) -> Saved:
+    """The same base and its quantization, without anything that was trained on it."""
+    layers = []
+    for layer in saved.layers:
+        bases = {n: m for n, m in layer.wrappers.items() if build_wrapper(n, m).stage is Stage.BASE}
+        layers.append(Layer(bases))
+    return replace(saved, layers=layers)
+
+
+def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
+    """The layer with options that may be chosen anew on a finished run, such as the rank DyLoRA computes with.
+
+    Raises:
+        RunError: an option is fixed by what was trained.
+    """
+    wrappers = dict(layer.wrappers)
+    for name, wanted in options.items():
+        if name not in wrappers:
+            continue
+        allowed = registry.load("stack", wrappers[name]["kind"]).adjustable
+        for option, value in wanted.items():
+            if option not in allowed and wrappers[name].get(option) != value:
+                free = f"; free to choose: {', '.join(allowed)}" if allowed else ""
+                raise RunError(f"stack.{name}.{option}: fixed by the training of this run{free}")
+        wrappers[name] = {**wrappers[name], **wanted}
+    return replace(layer, wrappers=wrappers)
+
+
+def freeze(model: nn.Module, stack: Stack) -> None:
+    """Nothing of a mounted stack trains, and its ports serve every role, the reference included."""
+    for wrapper in stack:
+        for _, _, _, port in all_ports(model, wrapper.name):
+            port.mounted = True
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def rename(name: str, names: Mapping[str, str]) -> str:
+    """A tensor name with the wrapper's part replaced."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        stem, separator, rest = part.partition("__")
+        if stem in names:
+            parts[i] = names[stem] + separator + rest
+        elif part.endswith("_shared") and part.removesuffix("_shared") in names:
+            parts[i] = names[part.removesuffix("_shared")] + "_shared"
+    return ".".join(parts)
+
+
+def check_base(model: nn.Module, saved: Saved, where: str, dtype: str = "auto") -> None:
+    """Refuse to put a delta on another base.
+
+    Args:
+        dtype: the one asked for; rounded weights are another base.
+
+    Raises:
+        ModelError: the fingerprints differ; both are shown, or the dtype that made the difference.
+    """
+    wanted = saved.base.get("fingerprint")
+    got = fingerprint(model)
+    if wanted and wanted != got:
+        trained = saved.base.get("section", {}).get("dtype", "auto")
+        if dtype != trained:
+            raise ModelError(
+                f"model.dtype={dtype}: {where} was trained on its base in dtype {trained}, and rounded weights are another "
+                "base; leave model.dtype out, or export the run with --to merged and load that in any dtype"
+            )
+        raise ModelError(
+            f"{where} was trained on another base model: it expects fingerprint {wanted}, {saved.base.get('path')} has {got}"
+        )

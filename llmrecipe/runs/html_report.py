@@ -1,0 +1,98 @@
+"""One self-contained HTML page of a run: no scripts, no links, curves as inline SVG."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+from llmrecipe.core.console import number
+from llmrecipe.runs.run_record import Record
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
+h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid #d8dee4}
+table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}th{font-weight:600}
+pre{background:#f6f8fa;padding:.8rem;overflow:auto;font-size:13px}.curves{display:flex;flex-wrap:wrap;gap:1rem}
+figure{margin:0}figcaption{font-size:13px;color:#57606a}.done{color:#1a7f37}.failed,.interrupted{color:#cf222e}
+svg{background:#f6f8fa}polyline{fill:none;stroke:#0969da;stroke-width:1.5}text{font-size:10px;fill:#57606a}
+@media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}pre,svg{background:#161b22}h2{border-color:#30363d}}
+"""
+WIDTH, HEIGHT, EDGE = 300, 140, 34
+POINTS = 400
+"""Most points of one curve; longer ones are thinned."""
+
+
+def page(record: Record, environment: dict[str, Any], command: str, recipe: str) -> str:
+    """The HTML of a run's report."""
+    state = str(record.status.get("status"))
+    parts = [
+        f"<h1>{html.escape(record.name)}</h1>",
+        f'<p class="{html.escape(state)}">{html.escape(state)}{_error(record)}</p>',
+        "<h2>Result</h2>",
+        _table([(k, number(v)) for k, v in record.facts().items() if v is not None and k != "status"]),
+    ]
+    curves = "".join(svg(metric, record.curve(metric)) for metric in record.metrics())
+    parts += ["<h2>Curves</h2>", f'<div class="curves">{curves}</div>' if curves else "<p>No steps yet.</p>"]
+    if record.evaluations:
+        parts += ["<h2>Evaluations</h2>", _events(record.evaluations)]
+    if record.samples:
+        parts += ["<h2>Samples</h2>", _events(record.samples)]
+    if record.warnings:
+        parts += ["<h2>Warnings</h2>", _table([(f"step {w['step']}", w["message"]) for w in record.warnings])]
+    parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe)}</pre>"]
+    parts += ["<h2>Command</h2>", f"<pre>{html.escape(command)}</pre>"]
+    parts += ["<h2>Environment</h2>", f"<pre>{html.escape(json.dumps(environment, indent=1))}</pre>"]
+    return document(record.name, parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """Parts of a body as one page that needs nothing else."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{chr(10).join(parts)}\n</body></html>\n"
+    )
+
+
+def grid(lines: list[list[str]]) -> str:
+    """A table with a head: its first line, then the others."""
+    head, *body = lines
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
+    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{rows}</table>"
+
+
+def _error(record: Record) -> str:
+    return f": {html.escape(str(record.status['error']))}" if record.status.get("error") else ""
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
+    return f"<table>{cells}</table>"
+
+
+def _events(events: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(k for e in events for k in e if k != "event"))
+    return grid([columns, *([number(e[c]) if c in e else "" for c in columns] for e in events)])
+
+
+def svg(metric: str, curve: list[tuple[int, float]]) -> str:
+    """One curve with its range written at the axes; an empty string when there is nothing to draw."""
+    if not curve:
+        return ""
+    stride = -(-len(curve) // POINTS)
+    shown = curve[::stride] if (len(curve) - 1) % stride == 0 else [*curve[::stride], curve[-1]]
+    low, high = min(v for _, v in shown), max(v for _, v in shown)
+    first, last = shown[0][0], shown[-1][0]
+    points = " ".join(
+        f"{EDGE + (s - first) / ((last - first) or 1) * (WIDTH - EDGE - 6):.1f},"
+        f"{HEIGHT - 18 - (v - low) / ((high - low) or 1) * (HEIGHT - 30):.1f}"
+        for s, v in shown
+    )
+    name = html.escape(metric)
+    dot = f'<circle cx="{points.split(",")[0]}" cy="{points.split(",")[1]}" r="2.5"/>' if len(shown) == 1 else ""
+    return (
+        f'<figure><svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{name}"><polyline points="{points}"/>{dot}'
+        f'<text x="2" y="14">{number(high)}</text><text x="2" y="{HEIGHT - 18}">{number(low)}</text>'
+        f'<text x="{EDGE}" y="{HEIGHT - 4}">{first}</text><text x="{WIDTH - 40}" y="{HEIGHT - 4}">{last}</text></svg>'
+        f"<figcaption>{name}: {number(curve[0][1])} &rarr; {number(curve[-1][1])}</figcaption></figure>"
+    )

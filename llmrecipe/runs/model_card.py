@@ -1,0 +1,36 @@
+"""The model card written beside a finished run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.methods._base.stack import kind_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def model_card(name: str, base: str, objective: Any, stack: Any, model: nn.Module, data: str, metrics: dict[str, Any]) -> str:
+    """Return Markdown: what was trained from what, how, and what it scored.
+
+    Args:
+        base: path or hub name of the model it started from.
+        data: the rows it was trained on, in words.
+    """
+    methods = ", ".join(f"{w.name} ({kind_name(w)})" for w in stack) or "none: every weight was trained"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    values = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in metrics.items()}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return (
+        f"# {name}\n\n"
+        f"Trained with llmrecipe from `{base}`.\n\n"
+        f"- objective: {kind_name(objective)}\n"
+        f"- stack: {methods}\n"
+        f"- trained parameters: {trained:,} of {total:,}\n"
+        f"- data: {data}\n"
+        f"- steps: {metrics['steps']}\n\n"
+        f"| metric | value |\n| --- | --- |\n{rows}\n\n"
+        "Use it:\n\n"
+        "```\nllmrecipe chat RUN_DIR\nllmrecipe export RUN_DIR --to merged\n```\n"
+    )

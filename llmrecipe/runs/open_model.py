@@ -1,0 +1,219 @@
+"""Opening a model for any purpose: a checkpoint, a hub name, the embedded model, or a run directory with its stacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._engines.biases import settle_biases
+from llmrecipe.methods._engines.loftq_codes import settle_codes
+from llmrecipe.methods.selective._engines.sparse_method import settle
+from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
+from llmrecipe.models.hooks.port import DELTA, all_ports, kind_of
+from llmrecipe.recipe.rights import without_rights
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.runs import delta
+
+
+@dataclass
+class Opened:
+    """A model with what it was built from."""
+
+    model: nn.Module
+    tokenizer: Any
+    section: ModelSection
+    """The section that loaded the base weights."""
+    layers: list[delta.Layer] = field(default_factory=list)
+    """Saved stacks mounted underneath, oldest first."""
+    mounted: list[Wrapper] = field(default_factory=list)
+    merged: bool = False
+    """Whether mounted stacks were folded into the weights, so that the base is no longer in memory."""
+    quantized: list[str] = field(default_factory=list)
+    """Kinds of the wrappers that quantized the base for the saved stacks."""
+    base_fingerprint: str = ""
+    head: str = "causal"
+    labels: list[str] | None = None
+    """What it was opened for (see `load_model`)."""
+    continued: delta.Layer | None = None
+    """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
+
+
+def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
+    """What a model section really loads: (section of the base, saved stacks, folder they lie in).
+
+    Of what a run has saved about its base, its rights are not read: the section's own count.
+    """
+    if is_adapter(section.path):
+        adapters = {section.path: 1.0, **section.adapters}
+        update = {"path": adapter_base(section.path), "adapters": adapters}
+        return section.model_copy(update=update), None, Path(section.path)
+    folder = run_folder(section.path)
+    if folder is None:
+        return section, None, None
+    if (folder / "model" / "config.json").is_file():
+        return section.model_copy(update={"path": str(folder / "model")}), None, folder
+    saved = delta.read(folder)
+    own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
+    base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": saved.base["path"]})
+    return base, saved, folder
+
+
+def open_model(
+    section: ModelSection,
+    tokenizer: TokenizerSection,
+    *,
+    head: str = "causal",
+    labels: list[str] | None = None,
+    load_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Opened:
+    """Load a model and mount the stacks of the run it comes from.
+
+    Args:
+        options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
+
+    Raises:
+        ModelError: the weights, the tokenizer or the fingerprint do not fit.
+    """
+    base, saved, folder = resolve(section)
+    return open_saved(
+        base, saved, folder, tokenizer,
+        head=head, labels=labels, load_kwargs=load_kwargs, seed=seed, options=options, continue_=section.continue_,
+    )  # fmt: skip
+
+
+def open_saved(
+    base: ModelSection,
+    saved: delta.Saved | None,
+    folder: Path | None,
+    tokenizer: TokenizerSection,
+    *,
+    head: str = "causal",
+    labels: list[str] | None = None,
+    load_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+    options: dict[str, dict[str, Any]] | None = None,
+    continue_: bool = False,
+) -> Opened:
+    """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
+    from llmrecipe.models import new_token_rows, task_heads
+    from llmrecipe.models.load import load_model, load_tokenizer
+
+    kwargs = dict(load_kwargs or {})
+    bases = _base_wrappers(saved)
+    for wrapper in bases:
+        kwargs |= wrapper.load_kwargs()
+    if saved is not None and saved.labels and not labels and saved.head == head:
+        labels = saved.labels
+    text = load_tokenizer(base, own_tokenizer(tokenizer, folder))
+    model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
+    for wrapper in bases:
+        wrapper.attach(model)
+    opened = Opened(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
+    if folder is not None:
+        task_heads.read(model, folder)
+    opened.head, opened.labels = head, labels
+    opened.quantized = [delta.kind_name(wrapper) for wrapper in bases]
+    layers = list(saved.layers) if saved is not None else []
+    if saved is not None:
+        delta.check_base(model, saved, str(folder), base.dtype)
+    layers += imported(base, model)
+    if continue_ and layers:
+        opened.continued = layers.pop()
+    for index, layer in enumerate(layers):
+        opened.mounted += delta.mount(model, delta.adjust(layer, options or {}), index)
+    if any("new_rows" in name for layer in layers for name in layer.tensors):
+        new_token_rows.fold(model)
+    opened.layers = layers
+    return opened
+
+
+def original(opened: Opened, seed: int) -> nn.Module:
+    """The base of an opened model loaded once more, without quantization and without what is mounted on it."""
+    from llmrecipe.models.load import load_model
+
+    return load_model(
+        opened.section, rows_head=opened.head, labels=opened.labels, tokenizer=opened.tokenizer, seed=seed
+    ).requires_grad_(False)
+
+
+def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
+    """Return the adapter folders a model section names, as layers."""
+    if not section.adapters:
+        return []
+    from llmrecipe.runs.adapter_format import read_adapter
+
+    return [read_adapter(path, model, weight) for path, weight in section.adapters.items()]
+
+
+def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
+    """BASE wrappers (quantization) the saved stacks were trained on, each kind once."""
+    found: dict[str, Wrapper] = {}
+    for layer in saved.layers if saved else []:
+        for name, mapping in layer.wrappers.items():
+            wrapper = delta.build_wrapper(name, mapping)
+            if wrapper.stage is Stage.BASE:
+                found.setdefault(mapping["kind"], wrapper)
+    return list(found.values())
+
+
+def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
+    """Return the tokenizer a model is opened with, without reading weights."""
+    from llmrecipe.models.load import load_tokenizer
+
+    base, _, folder = resolve(section)
+    return load_tokenizer(base, own_tokenizer(tokenizer, folder))
+
+
+def own_tokenizer(tokenizer: TokenizerSection, folder: Path | None) -> TokenizerSection:
+    """Return the section with the tokenizer a run's folder holds, unless the recipe names another."""
+    if folder is not None and tokenizer.path is None and (folder / "tokenizer_config.json").is_file():
+        return tokenizer.model_copy(update={"path": str(folder)})
+    return tokenizer
+
+
+FOLDS = {"weight": 0, "around": 1, "after": 2, "before": 3}
+"""When the kinds of port fold: y = after(around(W', before(x))), and what adds to y has seen the x a before changed."""
+
+
+def merge_order(opened: Opened) -> list[Wrapper]:
+    """Mounted wrappers in the order in which they fold exactly, that of the forward pass (see `models.hooks.port`).
+
+    Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
+    `Port.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
+    and codes chosen anew and trained biases are put in their place here: later they would overwrite what was folded before.
+    """
+    settle_codes(opened.model)
+    settle(opened.model)
+    settle_biases(opened.model)
+
+    def place(wrapper: Wrapper) -> tuple[int, int]:
+        ports = [port for _, _, _, port in all_ports(opened.model, wrapper.name)]
+        places = [(FOLDS.get(kind_of(p), 4), p.order) for p in ports if kind_of(p) != "after" or p.order >= DELTA]
+        return max(places, default=(0, 0))
+
+    return sorted(opened.mounted, key=place)
+
+
+def merge_mounted(opened: Opened) -> None:
+    """Fold mounted stacks into the base weights, for runs that train every weight.
+
+    Raises:
+        ModelError: a mounted method cannot be folded.
+    """
+    for wrapper in opened.mounted:
+        if not wrapper.mergeable:
+            raise ModelError(
+                f"model.path: this run's '{wrapper.name.split('_', 1)[1]}' cannot be merged into the weights, so they cannot "
+                "all be trained further; add a stack, or set model.continue=true"
+            )
+    for wrapper in merge_order(opened):
+        wrapper.merge(opened.model)
+    opened.merged = opened.merged or bool(opened.mounted)
+    opened.mounted, opened.layers = [], []

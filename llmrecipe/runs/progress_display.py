@@ -1,0 +1,128 @@
+"""What a person sees while a run trains: a live panel on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, Protocol, TextIO
+
+from llmrecipe.core.console import number, sparkline
+
+HIDDEN = {"event", "step", "tokens", "path"}
+"""Keys the table does not repeat."""
+
+
+class Display(Protocol):
+    """Shows events as they come."""
+
+    def show(self, event: dict[str, Any], replay: bool = False) -> None:
+        """Show one event; a replayed one is from before a resume."""
+
+    def expect(self, steps: int) -> None:
+        """The length is known now."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def display(live: str, steps: int | None, stream: TextIO | None = None) -> Display:
+    """A live panel when asked for, or when a person watches; plain lines otherwise."""
+    stream = stream or sys.stdout
+    attended = stream.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
+    return Panel(steps, stream) if live == "on" or (live == "auto" and attended) else Lines(steps, stream)
+
+
+class Lines:
+    """Plain lines, at most one a second for steps, so that a log stays readable."""
+
+    def __init__(self, steps: int | None, stream: TextIO, seconds: float = 1.0):
+        self.steps, self.stream, self.seconds = steps, stream, seconds
+        self.shown = -seconds
+
+    def show(self, event: dict[str, Any], replay: bool = False) -> None:
+        """See `Display.show`."""
+        if replay:
+            return
+        kind, step = event["event"], event["step"]
+        if kind == "step":
+            now = time.monotonic()
+            if now - self.shown < self.seconds and step not in (1, self.steps):
+                return
+            self.shown = now
+        at = f"step {step}" + (f"/{self.steps}" if self.steps else "")
+        print(f"{at}  {self._text(kind, event)}", file=self.stream, flush=True)
+
+    def _text(self, kind: str, event: dict[str, Any]) -> str:
+        if kind == "warning":
+            return f"warning: {event['message']}"
+        if kind == "save":
+            return f"saved {event['path']}"
+        if kind == "sample":
+            return f"sample: {event['prompt']!r} -> {event['answer']!r}"
+        pairs = "  ".join(f"{k} {number(v)}" for k, v in event.items() if k not in HIDDEN)
+        return pairs if kind == "step" else f"{kind}: {pairs}"
+
+    def expect(self, steps: int) -> None:
+        """See `Display.expect`."""
+        self.steps = steps
+
+    def close(self) -> None:
+        """See `Display.close`."""
+
+
+class Panel:
+    """A live panel: progress with the time left, the loss curve, the newest metrics, the newest messages."""
+
+    def __init__(self, steps: int | None, stream: TextIO):
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console = Console(file=stream)
+        clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), *clock, console=self.console)
+        self.task = self.progress.add_task("step", total=steps)
+        self.losses: list[float] = []
+        self.newest: dict[str, dict[str, Any]] = {}
+        self.live = Live(self.render(), console=self.console, refresh_per_second=4)
+        self.live.start()
+
+    def show(self, event: dict[str, Any], replay: bool = False) -> None:
+        """See `Display.show`."""
+        kind = event["event"]
+        if kind in ("step", "evaluation"):
+            self.newest[kind] = {k: v for k, v in event.items() if k not in HIDDEN}
+            self.progress.update(self.task, completed=event["step"])
+        if kind == "step" and event.get("loss") is not None:
+            self.losses.append(float(event["loss"]))
+        if kind in ("warning", "save", "sample") and not replay:
+            self.console.print(f"step {event['step']}  {Lines(None, sys.stdout)._text(kind, event)}", markup=False)
+        self.live.update(self.render())
+
+    def render(self) -> Any:
+        """The panel as it stands."""
+        from rich.console import Group
+        from rich.panel import Panel as Box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for kind, values in self.newest.items():
+            for start in range(0, len(values), 4):
+                part = list(values.items())[start : start + 4]
+                cells = [Text.assemble((f"{k} ", "dim"), (number(v), "bold")) for k, v in part]
+                table.add_row(Text(kind if start == 0 else "", style="cyan"), *cells)
+        curve = Text(sparkline(self.losses), style="green")
+        if self.losses:
+            curve.append(f"  {number(self.losses[0])} -> {number(self.losses[-1])}", style="dim")
+        return Box(Group(self.progress, curve, table), title="llmrecipe", title_align="left", expand=False)
+
+    def expect(self, steps: int) -> None:
+        """See `Display.expect`."""
+        self.progress.update(self.task, total=steps)
+
+    def close(self) -> None:
+        """See `Display.close`."""
+        self.live.update(self.render())
+        self.live.stop()

@@ -1,0 +1,292 @@
+"""The run directory: what a run leaves behind, and who may write to it.
+
+    runs/<recipe>/<time>-<key>/
+        recipe.yaml (of a step step.yaml)  command.txt  environment.json  events.jsonl  status.json  checkpoints/  final/
+
+`status.json` says running, done, failed or interrupted. A lock on the file `lock`, held by the operating system for as long
+as the process lives, keeps a second writer out; a run whose status is `running` and whose lock is free was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import RunError, did_you_mean
+from llmrecipe.core.file_lock import hold
+from llmrecipe.core.redact import redact_text
+from llmrecipe.runs.durable import write_text
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+    from llmrecipe.runtime.processes import Runtime
+
+STATES = ("running", "done", "failed", "interrupted")
+PACKAGES = (
+    "llmrecipe",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "safetensors",
+    "numpy",
+)
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "CUBLAS_WORKSPACE_CONFIG")
+"""Environment variables that change what a run computes; no others are recorded."""
+DESCRIPTIONS = ("recipe.yaml", "step.yaml")
+"""What a folder was made from: a training's recipe, or a step's options."""
+OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", "events.jsonl", "status.json", "lock")
+
+
+class RunDir:
+    """One run's folder. In a run of several processes only the main one writes; the others know the path."""
+
+    def __init__(self, path: Path, main: bool = True):
+        self.path = path
+        self.main = main
+        self._lock: Any = None
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, composition: Composition, runtime: Runtime | None = None) -> RunDir:
+        """A new run directory for a recipe, locked by this process.
+
+        Raises:
+            RunError: `run.dir` holds a finished run, another process writes to it, or it is not a run directory.
+        """
+        if runtime is not None and not runtime.is_main:
+            return cls(_agreed(runtime), main=False)
+        try:
+            found = cls._create(composition)
+        except Exception as error:
+            _tell(runtime, {"error": str(error)})
+            raise
+        _tell(runtime, {"path": str(found.path)})
+        return found
+
+    @classmethod
+    def _create(cls, composition: Composition) -> RunDir:
+        section = composition.recipe.run
+        if section.dir is not None:
+            found = cls(Path(section.dir))
+            found._take_over()
+        else:
+            found = cls(_fresh(Path(section.root) / (section.name or composition.name), key_of(composition.mapping)))
+        found.lock()
+        found._describe(composition)
+        found.status("running")
+        return found
+
+    @classmethod
+    def open(cls, path: str | Path, runtime: Runtime | None = None, write: bool = True) -> RunDir:
+        """An existing run directory; `write=True` locks it, to continue the run.
+
+        Raises:
+            RunError: there is no run at the path, or another process is writing to it.
+        """
+        path = Path(path)
+        if not (path / "status.json").is_file() or description(path) is None:
+            raise RunError(f"{path} is not a run directory (it has no recipe.yaml and status.json){_near(path)}")
+        main = runtime is None or runtime.is_main
+        found = cls(path, main)
+        if write and main:
+            found.lock()
+        return found
+
+    def lock(self) -> None:
+        """Keep other writers out until this process ends.
+
+        Raises:
+            RunError: another living process holds the lock.
+        """
+        self._lock = hold(self.path / "lock", f"{self.path} is being written by another process")
+
+    def unlock(self) -> None:
+        """Let other writers in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_over(self) -> None:
+        """Make sure that `run.dir` may be filled: it is new, empty, or holds a run that never wrote anything worth keeping."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / "status.json").is_file():
+            raise RunError(f"run.dir: {self.path} exists and is not a run directory; choose a new folder")
+        state = self.read_status()["status"]
+        if state == "done":
+            raise RunError(f"run.dir: {self.path} holds a finished run; choose another folder, or delete it")
+        self.lock()
+        if self.path.joinpath("checkpoints").exists() or self.path.joinpath("final").exists():
+            raise RunError(
+                f"run.dir: {self.path} holds a run ({state}) with checkpoints; continue it with resume={self.path}, "
+                f"or choose another folder"
+            )
+        self.unlock()
+        for name in OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+
+    # --- contents -------------------------------------------------------------------------------------------------
+
+    def _describe(self, composition: Composition) -> None:
+        from llmrecipe.recipe.compose import to_yaml
+
+        self.describe("recipe.yaml", to_yaml(composition.mapping))
+
+    def describe(self, name: str, text: str) -> None:
+        """Write down what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
+        self.write(name, text)
+        self.write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
+        self.write("environment.json", json.dumps(environment(), indent=1) + "\n")
+
+    def recipe(self) -> dict[str, Any]:
+        """The composed recipe (or the options of the step) this run was started with."""
+        from llmrecipe.recipe.yaml_file import read_yaml
+
+        return _unescape(read_yaml(description(self.path) or self.path / "recipe.yaml").value)
+
+    def status(self, state: str, error: str | None = None, **facts: Any) -> None:
+        """Write `status.json`: the state, the time, the error and further facts such as `step`."""
+        if not self.main:
+            return
+        assert state in STATES, state
+        value = {"status": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "process": os.getpid(), **facts}
+        if error is not None:
+            value["error"] = redact_text(error)
+        self.write("status.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        if state != "running":
+            self.unlock()
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of `status.json`; a run that says `running` though no process holds its lock was killed: `interrupted`.
+
+        Raises:
+            RunError: the file cannot be read.
+        """
+        try:
+            value = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path}/status.json cannot be read: {error}") from error
+        if value.get("status") == "running" and self._lock is None and not self.locked():
+            value |= {"status": "interrupted", "error": "the process was killed"}
+        return value
+
+    def locked(self) -> bool:
+        """Whether a living process writes to this run."""
+        import fcntl
+
+        try:
+            with open(self.path / "lock", encoding="utf-8") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest intact checkpoint, or None."""
+        from llmrecipe.runs.checkpoint_io import latest_checkpoint
+
+        return latest_checkpoint(self.path / "checkpoints")
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file whole and durably: a reader never sees half of it, nor does one after a crash."""
+        path = self.path / name
+        try:
+            write_text(path, text)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def description(path: Path) -> Path | None:
+    """The file that says what a folder was made from; None where there is none."""
+    return next((path / name for name in DESCRIPTIONS if (path / name).is_file()), None)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """`final/metrics.json` of a finished training or step; empty where there is none."""
+    file = path / "final" / "metrics.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _unescape(value: Any) -> Any:
+    """`${` that was written down with a backslash, as the plain text it is."""
+    if isinstance(value, dict):
+        return {k: _unescape(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_unescape(v) for v in value]
+    return value.replace("\\${", "${") if isinstance(value, str) else value
+
+
+def key_of(mapping: dict[str, Any]) -> str:
+    """Eight letters that stand for a composed recipe, whatever folder it is written to."""
+    content = {k: v for k, v in mapping.items() if k not in ("run", "log")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _fresh(parent: Path, key: str) -> Path:
+    """A new folder `<time>-<key>`; runs that start in the same second are numbered."""
+    base = f"{time.strftime('%Y%m%d-%H%M%S')}-{key}"
+    for number in range(1, 1000):
+        path = parent / (base if number == 1 else f"{base}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(f"run.root: cannot create {path}: {error.strerror or error}") from error
+        return path
+    raise RunError(f"run.root: {parent} holds a thousand runs of this second")
+
+
+def _agreed(runtime: Runtime) -> Path:
+    """The path the main process chose."""
+    told = runtime.broadcast_json(None)
+    if "error" in told:
+        raise RunError(told["error"])
+    return Path(told["path"])
+
+
+def _tell(runtime: Runtime | None, value: dict[str, str]) -> None:
+    if runtime is not None:
+        runtime.broadcast_json(value)
+
+
+def _near(path: Path) -> str:
+    parent = path.parent
+    return did_you_mean(path.name, (p.name for p in parent.iterdir() if p.is_dir())) if parent.is_dir() else ""
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices of this process; no secrets, no user or host names."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": versions,
+        "variables": {k: os.environ[k] for k in VARIABLES if k in os.environ},
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        facts["threads"] = torch.get_num_threads()
+        facts["cuda"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return facts

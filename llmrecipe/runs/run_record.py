@@ -1,0 +1,115 @@
+"""What several runs have in common and where they differ, read from their folders: recipe, status and events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core.errors import RunError, did_you_mean
+from llmrecipe.runs.events import FILE, read_events
+from llmrecipe.runs.run_dir import RunDir
+
+SILENT = ("run", "log")
+"""Recipe keys that name folders and displays, not what is trained."""
+
+
+@dataclass
+class Record:
+    """One run."""
+
+    path: Path
+    name: str
+    status: dict[str, Any]
+    recipe: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric of steps or evaluations; a step without a number is left out."""
+        source = self.evaluations if "/" in metric else self.steps
+        return [(e["step"], float(e[metric])) for e in source if isinstance(e.get(metric), int | float)]
+
+    def metrics(self) -> list[str]:
+        """Names with a curve, in the order they first appear."""
+        names: dict[str, None] = {}
+        for event in (*self.steps, *self.evaluations):
+            names |= {k: None for k, v in event.items() if k not in ("event", "step") and isinstance(v, int | float)}
+        return list(names)
+
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric."""
+        curve = self.curve(metric)
+        return curve[-1][1] if curve else None
+
+    def facts(self) -> dict[str, Any]:
+        """One row of the comparison: status, steps, speed, memory, and the last value of every other metric."""
+        speeds = sorted(v for _, v in self.curve("tokens_per_s"))
+        facts: dict[str, Any] = {
+            "status": self.status.get("status"),
+            "steps": self.steps[-1]["step"] if self.steps else 0,
+            "loss": self.last("loss"),
+        }
+        facts |= {m: self.last(m) for m in self.metrics() if "/" in m}
+        facts |= {"tokens": self.last("tokens"), "tokens_per_s": speeds[len(speeds) // 2] if speeds else None}
+        return facts | {"peak_mem_mb": max((v for _, v in self.curve("peak_mem_mb")), default=None)}
+
+
+def read_run(path: str | Path) -> Record:
+    """Read one run.
+
+    Raises:
+        RunError: there is no run at the path.
+    """
+    run = RunDir.open(path, write=False)
+    events = read_events(run.path) if (run.path / FILE).is_file() else []
+    record = Record(run.path, run.path.name, run.read_status(), run.recipe())
+    lists = {"step": record.steps, "evaluation": record.evaluations, "sample": record.samples, "warning": record.warnings}
+    for event in events:
+        if event.get("event") in lists:
+            lists[event["event"]].append(event)
+    return record
+
+
+def read_runs(paths: list[str]) -> list[Record]:
+    """Read several runs and give each the shortest name that tells it from the others."""
+    if not paths:
+        raise RunError("name at least one run directory")
+    records = [read_run(p) for p in paths]
+    for depth in range(1, 4):
+        names = ["/".join(r.path.resolve().parts[-depth:]) for r in records]
+        if len(set(names)) == len(names):
+            break
+    for record, name in zip(records, names, strict=True):
+        record.name = name
+    return records
+
+
+def differences(records: list[Record]) -> dict[str, list[Any]]:
+    """Recipe keys whose values are not the same in all runs: key path -> the value in each."""
+    recipes = [flat({k: v for k, v in r.recipe.items() if k not in SILENT}) for r in records]
+    keys = sorted({key for values in recipes for key in values})
+    rows = {key: [values.get(key) for values in recipes] for key in keys}
+    return {key: values for key, values in rows.items() if any(v != values[0] for v in values)}
+
+
+def check_metric(records: list[Record], metric: str) -> None:
+    """Refuse a metric that no run has.
+
+    Raises:
+        RunError: with the names there are.
+    """
+    known = list(dict.fromkeys(m for r in records for m in r.metrics()))
+    if metric not in known:
+        raise RunError(
+            f"no run has a metric '{metric}'{did_you_mean(metric, known)} (there are: {', '.join(known) or 'none yet'})"
+        )
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Nested mappings as one: key path with dots -> value."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{at}.{key}" if at else str(key)).items()}
+    return {at: value}

@@ -1,0 +1,80 @@
+"""Starting N processes of one command, through torch's elastic launcher used as a library.
+
+Arguments travel as a list from this process to the workers', never through a shell, so spaces, quotes, `=` and newlines arrive
+as they were given.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmrecipe.core.errors import Interrupted, UserError
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many machines take part, and which one this is."""
+
+    nodes: int = 1
+    node: int = 0
+    """This machine, from 0."""
+    master: str = "127.0.0.1:29400"
+    """HOST:PORT of machine 0; used when there are several."""
+
+
+def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), program: Sequence[str] | None = None) -> int:
+    """Run a command on N processes and wait; returns the exit code of the worker that failed first, or 0.
+
+    Args:
+        args: the command's arguments.
+        nproc: processes on this machine.
+        program: what is started; default `python -m llmrecipe`.
+
+    Raises:
+        UserError: the machines did not find each other, or the numbers make no sense.
+        Interrupted: a signal stopped the run; the workers were given time to write a checkpoint.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if nproc < 1 or cluster.nodes < 1 or not 0 <= cluster.node < cluster.nodes:
+        raise UserError(f"launch: {nproc} processes on machine {cluster.node} of {cluster.nodes} cannot be")
+    one = cluster.nodes == 1
+    config = LaunchConfig(
+        min_nodes=cluster.nodes,
+        max_nodes=cluster.nodes,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex if one else "llmrecipe",
+        # A free port where there is one machine; with several, machine 0 listens at the given one.
+        rdzv_backend="c10d" if one else "static",
+        rdzv_endpoint="localhost:0" if one else cluster.master,
+        rdzv_configs={} if one else {"rank": cluster.node},
+        local_addr="localhost" if one else None,
+        max_restarts=0,
+        shutdown_timeout=300,
+    )
+    _share_cores(nproc)
+    command = list(program or (sys.executable, "-P", "-m", "llmrecipe"))
+    try:
+        elastic_launch(config, command[0])(*command[1:], *args)
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda f: f.timestamp)
+        # A negative code is the signal that ended the worker: 128 + number, as shells say it.
+        return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
+    except SignalException as error:
+        raise Interrupted(f"stopped by {error.sigval.name}; the workers were asked to write a checkpoint") from error
+    except RendezvousError as error:
+        raise UserError(f"launch: the machines did not find each other at {cluster.master}: {error}") from error
+    return 0
+
+
+def _share_cores(nproc: int) -> None:
+    """Give each worker its share of the cores; all of them on every core would wait for each other."""
+    if nproc > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))

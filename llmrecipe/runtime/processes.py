@@ -1,0 +1,215 @@
+"""Where a run computes: device, processes, data-parallel wrapping, reductions. The only file that imports accelerate.
+
+One process needs nothing but this interface; several are started by `launch` (or torchrun), which sets RANK, WORLD_SIZE and
+MASTER_ADDR. What accelerate made of these is compared with what was asked for, because it can silently run N independent
+trainings instead of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import json
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import LlmRecipeError, RecipeError
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import RuntimeSection
+
+PATIENCE = timedelta(minutes=30)
+"""How long a collective waits for a slow rank before the run is stopped."""
+
+SETTLE = 0.2
+"""Seconds that threads of the process group get to drop their tensors before it is left."""
+KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
+"""How many compiled kernels oneDNN and torch's layer above it keep on a CPU; read at the first low-precision product.
+
+Each kernel belongs to one shape, and packed rows have a new length at every step: the 1024 that are kept by default add up to
+hundreds of megabytes, while a kernel of an earlier step is hardly ever wanted again. 64 hold all shapes of one step.
+"""
+
+
+@dataclass
+class Runtime:
+    """One process of a run."""
+
+    device: torch.device
+    world: int
+    """How many processes train together."""
+    rank: int
+    accelerator: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    @classmethod
+    def start(cls, section: RuntimeSection) -> Runtime:
+        """Set threads, determinism and device, and join the other processes.
+
+        Raises:
+            RecipeError: the device does not exist, or the processes started are not `runtime.processes`.
+            LlmRecipeError: accelerate did not join the processes.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != section.processes:
+            raise RecipeError(
+                f"runtime.processes: the recipe expects {section.processes} and {started} were started; "
+                f"use `llmrecipe launch --nproc {section.processes if section.processes > 1 else started} ...`, which sets both"
+            )
+        if section.threads is not None:
+            torch.set_num_threads(section.threads)
+        if section.deterministic:
+            # cuBLAS asks for this before its first call; the other kernels obey the flag.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        for name, size in KERNELS_KEPT.items():
+            os.environ.setdefault(name, size)
+        kind = pick_device(section.device)
+        if started == 1:
+            return cls(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), 1, 0)
+        return cls._join(kind, started)
+
+    @classmethod
+    def _join(cls, kind: str, started: int) -> Runtime:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        # Without cpu=True accelerate runs N separate trainings on a machine that has no GPU, and says nothing.
+        accelerator = Accelerator(
+            cpu=kind == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
+        got = accelerator.num_processes
+        if got != started or not dist.is_initialized() or dist.get_world_size() != started:
+            raise LlmRecipeError(f"{started} processes were started and accelerate joined {got}; nothing would be synchronised")
+        return cls(accelerator.device, got, accelerator.process_index, accelerator)
+
+    # --- model ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, module: nn.Module, unused: bool = False) -> nn.Module:
+        """The module whose backward pass averages gradients over processes; the module itself when there is one process.
+
+        A module that trains nothing by gradient is returned as it is.
+
+        Args:
+            unused: whether a trained tensor may have no gradient on some process, or on none. Finding out which costs a walk
+                over the graph in every step.
+        """
+        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        ddp = nn.parallel.DistributedDataParallel
+        # Buffers are equal by construction (the option that says so has another name since torch 2.13).
+        known = inspect.signature(ddp).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return ddp(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            **buffers,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,
+        )
+
+    def sync(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Context of one micro-batch: gradients are averaged over processes only in the last one of a step."""
+        return contextlib.nullcontext() if last else self.no_sync(module)
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Inside, backward passes add to this process's gradients only."""
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.no_sync()
+        return contextlib.nullcontext()
+
+    # --- collectives ----------------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in the tensor's own dtype; the argument is not changed."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Largest value over processes, elementwise; the argument is not changed."""
+        if self.world == 1:
+            return tensor
+        largest = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.to(tensor.device)
+
+    def broadcast_json(self, value: Any) -> Any:
+        """The main process's JSON value, on every process."""
+        if self.world == 1:
+            return value
+        return json.loads(self._broadcast(json.dumps(value).encode() if self.is_main else b"", 0))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every process's JSON value, by rank, on every process."""
+        if self.world == 1:
+            return [value]
+        own = json.dumps(value).encode()
+        return [json.loads(self._broadcast(own if rank == self.rank else b"", rank)) for rank in range(self.world)]
+
+    def _broadcast(self, content: bytes, source: int) -> bytes:
+        # Bytes of JSON rather than torch's object collectives, which pickle.
+        size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, source)
+        data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if source == self.rank:
+            data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(data, source)
+        return bytes(data.cpu().numpy())
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group; may be called twice, and after an error on one rank."""
+        if self.accelerator is not None:
+            from accelerate.state import AcceleratorState, PartialState
+
+            self.accelerator = None
+            if dist.is_initialized():
+                # The destructor of a gloo group joins gloo's threads while it holds the interpreter lock, and one of them may
+                # wait for that lock to drop its last tensor: a process that hangs at exit, about one in ten. One more
+                # reference keeps the destructor from running; the operating system closes the sockets.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+                # And a thread that asks for that lock once the interpreter is on its way out is killed in the middle of a
+                # destructor, which aborts the process: let them drop what they hold while the lock is free.
+                time.sleep(SETTLE)
+                dist.destroy_process_group()
+            # accelerate keeps its state in the process; the next run in this process starts clean.
+            AcceleratorState._reset_state(reset_partial_state=False)
+            PartialState._reset_state()
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is the best device there is.
+
+    Raises:
+        RecipeError: the device named does not exist on this machine.
+    """
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    if wanted == "auto":
+        return present[0]
+    if wanted not in present:
+        raise RecipeError(f"runtime.device: this machine has no '{wanted}' (it has {', '.join(present)})")
+    return wanted

@@ -1,1 +1,0 @@
-"""Steps: what a pipeline does between trainings, one kind a file."""

@@ -1,0 +1,357 @@
+"""Building a run: data, model, stack, engine, optimizer, in that order, each from the validated recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.tasks import Tasks, common
+from llmrecipe.engine import packing, reference_model
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.reference_cache import ReferenceCache
+from llmrecipe.engine.reference_policy import PlannedRows
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.feedback.directions import direction
+from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models.optimizations import ready_to_compile, speed_up
+from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
+from llmrecipe.runs import delta, open_model
+from llmrecipe.runs.checkpoint_io import saved_structures
+from llmrecipe.runs.events import Events
+from llmrecipe.runs.run_dir import RunDir
+from llmrecipe.runtime.processes import Runtime
+from llmrecipe.training.best import BestTracker
+from llmrecipe.training.run_state import RunState
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def abandoned(directory: RunDir | None, runtime: Runtime | None, resume: Path | None) -> Iterator[None]:
+    """Leave a run that cannot be opened: a new one says why it failed, one to be resumed stays as it was."""
+    try:
+        yield
+    except BaseException as error:
+        if directory is not None:
+            if resume is None:
+                directory.status("failed", error=str(error) or type(error).__name__, step=0)
+            directory.unlock()
+        if runtime is not None:
+            runtime.close()
+        raise
+
+
+def build(composition: Composition, resume: Path | None) -> RunState:
+    """Build everything the loop needs, or raise one teaching error before weights are read.
+
+    Args:
+        resume: the directory of a run that goes on; None makes a new one.
+    """
+    from llmrecipe.recipe.validate import instantiate
+
+    recipe = composition.recipe
+    parts = instantiate(recipe)
+    check_objective(parts.objective, parts.wrappers)
+    direction(recipe.eval, parts.objective)
+    check_cuts(parts.optimizer, parts.wrappers)
+    data, validation, labels = read_data(recipe, parts.objective, parts.wrappers)
+    parts = replace(parts, wrappers=[w.for_tasks(data.tasks) for w in parts.wrappers])
+    parts.objective.check(recipe, data)
+    steps = step_count(recipe, len(data), parts.objective.updates())
+    parts.schedule.check(steps)
+    check_attention(recipe, parts.objective, parts.wrappers, labels)
+    runtime = Runtime.start(recipe.runtime)
+    with abandoned(None, runtime, resume):
+        if recipe.model.compile:
+            ready_to_compile(runtime.device)
+        directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)
+    with abandoned(directory, runtime, resume):
+        folder = directory.path if runtime.is_main else None
+        live, trackers = recipe.log.live, recipe.log.trackers
+        events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping)
+        rows = planned_rows(recipe, parts.objective, data, validation, steps)
+        scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
+        seed_everything(recipe.seed)
+        stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
+        model = build_model(recipe, parts.objective, stack, labels, resume)
+        roles = build_roles(recipe, stack, model, runtime, scores)
+        roles.data, roles.events = data, events
+        optimizer = None
+        # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
+        if any(p.requires_grad for p in roles.model.parameters()):
+            roles.prepared = runtime.prepare(roles.engine, True)
+            optimizer = None if stack.rule() is not None else optimizer_for(roles.model, parts.optimizer, stack)
+        return RunState(
+            composition, directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule, model, data,
+            validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)),
+        )  # fmt: skip
+
+
+def build_model(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, resume: Path | None) -> open_model.Opened:
+    """Open the model of a recipe and attach its stack.
+
+    Args:
+        labels: class names of a classification head.
+        resume: a run directory whose newest checkpoint gives the structures (ranks, masks) of the stack.
+    """
+    model = open_for(recipe, objective, stack, labels)
+    objective.prepare_roles(model, base_is_frozen(stack))
+    objective.prepare_model(model.model, recipe.seed)
+    seed_everything(recipe.seed)
+    attach(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
+    return model
+
+
+def build_roles(recipe: Any, stack: Stack, model: open_model.Opened, runtime: Runtime, scores: ReferenceCache) -> Roles:
+    """Put the model on its device behind the engine, as the objective sees it.
+
+    Args:
+        scores: of a reference that is another model; empty where the reference is named.
+    """
+    device, batch = runtime.device, recipe.batch
+    model.model.to(device)
+    speed_up(model.model)
+    engine = Engine(model.model, autocast_of(recipe.model.dtype, stack), recipe.model.compile)
+    packed = packing.packing_for(recipe.data.packing, engine, device)
+    tokens = batch.tokens or (None if batch.micro else packing.micro_tokens(device))
+    roles = Roles(engine, stack, model.tokenizer, device, packed, batch.micro, tokens, scores)
+    roles.runtime = runtime
+    return roles
+
+
+def check_objective(objective: Any, wrappers: list[Any]) -> None:
+    """Refuse an objective without gradients under a rule that needs them.
+
+    Raises:
+        RecipeError: no wrapper of the stack can train the objective.
+    """
+    if not objective.differentiable and not any(w.stage is Stage.RULE for w in wrappers):
+        raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
+
+
+def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, device: str) -> nn.Module:
+    """Build the model of a recipe on the meta device, with the stacks it stands on and its own attached.
+
+    Raises:
+        UserError: the stack does not fit the model.
+    """
+    from llmrecipe.models.load import skeleton
+
+    base, saved, _ = open_model.resolve(recipe.model)
+    tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
+    model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
+    for index, layer in enumerate(saved.layers if saved else []):
+        delta.mount(model, layer, index)
+    objective.prepare_model(model, recipe.seed)
+    stack.attach(model)
+    return model
+
+
+def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels: list[str] | None) -> None:
+    """Refuse, before weights are read, a stack that changes attention in a model that does not let it.
+
+    Raises:
+        ModelError: it names the wrapper and the class of attention (see `models.hooks.port.refuse_unrouted`).
+    """
+    from llmrecipe.models.load import may_bypass_attention
+
+    base, _, _ = open_model.resolve(recipe.model)
+    if may_bypass_attention(base, objective.head):
+        on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
+
+
+def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None:
+    """The tasks a stack, and the stacks of the runs it stands on, keep apart; None where no method does.
+
+    Raises:
+        DataError: two of them keep different tasks apart.
+    """
+    mounted = [delta.build_wrapper(n, m) for layer in (saved.layers if saved else []) for n, m in layer.wrappers.items()]
+    named = [(f"{w.name} of model.path", w) for w in mounted] + [(w.name, w) for w in wrappers]
+    return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
+
+
+def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
+    """Training rows, validation rows (or None) and, for labelled rows, the label names."""
+    from llmrecipe.data import prepare
+
+    tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
+    mask = getattr(objective, "mask", None) or "completion"
+    tasks = tasks_of(wrappers, open_model.resolve(recipe.model)[1])
+    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
+    labels = getattr(data, "labels", None)
+    validation = prepare(
+        recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
+        tasks=data.tasks,
+    )  # fmt: skip
+    return data, validation, labels
+
+
+def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
+    """The sealed test split, or None: for its reference scores before step 0 and its one evaluation after the last."""
+    from llmrecipe.data import prepare
+
+    if not recipe.eval.test:
+        return None
+    mask = getattr(objective, "mask", None) or "completion"
+    return prepare(
+        recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
+        label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks,
+    )  # fmt: skip
+
+
+def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps: int) -> PlannedRows:
+    """Return the rows a run will read, for whoever scores them before its first step."""
+
+    def others() -> list[Any]:
+        # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
+        return [validation, test_rows(recipe, objective, data, open_model.tokenizer_of(recipe.model, recipe.tokenizer))]
+
+    return PlannedRows(data, others, steps, recipe.batch.size, recipe.seed)
+
+
+def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
+    """Optimizer steps of the run: `steps`, or passes over the rows with so many updates from each batch of them."""
+    if recipe.steps is not None:
+        return recipe.steps
+    per_epoch = math.ceil(rows / recipe.batch.size)
+    return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch)) * updates
+
+
+def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> open_model.Opened:
+    """The model of a recipe with its attention routed, its blocks sped up and its mounted stacks underneath."""
+    from transformers.utils import logging
+
+    from llmrecipe.models.load import prepare_for_training
+
+    logging.disable_progress_bar()
+    section = recipe.model
+    if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):
+        # Weights that all train are float32 masters; the lower precision is autocast's.
+        section = section.model_copy(update={"dtype": "float32"})
+    model = open_model.open_model(
+        section, recipe.tokenizer, head=objective.head, labels=labels, load_kwargs=stack.load_kwargs(), seed=recipe.seed
+    )
+    if objective.head == "classification" and recipe.model.init == "random":
+        model.model.new_heads = tuple(n for n in ("score", "classifier") if hasattr(model.model, n))
+    prepare_for_training(model.model, recipe.model)
+    return model
+
+
+def attach(model: open_model.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
+    """Attach the stack; a continued run's own layer gives the structures and start values, also where it is resumed."""
+    from llmrecipe.models import new_token_rows
+
+    if everything:
+        new_token_rows.fold(model.model)
+    if everything and model.mounted:
+        open_model.merge_mounted(model)
+    if model.continued is None or structures not in (None, model.continued.structures):
+        stack.attach(model.model, structures)
+        return
+    missing = sorted(set(model.continued.wrappers) ^ {w.name for w in stack})
+    if missing:
+        raise RunError(
+            f"model.continue: the run was trained with stack [{', '.join(model.continued.wrappers)}], this recipe has "
+            f"[{', '.join(w.name for w in stack)}]; use the same stack, or drop model.continue to train on top of it"
+        )
+    stack.attach(model.model, model.continued.structures)
+    check_continued(model, stack)
+    stack.restore(model.model, model.continued.tensors)
+
+
+def check_continued(model: open_model.Opened, stack: Stack) -> None:
+    """Refuse to continue adapters of another shape or scale, naming the options that fit.
+
+    Raises:
+        RunError: tensors or scales differ from what was saved.
+    """
+    found = {name: tuple(value.shape) for name, value in stack.delta(model.model).items()}
+    saved = {name: tuple(value.shape) for name, value in model.continued.tensors.items()}
+    kept = model.continued.wrappers
+    off = [w for w in stack if getattr(w, "alpha", None) != kept[w.name].get("alpha", getattr(w, "alpha", None))]
+    if found.items() >= saved.items() and not off:
+        return
+    wanted = [
+        f"stack.{name}.{option}={value}"
+        for name, mapping in kept.items()
+        for option in ("target", "r", "alpha", "rank_pattern", "alpha_pattern")
+        if (value := mapping.get(option))
+    ]
+    raise RunError(f"model.continue: the stack differs from the one that was trained; it had\n  {' '.join(wanted)}")
+
+
+def everything_trains(stack: Stack) -> bool:
+    """Whether no wrapper freezes the base."""
+    return not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in stack)
+
+
+def base_is_frozen(stack: Stack) -> bool:
+    """Whether nothing in the stack changes a weight of the base."""
+    return not everything_trains(stack) and not any(w.stage is Stage.SELECT for w in stack)
+
+
+def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
+    """Mixed precision where float32 masters and low-precision compute meet inside base modules."""
+    if dtype not in ("bfloat16", "float16") or not all(w.masters for w in stack):
+        return None
+    if everything_trains(stack):
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    return None
+
+
+def check_cuts(optim: Optimizer, wrappers: list[Wrapper]) -> None:
+    """Refuse a method that shortens trained tensors under an optimizer whose state cannot be shortened with them.
+
+    Raises:
+        RecipeError: it names both.
+    """
+    cutting = next((w for w in wrappers if w.shortens()), None)
+    if cutting is not None and not optim.entrywise:
+        kind = type(optim).__module__.rsplit(".", 1)[-1]
+        raise RecipeError(
+            f"stack.{cutting.name}: it drops rows of trained tensors during the run, and the state of {kind} is not kept entry "
+            "by entry; use an optimizer such as adamw, ademamix, lion, rmsprop or sgd"
+        )
+
+
+def cut_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: int, kept: torch.Tensor) -> None:
+    """Keep some rows of a shortened parameter's optimizer state; counters stay."""
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, torch.Tensor) and value.dim() == parameter.dim():
+            optimizer.state[parameter][key] = value.index_select(axis, kept.to(value.device))
+
+
+def optimizer_for(
+    model: nn.Module, optim: Optimizer, stack: Stack, keep: torch.optim.Optimizer | None = None
+) -> torch.optim.Optimizer:
+    """The torch optimizer of what trains now; states of parameters that were trained before are kept, cut where these were."""
+    optimizer = build_optimizer(optim, parameter_groups(model, optim, stack.groups(model)))
+    if keep is not None:
+        trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        for parameter, state in keep.state.items():
+            if id(parameter) in trained:
+                optimizer.state[parameter] = state
+        names = dict(model.named_parameters())
+        for name, (axis, kept) in stack.cuts(model).items():
+            cut_state(optimizer, names[name], axis, kept)
+    return optimizer

@@ -1,0 +1,120 @@
+"""A dry run: everything a recipe would build, on the meta device, without reading a weight."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrecipe.engine.packing import micro_tokens
+from llmrecipe.feedback.directions import direction
+from llmrecipe.methods._base.stack import Stack, kind_name
+from llmrecipe.optim.optimizer import parameter_groups
+from llmrecipe.training import build_run
+from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.compose import Composition
+
+
+@dataclass
+class Findings:
+    """What a recipe would do."""
+
+    recipe: str
+    objective: str
+    stack: list[dict[str, str]]
+    """name, kind and stage of each wrapper in the order they act."""
+    parameters: int
+    trained: int
+    groups: list[dict[str, Any]]
+    """Optimizer groups: what trains at which rate and decay."""
+    steps: int
+    rows: int
+    tokens_per_step: int
+    memory_mb: dict[str, float]
+    delta_bytes: int
+    """Learned tensors of a checkpoint, beside the optimizer's state."""
+    seconds: float
+    """A rough estimate: 6 floating-point operations a parameter and token at this machine's matmul rate."""
+    data: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(recipe: str, overrides: list[str]) -> Findings:
+    """Compose, validate and build a recipe on the meta device.
+
+    Raises:
+        UserError: everything that would stop the run before its first step, except what only the weights can tell.
+    """
+    from llmrecipe.recipe.compose import compose
+    from llmrecipe.recipe.pipeline_plan import refuse_stages
+
+    composition = compose(recipe, overrides)
+    refuse_stages(composition.mapping)
+    return examine(composition)
+
+
+def examine(composition: Composition) -> Findings:
+    """Build a composed recipe on the meta device; see `check`."""
+    from llmrecipe.recipe.validate import instantiate
+    from llmrecipe.runs.trackers import check_trackers
+    from llmrecipe.runtime.processes import pick_device
+
+    settings = composition.recipe
+    parts = instantiate(settings)
+    check_trackers(settings.log.trackers)
+    build_run.check_objective(parts.objective, parts.wrappers)
+    direction(settings.eval, parts.objective)
+    build_run.check_cuts(parts.optimizer, parts.wrappers)
+    device = pick_device(settings.runtime.device)
+    data, validation, labels = build_run.read_data(settings, parts.objective, parts.wrappers)
+    wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
+    stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
+    model = build_run.on_meta(settings, parts.objective, stack, labels, device)
+    parts.objective.check(settings, data)
+    steps = build_run.step_count(settings, len(data), parts.objective.updates())
+    parts.schedule.check(steps)
+    later = [w for w in stack if w.calibrates()]
+    chosen = sum(w.memory(model).get("trainable", 0) for w in later)
+    now = any(p.requires_grad for p in model.parameters())
+    groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
+    mean = data.report.tokens / max(len(data), 1)
+    per_step = round(mean * settings.batch.size)
+    micro = min(per_step, settings.batch.tokens or micro_tokens(torch.device(device)))
+    share = data.report.trained / max(data.report.tokens, 1)
+    memory = estimate(
+        model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
+        activation_bytes=2 if settings.model.dtype in ("bfloat16", "float16") else 4,
+        checkpointing=settings.model.gradient_checkpointing,
+    )  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
+    notes += [
+        f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
+        for w in later
+    ]
+    return Findings(
+        composition.name, kind_name(parts.objective),
+        [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],
+        total, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
+        _megabytes(memory), delta_bytes(model, stack),
+        6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
+    )  # fmt: skip
+
+
+def _megabytes(memory: Estimate) -> dict[str, float]:
+    return {name: round(size / 2**20, 1) for name, size in [*memory.rows(), ("total", memory.total)]}
+
+
+def matmul_rate(device: str) -> float:
+    """Floating-point operations a second of one float32 product, measured in a few milliseconds."""
+    a = torch.randn(512, 512, device=device)
+    a @ a
+    started, rounds = time.perf_counter(), 5
+    for _ in range(rounds):
+        b = a @ a
+    float(b[0, 0])
+    return rounds * 2 * 512**3 / max(time.perf_counter() - started, 1e-9)

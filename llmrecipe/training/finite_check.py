@@ -1,0 +1,79 @@
+"""Trained tensors that are not finite: found before anything is saved, so that a run with such weights never counts as done."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.training.optimizer_state import optimizer_state
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run_state import RunState
+
+SHOWN = 3
+"""Tensors named in the message."""
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Tensor], order: float = float("inf")) -> list[str]:
+    """Names of the floating-point tensors whose norm is NaN or infinite.
+
+    The norms are taken where the tensors are, without a copy of them, and fetched in one transfer a device.
+
+    Args:
+        tensors: name -> tensor of any shape and dtype; integers are passed over.
+        order: inf finds exactly the tensors that hold a NaN or an infinity; 2 also those whose squares leave float32, which no
+            norm, gradient or product of two such tensors survives.
+    """
+    norms: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            value = tensor.detach()
+            value = value.float() if value.element_size() == 1 else value
+            kind = torch.promote_types(value.dtype, torch.float32)
+            norms[value.device].append((name, torch.linalg.vector_norm(value, order, dtype=kind).double()))
+    found = []
+    for named in norms.values():
+        finite = torch.stack([norm for _, norm in named]).isfinite().tolist()
+        found += [name for (name, _), good in zip(named, finite, strict=True) if not good]
+    return found
+
+
+def check(run: RunState) -> None:
+    """Refuse to keep what was learned where a trained weight or the optimizer's state is not finite.
+
+    Raises:
+        RunError: naming the tensors; `run.on_nan` has no say, for there is nothing to go on from.
+    """
+    weights = run.stack.delta(run.model) | {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    _refuse(run, "trained weights", not_finite(weights, 2.0), len(weights))
+    if run.optimizer is not None:
+        state, _ = optimizer_state(run.optimizer)
+        _refuse(run, "optimizer state", not_finite(state), len(state))
+
+
+def check_updated(run: RunState) -> None:
+    """Refuse the end of a run that left every step out.
+
+    Raises:
+        RunError: `run.on_nan: skip` left nothing.
+    """
+    if run.progress.step and run.progress.skipped == run.progress.step:
+        raise RunError(
+            f"all {run.progress.step} steps had a loss or a gradient that was not finite and were skipped, so nothing was "
+            "trained; the batches are in the run directory. A lower optim.lr often helps"
+        )
+
+
+def _refuse(run: RunState, what: str, bad: list[str], count: int) -> None:
+    if bad:
+        named = ", ".join(bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
+        raise RunError(
+            f"step {run.progress.step}: {what} are not finite, or too large to compute with: {named} ({len(bad)} of {count} "
+            "tensors); nothing of this step is kept. A lower optim.lr often helps"
+        )

@@ -1,0 +1,281 @@
+"""Memory: an estimate before a run (closed forms, works on the meta device), and instruments that measure what is really kept.
+
+Letters: N tokens of a micro-batch, D width, A query heads x head size, K key heads x head size, I ffn width, e bytes of an
+activation, L blocks, V vocabulary.
+
+One pre-norm block that runs under a gradient keeps, in elements a token:
+
+    always           D + D (inputs of the two norms) + 4 A (query, keys, values, output of the attention)
+                     + 3 I of a gated ffn (gate, its activation, up), or I of a plain one, 5 I where its activation is spelt
+                     out in Python (gelu_new); experts: times the experts a token visits, and D for each of their outputs
+    where trained    D each for an RMS norm's scale, D for the shared input of q, k, v, A for that of o, D for that of gate
+                     and up, I for that of down: a linear layer keeps its input only if it, or a port on it, trains
+    of a port        its rank
+
+A frozen base therefore keeps about half of what full training does. With gradient checkpointing a block keeps its input, D,
+and one block at a time keeps all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.optim.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from llmrecipe.methods._base.stack import Stack
+    from llmrecipe.models.anatomy import Anatomy
+
+INPUTS = {
+    "attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "attn.qkv": "attn", "attn.kv": "attn",
+    "attn.o": "o", "mlp.gate": "ffn", "mlp.up": "ffn", "mlp.gate_up": "ffn", "mlp.down": "down", "experts": "experts",
+}  # fmt: skip
+"""Role of a linear layer -> which of a block's inputs it reads; sites that read the same one share it."""
+
+SPELT_OUT = ("gelu_new", "gelu_fast", "quick_gelu")
+"""Activations that Transformers computes from elementary operations, each of which keeps its own input."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training process at its peak."""
+
+    weights: int
+    """Frozen and trained weights as they are stored."""
+    trained: int
+    """Numbers that train."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass of one micro-batch."""
+    logits: int
+    """One chunk of logits with its float32 copy and gradient, and the states of the scored positions."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(what, bytes) lines for a table, the total last."""
+        values = asdict(self)
+        return [(k, values[k]) for k in ("weights", "gradients", "optimizer", "activations", "logits")] + [
+            ("total", self.total)
+        ]
+
+
+def estimate(
+    model: nn.Module,
+    stack: Stack,
+    optimizer: Optimizer,
+    tokens: int,
+    *,
+    targets: int | None = None,
+    activation_bytes: int = 4,
+    checkpointing: bool = False,
+) -> Estimate:
+    """Memory of training a model with its stack attached; the model may be on the meta device.
+
+    Args:
+        tokens: tokens of the largest micro-batch.
+        targets: scored positions among them; default all.
+        activation_bytes: 4 in float32, 2 in bfloat16 and float16.
+        checkpointing: `model.gradient_checkpointing`.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    by_rule = stack.rule() is not None
+    if by_rule:
+        state = sum(w.memory(model).get("optimizer_bytes", 0) for w in stack)
+        return Estimate(weight_bytes(model, stack), count, 0, state, 0, logit_bytes(model, targets or tokens, activation_bytes))
+    return Estimate(
+        weights=weight_bytes(model, stack),
+        trained=count,
+        gradients=sum(p.numel() * p.element_size() for p in trained),
+        optimizer=sum(optimizer.state_bytes(tuple(p.shape)) for p in trained),
+        activations=activation_elements(model, tokens, checkpointing) * activation_bytes,
+        logits=logit_bytes(model, targets or tokens, activation_bytes),
+    )
+
+
+def delta_bytes(model: nn.Module, stack: Stack) -> int:
+    """Bytes of learned tensors in a checkpoint; the model may be on the meta device.
+
+    A wrapper that chooses its entries from data has none yet: it is counted by its plan, 4 bytes a number and its indices.
+    """
+    attached = sum(t.numel() * t.element_size() for t in stack.delta(model).values())
+    facts = [w.memory(model) for w in stack]
+    planned = sum(4 * f.get("trainable", 0) + f.get("index_bytes", 0) for f in facts)
+    return max(attached, planned)
+
+
+def weight_bytes(model: nn.Module, stack: Stack) -> int:
+    """Bytes of weights and buffers; wrappers that quantize say what their layers weigh (`base_bytes`)."""
+    from llmrecipe.methods._engines.quantized import quantized
+
+    packed = {id(module.weight) for _, module in quantized(model)}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in packed}
+    dense = sum(t.numel() * t.element_size() for t in tensors.values())
+    return dense + sum(w.memory(model).get("base_bytes", 0) for w in stack)
+
+
+def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
+    """Three float32 tensors of one chunk of logits (values, probabilities, gradient) and the scored hidden states."""
+    from llmrecipe.engine.logprob import chunk_rows
+
+    config = model.config.get_text_config()
+    vocabulary = int(config.vocab_size)
+    chunk = min(targets, chunk_rows(vocabulary))
+    return 3 * 4 * chunk * vocabulary + targets * int(config.hidden_size) * activation_bytes
+
+
+def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:
+    """Elements kept for the backward pass by the formulas at the top of this file; zero below the first trained block."""
+    from llmrecipe.models.module_map import anatomy
+
+    parts = anatomy(model)
+    blocks = _blocks(parts)
+    embedded = any(p.requires_grad for s in parts.sites if s.role.startswith("embed") for p in s.module.parameters())
+    kept, reached = [], embedded
+    for sites in blocks:
+        trains = any(p.requires_grad for s in sites for p in s.module.parameters())
+        reached = reached or trains
+        if reached:
+            kept.append(_block_elements(model, parts, sites))
+    if checkpointing and kept:
+        return tokens * (len(kept) * parts.width + max(kept))
+    return tokens * (sum(kept) + (parts.width if kept else 0))
+
+
+def _blocks(parts: Anatomy) -> list[list[Any]]:
+    found: dict[tuple[str, int], list[Any]] = {}
+    for site in parts.sites:
+        if site.layer is not None:
+            found.setdefault((site.side, site.layer), []).append(site)
+    return list(found.values())
+
+
+def _block_elements(model: nn.Module, parts: Anatomy, sites: list[Any]) -> int:
+    roles = {s.role for s in sites}
+    config = model.config.get_text_config()
+    visited = int(getattr(config, "num_experts_per_tok", 1) or 1) if any(s.experts for s in sites) else 0
+    attention, ffn = parts.heads * parts.head_dim, parts.ffn_width * max(1, visited)
+    gated = bool(roles & {"mlp.gate", "mlp.gate_up", "experts"})
+    spelt_out = getattr(config, "activation_function", getattr(config, "hidden_act", "")) in SPELT_OUT
+    elements = 2 * parts.width + 4 * attention + (3 if gated else 5 if spelt_out else 1) * ffn + visited * parts.width
+    widths = {"attn": parts.width, "o": attention, "ffn": parts.width, "down": ffn, "experts": visited * parts.width + ffn}
+    elements += sum(widths[name] for name in {INPUTS[s.role] for s in sites if s.role in INPUTS and _trains(s)})
+    norms = {id(s.module): s.module for s in sites if s.role in ("norm.attn", "norm.mlp")}
+    scaled = [m for m in norms.values() if not isinstance(m, nn.LayerNorm) and any(p.requires_grad for p in m.parameters())]
+    elements += len(scaled) * parts.width
+    return elements + _ranks(sites)
+
+
+def _trains(site: Any) -> bool:
+    """Whether a linear layer needs its input in the backward pass: its weight, or a port on it, trains."""
+    weight = getattr(site.module, site.tensor or "weight", None)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        return True
+    from llmrecipe.models.hooks.port import ports_of
+
+    return any(p.requires_grad for port in ports_of(site.module) for p in port.parameters())
+
+
+def _ranks(sites: Iterable[Any]) -> int:
+    """What the ports of a block keep besides their input: the projection on their smallest dimension."""
+    from llmrecipe.models.hooks.port import ports_of
+
+    modules = {id(s.module): s.module for s in sites if s.role not in ("block", "attn", "mlp")}
+    total = 0
+    for module in modules.values():
+        for port in ports_of(module):
+            total += max((min(p.shape) for p in port.parameters() if p.ndim == 2), default=0)
+    return total
+
+
+# --- instruments ----------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(call: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> tuple[Tensor, int]:
+    """Run a forward pass and count the bytes autograd saves through its hooks, each storage once.
+
+    Args:
+        exclude: tensors that are there anyway, such as parameters and buffers.
+
+    Returns:
+        What the call returned, and the bytes. A custom function that parks tensors on its `ctx` is not seen by hooks; compare
+        with `retained_bytes`.
+    """
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return result, sum(seen.values())
+
+
+def retained_bytes(loss: Tensor, exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes a graph keeps alive, each storage once: a walk over its nodes that also finds tensors parked on `ctx`.
+
+    Args:
+        loss: the end of the graph.
+        exclude: tensors that are there anyway, such as parameters and buffers.
+    """
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    sizes: dict[int, int] = {}
+    nodes, visited = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        # A leaf's accumulator holds the parameter itself, which is not memory of the graph.
+        if hasattr(node, "variable"):
+            continue
+        for tensor in _tensors_of(node):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors_of(node: Any) -> list[Tensor]:
+    """Everything a node of the graph holds: its saved variables, and tensors in its own attributes."""
+    found: list[Tensor] = []
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            _collect(getattr(node, name), found)
+    _collect(list(getattr(node, "__dict__", {}).values()), found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, dict):
+        _collect(list(value.values()), found)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, found)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state; code books shared by parameters once."""
+    storages: dict[int, int] = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                storages[value.data_ptr()] = value.numel() * value.element_size()
+    return sum(storages.values())

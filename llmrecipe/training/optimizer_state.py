@@ -1,0 +1,150 @@
+"""What a checkpoint holds besides weights: optimizer state and random generators, as tensors and JSON."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import RunError
+
+SEPARATOR = "//"
+"""Between a parameter's name and the name of its state."""
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, JSON) of an optimizer whose groups carry `names`, by parameter name.
+
+    Tensors of any kind are kept as they are: 8-bit states and their scales, code books, 0-d step counters. A tensor that
+    several parameters share (a code book) is stored once and named in `shared`.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    shared: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                full = f"{name}{SEPARATOR}{key}"
+                if not isinstance(value, Tensor):
+                    values.setdefault(name, {})[key] = value
+                    continue
+                place = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
+                first = seen.setdefault(place, full) if value.numel() else full
+                if first == full:
+                    tensors[full] = value.detach()
+                else:
+                    shared[full] = first
+    # Rates and decays are not state: the recipe and the schedule give them at any step.
+    groups = [list(g["names"]) for g in optimizer.param_groups]
+    return tensors, {"class": type(optimizer).__name__, "groups": groups, "values": values, "shared": shared}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Put a saved state into a freshly built optimizer, bit for bit, on the devices of its parameters.
+
+    Raises:
+        RunError: the optimizer, its groups or its parameters are not the ones that were saved.
+    """
+    if facts["class"] != type(optimizer).__name__:
+        raise RunError(f"the checkpoint holds the state of {facts['class']}, the recipe asks for {type(optimizer).__name__}")
+    ours, theirs = [list(g["names"]) for g in optimizer.param_groups], facts["groups"]
+    if ours != theirs:
+        differ = sorted({n for g in ours for n in g} ^ {n for g in theirs for n in g})
+        what = f"they differ in {', '.join(differ[:5])}" if differ else "the same parameters are grouped in another way"
+        raise RunError(f"the checkpoint's optimizer steps other parameters than this recipe: {what}")
+    everything = {**tensors, **{name: tensors[first] for name, first in facts["shared"].items()}}
+    by_name: dict[str, dict[str, Any]] = {}
+    for full, tensor in everything.items():
+        name, _, key = full.rpartition(SEPARATOR)
+        by_name.setdefault(name, {})[key] = tensor
+    for name, values in facts["values"].items():
+        by_name.setdefault(name, {}).update(values)
+    for index, group in enumerate(optimizer.param_groups):
+        for position, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):
+            if name in by_name:
+                _restore_parameter(optimizer, index, position, parameter, by_name[name])
+
+
+def _restore_parameter(optimizer: Any, index: int, position: int, parameter: Tensor, saved: dict[str, Any]) -> None:
+    if hasattr(optimizer, "init_state"):
+        # bitsandbytes allocates its own buffers (paged memory, shared code books); fill those.
+        optimizer.init_state(optimizer.param_groups[index], parameter, index, position)
+    state = optimizer.state[parameter]
+    for key, value in saved.items():
+        if not isinstance(value, Tensor):
+            state[key] = value
+        elif isinstance(state.get(key), Tensor) and state[key].shape == value.shape and state[key].dtype == value.dtype:
+            state[key].copy_(value)
+        else:
+            # torch keeps its step counters on the CPU unless a fused kernel wants them beside the parameter.
+            on_cpu = value.ndim == 0 and not optimizer.param_groups[index].get("fused")
+            state[key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def random_state(generators: Mapping[str, torch.Generator | np.random.Generator] | None = None) -> dict[str, Any]:
+    """JSON of every random generator: Python's, numpy's, torch's on CPU and GPUs, and the named ones."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, _text(np.asarray(keys)), int(position), int(has_gauss), float(cached)],
+        "torch": _text(torch.get_rng_state().numpy()),
+        "cuda": [_text(s.numpy()) for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "generators": {},
+    }
+    for name, generator in (generators or {}).items():
+        own = isinstance(generator, torch.Generator)
+        state["generators"][name] = _text(generator.get_state().numpy()) if own else _plain(generator.bit_generator.state)
+    return state
+
+
+def restore_random_state(
+    state: Mapping[str, Any], generators: Mapping[str, torch.Generator | np.random.Generator] | None = None
+) -> None:
+    """Put every random generator back to where `random_state` saw it.
+
+    Raises:
+        RunError: a named generator is not in the saved state.
+    """
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, _array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_bytes(s) for s in state["cuda"][: torch.cuda.device_count()]])
+    for name, generator in (generators or {}).items():
+        if name not in state["generators"]:
+            raise RunError(f"the checkpoint holds no state of the random generator '{name}'")
+        saved = state["generators"][name]
+        if isinstance(generator, torch.Generator):
+            generator.set_state(_bytes(saved))
+        else:
+            generator.bit_generator.state = saved
+
+
+def _text(array: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def _array(text: str, dtype: Any) -> np.ndarray[Any, Any]:
+    return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.from_numpy(_array(text, np.uint8))
+
+
+def _plain(value: Any) -> Any:
+    """numpy's state with its arrays and numbers as JSON values."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value

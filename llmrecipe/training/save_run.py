@@ -1,0 +1,320 @@
+"""Writing and reading what a run leaves behind: checkpoints, the best weights, the final folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.data.collate import Batch
+from llmrecipe.models import task_heads
+from llmrecipe.recipe.rights import RIGHTS, without_rights
+from llmrecipe.runs import delta, model_card
+from llmrecipe.runs.checkpoint_io import (
+    checkpoint_of,
+    folder_name,
+    keep_only,
+    latest_checkpoint,
+    read_checkpoint,
+    rotate,
+    save_checkpoint,
+    steps,
+)
+from llmrecipe.runs.durable import ASIDE, delete, put_in_place, sync_tree
+from llmrecipe.training import build_run, finite_check
+from llmrecipe.training.evaluate import evaluate
+from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run_state import RunState
+
+FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
+"""Keys a resumed run may not change: another value would make the rest of the run another experiment."""
+BEST = "best"
+"""Folder of the best weights, where a checkpoint holds trained tensors alone."""
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of the device, or of the process on the CPU, in MB."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def save(run: RunState) -> Path | None:
+    """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes.
+
+    Raises:
+        RunError: a weight or the optimizer's state is not finite, or the disk is full.
+    """
+    finite_check.check(run)
+    states = run.runtime.gather_json(random_state())
+    path = None
+    if run.runtime.is_main:
+        tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
+        documents: dict[str, Any] = {
+            "progress": asdict(run.progress),
+            "random": states,
+            "judge": run.best.state(),
+            "objective": run.objective.state(),
+            "wrappers": {w.name: w.state() for w in run.stack},
+            "structures": run.stack.structures(run.model),
+            "reference": run.roles.cache.name,
+        }
+        if run.roles.reference_moves or run.stack.learns_start():
+            tensors["reference"] = run.stack.snapshot or {}
+        if run.optimizer is not None:
+            tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)
+        root = run.dir.path / "checkpoints"
+        path = save_checkpoint(root, run.progress.step, tensors, documents)
+        rotate(root, run.recipe.save.keep, run.best.best_step)
+        forget_worse(run)
+        run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
+    run.runtime.barrier()
+    return path
+
+
+def restore(run: RunState) -> None:
+    """Continue a run from its newest intact checkpoint, bit for bit.
+
+    Raises:
+        RunError: the recipe changed in a way that would make it another run, or the best weights so far are gone.
+    """
+    check_same(run)
+    path = latest_checkpoint(run.dir.path / "checkpoints")
+    if path is None:
+        return
+    saved = read_checkpoint(path)
+    if saved.documents.get("reference", run.roles.cache.name) != run.roles.cache.name:
+        raise RunError(
+            "resume: the reference is not the model it was (its weights, or those under the policy, have changed since the "
+            "checkpoint), so the rest would be another run; put it back or start a new run"
+        )
+    if run.stack.snapshot is not None and saved.tensors.get("reference"):
+        run.stack.snapshot = {n: v.to(run.roles.device) for n, v in saved.tensors["reference"].items()}
+    run.stack.restore(run.model, saved.tensors["delta"])
+    run.stack.set_trainable(run.model)
+    for name, value in saved.documents["progress"].items():
+        setattr(run.progress, name, value)
+    known = run.best.load_state(saved.documents["judge"])
+    run.objective.load_state(saved.documents["objective"])
+    for wrapper in run.stack:
+        wrapper.load_state(saved.documents["wrappers"].get(wrapper.name, {}))
+    if run.optimizer is not None:
+        run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack)
+        restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"])
+    if returns_to_best(run):
+        best_weights(run)
+    states = saved.documents["random"]
+    restore_random_state(states[min(run.runtime.rank, len(states) - 1)])
+    run.events.resume(run.progress.step)
+    if not known:
+        run.events.warning(f"{run.recipe.eval.monitor} judges from here on: what another metric found best is not kept")
+
+
+def check_same(run: RunState) -> None:
+    """Refuse a resume under another recipe.
+
+    Raises:
+        RunError: one of the fixed keys differs; both values are shown.
+    """
+    before = run.dir.recipe()
+    now = run.composition.mapping
+    # Rights are given anew by whoever resumes, and change nothing of what is learned.
+    before, now = ({**mapping, "model": without_rights(mapping.get("model") or {})} for mapping in (before, now))
+    changed = [key for key in FIXED_ON_RESUME if before.get(key) != now.get(key)]
+    if changed:
+        lines = "\n".join(f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed)
+        raise RunError(f"resume: these keys cannot change in a run that goes on:\n{lines}\nStart a new run instead.")
+
+
+def save_best(run: RunState) -> None:
+    """Keep what was learned so far as the best; trained tensors only.
+
+    Raises:
+        RunError: a weight or the optimizer's state is not finite, or the disk is full.
+    """
+    finite_check.check(run)
+    if run.runtime.is_main:
+        tensors = {"delta": run.stack.delta(run.model)}
+        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.best.state()})
+        forget_worse(run)
+
+
+def forget_worse(run: RunState) -> None:
+    """Delete best weights that neither this run nor one that is resumed from any of its checkpoints would return to."""
+    root = run.dir.path / "checkpoints"
+    wanted = {run.best.best_step}
+    for step in steps(root):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            wanted.add(json.loads((root / folder_name(step) / "judge.json").read_text(encoding="utf-8"))["best_step"])
+    keep_only(run.dir.path / BEST, wanted)
+
+
+def returns_to_best(run: RunState) -> bool:
+    """Whether the best weights are wanted in the end and are not those of the present step."""
+    return run.recipe.eval.load_best and run.best.best is not None and run.best.best_step != run.progress.step
+
+
+def best_weights(run: RunState) -> Path:
+    """The checkpoint that holds the best weights.
+
+    Raises:
+        RunError: it is gone; the last weights are no substitute that may be taken in silence.
+    """
+    step = run.best.best_step
+    for root in (run.dir.path / BEST, run.dir.path / "checkpoints"):
+        if (found := checkpoint_of(root, step)) is not None:
+            return found
+    raise RunError(
+        f"eval.load_best: the best weights so far, those of step {step}, are not in {run.dir.path / BEST}; "
+        "eval.load_best=false ends with the last ones"
+    )
+
+
+def load_best(run: RunState) -> bool:
+    """Put the best weights back; False when the last ones are the best or nothing was judged.
+
+    Raises:
+        RunError: they are gone.
+    """
+    if not returns_to_best(run):
+        return False
+    run.runtime.barrier()
+    run.stack.restore(run.model, read_checkpoint(best_weights(run)).tensors["delta"])
+    return True
+
+
+def save_batch(run: RunState, micros: list[Batch]) -> Path:
+    """Keep the token ids of a step that went wrong."""
+    path = run.dir.path / f"bad_step_{run.progress.step + 1:06d}_rank{run.runtime.rank}.json"
+    content = [{"rows": list(m.rows), "input_ids": m.input_ids.tolist(), "target": m.target.tolist()} for m in micros]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def finish(run: RunState) -> None:
+    """Best weights back, the test split scored once, `final/` written. Nothing is deleted: see `tidy`.
+
+    Raises:
+        RunError: the last weights, or what is to be kept, are not finite, or no step was an update.
+    """
+    finite_check.check_updated(run)
+    finite_check.check(run)
+    restored = load_best(run)
+    run.stack.finish(run.model)
+    metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}
+    if run.validation is not None and run.best.best is not None:
+        metrics[run.recipe.eval.monitor] = run.best.best
+    metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
+    run.roles.cache.save()
+    run.objective.finish(run.roles)
+    finite_check.check(run)
+    if run.runtime.is_main:
+        write_final(run, metrics)
+    run.runtime.barrier()
+
+
+def tidy(run: RunState) -> None:
+    """Delete what a finished run has no use for. Call when its status says `done`: until then a resume may need all of it."""
+    if run.runtime.is_main and (run.dir.path / BEST).exists():
+        delete(run.dir.path / BEST)
+
+
+def score_test(run: RunState) -> dict[str, float]:
+    """Metrics of the sealed test split: opened here, once, and nowhere else in training."""
+    if not run.recipe.eval.test:
+        return {}
+    test = build_run.test_rows(run.recipe, run.objective, run.data, run.tokenizer)
+    if test is None:
+        return {}
+    metrics = evaluate(run.evaluation(), test)
+    run.events.evaluation(step=run.progress.step, **{f"test/{k}": v for k, v in metrics.items()})
+    return metrics
+
+
+def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
+    """Write `final/` aside, durably, and move it into place: a delta with its stack, or the whole model when all of it trained.
+
+    Raises:
+        RunError: the disk is full, or a weight does not fit the dtype it is written in.
+    """
+    final = run.dir.path / "final"
+    aside = run.dir.path / f"{ASIDE}final"
+    for left in run.dir.path.glob(f"{ASIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        if build_run.everything_trains(run.stack) and not run.opened.layers:
+            save_whole(run, aside / "model")
+        else:
+            delta.write(aside, saved_of(run))
+        run.tokenizer.save_pretrained(aside)
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        rows = f"{run.recipe.data.path} ({len(run.data):,} rows)"
+        about = model_card.model_card(
+            run.composition.name, run.opened.section.path, run.objective, run.stack, run.model, rows, metrics
+        )
+        (aside / "README.md").write_text(about, encoding="utf-8")
+        sync_tree(aside)
+        put_in_place(aside, final)
+    except OSError as error:
+        raise RunError(f"cannot write {final}: {error.strerror or error}; the last checkpoint is intact") from error
+    return final
+
+
+def save_whole(run: RunState, folder: Path) -> None:
+    """A Transformers folder in the dtype the recipe names (float32 masters are cast once)."""
+    dtype = run.recipe.model.dtype
+    attention = run.model.config._attn_implementation
+    state, scalars = task_heads.split(run.model.state_dict())
+    task_heads.write(scalars, folder.parent)
+    if dtype in ("bfloat16", "float16"):
+        state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
+        if bad := finite_check.not_finite(state):
+            raise RunError(f"model.dtype: weights of {', '.join(bad[:3])} are beyond the range of {dtype}; bfloat16 holds them")
+    # The stock name, so that the folder loads where this package is not installed.
+    run.model.config._attn_implementation_internal = attention.removeprefix("llmrecipe_")
+    try:
+        run.model.save_pretrained(folder, state_dict=state)
+    finally:
+        run.model.config._attn_implementation_internal = attention
+    run.tokenizer.save_pretrained(folder)
+
+
+def saved_of(run: RunState) -> delta.Saved:
+    """The run's stacks, oldest first, its own last."""
+    layers = [
+        delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.opened.layers)
+    ]
+    # What other roles learned (a value function) is training's own; checkpoints keep it, the finished model does without.
+    others = {w.role: w for w in run.stack if w.role}
+    beside = {n for w in others.values() for n in w.delta(run.model)}
+    tensors = {
+        n: t
+        for n, t in run.stack.delta(run.model).items()
+        if n not in beside and not any(n.startswith(f"task_head.{role}.") for role in others)
+    }
+    own = delta.Layer(
+        {w.name: delta.wrapper_mapping(w) for w in run.stack if not w.role},
+        {n: s for n, s in run.stack.structures(run.model).items() if n not in {w.name for w in others.values()}},
+        delta.DELTA_FILE,
+        tensors,
+    )
+    section = run.opened.section
+    base = {
+        "path": section.path,
+        "fingerprint": run.opened.base_fingerprint,
+        "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS}),
+    }
+    labels = getattr(run.data, "labels", None)
+    return delta.Saved(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))

@@ -1,0 +1,55 @@
+"""What a run says before its first step, and keeps in `report.json`: data, trained tensors, layout."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.console import say
+from llmrecipe.methods._base.stack import kind_name
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run_state import RunState
+
+
+def announce(run: RunState) -> None:
+    """Print the facts of the run (main process only) and write them down."""
+    from llmrecipe.data import validation
+
+    if not run.runtime.is_main:
+        return
+    facts = facts_of(run)
+    (run.dir.path / "report.json").write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+    report = run.data.report
+    trained = facts["trained"]
+    lines = [
+        *report.lines(),
+        f"model: {run.opened.section.path}, {facts['parameters']:,} parameters; trained: {trained['parameters']:,} "
+        f"in {trained['tensors']} tensors ({', '.join(f'{k} x{v}' for k, v in list(trained['kinds'].items())[:8])})",
+        f"run: {run.steps} steps of {run.recipe.batch.size} rows, {'packed' if run.roles.packing else 'padded'}, "
+        f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
+    ]
+    for line in lines:
+        say(line)
+    for warning in validation.warnings(report):
+        run.events.warning(warning)
+
+
+def facts_of(run: RunState) -> dict[str, Any]:
+    """Data report, stack and trained tensors as JSON."""
+    trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    kinds = Counter(".".join(part for part in n.split(".")[-3:] if not part.isdigit()) for n in trained)
+    return {
+        "data": run.data.report.to_dict(),
+        "stack": {w.name: kind_name(w) for w in run.stack},
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "trained": {
+            "parameters": sum(p.numel() for p in trained.values()),
+            "tensors": len(trained),
+            "kinds": dict(kinds.most_common()),
+            "names": {n: list(p.shape) for n, p in trained.items()},
+        },
+        "packed": run.roles.packing,
+        "steps": run.steps,
+    }

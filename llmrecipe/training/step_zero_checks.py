@@ -1,0 +1,76 @@
+"""What must be true before the first step of a run that starts at its own reference: checked in every run, kept in its events.
+
+Policy and reference are the same function at step 0, so losses and rewards have values known beforehand: log 2 for DPO,
+1 / (4 beta^2) for IPO, one half of the mean weight for KTO, margins and divergences of 0. Another value means another
+reference, dropout or noise in one of the two, or rows scored differently, and every later step would be wrong.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.methods._base.update_rule import MetricSums
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run_state import RunState
+
+TOLERANCE = 2e-3
+"""Of float32 computation; relative to a wanted value above 1."""
+COARSE = 0.1
+"""Where hidden states have 8 to 11 significant bits, and a batch laid out otherwise rounds otherwise."""
+
+
+def check(run: RunState) -> None:
+    """Measure the first step's rows under the untouched policy, compare, and write a `check` event.
+
+    Raises:
+        RunError: a value is not what it must be.
+    """
+    wanted = run.objective.step_zero() if same_policy(run) else {}
+    facts = run.objective.facts(run.roles)
+    if not (wanted or facts):
+        return
+    measured = measure(run) if wanted and run.steps else {}
+    event = {k: v for name in measured if name in wanted for k, v in ((name, measured[name]), (f"{name}/wanted", wanted[name]))}
+    run.events.check(step=0, **event, **facts)
+    low = run.roles.engine.autocast is not None or next(run.model.parameters()).dtype != torch.float32
+    tolerance = COARSE if low else TOLERANCE
+    wrong = [
+        f"{name} is {measured[name]:.6g} and must be {value:.6g}"
+        for name, value in wanted.items()
+        if name in measured and not abs(measured[name] - value) <= tolerance * max(1.0, abs(value))
+    ]
+    if wrong:
+        raise RunError(
+            f"before the first step policy and reference are the same model, but {'; '.join(wrong)}. Something changes one of "
+            "them between two scorings (dropout, noise, another reference); nothing was trained"
+        )
+
+
+def same_policy(run: RunState) -> bool:
+    """Whether the reference is the policy of step 0."""
+    which = run.objective.reference_of()
+    mounted = bool(run.opened.mounted) or run.opened.continued is not None
+    return which == "initial" or (which == "base" and not mounted and all(w.starts_at_base() for w in run.stack))
+
+
+def measure(run: RunState) -> dict[str, float]:
+    """Mean loss and metrics of the first step's rows, over all processes; without those that none of the rows has."""
+    sums = MetricSums()
+    state = run.objective.state()
+    size, rank, world = run.recipe.batch.size, run.runtime.rank, run.runtime.world
+    rows = [run.data[int(i)] for i in run.order(0)[:size]][rank::world]
+    # In the mode training will have: dropout that stayed on must show here.
+    with torch.no_grad():
+        for batch in next(iter(run.objective.batches(iter([rows]), run.roles))):
+            loss = run.objective.loss(batch, run.roles)
+            sums.add({"loss": (loss.total, run.objective.weight(batch)), **loss.metrics})
+    run.objective.load_state(state)
+    names = sorted(sums.counts)
+    counts = run.runtime.sum(torch.tensor([sums.counts[n] for n in names], dtype=torch.float64)).tolist()
+    means = sums.mean(run.runtime)
+    # A mean over nothing (rejected answers of a batch that has none) is no measurement.
+    return {name: means[name] for name, count in zip(names, counts, strict=True) if count}

@@ -1,0 +1,76 @@
+"""The log-prob engine against float64 log-softmax, in value and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llmrecipe.engine import logprob
+from llmrecipe.engine.logprob import Post, token_logprobs
+
+
+def reference(hidden: torch.Tensor, target: torch.Tensor, head: nn.Linear, post: Post) -> torch.Tensor:
+    z = hidden.double() @ head.weight.double().t()
+    if head.bias is not None:
+        z = z + head.bias.double()
+    z = z * post.scale
+    if post.cap is not None:
+        z = post.cap * torch.tanh(z / post.cap)
+    return z.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("post", [Post(), Post(0.5), Post(cap=3.0), Post(2.0, 5.0)], ids=str)
+def test_value_and_gradient_equal_float64(trained: bool, bias: bool, post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * 50 * 16)  # several chunks of 16 rows
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50, bias=bias)
+    head.requires_grad_(trained)
+    hidden = torch.randn(41, 12, requires_grad=True)
+    target = torch.randint(0, 50, (41,))
+    weights = torch.randn(41)
+    t = token_logprobs(hidden, target, head, post)["logprobs"]
+    (t * weights).sum().backward()
+    own, hidden.grad = hidden.grad, None
+    own_head = None if head.weight.grad is None else head.weight.grad.clone()
+    head.weight.grad = None
+    wanted = reference(hidden, target, head, post)
+    (wanted * weights.double()).sum().backward()
+    torch.testing.assert_close(t.double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own, hidden.grad, atol=1e-5, rtol=1e-4)
+    if trained:
+        torch.testing.assert_close(own_head, head.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_and_trained_heads_give_the_same_numbers() -> None:
+    torch.manual_seed(1)
+    head = nn.Linear(8, 20)
+    hidden, target = torch.randn(9, 8), torch.randint(0, 20, (9,))
+    trained = token_logprobs(hidden, target, head, entropy=True)
+    frozen = token_logprobs(hidden, target, head.requires_grad_(False), entropy=True)
+    for name in trained:
+        torch.testing.assert_close(trained[name], frozen[name])
+
+
+def test_bf16_log_probabilities_are_summed_in_float32() -> None:
+    torch.manual_seed(2)
+    head = nn.Linear(16, 32_000, bias=False).requires_grad_(False)
+    hidden, target = torch.randn(64, 16), torch.randint(0, 32_000, (64,))
+    low = nn.Linear(16, 32_000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    low.weight.copy_(head.weight)
+    z = hidden.bfloat16().double() @ low.weight.double().t()
+    exact = z.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+    got = token_logprobs(hidden.bfloat16(), target, low)["logprobs"]
+    assert got.dtype == torch.float32
+    # One sum over a sequence of 64 tokens near -10 each: bf16 accumulation would be off by units.
+    assert abs(float(got.sum()) - float(exact.sum())) < 0.05
+
+
+def test_no_targets_give_a_zero_that_is_attached_to_the_graph() -> None:
+    hidden = torch.randn(0, 8, requires_grad=True)
+    out = token_logprobs(hidden, torch.zeros(0, dtype=torch.long), nn.Linear(8, 5))
+    assert out["logprobs"].shape == (0,)
+    out["logprobs"].sum().backward()
+    assert hidden.grad is not None

@@ -1,0 +1,113 @@
+"""A leaderboard is a pure function of finished run directories: names, numbers, order and files are worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.evaluation.leaderboard_plot import draw
+from llmrecipe.evaluation.leaderboard_table import (
+    PLAIN,
+    Column,
+    Entry,
+    cells,
+    labels_of,
+    markdown,
+    rank,
+    read_entries,
+    seconds_of,
+)
+
+SFT: dict[str, Any] = {"objective": {"kind": "sft"}, "stack": {}, "seed": 0, "optim": {"lr": 0.1}}
+LORA: dict[str, Any] = {**SFT, "stack": {"lora": {"kind": "lora", "r": 4}}}
+SCORE = Column("score", "test/accuracy", spread=True)
+
+
+def finished(folder: Path, recipe: dict[str, Any], accuracy: float, status: str = "done", delta: int | None = 40) -> str:
+    """A run directory with the numbers a run leaves: 100 of 1000 parameters, two steps of 20 tokens at 10 and 40 a second."""
+    (folder / "final" / "model").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "status.json").write_text(json.dumps({"status": status}))
+    (folder / "report.json").write_text(json.dumps({"parameters": 1000, "trained": {"parameters": 100}}))
+    steps = [
+        {"event": "step", "step": 1, "tokens": 20, "tokens_per_s": 10.0, "peak_mem_mb": 300.0},
+        {"event": "step", "step": 2, "tokens": 40, "tokens_per_s": 40.0, "peak_mem_mb": 250.0},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    (folder / "final" / "metrics.json").write_text(json.dumps({"test/accuracy": accuracy}))
+    files = [folder / "final" / "delta.safetensors"] if delta is not None else []
+    files += [folder / "final" / "model" / f"model-{i}.safetensors" for i in range(2)] if delta is None else []
+    for file in files:
+        file.write_bytes(b"\0" * (delta or 1000))
+    return str(folder)
+
+
+def test_a_run_is_read_into_its_name_and_numbers(tmp_path: Path) -> None:
+    paths = [finished(tmp_path / "a", LORA, 0.75), finished(tmp_path / "b", {**SFT, "seed": 3}, 0.5, delta=None)]
+    lora, full = read_entries(paths, "test/accuracy")
+    # 20 tokens at 10 a second and 20 at 40: 2 s + 0.5 s.
+    numbers = {"trained": 100.0, "share": 0.1, "memory": 300.0, "seconds": 2.5}
+    assert lora == Entry("lora", "reparameterized", 0, {**numbers, "stored": 40.0, "score": 0.75})
+    assert full == Entry("full", "full", 3, {**numbers, "stored": 2000.0, "score": 0.5})
+
+
+def test_steps_logged_now_and_then_count_the_tokens_between_them() -> None:
+    assert seconds_of([{"tokens": 50, "tokens_per_s": 25.0}, {"tokens": 150, "tokens_per_s": 50.0}]) == 4.0
+
+
+def test_rows_are_means_and_sample_deviations_over_seeds_best_first() -> None:
+    entries = [Entry("a", "x", 0, {"score": 0.5}), Entry("b", "y", 0, {"score": 0.65}), Entry("a", "x", 1, {"score": 0.75})]
+    rows = rank(entries)
+    assert [(r.label, r.seeds) for r in rows] == [("b", [0]), ("a", [0, 1])]
+    # deviations -1/8 and 1/8: sqrt((2/64) / 1)
+    assert rows[1].mean["score"] == 0.625 and rows[1].spread["score"] == pytest.approx(0.03125**0.5)
+    assert rows[0].spread["score"] is None
+    assert [r.label for r in rank(entries, "min")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "names"),
+    [
+        ([SFT, LORA, {**LORA, "seed": 5}], ["full", "lora", "lora"]),
+        ([LORA, {**LORA, "stack": {"lora": {"kind": "lora", "r": 8}}}], ["lora (stack.lora.r=4)", "lora (stack.lora.r=8)"]),
+        ([LORA, {**LORA, "objective": {"kind": "dpo"}}], ["sft", "dpo"]),
+        ([{**SFT, "stack": {"n": {"kind": "nf4"}, "l": {"kind": "lora"}}}], ["nf4+lora"]),
+        ([{**SFT, "run": {"dir": "x"}}, {**SFT, "run": {"dir": "y"}, "log": {"every": 2}}], ["full", "full"]),
+    ],
+)
+def test_a_row_is_named_by_what_sets_it_apart(recipes: list[dict[str, Any]], names: list[str]) -> None:
+    assert [name for name, _ in labels_of(recipes)] == names
+
+
+def test_the_table_shows_spread_where_there_are_seeds_and_a_dash_where_there_is_no_number() -> None:
+    rows = rank([Entry("a", "x", 0, {"score": 0.5, "trained": 1234.0}), Entry("a", "x", 1, {"score": 0.75, "trained": 1234.0})])
+    columns = [SCORE, *PLAIN[:2]]
+    assert cells(rows, columns)[1] == ["1", "a", "x", "0.625 ± 0.18", "1,234", "-", "2"]
+    table, notes = markdown(rows, columns)
+    assert table.splitlines()[0] == "|  | method | family | test/accuracy | trained | % of all | seeds |"
+    assert notes.splitlines() == ["- trained: parameters that train.", "- % of all: of all parameters."]
+
+
+def test_an_unfinished_run_and_a_metric_nobody_wrote_are_told(tmp_path: Path) -> None:
+    done, stopped = finished(tmp_path / "a", SFT, 0.5), finished(tmp_path / "b", SFT, 0.5, "interrupted")
+    with pytest.raises(RunError, match="b is interrupted; a leaderboard compares finished runs"):
+        read_entries([done, stopped], "test/accuracy")
+    with pytest.raises(RunError, match=r"no metric 'test/acuracy'; did you mean 'test/accuracy'"):
+        read_entries([done], "test/acuracy")
+
+
+def test_the_picture_has_a_point_and_a_name_for_every_row(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ["full", "lora", "bitfit", "ia3"]
+    entries = [
+        Entry(n, "f" + n[0], s, {"score": 0.1 * i + 0.02 * s, "trained": 10.0**i}) for i, n in enumerate(names) for s in (0, 1)
+    ]
+    draw(rank(entries), PLAIN[0], SCORE, tmp_path / "board.svg", log=True)
+    text = (tmp_path / "board.svg").read_text()
+    assert all(f"<!-- {name} -->" in text for name in names)
+    with pytest.raises(RunError, match="cannot write"):
+        draw(rank(entries), PLAIN[0], SCORE, tmp_path / "missing" / "board.png")

@@ -1,0 +1,267 @@
+"""Every kind of agent through the same promises: a rule, a model in this process, a model behind HTTP."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.data.toy import grammar, scorers
+from llmrecipe.feedback.judges.labeller import LEAST, Agent, Ask, Forgetful, build
+from llmrecipe.feedback.judges.rule import agent_rule, soften
+from tests.servers import server
+
+
+def compare(first: str, second: str, prompt: str = "Tell me about the owl, not the cow.") -> Ask:
+    words = f"Which answer is polite? A: {first} B: {second}"
+    return Ask(({"role": "user", "content": words},), "compare", {"prompt": prompt, "first": first, "second": second})
+
+
+def revise(answer: str, prompt: str = "Tell me about the owl, not the cow.") -> Ask:
+    words = f"Make this answer polite: {answer}"
+    return Ask(({"role": "user", "content": words},), "revise", {"prompt": prompt, "answer": answer})
+
+
+OWL = "The owl is green and likes cake."
+GOOD, BAD = f"{grammar.POLITE[0]} {OWL}", f"{grammar.RUDE[0]} {OWL}"
+PAIRS = [(GOOD, BAD), (BAD, GOOD), (f"{grammar.RUDE[2]} {OWL}", f"{grammar.POLITE[3]} {OWL}")]
+
+
+def chat(body: dict[str, Any]) -> dict[str, Any]:
+    """A server that is polite by rule: logprobs where they are asked for, else text."""
+    said = body["messages"][-1]["content"]
+    usage = {"prompt_tokens": 10, "completion_tokens": 2}
+    choice: dict[str, Any] = {"message": {"role": "assistant", "content": ""}}
+    pair = re.fullmatch(r"Which answer is polite\? A: (.*) B: (.*)", said)
+    if pair:
+        first = 0.9 if scorers.polite(pair[1]) else 0.1
+        tokens = {"A": 0.5 * first, " A": 0.4 * first, "B": 0.9 * (1 - first), "It": 0.1}
+        choice["message"]["content"] = "A" if first > 0.5 else "B"
+        if body.get("logprobs"):
+            top = [{"token": t, "logprob": math.log(p)} for t, p in tokens.items()]
+            choice["logprobs"] = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": top}]}
+    else:
+        choice["message"]["content"] = scorers.revise("", said.partition(": ")[2])
+    return {"choices": [choice], "usage": usage}
+
+
+@pytest.fixture(params=["rule", "local", "http"])
+def agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
+    with server((200, chat)) as (url, _):
+        options = {"local": {"path": "tiny"}, "http": {"url": url, "model": "judge"}}
+        made = build({"kind": request.param, **options.get(request.param, {})}, "agent")
+        made.check("agent")
+        made.open()
+        yield made
+
+
+def test_contract_choices(agent: Agent) -> None:
+    asks = [compare(*pair) for pair in PAIRS]
+    found = agent.choice_logprobs(asks, ["A", "B"])
+    assert [len(row) for row in found] == [2, 2, 2]
+    # The better answer is chosen, wherever it stands.
+    assert [row[0] > row[1] for row in found] == [True, False, False]
+    # Log-probabilities: at most all mass is on the options, and nearly all of it is here.
+    assert all(0.5 < math.fsum(map(math.exp, row)) <= 1.0 + 1e-6 for row in found)
+    # A value belongs to its option, not to its place.
+    agent.remember(Forgetful())
+    swapped = agent.choice_logprobs(asks, ["B", "A"])
+    if agent.__class__.__name__ != "Rule":  # a rule's weights are for the first and the second answer
+        assert swapped == [pytest.approx(row[::-1], abs=1e-5) for row in found]
+
+
+def test_contract_texts(agent: Agent) -> None:
+    texts = agent.generate([revise(BAD), revise(GOOD), revise(f"{grammar.RUDE[3]} {OWL}")])
+    assert texts[0] == GOOD and texts[2] == f"{grammar.POLITE[3]} {OWL}"
+    assert agent.generate([revise(BAD)]) == [GOOD]
+
+
+def test_contract_memory(agent: Agent) -> None:
+    """The same question is put once, also inside a call; a memory handed on asks nothing at all."""
+    memory = Forgetful()
+    agent.remember(memory)
+    asks = [compare(*PAIRS[0]), compare(*PAIRS[1]), compare(*PAIRS[0])]
+    first = agent.choice_logprobs(asks, ["A", "B"])
+    assert first[0] == first[2] and (agent.count.asked, agent.count.remembered) == (2, 1)
+    texts = agent.generate([revise(BAD)])
+    assert len(memory) == 3
+    again = build({"kind": "rule"}, "agent")
+    again.__dict__["write"] = again.__dict__["choose"] = None
+    assert agent.choice_logprobs(asks, ["A", "B"]) == first and agent.generate([revise(BAD)]) == texts
+    assert (agent.count.asked, agent.count.remembered) == (3, 5)
+    assert agent.choice_logprobs([], ["A", "B"]) == [] == agent.generate([])
+
+
+def test_contract_identity(agent: Agent) -> None:
+    kind = agent.identity.partition(":")[0]
+    assert kind in registry.names("agent") and agent.identity == agent.identity
+    options = {name: getattr(agent, name) for name in registry.spec("agent", kind).options}
+    changed = {"rule": {"sure": 0.8}, "local": {"temperature": 0.5}, "http": {"temperature": 0.1}}[kind]
+    assert build({"kind": kind, **options}, "agent").identity == agent.identity
+    assert build({"kind": kind, **options, **changed}, "agent").identity != agent.identity
+
+
+def test_a_rule_is_as_sure_as_it_is_told() -> None:
+    assert [math.exp(v) for v in soften([1.0, 0.0], 0.9)] == pytest.approx([0.9, 0.1])
+    assert [math.exp(v) for v in soften([0.5, 0.5], 0.9)] == pytest.approx([0.5, 0.5])
+    assert [math.exp(v) for v in soften([0.0, 0.0, 1.0, 0.0], 0.7)] == pytest.approx([0.1, 0.1, 0.7, 0.1])
+    sure = build({"kind": "rule", "sure": 1.0}, "agent")
+    assert sure.choice_logprobs([compare(*PAIRS[0])], ["A", "B"]) == [[0.0, LEAST]]
+
+
+def test_the_rule_criticises_and_rates() -> None:
+    agent = build("rule", "agent")
+    parts = {
+        "prompt": "Tell me about the owl, not the cow.",
+        "answer": "Go away and be quiet. The cow is white and likes corn.",
+    }
+    critique = agent.generate([Ask(({"role": "user", "content": "?"},), "critique", parts)])[0]
+    assert critique == " ".join(scorers.critique(parts["prompt"], parts["answer"])) and "rude" in critique and "cow" in critique
+    numbers = [str(i) for i in range(1, 11)]
+
+    def best(answer: str) -> str:
+        ask = Ask(({"role": "user", "content": "?"},), "rate", {**parts, "answer": answer})
+        row = agent.choice_logprobs([ask], numbers)[0]
+        assert math.fsum(map(math.exp, row)) == pytest.approx(1.0) and math.exp(max(row)) == pytest.approx(0.9)
+        return numbers[row.index(max(row))]
+
+    assert [best(GOOD), best(parts["answer"])] == ["10", "1"]
+    assert best(BAD) in ("5", "6")
+
+
+def test_a_rule_of_ones_own(own_rules: None) -> None:
+    @agent_rule
+    def longest(ask: Ask, options: Any) -> Any:
+        return [len(ask.parts["first"]), len(ask.parts["second"])] if options else None
+
+    agent = build({"kind": "rule", "rule": "longest", "sure": 1.0}, "agent")
+    agent.check("agent")
+    assert agent.choice_logprobs([compare("abc", "a")], ["A", "B"]) == [pytest.approx([math.log(0.75), math.log(0.25)])]
+    assert agent.generate([revise("x")]) == [None] and agent.count.failures == 1
+
+    @agent_rule
+    def wrong(ask: Ask, options: Any) -> Any:
+        return [1.0]
+
+    with pytest.raises(RecipeError, match="one weight >= 0 an option"):
+        build({"kind": "rule", "rule": "wrong"}, "agent").choice_logprobs([compare("a", "b")], ["A", "B"])
+
+
+def test_local_choices_are_the_models_probabilities() -> None:
+    """Against the plain softmax of the whole model, and for options of several tokens against continuations one by one."""
+    import torch
+
+    from llmrecipe.data.tokenize.chat_templates import prompt_ids
+    from llmrecipe.feedback.judges.local import spell
+
+    agent = build({"kind": "local", "path": "tiny", "batch": 2}, "agent")
+    asks = [compare(*pair) for pair in PAIRS]
+    roles = agent.roles  # type: ignore[attr-defined]
+    tokenizer, model = roles.tokenizer, roles.model
+
+    def log(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+    assert spell(tokenizer, "A") == {(tokenizer.convert_tokens_to_ids(t),) for t in ("A", "\u0120A")}
+    found = agent.choice_logprobs(asks, ["A", "B"])
+    for ask, row in zip(asks, found, strict=True):
+        probabilities = log(prompt_ids(tokenizer, ask.turns)).exp()
+        for option, value in zip("AB", row, strict=True):
+            wanted = math.fsum(float(probabilities[path[0]]) for path in spell(tokenizer, option))
+            assert math.exp(value) == pytest.approx(wanted, rel=1e-4)
+
+    digits = {d: tokenizer.convert_tokens_to_ids(d) for d in "10"}
+    assert (digits["1"], digits["0"]) in spell(tokenizer, "10")
+    numbers = [str(i) for i in range(1, 11)]
+    row = agent.choice_logprobs(asks[:1], numbers)[0]
+    ids = prompt_ids(tokenizer, asks[0].turns)
+    ten = 0.0
+    for path in spell(tokenizer, "10"):
+        ten += math.exp(sum(float(log([*ids, *path[:i]])[path[i]]) for i in range(len(path))))
+    one = math.fsum(math.exp(float(log(ids)[path[0]])) for path in spell(tokenizer, "1") if len(path) == 1)
+    assert math.exp(row[9]) == pytest.approx(ten, rel=1e-3)
+    assert math.exp(row[0]) == pytest.approx(one - ten, rel=1e-3)
+
+
+def test_local_without_packing_gives_the_same() -> None:
+    one, other = (build({"kind": "local", "path": "tiny"}, "agent") for _ in range(2))
+    other.roles.packing = not one.roles.packing  # type: ignore[attr-defined]
+    asks = [compare(*pair) for pair in PAIRS]
+    for options in (["A", "B"], ["1", "10", "2"]):
+        for row, same in zip(one.choice_logprobs(asks, options), other.choice_logprobs(asks, options), strict=True):
+            assert row == pytest.approx(same, abs=1e-4)
+
+
+def test_the_base_under_a_run_judges_without_its_adapters(tmp_path: Any) -> None:
+    from tests.trainings import train_recipe
+
+    run = tmp_path / "run"
+    train_recipe(run, "sft_lora", "steps=4", "optim.lr=2e-3", "batch.size=4", "eval.batches=1", "schedule=constant")
+    asks = [compare(*pair) for pair in PAIRS]
+    agents = [{"path": "tiny"}, {"path": str(run), "base": True}, {"path": str(run)}]
+    plain, base, adapted = (
+        build({"kind": "local", **options}, "agent").choice_logprobs(asks, ["A", "B"]) for options in agents
+    )
+    assert base == [pytest.approx(row, abs=1e-6) for row in plain]
+    assert max(abs(a - b) for x, y in zip(plain, adapted) for a, b in zip(x, y)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"kind": "rull"}, r"agent.kind: there is no agent 'rull'; did you mean 'rule'"),
+        ({"kind": "rule", "shure": 1}, r"agent.shure: rule has no option 'shure'; did you mean 'sure'"),
+        ({"kind": "rule", "rule": "maners"}, r"agent.rule: .*did you mean 'manners'"),
+        ({"kind": "rule", "sure": 0.2}, r"agent.sure: must be >= 0.5"),
+        ({"kind": "http", "url": "localhost", "model": "m"}, r"agent.url: must be an address"),
+        ({"kind": "http", "url": "http://x"}, r"agent.model: must be given"),
+        ({"kind": "http", "url": "http://x", "model": "m", "key_env": "NO_SUCH_KEY_SET"}, r"NO_SUCH_KEY_SET is not set"),
+        ({"kind": "local", "base": True}, r"agent.base: .*agent.path=RUN"),
+        ({}, r"agent: must be a mapping with a kind.*http, local, rule"),
+    ],
+)
+def test_wrong_options_are_explained(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build(body, "agent").check("agent")
+
+
+def test_a_local_agent_needs_a_model() -> None:
+    with pytest.raises(RecipeError, match=r"agent.path: must be given"):
+        build("local", "agent").open()
+
+
+def test_spellings_that_begin_with_each_other_are_counted_once() -> None:
+    """P(1) = .3 + .1 (two spellings) less P(10) = .3 * .5; hand-worked, with a spelling of its own inside another one."""
+    from llmrecipe.feedback.judges.choice import read_paths
+    from llmrecipe.feedback.judges.local import leads_of
+
+    tables = {(): {1: 0.3, 2: 0.1}, (1,): {0: 0.5}, (1, 0): {0: 0.25}}
+    one, ten, hundred = {(1,), (2,)}, {(1, 0)}, {(1, 0, 0)}
+    found = read_paths(tables, leads_of([one, ten, hundred]), 3).choice()
+    assert [math.exp(v) for v in found.logprobs] == pytest.approx([0.4 - 0.15, 0.15 - 0.0375, 0.0375])
+    assert found.mass == pytest.approx(0.4)
+    twice = read_paths(tables, leads_of([{(1,), (1, 0)}]), 1).choice()
+    assert math.exp(twice.logprobs[0]) == pytest.approx(0.3)
+
+
+def test_random_pairs_are_judged_by_the_embedded_model() -> None:
+    rng = Random(5)
+    asks, wanted = [], []
+    for _ in range(24):
+        request = grammar.request(rng)
+        first = rng.random() < 0.5
+        answers = [grammar.answer(rng, request, polite, True) for polite in (first, not first)]
+        asks.append(compare(*answers, request.text))
+        wanted.append(first)
+    rule, local = build("rule", "agent"), build({"kind": "local", "path": "tiny"}, "agent")
+    for agent, least in itertools.product((rule, local), (23,)):
+        found = agent.choice_logprobs(asks, ["A", "B"])
+        assert sum((row[0] > row[1]) == first for row, first in zip(found, wanted, strict=True)) >= least

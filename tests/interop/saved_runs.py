@@ -1,0 +1,68 @@
+"""Finished runs without training: a tiny base on disk, a stack with random learned tensors, `final/` as a run leaves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models.checkpoint_path import TINY
+from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.runs import delta
+from llmrecipe.runs.open_model import open_model
+from tests.tiny import tiny_model
+
+VOCABULARY = int(json.loads((TINY / "config.json").read_text())["vocab_size"])
+
+
+def base_folder(root: Path, family: str = "llama", **more: Any) -> Path:
+    """A base model with the embedded tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = root / f"base-{family}"
+    model = tiny_model(family, vocab_size=VOCABULARY, **more)
+    model.config._attn_implementation_internal = "sdpa"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def fill(model: nn.Module, scale: float = 0.2, seed: int = 3) -> None:
+    """Random learned tensors, so that every part of a formula shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * scale
+
+
+def saved_run(
+    folder: Path, model_path: Path | str, *wrappers: Any, seed: int = 3, head: str = "causal", labels: Any = None
+) -> nn.Module:
+    """Write a finished run of these wrappers on a base; returns its model."""
+    stack = Stack(list(wrappers))
+    opened = open_model(
+        ModelSection(path=str(model_path)), TokenizerSection(), head=head, labels=labels, load_kwargs=stack.load_kwargs()
+    )
+    stack.attach(opened.model)
+    fill(opened.model, seed=seed)
+    own = delta.Layer(
+        {w.name: delta.wrapper_mapping(w) for w in stack},
+        stack.structures(opened.model),
+        delta.DELTA_FILE,
+        stack.delta(opened.model),
+    )
+    layers = [delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(opened.layers)]
+    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": {}}
+    delta.write(folder / "final", delta.Saved(base, [*layers, own], head, labels))
+    opened.tokenizer.save_pretrained(folder / "final")
+    return opened.model
+
+
+def ports(model: nn.Module) -> int:
+    """How many ports a model has."""
+    return sum(1 for _ in all_ports(model))

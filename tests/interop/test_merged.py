@@ -1,0 +1,154 @@
+"""Merged export: plain folders with the run's logits, proven before they are in place; what cannot be folded is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmrecipe import load
+from llmrecipe.cli.app import run as command
+from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.interop import merged, verify_logits
+from llmrecipe.interop.merged import export_merged
+from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.methods.selective.bitfit import Bitfit
+from tests.interop.saved_runs import base_folder, ports, saved_run
+
+IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
+
+
+def reloaded(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+CASES = [
+    ("llama", Lora(name="lora", target="all-linear"), {}),
+    ("llama", Lora(name="lora", target="embed + head"), {"tie_word_embeddings": True}),
+    ("gpt2", Bitfit(name="bitfit"), {}),
+    ("gpt2", Lora(name="lora", target="attn.q|v"), {}),
+    ("mixtral", Lora(name="lora", target="experts"), {}),
+]
+
+
+@pytest.mark.parametrize(("family", "wrapper", "more"), CASES)
+def test_a_plain_transformers_load_gives_the_logits_of_the_run(
+    tmp_path: Path, family: str, wrapper: object, more: dict
+) -> None:
+    model = saved_run(tmp_path / "run", base_folder(tmp_path, family, **more), wrapper)
+    wanted = model(input_ids=IDS).logits
+    done = export_merged(tmp_path / "run")
+    got = reloaded(done.path)
+    assert ports(got) == 0
+    assert got.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(got(input_ids=IDS).logits, wanted, atol=2e-5 * done.difference.scale, rtol=0)
+    base = reloaded(tmp_path / f"base-{family}")(input_ids=IDS).logits
+    assert (wanted - base).abs().max() > 0.05
+
+
+def test_the_golden_answer_is_reproduced_from_the_folder_alone(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    saved_run(tmp_path / "run", "tiny", Lora(name="lora"))
+    folder = export_merged(tmp_path / "run", tmp_path / "out").path
+    golden = json.loads((folder / verify_logits.GOLDEN_FILE).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": golden["prompt"]}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(ids) == golden["prompt_ids"]
+    out = reloaded(folder).generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    assert out[0, len(ids) :].tolist() == golden["answer_ids"]
+
+
+def test_a_quantized_base_is_dequantized_to_what_training_saw(tmp_path: Path) -> None:
+    from llmrecipe.methods.memory.nf4 import Nf4
+
+    model = saved_run(tmp_path / "run", base_folder(tmp_path), Nf4(name="nf4"), Lora(name="lora"))
+    wanted = model(input_ids=IDS).logits
+    done = export_merged(tmp_path / "run")
+    assert "dequantized" in done.notes[0]
+    got = reloaded(done.path)(input_ids=IDS).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4 * done.difference.scale, rtol=0)
+
+
+def test_a_chain_of_runs_folds_every_stack(tmp_path: Path) -> None:
+    saved_run(tmp_path / "first", base_folder(tmp_path), Lora(name="lora", target="attn.q"))
+    model = saved_run(tmp_path / "second", tmp_path / "first", Lora(name="lora", target="attn.q|v"), seed=8)
+    wanted = model(input_ids=IDS).logits
+    done = export_merged(tmp_path / "second")
+    torch.testing.assert_close(reloaded(done.path)(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+    loaded, _ = load(tmp_path / "second", device="cpu")
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, wanted)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_merge_that_moves_the_logits_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"))
+    monkeypatch.setattr(Lora, "merge", lambda self, model: _drop(model, self.name))
+    with pytest.raises(ModelError, match="largest logit difference"):
+        export_merged(tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["final"]
+
+
+def _drop(model: torch.nn.Module, owner: str) -> None:
+    from llmrecipe.models.hooks.port import all_ports, eject
+
+    for _, module, name, _ in list(all_ports(model, owner)):
+        eject(module, name)
+
+
+def test_what_cannot_be_folded_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"))
+    monkeypatch.setattr(Lora, "mergeable", False)
+    monkeypatch.setattr(merged, "write_model", lambda *_: pytest.fail("written"))
+    with pytest.raises(ModelError, match="'lora' cannot be folded"):
+        export_merged(tmp_path / "run")
+
+
+def test_an_existing_folder_and_an_unfinished_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("x")
+    with pytest.raises(RunError, match="exists already"):
+        export_merged(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(RunError, match="not a run directory"):
+        export_merged(tmp_path)
+
+
+def test_lower_precision_is_reported_and_allowed_within_its_bound(tmp_path: Path) -> None:
+    saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"))
+    done = export_merged(tmp_path / "run", dtype="bfloat16", bound=1.0)
+    assert done.difference.largest > 1e-4
+    with pytest.raises(ModelError, match="allowed is 1e-06"):
+        export_merged(tmp_path / "run", tmp_path / "two", dtype="bfloat16", bound=1e-6)
+
+
+def test_a_bfloat16_base_written_in_float32_keeps_the_whole_change(tmp_path: Path) -> None:
+    """The change is added in float32 to the widened weights: adding it in bfloat16 first would round most of it away."""
+    base = base_folder(tmp_path)
+    plain = reloaded(base).to(torch.bfloat16)
+    plain.save_pretrained(base)
+    run = saved_run(tmp_path / "run", base, Lora(name="lora", target="attn.q"))
+    host = run.get_submodule("model.layers.0.self_attn.q_proj")
+    a, b = (p.detach().double() for n, p in host.named_parameters() if n.rsplit(".", 1)[-1] in ("A", "B"))
+    wanted = host.weight.detach().double() + 2.0 * b @ a
+    done = export_merged(tmp_path / "run", dtype="float32")
+    got = reloaded(done.path).get_submodule("model.layers.0.self_attn.q_proj").weight
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-6)
+    assert (wanted.to(torch.bfloat16).double() - wanted).abs().max() > 1e-4, "the values would survive rounding"
+    assert done.difference.largest <= 1e-5 * done.difference.scale
+
+
+def test_the_verb_proves_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"))
+    assert command(["export", str(tmp_path / "run"), "--to", "merged", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["largest"] <= facts["bound"] * facts["scale"]
+    assert command(["export", str(tmp_path / "run"), "--to", "merge"]) == 2
+    assert "did you mean 'merged'" in capsys.readouterr().err
+    assert command(["export", str(tmp_path / "run"), "--to", "peft", "--rank", "2"]) == 2
+    assert "dylora" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""The leaderboard step: files and table from finished runs, each run asked once, recipes that hold every method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.cli import app
+from llmrecipe.core import registry
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.pipelines import run_stages
+from llmrecipe.pipelines.steps.leaderboard import Leaderboard
+from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.pipeline_plan import plan
+from llmrecipe.recipe.pipeline_spec import Stage, parse
+from llmrecipe.recipe.recipe_paths import find_recipe
+from llmrecipe.recipe.step_spec import compose_step
+from tests.evaluation.test_leaderboard_table import LORA, SFT, finished
+
+
+def step(folder: Path, *words: str) -> Path:
+    return run(compose_step("leaderboard", [*words, f"run.dir={folder}", "log.live=off"])).path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> str:
+    """The `runs=` word for two seeds of LoRA and a full run."""
+    made = [(LORA, 0.75), ({**LORA, "seed": 1}, 0.5), (SFT, 0.875)]
+    paths = [finished(tmp_path / f"run{i}", recipe, value) for i, (recipe, value) in enumerate(made)]
+    return "runs=[" + ",".join(f'"{p}"' for p in paths) + "]"
+
+
+def test_files_hold_the_ranked_table_and_the_runs(runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder = step(tmp_path / "board", runs)
+    table = (folder / "leaderboard.md").read_text()
+    assert table.splitlines()[2] == "| 1 | full | full | 0.875 | 100 | 10 | 0.04 | 300 | 2.5 | 1 |"
+    assert table.splitlines()[3] == "| 2 | lora | reparameterized | 0.625 ± 0.18 | 100 | 10 | 0.04 | 300 | 2.5 ± 0 | 2 |"
+    assert table.splitlines()[0] in capsys.readouterr().out
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert [(r["method"], r["mean"]["score"]) for r in board["rows"]] == [("full", 0.875), ("lora", 0.625)]
+    assert [(r["method"], r["seed"], r["score"]) for r in board["runs"]] == [
+        ("lora", 0, 0.75),
+        ("lora", 1, 0.5),
+        ("full", 0, 0.875),
+    ]
+    assert (folder / "leaderboard.png").read_bytes()[1:4] == b"PNG"
+    page = (folder / "leaderboard.html").read_text()
+    assert "<td>0.625 ± 0.18</td>" in page and "data:image/png;base64," in page
+    metrics = json.loads((folder / "final" / "metrics.json").read_text())
+    assert metrics == {"runs": 3, "methods": 2, "best": "full", "best/score": 0.875}
+
+
+def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def facts(self: Leaderboard, referee: Any, path: str) -> dict[str, float]:
+        if len(asked) == 3:
+            asked.append("stop")
+            raise KeyboardInterrupt
+        asked.append(Path(path).name)
+        return {"win_rate": 0.1 * len(asked), "kl": 0.0}
+
+    monkeypatch.setattr(Leaderboard, "_duel", lambda self, seed: None)
+    monkeypatch.setattr(Leaderboard, "_facts", facts)
+    words = (runs, "against=tiny", "plot=false", "prompts=builtin:prompts", "reward={rule: {}}")
+    with pytest.raises(Exception, match="stopped"):
+        step(tmp_path / "board", *words)
+    folder = step(tmp_path / "board", *words)
+    assert asked == ["tiny", "run0", "run1", "stop", "run2"]
+    rows = json.loads((folder / "leaderboard.json").read_text())["rows"]
+    assert [(r["method"], round(r["mean"]["win_rate"], 6)) for r in rows] == [("full", 0.5), ("lora", 0.25), ("tiny", 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["runs=[]"], "runs: names no run"),
+        (["metrik=x"], "did you mean 'metric'?"),
+        (["against=tiny"], "prompts: nothing says what the models are asked"),
+        (["against=tiny", "prompts=builtin:prompts"], "reward: nothing says what an answer is worth"),
+        (
+            ["against=tiny", "prompts=builtin:prompts", "reward={rul: {}}"],
+            "reward.rul: 'rul' is no kind of reward; did you mean 'rule'?",
+        ),
+        (["best=most"], "must be one of 'max', 'min'"),
+        (["metric=test/acuracy"], "did you mean 'test/accuracy'"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(runs: str, tmp_path: Path, words: list[str], told: str) -> None:
+    with pytest.raises((RecipeError, RunError)) as caught:
+        step(tmp_path / "board", runs, *words)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- the recipes ------------------------------------------------------------------------------------------------------
+
+
+def stages_of(recipe: str, *words: str) -> dict[str, Stage]:
+    return {s.name: s for s in parse(compose(recipe, list(words)))}
+
+
+def chosen(recipe: str, group: str) -> Any:
+    """The component that a recipe's defaults list chooses."""
+    chain = Chain(find_recipe(recipe))
+    return chain.choice(chain.primary.id, group)
+
+
+def test_every_method_that_trains_few_parameters_is_on_the_board() -> None:
+    stages = [s for n, s in stages_of("peft_leaderboard").items() if n.startswith("method-")]
+    shown = {kind for s in stages for kind in chosen(s.what, "stack") or ["full"]}
+    families = ("additive", "selective", "reparameterized")
+    known = {n for n in registry.names("stack") if registry.spec("stack", n).family in families}
+    # CoDA skips blocks of encoders; the recipe's head says how it joins in.
+    assert shown == known - {"coda"} | {"full"}
+    budget = {"steps=60", "batch.size=16", 'data.path="builtin:classify"', "objective=classification"}
+    assert all(budget < set(s.words) for s in stages)
+
+
+def test_words_for_the_board_reach_every_method(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 1}\n')
+    words = ["model=minilm", f"data.path={tmp_path}/rows.jsonl", "steps=7", "stages.method.each.seed=[3,4]",
+             "+stages.method.each.method.coda={}", "stages.method.each.method.sft.optim.lr=0.25"]  # fmt: skip
+    stages = {n: s for n, s in stages_of("peft_leaderboard", *words).items() if n.startswith("method-")}
+    everywhere = {'model.path="sentence-transformers/all-MiniLM-L6-v2"', f'data.path="{tmp_path}/rows.jsonl"', "steps=7"}
+    assert len(stages) == 2 * 19 and all(everywhere < set(s.words) for s in stages.values())
+    assert stages["method-coda-4"].what == "coda" and "seed=4" in stages["method-coda-4"].words
+    assert [n for n, s in stages.items() if "optim.lr=0.25" in s.words] == ["method-sft-3", "method-sft-4"]
+    with pytest.raises(RecipeError, match=r"did you mean 'steps'\?"):
+        compose("peft_leaderboard", ["stpes=7"])
+    with pytest.raises(RecipeError, match="a pipeline has no optim of its own"):
+        plan(compose("peft_leaderboard", ["optim.lr=1"]))
+
+
+def test_every_objective_that_aligns_is_on_the_board() -> None:
+    stages = {n: s for n, s in stages_of("alignment_leaderboard", "steps=3").items() if n != "board"}
+    trained = {chosen(s.what, "objective"): s for s in stages.values()}
+    known = {n for n in registry.names("objective") if registry.spec("objective", n).family == "alignment"}
+    assert set(trained) == known | {"sft"}
+    assert all("steps=3" in s.words for s in stages.values())
+    assert {n for n, s in trained.items() if "sft" in s.inputs} == known
+    assert trained["ppo"].inputs == ("reward", "sft")
+
+
+@pytest.mark.slow
+def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods on one board, two objectives on the other: trained, read, asked, and reused as a whole."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    drop = [
+        f"~stages.{stage}.each.method.{n}"
+        for stage in ("method", "again")
+        for n in plan_names("peft_leaderboard", stage)
+        if n not in ("sft", "bitfit")
+    ]
+    quick = ["steps=2", "batch.size=4", "data.limit=20"]
+    first = run_stages.run(compose("peft_leaderboard", [*quick, *drop]))
+    board = json.loads((Path(first[-1].dir) / "leaderboard.json").read_text())
+    assert {r["method"] for r in board["rows"]} == {"full", "bitfit"}
+    assert [r.how for r in run_stages.run(compose("peft_leaderboard", [*quick, *drop]))] == ["reused"] * 3
+
+    keep = ("dpo_lora", "simpo_lora")
+    drop = [f"~stages.aligned.each.objective.{n}" for n in plan_names("alignment_leaderboard", "aligned") if n not in keep]
+    small = ["steps=2", "~stages.reward", "stages.board.limit=4", "stages.board.n=2"]
+    last = run_stages.run(compose("alignment_leaderboard", [*small, *drop]))[-1]
+    rows = {r["method"]: r["mean"] for r in json.loads((Path(last.dir) / "leaderboard.json").read_text())["rows"]}
+    assert set(rows) == {"sft", "dpo", "simpo"}
+    assert rows["sft"]["kl"] == 0.0 and rows["sft"]["win_rate"] == 0.5 and rows["dpo"]["kl"] >= 0.0
+    assert app.run(["compare", first[0].dir, first[1].dir]) == 0
+
+
+def plan_names(recipe: str, stage: str) -> list[str]:
+    """Names on the first axis of a stage."""
+    return list(next(iter(compose(recipe).recipe.stages[stage]["each"].values())))

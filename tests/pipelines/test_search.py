@@ -1,0 +1,229 @@
+"""A search finds a planted optimum by every sampler, goes on where it was stopped, and asks nothing twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.cli import app
+from llmrecipe.core.errors import Interrupted, RecipeError, RunError
+from llmrecipe.pipelines.run_stages import Pipeline, Result
+from llmrecipe.pipelines.search import study
+from llmrecipe.pipelines.search.space import grid, point_of, words_of
+from llmrecipe.pipelines.search.study import Search, Trial
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.pipeline_plan import Planned
+
+SPACE = "{optim.lr: {low: 1e-5, high: 1e-1, log: true}, batch.size: [2, 4, 8]}"
+RECIPE = f"""
+defaults: [/sft_lora, _self_]
+eval: {{every: 2}}
+search: {{space: {SPACE}, trials: 12}}
+"""
+
+
+def loss_of(planned: Planned) -> float:
+    """The planted function: its smallest value is 0 at lr 1e-3 and size 4."""
+    recipe = planned.composition.recipe  # type: ignore[union-attr]
+    return (math.log10(recipe.optim["lr"]) + 3) ** 2 + abs(recipe.batch.size - 4) + 0.25 * recipe.seed
+
+
+class Lab:
+    """Stands in for training: writes the events a run would leave and counts the runs."""
+
+    def __init__(self) -> None:
+        self.runs: list[Planned] = []
+        self.stop_at: int | None = None
+        self.fail_at: int | None = None
+
+    def __call__(self, pipeline: Pipeline, planned: Planned, enough: Any = None) -> Result:
+        if (planned.dir / "status.json").is_file() and json.loads((planned.dir / "status.json").read_text())[
+            "status"
+        ] == "done":
+            return Result(planned.name, "reused", 4, "", 0.0, str(planned.dir))
+        if len(self.runs) == self.stop_at:
+            self.stop_at = None
+            raise Interrupted("stopped")
+        self.runs.append(planned)
+        planned.dir.mkdir(parents=True, exist_ok=True)
+        (planned.dir / "recipe.yaml").write_text("{}", encoding="utf-8")
+        failed = len(self.runs) - 1 == self.fail_at
+        (planned.dir / "status.json").write_text(json.dumps({"status": "failed" if failed else "done"}), encoding="utf-8")
+        if failed:
+            raise RunError("loss nan")
+        lines = []
+        for step, more in ((0, 9.0), (2, 1.0), (4, 0.0)):
+            lines.append(json.dumps({"event": "evaluation", "step": step, "eval/loss": loss_of(planned) + more}) + "\n")
+            (planned.dir / "events.jsonl").write_text("".join(lines), encoding="utf-8")
+            if enough is not None and enough():
+                return Result(planned.name, "stopped", step, "", 0.0, str(planned.dir))
+        return Result(planned.name, "trained", 4, "", 0.0, str(planned.dir))
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text(RECIPE, encoding="utf-8")
+    found = Lab()
+    monkeypatch.setattr(study, "run_stage", found)
+    return found
+
+
+def searched(*words: str) -> tuple[Search, list[Trial]]:
+    found = Search("mine", list(words), compose("mine", list(words)))
+    found.folder.mkdir(parents=True, exist_ok=True)
+    return found, found.run()
+
+
+@pytest.mark.parametrize(
+    ("words", "far"),
+    [
+        pytest.param(["search.trials=14"], 0.5, marks=pytest.mark.slow),
+        pytest.param(["search.sampler=random", "search.trials=14"], 1.5, marks=pytest.mark.slow),
+        (["search.sampler=grid", "search.space={optim.lr: [1e-4, 1e-3, 1e-2], batch.size: [2, 4]}"], 1e-12),
+    ],
+)
+def test_the_planted_optimum_is_found(lab: Lab, words: list[str], far: float) -> None:
+    found, trials = searched(*words)
+    best = found.best(trials)
+    assert best.value is not None and best.value < far
+    assert best.value == min(t.value for t in trials if t.value is not None)
+    path = found.write_best(best, trials)
+    recipe = compose(path).recipe
+    assert (recipe.optim["lr"], recipe.batch.size) == (best.point["optim.lr"], best.point["batch.size"])
+    assert recipe.search is None and recipe.eval.test
+
+
+def test_a_stopped_search_goes_on_to_the_same_trials_and_runs_nothing_twice(lab: Lab) -> None:
+    _, whole = searched("run.dir=whole", "search.trials=6")
+    lab.runs.clear()
+    lab.stop_at = 3
+    with pytest.raises(Interrupted):
+        searched("run.dir=stopped", "search.trials=6")
+    journal = Path("stopped/trials.jsonl")
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    journal.write_text("".join(lines[:3]) + lines[3][:20])  # as a kill in the middle of a line leaves it
+    _, again = searched("run.dir=stopped", "search.trials=6")
+    assert [(t.point, t.values) for t in again] == [(t.point, t.values) for t in whole]
+    assert len(lab.runs) == 6
+    _, more = searched("run.dir=stopped", "search.trials=7")
+    assert more[:6] == again and len(lab.runs) == 7
+    with pytest.raises(RunError, match="another space"):
+        searched("run.dir=stopped", "search.space={batch.size: [2, 4]}")
+    with pytest.raises(RunError, match="another space"):
+        searched("run.dir=stopped", "steps=7")
+
+
+def test_a_trial_is_worth_the_mean_over_its_seeds_and_never_opens_the_test_split(lab: Lab) -> None:
+    found, trials = searched("search={space: {batch.size: [2, 4]}, sampler: grid, seeds: [0, 2, 4]}", "optim.lr=1e-3")
+    assert [t.values for t in trials] == [[2.0, 2.5, 3.0], [0.0, 0.5, 1.0]]
+    assert [(t.value, t.spread) for t in trials] == [(2.5, 0.5), (0.5, 0.5)]
+    assert found.best(trials).point == {"batch.size": 4}
+    recipes = [p.composition.recipe for p in lab.runs]  # type: ignore[union-attr]
+    assert not any(r.eval.test for r in recipes) and [r.seed for r in recipes] == [0, 2, 4, 0, 2, 4]
+
+
+@pytest.mark.slow
+def test_trials_that_are_behind_are_stopped_and_do_not_win(lab: Lab) -> None:
+    words = ["search.prune=median", "search.trials=12", "search.sampler=random"]
+    found, trials = searched("run.dir=a", *words)
+    pruned = [t for t in trials if t.state == "pruned"]
+    assert pruned and all(list(t.reports) == [2] for t in pruned)
+    done = {t.number: t.value for t in trials if t.state == "done"}
+    assert found.best(trials).value == min(done.values())
+    # The median rule by hand: behind the median of what earlier trials reported at this step, from the sixth trial on.
+    for trial in trials:
+        finished = sorted(t.reports[2] for t in trials[: trial.number] if t.state == "done")
+        if trial.number >= 5 and len(finished) >= 5:
+            half = len(finished) // 2
+            median = finished[half] if len(finished) % 2 else (finished[half - 1] + finished[half]) / 2
+            assert (trial.state == "pruned") == (trial.reports[2] > median)
+    lab.stop_at = len(lab.runs) + 8
+    with pytest.raises(Interrupted):
+        searched("run.dir=b", *words)
+    _, again = searched("run.dir=b", *words)
+    assert [(t.point, t.state) for t in again] == [(t.point, t.state) for t in trials]
+
+
+@pytest.mark.slow
+def test_halving_knows_the_rungs_of_earlier_trials_after_a_stop(lab: Lab) -> None:
+    words = ["search.prune=halving", "search.trials=10", "search.sampler=random"]
+    _, whole = searched("run.dir=a", *words)
+    assert any(t.state == "pruned" for t in whole) and any(t.rungs for t in whole)
+    lab.stop_at = len(lab.runs) + 5
+    with pytest.raises(Interrupted):
+        searched("run.dir=b", *words)
+    _, again = searched("run.dir=b", *words)
+    assert [(t.point, t.state, t.rungs) for t in again] == [(t.point, t.state, t.rungs) for t in whole]
+
+
+def test_a_trial_that_fails_is_told_and_the_search_goes_on(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.fail_at = 1
+    found, trials = searched("search.trials=4")
+    assert [t.state for t in trials] == ["done", "failed", "done", "done"]
+    assert "trial 1 failed: loss nan" in capsys.readouterr().out
+    assert found.best(trials).number != 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["search.space={optim.lrr: [1, 2]}"], "search.space.optim.lrr: 1: optim.lrr: adamw has no option"),
+        (["search.space={batch.size: [2, two]}"], "search.space.batch.size: 'two': batch.size: must be a whole number"),
+        (["search.space={optim.lr: {low: -1.0, high: 1e-3}}"], "search.space.optim.lr: -1.0: optim.lr: must be"),
+        (["search.space={optim.lr: {low: 1e-3, high: 1e-5}}"], "a range whose low (0.001) is below its high"),
+        (["search.space={optim.lr: {low: 0, high: 1e-5, log: true}}"], "a range above 0"),
+        (["search.space={}"], "names nothing to try"),
+        (["search.space={batch.size: []}"], "the list of values is empty"),
+        (["search.sampler=gird"], "did you mean 'grid'?"),
+        (["search.sampler=grid"], "search.space.optim.lr: a grid needs a list of values or a range with a step"),
+        (["search.prune=median", "eval.every=null"], "set eval.every"),
+        (["search=null"], "says nothing to try"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_run_is_told_before_the_first_trial(lab: Lab, words: list[str], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Search("mine", words, compose("mine", words)).check()
+    assert told in str(caught.value)
+    assert lab.runs == []
+
+
+def test_nested_and_dotted_keys_are_the_same_space(lab: Lab) -> None:
+    words = ["search.space={optim: {lr: {low: 1e-5, high: 1e-1}}, batch: {size: [2]}}", "search.space.optim.lr.log=true"]
+    space = compose("mine", words).recipe.search.space  # type: ignore[union-attr]
+    assert list(space) == ["optim.lr", "batch.size"]
+    assert (space["optim.lr"].low, space["optim.lr"].log, space["batch.size"]) == (1e-5, True, [2])
+
+
+def test_points_of_a_space(lab: Lab) -> None:
+    section = compose("mine", ["search.space={steps: {low: 2, high: 7, step: 2}, optim.lr: {low: 0.1, high: 0.3, step: 0.1}}"])
+    points = grid(section.recipe.search)  # type: ignore[arg-type]
+    assert [p["steps"] for p in points] == [2, 2, 2, 4, 4, 4, 6, 6, 6]
+    assert [p["optim.lr"] for p in points[:3]] == pytest.approx([0.1, 0.2, 0.3])
+    own = compose("mine").recipe.search
+    point = point_of(own, {"optim.lr": 0.000123456789, "batch.size": 2})  # type: ignore[arg-type]
+    assert point == {"optim.lr": 0.000123457, "batch.size": 8}
+    assert words_of({"stack": ["lora"], "optim.lr": 1e-3}) == ['stack=["lora"]', "optim.lr=0.001"]
+
+
+@pytest.mark.slow
+def test_a_real_search_leaves_a_recipe_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = "search={space: {optim.lr: [1e-6, 5e-3]}, sampler: grid}"
+    small = ["steps=6", "data.limit=16", "batch.size=4", "eval.batches=1", "log.live=off", "eval.test=false"]
+    assert app.run(["search", "recipe=sft_lora", space, *small]) == 0
+    folder = Path("runs/sft_lora-search")
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()[1:]]
+    values = {t["point"]["optim.lr"]: t["values"][0] for t in trials}
+    assert values[5e-3] < values[1e-6] - 0.5  # one of the rates learns, the other does not move
+    assert compose(folder / "searched.yaml").recipe.optim["lr"] == 5e-3
+    assert (folder / "search.png").stat().st_size > 1000
+    assert app.run(["train", f"recipe={folder}/searched.yaml", "run.dir=best", "log.live=off"]) == 0
+    final = json.loads(Path("best/final/metrics.json").read_text())
+    assert final["eval/loss"] == pytest.approx(values[5e-3], abs=1e-6)
