@@ -31,9 +31,10 @@ parity: $(READY)  ## how far every method is from its reference: a table; REASON
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/methods -n 2 --dist loadfile -m parity \
 		--deviations tests/benchmarks/results --deviations-reason "$(REASON)"
 
-check: $(READY)  ## lint, format and types
+check: $(READY)  ## lint, format, layers and types
 	$(BIN)/ruff check llmrecipe tests
 	$(BIN)/ruff format --check llmrecipe tests
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy llmrecipe
 
 format: $(READY)  ## put the code into shape

@@ -283,7 +283,7 @@ RUNS = {
     "every checkpoint holds the frozen base": ["runs/test_checkpoints.py::test_a_checkpoint_weighs_what_trains"],
     "the run ends with its last weights instead of its best": [
         "training/test_best.py::test_a_run_that_gets_worse_ends_with_its_best_weights",
-        "training/test_best.py::test_the_judge_by_hand",
+        "training/test_best.py::test_the_best_tracker_by_hand",
         "runs/test_checkpoints.py::test_rotation_keeps_the_newest_and_the_best",
     ],
     "a run is continued under another recipe": ["training/test_resume.py::test_a_changed_recipe_is_refused_and_shown"],
@@ -315,10 +315,10 @@ RECIPES = {
     ],
     "a typo is told after a minute of imports, or hidden behind a missing GPU": [
         "cli/test_command_line.py::test_mistakes_are_told_before_torch_is_imported",
-        "cli/test_command_line.py::test_looking_imports_no_torch",
+        "golden/test_imports.py::test_a_command_imports_no_new_package",
     ],
     "secrets are printed or stored": [
-        "runs/test_run_dir.py::test_planted_secrets_are_in_no_file_of_the_run",
+        "runs/test_secrets.py::test_a_secret_is_in_no_file_and_on_no_screen",
         "runs/test_events.py::test_a_planted_token_is_in_no_event",
     ],
     "code of a checkpoint or data set runs unasked": [

@@ -11,7 +11,7 @@ from llmrecipe.data.toy import generate, grammar
 
 
 def read(name: str, split: str) -> list[dict]:
-    return [json.loads(line) for line in (generate.ASSETS / name / f"{split}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (generate.FOLDER / name / f"{split}.jsonl").read_text().splitlines()]
 
 
 def asked(row: dict) -> str:
@@ -26,21 +26,21 @@ def asked(row: dict) -> str:
 @pytest.mark.parametrize("name", generate.SETS)
 def test_committed_files_are_what_the_generator_writes(name: str, tmp_path):
     for path in generate.generate(tmp_path, name, seed=0):
-        assert path.read_bytes() == (generate.ASSETS / name / path.name).read_bytes(), (
+        assert path.read_bytes() == (generate.FOLDER / name / path.name).read_bytes(), (
             "run python -m llmrecipe.data.toy.generate"
         )
 
 
 def test_another_seed_gives_other_rows(tmp_path):
     paths = generate.generate(tmp_path, "sft", seed=1)
-    assert all(path.read_bytes() != (generate.ASSETS / "sft" / path.name).read_bytes() for path in paths)
+    assert all(path.read_bytes() != (generate.FOLDER / "sft" / path.name).read_bytes() for path in paths)
 
 
 @pytest.mark.parametrize("name", generate.SETS)
 def test_sizes(name: str):
     counts = tuple(len(read(name, split)) for split in generate.SPLITS)
     assert counts == generate.SETS[name][1]
-    assert sum((generate.ASSETS / name / f"{split}.jsonl").stat().st_size for split in generate.SPLITS) < 300_000
+    assert sum((generate.FOLDER / name / f"{split}.jsonl").stat().st_size for split in generate.SPLITS) < 300_000
 
 
 def test_a_question_is_in_one_split_of_all_sets():

@@ -11,7 +11,7 @@ from llmrecipe.data.toy import generate, scorers
 
 
 def read(name: str, split: str) -> list[dict]:
-    path = Path(generate.ASSETS) / name / f"{split}.jsonl"
+    path = Path(generate.FOLDER) / name / f"{split}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -84,7 +84,7 @@ def record(name: str, folder: Path) -> dict[str, Any]:
     """
     from llmrecipe.cli import app
 
-    with one_thread(), redirect_stdout(io.StringIO()) as said:
+    with one_thread(), own_cache(folder.parent / "cache"), redirect_stdout(io.StringIO()) as said:
         code = app.run([*RUNS[name], "log.live=off", f"run.dir={folder}"])
     if code:
         raise RuntimeError(f"golden run {name}: exit code {code}\n{said.getvalue()[-2000:]}")
@@ -92,6 +92,20 @@ def record(name: str, folder: Path) -> dict[str, Any]:
         "events": {_place(path.parent, folder): _events(path, folder) for path in sorted(folder.rglob("events.jsonl"))},
         "final": {_place(path.parent, folder): _final(path, folder) for path in sorted(folder.rglob("final"))},
     }
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[None]:
+    """Keep caches of tokens and reference scores apart: scores of another run's batches differ in their last bits."""
+    told = os.environ.get("LLMRECIPE_CACHE")
+    os.environ["LLMRECIPE_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        if told is None:
+            del os.environ["LLMRECIPE_CACHE"]
+        else:
+            os.environ["LLMRECIPE_CACHE"] = told
 
 
 @contextmanager

@@ -14,16 +14,16 @@ from llmrecipe.models import tiny
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(tiny.ASSETS)
+    return AutoTokenizer.from_pretrained(tiny.FOLDER)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(tiny.ASSETS, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny.FOLDER, dtype=torch.float32).eval()
 
 
 def read(name: str, split: str = "test") -> list[dict]:
-    return [json.loads(line) for line in (generate.ASSETS / name / f"{split}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (generate.FOLDER / name / f"{split}.jsonl").read_text().splitlines()]
 
 
 @torch.no_grad()
@@ -49,9 +49,9 @@ def logprob(model, tokenizer, prompt: list[dict], answer: list[dict]) -> float:
 
 
 def test_size_and_files():
-    assert 1e6 < sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny.ASSETS).parameters()) < 3e6
-    assert sum(file.stat().st_size for file in tiny.ASSETS.iterdir()) < 5_000_000
-    assert not list(tiny.ASSETS.glob("*.bin"))
+    assert 1e6 < sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny.FOLDER).parameters()) < 3e6
+    assert sum(file.stat().st_size for file in tiny.FOLDER.iterdir()) < 5_000_000
+    assert not list(tiny.FOLDER.glob("*.bin"))
 
 
 def test_tokens_are_distinct_and_known_to_the_config(tokenizer, model):
@@ -140,7 +140,7 @@ def test_its_own_answers_score_one_half(model, tokenizer):
 @pytest.mark.slow
 def test_a_fresh_tokenizer_has_the_committed_tokens(tmp_path, tokenizer):
     corpus = [generate.generate(tmp_path, name, seed=0)[0] for name in generate.CORPUS]
-    tiny.start(tmp_path / "start", [*corpus, *(generate.ASSETS / name / "train.jsonl" for name in sorted(generate.SETS))])
+    tiny.start(tmp_path / "start", [*corpus, *(generate.FOLDER / name / "train.jsonl" for name in sorted(generate.SETS))])
     fresh = AutoTokenizer.from_pretrained(tmp_path / "start")
     assert set(fresh.get_vocab()) == set(tokenizer.get_vocab())
     assert fresh.chat_template == tokenizer.chat_template
@@ -148,14 +148,14 @@ def test_a_fresh_tokenizer_has_the_committed_tokens(tmp_path, tokenizer):
 
 def test_the_start_of_training_has_the_shape_and_tokenizer_of_the_package(tmp_path, model):
     tiny.start(tmp_path, [])
-    assert (tmp_path / "tokenizer.json").read_bytes() == (tiny.ASSETS / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tiny.FOLDER / "tokenizer.json").read_bytes()
     begun, done = json.loads((tmp_path / "config.json").read_text()), model.config.to_dict()
     assert all(done[key] == begun[key] for key in begun if key not in ("dtype", "architectures"))
 
 
 def test_install_writes_bfloat16_files(tmp_path, model):
     model.save_pretrained(tmp_path / "run" / "final" / "model")
-    AutoTokenizer.from_pretrained(tiny.ASSETS).save_pretrained(tmp_path / "run" / "final")
+    AutoTokenizer.from_pretrained(tiny.FOLDER).save_pretrained(tmp_path / "run" / "final")
     tiny.main(["install", str(tmp_path / "run"), str(tmp_path / "out")])
     for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tiny.ASSETS / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (tiny.FOLDER / name).read_bytes()

@@ -108,7 +108,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 KILL = """
     import os, shutil, signal, sys, torch
     from pathlib import Path
-    from llmrecipe.training import checkpoint
+    from llmrecipe.runs import checkpoint_io as checkpoint
     root, moment = Path(sys.argv[1]), int(sys.argv[2])
     calls = 0
     def killing(function):
@@ -141,7 +141,7 @@ def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
 FORK = """
     import os, sys
     import torch
-    from llmrecipe.training import checkpoint
+    from llmrecipe.runs import checkpoint_io as checkpoint
     outcomes = []
     for step in (3, 2):
         for moment in range(1, 40):
@@ -202,8 +202,8 @@ def test_a_write_that_really_fails_in_the_middle(tmp_path):
         """
         import resource, sys, torch
         from pathlib import Path
-        from llmrecipe.errors import RunError
-        from llmrecipe.training.checkpoint import latest_checkpoint, save_checkpoint
+        from llmrecipe.core.errors import RunError
+        from llmrecipe.runs.checkpoint_io import latest_checkpoint, save_checkpoint
         root = Path(sys.argv[1])
         save_checkpoint(root, 1, {"delta": {"w": torch.ones(10)}}, {})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

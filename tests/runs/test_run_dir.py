@@ -108,7 +108,7 @@ def test_a_killed_run_reads_as_interrupted_and_can_be_opened(tmp_path):
         from pathlib import Path
         from types import SimpleNamespace
         from llmrecipe.recipe.schema import RunSection
-        from llmrecipe.training.run_dir import RunDir
+        from llmrecipe.runs.run_dir import RunDir
         RunDir.create(SimpleNamespace(name="x", mapping={{"seed": 1}}, recipe=SimpleNamespace(run=RunSection(dir=sys.argv[1]))))
         os.kill(os.getpid(), signal.SIGKILL)
     """

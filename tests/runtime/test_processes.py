@@ -24,10 +24,10 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
-from llmrecipe import registry
+from llmrecipe.core import registry
 from llmrecipe.recipe.schema import RuntimeSection
-from llmrecipe.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from llmrecipe.training.runtime import Runtime
+from llmrecipe.optim.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from llmrecipe.runtime.processes import Runtime
 
 out = Path(sys.argv[1])
 """
@@ -35,7 +35,7 @@ out = Path(sys.argv[1])
 LAUNCH = """
 import sys
 sys.path.insert(0, {root!r})
-from llmrecipe.training.launch import launch
+from llmrecipe.runtime.distributed_launch import launch
 sys.exit(launch(sys.argv[3:], int(sys.argv[1]), program=[sys.executable, sys.argv[2]]))
 """
 
@@ -169,7 +169,7 @@ def test_one_process_needs_no_group_and_no_accelerate():
     sys.path.insert(0, {str(ROOT)!r})
     import torch
     from llmrecipe.recipe.schema import RuntimeSection
-    from llmrecipe.training.runtime import Runtime
+    from llmrecipe.runtime.processes import Runtime
     runtime = Runtime.start(RuntimeSection(device="cpu", threads=1, deterministic=True))
     module = torch.nn.Linear(2, 2)
     assert runtime.prepare(module) is module and runtime.world == 1 and runtime.is_main
@@ -202,7 +202,7 @@ def test_only_the_runtime_imports_accelerate():
 GROWTH = """
 import resource, torch
 from llmrecipe.recipe.schema import RuntimeSection
-from llmrecipe.training.runtime import Runtime
+from llmrecipe.runtime.processes import Runtime
 
 Runtime.start(RuntimeSection(device="cpu"))
 layers = [torch.nn.Linear(a, b, bias=False).bfloat16() for a, b in ((320, 320), (320, 864), (864, 320))]

@@ -171,9 +171,9 @@ def test_a_skipped_step_and_a_rule_without_gradients_prove_nothing() -> None:
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 WORKER = """
-from llmrecipe.methods.inject import Port, inject
+from llmrecipe.models.hooks.port import Port, inject
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.errors import UserError
+from llmrecipe.core.errors import UserError
 from tests.trainings import train_recipe
 
 case, steps, calls, original = sys.argv[2], sys.argv[3], [], Lora.attach
