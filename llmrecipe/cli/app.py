@@ -7,7 +7,6 @@ the top, so `--help` answers at once.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import typer
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, UserError
+from llmrecipe.core.lazy import load_module
 from llmrecipe.core.redact import redact_text
 
 PANELS = ("Train", "Look", "Use", "Tools")
@@ -37,7 +37,7 @@ def build() -> typer.Typer:
     modules = []
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if "\ndef verb(" in path.read_text(encoding="utf-8"):
-            modules.append(importlib.import_module(f"llmrecipe.cli.{path.stem}"))
+            modules.append(load_module(f"llmrecipe.cli.{path.stem}"))
     for module in sorted(modules, key=lambda m: (PANELS.index(m.PANEL), getattr(m, "ORDER", 50))):
         app.command(module.__name__.rsplit(".", 1)[-1].rstrip("_"), rich_help_panel=module.PANEL)(module.verb)
     return app

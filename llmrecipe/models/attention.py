@@ -12,6 +12,7 @@ Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P pr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,9 +135,7 @@ def _stock(backend: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tenso
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if backend == "eager":
-        import importlib
-
-        return importlib.import_module(type(module).__module__).eager_attention_forward
+        return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[backend]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError, did_you_mean
+from llmrecipe.core.lazy import is_installed
 from llmrecipe.models.checkpoint_path import check_folder, locate, offline, unreachable
 from llmrecipe.recipe.rights import say
 from llmrecipe.recipe.schema import ModelSection
@@ -185,11 +186,9 @@ def attention(section: ModelSection, model_class: type) -> str:
     if section.attention == "sdpa" and not supports_sdpa:
         raise ModelError(f"model.attention: {model_class.__name__} has no sdpa attention; use eager or auto")
     if section.attention == "flash_attention_2":
-        import importlib.util
-
         import torch
 
-        if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
+        if not torch.cuda.is_available() or not is_installed("flash_attn"):
             raise ModelError("model.attention: flash_attention_2 needs a CUDA GPU and the flash-attn package; use sdpa")
         if not getattr(model_class, "_supports_flash_attn", False):
             raise ModelError(f"model.attention: {model_class.__name__} has no flash attention; use sdpa or auto")

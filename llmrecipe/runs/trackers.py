@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError, did_you_mean
+from llmrecipe.core.lazy import is_installed, load_module
 
 MODULES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
 """Tracker -> the package it needs."""
@@ -46,7 +45,7 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         if name not in MODULES:
             raise RunError(f"log.trackers: there is no tracker '{name}'{did_you_mean(name, MODULES)} ({', '.join(MODULES)})")
-        if importlib.util.find_spec(MODULES[name]) is None:
+        if not is_installed(MODULES[name]):
             raise RunError(
                 f"log.trackers: {name} is not installed; pip install 'llmrecipe[track]', or pip install {MODULES[name]}"
             )
@@ -64,7 +63,7 @@ def open_trackers(names: Iterable[str], folder: Path, config: dict[str, Any]) ->
 
 
 def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
-    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    writer = load_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def log(numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -75,7 +74,7 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
 
 def _wandb_like(name: str) -> Callable[[Path, dict[str, Any]], Tracker]:
     def opener(folder: Path, config: dict[str, Any]) -> Tracker:
-        module = importlib.import_module(name)
+        module = load_module(name)
         extra = {"dir": str(folder)} if name == "wandb" else {}
         module.init(project=folder.resolve().parent.name, name=folder.name, config=config, **extra)
         return Tracker(lambda numbers, step: module.log(numbers, step=step), module.finish)
@@ -84,7 +83,7 @@ def _wandb_like(name: str) -> Callable[[Path, dict[str, Any]], Tracker]:
 
 
 def _mlflow(folder: Path, config: dict[str, Any]) -> Tracker:
-    module = importlib.import_module("mlflow")
+    module = load_module("mlflow")
     module.set_experiment(folder.resolve().parent.name)
     module.start_run(run_name=folder.name)
     module.log_dict(config, "recipe.json")

@@ -8,7 +8,7 @@ from torch import nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.registry import register
-from llmrecipe.interop.adapter_hub.convert import is_hub, read
+from llmrecipe.interop.adapter_hub.hub_adapters import is_hub, read
 from llmrecipe.runs.adapter_format import AdapterFormat
 from llmrecipe.runs.delta import Layer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from llmrecipe.core.registry import register
-from llmrecipe.interop.adapter_hub.convert import is_hub
+from llmrecipe.interop.adapter_hub.hub_adapters import is_hub
 from llmrecipe.interop.peft.importer import adapter_layer
 from llmrecipe.runs.adapter_format import AdapterFormat
 from llmrecipe.runs.delta import Layer

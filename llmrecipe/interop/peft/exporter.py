@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop import verify_logits
-from llmrecipe.interop.adapter_hub import convert
+from llmrecipe.interop.adapter_hub import hub_adapters
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, dtype_of, target_folder, writing
 from llmrecipe.interop.peft import bias_adapters, layout
@@ -118,10 +118,10 @@ def export_adapter_hub(
     """
     target = target_folder(run, out, "adapter_hub")
     opened = opened or open_run(str(run), rights=rights)
-    made = convert.hub_files(opened)
+    made = hub_adapters.hub_files(opened)
     heads = head_tensors(opened)
-    about = convert.head_config(opened) if heads else {}
-    difference = proven(target, opened, lambda aside: convert.write(aside, *made, about, heads), bound)
+    about = hub_adapters.head_config(opened) if heads else {}
+    difference = proven(target, opened, lambda aside: hub_adapters.write(aside, *made, about, heads), bound)
     call = f"model.load_adapter('{target}', use_safetensors=True, set_active=True)"
     return Exported(target, difference, [f"after adapters.init(model): {call}"])
 

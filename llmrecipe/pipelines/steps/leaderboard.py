@@ -70,9 +70,9 @@ class Leaderboard(Step):
                 raise RecipeError(f"{where}.prompts: nothing says what the models are asked; name a file or folder of prompts")
             Rewards(self.reward, f"{where}.reward")
         if self.plot:
-            import importlib.util
+            from llmrecipe.core.lazy import is_installed
 
-            if importlib.util.find_spec("matplotlib") is None:
+            if not is_installed("matplotlib"):
                 raise RunError(f"{where}.plot: needs matplotlib: pip install 'llmrecipe[plots]'; or set plot: false")
         for path in self.runs:
             if not unfinished(path):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmrecipe.interop.adapter_hub.convert import LEAVES, homes
+from llmrecipe.interop.adapter_hub.hub_adapters import LEAVES, homes
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.additive.adapter import Adapter
