@@ -1,7 +1,7 @@
-"""The context of one forward pass: what every injected port may know besides its tensors.
+"""The context of one forward pass: what every injected hook may know besides its tensors.
 
 A `Context` is immutable and travels with the forward. When activation checkpointing replays a block during the backward
-pass, the context of the original forward is put back around the replay, so a port never sees another role or layout than
+pass, the context of the original forward is put back around the replay, so a hook never sees another role or layout than
 it saw the first time.
 """
 
@@ -48,10 +48,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Context:
-    """What a port may read during one forward pass."""
+    """What a hook may read during one forward pass."""
 
     role: str = "policy"
-    """policy, reference, value, reward, ...: a port that does not serve the role steps aside."""
+    """policy, reference, value, reward, ...: a hook that does not serve the role steps aside."""
     layout: Layout | None = None
     """Layout of packed rows; None for ordinary padded rows."""
     attention_mask: torch.Tensor | None = None
@@ -65,9 +65,9 @@ class Context:
     read: torch.Tensor | None = None
     """(M,) sorted flat indices into R * T of the final states somebody reads; None when that is not known, or all are."""
     off: frozenset[str] = frozenset()
-    """Names of wrappers whose ports step aside."""
+    """Names of wrappers whose hooks step aside."""
     shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a `whole` port computed once for the ports inside its host, by wrapper name."""
+    """What a `whole` hook computed once for the hooks inside its host, by wrapper name."""
 
 
 _PLAIN = Context()

@@ -58,7 +58,7 @@ class Engine(nn.Module):
             want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
-            role: which ports take part (see `Context.role`).
+            role: which hooks take part (see `Context.role`).
             off: names of wrappers that step aside, besides those the surrounding context keeps off.
             temperature: divides the logits of `logprobs`.
             entropy_graph: with `entropy`, give it its graph.
@@ -129,7 +129,7 @@ class Engine(nn.Module):
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
         """A part of the model as it is called: through `torch.compile` where that was asked for, with rows of any length.
 
-        The module itself stays as it is, so that generation, whose shapes change at every token, is not compiled. Ports stand
+        The module itself stays as it is, so that generation, whose shapes change at every token, is not compiled. Hooks stand
         between the graphs: what they read of the context cannot be traced.
         """
         if not self.compile_trunk:

@@ -1,4 +1,4 @@
-"""Generation: answers to prompts, decoded with a key/value cache under the ports of the stack.
+"""Generation: answers to prompts, decoded with a key/value cache under the hooks of the stack.
 
 A fixed number of answers is decoded at once, and a slot whose answer has ended goes to the next prompt (see `refill`). Models
 whose cache has no rows that could leave and join (see `models.kv_cache`) take padded batches through their own `generate`.

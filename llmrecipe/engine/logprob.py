@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmrecipe.models.hooks.port import ports_of
+from llmrecipe.models.hooks.hook import hooks_of
 
 CHUNK_BYTES = 16 << 20
 """Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
@@ -115,7 +115,7 @@ def chunk_rows(vocabulary: int) -> int:
 def _is_plain_frozen(head: nn.Module) -> bool:
     return (
         type(head) is nn.Linear
-        and not ports_of(head)
+        and not hooks_of(head)
         and not head.weight.requires_grad
         and (head.bias is None or not head.bias.requires_grad)
     )

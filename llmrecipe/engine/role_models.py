@@ -122,7 +122,7 @@ class Roles:
     def reference_tokens(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """(N,) log-probabilities under the policy of step 0."""
         with self.evaluating(), self.stack.reference(self.model):
-            # A remembered snapshot keeps its ports on; switched-off stacks compute under the role `reference`.
+            # A remembered snapshot keeps its hooks on; switched-off stacks compute under the role `reference`.
             role = "policy" if self.stack.snapshot is not None else "reference"
             return self.engine(batch, role=role, off=self.reference_off, temperature=temperature)["logprobs"]
 

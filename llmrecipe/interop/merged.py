@@ -1,7 +1,7 @@
 """Merged export: a plain Transformers folder with everything a run learned folded into its weights.
 
 The proof comes before the folder is in place: the folder is loaded by Transformers alone and must give the logits the run
-gave with its ports, and the same greedy answer to one prompt is kept beside the weights.
+gave with its hooks, and the same greedy answer to one prompt is kept beside the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
 from llmrecipe.methods._engines.quantized import dequantize_model, quantized
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.resolve_class import quiet
 from llmrecipe.runs.open_model import Opened, merge_order
 
@@ -124,9 +124,9 @@ def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
     for wrapper in merge_order(opened):
         wrapper.merge(opened.model)
         notes.append(f"folded {wrapper.name.split('_', 1)[1]}")
-    left = [path for path, _, _, _ in all_ports(opened.model)]
+    left = [path for path, _, _, _ in all_hooks(opened.model)]
     if left:
-        raise ModelError(f"export --to merged: ports are left at {', '.join(left[:3])}")
+        raise ModelError(f"export --to merged: hooks are left at {', '.join(left[:3])}")
     return notes
 
 

@@ -23,7 +23,7 @@ from llmrecipe.engine.generation import generate as generate_from
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
-from llmrecipe.models.hooks.port import own_tensors
+from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta

@@ -1,4 +1,4 @@
-"""Attention for packed rows and attention ports, through Transformers' AttentionInterface.
+"""Attention for packed rows and attention hooks, through Transformers' AttentionInterface.
 
 Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P prefix columns.
 
@@ -6,7 +6,7 @@ Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P pr
 
 - packed rows: one call per document, so no T x T mask exists. A segment sees itself causally, its parent (a shared prompt)
   and every prefix fully, and nothing else.
-- attention ports: a port wraps the call and may put key/value columns in front (`Prefix`); they carry no position.
+- attention hooks: a hook wraps the call and may put key/value columns in front (`Prefix`); they carry no position.
 - everything else is the stock backend, bit for bit.
 """
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.forward_context import Layout, current
-from llmrecipe.models.hooks.port import ROUTED, note_called, ports_of
+from llmrecipe.models.hooks.hook import ROUTED, hooks_of, note_called
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         layout = current().layout
-        ports = ports_of(module, "attention", active=True)
-        note_called(ports)
-        if layout is None and not ports:
+        hooks = hooks_of(module, "attention", active=True)
+        note_called(hooks)
+        if layout is None and not hooks:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
 
         def attended(
@@ -114,19 +114,19 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return out
 
         call: Attend = base
-        for port in ports:
-            call = _wrap(port, call)
+        for hook in hooks:
+            call = _wrap(hook, call)
         return call(query, key, value).transpose(1, 2).contiguous(), None
 
     return attention
 
 
-def _wrap(port: Any, call: Attend) -> Attend:
+def _wrap(hook: Any, call: Attend) -> Attend:
     def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix, picked: Picked | None = None) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor, *own: Prefix, **more: Any) -> Tensor:
             return call(q, k, v, *outer, *own, **{"picked": picked, **more})
 
-        return port.attention(attend, q, k, v)
+        return hook.attention(attend, q, k, v)
 
     return wrapped
 

@@ -71,7 +71,7 @@ def load_model(
         seed: of everything that is initialised here.
 
     The model carries `new_heads` (module paths initialised here), `position_offset` (see `models.vocabulary`) and
-    `attention_routed` (whether packed rows and attention ports work).
+    `attention_routed` (whether packed rows and attention hooks work).
 
     Raises:
         ModelError: before any weight is read where that can be known; else for weights that do not fit.
@@ -221,12 +221,12 @@ def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokeniz
 
 
 def routes_attention(cls: type, backend: str) -> bool:
-    """Whether the loader routes a class through `models.attention`; packed rows and attention ports work where it does."""
+    """Whether the loader routes a class through `models.attention`; packed rows and attention hooks work where it does."""
     return bool(getattr(cls, "_supports_attention_backend", False)) and backend in ("sdpa", "eager")
 
 
 def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:
-    """Whether some layer of a model may compute attention out of reach of ports, by its config and class alone."""
+    """Whether some layer of a model may compute attention out of reach of hooks, by its config and class alone."""
     config = load_config(section)
     cls = _concrete(model_class(config, rows_head), config)
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
@@ -238,7 +238,7 @@ def prepare_for_training(model: nn.Module, section: ModelSection) -> None:
     """Gradient checkpointing where the recipe asks for it.
 
     Blocks are recomputed under the context of their original forward, and without re-entrance, so frozen inputs need no
-    gradients and ports see the same role twice.
+    gradients and hooks see the same role twice.
 
     Raises:
         ModelError: the family has no checkpointed blocks.

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.models.hooks.port import Port, eject, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
 
 NAME = "new_rows"
-"""Child name of the ports, on the embedding and on the head."""
+"""Child name of the hooks, on the embedding and on the head."""
 
 
-class EmbeddingRows(Port):
+class EmbeddingRows(Hook):
     """The part of added tokens in the embedding."""
 
     def __init__(self, difference: nn.Parameter, first: int, scale: float):
@@ -36,12 +36,12 @@ class EmbeddingRows(Port):
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """W[first:] += D, where this port owns the rows."""
+        """W[first:] += D, where this hook owns the rows."""
         rows: Tensor = module.weight[self.first :]  # type: ignore[index]
         rows += self.difference.to(rows.dtype)
 
 
-class HeadRows(Port):
+class HeadRows(Hook):
     """The part of added tokens in the head."""
 
     def __init__(self, difference: nn.Parameter, first: int, tied: bool):
@@ -55,7 +55,7 @@ class HeadRows(Port):
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """W[first:] += D, unless the embedding's port does it for the tied matrix."""
+        """W[first:] += D, unless the embedding's hook does it for the tied matrix."""
         if not self.tied:
             rows: Tensor = module.weight[self.first :]  # type: ignore[index]
             rows += self.difference.to(rows.dtype)
@@ -73,16 +73,16 @@ def add(model: Any, count: int) -> None:
     difference = fresh(embed.weight)
     scale = getattr(embed, "embed_scale", 1.0)
     factor = 1.0 if isinstance(scale, Tensor) and scale.is_meta else float(scale)
-    inject(embed, NAME, EmbeddingRows(difference, first, factor), NAME)
+    add_hook(embed, NAME, EmbeddingRows(difference, first, factor), NAME)
     if head is not None:
-        inject(head, NAME, HeadRows(difference if tied else fresh(head.weight), first, tied), NAME)
+        add_hook(head, NAME, HeadRows(difference if tied else fresh(head.weight), first, tied), NAME)
     paths = {id(module): path for path, module in model.named_modules()}
     homes = [f"{paths[id(module)]}.{NAME}" for module in (embed, head) if module is not None]
     model.new_heads = (*getattr(model, "new_heads", ()), *homes)
 
 
 def fold(model: Any) -> int:
-    """Add the learned differences to the weights and take the ports out; returns how many there were.
+    """Add the learned differences to the weights and take the hooks out; returns how many there were.
 
     Runs that train every weight, merged exports and runs built on a finished one do this first.
     """
@@ -90,7 +90,7 @@ def fold(model: Any) -> int:
     for module in found:
         getattr(module, NAME).merge(module)
     for module in found:
-        eject(module, NAME)
+        remove_hook(module, NAME)
     if found:
         model.new_heads = tuple(path for path in model.new_heads if not path.endswith(f".{NAME}"))
     return len(found)

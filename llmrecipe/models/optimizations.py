@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
-from llmrecipe.models.hooks.port import Port, kind_of, ports_of
+from llmrecipe.models.hooks.hook import Hook, hooks_of, kind_of
 
 WORTH = 0.9
 """Rows are picked out only where fewer than this share of them is read."""
@@ -118,16 +118,16 @@ def _read_rows_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fits(module: nn.Module, x: Any, positions: Tensor | None, rows: Tensor) -> bool:
-    """Whether `x` holds one row a token of the batch, few of them read, and no port inside minds where its rows are."""
+    """Whether `x` holds one row a token of the batch, few of them read, and no hook inside minds where its rows are."""
     if not isinstance(x, Tensor) or x.dim() != 3 or positions is None or x.shape[:2] != positions.shape:
         return False
     if not 0 < rows.numel() <= WORTH * positions.numel() or torch.compiler.is_compiling():
         return False
-    return all(_rowwise(port) for child in module.modules() for port in ports_of(child, active=True))
+    return all(_rowwise(hook) for child in module.modules() for hook in hooks_of(child, active=True))
 
 
-def _rowwise(port: Port) -> bool:
-    return port.rowwise or kind_of(port) == "weight"
+def _rowwise(hook: Hook) -> bool:
+    return hook.rowwise or kind_of(hook) == "weight"
 
 
 @torch.no_grad()

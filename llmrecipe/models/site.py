@@ -35,7 +35,7 @@ class Site:
     """Experts the target named; None means all."""
 
     def name(self, owner: str) -> str:
-        """Child name of a port of `owner` here: suffixed by the part where one module holds several sites."""
+        """Child name of a hook of `owner` here: suffixed by the part where one module holds several sites."""
         if self.tensor is not None:
             return f"{owner}__{self.tensor.removesuffix('_proj')}"
         return owner if self.rows is None else f"{owner}__{self.role.rsplit('.', 1)[-1]}"

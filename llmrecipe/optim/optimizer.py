@@ -132,7 +132,7 @@ def _kinds(model: nn.Module) -> dict[str, str]:
     """Parameter name -> `adapter` or `embedding`, for those that are not told apart by their dimensions."""
     from torch import nn
 
-    from llmrecipe.models.hooks.port import all_ports
+    from llmrecipe.models.hooks.hook import all_hooks
 
     kinds: dict[str, str] = {}
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -141,9 +141,9 @@ def _kinds(model: nn.Module) -> dict[str, str]:
         tables |= {id(p) for p in head.parameters(recurse=False)}
     owners: set[str] = set()
     inside: set[int] = set()
-    for _, _, _, port in all_ports(model):
-        owners.add(port.owner)
-        inside |= {id(p) for p in port.parameters()}
+    for _, _, _, hook in all_hooks(model):
+        owners.add(hook.owner)
+        inside |= {id(p) for p in hook.parameters()}
     for owner in owners:
         shared = getattr(model, f"{owner}_shared", None)
         if isinstance(shared, nn.Module):

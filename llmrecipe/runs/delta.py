@@ -23,7 +23,7 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 
 DELTA_FILE = "delta.safetensors"
 SAMPLE = 4096
@@ -55,9 +55,9 @@ class Saved:
 def fingerprint(model: nn.Module) -> str:
     """A digest of base weights: name, shape, dtype and a strided sample of the bytes of every base parameter."""
     digest = hashlib.sha256()
-    ports = {id(p) for _, _, _, port in all_ports(model) for p in port.parameters()}
+    hooks = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if id(parameter) in ports or name.split(".")[0].endswith(("_shared", task_heads.ATTRIBUTE)):
+        if id(parameter) in hooks or name.split(".")[0].endswith(("_shared", task_heads.ATTRIBUTE)):
             continue
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLE)
@@ -171,10 +171,10 @@ def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
 
 
 def freeze(model: nn.Module, stack: Stack) -> None:
-    """Nothing of a mounted stack trains, and its ports serve every role, the reference included."""
+    """Nothing of a mounted stack trains, and its hooks serve every role, the reference included."""
     for wrapper in stack:
-        for _, _, _, port in all_ports(model, wrapper.name):
-            port.mounted = True
+        for _, _, _, hook in all_hooks(model, wrapper.name):
+            hook.mounted = True
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 

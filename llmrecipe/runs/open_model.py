@@ -14,7 +14,7 @@ from llmrecipe.methods._engines.biases import settle_biases
 from llmrecipe.methods._engines.loftq_codes import settle_codes
 from llmrecipe.methods.selective._engines.sparse_method import settle
 from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
-from llmrecipe.models.hooks.port import DELTA, all_ports, kind_of
+from llmrecipe.models.hooks.hook import DELTA, all_hooks, kind_of
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
@@ -178,15 +178,15 @@ def own_tokenizer(tokenizer: TokenizerSection, folder: Path | None) -> Tokenizer
     return tokenizer
 
 
-FOLDS = {"weight": 0, "around": 1, "after": 2, "before": 3}
-"""When the kinds of port fold: y = after(around(W', before(x))), and what adds to y has seen the x a before changed."""
+FOLDS = {"weight": 0, "wrap_forward": 1, "after": 2, "before": 3}
+"""When the kinds of hook fold: y = after(wrap_forward(W', before(x))), and what adds to y has seen the x a before changed."""
 
 
 def merge_order(opened: Opened) -> list[Wrapper]:
-    """Mounted wrappers in the order in which they fold exactly, that of the forward pass (see `models.hooks.port`).
+    """Mounted wrappers in the order in which they fold exactly, that of the forward pass (see `models.hooks.hook`).
 
     Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
-    `Port.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
+    `Hook.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
     and codes chosen anew and trained biases are put in their place here: later they would overwrite what was folded before.
     """
     settle_codes(opened.model)
@@ -194,8 +194,8 @@ def merge_order(opened: Opened) -> list[Wrapper]:
     settle_biases(opened.model)
 
     def place(wrapper: Wrapper) -> tuple[int, int]:
-        ports = [port for _, _, _, port in all_ports(opened.model, wrapper.name)]
-        places = [(FOLDS.get(kind_of(p), 4), p.order) for p in ports if kind_of(p) != "after" or p.order >= DELTA]
+        hooks = [hook for _, _, _, hook in all_hooks(opened.model, wrapper.name)]
+        places = [(FOLDS.get(kind_of(p), 4), p.order) for p in hooks if kind_of(p) != "after" or p.order >= DELTA]
         return max(places, default=(0, 0))
 
     return sorted(opened.mounted, key=place)

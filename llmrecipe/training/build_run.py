@@ -170,7 +170,7 @@ def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels
     """Refuse, before weights are read, a stack that changes attention in a model that does not let it.
 
     Raises:
-        ModelError: it names the wrapper and the class of attention (see `models.hooks.port.refuse_unrouted`).
+        ModelError: it names the wrapper and the class of attention (see `models.hooks.hook.refuse_unrouted`).
     """
     from llmrecipe.models.load import may_bypass_attention
 

@@ -14,7 +14,7 @@ import torch
 from llmrecipe.core.errors import RunError
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import is_head, own_tensors
-from llmrecipe.models.hooks.port import all_ports, watched_ports
+from llmrecipe.models.hooks.hook import all_hooks, recorded_calls
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -32,13 +32,13 @@ def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
         RunError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
     """
     # A compiled graph would be traced anew for the watch, and its calls are not seen.
-    watch: Any = contextlib.nullcontext() if run.recipe.model.compile else watched_ports()
+    watch: Any = contextlib.nullcontext() if run.recipe.model.compile else recorded_calls()
     with watch as called:
         result = rule(run.step_context(), micros)
     if not result.finite:
         return result
     if called is not None:
-        _check_ports(run, called)
+        _check_hooks(run, called)
     # A rule that brings its own update has no optimizer, and no gradients.
     if run.optimizer is not None:
         trained = {name: p.grad is not None for name, p in run.model.named_parameters() if p.requires_grad}
@@ -48,11 +48,11 @@ def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
     return result
 
 
-def _check_ports(run: RunState, called: set[int]) -> None:
+def _check_hooks(run: RunState, called: set[int]) -> None:
     """Stop for hooks of the stack that no forward pass called."""
-    ports = {f"{path}.{name}": port for path, _, name, port in all_ports(run.model)}
-    uncalled = _nowhere(run, {name: id(port) in called for name, port in ports.items()})
-    _refuse(run, [(ports[name].owner, name) for name in uncalled], "hooks that were never called")
+    hooks = {f"{path}.{name}": hook for path, _, name, hook in all_hooks(run.model)}
+    uncalled = _nowhere(run, {name: id(hook) in called for name, hook in hooks.items()})
+    _refuse(run, [(hooks[name].owner, name) for name in uncalled], "hooks that were never called")
 
 
 def settle(run: RunState) -> None:

@@ -9,8 +9,8 @@ One pre-norm block that runs under a gradient keeps, in elements a token:
                      + 3 I of a gated ffn (gate, its activation, up), or I of a plain one, 5 I where its activation is spelt
                      out in Python (gelu_new); experts: times the experts a token visits, and D for each of their outputs
     where trained    D each for an RMS norm's scale, D for the shared input of q, k, v, A for that of o, D for that of gate
-                     and up, I for that of down: a linear layer keeps its input only if it, or a port on it, trains
-    of a port        its rank
+                     and up, I for that of down: a linear layer keeps its input only if it, or a hook on it, trains
+    of a hook        its rank
 
 A frozen base therefore keeps about half of what full training does. With gradient checkpointing a block keeps its input, D,
 and one block at a time keeps all of it.
@@ -177,24 +177,24 @@ def _block_elements(model: nn.Module, parts: Anatomy, sites: list[Any]) -> int:
 
 
 def _trains(site: Any) -> bool:
-    """Whether a linear layer needs its input in the backward pass: its weight, or a port on it, trains."""
+    """Whether a linear layer needs its input in the backward pass: its weight, or a hook on it, trains."""
     weight = getattr(site.module, site.tensor or "weight", None)
     if isinstance(weight, Tensor) and weight.requires_grad:
         return True
-    from llmrecipe.models.hooks.port import ports_of
+    from llmrecipe.models.hooks.hook import hooks_of
 
-    return any(p.requires_grad for port in ports_of(site.module) for p in port.parameters())
+    return any(p.requires_grad for hook in hooks_of(site.module) for p in hook.parameters())
 
 
 def _ranks(sites: Iterable[Any]) -> int:
-    """What the ports of a block keep besides their input: the projection on their smallest dimension."""
-    from llmrecipe.models.hooks.port import ports_of
+    """What the hooks of a block keep besides their input: the projection on their smallest dimension."""
+    from llmrecipe.models.hooks.hook import hooks_of
 
     modules = {id(s.module): s.module for s in sites if s.role not in ("block", "attn", "mlp")}
     total = 0
     for module in modules.values():
-        for port in ports_of(module):
-            total += max((min(p.shape) for p in port.parameters() if p.ndim == 2), default=0)
+        for hook in hooks_of(module):
+            total += max((min(p.shape) for p in hook.parameters() if p.ndim == 2), default=0)
     return total
 
 

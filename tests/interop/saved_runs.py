@@ -11,7 +11,7 @@ from torch import nn
 
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import TINY
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import open_model
@@ -63,6 +63,6 @@ def saved_run(
     return opened.model
 
 
-def ports(model: nn.Module) -> int:
-    """How many ports a model has."""
-    return sum(1 for _ in all_ports(model))
+def hooks(model: nn.Module) -> int:
+    """How many hooks a model has."""
+    return sum(1 for _ in all_hooks(model))

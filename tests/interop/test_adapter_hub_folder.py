@@ -21,7 +21,7 @@ from llmrecipe.interop.peft.exporter import export_adapter_hub
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.interop.saved_runs import base_folder, saved_run
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
@@ -63,11 +63,11 @@ def test_names_configuration_and_values_are_the_librarys(tmp_path: Path, case: s
     assert (config["name"], config["model_type"], config["hidden_size"]) == ("own", family, 32)
     tensors = load_file(folder / "adapter.safetensors")
     assert set(tensors) == {f"{s.format(i)}.adapters.own.{part}" for s in stems for i in (0, 1) for part in PARTS}
-    ports = [port for _, _, _, port in all_ports(model, "own") if hasattr(port, "down")]
+    hooks = [hook for _, _, _, hook in all_hooks(model, "own") if hasattr(hook, "down")]
     saved = {key: value for key, value in tensors.items() if key.endswith(DOWN)}
-    assert len(ports) == len(saved)
-    for port in ports:
-        assert sum(torch.equal(port.down, value) for value in saved.values()) == 1
+    assert len(hooks) == len(saved)
+    for hook in hooks:
+        assert sum(torch.equal(hook.down, value) for value in saved.values()) == 1
     again, _ = load(folder, device="cpu")
     torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
 
@@ -83,9 +83,9 @@ def test_widths_layers_scales_and_missing_biases_are_spelled_out(tmp_path: Path)
     assert [int(32 // factors[k]) for k in ("default", "1")] == [8, 5] and set(factors) == {"default", "1"}
     assert config["leave_out"] == [2] and config["scaling"] == 1.0
     tensors = load_file(folder / "adapter.safetensors")
-    port = next(p for path, _, _, p in all_ports(model, "own") if path.endswith("layers.1.self_attn.o_proj"))
+    hook = next(p for path, _, _, p in all_hooks(model, "own") if path.endswith("layers.1.self_attn.o_proj"))
     stem = "model.layers.1.attention_adapters.adapters.own"
-    torch.testing.assert_close(tensors[f"{stem}.{UP}"], port.scale[:, None] * port.up, atol=0, rtol=0)
+    torch.testing.assert_close(tensors[f"{stem}.{UP}"], hook.scale[:, None] * hook.up, atol=0, rtol=0)
     assert not tensors[f"{stem}.adapter_up.bias"].any()
     again, _ = load(folder, device="cpu")
     torch.testing.assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
@@ -97,9 +97,9 @@ def test_a_folder_of_the_library_is_read_with_its_learned_scale(tmp_path: Path) 
     wrapper = Adapter(name="own", r=4, placement="pfeiffer", scale="learned")
     model = saved_run(tmp_path / "run", base, wrapper, head="masked")
     tensors: dict[str, torch.Tensor] = {}
-    for path, _, _, port in all_ports(model, "own"):
+    for path, _, _, hook in all_hooks(model, "own"):
         stem = path.removesuffix(".LayerNorm") + ".adapters.a"
-        values = (port.down, port.down_bias, port.up, port.up_bias, port.scale)
+        values = (hook.down, hook.down_bias, hook.up, hook.up_bias, hook.scale)
         tensors |= {f"{stem}.{leaf}": v.detach().clone() for leaf, v in zip((*PARTS, "scaling"), values, strict=True)}
     options = {"mh_adapter": False, "output_adapter": True, "original_ln_before": True, "non_linearity": "relu"}
     config = {"config": {**options, "scaling": "learned", "reduction_factor": 8}, "name": "a", "model_name": str(base)}

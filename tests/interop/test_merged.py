@@ -15,7 +15,7 @@ from llmrecipe.interop import merged, verify_logits
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from tests.interop.saved_runs import base_folder, ports, saved_run
+from tests.interop.saved_runs import base_folder, hooks, saved_run
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
 
@@ -43,7 +43,7 @@ def test_a_plain_transformers_load_gives_the_logits_of_the_run(
     wanted = model(input_ids=IDS).logits
     done = export_merged(tmp_path / "run")
     got = reloaded(done.path)
-    assert ports(got) == 0
+    assert hooks(got) == 0
     assert got.config._attn_implementation == "sdpa"
     torch.testing.assert_close(got(input_ids=IDS).logits, wanted, atol=2e-5 * done.difference.scale, rtol=0)
     base = reloaded(tmp_path / f"base-{family}")(input_ids=IDS).logits
@@ -95,10 +95,10 @@ def test_a_merge_that_moves_the_logits_is_refused_and_leaves_nothing(tmp_path: P
 
 
 def _drop(model: torch.nn.Module, owner: str) -> None:
-    from llmrecipe.models.hooks.port import all_ports, eject
+    from llmrecipe.models.hooks.hook import all_hooks, remove_hook
 
-    for _, module, name, _ in list(all_ports(model, owner)):
-        eject(module, name)
+    for _, module, name, _ in list(all_hooks(model, owner)):
+        remove_hook(module, name)
 
 
 def test_what_cannot_be_folded_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from llmrecipe import load
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.peft.exporter import export_peft
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.interop.saved_runs import base_folder, fill, saved_run
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
@@ -67,15 +67,15 @@ def test_a_vector_is_the_trained_bias_less_the_base_and_a_norm_keeps_its_scale(t
     base = base_folder(tmp_path, "bert")
     model = saved_run(tmp_path / "value", base, Bitfit(name="b", terms=["value"]), head="masked")
     tensors = load_file(export_peft(tmp_path / "value").path / "adapter_model.safetensors")
-    path, module, _, port = next(iter(all_ports(model, "b")))
+    path, module, _, hook = next(iter(all_hooks(model, "b")))
     assert path == "bert.encoder.layer.0.attention.self.value"
     vector = tensors[f"base_model.model.{path}.beft_bias"]
-    torch.testing.assert_close(vector, (port.bias - module.bias)[None], atol=0, rtol=0)
+    torch.testing.assert_close(vector, (hook.bias - module.bias)[None], atol=0, rtol=0)
     model = saved_run(tmp_path / "norm", base, Bitfit(name="b", terms=["norm"]), head="masked")
     tensors = load_file(export_peft(tmp_path / "norm").path / "adapter_model.safetensors")
-    path, module, _, port = next(iter(all_ports(model, "b")))
+    path, module, _, hook = next(iter(all_hooks(model, "b")))
     stem = f"base_model.model.{path}.ln_tuning_layers"
-    torch.testing.assert_close(tensors[f"{stem}.bias"], port.bias.detach(), atol=0, rtol=0)
+    torch.testing.assert_close(tensors[f"{stem}.bias"], hook.bias.detach(), atol=0, rtol=0)
     torch.testing.assert_close(tensors[f"{stem}.weight"], module.weight.detach(), atol=0, rtol=0)
 
 

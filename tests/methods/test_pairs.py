@@ -15,7 +15,7 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.method import Stage
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models.hooks.port import own_tensors
+from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.compatibility import pairs

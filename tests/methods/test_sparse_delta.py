@@ -13,19 +13,19 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.methods.selective._engines.sparse_delta import Chosen, SparseDelta, embedding_gradient, product_gradient
 from llmrecipe.methods.selective._engines.sparse_method import (
-    SparseHooks,
+    SparseMethod,
     attach_chosen,
     base_weights,
     chosen_from,
     restore_chosen,
-    sparse_ports,
+    sparse_hooks,
     structure_of,
 )
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.tiny import tiny_model
 
 
-class Hooks(SparseHooks):
+class Hooks(SparseMethod):
     name = "picked"
 
 
@@ -42,7 +42,7 @@ def pick(model: nn.Module, density: float, layout: str = "entries", seed: int = 
 
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:
-    values = {id(port.values) for _, _, port in sparse_ports(model, "picked")}
+    values = {id(hook.values) for _, _, hook in sparse_hooks(model, "picked")}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in values)
     return [p for p in model.parameters() if p.requires_grad]
@@ -65,8 +65,8 @@ def gather(tensor: torch.Tensor, chosen: Chosen) -> torch.Tensor:
 def set_values(model: nn.Module, scale: float = 0.1) -> None:
     torch.manual_seed(3)
     with torch.no_grad():
-        for _, _, port in sparse_ports(model, "picked"):
-            port.values.copy_(torch.randn_like(port.values) * scale)
+        for _, _, hook in sparse_hooks(model, "picked"):
+            hook.values.copy_(torch.randn_like(hook.values) * scale)
 
 
 @pytest.mark.parametrize("layout", ["entries", "rows", "columns"])
@@ -110,12 +110,12 @@ def test_gradients_equal_dense_autograd_in_float64(family: str, density: float):
     loss(dense).backward()
     reference = dict(dense.named_parameters())
     checked = 0
-    for _, _, port in sparse_ports(model, "picked"):
-        want = reference[port.source].grad
+    for _, _, hook in sparse_hooks(model, "picked"):
+        want = reference[hook.source].grad
         if want is None:
-            assert port.values.grad is None or not port.values.grad.any()
+            assert hook.values.grad is None or not hook.values.grad.any()
             continue
-        torch.testing.assert_close(port.values.grad, gather(want, chosen[port.source]), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(hook.values.grad, gather(want, chosen[hook.source]), rtol=1e-12, atol=1e-13)
         checked += 1
     assert checked >= len(chosen) - 2
     assert all(p.grad is None for n, p in model.named_parameters() if ".picked" not in n)
@@ -154,9 +154,9 @@ def test_group_gradients_equal_dense_autograd(layout: str, family: str):
     loss_of(model).backward()
     loss_of(dense).backward()
     reference = dict(dense.named_parameters())
-    for _, _, port in sparse_ports(model, "picked"):
-        want = gather(reference[port.source].grad, chosen[port.source])
-        torch.testing.assert_close(port.values.grad, want, rtol=1e-12, atol=1e-13)
+    for _, _, hook in sparse_hooks(model, "picked"):
+        want = gather(reference[hook.source].grad, chosen[hook.source])
+        torch.testing.assert_close(hook.values.grad, want, rtol=1e-12, atol=1e-13)
 
 
 def test_tied_embedding_sums_both_uses():
@@ -167,7 +167,7 @@ def test_tied_embedding_sums_both_uses():
     freeze(model)
     loss_of(model).backward()
     loss_of(dense).backward()
-    (values,) = [port.values for _, _, port in sparse_ports(model, "picked")]
+    (values,) = [hook.values for _, _, hook in sparse_hooks(model, "picked")]
     want = dense.model.embed_tokens.weight.grad.reshape(-1)[[3, 64, 200, 777]]
     assert want.abs().min() > 0
     torch.testing.assert_close(values.grad, want, rtol=1e-12, atol=1e-14)
@@ -253,7 +253,7 @@ def test_a_reference_pass_between_forward_and_backward_does_not_change_the_gradi
             with torch.no_grad(), activate(Context(role="reference")):
                 loss_of(model)
         loss.backward()
-        grads.append([port.values.grad for _, _, port in sparse_ports(model, "picked")])
+        grads.append([hook.values.grad for _, _, hook in sparse_hooks(model, "picked")])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
@@ -267,7 +267,7 @@ def test_gradient_checkpointing_changes_nothing():
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss_of(model).backward()
-        grads.append([port.values.grad for _, _, port in sparse_ports(model, "picked")])
+        grads.append([hook.values.grad for _, _, hook in sparse_hooks(model, "picked")])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
@@ -278,13 +278,13 @@ def test_term_mode_equals_inplace_mode(layout: str):
     for force in (False, True):
         model = tiny_model("bert").double()
         attach_chosen(model, "picked", pick(model, 0.05, layout, scope="all-linear"), force_term=force)
-        assert {p.mode for _, _, p in sparse_ports(model, "picked")} - {"vector"} == {"term" if force else "inplace"}
+        assert {p.mode for _, _, p in sparse_hooks(model, "picked")} - {"vector"} == {"term" if force else "inplace"}
         freeze(model)
         set_values(model)
         loss = loss_of(model)
         loss.backward()
         outputs.append(loss.detach())
-        grads.append([port.values.grad for _, _, port in sparse_ports(model, "picked")])
+        grads.append([hook.values.grad for _, _, hook in sparse_hooks(model, "picked")])
         Hooks().merge(model)
         torch.testing.assert_close(loss_of(model), loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
@@ -299,8 +299,8 @@ def test_two_selections_of_one_tensor_add_up_wherever_they_overlap():
     for owner, idx, value in (("picked", [1, 2, 3], 1.0), ("other", [3, 4], 10.0), ("third", [2, 3], 100.0)):
         attach_chosen(model, owner, {name: Chosen(torch.tensor(idx))})
         with torch.no_grad():
-            for _, _, port in sparse_ports(model, owner):
-                port.values.fill_(value)
+            for _, _, hook in sparse_hooks(model, owner):
+                hook.values.fill_(value)
     for _ in range(2):
         loss_of(model)
         moved = (dict(model.named_parameters())[name] - start).reshape(-1)[:6]
@@ -318,7 +318,7 @@ def test_saved_selection_restores_bit_for_bit_and_refuses_another_base():
     want = loss_of(model)
     structure = structure_of(model, "picked")
     delta = {
-        f"{p}.{n}.{k}": v.detach().clone() for p, _, n, port in all_ports(model, "picked") for k, v in port.state_dict().items()
+        f"{p}.{n}.{k}": v.detach().clone() for p, _, n, hook in all_hooks(model, "picked") for k, v in hook.state_dict().items()
     }
     again = tiny_model("llama")
     attach_chosen(again, "picked", chosen_from(structure))
@@ -338,8 +338,8 @@ def test_deepcopy_is_independent():
     twin = copy.deepcopy(model)
     assert torch.equal(loss_of(twin), want)
     with torch.no_grad():
-        for _, _, port in sparse_ports(twin, "picked"):
-            port.values.zero_()
+        for _, _, hook in sparse_hooks(twin, "picked"):
+            hook.values.zero_()
     assert not torch.equal(loss_of(twin), want)
     assert torch.equal(loss_of(model), want)
 
@@ -352,7 +352,7 @@ def test_bfloat16_base_accumulates_in_float32_values():
         optimizer.zero_grad()
         loss_of(model).backward()
         optimizer.step()
-    values = torch.cat([p.values.detach().reshape(-1) for _, _, p in sparse_ports(model, "picked")])
+    values = torch.cat([p.values.detach().reshape(-1) for _, _, p in sparse_hooks(model, "picked")])
     assert values.dtype == torch.float32
     assert 0 < values.abs().max() < 1e-3
 
@@ -372,12 +372,12 @@ def test_direct_kernel_keeps_no_dense_weight_gradient():
     chosen = Chosen(torch.arange(0, 1024 * 1024, 1024 * 4))
     attach_chosen(model, "picked", {"0.weight": chosen})
     freeze(model)
-    port = next(p for _, _, p in sparse_ports(model, "picked"))
-    assert isinstance(port, SparseDelta) and port.kernel == "direct"
+    hook = next(p for _, _, p in sparse_hooks(model, "picked"))
+    assert isinstance(hook, SparseDelta) and hook.kernel == "direct"
     x = torch.randn(64, 1024)
     y = model(x)
     biggest = largest_allocation(lambda: y.sum().backward())
-    assert port.values.grad is not None
+    assert hook.values.grad is not None
     assert biggest < 1024 * 1024 * 4 / 2
 
 
@@ -402,8 +402,8 @@ def test_a_delta_on_top_of_a_mounted_one_reloads():
         attach_chosen(model, "fish", chosen)
         torch.manual_seed(seed)
         with torch.no_grad():
-            for _, _, port in sparse_ports(model, "fish"):
-                port.values.normal_(std=0.1)
+            for _, _, hook in sparse_hooks(model, "fish"):
+                hook.values.normal_(std=0.1)
         results.append(loss_of(model).detach())
         stack = Stack([Fishmask(name="fish")])
         tensors = {n: t.clone() for n, t in stack.wrappers[0].delta(model).items()}
@@ -427,7 +427,7 @@ def test_zeroth_order_steps_reach_the_values():
     model = tiny_model("llama")
     attach_chosen(model, "picked", pick(model, 0.05))
     start = loss_of(model)
-    for _, _, port in sparse_ports(model, "picked"):
-        port.values.data.add_(0.1)
-        moved(port.values)
+    for _, _, hook in sparse_hooks(model, "picked"):
+        hook.values.data.add_(0.1)
+        moved(hook.values)
     assert not torch.equal(loss_of(model), start)

@@ -247,7 +247,7 @@ def test_expert_tensors() -> None:
         parts.at("experts.4")
 
 
-def test_names_of_ports_differ_where_one_module_holds_several_sites() -> None:
+def test_names_of_hooks_differ_where_one_module_holds_several_sites() -> None:
     q, k, v = anatomy(tiny("gpt2")).at("layers.0.attn.q|k|v")
     assert [site.name("lora") for site in (q, k, v)] == ["lora__q", "lora__k", "lora__v"]
     assert anatomy(tiny("llama")).at("layers.0.attn.q")[0].name("lora") == "lora"

@@ -13,7 +13,7 @@ from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.models.attention import install
-from llmrecipe.models.hooks.port import Port, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import _plain_norm, speed_up
 from tests.models.configs import CAUSAL, tiny
@@ -50,10 +50,10 @@ def adapted(family: str, train_base: bool = False) -> Engine:
     torch.manual_seed(1)
     for site in anatomy(model).at("all-linear"):
         if site.rows is None and site.tensor is None:
-            port = LowRank(site.width_in, site.width_out, 2, 1.0)
-            nn.init.normal_(port.A, std=0.2)
-            nn.init.normal_(port.B, std=0.2)
-            inject(site.module, "lora", port, "lora")
+            hook = LowRank(site.width_in, site.width_out, 2, 1.0)
+            nn.init.normal_(hook.A, std=0.2)
+            nn.init.normal_(hook.B, std=0.2)
+            add_hook(site.module, "lora", hook, "lora")
     return Engine(model)
 
 
@@ -141,8 +141,8 @@ def test_outside_an_engine_every_row_is_computed() -> None:
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-class Positional(Port):
-    """A port that edits the second row it is given, wherever that row came from."""
+class Positional(Hook):
+    """A hook that edits the second row it is given, wherever that row came from."""
 
     def after(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Adds one to row 1."""
@@ -151,15 +151,15 @@ class Positional(Port):
         return y + mark
 
 
-def test_a_port_that_minds_positions_makes_its_module_compute_every_row() -> None:
+def test_a_hook_that_minds_positions_makes_its_module_compute_every_row() -> None:
     stock = adapted("llama")
-    inject(stock.model.model.layers[-1].mlp.down_proj, "edit", Positional(), "edit")
+    add_hook(stock.model.model.layers[-1].mlp.down_proj, "edit", Positional(), "edit")
     fast = copy.deepcopy(stock)
     speed_up(fast.model)
     assert_same(stock, fast, pack(rows()))
 
 
-def test_a_port_that_lengthens_the_rows_makes_every_row_count() -> None:
+def test_a_hook_that_lengthens_the_rows_makes_every_row_count() -> None:
     model = tiny("llama")
     mlp = model.model.layers[-1].mlp
     speed_up(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.reparameterized.test_lora import fill
 from tests.tiny import roles_for, tiny_model
 
@@ -72,15 +72,15 @@ def ours(packing: bool = True, seed: int = 3) -> tuple[nn.Module, Roles]:
 
 
 def share_weights(theirs: nn.Module, model: nn.Module) -> list[tuple[Any, Any]]:
-    """Give their adapter our weights; returns (our port, their module) for each adapted layer."""
-    ports = {path: port for path, _, _, port in all_ports(model)}
+    """Give their adapter our weights; returns (our hook, their module) for each adapted layer."""
+    hooks = {path: hook for path, _, _, hook in all_hooks(model)}
     pairs = []
     for name, module in theirs.named_modules():
         if hasattr(module, "lora_A"):
-            port: Any = ports[name.removeprefix("base_model.model.")]
-            module.lora_A["default"].weight.data.copy_(port.A.data)
-            module.lora_B["default"].weight.data.copy_(port.B.data)
-            pairs.append((port, module))
+            hook: Any = hooks[name.removeprefix("base_model.model.")]
+            module.lora_A["default"].weight.data.copy_(hook.A.data)
+            module.lora_B["default"].weight.data.copy_(hook.B.data)
+            pairs.append((hook, module))
     assert len(pairs) == 4
     return pairs
 
@@ -90,8 +90,8 @@ def assert_same(loss: Tensor, wanted: Tensor, pairs: list[tuple[Any, Any]]) -> N
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-5)
     loss.backward()
     wanted.backward()
-    for port, module in pairs:
-        for own, other in ((port.A, module.lora_A), (port.B, module.lora_B)):
+    for hook, module in pairs:
+        for own, other in ((hook.A, module.lora_A), (hook.B, module.lora_B)):
             grad = other["default"].weight.grad
             assert float(grad.abs().max()) > 0
             torch.testing.assert_close(own.grad, grad, atol=1e-6, rtol=1e-4)

@@ -315,20 +315,20 @@ def trl_trainer(kind: str, folder: Path, **config: Any) -> Any:
     ],
 )  # fmt: skip
 def test_loss_and_gradients_equal_trl(ours: Any, theirs: dict[str, Any], tmp_path: Path) -> None:
-    from llmrecipe.models.hooks.port import all_ports
+    from llmrecipe.models.hooks.hook import all_hooks
 
     roles, batch = known(ours)
     batch = moved(batch)
     trainer = trl_trainer("rloo" if isinstance(ours, Rloo) else "grpo", tmp_path, **theirs)
     trainer.current_gradient_accumulation_steps = 1
-    ports = {path: port for path, _, _, port in all_ports(roles.model)}
+    hooks = {path: hook for path, _, _, hook in all_hooks(roles.model)}
     pairs = []
     for name, module in trainer.model.named_modules():
         if hasattr(module, "lora_A"):
-            port = ports[name.removeprefix("base_model.model.")]
-            module.lora_A["default"].weight.data.copy_(port.A.data)
-            module.lora_B["default"].weight.data.copy_(port.B.data)
-            pairs.append((port, module))
+            hook = hooks[name.removeprefix("base_model.model.")]
+            module.lora_A["default"].weight.data.copy_(hook.A.data)
+            module.lora_B["default"].weight.data.copy_(hook.B.data)
+            pairs.append((hook, module))
     trainer.model.train()
     inputs = trl_inputs(batch)
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -337,9 +337,9 @@ def test_loss_and_gradients_equal_trl(ours: Any, theirs: dict[str, Any], tmp_pat
     mine.backward()
     torch.testing.assert_close(mine.detach(), loss.detach(), atol=1e-6, rtol=1e-5)
     assert pairs
-    for port, module in pairs:
-        torch.testing.assert_close(port.A.grad, module.lora_A["default"].weight.grad, atol=2e-6, rtol=1e-4)
-        torch.testing.assert_close(port.B.grad, module.lora_B["default"].weight.grad, atol=2e-6, rtol=1e-4)
+    for hook, module in pairs:
+        torch.testing.assert_close(hook.A.grad, module.lora_A["default"].weight.grad, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(hook.B.grad, module.lora_B["default"].weight.grad, atol=2e-6, rtol=1e-4)
 
 
 def test_held_out_answers_belong_to_their_rows_and_training_answers_to_the_process() -> None:

@@ -144,16 +144,16 @@ def test_loss_and_gradients_equal_trl(options: dict, config: dict, tmp_path: Any
     stack = Stack([Lora(name="lora", r=4, alpha=8.0)])
     stack.attach(model)
     fill(model)
-    from llmrecipe.models.hooks.port import all_ports
+    from llmrecipe.models.hooks.hook import all_hooks
 
-    ports = {path: port for path, _, _, port in all_ports(model)}
+    hooks = {path: hook for path, _, _, hook in all_hooks(model)}
     pairs = []
     for name, module in theirs.model.named_modules():
         if hasattr(module, "lora_A"):
-            port = ports[name.removeprefix("base_model.model.")]
-            module.lora_A["default"].weight.data.copy_(port.A.data)
-            module.lora_B["default"].weight.data.copy_(port.B.data)
-            pairs.append((port, module))
+            hook = hooks[name.removeprefix("base_model.model.")]
+            module.lora_A["default"].weight.data.copy_(hook.A.data)
+            module.lora_B["default"].weight.data.copy_(hook.B.data)
+            pairs.append((hook, module))
     loss_theirs = theirs.compute_loss(theirs.model, trl_batch(ROWS))
     loss_theirs.backward()
     roles = roles_for(model, stack)
@@ -163,6 +163,6 @@ def test_loss_and_gradients_equal_trl(options: dict, config: dict, tmp_path: Any
     ours.backward()
     torch.testing.assert_close(ours, loss_theirs, atol=1e-6, rtol=1e-5)
     assert pairs
-    for port, module in pairs:
-        torch.testing.assert_close(port.A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(port.B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
+    for hook, module in pairs:
+        torch.testing.assert_close(hook.A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(hook.B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)

@@ -200,10 +200,10 @@ def test_a_reward_adapter_lies_beside_a_policy_on_one_base(tmp_path: Path) -> No
 
 
 def fill_only(model: nn.Module, owner: str) -> None:
-    from llmrecipe.models.hooks.port import all_ports
+    from llmrecipe.models.hooks.hook import all_hooks
 
-    for _, _, _, port in all_ports(model, owner):
-        for parameter in port.parameters():
+    for _, _, _, hook in all_hooks(model, owner):
+        for parameter in hook.parameters():
             parameter.data = torch.randn_like(parameter) * 0.2
 
 
@@ -273,9 +273,9 @@ def test_loss_scores_and_gradients_equal_the_reference_trainer(case: str, tmp_pa
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-5)
     loss.backward()
     wanted.backward()
-    for port, module in pairs:
-        torch.testing.assert_close(port.A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(port.B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
+    for hook, module in pairs:
+        torch.testing.assert_close(hook.A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(hook.B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
     saved = theirs.model.base_model.model.score
     trained = saved.modules_to_save["default"].weight
     torch.testing.assert_close(model.task_head["reward"].weight.grad, trained.grad, atol=1e-6, rtol=1e-4)

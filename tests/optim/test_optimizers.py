@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from llmrecipe.core import registry
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
 from llmrecipe.methods._base.method import ParamGroup
-from llmrecipe.models.hooks.port import DELTA, Port, inject
+from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 
 KINDS = registry.names("optim")
 PAGED = [kind for kind in KINDS if kind.startswith("paged")]
 
 
-class LowRank(Port):
+class LowRank(Hook):
     order = DELTA
 
     def __init__(self, width_in: int, width_out: int, r: int):
@@ -71,7 +71,7 @@ def test_table_of_a_fully_trained_model():
 
 def test_table_of_an_adapter_has_no_decay_unless_asked():
     model = Tiny().requires_grad_(False)
-    inject(model.up, "lora", LowRank(8, 80, 2), "lora")
+    add_hook(model.up, "lora", LowRank(8, 80, 2), "lora")
     names = ("up.lora.A", "up.lora.B", "up.lora.gate")
     assert table(parameter_groups(model, make(lr=1e-3, weight_decay=0.1))) == [("adapter", 1e-3, 0.0, names)]
     asked = parameter_groups(model, make(lr=1e-3, weight_decay=0.1, decay_adapters=True))
@@ -80,7 +80,7 @@ def test_table_of_an_adapter_has_no_decay_unless_asked():
 
 def test_what_a_method_asks_for_wins():
     model = Tiny().requires_grad_(False)
-    inject(model.up, "lora", LowRank(8, 80, 2), "lora")
+    add_hook(model.up, "lora", LowRank(8, 80, 2), "lora")
     asked = [ParamGroup(frozenset({"up.lora.B"}), lr_scale=16.0), ParamGroup(frozenset({"up.lora.A"}), weight_decay=0.3)]
     assert table(parameter_groups(model, make(lr=1e-3), asked)) == [
         ("adapter", 1e-3, 0.3, ("up.lora.A",)),

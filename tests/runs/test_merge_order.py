@@ -11,7 +11,7 @@ from llmrecipe.core import registry
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.open_model import Opened, merge_mounted, merge_order
@@ -48,7 +48,7 @@ def test_two_methods_fold_exactly(first: str, second: str) -> None:
     wanted = outputs(subject)
     opened = Opened(subject.model, None, ModelSection(path="tiny"), mounted=list(subject.stack))
     merge_mounted(opened)
-    assert not list(all_ports(subject.model))
+    assert not list(all_hooks(subject.model))
     torch.testing.assert_close(outputs(subject), wanted, atol=2e-4, rtol=1e-3)
 
 

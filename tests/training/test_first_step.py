@@ -15,7 +15,7 @@ from llmrecipe.core.errors import RunError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import Port, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.training import first_step
 from tests.runtime.test_processes import start
 from tests.trainings import events, learned, train_recipe
@@ -31,7 +31,7 @@ SHORT = (
 )
 
 
-class Spare(Port):
+class Spare(Hook):
     """y -> y, or y + w where it is told to use its tensor."""
 
     def __init__(self, uses: Any = lambda: False) -> None:
@@ -44,13 +44,13 @@ class Spare(Port):
         return y + self.w if torch.is_grad_enabled() and self.uses() else y
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, host: Any, port: Any) -> None:
-    """LoRA with one more port of its own."""
+def plant(monkeypatch: pytest.MonkeyPatch, host: Any, hook: Any) -> None:
+    """LoRA with one more hook of its own."""
     original = Lora.attach
 
     def attach(self: Lora, model: nn.Module, structure: Any = None) -> None:
         original(self, model, structure)
-        inject(host(model), "lora__spare", port(), self.name)
+        add_hook(host(model), "lora__spare", hook(), self.name)
 
     monkeypatch.setattr(Lora, "attach", attach)
 
@@ -171,7 +171,7 @@ def test_a_skipped_step_and_a_rule_without_gradients_prove_nothing() -> None:
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 WORKER = """
-from llmrecipe.models.hooks.port import Port, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.core.errors import UserError
 from tests.trainings import train_recipe
@@ -180,7 +180,7 @@ case, steps, calls, original = sys.argv[2], sys.argv[3], [], Lora.attach
 rank = int(os.environ["RANK"])
 
 
-class Spare(Port):
+class Spare(Hook):
     # Only the first process reads it, in the first of its micro-batches.
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ class Spare(Port):
 
 def attach(self, model, structure=None):
     original(self, model, structure)
-    inject(model.base_model.layers[0], "lora__spare", Spare(), self.name)
+    add_hook(model.base_model.layers[0], "lora__spare", Spare(), self.name)
 
 
 Lora.attach = attach

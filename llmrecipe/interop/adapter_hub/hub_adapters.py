@@ -23,7 +23,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.additive._engines.bottleneck import Bottleneck, Sublayer
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.runs.delta import Layer
 from llmrecipe.runs.open_model import Opened
@@ -74,7 +74,7 @@ def is_hub(folder: str | Path) -> bool:
 
 
 def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer, str, str]]:
-    """(sublayer, path of our port, stem of the library's names) of every place of a wrapper.
+    """(sublayer, path of our hook, stem of the library's names) of every place of a wrapper.
 
     Raises:
         ModelError: the library's names for this family are not known here.
@@ -145,24 +145,24 @@ def hub_files(opened: Opened) -> tuple[dict[str, Any], dict[str, Tensor]]:
     model: Any = opened.model
     wrapper = _wrapper_of(opened)
     name = wrapper.name.split("_", 1)[1]
-    ports = {f"{path}.{key}": port for path, _, key, port in all_ports(model, wrapper.name) if isinstance(port, Bottleneck)}
+    hooks = {f"{path}.{key}": hook for path, _, key, hook in all_hooks(model, wrapper.name) if isinstance(hook, Bottleneck)}
     tensors: dict[str, Tensor] = {}
     widths: dict[int, int] = {}
     places = homes(model, wrapper)
     numbers = _numbers(model)
     for sub, home, stem in places:
-        port = ports.get(home)
-        if port is None:
+        hook = hooks.get(home)
+        if hook is None:
             continue
-        scale = 1.0 if port.scale is None else port.scale.float()
-        up = port.up.float() * (scale if isinstance(scale, float) else scale.view(-1, 1))
-        zeros = (port.down.new_zeros(port.down.shape[0]), port.up.new_zeros(port.up.shape[0]))
+        scale = 1.0 if hook.scale is None else hook.scale.float()
+        up = hook.up.float() * (scale if isinstance(scale, float) else scale.view(-1, 1))
+        zeros = (hook.down.new_zeros(hook.down.shape[0]), hook.up.new_zeros(hook.up.shape[0]))
         down_bias, up_bias = (
-            b if b is not None else zero for b, zero in zip((port.down_bias, port.up_bias), zeros, strict=True)
+            b if b is not None else zero for b, zero in zip((hook.down_bias, hook.up_bias), zeros, strict=True)
         )
-        values = (port.down, down_bias, up, up_bias * scale)
+        values = (hook.down, down_bias, up, up_bias * scale)
         tensors |= {f"{stem}.adapters.{name}.{leaf}": v.float() for leaf, v in zip(LEAVES, values, strict=False)}
-        widths[numbers[sub.side, sub.layer]] = port.down.shape[0]
+        widths[numbers[sub.side, sub.layer]] = hook.down.shape[0]
     width = anatomy(model).width
     usual = max(set(widths.values()), key=list(widths.values()).count)
     factors = {str(n): _factor(width, r) for n, r in widths.items() if r != usual}

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from llmrecipe.interop.peft.layout import PREFIX, Adapter
 from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.site_finder import widths
 
 
 @torch.no_grad()
 def adalora_adapter(wrapper: Adalora, model: nn.Module) -> Adapter | None:
     """Return an AdaLoRA folder with its rank pattern; None where two parts of one fused layer are adapted."""
-    ports = [(path, module, port) for path, module, _, port in all_ports(model, wrapper.name) if isinstance(port, SvdLowRank)]
-    if len({path for path, _, _ in ports}) < len(ports):
+    hooks = [(path, module, hook) for path, module, _, hook in all_hooks(model, wrapper.name) if isinstance(hook, SvdLowRank)]
+    if len({path for path, _, _ in hooks}) < len(hooks):
         return None
     total, first, last = wrapper.phases(model)
     config: dict[str, Any] = {
         "peft_type": "ADALORA",
-        "target_modules": sorted(path for path, _, _ in ports),
+        "target_modules": sorted(path for path, _, _ in hooks),
         "init_r": wrapper.init_r,
         "target_r": wrapper.target_r,
         "lora_alpha": int(wrapper.alpha) if wrapper.alpha == int(wrapper.alpha) else wrapper.alpha,
@@ -38,23 +38,23 @@ def adalora_adapter(wrapper: Adalora, model: nn.Module) -> Adapter | None:
         "beta2": wrapper.beta2,
         "orth_reg_weight": wrapper.orth_reg_weight,
         "total_step": total,
-        "rank_pattern": {f"{path}.lora_E": _pattern(port, wrapper.init_r) for path, _, port in ports},
+        "rank_pattern": {f"{path}.lora_E": _pattern(hook, wrapper.init_r) for path, _, hook in hooks},
         "inference_mode": True,
     }
     tensors: dict[str, Tensor] = {}
-    for path, module, port in ports:
-        B = port.B.detach()[:, port.kept]
-        if port.rows is not None:
-            B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
+    for path, module, hook in hooks:
+        B = hook.B.detach()[:, hook.kept]
+        if hook.rows is not None:
+            B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, hook.rows, B)
         home = PREFIX + path
         tensors |= {
-            f"{home}.lora_A": port.A.detach()[port.kept],
+            f"{home}.lora_A": hook.A.detach()[hook.kept],
             f"{home}.lora_B": B,
-            f"{home}.lora_E": port.E.detach()[port.kept],
+            f"{home}.lora_E": hook.E.detach()[hook.kept],
         }
     return Adapter(config, tensors)
 
 
-def _pattern(port: SvdLowRank, init_r: int) -> list[bool]:
+def _pattern(hook: SvdLowRank, init_r: int) -> list[bool]:
     """Kept triplets among the first `init_r`; of a pruned module only their number is known, and PEFT reads no more."""
-    return [*port.kept.tolist(), *[False] * (init_r - len(port.kept))]
+    return [*hook.kept.tolist(), *[False] * (init_r - len(hook.kept))]

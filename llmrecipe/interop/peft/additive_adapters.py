@@ -19,7 +19,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.peft.layout import PREFIX, Adapter
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site import Site
 from llmrecipe.models.site_finder import widths
@@ -36,16 +36,16 @@ def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
 
     vectors: dict[str, Tensor] = {}
     inner: set[str] = set()
-    for path, module, _, port in all_ports(model, wrapper.name):
-        if not isinstance(port, ScaleInput | ScaleOutput) or port.l.shape[0] != 1:
+    for path, module, _, hook in all_hooks(model, wrapper.name):
+        if not isinstance(hook, ScaleInput | ScaleOutput) or hook.l.shape[0] != 1:
             return None
-        own = port.l.detach()[0]
-        if isinstance(port, ScaleInput):
+        own = hook.l.detach()[0]
+        if isinstance(hook, ScaleInput):
             inner.add(path)
             vectors[path] = own[None]
             continue
         full = vectors.setdefault(path, own.new_ones(widths(module, 0)[1], 1))
-        rows = torch.arange(len(full), device=full.device) if port.rows is None else port.rows
+        rows = torch.arange(len(full), device=full.device) if hook.rows is None else hook.rows
         full[rows] *= own[:, None]
     config = {
         "peft_type": "IA3",
@@ -65,16 +65,16 @@ def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
     tables = prefix_kv.tables_of(model, wrapper.name)
     if parts.encoder_decoder or len(tables) != 1 or list(tables[0].tables) != ["attn"]:
         return None
-    port: Any = tables[0]
-    table: Any = port.tables["attn"]
-    if len(table.shapes) != parts.layers or hasattr(table, "gate") or not (port.shift or parts.rope):
+    hook: Any = tables[0]
+    table: Any = hook.tables["attn"]
+    if len(table.shapes) != parts.layers or hasattr(table, "gate") or not (hook.shift or parts.rope):
         return None
     with torch.no_grad():
         columns = table.cut(table.table())
-        if not port.shift:
-            columns = [(_turned(model, key, port.slots), value) for key, value in columns]
+        if not hook.shift:
+            columns = [(_turned(model, key, hook.slots), value) for key, value in columns]
         flat = table.join(columns)
-    config = _prompt_config(model, "PREFIX_TUNING", port.slots)
+    config = _prompt_config(model, "PREFIX_TUNING", hook.slots)
     config |= {"prefix_projection": False, "encoder_hidden_size": None, "token_dim": parts.kv_heads * parts.head_dim}
     config["num_attention_heads"] = parts.kv_heads
     return Adapter(config, {PROMPT: flat.detach()})

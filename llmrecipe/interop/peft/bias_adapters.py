@@ -18,7 +18,7 @@ from llmrecipe.interop.peft.layout import PREFIX, Adapter
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._engines.biases import BiasMaster
 from llmrecipe.methods.selective.bitfit import TERMS
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.runs.delta import Layer, build_wrapper
 
@@ -31,9 +31,9 @@ def bias_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     """Biases of linear layers, or of LayerNorms, by module; None where PEFT has no place for one, or for both in one folder."""
     biases: dict[str, Tensor] = {}
     hosts: dict[str, Any] = {}
-    for path, module, _, port in all_ports(model, wrapper.name):
-        owned: Any = port
-        if owned.rows is not None or (isinstance(port, BiasMaster) and port.tensor != "bias"):
+    for path, module, _, hook in all_hooks(model, wrapper.name):
+        owned: Any = hook
+        if owned.rows is not None or (isinstance(hook, BiasMaster) and hook.tensor != "bias"):
             return None
         hosts[path] = module
         biases[path] = owned.bias.detach().float()

@@ -27,7 +27,7 @@ from llmrecipe.methods._engines.loftq_codes import Requantized
 from llmrecipe.methods._engines.low_rank import LowRank, LowRankEmbedding, LowRankExperts, LowRankTiedHead
 from llmrecipe.methods.reparameterized.dora import Magnitude
 from llmrecipe.models.checkpoint_path import locate
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.site_finder import widths
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta
@@ -182,19 +182,19 @@ def branches_of(opened: Opened) -> list[Branch]:
     Raises:
         ModelError: something mounted is not a low-rank change of a weight, or of one in other codes than the base's.
     """
-    chosen = next((port.owner for _, _, _, port in all_ports(opened.model) if isinstance(port, Requantized)), None)
+    chosen = next((hook.owner for _, _, _, hook in all_hooks(opened.model) if isinstance(hook, Requantized)), None)
     if chosen is not None:
         raise ModelError(
             f"export --to peft: '{chosen.split('_', 1)[1]}' stands on 4-bit codes chosen together with it (loftq_iter), and a "
             "PEFT folder has no place for them; use --to merged"
         )
     branches: list[Branch] = []
-    beside = any(branch_of(path, module, port) is not None for path, module, _, port in all_ports(opened.model))
+    beside = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(opened.model))
     for wrapper in opened.mounted:
-        own = [(path, module, port) for path, module, _, port in all_ports(opened.model, wrapper.name)]
-        ports = [place for place in own if not isinstance(place[2], BiasMaster)]
-        found = [branch for place in ports if (branch := branch_of(*place)) is not None]
-        if len(found) < len(ports) or not (found or (beside and own)):
+        own = [(path, module, hook) for path, module, _, hook in all_hooks(opened.model, wrapper.name)]
+        hooks = [place for place in own if not isinstance(place[2], BiasMaster)]
+        found = [branch for place in hooks if (branch := branch_of(*place)) is not None]
+        if len(found) < len(hooks) or not (found or (beside and own)):
             name = wrapper.name.split("_", 1)[1]
             others = len(opened.mounted) > 1 and native_adapter(wrapper, opened.model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
@@ -210,31 +210,31 @@ def branches_of(opened: Opened) -> list[Branch]:
 def trained_biases(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> value of every bias of the base that trained, under all of its names."""
     values: dict[int, Tensor] = {}
-    for _, module, _, port in masters(model):
-        own: Any = getattr(module, port.tensor)
-        values[id(own)] = port.weight(values.get(id(own), low_rank.wide(own)))
+    for _, module, _, hook in masters(model):
+        own: Any = getattr(module, hook.tensor)
+        values[id(own)] = hook.weight(values.get(id(own), low_rank.wide(own)))
     return {name: values[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in values}
 
 
-def branch_of(path: str, module: nn.Module, port: nn.Module) -> Branch | None:
-    """A port as a low-rank change of its host's weight; None where it is something else."""
-    if isinstance(port, LowRank):
-        A, B, scale = port.factors()
-        bias = None if port.bias is None else port.bias.detach()
-        if port.rows is not None:
-            B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, port.rows, B)
-            bias = None if bias is None else bias.new_zeros(B.shape[0]).index_copy(0, port.rows, bias)
-        return Branch(path, "linear", A, B, scale, "", port.vector(), bias)
-    if isinstance(port, Magnitude):
-        A, B, m = port.branch()
-        return Branch(path, "embedding" if port.embeds else "linear", A, B, 1.0, "", m)
-    if isinstance(port, LowRankTiedHead):
-        pair = port.pair[0]
+def branch_of(path: str, module: nn.Module, hook: nn.Module) -> Branch | None:
+    """A hook as a low-rank change of its host's weight; None where it is something else."""
+    if isinstance(hook, LowRank):
+        A, B, scale = hook.factors()
+        bias = None if hook.bias is None else hook.bias.detach()
+        if hook.rows is not None:
+            B = B.new_zeros(widths(module, 0)[1], B.shape[1]).index_copy(0, hook.rows, B)
+            bias = None if bias is None else bias.new_zeros(B.shape[0]).index_copy(0, hook.rows, bias)
+        return Branch(path, "linear", A, B, scale, "", hook.vector(), bias)
+    if isinstance(hook, Magnitude):
+        A, B, m = hook.branch()
+        return Branch(path, "embedding" if hook.embeds else "linear", A, B, 1.0, "", m)
+    if isinstance(hook, LowRankTiedHead):
+        pair = hook.pair[0]
         return Branch(path, "linear", pair.B.detach().t(), pair.A.detach().t(), pair.scale)
-    if isinstance(port, LowRankEmbedding):
-        return Branch(path, "embedding", port.A.detach(), port.B.detach(), port.scale, "", port.vector())
-    if isinstance(port, LowRankExperts):
-        return Branch(path, "experts", port.A.detach(), port.B.detach(), port.scale, port.tensor)
+    if isinstance(hook, LowRankEmbedding):
+        return Branch(path, "embedding", hook.A.detach(), hook.B.detach(), hook.scale, "", hook.vector())
+    if isinstance(hook, LowRankExperts):
+        return Branch(path, "experts", hook.A.detach(), hook.B.detach(), hook.scale, hook.tensor)
     return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models import vocabulary
-from llmrecipe.models.hooks.port import all_ports, eject
+from llmrecipe.models.hooks.hook import all_hooks, remove_hook
 from llmrecipe.runs.open_model import Opened
 
 PROMPT_FILE = "prompt.json"
@@ -91,8 +91,8 @@ def take(opened: Opened, wrapper: Any) -> Tensor:
     They are in the space of the embedding's output, so a family's scale inside the embedding is divided out.
     """
     rows = wrapper.as_tokens(opened.model)
-    for _, module, name, _ in list(all_ports(opened.model, wrapper.name)):
-        eject(module, name)
+    for _, module, name, _ in list(all_hooks(opened.model, wrapper.name)):
+        remove_hook(module, name)
     opened.mounted.remove(wrapper)
     scale: Any = getattr(opened.model.get_input_embeddings(), "embed_scale", 1.0)
     return rows / float(scale)

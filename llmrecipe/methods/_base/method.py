@@ -89,13 +89,13 @@ class Wrapper:
     """Kinds that must be in the stack too."""
     conflicts: ClassVar[dict[str, str]] = {}
     """Kind -> the one-line reason why it cannot share a stack with this one."""
-    hooks: ClassVar[tuple[str, ...]] = ()
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ()
     """Lifecycle hooks the method depends on; the run stops when one has not fired by the end of step 1."""
 
     name: str = ""
     """Its key in the stack; owns every tensor called `....<name>....`."""
     role: str = ""
-    """The one role its ports serve (`value`, `reward`); empty for the policy's own methods, which serve all but `reference`."""
+    """The one role its hooks serve (`value`, `reward`); empty for the policy's own methods, which serve all but `reference`."""
 
     def expand(self, model: nn.Module) -> list[Wrapper]:
         """The wrappers this one stands for; a hybrid returns others, with placements and gates."""
@@ -106,7 +106,7 @@ class Wrapper:
         return {}
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Inject modules at sites and open parameters.
+        """Add modules at sites and open parameters.
 
         Args:
             structure: what `structure()` returned when a delta was saved (ranks, masks); None for a fresh start.
@@ -188,17 +188,17 @@ class Wrapper:
         return set()
 
     def may_skip(self, name: str) -> bool:
-        """Whether the first step may leave this port or trained tensor of its own unused; the run stops for any other.
+        """Whether the first step may leave this hook or trained tensor of its own unused; the run stops for any other.
 
         For tensors whose turn comes by chance or later: experts without a token, ranks or sub-networks that were not drawn.
 
         Args:
-            name: full name of a parameter, or of a port (its host's path and its own name).
+            name: full name of a parameter, or of a hook (its host's path and its own name).
         """
         return False
 
     def merge(self, model: nn.Module) -> None:
-        """Fold the method into the base weights and take its ports out.
+        """Fold the method into the base weights and take its hooks out.
 
         Raises:
             ModelError: the method cannot be folded (see `mergeable`).
@@ -213,7 +213,7 @@ class Wrapper:
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
-        from llmrecipe.models.hooks.port import own_tensors
+        from llmrecipe.models.hooks.hook import own_tensors
 
         names = set(own_tensors(model, self.name)) | self.opened(model)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -241,7 +241,7 @@ class Wrapper:
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """(what, how many parameters) lines shown at start: its own tensors that train."""
-        from llmrecipe.models.hooks.port import own_tensors
+        from llmrecipe.models.hooks.hook import own_tensors
 
         parameters, frozen = dict(model.named_parameters()), self.frozen(model)
         for name in own_tensors(model, self.name):

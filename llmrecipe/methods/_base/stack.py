@@ -16,7 +16,7 @@ from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.fp32_master import raise_to_master
-from llmrecipe.models.hooks.port import all_ports, own_tensors
+from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.task_heads import is_head
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class Stack:
             with _named(wrapper):
                 wrapper.attach(model, (structures or {}).get(wrapper.name))
             if wrapper.role:
-                for _, _, _, port in all_ports(model, wrapper.name):
-                    port.roles = frozenset({wrapper.role})
+                for _, _, _, hook in all_hooks(model, wrapper.name):
+                    hook.roles = frozenset({wrapper.role})
         self.set_trainable(model)
 
     def set_trainable(self, model: nn.Module) -> None:
@@ -152,7 +152,7 @@ class Stack:
 
     def unfired(self) -> list[str]:
         """`name.hook` for declared hooks that have not fired; the run stops on any after step 1."""
-        return [f"{w.name}.{hook}" for w in self.wrappers for hook in w.hooks if not self.fired[f"{w.name}.{hook}"]]
+        return [f"{w.name}.{hook}" for w in self.wrappers for hook in w.lifecycle_hooks if not self.fired[f"{w.name}.{hook}"]]
 
     def _mark(self, wrapper: Wrapper, hook: str) -> None:
         self.fired[f"{wrapper.name}.{hook}"] += 1
@@ -191,7 +191,7 @@ class Stack:
     # --- the policy of step 0 -------------------------------------------------------------------------------------
 
     def reference_is_off(self) -> bool:
-        """Whether switching every port off gives the policy of step 0: all ports start as identity and nothing else trains."""
+        """Whether switching every hook off gives the policy of step 0: all hooks start as identity and nothing else trains."""
         injected = [w for w in self.wrappers if w.stage is Stage.INJECT]
         others = [w for w in self.wrappers if w.stage is Stage.SELECT]
         return bool(injected) and not others and all(w.starts_at_base() for w in injected)
@@ -219,7 +219,7 @@ class Stack:
 
     @contextlib.contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model computes as the policy of step 0 did: ports off, or the remembered tensors swapped in."""
+        """Inside, the model computes as the policy of step 0 did: hooks off, or the remembered tensors swapped in."""
         if self.snapshot is None:
             with activate(dataclasses.replace(current(), role="reference")):
                 yield

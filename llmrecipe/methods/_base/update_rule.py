@@ -35,7 +35,7 @@ class Processes(Protocol):
         """Return a context in which gradients are reduced over processes only for the last micro-batch."""
 
 
-class Hooks(Protocol):
+class LifecycleHooks(Protocol):
     """What a rule asks of the stack."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
@@ -66,7 +66,7 @@ class StepContext:
     folder: Path
     """The run's directory, for a rule's own files."""
     model: nn.Module
-    stack: Hooks
+    stack: LifecycleHooks
     optimizer: Any
     """The torch optimizer; None where the rule brings its own."""
     objective: Any

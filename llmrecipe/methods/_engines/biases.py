@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, ports_of
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
 
 
-class BiasMaster(Port):
+class BiasMaster(Hook):
     """A trained float32 copy of a bias, or of some of its elements, used in its place for the length of a call."""
 
-    # Below every other weight port (selections -1, scoring -2), which see and change the trained bias.
+    # Below every other weight hook (selections -1, scoring -2), which see and change the trained bias.
     order = -3
     tensor = "bias"
 
@@ -52,7 +52,7 @@ def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, s
     """
     from llmrecipe.models.task_heads import is_head
 
-    inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
+    inside = {id(m) for _, _, _, hook in all_hooks(model) for m in hook.modules()}
     skipped = None if pooler else pooler_of(model)
     owners: dict[int, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
@@ -75,7 +75,7 @@ def train_bias(module: nn.Module, name: str, owner: str, rows: Tensor | None = N
     """Put a master over a bias, from the value the module computes with now: the base's, or what a run below trained.
 
     Args:
-        name: the port's child name.
+        name: the hook's child name.
         rows: elements that train; None for all.
 
     Raises:
@@ -83,12 +83,12 @@ def train_bias(module: nn.Module, name: str, owner: str, rows: Tensor | None = N
     """
     value = getattr(module, tensor)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    for port in ports_of(module, "weight", active=True):
-        if isinstance(port, BiasMaster) and port.tensor == tensor and port.owner != owner:
-            if not port.mounted:
-                raise ModelError(f"stack.{owner}: stack.{port.owner} trains the same biases; let one of the two train them")
-            value = port.weight(value)
-    inject(module, name, BiasMaster(value, rows, tensor), owner)
+    for hook in hooks_of(module, "weight", active=True):
+        if isinstance(hook, BiasMaster) and hook.tensor == tensor and hook.owner != owner:
+            if not hook.mounted:
+                raise ModelError(f"stack.{owner}: stack.{hook.owner} trains the same biases; let one of the two train them")
+            value = hook.weight(value)
+    add_hook(module, name, BiasMaster(value, rows, tensor), owner)
 
 
 def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: list[Site], instead: str = "") -> None:
@@ -101,7 +101,7 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
     Raises:
         ModelError: there are none, or another wrapper of the stack trains one of them.
     """
-    from llmrecipe.models.hooks.port import row_index
+    from llmrecipe.models.hooks.hook import row_index
 
     if which == "none":
         return
@@ -118,16 +118,16 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
 
 
 def masters(model: nn.Module) -> list[tuple[str, nn.Module, str, BiasMaster]]:
-    """(module path, module, port name, port) of every master, in stack order at each module."""
-    return [(*place, port) for *place, port in all_ports(model) if isinstance(port, BiasMaster)]
+    """(module path, module, hook name, hook) of every master, in stack order at each module."""
+    return [(*place, hook) for *place, hook in all_hooks(model) if isinstance(hook, BiasMaster)]
 
 
 @torch.no_grad()
 def settle_biases(model: nn.Module) -> None:
     """Have every bias hold what was trained in its place, before anything is added to it."""
-    for _, module, name, port in masters(model):
-        port.merge(module)
-        eject(module, name)
+    for _, module, name, hook in masters(model):
+        hook.merge(module)
+        remove_hook(module, name)
 
 
 def shifted(y: Tensor, vector: Tensor, rows: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from llmrecipe.methods._engines.low_rank import LowRank, is_transposed, wide
 from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
-from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, ports_of
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.method import Probe
@@ -36,11 +36,11 @@ class Place:
     path: str
     module: nn.Module
     name: str
-    port: LowRank
+    hook: LowRank
 
     def rows(self, matrix: Tensor) -> Tensor:
         """The rows of a matrix (out, in) of the whole layer that this branch adds to."""
-        return matrix if self.port.rows is None else matrix[self.port.rows]
+        return matrix if self.hook.rows is None else matrix[self.hook.rows]
 
     def weight(self) -> Tensor:
         """(rows, in) float32 weight, as the layer computes with it."""
@@ -49,7 +49,7 @@ class Place:
 
 def places_of(model: nn.Module, owner: str) -> list[Place]:
     """Every branch of a wrapper, in model order."""
-    return [Place(path, m, name, port) for path, m, name, port in all_ports(model, owner) if isinstance(port, LowRank)]
+    return [Place(path, m, name, hook) for path, m, name, hook in all_hooks(model, owner) if isinstance(hook, LowRank)]
 
 
 def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, rho: float, iterations: int) -> None:
@@ -93,28 +93,28 @@ def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> No
         codes = getattr(module, f"{owner}__codes", None)
         if isinstance(codes, Requantized):
             _stands_alone(path, module, owner)
-        exact = wide(dense_weight(original.get_submodule(path))).to(branches[0].port.A.device)
+        exact = wide(dense_weight(original.get_submodule(path))).to(branches[0].hook.A.device)
         for iteration in range(iterations):
             if iteration and isinstance(codes, Requantized):
                 codes.quantize(exact - _change(branches, exact))
             lost = exact - stored_weight(module, torch.float32).to(exact)
             for place in branches:
-                A, B = initialization.leading(place.rows(lost), place.port)
-                place.port.A.copy_(A)
-                place.port.B.copy_(B)
+                A, B = initialization.leading(place.rows(lost), place.hook)
+                place.hook.A.copy_(A)
+                place.hook.B.copy_(B)
 
 
 def _change(branches: list[Place], weight: Tensor) -> Tensor:
     """(out, in) s B A of all branches of a layer, each at its rows."""
     total = torch.zeros_like(weight)
     for place in branches:
-        rows = slice(None) if place.port.rows is None else place.port.rows
-        total[rows] += place.port.product().to(weight)
+        rows = slice(None) if place.hook.rows is None else place.hook.rows
+        total[rows] += place.hook.product().to(weight)
     return total
 
 
 def _stands_alone(path: str, module: nn.Module, owner: str) -> None:
-    other = next((p.owner for p in ports_of(module) if hasattr(p, "weight_rows") and not p.mounted), None)
+    other = next((p.owner for p in hooks_of(module) if hasattr(p, "weight_rows") and not p.mounted), None)
     if other is not None:
         raise ModelError(
             f"stack.{owner}.loftq_iter: it chooses other codes for {path}, and stack.{other} takes its start from those of the "
@@ -133,7 +133,7 @@ def _lora_ga(model: nn.Module, places: list[Place], probe: Probe, batches: int) 
         name = names[id(place.module.weight)]
         gradient = totals[name].reshape(weights[name].shape) / batches
         gradient = place.rows(gradient.t() if is_transposed(place.module) else gradient)
-        place.port.start_at(*initialization.from_gradient(gradient, place.port.A.shape[0]))
+        place.hook.start_at(*initialization.from_gradient(gradient, place.hook.A.shape[0]))
 
 
 def _corda(model: nn.Module, places: list[Place], probe: Probe, rows: int, init: str) -> None:
@@ -142,7 +142,7 @@ def _corda(model: nn.Module, places: list[Place], probe: Probe, rows: int, init:
     for place in places:
         found = moments[id(place.module)]
         covariance = double(found.gram / found.calls)
-        place.port.start_at(*initialization.from_covariance(place.weight(), covariance, place.port, last=init == "corda_kpm"))
+        place.hook.start_at(*initialization.from_covariance(place.weight(), covariance, place.hook, last=init == "corda_kpm"))
 
 
 def _eva(model: nn.Module, places: list[Place], probe: Probe, batches: int, rho: float) -> None:
@@ -151,17 +151,17 @@ def _eva(model: nn.Module, places: list[Place], probe: Probe, batches: int, rho:
     directions, shares = [], []
     for place in places:
         found = moments[id(place.module)]
-        most = round(place.port.A.shape[0] * rho)
+        most = round(place.hook.A.shape[0] * rho)
         axes, share = initialization.principal(found.count, double(found.total), double(found.gram), most)
         directions.append(axes)
         shares.append(share)
-    ranks = initialization.distribute(shares, sum(place.port.A.shape[0] for place in places))
+    ranks = initialization.distribute(shares, sum(place.hook.A.shape[0] for place in places))
     for place, axes, r in zip(places, directions, ranks, strict=True):
         if r == 0:
-            eject(place.module, place.name)
+            remove_hook(place.module, place.name)
             continue
-        place.port.resize(r)
-        place.port.A.copy_(axes[:r])
+        place.hook.resize(r)
+        place.hook.A.copy_(axes[:r])
 
 
 def double(x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Moments:
         self.gram = probe.world.sum(double(self.gram)).to(self.gram)
 
 
-class Tap(Port):
+class Tap(Hook):
     """Shows a layer's inputs, padding left out, and changes nothing."""
 
     def __init__(self, see: Callable[[Tensor], None]):
@@ -217,11 +217,11 @@ def tapped(places: list[Place], see: Callable[[int, Tensor], None]) -> Iterator[
     taps = {path: Tap(lambda x, key=id(module): see(key, x)) for path, module in modules.items()}  # type: ignore[misc]
     try:
         for path, tap in taps.items():
-            inject(modules[path], OWNER, tap, OWNER)
+            add_hook(modules[path], OWNER, tap, OWNER)
         yield taps
     finally:
         for module in modules.values():
-            eject(module, OWNER)
+            remove_hook(module, OWNER)
 
 
 def inputs(

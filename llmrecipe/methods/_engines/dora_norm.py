@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.methods._engines.effective_weight import ports_under, state_below, weight_below
+from llmrecipe.methods._engines.effective_weight import hooks_under, state_below, weight_below
 
 INVERTIBLE = 2.0**-4
 """|g| from which on y - b still has the digits of v - b."""
@@ -53,7 +53,7 @@ class Rescaled(torch.autograd.Function):
 
 
 class Gain:
-    """What the DoRA ports share: the magnitude m, the norm it is divided by, and what is remembered of them for a step."""
+    """What the DoRA hooks share: the magnitude m, the norm it is divided by, and what is remembered of them for a step."""
 
     weightlike = True
     magnitude: nn.Parameter
@@ -65,14 +65,14 @@ class Gain:
     """(that state and those of the parameters, their norm, whether every g is apart from zero)."""
 
     def weight_rows(self) -> Tensor:
-        """(out, in) rows of the W this port stands on, as the layer and what lies below compute with them, float32 or wider."""
+        """(out, in) rows of the W this hook stands on, as the layer and what lies below compute with them, float32 or wider."""
         weight = weight_below(self.host[0], self)  # type: ignore[arg-type]
         rows = getattr(self, "rows", None)
         return weight if rows is None else weight[rows]
 
     def squares(self) -> Tensor:
-        """(out,) ||w||^2 of each row: a constant, unless a port below this one learns."""
-        if not self.detach_norm and ports_under(self.host[0], self):  # type: ignore[arg-type]
+        """(out,) ||w||^2 of each row: a constant, unless a hook below this one learns."""
+        if not self.detach_norm and hooks_under(self.host[0], self):  # type: ignore[arg-type]
             return self.weight_rows().square().sum(1)
         key = state_below(self.host[0], self)  # type: ignore[arg-type]
         if self.stood_on is None or self.stood_on[0] != key:
@@ -88,7 +88,7 @@ class Gain:
     def forget(self) -> None:
         """Drop the norm, which an optimizer may have changed through raw memory; ||w||^2 too where something below learns."""
         self.cached = None
-        if not all(p.mounted for p in ports_under(self.host[0], self)):  # type: ignore[arg-type]
+        if not all(p.mounted for p in hooks_under(self.host[0], self)):  # type: ignore[arg-type]
             self.stood_on = None
 
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:

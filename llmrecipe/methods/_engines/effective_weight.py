@@ -1,4 +1,4 @@
-"""The weight a port stands on: the host's, as the ports under it change it.
+"""The weight a hook stands on: the host's, as the hooks under it change it.
 
 A method that takes something from the rows of W, as DoRA takes their norm, must see the W whose products it is handed: below it
 may lie what an earlier run learned. That is read off the forward pass itself, by sending the identity through it once.
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from llmrecipe.methods._engines.loftq_codes import Requantized, stored_weight
 from llmrecipe.methods._engines.quantized import bits_of
-from llmrecipe.models.hooks.port import Port, forward_with, kind_of, plain_tensors, ports_of
+from llmrecipe.models.hooks.hook import Hook, forward_with, hooks_of, kind_of, plain_tensors
 
 
-def weight_below(module: nn.Module, port: Port) -> Tensor:
-    """(out, in) weight of a linear layer, or (D, V) of an embedding, float32 or wider, below a port it has or will get."""
-    under = ports_under(module, port)
+def weight_below(module: nn.Module, hook: Hook) -> Tensor:
+    """(out, in) weight of a linear layer, or (D, V) of an embedding, float32 or wider, below a hook it has or will get."""
+    under = hooks_under(module, hook)
     with plain_tensors(module):
         if isinstance(module, nn.Embedding):
             return _table(module, under).t()
@@ -31,39 +31,39 @@ def weight_below(module: nn.Module, port: Port) -> Tensor:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def state_below(module: nn.Module, port: Port) -> tuple[tuple[int, int], ...]:
-    """What changes when the host gets another weight, or a port under this one other tensors.
+def state_below(module: nn.Module, hook: Hook) -> tuple[tuple[int, int], ...]:
+    """What changes when the host gets another weight, or a hook under this one other tensors.
 
     Not when entries of the host's weight are trained in place, or a tensor is written through raw memory.
     """
     with plain_tensors(module):
         own: Any = module.weight
-    tensors = [t for p in ports_under(module, port) for t in (*p.parameters(), *p.buffers())]
+    tensors = [t for p in hooks_under(module, hook) for t in (*p.parameters(), *p.buffers())]
     return ((own.data_ptr(), 0), *((t.data_ptr(), t._version) for t in tensors))
 
 
-def ports_under(module: nn.Module, port: Port) -> list[Port]:
-    """The active ports of a module that change the outputs a port is handed, in stack order."""
+def hooks_under(module: nn.Module, hook: Hook) -> list[Hook]:
+    """The active hooks of a module that change the outputs a hook is handed, in stack order."""
     found = []
-    for other in ports_of(module, active=True):
-        if other is port:
+    for other in hooks_of(module, active=True):
+        if other is hook:
             break
-        if _apart(other, port):
+        if _apart(other, hook):
             continue
         kind = kind_of(other)
-        inside = kind == "around" or (kind == "after" == kind_of(port) and other.order <= port.order)
+        inside = kind == "wrap_forward" or (kind == "after" == kind_of(hook) and other.order <= hook.order)
         if (other.weightlike and inside) or (kind == "weight" and other.tensor == "weight"):
             found.append(other)
     return found
 
 
-def _apart(one: Port, other: Port) -> bool:
-    """Whether two ports stand on different rows of a fused layer."""
+def _apart(one: Hook, other: Hook) -> bool:
+    """Whether two hooks stand on different rows of a fused layer."""
     rows = [getattr(p, "rows", None) for p in (one, other)]
     return rows[0] is not None and rows[1] is not None and not bool(torch.isin(rows[0], rows[1]).any())
 
 
-def _products(module: nn.Module, under: list[Port]) -> Tensor:
+def _products(module: nn.Module, under: list[Hook]) -> Tensor:
     """W by its products with the unit vectors, the bias left out."""
     weight: Any = module.weight
     width = int(weight.shape[0] if type(module).__name__ == "Conv1D" else module.in_features)  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def _products(module: nn.Module, under: list[Port]) -> Tensor:
         return forward_with(module, under, torch.eye(width, dtype=dtype, device=weight.device)).t()
 
 
-def _table(module: nn.Embedding, under: list[Port]) -> Tensor:
+def _table(module: nn.Embedding, under: list[Hook]) -> Tensor:
     """(V, D) rows the tokens get, without the family's own factor."""
     weight = module.weight.detach()
     if not under:
@@ -84,17 +84,17 @@ def _table(module: nn.Embedding, under: list[Port]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_in_evaluation(module: nn.Module, under: list[Port]) -> Iterator[None]:
+def _as_in_evaluation(module: nn.Module, under: list[Hook]) -> Iterator[None]:
     """No dropout, and a bias of zeros."""
     training, bias = [p.training for p in under], module._parameters.get("bias")
     try:
-        for port in under:
-            port.eval()
+        for hook in under:
+            hook.eval()
         if bias is not None:
             module._parameters["bias"] = torch.zeros_like(bias)  # type: ignore[assignment]
         yield
     finally:
-        for port, mode in zip(under, training, strict=True):
-            port.train(mode)
+        for hook, mode in zip(under, training, strict=True):
+            hook.train(mode)
         if bias is not None:
             module._parameters["bias"] = bias

@@ -70,46 +70,46 @@ def check(site: Site, init: str, r: int) -> None:
 
 
 @torch.no_grad()
-def start(port: nn.Module, init: str, module: nn.Module) -> None:
-    """Start values of a port; those of `FROM_DATA` follow with the data, until then they are the default's.
+def start(hook: nn.Module, init: str, module: nn.Module) -> None:
+    """Start values of a hook; those of `FROM_DATA` follow with the data, until then they are the default's.
 
     Raises:
         ModelError: orthogonal with an odd rank, or a start from the weight, which is quantized.
     """
-    low_rank.initialise(port)  # type: ignore[arg-type]
-    if init == "gaussian" and isinstance(port, LowRank | LowRankExperts):
-        nn.init.normal_(port.A, std=1.0 / port.A.shape[-2])
-    elif init == "mica" and isinstance(port, LowRank | LowRankEmbedding):
-        port.A.zero_()
-        port.B.copy_(minor(weight_of(port, module, init), port.A.shape[0]))
-    elif not isinstance(port, LowRank):
+    low_rank.initialise(hook)  # type: ignore[arg-type]
+    if init == "gaussian" and isinstance(hook, LowRank | LowRankExperts):
+        nn.init.normal_(hook.A, std=1.0 / hook.A.shape[-2])
+    elif init == "mica" and isinstance(hook, LowRank | LowRankEmbedding):
+        hook.A.zero_()
+        hook.B.copy_(minor(weight_of(hook, module, init), hook.A.shape[0]))
+    elif not isinstance(hook, LowRank):
         return
     elif init == "orthogonal":
-        _orthogonal(port)
+        _orthogonal(hook)
     elif init == "olora":
-        q, upper = torch.linalg.qr(weight_of(port, module, init))
-        r = port.A.shape[0]
-        port.start_at(upper[:r], q[:, :r])
+        q, upper = torch.linalg.qr(weight_of(hook, module, init))
+        r = hook.A.shape[0]
+        hook.start_at(upper[:r], q[:, :r])
     elif init.startswith("pissa"):
         iterations = re.fullmatch(r"pissa_niter_(\d+)", init)
-        port.start_at(*leading(weight_of(port, module, init), port, int(iterations[1]) if iterations else None))
+        hook.start_at(*leading(weight_of(hook, module, init), hook, int(iterations[1]) if iterations else None))
     elif init in SUBTRACTED:
-        port.start_at(port.A, port.B)
+        hook.start_at(hook.A, hook.B)
 
 
-def leading(matrix: Tensor, port: LowRank, iterations: int | None = None) -> tuple[Tensor, Tensor]:
-    """(A, B) with s B A the best approximation of a matrix (out, in) at the port's rank.
+def leading(matrix: Tensor, hook: LowRank, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """(A, B) with s B A the best approximation of a matrix (out, in) at the hook's rank.
 
     Args:
         iterations: power iterations on a random sketch instead of the exact decomposition.
     """
-    r = port.A.shape[0]
+    r = hook.A.shape[0]
     if iterations is None:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         u, s, v = torch.svd_lowrank(matrix, r, niter=iterations)
         vh = v.t()
-    root = (s[:r] / port.scale).sqrt()
+    root = (s[:r] / hook.scale).sqrt()
     return root[:, None] * vh[:r], u[:, :r] * root
 
 
@@ -127,7 +127,7 @@ def from_gradient(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return gain * oriented(v[:, :r].t())[0], gain * oriented(u[:, r : 2 * r].t())[0].t()
 
 
-def from_covariance(weight: Tensor, covariance: Tensor, port: LowRank, last: bool) -> tuple[Tensor, Tensor]:
+def from_covariance(weight: Tensor, covariance: Tensor, hook: LowRank, last: bool) -> tuple[Tensor, Tensor]:
     """CorDA: (A, B) from U S V^T = W C: A = (S / s)^(1/2) V^T C^-1, B = U (S / s)^(1/2), at the first or last r triplets.
 
     C gets a share of its mean diagonal added, doubled until its inverse is one.
@@ -140,9 +140,9 @@ def from_covariance(weight: Tensor, covariance: Tensor, port: LowRank, last: boo
             break
         damping *= 2
     u, s, vh = torch.linalg.svd(weight.to(damped.dtype) @ damped, full_matrices=False)
-    r = port.A.shape[0]
+    r = hook.A.shape[0]
     part = slice(-r, None) if last else slice(r)
-    root = (s[part] / port.scale).sqrt()
+    root = (s[part] / hook.scale).sqrt()
     A, signs = oriented(root[:, None] * (vh[part] @ inverse))
     return A, u[:, part] * root * signs
 
@@ -175,8 +175,8 @@ def distribute(shares: list[Tensor], budget: int) -> list[int]:
     return torch.bincount(owner[best], minlength=len(shares)).tolist()
 
 
-def weight_of(port: LowRank | LowRankEmbedding, module: nn.Module, init: str) -> Tensor:
-    """The float32 (or wider) weight (out, in) of the outputs a port stands on; of an embedding (D, V).
+def weight_of(hook: LowRank | LowRankEmbedding, module: nn.Module, init: str) -> Tensor:
+    """The float32 (or wider) weight (out, in) of the outputs a hook stands on; of an embedding (D, V).
 
     Raises:
         ModelError: it is quantized.
@@ -185,10 +185,10 @@ def weight_of(port: LowRank | LowRankEmbedding, module: nn.Module, init: str) ->
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         raise ModelError(f"init: {init} starts from a decomposition of the weight; it needs one that is not quantized")
     full = low_rank.wide(weight.detach())  # type: ignore[arg-type]
-    if isinstance(port, LowRankEmbedding) or low_rank.is_transposed(module):
+    if isinstance(hook, LowRankEmbedding) or low_rank.is_transposed(module):
         full = full.t()
-    if isinstance(port, LowRank) and port.rows is not None:
-        full = full[port.rows]
+    if isinstance(hook, LowRank) and hook.rows is not None:
+        full = full[hook.rows]
     return full
 
 
@@ -201,12 +201,12 @@ def _enough_ranks(r: int, rows: int, columns: int, init: str) -> None:
         )
 
 
-def _orthogonal(port: LowRank) -> None:
-    r, device = port.A.shape[0], port.A.device
+def _orthogonal(hook: LowRank) -> None:
+    r, device = hook.A.shape[0], hook.A.device
     if r % 2:
         raise ModelError(f"init: orthogonal needs an even rank, got {r}")
     q = torch.linalg.qr(torch.randn(r, r, device=device))[0]
     even, odd = q[0::2], q[1::2]
     # A's rows live in the span of `even`, B's in that of `odd`: their product is zero although neither factor is.
-    port.A.copy_((torch.randn(port.A.shape[1], r // 2, device=device) @ even).t() / 10)
-    port.B.copy_(torch.randn(port.B.shape[0], r // 2, device=device) @ odd / 10)
+    hook.A.copy_((torch.randn(hook.A.shape[1], r // 2, device=device) @ even).t() / 10)
+    hook.B.copy_(torch.randn(hook.B.shape[0], r // 2, device=device) @ odd / 10)

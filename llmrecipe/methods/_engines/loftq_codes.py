@@ -1,6 +1,6 @@
 """Other 4-bit codes than the base's for a weight, where a method chose them together with its own tensors (LoftQ).
 
-The base's codes stay as they are: the new ones belong to a port that stands in their place while the host runs. So they are
+The base's codes stay as they are: the new ones belong to a hook that stands in their place while the host runs. So they are
 saved with the method, and the base is back as soon as the method steps aside.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines.quantized import bits_of, dense_weight
-from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, ports_of
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -23,14 +23,14 @@ SCALE_BLOCK = 256
 """Scales that share one scale of their own under double quantization."""
 
 
-class Requantized(Port):
+class Requantized(Hook):
     """W_hat -> another W_hat of the same format: n / 2 bytes of codes and their scales. Starts as the host's own.
 
     Scales are held as bytes, which no change of the model's dtype rounds: those of the scales (double quantization only) and
     their mean, in float32, then one a block, in 8 bits or float32.
     """
 
-    # Below every other weight port, as what it gives is the weight they see.
+    # Below every other weight hook, as what it gives is the weight they see.
     order = -4
     codes: Tensor
     scales: Tensor
@@ -44,7 +44,7 @@ class Requantized(Port):
         self.block = weight.blocksize if state is None else state.blocksize
         self.shape = torch.Size((int(module.out_features), int(module.in_features)))  # type: ignore[arg-type]
         self.blocks = -(-self.shape.numel() // self.block)
-        # In a list: the host is this port's parent, not its child.
+        # In a list: the host is this hook's parent, not its child.
         self.host = [module]
         size = self._outer_bytes() + self.blocks * (1 if self.nested else 4)
         self.register_buffer("codes", torch.empty((self.shape.numel() + 1) // 2, dtype=torch.uint8, device=weight.device))
@@ -96,7 +96,7 @@ class Requantized(Port):
         return (getattr(host.weight, "quant_state", None) or host.quant_state).dtype
 
     def weight(self, value: Tensor) -> Tensor:
-        """W_hat -> the codes of this port, or their weight where the host was dequantized."""
+        """W_hat -> the codes of this hook, or their weight where the host was dequantized."""
         if bits_of(self.host[0]) is None:
             return self._stored(self.host[0])
         from bitsandbytes.nn import Params4bit
@@ -146,20 +146,20 @@ def give_codes(sites: list[Site], owner: str, option: str) -> None:
     for site in {id(site.module): site for site in sites}.values():
         if bits_of(site.module) != 4:
             raise ModelError(f"stack.{owner}.{option}: {site.path} is not in 4 bits; only codes of nf4 are chosen anew")
-        inject(site.module, f"{owner}__codes", Requantized(site.module), owner)
+        add_hook(site.module, f"{owner}__codes", Requantized(site.module), owner)
 
 
 def stored_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (out, in) that a linear layer's codes stand for, those chosen anew or its own (see `dense_weight`)."""
-    for port in reversed(ports_of(module, "weight", active=True)):
-        if isinstance(port, Requantized):
-            return port.dense(dtype)
+    for hook in reversed(hooks_of(module, "weight", active=True)):
+        if isinstance(hook, Requantized):
+            return hook.dense(dtype)
     return dense_weight(module, dtype)
 
 
 @torch.no_grad()
 def settle_codes(model: nn.Module) -> None:
     """Have every dequantized layer hold the weight of the codes chosen for it, before anything is added to it."""
-    for _, module, name, port in [place for place in all_ports(model) if isinstance(place[3], Requantized)]:
-        port.merge(module)
-        eject(module, name)
+    for _, module, name, hook in [place for place in all_hooks(model) if isinstance(place[3], Requantized)]:
+        hook.merge(module)
+        remove_hook(module, name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines.biases import add_to_bias, shifted
-from llmrecipe.models.hooks.port import DELTA, Port, device_of, row_index
+from llmrecipe.models.hooks.hook import DELTA, Hook, device_of, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -35,7 +35,7 @@ def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tenso
     return flat.view(y.shape)
 
 
-class LowRank(Port):
+class LowRank(Hook):
     """The branch at a linear layer (Linear, Conv1D, 4- and 8-bit), or at some rows of a fused one."""
 
     order = DELTA
@@ -112,7 +112,7 @@ class LowRank(Port):
             add_to_bias(module, self.bias.detach() * self.scale, self.rows)
 
 
-class LowRankEmbedding(Port):
+class LowRankEmbedding(Hook):
     """The branch at a token embedding: y = E[x] + c s (A[:, x])^T B^T; c is the module's own scale (Gemma)."""
 
     order = DELTA
@@ -143,7 +143,7 @@ class LowRankEmbedding(Port):
         add_to_weight(module, self.product(), None)
 
 
-class LowRankTiedHead(Port):
+class LowRankTiedHead(Hook):
     """The embedding's branch seen from a tied output head: logits + s (x B) A, with the embedding's own A and B."""
 
     order = DELTA
@@ -155,14 +155,14 @@ class LowRankTiedHead(Port):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Adds the logits of the shared pair."""
-        port = self.pair[0]
-        return y + F.linear(F.linear(x, port.B.t().to(x.dtype)), port.A.t().to(x.dtype)).to(y.dtype) * port.scale
+        hook = self.pair[0]
+        return y + F.linear(F.linear(x, hook.B.t().to(x.dtype)), hook.A.t().to(x.dtype)).to(y.dtype) * hook.scale
 
     def merge(self, module: nn.Module) -> None:
         """Nothing to do: the tied weight is merged once, at the embedding."""
 
 
-class LowRankExperts(Port):
+class LowRankExperts(Hook):
     """One branch an expert of a fused 3-D tensor (E, out, in), or (E, in, out) where the family stores it transposed."""
 
     order = DELTA
@@ -219,8 +219,8 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Port:
-    """The low-rank port that fits a site: linear, fused rows, embedding or 3-D experts.
+def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Hook:
+    """The low-rank hook that fits a site: linear, fused rows, embedding or 3-D experts.
 
     Raises:
         ModelError: the site has no weight a low-rank branch can stand beside, or no outputs a bias can be added to.
@@ -237,26 +237,26 @@ def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = F
                 )
             return LowRankExperts(site.experts, site.width_in, site.width_out, r, scale, site.tensor, site.transposed)
         if isinstance(site.module, nn.Embedding):
-            port = LowRankEmbedding(site.module.num_embeddings, site.module.embedding_dim, r, scale)
-            port.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
-            return port
+            hook = LowRankEmbedding(site.module.num_embeddings, site.module.embedding_dim, r, scale)
+            hook.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
+            return hook
         if not hasattr(site.module, "weight") or site.role.startswith("norm"):
             raise ModelError(f"{site.path}: a low-rank branch needs a linear layer, an embedding or an expert tensor")
         return LowRank(site.width_in, site.width_out, r, scale, dropout, row_index(site), bias)
 
 
 @torch.no_grad()
-def initialise(port: Port) -> None:
+def initialise(hook: Hook) -> None:
     """The ordinary start: A Kaiming-uniform(a = sqrt 5), B = 0; at embeddings A = 0, B ~ N(0, 1). See `starts` for others."""
-    if isinstance(port, LowRankTiedHead):
+    if isinstance(hook, LowRankTiedHead):
         return
-    if isinstance(port, LowRankEmbedding):
-        nn.init.zeros_(port.A)
-        nn.init.normal_(port.B)
+    if isinstance(hook, LowRankEmbedding):
+        nn.init.zeros_(hook.A)
+        nn.init.normal_(hook.B)
         return
-    if not isinstance(port, LowRank | LowRankExperts):
-        raise TypeError(type(port).__name__)
+    if not isinstance(hook, LowRank | LowRankExperts):
+        raise TypeError(type(hook).__name__)
     # Each expert is a matrix of its own: the fan is that of the last axis.
-    bound = math.sqrt(6.0 / (6.0 * port.A.shape[-1]))
-    nn.init.uniform_(port.A, -bound, bound)
-    nn.init.zeros_(port.B)
+    bound = math.sqrt(6.0 / (6.0 * hook.A.shape[-1]))
+    nn.init.uniform_(hook.A, -bound, bound)
+    nn.init.zeros_(hook.B)

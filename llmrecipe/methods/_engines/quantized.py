@@ -148,7 +148,7 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Turn every quantized layer back into the dense layer it came from, in place; ports and names stay.
+    """Turn every quantized layer back into the dense layer it came from, in place; hooks and names stay.
 
     The weights are the ones training saw, not the original ones: an adapter was fitted to them, so it is merged onto them.
 
@@ -184,7 +184,7 @@ def _densify(module: nn.Module, dtype: torch.dtype) -> None:
     for name in _LIBRARY_STATE:
         module.__dict__.pop(name, None)
     module._load_state_dict_pre_hooks.clear()
-    # The object stays: ports, hooks and everybody who holds the module keep pointing at the right one.
+    # The object stays: hooks, hooks and everybody who holds the module keep pointing at the right one.
     module.__class__ = source
     if source.__name__ == "Conv1D":
         module.nf, module.nx = weight.shape

@@ -12,7 +12,7 @@ from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFrac
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
-from llmrecipe.models.hooks.port import device_of, inject
+from llmrecipe.models.hooks.hook import add_hook, device_of
 
 if TYPE_CHECKING:
     from llmrecipe.methods.additive._engines.bottleneck import Sublayer
@@ -89,8 +89,8 @@ class Adapter(Wrapper):
                 continue
             with torch.device(device_of(sub.block.module)):
                 kind = bottleneck.Behind if self.placement == "houlsby" or parts.pre_norm else bottleneck.BeforeNorm
-                port = kind(parts.width, parts.width, r, self._shape())
-            inject(self.host(sub, parts).module, self.name, port, self.name)
+                hook = kind(parts.width, parts.width, r, self._shape())
+            add_hook(self.host(sub, parts).module, self.name, hook, self.name)
 
     def host(self, sub: Sublayer, parts: Anatomy) -> Site:
         """Where the adapter stands: at y, at the end of a pre-norm block (x + y), or at the norm that ends a post-norm one.

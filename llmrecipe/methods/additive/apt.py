@@ -8,7 +8,7 @@ from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
-from llmrecipe.models.hooks.port import inject
+from llmrecipe.models.hooks.hook import add_hook
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,23 +53,23 @@ class Apt(Wrapper):
     """Where documents start: at 0, or behind the prefix."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A table at each stack of blocks, scores at each block, a port at each attention module."""
+        """A table at each stack of blocks, scores at each block, a hook at each attention module."""
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         shift = self.positions == "shift"
         plan = prefix_kv.Plan(self.target, self.num_virtual_tokens, dropout=self.dropout, shift=shift)
-        for port, roles in prefix_kv.attach(model, self.name, plan, structure, apt_gates.ScoredTables):
+        for hook, roles in prefix_kv.attach(model, self.name, plan, structure, apt_gates.ScoredTables):
             sites = [site for group in roles.values() for site in group]
             decoder = sites[0].side == "decoder" and parts.causal
-            port.summary = ("prompt_mean" if decoder else "first") if self.summary == "auto" else self.summary  # type: ignore[assignment]
+            hook.summary = ("prompt_mean" if decoder else "first") if self.summary == "auto" else self.summary  # type: ignore[assignment]
             blocks = {(s.side, s.layer): s for s in parts.sites if s.role == "block"}
             for layer in dict.fromkeys((s.side, s.layer) for s in sites):
                 block = blocks[layer]
                 scores = apt_gates.BlockScores(
                     block.layer or 0, block.width_out, self.num_virtual_tokens, self.token_gate, self.layer_gate, self.gate_bias
                 )
-                inject(block.module, self.name, scores.to(next(model.parameters()).device), self.name)
+                add_hook(block.module, self.name, scores.to(next(model.parameters()).device), self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: 2 L P d_kv + L d P + L."""

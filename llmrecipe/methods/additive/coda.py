@@ -18,7 +18,7 @@ from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.methods.additive._engines.prefix_kv import tokens_of
 from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_top_k
 from llmrecipe.models.attention import Attend, Picked
-from llmrecipe.models.hooks.port import DELTA, Port, device_of, inject
+from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of
 from llmrecipe.models.kv_cache import prompts_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Router(bottleneck.Bottleneck):
         # In a list, so that the block's norm is not registered twice.
         self.norm = [] if norm is None else [norm]
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The conditional block."""
         normed = self.norm[0](x) if self.norm else x
         groups = self._groups(x)
@@ -151,10 +151,10 @@ class Router(bottleneck.Bottleneck):
         return Picked(index, chosen.gather(1, index), counts, self.wrapper.kv == "selected")
 
 
-class OnRows(Port):
+class OnRows(Hook):
     """y[chosen] = f(x[chosen]), zero elsewhere."""
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The host on chosen tokens."""
         picked, columns = current().shared.get(self.owner, (None, 0))
         # Rows that are no longer the batch's tokens: another CoDA has gathered its own, which the outer block asks for,
@@ -165,7 +165,7 @@ class OnRows(Port):
         return y.new_zeros(*x.shape[:2], y.shape[2]).scatter(1, picked.index[..., None].expand(-1, -1, y.shape[2]), y)
 
 
-class OnQueries(Port):
+class OnQueries(Hook):
     """Attention of the chosen queries."""
 
     def attention(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -174,14 +174,14 @@ class OnQueries(Port):
         return attend(q, k, v) if picked is None else attend(q, k, v, picked=picked)
 
 
-class KnowRows(Port):
+class KnowRows(Hook):
     """Around a stack of blocks: what its inputs tell of their rows becomes the context's.
 
     That is the padding mask, also where generation or an encoder brings its own, and how long the prompts are
     (see `kv_cache.prompts_of`).
     """
 
-    def whole(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """Call the stack under that context."""
         context = current()
         if context.layout is not None:
@@ -275,18 +275,18 @@ class Coda(Wrapper):
             inside = [s for s in parts.sites if (s.side, s.layer) == (block.side, block.layer) and s.rows is None]
             norm = next((s.module for s in inside if s.role == "norm.attn"), None) if parts.pre_norm else None
             with torch.device(device_of(block.module)):
-                port = Router(self, parts.width, self.r, norm, block.side == "decoder")
-            inject(block.module, self.name, port, self.name)
+                hook = Router(self, parts.width, self.r, norm, block.side == "decoder")
+            add_hook(block.module, self.name, hook, self.name)
             done: list[nn.Module] = []
             for site in inside:
                 # Where the feed-forward is one module its inside already sees chosen tokens only.
                 nested = any(site.module is m for d in done for m in d.modules())
                 if site.role in roles and not nested:
-                    inject(site.module, self.name, OnRows(), self.name)
+                    add_hook(site.module, self.name, OnRows(), self.name)
                     done += [site.module] if site.role == "mlp" else []
                 elif site.role == "attn":
-                    inject(site.module, self.name, OnQueries(), self.name)
-        inject(_stack_of(model, parts), self.name, KnowRows(), self.name)
+                    add_hook(site.module, self.name, OnQueries(), self.name)
+        add_hook(_stack_of(model, parts), self.name, KnowRows(), self.name)
 
     def _blocks(self, parts: Anatomy) -> list[Site]:
         if any(s.role == "block" and s.side == "encoder" for s in parts.sites):

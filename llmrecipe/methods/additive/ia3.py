@@ -14,7 +14,7 @@ from llmrecipe.core.option_types import Field, Literal
 from llmrecipe.core.registry import register
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
-from llmrecipe.models.hooks.port import SCALE, Port, device_of, inject, merge_ports, row_index
+from llmrecipe.models.hooks.hook import SCALE, Hook, add_hook, device_of, merge_hooks, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy
@@ -48,7 +48,7 @@ def factors(table: Tensor, x: Tensor) -> Tensor:
     return table[tasks]
 
 
-class Scale(Port):
+class Scale(Hook):
     """Base of the scalings: a table l (n, D) of one vector a task, starting at one."""
 
     order = SCALE
@@ -225,8 +225,8 @@ class Ia3(Wrapper):
         sites = self.sites(parts)
         for site in sites:
             with torch.device(device_of(site.module)):
-                port = self._port(site, parts)
-            inject(site.module, site.name(self.name), port, self.name)
+                hook = self._hook(site, parts)
+            add_hook(site.module, site.name(self.name), hook, self.name)
 
     def sites(self, parts: Anatomy) -> list[Site]:
         """The chosen sites of a model.
@@ -250,7 +250,7 @@ class Ia3(Wrapper):
                 found += [s for s in here if s not in found]
         return found
 
-    def _port(self, site: Site, parts: Anatomy) -> Port:
+    def _hook(self, site: Site, parts: Anatomy) -> Hook:
         count = max(1, len(self.tasks))
         if site.tensor is not None:
             if count > 1:
@@ -267,7 +267,7 @@ class Ia3(Wrapper):
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """No weight decay."""
-        from llmrecipe.models.hooks.port import own_tensors
+        from llmrecipe.models.hooks.hook import own_tensors
 
         return [ParamGroup(frozenset(own_tensors(model, self.name)), weight_decay=0.0)]
 
@@ -281,7 +281,7 @@ class Ia3(Wrapper):
             raise ModelError(f"stack.{self.name}: {len(self.tasks)} tasks cannot be merged into one weight")
         if self.key_site == "post_norm":
             raise ModelError(f"stack.{self.name}: keys scaled behind their norm cannot be merged; heads share its weight")
-        merge_ports(model, self.name)
+        merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: L (2 d_kv + f) a task; AdamW keeps 8 bytes for each."""

@@ -43,7 +43,7 @@ class PTuningV2(Wrapper):
     """Where documents start: at 0, or behind the prefix."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A table at each stack of blocks, a port at each attention module of `target`."""
+        """A table at each stack of blocks, a hook at each attention module of `target`."""
         plan = prefix_kv.Plan(
             self.target,
             self.num_virtual_tokens,
@@ -60,7 +60,7 @@ class PTuningV2(Wrapper):
 
     def finish(self, model: nn.Module) -> None:
         """Keep the columns, drop the MLP."""
-        prefix_kv.eject(model, self.name)
+        prefix_kv.remove_hook(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: 2 L P d_kv."""

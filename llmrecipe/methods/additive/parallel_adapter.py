@@ -12,7 +12,7 @@ from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFrac
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
-from llmrecipe.models.hooks.port import device_of, inject, row_index
+from llmrecipe.models.hooks.hook import add_hook, device_of, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.methods.additive._engines.bottleneck import Sublayer
@@ -82,8 +82,8 @@ class ParallelAdapter(Wrapper):
         if self.target is not None:
             for site in self._linears(parts):
                 with torch.device(device_of(site.module)):
-                    port = bottleneck.Beside(site.width_in, site.width_out, self._size(site), self._shape(), row_index(site))
-                inject(site.module, site.name(self.name), port, self.name)
+                    hook = bottleneck.Beside(site.width_in, site.width_out, self._size(site), self._shape(), row_index(site))
+                add_hook(site.module, site.name(self.name), hook, self.name)
             return
         for sub in self.places(parts):
             r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
@@ -98,7 +98,7 @@ class ParallelAdapter(Wrapper):
         if source is None:
             raise ModelError(f"{sub.block.path}: its {sub.part} sublayer has no norm in front of it; use input: normed")
         if source.module is sub.output.module:
-            inject(
+            add_hook(
                 self.host(sub, parts).module,
                 self.name,
                 bottleneck.Beside(parts.width, parts.width, r, self._shape()),
@@ -106,16 +106,16 @@ class ParallelAdapter(Wrapper):
             )
             return
         branch = bottleneck.Joined(parts.width, r, self._shape())
-        inject(self.host(sub, parts).module, self.name, branch, self.name)
-        inject(source.module, f"{self.name}__{sub.part}_in", bottleneck.Tap(branch), self.name)
+        add_hook(self.host(sub, parts).module, self.name, branch, self.name)
+        add_hook(source.module, f"{self.name}__{sub.part}_in", bottleneck.Tap(branch), self.name)
 
     def _heads(self, sub: Sublayer, r: int, parts: Anatomy) -> None:
         if sub.part == "ffn":
             raise ModelError(f"stack.{self.name}.form: multihead stands beside attention; use sites: [attn]")
         inside = [s for s in parts.sites if (s.side, s.layer, s.role) == (sub.side, sub.layer, sub.part)]
         value = next(s for s in parts.sites if (s.side, s.layer, s.role) == (sub.side, sub.layer, f"{sub.part}.o"))
-        port = bottleneck.HeadBeside(parts.heads, parts.head_dim, value.width_in // parts.heads, r, self._shape())
-        inject(inside[0].module, self.name, port, self.name)
+        hook = bottleneck.HeadBeside(parts.heads, parts.head_dim, value.width_in // parts.heads, r, self._shape())
+        add_hook(inside[0].module, self.name, hook, self.name)
 
     def host(self, sub: Sublayer, parts: Anatomy) -> Site:
         """Where a branch beside a sublayer is added."""

@@ -18,7 +18,7 @@ class PrefixTuning(Wrapper):
     """Prefix-tuning: y = softmax(Q [P_K; K]^T / sqrt(e) + mask) [P_V; V] with trained P_K, P_V (g, P, e) in every attention.
 
     `reparam: mlp` makes the columns of all layers of one stack at once, M = W_2 tanh(W_1 X + b_1) + b_2, once a forward pass;
-    after training only M is kept (`eject`, exact). `flat` trains M itself. Every query of a document sees every slot.
+    after training only M is kept (`remove_hook`, exact). `flat` trains M itself. Every query of a document sees every slot.
     Encoder, decoder and cross-attention have a table each: `target: attn` takes all self-attention, `attn + cross` the
     cross-attention too, `layers.4:.attn` some layers. The prefix carries no position (`positions: free`): documents start at
     0 and no context length is spent; `shift` starts them at P, as PEFT does.
@@ -70,7 +70,7 @@ class PrefixTuning(Wrapper):
         )  # fmt: skip
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A table at each stack of blocks, a port at each attention module of `target`."""
+        """A table at each stack of blocks, a hook at each attention module of `target`."""
         if self.gate == "none":
             prefix_kv.attach(model, self.name, self.plan(), structure)
         else:
@@ -91,11 +91,11 @@ class PrefixTuning(Wrapper):
 
     def finish(self, model: nn.Module) -> None:
         """Keep the columns, drop the MLP."""
-        self.eject(model)
+        self.remove_hook(model)
 
-    def eject(self, model: nn.Module) -> None:
+    def remove_hook(self, model: nn.Module) -> None:
         """Replace the MLP by the table it makes, exactly."""
-        prefix_kv.eject(model, self.name)
+        prefix_kv.remove_hook(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv."""

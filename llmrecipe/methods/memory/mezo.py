@@ -95,7 +95,7 @@ class Mezo(Wrapper):
     """Write mezo_history.bin (10 bytes a step), from which `replay` makes the weights again."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Nothing to inject.
+        """Nothing to add.
 
         Raises:
             RecipeError: the model recomputes activations, which only a backward pass would want.

@@ -14,7 +14,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import open_biases
-from llmrecipe.models.hooks.port import all_ports, device_of, inject, merge_ports, row_index
+from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
 
 FACTORS = ("A", "E", "B")
 """Q (r, in), the singular values (r, 1), P (out, r)."""
@@ -139,7 +139,7 @@ class Adalora(Wrapper):
 
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("penalty", "after_step")
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("penalty", "after_step")
     conflicts: ClassVar[dict[str, str]] = {"mezo": "the allocator scores gradients, and mezo makes none"}
 
     target: str = "all-linear"
@@ -196,10 +196,10 @@ class Adalora(Wrapper):
                 rows = row_index(site)
                 part = f"{site.path}{site.name('')}"
                 r = int((structure or {}).get("pruned", {}).get(part, self.init_r))
-                port = SvdLowRank(site.width_in, site.width_out, r, scale, self.dropout, rows, scored)
-                nn.init.normal_(port.A, std=0.02)
-                nn.init.normal_(port.B, std=0.02)
-            inject(site.module, site.name(self.name), port, self.name)
+                hook = SvdLowRank(site.width_in, site.width_out, r, scale, self.dropout, rows, scored)
+                nn.init.normal_(hook.A, std=0.02)
+                nn.init.normal_(hook.B, std=0.02)
+            add_hook(site.module, site.name(self.name), hook, self.name)
         open_biases(model, self.name, self.bias, self.target, sites)
         shared = Budget().to(device_of(model))
         shared.total.fill_(self.total_step or 0)
@@ -207,17 +207,17 @@ class Adalora(Wrapper):
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Whether importances are still kept, the rank of every module, and how many triplets its tensors hold once pruned."""
-        ports = self._ports(model)
-        ranks = {path: int(port.kept.sum()) for path, port in ports.items()}
-        facts: dict[str, Any] = {"scored": any(port.mean_E is not None for port in ports.values()), "ranks": ranks}
+        hooks = self._hooks(model)
+        ranks = {path: int(hook.kept.sum()) for path, hook in hooks.items()}
+        facts: dict[str, Any] = {"scored": any(hook.mean_E is not None for hook in hooks.values()), "ranks": ranks}
         if self._pruned(model):
             facts["pruned"] = {
-                f"{path}{name.removeprefix(self.name)}": port.A.shape[0] for path, _, name, port in self._found(model)
+                f"{path}{name.removeprefix(self.name)}": hook.A.shape[0] for path, _, name, hook in self._found(model)
             }
         return facts
 
     def _pruned(self, model: nn.Module) -> bool:
-        return any(port.A.shape[0] < self.init_r for port in self._ports(model).values())
+        return any(hook.A.shape[0] < self.init_r for hook in self._hooks(model).values())
 
     def calibrates(self) -> bool:
         """The length of the run is no choice of what trains."""
@@ -249,29 +249,29 @@ class Adalora(Wrapper):
 
     def before_step(self, model: nn.Module, step: int) -> bool | None:
         """With `prune: at_final`, drop what the final pattern leaves out: then other tensors train."""
-        ports = self._ports(model).values()
-        for port in ports:
-            port.cut = None
+        hooks = self._hooks(model).values()
+        for hook in hooks:
+            hook.cut = None
         total, _, last = self.phases(model)
-        if not self.shortens() or step < total - last or all(bool(port.kept.all()) for port in ports):
+        if not self.shortens() or step < total - last or all(bool(hook.kept.all()) for hook in hooks):
             return None
-        for port in ports:
-            port.drop()
+        for hook in hooks:
+            hook.drop()
         return True
 
     def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
         """The triplets left in A, E and B by the pruning."""
         found: dict[str, tuple[int, Tensor]] = {}
-        for path, port in self._ports(model).items():
-            if port.cut is not None:
-                found |= {f"{path}.A": (0, port.cut), f"{path}.E": (0, port.cut), f"{path}.B": (1, port.cut)}
+        for path, hook in self._hooks(model).items():
+            if hook.cut is not None:
+                found |= {f"{path}.A": (0, hook.cut), f"{path}.E": (0, hook.cut), f"{path}.B": (1, hook.cut)}
         return found
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products of one shape at a time."""
         matrices: dict[torch.Size, list[Tensor]] = {}
-        for port in self._ports(model).values():
-            for matrix in (port.A, port.B.t()):
+        for hook in self._hooks(model).values():
+            for matrix in (hook.A, hook.B.t()):
                 if len(matrix):
                     matrices.setdefault(matrix.shape, []).append(low_rank.wide(matrix))
         apart = torch.cat([self._apart(torch.stack(group)) for group in matrices.values()])
@@ -287,29 +287,29 @@ class Adalora(Wrapper):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Score, allocate when due, enforce the pattern at the end."""
-        t, ports = step + 1, list(self._ports(model).values())
+        t, hooks = step + 1, list(self._hooks(model).values())
         total, first, last = self.phases(model)
         end = total - last
         if t < end:
-            for port in ports:
-                port.observe(self.beta1, self.beta2)
+            for hook in hooks:
+                hook.observe(self.beta1, self.beta2)
         if t == end or (first < t < end and t % self.deltaT == 0):
-            n = len(ports)
+            n = len(hooks)
             count = budget(t, first, last, total, n * self.init_r, n * self.target_r)
-            kept = keep_best(torch.cat([port.scores() for port in ports]), count)
-            for port, mask in zip(ports, kept.split(self.init_r), strict=True):
-                port.kept.copy_(mask)
-                port.mask()
+            kept = keep_best(torch.cat([hook.scores() for hook in hooks]), count)
+            for hook, mask in zip(hooks, kept.split(self.init_r), strict=True):
+                hook.kept.copy_(mask)
+                hook.mask()
         elif t > end:
-            for port in ports:
-                port.mask()
+            for hook in hooks:
+                hook.mask()
         if t == end:
-            for port in ports:
-                port.forget()
+            for hook in hooks:
+                hook.forget()
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """The ranks now, and how far P and Q are from orthogonal."""
-        ranks = [float(port.kept.sum()) for port in self._ports(model).values()]
+        ranks = [float(hook.kept.sum()) for hook in self._hooks(model).values()]
         return {
             "rank_mean": sum(ranks) / len(ranks),
             "rank_min": min(ranks),
@@ -319,20 +319,20 @@ class Adalora(Wrapper):
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + s P diag(l) Q, b <- the trained b."""
-        merge_ports(model, self.name)
+        merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable r (in + out + 1) a site, and the biases; two more numbers an entry of the factors for the importances."""
-        scored = sum(p.numel() for port in self._ports(model).values() for p in port.parameters())
+        scored = sum(p.numel() for hook in self._hooks(model).values() for p in hook.parameters())
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "state_bytes": 8 * scored}
 
     def _found(self, model: nn.Module) -> list[tuple[str, nn.Module, str, SvdLowRank]]:
-        """(module path, module, port name, port) of every triplet form."""
-        return [(*place, port) for *place, port in all_ports(model, self.name) if isinstance(port, SvdLowRank)]
+        """(module path, module, hook name, hook) of every triplet form."""
+        return [(*place, hook) for *place, hook in all_hooks(model, self.name) if isinstance(hook, SvdLowRank)]
 
-    def _ports(self, model: nn.Module) -> dict[str, SvdLowRank]:
-        return {f"{path}.{name}": port for path, _, name, port in self._found(model)}
+    def _hooks(self, model: nn.Module) -> dict[str, SvdLowRank]:
+        return {f"{path}.{name}": hook for path, _, name, hook in self._found(model)}
 
     def _shared(self, model: nn.Module) -> Budget:
         return getattr(model, f"{self.name}_shared")

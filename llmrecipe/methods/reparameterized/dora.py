@@ -17,9 +17,9 @@ from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, open_biases
 from llmrecipe.methods._engines.dora_norm import Gain
-from llmrecipe.methods._engines.effective_weight import ports_under, weight_below
+from llmrecipe.methods._engines.effective_weight import hooks_under, weight_below
 from llmrecipe.methods.reparameterized.lora import pattern_value
-from llmrecipe.models.hooks.port import Port, all_ports, device_of, inject, merge_ports, row_index
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, device_of, merge_hooks, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -44,7 +44,7 @@ def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float)
 
 
 class _Direction(Gain):
-    """The two ports whose direction learns: g = m / ||W + s B A||."""
+    """The two hooks whose direction learns: g = m / ||W + s B A||."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -64,16 +64,16 @@ class _Direction(Gain):
 class DoraLinear(_Direction, low_rank.LowRank):
     """y + (g - 1) (W x) + g s B A x at a linear layer, quantized or not, or at some rows of a fused one."""
 
-    after = Port.after  # it replaces the call instead: the norm needs the bare layer
+    after = Hook.after  # it replaces the call instead: the norm needs the bare layer
 
     def __init__(self, site: Site, r: int, scale: float, dropout: float, dropout_mode: str, detach_norm: bool):
         super().__init__(site.width_in, site.width_out, r, scale, dropout, row_index(site))
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
-        # In a list: the host is this port's parent, not its child.
+        # In a list: the host is this hook's parent, not its child.
         self.host = [site.module]
         self.dropout_mode, self.detach_norm = dropout_mode, detach_norm
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The scaled and adapted output."""
         bias = getattr(self.host[0], "bias", None)
 
@@ -137,14 +137,14 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
         low_rank.add_to_weight(module, gain * (old + self.product()) - old, None)
 
 
-class Magnitude(Gain, Port):
+class Magnitude(Gain, Hook):
     """m / ||W|| (W x) at a linear layer or an embedding: the direction stays the base's, one magnitude an output trains."""
 
     def __init__(self, site: Site):
         super().__init__()
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
         self.register_buffer("rows", row_index(site), persistent=False)
-        # In a list: the host is this port's parent, not its child.
+        # In a list: the host is this hook's parent, not its child.
         self.host = [site.module]
         self.width_in = site.width_in
 
@@ -157,7 +157,7 @@ class Magnitude(Gain, Port):
         """||W||."""
         return self.squares().sqrt()
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """y + (g - 1) (W x), g = m / ||W||; the bias is not scaled."""
         y = call(x)
         gain = self.gain()
@@ -245,28 +245,28 @@ class Dora(Wrapper):
         for site in paired:
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
-            port = self._port(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
-            low_rank.initialise(port)
-            self._place(site, port)
+            hook = self._hook(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
+            low_rank.initialise(hook)
+            self._place(site, hook)
         named = self.target if self.magnitude_only is None else f"{self.target} + {self.magnitude_only}"
         open_biases(model, self.name, self.bias, named, [*bare, *paired])
 
-    def _place(self, site: Site, port: DoraLinear | DoraEmbedding | Magnitude) -> None:
-        """Start a port and inject it."""
+    def _place(self, site: Site, hook: DoraLinear | DoraEmbedding | Magnitude) -> None:
+        """Start a hook and add it."""
         # A skeleton has no weight to take a norm of.
         if not site.module.weight.is_meta:  # type: ignore[union-attr]
-            port.start()
-        for below in ports_under(site.module, port):
+            hook.start()
+        for below in hooks_under(site.module, hook):
             # It was asked without a bias, which may have moved the last digit of its norms.
             if isinstance(below, Gain):
                 below.cached = None
-        inject(site.module, site.name(self.name), port, self.name)
+        add_hook(site.module, site.name(self.name), hook, self.name)
 
     def _check(self, site: Site) -> None:
         if site.tensor is not None or not hasattr(site.module, "weight") or site.role.startswith("norm"):
             raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer or embedding; dora has no norm of its rows")
 
-    def _port(self, site: Site, r: int, scale: float) -> DoraLinear | DoraEmbedding:
+    def _hook(self, site: Site, r: int, scale: float) -> DoraLinear | DoraEmbedding:
         self._check(site)
         with torch.device(device_of(site.module)):
             if isinstance(site.module, nn.Embedding):
@@ -283,19 +283,19 @@ class Dora(Wrapper):
         self._forget(model)
 
     def _forget(self, model: nn.Module) -> None:
-        for _, _, _, port in all_ports(model, self.name):
-            if isinstance(port, Gain):
-                port.forget()
+        for _, _, _, hook in all_hooks(model, self.name):
+            if isinstance(hook, Gain):
+                hook.forget()
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Magnitudes do not decay: decay would pull every weight to zero."""
-        ports = [place for place in all_ports(model, self.name) if not isinstance(place[3], BiasMaster)]
-        names = {f"{path}.{name}.magnitude" if path else f"{name}.magnitude" for path, _, name, _ in ports}
+        hooks = [place for place in all_hooks(model, self.name) if not isinstance(place[3], BiasMaster)]
+        names = {f"{path}.{name}.magnitude" if path else f"{name}.magnitude" for path, _, name, _ in hooks}
         return [ParamGroup(frozenset(names), weight_decay=0.0)]
 
     def merge(self, model: nn.Module) -> None:
         """W <- g (W + s B A) at every site, W <- g W where only magnitudes train; b <- the trained b."""
-        merge_ports(model, self.name)
+        merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: sum of r (in + out) + out, out where only magnitudes train, and biases; AdamW keeps 8 bytes for each."""

@@ -16,7 +16,7 @@ from llmrecipe.core.option_types import Literal, NonNegativeInt, OpenFraction, P
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
-from llmrecipe.models.hooks.port import all_ports, device_of, inject, merge_ports, row_index
+from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +83,7 @@ class Dylora(Wrapper):
 
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
     adjustable: ClassVar[tuple[str, ...]] = ("rank",)
 
     target: str = "attn.q|v"
@@ -130,10 +130,10 @@ class Dylora(Wrapper):
                 )
             with torch.device(device_of(site.module)):
                 rows = row_index(site)
-                port = NestedLowRank(site.width_in, site.width_out, self.r, self.alpha, self.dropout, rows)
-                low_rank.initialise(port)
-                port.use(self.rank or self.r)
-            inject(site.module, site.name(self.name), port, self.name)
+                hook = NestedLowRank(site.width_in, site.width_out, self.r, self.alpha, self.dropout, rows)
+                low_rank.initialise(hook)
+                hook.use(self.rank or self.r)
+            add_hook(site.module, site.name(self.name), hook, self.name)
 
     def choices(self) -> list[int]:
         """The ranks b can take: multiples of `granularity` above the smallest, and r itself."""
@@ -158,15 +158,15 @@ class Dylora(Wrapper):
     def before_step(self, model: nn.Module, step: int) -> bool | None:
         """Draw b and give it to every module."""
         b = self.draw(step)
-        for port in self._ports(model):
-            port.use(b, self.learning(b))
-            port.drawn = b
+        for hook in self._hooks(model):
+            hook.use(b, self.learning(b))
+            hook.drawn = b
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Back to the rank of evaluation."""
-        for port in self._ports(model):
-            port.use(self.rank or self.r)
+        for hook in self._hooks(model):
+            hook.use(self.rank or self.r)
 
     @contextlib.contextmanager
     def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -179,9 +179,9 @@ class Dylora(Wrapper):
     @torch.no_grad()
     def _kept(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(live tensor, copy, what of it stays) for A and B and every state tensor of their shape."""
-        for port in self._ports(model):
-            active = port.learns & (port.gain > 0)
-            for parameter, still in ((port.A, ~active[:, None]), (port.B, ~active)):
+        for hook in self._hooks(model):
+            active = hook.learns & (hook.gain > 0)
+            for parameter, still in ((hook.A, ~active[:, None]), (hook.B, ~active)):
                 state = optimizer.state.get(parameter, {})
                 for tensor in (
                     parameter.data,
@@ -191,16 +191,16 @@ class Dylora(Wrapper):
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """The rank drawn for the last step."""
-        return {"rank": float(self._ports(model)[0].drawn)}
+        return {"rank": float(self._hooks(model)[0].drawn)}
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + (alpha / b) B[:, :b] A[:b] at the rank in use."""
-        merge_ports(model, self.name)
+        merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """As LoRA at r: all ranks are held, one (or b) of them learns in a step."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
 
-    def _ports(self, model: nn.Module) -> list[NestedLowRank]:
-        return [port for _, _, _, port in all_ports(model, self.name) if isinstance(port, NestedLowRank)]
+    def _hooks(self, model: nn.Module) -> list[NestedLowRank]:
+        return [hook for _, _, _, hook in all_hooks(model, self.name) if isinstance(hook, NestedLowRank)]

@@ -15,7 +15,7 @@ from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.methods._engines import initialization, low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
 from llmrecipe.methods._engines.loftq_codes import Requantized, give_codes
-from llmrecipe.models.hooks.port import all_ports, inject, merge_ports
+from llmrecipe.models.hooks.hook import add_hook, all_hooks, merge_hooks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,14 +104,14 @@ class Lora(Wrapper):
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
             if tied is not None and site.role == "head":
-                port = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
+                hook = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
             else:
                 learned = ranks.get(place_of(site), 0 if ranks else r)
                 if learned == 0:
                     continue
-                port = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
-                initialization.start(port, self.init, site.module)
-            inject(site.module, site.name(self.name), port, self.name)
+                hook = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
+                initialization.start(hook, self.init, site.module)
+            add_hook(site.module, site.name(self.name), hook, self.name)
         if self.loftq_iter > 1:
             give_codes(sites, self.name, "loftq_iter")
         open_biases(model, self.name, self.bias, self.target, sites, "lora_bias=true gives the branches biases of their own")
@@ -120,10 +120,10 @@ class Lora(Wrapper):
         """The ranks that eva chose, by place."""
         if self.init != "eva":
             return {}
-        ports = [
-            (path, name, port) for path, _, name, port in all_ports(model, self.name) if isinstance(port, low_rank.LowRank)
+        hooks = [
+            (path, name, hook) for path, _, name, hook in all_hooks(model, self.name) if isinstance(hook, low_rank.LowRank)
         ]
-        return {"ranks": {f"{path}{name.removeprefix(self.name)}": port.A.shape[0] for path, name, port in ports}}
+        return {"ranks": {f"{path}{name.removeprefix(self.name)}": hook.A.shape[0] for path, name, hook in hooks}}
 
     def calibrates(self) -> bool:
         """Whether the start is made from data, or from the weights before they were quantized."""
@@ -144,15 +144,15 @@ class Lora(Wrapper):
         """mica's B."""
         if self.init != "mica":
             return set()
-        return {f"{path}.{name}.B" for path, _, name, port in all_ports(model, self.name) if hasattr(port, "B")}
+        return {f"{path}.{name}.B" for path, _, name, hook in all_hooks(model, self.name) if hasattr(hook, "B")}
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """B's own learning rate where `lr_ratio` asks for one."""
         if self.lr_ratio == 1.0:
             return []
         ends = (".B", ".bias")
-        ports = [f"{path}.{name}" for path, _, name, port in all_ports(model, self.name) if not isinstance(port, BiasMaster)]
-        names = {f"{p}{end}" for p in ports for end in ends} & {n for n, _ in model.named_parameters()}
+        hooks = [f"{path}.{name}" for path, _, name, hook in all_hooks(model, self.name) if not isinstance(hook, BiasMaster)]
+        names = {f"{p}{end}" for p in hooks for end in ends} & {n for n, _ in model.named_parameters()}
         return [ParamGroup(frozenset(names), lr_scale=self.lr_ratio)]
 
     def merge(self, model: nn.Module) -> None:
@@ -164,20 +164,20 @@ class Lora(Wrapper):
             ModelError: one side of a tied pair is adapted alone, so that merging would change the other side too; or a branch
                 has a bias and its host can have none.
         """
-        found = all_ports(model, self.name)
-        ports = {path: port for path, _, _, port in found if not isinstance(port, BiasMaster | Requantized)}
+        found = all_hooks(model, self.name)
+        hooks = {path: hook for path, _, _, hook in found if not isinstance(hook, BiasMaster | Requantized)}
         shared = _shared_weights(model)
-        for path, port in ports.items():
+        for path, hook in hooks.items():
             partners = shared.get(path, set()) - {path}
-            if partners and not (partners & set(ports)) and not isinstance(port, low_rank.LowRankExperts):
+            if partners and not (partners & set(hooks)) and not isinstance(hook, low_rank.LowRankExperts):
                 raise ModelError(
                     f"stack.{self.name}: {path} shares its weight with {', '.join(sorted(partners))}, which has no branch; "
                     "merging would change both. Target both (`embed + head`) or load the adapter unmerged."
                 )
         if self.lora_bias:
-            hosts = [(path, host) for path, host, _, port in all_ports(model, self.name) if isinstance(port, low_rank.LowRank)]
+            hosts = [(path, host) for path, host, _, hook in all_hooks(model, self.name) if isinstance(hook, low_rank.LowRank)]
             make_room(model, hosts, self.name)
-        merge_ports(model, self.name)
+        merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Trainable: sum of r (in + out), and of out with `lora_bias`; AdamW keeps 8 bytes for each."""

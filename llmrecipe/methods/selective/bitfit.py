@@ -14,7 +14,7 @@ from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
-from llmrecipe.models.hooks.port import Port, all_ports, eject, inject, row_index
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, remove_hook, row_index
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -33,7 +33,7 @@ WHOLE = ("attn.qkv", "attn.kv", "attn.kv_a")
 """Fused projections, taken whole where every one of their parts is wanted."""
 
 
-class ZeroBias(Port):
+class ZeroBias(Hook):
     """A bias the model does not have, starting at zero: y + b."""
 
     def __init__(self, width: int, rows: Tensor | None, device: torch.device, dtype: torch.dtype):
@@ -100,7 +100,7 @@ class Bitfit(Wrapper):
     def _add(self, site: Site) -> None:
         weight = next(p for p in site.module.parameters())
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        inject(site.module, site.name(self.name), ZeroBias(site.width_out, row_index(site), weight.device, dtype), self.name)
+        add_hook(site.module, site.name(self.name), ZeroBias(site.width_out, row_index(site), weight.device, dtype), self.name)
 
     def _roles(self) -> set[str]:
         terms = [*TERMS, "norm"] if self.terms == "all" else list(self.terms)
@@ -153,12 +153,12 @@ class Bitfit(Wrapper):
         Raises:
             ModelError: added biases have no place in this family's config.
         """
-        added = [(path, module) for path, module, _, port in all_ports(model, self.name) if isinstance(port, ZeroBias)]
+        added = [(path, module) for path, module, _, hook in all_hooks(model, self.name) if isinstance(hook, ZeroBias)]
         make_room(model, added, self.name)
         with torch.no_grad():
-            for _, module, name, port in list(all_ports(model, self.name)):
-                port.merge(module)
-                eject(module, name)
+            for _, module, name, hook in list(all_hooks(model, self.name)):
+                hook.merge(module)
+                remove_hook(module, name)
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Counts by role; biases without effect are named as such."""
@@ -167,13 +167,13 @@ class Bitfit(Wrapper):
         parts = anatomy(model)
         roles = {(s.path, s.name(self.name)): s.role for s in parts.sites}
         counts: Counter[str] = Counter()
-        for path, _, name, port in all_ports(model, self.name):
-            counts[roles.get((path, name), path)] += sum(p.numel() for p in port.parameters())
+        for path, _, name, hook in all_hooks(model, self.name):
+            counts[roles.get((path, name), path)] += sum(p.numel() for p in hook.parameters())
         for role, count in counts.items():
             dead = role in ("attn.k", "cross.k") and not parts.rope
             yield f"bias of {role}{' (without effect: softmax ignores it)' if dead else ''}", count
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """No weight gradients at all: biases need the gradients of outputs only."""
-        count = sum(p.numel() for _, _, _, port in all_ports(model, self.name) for p in port.parameters())
+        count = sum(p.numel() for _, _, _, hook in all_hooks(model, self.name) for p in hook.parameters())
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

@@ -13,7 +13,13 @@ from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.selective._engines.counter_rng import bernoulli
-from llmrecipe.methods.selective._engines.sparse_method import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
+from llmrecipe.methods.selective._engines.sparse_method import (
+    SparseMethod,
+    attach_chosen,
+    base_weights,
+    candidates,
+    chosen_from,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +29,7 @@ COMPAT_CLIP = 1.0
 
 
 @register
-class ChildTuning(SparseHooks, Wrapper):
+class ChildTuning(SparseMethod, Wrapper):
     """Child-tuning: only a child network's gradients are used.
 
     Variant f: at every step M_t ~ Bernoulli(p), g_t <- g_t * M_t / p, then the optimizer. Every weight trains; this is
@@ -43,7 +49,7 @@ class ChildTuning(SparseHooks, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")
     conflicts: ClassVar[dict[str, str]] = {"mezo": "it masks gradients, and zeroth-order training has none"}
 
     variant: Literal["f", "d"] = "d"

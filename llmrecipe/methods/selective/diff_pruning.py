@@ -42,7 +42,7 @@ class DiffPruning(GatePhase, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("before_step", "penalty")
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "penalty")
     conflicts: ClassVar[dict[str, str]] = {
         "nf4": "its first phase replaces base weights by sums, which quantized weights cannot be",
         "int8": "its first phase replaces base weights by sums, which quantized weights cannot be",
@@ -92,27 +92,27 @@ class DiffPruning(GatePhase, Wrapper):
             return
         alpha = self.alpha_init if self.adaptive else None
         for weight in base_weights(model, self.scope).values():
-            self.inject_gates(weight, DiffGate(weight, self.low, self.high, alpha, self.mode == "structured"))
+            self.add_gates(weight, DiffGate(weight, self.low, self.high, alpha, self.mode == "structured"))
         self.aim(model, 0)
 
     def penalizes(self) -> bool:
         """Without gates there is nothing to close."""
         return self.adaptive
 
-    def expected(self, ports: list[DiffGate]) -> Tensor | float:
+    def expected(self, hooks: list[DiffGate]) -> Tensor | float:
         """E ||delta||_0, tensor by tensor."""
         total: Tensor | float = 0.0
-        for port in ports:
-            total = total + port.expected(self.penalty_form == "paper")
+        for hook in hooks:
+            total = total + hook.expected(self.penalty_form == "paper")
         return total
 
-    def survivors(self, model: nn.Module, ports: list[DiffGate], draw: str) -> dict[str, Chosen]:
+    def survivors(self, model: nn.Module, hooks: list[DiffGate], draw: str) -> dict[str, Chosen]:
         """The largest |delta| of all entries together."""
         from llmrecipe.methods.selective._engines.selection import top_k
         from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
-        k = int(self.density * sum(port.w.numel() for port in ports))
+        k = int(self.density * sum(hook.w.numel() for hook in hooks))
         if k < 1:
             raise ModelError(f"stack.{self.name}.density: {self.density} leaves no entry to train")
-        best = top_k([(port.source, port.difference(draw).abs_(), None) for port in ports], k)
+        best = top_k([(hook.source, hook.difference(draw).abs_(), None) for hook in hooks], k)
         return {name: Chosen(idx) for name, idx in best.items() if idx.numel()}

@@ -8,14 +8,20 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
-from llmrecipe.methods.selective._engines.sparse_method import SparseHooks, attach_chosen, base_weights, candidates, chosen_from
+from llmrecipe.methods.selective._engines.sparse_method import (
+    SparseMethod,
+    attach_chosen,
+    base_weights,
+    candidates,
+    chosen_from,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @register
-class Fishmask(SparseHooks, Wrapper):
+class Fishmask(SparseMethod, Wrapper):
     """FishMask: train the entries with the largest empirical Fisher information, chosen once, before step 0.
 
     F_i = sum_n (d log p(y_n | x_n) / d theta_i)^2 over `num_samples` examples, one backward pass each; the mask is the top
@@ -30,7 +36,7 @@ class Fishmask(SparseHooks, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("after_step",)
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_step",)
 
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
     """Share of the candidate entries that trains."""
@@ -87,7 +93,7 @@ class Fishmask(SparseHooks, Wrapper):
         return k
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Score, take the top k, inject their ports."""
+        """Score, take the top k, add their hooks."""
         from llmrecipe.methods.selective._engines import selection
         from llmrecipe.methods.selective._engines.counter_rng import uniform
         from llmrecipe.methods.selective._engines.sparse_delta import Chosen

@@ -50,7 +50,7 @@ class GroupMask(GatePhase, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
 
     group: Literal["tensor", "row", "column", "head", "neuron", "layer"] = "row"
     """What is selected as a whole."""
@@ -127,29 +127,29 @@ class GroupMask(GatePhase, Wrapper):
         for family in found:
             first = None
             for member in family.members:
-                port = GroupGate(family, member, self.low, self.high, self.alpha_init, first)
-                self.inject_gates(member.weight, port)
-                first = first or port
+                hook = GroupGate(family, member, self.low, self.high, self.alpha_init, first)
+                self.add_gates(member.weight, hook)
+                first = first or hook
         self.aim(model, 0)
 
     def penalizes(self) -> bool:
         """Only learned choices are penalised."""
         return self.hard_l0
 
-    def expected(self, ports: list[GroupGate]) -> Tensor | float:
+    def expected(self, hooks: list[GroupGate]) -> Tensor | float:
         """E ||delta||_0, family by family."""
         total: Tensor | float = 0.0
-        for port in ports:
-            if port.alpha is not None:
-                total = total + port.expected()
+        for hook in hooks:
+            if hook.alpha is not None:
+                total = total + hook.expected()
         return total
 
-    def survivors(self, model: nn.Module, ports: list[GroupGate], draw: str) -> dict[str, Chosen]:
+    def survivors(self, model: nn.Module, hooks: list[GroupGate], draw: str) -> dict[str, Chosen]:
         """The groups with the largest delta^2."""
         from llmrecipe.methods.selective._engines.weight_groups import families
 
         found = families(model, self.group, self.scope)
-        differences = {port.source: port for port in ports}
+        differences = {hook.source: hook for hook in hooks}
         scores = [torch.zeros(f.count, dtype=torch.float64) for f in found]
         for total, family in zip(scores, found, strict=True):
             for member in family.members:
@@ -179,7 +179,7 @@ class GroupMask(GatePhase, Wrapper):
         return budget
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Score the groups, take the best, inject their ports; `hard_l0` chooses later."""
+        """Score the groups, take the best, add their hooks; `hard_l0` chooses later."""
         from llmrecipe.methods.selective._engines.weight_groups import families
 
         if not self.hard_l0:

@@ -10,13 +10,13 @@ from llmrecipe.core.option_types import Literal, OpenFraction, PositiveFloat, Po
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.selective._engines.sparse_method import (
-    SparseHooks,
+    SparseMethod,
     attach_chosen,
     base_weights,
     chosen_from,
-    sparse_ports,
+    sparse_hooks,
 )
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @register
-class Spt(SparseHooks, Wrapper):
+class Spt(SparseMethod, Wrapper):
     """SPT: sensitivity decides, under one budget, which matrices get a LoRA or an adapter and which single entries train.
 
     Tuning entry n alone lowers the loss by about g_n dw_n, and dw_n = -e g_n, hence s_n = g_n^2, summed over batches. The
@@ -43,7 +43,7 @@ class Spt(SparseHooks, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
-    hooks: ClassVar[tuple[str, ...]] = ("after_step",)
+    lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_step",)
 
     budget: PositiveFloat = 0.005
     """Numbers that may train: a count from 1 on, or below 1 a share of the candidates."""
@@ -118,14 +118,14 @@ class Spt(SparseHooks, Wrapper):
         return count
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Score the candidates, allocate the budget, inject what was chosen."""
+        """Score the candidates, allocate the budget, add hooks for what was chosen."""
         from llmrecipe.methods.selective._engines.selection import pattern
         from llmrecipe.methods.selective._engines.spt_allocation import allocate
 
         tunables = self._tunables(model)
         scores = self._scores(model, probe, [t.name for t in tunables])
         keys = [pattern(scores[t.name]) for t in tunables]
-        self._inject(model, allocate(tunables, keys, self.limit(tunables), self.structured_only))
+        self._add_hooks(model, allocate(tunables, keys, self.limit(tunables), self.structured_only))
 
     def _scores(self, model: nn.Module, probe: Probe, names: list[str]) -> dict[str, Tensor]:
         from llmrecipe.methods.selective._engines import selection
@@ -143,18 +143,18 @@ class Spt(SparseHooks, Wrapper):
             found |= totals if self.layer_groups == 1 else {name: value.cpu() for name, value in totals.items()}
         return found
 
-    def _inject(self, model: nn.Module, allocation: Allocation) -> None:
+    def _add_hooks(self, model: nn.Module, allocation: Allocation) -> None:
         from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 
         self._modules(model, allocation.structured)
         attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in allocation.entries.items()})
 
     def _modules(self, model: nn.Module, paths: list[str]) -> None:
-        from llmrecipe.methods.selective._engines.spt_allocation import inject_structured
+        from llmrecipe.methods.selective._engines.spt_allocation import add_structured
 
         sites = {site.path: site for site in _projections(model)}
         for path in paths:
-            inject_structured(sites[path], self.name, self.structured, self.r, self.dropout)
+            add_structured(sites[path], self.name, self.structured, self.r, self.dropout)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """The allocation: structured modules by path, and the shapes of the selection."""
@@ -164,7 +164,7 @@ class Spt(SparseHooks, Wrapper):
         from llmrecipe.methods._engines.low_rank import LowRank
         from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter
 
-        return [path for path, _, _, p in all_ports(model, self.name) if isinstance(p, LowRank | SequentialAdapter)]
+        return [path for path, _, _, p in all_hooks(model, self.name) if isinstance(p, LowRank | SequentialAdapter)]
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + B A and W <- W + delta.
@@ -185,16 +185,16 @@ class Spt(SparseHooks, Wrapper):
         return facts
 
     def _dense(self, model: nn.Module) -> int:
-        selected = {id(port) for _, _, port in sparse_ports(model, self.name)}
+        selected = {id(hook) for _, _, hook in sparse_hooks(model, self.name)}
         return sum(
-            p.numel() for _, _, _, port in all_ports(model, self.name) if id(port) not in selected for p in port.parameters()
+            p.numel() for _, _, _, hook in all_hooks(model, self.name) if id(hook) not in selected for p in hook.parameters()
         )
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Structured modules, then selections."""
         for path in self._structured(model):
-            port = getattr(model.get_submodule(path), self.name)
-            yield f"{path} ({self.structured})", sum(p.numel() for p in port.parameters())
+            hook = getattr(model.get_submodule(path), self.name)
+            yield f"{path} ({self.structured})", sum(p.numel() for p in hook.parameters())
         yield from super().describe(model)
 
 

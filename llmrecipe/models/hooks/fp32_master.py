@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.models.hooks.port import Port, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook
 
 OWNER = "float32_master"
 
 
-class Lowered(Port):
+class DowncastHook(Hook):
     """W -> W in the dtype of the model around it."""
 
-    # Below every other weight port: they see the tensor as the module computes with it.
+    # Below every other weight hook: they see the tensor as the module computes with it.
     order = -4
 
     def __init__(self, tensor: str, dtype: torch.dtype):
@@ -41,4 +41,4 @@ def raise_to_master(model: nn.Module, parameter: nn.Parameter) -> None:
     for module in list(model.modules()):
         for tensor, value in list(module._parameters.items()):
             if value is parameter:
-                inject(module, f"{OWNER}_{tensor}", Lowered(tensor, dtype), OWNER)
+                add_hook(module, f"{OWNER}_{tensor}", DowncastHook(tensor, dtype), OWNER)

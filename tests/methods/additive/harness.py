@@ -11,7 +11,7 @@ from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.attention import install
-from llmrecipe.models.hooks.port import all_ports, own_tensors
+from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.runs.delta import Layer, mount, wrapper_mapping
 from tests.models.configs import MASKED, SEQ2SEQ, tiny
 from tests.tiny import tiny_model
@@ -89,8 +89,8 @@ def attached(family: str, *wrappers: Wrapper, seed: int = 0) -> tuple[nn.Module,
 def fill(model: nn.Module, seed: int = 3, scale: float = 0.2) -> None:
     """Move every injected parameter off its start, so that every part of the formula shows."""
     generator = torch.Generator().manual_seed(seed)
-    for _, _, _, port in all_ports(model):
-        for parameter in port.parameters(recurse=True):
+    for _, _, _, hook in all_hooks(model):
+        for parameter in hook.parameters(recurse=True):
             parameter.data = parameter.data + torch.randn(parameter.shape, generator=generator) * scale
 
 

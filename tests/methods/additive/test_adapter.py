@@ -13,7 +13,7 @@ from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.methods.additive._engines.bottleneck import Bottleneck
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from tests.methods.additive.harness import (
     attached,
@@ -33,10 +33,10 @@ ALL = ["llama", "gpt2", "gemma2", "qwen3", "bert", "distilbert", "roberta", "t5"
 PARALLEL = ["phi", "gpt_neox"]
 
 
-def reference(port: Bottleneck, z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+def reference(hook: Bottleneck, z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """s (W_u relu(W_d z + b_d) + b_u)."""
-    h = torch.einsum("rd,btd->btr", port.down, z) + port.down_bias
-    return scale * (torch.einsum("dr,btr->btd", port.up, h.clamp_min(0)) + port.up_bias)
+    h = torch.einsum("rd,btd->btr", hook.down, z) + hook.down_bias
+    return scale * (torch.einsum("dr,btr->btd", hook.up, h.clamp_min(0)) + hook.up_bias)
 
 
 def block_of(family: str, **options: object) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -48,7 +48,7 @@ def block_of(family: str, **options: object) -> tuple[nn.Module, nn.Module, Tens
 
 
 def off(module: nn.Module, *inputs: Tensor, **more: object) -> Tensor:
-    """A module without its ports."""
+    """A module without its hooks."""
     with activate(Context(role="reference")):
         return module(*inputs, **more)
 
@@ -121,7 +121,7 @@ def test_the_published_starts_are_near_the_base_and_say_so(init: str) -> None:
     model, stack = attached("llama", wrapper)
     assert not stack.reference_is_off()
     bound, deviation = {"houlsby": (0.02, 0.0088), "bert": (0.2, 0.02)}[init]
-    values = torch.cat([getattr(p, n).flatten() for _, _, _, p in all_ports(model) for n in ("down", "up")])
+    values = torch.cat([getattr(p, n).flatten() for _, _, _, p in all_hooks(model) for n in ("down", "up")])
     assert float(values.abs().max()) <= bound
     assert math.isclose(float(values.std()), deviation, rel_tol=0.15)
     assert not torch.equal(logits(model), logits(model_of("llama")))
@@ -129,7 +129,7 @@ def test_the_published_starts_are_near_the_base_and_say_so(init: str) -> None:
 
 def test_adapters_start_differently() -> None:
     model, _ = attached("llama", Adapter(name="adapter", r=4))
-    downs = [port.down for _, _, _, port in all_ports(model)]
+    downs = [hook.down for _, _, _, hook in all_hooks(model)]
     assert not any(torch.equal(downs[0], other) for other in downs[1:])
 
 
@@ -163,9 +163,9 @@ def test_cross_attention_only_where_asked(family: str, adapters: int) -> None:
 
 def test_layers_and_sizes_choose_where_and_how_wide() -> None:
     model, _ = attached("llama", Adapter(name="adapter", layers="-1", sublayers=["ffn"], r=3))
-    assert [path for path, _, _, _ in all_ports(model)] == ["model.layers.1.mlp"]
+    assert [path for path, _, _, _ in all_hooks(model)] == ["model.layers.1.mlp"]
     model, stack = attached("llama", Adapter(name="adapter", sizes={"0": 0, "1": 7}))
-    assert {port.down.shape[0] for _, _, _, port in all_ports(model)} == {7}
+    assert {hook.down.shape[0] for _, _, _, hook in all_hooks(model)} == {7}
     assert trained(model) == next(iter(stack)).memory(model)["trainable"] == 2 * (2 * 32 * 7 + 7 + 32)
 
 
@@ -207,7 +207,7 @@ def test_a_mixture_is_adapted_as_the_sum_of_its_experts() -> None:
 
 def test_sandwich_norms_come_before_the_adapter() -> None:
     model, _ = attached("gemma2", Adapter(name="adapter"))
-    hosts = {path.rsplit(".", 1)[-1] for path, _, _, _ in all_ports(model)}
+    hosts = {path.rsplit(".", 1)[-1] for path, _, _, _ in all_hooks(model)}
     assert hosts == {"post_attention_layernorm", "post_feedforward_layernorm"}
 
 
@@ -217,8 +217,8 @@ def test_lora_acts_inside_the_sublayer_and_the_adapter_behind_it(family: str) ->
     for flip in (1, -1):
         model, _ = attached(family, *[Adapter(name="adapter", r=4), Lora(name="lora", target="attn.o + mlp.down")][::flip])
         fill(model)
-        ports = sorted((p, n) for p, _, n, _ in all_ports(model))
-        assert len(ports) == 8
+        hooks = sorted((p, n) for p, _, n, _ in all_hooks(model))
+        assert len(hooks) == 8
         host = anatomy(model).at("layers.0.attn.o")[0].module
         x = torch.randn(1, 3, 32)
         y = off(host, x) + host.lora.scale * x @ host.lora.A.T @ host.lora.B.T
@@ -249,7 +249,7 @@ def test_the_base_never_moves_and_masters_are_float32() -> None:
 
     Stack([Adapter(name="adapter", r=4, ln_before=True)]).attach(model)
     fill(model)
-    assert {p.dtype for _, _, _, port in all_ports(model) for p in port.parameters()} == {torch.float32}
+    assert {p.dtype for _, _, _, hook in all_hooks(model) for p in hook.parameters()} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
 
 

@@ -15,7 +15,7 @@ from llmrecipe.methods.additive._engines.apt_gates import BlockScores, summarise
 from llmrecipe.methods.additive._engines.prefix_kv import tables_of
 from llmrecipe.methods.additive.apt import Apt
 from llmrecipe.methods.additive.p_tuning_v2 import PTuningV2
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.kv_cache import carried
 from tests.methods.additive.prefix_support import IDS, adapted, bert_classifier, gradients, greedy_cached, greedy_whole, trained
 from tests.tiny import roles_for, tiny_model
@@ -28,14 +28,14 @@ def apt(**options: Any) -> Apt:
 
 
 def scores_of(model: nn.Module) -> list[BlockScores]:
-    return [p for _, _, _, p in all_ports(model) if isinstance(p, BlockScores)]
+    return [p for _, _, _, p in all_hooks(model) if isinstance(p, BlockScores)]
 
 
 def loud(model: nn.Module, size: float = 1.0) -> nn.Module:
     """Scores large enough for differences between documents to show."""
-    for port in scores_of(model):
-        if hasattr(port, "gate"):
-            port.gate.data.normal_(std=size)
+    for hook in scores_of(model):
+        if hasattr(hook, "gate"):
+            hook.gate.data.normal_(std=size)
     return model
 
 
@@ -60,10 +60,10 @@ def test_static_scores_fold_into_a_plain_table() -> None:
     (ours,), (table,) = tables_of(model, "prefix"), tables_of(plain, "prefix")
     columns = []
     with torch.no_grad():
-        for port, (keys, values) in zip(scores_of(model), ours.tables["attn"](), strict=True):
-            port.bias.normal_()
-            port.scale.fill_(1.7)
-            factor = (1.7 * port.bias.sigmoid())[None, None, :, None]
+        for hook, (keys, values) in zip(scores_of(model), ours.tables["attn"](), strict=True):
+            hook.bias.normal_()
+            hook.scale.fill_(1.7)
+            factor = (1.7 * hook.bias.sigmoid())[None, None, :, None]
             columns.append((keys * factor, values * factor))
         table.tables["attn"].flat.copy_(table.tables["attn"].join(columns))
     torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
@@ -79,9 +79,9 @@ def test_a_score_is_the_formula_in_float64() -> None:
         with activate(Context(prompt_lengths=torch.tensor([3, 5]))):
             model(input_ids=IDS.repeat(2, 1))
     assert len(seen) == 2
-    for port, (x, alpha) in zip(scores_of(model), seen, strict=True):
+    for hook, (x, alpha) in zip(scores_of(model), seen, strict=True):
         for row, length in ((0, 3), (1, 5)):
-            wanted = 1 / (1 + torch.exp(-(x[row, :length].mean(0) @ port.gate + port.bias)))
+            wanted = 1 / (1 + torch.exp(-(x[row, :length].mean(0) @ hook.gate + hook.bias)))
             torch.testing.assert_close(alpha[row], wanted, atol=1e-12, rtol=1e-10)
 
 

@@ -16,7 +16,7 @@ from llmrecipe.methods.additive._engines.soft_topk import soft_top_k
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.coda import Coda, Router
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from tests.methods.additive.harness import (
     attached,
@@ -33,13 +33,13 @@ from tests.tiny import roles_for
 ENCODERS = ["bert", "distilbert", "t5", "bart", "native-encoder", "native-encoder_decoder"]
 
 
-def network(port: Router, z: Tensor) -> Tensor:
-    return (z @ port.down.T + port.down_bias).clamp_min(0) @ port.up.T + port.up_bias
+def network(hook: Router, z: Tensor) -> Tensor:
+    return (z @ hook.down.T + hook.down_bias).clamp_min(0) @ hook.up.T + hook.up_bias
 
 
-def routed(port: Router, normed: Tensor, k: int, eps: float = 0.03) -> tuple[Tensor, Tensor]:
+def routed(hook: Router, normed: Tensor, k: int, eps: float = 0.03) -> tuple[Tensor, Tensor]:
     """(R, T) weights m and the (R, k) chosen columns, written out."""
-    scores = normed @ port.router
+    scores = normed @ hook.router
     soft = soft_top_k(scores, torch.full((len(scores),), k), torch.ones_like(scores, dtype=torch.bool), eps)
     chosen = scores.topk(k, dim=1).indices.sort(1).values
     return torch.zeros_like(soft).scatter(1, chosen, soft.gather(1, chosen)), chosen
@@ -74,8 +74,8 @@ def test_the_block_is_the_formula_in_float64(kv: str) -> None:
     torch.testing.assert_close(got, wanted, atol=1e-11, rtol=0)
     # Unrouted rows are x + A(n) bit for bit.
     rest = m == 0
-    port = block.coda
-    assert torch.equal(got[rest], (x + port.network(normed))[rest])
+    hook = block.coda
+    assert torch.equal(got[rest], (x + hook.network(normed))[rest])
 
 
 @pytest.mark.parity("coda", "dense block with a parallel adapter")
@@ -166,9 +166,9 @@ def test_solvers_rank_alike_and_weigh_differently() -> None:
     outs = []
     for solver in ("exact", "iterative"):
         model, _ = attached("bert", Coda(name="coda", r=4, reduction=2.0, solver=solver, eps=0.3))
-        for _, _, _, port in all_ports(model):
-            if isinstance(port, Router):
-                port.router.data = torch.linspace(-1, 1, 32)
+        for _, _, _, hook in all_hooks(model):
+            if isinstance(hook, Router):
+                hook.router.data = torch.linspace(-1, 1, 32)
         outs.append(logits(model))
     assert not torch.equal(*outs)
     torch.testing.assert_close(*outs, atol=0.2, rtol=0.5)
@@ -301,7 +301,7 @@ def test_lora_learns_inside_the_routed_path_and_adapters_behind_it() -> None:
 def test_learned_scores_move_the_choice() -> None:
     """The router's gradient says which tokens to send: training it alone lowers the loss of a frozen everything else."""
     model, _ = attached("bert", Coda(name="coda", r=1, reduction=2.0, train_norms=False, eps=1.0))
-    routers = [port.router for _, _, _, port in all_ports(model) if isinstance(port, Router)]
+    routers = [hook.router for _, _, _, hook in all_hooks(model) if isinstance(hook, Router)]
     target = base_logits("bert").detach()
     optimizer = torch.optim.Adam(routers, lr=0.05)
     losses = []

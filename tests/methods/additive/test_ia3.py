@@ -19,7 +19,7 @@ from llmrecipe.evaluation.evaluate_model import evaluate_path
 from llmrecipe.feedback import generated_answers
 from llmrecipe.methods.additive.ia3 import Ia3, ScaleKeys, ScaleOutput
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.objectives.token_math import collate_tokens
 from llmrecipe.runs import delta
@@ -94,7 +94,7 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, targets: list[
     peft = pytest.importorskip("peft")
     model, _ = attached(family, Ia3(name="ia3"))
     fill(model)
-    ours = {path: port for path, _, _, port in all_ports(model)}
+    ours = {path: hook for path, _, _, hook in all_hooks(model)}
     config = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
     twin = peft.get_peft_model(model_of(family), config)
     theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "ia3_l")}
@@ -154,9 +154,9 @@ def test_a_task_without_rows_gets_exactly_no_gradient() -> None:
     roles = roles_for(model, stack)
     rows = [dataclasses.replace(s, task=2 if s.task else 0) for s in sequences()]
     roles.policy(roles.layout(rows))["logprobs"].sum().backward()
-    for _, _, _, port in all_ports(model):
-        assert not port.l.grad[1].any()
-        assert port.l.grad[0].any() and port.l.grad[2].any()
+    for _, _, _, hook in all_hooks(model):
+        assert not hook.l.grad[1].any()
+        assert hook.l.grad[0].any() and hook.l.grad[2].any()
 
 
 def test_an_encoder_of_another_length_takes_the_task_of_its_row() -> None:
@@ -239,7 +239,7 @@ def test_only_keys_and_values_of_a_fused_projection_are_scaled(family: str) -> N
     changed = module(x)
     q, k, v = (list(parts[r].indices()) for r in ("attn.q", "attn.k", "attn.v"))
     assert torch.equal(changed[..., q], plain[..., q])
-    scales = {name: port.l[0] for _, host, name, port in all_ports(model) if host is module}
+    scales = {name: hook.l[0] for _, host, name, hook in all_hooks(model) if host is module}
     torch.testing.assert_close(changed[..., k], plain[..., k] * scales["ia3__k"])
     torch.testing.assert_close(changed[..., v], plain[..., v] * scales["ia3__v"])
 
@@ -249,14 +249,14 @@ def test_keys_behind_their_norm_are_scaled_per_head_and_channel(family: str) -> 
     model, stack = attached(family, Ia3(name="ia3", key_site="post_norm", scaled=["key"]))
     base = logits(model)
     fill(model)
-    assert sum(isinstance(port, ScaleKeys) for _, _, _, port in all_ports(model)) == 2
+    assert sum(isinstance(hook, ScaleKeys) for _, _, _, hook in all_hooks(model)) == 2
     heads, size = anatomy(model).kv_heads, anatomy(model).head_dim
     seen = {}
 
     def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         seen["after"] = output
 
-    host = next(module for _, module, _, port in all_ports(model))
+    host = next(module for _, module, _, hook in all_hooks(model))
     host.register_forward_hook(keep)
     logits(model)
     with activate(Context(role="reference")):
@@ -276,11 +276,11 @@ def test_keys_behind_their_norm_are_scaled_per_head_and_channel(family: str) -> 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_heads_are_told_from_tokens_even_where_there_are_equally_many(transposed: bool) -> None:
-    port = ScaleKeys(2, 4, 1)
-    port.l.data.uniform_()
+    hook = ScaleKeys(2, 4, 1)
+    hook.l.data.uniform_()
     y = torch.randn(3, 2, 8).unflatten(-1, (2, 4))
-    wanted = y * port.l[0].view(2, 4)
-    got = port.after(y.transpose(1, 2), y.transpose(1, 2)).transpose(1, 2) if transposed else port.after(y, y)
+    wanted = y * hook.l[0].view(2, 4)
+    got = hook.after(y.transpose(1, 2), y.transpose(1, 2)).transpose(1, 2) if transposed else hook.after(y, y)
     torch.testing.assert_close(got, wanted)
 
 
@@ -288,8 +288,8 @@ def test_a_uniform_key_scale_is_undone_by_a_key_norm_and_kept_behind_it() -> Non
     for site, changes in (("pre_norm", False), ("post_norm", True)):
         model, _ = attached("qwen3", Ia3(name="ia3", key_site=site, scaled=["key"]))
         base = logits(model)
-        for _, _, _, port in all_ports(model):
-            port.l.data.fill_(1.7)
+        for _, _, _, hook in all_hooks(model):
+            hook.l.data.fill_(1.7)
         assert bool((logits(model) - base).abs().max() > 1e-3) == changes
 
 
@@ -304,7 +304,7 @@ def test_merging_gives_the_same_logits(family: str) -> None:
     fill(model)
     unmerged = logits(model)
     next(iter(stack)).merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     torch.testing.assert_close(logits(model), unmerged, atol=3e-5, rtol=1e-4)
 
 
@@ -360,9 +360,9 @@ def test_vectors_have_no_weight_decay() -> None:
 
 def test_one_task_works_row_by_row_and_several_do_not() -> None:
     model, _ = attached("llama", Ia3(name="ia3"))
-    assert all(port.rowwise for _, _, _, port in all_ports(model))
+    assert all(hook.rowwise for _, _, _, hook in all_hooks(model))
     model, _ = attached("llama", Ia3(name="ia3", tasks=["a", "b"]))
-    assert not any(port.rowwise for _, _, _, port in all_ports(model) if isinstance(port, ScaleOutput))
+    assert not any(hook.rowwise for _, _, _, hook in all_hooks(model) if isinstance(hook, ScaleOutput))
 
 
 def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkeypatch) -> None:
@@ -397,5 +397,5 @@ def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkey
     monkeypatch.setattr(generated_answers, "generate", lambda *a, tasks, **k: seen.append(tasks) or [[5]] * len(tasks))
     generated_answers.answer_rows(run.data, run.roles, [0, 1, 2, 3], Sampling(6))
     assert seen == [[run.data[i]["task"] for i in range(4)]]
-    gaps = [(port.l[0] - port.l[1]).detach().abs().max() for _, _, _, port in all_ports(run.model)]
+    gaps = [(hook.l[0] - hook.l[1]).detach().abs().max() for _, _, _, hook in all_hooks(run.model)]
     assert all(float(gap) > 0 for gap in gaps)

@@ -36,8 +36,8 @@ def test_it_is_flat_prefix_tuning_with_dropout() -> None:
 def test_the_table_is_layer_major_keys_then_values() -> None:
     """Numbered entries land where peft's view (P, 2L, G, E) permuted to (2L, G, P, E) puts them."""
     model = adapted(p_tuning())
-    (port,) = tables_of(model, "prefix")
-    table = port.tables["attn"].eval()
+    (hook,) = tables_of(model, "prefix")
+    table = hook.tables["attn"].eval()
     with torch.no_grad():
         table.flat.copy_(torch.arange(table.flat.numel()).view_as(table.flat))
     wanted = table.flat.view(P, 4, 2, 8).permute(1, 2, 0, 3)
@@ -56,9 +56,9 @@ def test_an_encoder_with_a_head_equals_peft() -> None:
     # peft moves BERT's positions behind the prefix; the P-tuning v2 code does not.
     Stack([p_tuning(positions="shift")]).attach(model)
     twin = get_peft_model(bert_classifier(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)).eval()
-    (port,) = tables_of(model, "prefix")
+    (hook,) = tables_of(model, "prefix")
     with torch.no_grad():
-        port.tables["attn"].flat.copy_(twin.prompt_encoder["default"].embedding.weight)
+        hook.tables["attn"].flat.copy_(twin.prompt_encoder["default"].embedding.weight)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     ids = IDS.repeat(2, 1) * mask
     ours = model(input_ids=ids, attention_mask=mask).logits
@@ -82,6 +82,6 @@ def test_dropout_is_the_same_in_the_replay_of_a_checkpointed_block() -> None:
 def test_heads_of_different_sizes_a_layer_share_one_table() -> None:
     model = tiny_model("gemma2", head_dim=16)
     Stack([p_tuning()]).attach(model)
-    (port,) = tables_of(model, "prefix")
-    assert [(s.heads, s.key, s.value) for s in port.tables["attn"].shapes] == [(2, 16, 16)] * 2
+    (hook,) = tables_of(model, "prefix")
+    assert [(s.heads, s.key, s.value) for s in hook.tables["attn"].shapes] == [(2, 16, 16)] * 2
     assert model(input_ids=IDS).logits.isfinite().all()

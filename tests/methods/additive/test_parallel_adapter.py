@@ -12,7 +12,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.methods.additive._engines.bottleneck import Bottleneck
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
-from llmrecipe.models.hooks.port import all_ports, first_tensor
+from llmrecipe.models.hooks.hook import all_hooks, first_tensor
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import speed_up
 from tests.methods.additive.harness import (
@@ -32,10 +32,10 @@ FAMILIES = ["llama", "gpt2", "gemma2", "bert", "distilbert", "t5", "bart", "mixt
 BOTH = {"sites": ["ffn", "attn"], "r": 5}
 
 
-def reference(port: Bottleneck, u: Tensor, scale: float | Tensor = 4.0) -> Tensor:
+def reference(hook: Bottleneck, u: Tensor, scale: float | Tensor = 4.0) -> Tensor:
     """s (W_u relu(W_d u + b_d) + b_u)."""
-    h = torch.einsum("rd,btd->btr", port.down, u) + port.down_bias
-    return scale * (torch.einsum("dr,btr->btd", port.up, h.clamp_min(0)) + port.up_bias)
+    h = torch.einsum("rd,btd->btr", hook.down, u) + hook.down_bias
+    return scale * (torch.einsum("dr,btr->btd", hook.up, h.clamp_min(0)) + hook.up_bias)
 
 
 def block_of(family: str, **options: object) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -93,9 +93,9 @@ def test_one_branch_a_linear(family: str) -> None:
     fill(model)
     x = torch.randn(2, 5, 32)
     site = anatomy(model).at("layers.0.attn.v")[0]
-    port = getattr(site.module, site.name("pa"))
+    hook = getattr(site.module, site.name("pa"))
     part = slice(None) if site.rows is None else list(site.indices())
-    h = torch.tanh(x @ port.down.T + port.down_bias) @ port.up.T + port.up_bias
+    h = torch.tanh(x @ hook.down.T + hook.down_bias) @ hook.up.T + hook.up_bias
     difference = (site.module(x) - off(site.module, x))[..., part]
     torch.testing.assert_close(difference, h, atol=2e-5, rtol=1e-5)
 
@@ -110,10 +110,10 @@ def test_heads_get_a_prefix_shaped_branch_without_a_softmax(family: str) -> None
     modules = 6 if family == "t5" else 2
     assert trained(model) == modules * 4 * 3 * (8 + 8) == next(iter(stack)).memory(model)["trainable"]
     fill(model)
-    port = next(p for _, _, _, p in all_ports(model))
+    hook = next(p for _, _, _, p in all_hooks(model))
     q, out = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
-    wanted = out + 2.0 * torch.einsum("bhtr,her->bhte", torch.einsum("bhte,hre->bhtr", q, port.down).clamp_min(0), port.up)
-    torch.testing.assert_close(port.attention(lambda *_: out, q, q, q), wanted, atol=1e-5, rtol=1e-5)
+    wanted = out + 2.0 * torch.einsum("bhtr,her->bhte", torch.einsum("bhte,hre->bhtr", q, hook.down).clamp_min(0), hook.up)
+    torch.testing.assert_close(hook.attention(lambda *_: out, q, q, q), wanted, atol=1e-5, rtol=1e-5)
     logits(model).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
@@ -152,8 +152,8 @@ def test_a_copy_of_the_model_reads_its_own_blocks() -> None:
     fill(model)
     wanted = logits(model)
     twin = copy.deepcopy(model)
-    for _, _, _, port in all_ports(model):
-        for parameter in port.parameters():
+    for _, _, _, hook in all_hooks(model):
+        for parameter in hook.parameters():
             parameter.data.zero_()
     assert torch.equal(logits(twin), wanted)
     assert torch.equal(logits(model), base_logits("bert"))

@@ -14,9 +14,9 @@ from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.data.collate import Sequence
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods.additive._engines.prefix_kv import PrefixTables, Table, eject, tables_of
+from llmrecipe.methods.additive._engines.prefix_kv import PrefixTables, Table, remove_hook, tables_of
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.additive.prefix_support import IDS, adapted, gradients, greedy_cached, greedy_whole, pair_model, trained
 from tests.tiny import roles_for, tiny_model
 
@@ -38,8 +38,8 @@ def peft_twin(family: str, projected: bool) -> nn.Module:
 
 def copy_from_peft(model: nn.Module, twin: nn.Module) -> None:
     source = twin.prompt_encoder["default"]
-    (port,) = tables_of(model, "prefix")
-    table = port.tables["attn"]
+    (hook,) = tables_of(model, "prefix")
+    table = hook.tables["attn"]
     with torch.no_grad():
         if hasattr(table, "flat"):
             table.flat.copy_(source.embedding.weight)
@@ -98,9 +98,9 @@ def attention64(
 @pytest.mark.parity("prefix_tuning", "formula, float64")
 def test_one_layer_is_the_formula_in_float64() -> None:
     model = adapted(prefix(reparam="flat"), num_hidden_layers=1).double()
-    (port,) = tables_of(model, "prefix")
-    keys, values = port.tables["attn"]()[0]
-    table = port.tables["attn"].flat
+    (hook,) = tables_of(model, "prefix")
+    keys, values = hook.tables["attn"]()[0]
+    table = hook.tables["attn"].flat
     # Layer-major columns: the first half of the only layer is K, two key/value heads of size 8.
     assert torch.equal(keys[0, 1, 3], table[3, 8:16])
     assert torch.equal(values[0, 0, 2], table[2, 16:24])
@@ -123,7 +123,7 @@ def test_one_layer_is_the_formula_in_float64() -> None:
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoder_and_cross_attention_have_tables_of_their_own(family: str) -> None:
     model = adapted(prefix(reparam="flat", target="attn + cross"), family)
-    roles = {path: sorted(port.tables) for path, _, _, port in all_ports(model) if isinstance(port, PrefixTables)}
+    roles = {path: sorted(hook.tables) for path, _, _, hook in all_hooks(model) if isinstance(hook, PrefixTables)}
     assert sorted(roles.values()) == [["attn"], ["attn", "cross"]]
     model(input_ids=IDS, decoder_input_ids=IDS[:, :4]).logits.square().sum().backward()
     for name, parameter in trained(model).items():
@@ -201,7 +201,7 @@ def test_ejecting_keeps_the_outputs_bit_for_bit_and_drops_the_mlp() -> None:
     stack.attach(again, {"prefix": wrapper.structure(model)})
     stack.restore(again, wrapper.delta(model))
     assert torch.equal(again(input_ids=IDS).logits, before)
-    eject(model, "prefix")
+    remove_hook(model, "prefix")
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
@@ -241,9 +241,9 @@ def test_checkpointing_without_the_context_is_an_error_and_not_a_wrong_gradient(
 def test_packed_documents_each_see_the_whole_prefix_and_nobody_else(gate: str) -> None:
     model = adapted(prefix(reparam="flat", gate_init=gate))
     with torch.no_grad():
-        for port in tables_of(model, "prefix"):
+        for hook in tables_of(model, "prefix"):
             if gate == "closed":
-                port.tables["attn"].gate.fill_(0.7)
+                hook.tables["attn"].gate.fill_(0.7)
     sequences = [Sequence([5, 9, 3], [0, 1, 1]), Sequence([60, 7], [1, 1], parent=0), Sequence([4, 4, 8, 2], [0, 1, 1, 1])]
     values = []
     for packing in (True, False):
@@ -263,9 +263,9 @@ def test_a_closed_gate_starts_at_the_base_bit_for_bit_and_opens() -> None:
         optimizer.zero_grad()
         model(input_ids=IDS).logits.square().sum().backward()
         optimizer.step()
-    (port,) = tables_of(model, "prefix")
-    assert bool((port.tables["attn"].gate != 0).all())
-    assert bool((port.tables["attn"].flat.grad != 0).all())
+    (hook,) = tables_of(model, "prefix")
+    assert bool((hook.tables["attn"].gate != 0).all())
+    assert bool((hook.tables["attn"].flat.grad != 0).all())
 
 
 def test_an_open_prefix_is_not_the_base_even_at_zero() -> None:
@@ -318,9 +318,9 @@ def test_a_gate_of_each_query_is_the_formula_in_float64_packed_or_not() -> None:
 
 def test_gated_prefixes_packed_cached_and_replayed() -> None:
     model = adapted(prefix(reparam="flat", gate="token"))
-    for _, _, _, port in all_ports(model):
-        if hasattr(port, "gate"):
-            port.gate.data.normal_()
+    for _, _, _, hook in all_hooks(model):
+        if hasattr(hook, "gate"):
+            hook.gate.data.normal_()
     sequences = [Sequence([5, 9, 3], [0, 1, 1]), Sequence([60, 7], [1, 1], parent=0), Sequence([4, 4, 8, 2], [0, 1, 1, 1])]
     values = []
     for packing in (True, False):
@@ -351,9 +351,9 @@ def test_a_mean_gate_ignores_padding_and_is_refused_where_it_would_look_ahead() 
 
 def test_some_layers_only() -> None:
     model = adapted(prefix(reparam="flat", target="layers.1:.attn"), num_hidden_layers=3)
-    (port,) = tables_of(model, "prefix")
-    assert port.tables["attn"].flat.shape == (P, 2 * 2 * 16)
-    hosts = [path for path, module, _, p in all_ports(model) if not isinstance(p, PrefixTables)]
+    (hook,) = tables_of(model, "prefix")
+    assert hook.tables["attn"].flat.shape == (P, 2 * 2 * 16)
+    hosts = [path for path, module, _, p in all_hooks(model) if not isinstance(p, PrefixTables)]
     assert hosts == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
 
 

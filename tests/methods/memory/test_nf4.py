@@ -311,7 +311,7 @@ def test_dequantized_model_computes_the_same_and_saves_as_an_ordinary_one(build,
     assert torch.allclose(again(IDS).logits, live, atol=1e-5)
 
 
-def test_dequantizing_keeps_ports_working() -> None:
+def test_dequantizing_keeps_hooks_working() -> None:
     model = tiny_llama().eval()
     Stack([Nf4(name="nf4"), registry.load("stack", "lora")(name="lora", target="all-linear")]).attach(model)
     for name, parameter in model.named_parameters():

@@ -15,7 +15,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank, budget, keep_best
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.optim.optimizers.adamw import AdamW
 from llmrecipe.optim.optimizers.adamw_8bit import AdamW8bit
 from llmrecipe.runs.delta import rename
@@ -37,8 +37,8 @@ def adapted(family: str = "llama", model: nn.Module | None = None, **options: An
     return model, stack, wrapper
 
 
-def ports(model: nn.Module) -> dict[str, SvdLowRank]:
-    return {path: port for path, _, _, port in all_ports(model)}
+def hooks(model: nn.Module) -> dict[str, SvdLowRank]:
+    return {path: hook for path, _, _, hook in all_hooks(model)}
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_ten_steps_with_masks_equal_peft(family: str) -> None:
         task_type="CAUSAL_LM", target_modules=names, lora_alpha=6, fan_in_fan_out=family == "gpt2", **SCHEDULE
     )
     twin = get_peft_model(tiny_model(family), config)
-    ours = ports(model)
+    ours = hooks(model)
     theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_E") and n in ours}
     assert len(theirs) == len(ours)
     for path, module in theirs.items():
@@ -103,7 +103,7 @@ def test_ten_steps_with_masks_equal_peft(family: str) -> None:
 def test_the_budget_is_the_cubic_at_every_step_and_masks_keep_exactly_it() -> None:
     assert [budget(t, 2, 3, 10, 16, 8) for t in range(1, 11)] == [16, 16, 12, 9, 8, 8, 8, 8, 8, 8]
     model, stack, _ = adapted(deltaT=1)
-    found = ports(model)
+    found = hooks(model)
     seen = []
     optimizer = None
     for step in range(10):
@@ -120,22 +120,22 @@ def test_ties_keep_exactly_the_budget() -> None:
 
 def test_scores_follow_the_smoothing_by_hand() -> None:
     """One entry a factor: I = |w g|; mean 0.85 * 0 + 0.15 I; spread 0.15 |I - mean|; the score is their product, summed."""
-    port = SvdLowRank(1, 1, 1, 1.0, 0.0, None, True)
+    hook = SvdLowRank(1, 1, 1, 1.0, 0.0, None, True)
     for name, value in (("A", 2.0), ("E", 3.0), ("B", 5.0)):
-        parameter = getattr(port, name)
+        parameter = getattr(hook, name)
         parameter.data.fill_(value)
         parameter.grad = torch.full_like(parameter, 0.1)
-    port.observe(0.85, 0.85)
+    hook.observe(0.85, 0.85)
     wanted = sum((0.15 * i) * (0.15 * abs(i - 0.15 * i)) for i in (0.2, 0.3, 0.5))
-    assert float(port.scores()) == pytest.approx(wanted, rel=1e-5)
+    assert float(hook.scores()) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("orth", ["fro_mean", "fro_sq_sum"])
 def test_the_penalty_equals_a_loop_over_matrices(orth: str) -> None:
     model, _, wrapper = adapted(target="all-linear", orth=orth)
     norms = []
-    for port in ports(model).values():
-        for gram in (port.A @ port.A.t(), port.B.t() @ port.B):
+    for hook in hooks(model).values():
+        for gram in (hook.A @ hook.A.t(), hook.B.t() @ hook.B):
             norms.append(torch.linalg.norm(gram.double() - torch.eye(4)))
     wanted = sum(norms) / len(norms) if orth == "fro_mean" else sum(n * n for n in norms)
     assert float(wrapper.penalty(model)) == pytest.approx(0.5 * float(wanted), rel=1e-5)
@@ -163,9 +163,9 @@ def test_a_resumed_run_makes_the_same_masks(stop: int) -> None:
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, stack, stop, 10, optimizer)
     train(twin, other, stop, 10, second)
-    for path, port in ports(model).items():
-        assert torch.equal(port.E, ports(twin)[path].E)
-        assert torch.equal(port.kept, ports(twin)[path].kept)
+    for path, hook in hooks(model).items():
+        assert torch.equal(hook.E, hooks(twin)[path].E)
+        assert torch.equal(hook.kept, hooks(twin)[path].kept)
 
 
 def test_importances_are_gone_when_the_pattern_is_final() -> None:
@@ -194,13 +194,13 @@ def test_pruned_tensors_hold_the_values_of_masked_ones_and_so_does_the_optimizer
     masked, _, slow = trained_to_the_end("off")
     pruned, stack, fast = trained_to_the_end("at_final")
     shorter = 0
-    for path, port in ports(masked).items():
-        short = ports(pruned)[path]
-        kept = port.kept
+    for path, hook in hooks(masked).items():
+        short = hooks(pruned)[path]
+        kept = hook.kept
         shorter += not bool(kept.all())
         assert short.A.shape[0] == int(kept.sum()) == len(short.kept)
         for name, axis in (("A", 0), ("E", 0), ("B", 1)):
-            whole, left = getattr(port, name), getattr(short, name)
+            whole, left = getattr(hook, name), getattr(short, name)
             index = kept.nonzero()[:, 0]
             torch.testing.assert_close(left, whole.index_select(axis, index), atol=1e-6, rtol=1e-5)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -218,9 +218,9 @@ def test_masked_triplets_have_gradients_that_pruned_ones_lack_so_clipping_divide
         model, _, _ = trained_to_the_end(prune)
         model.zero_grad()
         model(input_ids=IDS).logits.square().mean().backward()
-        found = ports(model).values()
+        found = hooks(model).values()
         kept.append(torch.cat([p.E.grad[p.kept].flatten() for p in found]))
-        norms.append(torch.cat([p.grad.flatten() for port in found for p in (port.A, port.B, port.E)]).norm())
+        norms.append(torch.cat([p.grad.flatten() for hook in found for p in (hook.A, hook.B, hook.E)]).norm())
     torch.testing.assert_close(*kept, atol=1e-6, rtol=1e-4)
     assert norms[0] > 1.01 * norms[1] > 0
 
@@ -283,8 +283,8 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
         train(model, stack, 7, 10, optimizer)
     else:
         assert stack.before_step(model, 7)
-    for port in ports(model).values():
-        port.E.data *= 30
+    for hook in hooks(model).values():
+        hook.E.data *= 30
     layer = delta.Layer(
         {"adalora": delta.wrapper_mapping(wrapper)}, stack.structures(model), delta.DELTA_FILE, stack.delta(model)
     )
@@ -295,7 +295,7 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
     folder = export_peft(tmp_path / "run", as_lora=as_lora).path
     twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
     torch.testing.assert_close(twin(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
-    ranks = {int(p.kept.sum()) for p in ports(model).values()}
+    ranks = {int(p.kept.sum()) for p in hooks(model).values()}
     config = twin.peft_config["default"]
     assert config.peft_type.value == ("LORA" if as_lora else "ADALORA")
     assert as_lora or {sum(v) for v in config.rank_pattern.values()} == ranks

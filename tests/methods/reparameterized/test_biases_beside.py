@@ -21,7 +21,7 @@ from llmrecipe.methods._engines.biases import masters
 from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import open_model
 from tests.interop.saved_runs import base_folder, fill, saved_run
@@ -78,7 +78,7 @@ def test_losses_gradients_and_what_five_steps_learn_equal_peft(
     put(model, wrapper(kind, target=target, bias=bias))
     twin = get_peft_model(tiny_model(family, **more), peft_config(kind, targets, bias=bias, fan_in_fan_out=family == "gpt2"))
     twin.train(model.training)
-    ours = {path: port for path, _, _, port in all_ports(model) if isinstance(port, LowRank)}
+    ours = {path: hook for path, _, _, hook in all_hooks(model) if isinstance(hook, LowRank)}
     theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_A")}
     assert ours.keys() == theirs.keys()
     for path, module in theirs.items():
@@ -91,7 +91,7 @@ def test_losses_gradients_and_what_five_steps_learn_equal_peft(
     }
     # BERT's prediction head has one bias under two names: peft lists the first, the master stands where it is applied.
     wanted = {"cls.predictions.decoder" if path == "cls.predictions" else path: p for path, p in wanted.items()}
-    found = {path: port.bias for path, _, _, port in masters(model)}
+    found = {path: hook.bias for path, _, _, hook in masters(model)}
     assert found.keys() == wanted.keys() and found
     for losses in side_by_side((model, twin), make=momentum):
         torch.testing.assert_close(*losses, atol=2e-6, rtol=2e-6)
@@ -105,9 +105,9 @@ def test_losses_gradients_and_what_five_steps_learn_equal_peft(
     assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in start.items())
 
 
-def factors(kind: str, port: Any) -> list[nn.Parameter]:
+def factors(kind: str, hook: Any) -> list[nn.Parameter]:
     third = {"lora": [], "dora": ["magnitude"], "adalora": ["E"]}[kind]
-    return [port.A, port.B, *(getattr(port, name) for name in third)]
+    return [hook.A, hook.B, *(getattr(hook, name) for name in third)]
 
 
 def peft_factors(kind: str, module: Any) -> list[nn.Parameter]:
@@ -127,16 +127,16 @@ def test_step_zero_and_the_switched_off_method_are_the_base_bit_for_bit_and_merg
     stack = put(model, wrapper(kind, target="attn.q|v + mlp.down", bias=bias))
     assert torch.equal(model(input_ids=IDS).logits, base) and stack.reference_is_off()
     fill(model, scale=0.05)
-    for _, _, _, port in all_ports(model):
-        port.cached = None  # `fill` writes through raw memory
+    for _, _, _, hook in all_hooks(model):
+        hook.cached = None  # `fill` writes through raw memory
     unmerged = model(input_ids=IDS).logits
     with activate(Context(role="reference")):
         assert torch.equal(model(input_ids=IDS).logits, base)
     learned = {
-        path: port.weight(module.bias.detach()).detach() for path, module, _, port in masters(model) if port.rows is None
+        path: hook.weight(module.bias.detach()).detach() for path, module, _, hook in masters(model) if hook.rows is None
     }
     stack.wrappers[0].merge(model)
-    assert not list(all_ports(model)) and learned
+    assert not list(all_hooks(model)) and learned
     for path, value in learned.items():
         assert torch.equal(model.get_submodule(path).bias, value), path
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=5e-5, rtol=1e-4)
@@ -205,7 +205,7 @@ def test_a_folder_that_peft_wrote_is_read_with_its_biases(tmp_path: Path, kind: 
     model = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection()).model
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
     start = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    moved = [f"{path}.bias" for path, _, _, port in masters(model) if not torch.equal(port.bias, start[f"{path}.bias"])]
+    moved = [f"{path}.bias" for path, _, _, hook in masters(model) if not torch.equal(hook.bias, start[f"{path}.bias"])]
     assert len(moved) == 2 * (4 if bias == "all" else 3)
 
 

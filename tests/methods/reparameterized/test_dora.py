@@ -17,7 +17,7 @@ from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.reparameterized import dora
 from llmrecipe.methods.reparameterized.dora import Dora, Magnitude, norm_of_sum
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import open_model
 from tests.interop.saved_runs import base_folder, fill, saved_run
@@ -32,8 +32,8 @@ def adapted(family: str = "llama", below: tuple[Any, ...] = (), **options: Any) 
     return model, stack
 
 
-def ports(model: nn.Module) -> dict[str, Any]:
-    return {path: port for path, _, _, port in all_ports(model)}
+def hooks(model: nn.Module) -> dict[str, Any]:
+    return {path: hook for path, _, _, hook in all_hooks(model)}
 
 
 CASES = [
@@ -49,7 +49,7 @@ def twin_of(model: nn.Module, family: str, targets: list[str], **config: Any) ->
     base = tiny_model(family, **({"attention_bias": True} if family == "llama" else {}))
     fan = {"fan_in_fan_out": True} if family == "gpt2" else {}
     twin = get_peft_model(base, LoraConfig(target_modules=targets, r=4, lora_alpha=6, use_dora=True, **fan, **config))
-    ours = ports(model)
+    ours = hooks(model)
     theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_A") and n in ours}
     assert len(theirs) == len(ours)
     for path, module in theirs.items():
@@ -78,8 +78,8 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
     for step, losses in enumerate(side_by_side((model, twin))):
         torch.testing.assert_close(*losses, atol=2e-6, rtol=2e-6)
         torch.testing.assert_close(model(input_ids=IDS).logits, twin(input_ids=IDS).logits, atol=2e-5, rtol=1e-5)
-        for path, port in ports(model).items():
-            for own, other in zip((port.A, port.B, port.magnitude), parts_of(theirs[path]), strict=True):
+        for path, hook in hooks(model).items():
+            for own, other in zip((hook.A, hook.B, hook.magnitude), parts_of(theirs[path]), strict=True):
                 torch.testing.assert_close(own.grad, other.grad, atol=2e-6, rtol=1e-3)
         stack.after_step(model, step)
 
@@ -120,13 +120,13 @@ def test_the_norm_equals_float64_and_survives_cancellation() -> None:
     gone = norm_of_sum(torch.ones(1), torch.tensor([[-1.0]]), torch.ones(1, 1), torch.ones(1, 1), 1.0)
     assert gone.isnan().all()
     model, _ = adapted(target="layers.0.mlp.up")
-    port = next(iter(ports(model).values()))
+    hook = next(iter(hooks(model).values()))
     weight = model.model.layers[0].mlp.up_proj.weight
     # Row 3 of V is a thousandth of row 3 of W.
-    port.A.data[0] = weight[3] / port.scale
-    port.B.data[3] = torch.tensor([-0.999, 0.0, 0.0, 0.0])
-    norm = port.magnitude / port.gain(lambda: weight @ port.A.t())
-    wanted = (weight.double() + port.scale * port.B.double() @ port.A.double()).norm(dim=1)
+    hook.A.data[0] = weight[3] / hook.scale
+    hook.B.data[3] = torch.tensor([-0.999, 0.0, 0.0, 0.0])
+    norm = hook.magnitude / hook.gain(lambda: weight @ hook.A.t())
+    wanted = (weight.double() + hook.scale * hook.B.double() @ hook.A.double()).norm(dim=1)
     torch.testing.assert_close(norm.double(), wanted, atol=0, rtol=1e-3)
 
 
@@ -136,11 +136,11 @@ def test_on_four_bits_the_forward_is_the_formula_on_the_dequantized_weight_and_n
     model, _ = adapted(below=(Nf4(name="nf4"),), target="layers.0.attn.q")
     fill(model)
     layer = model.model.layers[0].self_attn.q_proj
-    port, W = layer.dora, dense_weight(layer).float()
+    hook, W = layer.dora, dense_weight(layer).float()
     monkeypatch.setattr(dora_norm, "weight_below", lambda *_: pytest.fail("dequantized in the forward pass"))
     x = torch.randn(3, 32)
-    V = W + port.scale * port.B @ port.A
-    wanted = x @ (port.magnitude / V.norm(dim=1))[:, None].mul(V).t() + layer.bias
+    V = W + hook.scale * hook.B @ hook.A
+    wanted = x @ (hook.magnitude / V.norm(dim=1))[:, None].mul(V).t() + layer.bias
     torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -152,13 +152,13 @@ def test_the_norm_is_computed_once_a_step_and_never_stale(monkeypatch: pytest.Mo
     for _ in range(3):
         model(input_ids=IDS)
     assert len(calls) == 1
-    port = next(iter(ports(model).values()))
+    hook = next(iter(hooks(model).values()))
     with torch.no_grad():
-        port.B.add_(0.1)
+        hook.B.add_(0.1)
     first = model(input_ids=IDS).logits
     assert len(calls) == 2
     # An optimizer that writes through raw memory changes no version; the hooks of the loop drop the cache.
-    port.B.data.add_(0.1)
+    hook.B.data.add_(0.1)
     stack.after_step(model, 0)
     assert not torch.equal(model(input_ids=IDS).logits, first)
     assert len(calls) == 3
@@ -172,7 +172,7 @@ def test_merging_gives_the_same_logits(family: str, target: str) -> None:
     fill(model)
     wanted = model(input_ids=IDS).logits
     stack.wrappers[0].merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=3e-5, rtol=1e-4)
 
 
@@ -196,8 +196,8 @@ def test_sites_of_magnitude_only_equal_the_formula_in_float64_forward_and_backwa
     """y = b + m / ||W|| (W x) and dL/dm_i = sum over tokens of dL/dy_i (W x)_i / ||W_i||."""
     model, stack = adapted(family, target="attn.q", magnitude_only=f"{sites} + attn.q")
     fill(model, scale=0.5)
-    found = ports(model)
-    assert all(isinstance(port, Magnitude) for port in found.values())
+    found = hooks(model)
+    assert all(isinstance(hook, Magnitude) for hook in found.values())
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{path}.{n}" for path, n in _names(model)}
     seen: dict[str, list[torch.Tensor]] = {}
 
@@ -205,31 +205,31 @@ def test_sites_of_magnitude_only_equal_the_formula_in_float64_forward_and_backwa
         y.retain_grad()
         seen[path] = [inputs[0], y]
 
-    hooks = [model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: keep(path, x, y)) for path in found]
+    handles = [model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: keep(path, x, y)) for path in found]
     next_token_loss(model).backward()
-    for hook in hooks:
-        hook.remove()
-    for path, module, _, port in all_ports(model):
+    for handle in handles:
+        handle.remove()
+    for path, module, _, hook in all_hooks(model):
         x, y = seen[path]
         full = module.weight.detach().double()
-        full = full.t() if family == "gpt2" or port.embeds else full
-        rows = full if port.rows is None else full[port.rows]
-        wx = full.t()[x] if port.embeds else x.double() @ full.t()
-        wx = wx if port.rows is None else wx[..., port.rows]
+        full = full.t() if family == "gpt2" or hook.embeds else full
+        rows = full if hook.rows is None else full[hook.rows]
+        wx = full.t()[x] if hook.embeds else x.double() @ full.t()
+        wx = wx if hook.rows is None else wx[..., hook.rows]
         bias = getattr(module, "bias", None)
         bias = torch.zeros(len(full), dtype=torch.float64) if bias is None else bias.double()
-        part = slice(None) if port.rows is None else port.rows
-        wanted = port.magnitude.double() / rows.norm(dim=1) * wx + bias[part]
+        part = slice(None) if hook.rows is None else hook.rows
+        wanted = hook.magnitude.double() / rows.norm(dim=1) * wx + bias[part]
         torch.testing.assert_close(y.double()[..., part], wanted, atol=1e-4, rtol=1e-5)
         gradient = (y.grad.double()[..., part] * wx / rows.norm(dim=1)).flatten(0, -2).sum(0)
-        torch.testing.assert_close(port.magnitude.grad.double(), gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(hook.magnitude.grad.double(), gradient, atol=1e-5, rtol=1e-4)
     before = model(input_ids=IDS).logits
     stack.wrappers[0].merge(model)
     torch.testing.assert_close(model(input_ids=IDS).logits, before, atol=1e-4, rtol=1e-4)
 
 
 def _names(model: nn.Module) -> list[tuple[str, str]]:
-    return [(path, f"{name}.magnitude") for path, _, name, _ in all_ports(model)]
+    return [(path, f"{name}.magnitude") for path, _, name, _ in all_hooks(model)]
 
 
 @pytest.mark.parametrize("below", [(), (Nf4(name="nf4"),)])
@@ -249,14 +249,14 @@ def test_the_exact_gradient_is_there_for_study() -> None:
     model, _ = adapted(target="layers.0.attn.q", detach_norm=False)
     fill(model)
     layer = model.model.layers[0].self_attn.q_proj
-    port = layer.dora
+    hook = layer.dora
     x = torch.randn(3, 32)
     layer(x).square().sum().backward()
-    A = port.A.detach().double().requires_grad_()
-    V = layer.weight.detach().double() + port.scale * port.B.detach().double() @ A
-    y = x.double() @ (port.magnitude.detach().double()[:, None] * V / V.norm(dim=1, keepdim=True)).t() + layer.bias.double()
+    A = hook.A.detach().double().requires_grad_()
+    V = layer.weight.detach().double() + hook.scale * hook.B.detach().double() @ A
+    y = x.double() @ (hook.magnitude.detach().double()[:, None] * V / V.norm(dim=1, keepdim=True)).t() + layer.bias.double()
     y.square().sum().backward()
-    torch.testing.assert_close(port.A.grad.double(), A.grad, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(hook.A.grad.double(), A.grad, atol=1e-3, rtol=1e-4)
 
 
 FOLDERS = [("llama", "attn.q|v"), ("gpt2", "attn.qkv"), ("gpt2", "attn.q"), ("llama", "embed + mlp.up")]

@@ -13,7 +13,7 @@ from llmrecipe.methods._engines.dora_norm import INVERTIBLE, Rescaled
 from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import EDIT, Port, all_ports, inject
+from llmrecipe.models.hooks.hook import EDIT, Hook, add_hook, all_hooks
 from llmrecipe.training.memory_estimate import retained_bytes, saved_bytes
 from tests.interop.saved_runs import fill
 from tests.support import PeakBytes
@@ -82,13 +82,13 @@ def test_beyond_lora_it_keeps_two_vectors_and_the_outputs_nobody_else_keeps(
     assert kept < theirs and peak < theirs_peak
 
 
-def gradients_by_hand(layer: nn.Module, port: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def gradients_by_hand(layer: nn.Module, hook: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Of sum dy y, y = b + m / ||V|| V x with V = W + s B A and a norm that does not learn: float64 autograd on the formula."""
     W = dense_weight(layer).detach().double()
-    rows = slice(None) if port.rows is None else port.rows
-    leaves = {n: getattr(port, n).detach().double().requires_grad_() for n in ("A", "B", "magnitude")}
+    rows = slice(None) if hook.rows is None else hook.rows
+    leaves = {n: getattr(hook, n).detach().double().requires_grad_() for n in ("A", "B", "magnitude")}
     leaves["x"] = x.detach().double().requires_grad_()
-    V = W[rows] + port.scale * leaves["B"] @ leaves["A"]
+    V = W[rows] + hook.scale * leaves["B"] @ leaves["A"]
     y = leaves["x"] @ W.t()
     own = leaves["x"] @ ((leaves["magnitude"] / V.detach().norm(dim=1))[:, None] * V).t()
     y = y.index_copy(-1, torch.arange(len(W))[rows], own)
@@ -105,16 +105,16 @@ def test_gradients_are_those_of_the_formula_also_where_a_gain_is_next_to_nothing
     model = tiny_model(family, **({"attention_bias": biased} if family == "llama" else {}))
     Stack([Dora(name="dora", target=target, r=4, alpha=6.0)]).attach(model)
     fill(model, scale=0.02)
-    _, layer, _, port = next(iter(all_ports(model)))
+    _, layer, _, hook = next(iter(all_hooks(model)))
     with torch.no_grad():
-        port.magnitude[1] *= smallest
+        hook.magnitude[1] *= smallest
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 5, 32, generator=generator, requires_grad=True)
     y = layer(x)
     dy = torch.randn(y.shape, generator=generator)
     assert _keeps_its_result(y) == (smallest == 1.0)
-    got = torch.autograd.grad((y * dy).sum(), [port.A, port.B, port.magnitude, x])
-    for own, wanted in zip(got, gradients_by_hand(layer, port, x, dy).values(), strict=True):
+    got = torch.autograd.grad((y * dy).sum(), [hook.A, hook.B, hook.magnitude, x])
+    for own, wanted in zip(got, gradients_by_hand(layer, hook, x, dy).values(), strict=True):
         torch.testing.assert_close(own.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -134,8 +134,8 @@ def test_first_and_second_derivatives_of_the_rescaling(biased: bool) -> None:
     assert torch.autograd.gradgradcheck(Rescaled.apply, inputs)
 
 
-class Doubled(Port):
-    """Changes the result it is given where it stands, which no port may do."""
+class Doubled(Hook):
+    """Changes the result it is given where it stands, which no hook may do."""
 
     order = EDIT
 
@@ -148,7 +148,7 @@ def test_a_result_that_somebody_overwrites_is_an_error_and_no_wrong_gradient() -
     Stack([Dora(name="dora", target="attn.q", r=4)]).attach(model)
     fill(model, scale=0.02)
     layer = model.model.layers[0].self_attn.q_proj
-    inject(layer, "doubled", Doubled(), "doubled")
+    add_hook(layer, "doubled", Doubled(), "doubled")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         layer(torch.randn(3, 32)).sum().backward()
 
@@ -177,13 +177,13 @@ def test_in_bfloat16_a_magnitude_has_the_gradient_of_float64_within_rounding() -
     model = tiny_model(attention_bias=True).to(torch.bfloat16)
     Stack([Dora(name="dora", target="attn.q", r=4)]).attach(model)
     layer = model.model.layers[0].self_attn.q_proj
-    port = layer.dora
+    hook = layer.dora
     with torch.no_grad():
-        port.magnitude *= 1.002
+        hook.magnitude *= 1.002
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(400, 32, generator=generator).to(torch.bfloat16) for _ in range(2))
     y = layer(x)
-    (own,) = torch.autograd.grad((y * dy).sum(), [port.magnitude])
+    (own,) = torch.autograd.grad((y * dy).sum(), [hook.magnitude])
     assert own.dtype == torch.float32
-    wanted = gradients_by_hand(layer, port, x, dy)["magnitude"]
+    wanted = gradients_by_hand(layer, hook, x, dy)["magnitude"]
     torch.testing.assert_close(own.double(), wanted, atol=0.01 * float(wanted.abs().max()), rtol=0.02)

@@ -13,7 +13,7 @@ from llmrecipe.methods._engines.quantized import dense_weight, dequantize_model
 from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import Opened, merge_order
 from tests.interop.saved_runs import fill
@@ -47,13 +47,13 @@ def chain(family: str, first: Any, second: Any, *below: Any) -> tuple[nn.Module,
     return model, mounted, upper
 
 
-def decomposed(W: Tensor, port: Any) -> Tensor:
+def decomposed(W: Tensor, hook: Any) -> Tensor:
     """m V / ||V||, V = W + s B A, in float64; rows of others stay."""
-    rows = slice(None) if getattr(port, "rows", None) is None else port.rows
+    rows = slice(None) if getattr(hook, "rows", None) is None else hook.rows
     part = W[rows]
-    if hasattr(port, "A"):
-        part = part + port.scale * port.B.detach().double() @ port.A.detach().double()
-    own = (port.magnitude.detach().double() / part.norm(dim=1))[:, None] * part
+    if hasattr(hook, "A"):
+        part = part + hook.scale * hook.B.detach().double() @ hook.A.detach().double()
+    own = (hook.magnitude.detach().double() / part.norm(dim=1))[:, None] * part
     return W.index_copy(0, torch.arange(len(W))[rows], own)
 
 
@@ -71,17 +71,17 @@ def test_on_the_dora_of_an_earlier_run_it_decomposes_that_runs_weight_and_folds(
     family: str, first: Any, target: str, below: tuple[Any, ...]
 ) -> None:
     model, mounted, upper = chain(family, first, Dora(name="dora", target=target, r=2), *below)
-    path, layer, _, _ = next(place for place in all_ports(model, "dora"))
+    path, layer, _, _ = next(place for place in all_hooks(model, "dora"))
     W = dense_weight(layer, torch.float32).double()
-    for _, host, _, port in [*all_ports(model, "mounted0_dora"), *all_ports(model, "dora")]:
-        W = decomposed(W, port) if host is layer else W
+    for _, host, _, hook in [*all_hooks(model, "mounted0_dora"), *all_hooks(model, "dora")]:
+        W = decomposed(W, hook) if host is layer else W
     x = torch.randn(5, W.shape[1], generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(layer(x).double(), x.double() @ W.t() + layer.bias.double(), atol=2e-5, rtol=1e-4)
     wanted = model(input_ids=IDS).logits
     dequantize_model(model)
     for wrapper in merge_order(Opened(model, None, None, mounted=[*mounted, *upper.wrappers])):  # type: ignore[arg-type]
         wrapper.merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     merged = model.get_submodule(path).weight.double()
     torch.testing.assert_close(merged.t() if family == "gpt2" else merged, W, atol=2e-6, rtol=1e-4)
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-3)
@@ -91,13 +91,13 @@ def test_on_the_dora_of_an_earlier_run_it_decomposes_that_runs_weight_and_folds(
 def test_on_an_embedding_that_an_earlier_run_adapted_too(first: Any) -> None:
     model, mounted, upper = chain("llama", first, Dora(name="dora", target="embed", r=2))
     table = model.model.embed_tokens
-    (_, _, _, lower), (_, _, _, port) = all_ports(model)
+    (_, _, _, lower), (_, _, _, hook) = all_hooks(model)
     E = table.weight.detach().double().t()
     if isinstance(first, Lora):
         E = E + lower.scale * lower.B.double() @ lower.A.double()
     else:
         E = decomposed(E, lower)
-    E = decomposed(E, port)
+    E = decomposed(E, hook)
     torch.testing.assert_close(table(IDS).double(), E.t()[IDS], atol=1e-5, rtol=1e-4)
     wanted = model(input_ids=IDS).logits
     upper.after_step(model, 0)
@@ -130,10 +130,10 @@ def test_what_lies_below_may_learn_too(family: str, low: Any, high: Any, in_plac
             with torch.no_grad():
                 parameter.data.add_(noise) if in_place else parameter.add_(noise)
         stack.after_step(model, step)
-        _, host, _, _ = next(iter(all_ports(model)))
+        _, host, _, _ = next(iter(all_hooks(model)))
         embeds = isinstance(host, nn.Embedding)
         W = host.weight.detach().double().t() if embeds else dense_weight(host).double()
-        lower, upper = (getattr(host, n) for n in host._port_names)
+        lower, upper = (getattr(host, n) for n in host._hook_names)
         if isinstance(low, Lora):
             W = W + lower.scale * lower.B.detach().double() @ lower.A.detach().double()
         else:

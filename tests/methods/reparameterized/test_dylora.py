@@ -11,7 +11,7 @@ from torch import nn
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.dylora import Dylora, NestedLowRank
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.interop.saved_runs import base_folder, fill, saved_run
 from tests.tiny import tiny_model
 
@@ -27,8 +27,8 @@ def adapted(**options: object) -> tuple[nn.Module, Stack, Dylora]:
     return model, stack, wrapper
 
 
-def ports(model: nn.Module) -> list[NestedLowRank]:
-    return [port for _, _, _, port in all_ports(model)]
+def hooks(model: nn.Module) -> list[NestedLowRank]:
+    return [hook for _, _, _, hook in all_hooks(model)]
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -42,23 +42,23 @@ def test_output_and_gradients_follow_the_formula_at_every_rank(b: int, update: s
     """Against y + (alpha / b) B[:, :b] A[:b] x written out in float64, earlier ranks detached where frozen."""
     _, _, wrapper = adapted(update=update)
     torch.manual_seed(0)
-    port = NestedLowRank(6, 5, 4, 6.0, 0.0, None).double()
-    nn.init.normal_(port.A)
-    nn.init.normal_(port.B)
-    port.use(b, wrapper.learning(b))
+    hook = NestedLowRank(6, 5, 4, 6.0, 0.0, None).double()
+    nn.init.normal_(hook.A)
+    nn.init.normal_(hook.B)
+    hook.use(b, wrapper.learning(b))
     x, y = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    A, B = port.A.detach().clone().requires_grad_(), port.B.detach().clone().requires_grad_()
+    A, B = hook.A.detach().clone().requires_grad_(), hook.B.detach().clone().requires_grad_()
     cut_A, cut_B = A[:b], B[:, :b]
     if update == "frozen":
         cut_A, cut_B = torch.cat([cut_A[:-1].detach(), cut_A[-1:]]), torch.cat([cut_B[:, :-1].detach(), cut_B[:, -1:]], 1)
     wanted = y + 6.0 / b * x @ cut_A.t() @ cut_B.t()
-    got = port.after(x, y)
+    got = hook.after(x, y)
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
     wanted.square().sum().backward()
     got.square().sum().backward()
-    torch.testing.assert_close(port.A.grad, A.grad, atol=1e-10, rtol=0)
-    torch.testing.assert_close(port.B.grad, B.grad, atol=1e-10, rtol=0)
-    moved = port.A.grad.abs().sum(1) > 0
+    torch.testing.assert_close(hook.A.grad, A.grad, atol=1e-10, rtol=0)
+    torch.testing.assert_close(hook.B.grad, B.grad, atol=1e-10, rtol=0)
+    moved = hook.A.grad.abs().sum(1) > 0
     assert moved.tolist() == [(j == b - 1 if update == "frozen" else j < b) for j in range(4)]
 
 
@@ -67,10 +67,10 @@ def test_a_step_has_one_rank_for_all_modules_from_seed_and_step_alone() -> None:
     seen = []
     for step in range(40):
         stack.before_step(model, step)
-        assert {p.b for p in ports(model)} == {wrapper.draw(step)}
+        assert {p.b for p in hooks(model)} == {wrapper.draw(step)}
         seen.append(wrapper.draw(step))
         stack.after_step(model, step)
-        assert {p.b for p in ports(model)} == {4}
+        assert {p.b for p in hooks(model)} == {4}
     assert set(seen) == {1, 2, 3, 4}
     assert seen != [Dylora(name="dylora", r=4, seed=1).draw(s) for s in range(40)]
     low = [Dylora(name="dylora", r=4, distribution="geometric", geometric_p=0.9).draw(s) for s in range(200)]
@@ -81,9 +81,9 @@ def test_a_step_has_one_rank_for_all_modules_from_seed_and_step_alone() -> None:
 def test_ranks_above_the_one_in_use_do_not_matter() -> None:
     model, _, _ = adapted(rank=2)
     wanted = model(input_ids=IDS).logits
-    for port in ports(model):
-        port.A.data[2:] = 1e3
-        port.B.data[:, 2:] = 1e3
+    for hook in hooks(model):
+        hook.A.data[2:] = 1e3
+        hook.B.data[:, 2:] = 1e3
     assert torch.equal(model(input_ids=IDS).logits, wanted)
 
 
@@ -93,7 +93,7 @@ def test_strict_keeps_other_ranks_and_their_moments_bit_equal(freeze: str) -> No
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     moved = False
     for step in range(6):
-        before = [(p.A.detach().clone(), {k: v.clone() for k, v in optimizer.state.get(p.A, {}).items()}) for p in ports(model)]
+        before = [(p.A.detach().clone(), {k: v.clone() for k, v in optimizer.state.get(p.A, {}).items()}) for p in hooks(model)]
         stack.before_step(model, step)
         loss_of(model).backward()
         with stack.stepping(model, optimizer):
@@ -101,12 +101,12 @@ def test_strict_keeps_other_ranks_and_their_moments_bit_equal(freeze: str) -> No
         stack.after_step(model, step)
         optimizer.zero_grad()
         b = wrapper.draw(step)
-        for port, (A, state) in zip(ports(model), before, strict=True):
+        for hook, (A, state) in zip(hooks(model), before, strict=True):
             others = [j for j in range(4) if j != b - 1]
-            assert not torch.equal(port.A[b - 1], A[b - 1])
-            same = torch.equal(port.A[others], A[others])
+            assert not torch.equal(hook.A[b - 1], A[b - 1])
+            same = torch.equal(hook.A[others], A[others])
             if state:
-                same = same and torch.equal(optimizer.state[port.A]["exp_avg"][others], state["exp_avg"][others])
+                same = same and torch.equal(optimizer.state[hook.A]["exp_avg"][others], state["exp_avg"][others])
             moved = moved or not same
     assert moved is (freeze == "grad")
 
@@ -135,8 +135,8 @@ def test_an_export_at_a_rank_is_the_model_at_that_rank_under_peft(tmp_path: Path
 
     base = base_folder(tmp_path)
     model = saved_run(tmp_path / "run", base, Dylora(name="dylora", r=4, alpha=6.0))
-    for port in ports(model):
-        port.use(b)
+    for hook in hooks(model):
+        hook.use(b)
     wanted = model(input_ids=IDS).logits
     folder = export_peft(tmp_path / "run", options={"dylora": {"rank": b}}).path
     twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
@@ -153,23 +153,23 @@ def test_one_run_is_flat_in_the_rank_where_a_truncated_lora_collapses() -> None:
     errors = {}
     for nested in (True, False):
         torch.manual_seed(1)
-        port = NestedLowRank(16, 16, 4, 4.0, 0.0, None)
-        nn.init.normal_(port.A, std=0.25)
-        nn.init.zeros_(port.B)
+        hook = NestedLowRank(16, 16, 4, 4.0, 0.0, None)
+        nn.init.normal_(hook.A, std=0.25)
+        nn.init.zeros_(hook.B)
         wrapper = Dylora(name="dylora", r=4, update="full")
-        optimizer = torch.optim.AdamW(port.parameters(), lr=1e-2, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(hook.parameters(), lr=1e-2, weight_decay=0.0)
         for step in range(1500):
             b = wrapper.draw(step) if nested else 4
-            port.use(b, wrapper.learning(b))
-            loss = (port.after(x, torch.zeros(256, 16)) - x @ goal.t()).square().mean()
+            hook.use(b, wrapper.learning(b))
+            loss = (hook.after(x, torch.zeros(256, 16)) - x @ goal.t()).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
             found = []
             for b in range(1, 5):
-                port.use(b)
-                found.append(float((port.after(x, torch.zeros(256, 16)) - x @ goal.t()).square().mean()))
+                hook.use(b)
+                found.append(float((hook.after(x, torch.zeros(256, 16)) - x @ goal.t()).square().mean()))
         errors[nested] = found
     assert errors[True][1] < 0.5 * errors[False][1]
     assert errors[True][0] < errors[False][0]

@@ -20,7 +20,7 @@ from llmrecipe.methods.memory.int8 import Int8
 from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import Opened, merge_order
 from llmrecipe.training.memory_estimate import delta_bytes, weight_bytes
@@ -36,7 +36,7 @@ def begun(family: str = "llama", iterations: int = 3, *more: Any, **options: Any
 
 
 def codes_of(model: nn.Module) -> dict[str, tuple[nn.Module, Requantized]]:
-    return {path: (m, port) for path, m, _, port in all_ports(model) if isinstance(port, Requantized)}
+    return {path: (m, hook) for path, m, _, hook in all_hooks(model) if isinstance(hook, Requantized)}
 
 
 def on_cpu() -> Any:
@@ -94,9 +94,9 @@ def test_in_every_format_the_codes_are_the_librarys_own_for_what_the_branch_leav
 def lost(model: nn.Module) -> Tensor:
     """|| W - W_hat - s B A || of every adapted layer."""
     original = tiny_model()
-    ports = [(path, m) for path, m, name, _ in all_ports(model) if name == "lora"]
+    hooks = [(path, m) for path, m, name, _ in all_hooks(model) if name == "lora"]
     return torch.stack(
-        [(weight_of(original, p) - stored_weight(m).double() - m.lora.product().double()).norm() for p, m in ports]
+        [(weight_of(original, p) - stored_weight(m).double() - m.lora.product().double()).norm() for p, m in hooks]
     )
 
 
@@ -133,7 +133,7 @@ def test_a_bfloat16_base_starts_where_a_float32_one_of_the_same_numbers_does(ite
         )
         stack.attach(model)
         stack.calibrate(model, Probe(None, None, original=lambda dtype=dtype: numbers(dtype)))
-        products.append({path: m.lora.product() for path, m, name, _ in all_ports(model) if name == "lora"})
+        products.append({path: m.lora.product() for path, m, name, _ in all_hooks(model) if name == "lora"})
     assert products[0]
     for path, wanted in products[0].items():
         torch.testing.assert_close(products[1][path], wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0, msg=path)
@@ -147,10 +147,10 @@ def test_branches_of_a_fused_layer_share_its_codes() -> None:
     for path, (module, codes) in found.items():
         W = weight_of(original, path)
         left = W - codes.dense().double()
-        for port in (module.lora__q, module.lora__v):
-            U, S, V = torch.linalg.svd(left[port.rows], full_matrices=False)
+        for hook in (module.lora__q, module.lora__v):
+            U, S, V = torch.linalg.svd(left[hook.rows], full_matrices=False)
             best = (U[:, :4] * S[:4]) @ V[:4]
-            torch.testing.assert_close(port.product().double(), best, atol=1e-4 * float(best.abs().max()), rtol=0)
+            torch.testing.assert_close(hook.product().double(), best, atol=1e-4 * float(best.abs().max()), rtol=0)
         # k's rows have no branch, so their codes are the base's.
         same = codes.codes.view(96, 16) == module.weight.data.view(96, 16)
         assert bool(same[32:64].all()) and not same[:32].all() and not same[64:].all()
@@ -177,9 +177,9 @@ def test_saved_and_mounted_on_the_base_it_is_the_same_model_and_below_dora_its_w
     layer = again.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(layer.dora.magnitude, layer.mounted0_lora__codes.dense().norm(dim=1), atol=1e-6, rtol=1e-6)
     with torch.no_grad():
-        for _, _, _, port in all_ports(again, "dora"):
-            port.B.normal_(std=0.05)
-            port.magnitude *= 1.1
+        for _, _, _, hook in all_hooks(again, "dora"):
+            hook.B.normal_(std=0.05)
+            hook.magnitude *= 1.1
     unmerged = again(input_ids=IDS).logits
     with activate(Context(role="reference")):
         assert torch.equal(again(input_ids=IDS).logits, wanted)
@@ -188,7 +188,7 @@ def test_saved_and_mounted_on_the_base_it_is_the_same_model_and_below_dora_its_w
     opened = Opened(again, None, None, mounted=[*mounted, *dora.wrappers])  # type: ignore[arg-type]
     for wrapper in merge_order(opened):
         wrapper.merge(again)
-    assert not list(all_ports(again))
+    assert not list(all_hooks(again))
     torch.testing.assert_close(again(input_ids=IDS).logits, unmerged, atol=2e-4, rtol=1e-3)
 
 
@@ -204,7 +204,7 @@ def test_gradients_on_the_codes_are_those_on_their_weight_and_merging_by_the_wra
         torch.testing.assert_close(grad, grads[1][name], atol=2e-5, rtol=1e-3)
     wanted = model(input_ids=IDS).logits
     stack.wrappers[-1].merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -218,15 +218,15 @@ def test_what_they_weigh_is_known_before_weights_are_read() -> None:
     assert weight_bytes(bare, planned) == weight_bytes(model, stack)
     assert delta_bytes(bare, planned) == delta_bytes(model, stack)
     # q is 32 x 32 and v 16 x 32: half a byte a weight; a byte a block of 64, two float32 for all of them.
-    sizes = [sum(b.nbytes for b in port.buffers()) for _, port in codes_of(model).values()]
+    sizes = [sum(b.nbytes for b in hook.buffers()) for _, hook in codes_of(model).values()]
     assert sorted(sizes) == [256 + 8 + 8] * 2 + [512 + 16 + 8] * 2
 
 
 def test_a_change_of_dtype_leaves_the_scales_alone() -> None:
     model, _ = begun()
-    before = {path: port.dense() for path, (_, port) in codes_of(model).items()}
+    before = {path: hook.dense() for path, (_, hook) in codes_of(model).items()}
     model.to(torch.bfloat16)
-    assert all(torch.equal(port.dense(torch.float32), before[path]) for path, (_, port) in codes_of(model).items())
+    assert all(torch.equal(hook.dense(torch.float32), before[path]) for path, (_, hook) in codes_of(model).items())
 
 
 def test_what_cannot_have_other_codes_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._engines import initialization, low_rank
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.twins import IDS, side_by_side
 from tests.tiny import tiny_model
 
@@ -21,8 +21,8 @@ from tests.tiny import tiny_model
 def fill(model: nn.Module, seed: int = 3) -> None:
     """Random non-zero branches, so that every part of the formula shows."""
     generator = torch.Generator().manual_seed(seed)
-    for _, _, _, port in all_ports(model):
-        for parameter in port.parameters():
+    for _, _, _, hook in all_hooks(model):
+        for parameter in hook.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
 
 
@@ -38,18 +38,18 @@ def peft_twin(model: nn.Module, family: str, targets: list[str], **config: objec
     from peft import LoraConfig, get_peft_model
 
     twin = get_peft_model(tiny_model(family), LoraConfig(target_modules=targets, **config))
-    ours = {path: port for path, _, _, port in all_ports(model)}
+    ours = {path: hook for path, _, _, hook in all_hooks(model)}
     for name, module in twin.base_model.model.named_modules():
         if hasattr(module, "lora_A") and name in ours:
-            port = ours[name]
+            hook = ours[name]
             if "default" in module.lora_embedding_A:
-                module.lora_embedding_A["default"].data = port.A.data.clone()
-                module.lora_embedding_B["default"].data = port.B.data.clone()
+                module.lora_embedding_A["default"].data = hook.A.data.clone()
+                module.lora_embedding_B["default"].data = hook.B.data.clone()
             else:
-                module.lora_A["default"].weight.data = port.A.data.clone()
-                module.lora_B["default"].weight.data = port.B.data.clone()
-                if port.bias is not None:
-                    module.lora_B["default"].bias.data = port.bias.data.clone()
+                module.lora_A["default"].weight.data = hook.A.data.clone()
+                module.lora_B["default"].weight.data = hook.B.data.clone()
+                if hook.bias is not None:
+                    module.lora_B["default"].bias.data = hook.bias.data.clone()
     return twin
 
 
@@ -77,15 +77,15 @@ def test_outputs_gradients_and_five_steps_equal_peft(family: str, target: str, t
     fill(model)
     fan = {"fan_in_fan_out": True} if family == "gpt2" else {}
     twin = peft_twin(model, family, targets, r=4, lora_alpha=6, **fan, **extra)
-    ports = {path: port for path, _, _, port in all_ports(model)}
+    hooks = {path: hook for path, _, _, hook in all_hooks(model)}
     for losses in side_by_side((model, twin)):
         torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
         for name, module in twin.base_model.model.named_modules():
-            if name in ports and hasattr(module, "lora_A") and "default" in module.lora_A:
-                torch.testing.assert_close(ports[name].A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
-                torch.testing.assert_close(ports[name].B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
+            if name in hooks and hasattr(module, "lora_A") and "default" in module.lora_A:
+                torch.testing.assert_close(hooks[name].A.grad, module.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(hooks[name].B.grad, module.lora_B["default"].weight.grad, atol=1e-6, rtol=1e-4)
                 if "lora_bias" in extra:
-                    torch.testing.assert_close(ports[name].bias.grad, module.lora_B["default"].bias.grad, atol=1e-6, rtol=1e-4)
+                    torch.testing.assert_close(hooks[name].bias.grad, module.lora_B["default"].bias.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parity("lora", "PEFT LoraConfig(target_parameters)")
@@ -97,21 +97,21 @@ def test_five_steps_on_fused_experts_equal_peft() -> None:
     fill(model)
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     twin = get_peft_model(tiny_model("mixtral"), LoraConfig(target_modules=[], target_parameters=names, r=2, lora_alpha=6))
-    ours = {(path, port.tensor): port for path, _, _, port in all_ports(model)}
+    ours = {(path, hook.tensor): hook for path, _, _, hook in all_hooks(model)}
     theirs = {
         (n.replace(".base_layer", ""), m.parameter_name): m
         for n, m in twin.base_model.model.named_modules()
         if hasattr(m, "parameter_name")
     }
     assert ours.keys() == theirs.keys() and len(ours) == 4
-    for key, port in ours.items():
-        theirs[key].lora_A["default"].weight.data = port.A.detach().reshape(-1, port.A.shape[-1]).clone()
-        theirs[key].lora_B["default"].weight.data = port.B.detach().permute(1, 2, 0).reshape(port.B.shape[1], -1).clone()
+    for key, hook in ours.items():
+        theirs[key].lora_A["default"].weight.data = hook.A.detach().reshape(-1, hook.A.shape[-1]).clone()
+        theirs[key].lora_B["default"].weight.data = hook.B.detach().permute(1, 2, 0).reshape(hook.B.shape[1], -1).clone()
     for losses in side_by_side((model, twin)):
         torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
-        for key, port in ours.items():
-            grad = theirs[key].lora_A["default"].weight.grad.view_as(port.A)
-            torch.testing.assert_close(port.A.grad, grad, atol=1e-5, rtol=1e-3)
+        for key, hook in ours.items():
+            grad = theirs[key].lora_A["default"].weight.grad.view_as(hook.A)
+            torch.testing.assert_close(hook.A.grad, grad, atol=1e-5, rtol=1e-3)
     assert losses[0] < 6.0 and all(p.grad is None for n, p in model.named_parameters() if ".lora" not in n), (
         "no buffers of the base"
     )
@@ -156,29 +156,29 @@ def test_a_start_from_the_weight_equals_peft(init: str) -> None:
         tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=6, init_lora_weights=init)
     )
     theirs = {n: m for n, m in twin.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    ours = {path: port for path, _, _, port in all_ports(model)}
+    ours = {path: hook for path, _, _, hook in all_hooks(model)}
     assert set(ours) == set(theirs)
     signs = {}
-    for name, port in ours.items():
+    for name, hook in ours.items():
         A, B = theirs[name].lora_A["default"].weight, theirs[name].lora_B["default"].weight
-        signs[name] = torch.sign((port.A * A).sum(1))
+        signs[name] = torch.sign((hook.A * A).sum(1))
         assert init == "pissa" or bool((signs[name] == 1).all())
-        torch.testing.assert_close(port.A, signs[name][:, None] * A, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(port.B, signs[name] * B, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(hook.A, signs[name][:, None] * A, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(hook.B, signs[name] * B, atol=2e-5, rtol=1e-4)
     generator = torch.Generator().manual_seed(5)
-    for name, port in ours.items():  # away from the start, so that the subtracted first product shows
-        for factor, layer, axis in ((port.A, theirs[name].lora_A, 0), (port.B, theirs[name].lora_B, 1)):
+    for name, hook in ours.items():  # away from the start, so that the subtracted first product shows
+        for factor, layer, axis in ((hook.A, theirs[name].lora_A, 0), (hook.B, theirs[name].lora_B, 1)):
             step = torch.randn(factor.shape, generator=generator) * 0.1
             sign = signs[name][:, None] if axis == 0 else signs[name]
             factor.data += step
             layer["default"].weight.data += sign * step
     (loss, _), (wanted, _) = losses_and_gradients(model), losses_and_gradients(twin)
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
-    for name, port in ours.items():
+    for name, hook in ours.items():
         torch.testing.assert_close(
-            port.A.grad, signs[name][:, None] * theirs[name].lora_A["default"].weight.grad, atol=2e-5, rtol=1e-3
+            hook.A.grad, signs[name][:, None] * theirs[name].lora_A["default"].weight.grad, atol=2e-5, rtol=1e-3
         )
-        torch.testing.assert_close(port.B.grad, signs[name] * theirs[name].lora_B["default"].weight.grad, atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(hook.B.grad, signs[name] * theirs[name].lora_B["default"].weight.grad, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
@@ -186,14 +186,14 @@ def test_olora_takes_the_leading_part_of_q_r_of_the_rows_it_stands_on(family: st
     """Also where the weight is stored transposed or holds several projections; the base's weight stays bit for bit."""
     model, _ = adapted(family, target="attn.q|v", r=4, init="olora")
     untouched = dict(tiny_model(family).named_parameters())
-    for path, module, _, port in all_ports(model):
+    for path, module, _, hook in all_hooks(model):
         assert torch.equal(module.weight, untouched[f"{path}.weight"])
-        weight = (module.weight.t() if family == "gpt2" else module.weight)[port.rows]
-        assert port.rows.numel() == weight.shape[0] == 32
-        torch.testing.assert_close(port.B.t() @ port.B, torch.eye(4), atol=1e-5, rtol=0)
+        weight = (module.weight.t() if family == "gpt2" else module.weight)[hook.rows]
+        assert hook.rows.numel() == weight.shape[0] == 32
+        torch.testing.assert_close(hook.B.t() @ hook.B, torch.eye(4), atol=1e-5, rtol=0)
         # The first r columns of Q span the first r columns of W, and A is W seen from that span.
-        torch.testing.assert_close(port.B @ port.A[:, :4], weight[:, :4], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(port.A, port.B.t() @ weight, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(hook.B @ hook.A[:, :4], weight[:, :4], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(hook.A, hook.B.t() @ weight, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -240,7 +240,7 @@ def test_merging_gives_the_same_logits(family: str, target: str) -> None:
     fill(model)
     unmerged = model(input_ids=IDS).logits
     next(iter(stack)).merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
 
 
@@ -267,13 +267,13 @@ def test_a_branch_bias_merges_into_the_bias_of_its_host(family: str, target: str
     fill(model)
     unmerged = model(input_ids=IDS).logits
     wanted: dict[str, torch.Tensor] = {}
-    for path, module, _, port in all_ports(model):
-        width = port.bias.numel() if port.rows is None else module.bias.numel()
-        rows = torch.arange(width) if port.rows is None else port.rows
+    for path, module, _, hook in all_hooks(model):
+        width = hook.bias.numel() if hook.rows is None else module.bias.numel()
+        rows = torch.arange(width) if hook.rows is None else hook.rows
         start = wanted.get(path, old.get(path, torch.zeros(width)).float())
-        wanted[path] = start.index_add(0, rows, 1.5 * port.bias.detach())
+        wanted[path] = start.index_add(0, rows, 1.5 * hook.bias.detach())
     next(iter(stack)).merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     for path, bias in wanted.items():
         assert torch.equal(model.get_submodule(path).bias, bias.to(dtype)), path
     if family == "llama":
@@ -344,11 +344,11 @@ def test_fused_rows_equal_separate_projections() -> None:
 def test_expert_branches_equal_a_loop_over_experts() -> None:
     model, _ = adapted("mixtral", target="experts")
     fill(model)
-    _, module, _, port = next(iter(all_ports(model)))
-    weight = getattr(module, port.tensor)
-    changed = port.weight(weight)
+    _, module, _, hook = next(iter(all_hooks(model)))
+    weight = getattr(module, hook.tensor)
+    changed = hook.weight(weight)
     for e in range(weight.shape[0]):
-        torch.testing.assert_close(changed[e], weight[e] + port.scale * port.B[e] @ port.A[e], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(changed[e], weight[e] + hook.scale * hook.B[e] @ hook.A[e], atol=1e-6, rtol=1e-5)
 
 
 def test_counts_follow_the_formula() -> None:
@@ -361,7 +361,7 @@ def test_counts_follow_the_formula() -> None:
 
 def test_patterns_choose_rank_and_scale_and_two_that_tie_are_refused() -> None:
     model, _ = adapted(target="attn.q|v", r=4, rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 4.0})
-    ranks = {path: (port.A.shape[0], port.scale) for path, _, _, port in all_ports(model)}
+    ranks = {path: (hook.A.shape[0], hook.scale) for path, _, _, hook in all_hooks(model)}
     assert ranks["model.layers.1.self_attn.q_proj"] == (2, 8.0)
     assert ranks["model.layers.0.self_attn.q_proj"] == (4, 4.0)
     assert ranks["model.layers.0.self_attn.v_proj"] == (4, 1.0)

@@ -15,7 +15,7 @@ from llmrecipe.methods._engines.biases import masters
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import Opened, merge_order
 from tests.interop.saved_runs import fill
@@ -60,15 +60,15 @@ def test_merging_puts_the_trained_biases_in_place_and_adds_the_branches_to_them(
     fill(model)
     host = model.transformer.h[0].attn.c_attn
     wanted = before.clone()
-    for _, module, _, port in masters(model):
+    for _, module, _, hook in masters(model):
         if module is host:
-            wanted = port.weight(wanted)
+            wanted = hook.weight(wanted)
     if lora_bias:
         wanted = wanted.index_add(0, host.lora__q.rows, 1.5 * host.lora__q.bias)
         wanted = wanted.index_add(0, host.lora__v.rows, 1.5 * host.lora__v.bias)
     unmerged = model(input_ids=IDS).logits
     stack.wrappers[0].merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     torch.testing.assert_close(model.transformer.h[0].attn.c_attn.bias, wanted, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
 
@@ -85,7 +85,7 @@ def test_stacked_on_another_branch_it_folds_in_the_order_of_the_forward_pass(sec
     opened = Opened(model, None, None, mounted=stack.wrappers)  # type: ignore[arg-type]
     for wrapper in merge_order(opened):
         wrapper.merge(model)
-    assert not list(all_ports(model))
+    assert not list(all_hooks(model))
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=5e-5, rtol=1e-4)
 
 

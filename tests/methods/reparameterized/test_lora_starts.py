@@ -19,7 +19,7 @@ from llmrecipe.methods._engines.quantized import dense_weight, quantized
 from llmrecipe.methods.memory.int8 import Int8
 from llmrecipe.methods.memory.nf4 import Nf4
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
 from tests.methods.additive.harness import model_of
 from tests.methods.probe import language_probe
@@ -42,8 +42,8 @@ def started(family: str, init: str, *below: Any, packing: bool = False, **option
     return model, stack
 
 
-def ports_of(model: nn.Module) -> dict[str, LowRank]:
-    return {path: port for path, _, _, port in all_ports(model) if isinstance(port, LowRank)}
+def hooks_of(model: nn.Module) -> dict[str, LowRank]:
+    return {path: hook for path, _, _, hook in all_hooks(model) if isinstance(hook, LowRank)}
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor:
@@ -80,8 +80,8 @@ def peft_batch(model: nn.Module, count: int = 1, rows: int | None = None) -> lis
     return found
 
 
-def same_product(port: LowRank, theirs: Any, atol: float = 2e-5) -> None:
-    ours = port.B.double() @ port.A.double()
+def same_product(hook: LowRank, theirs: Any, atol: float = 2e-5) -> None:
+    ours = hook.B.double() @ hook.A.double()
     wanted = theirs.lora_B["default"].weight.double() @ theirs.lora_A["default"].weight.double()
     assert float(wanted.abs().max()) > 1e-3
     torch.testing.assert_close(ours, wanted, atol=atol * float(wanted.abs().max()), rtol=0)
@@ -106,17 +106,17 @@ def test_mica_trains_a_against_the_minor_vectors_as_peft_does(family: str, targe
     twin = get_peft_model(
         tiny_model(family), LoraConfig(target_modules=names, r=4, lora_alpha=6, init_lora_weights="mica", fan_in_fan_out=fan)
     )
-    ours = {path: port for path, _, _, port in all_ports(model)}
+    ours = {path: hook for path, _, _, hook in all_hooks(model)}
     theirs = peft_layers(twin)
     embeds = target == "embed"
     signs = {}
-    for path, port in ours.items():
+    for path, hook in ours.items():
         B = theirs[path].lora_embedding_B["default"] if embeds else theirs[path].lora_B["default"].weight
-        signs[path] = torch.sign((port.B * B).sum(0))
-        torch.testing.assert_close(port.B, signs[path] * B, atol=2e-5, rtol=1e-4)
-        assert not port.A.any() and port.A.requires_grad and not port.B.requires_grad
+        signs[path] = torch.sign((hook.B * B).sum(0))
+        torch.testing.assert_close(hook.B, signs[path] * B, atol=2e-5, rtol=1e-4)
+        assert not hook.A.any() and hook.A.requires_grad and not hook.B.requires_grad
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert stack.wrappers[0].memory(model)["trainable"] == trained == sum(port.A.numel() for port in ours.values())
+    assert stack.wrappers[0].memory(model)["trainable"] == trained == sum(hook.A.numel() for hook in ours.values())
     for losses in side_by_side((model, twin), steps=3):
         torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
@@ -136,15 +136,15 @@ def test_loftq_is_the_best_correction_of_the_codes_and_leaves_them_alone(below: 
     codes = {path: module.weight.detach().clone() for path, module in quantized(plain)}
     assert all(torch.equal(module.weight, codes[path]) for path, module in quantized(model)) and codes
     original = tiny_model(family)
-    for path, port in ports_of(model).items():
+    for path, hook in hooks_of(model).items():
         lost = weight_of(original, path) - dense_weight(model.get_submodule(path), torch.float32).double()
         s = torch.linalg.svdvals(lost)
-        left = lost - port.product().double()
+        left = lost - hook.product().double()
         # Eckart-Young: nothing of rank 4 comes nearer than the discarded singular values.
         torch.testing.assert_close(left.norm(), s[4:].square().sum().sqrt(), atol=0, rtol=1e-4)
         theirs = _low_rank_decomposition(lost, 4)
         wanted = theirs["L"] @ theirs["R"]
-        torch.testing.assert_close(port.product().double(), wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
+        torch.testing.assert_close(hook.product().double(), wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
     assert not stack.reference_is_off() and stack.wrappers[-1].starts_at_base() is False
 
 
@@ -186,11 +186,11 @@ def pca(x: Tensor) -> tuple[Tensor, Tensor]:
 def test_eva_starts_from_the_principal_directions_of_all_inputs(family: str, packing: bool) -> None:
     base = tiny_model(family)
     model, _ = started(family, "eva", packing=packing, eva_rho=1.0, init_batches=3)
-    for path, port in ports_of(model).items():
+    for path, hook in hooks_of(model).items():
         wanted, _ = pca(torch.cat(inputs_of(base, path, 3, packing)))
-        cosines = (port.A.double() * wanted[:4]).sum(1).abs()
+        cosines = (hook.A.double() * wanted[:4]).sum(1).abs()
         torch.testing.assert_close(cosines, torch.ones(4, dtype=torch.float64), atol=1e-4, rtol=0)
-        assert not port.B.any() and port.scale == 1.5
+        assert not hook.B.any() and hook.scale == 1.5
     torch.testing.assert_close(model(input_ids=IDS).logits, base(input_ids=IDS).logits, atol=0, rtol=0)
 
 
@@ -206,14 +206,14 @@ def test_eva_gives_the_directions_ranks_and_scales_that_peft_gives(rho: float) -
     twin = get_peft_model(plain, LoraConfig(target_modules=targets, r=4, lora_alpha=6, init_lora_weights="eva", eva_config=eva))
     initialize_lora_eva_weights(twin, peft_batch(tiny_model()), show_progress_bar=False)
     theirs = peft_layers(twin)
-    ours = ports_of(model)
+    ours = hooks_of(model)
     assert {n: p.A.shape[0] for n, p in ours.items()} == {n: m.r["default"] for n, m in theirs.items()}
     assert rho == 1.0 or len({p.A.shape[0] for p in ours.values()}) > 1
-    for path, port in ours.items():
-        assert port.scale == pytest.approx(theirs[path].scaling["default"])
+    for path, hook in ours.items():
+        assert hook.scale == pytest.approx(theirs[path].scaling["default"])
         # peft's decomposition is a randomised one: compare the spaces.
         A = torch.linalg.qr(theirs[path].lora_A["default"].weight.double().t())[0]
-        inside = (port.A.double() @ A).norm(dim=1)
+        inside = (hook.A.double() @ A).norm(dim=1)
         torch.testing.assert_close(inside, torch.ones_like(inside), atol=0.02, rtol=0.0, msg=path)
 
 
@@ -224,7 +224,7 @@ def test_eva_moves_ranks_by_the_shares_of_variance_and_keeps_their_sum() -> None
     shares = {path: pca(torch.cat(inputs_of(base, path, 4)))[1][:12] for path in paths}
     bar = torch.cat(list(shares.values())).sort(descending=True).values[4 * len(paths) - 1]
     wanted = {path: int((s >= bar).sum()) for path, s in shares.items()}
-    assert {path: p.A.shape[0] for path, p in ports_of(model).items()} == {p: n for p, n in wanted.items() if n}
+    assert {path: p.A.shape[0] for path, p in hooks_of(model).items()} == {p: n for p, n in wanted.items() if n}
     assert sum(wanted.values()) == 4 * len(paths) and len(set(wanted.values())) > 1
 
 
@@ -248,7 +248,7 @@ def test_the_ranks_eva_chose_are_saved_and_a_layer_without_any_has_no_branch() -
     again = tiny_model()
     delta.mount(again, layer, 0)
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert len(ports_of(again)) == len(structure["ranks"])
+    assert len(hooks_of(again)) == len(structure["ranks"])
 
 
 # --- corda --------------------------------------------------------------------------------------------------------------
@@ -280,15 +280,15 @@ def test_corda_starts_where_peft_does(family: str, init: str, monkeypatch: pytes
     preprocess_corda(base, config, run_model=run)
     twin = get_peft_model(base, config)
     theirs = peft_layers(twin)
-    for path, port in ports_of(model).items():
-        same_product(port, theirs[path], atol=2e-3)
-        assert port.A0 is not None and torch.equal(port.A, port.A0)
+    for path, hook in hooks_of(model).items():
+        same_product(hook, theirs[path], atol=2e-3)
+        assert hook.A0 is not None and torch.equal(hook.A, hook.A0)
     torch.testing.assert_close(model(input_ids=IDS).logits, tiny_model(family)(input_ids=IDS).logits, atol=5e-5, rtol=1e-4)
     generator = torch.Generator().manual_seed(5)
-    for path, port in ports_of(model).items():  # away from the start: the same change moves both alike
-        step = torch.randn(port.B.shape, generator=generator) * 0.1
-        port.B.data += step
-        sign = torch.sign((port.A * theirs[path].lora_A["default"].weight).sum(1))
+    for path, hook in hooks_of(model).items():  # away from the start: the same change moves both alike
+        step = torch.randn(hook.B.shape, generator=generator) * 0.1
+        hook.B.data += step
+        sign = torch.sign((hook.A * theirs[path].lora_A["default"].weight).sum(1))
         theirs[path].lora_B["default"].weight.data += step * sign
     torch.testing.assert_close(model(input_ids=IDS).logits, twin(input_ids=IDS).logits, atol=5e-3, rtol=5e-3)
 
@@ -297,7 +297,7 @@ def test_corda_is_the_decomposition_of_the_weight_seen_through_its_inputs() -> N
     """In float64: W C = U S V^T, s B A = U S V^T C^-1 at rank r; at the full rank that is W itself."""
     model, _ = started("llama", "corda", target="attn.v", init_batches=5)
     base = tiny_model()
-    for path, port in ports_of(model).items():
+    for path, hook in hooks_of(model).items():
         x = [i / i.max().abs() for i in inputs_of(base, path, 5, rows=1)]
         C = sum(i.t() @ i for i in x) / 5
         damped, step = C, 0.01
@@ -308,7 +308,7 @@ def test_corda_is_the_decomposition_of_the_weight_seen_through_its_inputs() -> N
             step *= 2
         U, S, V = torch.linalg.svd(weight_of(base, path) @ damped, full_matrices=False)
         wanted = (U[:, :4] * S[:4]) @ V[:4] @ damped.inverse()
-        torch.testing.assert_close(port.scale * (port.B.double() @ port.A.double()), wanted, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(hook.scale * (hook.B.double() @ hook.A.double()), wanted, atol=1e-4, rtol=1e-3)
         assert initialization.from_covariance(weight_of(base, path), C, LowRank(32, 16, 16, 1.5), last=False)[0].shape == (
             16,
             32,
@@ -337,14 +337,14 @@ def gradients(model: nn.Module, paths: list[str], batches: int) -> dict[str, Ten
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_ga_takes_the_singular_vectors_of_the_gradient(family: str) -> None:
     model, _ = started(family, "lora_ga", init_batches=3)
-    ours = ports_of(model)
+    ours = hooks_of(model)
     for path, grad in gradients(tiny_model(family), list(ours), 3).items():
         U, _, V = torch.linalg.svd(grad, full_matrices=False)
         gain = grad.shape[0] ** 0.25 / 4.0
-        port = ours[path]
+        hook = ours[path]
         ones = torch.full((4,), gain, dtype=torch.float64)
-        torch.testing.assert_close((port.A.double() * V[:4]).sum(1).abs(), ones, atol=2e-3, rtol=0)
-        torch.testing.assert_close((port.B.double() * U[:, 4:8].t().t()).sum(0).abs(), ones, atol=2e-3, rtol=0)
+        torch.testing.assert_close((hook.A.double() * V[:4]).sum(1).abs(), ones, atol=2e-3, rtol=0)
+        torch.testing.assert_close((hook.B.double() * U[:, 4:8].t().t()).sum(0).abs(), ones, atol=2e-3, rtol=0)
     torch.testing.assert_close(model(input_ids=IDS).logits, tiny_model(family)(input_ids=IDS).logits, atol=5e-5, rtol=1e-4)
 
 
@@ -363,8 +363,8 @@ def test_lora_ga_spans_what_peft_spans() -> None:
     preprocess_loraga(base, config, lambda: base(**batch).loss.backward())
     twin = get_peft_model(base, config)
     for path, module in peft_layers(twin).items():
-        port = ports_of(model)[path]
-        for own, other in ((port.A.t(), module.lora_A["default"].weight.t()), (port.B, module.lora_B["default"].weight)):
+        hook = hooks_of(model)[path]
+        for own, other in ((hook.A.t(), module.lora_A["default"].weight.t()), (hook.B, module.lora_B["default"].weight)):
             left, right = (torch.linalg.qr(m.double())[0] for m in (own, other))
             torch.testing.assert_close(torch.linalg.svdvals(left.t() @ right), torch.ones(4).double(), atol=1e-3, rtol=0)
 
@@ -375,14 +375,14 @@ def test_the_first_step_of_lora_ga_follows_full_fine_tuning() -> None:
     for init in ("default", "lora_ga"):
         model, _ = started("llama", init, target="attn.q|v + mlp.down", init_batches=2, r=8)
         probe = language_probe(model, packing=False)
-        before = {path: port.product().detach() for path, port in ports_of(model).items()}
+        before = {path: hook.product().detach() for path, hook in hooks_of(model).items()}
         sum(probe.loss(b) for b in probe.batches(2)).backward()  # type: ignore[union-attr]
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
                     p -= 1e-3 * p.grad
         full = gradients(tiny_model(), list(before), 2)
-        moved = {path: port.product().detach() - before[path] for path, port in ports_of(model).items()}
+        moved = {path: hook.product().detach() - before[path] for path, hook in hooks_of(model).items()}
         flat = [torch.cat([side[path].double().flatten() for path in before]) for side in (moved, full)]
         cosines[init] = -float(nn.functional.cosine_similarity(*flat, dim=0))
     assert cosines["lora_ga"] > 0.8 > 0.6 > cosines["default"], cosines
@@ -397,10 +397,10 @@ def test_gradients_of_quantized_weights_are_those_of_the_dequantized_ones() -> N
     start = plain(input_ids=IDS).logits
     torch.testing.assert_close(model(input_ids=IDS).logits, start, atol=5e-5, rtol=1e-4)
     dequantize_model(plain)
-    for path, grad in gradients(plain, list(ports_of(model)), 2).items():
+    for path, grad in gradients(plain, list(hooks_of(model)), 2).items():
         V = torch.linalg.svd(grad, full_matrices=False)[2]
         gain = grad.shape[0] ** 0.25 / 4.0
-        inside = (ports_of(model)[path].A.double() @ V[:4].t()).norm(dim=1) / gain
+        inside = (hooks_of(model)[path].A.double() @ V[:4].t()).norm(dim=1) / gain
         torch.testing.assert_close(inside, torch.ones(4, dtype=torch.float64), atol=2e-3, rtol=0)
 
 
@@ -412,14 +412,14 @@ def test_rows_of_a_fused_layer_start_from_their_own_part(init: str) -> None:
     """q and v of a fused projection: decomposed on their rows, and step 0 is the base."""
     base = tiny_model("gpt2")
     model, _ = started("gpt2", init, target="attn.q|v", init_batches=2, eva_rho=1.0)
-    found = [(path, name, port) for path, _, name, port in all_ports(model)]
+    found = [(path, name, hook) for path, _, name, hook in all_hooks(model)]
     assert len(found) == 4
     full = gradients(tiny_model("gpt2"), ["transformer.h.0.attn.c_attn"], 2)["transformer.h.0.attn.c_attn"]
-    port = model.transformer.h[0].attn.c_attn.lora__v
+    hook = model.transformer.h[0].attn.c_attn.lora__v
     if init == "lora_ga":
         V = torch.linalg.svd(full[64:], full_matrices=False)[2][:4]
         torch.testing.assert_close(
-            (port.A.double() @ V.t()).norm(dim=1), torch.full((4,), 32**0.25 / 4).double(), atol=2e-3, rtol=0
+            (hook.A.double() @ V.t()).norm(dim=1), torch.full((4,), 32**0.25 / 4).double(), atol=2e-3, rtol=0
         )
     torch.testing.assert_close(model(input_ids=IDS).logits, base(input_ids=IDS).logits, atol=5e-5, rtol=1e-4)
 
@@ -481,8 +481,8 @@ def test_a_start_for_linear_layers_is_not_quietly_another_one_elsewhere(init: st
 def test_power_iterations_come_near_the_exact_pissa() -> None:
     exact, _ = started("llama", "pissa")
     near, _ = started("llama", "pissa_niter_16")
-    for path, port in ports_of(near).items():
-        weight, best = weight_of(near, path), ports_of(exact)[path]
-        left = [(weight - p.scale * (p.B @ p.A).double()).norm() for p in (port, best)]
+    for path, hook in hooks_of(near).items():
+        weight, best = weight_of(near, path), hooks_of(exact)[path]
+        left = [(weight - p.scale * (p.B @ p.A).double()).norm() for p in (hook, best)]
         assert left[1] <= left[0] < 1.001 * left[1], path
     torch.testing.assert_close(near(input_ids=IDS).logits, tiny_model()(input_ids=IDS).logits, atol=5e-5, rtol=1e-4)

@@ -14,7 +14,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.adalora import Adalora
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.teacher import (
     PLANTED,
     apart,
@@ -50,7 +50,7 @@ def test_adalora_puts_its_ranks_where_the_change_is_and_beats_lora_at_the_same_b
         orth_reg_weight=0.1,
     )
     model, best = learned(moving, other, 300, 1e-2)
-    ranks = {path: int(port.kept.sum()) for path, _, _, port in all_ports(model, "adalora")}
+    ranks = {path: int(hook.kept.sum()) for path, _, _, hook in all_hooks(model, "adalora")}
     assert sum(ranks.values()) == 14
     assert min(ranks[path] for path in PLANTED) >= 2, ranks
     assert best < 0.5 * flat

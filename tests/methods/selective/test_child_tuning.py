@@ -12,7 +12,7 @@ from torch import nn
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.counter_rng import bernoulli as child
-from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_hooks
 from llmrecipe.methods.selective.child_tuning import ChildTuning
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
@@ -129,11 +129,11 @@ def test_f_can_mask_what_lora_trains():
     stack.attach(model)
     probe = language_probe(model)
     probe.loss(next(probe.batches(1))).backward()
-    port = model.model.layers[0].self_attn.q_proj.lora
-    grad = port.B.grad.clone()
+    hook = model.model.layers[0].self_attn.q_proj.lora
+    grad = hook.B.grad.clone()
     stack.after_backward(model, 4)
     mask = child("0:4:model.layers.0.self_attn.q_proj.lora.B", 0, grad.numel(), 0.5).view_as(grad)
-    torch.testing.assert_close(port.B.grad, grad * mask / 0.5, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hook.B.grad, grad * mask / 0.5, rtol=1e-6, atol=0)
 
 
 def test_d_takes_the_top_of_the_blocks_and_freezes_the_rest_bit_for_bit():
@@ -141,7 +141,7 @@ def test_d_takes_the_top_of_the_blocks_and_freezes_the_rest_bit_for_bit():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     scores = selection.score(model, language_probe(model), base_weights(model, "blocks"), 3)
     stack = tuned(model, p=0.1, rest="freeze", num_samples=3)
-    held = {port.source: set(port.idx.tolist()) for _, _, port in sparse_ports(model, "child")}
+    held = {hook.source: set(hook.idx.tolist()) for _, _, hook in sparse_hooks(model, "child")}
     assert sum(map(len, held.values())) == int(0.1 * sum(s.numel() for s in scores.values()))
     worst = min(float(scores[n][list(i)].min()) for n, i in held.items())
     assert all(float(s.max()) <= worst or n in held for n, s in scores.items())
@@ -201,9 +201,9 @@ def test_quantized_bases(variant: str):
             tuned(model, variant="f")
         return
     stack = tuned(model, p=0.2, rest="freeze", num_samples=2)
-    modes = {port.source: port.mode for _, _, port in sparse_ports(model, "child")}
+    modes = {hook.source: hook.mode for _, _, hook in sparse_hooks(model, "child")}
     assert modes["model.layers.0.mlp.up_proj.weight"] == "term"
     start = layer.weight.data.clone()
     train(model, stack, 2)
-    values = next(p.values for _, _, p in sparse_ports(model, "child") if p.mode == "term")
+    values = next(p.values for _, _, p in sparse_hooks(model, "child") if p.mode == "term")
     assert values.abs().max() > 0 and torch.equal(layer.weight.data, start)

@@ -15,9 +15,9 @@ from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective._engines.counter_rng import uniform
 from llmrecipe.methods.selective._engines.hard_concrete import DiffGate, gate
-from llmrecipe.methods.selective._engines.sparse_method import sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import sparse_hooks
 from llmrecipe.methods.selective.diff_pruning import DiffPruning
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 
@@ -29,17 +29,17 @@ def pruned(model: nn.Module, structure: dict[str, Any] | None = None, **options:
 
 
 def gates(model: nn.Module) -> dict[str, DiffGate]:
-    return {p.source: p for _, _, _, p in all_ports(model, "diff") if isinstance(p, DiffGate)}
+    return {p.source: p for _, _, _, p in all_hooks(model, "diff") if isinstance(p, DiffGate)}
 
 
 def randomise(model: nn.Module, wide: bool = True) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
-        for port in gates(model).values():
-            port.w.normal_(std=0.05)
-            port.alpha.normal_(std=2.0)
-            if port.group is not None:
-                port.group.normal_(std=0.7)
+        for hook in gates(model).values():
+            hook.w.normal_(std=0.05)
+            hook.alpha.normal_(std=2.0)
+            if hook.group is not None:
+                hook.group.normal_(std=0.7)
 
 
 def run(model: nn.Module, stack: Stack, steps: int, first: int = 0, optimizer: Any = None) -> torch.optim.Optimizer:
@@ -80,10 +80,10 @@ def test_expected_norm_equals_monte_carlo(mode: str):
     model = tiny_model("llama").double()
     wrapper, _ = pruned(model, mode=mode, l0=1.0, scope="layers.0.mlp.up")
     randomise(model)
-    (port,) = gates(model).values()
+    (hook,) = gates(model).values()
     want = float(wrapper.penalty(model).detach())
     draws = 400
-    counts = torch.tensor([float((port.difference(str(i)) != 0).sum()) for i in range(draws)])
+    counts = torch.tensor([float((hook.difference(str(i)) != 0).sum()) for i in range(draws)])
     assert want == pytest.approx(float(counts.mean()), abs=5 * float(counts.std()) / draws**0.5 + 1e-9)
 
 
@@ -91,9 +91,9 @@ def test_code_penalty_adds_the_group_once():
     model = tiny_model("llama").double()
     wrapper, _ = pruned(model, l0=1.0, scope="layers.0.mlp.up", penalty_form="code", low=-1.0, high=2.0)
     randomise(model)
-    (port,) = gates(model).values()
+    (hook,) = gates(model).values()
     shift = math.log(0.5)
-    want = torch.sigmoid(port.alpha - shift).sum() + torch.sigmoid(port.group - shift)
+    want = torch.sigmoid(hook.alpha - shift).sum() + torch.sigmoid(hook.group - shift)
     assert float(wrapper.penalty(model)) == pytest.approx(float(want), rel=1e-12)
 
 
@@ -107,12 +107,12 @@ def test_gradients_equal_autograd_in_float64(mode: str):
     probe = language_probe(model)
     batch = next(probe.batches(1))
     (probe.loss(batch) + stack.penalty(model)).backward()
-    got = {n: {k: p.grad for k, p in port.named_parameters()} for n, port in gates(model).items()}
+    got = {n: {k: p.grad for k, p in hook.named_parameters()} for n, hook in gates(model).items()}
     plain = tiny_model("llama", tie_word_embeddings=True).double()
     leaves, total, replaced = {}, 0.0, {}
-    for name, port in gates(model).items():
-        leaf = {k: p.detach().clone().requires_grad_(True) for k, p in port.named_parameters()}
-        u = uniform(f"0:3:{name}", 0, port.w.numel()).view_as(port.w)
+    for name, hook in gates(model).items():
+        leaf = {k: p.detach().clone().requires_grad_(True) for k, p in hook.named_parameters()}
+        u = uniform(f"0:3:{name}", 0, hook.w.numel()).view_as(hook.w)
         z = (torch.sigmoid(leaf["alpha"] + torch.logit(u)) * 3 - 1.5).clamp(0, 1)
         norm = torch.sigmoid(leaf["alpha"]).sum()
         if mode == "structured":
@@ -187,13 +187,13 @@ def test_phases_keep_exactly_k_of_the_largest_and_freeze_the_rest(adaptive: bool
     names = list(gates(model))
     assert stack.before_step(model, 4)
     k = int(0.01 * total)
-    ports = {port.source: port for _, _, port in sparse_ports(model, "diff")}
+    hooks = {hook.source: hook for _, _, hook in sparse_hooks(model, "diff")}
     kept = torch.zeros(total, dtype=torch.bool)
     offset, values = 0, []
     for name in names:
-        if name in ports:
-            kept[offset + ports[name].idx.long()] = True
-            values.append(ports[name].values.detach())
+        if name in hooks:
+            kept[offset + hooks[name].idx.long()] = True
+            values.append(hooks[name].values.detach())
         offset += before[name].numel()
     assert int(kept.sum()) == k and differences[kept].min() >= differences[~kept].max()
     assert torch.equal(torch.cat(values), learned[kept])
@@ -202,7 +202,7 @@ def test_phases_keep_exactly_k_of_the_largest_and_freeze_the_rest(adaptive: bool
     wrapper.merge(model)
     for name, old in before.items():
         changed = (dict(model.named_parameters())[name].reshape(-1) != old.reshape(-1)).nonzero().squeeze(1).tolist()
-        assert set(changed) <= (set(ports[name].idx.tolist()) if name in ports else set())
+        assert set(changed) <= (set(hooks[name].idx.tolist()) if name in hooks else set())
 
 
 @pytest.mark.parametrize("stop", [2, 6])

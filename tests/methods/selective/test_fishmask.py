@@ -12,7 +12,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.counter_rng import uniform
-from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_hooks
 from llmrecipe.methods.selective.fishmask import Fishmask
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
@@ -26,8 +26,8 @@ def fish(model: nn.Module, structure: dict[str, Any] | None = None, **options: A
     return stack
 
 
-def ports(model: nn.Module) -> dict[str, Any]:
-    return {port.source: port for _, _, port in sparse_ports(model, "fish")}
+def hooks(model: nn.Module) -> dict[str, Any]:
+    return {hook.source: hook for _, _, hook in sparse_hooks(model, "fish")}
 
 
 def train(model: nn.Module, stack: Stack, steps: int = 5) -> torch.optim.Optimizer:
@@ -51,8 +51,8 @@ def test_mask_is_the_global_top_of_the_fisher_scores():
     got = torch.zeros_like(flat, dtype=torch.bool)
     offset = 0
     for name, values in scores.items():
-        if name in ports(model):
-            got[offset + ports(model)[name].idx.long()] = True
+        if name in hooks(model):
+            got[offset + hooks(model)[name].idx.long()] = True
         offset += values.numel()
     assert int(got.sum()) == k
     assert flat[got].min() >= flat[~got].max()
@@ -67,7 +67,7 @@ def test_exactly_k_train_and_everything_else_is_bit_equal_after_weight_decay():
     assert sum(p.numel() for p in trained) == k
     optimizer = train(model, stack)
     assert sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim()) == 2 * k
-    held = {name: set(port.idx.tolist()) for name, port in ports(model).items()}
+    held = {name: set(hook.idx.tolist()) for name, hook in hooks(model).items()}
     language_probe(model).loss(next(language_probe(model).batches(1)))
     now = dict(model.named_parameters())
     for name, old in before.items():
@@ -116,11 +116,11 @@ def test_resume_keeps_the_mask_and_the_next_step_bit_for_bit():
     other = fish(again, structure, density=0.02)
     other.restore(again, delta)
     other.set_trainable(again)
-    assert {n: p.idx.tolist() for n, p in ports(again).items()} == {n: p.idx.tolist() for n, p in ports(model).items()}
+    assert {n: p.idx.tolist() for n, p in hooks(again).items()} == {n: p.idx.tolist() for n, p in hooks(model).items()}
     train(model, stack, 2)
     train(again, other, 2)
-    for name, port in ports(again).items():
-        assert torch.equal(port.values, ports(model)[name].values)
+    for name, hook in hooks(again).items():
+        assert torch.equal(hook.values, hooks(model)[name].values)
 
 
 def test_reference_is_the_base_after_training():
@@ -162,7 +162,7 @@ def test_a_random_mask_is_the_top_of_numbers_by_address_and_reads_no_example(gro
     k = int(0.01 * sum(values.numel() for values in numbers.values()))
     least = torch.cat(list(numbers.values())).sort(descending=True).values[k - 1]
     fish(model, density=0.01, score="random", seed=5, layer_groups=groups)
-    assert {n: p.idx.long().tolist() for n, p in ports(model).items()} == {
+    assert {n: p.idx.long().tolist() for n, p in hooks(model).items()} == {
         n: (values >= least).nonzero().squeeze(1).tolist() for n, values in numbers.items() if (values >= least).any()
     }
 

@@ -15,10 +15,10 @@ from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective._engines.counter_rng import uniform
 from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
-from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_hooks
 from llmrecipe.methods.selective._engines.weight_groups import Family, families
 from llmrecipe.methods.selective.group_mask import GroupMask
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.probe import language_probe
 from tests.methods.selective.test_diff_pruning import Step, run
 from tests.tiny import tiny_model
@@ -35,7 +35,7 @@ def gated(model: nn.Module, structure: dict[str, Any] | None = None, **options: 
 
 
 def gates(model: nn.Module) -> dict[str, GroupGate]:
-    return {p.source: p for _, _, _, p in all_ports(model, "groups") if isinstance(p, GroupGate)}
+    return {p.source: p for _, _, _, p in all_hooks(model, "groups") if isinstance(p, GroupGate)}
 
 
 def logits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -45,10 +45,10 @@ def logits(model: nn.Module) -> dict[str, torch.Tensor]:
 def randomise(model: nn.Module) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
-        for port in gates(model).values():
-            port.w.normal_(std=0.05)
-            if port.alpha is not None:
-                port.alpha.normal_(std=1.0)
+        for hook in gates(model).values():
+            hook.w.normal_(std=0.05)
+            if hook.alpha is not None:
+                hook.alpha.normal_(std=1.0)
 
 
 def spread(family: Family, z: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -151,14 +151,14 @@ def test_phases_take_the_groups_of_the_largest_difference_and_freeze_the_rest(ki
     assert wrapper.structure(model) == {"phase": "l0"}
     with pytest.raises(ModelError, match="not been pruned yet"):
         wrapper.merge(copy.deepcopy(model))
-    ports = gates(model)
+    hooks = gates(model)
     with torch.no_grad():
-        for port in ports.values():
+        for hook in hooks.values():
             # Open gates and heavy tails: more groups are open than fit, and another power of delta would pick others.
-            port.w.mul_(torch.randn_like(port.w).pow(3))
-            if port.alpha is not None:
-                port.alpha.normal_(mean=2.0)
-    learned = {n: p.w.detach().clone() for n, p in ports.items()}
+            hook.w.mul_(torch.randn_like(hook.w).pow(3))
+            if hook.alpha is not None:
+                hook.alpha.normal_(mean=2.0)
+    learned = {n: p.w.detach().clone() for n, p in hooks.items()}
     scores: list[tuple[float, int, str, int]] = []
     for family in found:
         z = (
@@ -184,11 +184,11 @@ def test_phases_take_the_groups_of_the_largest_difference_and_freeze_the_rest(ki
         want |= {n: m.bool() for n, m in spread(family, keep).items()}
 
     assert stack.before_step(model, 3)
-    kept = {port.source: port for _, _, port in sparse_ports(model, "groups")}
+    kept = {hook.source: hook for _, _, hook in sparse_hooks(model, "groups")}
     assert sum(p.values.numel() for p in kept.values()) == int(0.3 * total) - left == sum(int(m.sum()) for m in want.values())
-    for name, port in kept.items():
+    for name, hook in kept.items():
         picked = learned[name][want[name]]
-        assert torch.equal(port.values.detach().reshape(-1).sort()[0], picked.sort()[0])
+        assert torch.equal(hook.values.detach().reshape(-1).sort()[0], picked.sort()[0])
     assert stack.penalty(model) == 0.0
     run(model, stack, 3, first=3)
     wrapper.merge(model)

@@ -11,7 +11,7 @@ from torch import nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective._engines import selection
-from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_hooks
 from llmrecipe.methods.selective._engines.weight_groups import chosen_of, families, pick
 from llmrecipe.methods.selective.group_mask import GroupMask
 from tests.methods.probe import language_probe
@@ -26,7 +26,7 @@ def masked(model: nn.Module, **options: Any) -> Stack:
 
 
 def held(model: nn.Module) -> dict[str, Any]:
-    return {port.source: port for _, _, port in sparse_ports(model, "groups")}
+    return {hook.source: hook for _, _, hook in sparse_hooks(model, "groups")}
 
 
 def all_of(found: list[Any]) -> list[torch.Tensor]:
@@ -120,16 +120,16 @@ def test_training_moves_the_groups_only(kind: str):
         probe.loss(batch).backward()
         optimizer.step()
         stack.after_step(model, step)
-    ports = held(model)
-    trained = sum(p.values.numel() for p in ports.values())
+    hooks = held(model)
+    trained = sum(p.values.numel() for p in hooks.values())
     stack.wrappers[0].merge(model)
     moved = 0
     for name, old in before.items():
         changed = dict(model.named_parameters())[name] != old
         allowed = torch.zeros_like(changed)
-        if name in ports:
-            axis = {"entries": 0, "rows": 0, "columns": changed.dim() - 1}[ports[name].layout]
-            allowed.index_fill_(axis, ports[name].idx.long(), True)
+        if name in hooks:
+            axis = {"entries": 0, "rows": 0, "columns": changed.dim() - 1}[hooks[name].layout]
+            allowed.index_fill_(axis, hooks[name].idx.long(), True)
         assert not (changed & ~allowed).any()
         moved += int(changed.sum())
     assert 0.5 * trained < moved <= trained

@@ -7,7 +7,7 @@ import torch
 
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_hooks
 from llmrecipe.methods.selective.diff_pruning import DiffPruning
 from llmrecipe.methods.selective.group_mask import GroupMask
 from llmrecipe.methods.selective.spt import Spt
@@ -35,8 +35,8 @@ def test_structured_diff_pruning_leaves_most_tensors_alone_and_beats_unstructure
         gates = {} if "adaptive" in options else {"l0": 1e-5, "alpha_lr_scale": 20.0}
         wrapper = DiffPruning(name="diff", density=0.02, l0_steps=200, w_lr_scale=1.0, **options, **gates)
         model, end = learned(wrapper, other, 350, 5e-3)
-        assert sum(port.values.numel() for _, _, port in sparse_ports(model, "diff")) == 392
-        empty.append(len(base_weights(model)) - len({port.source for _, _, port in sparse_ports(model, "diff")}))
+        assert sum(hook.values.numel() for _, _, hook in sparse_hooks(model, "diff")) == 392
+        empty.append(len(base_weights(model)) - len({hook.source for _, _, hook in sparse_hooks(model, "diff")}))
         ends.append(end)
     assert ends[0] < 0.7 * ends[1] and ends[1] < ends[2], ends
     assert empty[0] > 1.5 * empty[1] and empty[1] > empty[2], empty

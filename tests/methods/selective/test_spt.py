@@ -14,10 +14,10 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.methods.selective._engines.selection import pattern
-from llmrecipe.methods.selective._engines.sparse_method import sparse_ports
+from llmrecipe.methods.selective._engines.sparse_method import sparse_hooks
 from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter, Tunable, allocate, cost
 from llmrecipe.methods.selective.spt import Spt
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
 
@@ -112,16 +112,16 @@ def test_count_is_within_the_budget_and_equals_what_trains(structured: str, fami
     assert 0 < trained(model) <= 1200
     assert sum(n for _, n in wrapper.describe(model)) == trained(model) == wrapper.memory(model)["trainable"]
     torch.testing.assert_close(probe.loss(batch), want, rtol=1e-6, atol=1e-6)
-    port = LowRank if structured == "lora" else SequentialAdapter
-    assert any(isinstance(p, port) for _, _, _, p in all_ports(model, "spt"))
-    assert list(sparse_ports(model, "spt"))
+    hook = LowRank if structured == "lora" else SequentialAdapter
+    assert any(isinstance(p, hook) for _, _, _, p in all_hooks(model, "spt"))
+    assert list(sparse_hooks(model, "spt"))
 
 
 def test_a_matrix_is_never_both_and_embeddings_stay_frozen():
     model = tiny_model("llama")
     wrapper, _ = tuned(model, budget=1200)
     structured = set(wrapper._structured(model))
-    single = {port.source.rpartition(".")[0] for _, _, port in sparse_ports(model, "spt") if len(port.shape) > 1}
+    single = {hook.source.rpartition(".")[0] for _, _, hook in sparse_hooks(model, "spt") if len(hook.shape) > 1}
     assert structured and single and not structured & single
     assert not any("embed" in s or "lm_head" in s for s in structured | single)
 
@@ -134,7 +134,7 @@ def test_everything_else_stays_bit_equal_and_merging_is_exact():
     probe = language_probe(model)
     batch = next(probe.batches(1))
     want = probe.loss(batch).detach()
-    held = {port.source: set(port.idx.tolist()) for _, _, port in sparse_ports(model, "spt")}
+    held = {hook.source: set(hook.idx.tolist()) for _, _, hook in sparse_hooks(model, "spt")}
     for name, old in before.items():
         changed = (dict(model.named_parameters())[name].reshape(-1) != old.reshape(-1)).nonzero().squeeze(1).tolist()
         assert set(changed) <= held.get(name, set())
@@ -165,7 +165,7 @@ def test_saved_allocation_restores_bit_for_bit():
 def test_structured_only_and_small_budgets():
     model = tiny_model("llama")
     tuned(model, budget=1200, structured_only=True, structured_vector=False)
-    assert not list(sparse_ports(model, "spt")) and trained(model) > 0
+    assert not list(sparse_hooks(model, "spt")) and trained(model) > 0
     with pytest.raises(ModelError, match="structured_only"):
         tuned(tiny_model("llama"), budget=5, structured_only=True, structured_vector=False)
     with pytest.raises(ModelError, match="leaves nothing"):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
 from llmrecipe.methods.additive._engines.prefix_kv import Made, Plan, PrefixTables, attach, shared_of, tokens_of
-from llmrecipe.models.hooks.port import Port, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.models.kv_cache import cached, carried, prompts_of
 from llmrecipe.models.module_map import anatomy
 
@@ -56,7 +56,7 @@ class ScoredTables(PrefixTables):
             facts = Facts(tokens, current().layout is not None, kept)
         return dataclasses.replace(super().make(inputs), facts=facts)
 
-    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """The stack; a cache it returns keeps the scores."""
         facts: list[Facts] = []
 
@@ -64,14 +64,14 @@ class ScoredTables(PrefixTables):
             facts.append(shared_of(self.owner).facts)
             return call(**changed)
 
-        out = super().whole(noting, inputs)
+        out = super().wrap_module(noting, inputs)
         cache = getattr(out, "past_key_values", None)
         if cache is not None and facts[0].kept is not None:
             carried(cache)[self.owner] = facts[0].kept
         return out
 
 
-class BlockScores(Port):
+class BlockScores(Hook):
     """At a block: the scores of its prefix, from the residual stream that enters it."""
 
     def __init__(self, layer: int, width: int, slots: int, token: str, layer_gate: bool, bias: bool):
@@ -84,7 +84,7 @@ class BlockScores(Port):
         if layer_gate:
             self.scale = nn.Parameter(torch.ones(()))
 
-    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """The block with its factor lambda alpha in the context."""
         made = shared_of(self.owner)
         factor = self.token_scores(made.facts, tokens_of(inputs))
@@ -120,7 +120,7 @@ class BlockScores(Port):
         return weights @ wide[0] if facts.packed else torch.einsum("rt,rtd->rd", weights, wide)
 
 
-class ColumnsGate(Port):
+class ColumnsGate(Hook):
     """At an attention module: g = sigmoid(w x + b) of its input scales its columns, keys and values.
 
     `token`: each query by its own g; `mean`: a document by the mean over its tokens, which only a layer may do that sees
@@ -133,7 +133,7 @@ class ColumnsGate(Port):
         self.gate = nn.Parameter(torch.randn(width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """The attention module with its gate in the context."""
         x = tokens_of(inputs)
         made = shared_of(self.owner)
@@ -165,8 +165,8 @@ def attach_gated(model: nn.Module, name: str, plan: Plan, structure: dict[str, A
         for site in (s for group in roles.values() for s in group):
             if pool == "mean" and site.side == "decoder" and parts.causal:
                 raise RecipeError(f"stack.{name}.gate: a mean over {site.path}'s input reads tokens to come; use gate: token")
-            port = ColumnsGate(site.width_in, pool).to(next(model.parameters()).device)
-            inject(site.module, f"{name}__gate", port, name)
+            hook = ColumnsGate(site.width_in, pool).to(next(model.parameters()).device)
+            add_hook(site.module, f"{name}__gate", hook, name)
 
 
 def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:

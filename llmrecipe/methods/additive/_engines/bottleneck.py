@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.models.hooks.port import DELTA, SERIAL, Port
+from llmrecipe.models.hooks.hook import DELTA, SERIAL, Hook
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy
@@ -50,8 +50,8 @@ class Shape:
     init: Init = "zero_up"
 
 
-class Bottleneck(Port):
-    """The network A. It is a port without a place; the classes below say what it reads and what it adds to."""
+class Bottleneck(Hook):
+    """The network A. It is a hook without a place; the classes below say what it reads and what it adds to."""
 
     def __init__(self, width_in: int, width_out: int, r: int, shape: Shape):
         super().__init__()
@@ -128,7 +128,7 @@ class BeforeNorm(Bottleneck):
     order = SERIAL
     rowwise = True
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The same norm twice: once for the adapter to read, once for the result."""
         return call(x + self.network(call(x)))
 
@@ -167,7 +167,7 @@ class Joined(Bottleneck):
         return y + self.network(u)
 
 
-class Tap(Port):
+class Tap(Hook):
     """x -> x, showing x to a `Joined` branch further on."""
 
     def __init__(self, branch: Joined):
@@ -181,7 +181,7 @@ class Tap(Port):
         return x
 
 
-class HeadBeside(Port):
+class HeadBeside(Hook):
     """o_i -> o_i + s f(q_i P_i^T) V_i for each attention head i, before the output projection.
 
     P (H, r, E) and V (H, r, Ev) have the shape of a prefix's keys and values; f stands where a prefix has a softmax.

@@ -2,14 +2,14 @@
 
 Letters: P slots, L layers of one table, G key/value heads, E and Ev key and value head sizes, R rows, S segments, T columns.
 
-A stack of blocks (the backbone, or each side of an encoder-decoder) carries one `PrefixTables` port. It makes the columns of
+A stack of blocks (the backbone, or each side of an encoder-decoder) carries one `PrefixTables` hook. It makes the columns of
 all its layers once a forward pass and hands them to the attention modules inside through the context, so that activation
 checkpointing replays a block with the very same tensors. The columns are inserted behind rotary positions and key norms and
 never enter a key/value cache: every step of a generation puts them in front anew.
 
     table    M (P, sum_l G (E + Ev)), layer-major [K_0, V_0, K_1, V_1, ...]: as PEFT and the P-tuning v2 code lay it out
     flat     M is the parameter
-    mlp      M = W_2 tanh(W_1 X + b_1) + b_2 with X (P, d_p); `eject` keeps M alone, exactly
+    mlp      M = W_2 tanh(W_1 X + b_1) + b_2 with X (P, d_p); `remove_hook` keeps M alone, exactly
     closed   the columns have their own softmax and join as out + g softmax(q K^T) V with g = 0 at the start
 
 Papers: Prefix-Tuning (arXiv 2101.00190), P-Tuning v2 (arXiv 2110.07602); the closed start: LLaMA-Adapter (arXiv 2303.16199).
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.models.attention import Prefix
-from llmrecipe.models.hooks.port import Port, all_ports, inject, refuse_unrouted
-from llmrecipe.models.hooks.port import eject as take_out
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted
+from llmrecipe.models.hooks.hook import remove_hook as take_out
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site import Site
@@ -112,7 +112,7 @@ class Table(nn.Module):
         return torch.cat(parts, 1)
 
     @torch.no_grad()
-    def eject(self) -> None:
+    def remove_hook(self) -> None:
         """Keep M and drop what made it."""
         if not hasattr(self, "flat"):
             flat = self.table().detach().clone()
@@ -134,7 +134,7 @@ class Made:
     """What a method with input-dependent columns worked out for the whole pass."""
 
 
-class PrefixTables(Port):
+class PrefixTables(Hook):
     """The tables of one stack of blocks, at the module that runs the stack."""
 
     def __init__(self, tables: dict[str, Table], slots: int, shift: bool, offset: int = 0):
@@ -147,7 +147,7 @@ class PrefixTables(Port):
         gates = {role: table.gate for role, table in self.tables.items() if hasattr(table, "gate")}
         return Made({role: table() for role, table in self.tables.items()}, gates)
 
-    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """The host's forward with its columns in the context."""
         context = current()
         made = self.make(inputs)
@@ -157,7 +157,7 @@ class PrefixTables(Port):
             return call(**inputs)
 
 
-class PrefixColumns(Port):
+class PrefixColumns(Hook):
     """Puts one layer's columns in front of its keys and values; without tensors of its own."""
 
     def __init__(self, role: str, index: int):
@@ -176,7 +176,7 @@ class PrefixColumns(Port):
 
 
 def shared_of(owner: str) -> Made:
-    """What the host's port made for this forward pass.
+    """What the host's hook made for this forward pass.
 
     Raises:
         ModelError: an attention module runs on its own, outside the forward pass of its stack.
@@ -258,7 +258,7 @@ def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[
 
     Raises:
         RecipeError: the target names something that is no attention module.
-        ModelError: a module it names would never call its port.
+        ModelError: a module it names would never call its hook.
     """
     found: dict[str, dict[str, list[Site]]] = {}
     for site in anatomy(model).at(target):
@@ -276,12 +276,12 @@ def attach(
     name: str,
     plan: Plan,
     structure: dict[str, Any] | None = None,
-    tables_port: type[PrefixTables] = PrefixTables,
+    tables_hook: type[PrefixTables] = PrefixTables,
 ) -> list[tuple[PrefixTables, dict[str, list[Site]]]]:
-    """Inject the tables at each stack of blocks, and a port without tensors at each attention module.
+    """Add the tables at each stack of blocks, and a hook without tensors at each attention module.
 
     Returns:
-        Each new tables port with its attention modules by role.
+        Each new tables hook with its attention modules by role.
 
     Raises:
         RecipeError: options that exclude each other, or `positions: shift` on a model that counts columns.
@@ -297,45 +297,45 @@ def attach(
                 f"stack.{name}.positions: {type(host).__name__} counts columns and is not told positions; use positions: free"
             )
         tables = {role: Table(plan, [shape_of(s, model) for s in sites], reparam) for role, sites in roles.items()}
-        port = tables_port(tables, plan.slots, plan.shift, position_offset(host))
-        inject(host, name, port.to(next(model.parameters()).device), name)
+        hook = tables_hook(tables, plan.slots, plan.shift, position_offset(host))
+        add_hook(host, name, hook.to(next(model.parameters()).device), name)
         for role, sites in roles.items():
             for index, site in enumerate(sites):
-                inject(site.module, name, PrefixColumns(role, index), name)
-        made.append((port, roles))
+                add_hook(site.module, name, PrefixColumns(role, index), name)
+        made.append((hook, roles))
     return made
 
 
 def tables_of(model: nn.Module, name: str) -> list[PrefixTables]:
-    """The tables ports of a wrapper."""
-    return [port for _, _, _, port in all_ports(model, name) if isinstance(port, PrefixTables)]
+    """The tables hooks of a wrapper."""
+    return [hook for _, _, _, hook in all_hooks(model, name) if isinstance(hook, PrefixTables)]
 
 
 def structure(model: nn.Module, name: str) -> dict[str, Any]:
     """Whether the MLP has been dropped."""
-    flat = all(hasattr(t, "flat") for port in tables_of(model, name) for t in port.tables.values())
+    flat = all(hasattr(t, "flat") for hook in tables_of(model, name) for t in hook.tables.values())
     return {"reparam": "flat" if flat else "mlp"}
 
 
-def eject(model: nn.Module, name: str) -> None:
+def remove_hook(model: nn.Module, name: str) -> None:
     """Replace every MLP by the table it makes."""
-    for port in tables_of(model, name):
-        for table in port.tables.values():
-            table.eject()  # type: ignore[operator]
+    for hook in tables_of(model, name):
+        for table in hook.tables.values():
+            table.remove_hook()  # type: ignore[operator]
 
 
 def memory(model: nn.Module, name: str) -> dict[str, int]:
     """Trained numbers, AdamW's bytes for them, and the numbers kept after training."""
-    parameters = [p for port in tables_of(model, name) for p in port.parameters()]
+    parameters = [p for hook in tables_of(model, name) for p in hook.parameters()]
     count = sum(p.numel() for p in parameters)
-    kept = sum(port.slots * s.width for port in tables_of(model, name) for t in port.tables.values() for s in t.shapes)  # type: ignore[union-attr,attr-defined]
+    kept = sum(hook.slots * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr,attr-defined]
     return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "kept": kept}
 
 
 # --- a start from text -----------------------------------------------------------------------------------------------
 
 
-class Recorder(Port):
+class Recorder(Hook):
     """Keeps the keys and values an attention module is given."""
 
     def __init__(self) -> None:
@@ -368,7 +368,7 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
     device = next(model.parameters()).device
     sites = [s for roles in attention_sites(model, plan.target, name).values() for group in roles.values() for s in group]
     label = f"{name}_recorder"
-    recorders = [inject(s.module, label, Recorder(), label) for s in sites]
+    recorders = [add_hook(s.module, label, Recorder(), label) for s in sites]
     was = model.training
     model.eval()
     try:
@@ -377,8 +377,8 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
             host = host_of(model, sites[0].side)
             inputs = {"position_ids": place + position_offset(host)} if takes_positions(host) else {}
             model.base_model(input_ids=torch.tensor([ids], device=device), **inputs)
-        (port,) = tables_of(model, name)
-        (table,) = port.tables.values()
+        (hook,) = tables_of(model, name)
+        (table,) = hook.tables.values()
         seen = [r.seen for r in recorders if isinstance(r, Recorder) and r.seen is not None]
         table.flat.copy_(table.join([(k.float(), v.float()) for k, v in seen]))  # type: ignore[operator,union-attr]
     finally:

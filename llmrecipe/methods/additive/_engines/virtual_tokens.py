@@ -2,8 +2,8 @@
 
 Letters: R rows, T columns, n documents of a packed row, P slots of a document, D width.
 
-A port at the backbone opens P columns in every document (at its front, or behind its first token), runs the backbone over
-the longer rows and takes the columns out of the states again; a port at the embedding puts the trained rows there. Masks,
+A hook at the backbone opens P columns in every document (at its front, or behind its first token), runs the backbone over
+the longer rows and takes the columns out of the states again; a hook at the embedding puts the trained rows there. Masks,
 positions, token types, tasks, the layout of packed rows and the context follow. Batches, objectives and generation keep
 their own indices; a key/value cache holds the slots once, from the first pass on, and later passes only widen masks and
 move positions on.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
 from llmrecipe.methods.additive._engines.prefix_kv import cached, host_of, positions, takes_positions
-from llmrecipe.models.hooks.port import EDIT, ROWS, Port, all_ports, inject
+from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.vocabulary import position_offset
 
@@ -108,7 +108,7 @@ class Where:
     """(R, T + nP); -1 where none does."""
 
 
-class SlotRows(Port):
+class SlotRows(Hook):
     """At the embedding: the trained rows E (P, D) in place of whatever stands in the slots."""
 
     order = EDIT
@@ -126,7 +126,7 @@ class SlotRows(Port):
         return torch.where((which.slot >= 0).unsqueeze(-1), own, y)
 
 
-class Slots(Port):
+class Slots(Hook):
     """At the backbone: rows that are longer by P columns a document on the way in, and not on the way out."""
 
     order = ROWS
@@ -139,7 +139,7 @@ class Slots(Port):
         self.keep = keep
         """Whether the slots' states stay, for a decoder to read."""
 
-    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """The backbone over rows with slots."""
         ids = inputs.get("input_ids")
         if ids is None:
@@ -215,14 +215,14 @@ class Slots(Port):
         return rows * opened.order.shape[1] + opened.new[rows, read % columns]
 
 
-class SlotMask(Port):
+class SlotMask(Hook):
     """At the decoder of a pair: the encoder's slots are open to cross-attention."""
 
     def __init__(self, slots: int, behind: int):
         super().__init__()
         self.slots, self.behind = slots, behind
 
-    def whole(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """The decoder with a mask as wide as the encoder's states."""
         mask, states = inputs.get("encoder_attention_mask"), inputs.get("encoder_hidden_states")
         if mask is None or states is None or states.shape[1] < mask.shape[-1] + self.slots:
@@ -243,22 +243,22 @@ def _closed(out: Any, opened: Opening) -> Any:
 
 
 def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
-    """Inject the slots at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
+    """Add the slots at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
     parts = anatomy(model)
     pair = parts.encoder_decoder
     host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
     embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
-    inject(host, name, Slots(slots, behind, position_offset(host), takes_positions(host), pair), name)
+    add_hook(host, name, Slots(slots, behind, position_offset(host), takes_positions(host), pair), name)
     if pair:
-        inject(host_of(model, "decoder"), name, SlotMask(slots, behind), name)
+        add_hook(host_of(model, "decoder"), name, SlotMask(slots, behind), name)
     rows = SlotRows(torch.zeros(slots, embedding.weight.shape[1], device=embedding.weight.device))
-    inject(embedding, name, rows, name)
+    add_hook(embedding, name, rows, name)
     return rows
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[nn.Module, SlotRows]:
     """The embedding a wrapper's rows stand at, and the rows."""
-    return next((module, port) for _, module, _, port in all_ports(model, name) if isinstance(port, SlotRows))
+    return next((module, hook) for _, module, _, hook in all_hooks(model, name) if isinstance(hook, SlotRows))
 
 
 @torch.no_grad()

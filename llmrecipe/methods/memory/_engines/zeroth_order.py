@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.models.hooks.port import all_ports, bracket
+from llmrecipe.models.hooks.hook import all_hooks, bracket
 
 CHUNK = 1 << 24
 """Entries of a tensor that are perturbed or updated at once; the only extra memory of an in-place step."""
@@ -133,7 +133,7 @@ class InPlace:
 class Layerwise:
     """Each module computes with W + scale z in a temporary and gets its own tensor object back afterwards: exact.
 
-    The extra memory is one module's weights. Tensors that are not read by their own module's forward (injected ports, tensors
+    The extra memory is one module's weights. Tensors that are not read by their own module's forward (injected hooks, tensors
     a forward pass did not visit) are swapped for the whole pass instead. A tensor that a module owns *and* somebody else reads
     directly during the same pass would be perturbed for its owner only; use `inplace` for such models.
     """
@@ -217,7 +217,7 @@ class Layerwise:
 def _split(model: nn.Module, trained: Sequence[Trained]) -> tuple[dict[nn.Module, list[Trained]], list[Trained]]:
     """(module -> tensors its own forward reads, tensors to swap for the whole pass)."""
     by_id = {id(item.parameter): item for item in trained}
-    inside = {id(m) for _, _, _, port in all_ports(model) for m in port.modules()}
+    inside = {id(m) for _, _, _, hook in all_hooks(model) for m in hook.modules()}
     inside |= {id(m) for name, child in model.named_children() if name.endswith("_shared") for m in child.modules()}
     hosts: dict[nn.Module, list[Trained]] = {}
     for module in model.modules():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.counter_rng import uniform
 from llmrecipe.methods.selective._engines.sparse_delta import Weight
-from llmrecipe.models.hooks.port import DELTA, Port
+from llmrecipe.models.hooks.hook import DELTA, Hook
 
 if TYPE_CHECKING:
     from llmrecipe.methods.selective._engines.weight_groups import Family, Member
@@ -36,7 +36,7 @@ def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tens
     return stretched.clamp(0, 1), torch.where(inside, (high - low) * s * (1 - s), torch.zeros_like(s))
 
 
-class Gated(Port):
+class Gated(Hook):
     """The dense difference w of one tensor, under gates; replaces W by W + z w for the length of a call."""
 
     # After selections that are written into W itself (order -1): they must be handed the stored tensor, not a sum.
@@ -149,13 +149,13 @@ class GroupGate(Gated):
         return (self.w * self.spread(draw)).view(-1)
 
     def expected(self) -> Tensor:
-        """E ||delta||_0 of the whole family where this port holds its gates, else zero."""
+        """E ||delta||_0 of the whole family where this hook holds its gates, else zero."""
         if self.alpha is None:
             return self.w.new_zeros(())
         return self.size * _Expected.apply(self.alpha, math.log(-self.low / self.high))
 
 
-class GateTied(Port):
+class GateTied(Hook):
     """A second user of a gated tensor."""
 
     order = DELTA
@@ -178,12 +178,12 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, port: DiffGate, sample: bool
+        ctx: Any, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, hook: DiffGate, sample: bool
     ) -> Tensor:
-        draw = port.draw if sample else None
-        ctx.port, ctx.draw = port, draw
+        draw = hook.draw if sample else None
+        ctx.hook, ctx.draw = hook, draw
         ctx.save_for_backward(w, alpha, group)
-        shared = port.group_gate(draw)[0]
+        shared = hook.group_gate(draw)[0]
         out = torch.empty_like(weight)
         target, base, flat = out.view(-1), weight.reshape(-1), w.reshape(-1)
         for first in range(0, flat.numel(), CHUNK):
@@ -191,7 +191,7 @@ class _Gated(torch.autograd.Function):
             delta = flat[part]
             if alpha is not None:
                 delta = (
-                    delta * gate(alpha.view(-1)[part], _u(port, draw, first, delta.numel()), port.low, port.high)[0] * shared
+                    delta * gate(alpha.view(-1)[part], _u(hook, draw, first, delta.numel()), hook.low, hook.high)[0] * shared
                 )
             target[part] = (base[part].to(w.dtype) + delta).to(weight.dtype)
         return out
@@ -199,18 +199,18 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         w, alpha, group = ctx.saved_tensors
-        port = ctx.port
+        hook = ctx.hook
         g = grad.reshape(-1)
         below = grad if ctx.needs_input_grad[0] else None
         if alpha is None:
             return below, g.to(w.dtype).view_as(w), None, None, None, None
-        shared, slope = port.group_gate(ctx.draw)
+        shared, slope = hook.group_gate(ctx.draw)
         dw, da = torch.empty_like(w), torch.empty_like(alpha)
         of_group = torch.zeros((), dtype=torch.float64, device=w.device)
         for first in range(0, g.numel(), CHUNK):
             part = slice(first, first + CHUNK)
             chunk, value = g[part].to(w.dtype), w.view(-1)[part]
-            z, dz = gate(alpha.view(-1)[part], _u(port, ctx.draw, first, chunk.numel()), port.low, port.high)
+            z, dz = gate(alpha.view(-1)[part], _u(hook, ctx.draw, first, chunk.numel()), hook.low, hook.high)
             dw.view(-1)[part] = chunk * z * shared
             da.view(-1)[part] = chunk * value * dz * shared
             of_group += (chunk * value * z).sum(dtype=torch.float64)
@@ -218,8 +218,8 @@ class _Gated(torch.autograd.Function):
         return below, dw, da, dg, None, None
 
 
-def _u(port: DiffGate, draw: str | None, first: int, count: int) -> Tensor | None:
-    return None if draw is None else port.uniforms(draw, first, count)
+def _u(hook: DiffGate, draw: str | None, first: int, count: int) -> Tensor | None:
+    return None if draw is None else hook.uniforms(draw, first, count)
 
 
 class _Expected(torch.autograd.Function):

@@ -12,15 +12,15 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.method import ParamGroup
 from llmrecipe.methods.selective._engines.hard_concrete import Gated, GateTied
 from llmrecipe.methods.selective._engines.sparse_delta import Chosen, Weight, take
-from llmrecipe.methods.selective._engines.sparse_method import SparseHooks, attach_chosen, sparse_ports
-from llmrecipe.models.hooks.port import all_ports, eject, inject
+from llmrecipe.methods.selective._engines.sparse_method import SparseMethod, attach_chosen, sparse_hooks
+from llmrecipe.models.hooks.hook import add_hook, all_hooks, remove_hook
 
 
-class GatePhase(SparseHooks):
+class GatePhase(SparseMethod):
     """Phase 1: gates under the penalty l0 E ||delta||_0. At step l0_steps: the selection. Then: the sparse-delta engine.
 
     Mixed into `Wrapper`s, which declare the options below and say how delta is counted and what survives. Without gates (no
-    phase 1, or past it) everything is as in `SparseHooks`.
+    phase 1, or past it) everything is as in `SparseMethod`.
     """
 
     seed: int
@@ -31,19 +31,19 @@ class GatePhase(SparseHooks):
     w_lr_scale: float
     alpha_lr_scale: float
 
-    def expected(self, ports: list[Any]) -> Tensor | float:
-        """E ||delta||_0 of all ports together."""
+    def expected(self, hooks: list[Any]) -> Tensor | float:
+        """E ||delta||_0 of all hooks together."""
         raise NotImplementedError
 
-    def survivors(self, model: nn.Module, ports: list[Any], draw: str) -> dict[str, Chosen]:
+    def survivors(self, model: nn.Module, hooks: list[Any], draw: str) -> dict[str, Chosen]:
         """What of every tensor trains on; `draw` is the address of the one u the differences are taken at."""
         raise NotImplementedError
 
     def gates(self, model: nn.Module) -> list[Any]:
         """The gated differences; none after phase 1."""
-        return [port for _, _, _, port in all_ports(model, self.name) if isinstance(port, Gated)]
+        return [hook for _, _, _, hook in all_hooks(model, self.name) if isinstance(hook, Gated)]
 
-    def inject_gates(self, weight: Weight, port: Gated) -> None:
+    def add_gates(self, weight: Weight, hook: Gated) -> None:
         """Put the gated difference of a tensor at its users.
 
         Raises:
@@ -56,7 +56,7 @@ class GatePhase(SparseHooks):
             )
         for index, (module, tensor) in enumerate(weight.owners):
             child = self.name if tensor == "weight" else f"{self.name}__{tensor}"
-            inject(module, child, port if index == 0 else GateTied(port, tensor), self.name)
+            add_hook(module, child, hook if index == 0 else GateTied(hook, tensor), self.name)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """The phase, and the survivors' shapes once there are any."""
@@ -64,8 +64,8 @@ class GatePhase(SparseHooks):
 
     def aim(self, model: nn.Module, step: int) -> None:
         """Have the gates take the u of a step."""
-        for port in self.gates(model):
-            port.draw = f"{self.seed}:{step}"
+        for hook in self.gates(model):
+            hook.draw = f"{self.seed}:{step}"
 
     def before_step(self, model: nn.Module, step: int) -> bool:
         """A fresh u for the step; at l0_steps the selection, which changes what trains."""
@@ -79,28 +79,28 @@ class GatePhase(SparseHooks):
     @torch.no_grad()
     def prune(self, model: nn.Module) -> None:
         """Keep the survivors of one draw and go on from their w, with z = 1."""
-        ports = self.gates(model)
-        chosen = self.survivors(model, ports, f"{self.seed}:prune")
+        hooks = self.gates(model)
+        chosen = self.survivors(model, hooks, f"{self.seed}:prune")
         learned = {
-            port.source: take(port.w.detach(), chosen[port.source].layout, chosen[port.source].idx.to(port.w.device))
-            for port in ports
-            if port.source in chosen
+            hook.source: take(hook.w.detach(), chosen[hook.source].layout, chosen[hook.source].idx.to(hook.w.device))
+            for hook in hooks
+            if hook.source in chosen
         }
-        for _, module, name, _ in list(all_ports(model, self.name)):
-            eject(module, name)
+        for _, module, name, _ in list(all_hooks(model, self.name)):
+            remove_hook(module, name)
         attach_chosen(model, self.name, chosen)
-        for _, _, port in sparse_ports(model, self.name):
-            port.values.copy_(learned[port.source])
+        for _, _, hook in sparse_hooks(model, self.name):
+            hook.values.copy_(learned[hook.source])
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """l0 * E ||delta||_0 while there are gates."""
-        ports = self.gates(model) if self.penalizes() else []
-        if not ports:
+        hooks = self.gates(model) if self.penalizes() else []
+        if not hooks:
             return 0.0
-        share = self.l0 / (sum(p.w.numel() for p in ports) if self.l0_per_parameter else 1)
+        share = self.l0 / (sum(p.w.numel() for p in hooks) if self.l0_per_parameter else 1)
         if self.l0_warmup:
             share *= min(1.0, (model.__dict__.get(f"_{self.name}_step", 0) + 1) / self.l0_warmup)
-        return self.expected(ports) * share
+        return self.expected(hooks) * share
 
     def penalizes(self) -> bool:
         """Whether phase 1 has gates to close."""
@@ -109,30 +109,30 @@ class GatePhase(SparseHooks):
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Phase 1: own rates of w and of the gates, no decay."""
         parts: dict[str, set[str]] = {"w": set(), "alpha": set()}
-        for path, _, name, port in all_ports(model, self.name):
-            if isinstance(port, Gated):
+        for path, _, name, hook in all_hooks(model, self.name):
+            if isinstance(hook, Gated):
                 prefix = f"{path}.{name}" if path else name
-                for key, _ in port.named_parameters():
+                for key, _ in hook.named_parameters():
                     parts["w" if key == "w" else "alpha"].add(f"{prefix}.{key}")
         scales = {"w": self.w_lr_scale, "alpha": self.alpha_lr_scale}
         return [ParamGroup(frozenset(names), scales[key], 0.0) for key, names in parts.items() if names]
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Phase 1 with the size of its penalty, or the survivors."""
-        ports = self.gates(model)
-        if not ports:
+        hooks = self.gates(model)
+        if not hooks:
             yield from super().describe(model)
             return
-        count = sum(port.w.numel() for port in ports)
+        count = sum(hook.w.numel() for hook in hooks)
         with torch.no_grad():
-            penalty = float(self.penalty(model)) if ports[0].w.device.type != "meta" else float("nan")
+            penalty = float(self.penalty(model)) if hooks[0].w.device.type != "meta" else float("nan")
         yield f"differences w (phase 1; penalty at the start {penalty:.3g} beside the task loss)", count
-        yield "gates alpha", sum(p.numel() for port in ports for n, p in port.named_parameters() if n != "w")
+        yield "gates alpha", sum(p.numel() for hook in hooks for n, p in hook.named_parameters() if n != "w")
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Phase 1: w and alpha with gradients and two moments each, 16 bytes a number beside the base."""
-        ports = self.gates(model)
-        if not ports:
+        hooks = self.gates(model)
+        if not hooks:
             return super().memory(model)
-        count = sum(p.numel() for port in ports for p in port.parameters())
+        count = sum(p.numel() for hook in hooks for p in hook.parameters())
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": 0}

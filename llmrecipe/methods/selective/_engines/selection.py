@@ -5,7 +5,7 @@
     signed      S_i = sum_b d L_b / d theta_i                      no score: the gradient itself, for starts made from it
     batch       S_i = sum_b (d L_b / d theta_i)^2                  one a batch: another quantity, the one SPT is defined by
 
-No weight becomes a leaf: while scores are taken, a port on each scored tensor sees that tensor's dense gradient, adds its
+No weight becomes a leaf: while scores are taken, a hook on each scored tensor sees that tensor's dense gradient, adds its
 square to a float32 buffer and lets it go, so the memory is the buffer (4 bytes a candidate) and one layer's gradient.
 `layer_groups: k` repeats the pass over k parts of the model and keeps only the best of each, for 1 / k of the buffer.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import activate
 from llmrecipe.methods.selective._engines.sparse_delta import Weight
-from llmrecipe.models.hooks.port import Port, eject, inject
+from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.method import Probe
@@ -104,7 +104,7 @@ class _WatchLinear(torch.autograd.Function):
         return None, grad, None, None, None
 
 
-class Watch(Port):
+class Watch(Hook):
     """Shows the gradient of one tensor to the scores."""
 
     order = -2
@@ -122,7 +122,7 @@ class Watch(Port):
         return _Watch.apply(value, self.anchor[0], self.scores, self.source)
 
 
-class WatchQuantized(Port):
+class WatchQuantized(Hook):
     """The same at a quantized linear, whose weight no graph can reach."""
 
     order = -2
@@ -142,20 +142,20 @@ class WatchQuantized(Port):
 
 @contextlib.contextmanager
 def watching(weights: Mapping[str, Weight], scores: Scores) -> Iterator[None]:
-    """Ports on every user of the tensors, for the length of a pass."""
+    """Hooks on every user of the tensors, for the length of a pass."""
     placed: list[tuple[nn.Module, str]] = []
     try:
         for number, (name, weight) in enumerate(weights.items()):
             anchor = torch.zeros((), device=weight.value.device, requires_grad=True)
             for module, tensor in weight.owners:
                 child = f"{OWNER}_{number}"
-                port: Port = WatchQuantized(scores, name, anchor) if weight.quantized else Watch(scores, name, tensor, anchor)
-                inject(module, child, port, OWNER)
+                hook: Hook = WatchQuantized(scores, name, anchor) if weight.quantized else Watch(scores, name, tensor, anchor)
+                add_hook(module, child, hook, OWNER)
                 placed.append((module, child))
         yield
     finally:
         for module, child in reversed(placed):
-            eject(module, child)
+            remove_hook(module, child)
 
 
 @contextlib.contextmanager

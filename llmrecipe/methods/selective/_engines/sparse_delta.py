@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.sparse_kernels import Layout, embedding_gradient, product_gradient, selected_shape
-from llmrecipe.models.hooks.port import Port
+from llmrecipe.models.hooks.hook import Hook
 
 Mode = Literal["inplace", "vector", "term"]
 
@@ -95,35 +95,35 @@ def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
 class Writer:
     """Writes the selections of one tensor, in the order of the stack; several wrappers may select the same entry."""
 
-    ports: list[SparseDelta] = field(default_factory=list)
+    hooks: list[SparseDelta] = field(default_factory=list)
     written: Any = None
 
     @torch.no_grad()
     def sync(self, weight: Tensor, on: tuple[bool, ...]) -> None:
-        """Make the tensor hold the deltas of the ports that are on.
+        """Make the tensor hold the deltas of the hooks that are on.
 
         What was written is told by address and version of each `values`, so nothing is copied while nothing changes.
         """
-        state = (weight.data_ptr(), *(p.stamp() if active else None for p, active in zip(self.ports, on, strict=True)))
+        state = (weight.data_ptr(), *(p.stamp() if active else None for p, active in zip(self.hooks, on, strict=True)))
         if state == self.written:
             return
         # Through `.data`: a graph that saved W is not invalidated, the guard of each call puts the right W back for it.
         raw = weight.data
-        alone = len(self.ports) == 1 and self.ports[0].base is not None
+        alone = len(self.hooks) == 1 and self.hooks[0].base is not None
         if not alone or not on[0]:
-            for port in reversed(self.ports):
-                if port.base is not None:
-                    put(raw, port.layout, port.idx, port.base)
-                    port.base = None
-        for port, active in zip(self.ports, on, strict=True):
+            for hook in reversed(self.hooks):
+                if hook.base is not None:
+                    put(raw, hook.layout, hook.idx, hook.base)
+                    hook.base = None
+        for hook, active in zip(self.hooks, on, strict=True):
             if active:
-                if port.base is None:
-                    port.base = take(raw, port.layout, port.idx)
-                put(raw, port.layout, port.idx, (port.base.to(port.values.dtype) + port.values).to(raw.dtype))
+                if hook.base is None:
+                    hook.base = take(raw, hook.layout, hook.idx)
+                put(raw, hook.layout, hook.idx, (hook.base.to(hook.values.dtype) + hook.values).to(raw.dtype))
         self.written = state
 
 
-class SparseDelta(Port):
+class SparseDelta(Hook):
     """Holds the selection of one tensor and puts it into effect where the tensor is used."""
 
     order = -1
@@ -148,7 +148,7 @@ class SparseDelta(Port):
         self.kernel = "transient"
         self.writer = writer
         if mode == "inplace":
-            writer.ports.append(self)
+            writer.hooks.append(self)
 
     def active(self) -> bool:
         """Always called: switched off, it has to put the base back."""
@@ -169,7 +169,7 @@ class SparseDelta(Port):
 
     def flags(self) -> tuple[bool, ...]:
         """Which selections of this tensor the running forward pass sees."""
-        return tuple(port.on() for port in self.writer.ports)
+        return tuple(hook.on() for hook in self.writer.hooks)
 
     def weight(self, value: Tensor) -> Tensor:
         """W -> W with the delta in it."""
@@ -214,10 +214,10 @@ class SparseDelta(Port):
                     (take(weight.data, self.layout, self.idx) + self.values).to(weight.dtype),
                 )
             # Else another method has folded itself into a W that held these deltas already: `base` is no longer below them.
-            self.writer.ports.remove(self)
+            self.writer.hooks.remove(self)
 
 
-class SparseTied(Port):
+class SparseTied(Hook):
     """A second user of a tensor whose selection lives at the first."""
 
     order = -1
@@ -241,7 +241,7 @@ class SparseTied(Port):
         """The tensor is merged once, at its first user."""
 
 
-class SparseGradient(Port):
+class SparseGradient(Hook):
     """Forms the gradient of the values at one user, adds the term of quantized linears, and guards W for the backward pass."""
 
     order = -1
@@ -261,17 +261,17 @@ class SparseGradient(Port):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """(x, y) -> y, or y + S x in term mode."""
-        port = self.pair[0]
-        on = port.on()
-        if on and port.mode == "term":
-            return _Term.apply(x, y, port.values, port.idx, port)
-        if not y.requires_grad and not (on and torch.is_grad_enabled() and port.values.requires_grad):
+        hook = self.pair[0]
+        on = hook.on()
+        if on and hook.mode == "term":
+            return _Term.apply(x, y, hook.values, hook.idx, hook)
+        if not y.requires_grad and not (on and torch.is_grad_enabled() and hook.values.requires_grad):
             return y
-        if on and self.kind != "other" and port.values.requires_grad:
-            y = _Direct.apply(x, y, port.values, port.idx, port, self.kind, self.padding)
+        if on and self.kind != "other" and hook.values.requires_grad:
+            y = _Direct.apply(x, y, hook.values, hook.idx, hook, self.kind, self.padding)
         if y.requires_grad and self.host:
-            flags, weight = port.flags(), self.host[0]
-            y.register_hook(lambda _: port.sync(weight, flags))
+            flags, weight = hook.flags(), self.host[0]
+            y.register_hook(lambda _: hook.sync(weight, flags))
         return y
 
     def merge(self, module: nn.Module) -> None:
@@ -299,24 +299,24 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, port: SparseDelta, kind: str, padding: int | None
+        ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, hook: SparseDelta, kind: str, padding: int | None
     ) -> Tensor:
-        ctx.cut = port.layout == ("columns" if kind == "linear" else "rows") and kind != "embedding"
+        ctx.cut = hook.layout == ("columns" if kind == "linear" else "rows") and kind != "embedding"
         # Where the selection is on the input's side, only those features are kept for the backward pass.
         ctx.save_for_backward(x.index_select(-1, idx) if ctx.cut else x, idx)
-        ctx.port, ctx.kind, ctx.padding = port, kind, padding
+        ctx.hook, ctx.kind, ctx.padding = hook, kind, padding
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, idx = ctx.saved_tensors
-        port, g = ctx.port, grad.reshape(-1, grad.shape[-1])
+        hook, g = ctx.hook, grad.reshape(-1, grad.shape[-1])
         if ctx.kind == "embedding":
-            found = embedding_gradient(x.reshape(-1), g, idx, port.layout, port.shape, port.values.dtype, ctx.padding)
+            found = embedding_gradient(x.reshape(-1), g, idx, hook.layout, hook.shape, hook.values.dtype, ctx.padding)
         else:
             x = x.reshape(-1, x.shape[-1])
             a, b = (x, g) if ctx.kind == "conv1d" else (g, x)
-            found = product_gradient(a, b, idx, port.layout, port.shape, port.values.dtype, ctx.cut)
+            found = product_gradient(a, b, idx, hook.layout, hook.shape, hook.values.dtype, ctx.cut)
         return None, grad, found, None, None, None, None
 
 
@@ -324,11 +324,11 @@ class _Term(torch.autograd.Function):
     """y + S x for a sparse S (o, i); the product runs in the dtype of the values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, port: SparseDelta) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, hook: SparseDelta) -> Tensor:
         ctx.save_for_backward(x, values, idx)
-        ctx.port = port
+        ctx.hook = hook
         flat = x.reshape(-1, x.shape[-1]).to(values.dtype)
-        added = torch.sparse.mm(_matrix(values, idx, port), flat.t()).t()
+        added = torch.sparse.mm(_matrix(values, idx, hook), flat.t()).t()
         return (y.to(values.dtype) + added.view(y.shape)).to(y.dtype)
 
     @staticmethod
@@ -337,20 +337,20 @@ class _Term(torch.autograd.Function):
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         gx = None
         if ctx.needs_input_grad[0]:
-            matrix = _matrix(values, idx, ctx.port)
+            matrix = _matrix(values, idx, ctx.hook)
             gx = torch.sparse.mm(matrix.t(), g.to(values.dtype).t()).t().reshape(x.shape).to(x.dtype)
-        return gx, grad, product_gradient(g, flat, idx, ctx.port.layout, ctx.port.shape, values.dtype), None, None
+        return gx, grad, product_gradient(g, flat, idx, ctx.hook.layout, ctx.hook.shape, values.dtype), None, None
 
 
-def _matrix(values: Tensor, idx: Tensor, port: SparseDelta) -> Tensor:
+def _matrix(values: Tensor, idx: Tensor, hook: SparseDelta) -> Tensor:
     """The sparse matrix (o, i) of a selection."""
-    rows, columns = port.shape
-    if port.layout == "entries":
+    rows, columns = hook.shape
+    if hook.layout == "entries":
         flat = idx.long()
         where = torch.stack((flat // columns, flat % columns))
     else:
-        other = torch.arange(columns if port.layout == "rows" else rows, device=idx.device)
-        pair = (idx.long(), other) if port.layout == "rows" else (other, idx.long())
+        other = torch.arange(columns if hook.layout == "rows" else rows, device=idx.device)
+        pair = (idx.long(), other) if hook.layout == "rows" else (other, idx.long())
         where = torch.cartesian_prod(*pair).t()
     return torch.sparse_coo_tensor(
         where, values.detach().reshape(-1), (rows, columns), is_coalesced=True, check_invariants=False

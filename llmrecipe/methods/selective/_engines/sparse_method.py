@@ -22,7 +22,7 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
     is_conv1d,
     take,
 )
-from llmrecipe.models.hooks.port import all_ports, eject, inject, ports_of
+from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
@@ -35,7 +35,7 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     """
     from llmrecipe.models.task_heads import is_head
 
-    inside = {id(p) for _, _, _, port in all_ports(model) for p in port.parameters()}
+    inside = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for tensor, value in module._parameters.items():
@@ -84,7 +84,7 @@ def _in_scope(model: nn.Module, scope: str) -> set[int] | None:
 
 
 def attach_chosen(model: nn.Module, owner: str, chosen: Mapping[str, Chosen], force_term: bool = False) -> None:
-    """Inject the ports that train a selection, one `values` tensor a base tensor.
+    """Add the hooks that train a selection, one `values` tensor a base tensor.
 
     Raises:
         ModelError: a tensor no longer exists, or cannot be trained by entries in the way it is stored.
@@ -105,25 +105,25 @@ def _attach_one(weight: Weight, selection: Chosen, owner: str, force_term: bool)
         mode: Mode = "term"
     else:
         mode = "vector" if len(weight.shape) == 1 else "inplace"
-    writer = next((p.writer for p in _sparse_ports(module) if p.tensor == tensor and p.mode == "inplace"), Writer())
-    port = SparseDelta(weight, selection, tensor, mode, writer)
-    density = port.values.numel() / weight.numel
+    writer = next((p.writer for p in _sparse_hooks(module) if p.tensor == tensor and p.mode == "inplace"), Writer())
+    hook = SparseDelta(weight, selection, tensor, mode, writer)
+    density = hook.values.numel() / weight.numel
     for index, (user, name) in enumerate(weight.owners):
         suffix = "" if name == "weight" else f"__{name}"
-        own: SparseDelta | SparseTied = port if index == 0 else SparseTied(port, name)
-        inject(user, owner + suffix, own, owner)
+        own: SparseDelta | SparseTied = hook if index == 0 else SparseTied(hook, name)
+        add_hook(user, owner + suffix, own, owner)
         if mode == "vector":
             continue
-        kind = "linear" if mode == "term" else gradient_kind(user, name, port.layout, density)
+        kind = "linear" if mode == "term" else gradient_kind(user, name, hook.layout, density)
         own.kernel = "transient" if kind == "other" else "direct"
         host = weight.value if mode == "inplace" else None
-        gradient = SparseGradient(port, kind, getattr(user, "padding_idx", None), host)
-        inject(user, f"{owner}{suffix}__grad", gradient, owner)
+        gradient = SparseGradient(hook, kind, getattr(user, "padding_idx", None), host)
+        add_hook(user, f"{owner}{suffix}__grad", gradient, owner)
 
 
 def gradient_kind(module: nn.Module, tensor: str, layout: str, density: float) -> str:
     """Which kernel forms the gradient at one user of a tensor (see `SparseGradient.kind`)."""
-    if tensor != "weight" or ports_of(module, "around"):
+    if tensor != "weight" or hooks_of(module, "wrap_forward"):
         return "other"
     if type(module) is nn.Embedding and not module.scale_grad_by_freq:
         return "embedding"
@@ -133,25 +133,25 @@ def gradient_kind(module: nn.Module, tensor: str, layout: str, density: float) -
     return "other"
 
 
-def _sparse_ports(module: nn.Module) -> list[SparseDelta]:
-    return [p.pair[0] if isinstance(p, SparseTied) else p for p in ports_of(module) if isinstance(p, SparseDelta | SparseTied)]
+def _sparse_hooks(module: nn.Module) -> list[SparseDelta]:
+    return [p.pair[0] if isinstance(p, SparseTied) else p for p in hooks_of(module) if isinstance(p, SparseDelta | SparseTied)]
 
 
-def sparse_ports(model: nn.Module, owner: str) -> Iterator[tuple[str, nn.Module, SparseDelta]]:
-    """(module path, host, port) of every selection a wrapper holds."""
-    for path, module, _, port in all_ports(model, owner):
-        if isinstance(port, SparseDelta):
-            yield path, module, port
+def sparse_hooks(model: nn.Module, owner: str) -> Iterator[tuple[str, nn.Module, SparseDelta]]:
+    """(module path, host, hook) of every selection a wrapper holds."""
+    for path, module, _, hook in all_hooks(model, owner):
+        if isinstance(hook, SparseDelta):
+            yield path, module, hook
 
 
 def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
     """How many entries of which tensors, with digests of the base's numbers and of the indices."""
     tensors: dict[str, Any] = {}
-    for _, module, port in sparse_ports(model, owner):
-        fact: dict[str, Any] = {"layout": port.layout, "count": port.idx.numel(), "idx": digest(port.idx)}
-        if port.mode != "term" and port.values.device.type != "meta":
-            fact["base"] = base_digest(module, port)
-        tensors[port.source] = fact
+    for _, module, hook in sparse_hooks(model, owner):
+        fact: dict[str, Any] = {"layout": hook.layout, "count": hook.idx.numel(), "idx": digest(hook.idx)}
+        if hook.mode != "term" and hook.values.device.type != "meta":
+            fact["base"] = base_digest(module, hook)
+        tensors[hook.source] = fact
     return {"tensors": tensors}
 
 
@@ -165,24 +165,24 @@ def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
 
 def settle(model: nn.Module) -> None:
     """Have every tensor hold the deltas of the selections that are on, before anything is folded into it."""
-    for _, module, _, port in list(all_ports(model)):
-        if isinstance(port, SparseDelta) and port.mode == "inplace":
-            port.sync(getattr(module, port.tensor))
+    for _, module, _, hook in list(all_hooks(model)):
+        if isinstance(hook, SparseDelta) and hook.mode == "inplace":
+            hook.sync(getattr(module, hook.tensor))
 
 
-def take_off(module: nn.Module, port: SparseDelta) -> None:
+def take_off(module: nn.Module, hook: SparseDelta) -> None:
     """Have the tensor hold what lies below this stack: the base and the mounted deltas that the context leaves on.
 
     The next forward pass writes the rest.
     """
-    if port.mode == "inplace":
-        port.sync(getattr(module, port.tensor), tuple(p.mounted and p.on() for p in port.writer.ports))
+    if hook.mode == "inplace":
+        hook.sync(getattr(module, hook.tensor), tuple(p.mounted and p.on() for p in hook.writer.hooks))
 
 
-def base_digest(module: nn.Module, port: SparseDelta) -> str:
+def base_digest(module: nn.Module, hook: SparseDelta) -> str:
     """Digest of the numbers a delta is added to."""
-    take_off(module, port)
-    return digest(take(getattr(module, port.tensor), port.layout, port.idx))
+    take_off(module, hook)
+    return digest(take(getattr(module, hook.tensor), hook.layout, hook.idx))
 
 
 def digest(value: Tensor) -> str:
@@ -199,18 +199,18 @@ def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) ->
         ModelError: the base's numbers at the selection are not those the delta was trained on.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for _, module, port in sparse_ports(model, owner):
-        take_off(module, port)
+    for _, module, hook in sparse_hooks(model, owner):
+        take_off(module, hook)
     for name, value in delta.items():
         state[name].copy_(value)
-    for _, module, port in sparse_ports(model, owner):
-        if port.expected and port.mode != "term" and base_digest(module, port) != port.expected:
+    for _, module, hook in sparse_hooks(model, owner):
+        if hook.expected and hook.mode != "term" and base_digest(module, hook) != hook.expected:
             raise ModelError(
-                f"stack.{owner}: {port.source} is not the tensor this delta was trained on; use its own base model"
+                f"stack.{owner}: {hook.source} is not the tensor this delta was trained on; use its own base model"
             )
 
 
-class SparseHooks:
+class SparseMethod:
     """The lifecycle of a wrapper whose trained part is a selection; mixed into `Wrapper`s."""
 
     name: str
@@ -233,36 +233,36 @@ class SparseHooks:
         Raises:
             ModelError: no selected tensor was reached by the backward pass, or one trains whole as well.
         """
-        ports = list(sparse_ports(model, self.name))
-        whole = [p.source for _, m, p in ports if step == 0 and p.mode == "inplace" and getattr(m, p.tensor).requires_grad]
+        hooks = list(sparse_hooks(model, self.name))
+        whole = [p.source for _, m, p in hooks if step == 0 and p.mode == "inplace" and getattr(m, p.tensor).requires_grad]
         if whole:
             raise ModelError(
                 f"stack.{self.name}: {whole[0]} trains whole in this stack as well; narrow stack.{self.name}.scope, "
                 "or freeze that tensor in the other method"
             )
-        if step == 0 and ports and all(port.values.grad is None for _, _, port in ports):
+        if step == 0 and hooks and all(hook.values.grad is None for _, _, hook in hooks):
             raise ModelError(f"stack.{self.name}: none of the selected tensors received a gradient")
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Have the moved values written before the next forward pass."""
-        for _, _, port in sparse_ports(model, self.name):
-            port.writer.written = None
+        for _, _, hook in sparse_hooks(model, self.name):
+            hook.writer.written = None
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + delta at every selection; exact in float32, one rounding below."""
         with torch.no_grad():
-            for _, module, name, port in list(all_ports(model, self.name)):
-                port.merge(module)
-                eject(module, name)
+            for _, module, name, hook in list(all_hooks(model, self.name)):
+                hook.merge(module)
+                remove_hook(module, name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """20 bytes an entry: index, value, gradient and two moments."""
-        ports = [port for _, _, port in sparse_ports(model, self.name)]
-        count = sum(p.values.numel() for p in ports) if ports else self.plan(model)
-        index = sum(p.idx.numel() * p.idx.element_size() for p in ports) if ports else 4 * count
+        hooks = [hook for _, _, hook in sparse_hooks(model, self.name)]
+        count = sum(p.values.numel() for p in hooks) if hooks else self.plan(model)
+        index = sum(p.idx.numel() * p.idx.element_size() for p in hooks) if hooks else 4 * count
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": index}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Selected entries a tensor."""
-        for _, _, port in sparse_ports(model, self.name):
-            yield f"{port.source} ({port.layout})", port.values.numel()
+        for _, _, hook in sparse_hooks(model, self.name):
+            yield f"{hook.source} ({hook.layout})", hook.values.numel()

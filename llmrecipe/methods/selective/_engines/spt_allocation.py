@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.selection import counts_at, top_k
-from llmrecipe.models.hooks.port import SERIAL, Port, inject
+from llmrecipe.models.hooks.hook import SERIAL, Hook, add_hook
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -91,7 +91,7 @@ def allocate(tunables: Sequence[Tunable], keys: Sequence[Tensor], budget: int, s
     return Allocation(low, total, structured, entries)
 
 
-class SequentialAdapter(Port):
+class SequentialAdapter(Hook):
     """A bottleneck on a layer's output: y + W_u GELU(W_d y + b_d) + b_u, with W_u = 0 and b_u = 0 at the start."""
 
     order = SERIAL
@@ -112,15 +112,15 @@ class SequentialAdapter(Port):
         return y + F.linear(inner, self.up.weight.to(kind), self.up.bias.to(kind))
 
 
-def inject_structured(site: Site, owner: str, kind: str, r: int, dropout: float) -> None:
+def add_structured(site: Site, owner: str, kind: str, r: int, dropout: float) -> None:
     """Put the structured module of a matrix at its site."""
     from llmrecipe.methods._engines import low_rank
-    from llmrecipe.models.hooks.port import device_of
+    from llmrecipe.models.hooks.hook import device_of
 
     if kind == "lora":
-        port = low_rank.build(site, r, 1.0, dropout)
-        low_rank.initialise(port)
+        hook = low_rank.build(site, r, 1.0, dropout)
+        low_rank.initialise(hook)
     else:
         with torch.device(device_of(site.module)):
-            port = SequentialAdapter(site.width_out, r, dropout)
-    inject(site.module, owner, port, owner)
+            hook = SequentialAdapter(site.width_out, r, dropout)
+    add_hook(site.module, owner, hook, owner)

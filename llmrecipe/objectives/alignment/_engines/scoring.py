@@ -20,7 +20,7 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.reference_cache import weights_digest
 from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import run_folder
-from llmrecipe.models.hooks.port import all_ports
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import Opened
 
@@ -109,8 +109,8 @@ def add_reward(policy: Opened, run: str) -> SharedReward:
     for index, layer in enumerate(saved.layers[common:], len(policy.layers)):
         for wrapper in delta.mount(policy.model, layer, index):
             added.append(wrapper.name)
-            for _, _, _, port in all_ports(policy.model, wrapper.name):
-                port.mounted, port.roles = False, frozenset({ROLE})
+            for _, _, _, hook in all_hooks(policy.model, wrapper.name):
+                hook.mounted, hook.roles = False, frozenset({ROLE})
     return SharedReward(frozenset(own), tuple(added))
 
 
