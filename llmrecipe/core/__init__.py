@@ -1,1 +1,1 @@
-"""What every package stands on: the registry, errors, option types, paths, console, locks, HTTP; nothing here imports torch."""
+"""The foundation of every package: registry, errors, option types, paths, console, locks, HTTP; nothing here imports torch."""

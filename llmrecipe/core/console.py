@@ -1,4 +1,4 @@
-"""What is printed, and how: tables, numbers, JSON, lines; the only module besides the verbs that writes to the screen."""
+"""Console output: tables, numbers, JSON, lines; the only module except the verbs that writes to the screen."""
 
 from __future__ import annotations
 

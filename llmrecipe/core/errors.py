@@ -1,7 +1,7 @@
 """The errors a user can meet, and the exit code each one ends with.
 
-LlmRecipeError          1   our bug: the traceback is saved
-└── UserError           2   the user's input: one message that teaches, no traceback
+LlmRecipeError          1   a bug of llmrecipe: the traceback is saved
+└── UserError           2   the user's input: one message that says what to change, no traceback
     ├── RecipeError     2   a recipe: key path, what was given, what is allowed, nearest spelling
     ├── DataError       2   data: file and row, what was found, the shortest fix
     ├── ModelError      2   weights, tokenizer or anatomy
@@ -22,7 +22,7 @@ class LlmRecipeError(Exception):
 
 
 class UserError(LlmRecipeError):
-    """Something the user can mend; shown as one message, exit code 2."""
+    """Something the user can fix; shown as one message, exit code 2."""
 
     exit_code = 2
 
@@ -50,12 +50,13 @@ class Interrupted(LlmRecipeError):
 
 
 def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | None = None) -> str:
-    """`; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near.
+    """Return `; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near.
 
-    One slip of the keyboard (a letter more, less, wrong, or two swapped) counts as near also in words too short for a ratio;
-    so do half a word and a dash for an underscore. Before a longer look-alike comes a choice whose meaning opens with the word:
-    `rank` is nearer to `r` ("Rank of A and B") than to `rank_pattern`; then one that has it among its words, or begins with it.
-    One or two letters are a word more likely than a slip: `lr` is nearer to `lr_ratio` than to `r`.
+    One typing error (a letter added, missing, wrong, or two swapped) counts as near even in words too short for a similarity
+    ratio; so do half a word and a dash instead of an underscore. A choice whose meaning begins with the word is preferred to a
+    longer similar name: `rank` is nearer to `r` ("Rank of A and B") than to `rank_pattern`; then comes one that contains it as
+    a word or begins with it. One or two letters are more likely a whole word than a typing error: `lr` is nearer to `lr_ratio`
+    than to `r`.
 
     Args:
         meanings: choice -> what it means, in a sentence.

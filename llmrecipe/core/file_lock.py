@@ -1,4 +1,4 @@
-"""One writer at a time: a lock file that the system lets go of when its process ends, however it ends."""
+"""One writer at a time: a lock file that the operating system releases when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llmrecipe.core.errors import RunError
 
 
 def hold(path: Path, busy: str, hint: str = "") -> TextIO:
-    """Lock a file; closing what is returned lets others in.
+    """Lock a file; closing the returned handle releases the lock.
 
     Args:
-        busy: what is told where another one holds the lock, followed by who that is.
-        hint: what can be done about it.
+        busy: the message when another process holds the lock; which process that is gets appended.
+        hint: what the user can do about it.
 
     Raises:
-        RunError: it is held already.
+        RunError: another process holds the lock.
     """
     import fcntl
 

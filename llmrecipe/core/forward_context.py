@@ -1,8 +1,8 @@
-"""The context of one forward pass: what every injected hook may know besides its tensors.
+"""The context of one forward pass: what every hook may read in addition to its tensors.
 
-A `Context` is immutable and travels with the forward. When activation checkpointing replays a block during the backward
-pass, the context of the original forward is put back around the replay, so a hook never sees another role or layout than
-it saw the first time.
+A `Context` is immutable and valid for one forward pass. When activation checkpointing recomputes a block during the backward
+pass, the context of the original forward is restored for the recomputation, so a hook sees the same role and layout as it
+did the first time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Segment:
     """First column."""
     length: int
     parent: int | None = None
-    """Index of the segment whose tokens come right before this one's, or None."""
+    """Index of the segment whose tokens directly precede this one's, or None."""
     prompt: int = 0
-    """How many of its tokens belong to the prompt (positions a prompt-only method may edit)."""
+    """Number of its tokens that belong to the prompt (positions a prompt-only method may edit)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Layout:
     rows: int
     columns: int
     cache: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
-    """Masks and indices derived once per batch by whoever needs them."""
+    """Cache of masks and indices that are derived once per batch."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Context:
     """What a hook may read during one forward pass."""
 
     role: str = "policy"
-    """policy, reference, value, reward, ...: a hook that does not serve the role steps aside."""
+    """policy, reference, value, reward, ...: a hook that does not serve the role is disabled."""
     layout: Layout | None = None
     """Layout of packed rows; None for ordinary padded rows."""
     attention_mask: torch.Tensor | None = None
@@ -63,9 +63,9 @@ class Context:
     prompt_lengths: torch.Tensor | None = None
     """(R,) real prompt tokens of each padded row."""
     read: torch.Tensor | None = None
-    """(M,) sorted flat indices into R * T of the final states somebody reads; None when that is not known, or all are."""
+    """(M,) sorted flat indices into R * T of the final states that are used; None when unknown, or when all are."""
     off: frozenset[str] = frozenset()
-    """Names of wrappers whose hooks step aside."""
+    """Names of wrappers whose hooks are disabled."""
     shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a `whole` hook computed once for the hooks inside its host, by wrapper name."""
 
@@ -75,7 +75,7 @@ _current: ContextVar[Context] = ContextVar("llmrecipe_context", default=_PLAIN)
 
 
 def current() -> Context:
-    """The context of the forward pass that is running."""
+    """Return the context of the forward pass that is running."""
     return _current.get()
 
 
@@ -90,5 +90,5 @@ def activate(context: Context) -> Iterator[Context]:
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """`context_fn` for non-reentrant checkpointing: the replay runs under the context of the original forward."""
+    """Return `context_fn` for non-reentrant checkpointing: recomputation runs under the context of the original forward."""
     return contextlib.nullcontext(), activate(current())

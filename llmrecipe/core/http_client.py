@@ -1,7 +1,7 @@
-"""Asking a server over HTTP: JSON in, JSON text out, patient with a busy server and silent about secrets.
+"""HTTP client: JSON in, JSON text out, with retries for a busy server and without leaking secrets.
 
-Nothing of a request or a reply enters a message without its secrets taken out: the bearer token, secret values of the
-environment, user and password of an address.
+Secrets are removed from every part of a request or reply that enters a message: the bearer token, secret values of the
+environment, the user and password of an address.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.redact import HIDDEN, name_variable, redact_text, variable_of
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
-"""Answers of a server that may go better a moment later."""
+"""Status codes of a server that may succeed on a later attempt."""
 LONGEST_WAIT = 120.0
-"""Seconds a server may make us wait before the next attempt, whatever it asks for."""
+"""Longest wait in seconds before the next attempt, whatever the server requests."""
 
 
 class _StayHere(urllib.request.HTTPRedirectHandler):
-    """No redirects: the token is for the address that was given, and for no other."""
+    """Refuses redirects: the token is for the given address and for no other."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Leave the reply as the error it is."""
+        """Return None, which leaves the reply an HTTP error."""
         return
 
 
@@ -41,10 +41,10 @@ OPENER = urllib.request.build_opener(_StayHere)
 
 
 class Refused(RunError):
-    """The server will not answer this request, however often it is sent.
+    """The server rejected this request, and sending it again would not help.
 
     Attributes:
-        code: its HTTP status.
+        code: the HTTP status.
     """
 
     def __init__(self, message: str, code: int):
@@ -53,11 +53,11 @@ class Refused(RunError):
 
 
 class Unreadable(RunError):
-    """The server answered each attempt, and never with what was asked for."""
+    """The server answered each attempt, but never with a valid reply."""
 
 
 def check_address(url: str, key: str | None, key_env: str | None, where: str) -> None:
-    """Refuse what cannot be asked, before anything is loaded.
+    """Refuse an address or key that cannot be used, before anything is loaded.
 
     Args:
         key: `${oc.env:NAME}`.
@@ -65,15 +65,15 @@ def check_address(url: str, key: str | None, key_env: str | None, where: str) ->
         where: key path for messages; no secret is ever repeated there.
 
     Raises:
-        RecipeError: the address is none or holds a secret, the key is written out, or its variable is not set.
+        RecipeError: the address is invalid or contains a secret, the key is written out, or its variable is not set.
     """
     named = f"name the environment variable that holds it: {where}.key=\\${{oc.env:NAME}} or {where}.key_env=NAME"
     if key is not None and variable_of(key) is None:
-        raise RecipeError(f"{where}.key: a key is not written into a recipe; {named}")
+        raise RecipeError(f"{where}.key: do not write a key into a recipe; {named}")
     if key is not None and key_env is not None:
-        raise RecipeError(f"{where}.key_env: the key is named twice, by key and by key_env; keep one")
+        raise RecipeError(f"{where}.key_env: the key is given twice, by key and by key_env; keep one")
     if "@" in urllib.parse.urlsplit(url).netloc:
-        raise RecipeError(f"{where}.url: user and password are not written into an address; {named}")
+        raise RecipeError(f"{where}.url: do not write a user and password into an address; {named}")
     if not url.startswith(("http://", "https://")):
         raise RecipeError(f"{where}.url: must be an address such as http://localhost:8000/v1; got {url!r}")
     variable = variable_of(key) or key_env
@@ -86,26 +86,26 @@ def check_address(url: str, key: str | None, key_env: str | None, where: str) ->
 class Client:
     """One server. `post` may be called from several threads.
 
-    A busy or broken server is asked again, the pause doubling with each attempt and spread by a random factor between one half
-    and one and a half; `Retry-After`, in seconds or as a date, is obeyed instead where it is given.
+    A request to a busy or failing server is retried; the delay doubles with each attempt, times a random factor between 0.5
+    and 1.5. `Retry-After`, in seconds or as a date, is obeyed instead where it is given.
     """
 
     url: str
     who: str
-    """What the server is called in messages."""
+    """Name of the server in messages."""
     what: str
-    """What it is asked for."""
+    """Name of the requested thing in messages."""
     key_env: str | None = None
     """Environment variable with a bearer token."""
     timeout: float = 30.0
     retries: int = 4
-    """Further attempts after a failure."""
+    """Number of retries after a failure."""
     wait: float = 0.5
     """Seconds before the second attempt."""
     per_minute: int | None = None
-    """Most requests in a minute, retries included."""
+    """Maximum number of requests per minute, retries included."""
     accept: Callable[[bytes], str | None] | None = None
-    """What is wrong with a reply, or None; a wrong one counts as a failure that may go better."""
+    """Returns what is wrong with a reply, or None; an invalid reply counts as a failure and is retried."""
     requests: int = 0
     """Requests sent so far, retries included."""
     _next: float = 0.0
@@ -113,12 +113,12 @@ class Client:
     _random: random.Random = field(default_factory=random.Random)
 
     def post(self, body: Any, path: str = "") -> bytes:
-        """The reply to one JSON body.
+        """Send one JSON body and return the reply.
 
         Raises:
-            Refused: the server answered with a status that asking again does not mend.
-            Unreadable: the last reply was one that `accept` does not take.
-            RunError: it kept failing.
+            Refused: the server answered with a status that a retry cannot change.
+            Unreadable: `accept` rejected the last reply.
+            RunError: all attempts failed.
         """
         content = json.dumps(body, default=str).encode()
         trouble, answered = "", False
@@ -144,7 +144,7 @@ class Client:
         raise (Unreadable if answered else RunError)(self.clean(text))
 
     def clean(self, text: str) -> str:
-        """The text without this client's key and other secrets."""
+        """Return the text without this client's key and other secrets."""
         key = self._key()
         return redact_text(text.replace(key, HIDDEN) if key else text)
 
@@ -173,7 +173,7 @@ class Client:
 
 
 def retry_after(value: str, otherwise: float) -> float:
-    """Seconds that a `Retry-After` header asks for (a number or an HTTP date), at most `LONGEST_WAIT`."""
+    """Return the seconds to wait given by a `Retry-After` header (a number or an HTTP date), at most `LONGEST_WAIT`."""
     value = value.strip()
     try:
         seconds = float(value)
@@ -186,7 +186,7 @@ def retry_after(value: str, otherwise: float) -> float:
 
 
 def _start(error: urllib.error.HTTPError) -> bytes:
-    """The first bytes of an error's body, as far as it can be read."""
+    """Return the first bytes of an error's body, as far as it can be read."""
     try:
         return error.read(200)
     except (OSError, http.client.HTTPException):

@@ -1,4 +1,4 @@
-"""An append-only file of answers already paid for, which makes a second start cheap."""
+"""An append-only file of answers already paid for, which makes a restart cheap."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Journal:
                 self._values[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
-                    f"{path}: the line after byte {good} is damaged ({error}); delete the file to ask anew"
+                    f"{path}: the line after byte {good} is damaged ({error}); delete the file to request the answers again"
                 ) from error
             good += len(line)
         if write:

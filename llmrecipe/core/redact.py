@@ -1,8 +1,8 @@
-"""Secrets never reach a file or a screen: their values are replaced in what people see.
+"""Redaction: the values of secrets are replaced in everything that reaches a file or the screen.
 
 A secret is the value of an environment variable that a recipe names (`key: ${oc.env:NAME}`, or any key that ends in `_env`), or
-one of the tokens that libraries read by themselves. Recipes hold names of variables and no values, so they are kept as written;
-no text is ever taken for a secret because of what it looks like.
+one of the tokens that libraries read by themselves. Recipes contain names of variables and no values, so they are stored as
+written; no text is ever treated as a secret because of what it looks like.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VARIABLE = re.compile(r"\$\{\s*oc\.env:\s*([A-Za-z_]\w*)\s*\}")
 SECRET = "key"
 """The option whose value is a secret: it takes `${oc.env:NAME}` and nothing else."""
 LEAST = 4
-"""Shortest value that is taken for a secret: a shorter one stands in too many words."""
+"""Shortest value that is treated as a secret: a shorter one occurs in too many words."""
 _named = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"}
 
 
@@ -29,7 +29,7 @@ def name_variable(name: str | None) -> None:
 
 
 def variable_of(text: str | None) -> str | None:
-    """The variable a text names, `${oc.env:NAME}` and nothing around it; None for any other text."""
+    """Return the variable a text names, `${oc.env:NAME}` and nothing around it; None for any other text."""
     found = VARIABLE.fullmatch(text.strip()) if text else None
     return found[1] if found else None
 
@@ -47,20 +47,20 @@ def name_variables(value: Any, key: str = "") -> None:
 
 
 def secrets() -> list[str]:
-    """Values of the named variables, longest first."""
+    """Return the values of the named variables, longest first."""
     values = {value for name in _named if len(value := os.environ.get(name, "")) >= LEAST}
     return sorted(values, key=len, reverse=True)
 
 
 def redact_text(text: str) -> str:
-    """The text without the values of named variables."""
+    """Return the text without the values of named variables."""
     for value in secrets():
         text = text.replace(value, HIDDEN)
     return text
 
 
 def redact(value: Any) -> Any:
-    """A JSON value without the values of named variables."""
+    """Return a JSON value without the values of named variables."""
     if isinstance(value, Mapping):
         return {k: redact(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

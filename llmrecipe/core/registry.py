@@ -1,8 +1,8 @@
 """The registry: every method, objective, optimizer and schedule by name.
 
 A component is one file whose stem is its name, holding one class decorated with `@register`. The class is its own config:
-its annotated fields are the options of the YAML key, the string below a field explains it. Components that differ in little
-more than a name inherit their options from a mixin decorated with `@options`.
+its annotated fields are the options of the YAML key, the string below a field explains it. Components that share options
+inherit them from a mixin decorated with `@options`.
 
 Two views of the same source:
 
@@ -43,7 +43,7 @@ INTERFACES = {
     "Step": "step",
     "AdapterFormat": "adapter_format",
 }
-"""Name of the interface a component inherits, and the group its name lives in."""
+"""Interface a component inherits -> the group its name is registered in."""
 
 CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
@@ -85,27 +85,27 @@ class Spec:
 
     @property
     def summary(self) -> str:
-        """First sentence of the docstring."""
+        """Return the first sentence of the docstring."""
         return self.doc.strip().split("\n")[0].strip()
 
     @property
     def papers(self) -> list[str]:
-        """arXiv ids named in the docstring."""
+        """Return the arXiv ids named in the docstring."""
         return sorted(set(ARXIV.findall(self.doc)))
 
     @property
     def family(self) -> str:
-        """Folder the component lives in, such as `additive` or `alignment`."""
+        """Return the name of the component's folder, such as `additive` or `alignment`."""
         return self.path.parent.name
 
     def defaults(self) -> dict[str, Any]:
-        """`{"kind": name, option: default, ...}` for options that have a default."""
+        """Return `{"kind": name, option: default, ...}` for options that have a default."""
         values = {o.name: _plain(o.default) for o in self.options.values() if o.default is not ...}
         return {"kind": self.name, **values}
 
     @functools.cached_property
     def schema_model(self) -> type[BaseModel]:
-        """A Pydantic model with the component's options, built without importing the component."""
+        """Return a Pydantic model with the component's options, built without importing the component."""
         spec_fields: dict[str, Any] = {
             o.name: (Annotated[o.annotation, Field(description=o.doc)], o.default) for o in self.options.values()
         }
@@ -113,12 +113,12 @@ class Spec:
 
 
 def options(cls: T) -> T:
-    """Make a mixin of options: a component that names it among its bases has them, with those it adds or changes itself."""
+    """Turn a class into a mixin of options: a component that inherits it has them, and may add to or change them."""
     return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
 
 
 def _plain(value: Any) -> Any:
-    """The value of a default, also when it was written as `Field(default_factory=...)` or `Field(default, ...)`."""
+    """Return the value of a default, also when it was written as `Field(default_factory=...)` or `Field(default, ...)`."""
     from pydantic.fields import FieldInfo
 
     if isinstance(value, FieldInfo):
@@ -127,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 def register(cls: T) -> T:
-    """Make a component its own config: a keyword-only, frozen Pydantic dataclass that forbids unknown keys."""
+    """Turn a component into its own config: a keyword-only, frozen Pydantic dataclass that forbids unknown keys."""
     return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
 
 
@@ -135,7 +135,7 @@ _plugins: list[tuple[str, Path]] = []
 
 
 def add_plugin(package: str) -> None:
-    """Also walk an installed package for components (`plugins: [package]` in a recipe: the user's opt-in).
+    """Also search an installed package for components (`plugins: [package]` in a recipe: the user's opt-in).
 
     Raises:
         RecipeError: no such package is installed.
@@ -150,18 +150,18 @@ def add_plugin(package: str) -> None:
 
 
 def plugins() -> list[tuple[str, Path]]:
-    """Packages that are walked besides this one, with their folders."""
+    """Return the packages that are searched in addition to this one, with their folders."""
     return list(_plugins)
 
 
 def defined_in(package: str) -> list[str]:
-    """Names of the components that a package holds."""
+    """Return the names of the components that a package contains."""
     every = (spec for members in _index().values() for spec in members.values())
     return [spec.name for spec in every if spec.module.startswith(f"{package}.")]
 
 
 def import_marked(mark: str) -> None:
-    """Import the files of plugins in which a decorator such as `@reward_function` stands."""
+    """Import the files of plugins that use a decorator such as `@reward_function`."""
     for package, root in _plugins:
         for path in sorted(root.rglob("*.py")):
             if mark in path.read_text(encoding="utf-8"):
@@ -213,7 +213,7 @@ def _is_decorated(node: ast.ClassDef, name: str) -> bool:
 
 
 def _inherited(tree: ast.Module, bases: list[str], package: str, root: Path) -> tuple[dict[str, Option], dict[str, Any]]:
-    """Options and facts of the mixins a class names, read where the file imports them from."""
+    """Return the options and literal attributes of a class's mixins, read from the files they are imported from."""
     found: tuple[dict[str, Option], dict[str, Any]] = {}, {}
     homes = {a.name: i.module or "" for i in tree.body if isinstance(i, ast.ImportFrom) for a in i.names}
     for base in reversed(bases):
@@ -256,17 +256,17 @@ def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[st
 
 
 def groups() -> list[str]:
-    """Groups that hold at least one component."""
+    """Return the groups that have at least one component."""
     return [group for group, members in _index().items() if members]
 
 
 def names(group: str) -> list[str]:
-    """Names registered in a group, sorted."""
+    """Return the names registered in a group, sorted."""
     return sorted(_index().get(group, {}))
 
 
 def spec(group: str, name: str, where: str | None = None) -> Spec:
-    """The source facts of one component.
+    """Return what the source says about one component.
 
     Args:
         where: key path of the recipe that named it, for the message.
@@ -290,5 +290,5 @@ def load(group: str, name: str, where: str | None = None) -> Any:
 
 
 def find(name: str) -> list[Spec]:
-    """Every component of that name, in whichever group."""
+    """Return every component of that name, in any group."""
     return [members[name] for members in _index().values() if name in members]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM handed to one function for a while."""
+"""Temporary handling of Ctrl-C and SIGTERM by one function."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler(number, frame)`; afterwards to whom they went before.
+    """Send SIGINT and SIGTERM to `handler(number, frame)`, and restore the earlier handlers afterwards.
 
-    Outside the main thread nothing changes: signals are then the business of whoever uses the library.
+    Outside the main thread nothing changes: there, signals are up to the program that uses the library.
     """
     kept = {}
     with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Tasks by name: rows say which task they belong to, and methods that keep tasks apart get the number of each row's task."""
+"""Named tasks: rows say which task they belong to, and methods with per-task parameters get the index of each row's task."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Tasks:
     """The tasks of one batch, in the order of their numbers."""
 
     names: tuple[str, ...] | None = None
-    """None takes the names the training rows give, in natural order (`task 2` before `task 10`)."""
+    """Task names; None reads them from the training rows, in natural order (`task 2` before `task 10`)."""
     field: str = "task"
     """Column that names a row's task: a name, or its number in the list of names."""
 
     def number(self, value: str | None, where: str) -> int:
-        """The number of a row's task.
+        """Return the index of a row's task.
 
         Raises:
             DataError: the row names no task, or one that is not in the list.
@@ -40,7 +40,7 @@ class Tasks:
         )
 
     def resolve(self, values: Iterable[str | None], where: str) -> Tasks:
-        """The same with names, once the distinct values of the column are known.
+        """Return the tasks with their names, once the distinct values of the column are known.
 
         Raises:
             DataError: no row names a task, or the values do not fit the names.
@@ -49,8 +49,8 @@ class Tasks:
         named = sorted((v for v in found if v is not None), key=natural)
         if not named:
             raise DataError(
-                f"{where}: no row names its task; the stack keeps tasks apart and looks for them in column '{self.field}' "
-                "(name another with task_field)"
+                f"{where}: no row names its task; the stack has per-task parameters and reads the task from column "
+                f"'{self.field}' (choose another column with task_field)"
             )
         resolved = self if self.names is not None else Tasks(tuple(named), self.field)
         for value in [*named, *([None] if None in found else [])]:
@@ -59,13 +59,13 @@ class Tasks:
 
 
 def natural(text: str) -> list[tuple[int, float, str]]:
-    """Sort key under which '2' comes before '10'."""
+    """Return a sort key under which '2' comes before '10'."""
     pieces = re.split(r"(-?\d+(?:\.\d+)?)", text)
     return [(0, float(p), "") if i % 2 else (1, 0.0, p) for i, p in enumerate(pieces) if p]
 
 
 def common(wanted: Sequence[tuple[str, Tasks]]) -> Tasks | None:
-    """What several methods want of the rows as one: a batch has one list of tasks.
+    """Merge the tasks of several methods into one list: a batch has one list of tasks.
 
     Args:
         wanted: (the method's name in the stack, its tasks).
@@ -80,7 +80,7 @@ def common(wanted: Sequence[tuple[str, Tasks]]) -> Tasks | None:
     for name, tasks in [*named[1:], *wanted]:
         if tasks.field != kept.field or (tasks.names is not None and tasks.names != kept.names):
             raise DataError(
-                f"'{first}' and '{name}' keep different tasks apart: column '{kept.field}' with "
+                f"'{first}' and '{name}' have different tasks: column '{kept.field}' with "
                 f"{', '.join(kept.names or ('any names',))}, and column '{tasks.field}' with "
                 f"{', '.join(tasks.names or ('any names',))}; a row has one task, so give both the same tasks in the same order"
             )

@@ -1,4 +1,4 @@
-"""bitsandbytes optimizers: one place that imports the library, says what its states weigh and what a CPU cannot do."""
+"""bitsandbytes optimizers: the one place that imports the library, computes the size of its states and handles CPU limits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 BLOCK = 256
 """Entries that share one scale in an 8-bit state."""
 SMALLEST = 4096
-"""Tensors with fewer entries keep a 32-bit state: they weigh nothing and lose most by rounding."""
+"""Tensors with fewer entries keep a 32-bit state: it costs almost nothing, and they suffer most from rounding."""
 
 
 def library() -> Any:
-    """bitsandbytes, imported without its advice on stderr.
+    """Return bitsandbytes, imported without its advice on stderr.
 
     Raises:
         RunError: it is not installed (there is no build for this machine).
@@ -36,7 +36,7 @@ def library() -> Any:
 
 
 def build(class_name: str, params: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """An optimizer of bitsandbytes; a paged one on CPU says in one line that nothing is paged there."""
+    """Return a bitsandbytes optimizer; for a paged one on CPU, log one line saying that nothing is paged there."""
     optimizer = getattr(library().optim, class_name)(params, min_8bit_size=SMALLEST, **options)
     if getattr(optimizer, "is_paged", False) and all(p.device.type == "cpu" for g in params for p in g["params"]):
         logging.getLogger("llmrecipe").warning("optim: paging needs a GPU; on CPU the optimizer state stays in ordinary memory")
@@ -46,7 +46,9 @@ def build(class_name: str, params: list[dict[str, Any]], **options: Any) -> torc
 
 
 def state_bytes(shape: Sequence[int], states: int, bits: int) -> int:
-    """Bytes of `states` running averages of one parameter: 4 each in 32 bits; 1 each plus 4 a block of 256 in 8 bits.
+    """Return the bytes of `states` running averages of one parameter.
+
+    In 32 bits, 4 bytes per entry and average; in 8 bits, 1 byte per entry and 4 per block of 256.
 
     The two code books of an 8-bit optimizer (1 KB each) are shared by all parameters and not counted.
     """

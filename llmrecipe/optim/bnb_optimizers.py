@@ -1,7 +1,7 @@
-"""What bitsandbytes' optimizers of one kind share: their options, and how the library builds them.
+"""Shared bases of the bitsandbytes optimizers: their options, and how the library builds them.
 
-The library has each in 32 and in 8 bits, some in paged memory: those are components of their own under `optim/`, which name
-the library's class and its bits.
+The library offers each in 32 and in 8 bits, some in paged memory. Each variant is a component of its own under `optimizers/`
+that names the library's class and its number of bits.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 class FromLibrary:
-    """Built by bitsandbytes."""
+    """Base of optimizers that bitsandbytes builds."""
 
     library: ClassVar[str]
-    """The library's class."""
+    """Name of the library's class."""
     bits: ClassVar[int]
-    """Of the state; at 8, tensors under 4096 entries keep 32."""
+    """Bits of the state; at 8, tensors under 4096 entries keep 32."""
     states: ClassVar[int]
     """Running averages it keeps."""
 
     def arguments(self) -> dict[str, Any]:
-        """The options by the library's names."""
+        """Return the options under the library's argument names."""
         raise NotImplementedError
 
     def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -63,7 +63,7 @@ class AdamOptions(FromLibrary):
     """Largest gradient norm of a step; 0 turns clipping off."""
 
     def arguments(self) -> dict[str, Any]:
-        """The options by the library's names."""
+        """Return the options under the library's argument names."""
         return {"betas": (self.beta1, self.beta2), "eps": self.eps}
 
 
@@ -94,7 +94,7 @@ class AdEMAMixOptions(FromLibrary):
     """Largest gradient norm of a step; 0 turns clipping off."""
 
     def arguments(self) -> dict[str, Any]:
-        """The options by the library's names."""
+        """Return the options under the library's argument names."""
         return {"betas": (self.beta1, self.beta2, self.beta3), "alpha": self.alpha, "eps": self.eps}
 
 
@@ -119,5 +119,5 @@ class LionOptions(FromLibrary):
     """Largest gradient norm of a step; 0 turns clipping off."""
 
     def arguments(self) -> dict[str, Any]:
-        """The options by the library's names."""
+        """Return the options under the library's argument names."""
         return {"betas": (self.beta1, self.beta2)}

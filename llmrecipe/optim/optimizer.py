@@ -6,7 +6,7 @@ Weight decay follows one rule, shown by `explain` and `check` as a table:
     embedding    token and position tables, the output head    the optimizer's weight_decay
     vector       norms, biases and other one-dimensional ones  0
     adapter      every tensor a method injected                0, because decaying it pulls the model to its base, not to zero
-    (declared)   what a method asked for in its `groups()`     as asked
+    (declared)   what a method declares in its `groups()`      as declared
 
 `decay_adapters` of an optimizer puts the matrices of adapters back under its weight_decay.
 """
@@ -37,20 +37,20 @@ class Optimizer:
 
     group: ClassVar[str] = "optim"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps", "xpu")
-    """Device types it can step on."""
+    """Device types the optimizer supports."""
     entrywise: ClassVar[bool] = False
-    """Whether its state has one number an entry of a parameter, so that rows can be dropped from both alike."""
+    """Whether the state has one number per entry of a parameter, so that rows can be dropped from both alike."""
 
     def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer for parameter groups.
+        """Build the torch optimizer for parameter groups.
 
         Args:
-            params: dicts with `params`, `lr`, `weight_decay`, and `names`, `kind`, `initial_lr` which are only carried along.
+            params: dicts with `params`, `lr`, `weight_decay`, and `names`, `kind`, `initial_lr`, which are only passed through.
         """
         raise NotImplementedError
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes of optimizer state one float32 parameter of this shape will hold, once it has been stepped."""
+        """Return the bytes of optimizer state of one float32 parameter of this shape after its first step."""
         raise NotImplementedError
 
 
@@ -68,11 +68,11 @@ class Group:
 
     @property
     def count(self) -> int:
-        """How many numbers are trained."""
+        """Return the number of trained entries."""
         return sum(p.numel() for p in self.parameters)
 
     def row(self) -> dict[str, Any]:
-        """One line of the table shown by `explain` and `check`."""
+        """Return one row of the table shown by `explain` and `check`."""
         return {
             "group": self.kind,
             "tensors": len(self.names),
@@ -84,16 +84,16 @@ class Group:
 
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer, stack_groups: Iterable[ParamGroup] = ()) -> list[Group]:
-    """The groups of everything that trains, in the order of the model's parameters; works on the meta device too.
+    """Return the groups of all trainable parameters, in the order of the model; works on the meta device too.
 
     Args:
-        stack_groups: what the wrappers ask for (`Stack.groups`); it wins over the rule above.
+        stack_groups: the groups the wrappers declare (`Stack.groups`); they take precedence over the rule above.
 
     Raises:
         RecipeError: nothing trains.
         LlmRecipeError: a wrapper names a parameter the model does not have, or two wrappers claim the same one.
     """
-    asked = _asked(model, stack_groups)
+    declared = _declared_groups(model, stack_groups)
     kinds = _kinds(model)
     lr, decay = float(optimizer.lr), float(optimizer.weight_decay)  # type: ignore[attr-defined]
     decay_adapters = bool(getattr(optimizer, "decay_adapters", False))
@@ -102,7 +102,7 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer, stack_groups: Itera
         if not parameter.requires_grad:
             continue
         kind = kinds.get(name) or ("matrix" if parameter.ndim > 1 else "vector")
-        own = asked.get(name)
+        own = declared.get(name)
         decays = kind in ("matrix", "embedding") or (kind == "adapter" and decay_adapters and parameter.ndim > 1)
         wanted = own.weight_decay if own is not None and own.weight_decay is not None else (decay if decays else 0.0)
         found.setdefault((kind, own.lr_scale if own else 1.0, wanted), []).append((name, parameter))
@@ -114,22 +114,22 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer, stack_groups: Itera
     ]
 
 
-def _asked(model: nn.Module, stack_groups: Iterable[ParamGroup]) -> dict[str, ParamGroup]:
+def _declared_groups(model: nn.Module, stack_groups: Iterable[ParamGroup]) -> dict[str, ParamGroup]:
     known = {name for name, _ in model.named_parameters()}
-    asked: dict[str, ParamGroup] = {}
+    declared: dict[str, ParamGroup] = {}
     for group in stack_groups:
         unknown = sorted(group.names - known)
         if unknown:
-            raise LlmRecipeError(f"a method asks for its own learning rate on '{unknown[0]}', which the model does not have")
-        twice = sorted(group.names & asked.keys())
+            raise LlmRecipeError(f"a method declares its own learning rate for '{unknown[0]}', which the model does not have")
+        twice = sorted(group.names & declared.keys())
         if twice:
-            raise LlmRecipeError(f"two methods ask for their own learning rate on '{twice[0]}'")
-        asked |= dict.fromkeys(group.names, group)
-    return asked
+            raise LlmRecipeError(f"two methods declare their own learning rate for '{twice[0]}'")
+        declared |= dict.fromkeys(group.names, group)
+    return declared
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> `adapter` or `embedding`, for those that are not told apart by their dimensions."""
+    """Map parameter name -> `adapter` or `embedding`, for those whose kind does not follow from their dimensions."""
     from torch import nn
 
     from llmrecipe.models.hooks.hook import all_hooks
@@ -157,7 +157,7 @@ def _kinds(model: nn.Module) -> dict[str, str]:
 
 
 def build_optimizer(optimizer: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The torch optimizer of a table of groups.
+    """Build the torch optimizer for a list of groups.
 
     Raises:
         RecipeError: the optimizer cannot step on the device the parameters are on.
@@ -185,14 +185,14 @@ def build_optimizer(optimizer: Optimizer, groups: Sequence[Group]) -> torch.opti
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to its own initial one times the schedule's factor; returns the first group's rate."""
+    """Set each group's learning rate to its initial one times the schedule's factor; return the first group's rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])
 
 
 def numel(shape: Sequence[int]) -> int:
-    """How many numbers a shape holds."""
+    """Return the number of entries of a shape."""
     count = 1
     for size in shape:
         count *= int(size)
@@ -200,7 +200,7 @@ def numel(shape: Sequence[int]) -> int:
 
 
 def joined(parts: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """One optimizer that steps several in turn and shares one state and one list of groups with them."""
+    """Return one optimizer that steps several in turn and shares one state and one list of groups with them."""
     import torch
 
     class _Joined(torch.optim.Optimizer):

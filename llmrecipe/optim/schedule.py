@@ -12,7 +12,7 @@ from llmrecipe.core.registry import CONFIG
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Schedule:
-    """What the peak learning rate is multiplied by at each optimizer step.
+    """A multiplier of the peak learning rate for each optimizer step.
 
     Steps count optimizer updates, from 0: `factor(0, steps)` belongs to the first update. A warm-up of w steps rises through
     1/w, 2/w, ... and reaches 1 at update number w. The curve then runs from 1 at step w to its end value at `steps`, one past
@@ -22,7 +22,7 @@ class Schedule:
     group: ClassVar[str] = "schedule"
 
     def factor(self, step: int, steps: int) -> float:
-        """The multiplier of update number `step + 1` out of `steps`."""
+        """Return the multiplier of update number `step + 1` out of `steps`."""
         raise NotImplementedError
 
     def check(self, steps: int) -> None:
@@ -40,15 +40,15 @@ class Schedule:
 
 
 def share_of(amount: int | float, steps: int) -> int:
-    """A number of steps, given as one (int) or as a share of the run (float below 1, rounded)."""
+    """Return a number of steps given as such (int) or as a share of the run (float below 1, rounded)."""
     return amount if isinstance(amount, int) else round(amount * steps)
 
 
 def rise(step: int, warm: int) -> float | None:
-    """The multiplier during a warm-up of `warm` steps, None after it."""
+    """Return the multiplier during a warm-up of `warm` steps, None after it."""
     return (step + 1) / warm if step < warm else None
 
 
 def progress(step: int, start: int, end: int) -> float:
-    """How much of start..end has passed at a step, 0 to 1."""
+    """Return how much of start..end has passed at a step, 0 to 1."""
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))

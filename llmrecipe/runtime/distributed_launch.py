@@ -27,15 +27,15 @@ class Cluster:
 
 
 def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), program: Sequence[str] | None = None) -> int:
-    """Run a command on N processes and wait; returns the exit code of the worker that failed first, or 0.
+    """Run a command on N processes and wait; return the exit code of the worker that failed first, or 0.
 
     Args:
         args: the command's arguments.
         nproc: processes on this machine.
-        program: what is started; default `python -m llmrecipe`.
+        program: the program to run; default `python -m llmrecipe`.
 
     Raises:
-        UserError: the machines did not find each other, or the numbers make no sense.
+        UserError: the machines could not connect to each other, or the numbers make no sense.
         Interrupted: a signal stopped the run; the workers were given time to write a checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -44,7 +44,7 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if nproc < 1 or cluster.nodes < 1 or not 0 <= cluster.node < cluster.nodes:
-        raise UserError(f"launch: {nproc} processes on machine {cluster.node} of {cluster.nodes} cannot be")
+        raise UserError(f"launch: impossible: {nproc} processes on machine {cluster.node} of {cluster.nodes}")
     one = cluster.nodes == 1
     config = LaunchConfig(
         min_nodes=cluster.nodes,
@@ -70,11 +70,11 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
     except SignalException as error:
         raise Interrupted(f"stopped by {error.sigval.name}; the workers were asked to write a checkpoint") from error
     except RendezvousError as error:
-        raise UserError(f"launch: the machines did not find each other at {cluster.master}: {error}") from error
+        raise UserError(f"launch: the machines could not connect to each other at {cluster.master}: {error}") from error
     return 0
 
 
 def _share_cores(nproc: int) -> None:
-    """Give each worker its share of the cores; all of them on every core would wait for each other."""
+    """Give each worker its share of the cores: workers that all use every core would wait for each other."""
     if nproc > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))

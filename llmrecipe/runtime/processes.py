@@ -1,8 +1,8 @@
 """Where a run computes: device, processes, data-parallel wrapping, reductions. The only file that imports accelerate.
 
 One process needs nothing but this interface; several are started by `launch` (or torchrun), which sets RANK, WORLD_SIZE and
-MASTER_ADDR. What accelerate made of these is compared with what was asked for, because it can silently run N independent
-trainings instead of one.
+MASTER_ADDR. What accelerate made of these is compared with what was requested, because it can silently run N independent
+training runs instead of one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a slow rank before the run is stopped."""
 
 SETTLE = 0.2
-"""Seconds that threads of the process group get to drop their tensors before it is left."""
+"""Seconds that threads of the process group get to drop their tensors before it is destroyed."""
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """How many compiled kernels oneDNN and torch's layer above it keep on a CPU; read at the first low-precision product.
 
@@ -46,13 +46,13 @@ class Runtime:
 
     device: torch.device
     world: int
-    """How many processes train together."""
+    """Number of processes that train together."""
     rank: int
     accelerator: Any = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Return whether this process writes files and prints."""
         return self.rank == 0
 
     @classmethod
@@ -72,7 +72,7 @@ class Runtime:
         if section.threads is not None:
             torch.set_num_threads(section.threads)
         if section.deterministic:
-            # cuBLAS asks for this before its first call; the other kernels obey the flag.
+            # cuBLAS reads this before its first call; the other kernels obey the flag.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
@@ -87,7 +87,7 @@ class Runtime:
     def _join(cls, kind: str, started: int) -> Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        # Without cpu=True accelerate runs N separate trainings on a machine that has no GPU, and says nothing.
+        # Without cpu=True accelerate silently runs N separate training runs on a machine that has no GPU.
         accelerator = Accelerator(
             cpu=kind == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
         )
@@ -99,13 +99,13 @@ class Runtime:
     # --- model ----------------------------------------------------------------------------------------------------
 
     def prepare(self, module: nn.Module, unused: bool = False) -> nn.Module:
-        """The module whose backward pass averages gradients over processes; the module itself when there is one process.
+        """Return the module wrapped so that its backward pass averages gradients over processes; itself for one process.
 
-        A module that trains nothing by gradient is returned as it is.
+        A module that trains nothing by gradient is returned unchanged.
 
         Args:
-            unused: whether a trained tensor may have no gradient on some process, or on none. Finding out which costs a walk
-                over the graph in every step.
+            unused: whether a trained tensor may have no gradient on some process, or on any. Finding these costs a traversal
+                of the graph in every step.
         """
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
@@ -122,11 +122,11 @@ class Runtime:
         )
 
     def sync(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Context of one micro-batch: gradients are averaged over processes only in the last one of a step."""
+        """Return the context of one micro-batch: gradients are averaged over processes only in the last one of a step."""
         return contextlib.nullcontext() if last else self.no_sync(module)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Inside, backward passes add to this process's gradients only."""
+        """Return a context in which backward passes add to this process's gradients only."""
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return module.no_sync()
         return contextlib.nullcontext()
@@ -142,7 +142,7 @@ class Runtime:
         return total.to(tensor.device)
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """Largest value over processes, elementwise; the argument is not changed."""
+        """Return the largest value over processes, elementwise; the argument is not changed."""
         if self.world == 1:
             return tensor
         largest = tensor.detach().to(self.device, copy=True)
@@ -150,13 +150,13 @@ class Runtime:
         return largest.to(tensor.device)
 
     def broadcast_json(self, value: Any) -> Any:
-        """The main process's JSON value, on every process."""
+        """Return the main process's JSON value on every process."""
         if self.world == 1:
             return value
         return json.loads(self._broadcast(json.dumps(value).encode() if self.is_main else b"", 0))
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every process's JSON value, by rank, on every process."""
+        """Return every process's JSON value, by rank, on every process."""
         if self.world == 1:
             return [value]
         own = json.dumps(value).encode()
@@ -188,7 +188,7 @@ class Runtime:
                 # wait for that lock to drop its last tensor: a process that hangs at exit, about one in ten. One more
                 # reference keeps the destructor from running; the operating system closes the sockets.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-                # And a thread that asks for that lock once the interpreter is on its way out is killed in the middle of a
+                # And a thread that waits for that lock while the interpreter shuts down is killed in the middle of a
                 # destructor, which aborts the process: let them drop what they hold while the lock is free.
                 time.sleep(SETTLE)
                 dist.destroy_process_group()
@@ -198,7 +198,7 @@ class Runtime:
 
 
 def pick_device(wanted: str) -> str:
-    """`auto` is the best device there is.
+    """Return the device to run on; `auto` picks the best one available.
 
     Raises:
         RecipeError: the device named does not exist on this machine.

@@ -80,7 +80,7 @@ def test_methods_of_one_stack_share_one_list() -> None:
     assert common([]) is None
     assert common([("x", Tasks()), ("y", named)]) == named
     for other in (Tasks(("b", "a")), Tasks(("a", "b"), "kind"), Tasks(None, "kind")):
-        with pytest.raises(DataError, match=r"keep different tasks apart"):
+        with pytest.raises(DataError, match=r"have different tasks"):
             common([("x", named), ("y", other)])
 
 

@@ -88,12 +88,12 @@ def test_a_variable_is_named_where_a_secret_is_wanted_and_nowhere_else(tmp_path:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"key": SECRET}, r"agent\.key: a key is not written into a recipe.*agent\.key_env=NAME"),
-        ({"key": f"x${{oc.env:{VARIABLE}}}"}, "not written into a recipe"),
-        ({"url": f"http://me:{SECRET}@host/v1"}, r"agent\.url: user and password"),
+        ({"key": SECRET}, r"agent\.key: do not write a key into a recipe.*agent\.key_env=NAME"),
+        ({"key": f"x${{oc.env:{VARIABLE}}}"}, "do not write a key into a recipe"),
+        ({"url": f"http://me:{SECRET}@host/v1"}, r"agent\.url: do not write a user and password"),
         ({"key": "${oc.env:NOT_SET_HERE}"}, r"agent\.key: the environment variable NOT_SET_HERE is not set"),
         ({"key_env": "NOT_SET_HERE"}, r"agent\.key_env: the environment variable NOT_SET_HERE is not set"),
-        ({"key": f"${{oc.env:{VARIABLE}}}", "key_env": VARIABLE}, "named twice"),
+        ({"key": f"${{oc.env:{VARIABLE}}}", "key_env": VARIABLE}, "given twice"),
     ],
 )
 def test_a_secret_that_is_written_out_is_refused(options: dict[str, Any], expected: str) -> None:

@@ -53,7 +53,7 @@ class Adafactor(Optimizer):
         )
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """4 bytes a row and a column of each matrix; one full average for vectors, one more with beta1; the update's size."""
+        """Return 4 bytes per row and column of a matrix, one full average for a vector, one more with beta1, and the RMS."""
         count = numel(shape)
         factored = count // shape[-1] + count // shape[-2] if len(shape) > 1 else count
         return 4 * (factored + (count if self.beta1 else 0)) + 4

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class AdamW(Optimizer):
     """AdamW: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, w -= lr (m^ / (sqrt(v^) + eps) + decay w).
 
-    The hats divide by 1 - b^step, which undoes the start at zero.
+    The hats divide by 1 - b^step, which corrects the bias of averages initialized to zero.
 
     The fused kernel makes one pass over memory; on CPU it takes a sixth of the time of the unfused one.
     "Decoupled Weight Decay Regularization", arXiv 1711.05101.
@@ -47,5 +47,5 @@ class AdamW(Optimizer):
         return TorchAdamW(params, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """Two running averages of 4 bytes and a step counter."""
+        """Return the bytes of two running averages in 32 bits and a step counter."""
         return 8 * numel(shape) + 4

@@ -65,12 +65,12 @@ class Muon(Optimizer):
         return joined(parts)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """One momentum of 4 bytes for a matrix, AdamW's two for the rest (an embedding counts as a matrix here)."""
+        """Return one 32-bit momentum for a matrix, AdamW's two averages for the rest (an embedding counts as a matrix)."""
         return 4 * numel(shape) if len(shape) == 2 else 8 * numel(shape) + 4
 
 
 def _split(group: dict[str, Any], hidden: bool) -> dict[str, Any] | None:
-    """The part of a group that Muon steps (`hidden`), or the part left to AdamW."""
+    """Return the part of a group that Muon steps (`hidden`), or the part left to AdamW."""
     inside = group.get("kind") in ("matrix", "adapter")
     chosen = [i for i, p in enumerate(group["params"]) if (inside and p.ndim == 2) is hidden]
     if not chosen:

@@ -45,5 +45,5 @@ class RMSprop(Optimizer):
         return TorchRMSprop(params, alpha=self.alpha, eps=self.eps, momentum=self.momentum, foreach=True)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """One running average of 4 bytes, a second buffer with momentum, and a step counter."""
+        """Return the bytes of one 32-bit running average, a second buffer with momentum, and a step counter."""
         return (8 if self.momentum else 4) * numel(shape) + 4

@@ -41,5 +41,5 @@ class RMSprop8bit(Optimizer):
         return bnb.build("RMSprop8bit", params, alpha=self.alpha, eps=self.eps)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """One running average in 8 bits; tensors under 4096 entries keep 32 bits."""
+        """Return the bytes of one running average in 8 bits; tensors under 4096 entries keep 32 bits."""
         return bnb.state_bytes(shape, states=1, bits=8)

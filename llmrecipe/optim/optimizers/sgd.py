@@ -46,5 +46,5 @@ class SGD(Optimizer):
         return TorchSGD(params, momentum=self.momentum, nesterov=self.nesterov, fused=True)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
-        """One buffer of 4 bytes with momentum, nothing without."""
+        """Return the bytes of one 32-bit buffer with momentum, 0 without."""
         return 4 * numel(shape) if self.momentum else 0
