@@ -58,7 +58,7 @@ def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:
         UserError: one is missing, damaged or something else.
     """
     from llmrecipe.core import registry
-    from llmrecipe.runs.trackers import check_trackers
+    from llmrecipe.runs.tracker import check_trackers
 
     check_trackers(recipe.log.trackers)
     check_model(recipe.model)

@@ -42,6 +42,7 @@ INTERFACES = {
     "Metric": "metric",
     "Step": "step",
     "AdapterFormat": "adapter_format",
+    "Tracker": "tracker",
 }
 """Interface a component inherits -> the group its name is registered in."""
 

@@ -132,8 +132,8 @@ class LogSection(Section):
 
     every: PositiveInt = Field(1, description="Write a step event every so many steps.")
     live: Literal["auto", "on", "off"] = Field("auto", description="Live display when a person watches, plain lines otherwise.")
-    trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
-        default_factory=list, description="Trackers to mirror events to (each an optional extra)."
+    trackers: list[str] = Field(
+        default_factory=list, description="Trackers to mirror events to (`llmrecipe list tracker`; each an optional extra)."
     )
 
 

@@ -76,6 +76,11 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
         mistakes += joined(endless, translate(error, mapping, Recipe, ()))
     else:
         mistakes += endless
+    known = registry.names("tracker")
+    for name in recipe.log.trackers if recipe is not None else ():
+        if name not in known:
+            text = f"there is no tracker '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})"
+            mistakes.append(Mistake(("log", "trackers"), text))
     mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes
     if mistakes or recipe is None:
         raise RecipeError(report(mistakes, origins or {}))

@@ -23,7 +23,7 @@ from typing import Any
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.redact import redact
 from llmrecipe.runs.progress_display import Display, display
-from llmrecipe.runs.trackers import Tracker, open_trackers
+from llmrecipe.runs.tracker import OpenTracker, numbers_of, open_trackers
 
 FILE = "events.jsonl"
 KINDS = ("step", "evaluation", "sample", "save", "warning", "check")
@@ -51,7 +51,7 @@ class Events:
         self.path = folder / FILE if folder is not None else None
         self.last_step = 0
         self.screen: Display | None = display(live, steps) if folder is not None else None
-        self.trackers: list[Tracker] = open_trackers(trackers, folder, redact(config or {})) if folder is not None else []
+        self.trackers: list[OpenTracker] = open_trackers(trackers, folder, redact(config or {})) if folder is not None else []
         self._file = open(self.path, "a", encoding="utf-8") if self.path is not None else None  # noqa: SIM115 (see close)
 
     def step(self, step: int, **values: Any) -> None:
@@ -118,8 +118,9 @@ class Events:
             raise RunError(f"cannot write {self.path}: {error.strerror or error}; the last checkpoint is intact") from error
         if self.screen is not None:
             self.screen.show(event)
-        for tracker in self.trackers:
-            tracker.log(event)
+        if kind in ("step", "evaluation"):
+            for tracker in self.trackers:
+                tracker.log(numbers_of(event), step)
 
 
 def plain(value: Any) -> Any:

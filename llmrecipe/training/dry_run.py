@@ -60,7 +60,7 @@ def check(recipe: str, overrides: list[str]) -> Findings:
 def examine(composition: Composition) -> Findings:
     """Build a composed recipe on the meta device; see `check`."""
     from llmrecipe.recipe.validate import instantiate
-    from llmrecipe.runs.trackers import check_trackers
+    from llmrecipe.runs.tracker import check_trackers
     from llmrecipe.runtime.processes import pick_device
 
     settings = composition.recipe

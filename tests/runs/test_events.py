@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llmrecipe.core.console import number, sparkline
-from llmrecipe.core.errors import RunError
-from llmrecipe.runs import trackers
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.runs import tracker
 from llmrecipe.runs.events import Events, read_events
 from llmrecipe.runs.progress_display import Lines, Panel, display
 
@@ -171,7 +171,7 @@ def test_trackers_get_numbers_of_steps_and_evaluations(tmp_path, monkeypatch):
     fake.log = lambda numbers, step: calls.append((step, numbers))
     fake.finish = lambda: calls.append("finish")
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tracker, "is_installed", lambda name: True)
     run = tmp_path / "sft" / "now"
     run.mkdir(parents=True)
     events = Events(run, live="off", trackers=["trackio"], config={"key": "${oc.env:A_KEY}", "note": "abcdef", "seed": 1})
@@ -188,8 +188,8 @@ def test_trackers_get_numbers_of_steps_and_evaluations(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_absent_or_misspelt_is_a_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracker, "is_installed", lambda name: False)
     with pytest.raises(RunError, match=r"wandb is not installed; pip install 'llmrecipe\[track\]'"):
         Events(tmp_path, live="off", trackers=["wandb"])
-    with pytest.raises(RunError, match="did you mean 'mlflow'"):
-        trackers.check_trackers(["mlfow"])
+    with pytest.raises(RecipeError, match="did you mean 'mlflow'"):
+        tracker.check_trackers(["mlfow"])
