@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
 from llmrecipe.cli.findings import show_findings
 from llmrecipe.core.console import print_json
-
-if TYPE_CHECKING:
-    pass
 
 PANEL = "Train"
 ORDER = 2
