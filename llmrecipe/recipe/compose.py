@@ -1,7 +1,7 @@
 """From a recipe's name and the words of the command line to one complete mapping, with the origin of every value.
 
-find the file -> read it and what it extends -> Hydra merges components, presets and files -> words of the command line
--> defaults of sections and components -> interpolation -> validation
+find the file -> read it and what it extends -> Hydra merges components, presets and files -> axes that follow the registry
+-> words of the command line -> defaults of sections and components -> interpolation -> validation
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def compose_mapping(
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
     from llmrecipe.recipe.interpolation import resolve
     from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
+    from llmrecipe.recipe.registered_axes import fill
     from llmrecipe.recipe.rights import withhold
     from llmrecipe.recipe.stale_overrides import Cleaner
 
@@ -92,6 +93,7 @@ def compose_mapping(
     composed = merge(chain, hydra_words(words))
     mapping, origins = composed.mapping, composed.origins
     mapping.pop("defaults", None)
+    fill(mapping, origins)
     apply(words, mapping, origins)
     _mark_choices(chain, words, mapping, origins)
     notes = drop_builtin(mapping, origins, chain)

@@ -36,7 +36,7 @@ class Leaderboard(Step):
     """Directories of finished runs; `${stage:x}` of a stage with `each` is all of its runs."""
     metric: str = "test/accuracy"
     """The score without `against`: a name in the runs' final/metrics.json."""
-    best: Literal["max", "min"] | None = None
+    best: Literal["min", "max"] | None = None
     """Whether a large or a small score is good; default: as the metric declares."""
     against: str | None = None
     """The model that the runs started from; a run directory or any model."""
