@@ -72,6 +72,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.core import registry
     from llmrecipe.core.errors import DataError
     from llmrecipe.data import TokenData, prepare
+    from llmrecipe.data.tokenize.row_type import row_type
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.runs.open_model import resolve
@@ -90,7 +91,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     whole = recipe.data.model_copy(update={"streaming": False})
     labels = None
     tasks = tasks_of(instantiate(recipe).wrappers, saved)
-    if split != "train" and (rows in ("labelled", "pairs") or (tasks is not None and tasks.names is None)):
+    if split != "train" and (row_type(rows).numbered or (tasks is not None and tasks.names is None)):
         training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
         if training is not None:
             labels, tasks = training.labels, training.tasks

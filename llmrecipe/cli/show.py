@@ -83,7 +83,9 @@ def _print(out: Console, card: dict[str, Any]) -> None:
 def _fact(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key} ({reason})" for key, reason in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join("+".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value)
+    return str(value)
 
 
 def _print_options(out: Console, options: list[dict[str, Any]]) -> None:

@@ -43,6 +43,8 @@ INTERFACES = {
     "Step": "step",
     "AdapterFormat": "adapter_format",
     "Tracker": "tracker",
+    "DataFormat": "format",
+    "RowType": "row_type",
 }
 """Interface a component inherits -> the group its name is registered in."""
 
@@ -254,6 +256,11 @@ def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[st
             ) from error
         options[item.target.id] = Option(item.target.id, annotation, text, default, doc, path, item.lineno)
     return options, facts
+
+
+def name_of(cls: type) -> str:
+    """Return the name a component's class is registered under: the stem of its file."""
+    return cls.__module__.rpartition(".")[2]
 
 
 def groups() -> list[str]:

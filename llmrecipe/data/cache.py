@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.row_types import RowType
+from llmrecipe.data.tokenize.row_type import RowType
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,7 +134,7 @@ class TokenTable:
 
     def lengths(self) -> np.ndarray:
         """(rows,) tokens of each row, over all its id columns."""
-        names = [n for n in self.kind.lists if n not in ("type_ids", "choice_lengths")]
+        names = [n for n in self.kind.lists if n not in self.kind.uncounted]
         parts = [batch.lengths(names) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

@@ -13,10 +13,10 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks, natural
 from llmrecipe.data import validation
 from llmrecipe.data.cache import TokenTable, key_of, tokenizer_fingerprint
-from llmrecipe.data.formats.row_types import row_type
 from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import build
 from llmrecipe.recipe.schema import DataSection
 
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 class TokenData(Sequence[Row]):
     """Token rows of a split, read from memory-mapped tables.
 
-    `data[i]` is a dict of Python lists and scalars (`data.formats.row_types` has the columns) with `row` = i. `labels` are the
+    `data[i]` is a dict of Python lists and scalars (`data.tokenize.row_type` has the columns) with `row` = i. `labels` are the
     class names in the order of their numbers; None where labels are real numbers or there are none. `tasks` are the tasks the
     stack keeps apart, if it does.
     """
@@ -157,7 +157,7 @@ def prepare(
     weighted = None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
     joined = "".join([*(t.facts["key"] for t in tables), json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
-    labels = _labels(tables, label_map, split, report.source) if rows in ("labelled", "pairs") else None
+    labels = _labels(tables, label_map, split, report.source) if row_type(rows).numbered else None
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)

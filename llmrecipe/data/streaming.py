@@ -17,7 +17,9 @@ from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import validation
 from llmrecipe.data.formats.sources import HubStream, Part, open_split
 from llmrecipe.data.token_report import Report
-from llmrecipe.data.tokenize.encode import TWO_BOS, Encoder
+from llmrecipe.data.tokenize.encode import RowEncoder
+from llmrecipe.data.tokenize.encoder import TWO_BOS
+from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import make_encoder
 from llmrecipe.recipe.schema import DataSection
 
@@ -57,13 +59,13 @@ class TokenStream:
         buffer: int = 1000,
         tasks: Tasks | None = None,
     ) -> None:
-        if rows in ("labelled", "pairs"):
+        if row_type(rows).numbered:
             raise DataError("data.streaming: labels are numbered over all training rows, so these rows cannot be streamed")
         if tasks is not None and tasks.names is None:
             raise DataError("data.streaming: rows are not known beforehand, so the names of their tasks must be listed (tasks)")
         self.data, self.seed, self.buffer, self.tasks = data, seed, buffer, tasks
         self.parts: list[Part] = open_split(data, "train")
-        self.encoders: list[Encoder] = [
+        self.encoders: list[RowEncoder] = [
             make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None) for part in self.parts
         ]
         self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mask=mask)

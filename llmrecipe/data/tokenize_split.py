@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.cache import (
     TokenTable,
@@ -23,10 +24,11 @@ from llmrecipe.data.cache import (
     tokenizer_fingerprint,
 )
 from llmrecipe.data.formats import detect
-from llmrecipe.data.formats.row_types import row_type
 from llmrecipe.data.formats.sources import Part
 from llmrecipe.data.token_report import Report
-from llmrecipe.data.tokenize.encode import Encoder, code_version
+from llmrecipe.data.tokenize.encode import RowEncoder, code_version
+from llmrecipe.data.tokenize.row_type import row_type
+from llmrecipe.recipe.code_key import code_behind
 from llmrecipe.recipe.schema import DataSection
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def build(
         task_field: column that names the task of a row, where the stack keeps tasks apart.
     """
     kind = row_type(rows)
+    plugged = plugin_code()
     key = key_of(
         {
             "data": part.reader.fingerprint(),
@@ -66,9 +69,10 @@ def build(
             "rows": [rows, mask, data.format, data.columns, data.system],
             "length": [data.max_length, data.truncation],
             "part": [part.keep, draw],
-            "folder": str(part.reader.base) if rows == "multimodal" else None,
+            "folder": str(part.reader.base) if kind.reads_files else None,
             "code": code_version(),
             **({"task": task_field} if task_field else {}),
+            **({"plugins": plugged} if plugged else {}),
         }
     )
     folder = table_folder(key) if data.cache else None
@@ -90,16 +94,21 @@ def build(
     return writer.finish({"key": key, "report": report.to_dict()})
 
 
+def plugin_code() -> dict[str, str]:
+    """Return a digest of each plugin that adds a data format or a row type."""
+    return code_behind(registry.spec(group, name).module for group in ("format", "row_type") for name in registry.names(group))
+
+
 def make_encoder(
     part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBase, rows: str, mask: str, task_field: str | None = None
-) -> Encoder:
+) -> RowEncoder:
     """Detect the source's format and make its encoder.
 
     Raises:
         DataError: no rows, or columns that fit no format.
     """
     found = source_layout(part, data, rows)
-    return Encoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases)
+    return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases)
 
 
 def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
@@ -119,7 +128,7 @@ def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
 Encoded = tuple["pa.RecordBatch", Report]
 
 
-def _batches(encoder: Encoder, part: Part, draw: Draw | None, workers: int) -> Iterator[Encoded]:
+def _batches(encoder: RowEncoder, part: Part, draw: Draw | None, workers: int) -> Iterator[Encoded]:
     """Record batches with their reports, in source order (or in the order of the draw)."""
     if draw is not None:
         yield from _drawn(encoder, part, draw)
@@ -143,7 +152,7 @@ def _processes(workers: int, total: int) -> int:
     return min(len(os.sched_getaffinity(0)), 16) if total >= LARGE else 1
 
 
-def _drawn(encoder: Encoder, part: Part, draw: Draw) -> Iterator[Encoded]:
+def _drawn(encoder: RowEncoder, part: Part, draw: Draw) -> Iterator[Encoded]:
     """Rows of a seeded permutation until `count` are kept, so a limited run encodes little more than it uses."""
     count, seed = draw
     shuffled = np.random.default_rng(seed).permutation(len(part.reader))
@@ -163,7 +172,7 @@ def _drawn(encoder: Encoder, part: Part, draw: Draw) -> Iterator[Encoded]:
             return
 
 
-def encode_range(encoder: Encoder, part: Part, indices: Sequence[int] | range) -> Encoded:
+def encode_range(encoder: RowEncoder, part: Part, indices: Sequence[int] | range) -> Encoded:
     """Encode the rows at these indices that belong to the split."""
     raw = ((i, row, part.reader.where(i)) for i, row in zip(indices, part.reader.rows(indices)) if part.chosen(row))
     columns, report = encoder.encode(raw)
@@ -184,7 +193,7 @@ def _encode_in_worker(indices: range) -> Encoded:
     return encode_range(encoder, part, indices)
 
 
-def _parallel(encoder: Encoder, part: Part, ranges: Sequence[range], processes: int) -> Iterator[Encoded]:
+def _parallel(encoder: RowEncoder, part: Part, ranges: Sequence[range], processes: int) -> Iterator[Encoded]:
     """Forked workers share the open file and the tokenizer; only record batches travel back."""
     global _work
     import multiprocessing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.token_report import Report
-from llmrecipe.data.tokenize.encode import TWO_BOS
+from llmrecipe.data.tokenize.encoder import TWO_BOS
 from llmrecipe.data.tokenize.sequences import NO_TARGET
 from llmrecipe.data.tokenize.truncation import NO_ROOM, TOO_LONG
 from llmrecipe.recipe.schema import DataSection

@@ -29,14 +29,14 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
     Raises:
         RecipeError: there is no such text metric, or the objective's rows have nothing to answer.
     """
-    from llmrecipe.feedback.generated_answers import ROWS
+    from llmrecipe.data.tokenize.row_type import row_type
 
     found: dict[str, Direction | None] = {"loss": "min", **objective.measures()}
     if "nll" in found:
         found["perplexity"] = "min"
     for name in metrics:
         registry.spec("metric", name, "eval.metrics")
-        if objective.rows not in ROWS:
+        if not row_type(objective.rows).prompted:
             raise RecipeError(
                 f"eval.metrics: {name} scores generated answers, and rows of type {objective.rows} have no prompt to answer"
             )

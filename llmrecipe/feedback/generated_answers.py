@@ -9,9 +9,6 @@ from llmrecipe.engine.generation import generate, prompt_and_reference, text_of
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 
-ROWS = ("choices", "dialogue", "preference", "prompt", "unpaired")
-"""Row types that have a prompt to answer."""
-
 
 def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
     """Prompt, reference and generated answer of some rows."""

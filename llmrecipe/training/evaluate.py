@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
-from llmrecipe.feedback.generated_answers import ROWS, answer_rows, score
+from llmrecipe.feedback.generated_answers import answer_rows, score
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def generated(evaluation: Evaluation, data: Any) -> dict[str, float]:
     The answers are shared out over processes by row; every process generates its own share.
     """
     section = evaluation.section
-    if not (section.metrics or section.samples) or evaluation.objective.rows not in ROWS or not len(data):
+    if not (section.metrics or section.samples) or not row_type(evaluation.objective.rows).prompted or not len(data):
         return {}
     count = len(data) if section.metrics else min(section.samples, len(data))
     if section.metrics and section.batches is not None:

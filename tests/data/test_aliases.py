@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli import app
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.aliases import ALIASES, normal
-from llmrecipe.data.formats.convert import FORMATS
+from llmrecipe.data.formats.data_format import data_format
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.prepare import TokenData
 from llmrecipe.recipe.schema import DataSection
@@ -123,7 +124,8 @@ def test_a_null_in_the_first_row_is_looked_up_further_down() -> None:
 
 
 def test_the_table_is_in_one_spelling_and_serves_real_columns() -> None:
-    columns = {c for f in FORMATS.values() for names in f.columns for c in names} | {"input", "options", "score"}
+    formats = [data_format(name) for name in registry.names("format")]
+    columns = {c for f in formats for names in (*f.columns, f.optional) for c in names}
     assert set(ALIASES) <= columns
     assert all(normal(alias) == alias and alias != role for role, names in ALIASES.items() for alias in names)
     assert not set(ALIASES["chosen"]) & set(ALIASES["rejected"])

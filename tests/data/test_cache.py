@@ -12,8 +12,8 @@ import pytest
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare, tokenize_split
 from llmrecipe.data.cache import FILE, Writer, open_table, schema_of, to_batch
-from llmrecipe.data.formats.row_types import ROW_TYPES
 from llmrecipe.data.tokenize.chat_templates import set_template
+from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
@@ -131,7 +131,7 @@ def test_a_damaged_table_is_built_again(tmp_path: Path, own_cache: Path, encodin
 
 
 def test_two_writers_of_one_key_do_not_disturb_each_other(tmp_path: Path) -> None:
-    kind = ROW_TYPES["text"]
+    kind = row_type("text")
     columns = {"ids": [[1, 2]], "trained": [[0, 1]], "source_row": [0]}
     first, second = Writer(kind, tmp_path / "t" / "key"), Writer(kind, tmp_path / "t" / "key")
     for writer in (first, second):

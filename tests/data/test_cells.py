@@ -12,11 +12,11 @@ import pytest
 from pyarrow import feather, parquet
 
 from llmrecipe.data import prepare
-from llmrecipe.data.formats.convert import Options
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import detect, rename
 from llmrecipe.data.formats.messages import messages_of
 from llmrecipe.data.formats.readers import open_file
-from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.data.prepare import TokenData
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
@@ -56,7 +56,7 @@ def test_a_csv_file_with_json_text_gives_the_tokens_of_the_jsonl_file(rows: str,
 def test_text_that_only_looks_like_a_list_stays_text() -> None:
     for row in ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[Ann] hi", "completion": "[]"}):
         assert rename(row, {}) == row
-        assert detect([row], "dialogue", "auto", "f").convert(row, Options("dialogue")) == [row]
+        assert detect([row], "dialogue", "auto", "f").convert(row, Conversion("dialogue")) == [row]
 
 
 def test_a_list_that_was_written_by_another_program_is_named() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llmrecipe.data import prepare
-from llmrecipe.data.formats.convert import FORMATS, Options
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import detect
-from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
@@ -40,7 +40,7 @@ def test_the_shared_leading_turns_are_the_prompt_as_in_trl(
 ) -> None:
     trl = pytest.importorskip("trl.data_utils")
     wanted = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    found = detect([row], "preference", "auto", "x").convert(row, Options("preference", template=True))
+    found = detect([row], "preference", "auto", "x").convert(row, Conversion("preference", template=True))
     assert found == [wanted]
     assert trl.maybe_extract_prompt(row) == wanted
 
@@ -64,7 +64,7 @@ def test_the_shared_leading_turns_are_the_prompt_as_in_trl(
     ],
 )
 def test_a_prompt_of_messages_is_repeated_in_no_answer(row: Row, prompt: Any, chosen: Any, rejected: Any) -> None:
-    (found,) = FORMATS["preference"].convert(row, Options("preference", template=True))
+    (found,) = data_format("preference").convert(row, Conversion("preference", template=True))
     assert found == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_of_messages_is_repeated_in_no_answer(row: Row, prompt: Any, ch
 )  # fmt: skip
 def test_what_does_not_fit_together_is_a_bad_row(name: str, row: Row, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        FORMATS[name].convert(row, Options("unpaired" if "label" in row else "preference", template=True))
+        data_format(name).convert(row, Conversion("unpaired" if "label" in row else "preference", template=True))
 
 
 @pytest.mark.parametrize(
@@ -96,19 +96,19 @@ def test_what_does_not_fit_together_is_a_bad_row(name: str, row: Row, reason: st
     ],
 )
 def test_single_answers_are_treated_alike(row: Row, prompt: Any, answer: Any) -> None:
-    (liked,) = FORMATS["unpaired"].convert({**row, "label": 1}, Options("unpaired", template=True))
+    (liked,) = data_format("unpaired").convert({**row, "label": 1}, Conversion("unpaired", template=True))
     assert liked == {"prompt": prompt, "completion": answer, "label": True}
-    (taught,) = FORMATS["prompt_completion"].convert(row, Options("dialogue", template=True))
+    (taught,) = data_format("prompt_completion").convert(row, Conversion("dialogue", template=True))
     assert taught == {"prompt": prompt, "completion": answer}
     wrong = {"options": [[*row["completion"][:-1], BAD]]}
-    (choice,) = FORMATS["choices"].convert({**row, **wrong}, Options("choices", template=True))
+    (choice,) = data_format("choices").convert({**row, **wrong}, Conversion("choices", template=True))
     assert choice["choices"] == [[GOOD], [BAD]]
 
 
 def test_text_answers_that_both_repeat_the_prompt_lose_it() -> None:
     def pair(*texts: str) -> Row:
         row = dict(zip(("prompt", "chosen", "rejected"), texts))
-        return FORMATS["preference"].convert(row, Options("preference"))[0]
+        return data_format("preference").convert(row, Conversion("preference"))[0]
 
     assert pair("Q: one and one?\nA:", "Q: one and one?\nA: two", "Q: one and one?\nA: six")["chosen"] == " two"
     assert pair("Hi", "Hi there", "Hi. What?")["chosen"] == "Hi there", "so short a prompt may begin an answer by chance"

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
-from llmrecipe.data.formats.convert import FORMATS, Options
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.formats.readers import open_file
-from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
@@ -60,35 +61,35 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 def test_detected_and_converted(rows: str, name: str, row: dict[str, Any], expected: dict[str, Any]) -> None:
     found = detect([row], rows, "auto", "f.jsonl:1")
     assert found.name == name
-    assert found.convert(row, Options(rows, template=True)) == [expected]
+    assert found.convert(row, Conversion(rows, template=True)) == [expected]
 
 
 def test_transcripts_stay_text_without_a_template() -> None:
-    (row,) = FORMATS["preference_implicit"].convert(HH, Options("preference"))
+    (row,) = data_format("preference_implicit").convert(HH, Conversion("preference"))
     assert row["prompt"] == "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: x\n\nAssistant:"
     assert (row["chosen"], row["rejected"]) == (" good", " gone")
 
 
 def test_alpaca_has_two_forms_and_becomes_a_conversation_where_there_is_a_template() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    (plain,) = FORMATS["alpaca"].convert(row, Options("dialogue"))
+    (plain,) = data_format("alpaca").convert(row, Conversion("dialogue"))
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n" in plain["prompt"] and plain["completion"] == "3"
-    (short,) = FORMATS["alpaca"].convert({**row, "input": ""}, Options("dialogue"))
+    (short,) = data_format("alpaca").convert({**row, "input": ""}, Conversion("dialogue"))
     assert "### Input" not in short["prompt"] and short["prompt"].endswith("### Instruction:\nAdd.\n\n### Response:\n")
-    (talk,) = FORMATS["alpaca"].convert(row, Options("dialogue", template=True))
+    (talk,) = data_format("alpaca").convert(row, Conversion("dialogue", template=True))
     assert talk["prompt"][0]["content"] == "Add.\n\n1 2" and talk["completion"] == [turn("assistant", "3")]
 
 
 def test_a_named_template_wraps_strings_and_system_goes_first() -> None:
-    options = Options("dialogue", wrap=True, template=True, system="S")
-    (row,) = FORMATS["prompt_completion"].convert({"prompt": "p", "completion": "c"}, options)
+    options = Conversion("dialogue", wrap=True, template=True, system="S")
+    (row,) = data_format("prompt_completion").convert({"prompt": "p", "completion": "c"}, options)
     assert row == {"prompt": [turn("system", "S"), turn("user", "p")], "completion": [turn("assistant", "c")]}
     with pytest.raises(DataError, match=r"data.system is set, but prompts here are plain text"):
-        FORMATS["prompt_completion"].convert({"prompt": "p", "completion": "c"}, Options("dialogue", system="S"))
+        data_format("prompt_completion").convert({"prompt": "p", "completion": "c"}, Conversion("dialogue", system="S"))
 
 
 def test_a_pair_becomes_two_unpaired_rows() -> None:
-    rows = FORMATS["preference"].convert({"prompt": "p", "chosen": "c", "rejected": "r"}, Options("unpaired"))
+    rows = data_format("preference").convert({"prompt": "p", "chosen": "c", "rejected": "r"}, Conversion("unpaired"))
     assert [(r["completion"], r["label"]) for r in rows] == [("c", True), ("r", False)]
 
 
@@ -111,7 +112,7 @@ def test_a_pair_becomes_two_unpaired_rows() -> None:
 )
 def test_bad_rows_have_a_reason(name: str, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
-        FORMATS[name].convert(row, Options("dialogue", template=True))
+        data_format(name).convert(row, Conversion("dialogue", template=True))
     assert caught.value.reason == reason
 
 
@@ -148,10 +149,10 @@ def test_every_file_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
         reader = open_file(save(tmp_path, kind, [row, row]))
         assert len(reader) == 2
         for found in (reader.rows(range(2)), reader.rows([1, 0]), [r for _, r in reader.stream()]):
-            assert detect(found, rows, "auto", "x").convert(found[1], Options(rows, template=True)) == detect(
+            assert detect(found, rows, "auto", "x").convert(found[1], Conversion(rows, template=True)) == detect(
                 [row], rows, "auto", "x"
-            ).convert(row, Options(rows, template=True))
-        assert name in FORMATS
+            ).convert(row, Conversion(rows, template=True))
+        assert name in registry.names("format")
 
 
 def test_csv_text_keeps_its_zeros_and_line_breaks(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.tokenize import loss_masks
 from llmrecipe.data.tokenize.chat_templates import CHATML
-from llmrecipe.data.tokenize.encode import Encoder
+from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.data.tokenize.loss_masks import common_prefix
 from llmrecipe.data.tokenize.special_tokens import Tokens
 from llmrecipe.recipe.schema import DataSection
@@ -54,7 +54,7 @@ def conversations(draw: Any) -> list[dict[str, str]]:
 def encode(
     tokenizer: Any, row: dict[str, Any], mask: str = "completion", rows: str = "dialogue", name: str = "messages", **data: Any
 ):
-    encoder = Encoder(tokenizer, rows, mask, DataSection(max_length=data.pop("max_length", 4096), **data), name)
+    encoder = RowEncoder(tokenizer, rows, mask, DataSection(max_length=data.pop("max_length", 4096), **data), name)
     columns, report = encoder.encode([(0, row, "row 1")])
     return {k: v[0] for k, v in columns.items() if v}, report
 
@@ -194,7 +194,7 @@ def test_boundaries_from_one_encoding_are_those_of_whole_prefixes(messages: list
 
 
 def test_rows_whose_roles_or_answers_are_unusable_are_dropped_by_reason() -> None:
-    encoder = Encoder(BYTES["marks"], "dialogue", "assistant", DataSection(), "messages")
+    encoder = RowEncoder(BYTES["marks"], "dialogue", "assistant", DataSection(), "messages")
     rows = [
         {"messages": [turn("user", "u"), turn("assistant", "")]},
         {"messages": [turn("user", "u"), turn("narrator", "x")]},
@@ -220,10 +220,10 @@ def test_marks_and_prefixes_agree_on_real_conversations() -> None:
     set_template(tokenizer, "plain")
     lines = shared("data", "chat_multiturn", "valid.jsonl").read_text().splitlines()
     raw = [(i, json.loads(line), f"row {i}") for i, line in enumerate(lines)]
-    marked, _ = Encoder(tokenizer, "dialogue", "assistant", DataSection(max_length=10_000), "messages").encode(raw)
+    marked, _ = RowEncoder(tokenizer, "dialogue", "assistant", DataSection(max_length=10_000), "messages").encode(raw)
     plain = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     tokenizer.chat_template = plain
-    by_prefix, report = Encoder(tokenizer, "dialogue", "assistant", DataSection(max_length=10_000), "messages").encode(raw)
+    by_prefix, report = RowEncoder(tokenizer, "dialogue", "assistant", DataSection(max_length=10_000), "messages").encode(raw)
     assert marked == by_prefix and report.kept == len(lines) and report.ended_share == 1.0
     tokens = Tokens(tokenizer)
     assert tokens.template is not None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmrecipe.data.tokenize.chat_templates import CHATML, set_template
-from llmrecipe.data.tokenize.encode import Encoder
+from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, turn
 from tests.support import shared
@@ -77,7 +77,7 @@ def trl_sft(tokenizer: Any, rows: list[dict[str, Any]], completion_only: bool, a
 
 
 def ours(tokenizer: Any, rows: list[dict[str, Any]], name: str, kind: str, mask: str) -> list[dict[str, Any]]:
-    columns, report = Encoder(tokenizer, kind, mask, DataSection(max_length=100_000), name).encode(
+    columns, report = RowEncoder(tokenizer, kind, mask, DataSection(max_length=100_000), name).encode(
         [(i, r, f"row {i}") for i, r in enumerate(rows)]
     )
     assert report.kept == len(rows), report.lines()
@@ -149,7 +149,7 @@ def test_keep_start_cuts_pairs_as_trl_does(limit: int) -> None:
     rows = [PAIRS[0], PAIRS[1]]
     theirs = trl_dpo(tokenizer, rows, limit)
     data = DataSection(max_length=limit, truncation="keep_start")
-    columns, _report = Encoder(tokenizer, "preference", "completion", data, "preference").encode(
+    columns, _report = RowEncoder(tokenizer, "preference", "completion", data, "preference").encode(
         [(i, r, f"row {i}") for i, r in enumerate(rows)]
     )
     mine = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -175,7 +175,7 @@ def test_real_rows_on_real_tokenizer() -> None:
             continue
         chat = name == "messages"
         theirs = trl_sft(tokenizer, rows, completion_only=not chat, assistant_only=chat)
-        encoder = Encoder(tokenizer, "dialogue", "completion", DataSection(max_length=100_000), name)
+        encoder = RowEncoder(tokenizer, "dialogue", "completion", DataSection(max_length=100_000), name)
         columns, _ = encoder.encode([(i, r, "") for i, r in enumerate(rows)])
         for ids, trained, other in zip(columns["ids"], columns["trained"], theirs, strict=True):
             assert ids == other["input_ids"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.row_types import BadRow
-from llmrecipe.data.tokenize.encode import Encoder
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.data.tokenize.truncation import Limit, fit_answers, fit_prompt, fit_sequence
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, trained_text, turn
@@ -58,7 +58,7 @@ def test_one_answers_length_does_not_cut_the_other() -> None:
 def test_left_truncation_keeps_the_assistant_header_and_the_answer() -> None:
     tokenizer = byte_tokenizer(adds_bos=True)
     data = DataSection(max_length=40, truncation="truncate_prompt_left")
-    encoder = Encoder(tokenizer, "dialogue", "completion", data, "prompt_completion")
+    encoder = RowEncoder(tokenizer, "dialogue", "completion", data, "prompt_completion")
     row = {"prompt": [turn("user", "q" * 60)], "completion": [turn("assistant", "answer")]}
     columns, report = encoder.encode([(0, row, "row 1")])
     ids, trained = columns["ids"][0], columns["trained"][0]
@@ -73,7 +73,7 @@ def test_left_truncation_keeps_the_assistant_header_and_the_answer() -> None:
 def test_left_truncation_of_an_answer_that_is_too_long_keeps_header_and_beginning() -> None:
     tokenizer = byte_tokenizer()
     data = DataSection(max_length=20, truncation="truncate_prompt_left")
-    encoder = Encoder(tokenizer, "dialogue", "completion", data, "prompt_completion")
+    encoder = RowEncoder(tokenizer, "dialogue", "completion", data, "prompt_completion")
     row = {"prompt": [turn("user", "q")], "completion": [turn("assistant", "0123456789" * 5)]}
     columns, report = encoder.encode([(0, row, "row 1")])
     ids, trained = columns["ids"][0], columns["trained"][0]
@@ -84,7 +84,7 @@ def test_left_truncation_of_an_answer_that_is_too_long_keeps_header_and_beginnin
 
 def test_keep_start_drops_rows_left_without_a_target() -> None:
     data = DataSection(max_length=8, truncation="keep_start")
-    encoder = Encoder(byte_tokenizer(), "dialogue", "completion", data, "prompt_completion")
+    encoder = RowEncoder(byte_tokenizer(), "dialogue", "completion", data, "prompt_completion")
     rows = [{"prompt": "p" * 8, "completion": "c"}, {"prompt": "p" * 6, "completion": "ccc"}]
     columns, report = encoder.encode([(i, r, f"row {i + 1}") for i, r in enumerate(rows)])
     assert columns["source_row"] == [1] and report.dropped == {"no trained token": 1}
@@ -109,14 +109,14 @@ def test_prompts_never_lose_their_end(policy: str) -> None:
 
 
 def test_error_policy_names_the_row() -> None:
-    encoder = Encoder(byte_tokenizer(), "text", "all", DataSection(max_length=4, truncation="error"), "text")
+    encoder = RowEncoder(byte_tokenizer(), "text", "all", DataSection(max_length=4, truncation="error"), "text")
     with pytest.raises(DataError, match=r"rows.jsonl:7: the row has 9 tokens, data.max_length is 4"):
         encoder.encode([(0, {"text": "12345678"}, "rows.jsonl:7")])
 
 
 def test_pairs_of_texts_shorten_the_longer() -> None:
     data = DataSection(max_length=10, truncation="keep_start")
-    encoder = Encoder(byte_tokenizer(adds_bos=True), "labelled", "all", data, "labelled_pair")
+    encoder = RowEncoder(byte_tokenizer(adds_bos=True), "labelled", "all", data, "labelled_pair")
     columns, report = encoder.encode([(0, {"text_a": "aaa", "text_b": "b" * 30, "label": 1}, "row 1")])
     text: Any = encoder.tokens.tokenizer.decode(columns["ids"][0])
     assert text.count("a") == 3 and text.count("b") == 6 and len(columns["ids"][0]) == 10

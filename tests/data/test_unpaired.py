@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from llmrecipe.data import prepare
-from llmrecipe.data.formats.convert import Options
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import detect
-from llmrecipe.data.formats.row_types import BadRow
 from llmrecipe.data.prepare import TokenData
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
@@ -32,7 +32,7 @@ U, A, U2, B = turn("user", "hi"), turn("assistant", "yo"), turn("user", "more"),
     ],
 )  # fmt: skip
 def test_the_last_turn_is_judged(row: dict[str, Any], prompt: Any, answer: Any, liked: bool) -> None:
-    found = detect([row], "unpaired", "auto", "f").convert(row, Options("unpaired", template=True))
+    found = detect([row], "unpaired", "auto", "f").convert(row, Conversion("unpaired", template=True))
     assert found == [{"prompt": prompt, "completion": [answer], "label": liked}]
 
 
@@ -40,7 +40,7 @@ def test_a_conversation_without_a_last_answer_is_a_bad_row() -> None:
     for talk in ([U, A, U2], [A]):
         row = {"messages": talk, "label": True}
         with pytest.raises(BadRow, match="does not end with an answer to judge"):
-            detect([row], "unpaired", "auto", "f").convert(row, Options("unpaired", template=True))
+            detect([row], "unpaired", "auto", "f").convert(row, Conversion("unpaired", template=True))
 
 
 def tokens(path: Path) -> list[tuple[str, str, bool]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.convert import FORMATS
+from llmrecipe.data.formats.data_format import DataFormat
 
 Row = Mapping[str, Any]
 
@@ -71,10 +71,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "negative": ("neg", "hard_negative", "negative_passage", "negative_document"),
 }  # fmt: skip
 """Column of a format -> names other data sets have for it, in lower case with underscores."""
-OPTIONAL = {"alpaca": ("input",), "unpaired_alpaca": ("input",), "pairs": ("score",)}
-"""Format -> columns it reads where they are there."""
 LISTS = ("messages", "conversations", "options", "input_ids")
 """Columns that hold lists; all others hold text, a message list, or one value."""
+
+
+def names_of(column: str, found: DataFormat) -> tuple[str, ...]:
+    """Return the names that data sets have for a column of a format."""
+    return (*found.aliases.get(column, ()), *ALIASES.get(column, ()))
 
 
 def normal(name: str) -> str:
@@ -83,54 +86,54 @@ def normal(name: str) -> str:
 
 
 def recognise(
-    sample: Sequence[Row], names: Sequence[str], where: str, keeps_columns: bool = False
-) -> tuple[str, dict[str, str]] | None:
+    sample: Sequence[Row], formats: Sequence[DataFormat], where: str, keeps_columns: bool = False
+) -> tuple[DataFormat, dict[str, str]] | None:
     """The format that the columns of some rows spell in other words, with the mapping {wanted: column}.
 
     Of several the one that leaves fewest known columns unused is taken, then the one with fewest renames.
 
     Args:
         sample: first rows.
-        names: formats, best first.
+        formats: those that are possible, best first.
         where: place of the first row, for messages.
         keeps_columns: other columns travel along, so none is unused.
 
     Raises:
         DataError: a column could be any of several, and no other format fits.
     """
-    known = {role for name in names for columns in FORMATS[name].columns for role in (*columns, *OPTIONAL.get(name, ()))}
-    spelled = {normal(alias) for role in known for alias in (role, *ALIASES.get(role, ()))}
+    known = {(role, one) for one in formats for columns in one.columns for role in (*columns, *one.optional)}
+    spelled = {normal(alias) for role, one in known for alias in (role, *names_of(role, one))}
     row = {c: next((r[c] for r in sample if r.get(c) is not None), None) for c in sample[0]}
-    found: list[tuple[int, int, str, dict[str, str]]] = []
+    found: list[tuple[int, int, DataFormat, dict[str, str]]] = []
     unclear: list[dict[str, list[str]]] = []
-    for name in names:
-        for columns in FORMATS[name].columns:
-            choices = {w: _candidates(w, row, columns) for w in columns if w not in row}
+    for one in formats:
+        for columns in one.columns:
+            choices = {w: _candidates(w, row, columns, one) for w in columns if w not in row}
             if not choices or not all(choices.values()):
                 continue
             if any(len(c) > 1 for c in choices.values()):
                 unclear.append(choices)
                 continue
             mapping = {w: c[0] for w, c in choices.items()}
-            for wanted in OPTIONAL.get(name, ()):
-                more = [c for c in _candidates(wanted, row, columns) if c not in mapping.values()] if wanted not in row else []
+            for wanted in (w for w in one.optional if w not in row):
+                more = [c for c in _candidates(wanted, row, columns, one) if c not in mapping.values()]
                 mapping |= {wanted: more[0]} if len(more) == 1 else {}
             if len(set(mapping.values())) < len(mapping):
                 continue
-            used = {*columns, *mapping.values(), *OPTIONAL.get(name, ())}
+            used = {*columns, *mapping.values(), *one.optional}
             unused = 0 if keeps_columns else sum(c not in used and normal(c) in spelled for c in row)
-            found.append((unused, len(mapping), name, mapping))
+            found.append((unused, len(mapping), one, mapping))
     if found:
-        _, _, name, mapping = min(found, key=lambda one: one[:2])
-        return name, mapping
+        _, _, best, mapping = min(found, key=lambda one: one[:2])
+        return best, mapping
     if unclear:
         raise DataError(_unclear(unclear[0], where))
     return None
 
 
-def _candidates(wanted: str, row: Row, columns: Sequence[str]) -> list[str]:
+def _candidates(wanted: str, row: Row, columns: Sequence[str], found: DataFormat) -> list[str]:
     """Columns that may be the wanted one by name and by what they hold."""
-    names = ALIASES.get(wanted, ())
+    names = names_of(wanted, found)
     return [c for c, value in row.items() if c not in columns and normal(c) in (wanted, *names) and _holds(wanted, value)]
 
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrecipe.core.errors import DataError, did_you_mean
-from llmrecipe.data.formats.aliases import ALIASES, recognise
-from llmrecipe.data.formats.convert import FORMATS, Format, Options
+from llmrecipe.data.formats.aliases import names_of, recognise
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, data_format, formats_of
 from llmrecipe.data.formats.messages import read_cells
-from llmrecipe.data.formats.row_types import row_type
+from llmrecipe.data.tokenize.row_type import row_type
 
 
 @dataclass(frozen=True)
 class Layout:
     """The format of some rows, and what their columns are called instead of its own."""
 
-    format: Format
+    format: DataFormat
     aliases: dict[str, str] = field(default_factory=dict)
     """Recognised columns: wanted -> column."""
 
@@ -26,9 +26,9 @@ class Layout:
         """Name of the format."""
         return self.format.name
 
-    def convert(self, row: dict[str, Any], options: Options) -> list[dict[str, Any]]:
+    def convert(self, row: dict[str, Any], conversion: Conversion) -> list[dict[str, Any]]:
         """Canonical rows of a row under the recipe's mapping."""
-        return self.format.convert(rename(row, self.aliases), options)
+        return self.format.convert(rename(row, self.aliases), conversion)
 
 
 def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -66,45 +66,28 @@ def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str)
     Raises:
         DataError: unknown format name, a format that cannot become the row type, or columns that fit none or several.
     """
-    accepted = row_type(rows).formats
+    accepted = [data_format(name) for name in formats_of(rows)]
     row = sample[0]
     if wanted != "auto":
-        if wanted not in FORMATS:
-            known = ", ".join(FORMATS)
-            raise DataError(f"data.format: there is no format '{wanted}'{did_you_mean(wanted, FORMATS)} (known: auto, {known})")
-        if wanted not in accepted:
-            raise DataError(f"data.format: {wanted} cannot become {rows} rows (possible: {', '.join(accepted)})")
-        accepted = (wanted,)
-    for name in accepted:
-        if FORMATS[name].matches(row) is not None and (wanted != "auto" or _fits(name, row)):
-            return Layout(FORMATS[name])
-    found = recognise(sample, accepted, where, keeps_columns=rows == "prompt")
+        named = data_format(wanted)
+        if named.name not in [f.name for f in accepted]:
+            possible = ", ".join(f.name for f in accepted)
+            raise DataError(f"data.format: {wanted} cannot become {rows} rows (possible: {possible})")
+        accepted = [named]
+    for one in accepted:
+        if one.matches(row) is not None and (wanted != "auto" or one.fits(row)):
+            return Layout(one)
+    found = recognise(sample, accepted, where, keeps_columns=row_type(rows).keeps_columns)
     if found is None:
         raise DataError(_mismatch(accepted, row, rows, where))
-    return Layout(FORMATS[found[0]], found[1])
+    return Layout(*found)
 
 
-def _fits(name: str, row: dict[str, Any]) -> bool:
-    """Tells formats apart that share columns."""
-    value = row.get("messages", row.get("conversations"))
-    first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
-    if name == "messages":
-        return "from" not in first
-    if name == "sharegpt":
-        return "from" in first
-    if name == "preference_implicit":
-        return "prompt" not in row
-    if name == "alpaca":
-        return "prompt" not in row or "completion" not in row
-    return True
-
-
-def _mismatch(names: Sequence[str], row: dict[str, Any], rows: str, where: str) -> str:
+def _mismatch(formats: Sequence[DataFormat], row: dict[str, Any], rows: str, where: str) -> str:
     lines = [f"{where}: no {rows} row can be made of the columns {', '.join(row) or '(none)'}."]
-    for name in names:
-        found = FORMATS[name]
-        lines.append(f"  {name:<20} needs {' or '.join('+'.join(c) for c in found.columns[:3])}  ({found.doc})")
-    mapping = _nearest_mapping(names, row)
+    for found in formats:
+        lines.append(f"  {found.name:<20} needs {' or '.join('+'.join(c) for c in found.columns[:3])}  ({found.summary})")
+    mapping = _nearest_mapping(formats, row)
     if mapping:
         pairs = ", ".join(f"{w}: {c}" for w, c in mapping.items())
         lines.append(f"Nearest: data.columns='{{{pairs}}}'")
@@ -113,16 +96,18 @@ def _mismatch(names: Sequence[str], row: dict[str, Any], rows: str, where: str) 
     return "\n".join(lines)
 
 
-def _nearest_mapping(names: Sequence[str], row: dict[str, Any]) -> dict[str, str]:
+def _nearest_mapping(formats: Sequence[DataFormat], row: dict[str, Any]) -> dict[str, str]:
     """The mapping that completes a format with columns of the row, fewest renames first."""
     best: dict[str, str] = {}
-    for name in names:
-        for columns in FORMATS[name].columns:
+    for one in formats:
+        for columns in one.columns:
             mapping: dict[str, str] = {}
             for wanted in columns:
                 if wanted in row:
                     continue
-                column = _similar(wanted, [c for c in row if c not in mapping.values() and c not in columns])
+                column = _similar(
+                    names_of(wanted, one), wanted, [c for c in row if c not in mapping.values() and c not in columns]
+                )
                 if column is None:
                     break
                 mapping[wanted] = column
@@ -131,9 +116,9 @@ def _nearest_mapping(names: Sequence[str], row: dict[str, Any]) -> dict[str, str
     return best
 
 
-def _similar(wanted: str, columns: list[str]) -> str | None:
+def _similar(synonyms: Sequence[str], wanted: str, columns: list[str]) -> str | None:
     lowered = {c.lower(): c for c in columns}
-    for synonym in ALIASES.get(wanted, ()):
+    for synonym in synonyms:
         if synonym in lowered:
             return lowered[synonym]
     near = did_you_mean(wanted, lowered)

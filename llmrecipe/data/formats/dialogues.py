@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.messages import Message
-from llmrecipe.data.formats.row_types import BadRow
 
 REPEATED_WORDS = 3
 """A text prompt of at least so many words with which both answers of a pair begin is taken out of them."""

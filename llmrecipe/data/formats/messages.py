@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 
 Message = dict[str, Any]
 
@@ -81,6 +81,13 @@ def _message(entry: Any, column: str) -> Message:
 def is_messages(value: Any) -> bool:
     """Whether a value looks like a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+
+
+def has_senders(row: dict[str, Any]) -> bool:
+    """Tell whether the first message of a row says `from` whom it is, rather than its `role`."""
+    value = row.get("messages", row.get("conversations"))
+    first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+    return "from" in first
 
 
 def says_nothing(message: Message) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats import detect
-from llmrecipe.data.formats.convert import Options
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.sources import open_split
 from llmrecipe.recipe.schema import DataSection
 
@@ -60,7 +60,7 @@ def read_prompts(
             row = detect.rename(row, data.columns)
             shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
             try:
-                found += [_prompt(one) for one in shape.convert(row, Options("prompt", template=True))]
+                found += [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True))]
             except BadRow as bad:
                 raise DataError(
                     f"{where}: {part.reader.where(index)}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}"

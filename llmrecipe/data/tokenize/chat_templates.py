@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import DataError, did_you_mean
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

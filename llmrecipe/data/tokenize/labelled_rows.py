@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.truncation import Limit
-
-if TYPE_CHECKING:
-    from llmrecipe.data.tokenize.encode import Encoder, Item
 
 LIST_COLUMNS = ("ids_a", "ids_b", "ids_c")
 

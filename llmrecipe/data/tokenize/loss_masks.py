@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.data.tokenize.special_tokens import Ids, Tokens
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.loss_masks import Conversation, Turns, bits, common_prefix, find_turns
 from llmrecipe.data.tokenize.truncation import fit_sequence
-
-if TYPE_CHECKING:
-    from llmrecipe.data.tokenize.encode import Encoder, Item
 
 NO_TARGET = "no trained token"
 
 
-def encode(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Fill `done` or `bad` of every item."""
     groups: dict[str, list[Item]] = {"text": [], "tokens": [], "strings": [], "prompted": [], "talks": []}
     for item in items:

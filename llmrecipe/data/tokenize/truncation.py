@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 
 TOO_LONG = "longer than data.max_length"
 NO_ROOM = "the prompt fills data.max_length"

@@ -7,32 +7,35 @@ prefixes, so that both answers follow the same prompt ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from llmrecipe.data.formats.row_types import BadRow
+from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.loss_masks import common_prefix
 from llmrecipe.data.tokenize.truncation import fit_answers, fit_prompt
 
-if TYPE_CHECKING:
-    from llmrecipe.data.tokenize.encode import Encoder, Item
-
-COLUMNS = {"preference": {"chosen": "chosen_ids", "rejected": "rejected_ids"}, "unpaired": {"completion": "completion_ids"}}
-"""Row type -> its answers and the columns they become; `choices` has as many answers as a row has."""
+Columns = Callable[[dict[str, Any], Sequence[list[int]]], dict[str, Any]]
+"""(canonical row, token ids of its answers) -> columns of the token row besides `prompt_ids`."""
 
 
-def encode_answers(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Preference rows (two answers), unpaired rows (one) and rows of choices (one or more)."""
-    names = COLUMNS.get(encoder.kind.name, {})
-    answers = [[item.row[name] for name in names] or item.row["choices"] for item in items]
+def encode_answers(
+    encoder: Encoder, items: Sequence[Item], report: Report, answers: Sequence[list[Any]], columns: Columns
+) -> None:
+    """Encode prompts with one or more answers each.
+
+    Args:
+        answers: the answers of every item, all text or all messages like its prompt.
+        columns: called once for every row that is kept.
+    """
     for spoken, count in dict.fromkeys((isinstance(i.row["prompt"], list), len(a)) for i, a in zip(items, answers)):
         pairs = zip(items, answers)
         group = [(i, a) for i, a in pairs if (isinstance(i.row["prompt"], list), len(a)) == (spoken, count)]
         own = [item for item, _ in group]
         prompts, joined = (_rendered if spoken else _raw)(encoder, own, [a for _, a in group])
         for item, prompt, *whole in zip([item for item in own if item.bad is None], prompts, *joined):
-            _finish(encoder, item, report, prompt, whole, tuple(names.values()))
+            _finish(encoder, item, report, prompt, whole, columns)
 
 
 def _raw(
@@ -65,7 +68,7 @@ def _rendered(
 
 
 def _finish(
-    encoder: Encoder, item: Item, report: Report, prompt: list[int], whole: Sequence[list[int]], columns: tuple[str, ...]
+    encoder: Encoder, item: Item, report: Report, prompt: list[int], whole: Sequence[list[int]], columns: Columns
 ) -> None:
     start = min(common_prefix(prompt, ids) for ids in whole)
     report.prompts += 1
@@ -89,15 +92,7 @@ def _finish(
     report.longest = max(report.longest, len(kept) + max(map(len, answers)))
     report.equal += len(answers) == 2 and answers[0] == answers[1]
     encoder.note(report, kept, item.where, answers)
-    done: dict[str, Any] = {"prompt_ids": kept, **dict(zip(columns, answers))}
-    if encoder.kind.name == "choices":
-        done |= {"choice_ids": [token for answer in answers for token in answer], "choice_lengths": [*map(len, answers)]}
-    elif encoder.kind.name == "unpaired":
-        done["label"] = item.row["label"]
-        report.labels[str(item.row["label"]).lower()] += 1
-    else:
-        done |= {"margin": item.row.get("margin"), "p": item.row.get("p")}
-    item.done.append(done)
+    item.done.append({"prompt_ids": kept, **columns(item.row, answers)})
 
 
 def encode_prompts(encoder: Encoder, items: Sequence[Item], report: Report) -> None:

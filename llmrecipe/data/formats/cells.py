@@ -1,0 +1,70 @@
+"""What the formats read from single cells: text, labels, the columns of two texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Row
+
+
+def text_of(row: Row, column: str) -> str:
+    """Return a cell as text; numbers are spelled out.
+
+    Raises:
+        BadRow: it is neither.
+    """
+    value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"'{column}' is not text", f"{value!r:.80}")
+    return value
+
+
+def filled_text(row: Row, column: str) -> str:
+    """Return a cell as text that is more than white space.
+
+    Raises:
+        BadRow: it is empty or no text.
+    """
+    value = text_of(row, column)
+    if not value.strip():
+        raise BadRow(f"'{column}' is empty")
+    return value
+
+
+TRUTHS: dict[Any, bool] = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False, "good": True, "bad": False}
+
+
+def liked(row: Row) -> bool:
+    """Tell whether the label of a row says that its answer is liked.
+
+    Raises:
+        BadRow: it is neither true nor false.
+    """
+    label = row["label"]
+    label = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(label, bool | int | str) or label not in TRUTHS:
+        raise BadRow("'label' is neither true nor false", f"{row['label']!r:.80}")
+    return TRUTHS[label]
+
+
+def label_of(row: Row) -> Any:
+    """Return the label of a row.
+
+    Raises:
+        BadRow: there is none.
+    """
+    label = row["label"]
+    if label is None or not isinstance(label, bool | int | float | str | list):
+        raise BadRow("'label' is missing", f"{label!r:.80}")
+    return int(label) if isinstance(label, bool) else label
+
+
+PAIR_COLUMNS = (("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+
+
+def pair_names(row: Row) -> tuple[str, str]:
+    """Return the names of the two columns of text that a row has."""
+    return next(names for names in PAIR_COLUMNS if all(n in row for n in names))

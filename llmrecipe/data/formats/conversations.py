@@ -1,0 +1,110 @@
+"""What the formats of conversations share: prompts and answers in one spelling, all text or all messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.cells import filled_text, text_of
+from llmrecipe.data.formats.data_format import Conversion, Row
+from llmrecipe.data.formats.dialogues import separate
+from llmrecipe.data.formats.messages import Message, is_messages, messages_of, says_nothing, tools_of
+from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_INPUT
+
+
+def _side(row: Row, column: str, role: str, wrap: bool) -> str | list[Message]:
+    """A prompt or an answer: messages, or a string (wrapped into one message where asked)."""
+    value = row.get(column)
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    if isinstance(value, list):
+        return messages_of(value, column)
+    text = text_of(row, column)
+    return [{"role": role, "content": text}] if wrap else text
+
+
+def _answer(row: Row, column: str, wrap: bool) -> str | list[Message]:
+    value = _side(row, column, "assistant", wrap)
+    if (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and says_nothing(value[-1])):
+        raise BadRow(f"'{column}' is empty")
+    return value
+
+
+def with_system(messages: list[Message], conversion: Conversion) -> list[Message]:
+    """Put the recipe's system message in front, unless the conversation has one."""
+    if conversion.system is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": conversion.system}, *messages]
+
+
+def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -> Row:
+    """Prompt and answers in one spelling: all strings, or all messages."""
+    spoken = conversion.wrap or any(is_messages(row.get(c)) for c in ("prompt", *answers))
+    prompt = _side(row, "prompt", "user", spoken)
+    given: list[Any] = [_answer(row, name, spoken) for name in answers]
+    if isinstance(prompt, list) and given:
+        text = row["prompt"] if isinstance(row["prompt"], str) else None
+        prompt, given = separate(prompt, given, text)
+    out: Row = {"prompt": prompt, **dict(zip(answers, given))}
+    if isinstance(prompt, list):
+        out["prompt"] = with_system(prompt, conversion)
+    elif conversion.system is not None:
+        raise DataError(
+            "data.system is set, but prompts here are plain text that no chat template renders; "
+            "set tokenizer.chat_template=own (or a built-in one) or remove data.system"
+        )
+    return {**out, **template_extras(row)}
+
+
+def template_extras(row: Row) -> Row:
+    """What a chat template reads besides messages."""
+    tools, kwargs = tools_of(row), row.get("chat_template_kwargs")
+    return {**({"tools": tools} if tools else {}), **({"kwargs": kwargs} if kwargs else {})}
+
+
+def from_messages(row: Row, conversion: Conversion) -> list[Row]:
+    """Return the row of a conversation: its messages, or for rows of prompts what stands before the last answer.
+
+    Raises:
+        BadRow: there is nothing to answer, or an answer is empty.
+    """
+    column = "messages" if "messages" in row else "conversations"
+    messages = messages_of(row[column], column)
+    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    messages = with_system(messages, conversion)
+    if conversion.rows == "prompt":
+        last = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
+        if last < 0 or messages[last]["role"] == "system":
+            raise BadRow("the conversation has no user turn")
+        rest = {k: v for k, v in row.items() if k not in (column, "tools", "chat_template_kwargs")}
+        if last + 1 < len(messages):
+            rest.setdefault("completion", messages[last + 1]["content"])
+        return [{"prompt": messages[: last + 1], "columns": rest, **template_extras(row)}]
+    if any(m["role"] == "assistant" and says_nothing(m) for m in messages):
+        raise BadRow("an assistant turn is empty")
+    return [{"messages": messages, **template_extras(row)}]
+
+
+def from_alpaca(row: Row, conversion: Conversion) -> list[Row]:
+    """Return the prompt and the answer of an instruction with its input.
+
+    Raises:
+        BadRow: the instruction or the answer is empty.
+    """
+    instruction, given = filled_text(row, "instruction"), (row.get("input") or "")
+    if conversion.wrap or conversion.template:
+        content = f"{instruction}\n\n{given}" if given else instruction
+        message = {"role": "user", "content": content, "instruction": instruction, "input": given}
+        prompt: Any = with_system([message], conversion)
+        answer: Any = [{"role": "assistant", "content": text_of(row, "output")}]
+    else:
+        form = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
+        prompt, answer = form.format(instruction=instruction, input=given), text_of(row, "output")
+    if conversion.rows == "prompt":
+        rest = {k: v for k, v in row.items() if k not in ("instruction", "input")}
+        return [{"prompt": prompt, "columns": {"completion": row["output"], **rest}}]
+    if not str(row["output"]).strip():
+        raise BadRow("'output' is empty")
+    return [{"prompt": prompt, "completion": answer}]

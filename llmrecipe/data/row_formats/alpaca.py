@@ -1,0 +1,27 @@
+"""Data format: instruction, input, output."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.formats.conversations import from_alpaca
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
+
+
+@register
+class Alpaca(DataFormat):
+    """Instruction, input, output."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (("instruction", "output"),)
+    optional: ClassVar[tuple[str, ...]] = ("input",)
+    becomes: ClassVar[dict[str, int]] = {"dialogue": 40, "prompt": 30}
+    example: ClassVar[str] = '{"instruction": "Translate into French.", "input": "blue", "output": "bleu"}'
+
+    def fits(self, row: Row) -> bool:
+        """Leave rows that have a prompt and a completion besides to the format of those."""
+        return "prompt" not in row or "completion" not in row
+
+    def convert(self, row: Row, conversion: Conversion) -> list[Row]:
+        """Return the instruction with its input as the prompt, the output as the answer."""
+        return from_alpaca(row, conversion)

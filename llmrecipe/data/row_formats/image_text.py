@@ -1,0 +1,35 @@
+"""Data format: a picture and its text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.cache import keep_picture
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.cells import filled_text
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
+
+
+@register
+class ImageText(DataFormat):
+    """A picture and its text."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (("image", "text"),)
+    becomes: ClassVar[dict[str, int]] = {"multimodal": 10}
+    example: ClassVar[str] = '{"image": "pictures/harbour.png", "text": "A harbour in snow."}'
+
+    def convert(self, row: Row, conversion: Conversion) -> list[Row]:
+        """Return the path of the picture, whose bytes are kept where the row holds them, and the text."""
+        image = row["image"]
+        if isinstance(image, dict):
+            if image.get("bytes"):
+                return [{"image": str(keep_picture(image["bytes"])), "text": filled_text(row, "text")}]
+            image = image.get("path")
+        if not isinstance(image, str) or not image:
+            raise BadRow("'image' is not a path", f"{image!r:.80}")
+        path = Path(image) if conversion.base is None else conversion.base / image
+        if not path.is_file():
+            raise BadRow("the image file does not exist", str(path))
+        return [{"image": str(path.resolve()), "text": filled_text(row, "text")}]

@@ -1,0 +1,22 @@
+"""Data format: a text and its label."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.formats.cells import filled_text, label_of
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
+
+
+@register
+class Labelled(DataFormat):
+    """A text and its label."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "label"),)
+    becomes: ClassVar[dict[str, int]] = {"labelled": 10}
+    example: ClassVar[str] = '{"text": "A fine harbour.", "label": "good"}'
+
+    def convert(self, row: Row, conversion: Conversion) -> list[Row]:
+        """Return text and label."""
+        return [{"text": filled_text(row, "text"), "label": label_of(row)}]

@@ -1,0 +1,33 @@
+"""Data format: two texts and their label."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.formats.cells import filled_text, label_of, pair_names
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
+
+
+@register
+class LabelledPair(DataFormat):
+    """Two texts and their label."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("text_a", "text_b", "label"),
+        ("sentence1", "sentence2", "label"),
+        ("premise", "hypothesis", "label"),
+        ("question1", "question2", "label"),
+        ("text_a", "text_b", "score"),
+        ("sentence1", "sentence2", "score"),
+        ("premise", "hypothesis", "score"),
+        ("question1", "question2", "score"),
+    )
+    becomes: ClassVar[dict[str, int]] = {"labelled": 20}
+    example: ClassVar[str] = '{"premise": "It snows.", "hypothesis": "It is cold.", "label": "entailment"}'
+
+    def convert(self, row: Row, conversion: Conversion) -> list[Row]:
+        """Return both texts with their label."""
+        first, second = pair_names(row)
+        value = label_of(row) if "label" in row else float(row["score"])
+        return [{"text": filled_text(row, first), "text_b": filled_text(row, second), "label": value}]

@@ -1,0 +1,30 @@
+"""Data format: token ids, with or without labels."""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
+
+
+@register
+class TokenIds(DataFormat):
+    """Token ids, with or without labels."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (("input_ids",),)
+    becomes: ClassVar[dict[str, int]] = {"tokens": 10, "text": 20, "dialogue": 50}
+    example: ClassVar[str] = '{"input_ids": [5, 9, 2], "labels": [-100, 9, 2]}'
+
+    def convert(self, row: Row, conversion: Conversion) -> list[Row]:
+        """Return the ids as they stand."""
+        ids, labels = row["input_ids"], row.get("labels")
+        if isinstance(ids, str):
+            ids = json.loads(ids)
+        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+            raise BadRow("'input_ids' is not a list of token ids", f"{ids!r:.80}")
+        if labels is not None and len(labels) != len(ids):
+            raise BadRow("'labels' and 'input_ids' differ in length", f"{len(labels)} and {len(ids)}")
+        return [{"input_ids": ids, "labels": labels}]

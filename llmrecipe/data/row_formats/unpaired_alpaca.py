@@ -1,0 +1,24 @@
+"""Data format: instruction, input, output, liked or not."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.formats.cells import liked
+from llmrecipe.data.formats.conversations import from_alpaca
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
+
+
+@register
+class UnpairedAlpaca(DataFormat):
+    """Instruction, input, output, liked or not."""
+
+    columns: ClassVar[tuple[tuple[str, ...], ...]] = (("instruction", "output", "label"),)
+    optional: ClassVar[tuple[str, ...]] = ("input",)
+    becomes: ClassVar[dict[str, int]] = {"unpaired": 30}
+    example: ClassVar[str] = '{"instruction": "Translate into French.", "input": "blue", "output": "bleu", "label": true}'
+
+    def convert(self, row: Row, conversion: Conversion) -> list[Row]:
+        """Return the instruction as the prompt, the output as the answer that is judged."""
+        return [{**found, "label": liked(row)} for found in from_alpaca(row, conversion)]

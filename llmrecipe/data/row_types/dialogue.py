@@ -1,0 +1,29 @@
+"""Row type: prompts with answers to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encoder import Encoder, Item
+from llmrecipe.data.tokenize.row_type import RowType
+from llmrecipe.data.tokenize.sequences import encode_sequences
+
+
+@register
+class Dialogue(RowType):
+    """Conversations, or prompts with their answers; the mask says which tokens are targets.
+
+    Canonical row: messages, or prompt + completion, or text, or input_ids. Token row: ids, trained (+ task).
+    """
+
+    lists: ClassVar[tuple[str, ...]] = ("ids",)
+    masks: ClassVar[tuple[str, ...]] = ("trained",)
+    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("task", "string"),)
+    prompted: ClassVar[bool] = True
+
+    def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+        """Encode each row as one sequence."""
+        encode_sequences(encoder, items, report)

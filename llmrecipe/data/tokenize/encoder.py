@@ -1,0 +1,112 @@
+"""What the encoding of rows into tokens works with: the tokenizer with its template, the mask, the length policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.loss_masks import MASKS
+from llmrecipe.data.tokenize.special_tokens import Tokens
+from llmrecipe.data.tokenize.truncation import Limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.recipe.schema import DataSection
+
+TWO_BOS = "two leading BOS tokens"
+
+
+@dataclass
+class Item:
+    """One canonical row on its way."""
+
+    index: int
+    where: str
+    row: dict[str, Any]
+    done: list[dict[str, Any]] = field(default_factory=list)
+    """Its token rows."""
+    bad: BadRow | None = None
+    task: str | None = None
+    """Name of its task, for batches that mix tasks."""
+
+
+class Encoder:
+    """What a row type encodes its rows with.
+
+    Args:
+        tokenizer: carries the chat template.
+        mask: which tokens are trained (`data.tokenize.loss_masks`).
+        data: the recipe's section; only `max_length` and `truncation` are read.
+
+    Raises:
+        DataError: there is no such mask.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: str, data: DataSection) -> None:
+        if mask not in MASKS:
+            raise DataError(f"objective.mask: '{mask}' is unknown{did_you_mean(mask, MASKS)} (known: {', '.join(MASKS)})")
+        self.tokens = Tokens(tokenizer)
+        self.mask = mask
+        header = self.tokens.header() if data.truncation == "truncate_prompt_left" else 0
+        self.limit = Limit(data.max_length, data.truncation, header, self.tokens.bos)
+        self._space: dict[int, bool] = {}
+        self._talks = False
+        self._turns = False
+
+    def need_template(self, where: str, turns: bool = False) -> None:
+        """Conversations cannot be encoded without a template.
+
+        Args:
+            turns: assistant turns are looked for, not just the end of a prompt.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
+        if self.tokens.template is None:
+            raise DataError(
+                f"{where}: rows are conversations, and this tokenizer has no chat template; "
+                "set tokenizer.chat_template to chatml, plain, alpaca, a file, or Jinja text"
+            )
+        self._talks = True
+        self._turns |= turns
+
+    def describe(self) -> str:
+        """Which template was used, for the report."""
+        template = self.tokens.template
+        if self._talks and template is not None:
+            how = "{% generation %} marks" if self._turns and template.marks and self.tokens.fast else "token prefixes"
+            return f"{template.name} (boundaries from {how})"
+        return "none (raw text)" if template is None else "none (raw text; tokenizer.chat_template=own would wrap it)"
+
+    def note(self, report: Report, ids: Sequence[int], where: str, answers: Sequence[Sequence[int]] = ()) -> None:
+        """Count the start and the end tokens of one sequence and whether its answers end."""
+        tokens = self.tokens
+        if tokens.bos is not None:
+            leading = 0
+            while leading < len(ids) and ids[leading] == tokens.bos:
+                leading += 1
+            report.bos[leading] += 1
+            if leading > 1 and tokens.bos != tokens.eos:
+                report.first.setdefault(TWO_BOS, where)
+        if tokens.ends:
+            report.eos[sum(list(ids).count(end) for end in tokens.ends)] += 1
+        for answer in answers:
+            report.endable += 1
+            report.ended += self.ends(answer)
+
+    def ends(self, answer: Sequence[int]) -> bool:
+        """Whether the last token that is not white space is an end token."""
+        at = len(answer) - 1
+        while at >= 0 and answer[at] not in self.tokens.ends and self._is_space(answer[at]):
+            at -= 1
+        return at >= 0 and answer[at] in self.tokens.ends
+
+    def _is_space(self, token: int) -> bool:
+        if token not in self._space:
+            self._space[token] = token not in self.tokens.special and self.tokens.is_space([token])
+        return self._space[token]

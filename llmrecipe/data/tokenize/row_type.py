@@ -1,0 +1,92 @@
+"""The interface of a row type: what an objective may ask for, and what the data layer hands over.
+
+A raw row is a plain dict as it stands in a file. A data format turns it into the canonical row of a type; the type turns
+that into a token row. Shapes below: every `*ids` is a list of token ids, `trained` has one 0 or 1 per token,
+`choice_lengths` cuts `choice_ids` into choices.
+
+| type | canonical row | token row |
+|---|---|---|
+| text | text, or input_ids (+ labels) | ids, trained |
+| dialogue | messages, or prompt + completion, or text, or input_ids | ids, trained |
+| tokens | input_ids (+ labels) | ids, trained |
+| preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
+| unpaired | prompt, completion, label | prompt_ids, completion_ids, label |
+| choices | prompt, choices (the right one first) | prompt_ids, choice_ids (of all choices), choice_lengths |
+| prompt | prompt, columns | prompt_ids, columns (JSON text of the other columns) |
+| labelled | text (+ text_b), label | ids (+ type_ids), label |
+| pairs | texts (two or three), score, label | ids_a, ids_b (+ ids_c), score, label |
+| multimodal | image, text | ids, trained, image (a path) |
+
+Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
+dialogue rows of a recipe whose stack keeps tasks apart have `task` too: stored by name, handed over as its number.
+`trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.core.registry import CONFIG
+from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.encoder import Encoder, Item
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class RowType:
+    """One row type: its columns, and how canonical rows become token rows."""
+
+    group: ClassVar[str] = "row_type"
+    lists: ClassVar[tuple[str, ...]]
+    """Columns of token ids (or other whole numbers), stored as int32 lists."""
+    masks: ClassVar[tuple[str, ...]] = ()
+    """Columns of 0/1 per token."""
+    scalars: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(column, Arrow type: string, float64 or bool)."""
+    uncounted: ClassVar[tuple[str, ...]] = ()
+    """Those of `lists` that are no tokens of the row's length."""
+    takes: ClassVar[dict[str, int]] = {}
+    """Formats that can become this type though they do not say so themselves -> place in detection (`DataFormat.becomes`)."""
+    prompted: ClassVar[bool] = False
+    """Whether a row has a prompt that a model can answer."""
+    numbered: ClassVar[bool] = False
+    """Whether `label` is a class, numbered over all training rows."""
+    keeps_columns: ClassVar[bool] = False
+    """Whether the other columns of a raw row travel along."""
+    reads_files: ClassVar[bool] = False
+    """Whether rows name files beside their source, so that the same rows elsewhere are other rows."""
+
+    @property
+    def name(self) -> str:
+        """Name the type is registered under."""
+        return registry.name_of(type(self))
+
+    def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+        """Encode canonical rows: each item gets its token rows in `done`, or the reason against it in `bad`.
+
+        Args:
+            encoder: the tokenizer with its template, the mask and the length policy.
+            items: rows of one batch, at least one.
+            report: counts tokens, cuts and labels.
+
+        Raises:
+            DataError: something is wrong with the recipe or the template rather than with a row.
+        """
+        raise NotImplementedError
+
+
+def row_type(name: str) -> RowType:
+    """Return the row type of that name.
+
+    Raises:
+        DataError: there is none; the message lists them.
+    """
+    known = registry.names("row_type")
+    if name not in known:
+        raise DataError(f"rows: there is no row type '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
+    found: RowType = registry.load("row_type", name)()
+    return found
