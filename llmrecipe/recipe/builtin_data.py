@@ -1,8 +1,8 @@
-"""Built-in sets and the rules that judge them go with a built-in `data.path` only.
+"""Built-in data sets and the rules that score them apply to a built-in `data.path` only.
 
 `recipe=kto` trains on `builtin:unpaired` and validates on `builtin:preference`. With `data.path=feedback.jsonl` that
-validation split would choose the best checkpoint by sentences of the built-in sets, so it is dropped with one line, and so is
-a reward that only knows these sentences. What the command line names, or the file that names the user's path, stays.
+validation split would choose the best checkpoint by sentences of the built-in sets, so it is dropped with a one-line notice.
+So is a reward that only knows these sentences. What the command line sets, or the file that sets the user's path, stays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from llmrecipe.core import registry
 from llmrecipe.recipe.content_key import REFERENCE
-from llmrecipe.recipe.inheritance import Chain, Link
+from llmrecipe.recipe.inheritance import DefaultsChain, Link
 from llmrecipe.recipe.provenance import Origin, Origins, forget, leaves
 from llmrecipe.recipe.recipe_paths import presets
 from llmrecipe.recipe.yaml_file import KeyPath, dotted, read_yaml
@@ -23,19 +23,19 @@ SOURCES: tuple[KeyPath, ...] = (("data",), ("prompts",), ("pairs",))
 
 
 def is_builtin(path: Any) -> bool:
-    """Whether every source of a `data.path` is a built-in set."""
+    """Return whether every source of a `data.path` is a built-in set."""
     names = [path] if isinstance(path, str) else list(path or ())
     return bool(names) and all(str(name).startswith(PREFIX) for name in names)
 
 
-def drop_builtin(mapping: dict[str, Any], origins: Origins, chain: Chain) -> list[str]:
-    """Remove what files chose to go with a built-in path where the path is the user's, in place.
+def drop_builtin(mapping: dict[str, Any], origins: Origins, chain: DefaultsChain) -> list[str]:
+    """Remove, in place, values that files set for a built-in path where the path is the user's.
 
     Args:
         mapping: a composed recipe, before defaults and interpolation.
 
     Returns:
-        One line that names everything that was removed, or nothing.
+        One line that names everything that was removed, or an empty list.
     """
     data = mapping.get("data")
     path = data.get("path") if isinstance(data, dict) else None
@@ -53,7 +53,7 @@ def drop_builtin(mapping: dict[str, Any], origins: Origins, chain: Chain) -> lis
 
 
 def beside_own_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each stage of a pipeline that reads built-in rows although another one reads the user's.
+    """Return one line for each stage of a pipeline that reads built-in rows although another one reads the user's.
 
     Args:
         stages: name -> composed mapping of the stage's recipe or step, results of other stages as `${stage:x}`.
@@ -71,7 +71,7 @@ def beside_own_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _sources(mapping: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Keys and names of what a stage reads."""
+    """Yield the keys and names of the data a stage reads."""
     for key, value in leaves(mapping):
         if key in SOURCES or key[:2] == ("data", "path"):
             yield from ((key, name) for name in _names(value))
@@ -82,7 +82,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _builtin_keys(mapping: dict[str, Any]) -> Iterator[KeyPath]:
-    """Keys other than the path that name built-in sets or rules; stages are recipes of their own."""
+    """Yield keys other than the path that name built-in sets or rules; stages are recipes of their own."""
     for key, value in leaves(mapping):
         if key[0] in ("stages", "search") or key[:2] == ("data", "path"):
             continue
@@ -96,16 +96,16 @@ def _builtin_keys(mapping: dict[str, Any]) -> Iterator[KeyPath]:
             yield ("objective", "reward", name)
 
 
-def _meant_for_builtin(origin: Origin, chain: Chain) -> bool:
-    """Whether a file set the value where `data.path` was a built-in set for it."""
+def _meant_for_builtin(origin: Origin, chain: DefaultsChain) -> bool:
+    """Return whether a file set the value where `data.path` was a built-in set for it."""
     if origin.kind != "file" or origin.file is None:
         return False
     link = next((k for k in chain.links.values() if k.source.path == origin.file), None)
     return is_builtin(_path_seen_by(link, chain) if link else _path_in(read_yaml(origin.file).value))
 
 
-def _path_seen_by(link: Link, chain: Chain) -> Any:
-    """The `data.path` of a file: its own, its preset's, or that of what it extends."""
+def _path_seen_by(link: Link, chain: DefaultsChain) -> Any:
+    """Return the `data.path` of a file: its own, its preset's, or that of what it extends."""
     found = _path_in(link.source.value.get("data"))
     preset = link.choices.get("data", (None, 0))[0]
     if found is None and preset in presets("data"):

@@ -1,8 +1,8 @@
-"""The code a result depends on besides the product's own: the packages and modules its components come from.
+"""The code a result depends on other than the product's own: the packages and modules its components come from.
 
-A package is known by the content of its files, not by their times or where it is installed. Code outside a package that a
-plugin imports is not followed; a function that was marked by a script or a notebook is known by its module and by what that
-imports from its own package or folder.
+A package is identified by the content of its files, not by their times or where it is installed. Code outside a package that a
+plugin imports is not followed; a function that was registered by a script or a notebook is identified by its module and by what
+that imports from its own package or folder.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ MARKS = {
     "reward_function": ("llmrecipe.feedback.rewards.function", "FUNCTIONS"),
     "agent_rule": ("llmrecipe.feedback.judges.rule", "RULES"),
 }
-"""Decorators by which a function becomes known by its name -> where those of this process are kept."""
+"""Decorators that register a function by name -> where the functions registered in this process are stored."""
 LARGEST = 1 << 26
-"""Bytes up to which a file of a package is known by its content; larger ones by their size."""
+"""Bytes up to which a file of a package is identified by its content; larger ones by their size."""
 
 
 def code_of(mapping: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each package or module outside the product that something in a mapping comes from.
+    """Return a digest of each package or module outside the product that something in a mapping comes from.
 
-    A package counts where the mapping holds its name (`plugins`), or the name of a component or of a marked function that it
-    defines, as a key or a value; so one may count that is not used, and none that is used is left out.
+    A package counts where the mapping contains its name (`plugins`), or the name of a component or of a marked function that it
+    defines, as a key or a value; so an unused package may be included, but a used one is never left out.
     """
     said = set(_words(mapping))
     found = {package for package, root in registry.plugins() if said & _names(package, root)}
@@ -39,7 +39,7 @@ def code_of(mapping: Mapping[str, Any]) -> dict[str, str]:
 
 
 def code_behind(modules: Iterable[str]) -> dict[str, str]:
-    """Digest of the code behind modules: of the whole plugin package each belongs to, else of the module with its imports."""
+    """Return a digest of the code of modules: of the plugin package each belongs to, else of the module with its imports."""
     roots = dict(registry.plugins())
     found: dict[str, str] = {}
     for module in sorted(set(modules)):
@@ -54,7 +54,7 @@ def code_behind(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _words(value: Any) -> Iterator[str]:
-    """Every key and text of a nested mapping."""
+    """Yield every key and string of a nested mapping."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
@@ -67,7 +67,7 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _names(package: str, root: Path) -> set[str]:
-    """A plugin's own name, its components, and its marked functions."""
+    """Return a plugin's own name, those of its components, and those of its marked functions."""
     found = {package, *registry.defined_in(package)}
     for path in root.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def _is_marked(node: ast.FunctionDef) -> bool:
 
 
 def _marked() -> Iterator[tuple[str, str]]:
-    """(name, module) of each function that was marked in this process."""
+    """Yield (name, module) of each function that was marked in this process."""
     for module, table in MARKS.values():
         if module in sys.modules:
             for name, function in getattr(sys.modules[module], table).items():
@@ -89,13 +89,13 @@ def _marked() -> Iterator[tuple[str, str]]:
 
 
 def _files(root: Path) -> list[Path]:
-    """What a package is made of: no hidden files, and nothing Python makes from its sources."""
+    """Return the files of a package, without hidden files and without what Python generates from the sources."""
     inside = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
     return sorted(p for p in inside if p.is_file() and p.suffix != ".pyc")
 
 
 def _digest(files: Iterable[tuple[str, Path]]) -> str:
-    """Of names and contents."""
+    """Return a digest of names and contents."""
     digest = hashlib.sha256()
     for name, path in sorted(files):
         size = path.stat().st_size
@@ -105,7 +105,7 @@ def _digest(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def _imports(home: str) -> dict[str, Path]:
-    """The file of an imported module and of what it imports from its own package or folder, all in turn."""
+    """Return the file of an imported module and, recursively, of what it imports from its own package or folder."""
     found: dict[str, Path] = {}
     todo = [home]
     while todo:
@@ -121,7 +121,7 @@ def _imports(home: str) -> dict[str, Path]:
 
 
 def _imported(name: str, path: Path) -> list[str]:
-    """Full names of the modules a file may import."""
+    """Return the full names of the modules a file may import."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

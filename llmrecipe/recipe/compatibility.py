@@ -20,7 +20,7 @@ class Pair:
 
 
 def pairs() -> list[Pair]:
-    """Every unordered pair of registered wrappers, a kind with itself included (as two instances)."""
+    """Return every unordered pair of registered wrappers, a kind with itself included (as two instances)."""
     found = []
     for first, second in combinations_with_replacement(registry.names("stack"), 2):
         stack = {"a": {"kind": first}, "b": {"kind": second}}

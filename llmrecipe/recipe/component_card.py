@@ -8,14 +8,14 @@ from typing import Any
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, PRESET_GROUPS, all_recipes, presets
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.yaml_file import short
 
 
 def headline(path: Path) -> str:
-    """The first comment line of a recipe or preset."""
+    """Return the first comment line of a recipe or preset."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             return line.lstrip("# ").strip()
@@ -23,7 +23,7 @@ def headline(path: Path) -> str:
 
 
 def comment(path: Path) -> list[str]:
-    """The comment a recipe opens with."""
+    """Return the comment at the top of a recipe."""
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -34,11 +34,11 @@ def comment(path: Path) -> list[str]:
 
 @functools.cache
 def users(group: str, kind: str) -> list[str]:
-    """Recipes that choose a component, read from their defaults lists and bodies."""
+    """Return the recipes that choose a component, read from their defaults lists and bodies."""
     found: list[str] = []
     for name, path in all_recipes().items():
         try:
-            chain = Chain(path)
+            chain = DefaultsChain(path)
         except RecipeError:
             continue
         choice = chain.choice(chain.primary.id, group)
@@ -52,7 +52,7 @@ def users(group: str, kind: str) -> list[str]:
 
 
 def component_card(spec: registry.Spec) -> dict[str, Any]:
-    """Everything the source of a component says about it."""
+    """Return everything the source of a component says about it."""
     properties = spec.schema_model.model_json_schema().get("properties", {})
     options = [
         {
@@ -94,8 +94,8 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def recipe_card(name: str, path: Path) -> dict[str, Any]:
-    """The comment, the choices and the text of a recipe."""
-    chain = Chain(path)
+    """Return the comment, the choices and the text of a recipe."""
+    chain = DefaultsChain(path)
     choices = {group: chain.choice(chain.primary.id, group) for group in COMPONENT_GROUPS}
     extends = [short(chain.links[i].source.path) for i in chain.primary.extends]
     text = path.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def recipe_card(name: str, path: Path) -> dict[str, Any]:
 
 
 def section_card(name: str) -> dict[str, Any]:
-    """The keys of a recipe's section."""
+    """Return the keys of a section of a recipe."""
     field = Recipe.model_fields[name]
     inner = field.annotation
     model = inner if isinstance(inner, type) and issubclass(inner, Section) else None
@@ -139,7 +139,7 @@ def _component_section(name: str) -> str:
 
 
 def find_cards(name: str) -> list[dict[str, Any]]:
-    """Every card of that name: components, recipes, presets, sections.
+    """Return every card of that name: components, recipes, presets, sections.
 
     Raises:
         RecipeError: nothing has that name.

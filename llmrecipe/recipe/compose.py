@@ -1,7 +1,7 @@
-"""From a recipe's name and the words of the command line to one complete mapping, with the origin of every value.
+"""From a recipe's name and the overrides of the command line to one complete mapping, with the origin of every value.
 
 find the file -> read it and what it extends -> Hydra merges components, presets and files -> axes that follow the registry
--> words of the command line -> defaults of sections and components -> interpolation -> validation
+-> overrides -> defaults of sections and components -> interpolation -> validation
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.redact import name_variables
-from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.provenance import Origin, Origins, leaves
 from llmrecipe.recipe.recipe_paths import find_recipe
 from llmrecipe.recipe.schema import Recipe
@@ -31,11 +31,11 @@ class Composition:
     """A composed and validated recipe."""
 
     name: str
-    """The recipe's stem; names the run's folder."""
+    """The recipe's stem, used in the name of the run directory."""
     path: Path
     """The recipe's file."""
     overrides: list[str]
-    """The words of the command line."""
+    """The overrides of the command line."""
     mapping: dict[str, Any]
     """Every key with its value, defaults included; written as YAML it is again a recipe."""
     origins: Origins
@@ -43,10 +43,10 @@ class Composition:
     recipe: Recipe
     """The validated view."""
     notes: list[str] = field(default_factory=list)
-    """One line for all that was dropped: its component, or the built-in rows it goes with, was replaced, or it is a right that
-    only a person gives."""
+    """One line for everything that was dropped: its component or its built-in rows were replaced, or it is a right only the
+    user gives."""
     foreign: bool = False
-    """Whether a file of it is part of what is opened (see `recipe.rights`)."""
+    """Whether one of its files belongs to an artefact that is being opened (see `recipe.rights`)."""
 
 
 def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool = False) -> Composition:
@@ -54,8 +54,8 @@ def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool 
 
     Args:
         recipe: a name in the search path (`dpo_lora`, `alignment/dpo_lora`), a YAML file, or a run directory.
-        overrides: words such as `optim.lr=1e-4`, `stack=[nf4,lora]`, `~stack.lora`.
-        foreign: the recipe is part of what is opened, wherever it lies; a file in a run or a model folder always is.
+        overrides: such as `optim.lr=1e-4`, `stack=[nf4,lora]`, `~stack.lora`.
+        foreign: the recipe belongs to an artefact that is being opened; a file in a run or a model folder always does.
 
     Raises:
         RecipeError: everything that is wrong, in one message.
@@ -70,7 +70,10 @@ def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool 
 def compose_mapping(
     recipe: str | Path, overrides: list[str], foreign: bool = False
 ) -> tuple[str, Path, dict[str, Any], Origins, list[str], bool]:
-    """Name, file, complete mapping, origins, notes of a recipe, and whether a file of it is foreign; not validated yet."""
+    """Return name, file, complete mapping, origins and notes of a recipe, and whether one of its files is foreign.
+
+    The mapping is not validated yet.
+    """
     from llmrecipe.recipe.builtin_data import drop_builtin
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
     from llmrecipe.recipe.interpolation import resolve
@@ -80,7 +83,7 @@ def compose_mapping(
     from llmrecipe.recipe.stale_overrides import Cleaner
 
     path = find_recipe(recipe)
-    chain = Chain(path, foreign or Path(recipe).expanduser().is_dir())
+    chain = DefaultsChain(path, foreign or Path(recipe).expanduser().is_dir())
     words = parse(overrides)
     _open_plugins(chain, words)
     choices = [(str(w.key[0]), w.value, f"'{w.text}'") for w in words if w.choice]
@@ -109,12 +112,12 @@ def compose_mapping(
 
 
 def load_entry_points() -> None:
-    """Also know the components of installed packages that announce themselves as entry points `llmrecipe.plugins`."""
+    """Register the components of installed packages that declare an entry point in the group `llmrecipe.plugins`."""
     for point in entry_points(group="llmrecipe.plugins"):
         registry.add_plugin(point.value)
 
 
-def _open_plugins(chain: Chain, words: list[Word]) -> None:
+def _open_plugins(chain: DefaultsChain, words: list[Word]) -> None:
     load_entry_points()
     named = chain.plugins()
     for word in words:
@@ -124,10 +127,10 @@ def _open_plugins(chain: Chain, words: list[Word]) -> None:
         registry.add_plugin(package)
 
 
-def _mark_choices(chain: Chain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
-    """A component's `kind` comes from the defaults list or the word that chose it, not from the component's own file.
+def _mark_choices(chain: DefaultsChain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
+    """Record that a component's `kind` comes from the defaults list or the override that chose it, not from its own file.
 
-    A choice further out also wins over a kind named in the body of a file further in.
+    A choice in an outer file also takes precedence over a kind named in the body of an inner one.
     """
     for group in ("objective", "optim", "schedule"):
         at = (group, "kind")
@@ -145,7 +148,7 @@ def _mark_choices(chain: Chain, words: list[Word], mapping: dict[str, Any], orig
             origins[at] = _choice_origin(chain, words, "stack") or origins[at]
 
 
-def _choice_origin(chain: Chain, words: list[Word], group: str) -> Origin | None:
+def _choice_origin(chain: DefaultsChain, words: list[Word], group: str) -> Origin | None:
     for word in reversed(words):
         if word.choice and word.key[0] == group:
             return Origin("override", word=word.text)
@@ -155,12 +158,12 @@ def _choice_origin(chain: Chain, words: list[Word], group: str) -> Origin | None
 
 @functools.cache
 def section_defaults() -> dict[str, Any]:
-    """Every key outside components with its default."""
+    """Return every key outside components with its default."""
     return Recipe.model_validate({}).model_dump(mode="json", by_alias=True)
 
 
 def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
-    """Defaults of sections below what was composed, in the order of the schema; unknown keys last."""
+    """Return the composed mapping completed with the defaults of sections, in the order of the schema; unknown keys last."""
     from llmrecipe.recipe.provenance import schema_origin
 
     whole: dict[str, Any] = {}
@@ -178,7 +181,7 @@ def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
 
 
 def _name(path: Path, mapping: dict[str, Any], origins: Origins) -> str:
-    """`run.name`, the recipe's stem unless given; written down, so that a run's recipe.yaml keeps the name."""
+    """Return `run.name`, by default the recipe's stem, and store it, so that a run's recipe.yaml keeps the name."""
     run = mapping.get("run")
     if not isinstance(run, dict):
         return path.stem
@@ -189,7 +192,7 @@ def _name(path: Path, mapping: dict[str, Any], origins: Origins) -> str:
 
 
 def to_yaml(mapping: dict[str, Any]) -> str:
-    """A composed mapping as text that reads back as the same recipe."""
+    """Return a composed mapping as text that reads back as the same recipe."""
     from llmrecipe.recipe.interpolation import escape
     from llmrecipe.recipe.yaml_file import write_yaml
 

@@ -1,7 +1,7 @@
-"""The key of a run's result: what is composed, the results it stands on, the files it reads, the code of its plugins.
+"""The content key of a run: a hash of its recipe, the results it depends on, the files it reads and the code of its plugins.
 
-The version of the product is no part of it: what was finished under another version is kept, and each run notes in its
-`environment.json` which one that was.
+The version of the product is not part of it: what was finished under another version is reused, and each run records its
+version in `environment.json`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from llmrecipe.recipe.provenance import leaves
 REFERENCE = re.compile(r"\$\{\s*stage:\s*([A-Za-z_][\w-]*)\s*\}")
 """How a recipe names the result of a stage: `${stage:x}`."""
 NO_RESULT = ("run", "log", "save")
-"""Recipe keys that name folders and displays and change nothing of what is learned."""
+"""Recipe keys that name folders and displays and do not affect what is learned."""
 SMALL = 1 << 26
-"""Bytes up to which a file other than data is known by its content; larger ones by name, size and time."""
+"""Bytes up to which a file other than data is identified by its content; larger ones by name, size and time."""
 
 
 PATHS = ("path", "validation", "test")
-"""Keys whose text is a file or folder also where it does not look like one."""
+"""Keys whose text is a file or folder even where it does not look like one."""
 
 
 def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Collection[str] = PATHS) -> str:
-    """Eight letters that stand for a stage's result: what is composed, what it stands on, its files, its plugins' code.
+    """Return the 8-hex-digit hash of a stage: its recipe, the results it depends on, its files and its plugins' code.
 
     Args:
-        mapping: composed mapping with `${stage:x}` where results belong.
+        mapping: composed mapping with `${stage:x}` in place of the results of other stages.
         inputs: stage -> key.
         named: keys whose text is a path whatever it looks like.
     """
@@ -49,7 +49,7 @@ def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Co
 
 
 def local_files(mapping: Mapping[str, Any], paths: Collection[str] = PATHS) -> list[tuple[Path, bool]]:
-    """Files on this machine that a recipe names, folders opened; True for data, which is known by content whatever its size."""
+    """Return the local files that a recipe names, folders expanded; True marks data, always identified by its content."""
     named: list[tuple[str, bool]] = []
     for key, value in leaves(mapping):
         if key[:2] in (("data", "path"), ("model", "adapters")):
@@ -91,7 +91,7 @@ def _stamp(path: Path) -> str:
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Nested mappings and lists with every text changed."""
+    """Return nested mappings and lists with a function applied to every string."""
     if isinstance(value, Mapping):
         return {k: each_text(v, change) for k, v in value.items()}
     if isinstance(value, list):

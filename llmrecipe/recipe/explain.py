@@ -1,4 +1,4 @@
-"""Every value of a composed recipe with the file and line, or the word of the command line, that set it."""
+"""Every value of a composed recipe with the file and line, or the override, that set it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Line:
     origin: Origin
 
     def as_json(self) -> dict[str, Any]:
-        """Facts for `--json`."""
+        """Return the facts for `--json`."""
         file = str(self.origin.file) if self.origin.file else None
         return {
             "key": dotted(self.key),
@@ -32,7 +32,7 @@ class Line:
 
 
 def explain(composition: Composition) -> list[Line]:
-    """One line for every value of the recipe, defaults included."""
+    """Return one line for every value of the recipe, defaults included."""
     lines = []
     for key, value in leaves(composition.mapping):
         origin = origin_of(composition.origins, key) or schema_origin(key)

@@ -1,6 +1,6 @@
-"""The one place that talks to Hydra: merging the files of a chain with the chosen components and presets.
+"""The one module that calls Hydra: merging the files of a defaults chain with the chosen components and presets.
 
-Hydra sees three sources: the chain's files by id, the preset folders, and the registered components as plain
+Hydra sees three sources: the files of the chain by id, the preset folders, and the registered components as plain
 mappings in its ConfigStore (`stack/lora` holds `{lora: {kind: lora, ...}}`, `objective/dpo` holds `{kind: dpo,
 ...}`).
 """
@@ -31,18 +31,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.interpolation import check_file
 from llmrecipe.recipe.provenance import Origin, Origins, leaves
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, PRESET_GROUPS, presets
 from llmrecipe.recipe.yaml_file import YamlFile, read_yaml, short
 
-_chain: contextvars.ContextVar[Chain | None] = contextvars.ContextVar("chain", default=None)
+_chain: contextvars.ContextVar[DefaultsChain | None] = contextvars.ContextVar("chain", default=None)
 _lock = threading.Lock()
 
 
 class _RecipeSource(ConfigSource):
-    """Serves the files of the current chain, and the preset folders."""
+    """Serves the files of the current defaults chain, and the preset folders."""
 
     @staticmethod
     def scheme() -> str:
@@ -93,8 +93,8 @@ def _body(source: YamlFile) -> dict[str, Any]:
     return {key: value for key, value in source.value.items() if key != "defaults"}
 
 
-def _publish_components(chain: Chain, words: list[str]) -> None:
-    """Put the components that are chosen anywhere into Hydra's ConfigStore (all of them would cost a tenth of a second)."""
+def _publish_components(chain: DefaultsChain, words: list[str]) -> None:
+    """Put the components that are chosen anywhere into Hydra's ConfigStore (storing all would take 0.1 s)."""
     store = ConfigStore.instance()
     text = " ".join([*words, *(str(link.choices) for link in chain.links.values())])
     open_ended = any(
@@ -110,7 +110,7 @@ def _publish_components(chain: Chain, words: list[str]) -> None:
 
 
 @contextmanager
-def _hydra(chain: Chain, words: list[str]) -> Iterator[None]:
+def _hydra(chain: DefaultsChain, words: list[str]) -> Iterator[None]:
     plugins = Plugins.instance()
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,14 +128,14 @@ def _hydra(chain: Chain, words: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Composed:
-    """What Hydra made of a chain and the group choices of the command line."""
+    """The mapping Hydra composed from a defaults chain and the group choices of the command line."""
 
     mapping: dict[str, Any]
     origins: Origins
 
 
-def merge(chain: Chain, words: list[str]) -> Composed:
-    """Merge a chain under the group choices of the command line (`stack=[lora]`, `optim=lion`).
+def merge(chain: DefaultsChain, words: list[str]) -> Composed:
+    """Merge a defaults chain with the group choices of the command line (`stack=[lora]`, `optim=lion`).
 
     Raises:
         RecipeError: files that contradict each other in shape.
@@ -157,14 +157,14 @@ def merge(chain: Chain, words: list[str]) -> Composed:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost first line, without Hydra's advice."""
+    """Return the innermost first line of an error, without Hydra's advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "append to your config" not in line]
     return lines[-1] if lines and lines[0].startswith("In '") else lines[0] if lines else type(error).__name__
 
 
-def _mark(origins: Origins, chain: Chain, config_path: str) -> None:
+def _mark(origins: Origins, chain: DefaultsChain, config_path: str) -> None:
     """Record which values a merged layer set."""
     if config_path in chain.links:
         source = chain.links[config_path].source
@@ -187,14 +187,14 @@ def _mark_file(origins: Origins, source: YamlFile, body: dict[str, Any], at: tup
     for key, _ in leaves(body):
         line = source.lines.get(key, 1) if key else 1
         if key:
-            # A value that replaces a mapping, or a mapping that replaces a value, hides what was known below or above.
+            # A value that replaces a mapping, or a mapping that replaces a value, invalidates the origins below or above it.
             for hidden in [k for k in origins if k[: len(at) + len(key)] == (*at, *key)]:
                 del origins[hidden]
             origins[(*at, *key)] = Origin("file", source.path, line)
 
 
 def refused_choices(group: str, choice: Any, where: str) -> list[str]:
-    """A message for every component or preset a choice names that does not exist: what there is, and the nearest spelling."""
+    """Return a message for every unknown component or preset of a choice: what exists, and the nearest spelling."""
     known = {*presets(group), *(registry.names(group) if group in COMPONENT_GROUPS else ())}
     listed = ", ".join(sorted(known)) or "none"
     messages: list[str] = []

@@ -1,8 +1,8 @@
-"""A recipe and the recipes it extends: every file of the chain, read once, with its defaults list made ready for Hydra.
+"""Recipe inheritance: a recipe and the recipes it extends, each file read once, its defaults list prepared for Hydra.
 
 A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself.
-Each file of the chain gets an id without folders, so that Hydra merges all of them at the top of the recipe
-whatever folder they lie in.
+Each file of the defaults chain gets an id without folders, so that Hydra merges all of them at the top of the recipe
+whatever folder they are in.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 
 @dataclass
 class Link:
-    """One file of a chain."""
+    """One file of a defaults chain."""
 
     id: str
-    """The name Hydra knows it by."""
+    """Its name for Hydra."""
     source: YamlFile
     extends: list[str] = field(default_factory=list)
     """Ids of the recipes it extends, in order."""
     choices: dict[str, tuple[Any, int]] = field(default_factory=dict)
     """Group -> (what the file's own defaults list chooses, line)."""
     defaults: list[Any] = field(default_factory=list)
-    """The defaults list Hydra gets; `Chain.place` completes it."""
+    """The defaults list for Hydra; `DefaultsChain.place` completes it."""
     foreign: bool = False
-    """Whether it is part of what is opened, or extended by a file that is (see `recipe.rights`)."""
+    """Whether it belongs to an artefact that is being opened, or is extended by a file that does (see `recipe.rights`)."""
 
 
-class Chain:
+class DefaultsChain:
     """All files of a recipe, by id; the recipe itself is `primary`."""
 
     def __init__(self, primary: Path, foreign: bool = False):
@@ -74,7 +74,7 @@ class Chain:
                 before = len(self.links)
                 parent = self._add(self._resolve(entry, source.path, where), under)
                 link.extends.append(parent.id)
-                # A file reached by two ways is merged once, where it is first named.
+                # A file that is reached twice is merged once, where it is first named.
                 if len(self.links) > before:
                     parents.append(f"/{parent.id}")
             elif isinstance(entry, dict) and len(entry) == 1:
@@ -96,10 +96,10 @@ class Chain:
         link.defaults = parents
 
     def place(self, words: dict[str, Any]) -> None:
-        """Write the group choices into the defaults lists, those of the command line (group -> choice) over all others.
+        """Write the group choices into the defaults lists; those of the command line (group -> choice) take precedence.
 
-        A component replaces the one base chose. A preset is merged just before the body of the file that chose it, or after
-        everything when the command line did, so that a choice is never hidden by what an extended recipe says.
+        A component replaces the one base chose. A preset is merged just before the body of the file that chose it, or last when
+        the command line chose it, so that an extended recipe never overrides a choice.
         """
         files = {group for link in self.links.values() for group in link.choices}
         for group in sorted(files | set(words)):
@@ -118,7 +118,7 @@ class Chain:
                 link.defaults.append({word: link.choices[group][0]})
 
     def holder(self, link_id: str, group: str) -> Link | None:
-        """The file whose choice for a group counts: the outermost one."""
+        """Return the file whose choice for a group is effective: the outermost one."""
         link = self.links[link_id]
         if group in link.choices:
             return link
@@ -153,17 +153,17 @@ class Chain:
         return found.resolve()
 
     def choice(self, link_id: str, group: str) -> Any:
-        """What a file, together with all it extends, chooses for a group."""
+        """Return what a file, together with everything it extends, chooses for a group."""
         holder = self.holder(link_id, group)
         return holder.choices[group][0] if holder else None
 
     def plugins(self) -> list[str]:
-        """Packages named under `plugins` by any file of the chain."""
+        """Return the packages named under `plugins` by any file of the defaults chain."""
         lists = [link.source.value.get("plugins") for link in self.links.values()]
         return [p for named in lists if isinstance(named, list) for p in named if isinstance(p, str)]
 
     def own_files(self, worded: set[str]) -> list[Path]:
-        """The person's files: those that are not foreign, and the presets that they or the command line chose.
+        """Return the user's files: those that are not foreign, and the presets that they or the command line chose.
 
         Args:
             worded: groups the command line chose.
@@ -176,7 +176,7 @@ class Chain:
         return files
 
     def below(self, link: Link) -> list[Link]:
-        """The files a file extends, at any depth."""
+        """Return the files a file extends, at any depth."""
         direct = [self.links[i] for i in link.extends]
         return [*direct, *(further for inner in direct for further in self.below(inner))]
 
@@ -199,7 +199,7 @@ def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
         repeated = {c for c in choice if choice.count(c) > 1}
         if repeated:
             raise RecipeError(
-                f"{where}: '{sorted(repeated)[0]}' stands twice in the list; name the second one: "
+                f"{where}: '{sorted(repeated)[0]}' is listed twice; name the second one: "
                 f"`stack: {{second: {{kind: {sorted(repeated)[0]}}}}}`"
             )
     elif choice is not None and not isinstance(choice, str):
@@ -208,7 +208,7 @@ def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
 
 
 def _implied(source: YamlFile) -> list[Any]:
-    """The defaults list of a file that has none, such as a run's own recipe.yaml: base, and the kinds its body names."""
+    """Return a defaults list for a file without one, such as a run's recipe.yaml: base, and the kinds its body names."""
     entries: list[Any] = ["/base"]
     for group in COMPONENT_GROUPS:
         body = source.value.get(group)
@@ -218,7 +218,7 @@ def _implied(source: YamlFile) -> list[Any]:
 
 
 def _check_body(source: YamlFile) -> None:
-    """Refuse an empty section: YAML reads it as null, and whatever was meant to stand below it is lost."""
+    """Refuse an empty section: YAML reads it as null, and the keys meant for it are lost."""
     for key, value in source.value.items():
         if value is None and key in {*GROUPS, "tokenizer", "roles", "eval", "save", "log", "run", "batch"}:
             raise RecipeError(

@@ -68,7 +68,7 @@ def _texts(value: Any, at: KeyPath = ()) -> list[tuple[KeyPath, str]]:
 
 
 def _each(value: Any, change: Any, key: str = "") -> Any:
-    """Every text changed by a function of the text and the key it stands under."""
+    """Return a nested value with a function of (text, key) applied to every string."""
     if isinstance(value, dict):
         return {k: _each(v, change, str(k)) for k, v in value.items()}
     if isinstance(value, list):
@@ -77,7 +77,7 @@ def _each(value: Any, change: Any, key: str = "") -> Any:
 
 
 def _stays(piece: re.Match[str], key: Any) -> bool:
-    """Whether an interpolation is written down as it is: a stage's result, or the variable of a secret."""
+    """Return whether an interpolation is written as it is: a stage's result, or the variable of a secret."""
     return bool(STAGE.match(piece[1].strip())) or (key == SECRET and variable_of(piece[0]) is not None)
 
 
@@ -93,11 +93,11 @@ def _refuse(mapping: dict[str, Any], key: KeyPath, text: str) -> tuple[str, KeyP
 
 
 def _syntax(text: str, key: Any) -> str | None:
-    """What is wrong with the interpolations of a text under a key, whatever they name."""
+    """Return what is wrong with the syntax of the interpolations of a text under a key, or None."""
     for match in PIECE.finditer(text):
         inside = match[1].strip()
         if not match[0].endswith("}"):
-            return f"'{text}' opens ${{ and never closes it; write \\${{ for the characters themselves"
+            return f"'{text}' has ${{ without a closing brace; write \\${{ for the characters themselves"
         if not _stays(match, key) and not PLAIN.match(inside):
             allowed = (
                 f"another key, as in ${{data.max_length}}, ${{stage:NAME}}, or under '{SECRET}' a variable ${{oc.env:NAME}}"
@@ -107,7 +107,7 @@ def _syntax(text: str, key: Any) -> str | None:
 
 
 def check_file(source: YamlFile) -> YamlFile:
-    """Refuse a file with an interpolation that cannot be read, before Hydra meets it.
+    """Refuse a file with an invalid interpolation, before Hydra reads it.
 
     Raises:
         RecipeError: every such value, with its line.
@@ -120,7 +120,7 @@ def check_file(source: YamlFile) -> YamlFile:
 
 
 def _missing(mapping: dict[str, Any], path: str) -> str | None:
-    """None where the path exists, else the hint."""
+    """Return None where the path exists, else a hint."""
     node: Any = mapping
     for part in path.split("."):
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
@@ -138,5 +138,5 @@ def _at(origins: Origins, key: KeyPath) -> str:
 
 
 def escape(value: Any) -> Any:
-    """The inverse for writing a resolved mapping down: plain `${` gets its backslash back, stages and variables stay."""
+    """Invert `resolve` for writing a mapping: escape plain `${` with a backslash; stages and variables stay."""
     return _each(value, lambda text, key: PIECE.sub(lambda m: m[0] if _stays(m, key) else "\\" + m[0], text))

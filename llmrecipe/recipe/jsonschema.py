@@ -16,7 +16,7 @@ REFERENCE = {
 
 
 def json_schema() -> dict[str, Any]:
-    """Schema of a recipe file: nothing is required, because what a file leaves out comes from what it extends."""
+    """Return the schema of a recipe file; nothing is required, since what a file leaves out comes from what it extends."""
     schema = Recipe.model_json_schema(by_alias=True)
     properties = schema["properties"]
     definitions = schema.setdefault("$defs", {})
@@ -52,7 +52,7 @@ def _component(spec: registry.Spec, definitions: dict[str, Any]) -> dict[str, An
 
 
 def _allow_references(schema: dict[str, Any]) -> None:
-    """Every option may also be `${another.key}`."""
+    """Let every option also be `${another.key}`."""
     for name, option in schema.get("properties", {}).items():
         kept = {key: option.pop(key) for key in ("title", "description", "default") if key in option}
         if option.get("type") == "string" and "enum" not in option:
@@ -63,7 +63,7 @@ def _allow_references(schema: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """The defaults list: recipes to extend, group choices, `_self_`."""
+    """Return the schema of the defaults list: recipes to extend, group choices, `_self_`."""
     choices: dict[str, Any] = {}
     for group in GROUPS:
         known = registry.names(group) if group in COMPONENT_GROUPS else []

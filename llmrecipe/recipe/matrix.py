@@ -68,7 +68,7 @@ def expand(section: Mapping[str, Any]) -> Expanded:
 
 
 def _wrong(each: Any, at: KeyPath) -> list[Mistake]:
-    """What is wrong with the form of an `each`."""
+    """Return what is wrong with the form of an `each`."""
     if not isinstance(each, Mapping) or not each:
         return [(at, f"{dotted(at)}: must be a mapping such as {{seed: [0, 1, 2]}}; got {each!r}")]
     wrong: list[Mistake] = []
@@ -109,14 +109,14 @@ def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """Two bodies in one: mappings key by key, lists (`with`) one after the other, of anything else the second."""
+    """Merge two bodies: mappings key by key, lists (`with`) concatenated, for anything else the second one."""
     if isinstance(below, Mapping) and isinstance(above, Mapping):
         return {**below, **{k: _merged(below[k], v) if k in below else v for k, v in above.items()}}
     return [*below, *above] if isinstance(below, list) and isinstance(above, list) else above
 
 
 def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
-    """A body with the values of its axes put in."""
+    """Return a body with the values of its axes filled in."""
     if isinstance(value, Mapping):
         return {k: _filled(v, chosen) for k, v in value.items()}
     if isinstance(value, list):
@@ -130,7 +130,7 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
 
 
 def _unknown(value: Any, axes: list[str], at: KeyPath) -> list[Mistake]:
-    """Axes that are named and not there."""
+    """Return a mistake for each axis that is named but does not exist."""
     if isinstance(value, Mapping):
         return [m for k, v in value.items() for m in _unknown(v, axes, (*at, str(k)))]
     if isinstance(value, list):
@@ -141,7 +141,7 @@ def _unknown(value: Any, axes: list[str], at: KeyPath) -> list[Mistake]:
 
 
 def _gathered(value: Any, members: Mapping[str, list[str]]) -> Any:
-    """A body in which a list item `${stage:x}` stands for all stages that x was written out to."""
+    """Return a body in which a list item `${stage:x}` is replaced by all stages that x was expanded to."""
     if isinstance(value, Mapping):
         return {k: _gathered(v, members) for k, v in value.items()}
     if not isinstance(value, list):

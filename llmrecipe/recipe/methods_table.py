@@ -11,7 +11,7 @@ GROUPS = (("objective", "Objectives"), ("stack", "Wrappers"))
 
 
 def methods_table() -> str:
-    """Markdown: one row a method, by family, with what it is and where it comes from."""
+    """Return a Markdown table with one row per method, by family, with a description and its paper."""
     lines: list[str] = []
     for group, title in GROUPS:
         lines += [f"**{title}**", "", "| family | name | what it is | paper |", "| --- | --- | --- | --- |"]
@@ -26,7 +26,7 @@ def methods_table() -> str:
 
 
 def refresh(readme: Path) -> bool:
-    """Put the current table between the README's marks; True when it changed."""
+    """Put the current table between the README's markers; return True when it changed."""
     text = readme.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)

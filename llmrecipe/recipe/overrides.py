@@ -1,8 +1,8 @@
-"""Words of the command line: `optim.lr=1e-4 stack=[nf4,lora] ~stack.lora '+stack.top={kind: lora}'`.
+"""Overrides of the command line: `optim.lr=1e-4 stack=[nf4,lora] ~stack.lora '+stack.top={kind: lora}'`.
 
-Hydra's grammar reads them. Choices of a group go back to Hydra; values are set here, so that an unknown key meets
-our validation (with near names, all mistakes at once) and a mapping given for one option replaces it instead of
-being merged into it.
+Hydra's grammar parses them. Choices of a group go back to Hydra; values are set here, so that an unknown key is reported by
+`recipe.validate` (with similar names, all mistakes at once) and a mapping given for one option replaces it instead of being
+merged into it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Word:
 
 
 RESERVED = ("hydra", "recipe", "resume")
-"""Words of a command line that set nothing in a recipe."""
+"""Keys of a command line that set nothing in a recipe."""
 
 
 def parse(words: list[str], reserved: tuple[str, ...] = RESERVED) -> list[Word]:
@@ -69,7 +69,7 @@ def _word(text: str, reserved: tuple[str, ...]) -> Word:
     if sweep:
         key, _, given = text.partition("=")
         raise RecipeError(
-            f"'{text}': one value is wanted, several were given; write a list as '{key}=[{given}]', or use `llmrecipe search`"
+            f"'{text}': expected one value, got several; write a list as '{key}=[{given}]', or use `llmrecipe search`"
         )
     return _classify(text, parsed, value)
 
@@ -89,7 +89,7 @@ def _classify(text: str, parsed: Override, value: Any) -> Word:
             )
         repeated = next((v for v in value if value.count(v) > 1), None)
         if repeated:
-            raise RecipeError(f"'{text}': '{repeated}' stands twice; add the second as '+stack.NAME={{kind: {repeated}}}'")
+            raise RecipeError(f"'{text}': '{repeated}' is listed twice; add the second as '+stack.NAME={{kind: {repeated}}}'")
     elif not isinstance(value, str):
         if isinstance(value, dict):
             return Word(text, key, value, False, False)
@@ -102,7 +102,7 @@ def _syntax(text: str) -> str:
     for left, right in pairs:
         if text.count(left) != text.count(right):
             return f"'{left}' and '{right}' do not match"
-    return "an unclosed quote" if text.count("'") % 2 or text.count('"') % 2 else "a character Hydra's grammar keeps for itself"
+    return "an unclosed quote" if text.count("'") % 2 or text.count('"') % 2 else "a character reserved by Hydra's grammar"
 
 
 def _plain(value: Any) -> Any:
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 
 def hydra_words(words: list[Word]) -> list[str]:
-    """The choices of components, as Hydra wants them; presets are placed by the chain."""
+    """Return the choices of components in Hydra's syntax; presets are placed by the defaults chain."""
     last = chosen(words)
     return [f"{group}={_choice_text(word.value)}" for group, word in last.items() if not _is_preset(group, word.value)]
 
@@ -159,7 +159,7 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
 
 
 def _choose(word: Word, mapping: dict[str, Any], origins: Origins) -> None:
-    """The kind the command line chose, also where a file names another one in its body."""
+    """Set the kind the command line chose, even where a file names another one in its body."""
     group = str(word.key[0])
     body = mapping.get(group)
     if group in COMPONENT_GROUPS and group != "stack" and isinstance(body, dict) and not _is_preset(group, word.value):
@@ -168,7 +168,7 @@ def _choose(word: Word, mapping: dict[str, Any], origins: Origins) -> None:
 
 
 def _holds_keys(key: KeyPath) -> bool:
-    """Whether a mapping given for a key adds to it (a section, a component, a stack entry) rather than replaces it."""
+    """Return whether a mapping given for a key adds to it (section, component, stack entry) rather than replacing it."""
     return len(key) == 1 or (key[0] == "stack" and len(key) == 2)
 
 
@@ -190,5 +190,5 @@ def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(words: list[Word]) -> dict[str, Word]:
-    """Group -> the last word that chose it."""
+    """Map each group to the last override that chose it."""
     return {str(word.key[0]): word for word in words if word.choice}

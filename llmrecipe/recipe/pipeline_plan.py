@@ -5,16 +5,16 @@
       rows: {kind: generate, model: "${stage:sft}", prompts: "builtin:prompts"}
       dpo: {recipe: dpo_lora, with: ["model.path=${stage:sft}"], save: {every: 20}}
 
-A stage with a `recipe` is a training: `with` takes the words of the command line, and any other key of a recipe may stand in a
-stage and is set there too. A stage with a `kind` is a step (`llmrecipe list step`) and holds its options.
-`${stage:x}` is the run directory of stage x and decides the order. A stage with `rounds: N` is repeated, and so is a group of
-stages; round k adds k - 1 to the seed, so that it draws other samples:
+A stage with a `recipe` is a training: `with` is a list of overrides, and any other key of a recipe may be set in a stage too.
+A stage with a `kind` is a step (`llmrecipe list step`) with its options. `${stage:x}` is the run directory of stage x and
+determines the order. A stage with `rounds: N` is repeated, and so is a group of stages; round k adds k - 1 to the seed, so that
+it draws other samples:
 
     dpo:     {recipe: dpo_lora, rounds: 3, start: "${stage:sft}", with: ["model.path=${stage:dpo}"]}
     improve: {rounds: 2, start: {ppo: "${stage:sft}"}, stages: {reward: {...}, ppo: {...}}}
 
-Inside a group `${stage:x}` is this round's x where x stands above, else that of the round before; in the first round the text
-given under `start`. Outside it is that of the last round. A stage with `each` is written once and run for many values
+Inside a group `${stage:x}` is this round's x where x is listed above, else that of the previous round; in the first round it is
+the text given under `start`. Outside it is that of the last round. A stage with `each` is written once and run for many values
 (`recipe/matrix.py`); `inherit: [model, data]` passes on what the pipeline's own recipe sets of these keys.
 """
 
@@ -43,9 +43,9 @@ from llmrecipe.recipe.yaml_file import dotted
 
 PLAIN_PATH = re.compile(r"[\w ./+@%~-]+")
 TRAINING_NEEDS = {"model.path": "model", "data.path": "rows"}
-"""Keys of a recipe that take the result of a stage, and what it must be."""
+"""Keys of a recipe that accept the result of a stage, and what it must be."""
 PIPELINE_KEYS = ("stages", "run", "log", "plugins")
-"""Top-level keys that mean something to a pipeline by themselves; the others are values for `${...}` in its stages."""
+"""Top-level keys that a pipeline reads itself; the others are values for `${...}` in its stages."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Planned:
 
     stage: Stage
     words: list[str]
-    """Words of the command line, results of its inputs filled in."""
+    """Overrides, with the results of its inputs filled in."""
     mapping: dict[str, Any]
-    """Its composed mapping, with `${stage:x}` where results of other stages belong."""
+    """Its composed mapping, with `${stage:x}` in place of the results of other stages."""
     composition: Composition | StepComposition
     """The same with directories filled in."""
     key: str
@@ -66,17 +66,17 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """The stage's name."""
+        """Return the stage's name."""
         return self.stage.name
 
     @property
     def gives(self) -> str:
-        """What it leaves for other stages."""
+        """Return the kind of result it produces for other stages."""
         return self.composition.gives if isinstance(self.composition, StepComposition) else "model"
 
     @property
     def result(self) -> Path:
-        """What `${stage:x}` stands for."""
+        """Return the path that `${stage:x}` refers to."""
         return self.dir / result(self.composition.kind) if isinstance(self.composition, StepComposition) else self.dir
 
 
@@ -101,15 +101,15 @@ def plan(pipeline: Composition) -> Plan:
     """
     if pipeline.foreign:
         raise RecipeError(
-            f"stages: {pipeline.path} lies in a run or beside a model, and the words of its stages could give rights that only "
-            "you can give; read it, and copy it elsewhere to make it a recipe of your own"
+            f"stages: {pipeline.path} is in a run or next to a model, and the overrides of its stages could give rights that "
+            "only you can give; read it, and copy it elsewhere to make it a recipe of your own"
         )
     _refuse_unused(pipeline)
     stages = in_order(parse(pipeline), pipeline)
     run = pipeline.recipe.run
     folder = Path(run.dir) if run.dir is not None else Path(run.root) / (run.name or pipeline.name)
     if not PLAIN_PATH.fullmatch(str(folder)):
-        raise RecipeError(f"run: {folder}: words of the command line name this folder; use letters, digits and . _ - + @ %")
+        raise RecipeError(f"run: {folder}: this folder is named in overrides; use letters, digits and . _ - + @ %")
     made = Plan(pipeline.name, folder, notes=list(pipeline.notes))
     results: dict[str, Path] = {}
     keys: dict[str, str] = {}
@@ -149,7 +149,7 @@ def plan(pipeline: Composition) -> Plan:
 
 
 def compose_stage(stage: Stage) -> Composition | StepComposition:
-    """A stage's recipe or step with its words; rounds after the first draw other samples.
+    """Compose a stage's recipe or step with its overrides; rounds after the first draw other samples.
 
     Raises:
         RecipeError: everything that is wrong with it.
@@ -165,7 +165,7 @@ def compose_stage(stage: Stage) -> Composition | StepComposition:
 
 
 def _wrong_inputs(stage: Stage, composition: Composition | StepComposition, made: Plan) -> list[str]:
-    """Results of stages that are not what the place they stand at takes."""
+    """Return a message for each result of a stage that is used where another kind of result is expected."""
     wanted = needs(composition.kind) if isinstance(composition, StepComposition) else TRAINING_NEEDS
     gives = {s.name: s.gives for s in made.stages}
     found = []
@@ -175,14 +175,14 @@ def _wrong_inputs(stage: Stage, composition: Composition | StepComposition, made
             for name in REFERENCE.findall(text) if unfinished(text) else []:
                 if want and gives.get(name, want) != want:
                     found.append(
-                        f"{dotted((*stage.at, *key))}: ${{stage:{name}}} leaves {gives[name]}, and {want} "
-                        f"{'are' if want == 'rows' else 'is'} wanted here"
+                        f"{dotted((*stage.at, *key))}: ${{stage:{name}}} produces {gives[name]}, but {want} "
+                        f"{'are' if want == 'rows' else 'is'} expected here"
                     )
     return found
 
 
 def revalidated(composition: Composition, mapping: dict[str, Any]) -> Composition:
-    """The same recipe with other values."""
+    """Return the same recipe with other values, validated."""
     from llmrecipe.recipe.validate import validate
 
     return dataclasses.replace(composition, mapping=mapping, recipe=validate(mapping, composition.origins))
@@ -191,13 +191,13 @@ def revalidated(composition: Composition, mapping: dict[str, Any]) -> Compositio
 def for_check(
     made: Plan, done: set[str], example: Callable[[str], Path] | None = None
 ) -> dict[str, Composition | StepComposition]:
-    """What of each stage can be built before the ones above it have run.
+    """Return what of each stage can be built before the stages it depends on have run.
 
-    A model that an unfinished training will leave is replaced by the model that stage starts from, which has the same shapes;
-    rows that an unfinished step will leave by examples of them. Steps keep `${stage:x}` for what is not there yet.
+    The model that an unfinished training will produce is replaced by the model that stage trains, which has the same shapes;
+    rows that an unfinished step will write are replaced by examples. Steps keep `${stage:x}` for results that do not exist yet.
 
     Args:
-        example: unfinished step -> a folder with rows like those it will leave.
+        example: unfinished step -> a folder with rows like those it will write.
     """
     bases: dict[str, dict[str, Any]] = {}
     found: dict[str, Composition | StepComposition] = {}
@@ -219,7 +219,7 @@ def for_check(
 
 
 def _based(model: dict[str, Any], bases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A model section that names an unfinished stage, on the model which that stage starts from."""
+    """Return a model section that names an unfinished stage, based on the model which that stage trains."""
     reference = REFERENCE.fullmatch(str(model["path"]))
     if not reference or reference[1] not in bases:
         return model
@@ -229,12 +229,12 @@ def _based(model: dict[str, Any], bases: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def filled(reference: re.Match[str], made: Plan, done: set[str]) -> str:
-    """What a finished stage has left; of another one the reference itself."""
+    """Return the result of a finished stage; for another one, the reference itself."""
     return str(made[reference[1]].result) if reference[1] in done else reference[0]
 
 
 def _with_examples(data: dict[str, Any], made: Plan, done: set[str], example: Callable[[str], Path] | None) -> dict[str, Any]:
-    """A data section that reads examples where the rows of a step are not there yet."""
+    """Return a data section that reads examples where the rows of a step do not exist yet."""
 
     def folder(reference: re.Match[str]) -> str:
         name = reference[1]
@@ -261,7 +261,7 @@ def refuse_stages(mapping: Mapping[str, Any]) -> None:
 
 
 def _refuse_unused(pipeline: Composition) -> None:
-    """Words that reach no stage would be lost without a sound."""
+    """Refuse overrides that reach no stage, which would be lost silently."""
     texts = [origin.word for key, origin in pipeline.origins.items() if key[0] == "stages" and origin.word]
     files = {o.file for key, o in pipeline.origins.items() if key[0] == "stages" and o.file}
     texts += [path.read_text(encoding="utf-8") for path in files]
@@ -275,5 +275,5 @@ def _refuse_unused(pipeline: Composition) -> None:
         first = next(iter(pipeline.recipe.stages or {}), "NAME")
         hint = f"; what its stages take from it: {', '.join(sorted(used))}" if used else ""
         raise RecipeError(
-            f"'{word}': a pipeline has no {top} of its own; say it to a stage: stages.{first}.{word.lstrip('+~')}{hint}"
+            f"'{word}': a pipeline has no {top} of its own; set it for a stage: stages.{first}.{word.lstrip('+~')}{hint}"
         )

@@ -19,7 +19,7 @@ from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 NAME = re.compile(r"[A-Za-z_][\w-]*")
 OWN = ("recipe", "with", "inherit", "each", "rounds", "start", "stages")
-"""Keys of a stage; the other keys it may hold are those of a recipe."""
+"""Keys of a stage; it may also have those of a recipe."""
 SETTABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run"))
 
 
@@ -38,12 +38,12 @@ class Stage:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Stages whose results it names."""
+        """Return the stages whose results it names."""
         return tuple(dict.fromkeys(name for word in self.words for name in REFERENCE.findall(word)))
 
 
 def parse(pipeline: Composition) -> list[Stage]:
-    """The stages as written, rounds unrolled.
+    """Parse the stages as written, rounds unrolled.
 
     Raises:
         RecipeError: every mistake in the section, in one message.
@@ -77,7 +77,7 @@ def parse(pipeline: Composition) -> list[Stage]:
 
 
 def in_order(stages: list[Stage], pipeline: Composition) -> list[Stage]:
-    """Stages after the ones they need, otherwise in the order they are written.
+    """Sort stages after the ones they need, otherwise in the order they are written.
 
     Raises:
         RecipeError: a stage that is not there, or stages that wait for each other.
@@ -113,7 +113,7 @@ def in_order(stages: list[Stage], pipeline: Composition) -> list[Stage]:
 
 
 def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple[KeyPath, str]]:
-    """What is wrong with the form of one stage."""
+    """Return what is wrong with the form of one stage."""
     if not NAME.fullmatch(name):
         return [(at, f"{dotted(at)}: a stage's name is letters, digits, _ and -, and starts with a letter")]
     if not isinstance(body, Mapping):
@@ -137,7 +137,7 @@ def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple
         if not isinstance(body["stages"], Mapping) or not body["stages"]:
             return [*found, (at, f"{dotted((*at, 'stages'))}: must be a mapping of stages; got {body['stages']!r}")]
         if "rounds" not in body:
-            found.append((at, f"{dotted(at)}: a group needs rounds: N; stages that run once stand under `stages` itself"))
+            found.append((at, f"{dotted(at)}: a group needs rounds: N; stages that run once belong under `stages` itself"))
         for key, value in body["stages"].items():
             found += _wrong(str(key), value, (*at, "stages", str(key)), inner=True)
     elif not isinstance(body.get("recipe"), str) and not any(key[-1] not in allowed for key, _ in found):
@@ -149,7 +149,7 @@ def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple
 
 
 def _wrong_step(body: Mapping[str, Any], at: KeyPath, inner: bool) -> list[tuple[KeyPath, str]]:
-    """What is wrong with the form of a step; its options are looked at when it is composed."""
+    """Return what is wrong with the form of a step; its options are checked when it is composed."""
     kind, known = body["kind"], registry.names("step")
     if kind not in known:
         near = did_you_mean(str(kind), known)
@@ -173,12 +173,12 @@ def _wrong_rounds(body: Mapping[str, Any], at: KeyPath) -> list[tuple[KeyPath, s
 
 
 def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage], dict[str, str], list[tuple[KeyPath, str]]]:
-    """A repeated stage or group: its stages round by round, the last round's name of each, mistakes."""
+    """Return the stages of a repeated stage or group round by round, the last round's name of each, and the mistakes."""
     inner = body["stages"] if "stages" in body else {name: {k: v for k, v in body.items() if k not in ("rounds", "start")}}
     start = body.get("start") or {}
     start = {name: start} if isinstance(start, str) and "stages" not in body else start
     if not isinstance(start, Mapping):
-        text = f"{dotted((*at, 'start'))}: must be a mapping stage -> what stands for its result in round 1; got {start!r}"
+        text = f"{dotted((*at, 'start'))}: must be a mapping stage -> what replaces its result in round 1; got {start!r}"
         return [], {}, [(at, text)]
     names = [str(n) for n in inner]
     unknown = [n for n in start if n not in names]
@@ -209,7 +209,7 @@ def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage
 
 
 def _stage(name: str, at: KeyPath, body: Mapping[str, Any], number: int = 1) -> Stage:
-    """A stage with its words: those of `with`, then its other keys."""
+    """Return a stage with its overrides: those of `with`, then its other keys."""
     if "kind" in body:
         words = [as_word((k,), v) for k, v in body.items() if k not in ("kind", "rounds", "start")]
         return Stage(name, at, str(body["kind"]), tuple(words), number, step=True)
@@ -223,6 +223,6 @@ def _renamed(stage: Stage, text: Callable[[str], str]) -> Stage:
 
 
 def place_of(pipeline: Composition, key: KeyPath) -> str:
-    """` [file:line]` (or the word of the command line) of a key of the pipeline's recipe."""
+    """Return ` [file:line]` (or the override) of a key of the pipeline's recipe."""
     origin = origin_of(pipeline.origins, key)
     return f" [{origin}]" if origin else ""

@@ -15,7 +15,7 @@ from llmrecipe.recipe.yaml_file import KeyPath, short
 
 @dataclass(frozen=True)
 class Origin:
-    """The file and line, the command-line word, or the default in the source that set a value."""
+    """The file and line, the override, or the default in the source that set a value."""
 
     kind: Literal["file", "override", "default"]
     file: Path | None = None
@@ -32,7 +32,7 @@ Origins = dict[KeyPath, Origin]
 
 
 def leaves(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Key path and value of everything in nested mappings that is not itself a mapping with keys."""
+    """Yield key path and value of everything in nested mappings that is not itself a non-empty mapping."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from leaves(inner, (*at, key))
@@ -41,7 +41,7 @@ def leaves(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def origin_of(origins: Mapping[KeyPath, Origin], key: KeyPath) -> Origin | None:
-    """Origin of a key: its own, that of the first value below it, or that of the nearest key above."""
+    """Return the origin of a key: its own, that of the first value below it, or that of the nearest key above."""
     if key in origins:
         return origins[key]
     below = [o for k, o in origins.items() if k[: len(key)] == key]
@@ -51,14 +51,14 @@ def origin_of(origins: Mapping[KeyPath, Origin], key: KeyPath) -> Origin | None:
 
 
 def forget(origins: Origins, key: KeyPath) -> None:
-    """Remove what is known of a key and everything below it."""
+    """Remove the origins of a key and of everything below it."""
     for known in [k for k in origins if k[: len(key)] == key]:
         del origins[known]
 
 
 @functools.cache
 def _schema_lines() -> dict[str, dict[str, int]]:
-    """Class -> field -> line, read from the schema's source."""
+    """Return class -> field -> line, read from the schema's source."""
     tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     return {
         node.name: {
@@ -72,7 +72,7 @@ def _schema_lines() -> dict[str, dict[str, int]]:
 
 
 def schema_origin(key: KeyPath) -> Origin:
-    """The line of the schema that gives a key its default."""
+    """Return the line of the schema that gives a key its default."""
     lines = _schema_lines()
     head, inner = str(key[0]), [str(k) for k in key[1:]]
     line = lines["Recipe"].get(head, 1)

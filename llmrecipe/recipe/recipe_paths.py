@@ -1,4 +1,4 @@
-"""Where recipes and presets lie: `./recipes` first, then the ones that came with the package."""
+"""Search paths of recipes and presets: `./recipes` first, then the ones that ship with the package."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from llmrecipe.recipe.yaml_file import short
 COMPONENT_GROUPS = ("objective", "stack", "optim", "schedule")
 """Groups whose options are registered components."""
 PRESET_GROUPS = ("model", "data", "optim", "schedule", "runtime")
-"""Groups whose options may be YAML files in a folder of that name beside the recipes."""
+"""Groups whose options may be YAML files in a folder of that name next to the recipes."""
 GROUPS = ("model", "data", "objective", "stack", "optim", "schedule", "runtime")
 """Every group a defaults list or `group=choice` can name."""
 
 
 @functools.cache
 def packaged() -> Path:
-    """The folder of recipes that came with the package: inside the wheel, or beside the package in a checkout."""
+    """Return the folder of recipes that ships with the package: inside the wheel, or next to the package in a checkout."""
     inside = ASSETS / "recipes"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
 
 def roots() -> list[Path]:
-    """Folders that are searched, in order."""
+    """Return the folders that are searched, in order."""
     folders = [Path.cwd() / "recipes", packaged()]
     unique = dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir())
     return list(unique)
 
 
 def recipes_in(root: Path) -> dict[str, Path]:
-    """`folder/stem` -> file for every recipe below a folder; preset groups are left out."""
+    """Return `folder/stem` -> file for every recipe below a folder; preset groups are left out."""
     found: dict[str, Path] = {}
     for path in sorted(root.rglob("*.y*ml")):
         relative = path.relative_to(root)
@@ -48,7 +48,7 @@ def recipes_in(root: Path) -> dict[str, Path]:
 
 
 def all_recipes() -> dict[str, Path]:
-    """Stem -> file of every recipe that can be named, the first folder of the search winning; `base` is not listed."""
+    """Return stem -> file of every recipe that can be named; earlier folders take precedence, and `base` is not listed."""
     found: dict[str, Path] = {}
     for root in roots():
         for path in recipes_in(root).values():
@@ -58,7 +58,7 @@ def all_recipes() -> dict[str, Path]:
 
 
 def presets(group: str) -> dict[str, Path]:
-    """Option -> file of a preset group over the search path."""
+    """Return option -> file of a preset group over the search path."""
     found: dict[str, Path] = {}
     if group in PRESET_GROUPS:
         for root in roots():
@@ -68,10 +68,10 @@ def presets(group: str) -> dict[str, Path]:
 
 
 def lookup(name: str, folders: list[Path], exclude: Path | None = None) -> Path | None:
-    """A recipe by stem or `folder/stem`; None where there is none.
+    """Find a recipe by stem or `folder/stem`; return None where there is none.
 
     Raises:
-        RecipeError: one folder holds several recipes of that stem.
+        RecipeError: one folder contains several recipes of that stem.
     """
     wanted = name.strip("/").removesuffix(".yaml")
     for folder in folders:
@@ -90,10 +90,10 @@ def lookup(name: str, folders: list[Path], exclude: Path | None = None) -> Path 
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file a `recipe=` word means: a path, a run directory, or a name in the search path.
+    """Find the file of `recipe=`: a path, a run directory, or a name in the search path.
 
     Raises:
-        RecipeError: nothing fits; the message gives the nearest names.
+        RecipeError: nothing matches; the message gives the nearest names.
     """
     text = os.path.expanduser(str(name))
     path = Path(text)

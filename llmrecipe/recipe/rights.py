@@ -1,7 +1,7 @@
-"""Rights a person gives to what is opened: to run Python code that comes with a checkpoint, and to read pickles.
+"""Rights that only the user gives to an artefact: to run Python code that comes with a checkpoint, and to read pickles.
 
-Only the person who opens something gives them: on the command line, in a recipe of their own, or as an argument of `load`. What
-is opened (a run, a stored stack, an adapter, a model folder) may name a right, and that changes nothing.
+Only the user who opens something gives them: on the command line, in a recipe of their own, or as an argument of `load`. An
+artefact (a run, a stored stack, an adapter, a model folder) may name a right, but that has no effect.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MARKS = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-"""Files by which the folder of a run, a search, an adapter or a model is known."""
+"""Files that identify the folder of a run, a search, an adapter or a model."""
 
 
 def is_artefact(path: Path) -> bool:
-    """Whether a file lies in the folder of a run, a search, an adapter or a model, at any depth, also behind a link."""
+    """Return whether a file is in the folder of a run, search, adapter or model, at any depth, symlinks resolved."""
     if path.parent.resolve().is_relative_to(packaged().resolve()):
         return False
     folders = {folder for place in (path.absolute(), path.resolve()) for folder in place.parents}
@@ -42,33 +42,33 @@ def is_artefact(path: Path) -> bool:
 
 
 def say(right: str) -> str:
-    """How a person gives a right."""
+    """Return how a user gives a right."""
     return f"set model.{right}=true (a step takes 'words=[\"model.{right}=true\"]', llmrecipe.load {right}=True)"
 
 
 def without_rights(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A model section without its rights."""
+    """Return a model section without its rights."""
     return {key: value for key, value in section.items() if key not in RIGHTS}
 
 
 def rights_of(section: ModelSection) -> dict[str, bool]:
-    """The rights a model section has."""
+    """Return the rights a model section has."""
     return {name: True for name in RIGHTS if getattr(section, name)}
 
 
 def words_of(section: ModelSection) -> list[str]:
-    """Words of the command line that give the rights of a model section again."""
+    """Return the overrides that give the rights of a model section again."""
     return [f"model.{name}=true" for name in rights_of(section)]
 
 
 def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> list[str]:
-    """Take out of a composed recipe the rights that come neither from a word nor from a file of the person, in place.
+    """Remove from a composed recipe, in place, the rights that come neither from an override nor from a file of the user.
 
     Args:
-        own: the person's files.
+        own: the user's files.
 
     Returns:
-        One line for every right that was taken out.
+        One line for every right that was removed.
     """
     from llmrecipe.recipe.provenance import schema_origin
 
@@ -81,8 +81,8 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
             continue
         where = f" [{origin}]" if origin and origin.kind == "file" else ""
         notes.append(
-            f"model.{name}: not taken from a recipe that lies in a run or beside a model{where}; where it is needed, and "
-            f"you trust what is opened, say it yourself: model.{name}=true"
+            f"model.{name}: ignored, because the recipe that sets it is in a run or next to a model{where}; if it is needed "
+            f"and you trust the source, set it yourself: model.{name}=true"
         )
         model[name] = False
         origins[at] = schema_origin(at)

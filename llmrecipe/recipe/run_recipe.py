@@ -1,6 +1,7 @@
-"""What stages take over from the recipe of their pipeline: `inherit: [model, data, steps]`.
+"""What stages inherit from the recipe of their pipeline: `inherit: [model, data, steps]`.
 
-Only what the pipeline's files or its command line set is taken over, so that a stage keeps its own recipe's values elsewhere.
+Only values that the pipeline's files or its command line set are inherited, so that a stage keeps its own recipe's values
+elsewhere.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")
 """Characters that Hydra reads in an unquoted key of a mapping."""
 COMPONENTS = ("objective", "optim", "schedule")
 INHERITABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run", "stack", "roles"))
-"""Keys of a recipe that a stage may take over. Its stack and its roles are its own."""
+"""Keys of a recipe that a stage may inherit. Its stack and its roles are its own."""
 
 
 def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[tuple[KeyPath, str]]]:
-    """A stage's body with the words for what it inherits put before its own, and mistakes.
+    """Return a stage's body with overrides for what it inherits placed before its own, and the mistakes.
 
     Args:
         body: a stage as written, or a group of stages.
-        pipeline: the recipe that holds it.
+        pipeline: the recipe that contains it.
         at: the stage's key path.
     """
     if not isinstance(body, Mapping):
@@ -54,7 +55,7 @@ def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[
 
 
 def inherited_keys(section: Any) -> set[str]:
-    """Every key that any stage inherits."""
+    """Return every key that any stage inherits."""
     if not isinstance(section, Mapping):
         return set()
     found = {k for k in section.get("inherit", []) if isinstance(k, str)} if isinstance(section.get("inherit"), list) else set()
@@ -62,7 +63,7 @@ def inherited_keys(section: Any) -> set[str]:
 
 
 def words_of(pipeline: Composition, key: str) -> list[str]:
-    """Words of the command line for what a recipe sets of one of its keys."""
+    """Return the overrides for what a recipe sets under one of its keys."""
     value = pipeline.mapping.get(key)
     if not isinstance(value, Mapping):
         return [as_word((key,), value)] if _is_set(pipeline, (key,)) else []
@@ -71,17 +72,17 @@ def words_of(pipeline: Composition, key: str) -> list[str]:
 
 
 def _is_set(pipeline: Composition, key: KeyPath) -> bool:
-    """Whether a file or a word gave the value, or one below it."""
+    """Return whether a file or an override set the value, or one below it."""
     return any(k[: len(key)] == key and origin.kind != "default" for k, origin in pipeline.origins.items())
 
 
 def as_word(key: KeyPath, value: Any) -> str:
-    """A value as a word of the command line."""
+    """Return a value as an override of the command line."""
     return f"{dotted(key)}={text_of(value)}"
 
 
 def text_of(value: Any) -> str:
-    """A value as the command line spells it."""
+    """Return a value as it is written on the command line."""
     if isinstance(value, str):
         # Backslashes count double where a quote follows, and only there.
         return '"' + QUOTED.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'

@@ -1,4 +1,4 @@
-"""The validated recipe: every top-level key, its type, its default and what it means.
+"""The validated recipe: every top-level key, its type, its default and its meaning.
 
 `Recipe` is what the rest of the package receives. Components (`objective`, each entry of `stack`, `optim`, `schedule`)
 stay mappings here; `recipe.validate` turns them into their registered classes.
@@ -67,7 +67,7 @@ class DataSection(Section):
     format: str = Field("auto", description="Row format; `auto` detects and prints it.")
     columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
     validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
-    test: str | Share | None = Field(None, description="Like validation; opened once, after training.")
+    test: str | Share | None = Field(None, description="Like validation; read once, after training.")
     max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
     truncation: Literal["drop", "keep_start", "truncate_prompt_left", "split", "error"] = Field(
         "drop", description="What happens to longer rows; `split` cuts plain text into consecutive rows."
@@ -89,7 +89,7 @@ class BatchSection(Section):
 
     size: PositiveInt = Field(8, description="Rows (or pairs) in one optimizer step, over all processes.")
     micro: PositiveInt | None = Field(None, description="Rows put through the model at once; default: as many as fit `size`.")
-    tokens: PositiveInt | None = Field(None, description="Cut micro-batches so that none holds more tokens than this.")
+    tokens: PositiveInt | None = Field(None, description="Cut micro-batches so that none has more tokens than this.")
 
 
 class RuntimeSection(Section):
@@ -104,14 +104,14 @@ class RuntimeSection(Section):
 class EvalSection(Section):
     """Validation, early stopping, best checkpoint and test."""
 
-    every: PositiveInt | None = Field(None, description="Evaluate every so many steps; default: at the start and the end.")
+    every: PositiveInt | None = Field(None, description="Steps between evaluations; default: at the start and the end.")
     at_start: bool = Field(True, description="Evaluate before the first step.")
-    batches: PositiveInt | None = Field(None, description="At most so many batches an evaluation, over all processes together.")
+    batches: PositiveInt | None = Field(None, description="Most batches per evaluation, over all processes together.")
     monitor: str = Field("eval/loss", description="Metric that decides which checkpoint is best.")
     mode: Literal["min", "max"] | None = Field(
         None, description="Whether a small or a large value is better; default: as the metric declares."
     )
-    patience: PositiveInt | None = Field(None, description="Stop after so many evaluations without improvement.")
+    patience: PositiveInt | None = Field(None, description="Stop after this many evaluations without improvement.")
     min_delta: float = Field(0.0, ge=0.0, description="Smallest change that counts as improvement.")
     load_best: bool = Field(True, description="End with the best checkpoint's weights rather than the last.")
     test: bool = Field(True, description="Score the test split once at the end, if there is one.")
@@ -124,13 +124,13 @@ class SaveSection(Section):
     """Checkpoints."""
 
     every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at the end and on a signal.")
-    keep: PositiveInt = Field(2, description="Newest checkpoints kept (the best one is kept besides).")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept (in addition to the best one).")
 
 
 class LogSection(Section):
     """What is shown and where it goes."""
 
-    every: PositiveInt = Field(1, description="Write a step event every so many steps.")
+    every: PositiveInt = Field(1, description="Steps between step events.")
     live: Literal["auto", "on", "off"] = Field("auto", description="Live display when a person watches, plain lines otherwise.")
     trackers: list[str] = Field(
         default_factory=list, description="Trackers to mirror events to (`llmrecipe list tracker`; each an optional extra)."
@@ -141,7 +141,7 @@ class RunSection(Section):
     """Where the run directory is."""
 
     dir: str | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
-    root: str = Field("runs", description="Folder that holds run directories.")
+    root: str = Field("runs", description="Folder that contains run directories.")
     name: str | None = Field(None, description="Name used in the path; default: the recipe's.")
     parallel: PositiveInt = Field(1, description="Stages of a pipeline that may run at once, GPUs and cores divided.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
@@ -183,7 +183,7 @@ class SearchSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _flat(cls, given: Any) -> Any:
-        """`optim: {lr: ...}` in the space is `optim.lr: ...`."""
+        """Flatten `optim: {lr: ...}` in the space to `optim.lr: ...`."""
         if not isinstance(given, dict) or not isinstance(given.get("space"), dict):
             return given
         return {**given, "space": _flat_space(given["space"])}
@@ -220,7 +220,7 @@ class Recipe(Section):
     log: LogSection = Field(default_factory=LogSection)
     run: RunSection = Field(default_factory=RunSection)
     seed: NonNegativeInt = 0
-    steps: NonNegativeInt | None = Field(None, description="Optimizer steps; wins over epochs.")
+    steps: NonNegativeInt | None = Field(None, description="Optimizer steps; takes precedence over epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the training rows.")
     batch: BatchSection = Field(default_factory=BatchSection)
     search: SearchSection | None = None

@@ -1,7 +1,7 @@
-"""Completing the components of a composed mapping: defaults of the chosen kind in, what was meant for a replaced one out.
+"""Completing the components of a composed mapping: add defaults of the chosen kind, remove stale overrides of a replaced one.
 
 A recipe that says `objective: {beta: 0.3}` for DPO leaves `beta` behind when the command line says `objective=sft`.
-Such a value is dropped with one line that says so. A value nobody knows stays, for validation to refuse.
+Such a value is dropped with a one-line notice. A key that no kind knows stays, for validation to refuse.
 A value is kept where the option means the same in both kinds: same name, type and default (`clip` of two optimizers,
 but not the learning rate of AdamW for Lion).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrecipe.core import registry
-from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.overrides import Word, chosen
 from llmrecipe.recipe.provenance import Origin, Origins, forget, origin_of
 from llmrecipe.recipe.recipe_paths import presets
@@ -19,9 +19,9 @@ from llmrecipe.recipe.yaml_file import KeyPath, dotted, read_yaml
 
 
 class Cleaner:
-    """Works on one composed mapping in place; `notes` collects a line for everything dropped."""
+    """Completes one composed mapping in place; `notes` collects a line for everything dropped."""
 
-    def __init__(self, mapping: dict[str, Any], origins: Origins, chain: Chain, words: list[Word]):
+    def __init__(self, mapping: dict[str, Any], origins: Origins, chain: DefaultsChain, words: list[Word]):
         self.mapping = mapping
         self.origins = origins
         self.chain = chain
@@ -48,7 +48,7 @@ class Cleaner:
                     stack[name] = self._complete("stack", entry, ("stack", name))
 
     def _order(self, stack: dict[str, Any]) -> None:
-        """Entries in the order of the chosen list, further ones after them as they were added."""
+        """Sort the entries in the order of the chosen list, further ones after them in the order they were added."""
         word = self.choices.get("stack")
         order = list(word.value) if word else list(self.chain.choice(self.chain.primary.id, "stack") or [])
         entries = {name: stack[name] for name in [*(n for n in order if n in stack), *(n for n in stack if n not in order)]}
@@ -64,7 +64,7 @@ class Cleaner:
         return [o for key, o in self.origins.items() if key[: len(at)] == at]
 
     def _left_behind(self, name: str, entry: Any) -> bool:
-        """Whether a stack entry is what remains of a method that an override, or a recipe further down, took out."""
+        """Return whether a stack entry is left over from a method that an override, or an inheriting recipe, removed."""
         word = self.choices.get("stack")
         below = self._below(("stack", name))
         if any(o.kind == "override" for o in below):
@@ -76,7 +76,7 @@ class Cleaner:
         return any(name in (self._believed(o, "stack") or []) for o in below)
 
     def _believed(self, origin: Origin, group: str) -> Any:
-        """What the file that set a value took the group's choice to be."""
+        """Return the group's choice as seen by the file that set a value."""
         link = next((k for k in self.chain.links.values() if k.source.path == origin.file), None)
         return self.chain.choice(link.id, group) if link else None
 
@@ -116,7 +116,7 @@ class Cleaner:
         return any(o.kind != "default" for o in self._below(key)) or (origin is not None and origin.kind != "default")
 
     def _old_kind(self, group: str, at: KeyPath, option: str, kind: str) -> str | None:
-        """The replaced kind a value was meant for: its file chose that kind, which knows the option."""
+        """Return the replaced kind a value was meant for: its file chose that kind, which has the option."""
         origin = origin_of(self.origins, (*at, option))
         if origin is None or origin.kind != "file":
             return None

@@ -1,11 +1,11 @@
-"""Steps as they are written: a kind and its options, in a stage of a pipeline or as words of the command line.
+"""Steps as they are written: a kind and its options, in a stage of a pipeline or as overrides on the command line.
 
     stages:
       rows: {kind: generate, model: "${stage:sft}", prompts: "builtin:prompts", n: 2, seed: 3}
 
     llmrecipe step generate model=runs/... prompts=builtin:prompts n=2 seed=3 run.dir=rows
 
-The fields of the registered class are the options. Beside them stand `seed`, and on the command line the sections `run` and
+The fields of the registered class are the options; in addition there are `seed`, and on the command line the sections `run` and
 `log` of a recipe.
 """
 
@@ -26,30 +26,30 @@ from llmrecipe.recipe.schema import LogSection, RunSection, Section
 
 GROUP = "step"
 RESULTS = ("model", "rows", "metrics")
-"""What a stage may leave for others; a training leaves a model."""
+"""Kinds of result that a stage may produce for others; a training produces a model."""
 
 
 class Buildable(Protocol):
-    """What the recipe layer asks of a built step (see the interface `Step`)."""
+    """What the recipe layer needs of a built step (see the interface `Step`)."""
 
     def check(self, where: str) -> None:
         """Refuse what would stop it, before anything starts."""
 
     def stands_on(self) -> Mapping[str, Any]:
-        """Return JSON its result follows from besides its options."""
+        """Return JSON of what its result depends on in addition to its options."""
 
     def example(self) -> Mapping[str, Sequence[dict[str, Any]]]:
-        """Return rows like those it will leave."""
+        """Return example rows like those it will write."""
 
     def model(self) -> Mapping[str, Any]:
-        """Return the `model` section that what it leaves starts from."""
+        """Return the `model` section that its result is based on."""
 
     def run(self, work: Any) -> dict[str, Any]:
-        """Do it; returns its metrics."""
+        """Run the step and return its metrics."""
 
 
 class Frame(Section):
-    """What every step has besides its own options."""
+    """What every step has in addition to its own options."""
 
     seed: int = 0
     run: RunSection = RunSection()
@@ -65,7 +65,7 @@ class StepComposition:
 
     kind: str
     overrides: list[str]
-    """Its words."""
+    """Its overrides."""
     mapping: dict[str, Any]
     """kind, seed and every option, defaults included."""
     frame: Frame
@@ -73,33 +73,33 @@ class StepComposition:
 
     @property
     def gives(self) -> str:
-        """What it leaves: one of `RESULTS`."""
+        """Return the kind of its result: one of `RESULTS`."""
         return gives(self.kind)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its own options."""
+        """Return the step's own options."""
         return {k: v for k, v in self.mapping.items() if k not in ("kind", "seed")}
 
     def key(self, keys: Mapping[str, str]) -> str:
-        """The key of its result (see `content_key`).
+        """Return the key of its result (see `content_key`).
 
         Raises:
-            RecipeError: it refuses its options, or a recipe it names is wrong.
+            RecipeError: the step refuses its options, or a recipe it names is wrong.
         """
         return content_key({**self.mapping, **self.build().stands_on()}, keys, named=tuple(needs(self.kind)))
 
     @property
     def dir(self) -> Path:
-        """`run.dir`, or a folder named after the key: the same words find what they have left."""
+        """Return `run.dir`, or a folder named after the key, so that the same overrides find their earlier result."""
         run = self.frame.run
         return Path(run.dir) if run.dir is not None else Path(run.root) / (run.name or self.kind) / self.key({})
 
     def build(self, where: str | None = None) -> Buildable:
-        """The step itself.
+        """Build the step.
 
         Raises:
-            RecipeError: it refuses its options.
+            RecipeError: the step refuses its options.
         """
         from llmrecipe.recipe.validate import build
 
@@ -107,22 +107,22 @@ class StepComposition:
 
 
 def gives(kind: str) -> str:
-    """What a kind of step leaves."""
+    """Return the kind of result of a kind of step."""
     return str(registry.spec(GROUP, kind).facts.get("gives") or "metrics")
 
 
 def result(kind: str) -> str:
-    """The folder within a step's own that its result lies in."""
+    """Return the folder, within a step's own, that contains its result."""
     return str(registry.spec(GROUP, kind).facts.get("result") or "")
 
 
 def needs(kind: str) -> dict[str, str]:
-    """Options of a kind that may name another stage's result -> what that result must be."""
+    """Return the options of a kind that may name another stage's result -> what that result must be."""
     return dict(registry.spec(GROUP, kind).facts.get("needs") or {})
 
 
 def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
-    """Validate the words of a step.
+    """Validate the overrides of a step.
 
     Raises:
         RecipeError: everything that is wrong, in one message.
@@ -157,5 +157,5 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
 
 
 def unfinished(value: Any) -> bool:
-    """Whether a text names the result of a stage that is not there yet (`${stage:x}`)."""
+    """Return whether a text names the result of an unfinished stage (`${stage:x}`)."""
     return isinstance(value, str) and REFERENCE.search(value) is not None

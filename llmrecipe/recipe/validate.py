@@ -1,7 +1,7 @@
 """From a composed mapping to the validated `Recipe`, and from that to objects.
 
 Every mistake of a recipe is found in one pass and listed together: the key's path, what was given, what is allowed,
-the nearest spelling, and the file and line (or the word of the command line) that set it. Nothing here imports
+the nearest spelling, and the file and line (or the override) that set it. Nothing here imports
 torch except `instantiate`.
 """
 
@@ -88,7 +88,7 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
 
 
 def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Validated options of one component (`kind` included), without importing it.
+    """Return the validated options of one component (`kind` included), without importing it.
 
     Raises:
         RecipeError: every mistake in it, one line each.
@@ -100,7 +100,7 @@ def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str
 
 
 def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = ()) -> tuple[dict[str, Any], list[Mistake]]:
-    """The options of a component with defaults filled in, and what is wrong with them."""
+    """Return the options of a component with defaults filled in, and what is wrong with them."""
     if not isinstance(body, Mapping):
         return {}, [Mistake(at, f"must be a mapping with a kind, such as {{kind: {_example(group)}}}; got {show(body)}")]
     kind = body.get("kind")
@@ -123,7 +123,7 @@ def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = 
 
 
 def not_finite(value: Any, at: KeyPath = ()) -> list[Mistake]:
-    """Every NaN and infinity at any depth: no option has such a value, not even one of free form."""
+    """Return a mistake for every NaN and infinity at any depth: no option allows them, not even a free-form one."""
     if isinstance(value, Mapping):
         return [mistake for key, inner in value.items() for mistake in not_finite(inner, (*at, str(key)))]
     if isinstance(value, list | tuple):
@@ -134,7 +134,7 @@ def not_finite(value: Any, at: KeyPath = ()) -> list[Mistake]:
 
 
 def joined(endless: list[Mistake], mistakes: list[Mistake]) -> list[Mistake]:
-    """Both lists, each value reported once: as precisely as its type can, at the place where it stands."""
+    """Merge both lists so that each value is reported once: as precisely as its type can, at its own key."""
     keys = {mistake.key for mistake in mistakes}
     deeper = [e for e in endless if e.key not in keys]
     return [m for m in mistakes if not any(e.key[: len(m.key)] == m.key for e in deeper)] + deeper
@@ -157,7 +157,7 @@ def _no_kind(group: str, at: KeyPath, others: Sequence[str]) -> str:
 
 
 def check_stack(stack: Mapping[str, Any]) -> list[Mistake]:
-    """What the declared facts of the kinds forbid: conflicts, missing companions, two update rules."""
+    """Return what the declarations of the kinds forbid: conflicts, missing requirements, two update rules."""
     entries = {str(name): body.get("kind") for name, body in stack.items() if isinstance(body, Mapping)}
     known = {name: registry.spec("stack", kind) for name, kind in entries.items() if kind in registry.names("stack")}
     mistakes: list[Mistake] = []
@@ -177,7 +177,7 @@ def check_stack(stack: Mapping[str, Any]) -> list[Mistake]:
                 mistakes.append(Mistake(("stack", name), f"{spec.name} needs {kind} in the stack too"))
     rules = [name for name, spec in known.items() if str(spec.facts.get("stage")).endswith("RULE")]
     if len(rules) > 1:
-        mistakes.append(Mistake(("stack", rules[1]), f"{' and '.join(rules)} both replace how an update is made; keep one"))
+        mistakes.append(Mistake(("stack", rules[1]), f"{' and '.join(rules)} both replace the update rule; keep one"))
     return mistakes
 
 
@@ -193,10 +193,10 @@ def instantiate(recipe: Recipe) -> Parts:
 
 
 def build(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
-    """The object of one component from its validated options.
+    """Build the object of one component from its validated options.
 
     Raises:
-        RecipeError: it refuses them.
+        RecipeError: the component refuses them.
     """
     kind = str(body["kind"])
     options = {key: value for key, value in body.items() if key != "kind"}
@@ -218,7 +218,7 @@ def _json(value: Any) -> str:
 def _unset(mapping: Mapping[str, Any]) -> list[Mistake]:
     from llmrecipe.recipe.provenance import leaves
 
-    text = "the recipe leaves this open; set it here or on the command line: KEY=VALUE"
+    text = "the recipe requires a value here; set it in a recipe or on the command line: KEY=VALUE"
     return [Mistake(key, text) for key, value in leaves(mapping) if value == MISSING]
 
 
@@ -226,7 +226,7 @@ def _unset(mapping: Mapping[str, Any]) -> list[Mistake]:
 
 
 def report(mistakes: list[Mistake], origins: Mapping[KeyPath, Origin]) -> str:
-    """The message for a list of mistakes, in the order of their keys' first appearance."""
+    """Return the message for a list of mistakes, in the order of their keys' first appearance."""
     lines: list[str] = []
     for mistake in mistakes:
         origin = origin_of(origins, mistake.key) if origins else None
@@ -240,7 +240,7 @@ def report(mistakes: list[Mistake], origins: Mapping[KeyPath, Origin]) -> str:
 def translate(
     error: ValidationError, given: Mapping[str, Any], model: type[BaseModel], at: KeyPath, owner: str = ""
 ) -> list[Mistake]:
-    """Pydantic's errors in this project's words; the branches of a union become one line."""
+    """Translate Pydantic's errors into this project's messages; the branches of a union become one line."""
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors():
         key = _given_path(detail, given)
@@ -260,7 +260,7 @@ def translate(
 
 
 def _given_path(detail: ErrorDetails, given: Any) -> KeyPath:
-    """The part of an error's location that stands in what was given; the rest names branches of a union."""
+    """Return the part of an error's location that exists in the given value; the rest names branches of a union."""
     node = given
     path: list[str | int] = []
     for part in detail["loc"]:
@@ -300,7 +300,7 @@ def _unknown_key(model: type[BaseModel], key: KeyPath, owner: str) -> str:
 
 @functools.cache
 def _homes() -> dict[str, str]:
-    """Key -> where it lives, for keys that are written at the wrong place."""
+    """Return key -> its key path, for keys that are written in the wrong section."""
     found: dict[str, str] = {}
     for section, field in Recipe.model_fields.items():
         inner = field.annotation
@@ -363,7 +363,7 @@ def _wanted(detail: ErrorDetails) -> str:
 
 
 def _hint(details: list[ErrorDetails], value: Any) -> str:
-    """What the writer most likely meant."""
+    """Return a hint at what the user most likely meant."""
     kinds = {d["type"] for d in details}
     for detail in details:
         if detail["type"] == "literal_error" and isinstance(value, str):
@@ -381,7 +381,7 @@ def _hint(details: list[ErrorDetails], value: Any) -> str:
     if isinstance(value, int | float) and kinds == {"string_type"}:
         return "; put it in quotes: '\"...\"' on the command line"
     if value is None:
-        return " (nothing stands behind the colon); remove the line to take the default"
+        return " (there is nothing after the colon); remove the line to use the default"
     return ""
 
 
@@ -394,6 +394,6 @@ def _is_number(text: str) -> bool:
 
 
 def show(value: Any) -> str:
-    """A given value as it looks in YAML, short."""
+    """Return a given value as it looks in YAML, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

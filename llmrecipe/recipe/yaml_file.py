@@ -1,8 +1,7 @@
-"""Reading one YAML file so that every value keeps its line.
+"""Reading one YAML file and recording the line of every value.
 
-Scalars follow YAML 1.2 with two comforts: `1e-5` is a number, `1_000` is a number. `yes`, `no`, `on`, `off`, `010`,
-`1:30` and dates stay text (YAML 1.1 turns them into booleans, octals, base-60 numbers and dates behind the writer's
-back). A repeated key is an error.
+Scalars follow YAML 1.2 with two additions: `1e-5` and `1_000` are numbers. `yes`, `no`, `on`, `off`, `010`, `1:30` and dates
+stay text (YAML 1.1 silently turns them into booleans, octals, base-60 numbers and dates). A repeated key is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class YamlFile:
     """Line (from 1) of every key and list entry."""
 
     def where(self, *key: str | int) -> str:
-        """`file:line` of a key, or of the nearest key above it."""
+        """Return `file:line` of a key, or of the nearest key above it."""
         for length in range(len(key), -1, -1):
             if key[:length] in self.lines:
                 return f"{short(self.path)}:{self.lines[key[:length]]}"
@@ -61,12 +60,12 @@ _resolve("merge", r"^<<$", "<")
 
 
 def dotted(key: KeyPath) -> str:
-    """A key path as it is written on the command line."""
+    """Return a key path as it is written on the command line."""
     return ".".join(map(str, key))
 
 
 def short(path: Path) -> str:
-    """A path as a person would type it: relative to the working directory where it lies below it."""
+    """Return a path as a person would type it: relative to the working directory where it is below it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -149,7 +148,7 @@ def _yaml_message(path: Path, text: str, error: yaml.YAMLError) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text the reader above, or a YAML 1.1 reader, would take for something else."""
+    """SafeDumper that quotes every string that the reader above, or a YAML 1.1 reader, would parse as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -161,5 +160,5 @@ for _first, _rules in _Loader.yaml_implicit_resolvers.items():
 
 
 def write_yaml(value: dict[str, Any]) -> str:
-    """YAML text that `read_yaml` reads back as the same value."""
+    """Return YAML text that `read_yaml` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

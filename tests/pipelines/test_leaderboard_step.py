@@ -15,7 +15,7 @@ from llmrecipe.pipelines import run_stages
 from llmrecipe.pipelines.steps.leaderboard import Leaderboard
 from llmrecipe.pipelines.steps.run_step import run
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.inheritance import Chain
+from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.pipeline_plan import plan
 from llmrecipe.recipe.pipeline_spec import Stage, parse
 from llmrecipe.recipe.recipe_paths import find_recipe
@@ -107,7 +107,7 @@ def stages_of(recipe: str, *words: str) -> dict[str, Stage]:
 
 def chosen(recipe: str, group: str) -> Any:
     """The component that a recipe's defaults list chooses."""
-    chain = Chain(find_recipe(recipe))
+    chain = DefaultsChain(find_recipe(recipe))
     return chain.choice(chain.primary.id, group)
 
 

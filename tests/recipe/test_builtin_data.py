@@ -34,7 +34,7 @@ def test_no_packaged_recipe_keeps_built_in_data_beside_a_path_of_ones_own(name: 
     if not composition.recipe.stages:
         assert not builtin_values(composition.mapping)
     elif name in SAY_IT_TO_A_STAGE:
-        with pytest.raises(RecipeError, match="a pipeline has no data of its own; say it to a stage"):
+        with pytest.raises(RecipeError, match="a pipeline has no data of its own; set it for a stage"):
             plan(composition)
     else:
         assert not [v for stage in plan(composition).stages for v in builtin_values(stage.mapping)]

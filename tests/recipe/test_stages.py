@@ -176,10 +176,10 @@ stages:
         ("{a: {kind: generate, model: tiny, prompts: x, n: two}}", "stages.a.n: must be a whole number"),
         ("{a: {kind: generate, recipe: sft}}", "stages.a.recipe: a step has no key 'recipe'"),
         ('{a: {recipe: sft}, b: {kind: generate, model: tiny, prompts: "${stage:a}"}}',
-         "stages.b.prompts: ${stage:a} leaves model, and rows are wanted here"),
+         "stages.b.prompts: ${stage:a} produces model, but rows are expected here"),
         ('{a: {kind: generate, model: tiny, prompts: x}, b: {recipe: sft, with: ["model.path=${stage:a}"]}}',
-         "stages.b.model.path: ${stage:a} leaves rows, and model is wanted here"),
-        ('{a: {recipe: sft}, b: {recipe: sft, with: ["data.path=${stage:a}"]}}', "stages.b.data.path: ${stage:a} leaves model"),
+         "stages.b.model.path: ${stage:a} produces rows, but model is expected here"),
+        ('{a: {recipe: sft}, b: {recipe: sft, with: ["data.path=${stage:a}"]}}', "stages.b.data.path: ${stage:a} produces model"),
     ],
 )  # fmt: skip
 def test_a_wrong_step_is_named_with_what_is_allowed(project: Project, body: str, told: str) -> None:

@@ -150,7 +150,7 @@ def test_half_a_key_is_not_accepted_but_understood(half: str, full: str) -> None
         ("model: {compile: yes}", "must be true or false; got 'yes'; write true"),
         ("model: {compile: 1}", "must be true or false; got 1"),
         ("model: {path: 3}", "must be text; got 3; put it in quotes"),
-        ("model: {path: }", "must be text; got null (nothing stands behind the colon)"),
+        ("model: {path: }", "must be text; got null (there is nothing after the colon)"),
         ("seed: 010", "must be a whole number; got '010'"),
         ("seed: -1", "must be >= 0; got -1"),
         ("seed: 1.5", "must be a whole number; got 1.5"),
@@ -165,7 +165,7 @@ def test_half_a_key_is_not_accepted_but_understood(half: str, full: str) -> None
         ("data: [a]", "must be a mapping"),
         ("stack: [lora]", "must be a mapping"),
         ("objective: dpo", "must be a mapping with a kind"),
-        ("data: {path: '???'}", "the recipe leaves this open"),
+        ("data: {path: '???'}", "the recipe requires a value here"),
     ],
 )
 def test_a_wrong_value_says_what_is_allowed(project: Project, section: str, expected: str) -> None:
@@ -197,7 +197,7 @@ def test_a_plugin_is_known_only_where_a_recipe_names_it(project: Project, madeup
     [
         ("[alpha, beta]", "alpha and beta cannot share a stack: both rewrite the same weights"),
         ("[beta, alpha]", "cannot share a stack"),
-        ("[rule_one, rule_two]", "rule_one and rule_two both replace how an update is made"),
+        ("[rule_one, rule_two]", "rule_one and rule_two both replace the update rule"),
         ("[gamma]", "gamma needs alpha in the stack too"),
         ("[alpha, gamma]", "stack.gamma.needed: must be given"),
     ],
