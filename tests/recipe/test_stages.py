@@ -179,7 +179,7 @@ stages:
          "stages.b.prompts: ${stage:a} produces model, but rows are expected here"),
         ('{a: {kind: generate, model: tiny, prompts: x}, b: {recipe: sft, with: ["model.path=${stage:a}"]}}',
          "stages.b.model.path: ${stage:a} produces rows, but model is expected here"),
-        ('{a: {recipe: sft}, b: {recipe: sft, with: ["data.path=${stage:a}"]}}', "stages.b.data.path: ${stage:a} produces model"),
+        ('{a: {recipe: sft}, b: {recipe: sft, with: ["data.path=${stage:a}"]}}', "stages.b.data.path: ${stage:a} produces"),
     ],
 )  # fmt: skip
 def test_a_wrong_step_is_named_with_what_is_allowed(project: Project, body: str, told: str) -> None:
