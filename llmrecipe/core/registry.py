@@ -45,6 +45,7 @@ INTERFACES = {
     "Tracker": "tracker",
     "DataFormat": "format",
     "RowType": "row_type",
+    "Family": "family",
 }
 """Interface a component inherits -> the group its name is registered in."""
 

@@ -1,4 +1,4 @@
-"""Inference of a family row from module names, for families the table does not list.
+"""Inference of the names of parts from module names, for models of no registered family.
 
 Block lists are the outermost lists of like modules that hold attention; roles follow from the usual names of projections.
 A fused projection found this way is offered as a whole only: which of its rows are queries cannot be told from a name.
@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from llmrecipe.models.families import Family
+from llmrecipe.models.part_names import PartNames
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
@@ -58,8 +58,8 @@ def is_rotary(module: nn.Module) -> bool:
     return "Rotary" in type(module).__name__
 
 
-def infer(model: nn.Module) -> Family | None:
-    """A family row read off the names of a model's modules, or None where no block list is found."""
+def infer(model: nn.Module) -> PartNames | None:
+    """Return the names of a model's parts read off its modules, or None where no block list is found."""
     stacks = _block_lists(model)
     if not stacks:
         return None
@@ -79,7 +79,7 @@ def infer(model: nn.Module) -> Family | None:
             break
     top["embed.position"] = " | ".join(POSITIONS)
     only_after = "norm.attn_post" in layer and "norm.attn" not in layer
-    return Family(stacks, layer, top, pre_norm="norm.final" in top and not only_after)
+    return PartNames(stacks, layer, top, pre_norm="norm.final" in top and not only_after)
 
 
 def _block_lists(model: nn.Module) -> dict[str, str]:

@@ -9,8 +9,9 @@ from torch import nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.anatomy import Anatomy
-from llmrecipe.models.families import FAMILIES, Family
+from llmrecipe.models.family import part_names_of
 from llmrecipe.models.infer_family import infer, is_rotary
+from llmrecipe.models.part_names import PartNames
 from llmrecipe.models.site import Site
 
 PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up"), "attn.kv": ("attn.k", "attn.v")}
@@ -27,7 +28,7 @@ def build(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
     if whole is None:
         raise ModelError(f"{type(model).__name__} is not a Transformers model: it has no config")
     config = whole.get_text_config()
-    family, source = FAMILIES.get(config.model_type), "family"
+    family, source = part_names_of(config.model_type), "family"
     if family is None or not _stacks(model, family):
         family, source = infer(model), "inference"
     if by_hand:
@@ -90,7 +91,7 @@ def _interleave(sizes: tuple[int, ...], heads: int, width: int) -> list[tuple[in
     ]
 
 
-def _stacks(model: nn.Module, family: Family) -> dict[str, str]:
+def _stacks(model: nn.Module, family: PartNames) -> dict[str, str]:
     """Side -> full path of its block list. Text stacks win over picture or audio stacks of the same name."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found: dict[str, str] = {}
@@ -102,16 +103,16 @@ def _stacks(model: nn.Module, family: Family) -> dict[str, str]:
     return found
 
 
-def _by_hand(family: Family | None, names: dict[str, str]) -> Family:
+def _by_hand(family: PartNames | None, names: dict[str, str]) -> PartNames:
     layers = dict(names)
     stacks = dict(family.stacks) if family else {}
     for key in ("layers", "encoder.layers", "decoder.layers"):
         if key in layers:
             stacks["encoder" if key.startswith("encoder") else "decoder"] = layers.pop(key)
     top = {role: "/" + layers.pop(role) for role in list(layers) if role in ("norm.final", "norm.embed", "embed.position")}
-    base = family or Family(stacks={}, layer={})
+    base = family or PartNames(stacks={}, layer={})
     fused = {role: layout for role, layout in base.fused.items() if role not in layers}
-    return Family(
+    return PartNames(
         stacks, base.layer | layers, base.top | top, fused, pre_norm=base.pre_norm, parallel=base.parallel, causal=base.causal
     )
 
@@ -144,7 +145,7 @@ def widths(module: nn.Module, default: int) -> tuple[int, int, bool]:
     return default, default, False
 
 
-def _stack_sites(model: nn.Module, side: str, path: str, family: Family, shape: _Shape) -> Iterator[Site]:
+def _stack_sites(model: nn.Module, side: str, path: str, family: PartNames, shape: _Shape) -> Iterator[Site]:
     for index, block in enumerate(model.get_submodule(path).children()):
         home = f"{path}.{index}"
         yield Site(home, "block", index, block, side, shape.width, shape.width)
@@ -178,7 +179,7 @@ def _expert_sites(path: str, layer: int, module: nn.Module, side: str, shape: _S
         yield Site(path, "experts", layer, module, side, wide_in, wide_out, transposed, tensor=tensor, experts=count)
 
 
-def _top_sites(model: nn.Module, family: Family, stacks: dict[str, str], shape: _Shape) -> Iterator[Site]:
+def _top_sites(model: nn.Module, family: PartNames, stacks: dict[str, str], shape: _Shape) -> Iterator[Site]:
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     main = "decoder" if "decoder" in stacks else next(iter(stacks))
 
@@ -220,7 +221,7 @@ def _flag(rule: bool | str, config: Any) -> bool:
     return bool(getattr(config, rule, False)) if isinstance(rule, str) else rule
 
 
-def _summary(model: nn.Module, config: Any, family: Family, source: str, sites: list[Site], shape: _Shape) -> Anatomy:
+def _summary(model: nn.Module, config: Any, family: PartNames, source: str, sites: list[Site], shape: _Shape) -> Anatomy:
     main = "decoder" if any(s.role == "block" and s.side == "decoder" for s in sites) else "encoder"
     attention = next(s.module for s in sites if s.role == "attn" and s.side == main)
     down = [s for s in sites if s.role == "mlp.down"] or [s for s in sites if s.tensor == "down_proj"]

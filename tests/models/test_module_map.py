@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.models import families, site_finder
+from llmrecipe.models import site_finder
+from llmrecipe.models.family import part_names_of
 from llmrecipe.models.module_map import anatomy, name_by_hand
 from tests.models.configs import FAMILIES, tiny
 
@@ -329,13 +330,13 @@ def test_inference_finds_what_the_table_says(family: str, monkeypatch: pytest.Mo
     model = tiny(family)
     roles = ("block", "attn", "cross", "mlp", "experts", "router", "embed", "head", "norm.final")
     known = {(s.role, s.path) for s in anatomy(model).sites if s.rows is None and s.role.startswith(roles)}
-    monkeypatch.setattr(site_finder, "FAMILIES", {})
+    row = part_names_of(model.config.model_type)
+    monkeypatch.setattr(site_finder, "part_names_of", lambda model_type: None)
     inferred = site_finder.build(model)
     assert inferred.source == "inference"
     found = {(s.role, s.path) for s in inferred.sites}
     assert {pair for pair in known if not pair[0].startswith("embed.")} - found == set()
-    row = families.FAMILIES[family]
-    assert inferred.causal == row.causal
+    assert row is not None and inferred.causal == row.causal
 
 
 def test_anatomy_by_hand() -> None:
