@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> int:
         return Interrupted.exit_code
     except BrokenPipeError:
         # The reader of a pipe has left (`llmrecipe list | head`); nothing is wrong, and nothing more can be written.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except Exception as error:
         return _other(error, arguments)

@@ -80,7 +80,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")
-    rows = spec.facts.get("rows") or registry.load("objective", kind).rows  # type: ignore[attr-defined]
+    rows = spec.facts.get("rows") or registry.load("objective", kind).rows
     default = spec.options["mask"].default if "mask" in spec.options else spec.facts.get("mask")
     mask = recipe.objective.get("mask") or default or "completion"
     base, saved, folder = resolve(recipe.model)

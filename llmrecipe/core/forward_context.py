@@ -8,7 +8,7 @@ did the first time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class Layout:
     segments: tuple[Segment, ...]
     rows: int
     columns: int
-    cache: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Cache of masks and indices that are derived once per batch."""
 
 

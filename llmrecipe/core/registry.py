@@ -118,7 +118,7 @@ class Spec:
 
 def options(cls: T) -> T:
     """Turn a class into a mixin of options: a component that inherits it has them, and may add to or change them."""
-    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
+    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value]
 
 
 def _plain(value: Any) -> Any:
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 def register(cls: T) -> T:
     """Turn a component into its own config: a keyword-only, frozen Pydantic dataclass that forbids unknown keys."""
-    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value,call-overload]
+    return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value]
 
 
 _plugins: list[tuple[str, Path]] = []
@@ -244,10 +244,11 @@ def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[st
             try:
                 facts[item.target.id] = ast.literal_eval(item.value) if item.value else None
             except ValueError:
-                facts[item.target.id] = ast.unparse(item.value)  # type: ignore[arg-type]
+                facts[item.target.id] = ast.unparse(item.value) if item.value else None
             continue
-        is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        doc = inspect.cleandoc(str(following.value.value)) if is_doc else ""  # type: ignore[union-attr]
+        doc = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            doc = inspect.cleandoc(str(following.value.value))
         try:
             annotation = eval(text, dict(scope))
             default = ... if item.value is None else eval(ast.unparse(item.value), dict(scope))

@@ -173,7 +173,7 @@ class _Batch:
     def column(self, name: str) -> list[Any]:
         """One column as Python values."""
         if name in self.scalars:
-            return self.scalars[name].to_pylist()  # type: ignore[no-any-return]
+            return self.scalars[name].to_pylist()
         offsets, values, _ = self.lists[name]
         return [values[start:end].tolist() for start, end in pairwise(offsets)]
 

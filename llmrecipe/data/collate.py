@@ -233,8 +233,9 @@ def _targets(
     s: Sequence, index: int, start: int, before: int | None, source: list[int], target: list[int], owner: list[int]
 ) -> None:
     for i, (token, trained) in enumerate(zip(s.ids, s.trained, strict=True)):
-        if not trained or (i == 0 and before is None):
+        previous = start + i - 1 if i else before
+        if not trained or previous is None:
             continue
-        source.append(start + i - 1 if i else before)  # type: ignore[arg-type]
+        source.append(previous)
         target.append(token)
         owner.append(index)

@@ -42,7 +42,7 @@ def pieces(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: bool =
         found[name] = []
         for (flag, _), run in groupby(zip(keys, ids), key=lambda pair: pair[0]):
             part = [token for _, token in run]
-            found[name].append(Piece(part, tokenizer.decode(part), bool(flag)))
+            found[name].append(Piece(part, str(tokenizer.decode(part)), bool(flag)))
     return found
 
 

@@ -16,20 +16,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.engine.sampling import Picker, Sampling
 from llmrecipe.models import kv_cache
 
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 FREE = 4
 """Slots over free slots at which prompts are taken in: a pass over one prompt costs as much time as a step of the batch."""
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """A prompt that waits for its answer."""
 
     index: int
@@ -72,7 +76,7 @@ class Slots:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, sampling: Sampling, picker: Picker, ends: Sequence[int], context: Context
+        self, model: LanguageModel, tokenizer: Any, sampling: Sampling, picker: Picker, ends: Sequence[int], context: Context
     ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.picker, self.ends, self.context = picker, frozenset(ends), context
@@ -141,13 +145,14 @@ class Slots:
     def _forward(self, ids: Tensor, cache: Any, starts: list[int], own: Context, first: bool) -> Tensor:
         """(R, V) logits behind the last column."""
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self.last_only}
-        mask: Tensor = own.attention_mask  # type: ignore[assignment]
+        mask = own.attention_mask
+        assert mask is not None, "rows of one batch are padded"
         if self.told:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         # As in Transformers' own loop: without padding there is no mask, which leaves the faster kernels open.
         inputs["attention_mask"] = mask if any(starts) else None
         with activate(own):
-            ready = self.model.prepare_inputs_for_generation(  # type: ignore[operator]
+            ready = self.model.prepare_inputs_for_generation(
                 ids, next_sequence_length=ids.shape[1], is_first_iteration=first, **inputs
             )
             return self.model(**ready, return_dict=True).logits[:, -1]
@@ -169,7 +174,7 @@ class Slots:
         return _context(self.context, mask, [row.asked for row in rows])
 
 
-def open_prompts(model: nn.Module, tokenizer: Any, asked: Sequence[Asked], context: Context) -> tuple[Tensor, Context]:
+def open_prompts(model: LanguageModel, tokenizer: Any, asked: Sequence[Asked], context: Context) -> tuple[Tensor, Context]:
     """(R, T) ids of prompts, padded, and the context of the pass over them."""
     ids, mask = padded(model, [a.ids for a in asked], pad_token(tokenizer), next(model.parameters()).device)
     return ids, _context(context, mask, asked)
@@ -187,7 +192,7 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def padded(
-    model: nn.Module, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+    model: LanguageModel, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, T) ids and mask: on the left where answers follow in the same row, on the right where an encoder counts positions."""
     width = max(len(p) for p in prompts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Critic:
 class Engine(nn.Module):
     """A model with everything an objective may ask of it."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, compile: bool = False):
+    def __init__(self, model: LanguageModel, autocast: torch.dtype | None = None, compile: bool = False):
         super().__init__()
         self.model = model
         self.autocast = autocast
@@ -161,7 +164,8 @@ class Engine(nn.Module):
         if isinstance(head, nn.Module):
             hidden = self.hidden(batch)
             pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
-            return upcast(head(pooled.to(head.weight.dtype)))
+            weight: Any = head.weight
+            return upcast(head(pooled.to(weight.dtype)))
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]

@@ -10,19 +10,21 @@ The checkpoint's generation settings are overridden, not merged: what is not ask
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.engine.continuous_batching import Asked, Slots, open_prompts, pad_token, refilled
 from llmrecipe.engine.sampling import Picked, Picker, Sampling
 from llmrecipe.models import kv_cache
 
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -45,7 +47,7 @@ def generate(
 
 @torch.no_grad()
 def answered(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -79,7 +81,7 @@ def answered(
 
 
 def _batch(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Any,
     asked: Sequence[Asked],
     sampling: Sampling,
@@ -105,16 +107,16 @@ def _batch(
     # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
     kept = getattr(model, "generation_config", None)
     try:
-        model.generation_config = GenerationConfig()  # type: ignore[assignment]
+        model.generation_config = GenerationConfig()
         with activate(own):
-            out = model.generate(input_ids=ids, attention_mask=own.attention_mask, generation_config=config, **more)  # type: ignore[operator]
+            out = model.generate(input_ids=ids, attention_mask=own.attention_mask, generation_config=config, **more)
     finally:
-        model.generation_config = kept  # type: ignore[assignment]
+        model.generation_config = kept
     new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, ids.shape[1] :]
     return [_cut(row, ends) for row in new.tolist()]
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+def end_tokens(model: LanguageModel, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those the checkpoint's generation settings name."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]

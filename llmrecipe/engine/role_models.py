@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Critic, Engine
 from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.methods._base.stack import Stack
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
 
 
 class Roles:
@@ -52,7 +55,7 @@ class Roles:
         """Separate models by role name (a reward model, a judge); filled by the run."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         """The policy's model, unwrapped."""
         return self.engine.model
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Agreement:
     """Cohen's; None where chance alone would make them agree always (both gave one and the same label throughout)."""
 
 
-def agreement(one: Mapping[Hashable, Hashable], other: Mapping[Hashable, Hashable]) -> Agreement | None:
+def agreement(one: Mapping[K, Hashable], other: Mapping[K, Hashable]) -> Agreement | None:
     """Share of equal labels, and Cohen's kappa = (p_o - p_e) / (1 - p_e), over the items that are in both.
 
     p_o is that share, p_e = sum over labels c of p_one(c) p_other(c), what two who label by chance with these frequencies

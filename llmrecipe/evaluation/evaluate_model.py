@@ -46,7 +46,7 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     composition = recipe_of(path, overrides)
     options = chosen_anew(composition) if run_folder(path) is not None else {}
     recipe = composition.recipe
-    head = registry.load("objective", str(recipe.objective["kind"])).head  # type: ignore[attr-defined]
+    head = registry.load("objective", str(recipe.objective["kind"])).head
     return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
 
 
@@ -123,7 +123,7 @@ def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
 
     recipe = subject.composition.recipe
     labels = getattr(subject.opened.model.config, "label2id", None) if subject.objective.head == "classification" else None
-    names = sorted(labels, key=labels.get) if labels else None  # type: ignore[arg-type]
+    names = sorted(labels, key=labels.get) if labels else None
     mask = getattr(subject.objective, "mask", None) or "completion"
     data = prepare(
         recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,

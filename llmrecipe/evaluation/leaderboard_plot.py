@@ -36,9 +36,9 @@ def draw(rows: Sequence[Row], x: Column, y: Column, path: Path, log: bool = Fals
     try:
         for colour, family in zip(COLOURS, dict.fromkeys(r.family for r in rows), strict=False):
             own = [r for r in rows if r.family == family]
-            points = [(r.mean[x.key] * x.scale, r.mean[y.key] * y.scale) for r in own]
+            across, up = [r.mean[x.key] * x.scale for r in own], [r.mean[y.key] * y.scale for r in own]
             bars = [(r.spread[y.key] or 0.0) * y.scale for r in own]
-            axis.errorbar(*zip(*points, strict=True), yerr=bars, fmt="o", color=colour, capsize=3, label=family)
+            axis.errorbar(across, up, yerr=bars, fmt="o", color=colour, capsize=3, label=family)
         if log:
             axis.set_xscale("log")
         axis.margins(x=0.14, y=0.08)

@@ -37,7 +37,7 @@ def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str
     found: dict[str, list[str]] = {path: [] for path in paths}
     for word in parse(list(overrides)):
         to_all = word.key[0] in sections or word.key in KEYS
-        takers = list(paths) if to_all else [path for path in paths if ".".join(word.key) in free(path)]
+        takers = list(paths) if to_all else [path for path in paths if ".".join(map(str, word.key)) in free(path)]
         if not takers:
             raise UserError(_refusal(word, paths, sections))
         for path in takers:

@@ -69,7 +69,7 @@ def open_run(
     Raises:
         RunError: the folder holds no finished run.
     """
-    section = ModelSection(path=path, dtype=dtype, **(rights or {}))  # type: ignore[arg-type]
+    section = ModelSection.model_validate({"path": path, "dtype": dtype, **(rights or {})})
     if is_adapter(path):
         return open_model(section, TokenizerSection(), head=adapter_head(Path(path)))
     folder = run_folder(path)

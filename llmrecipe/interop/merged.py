@@ -21,6 +21,7 @@ from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
 from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
 from llmrecipe.runs.open_model import Opened, merge_order
 
@@ -86,7 +87,7 @@ def export_merged(
             notes += spelled.notes(opened.tokenizer)
             front = spelled.ids
         family: Any = type(opened.model)
-        opened.model = torch.nn.Identity()  # one model in memory at a time
+        opened.model = pretrained(torch.nn.Identity())  # one model in memory at a time
         with quiet():
             plain = family.from_pretrained(folder, dtype=wide)
         difference = verify_logits.compare(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)

@@ -254,7 +254,7 @@ def _segment_mask(
         if narrow:
             allowed &= k_position > q_position - window  # type: ignore[operator]
         layout.cache[key] = F.pad(allowed, (prefix, 0), value=True)
-    return layout.cache[key]  # type: ignore[return-value]
+    return layout.cache[key]
 
 
 def _attend(

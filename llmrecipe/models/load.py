@@ -32,7 +32,9 @@ from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from llmrecipe.models.pretrained import LanguageModel
 
 LEGACY = (
     "*.position_ids",
@@ -58,7 +60,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "cpu",
     seed: int = 0,
-) -> PreTrainedModel:
+) -> LanguageModel:
     """Load a model for an objective, in evaluation mode, with attention routed through `models.attention`.
 
     Args:
@@ -101,7 +103,7 @@ def skeleton(
     labels: list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "cpu",
-) -> PreTrainedModel:
+) -> LanguageModel:
     """The same model on the meta device: shapes and names, no weights read and no memory taken.
 
     Raises:
@@ -142,7 +144,7 @@ def _concrete(auto: Any, config: PreTrainedConfig) -> type:
 
 def _pretrained(
     section: ModelSection, auto: Any, config: PreTrainedConfig, rows_head: str, dtype: Any, backend: str, extra: dict[str, Any]
-) -> PreTrainedModel:
+) -> LanguageModel:
     kwargs: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -158,7 +160,7 @@ def _pretrained(
     return model
 
 
-def _judge(section: ModelSection, model: PreTrainedModel, info: dict[str, Any], rows_head: str) -> None:
+def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], rows_head: str) -> None:
     """Refuse weights that do not fit; remember the heads that are new."""
     prefix = model.base_model_prefix + "."
     reshaped = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
@@ -200,7 +202,7 @@ def _pattern(key: str) -> str:
     return key.rpartition(".")[0] + ".*" if "." in key else key
 
 
-def _finish(model: PreTrainedModel, section: ModelSection, backend: str, tokenizer: Any) -> PreTrainedModel:
+def _finish(model: LanguageModel, section: ModelSection, backend: str, tokenizer: Any) -> LanguageModel:
     from llmrecipe.models import new_token_rows, vocabulary
     from llmrecipe.models.attention import install
     from llmrecipe.models.module_map import name_by_hand

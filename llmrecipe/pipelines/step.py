@@ -52,7 +52,7 @@ class Step:
         """
         return {}
 
-    def model(self) -> Mapping[str, Any]:
+    def model_section(self) -> Mapping[str, Any]:
         """The `model` section that what it will leave starts from, for the dry runs of later trainings.
 
         Only steps with `gives = "model"` are asked; `unfinished` options as in `check`.

@@ -143,9 +143,9 @@ def _mark_choices(chain: DefaultsChain, words: list[Word], mapping: dict[str, An
         elif origin and origin.kind == "default":
             origins[at] = _choice_origin(chain, words, group) or origin
     for name in mapping.get("stack") or {}:
-        at = ("stack", str(name), "kind")  # type: ignore[assignment]
-        if at in origins and origins[at].kind == "default":
-            origins[at] = _choice_origin(chain, words, "stack") or origins[at]
+        place = ("stack", str(name), "kind")
+        if place in origins and origins[place].kind == "default":
+            origins[place] = _choice_origin(chain, words, "stack") or origins[place]
 
 
 def _choice_origin(chain: DefaultsChain, words: list[Word], group: str) -> Origin | None:

@@ -146,14 +146,14 @@ def merge(chain: DefaultsChain, words: list[str]) -> Composed:
             config = hydra_compose(config_name=primary, overrides=words)
             loader = GlobalHydra.instance().config_loader()
             layers = loader.compute_defaults_list(config_name=primary, overrides=words, run_mode=RunMode.RUN).defaults
-            mapping = OmegaConf.to_container(config, resolve=False)
+            mapping: Any = OmegaConf.to_container(config, resolve=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise RecipeError(f"{chain.primary.source.where()}: this recipe cannot be composed: {_reason(error)}") from error
     origins: Origins = {}
     for layer in layers:
         if layer.config_path and not layer.config_path.startswith("hydra/"):
             _mark(origins, chain, layer.config_path)
-    return Composed({str(k): v for k, v in dict(mapping).items() if k != "hydra"}, origins)  # type: ignore[call-overload]
+    return Composed({str(k): v for k, v in dict(mapping).items() if k != "hydra"}, origins)
 
 
 def _reason(error: BaseException) -> str:

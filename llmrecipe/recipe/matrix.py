@@ -48,6 +48,7 @@ def expand(section: Mapping[str, Any]) -> Expanded:
     members: dict[str, list[str]] = {}
     for key, body in section.items():
         name, at = str(key), ("stages", str(key))
+        made: dict[str, Any]
         if not isinstance(body, Mapping) or "each" not in body:
             made = {name: body}
         else:

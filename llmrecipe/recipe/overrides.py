@@ -138,7 +138,7 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
             _choose(word, mapping, origins)
             continue
         node = _parent(word, mapping)
-        last = word.key[-1]
+        last: Any = word.key[-1]
         if word.delete:
             if last not in node:
                 raise RecipeError(

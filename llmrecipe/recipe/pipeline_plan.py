@@ -117,8 +117,11 @@ def plan(pipeline: Composition) -> Plan:
     for stage in stages:
         try:
             composition = compose_stage(stage)
-            step = isinstance(composition, StepComposition)
-            key = keys[stage.name] = composition.key(keys) if step else content_key(composition.mapping, keys)
+            if isinstance(composition, StepComposition):
+                key = composition.key(keys)
+            else:
+                key = content_key(composition.mapping, keys)
+            keys[stage.name] = key
         except RecipeError as error:
             mistakes += [f"{dotted(stage.at)}{'.' if stage.step else ': '}{line}" for line in str(error).split("\n")]
             results[stage.name] = folder / stage.name
@@ -134,7 +137,11 @@ def plan(pipeline: Composition) -> Plan:
                 stage,
                 [filled(word) for word in composition.overrides],
                 composition.mapping,
-                dataclasses.replace(composition, mapping=mapping) if step else revalidated(composition, mapping),
+                (
+                    dataclasses.replace(composition, mapping=mapping)
+                    if isinstance(composition, StepComposition)
+                    else revalidated(composition, mapping)
+                ),
                 key,
                 folder / f"{stage.name}-{key}",
                 code_of(composition.mapping),
@@ -206,7 +213,7 @@ def for_check(
             mapping = each_text(planned.mapping, lambda text: REFERENCE.sub(lambda m: filled(m, made, done), text))
             step = found[planned.name] = dataclasses.replace(planned.composition, mapping=mapping)
             if planned.gives == "model":
-                bases[planned.name] = _based(dict(step.build().model()), bases)
+                bases[planned.name] = _based(dict(step.build().model_section()), bases)
             continue
         if all(name in done for name in planned.stage.inputs):
             bases[planned.name] = planned.composition.mapping["model"]

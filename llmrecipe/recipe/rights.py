@@ -73,8 +73,10 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
     from llmrecipe.recipe.provenance import schema_origin
 
     model, files = mapping.get("model"), set(own)
-    notes = []
-    for name in RIGHTS if isinstance(model, dict) else ():
+    notes: list[str] = []
+    if not isinstance(model, dict):
+        return notes
+    for name in RIGHTS:
         at = ("model", name)
         origin = origins.get(at)
         if model.get(name) is False or (origin and (origin.kind == "override" or origin.file in files)):

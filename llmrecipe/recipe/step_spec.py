@@ -41,7 +41,7 @@ class Buildable(Protocol):
     def example(self) -> Mapping[str, Sequence[dict[str, Any]]]:
         """Return example rows like those it will write."""
 
-    def model(self) -> Mapping[str, Any]:
+    def model_section(self) -> Mapping[str, Any]:
         """Return the `model` section that its result is based on."""
 
     def run(self, work: Any) -> dict[str, Any]:

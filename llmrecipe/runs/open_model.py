@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.method import Stage, Wrapper
@@ -19,12 +17,17 @@ from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 @dataclass
 class Opened:
     """A model with what it was built from."""
 
-    model: nn.Module
+    model: LanguageModel
     tokenizer: Any
     section: ModelSection
     """The section that loaded the base weights."""

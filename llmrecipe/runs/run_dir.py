@@ -271,7 +271,7 @@ def _near(path: Path) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and devices of this process; no secrets, no user or host names."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

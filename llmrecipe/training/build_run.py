@@ -201,7 +201,7 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     labels = getattr(data, "labels", None)
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
-        tasks=data.tasks,
+        tasks=data.tasks if data is not None else None,
     )  # fmt: skip
     return data, validation, labels
 
@@ -286,6 +286,7 @@ def check_continued(model: open_model.Opened, stack: Stack) -> None:
         RunError: tensors or scales differ from what was saved.
     """
     found = {name: tuple(value.shape) for name, value in stack.delta(model.model).items()}
+    assert model.continued is not None, "only a continued run has a layer to compare with"
     saved = {name: tuple(value.shape) for name, value in model.continued.tensors.items()}
     kept = model.continued.wrappers
     off = [w for w in stack if getattr(w, "alpha", None) != kept[w.name].get("alpha", getattr(w, "alpha", None))]

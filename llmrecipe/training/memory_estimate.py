@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
     """Three float32 tensors of one chunk of logits (values, probabilities, gradient) and the scored hidden states."""
     from llmrecipe.engine.logprob import chunk_rows
 
-    config = model.config.get_text_config()
+    config = pretrained(model).config.get_text_config()
     vocabulary = int(config.vocab_size)
     chunk = min(targets, chunk_rows(vocabulary))
     return 3 * 4 * chunk * vocabulary + targets * int(config.hidden_size) * activation_bytes
@@ -162,7 +163,7 @@ def _blocks(parts: Anatomy) -> list[list[Any]]:
 
 def _block_elements(model: nn.Module, parts: Anatomy, sites: list[Any]) -> int:
     roles = {s.role for s in sites}
-    config = model.config.get_text_config()
+    config = pretrained(model).config.get_text_config()
     visited = int(getattr(config, "num_experts_per_tok", 1) or 1) if any(s.experts for s in sites) else 0
     attention, ffn = parts.heads * parts.head_dim, parts.ffn_width * max(1, visited)
     gated = bool(roles & {"mlp.gate", "mlp.gate_up", "experts"})

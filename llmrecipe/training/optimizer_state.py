@@ -99,8 +99,10 @@ def random_state(generators: Mapping[str, torch.Generator | np.random.Generator]
         "generators": {},
     }
     for name, generator in (generators or {}).items():
-        own = isinstance(generator, torch.Generator)
-        state["generators"][name] = _text(generator.get_state().numpy()) if own else _plain(generator.bit_generator.state)
+        if isinstance(generator, torch.Generator):
+            state["generators"][name] = _text(generator.get_state().numpy())
+        else:
+            state["generators"][name] = _plain(generator.bit_generator.state)
     return state
 
 

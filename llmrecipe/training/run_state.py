@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.feedback.directions import direction
@@ -18,6 +17,7 @@ from llmrecipe.training.evaluate import Evaluation
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
+    from llmrecipe.models.pretrained import LanguageModel
     from llmrecipe.recipe.compose import Composition
     from llmrecipe.runs.open_model import Opened
 
@@ -82,7 +82,7 @@ class RunState:
         return self.composition.recipe
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         """The trained model, unwrapped."""
         return self.roles.model
 

@@ -136,7 +136,7 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(  # type: ignore[str-unpack]
+            found: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=self.text,
@@ -146,7 +146,8 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise BadRow("the chat template refuses the conversation", f"{error}") from error
-        return texts[0], [tuple(s) for s in spans[0]] if marked else []
+        texts, spans = found
+        return texts[0], [(start, end) for start, end in spans[0]] if marked else []
 
 
 def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

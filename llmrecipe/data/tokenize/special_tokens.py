@@ -86,4 +86,4 @@ class Tokens:
 
     def is_space(self, ids: Sequence[int]) -> bool:
         """Whether tokens are nothing but white space."""
-        return not self.tokenizer.decode(list(ids)).strip()
+        return not str(self.tokenizer.decode(list(ids))).strip()

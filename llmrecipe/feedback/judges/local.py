@@ -173,7 +173,7 @@ def opened_roles(path: str, base: bool, dtype: str) -> Roles:
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
     from llmrecipe.runs.open_model import open_model, resolve
 
-    section = ModelSection(path=path, dtype=dtype)  # type: ignore[arg-type]
+    section = ModelSection.model_validate({"path": path, "dtype": dtype})
     opened = open_model(resolve(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened.model.to(device).requires_grad_(False)

@@ -89,7 +89,12 @@ class Model(Reward):
             return
         from llmrecipe.interop.load_run import load
 
-        model, tokenizer = load(self.path, device=str(roles.device), **self.place.rights)
+        model, tokenizer = load(
+            self.path,
+            device=str(roles.device),
+            trust_remote_code=self.place.rights.get("trust_remote_code", False),
+            allow_pickle=self.place.rights.get("allow_pickle", False),
+        )
         if tokenizer.get_vocab() != roles.tokenizer.get_vocab():
             raise ModelError(
                 f"objective.reward: {self.path} reads other tokens than the policy writes; train the reward model from the "

@@ -124,7 +124,7 @@ def _wrapper_of(opened: Opened) -> Adapter | ParallelAdapter:
         why = "its branch reads the normed input, the library's reads the residual stream (input: residual)"
     if why is not None:
         raise ModelError(f"export --to adapter_hub: '{names[0]}': {why}; llmrecipe.load(run) uses it as it is")
-    return wrapper  # type: ignore[no-any-return]
+    return wrapper
 
 
 def _factor(width: int, r: int) -> float:

@@ -21,6 +21,7 @@ from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
 from llmrecipe.models.site_finder import widths
 from llmrecipe.runs.delta import Layer
@@ -169,7 +170,7 @@ def read_prompts(adapter: Adapter, model: Any, where: str) -> Layer:
         options = {"kind": "prefix_tuning", "num_virtual_tokens": count, "reparam": "flat", "positions": "shift"}
         name = f"{paths[id(host)]}.prefix_tuning.tables.attn.flat"
         return Layer({"prefix_tuning": options}, {"prefix_tuning": {"reparam": "flat"}}, tensors={name: table, **rest})
-    embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = pretrained(host).get_input_embeddings()
     name = f"{paths[id(embedding)]}.prompt_tuning.embeddings"
     options = {"kind": "prompt_tuning", "num_virtual_tokens": count, "init": "normal"}
     return Layer({"prompt_tuning": options}, {}, tensors={name: table, **rest})

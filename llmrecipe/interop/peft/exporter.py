@@ -28,6 +28,7 @@ from llmrecipe.methods._engines.low_rank import LowRank, LowRankEmbedding, LowRa
 from llmrecipe.methods.reparameterized.dora import Magnitude
 from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta
@@ -90,7 +91,7 @@ def proven(target: Path, opened: Opened, write: Callable[[Path], None], bound: f
         write(aside)
         opened.tokenizer.save_pretrained(aside)
         verify_logits.write_golden(aside, answer)
-        opened.model = nn.Identity()  # one model in memory at a time
+        opened.model = pretrained(nn.Identity())  # one model in memory at a time
         difference = verify_logits.compare(wanted, verify_logits.logits_of(reread(aside, opened, saved), ids), wide, bound)
         verify_logits.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
     return difference

@@ -21,6 +21,7 @@ from llmrecipe.interop.peft.layout import PREFIX, Adapter, Branch, read, target_
 from llmrecipe.methods._engines.biases import every_bias
 from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.runs.delta import Layer
@@ -156,7 +157,7 @@ def _head_and_embedding(branches: list[Branch], head: Branch) -> Branch | None:
 
 
 def _is_tied_pair(branches: list[Branch], head: Branch, model: nn.Module) -> bool:
-    embed, out = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embed, out = pretrained(model).get_input_embeddings(), pretrained(model).get_output_embeddings()
     return out is not None and out.weight is embed.weight and _head_and_embedding(branches, head) is not None
 
 
@@ -171,8 +172,9 @@ def _check_tied(pairs: list[tuple[Branch, Site]], model: nn.Module, where: str) 
             and embed.r == branch.r
             and torch.equal(embed.B.t(), branch.A)
             and torch.equal(embed.A.t(), branch.B)
+            and embed.scale == branch.scale
         )
-        if not same or embed.scale != branch.scale:
+        if not same:
             raise ModelError(
                 f"{where}: the model's head is tied to its embedding, but the adapter changes the two differently; "
                 "here one pair serves both. Train it again with target `embed + head`, or untie the model"

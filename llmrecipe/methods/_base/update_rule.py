@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 class Processes(Protocol):
     """What a rule asks of the processes of a run."""
@@ -65,7 +67,7 @@ class StepContext:
     seed: int
     folder: Path
     """The run's directory, for a rule's own files."""
-    model: nn.Module
+    model: LanguageModel
     stack: LifecycleHooks
     optimizer: Any
     """The torch optimizer; None where the rule brings its own."""

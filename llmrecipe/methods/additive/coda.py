@@ -82,7 +82,7 @@ def packed_groups(context: Context, causal: bool, device: torch.device) -> Group
         dense = torch.ones(1, layout.columns, dtype=torch.bool, device=device)
         dense[0, place[exists]] = False
         layout.cache[key] = Groups(place, exists, dense)
-    return layout.cache[key]  # type: ignore[return-value]
+    return layout.cache[key]
 
 
 class Router(bottleneck.Bottleneck):

@@ -177,7 +177,7 @@ class Ia3(Wrapper):
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
 
-    scaled: list[Literal["key", "value", "ffn"]] = Field(default_factory=lambda: ["key", "value", "ffn"])
+    scaled: list[Literal["key", "value", "ffn"]] = Field(["key", "value", "ffn"])
     """What is scaled: keys and values of self- and cross-attention, inner activations of the feed-forward."""
     target: str | None = None
     """Sites of the target grammar instead of `scaled`: attention projections are scaled behind, others at their input."""

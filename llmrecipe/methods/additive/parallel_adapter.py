@@ -41,7 +41,7 @@ class ParallelAdapter(Wrapper):
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = False
 
-    sites: list[Literal["ffn", "attn", "cross"]] = Field(default_factory=lambda: ["ffn"])
+    sites: list[Literal["ffn", "attn", "cross"]] = Field(["ffn"])
     """Sublayers with a branch."""
     target: str | None = None
     """Linear layers (target grammar) with a branch each, instead of `sites`."""

@@ -220,7 +220,7 @@ class Kto(Objective):
         r, good, kl = tensors["r"], tensors["label"].bool(), tensors.get("kl", torch.zeros(0))
         raw = float(kl.mean()) if kl.numel() else 0.0
         weights = tuple(tensors["weights"].reshape(-1, 2)[0].tolist())
-        loss = kto_loss(r, good, max(raw, 0.0), self.beta, weights)  # type: ignore[arg-type]
+        loss = kto_loss(r, good, max(raw, 0.0), self.beta, weights)
         metrics = {"loss": float(loss.mean()), "kl": max(raw, 0.0), "kl/raw": raw}
         if bool(good.any()):
             metrics["rewards/chosen"] = self.beta * float(r[good].mean())

@@ -162,10 +162,10 @@ class Reward(Objective):
             parts = [self._scores(self.collate(part, roles), roles) for part in roles.split(rows)]
         chosen, rejected = (torch.cat(side).double() for side in zip(*parts, strict=True))
         gain, bias = normalisation(chosen, rejected, self.normalise)
-        head = roles.engine.head_of("reward")
+        head: Any = roles.engine.head_of("reward")
         with torch.no_grad():
-            head.gain.fill_(gain)  # type: ignore[union-attr,operator]
-            head.bias.fill_(bias)  # type: ignore[union-attr,operator]
+            head.gain.fill_(gain)
+            head.bias.fill_(bias)
 
     def _scores(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
         return split_pairs(roles.policy(batch, want="reward")["reward"])

@@ -303,8 +303,7 @@ def new_study(section: SearchSection, mode: str) -> optuna.Study:
         "halving": optuna.pruners.SuccessiveHalvingPruner,
         "median": optuna.pruners.MedianPruner,
     }
-    direction = "minimize" if mode == "min" else "maximize"
-    return optuna.create_study(direction=direction, pruner=pruners[section.prune]())
+    return optuna.create_study(direction="minimize" if mode == "min" else "maximize", pruner=pruners[section.prune]())
 
 
 def ask(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:

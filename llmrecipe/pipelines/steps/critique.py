@@ -53,7 +53,7 @@ class Critique(Step):
     """M, critiques and revisions of each answer."""
     keep: Literal["all", "last"] = "all"
     """Which revisions become rows."""
-    splits: list[Literal["train", "validation", "test"]] = Field(default_factory=lambda: ["train"])
+    splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the answers; each becomes the same split of the result."""
     limit: PositiveInt | None = None
     """The first so many rows of each split."""
@@ -124,7 +124,7 @@ class Critique(Step):
 
         done: list[list[dict[str, Any]]] = [[] for _ in answered]
         for number in range(1, self.revisions + 1):
-            items = [
+            items: list[list[Any]] = [
                 [i, own[-1]["revision"] if own else answered[i].answers[0]]
                 for i, own in enumerate(done)
                 if len(own) == number - 1

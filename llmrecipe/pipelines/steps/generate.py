@@ -37,7 +37,7 @@ class Generate(Step):
     """A run directory, a model folder, a hub name or `tiny`."""
     prompts: str
     """File, folder, `builtin:NAME` or hub data set whose rows hold prompts."""
-    splits: list[Literal["train", "validation", "test"]] = Field(default_factory=lambda: ["train"])
+    splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the prompts; each becomes the same split of the result."""
     limit: PositiveInt | None = None
     """The first so many prompts of each split."""

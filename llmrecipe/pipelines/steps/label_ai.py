@@ -71,7 +71,7 @@ class LabelAi(Step):
     """Least probability that must lie on the letters in every order (of votes, the share that name one); 0 is never enough."""
     truth: str | None = None
     """Preference rows (human labels, say) or the name of an agent rule (manners), to measure agreement with."""
-    splits: list[Literal["train", "validation", "test"]] = Field(default_factory=lambda: ["train"])
+    splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the answers; each becomes the same split of the result."""
     limit: PositiveInt | None = None
     """The first so many rows of each split."""

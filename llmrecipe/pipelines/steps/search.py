@@ -48,7 +48,7 @@ class Search(Step):
         mapping = self.composed().mapping
         return {"composed": {k: v for k, v in mapping.items() if k not in ("run", "log")}}
 
-    def model(self) -> Mapping[str, Any]:
+    def model_section(self) -> Mapping[str, Any]:
         """The recipe's."""
         return self.composed().mapping["model"]
 

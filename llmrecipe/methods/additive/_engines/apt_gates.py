@@ -202,4 +202,4 @@ def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Te
             count = max(1, segment.prompt) if summary == "prompt_mean" else whole
             chosen[index, segment.start : segment.start + count] = True
         layout.cache[key] = chosen.to(device)
-    return layout.cache[key]  # type: ignore[return-value]
+    return layout.cache[key]

@@ -160,7 +160,7 @@ class Slots(Hook):
         if key not in layout.cache:
             starts = torch.tensor([[s.start for s in layout.segments if s.parent is None]], device=ids.device)
             layout.cache[key] = opening(starts, ids.shape[1], self.slots, self.behind)
-        return layout.cache[key]  # type: ignore[return-value]
+        return layout.cache[key]
 
     def first(self, inputs: dict[str, Any], opened: Opening, ids: Tensor) -> dict[str, Any]:
         """The inputs of a first pass; the ids in the slots are a neighbour's and are never embedded."""

@@ -1,0 +1,47 @@
+"""What a model is to the type checker: a Transformers model with what this package keeps on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    class LanguageModel(PreTrainedModel):
+        """Any Transformers model as `models.load` leaves it; a class for annotations only, which nothing is built from."""
+
+        config: Any
+        generation_config: Any
+        attention_routed: bool
+        """Whether attention goes through Transformers' AttentionInterface, where hooks reach it."""
+        position_offset: int
+        """What the family adds to a position (see `vocabulary.position_offset`)."""
+        new_heads: tuple[str, ...]
+        """Paths of modules whose weights no checkpoint held."""
+
+        def to(self, *args: Any, **kwargs: Any) -> Self:
+            """Move or cast the model in place."""
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            """Return the embedding of tokens."""
+
+        def get_output_embeddings(self) -> Any:
+            """Return the head that scores tokens, or None where the model has none."""
+
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            """Return the arguments of the next forward pass of a generation."""
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            """Return the token ids of prompts with their answers."""
+
+
+def pretrained(model: nn.Module) -> LanguageModel:
+    """Return the module itself, typed as the language model that it is.
+
+    Methods and hooks receive models as plain modules, because the same code also walks their parts; where one reads the
+    config or the embeddings, it goes through here.
+    """
+    return cast("LanguageModel", model)
