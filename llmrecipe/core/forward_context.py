@@ -67,7 +67,7 @@ class Context:
     off: frozenset[str] = frozenset()
     """Names of wrappers whose hooks are disabled."""
     shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a `whole` hook computed once for the hooks inside its host, by wrapper name."""
+    """What a `wrap_module` hook computed once for the hooks inside its host, by wrapper name."""
 
 
 _PLAIN = Context()

@@ -8,7 +8,7 @@
     norm.attn|mlp|q|k|final     norms; `norm` alone means all of them
     embed  embed.position  head
 
-A target is a role with an optional side and range of layers in front (see `targets`):
+A target is a role with an optional prefix of side and range of layers (see `target_grammar`):
 `attn.q|v`, `layers.0:4.mlp.down`, `layers.-1.block`, `decoder.layers.4:.cross.k|v`, `experts.0|5`, `attn.q + mlp.down`,
 `all-linear` (every projection of attention, feed-forward and shared experts; routed experts, router and head stay out).
 """
@@ -43,21 +43,21 @@ class Anatomy:
     rope: bool
     sites: list[Site] = field(repr=False)
     source: str = "family"
-    """Where the names come from: `family` (a row of the table), `inference` or `recipe` (model.anatomy)."""
+    """Source of the names: `family` (a row of the table), `inference` or `recipe` (model.anatomy)."""
 
     def blocks(self, side: str) -> int:
-        """How many blocks a side has."""
+        """Return the number of blocks of a side."""
         return sum(site.role == "block" and site.side == side for site in self.sites)
 
     def roles(self) -> list[str]:
-        """Every role this model has, in the order of the model."""
+        """Return every role of this model, in the order of the model."""
         return list(dict.fromkeys(site.role for site in self.sites))
 
     def at(self, target: str) -> list[Site]:
-        """The sites a target names, in model order.
+        """Return the sites a target names, in model order.
 
         Raises:
-            ModelError: the target cannot be read, or one of its terms matches nothing; the message prints the anatomy.
+            ModelError: the target cannot be parsed, or one of its terms matches nothing; the message prints the anatomy.
         """
         found: dict[Any, Site] = {}
         for term in target_grammar.parse(target):
@@ -75,7 +75,7 @@ class Anatomy:
         return sorted(found.values(), key=lambda site: order[site.key])
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a role: side, role, how many sites, an example path, widths."""
+        """Return one row per role: side, role, number of sites, an example path, widths."""
         rows: dict[tuple[str, str, str | None], dict[str, Any]] = {}
         for site in self.sites:
             row = rows.setdefault(
@@ -94,7 +94,7 @@ class Anatomy:
         return list(rows.values())
 
     def describe(self) -> str:
-        """The anatomy as text."""
+        """Return the anatomy as text."""
         lines = [f"{self.family}: {self.layers} layers, width {self.width}, {self.heads} heads ({self.kv_heads} key/value)"]
         for row in self.table():
             side = f"{row['side']}." if self.encoder_decoder else ""

@@ -6,7 +6,7 @@ Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P pr
 
 - packed rows: one call per document, so no T x T mask exists. A segment sees itself causally, its parent (a shared prompt)
   and every prefix fully, and nothing else.
-- attention hooks: a hook wraps the call and may put key/value columns in front (`Prefix`); they carry no position.
+- attention hooks: a hook wraps the call and may prepend key/value columns (`Prefix`); they have no position.
 - everything else is the stock backend, bit for bit.
 """
 
@@ -49,11 +49,11 @@ class Picked:
     index: Tensor
     """(R, K) their columns, in order."""
     valid: Tensor
-    """(R, K) False where a row has fewer of them than K."""
+    """(R, K) False where a row has fewer than K of them."""
     counts: tuple[int, ...] = ()
-    """How many of them each segment of a packed row has."""
+    """Number of picked tokens of each segment of a packed row."""
     keys: bool = False
-    """Whether they see each other only, instead of every token they saw before."""
+    """Whether they attend to each other only, instead of to all preceding tokens."""
 
 
 Attend = Callable[..., Tensor]
@@ -61,7 +61,7 @@ Attend = Callable[..., Tensor]
 
 
 def install(model: nn.Module, backend: str) -> str:
-    """Route a model's attention through this module; returns the name Transformers knows it by."""
+    """Route a model's attention through this module; return the name it has in Transformers."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -73,7 +73,7 @@ def install(model: nn.Module, backend: str) -> str:
         stock_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
 
         def mask(*args: Any, **kwargs: Any) -> Any:
-            # Packed rows carry their layout in the context; a T x T mask would only undo the saving.
+            # Packed rows have their layout in the context; a T x T mask would only undo the saving.
             return None if current().layout is not None else stock_mask(*args, **kwargs)
 
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
@@ -151,9 +151,12 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
 def _packed(
     module: nn.Module, layout: Layout, q: Tensor, k: Tensor, v: Tensor, prefixes: tuple[Prefix, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """One attention call a segment; `split` and `cat` keep the backward pass linear in the number of tokens."""
+    """Call attention once per segment, (R, Hq, T, E) -> (R, Hq, T, Ev).
+
+    `split` and `cat` keep the backward pass linear in the number of tokens.
+    """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # The CPU's bfloat16 attention takes twice the time of its float32 one in the backward pass, and rounds more.
+        # On a CPU, the backward pass of bfloat16 attention takes twice the time of the float32 one and rounds more.
         return _packed(module, layout, q.float(), k.float(), v.float(), prefixes, kwargs).to(torch.bfloat16)
     heads = q.shape[1]
     k, v = _repeat(k, heads), _repeat(v, heads)
@@ -189,7 +192,7 @@ def _with_prefix(
 
 
 class _Widened:
-    """Prefixes that each query scales, as plain ones: heads grow so that q' k' = q k and q' p' = g q p, and so do values.
+    """Prefixes scaled per query, expressed as plain ones: wider heads with q' k' = q k and q' p' = g q p, and wider values.
 
     q' = [q, g q]    k' = [k, 0]    p_k' = [0, p_k]    v' = [v, 0]    p_v' = [0, p_v]    out = out'_1 + g out'_2
     """
@@ -211,13 +214,13 @@ class _Widened:
         return prefix if not self.count else replace(prefix, k=at(prefix.k), v=at(prefix.v), scale=None)
 
     def tensors(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q', k', v'."""
+        """Return q', k', v'."""
         if not self.count:
             return self.q, k, v
         return self.q, F.pad(k, (0, self.count * k.shape[-1])), F.pad(v, (0, self.count * v.shape[-1]))
 
     def fold(self, out: Tensor, picked: Picked | None) -> Tensor:
-        """(R, Hq, T, (1 + n) Ev) -> (R, Hq, T, Ev)."""
+        """Combine the parts of the widened output, (R, Hq, T, (1 + n) Ev) -> (R, Hq, T, Ev)."""
         if not self.count:
             return out
         first, *rest = out.chunk(self.count + 1, -1)
@@ -228,7 +231,7 @@ class _Widened:
 
 
 def _apart(layout: Layout | None, picked: Picked | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
-    """softmax(q k^T) v over the columns of one prefix alone, (R, Hq, T, Ev)."""
+    """Return softmax(q k^T) v over the columns of one prefix alone, (R, Hq, T, Ev)."""
     k, v = (_repeat(x, q.shape[1]).to(q.dtype) for x in (prefix.k, prefix.v))
     bias = None if prefix.bias is None else prefix.bias.to(q.dtype)
     if layout is not None and k.shape[0] > 1:
@@ -242,7 +245,7 @@ def _apart(layout: Layout | None, picked: Picked | None, q: Tensor, prefix: Pref
 def _segment_mask(
     layout: Layout, length: int, parent: int, prefix: int, causal: bool, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """(length, prefix + parent + length) booleans, or None where plain causal (or full) attention is meant."""
+    """Return a boolean mask (length, prefix + parent + length), or None for plain causal (or full) attention."""
     narrow = window is not None and parent + length > window
     if not causal or (not parent and not prefix and not narrow):
         return None
@@ -288,7 +291,7 @@ def _padded(
     prefixes: tuple[Prefix, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """The stock backend over keys and values widened by the prefixes' columns."""
+    """Call the stock backend with keys and values extended by the prefixes' columns; returns (R, Hq, T, Ev)."""
     rows, columns, bias = k.shape[0], k.shape[2], None
     for prefix in reversed(prefixes):
         k, v, bias = _with_prefix(prefix, 0, k.shape[1], k, v, bias)
@@ -306,7 +309,7 @@ def _padded(
 def _widen(
     module: nn.Module, q: Tensor, columns: int, extra: int, mask: Tensor | None, bias: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """An additive mask (R | 1, 1, Tq, extra + columns) whose first `extra` columns are open."""
+    """Return an additive mask (R | 1, 1, Tq, extra + columns) whose first `extra` columns are open."""
     low = torch.finfo(q.dtype).min
     if mask is None:
         rows = torch.zeros(q.shape[2], columns, dtype=q.dtype, device=q.device)
@@ -334,7 +337,7 @@ def _picked_padded(
     prefixes: tuple[Prefix, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """The stock backend for the picked queries, over all keys or over the picked ones."""
+    """Call the stock backend for the picked queries, over all keys or over the picked ones."""
     columns, bias = k.shape[2], None
     if picked.keys:
         k, v = _take(k, picked.index, 2), _take(v, picked.index, 2)
@@ -358,7 +361,7 @@ def _picked_padded(
 
 
 def _take(x: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Columns (R, K) of a four-dimensional x along an axis."""
+    """Gather the columns (R, K) of a four-dimensional x along an axis."""
     shape = [1] * x.dim()
     shape[0], shape[axis] = index.shape
     wide = [*x.shape]
@@ -367,7 +370,7 @@ def _take(x: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def _pick(scores: Tensor, picked: Picked, extra: int) -> Tensor:
-    """Rows, and where asked columns behind the `extra` first ones, of something (R | 1, H | 1, T | 1, extra + T)."""
+    """Gather the picked rows, and with `picked.keys` the picked columns after `extra`, of scores (R, H, T, extra + T)."""
     if scores.shape[2] > 1:
         scores = _take(scores, picked.index, 2)
     if picked.keys:
@@ -387,7 +390,7 @@ def _picked_packed(
     prefixes: tuple[Prefix, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """One attention call a segment that has picked tokens."""
+    """Call attention once per segment that has picked tokens, (R, Hq, T, E) -> (R, Hq, T, Ev)."""
     heads, causal = q.shape[1], _is_causal(module, kwargs)
     k, v = _repeat(k, heads), _repeat(v, heads)
     index = picked.index[0]

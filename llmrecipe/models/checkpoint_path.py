@@ -1,4 +1,4 @@
-"""Where a model lies and whether it can be read: everything that can go wrong before a weight is touched.
+"""Resolving the path of a model and checking that it can be read: everything that can go wrong before a weight is read.
 
 Weights are safetensors. Pickle weights can run code while they are read, so they are refused unless `model.allow_pickle`
 is set, and even then only tensors are unpickled.
@@ -22,11 +22,11 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 STACK_FILE = "stack.yaml"
-"""What marks the `final` folder of a run that trained a stack (see `runs.delta`)."""
+"""File that identifies the `final` folder of a run that trained a stack (see `runs.delta`)."""
 
 
 def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
-    """What `path` names: (folder or hub name, whether it is a folder).
+    """Resolve `path` to (folder or hub name, whether it is a folder).
 
     Raises:
         ModelError: a folder that does not exist, a file, or a name that can be neither a folder nor a hub name.
@@ -51,7 +51,7 @@ def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
 
 
 def run_folder(path: str) -> Path | None:
-    """The `final` folder of a run directory, when a path names one (or the folder itself).
+    """Return the `final` folder of a run directory, when a path names one (or the folder itself), else None.
 
     Raises:
         RunError: the run has not finished.
@@ -65,12 +65,12 @@ def run_folder(path: str) -> Path | None:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a path is an adapter folder, of PEFT or of adapter-hub's library."""
+    """Return whether a path is an adapter folder, of PEFT or of adapter-hub's library."""
     return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
 
 
 def adapter_base(path: str) -> str:
-    """The base model an adapter folder of PEFT or adapter-hub names.
+    """Return the base model that an adapter folder of PEFT or adapter-hub names.
 
     Raises:
         ModelError: it names none.
@@ -90,7 +90,7 @@ def _hint(name: str) -> str:
 
 
 def offline() -> str | None:
-    """Why the model hub cannot be reached, or None; asked once before a hub name so that nobody waits for retries."""
+    """Return why the model hub cannot be reached, or None; checked before a hub name is used, to avoid waiting for retries."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "HF_HUB_OFFLINE is set"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
@@ -104,7 +104,7 @@ def offline() -> str | None:
 
 
 def unreachable(name: str, reason: str, key: str = "model.path") -> ModelError:
-    """The error for a hub name that is neither cached nor reachable."""
+    """Return the error for a hub name that is neither cached nor reachable."""
     return ModelError(
         f"{key}: '{name}' is no folder here and is not in the local hub cache, and {reason}"
         f"{did_you_mean(name, ['tiny'])}. Give a local folder (model.path=FOLDER), `tiny` for the embedded model, or "
@@ -166,7 +166,7 @@ def _shards(index: Path, key: str) -> list[str]:
         raise ModelError(f"{key}: {index} is not an index of weights: {error}") from error
     for shard in shards:
         if not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise ModelError(f"{key}: {index.name} points to '{shard}'; only safetensors files beside it are read")
+            raise ModelError(f"{key}: {index.name} points to '{shard}'; only safetensors files in the same folder are read")
         if not (index.parent / shard).is_file():
             raise ModelError(f"{key}: {index.parent} lacks {shard}, one of the {len(shards)} files {index.name} names")
     return shards

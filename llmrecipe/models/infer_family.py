@@ -1,7 +1,7 @@
 """Inference of the names of parts from module names, for models of no registered family.
 
-Block lists are the outermost lists of like modules that hold attention; roles follow from the usual names of projections.
-A fused projection found this way is offered as a whole only: which of its rows are queries cannot be told from a name.
+Block lists are the outermost lists of similar modules that contain attention; roles follow from the usual names of projections.
+A fused projection found this way is available as a whole only: which of its rows are queries does not follow from a name.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ SKIPPED = re.compile(r"vision|visual|audio|image|speech", re.IGNORECASE)
 
 
 def is_rotary(module: nn.Module) -> bool:
-    """Whether a module computes rotary positions."""
+    """Return whether a module computes rotary positions."""
     return "Rotary" in type(module).__name__
 
 
 def infer(model: nn.Module) -> PartNames | None:
-    """Return the names of a model's parts read off its modules, or None where no block list is found."""
+    """Return the names of a model's parts inferred from its modules, or None where no block list is found."""
     stacks = _block_lists(model)
     if not stacks:
         return None
@@ -83,7 +83,7 @@ def infer(model: nn.Module) -> PartNames | None:
 
 
 def _block_lists(model: nn.Module) -> dict[str, str]:
-    """Side -> path of its block list: outermost lists whose elements share a class and hold attention."""
+    """Return side -> path of its block list: outermost lists whose elements share a class and contain attention."""
     lists: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(outer + ".") for outer, _ in lists)
@@ -151,5 +151,5 @@ def _role_of(path: str, module: nn.Module) -> str | None:
 
 
 def _named(kind: str, table: tuple[tuple[str, str], ...], path: str) -> str | None:
-    """`kind.part` for the first row of a table that fits the last one or two parts of a path."""
+    """Return `kind.part` for the first row of a table that matches the last one or two parts of a path."""
     return next((f"{kind}.{part}" for part, names in table if re.search(rf"(?:^|\.)(?:{names})$", path)), None)

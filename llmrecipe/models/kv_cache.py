@@ -1,13 +1,14 @@
-"""Key/value caches whose rows leave and join while a batch is being continued.
+"""Key/value caches whose rows can be removed and added during generation (continuous batching).
 
 Letters: R rows, H key/value heads, K columns a layer keeps, C columns of the cache, E head size, W sliding window.
 
-Rows end together: the last column of a cache is every row's newest token, and a shorter row has dead columns in front. So
-rows leave by an index, leading columns that are dead in every row are cut off, and two caches join row by row once the
-narrower one has dead columns in front. A layer with a sliding window keeps the last min(C, W - 1) columns and follows suit.
+Rows are right-aligned: the last column of a cache is every row's newest token, and a shorter row starts with dead columns. So
+rows are removed by an index, leading columns that are dead in every row are cut off, and two caches are concatenated by rows
+once the narrower one is padded with dead columns on the left. A layer with a sliding window keeps the last min(C, W - 1)
+columns and is treated alike.
 
-`fresh` says which models have such a cache. What a method works out for each row in the pass over a prompt and reads again
-in later passes belongs to `carried(cache)`: it moves with the rows.
+`fresh` says which models have such a cache. What a method computes for each row in the pass over a prompt and reuses in later
+passes belongs into `carried(cache)`: it is reordered with the rows.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Carried = dict[str, dict[Any, Tensor]]
-"""Wrapper's name -> anything -> (R, ...) one row's own."""
+"""Wrapper's name -> any key -> tensor (R, ...), one entry per row."""
 
 
 def fresh(model: nn.Module) -> Any | None:
-    """An empty `DynamicCache`, or None where rows cannot leave and join: an encoder-decoder, states that are not columns
-    (recurrent layers), chunks counted from the first column, or weights shared out over processes, which must all make the
-    same passes.
+    """Return an empty `DynamicCache`, or None where rows cannot be removed and added.
+
+    That is so for an encoder-decoder, for states that are not columns (recurrent layers), for chunks counted from the first
+    column, and for weights sharded over processes, which must all run the same passes.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -42,20 +44,21 @@ def fresh(model: nn.Module) -> Any | None:
 
 
 def cached(inputs: dict[str, Any]) -> int:
-    """Return how many tokens the cache that a pass is given holds already."""
+    """Return the number of tokens already in the cache of a pass."""
     cache = inputs.get("past_key_values")
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def prompts_of(inputs: dict[str, Any], given: Tensor | None, real: Tensor) -> Tensor | None:
-    """Return how many leading real tokens of each row are a prompt: what may decide for all of them at once.
+    """Return the number of leading real tokens of each row that are a prompt, for methods that decide from a whole prompt.
 
-    A prompt is what somebody marked off, or all that is read into an empty cache, which answers will follow. Nothing else is
-    known to come before the tokens it would decide for: neither in a pass of its own nor in one that continues a cache.
+    A prompt is what the caller marked as one, or everything that is read into an empty cache, which answers will follow. For no
+    other tokens is it known that they precede the tokens the decision applies to, neither without a cache nor in a pass that
+    continues one.
 
     Args:
-        inputs: of a stack of blocks, by name.
-        given: (R,) prompt lengths somebody set; beams repeat the rows of a prompt.
+        inputs: inputs of a stack of blocks, by name.
+        given: (R,) prompt lengths set by the caller; beams repeat the rows of a prompt.
         real: (R, T) True on real tokens.
 
     Returns:
@@ -69,7 +72,7 @@ def prompts_of(inputs: dict[str, Any], given: Tensor | None, real: Tensor) -> Te
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of each weight."""
+    """Return whether each process has only a shard of each weight."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -77,7 +80,7 @@ def sharded(model: nn.Module) -> bool:
 
 
 def carried(cache: Any) -> Carried:
-    """What methods keep for each row of a cache; it is reordered with the rows."""
+    """Return what methods store for each row of a cache; it is reordered with the rows."""
     if "carried" not in cache.__dict__:
         cache.carried = {}
         inner = cache.reorder_cache
@@ -121,21 +124,21 @@ def join(first: Any, second: Any) -> None:
 
 
 def cache_columns(layer: Any) -> int:
-    """C, columns that went through a layer and were not cut off."""
+    """Return C, the number of columns that went through a layer and were not cut off."""
     return int(layer.get_seq_length())
 
 
 def _filled(cache: Any) -> list[Any]:
-    """Layers with keys of their own; others may read those of an earlier layer."""
+    """Return the layers with keys of their own; others may read those of an earlier layer."""
     return [layer for layer in cache.layers if layer.is_initialized]
 
 
 def _wide(x: Tensor, columns: int) -> Tensor:
-    """(R, H, K, E) with dead columns in front."""
+    """Pad (R, H, K, E) with dead columns on the left."""
     return F.pad(x, (0, 0, columns - x.shape[2], 0))
 
 
 def _note(layer: Any, columns: int) -> None:
-    """A layer that does not keep every column counts them."""
+    """Set the column count of a layer that does not keep every column."""
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = columns

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers: nothing is run that was not asked for, nothing is initialised that was not announced.
+"""Loading models and tokenizers: no code runs without opt-in, and nothing is newly initialized silently.
 
 - safetensors only, remote code off, both by explicit opt-in otherwise (`model.allow_pickle`, `model.trust_remote_code`);
 - weights that are missing, extra, of another shape or newly initialised stop the load unless `model.allow_mismatch` names
@@ -44,7 +44,7 @@ LEGACY = (
     "*.attention.bias",
     "*.attention.masked_bias",
 )
-"""Buffers old checkpoints carry that today's models compute."""
+"""Buffers in old checkpoints that current models compute."""
 POOLERS = ("pooler",)
 """Parts below the backbone that belong to a classification head: masked-LM checkpoints do not have them."""
 
@@ -66,11 +66,11 @@ def load_model(
     Args:
         rows_head: `causal`, `classification`, `masked` or `seq2seq`.
         labels: class names of a classification head, in order of their ids.
-        load_kwargs: what quantizing wrappers need (`quantization_config`).
+        load_kwargs: arguments of quantizing wrappers (`quantization_config`).
         tokenizer: where it has more tokens than the model has rows, the embedding grows (see `vocabulary.fit`) and the new
             rows always train (see `new_rows`).
-        device: decides the meaning of `dtype: auto`; the weights stay where Transformers puts them.
-        seed: of everything that is initialised here.
+        device: determines the meaning of `dtype: auto`; the weights stay where Transformers puts them.
+        seed: of everything that is initialized here.
 
     The model carries `new_heads` (module paths initialised here), `position_offset` (see `models.vocabulary`) and
     `attention_routed` (whether packed rows and attention hooks work).
@@ -104,10 +104,10 @@ def skeleton(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "cpu",
 ) -> LanguageModel:
-    """The same model on the meta device: shapes and names, no weights read and no memory taken.
+    """Return the same model on the meta device: shapes and names, no weights read and no memory allocated.
 
     Raises:
-        ModelError: as `load_model`, except for what only the weights can tell.
+        ModelError: as `load_model`, except for what only the weights can reveal.
     """
     import torch
 
@@ -123,10 +123,10 @@ def skeleton(
 
 
 def _from_config(section: ModelSection, auto: Any, config: PreTrainedConfig, dtype: torch.dtype, backend: str) -> Any:
-    """A model without its weights. Where nobody says whether its code may run, Transformers asks on the terminal.
+    """Build a model without its weights; whether its code may run is always passed, else Transformers prompts on the terminal.
 
     Raises:
-        ModelError: it needs code of its own, and that may not run.
+        ModelError: it needs code of its own, which is not allowed to run.
     """
     trust = section.trust_remote_code
     try:
@@ -161,7 +161,7 @@ def _pretrained(
 
 
 def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], rows_head: str) -> None:
-    """Refuse weights that do not fit; remember the heads that are new."""
+    """Refuse weights that do not fit; record the heads that are new in `model.new_heads`."""
     prefix = model.base_model_prefix + "."
     reshaped = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     fresh = set(info["missing_keys"]) | reshaped
@@ -178,7 +178,7 @@ def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], ro
             ("missing from the checkpoint (they would be random)", sorted(k for k in fresh - reshaped if not allowed(k))),
             ("of another shape", sorted(k for k in reshaped if not allowed(k))),
             (
-                "in the checkpoint that this model has no place for",
+                "in the checkpoint that this model does not have",
                 sorted(k for k in info["unexpected_keys"] if not allowed(k)),
             ),
         )
@@ -215,7 +215,7 @@ def _finish(model: LanguageModel, section: ModelSection, backend: str, tokenizer
             install(model, backend)
     if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
         new_token_rows.add(model, count)
-    # A config that says tied beside weights that are not, or the other way round, would change the model when it is reloaded.
+    # A config that says tied for weights that are not, or the other way round, would change the model when it is reloaded.
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and embed is not None and hasattr(model.config, "tie_word_embeddings"):
         model.config.tie_word_embeddings = getattr(head, "weight", None) is getattr(embed, "weight", None)
@@ -237,7 +237,7 @@ def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:
 
 
 def prepare_for_training(model: nn.Module, section: ModelSection) -> None:
-    """Gradient checkpointing where the recipe asks for it.
+    """Turn on gradient checkpointing where the recipe sets it.
 
     Blocks are recomputed under the context of their original forward, and without re-entrance, so frozen inputs need no
     gradients and hooks see the same role twice.
@@ -261,7 +261,7 @@ def prepare_for_training(model: nn.Module, section: ModelSection) -> None:
 
 
 def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe, with its template, added tokens and a padding token.
+    """Load the tokenizer of a recipe, with its template, added tokens and a padding token.
 
     Raises:
         ModelError: no tokenizer there, or a padding token it does not have.
@@ -274,9 +274,7 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
     section = model.model_copy(update={"path": path, "init": "random"})
     place, local = locate(path, "tokenizer.path" if tokenizer.path else "model.path")
     if local and not any((Path(place) / name).is_file() for name in vocabulary.FILES):
-        raise ModelError(
-            f"tokenizer.path: {path} holds no tokenizer; name a folder or hub model that does (tokenizer.path=...)"
-        )
+        raise ModelError(f"tokenizer.path: {path} has no tokenizer; name a folder or hub model that does (tokenizer.path=...)")
     reason = None if local else offline()
     try:
         with quiet():

@@ -1,4 +1,4 @@
-"""From a model to the map of its modules: worked out once, kept on the model, worked out anew where modules were replaced."""
+"""From a model to the map of its modules: computed once, cached on the model, recomputed when modules were replaced."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llmrecipe.models.site import Site
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of a model: from the family table, else by inference from names; `model.anatomy` of a recipe wins.
+    """Return the anatomy of a model: from the family table, else inferred from names; `model.anatomy` takes precedence.
 
-    Kept on the model; worked out again when modules were replaced.
+    It is cached on the model and recomputed when modules were replaced.
 
     Raises:
         ModelError: no block list or no attention could be found; the message says how to name the parts by hand.
@@ -29,8 +29,12 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def name_by_hand(model: nn.Module, names: dict[str, str] | None) -> None:
-    """Give site names by hand (`model.anatomy` of a recipe): role -> path below a block, or below the model for
-    `layers`, `encoder.layers`, `decoder.layers`, `norm.final` and `embed.position`."""
+    """Set site names by hand (`model.anatomy` of a recipe).
+
+    Args:
+        names: role -> path below a block, or below the model for `layers`, `encoder.layers`, `decoder.layers`, `norm.final` and
+            `embed.position`.
+    """
     if names:
         model.__dict__["_llmrecipe_anatomy_names"] = dict(names)
         model.__dict__.pop("_llmrecipe_anatomy", None)

@@ -3,8 +3,8 @@
     embedding   y = W[t] + s D[t - first]             for added tokens t >= first, s the family's embedding scale
     head        z_t = x W[t]^T + x D[t - first]^T
 
-D (n, width) starts at zero, so the model starts unchanged. It is one parameter for both places where the head is tied to the
-embedding, two otherwise. A gradient mask on W would not do: weight decay and momentum move masked rows, and optimizer state
+D (n, width) is initialized to zero, so the model starts unchanged. It is one parameter where the head is tied to the embedding,
+two otherwise. A gradient mask on W would not do: weight decay and momentum move masked rows, and optimizer state
 would have the size of the vocabulary. Folding adds D to W.
 """
 
@@ -29,14 +29,14 @@ class EmbeddingRows(Hook):
         self.difference, self.first, self.scale = difference, first, scale
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Ids (...) and their embeddings (..., D) -> the same with the rows of added tokens moved."""
+        """Add the learned difference to the embeddings (..., D) of added tokens among the ids (...)."""
         own = (x >= self.first).unsqueeze(-1)
         moved = nn.functional.embedding((x - self.first).clamp(min=0), self.difference) * self.scale
         return y + torch.where(own, moved, torch.zeros_like(moved)).to(y.dtype)
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """W[first:] += D, where this hook owns the rows."""
+        """Fold the difference: W[first:] += D."""
         rows: Tensor = module.weight[self.first :]  # type: ignore[index]
         rows += self.difference.to(rows.dtype)
 
@@ -49,20 +49,20 @@ class HeadRows(Hook):
         self.difference, self.first, self.tied = difference, first, tied
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """States (..., D) and logits (..., V) -> the same with the logits of added tokens moved."""
+        """Add the learned difference to the logits (..., V) of added tokens, from the states (..., D)."""
         extra = nn.functional.linear(x, self.difference.to(x.dtype)).to(y.dtype)
         return torch.cat((y[..., : self.first], y[..., self.first :] + extra), -1)
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """W[first:] += D, unless the embedding's hook does it for the tied matrix."""
+        """Fold the difference: W[first:] += D, unless the embedding's hook does it for the tied matrix."""
         if not self.tied:
             rows: Tensor = module.weight[self.first :]  # type: ignore[index]
             rows += self.difference.to(rows.dtype)
 
 
 def add(model: Any, count: int) -> None:
-    """Give the last `count` tokens rows of their own that always train; they are listed in `model.new_heads`."""
+    """Add separate trainable rows for the last `count` tokens; they are listed in `model.new_heads`."""
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     first = embed.weight.shape[0] - count
     tied = head is not None and head.weight is embed.weight
@@ -82,7 +82,7 @@ def add(model: Any, count: int) -> None:
 
 
 def fold(model: Any) -> int:
-    """Add the learned differences to the weights and take the hooks out; returns how many there were.
+    """Add the learned differences to the weights and remove the hooks; return the number of hooks.
 
     Runs that train every weight, merged exports and runs built on a finished one do this first.
     """

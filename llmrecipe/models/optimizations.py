@@ -1,14 +1,14 @@
-"""Speed without a change of results: what a stock model computes although nobody reads it, or in more steps than needed.
+"""Optimizations that do not change results: skipping unused computations of a stock model, and fused kernels.
 
-`speed_up(model)` replaces `forward` on instances, never on classes, and keeps whatever it finds there underneath.
+`speed_up(model)` replaces `forward` on instances, never on classes, and calls the `forward` that was there before.
 
-- Unread rows. After the last block only the rows whose states are scored matter (the answer's, in fine-tuning), and past
+- Unused rows. After the last block only the rows whose states are scored matter (the answer's, in fine-tuning), and apart from
   its keys and values that block works row by row. Its query and output projections and its feed-forward therefore run on
-  the rows of `Context.read` only; the others come out as zeros, which nobody reads. Loss and gradients stay what they were.
+  the rows of `Context.read` only; the others are zeros, which are never used. Loss and gradients do not change.
 - Root-mean-square norms of the plain form w * x / sqrt(mean(x^2) + eps) go through `torch.nn.functional.rms_norm`: one
-  kernel on a GPU instead of a chain of them. In low precision on a CPU the stock chain is the faster one and stays.
+  kernel on a GPU instead of several. In low precision on a CPU the stock implementation is faster and stays.
 
-Each is tried on the model at hand when it is installed, and taken back where the result is not the same.
+Each is tested on the given model when it is installed, and removed where the result is not the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmrecipe.core.forward_context import activate, current
 from llmrecipe.models.hooks.hook import Hook, hooks_of, kind_of
 
 WORTH = 0.9
-"""Rows are picked out only where fewer than this share of them is read."""
+"""Rows are selected only where fewer than this share of them is used."""
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest value, that counts as equal in float32."""
 ROUNDING = 2.0**-7
@@ -37,10 +37,10 @@ ROUNDING = 2.0**-7
 
 
 def speed_up(model: nn.Module) -> list[str]:
-    """Install every trick that holds on this model; call it once the stack is attached.
+    """Install every optimization that is exact on this model; call it once the stack is attached.
 
     Returns:
-        One line for each trick in place, for the start of a run.
+        One line for each installed optimization, for the start of a run.
     """
     if any(p.is_meta for p in model.parameters()):
         return []
@@ -52,15 +52,15 @@ def speed_up(model: nn.Module) -> list[str]:
         done.append(f"{len(norms)} root-mean-square norms in one call each")
     rows = _read_rows(model)
     if rows:
-        done.append(f"last block: {', '.join(rows)} only where a state is read")
+        done.append(f"last block: {', '.join(rows)} only where a state is used")
     return done
 
 
 def ready_to_compile(device: torch.device) -> None:
-    """Look for what `torch.compile` needs, and keep its notes on recompilation out of the run's output.
+    """Check the requirements of `torch.compile`, and keep its notes on recompilation out of the run's output.
 
     Raises:
-        RecipeError: kernels for a CPU are written in C++ and the machine has no compiler.
+        RecipeError: CPU kernels are compiled from C++ and the machine has no compiler.
     """
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if device.type == "cpu" and not any(shutil.which(c) for c in compilers):
@@ -68,11 +68,11 @@ def ready_to_compile(device: torch.device) -> None:
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
 
 
-# --- rows that nobody reads ------------------------------------------------------------------------------------------
+# --- unused rows -----------------------------------------------------------------------------------------------------
 
 
 def _read_rows(model: nn.Module) -> list[str]:
-    """Make the last block skip unread rows; returns the roles that do."""
+    """Make the last block skip unused rows; return the roles that do."""
     found = _row_modules(model)
     for _, module in found:
         if "_every_row" not in module.__dict__:
@@ -89,7 +89,7 @@ def _read_rows(model: nn.Module) -> list[str]:
 
 
 def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules of the last decoder block that work row by row and whose rows only the final state depends on."""
+    """Return modules of the last decoder block that work row by row and whose rows only the final state depends on."""
     from llmrecipe.models.module_map import anatomy
 
     try:
@@ -98,7 +98,7 @@ def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
     last = [site for site in parts.sites if site.layer == parts.layers - 1]
     roles = {site.role for site in last}
-    # Routers count every token; encoders and pairs of them read rows elsewhere; a fused projection also makes keys and values.
+    # Routers count every token; encoders and encoder-decoders use all rows; a fused projection also makes keys and values.
     if parts.encoder_decoder or not parts.causal or roles & {"experts", "router"}:
         return []
     wanted = [site for site in last if site.role in ("attn.q", "attn.o", "mlp") and site.rows is None]
@@ -106,7 +106,7 @@ def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _read_rows_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """y[read] = f(x[read]), zero elsewhere; every row where it is not known what is read."""
+    """Compute y[read] = f(x[read]), (..., D) -> (..., D'), zero elsewhere; all rows where `Context.read` is unknown."""
     inner = self.__dict__["_every_row"] or types.MethodType(type(self).forward, self)
     context = current()
     if context.read is None or kwargs or len(args) != 1 or not _fits(self, args[0], context.positions, context.read):
@@ -118,7 +118,7 @@ def _read_rows_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fits(module: nn.Module, x: Any, positions: Tensor | None, rows: Tensor) -> bool:
-    """Whether `x` holds one row a token of the batch, few of them read, and no hook inside minds where its rows are."""
+    """Return whether `x` has one row per token, few of them used, and no hook inside depends on the place of its rows."""
     if not isinstance(x, Tensor) or x.dim() != 3 or positions is None or x.shape[:2] != positions.shape:
         return False
     if not 0 < rows.numel() <= WORTH * positions.numel() or torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ def _rowwise(hook: Hook) -> bool:
 
 @torch.no_grad()
 def _same_where_read(model: nn.Module) -> bool:
-    """Whether a short pass gives the same final states with and without skipping, at the rows that are read."""
+    """Return whether a short pass gives the same final states with and without skipping, at the rows that are used."""
     from llmrecipe.core.forward_context import Context
 
     device = next(model.parameters()).device
@@ -164,7 +164,7 @@ def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _plain_norm(module: nn.Module) -> bool:
-    """Whether a module is w * x / sqrt(mean(x^2) + eps) and nothing else, tried on seeded rows."""
+    """Return whether a module is w * x / sqrt(mean(x^2) + eps) and nothing else, tested on seeded rows."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or "forward" in module.__dict__:
         return False
@@ -181,7 +181,7 @@ def _plain_norm(module: nn.Module) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding of the tensors' own precision."""
+    """Return whether two tensors are equal up to rounding in their own precision."""
     limit = TOLERANCE if a.dtype in (torch.float32, torch.float64) else ROUNDING
     scale = b.float().abs().max().clamp_min(1e-6)
     return a.shape == b.shape and a.dtype == b.dtype and bool((a.float() - b.float()).abs().max() <= limit * scale)

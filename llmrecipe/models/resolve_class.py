@@ -1,4 +1,4 @@
-"""What a model section asks for, decided before weights are read: config, Transformers class, dtype, attention backend."""
+"""Resolving a model section before weights are read: config, Transformers class, dtype, attention backend."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ AUTO = {
     "masked": ("AutoModelForMaskedLM", "a masked language model"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
 }
-"""What an objective asks for -> the Transformers class that answers."""
+"""Head an objective needs -> (Transformers class, description)."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers prints its own load report; ours says the same in one place."""
+    """Silence Transformers' own load report, which `load_model` replaces."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -47,7 +47,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
-    """The config of a model, with the recipe's values set.
+    """Load the config of a model, with the recipe's values set.
 
     Raises:
         ModelError: no such model, no such config value, or values that do not fit together.
@@ -93,12 +93,12 @@ def _check_keys(changes: dict[str, Any], config: PreTrainedConfig) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something."""
+    """Return the first non-empty line of an error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def own_code(section: ModelSection) -> ModelError:
-    """The error for a model that needs code of its own, and may not run it."""
+    """Return the error for a model that needs code of its own, which is not allowed to run."""
     return ModelError(
         f"model.path: {section.path} comes with its own Python code, which is not run unless you opt in; "
         f"read it first, then {say('trust_remote_code')}"
@@ -106,7 +106,7 @@ def own_code(section: ModelSection) -> ModelError:
 
 
 def with_code(section: ModelSection, load: Any, what: str) -> Any:
-    """Call a `from_pretrained`, with hub and remote-code failures turned into messages that teach."""
+    """Call a `from_pretrained`, turning hub and remote-code failures into messages that say what to do."""
     place, local = locate(section.path)
     if local:
         check_folder(Path(place), section.allow_pickle, weights=section.init == "pretrained" and what != "tokenizer")
@@ -118,7 +118,7 @@ def with_code(section: ModelSection, load: Any, what: str) -> Any:
         with quiet():
             return load(**kwargs)
     except pickle.UnpicklingError as error:
-        raise ModelError(f"model.path: {section.path}: its pickle holds more than tensors, so it is not read") from error
+        raise ModelError(f"model.path: {section.path}: its pickle contains more than tensors, so it is not read") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = str(error)
         if "trust_remote_code" in text:
@@ -132,7 +132,7 @@ def with_code(section: ModelSection, load: Any, what: str) -> Any:
 
 
 def resolve_dtype(dtype: str, config: PreTrainedConfig, device: str = "cpu") -> torch.dtype:
-    """The dtype weights are loaded in.
+    """Return the dtype weights are loaded in.
 
     `auto` is float32 on the CPU, where only some processors compute in bfloat16 and small models gain nothing from it, and
     the checkpoint's own dtype on a GPU.
@@ -151,7 +151,7 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig, device: str = "cpu") -> 
 
 
 def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
-    """The Auto class for a head, after checking that the family has one."""
+    """Return the Auto class for a head, after checking that the family has one."""
     import transformers
 
     if rows_head not in AUTO:
@@ -175,10 +175,10 @@ def _made_for(config: PreTrainedConfig) -> str:
 
 
 def attention(section: ModelSection, model_class: type) -> str:
-    """The stock attention backend of a model class.
+    """Return the stock attention backend of a model class.
 
     Raises:
-        ModelError: the family or the machine lacks the backend that was asked for.
+        ModelError: the family or the machine lacks the requested backend.
     """
     supports_sdpa = getattr(model_class, "_supports_sdpa", False)
     if section.attention == "auto":

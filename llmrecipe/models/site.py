@@ -22,7 +22,7 @@ class Site:
     """`decoder` or `encoder`."""
     width_in: int
     width_out: int
-    """Features in and out of this site alone: of the rows where a module is fused, of one expert for expert tensors."""
+    """Input and output features of this site alone: of its rows in a fused module, of one expert for expert tensors."""
     transposed: bool = False
     """The weight is stored (in, out), as Conv1D and embeddings store it."""
     rows: tuple[int, ...] | slice | None = None
@@ -30,23 +30,23 @@ class Site:
     tensor: str | None = None
     """Name of the 3-D expert tensor inside the module."""
     experts: int = 0
-    """How many experts the tensor holds."""
+    """Number of experts in the tensor."""
     chosen: tuple[int, ...] | None = None
     """Experts the target named; None means all."""
 
     def name(self, owner: str) -> str:
-        """Child name of a hook of `owner` here: suffixed by the part where one module holds several sites."""
+        """Return the child name of a hook of `owner` here: suffixed by the part where one module has several sites."""
         if self.tensor is not None:
             return f"{owner}__{self.tensor.removesuffix('_proj')}"
         return owner if self.rows is None else f"{owner}__{self.role.rsplit('.', 1)[-1]}"
 
     def indices(self) -> range | tuple[int, ...]:
-        """Output features of the module that belong to this site, in order."""
+        """Return the output features of the module that belong to this site, in order."""
         if isinstance(self.rows, tuple):
             return self.rows
         return range(self.width_out) if self.rows is None else range(self.rows.start, self.rows.stop)
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes two sites the same place."""
+        """Return what identifies the place: equal for two sites at the same place."""
         return self.path, str(self.rows), str(self.tensor)

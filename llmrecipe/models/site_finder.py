@@ -19,7 +19,7 @@ PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate",
 
 
 def build(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
-    """Work out the anatomy of a model.
+    """Build the anatomy of a model.
 
     Raises:
         ModelError: the block list or the attention cannot be found.
@@ -47,14 +47,14 @@ def build(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
 
 def _lost(model: nn.Module, what: str) -> str:
     return (
-        f"{model.config.model_type}: cannot tell {what} from its module names. Name the parts in the recipe, for example\n"
+        f"{model.config.model_type}: cannot find {what} by its module names. Name the parts in the recipe, for example\n"
         "model:\n  anatomy: {layers: model.blocks, attn: attention, attn.q: attention.query, attn.v: attention.value, "
         "mlp: ffn, mlp.down: ffn.out}"
     )
 
 
 class _Shape:
-    """Head sizes from a config, whatever the family calls them."""
+    """Head sizes from a config, under whatever names the family uses."""
 
     def __init__(self, config: Any):
         self.width: int = config.hidden_size
@@ -67,7 +67,7 @@ class _Shape:
         self.head_dim: int = given or self.width // self.heads
 
     def split(self, role: str, layout: str, width: int) -> list[tuple[int, ...] | slice]:
-        """Rows of each part of a fused projection, or nothing where the sizes do not add up."""
+        """Return the rows of each part of a fused projection, or an empty list where the sizes do not add up."""
         if layout == "latent":
             return _interleave((self.nope, self.value_dim), self.heads, width)
         if role == "mlp.gate_up":
@@ -80,7 +80,7 @@ class _Shape:
 
 
 def _interleave(sizes: tuple[int, ...], heads: int, width: int) -> list[tuple[int, ...] | slice]:
-    """Rows of each part when every head stores its parts next to each other."""
+    """Return the rows of each part when every head stores its parts next to each other."""
     per_head = sum(sizes)
     if per_head * heads != width:
         return []
@@ -92,7 +92,7 @@ def _interleave(sizes: tuple[int, ...], heads: int, width: int) -> list[tuple[in
 
 
 def _stacks(model: nn.Module, family: PartNames) -> dict[str, str]:
-    """Side -> full path of its block list. Text stacks win over picture or audio stacks of the same name."""
+    """Return side -> full path of its block list; text stacks take precedence over image or audio stacks of that name."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found: dict[str, str] = {}
     for side, ending in family.stacks.items():
@@ -118,7 +118,7 @@ def _by_hand(family: PartNames | None, names: dict[str, str]) -> PartNames:
 
 
 def find(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
-    """The first existing alternative of a path below a module."""
+    """Return the first existing alternative of a path below a module."""
     for choice in path.split("|"):
         try:
             module = root.get_submodule(choice.strip())
@@ -130,7 +130,7 @@ def find(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
 
 
 def widths(module: nn.Module, default: int) -> tuple[int, int, bool]:
-    """(features in, features out, stored transposed) of a module; 4-bit layers keep their logical sizes as attributes."""
+    """Return (features in, features out, stored transposed) of a module; 4-bit layers have logical sizes as attributes."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features), False
     if isinstance(module, nn.Embedding):
@@ -173,7 +173,7 @@ def _expert_sites(path: str, layer: int, module: nn.Module, side: str, shape: _S
         if weight is None or weight.dim() != 3:
             continue
         count, rows, columns = weight.shape
-        # Most families store (E, out, in); those that say so store (E, in, out).
+        # Most families store (E, out, in); those with the flag store (E, in, out).
         transposed = bool(getattr(module, "is_transposed", False))
         wide_out, wide_in = (columns, rows) if transposed else (rows, columns)
         yield Site(path, "experts", layer, module, side, wide_in, wide_out, transposed, tensor=tensor, experts=count)
@@ -206,7 +206,7 @@ def _top_sites(model: nn.Module, family: PartNames, stacks: dict[str, str], shap
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits: of tokens, or of classes."""
+    """Return the module that turns hidden states into logits: of tokens, or of classes."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None:
         return head

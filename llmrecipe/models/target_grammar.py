@@ -25,7 +25,7 @@ SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 EXPERTS = re.compile(r"(?P<role>experts(?:\.gate_up|\.down)?)\.(?P<chosen>\d+(?:\|\d+)*)")
 
 LINEAR = ("attn.", "cross.", "mlp.", "shared.")
-"""Beginnings of the roles `all-linear` takes."""
+"""Prefixes of the roles that `all-linear` includes."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Term:
     side: str | None
     layers: str | None
     names: tuple[str, ...]
-    """Roles, with alternatives spelled out."""
+    """Roles, with alternatives expanded."""
     experts: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
@@ -44,12 +44,12 @@ class Term:
 
     @property
     def tail(self) -> str:
-        """What stands behind side and layers, as typed."""
+        """Return what follows side and layers, as typed."""
         return TERM.fullmatch(self.text)["names"]  # type: ignore[index]
 
 
 def parse(target: str) -> list[Term]:
-    """Read a target.
+    """Parse a target.
 
     Raises:
         ModelError: a term is empty, has a malformed range or names a range of layers without a part.
@@ -79,7 +79,7 @@ def _term(text: str, target: str) -> Term:
 
 
 def select(term: Term, sites: list[Site], blocks: Callable[[str], int]) -> list[Site]:
-    """The sites a term names, in model order; an empty list where any of its alternatives matches nothing."""
+    """Return the sites a term names, in model order; an empty list where any of its alternatives matches nothing."""
     scope = [site for site in sites if term.side in (None, site.side)]
     if term.layers is not None:
         scope = [site for site in scope if site.layer is not None and _in_range(site.layer, term, blocks(site.side))]
@@ -111,7 +111,7 @@ def _matching(name: str, scope: list[Site]) -> list[Site]:
 
 
 def _whole(sites: list[Site]) -> list[Site]:
-    """A fused projection counts once: as a whole, without its parts."""
+    """Drop the parts of fused projections, so that each counts once, as a whole."""
     whole = {site.path for site in sites if site.rows is None}
     return [site for site in sites if site.rows is None or site.path not in whole]
 

@@ -1,7 +1,7 @@
-"""Scalar heads of a model, one a role (reward, value), beside its own language-model head.
+"""Scalar heads of a model, one per role (reward, value), in addition to its language-model head.
 
-They hang in `model.task_head`, so one base in memory can carry a policy, a value function and a reward model, each with its
-own adapter and head, and the base's fingerprint is that of the plain model.
+They are children of `model.task_head`, so one base in memory can serve as policy, value function and reward model, each with
+its own adapter and head, and the base's fingerprint is that of the plain model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 ATTRIBUTE = "task_head"
 FILE = "heads.safetensors"
-"""Beside a whole model's folder, which other programs load too and which therefore holds no head of ours."""
+"""File next to a whole model's folder, which other programs load too and which therefore has no scalar head."""
 
 
 class ScalarHead(nn.Module):
@@ -35,17 +35,17 @@ class ScalarHead(nn.Module):
         self.register_buffer("bias", torch.zeros(()))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Scores of hidden states."""
+        """Return the scores (N, 1) of hidden states (N, D)."""
         with torch.autocast(h.device.type, enabled=False):
             wide = torch.promote_types(h.dtype, torch.float32)
             return self.gain * F.linear(h.to(wide), self.weight.to(wide)) + self.bias
 
 
 def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
-    """The model's trained head for a role; one that is there already (of the run it continues) keeps its values.
+    """Add a trained head for a role and return it; an existing one (of the run that is continued) keeps its values.
 
     Args:
-        std: of the normal start; default 1 / sqrt(D + 1); 0 starts at zero.
+        std: of the normal initialization; default 1 / sqrt(D + 1); 0 initializes to zero.
     """
     heads = _container(model)
     if role not in heads:
@@ -60,7 +60,7 @@ def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> Scala
 
 
 def mount(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Frozen heads with the values of a saved run (names `task_head.<role>.weight` and so on); no others are touched."""
+    """Mount frozen heads with the values of a saved run (names `task_head.<role>.weight` and so on); leave others alone."""
     heads = None
     for name, value in tensors.items():
         if not name.startswith(f"{ATTRIBUTE}."):
@@ -79,7 +79,7 @@ def mount(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_frozen(model: Any, name: str) -> bool:
-    """Whether a tensor or module belongs to a head that came with a mounted run."""
+    """Return whether a tensor or module belongs to a head that came with a mounted run."""
     parts = name.split(".")
     heads = getattr(model, ATTRIBUTE, None)
     if parts[0] != ATTRIBUTE or len(parts) == 1 or not isinstance(heads, nn.ModuleDict):
@@ -88,19 +88,19 @@ def is_frozen(model: Any, name: str) -> bool:
 
 
 def names(model: Any) -> list[str]:
-    """Roles that have a head."""
+    """Return the roles that have a head."""
     heads = getattr(model, ATTRIBUTE, None)
     return list(heads) if isinstance(heads, nn.ModuleDict) else []
 
 
 def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the model's own tensors, those of its scalar heads)."""
+    """Split a state dict into (the model's own tensors, those of its scalar heads)."""
     own = {k: v for k, v in state.items() if not k.startswith(f"{ATTRIBUTE}.")}
     return own, {k: v for k, v in state.items() if k not in own}
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Keep heads beside a whole model; nothing is written where there are none."""
+    """Save heads next to a whole model; nothing is written where there are none."""
     from safetensors.torch import save_file
 
     if tensors:
@@ -108,7 +108,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def read(model: Any, folder: Path) -> None:
-    """Mount the heads kept beside a whole model, if there are any."""
+    """Mount the heads saved next to a whole model, if there are any."""
     from safetensors.torch import load_file
 
     if (folder / FILE).is_file():
@@ -116,7 +116,7 @@ def read(model: Any, folder: Path) -> None:
 
 
 def without_language_head(model: Any) -> None:
-    """Keep a language-model head of its own out of training: an objective on hidden states sends it no gradient."""
+    """Exclude an untied language-model head from training: an objective on hidden states gives it no gradient."""
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     tied = {id(p) for p in embed.parameters()} if embed is not None else set()
     for parameter in _parameters(head):
@@ -135,7 +135,7 @@ def _container(model: Any) -> nn.ModuleDict:
 
 
 def is_head(model: nn.Module, name: str) -> bool:
-    """Whether a tensor or module belongs to a task head that is new here: the loader's fresh one, or a role's own scalar."""
+    """Return whether a tensor or module belongs to a new task head: the loader's, or a role's scalar head."""
     if is_frozen(model, name):
         return False
     new = ("task_head", *getattr(model, "new_heads", ()))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FOLDER = ASSETS / "tiny"
 VOCABULARY = 1024
-"""At most; the corpus has fewer words, so the trained tokenizer stays below it."""
+"""Largest vocabulary; the corpus has fewer words, so the trained tokenizer stays below it."""
 CONTEXT = 512
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>", "sep_token": "<sep>"}
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
@@ -47,7 +47,7 @@ TEMPLATE = (
 
 
 def texts(files: list[Path]) -> Iterator[str]:
-    """Every text and message content in JSON lines files."""
+    """Yield every text and message content in JSON lines files."""
     for file in files:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
@@ -55,7 +55,7 @@ def texts(files: list[Path]) -> Iterator[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """The strings inside a row, role names left out."""
+    """Yield the strings inside a row, except role names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -68,7 +68,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def build_tokenizer(found: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE on texts; raw text gets `<bos>` in front, templates bring their own."""
+    """Train the byte-level BPE on texts; raw text is prefixed with `<bos>`, templates contain their own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -100,7 +100,7 @@ def build_tokenizer(found: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The shape: 4 layers of width 192, 6 heads that share 2 key-value heads, tied embeddings; 1.8 million parameters."""
+    """Return the config: 4 layers of width 192, 6 heads with 2 key/value heads, tied embeddings; 1.8 million parameters."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -121,7 +121,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def start(out: Path, corpus: list[Path]) -> None:
-    """Write tokenizer and config, which `model.init=random` begins with; without a corpus the tokenizer of the package."""
+    """Write tokenizer and config for `model.init=random`; without a corpus, use the package's own tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = build_tokenizer(texts(corpus)) if corpus else AutoTokenizer.from_pretrained(FOLDER)
@@ -147,7 +147,7 @@ def install(run: Path, out: Path = FOLDER) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: `start` before training, `install` after it."""
+    """Run the command line: `start` before training, `install` after it."""
     parser = argparse.ArgumentParser(description="Make the embedded model.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     begin = verbs.add_parser("start", help="write tokenizer and config")

@@ -1,4 +1,4 @@
-"""Tokens and the rows that stand for them: padding, added tokens, growing embeddings."""
+"""Tokens and their embedding rows: padding, added tokens, growing embeddings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BRACKETED = re.compile(r"<[^<>\s]+>|\[[A-Z_0-9]+\]")
 def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
     """Make sure there is a padding token, without adding one to the vocabulary.
 
-    Which token pads does not matter to training: targets and masks are decided by length, never by comparing ids, so an end
-    token that also pads is still learned.
+    Which token pads does not matter to training: targets and masks are determined by length, never by comparing ids, so an end
+    token that is also the padding token is still learned.
 
     Raises:
         ModelError: the wanted token is not one token of the vocabulary, or nothing can pad.
@@ -43,7 +43,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
-    """Add tokens, those in brackets as special ones; returns how many were new.
+    """Add tokens, those in brackets as special ones; return the number of new ones.
 
     Raises:
         ModelError: an empty token.
@@ -58,15 +58,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows an embedding needs: one more than the largest id."""
+    """Return the number of rows an embedding needs: one more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Grow the embedding (and head) to the tokenizer's vocabulary; returns how many rows are new.
+    """Grow the embedding (and head) to the tokenizer's vocabulary; return the number of new rows.
 
-    New rows start at the mean of the old ones, the same on every load, so that a run's base can be rebuilt. A tied head stays
-    tied and the config carries the new size. Models with spare rows are left alone. Also tells the config which token pads.
+    New rows are initialized to the mean of the old ones, the same on every load, so that a run's base can be rebuilt. A tied
+    head stays tied and the config gets the new size. Models with spare rows are left alone. Also sets the config's padding
+    token.
     """
     import torch
 
@@ -87,7 +88,7 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def position_offset(model: nn.Module) -> int:
-    """What RoBERTa-like families add to a position: they count from padding_idx + 1."""
+    """Return the offset RoBERTa-like families add to a position: they count from padding_idx + 1."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1

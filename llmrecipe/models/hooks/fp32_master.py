@@ -1,7 +1,7 @@
-"""Float32 masters of base tensors that train inside a 16-bit model.
+"""Float32 master weights of base tensors that train inside a 16-bit model.
 
-16 bits would lose small updates, so an opened tensor is stored in float32 under its own name. Where it is used it is cast to
-the model's dtype for the length of the call, in training and in every later evaluation alike.
+16 bits would lose small updates, so a trained base tensor is stored in float32 under its own name. Where it is used it is cast
+to the model's dtype for the duration of the call, in training and in every later evaluation alike.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class DowncastHook(Hook):
     def __init__(self, tensor: str, dtype: torch.dtype):
         super().__init__()
         self.tensor, self.dtype = tensor, dtype
-        # Whatever role or stack is asked for, the stored tensor is float32.
+        # Whatever the role or stack, the stored tensor is float32.
         self.mounted = True
 
     def weight(self, value: Tensor) -> Tensor:
-        """The master, rounded."""
+        """Return the master weight cast to the dtype, in its own shape."""
         return value.to(self.dtype)
 
 

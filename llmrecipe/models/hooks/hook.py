@@ -6,17 +6,17 @@ sharded rebuilds keep working, and names of base parameters never change.
 
 Kinds of hook (a hook overrides exactly one method):
 
-    before     x -> x'                    prompts at the embedding, IA3 on an input
-    after      (x, y) -> y'               LoRA, adapters, ReFT
-    around     (call, x) -> y             where the call itself is replaced: DoRA, CoDA, sparse entries, merged products
-    weight     W -> W'                    a named tensor of the host for one call: 3-D experts
-    attention  (attend, q, k, v) -> out   prefix tuning, head-wise adapters; see models.attention
-    whole      (call, inputs) -> output   the host with all its inputs by name: prompts that lengthen rows, tensors that are
-                                          computed once a forward pass and handed to the hooks inside (`Context.shared`)
+    before        x -> x'                    prompts at the embedding, IA3 on an input
+    after         (x, y) -> y'               LoRA, adapters, ReFT
+    wrap_forward  (call, x) -> y             replaces the call itself: DoRA, CoDA, sparse entries, merged products
+    weight        W -> W'                    a named tensor of the host for one call: 3-D experts
+    attention     (attend, q, k, v) -> out   prefix tuning, head-wise adapters; see models.attention
+    wrap_module   (call, inputs) -> output   the host with all its inputs by name: prompts that lengthen rows, tensors that are
+                                             computed once per forward pass for the hooks inside (`Context.shared`)
 
-Order at one site: wrappers outside everything else by `order`, the first one outermost; then befores in stack order, then the
-arounds (the last one outermost) with weights replaced by `order`, then the afters by `order`, ties in stack order: parallel
-deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
+Order at one site: module wrappers outside everything else by `order`, the first one outermost; then befores in stack order,
+then forward wrappers (the last one outermost) with weights replaced by `order`, then afters by `order`, ties in stack order:
+parallel deltas (0), scalings (10), serial bottlenecks (20), edits of the result (30).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from llmrecipe.models.site import Site
 
 ROWS, DELTA, SCALE, SERIAL, EDIT = -10, 0, 10, 20, 30
-"""Values of `Hook.order`. ROWS: a whole that changes rows stands outside those that count their columns."""
+"""Values of `Hook.order`. ROWS: a `wrap_module` hook that changes rows is outside those that count their columns."""
 
 KINDS = ("before", "after", "wrap_forward", "weight", "attention", "wrap_module")
 
 ROUTED: set[str] = set()
-"""Attention functions that call attention hooks, by the name Transformers knows them by (see `models.attention.install`)."""
+"""Names in Transformers of attention functions that call attention hooks (see `models.attention.install`)."""
 
 
 class Hook(nn.Module):
-    """Base of every injected module."""
+    """Base of every hook."""
 
     order: ClassVar[int] = DELTA
     owner: str
@@ -55,17 +55,17 @@ class Hook(nn.Module):
     roles: frozenset[str] | None = None
     """Roles this hook serves; None serves every role but `reference`."""
     mounted: bool = False
-    """Whether the hook belongs to the run this one continues: it is part of the reference and never steps aside for it."""
+    """Whether the hook belongs to the run this one continues: it is part of the reference and is never disabled for it."""
     rowwise: ClassVar[bool] = False
-    """Whether each row of its output depends on that row of its input alone, wherever the row stands: then it also works on
-    some of a batch's rows (see `models.optimizations`)."""
+    """Whether each row of its output depends on that row of its input alone, whatever its position: then it also works on a
+    subset of a batch's rows (see `models.optimizations`)."""
     weightlike: ClassVar[bool] = False
-    """Whether host and hook together are again one linear map, or one table, of the same inputs (see `weight_below`)."""
+    """Whether host and hook together are again one linear map, or one embedding table, of the same inputs."""
     tensor: str = "weight"
     """For a weight hook: the attribute of the host it changes."""
 
     def active(self) -> bool:
-        """Whether the hook takes part in the forward pass that is running."""
+        """Return whether the hook takes part in the forward pass that is running."""
         context = current()
         if self.owner in context.off:
             return False
@@ -74,27 +74,27 @@ class Hook(nn.Module):
         return self.mounted or context.role != "reference"
 
     def before(self, x: Tensor) -> Tensor:
-        """x -> x'."""
+        """Change the host's input, x (..., D_in) -> x'."""
         raise NotImplementedError
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """(x, y) -> y'."""
+        """Change the host's output, (x (..., D_in), y (..., D_out)) -> y'."""
         raise NotImplementedError
 
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """(call, x) -> y."""
+        """Compute the host's output in place of `call`, x (..., D_in) -> y (..., D_out)."""
         raise NotImplementedError
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W', for the length of one call of the host."""
+        """Replace a tensor of the host for one call, W -> W' of the same shape."""
         raise NotImplementedError
 
     def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention output (R, heads, T, head size); `attend(q, k, v, *prefixes)` computes it without this hook."""
+        """Return the attention output (R, Hq, T, Ev); `attend(q, k, v, *prefixes)` computes it without this hook."""
         raise NotImplementedError
 
     def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Whatever the host returns; `call(**inputs)` computes it without this hook."""
+        """Return what the host returns; `call(**inputs)` computes it without this hook."""
         raise NotImplementedError
 
     def merge(self, module: nn.Module) -> None:
@@ -111,7 +111,7 @@ _watching: set[int] | None = None
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[set[int]]:
-    """Inside, the ids of all hooks that take part in a forward pass gather in the set that is yielded."""
+    """Collect, in the set that is yielded, the ids of all hooks that take part in a forward pass inside the context."""
     global _watching
     called: set[int] = set()
     _watching = called
@@ -122,7 +122,7 @@ def recorded_calls() -> Iterator[set[int]]:
 
 
 def note_called(hooks: Iterable[Hook]) -> None:
-    """Count hooks as called, where somebody watches."""
+    """Record hooks as called, inside `recorded_calls`."""
     if _watching is not None:
         _watching.update(map(id, hooks))
 
@@ -136,7 +136,7 @@ def _kind(cls: type[Hook]) -> str:
 
 
 def kind_of(hook: Hook) -> str:
-    """Which of the hook methods a hook overrides (exactly one)."""
+    """Return which of the hook methods a hook overrides (exactly one)."""
     return _kind(type(hook))
 
 
@@ -169,13 +169,13 @@ def add_hook(module: nn.Module, name: str, hook: Hook, owner: str) -> Hook:
 
 
 def refuse_unrouted(module: nn.Module, owner: str) -> None:
-    """Refuse an attention hook where attention is computed without asking Transformers' AttentionInterface.
+    """Refuse an attention hook where attention does not go through Transformers' AttentionInterface.
 
-    A module asks it when a method of its class reads ALL_ATTENTION_FUNCTIONS, and it is given our function when its config
-    says so: families that are not built for other backends, linear attention and flash attention are not.
+    A module uses the interface when a method of its class reads ALL_ATTENTION_FUNCTIONS, and its config selects our function.
+    Neither holds for families that do not support other backends, for linear attention and for flash attention.
 
     Raises:
-        ModelError: it names the module's class and what works instead.
+        ModelError: naming the module's class and what works instead.
     """
     given = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if given in ROUTED and asks_interface(type(module)):
@@ -183,22 +183,22 @@ def refuse_unrouted(module: nn.Module, owner: str) -> None:
     reason = "this model computes it without Transformers' AttentionInterface"
     remedy = "use a method on its linear layers, such as lora, or a model of another family"
     if given == "flash_attention_2":
-        reason, remedy = "model.attention=flash_attention_2 leaves no place for it", "set model.attention=sdpa"
+        reason, remedy = "model.attention=flash_attention_2 cannot be extended", "set model.attention=sdpa"
     raise ModelError(
         f"stack.{owner}: it changes what attention computes, and {type(module).__name__} would never call it: {reason}. "
-        f"Nothing of it would act; {remedy}"
+        f"It would have no effect; {remedy}"
     )
 
 
 @functools.cache
 def asks_interface(cls: type[nn.Module]) -> bool:
-    """Whether a method of an attention class reads Transformers' table of attention functions."""
+    """Return whether a method of an attention class reads Transformers' table of attention functions."""
     methods = [inspect.unwrap(m) for base in cls.__mro__ for m in vars(base).values() if inspect.isfunction(m)]
     return any("ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods)
 
 
 def remove_hook(module: nn.Module, name: str) -> None:
-    """Take a hook out again; the last one restores the module's own forward."""
+    """Remove a hook; removing the last one restores the module's own forward."""
     delattr(module, name)
     module._hook_names = tuple(n for n in module._hook_names if n != name)  # type: ignore[assignment,union-attr]
     if not any(kind_of(getattr(module, n)) != "attention" for n in module._hook_names):  # type: ignore[union-attr]
@@ -209,7 +209,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
 
 
 def hooks_of(module: nn.Module, kind: str | None = None, active: bool = False) -> list[Hook]:
-    """The hooks of a module in stack order, optionally of one kind and only those active now."""
+    """Return the hooks of a module in stack order, optionally of one kind and only the active ones."""
     hooks = [getattr(module, name) for name in getattr(module, "_hook_names", ())]
     return [p for p in hooks if (kind is None or kind_of(p) == kind) and (not active or p.active())]
 
@@ -224,12 +224,12 @@ def all_hooks(model: nn.Module, owner: str | None = None) -> Iterator[tuple[str,
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The tensor of a module output that may be a tuple."""
+    """Return the first tensor of a module output, which may be a tuple."""
     return value[0] if isinstance(value, tuple) else value
 
 
 def with_first(value: Any, tensor: Tensor) -> Any:
-    """The same output with its first tensor replaced."""
+    """Return the same output with its first tensor replaced."""
     return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
 
 
@@ -253,14 +253,14 @@ def _with_inputs(hook: Hook, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forward_with(module: nn.Module, hooks: list[Hook], *args: Any, **kwargs: Any) -> Any:
-    """The host's forward with these of its hooks alone; in the middle of a call, inside `plain_tensors`."""
+    """Run the host's forward with only the given hooks; during a call of the host, use it inside `plain_tensors`."""
     inner = module.__dict__.get("_inner_forward") or types.MethodType(type(module).forward, module)
     note_called(hooks)
     return _forward_with(module, hooks, inner, *args, **kwargs)
 
 
 def _forward_with(self: nn.Module, hooks: list[Hook], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The host's forward with the hooks that see its first tensor."""
+    """Run the host's forward with the hooks that act on its first tensor."""
     if args:
         x, rest, key = args[0], args[1:], None
     else:
@@ -290,7 +290,7 @@ def _forward_with(self: nn.Module, hooks: list[Hook], inner: Callable[..., Any],
 
 @contextlib.contextmanager
 def _replaced_tensors(module: nn.Module, hooks: list[Hook]) -> Iterator[None]:
-    """The host's tensors as its weight hooks want them, for one call."""
+    """Replace the host's tensors by those of its weight hooks, for one call."""
     kept: dict[str, Any] = {}
     try:
         for hook in hooks:
@@ -307,7 +307,7 @@ def _replaced_tensors(module: nn.Module, hooks: list[Hook]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_tensors(module: nn.Module) -> Iterator[None]:
-    """Inside, also in the middle of a call, the host has its own tensors in place of what weight hooks made of them."""
+    """Restore, inside the context and even during a call, the host's own tensors in place of those of its weight hooks."""
     own = module.__dict__.get("_kept_tensors", {})
     replaced = {name: module._parameters[name] for name in own}
     try:
@@ -323,7 +323,7 @@ def _bind(hook: Hook, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 
 @contextlib.contextmanager
 def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Inside, `enter(module)` runs before and `leave(module)` after every forward of the modules, also one that raises."""
+    """Run `enter(module)` before and `leave(module)` after every forward of the modules, also after one that raises."""
     handles: list[Any] = []
     try:
         for module in modules:
@@ -337,7 +337,7 @@ def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Cal
 
 @torch.no_grad()
 def merge_hooks(model: nn.Module, owner: str) -> int:
-    """Fold every hook of a wrapper into its host and take it out; returns how many there were.
+    """Fold every hook of a wrapper into its host and remove it; return the number of hooks.
 
     Replaced tensors go first, as in the forward pass: what is added to a tensor is added to the one in its place.
     """
@@ -349,7 +349,7 @@ def merge_hooks(model: nn.Module, owner: str) -> int:
 
 
 def own_tensors(model: nn.Module, owner: str) -> list[str]:
-    """Full names of the parameters and persistent buffers inside a wrapper's hooks, and of its shared modules."""
+    """Return full names of the parameters and persistent buffers of a wrapper's hooks, and of its shared modules."""
     found: list[str] = []
     for path, _, name, hook in all_hooks(model, owner):
         prefix = f"{path}.{name}" if path else name
@@ -361,7 +361,7 @@ def own_tensors(model: nn.Module, owner: str) -> list[str]:
 
 
 def row_index(site: Site) -> Tensor | None:
-    """The output rows a site owns in a fused layer, as an index."""
+    """Return the output rows of a site in a fused layer as an index tensor (n,), or None where it has all of them."""
     if site.rows is None:
         return None
     rows = range(10**9)[site.rows] if isinstance(site.rows, slice) else site.rows
@@ -369,5 +369,5 @@ def row_index(site: Site) -> Tensor | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter."""
+    """Return the device of a module's first parameter."""
     return next(module.parameters()).device

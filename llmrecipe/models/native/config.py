@@ -14,7 +14,7 @@ NORMS = ("rmsnorm", "layernorm")
 
 @strict
 class NativeConfig(PreTrainedConfig):
-    """Every choice the parts of a native transformer offer.
+    """Configuration of a native transformer.
 
     The defaults are those of a Llama; `norm: layernorm, positions: learned, gated: false, bias: true, hidden_act: gelu_new`
     is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative` a T5.
@@ -36,7 +36,7 @@ class NativeConfig(PreTrainedConfig):
     """Blocks on each side."""
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
-    """Heads that hold keys and values; fewer than num_attention_heads is grouped-query attention."""
+    """Number of key/value heads; fewer than num_attention_heads is grouped-query attention."""
     head_dim: int | None = None
     max_position_embeddings: int = 1024
     positions: str = "rotary"
@@ -93,7 +93,7 @@ class NativeConfig(PreTrainedConfig):
         self.is_encoder_decoder = self.kind == "encoder_decoder"
 
     def parameter_count(self, head: bool = True) -> int:
-        """Closed form of the number of parameters of the language model of this kind.
+        """Return the number of parameters of the language model of this kind in closed form.
 
         Embedding V D, attention D E (2 H + 2 G), feed-forward 2 D F or 3 D F, norms D each (2 D with a bias), and biases.
 

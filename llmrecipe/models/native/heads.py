@@ -52,7 +52,12 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or of the last `logits_to_keep` positions only, and the mean loss where labels are given."""
+        """Return logits (B, T, V), or those of the last `logits_to_keep` positions, and the mean loss where labels are given.
+
+        Args:
+            input_ids: (B, T), or `inputs_embeds` (B, T, D).
+            labels: (B, T); -100 marks positions without loss.
+        """
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -78,7 +83,7 @@ class NativeMaskedHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
+        """Map states (..., D) to logits (..., V)."""
         return self.decoder(self.norm(self.act(self.dense(hidden))))
 
 
@@ -95,15 +100,15 @@ class NativeForMaskedLM(NativePreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The matrix that scores the vocabulary."""
+        """Return the module that maps states to vocabulary logits."""
         return self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the matrix that scores the vocabulary."""
+        """Replace the module that maps states to vocabulary logits."""
         self.lm_head.decoder = new_embeddings
 
     def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> MaskedLMOutput:
-        """Logits (B, T, V) and the mean loss over labels other than -100."""
+        """Return logits (B, T, V) for ids (B, T), and the mean loss over labels other than -100."""
         out = self.model(input_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state)
         loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
@@ -123,15 +128,15 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
-        """The bidirectional stack."""
+        """Return the bidirectional stack."""
         return self.model.encoder
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
-        """The causal stack."""
+        """Return the causal stack."""
         return self.model.decoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Targets moved one place to the right behind the start token; ignored places become padding."""
+        """Shift labels (B, T) one position to the right after the start token; ignored positions become padding."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
             raise ValueError("decoder_start_token_id and pad_token_id must be set")
@@ -146,7 +151,7 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Logits (B, T, V) of the decoder and the mean loss over labels other than -100."""
+        """Return logits (B, T, V) of the decoder for source ids (B, S), and the mean loss over labels other than -100."""
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         out = self.model(input_ids, decoder_input_ids=decoder_input_ids, **kwargs)

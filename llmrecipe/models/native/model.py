@@ -28,7 +28,7 @@ from llmrecipe.models.native.parts import (
 
 
 class NativePreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know about the family."""
+    """Base class with what Transformers needs to know about the family."""
 
     config_class = NativeConfig
     config: NativeConfig
@@ -47,7 +47,7 @@ class NativePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, std); with pre-norm, projections into the residual stream by 1/sqrt(2 L) less, so depth adds no variance."""
+        """Initialize weights with N(0, std); with pre-norm, scale residual projections by 1/sqrt(2 L) against depth."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             shrink = (
@@ -105,7 +105,7 @@ class NativeStack(NativePreTrainedModel):
         return self.drop(x if self.embed_norm is None else self.embed_norm(x))
 
     def _places(self, x: Tensor, mask: Tensor | None, seen: int) -> Tensor:
-        """(B, T) positions: tokens count from the first real one, so left and right padding mean the same."""
+        """Return positions (B, T), counted from the first real token, so left and right padding are equivalent."""
         rows, columns = x.shape[:2]
         if mask is not None and mask.dim() == 2:
             counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -114,7 +114,7 @@ class NativeStack(NativePreTrainedModel):
 
     def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Any:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        # Positions that restart tell the mask builder of packed documents; they are passed only where the caller gave them.
+        # Positions that restart indicate packed documents to the mask builder; they are passed only if the caller gave them.
         if self.causal:
             found = create_causal_mask(
                 config=self.config,
@@ -154,7 +154,7 @@ class NativeStack(NativePreTrainedModel):
         encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Ids (B, T) or embeddings (B, T, D) -> states (B, T, D) and, for decoders, the cache."""
+        """Map ids (B, T) or embeddings (B, T, D) to states (B, T, D) and, for decoders, the cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -194,34 +194,34 @@ class NativeModel(NativePreTrainedModel):
         self.encoder = NativeStack(config, "encoder") if config.kind != "decoder" else None
         self.decoder = NativeStack(config, "decoder") if config.kind != "encoder" else None
         if config.is_encoder_decoder:
-            # Both sides read one table, whether or not the head is tied to it as well.
+            # Both sides share one embedding, whether or not the head is tied to it as well.
             self.decoder.embed_tokens = self.encoder.embed_tokens
             self._tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
         self.post_init()
 
     @property
     def main(self) -> NativeStack:
-        """The stack that reads the input ids first."""
+        """Return the stack that reads the input ids."""
         stack = self.decoder if self.encoder is None else self.encoder
         assert stack is not None
         return stack
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of token embeddings."""
+        """Return the token embedding."""
         return self.main.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the table on every side."""
+        """Replace the token embedding on every side."""
         for stack in (self.encoder, self.decoder):
             if stack is not None:
                 stack.embed_tokens = value
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
-        """The bidirectional stack."""
+        """Return the bidirectional stack."""
         return self.encoder
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
-        """The causal stack."""
+        """Return the causal stack."""
         return self.decoder
 
     def forward(
@@ -238,7 +238,7 @@ class NativeModel(NativePreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """States of the last stack, (B, T, D)."""
+        """Return the states of the last stack, (B, T, D)."""
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         if not self.config.is_encoder_decoder:

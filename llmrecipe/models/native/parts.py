@@ -37,13 +37,13 @@ class NativeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)"""
+        """Transform (..., D) -> (..., D)."""
         wide = x if x.dtype == torch.float64 else x.float()
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def make_norm(config: NativeConfig) -> nn.Module:
-    """The norm a config names."""
+    """Return the norm a config names."""
     if config.norm == "rmsnorm":
         return NativeRMSNorm(config.hidden_size, config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -57,7 +57,7 @@ class NativeRotary(nn.Module):
         self.size, self.theta = config.head_dim, config.rope_theta
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) -> cosines and sines (B, 1, T, E), in float32."""
+        """Map positions (B, T) to cosines and sines (B, 1, T, E), in float32."""
         steps = torch.arange(0, self.size, 2, device=position_ids.device, dtype=torch.float32)
         angles = position_ids[:, None, :, None].float() * self.theta ** (-steps / self.size)
         angles = torch.cat((angles, angles), -1)
@@ -65,21 +65,21 @@ class NativeRotary(nn.Module):
 
 
 def turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn (B, H, T, E) by the angles of its positions."""
+    """Rotate (B, H, T, E) by the angles of its positions."""
     first, second = x.chunk(2, -1)
     cosine, sine = (part.to(x.dtype) for part in angles)
     return x * cosine + torch.cat((-second, first), -1) * sine
 
 
 def sinusoids(position_ids: Tensor, width: int) -> Tensor:
-    """(B, T) -> (B, T, D): sin(t / 10000^(2i/D)) in the even places, cos in the odd ones."""
+    """Map positions (B, T) to (B, T, D): sin(t / 10000^(2i/D)) in the even dimensions, cos in the odd ones."""
     steps = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32)
     angles = position_ids[..., None].float() / 10000.0 ** (steps / width)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., :width]
 
 
 class RelativeBias(nn.Module):
-    """One learned number a head and bucket of distance, added to the scores of every layer.
+    """One learned number per head and distance bucket, added to the scores of every layer.
 
     Half of the buckets are exact distances, the others grow logarithmically up to `relative_distance`; both directions have
     their own half where attention is bidirectional.
@@ -91,7 +91,7 @@ class RelativeBias(nn.Module):
         self.causal, self.buckets, self.distance = causal, config.relative_buckets, config.relative_distance
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Positions (B, Tq) and (B, Tk) -> (B, H, Tq, Tk)."""
+        """Map positions (B, Tq) and (B, Tk) to biases (B, H, Tq, Tk)."""
         gap = keys[:, None, :] - queries[:, :, None]
         count, base = self.buckets, torch.zeros_like(gap)
         if self.causal:
@@ -115,7 +115,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: (B, H, T, E) queries over (B, G, S, E) keys and values -> (B, T, H, E) and the weights."""
+    """Compute attention of queries (B, H, T, E) over keys and values (B, G, S, E); return (B, T, H, E) and the weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -130,7 +130,7 @@ def eager_attention_forward(
 
 
 class IntoResidual(nn.Linear):
-    """A linear layer whose output is added to the residual stream; it starts smaller where norms come first."""
+    """A linear layer whose output is added to the residual stream; pre-norm models initialize it smaller."""
 
 
 class NativeAttention(nn.Module):
@@ -159,7 +159,7 @@ class NativeAttention(nn.Module):
         states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and, from backends that make them, the attention weights.
+        """Map (B, T, D) to (B, T, D) and, from backends that return them, the attention weights.
 
         Args:
             states: (B, S, D) the encoder's output, for cross-attention.
@@ -199,7 +199,7 @@ class NativeFeedForward(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)"""
+        """Transform (..., D) -> (..., D)."""
         inner = self.act(self.up_proj(x)) if self.gate_proj is None else self.act(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(inner)
 
@@ -234,7 +234,7 @@ class NativeLayer(GradientCheckpointingLayer):
         states_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D)"""
+        """Apply the block, (B, T, D) -> (B, T, D)."""
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(x, attention_mask, angles, past_key_values, **kwargs)[0]
