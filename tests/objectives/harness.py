@@ -1,0 +1,185 @@
+"""Every objective on a small model in float64: rows of its type, its model, one step through the loop's own rule."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core import registry
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods._base.update_rule import StepContext, StepResult, backprop
+from llmrecipe.recipe.schema import RuntimeSection
+from llmrecipe.runtime.processes import Runtime
+from llmrecipe.training.run import Run
+from tests.objectives.rollouts import REWARD, Numbers
+from tests.tiny import tiny_model
+
+LENGTHS = [2, 9, 4, 7, 3, 11, 5, 6]
+
+
+def ids(row: int, length: int, first: int = 3) -> list[int]:
+    """Tokens that differ from row to row."""
+    return [first + (7 * row + 5 * i) % 50 for i in range(length)]
+
+
+def dialogue(row: int, length: int) -> dict[str, Any]:
+    targets = max(1, length - 2)
+    return {"row": row, "ids": ids(row, length), "trained": [0] * (length - targets) + [1] * targets}
+
+
+def pair(row: int, length: int) -> dict[str, Any]:
+    answers = {"chosen_ids": [*ids(row, length - 1, 5), 2], "rejected_ids": [*ids(row, 1 + row % 3, 9), 2]}
+    return {"row": row, "prompt_ids": ids(row, 2 + row % 4), **answers}
+
+
+def feedback(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "prompt_ids": ids(row, 3), "completion_ids": [*ids(row, length, 5), 2], "label": row % 3 != 0}
+
+
+def labelled(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "ids": ids(row, length), "label": row % 3}
+
+
+def question(row: int, length: int) -> dict[str, Any]:
+    choices = [[*ids(row, 1 + (length + i) % 4, 5 + i), 2] for i in range(1 + row % 3)]
+    flat = [token for choice in choices for token in choice]
+    return {"row": row, "prompt_ids": ids(row, 2 + row % 4), "choice_ids": flat, "choice_lengths": [*map(len, choices)]}
+
+
+def prompt(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "prompt_ids": ids(row, length), "columns": "{}"}
+
+
+MAKERS = {
+    "dialogue": dialogue,
+    "text": dialogue,
+    "preference": pair,
+    "unpaired": feedback,
+    "labelled": labelled,
+    "choices": question,
+    "prompt": prompt,
+}
+"""Row type -> its token rows; a plugin's objective that reads another type adds its maker here."""
+OBJECTIVES = registry.names("objective")
+SAMPLED = [name for name in OBJECTIVES if registry.spec("objective", name).facts.get("samples")]
+"""Objectives whose rows are written by the policy."""
+READ = [name for name in OBJECTIVES if name not in SAMPLED]
+STACKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"target": "attn.q|k|v|o + mlp.gate|up|down"},
+    "prefix_tuning": {"num_virtual_tokens": 3, "hidden": 8},
+}
+"""Wrapper -> options on the small model; `full` is none."""
+
+
+def objective_of(name: str) -> Any:
+    """An objective with its defaults, and short rollouts judged by a function where it samples."""
+    wanted: dict[str, Any] = {"reward": REWARD, "answers": 2, "max_new_tokens": 5, "epochs": 1, "minibatches": 1}
+    options = registry.spec("objective", name).options
+    return registry.load("objective", name)(**{k: v for k, v in wanted.items() if name in SAMPLED and k in options})
+
+
+def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:
+    """Token rows of the type an objective reads."""
+    return [MAKERS[objective.rows](row, length) for row, length in enumerate(LENGTHS[:count])]
+
+
+def model_for(objective: Any) -> nn.Module:
+    """A small model with the heads of an objective."""
+    model = tiny_model()
+    if objective.head == "classification":
+        torch.manual_seed(3)
+        model.score = nn.Linear(32, 3, bias=False)
+    objective.prepare_model(model, 5)
+    return model
+
+
+@dataclass
+class Case:
+    """An objective on a small model under one wrapper or none; the policy is its own reference."""
+
+    name: str
+    kind: str = "full"
+    packing: bool = True
+    micro: int | None = None
+    objective: Any = field(init=False)
+    roles: Roles = field(init=False)
+    rows: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.objective = objective_of(self.name)
+        model = model_for(self.objective)
+        own = [] if self.kind == "full" else [registry.load("stack", self.kind)(name=self.kind, **STACKS[self.kind])]
+        stack = Stack([*own, *self.objective.role_wrappers(own)])
+        torch.manual_seed(4)
+        stack.attach(model)
+        if own:
+            stack.set_trainable(model)
+        model.double().train()
+        stack.take_reference(model)
+        self.roles = Roles(Engine(model), stack, Numbers(), torch.device("cpu"), self.packing, self.micro)
+        self.rows = rows_of(self.objective)
+        self.roles.data = self.rows
+        self.objective.start(self.roles)
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy."""
+        return self.roles.model
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def micros(self, rows: list[dict[str, Any]] | None = None) -> list[Batch]:
+        """The micro-batches of the first step; rollouts of two cases are the same answers."""
+        torch.manual_seed(7)
+        return next(iter(self.objective.batches(iter([self.rows if rows is None else rows]), self.roles)))
+
+    def sums(self, micros: list[Batch]) -> tuple[float, float, dict[str, tuple[float, float]], dict[str, Tensor]]:
+        """(total, weight, metric -> (sum, count), gradients of the total) over micro-batches."""
+        self.model.zero_grad(set_to_none=True)
+        total, weight = 0.0, 0.0
+        metrics: dict[str, tuple[float, float]] = {}
+        for batch in micros:
+            loss = self.objective.loss(batch, self.roles)
+            loss.total.backward()
+            total, weight = total + float(loss.total.detach()), weight + self.objective.weight(batch)
+            for name, (value, count) in loss.metrics.items():
+                if name in metrics:
+                    known, add = metrics[name], {"_min": min, "_max": max}.get(name[-4:], operator.add)
+                    metrics[name] = (add(known[0], float(value)), known[1] + count)
+                else:
+                    metrics[name] = (float(value), count)
+        return total, weight, metrics, self.gradients()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients by name; zeros where none arrived."""
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in self.trained().items()}
+
+
+def update(name: str, micro: int | None, count: int = len(LENGTHS)) -> tuple[StepResult, dict[str, Tensor]]:
+    """One step of plain gradient descent at rate 1; what it reported and how far every tensor moved."""
+    case = Case(name, micro=micro)
+    model, objective = case.model, case.objective
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(case.trained().values(), lr=1.0)
+    runtime = Runtime.start(RuntimeSection(device="cpu"))
+    run: Any = SimpleNamespace(objective=objective, runtime=runtime, model=model, optim=SimpleNamespace(clip=None))
+    context = StepContext(
+        0, 1, 1.0, 0, Path(), model, case.roles.stack, optimizer, objective, case.roles, runtime,
+        lambda micros: Run.total_weight(run, micros), lambda: Run.clip(run),
+    )  # fmt: skip
+    micros = case.micros(case.rows[:count])
+    assert micro is None or len(micros) >= count // micro
+    result = backprop(context, micros)
+    return result, {n: p.detach() - before[n] for n, p in model.named_parameters()}
