@@ -1,11 +1,11 @@
-"""Checkpoints that survive: a folder is written aside, synced to disk, then renamed into place; nothing in it is a pickle.
+"""Crash-safe checkpoints: a folder is written under a temporary name, synced to disk, then renamed; it contains no pickles.
 
     checkpoints/step-000200/
         delta.safetensors  optimizer.safetensors  ...   tensors
         progress.json  ...                              everything else
         checksums.json                                  SHA-256 and size of each file, written last
 
-A crash at any moment leaves either no new folder or a whole one. A folder whose checksums do not hold is passed over, with a
+A crash at any moment leaves either no new folder or a complete one. A folder whose checksums do not match is skipped, with a
 warning, for the newest one that is intact.
 """
 
@@ -32,7 +32,7 @@ from llmrecipe.runs.durable import ASIDE, REPLACED, delete, put_in_place, sync
 CHECKSUMS = "checksums.json"
 NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""The disk, the quota or the file size limit is exhausted."""
+"""Error numbers for an exhausted disk, quota or file size limit."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -113,7 +113,7 @@ def _disk_full(root: Path, step: int, error: OSError) -> str:
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The pieces of a safetensors file, one tensor in memory at a time."""
+    """Yield the pieces of a safetensors file, one tensor in memory at a time."""
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -125,7 +125,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Data starts at a multiple of 8, as readers that map the file into memory want.
+    # Data starts at a multiple of 8, as readers that map the file into memory require.
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
@@ -139,7 +139,7 @@ def _json(value: Any) -> Iterator[bytes]:
 
 
 def _write(path: Path, pieces: Iterator[bytes | memoryview] | Iterator[bytes]) -> dict[str, Any]:
-    """Write and sync one file; its checksum is taken of what was meant to be written."""
+    """Write and sync one file; its checksum is computed from the content in memory."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for piece in pieces:
@@ -152,7 +152,7 @@ def _write(path: Path, pieces: Iterator[bytes | memoryview] | Iterator[bytes]) -
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file is there and matches its checksum."""
+    """Return what is wrong with a checkpoint folder, or None when every file exists and matches its checksum."""
     try:
         listed = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -170,23 +170,23 @@ def fault(path: Path) -> str | None:
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder), newest first; of two folders of one step the one with the proper name first."""
+    """Return (step, folder), newest first; of two folders of one step the one with the final name first."""
     found = [(int(m[2]), bool(m[1]), p) for p in (root.iterdir() if root.is_dir() else ()) if (m := NAME.match(p.name))]
     return [(step, path) for step, _, path in sorted(found, key=lambda f: (-f[0], f[1]))]
 
 
 def steps(root: Path) -> list[int]:
-    """Steps that have a checkpoint, oldest first; not verified."""
+    """Return the steps that have a checkpoint, oldest first; not verified."""
     return sorted({step for step, _ in _candidates(root)})
 
 
 def checkpoint_of(root: Path, step: int) -> Path | None:
-    """The intact checkpoint of one step, or None."""
+    """Return the intact checkpoint of one step, or None."""
     return next((path for at, path in _candidates(root) if at == step and fault(path) is None), None)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest intact checkpoint; broken ones are passed over with a warning. None when there is no checkpoint at all.
+    """Return the newest intact checkpoint, or None when there is no checkpoint; broken ones are skipped with a warning.
 
     Raises:
         RunError: there are checkpoints and none is intact.
@@ -224,13 +224,13 @@ def read_checkpoint(path: Path) -> Saved:
 
 
 def rotate(root: Path, keep: int, best: int | None = None) -> list[int]:
-    """Delete all but the `keep` newest checkpoints and the best one; returns the steps that were deleted."""
+    """Delete all but the `keep` newest checkpoints and the best one; return the deleted steps."""
     known = steps(root)
     return keep_only(root, {*known[-keep:], best})
 
 
 def keep_only(root: Path, wanted: Container[int | None]) -> list[int]:
-    """Delete the checkpoints of all other steps; returns the steps that were deleted."""
+    """Delete the checkpoints of all other steps; return the deleted steps."""
     gone = [step for step in steps(root) if step not in wanted]
     for step in gone:
         delete(root / folder_name(step))
@@ -238,7 +238,7 @@ def keep_only(root: Path, wanted: Container[int | None]) -> list[int]:
 
 
 def _clear_leftovers(root: Path) -> None:
-    """Remove what a killed process left behind. The run's lock says that no other process writes here now."""
+    """Remove what a killed process left behind. The run's lock guarantees that no other process is writing here."""
     for path in root.glob(f"{ASIDE}*"):
         shutil.rmtree(path)
     for path in root.glob(f"{REPLACED}*"):

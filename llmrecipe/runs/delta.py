@@ -1,8 +1,8 @@
-"""Deltas: what training changed, on disk and back.
+"""Deltas: writing and reading what training changed.
 
 A finished adapter run is self-contained: `final/stack.yaml` names the base model, its fingerprint and a list of layers, oldest
 first; each layer is a stack (wrappers, structures) with its tensors in a safetensors file. The last layer is the run's own,
-those before it belong to the runs it continues, so a chain such as sft -> dpo -> ppo needs no merge and no other folder.
+those before it belong to the runs it continues, so a sequence such as sft -> dpo -> ppo needs no merge and no other folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Saved:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of base weights: name, shape, dtype and a strided sample of the bytes of every base parameter."""
+    """Return a digest of the base weights: name, shape, dtype and a strided sample of bytes of every base parameter."""
     digest = hashlib.sha256()
     hooks = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
-    """The `{kind, options}` mapping that builds the same wrapper again."""
+    """Return the `{kind, options}` mapping that builds the same wrapper again."""
     import dataclasses
 
     values = {f.name: getattr(wrapper, f.name) for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
@@ -76,13 +76,13 @@ def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
 
 
 def build_wrapper(name: str, mapping: Mapping[str, Any]) -> Wrapper:
-    """A wrapper from its mapping."""
+    """Build a wrapper from its mapping."""
     options = {k: v for k, v in mapping.items() if k != "kind"}
     return registry.load("stack", mapping["kind"], f"stack.{name}")(name=name, **options)
 
 
 def write(folder: Path, saved: Saved) -> None:
-    """Write `stack.yaml` and one safetensors file a layer."""
+    """Write `stack.yaml` and one safetensors file per layer."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def read(folder: Path) -> Saved:
 
 
 def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
-    """Put a saved layer underneath whatever comes next: attached, restored, frozen, part of the reference.
+    """Mount a saved layer below any further stack: attached, restored, frozen, part of the reference.
 
     Returns:
         The mounted wrappers, renamed `mounted<index>_<name>` so that a new stack may use the same names.
@@ -143,7 +143,7 @@ def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
 
 
 def without_injected(saved: Saved) -> Saved:
-    """The same base and its quantization, without anything that was trained on it."""
+    """Return the same base with its quantization, without anything that was trained on it."""
     layers = []
     for layer in saved.layers:
         bases = {n: m for n, m in layer.wrappers.items() if build_wrapper(n, m).stage is Stage.BASE}
@@ -152,7 +152,7 @@ def without_injected(saved: Saved) -> Saved:
 
 
 def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
-    """The layer with options that may be chosen anew on a finished run, such as the rank DyLoRA computes with.
+    """Return the layer with changed values of options that may vary on a finished run, such as the rank of DyLoRA.
 
     Raises:
         RunError: an option is fixed by what was trained.
@@ -171,7 +171,7 @@ def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
 
 
 def freeze(model: nn.Module, stack: Stack) -> None:
-    """Nothing of a mounted stack trains, and its hooks serve every role, the reference included."""
+    """Freeze a mounted stack; its hooks serve every role, the reference included."""
     for wrapper in stack:
         for _, _, _, hook in all_hooks(model, wrapper.name):
             hook.mounted = True
@@ -180,7 +180,7 @@ def freeze(model: nn.Module, stack: Stack) -> None:
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
-    """A tensor name with the wrapper's part replaced."""
+    """Return a tensor name with the wrapper's name replaced."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         stem, separator, rest = part.partition("__")
@@ -192,10 +192,10 @@ def rename(name: str, names: Mapping[str, str]) -> str:
 
 
 def check_base(model: nn.Module, saved: Saved, where: str, dtype: str = "auto") -> None:
-    """Refuse to put a delta on another base.
+    """Refuse to mount a delta on another base.
 
     Args:
-        dtype: the one asked for; rounded weights are another base.
+        dtype: the requested one; rounded weights are another base.
 
     Raises:
         ModelError: the fingerprints differ; both are shown, or the dtype that made the difference.

@@ -1,7 +1,7 @@
-"""Files that survive a crash: written aside, synced to disk, renamed into place.
+"""Crash-safe files: written under a temporary name, synced to disk, then renamed.
 
-A rename is durable once the folder that holds the name is synced. What is replaced or deleted loses its name first, so a folder
-half written or half deleted is never taken for a whole one.
+A rename is durable once the folder that contains the name is synced. What is replaced or deleted is renamed first, so a folder
+half written or half deleted is never mistaken for a complete one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 ASIDE = ".writing-"
 """Prefix of a folder that is being written, or deleted."""
 REPLACED = ".replaced-"
-"""Prefix of a folder that a newer one of its name is about to replace: still good until that one is there."""
+"""Prefix of a folder that a newer one of its name is about to replace: valid until that one exists."""
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, durable; Windows refuses folders and needs no such call."""
+    """Sync the content of a file, or the names in a folder, to disk; Windows cannot sync folders and needs no such call."""
     with contextlib.suppress(PermissionError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -28,14 +28,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make every file and name of a folder durable."""
+    """Sync every file and name of a folder to disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole and durably: neither a reader nor a crash meets half of it."""
+    """Replace a text file atomically and durably: neither a reader nor a crash leaves half of it."""
     aside = path.with_name(f".{path.name}.writing")
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put_in_place(aside: Path, target: Path) -> None:
-    """Rename a synced folder into place; the one it replaces counts until the new one has its name."""
+    """Rename a synced folder to its final name; the one it replaces stays valid until then."""
     replaced = target.with_name(f"{REPLACED}{target.name}")
     if target.exists():
         if replaced.exists():
@@ -59,7 +59,7 @@ def put_in_place(aside: Path, target: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Take the name away first, so that a folder half deleted is never taken for a whole one."""
+    """Delete a folder after renaming it, so that a half deleted one is never mistaken for a complete one."""
     aside = path.with_name(f"{ASIDE}{path.name.lstrip('.')}")
     shutil.rmtree(aside, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Events: one JSON object a line in `events.jsonl`, the only source of tables and plots.
+"""Events: one JSON object per line in `events.jsonl`, the only source of tables and plots.
 
     {"event": "step", "step": 1, "loss": 2.3, "lr": 0.0002, "grad_norm": 0.9, "tokens": 512, "tokens_per_s": 900.0, ...}
     {"event": "evaluation", "step": 50, "eval/loss": 2.1, ...}
@@ -7,7 +7,7 @@
     {"event": "warning", "step": 7, "message": "..."}
     {"event": "check", "step": 0, "loss": 0.6931, "loss/wanted": 0.6931, ...}
 
-Lines are flushed one by one. A resumed run cuts the file behind the checkpoint it continues from, so each step is there once.
+Lines are flushed one by one. A resumed run truncates the file after the checkpoint it continues from, so each step occurs once.
 NaN and infinities, which JSON does not have, are written as null.
 """
 
@@ -30,12 +30,12 @@ KINDS = ("step", "evaluation", "sample", "save", "warning", "check")
 
 
 class Events:
-    """Where a run reports. Every event goes to the file, to the screen and to the trackers.
+    """Event log of a run. Every event goes to the file, to the screen and to the trackers.
 
     Args:
         folder: the run directory; None on processes that do not report, whose events go nowhere.
         live: `auto` (a live display when a person watches), `on` or `off`.
-        steps: length of the run, for the time that is left.
+        steps: length of the run, for the estimate of the remaining time.
         trackers: names of trackers to mirror to.
         config: the composed recipe, for the trackers.
     """
@@ -55,36 +55,36 @@ class Events:
         self._file = open(self.path, "a", encoding="utf-8") if self.path is not None else None  # noqa: SIM115 (see close)
 
     def step(self, step: int, **values: Any) -> None:
-        """One optimizer step: loss, lr, grad_norm, tokens, tokens_per_s, peak_mem_mb and the objective's metrics."""
+        """Report one optimizer step: loss, lr, grad_norm, tokens, tokens_per_s, peak_mem_mb and the objective's metrics."""
         self._emit("step", step, values)
 
     def evaluation(self, step: int, **metrics: Any) -> None:
-        """Metrics of a split after `step` steps, named `eval/...` or `test/...`."""
+        """Report metrics of a split after `step` steps, named `eval/...` or `test/...`."""
         self._emit("evaluation", step, metrics)
 
     def sample(self, step: int, prompt: str, answer: str, **facts: Any) -> None:
-        """A generated answer."""
+        """Report a generated answer."""
         self._emit("sample", step, {"prompt": prompt, "answer": answer, **facts})
 
     def save(self, step: int, path: str) -> None:
-        """A checkpoint was written; the path is relative to the run directory."""
+        """Report that a checkpoint was written; the path is relative to the run directory."""
         self._emit("save", step, {"path": path})
 
     def warning(self, message: str, step: int | None = None) -> None:
-        """Something the user should know; the run goes on."""
+        """Report something the user should know; the run goes on."""
         self._emit("warning", self.last_step if step is None else step, {"message": message})
 
     def check(self, step: int, **values: Any) -> None:
-        """What was verified or counted before the first step, each measured value beside the one it must have."""
+        """Report what was verified or counted before the first step, each measured value with its expected one."""
         self._emit("check", step, values)
 
     def expect(self, steps: int) -> None:
-        """The length is known only now, or a new part with a length of its own begins."""
+        """Set the length, when it is known only later or a new part with its own length begins."""
         if self.screen is not None:
             self.screen.expect(steps)
 
     def resume(self, step: int) -> None:
-        """Forget events after `step`: the run continues from the checkpoint of that step."""
+        """Drop events after `step`: the run continues from the checkpoint of that step."""
         self.last_step = step
         if self.path is None or self._file is None:
             return
@@ -124,7 +124,7 @@ class Events:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON: tensors and numpy numbers become Python's, numbers that JSON lacks become null."""
+    """Return a value as JSON: tensors and numpy numbers become Python's, numbers that JSON lacks become null."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     elif hasattr(value, "tolist"):
@@ -139,14 +139,14 @@ def plain(value: Any) -> Any:
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The events of a run (its folder, or the file), optionally of one kind; a last line cut short by a kill is left out.
+    """Return the events of a run (its folder, or the file), optionally of one kind; an incomplete last line is skipped.
 
     Raises:
         RunError: there are no events, or a line in the middle is damaged.
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise RunError(f"{path} holds no {FILE}: not a run directory, or the run has not begun")
+        raise RunError(f"{path} has no {FILE}: not a run directory, or the run has not begun")
     return [event for event in _parse(file) if kind is None or event.get("event") == kind]
 
 

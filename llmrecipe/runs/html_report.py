@@ -20,11 +20,11 @@ svg{background:#f6f8fa}polyline{fill:none;stroke:#0969da;stroke-width:1.5}text{f
 """
 WIDTH, HEIGHT, EDGE = 300, 140, 34
 POINTS = 400
-"""Most points of one curve; longer ones are thinned."""
+"""Most points of one curve; longer ones are subsampled."""
 
 
 def page(record: Record, environment: dict[str, Any], command: str, recipe: str) -> str:
-    """The HTML of a run's report."""
+    """Return the HTML of a run's report."""
     state = str(record.status.get("status"))
     parts = [
         f"<h1>{html.escape(record.name)}</h1>",
@@ -47,7 +47,7 @@ def page(record: Record, environment: dict[str, Any], command: str, recipe: str)
 
 
 def document(title: str, parts: list[str]) -> str:
-    """Parts of a body as one page that needs nothing else."""
+    """Return the parts of a body as one self-contained page."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n{chr(10).join(parts)}\n</body></html>\n"
@@ -55,7 +55,7 @@ def document(title: str, parts: list[str]) -> str:
 
 
 def grid(lines: list[list[str]]) -> str:
-    """A table with a head: its first line, then the others."""
+    """Return a table whose first line is the header."""
     head, *body = lines
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
     return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{rows}</table>"
@@ -76,7 +76,7 @@ def _events(events: list[dict[str, Any]]) -> str:
 
 
 def svg(metric: str, curve: list[tuple[int, float]]) -> str:
-    """One curve with its range written at the axes; an empty string when there is nothing to draw."""
+    """Return one curve as SVG with its range at the axes; an empty string when there is nothing to draw."""
     if not curve:
         return ""
     stride = -(-len(curve) // POINTS)

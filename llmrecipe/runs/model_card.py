@@ -1,4 +1,4 @@
-"""The model card written beside a finished run."""
+"""The model card written into the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def model_card(name: str, base: str, objective: Any, stack: Any, model: nn.Modul
     """Return Markdown: what was trained from what, how, and what it scored.
 
     Args:
-        base: path or hub name of the model it started from.
+        base: path or hub name of the base model.
         data: the rows it was trained on, in words.
     """
     methods = ", ".join(f"{w.name} ({kind_name(w)})" for w in stack) or "none: every weight was trained"

@@ -1,4 +1,4 @@
-"""Opening a model for any purpose: a checkpoint, a hub name, the embedded model, or a run directory with its stacks."""
+"""Loading a model for any purpose: a checkpoint, a hub name, the embedded model, or a run directory with its stacks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Opened:
-    """A model with what it was built from."""
+    """A loaded model with what it was built from."""
 
     model: LanguageModel
     tokenizer: Any
     section: ModelSection
     """The section that loaded the base weights."""
     layers: list[delta.Layer] = field(default_factory=list)
-    """Saved stacks mounted underneath, oldest first."""
+    """Saved stacks mounted on the base, oldest first."""
     mounted: list[Wrapper] = field(default_factory=list)
     merged: bool = False
     """Whether mounted stacks were folded into the weights, so that the base is no longer in memory."""
@@ -41,15 +41,15 @@ class Opened:
     base_fingerprint: str = ""
     head: str = "causal"
     labels: list[str] | None = None
-    """What it was opened for (see `load_model`)."""
+    """Head and labels it was loaded with (see `load_model`)."""
     continued: delta.Layer | None = None
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
 
 
 def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
-    """What a model section really loads: (section of the base, saved stacks, folder they lie in).
+    """Resolve a model section to (section of the base, saved stacks, folder that contains them).
 
-    Of what a run has saved about its base, its rights are not read: the section's own count.
+    Rights in the section that a run has saved of its base are ignored: only those of the given section apply.
     """
     if is_adapter(section.path):
         adapters = {section.path: 1.0, **section.adapters}
@@ -138,7 +138,7 @@ def open_saved(
 
 
 def original(opened: Opened, seed: int) -> nn.Module:
-    """The base of an opened model loaded once more, without quantization and without what is mounted on it."""
+    """Load the base of a loaded model once more, without quantization and without what is mounted on it."""
     from llmrecipe.models.load import load_model
 
     return load_model(
@@ -156,7 +156,7 @@ def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
 
 
 def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
-    """BASE wrappers (quantization) the saved stacks were trained on, each kind once."""
+    """Return the BASE wrappers (quantization) the saved stacks were trained on, each kind once."""
     found: dict[str, Wrapper] = {}
     for layer in saved.layers if saved else []:
         for name, mapping in layer.wrappers.items():
@@ -167,7 +167,7 @@ def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
 
 
 def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
-    """Return the tokenizer a model is opened with, without reading weights."""
+    """Return the tokenizer a model is loaded with, without reading weights."""
     from llmrecipe.models.load import load_tokenizer
 
     base, _, folder = resolve(section)
@@ -175,22 +175,22 @@ def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
 
 
 def own_tokenizer(tokenizer: TokenizerSection, folder: Path | None) -> TokenizerSection:
-    """Return the section with the tokenizer a run's folder holds, unless the recipe names another."""
+    """Return the section with the tokenizer in a run's folder, unless the recipe names another."""
     if folder is not None and tokenizer.path is None and (folder / "tokenizer_config.json").is_file():
         return tokenizer.model_copy(update={"path": str(folder)})
     return tokenizer
 
 
 FOLDS = {"weight": 0, "wrap_forward": 1, "after": 2, "before": 3}
-"""When the kinds of hook fold: y = after(wrap_forward(W', before(x))), and what adds to y has seen the x a before changed."""
+"""Folding order of the kinds of hook: y = after(wrap_forward(W', before(x))); what adds to y sees the changed x."""
 
 
 def merge_order(opened: Opened) -> list[Wrapper]:
-    """Mounted wrappers in the order in which they fold exactly, that of the forward pass (see `models.hooks.hook`).
+    """Return mounted wrappers in the order in which folding is exact, that of the forward pass (see `models.hooks.hook`).
 
     Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
     `Hook.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
-    and codes chosen anew and trained biases are put in their place here: later they would overwrite what was folded before.
+    and recomputed codes and trained biases are written here, since later they would overwrite what was folded before.
     """
     settle_codes(opened.model)
     settle(opened.model)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live panel on a terminal, plain lines everywhere else."""
+"""Display of a run's progress: a live panel on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 from llmrecipe.core.console import number, sparkline
 
 HIDDEN = {"event", "step", "tokens", "path"}
-"""Keys the table does not repeat."""
+"""Keys that the table does not show."""
 
 
 class Display(Protocol):
@@ -20,14 +20,14 @@ class Display(Protocol):
         """Show one event; a replayed one is from before a resume."""
 
     def expect(self, steps: int) -> None:
-        """The length is known now."""
+        """Set the length of the run."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
 
 def display(live: str, steps: int | None, stream: TextIO | None = None) -> Display:
-    """A live panel when asked for, or when a person watches; plain lines otherwise."""
+    """Return a live panel when requested or on a terminal, plain lines otherwise."""
     stream = stream or sys.stdout
     attended = stream.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
     return Panel(steps, stream) if live == "on" or (live == "auto" and attended) else Lines(steps, stream)
@@ -101,7 +101,7 @@ class Panel:
         self.live.update(self.render())
 
     def render(self) -> Any:
-        """The panel as it stands."""
+        """Return the current panel."""
         from rich.console import Group
         from rich.panel import Panel as Box
         from rich.table import Table

@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves behind, and who may write to it.
+"""The run directory: the files of a run, and the lock that decides who may write to it.
 
     runs/<recipe>/<time>-<key>/
         recipe.yaml (of a step step.yaml)  command.txt  environment.json  events.jsonl  status.json  checkpoints/  final/
@@ -42,9 +42,9 @@ PACKAGES = (
     "numpy",
 )
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "CUBLAS_WORKSPACE_CONFIG")
-"""Environment variables that change what a run computes; no others are recorded."""
+"""Environment variables that affect what a run computes; no others are recorded."""
 DESCRIPTIONS = ("recipe.yaml", "step.yaml")
-"""What a folder was made from: a training's recipe, or a step's options."""
+"""Files that describe a run: a training's recipe, or a step's options."""
 OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", "events.jsonl", "status.json", "lock")
 
 
@@ -60,10 +60,10 @@ class RunDir:
 
     @classmethod
     def create(cls, composition: Composition, runtime: Runtime | None = None) -> RunDir:
-        """A new run directory for a recipe, locked by this process.
+        """Create a run directory for a recipe, locked by this process.
 
         Raises:
-            RunError: `run.dir` holds a finished run, another process writes to it, or it is not a run directory.
+            RunError: `run.dir` contains a finished run, another process writes to it, or it is not a run directory.
         """
         if runtime is not None and not runtime.is_main:
             return cls(_agreed(runtime), main=False)
@@ -90,7 +90,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path, runtime: Runtime | None = None, write: bool = True) -> RunDir:
-        """An existing run directory; `write=True` locks it, to continue the run.
+        """Open an existing run directory; `write=True` locks it, to continue the run.
 
         Raises:
             RunError: there is no run at the path, or another process is writing to it.
@@ -105,7 +105,7 @@ class RunDir:
         return found
 
     def lock(self) -> None:
-        """Keep other writers out until this process ends.
+        """Lock the directory against other writers until this process ends.
 
         Raises:
             RunError: another living process holds the lock.
@@ -113,24 +113,24 @@ class RunDir:
         self._lock = hold(self.path / "lock", f"{self.path} is being written by another process")
 
     def unlock(self) -> None:
-        """Let other writers in."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _take_over(self) -> None:
-        """Make sure that `run.dir` may be filled: it is new, empty, or holds a run that never wrote anything worth keeping."""
+        """Make sure that `run.dir` may be written: it is new, empty, or contains a run without checkpoints or result."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not (self.path / "status.json").is_file():
             raise RunError(f"run.dir: {self.path} exists and is not a run directory; choose a new folder")
         state = self.read_status()["status"]
         if state == "done":
-            raise RunError(f"run.dir: {self.path} holds a finished run; choose another folder, or delete it")
+            raise RunError(f"run.dir: {self.path} contains a finished run; choose another folder, or delete it")
         self.lock()
         if self.path.joinpath("checkpoints").exists() or self.path.joinpath("final").exists():
             raise RunError(
-                f"run.dir: {self.path} holds a run ({state}) with checkpoints; continue it with resume={self.path}, "
+                f"run.dir: {self.path} contains a run ({state}) with checkpoints; continue it with resume={self.path}, "
                 f"or choose another folder"
             )
         self.unlock()
@@ -145,13 +145,13 @@ class RunDir:
         self.describe("recipe.yaml", to_yaml(composition.mapping))
 
     def describe(self, name: str, text: str) -> None:
-        """Write down what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
+        """Record what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
         self.write(name, text)
         self.write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
         self.write("environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def recipe(self) -> dict[str, Any]:
-        """The composed recipe (or the options of the step) this run was started with."""
+        """Return the composed recipe (or the options of the step) of this run."""
         from llmrecipe.recipe.yaml_file import read_yaml
 
         return _unescape(read_yaml(description(self.path) or self.path / "recipe.yaml").value)
@@ -169,7 +169,7 @@ class RunDir:
             self.unlock()
 
     def read_status(self) -> dict[str, Any]:
-        """The content of `status.json`; a run that says `running` though no process holds its lock was killed: `interrupted`.
+        """Return `status.json`; a run marked `running` whose lock is free was killed, and is reported as `interrupted`.
 
         Raises:
             RunError: the file cannot be read.
@@ -183,7 +183,7 @@ class RunDir:
         return value
 
     def locked(self) -> bool:
-        """Whether a living process writes to this run."""
+        """Return whether a running process writes to this run."""
         import fcntl
 
         try:
@@ -196,13 +196,13 @@ class RunDir:
         return False
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest intact checkpoint, or None."""
+        """Return the newest intact checkpoint, or None."""
         from llmrecipe.runs.checkpoint_io import latest_checkpoint
 
         return latest_checkpoint(self.path / "checkpoints")
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file whole and durably: a reader never sees half of it, nor does one after a crash."""
+        """Replace a file atomically and durably: no reader sees half of it, not even after a crash."""
         path = self.path / name
         try:
             write_text(path, text)
@@ -211,18 +211,18 @@ class RunDir:
 
 
 def description(path: Path) -> Path | None:
-    """The file that says what a folder was made from; None where there is none."""
+    """Return the file that describes what a folder was made from; None where there is none."""
     return next((path / name for name in DESCRIPTIONS if (path / name).is_file()), None)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """`final/metrics.json` of a finished training or step; empty where there is none."""
+    """Return `final/metrics.json` of a finished training or step; empty where there is none."""
     file = path / "final" / "metrics.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _unescape(value: Any) -> Any:
-    """`${` that was written down with a backslash, as the plain text it is."""
+    """Return a nested value with `\\${` unescaped to `${`."""
     if isinstance(value, dict):
         return {k: _unescape(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -231,13 +231,13 @@ def _unescape(value: Any) -> Any:
 
 
 def key_of(mapping: dict[str, Any]) -> str:
-    """Eight letters that stand for a composed recipe, whatever folder it is written to."""
+    """Return the 8-hex-digit hash of a composed recipe, independent of the folder it is written to."""
     content = {k: v for k, v in mapping.items() if k not in ("run", "log")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _fresh(parent: Path, key: str) -> Path:
-    """A new folder `<time>-<key>`; runs that start in the same second are numbered."""
+    """Create a folder `<time>-<key>`; runs that start in the same second are numbered."""
     base = f"{time.strftime('%Y%m%d-%H%M%S')}-{key}"
     for number in range(1, 1000):
         path = parent / (base if number == 1 else f"{base}-{number}")
@@ -248,15 +248,15 @@ def _fresh(parent: Path, key: str) -> Path:
         except OSError as error:
             raise RunError(f"run.root: cannot create {path}: {error.strerror or error}") from error
         return path
-    raise RunError(f"run.root: {parent} holds a thousand runs of this second")
+    raise RunError(f"run.root: {parent} already contains a thousand runs of this second")
 
 
 def _agreed(runtime: Runtime) -> Path:
-    """The path the main process chose."""
-    told = runtime.broadcast_json(None)
-    if "error" in told:
-        raise RunError(told["error"])
-    return Path(told["path"])
+    """Return the path the main process chose."""
+    answer = runtime.broadcast_json(None)
+    if "error" in answer:
+        raise RunError(answer["error"])
+    return Path(answer["path"])
 
 
 def _tell(runtime: Runtime | None, value: dict[str, str]) -> None:
@@ -270,7 +270,7 @@ def _near(path: Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices of this process; no secrets, no user or host names."""
+    """Return versions and devices of this process; no secrets, no user or host names."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What several runs have in common and where they differ, read from their folders: recipe, status and events."""
+"""Comparison of runs, read from their folders: recipe, status and events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmrecipe.runs.events import FILE, read_events
 from llmrecipe.runs.run_dir import RunDir
 
 SILENT = ("run", "log")
-"""Recipe keys that name folders and displays, not what is trained."""
+"""Recipe keys of folders and displays, which do not affect training."""
 
 
 @dataclass
@@ -28,24 +28,24 @@ class Record:
     warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric of steps or evaluations; a step without a number is left out."""
+        """Return (step, value) of a metric of steps or evaluations; steps without a number are left out."""
         source = self.evaluations if "/" in metric else self.steps
         return [(e["step"], float(e[metric])) for e in source if isinstance(e.get(metric), int | float)]
 
     def metrics(self) -> list[str]:
-        """Names with a curve, in the order they first appear."""
+        """Return the names with a curve, in the order of their first appearance."""
         names: dict[str, None] = {}
         for event in (*self.steps, *self.evaluations):
             names |= {k: None for k, v in event.items() if k not in ("event", "step") and isinstance(v, int | float)}
         return list(names)
 
     def last(self, metric: str) -> float | None:
-        """The last value of a metric."""
+        """Return the last value of a metric."""
         curve = self.curve(metric)
         return curve[-1][1] if curve else None
 
     def facts(self) -> dict[str, Any]:
-        """One row of the comparison: status, steps, speed, memory, and the last value of every other metric."""
+        """Return one row of the comparison: status, steps, speed, memory, and the last value of every other metric."""
         speeds = sorted(v for _, v in self.curve("tokens_per_s"))
         facts: dict[str, Any] = {
             "status": self.status.get("status"),
@@ -74,7 +74,7 @@ def read_run(path: str | Path) -> Record:
 
 
 def read_runs(paths: list[str]) -> list[Record]:
-    """Read several runs and give each the shortest name that tells it from the others."""
+    """Read several runs and give each the shortest name that is unique among them."""
     if not paths:
         raise RunError("name at least one run directory")
     records = [read_run(p) for p in paths]
@@ -88,7 +88,7 @@ def read_runs(paths: list[str]) -> list[Record]:
 
 
 def differences(records: list[Record]) -> dict[str, list[Any]]:
-    """Recipe keys whose values are not the same in all runs: key path -> the value in each."""
+    """Return the recipe keys whose values differ between runs: key path -> the value in each."""
     recipes = [flat({k: v for k, v in r.recipe.items() if k not in SILENT}) for r in records]
     keys = sorted({key for values in recipes for key in values})
     rows = {key: [values.get(key) for values in recipes] for key in keys}
@@ -99,7 +99,7 @@ def check_metric(records: list[Record], metric: str) -> None:
     """Refuse a metric that no run has.
 
     Raises:
-        RunError: with the names there are.
+        RunError: with the available names.
     """
     known = list(dict.fromkeys(m for r in records for m in r.metrics()))
     if metric not in known:
@@ -109,7 +109,7 @@ def check_metric(records: list[Record], metric: str) -> None:
 
 
 def flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Nested mappings as one: key path with dots -> value."""
+    """Flatten nested mappings: key path with dots -> value."""
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in flat(item, f"{at}.{key}" if at else str(key)).items()}
     return {at: value}

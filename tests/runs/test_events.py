@@ -73,7 +73,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1}\nrubbish\n{"event": "step", "step": 2}\n')
     with pytest.raises(RunError, match=r"events\.jsonl:2: this line is not JSON"):
         read_events(tmp_path)
-    with pytest.raises(RunError, match=r"holds no events\.jsonl"):
+    with pytest.raises(RunError, match=r"has no events\.jsonl"):
         read_events(tmp_path / "nowhere")
 
 

@@ -54,7 +54,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     target = str(tmp_path / "out")
     RunDir.create(composition(dir=target)).status("done")
     before = (tmp_path / "out" / "recipe.yaml").read_bytes()
-    with pytest.raises(RunError, match=r"run\.dir: .*out holds a finished run"):
+    with pytest.raises(RunError, match=r"run\.dir: .*out contains a finished run"):
         RunDir.create(composition({"seed": 2}, dir=target))
     assert (tmp_path / "out" / "recipe.yaml").read_bytes() == before
 
@@ -64,7 +64,7 @@ def test_an_interrupted_run_with_checkpoints_is_to_be_resumed(tmp_path):
     run = RunDir.create(composition(dir=str(target)))
     (target / "checkpoints").mkdir()
     run.status("interrupted")
-    with pytest.raises(RunError, match=r"holds a run \(interrupted\) with checkpoints; continue it with resume="):
+    with pytest.raises(RunError, match=r"contains a run \(interrupted\) with checkpoints; continue it with resume="):
         RunDir.create(composition(dir=str(target)))
 
 
