@@ -1,4 +1,4 @@
-"""The interface of an objective, and the models it may ask."""
+"""The interface of an objective, and the auxiliary models (policy, reference, value, ...) it may use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Loss:
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Objective:
-    """What is optimised. Fields are the keys of the recipe's `objective` section."""
+    """Base class of what a run optimises. Fields are the keys of the recipe's `objective` section."""
 
     group: ClassVar[str] = "objective"
     rows: ClassVar[str] = "dialogue"
@@ -42,7 +42,7 @@ class Objective:
     head: ClassVar[str] = "causal"
     """Kind of model head: causal, classification, masked or seq2seq."""
     roles: ClassVar[tuple[str, ...]] = ()
-    """Further models it asks: reference, reward, value, judge, hypermodel."""
+    """Auxiliary models besides the policy: reference, reward, value, judge, hypermodel."""
     differentiable: ClassVar[bool] = True
     """False needs an update rule that does without gradients (MeZO)."""
     dropout: ClassVar[bool] = True
@@ -62,77 +62,77 @@ class Objective:
         """
 
     def prepare_roles(self, opened: Any, frozen: bool) -> None:
-        """Mount other roles' finished models on the policy's freshly loaded base, before the stack is attached.
+        """Mount the finished models of other roles on the policy's freshly loaded base, before the stack is attached.
 
         Args:
             frozen: whether the stack leaves the weights of the base as they are.
         """
 
     def role_wrappers(self, stack: list[Any]) -> list[Any]:
-        """Adapters of other roles on the same base (`Wrapper.role`), to be trained beside the policy's stack."""
+        """Return the adapters of other roles on the same base (`Wrapper.role`), trained together with the policy's stack."""
         return []
 
     def reference_of(self) -> str:
-        """Which policy the reference is: `initial` (step 0), `base` (the model without any stack), `none`, or a folder."""
+        """Return which policy the reference is: `initial` (step 0), `base` (the model without a stack), `none`, or a folder."""
         return "initial" if "reference" in self.roles else "none"
 
     def reference_moves(self) -> bool:
-        """Whether the reference follows the policy during the run, so that nothing can be scored beforehand."""
+        """Return whether the reference follows the policy during the run, so that nothing can be scored beforehand."""
         return False
 
     def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
-        """The batches whose reference log-probabilities the rows of one step need."""
+        """Yield the batches whose reference log-probabilities the rows of one step need."""
         for part in roles.split(rows):
             yield self.collate(part, roles)
 
     def step_zero(self) -> dict[str, float]:
-        """name -> value that the loss and the metrics must have before the first step, where policy and reference agree."""
+        """Return name -> value that loss and metrics must have before the first step, where policy and reference agree."""
         return {}
 
     def facts(self, roles: Roles) -> dict[str, Any]:
-        """JSON facts for the run's report: what was counted or chosen from the data."""
+        """Return JSON facts for the run's report: what was counted or chosen from the data."""
         return {}
 
     def measures(self) -> Measures:
-        """Every metric `evaluate` and `finish_evaluation` may report besides `loss`, and whether less or more of it is better.
+        """Return every metric that `evaluate` and `finish_evaluation` may report besides `loss`, and its better direction.
 
-        None says that it depends on what is wanted: `eval.monitor` then needs `eval.mode`. An objective that declares its
-        metrics declares them all, for `eval.monitor` refuses others before training.
+        None says that it depends on what is wanted: `eval.monitor` then needs `eval.mode`. An objective that declares
+        metrics must declare all of them, because `eval.monitor` refuses any other before training.
         """
         return {}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Token rows -> one micro-batch. No rows give a batch without targets."""
+        """Build one micro-batch from token rows. No rows give a batch without targets."""
         raise NotImplementedError
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """Rows of each optimizer step -> its micro-batches. Objectives that sample do it here."""
+        """Yield the micro-batches of each optimizer step from its rows. Objectives that sample do it here."""
         for rows in source:
             yield [self.collate(part, roles) for part in roles.split(rows)]
 
     def updates(self) -> int:
-        """Optimizer steps made from the rows of one batch."""
+        """Return the number of optimizer steps made from the rows of one batch."""
         return 1
 
     def at_boundary(self) -> bool:
-        """Whether a checkpoint may be written now (false between the updates of one rollout)."""
+        """Return whether a checkpoint may be written now (false between the updates of one rollout)."""
         return True
 
     def weight(self, batch: Batch) -> float:
-        """What the sum of losses is divided by: supervised tokens, by default."""
+        """Return the loss denominator, what the sum of losses is divided by: the number of supervised tokens by default."""
         return float(batch.target.numel())
 
     def prepare_model(self, model: Any, seed: int) -> None:
-        """Give a freshly loaded model the heads the objective trains; called before the stack is attached."""
+        """Add the heads the objective trains to a freshly loaded model; called before the stack is attached."""
 
     def finish(self, roles: Roles) -> None:
-        """Called once after the last step, with the weights that will be kept, before they are written."""
+        """Finish the objective after the last step, on the weights that will be kept, before they are written."""
 
     def start(self, roles: Roles) -> None:
-        """Called once before the first step, after calibration: precomputed references, step-0 checks."""
+        """Prepare the objective once before the first step, after calibration: precomputed references, step-0 checks."""
 
     def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
-        """Called after each optimizer step.
+        """React to an optimizer step; called after each one.
 
         Args:
             step: updates made so far, this one included.
@@ -140,29 +140,29 @@ class Objective:
         """
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """The summed loss of a micro-batch, with its graph."""
+        """Return the summed loss of a micro-batch (`Loss.total`: a scalar tensor, ()), with its graph."""
         raise NotImplementedError
 
     def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
-        """The rows of a split that one process evaluates."""
+        """Return the rows of a split that one process evaluates."""
         return [data[i] for i in indices]
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """name -> (sum, count) for one evaluation batch; `loss` by default."""
+        """Return name -> (sum, count) for one evaluation batch; `loss` by default."""
         loss = self.loss(batch, roles)
         return {"loss": (loss.total, self.weight(batch)), **loss.metrics}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics that need the whole set at once (macro F1): from gathered tensors of `collect`."""
+        """Return metrics that need the whole set at once (macro F1), from the gathered tensors (R, ...) of `collect`."""
         return {}
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Per-row tensors gathered over the whole evaluation set for `finish_evaluation`."""
+        """Return per-row tensors (R, ...) to be gathered over the whole evaluation set for `finish_evaluation`."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """JSON facts of a running objective (a KL controller, a rollout cursor)."""
+        """Return the JSON state of a running objective (a KL controller, a rollout cursor)."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""

@@ -37,17 +37,17 @@ class Answer:
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Reward:
-    """What an answer is worth. Fields are the options under `objective.reward.NAME`."""
+    """Base class of a reward, which scores answers. Fields are the options under `objective.reward.NAME`."""
 
     group: ClassVar[str] = "reward"
     measures: ClassVar[tuple[str, ...]] = ()
     """Names of what `score` leaves in `measured`, reported as rewards/NAME/MEASURE."""
     builtin_rows_only: ClassVar[bool] = False
-    """Knows only the sentences of the built-in sets; a recipe that names it drops it with other rows."""
+    """Whether it scores only sentences of the built-in sets; a recipe that names it drops it when the rows are other ones."""
 
     @functools.cached_property
     def measured(self) -> dict[str, list[float]]:
-        """Measure -> one number for each answer of the last call of `score`."""
+        """Hold measure -> one number for each answer of the last call of `score`."""
         return {}
 
     def check(self, columns: Sequence[str], where: str) -> None:
@@ -62,7 +62,7 @@ class Reward:
         """
 
     def prepare(self, opened: Opened, frozen: bool) -> None:
-        """Put what scoring needs on the policy's freshly loaded base, before the policy's own stack is attached.
+        """Mount what scoring needs on the policy's freshly loaded base, before the policy's own stack is attached.
 
         Args:
             frozen: whether the policy leaves the weights of its base as they are.
@@ -72,12 +72,12 @@ class Reward:
         """Load what scoring needs; called once, before the first answer."""
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """One number an answer, the larger the better."""
+        """Return one score for each answer; larger is better."""
         raise NotImplementedError
 
 
 class Rewards:
-    """score(answer) = sum_i weight_i * score_i(answer).
+    """Weighted sum of rewards, score(answer) = sum_i weight_i * score_i(answer).
 
     Args:
         section: name -> {kind, weight, options}; the kind is the name where it is not given, the weight is 1.
@@ -91,7 +91,7 @@ class Rewards:
         known = registry.names("reward")
         if not section:
             raise RecipeError(
-                f"{where}: nothing says what an answer is worth; add one of {', '.join(known)}: '+{where}.exact_match={{}}'"
+                f"{where}: no reward is given to score the answers; add one of {', '.join(known)}: '+{where}.exact_match={{}}'"
             )
         self.parts: dict[str, tuple[Reward, float]] = {}
         self.where = where
@@ -100,17 +100,17 @@ class Rewards:
             self.parts[str(name)] = _part(str(name), body, f"{where}.{name}")
 
     def check(self, columns: Sequence[str]) -> None:
-        """Every reward's own check."""
+        """Run the check of every reward."""
         for name, (reward, _) in self.parts.items():
             reward.check(columns, f"{self.where}.{name}")
 
     def prepare(self, opened: Opened, frozen: bool) -> None:
-        """Every reward's own preparation."""
+        """Run the preparation of every reward."""
         for reward, _ in self.parts.values():
             reward.prepare(opened, frozen)
 
     def open(self, roles: Roles) -> None:
-        """Every reward's own start, once."""
+        """Load what every reward needs, once."""
         if not self._opened:
             for reward, _ in self.parts.values():
                 reward.open(roles)
@@ -118,12 +118,12 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """Names of what `score` tells besides the sums."""
+        """Return the names of the scores and measures that `score` returns besides the sums."""
         measures = [f"{name}/{measure}" for name, (reward, _) in self.parts.items() for measure in reward.measures]
         return [*self.parts, *measures]
 
     def score(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float]]]:
-        """Weighted sums, and each reward's own unweighted scores and measures by name."""
+        """Return the weighted sums, and the unweighted scores and measures of each reward by name."""
         own = {name: reward.score(answers) if answers else [] for name, (reward, _) in self.parts.items()}
         for name, scores in own.items():
             if len(scores) != len(answers):
@@ -149,7 +149,7 @@ def _part(name: str, body: Any, where: str) -> tuple[Reward, float]:
     if kind not in registry.names("reward") and "kind" not in body:
         known = registry.names("reward")
         raise RecipeError(
-            f"{where}: '{name}' is no kind of reward{did_you_mean(name, known)}; name the kind: "
+            f"{where}: '{name}' is not a kind of reward{did_you_mean(name, known)}; name the kind: "
             f"{where}.kind=NAME (known: {', '.join(known)})"
         )
     checked = build_component("reward", {"kind": kind, **options}, where)

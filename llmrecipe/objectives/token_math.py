@@ -1,4 +1,4 @@
-"""What the next-token objectives share: the summed negative log-likelihood of a batch's targets."""
+"""Mathematics shared by the next-token objectives: the summed negative log-likelihood of a batch's targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ LOG_HALF = -math.log(2.0)
 
 
 def negative_log_likelihood(logprobs: Tensor, smoothing: float = 0.0, uniform: Tensor | None = None) -> Tensor:
-    """-sum_n [(1 - e) t_n + e u_n], with t_n = log p(y_n) and u_n the mean log-probability over the vocabulary."""
+    """Return -sum_n [(1 - e) t_n + e u_n], a scalar.
+
+    Args:
+        logprobs: (N,) t_n = log p(y_n).
+        smoothing: e.
+        uniform: (N,) u_n, the mean log-probability over the vocabulary; needed where e is above 0.
+    """
     if not smoothing:
         return -logprobs.sum()
     if uniform is None:
@@ -25,14 +31,18 @@ def negative_log_likelihood(logprobs: Tensor, smoothing: float = 0.0, uniform: T
 
 
 def dynamic_fine_tuning(logprobs: Tensor) -> Tensor:
-    """-sum_n sg(p_n) t_n: each token weighted by its own detached probability (DFT, arXiv 2508.05629)."""
+    """Return -sum_n sg(p_n) t_n, a scalar, from (N,) t_n = log p_n: tokens weighted by their own detached probability.
+
+    Source: dynamic fine-tuning (DFT, arXiv 2508.05629).
+    """
     return -(logprobs.detach().exp() * logprobs).sum()
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0: by expm1 above -log 2, by log1p below, so neither end loses its digits.
+    """Compute log(1 - e^x) elementwise for x < 0, in the shape of x.
 
-    A probability of 1 gives the logarithm of the smallest step below it rather than minus infinity.
+    It uses expm1 above -log 2 and log1p below, so neither end loses precision. A probability of 1 gives the logarithm of the
+    smallest step below it rather than minus infinity.
     """
     x = x.clamp_max(-torch.finfo(x.dtype).tiny)
     near = x > LOG_HALF
@@ -43,7 +53,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def sequences_of(rows: list[dict[str, Any]]) -> list[Sequence]:
-    """Token rows with `ids` and `trained` -> sequences; the prompt ends at the first trained token."""
+    """Convert token rows with `ids` and `trained` to sequences; the prompt ends at the first trained token."""
     found: list[Sequence] = []
     for row in rows:
         trained = row["trained"]
@@ -53,7 +63,7 @@ def sequences_of(rows: list[dict[str, Any]]) -> list[Sequence]:
 
 
 def collate_tokens(rows: list[dict[str, Any]], roles: Roles) -> Batch:
-    """Rows laid out for one forward pass; encoder-decoder models read the prompt and predict the rest."""
+    """Lay rows out for one forward pass; encoder-decoder models read the prompt and predict the rest."""
     if roles.engine.is_pair_model:
         return _pair_batch(rows, roles)
     return roles.layout(sequences_of(rows), [row["row"] for row in rows])
@@ -78,13 +88,13 @@ def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
 
 
 TOKEN_METRICS: Measures = {"nll": "min", "accuracy": "max"}
-"""What `token_loss` reports, and whether less or more of it is better."""
+"""Metrics that `token_loss` reports, and whether less or more of each is better."""
 
 
 def token_loss(batch: Batch, roles: Roles, kind: str = "nll") -> Loss:
-    """The summed loss of a batch's targets, with accuracy and, for reading, the plain negative log-likelihood."""
+    """Compute the summed loss of a batch's targets, with accuracy and the plain negative log-likelihood as metrics."""
     out = roles.policy(batch)
-    t = out["logprobs"]
-    count = float(t.numel())
-    total = dynamic_fine_tuning(t) if kind == "dft" else negative_log_likelihood(t)
-    return Loss(total, {"nll": (-t.detach().sum(), count), "accuracy": (out["correct"].sum(), count)})
+    logprobs = out["logprobs"]
+    count = float(logprobs.numel())
+    total = dynamic_fine_tuning(logprobs) if kind == "dft" else negative_log_likelihood(logprobs)
+    return Loss(total, {"nll": (-logprobs.detach().sum(), count), "accuracy": (out["correct"].sum(), count)})

@@ -168,7 +168,7 @@ def test_several_rewards_are_a_weighted_sum() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, r"objective.reward: nothing says what an answer is worth.*exact_match"),
+        ({}, r"objective.reward: no reward is given to score the answers.*exact_match"),
         ({"exact_mach": {}}, r"objective.reward.exact_mach: .*did you mean 'exact_match'"),
         ({"exact_match": {"colum": "x"}}, r"objective.reward.exact_match.colum: .*did you mean 'column'"),
         ({"exact_match": {"weight": "much"}}, r"objective.reward.exact_match.weight: must be a number"),

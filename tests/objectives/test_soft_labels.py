@@ -84,7 +84,7 @@ def test_rows_bring_their_own_labels() -> None:
 )
 def test_losses_without_a_place_for_them_refuse(objective: Any) -> None:
     roles = roles_for(tiny_model(), Stack([]))
-    with pytest.raises(DataError, match=r"row 1: p is 0.25: .* has no place for the probability"):
+    with pytest.raises(DataError, match=r"row 1: p is 0.25: .* does not support the probability"):
         objective.collate(SOFT[1:], roles)
     objective.collate([{**row, "p": 1.0} for row in PAIRS], roles)
 
@@ -99,7 +99,7 @@ def rows_file(folder: Path, *labels: float | None) -> Path:
 def test_they_are_refused_before_weights_are_read(tmp_path: Path) -> None:
     path = rows_file(tmp_path, 1.0, None, 0.75, 0.5)
     words = [f"data.path={path}", "data.cache=false", "batch.size=2", "steps=1"]
-    with pytest.raises(DataError, match=r"row 2: p is 0.75: ipo has no place for .* use objective=dpo with loss_type=sigmoid"):
+    with pytest.raises(DataError, match=r"row 2: p is 0.75: ipo does not support .* use objective=dpo with loss_type=sigmoid"):
         examine(compose("ipo_lora", words))
     with pytest.raises(DataError, match=r"row 2: p is 0.75: objective\.loss_type=robust"):
         examine(compose("dpo_lora", [*words, "objective.loss_type=robust", "objective.label_smoothing=0.1"]))

@@ -61,7 +61,7 @@ def test_the_share_of_answers_that_match_a_list_of_phrases(tmp_path: Path) -> No
     ("words", "told"),
     [
         (["metrics=[exact_mach]"], "did you mean 'exact_match'?"),
-        (["reward={rul: {}}"], "eval.reward.rul: 'rul' is no kind of reward; did you mean 'rule'?"),
+        (["reward={rul: {}}"], "eval.reward.rul: 'rul' is not a kind of reward; did you mean 'rule'?"),
         (["reward={exact_match: {column: anser}}", "split=train"], "no column 'anser'; did you mean 'answer'?"),
         (["split=dev"], "split: must be one of 'train', 'validation', 'test'; got 'dev'"),
     ],

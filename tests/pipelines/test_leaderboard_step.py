@@ -83,10 +83,10 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
         (["runs=[]"], "runs: names no run"),
         (["metrik=x"], "did you mean 'metric'?"),
         (["against=tiny"], "prompts: nothing says what the models are asked"),
-        (["against=tiny", "prompts=builtin:prompts"], "reward: nothing says what an answer is worth"),
+        (["against=tiny", "prompts=builtin:prompts"], "reward: no reward is given to score the answers"),
         (
             ["against=tiny", "prompts=builtin:prompts", "reward={rul: {}}"],
-            "reward.rul: 'rul' is no kind of reward; did you mean 'rule'?",
+            "reward.rul: 'rul' is not a kind of reward; did you mean 'rule'?",
         ),
         (["best=most"], "must be one of 'min', 'max'"),
         (["metric=test/acuracy"], "did you mean 'test/accuracy'"),

@@ -95,7 +95,7 @@ def test_a_reward_that_was_dropped_is_asked_for(project: Project, capsys: pytest
     assert app.run(["check", "recipe=grpo", OWN]) == 2
     told = capsys.readouterr().err
     assert "dropped objective.reward.rule" in told
-    assert "objective.reward: nothing says what an answer is worth" in told and "exact_match={}" in told
+    assert "objective.reward: no reward is given to score the answers" in told and "exact_match={}" in told
 
 
 def test_stages_with_built_in_rows_beside_a_stage_with_ones_own_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: several answers to a prompt are judged against each other, without a value model."""
+"""Group relative policy optimisation: several answers to a prompt are compared with each other, without a value model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Grpo(Sampled, Objective):
         loss = mean over tokens of max(-A rho, -A clip(rho, 1 - e_low, 1 + e_high)) + beta KL(pi || pi_ref)
 
     `loss_type` says what the mean is taken over (DAPO, arXiv 2503.14476; Dr. GRPO, arXiv 2503.20783), `ratio: sequence` gives
-    one ratio an answer (GSPO, arXiv 2507.18071). One batch of prompts is one rollout; `steps` counts its updates.
+    one ratio per answer (GSPO, arXiv 2507.18071). One batch of prompts is one rollout; `steps` counts its updates.
     """
 
     rows: ClassVar[str] = "prompt"
@@ -44,23 +44,23 @@ class Grpo(Sampled, Objective):
     samples: ClassVar[bool] = True
 
     reward: dict[str, Any] = Field(default_factory=dict)
-    """name -> {kind, weight, options}: what an answer is worth, a weighted sum."""
+    """name -> {kind, weight, options}: the rewards of an answer, summed with their weights."""
     answers: PositiveInt = 8
-    """Answers sampled to each prompt."""
+    """Answers sampled for each prompt."""
     temperature: PositiveFloat = 1.0
     """Divides the logits when sampling, and in every log-probability."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer."""
+    """Maximum number of tokens of an answer."""
     beta: NonNegativeFloat = 0.04
-    """Weight of the divergence from the policy of step 0; 0 asks for no reference."""
+    """Weight of the divergence from the policy of step 0; 0 needs no reference."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """Estimate of the divergence in the loss (see `alignment.kl`)."""
     kl_correction: bool = True
-    """Weigh the divergence by the ratio, so that its gradient is that of KL also on older answers (arXiv 2512.02556)."""
+    """Weight the divergence by the ratio, so that its gradient is that of KL on older answers too (arXiv 2512.02556)."""
     epochs: PositiveInt = 1
     """Passes over each rollout."""
     minibatches: PositiveInt = 1
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     clip: NonNegativeFloat = 0.2
     """How far below 1 the ratio still has a gradient."""
     clip_high: NonNegativeFloat | None = None
@@ -70,7 +70,7 @@ class Grpo(Sampled, Objective):
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
     """Mean over all tokens; over answers of their token means; or token sums over answers times `max_new_tokens`."""
     ratio: Literal["token", "sequence"] = "token"
-    """A ratio for each token, or one an answer, exp of its mean log-ratio."""
+    """A ratio for each token, or one per answer, the exponential of its mean log-ratio."""
     missing_end: float | None = None
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     eval_temperature: NonNegativeFloat | None = None
@@ -81,11 +81,11 @@ class Grpo(Sampled, Objective):
     """Answers of each rollout written to the events, with their scores."""
 
     def plan(self, **own: Any) -> Plan:
-        """Several answers to a prompt."""
+        """Return the rollout plan: several answers to each prompt."""
         return super().plan(answers=self.answers, **own)
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Groups of at least two answers, and rewards that the rows can be scored with.
+        """Refuse groups of fewer than two answers, and rows that the rewards cannot score.
 
         Raises:
             RecipeError: naming the key to change.
@@ -102,14 +102,14 @@ class Grpo(Sampled, Objective):
             sample.tokens["advantages"] = value.expand(sample.length)
 
     def weight(self, batch: Batch) -> float:
-        """Tokens or answers, by `loss_type`."""
+        """Return the number of tokens or answers, depending on `loss_type`: the loss denominator."""
         return float(batch.target.numel()) if self.loss_type == "dapo" else float(answer_count(batch))
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed clipped surrogate, plus the divergence."""
+        """Return the summed clipped surrogate, plus the divergence."""
         out = roles.policy(batch, entropy=True, temperature=self.temperature)
-        t, extra = out["logprobs"], batch.extra
-        log_ratio = t - extra["old"]
+        logprobs, extra = out["logprobs"], batch.extra
+        log_ratio = logprobs - extra["old"]
         advantages = extra["advantages"]
         measured = log_ratio
         if self.ratio == "sequence":
@@ -117,17 +117,17 @@ class Grpo(Sampled, Objective):
             log_ratio = measured[extra["answer"]]
         high = self.clip if self.clip_high is None else self.clip_high
         ratio = log_ratio.exp()
-        each = clipped_policy_loss(ratio, advantages, self.clip, high)
+        losses = clipped_policy_loss(ratio, advantages, self.clip, high)
         if self.beta:
-            kl = kl_estimate(t, extra["reference"], self.kl_estimator)
-            each = each + self.beta * (kl * ratio if self.kl_correction else kl)
+            kl = kl_estimate(logprobs, extra["reference"], self.kl_estimator)
+            losses = losses + self.beta * (kl * ratio if self.kl_correction else kl)
         clipped = clipped_share(ratio.detach(), advantages, self.clip, high)
         return with_metrics(
-            self.reduce(each, batch), rollout_metrics(batch, self.beta), ratio_metrics(measured, clipped, out["entropy"])
+            self.reduce(losses, batch), rollout_metrics(batch, self.beta), ratio_metrics(measured, clipped, out["entropy"])
         )
 
-    def reduce(self, each: Tensor, batch: Batch) -> Tensor:
-        """(N,) token losses -> their sum, weighted as `loss_type` says."""
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Sum the token losses, (N,), weighted as `loss_type` says, to a scalar."""
         if self.loss_type == "grpo":
-            return (each / batch.extra["length"][batch.extra["answer"]]).sum()
-        return each.sum() / (self.max_new_tokens if self.loss_type == "dr_grpo" else 1)
+            return (losses / batch.extra["length"][batch.extra["answer"]]).sum()
+        return losses.sum() / (self.max_new_tokens if self.loss_type == "dr_grpo" else 1)

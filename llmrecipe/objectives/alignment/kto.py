@@ -26,22 +26,29 @@ from llmrecipe.objectives.alignment._engines.references import check_reference, 
 from llmrecipe.objectives.base import Loss, Measures, Objective
 
 BALANCED = (1.0, 4.0 / 3.0)
-"""Where the paper wants (weight x rows) of the desirable over that of the undesirable answers."""
+"""Range the paper advises for (weight x rows) of the desirable over that of the undesirable answers."""
 
 
-def kto_loss(r: Tensor, desirable: Tensor, z: Tensor | float, beta: float, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Loss of each row, (S,), from log-ratios r and labels, z the reference point.
+def kto_loss(
+    log_ratio: Tensor, desirable: Tensor, z: Tensor | float, beta: float, weights: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """Compute the loss of each row, (S,), from its log-ratio r, its label and the reference point z.
 
     desirable    w_D (1 - sigma(beta (r - z)))
     undesirable  w_U (1 - sigma(beta (z - r)))
+
+    Args:
+        log_ratio: (S,) r = log pi(y|x) - log pi_ref(y|x).
+        desirable: (S,) labels, bool.
+        weights: (w_D, w_U).
     """
-    good = weights[0] * torch.sigmoid(-beta * (r - z))
-    bad = weights[1] * torch.sigmoid(-beta * (z - r))
+    good = weights[0] * torch.sigmoid(-beta * (log_ratio - z))
+    bad = weights[1] * torch.sigmoid(-beta * (z - log_ratio))
     return torch.where(desirable, good, bad)
 
 
 def balance(desirable: float, undesirable: float) -> tuple[float, float]:
-    """Weights that give both classes the same total, or 1 and 1 where they are balanced already or one is empty."""
+    """Return weights that give both classes the same total, or 1 and 1 where they are balanced already or one is empty."""
     if not desirable or not undesirable or BALANCED[0] <= desirable / undesirable <= BALANCED[1]:
         return 1.0, 1.0
     return max(1.0, undesirable / desirable), max(1.0, desirable / undesirable)
@@ -68,7 +75,7 @@ class Kto(Objective):
     pairs_rows: ClassVar[bool] = True
 
     beta: PositiveFloat = 0.1
-    """Strength of the leash to the reference."""
+    """Strength of the pull towards the reference."""
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """With the reference point, or with z = 0."""
     desirable_weight: PositiveFloat = 1.0
@@ -83,7 +90,7 @@ class Kto(Objective):
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Refuse steps of a single row, whose mismatched pair would be its own, and references that cannot be.
+        """Refuse steps of a single row, whose mismatched pair would be its own, and invalid references.
 
         Raises:
             RecipeError: naming the key to change.
@@ -97,25 +104,25 @@ class Kto(Objective):
         raise RecipeError(f"batch.size: {size}: {why}, and KTO compares with answers of other rows; use batch.size={better}")
 
     def reference_of(self) -> str:
-        """The `reference` option."""
+        """Return the `reference` option."""
         return self.reference
 
     def reference_moves(self) -> bool:
-        """With `ref_sync`."""
+        """Return whether the reference follows the policy: with `ref_sync` it does."""
         return self.ref_sync is not None
 
     def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
-        """The reference moves towards the policy when it is time."""
+        """Move the reference towards the policy every `ref_sync.steps` steps."""
         follow(self.ref_sync, step, roles)
 
     def weights_for(self, roles: Roles) -> tuple[float, float]:
-        """(desirable, undesirable) weight."""
+        """Return the weights of desirable and undesirable answers."""
         if self.weights == "given":
             return self.desirable_weight, self.undesirable_weight
         return balance(*_counts(roles))
 
     def facts(self, roles: Roles) -> dict[str, Any]:
-        """Rows of each class, the weights, and their balance with the range the paper advises."""
+        """Return the number of rows of each class, the weights, and their balance with the range the paper advises."""
         good, bad = _counts(roles)
         weights = self.weights_for(roles)
         found: dict[str, Any] = {"rows/desirable": good, "rows/undesirable": bad}
@@ -125,11 +132,11 @@ class Kto(Objective):
         return found
 
     def step_zero(self) -> dict[str, float]:
-        """One half a row before weighting, no reward and no divergence."""
+        """Return the values of step 0: one half for each row before weighting, no reward and no divergence."""
         return {"loss/unweighted": 0.5, "kl": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """One sequence a row; its mismatched pair travels along."""
+        """Lay out one sequence for each row, with its mismatched pair in `extra`."""
         if rows and "other_ids" not in rows[0]:
             rows = with_others(rows)
         sequences = []
@@ -142,7 +149,7 @@ class Kto(Objective):
         return dataclasses.replace(batch, keys=tuple(content_key(r["prompt_ids"], r["completion_ids"]) for r in rows))
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """Micro-batches with the step's reference point.
+        """Yield the micro-batches of each step with the step's reference point.
 
         Raises:
             RunError: a step of one row.
@@ -158,7 +165,7 @@ class Kto(Objective):
             yield [m.with_extra(**{k: v.to(roles.device) for k, v in facts.items()}) for m in micros]
 
     def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
-        """The rows, and their mismatched pairs."""
+        """Yield batches of the rows and of their mismatched pairs."""
         paired = rows if rows and "other_ids" in rows[0] else with_others(rows)
         for part in roles.split(paired):
             batch = self.collate(part, roles)
@@ -168,23 +175,23 @@ class Kto(Objective):
                 yield pairs
 
     def measures(self) -> Measures:
-        """Rewards of both labels and, where a prompt has answers of both, how often the better one leads."""
+        """Return the rewards of both labels and, where a prompt has answers of both, how often the better one scores higher."""
         levels = dict.fromkeys(("rewards/chosen", "rewards/rejected", "kl", "kl/raw"))
         return {**levels, "rewards/margins": "max", "rewards/accuracies": "max"}
 
     def weight(self, batch: Batch) -> float:
-        """Rows."""
+        """Return the number of rows, the loss denominator."""
         return float(batch.extra["label"].shape[0])
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the rows, under the step's reference point, or the micro-batch's own where it came alone."""
+        """Return the summed loss of the rows, under the step's reference point or, where it has none, the micro-batch's own."""
         z, raw = self._point(batch, roles)
-        r = self._ratios(batch, roles)
-        good, count = batch.extra["label"], float(r.shape[0])
-        total = kto_loss(r, good, z, self.beta, self.weights_for(roles)).sum()
+        log_ratio = self._log_ratios(batch, roles)
+        good, count = batch.extra["label"], float(log_ratio.shape[0])
+        total = kto_loss(log_ratio, good, z, self.beta, self.weights_for(roles)).sum()
         with torch.no_grad():
-            plain = kto_loss(r, good, z, self.beta).sum()
-            rewards = self.beta * r.detach()
+            plain = kto_loss(log_ratio, good, z, self.beta).sum()
+            rewards = self.beta * log_ratio.detach()
         chosen, rejected = float(good.sum()), float((~good).sum())
         metrics: dict[str, tuple[Any, float]] = {
             "kl": (z * count, count),
@@ -197,43 +204,44 @@ class Kto(Objective):
         return Loss(total, metrics)
 
     def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
-        """Rows with mismatched pairs from the whole split, so that no layout of the evaluation changes them."""
+        """Return rows with mismatched pairs from the whole split, so that no layout of the evaluation changes them."""
         paired = with_others([data[i] for i in range(len(data))])
         return [paired[i] for i in indices]
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Nothing by itself: the reference point belongs to the whole split (see `finish_evaluation`)."""
+        """Return nothing: the reference point belongs to the whole split (see `finish_evaluation`)."""
         return {}
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Log-ratios, labels and mismatched divergences of each row."""
-        r = self._ratios(batch, roles)
+        """Return log-ratios (S,), labels (S,), weights (S, 2) and mismatched divergences (M,) of a batch."""
+        log_ratio = self._log_ratios(batch, roles)
         weights = self.weights_for(roles)
-        shared = torch.tensor(weights, dtype=torch.float64).expand(r.shape[0], 2)
-        found = {"r": r.double(), "label": batch.extra["label"], "source": batch.extra["source"], "weights": shared}
+        shared = torch.tensor(weights, dtype=torch.float64).expand(log_ratio.shape[0], 2)
+        found = {"log_ratio": log_ratio.double(), "label": batch.extra["label"]}
+        found |= {"source": batch.extra["source"], "weights": shared}
         if self.loss_type == "kto":
             found["kl"] = divergences(batch, roles).double()
         return {k: v.detach().cpu() for k, v in found.items()}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
-        """Loss and rewards of the split; accuracy over prompts that have answers of both kinds from one row."""
-        r, good, kl = tensors["r"], tensors["label"].bool(), tensors.get("kl", torch.zeros(0))
+        """Compute loss and rewards of the split; accuracy is over prompts that have answers of both kinds from one row."""
+        log_ratio, good, kl = tensors["log_ratio"], tensors["label"].bool(), tensors.get("kl", torch.zeros(0))
         raw = float(kl.mean()) if kl.numel() else 0.0
         weights = tuple(tensors["weights"].reshape(-1, 2)[0].tolist())
-        loss = kto_loss(r, good, max(raw, 0.0), self.beta, weights)
+        loss = kto_loss(log_ratio, good, max(raw, 0.0), self.beta, weights)
         metrics = {"loss": float(loss.mean()), "kl": max(raw, 0.0), "kl/raw": raw}
         if bool(good.any()):
-            metrics["rewards/chosen"] = self.beta * float(r[good].mean())
+            metrics["rewards/chosen"] = self.beta * float(log_ratio[good].mean())
         if bool((~good).any()):
-            metrics["rewards/rejected"] = self.beta * float(r[~good].mean())
+            metrics["rewards/rejected"] = self.beta * float(log_ratio[~good].mean())
         if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        wins = _wins(r, good, tensors["source"])
+        wins = _wins(log_ratio, good, tensors["source"])
         if wins:
             metrics["rewards/accuracies"] = sum(wins) / len(wins)
         return metrics
 
-    def _ratios(self, batch: Batch, roles: Roles) -> Tensor:
+    def _log_ratios(self, batch: Batch, roles: Roles) -> Tensor:
         if not self.weight(batch):
             return roles.policy(batch)["logprobs"]
         with torch.no_grad():
@@ -250,15 +258,15 @@ class Kto(Objective):
         return max(raw, 0.0), raw
 
 
-def _wins(r: Tensor, good: Tensor, source: Tensor) -> list[float]:
-    """For each raw row that gave one good and one bad answer: whether the good one has the larger log-ratio."""
+def _wins(log_ratio: Tensor, good: Tensor, source: Tensor) -> list[float]:
+    """Return, for each raw row that gave one good and one bad answer, whether the good one has the larger log-ratio."""
     sides: dict[int, dict[bool, float]] = {}
-    for value, label, row in zip(r.tolist(), good.tolist(), source.tolist(), strict=True):
+    for value, label, row in zip(log_ratio.tolist(), good.tolist(), source.tolist(), strict=True):
         sides.setdefault(int(row), {})[bool(label)] = value
     return [float(pair[True] > pair[False]) for pair in sides.values() if len(pair) == 2]
 
 
 def _counts(roles: Roles) -> tuple[float, float]:
-    """Desirable and undesirable training rows."""
+    """Return the numbers of desirable and undesirable training rows."""
     labels = getattr(getattr(roles.data, "report", None), "labels", {})
     return float(labels.get("true", 0)), float(labels.get("false", 0))

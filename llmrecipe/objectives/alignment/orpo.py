@@ -28,14 +28,17 @@ from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.token_math import log1mexp
 
 
-def log_odds_ratio(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """log [odds(e^w) / odds(e^l)] = (w - l) - (log1mexp(w) - log1mexp(l)), odds(p) = p / (1 - p), (P,)."""
-    return (w - l) - (log1mexp(w) - log1mexp(l))
+def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Compute log [odds(e^chosen) / odds(e^rejected)], odds(p) = p / (1 - p), (P,), from log-probabilities < 0, (P,) each.
+
+    It equals (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected)).
+    """
+    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 
-def orpo_loss(w: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """-log sigma(log odds ratio) of each pair, from mean log-probabilities w and l < 0, (P,)."""
-    return -F.logsigmoid(log_odds_ratio(w, l))
+def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Compute -log sigma(log odds ratio) of each pair, (P,), from mean log-probabilities < 0, (P,) each."""
+    return -F.logsigmoid(log_odds_ratio(chosen, rejected))
 
 
 @register
@@ -43,8 +46,8 @@ class Orpo(Objective):
     """ORPO: L = NLL(chosen) + odds_weight (1/P) sum -log sigma(log odds_w - log odds_l), odds = p / (1 - p).
 
     p is the length-averaged likelihood of an answer, exp(S/n). One model, no reference. The likelihood is a mean over tokens:
-    of prompt and chosen answer (`nll_on: all`, the authors' and the reference trainer's) or of the chosen answer alone. It
-    also teaches the answers themselves, so it wants the learning rate of fine-tuning, not DPO's.
+    of prompt and chosen answer (`nll_on: all`, as the authors and the reference trainer do) or of the chosen answer alone. It
+    also teaches the answers themselves, so it needs the learning rate of fine-tuning, not DPO's.
 
     Paper: ORPO: Monolithic Preference Optimization without Reference Model (arXiv 2403.07691).
     """
@@ -67,49 +70,49 @@ class Orpo(Objective):
         refuse_soft(data, "orpo")
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Pairs that share their prompt, whose tokens are targets too where the likelihood covers it."""
+        """Lay out pairs that share their prompt, whose tokens are targets too where the likelihood covers it."""
         return collate_pairs(rows, roles, prompt_targets=self.nll_on == "all", soft="orpo")
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """Micro-batches that know how many tokens the whole step has: the likelihood is a mean over them."""
+        """Yield micro-batches with the number of tokens of the whole step: the likelihood is a mean over them."""
         for rows in source:
             yield share_tokens([self.collate(part, roles) for part in roles.split(rows)], roles)
 
     def measures(self) -> Measures:
-        """Those of both answers, and the parts of the loss."""
+        """Return the metrics of both answers, and the parts of the loss."""
         return {**PAIR_METRICS, "odds_loss": "min", "nll": "min", "log_odds_chosen": "max", "log_odds_ratio": "max"}
 
     def weight(self, batch: Batch) -> float:
-        """Pairs."""
+        """Return the number of pairs, the loss denominator."""
         return float(pair_count(batch))
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the pairs."""
+        """Return the summed loss of the pairs."""
         odds, nll, metrics = self._parts(batch, roles)
         return Loss(pairs_per_token(batch) * nll + self.odds_weight * odds, metrics)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """The odds-ratio term and the likelihood, joined over the whole split by `finish_evaluation`."""
+        """Return the odds-ratio term and the likelihood, which `finish_evaluation` adds up over the whole split."""
         odds, _, metrics = self._parts(batch, roles)
         return {"odds_loss": (odds, self.weight(batch)), **metrics}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
-        """The whole loss of the split."""
+        """Return the whole loss of the split."""
         return {"loss": sums["nll"] + self.odds_weight * sums["odds_loss"]}
 
     def _parts(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor, dict[str, tuple[Any, float]]]:
-        t = roles.policy(batch)["logprobs"]
-        scores = policy_scores(batch, roles, t)
-        w = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
-        l = scores.rejected / scores.rejected_tokens.clamp_min(1.0)  # noqa: E741
-        nll, tokens = answer_nll(batch, t)
-        count = float(w.shape[0])
-        ratio = log_odds_ratio(w.detach(), l.detach())
+        logprobs = roles.policy(batch)["logprobs"]
+        scores = policy_scores(batch, roles, logprobs)
+        chosen = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
+        rejected = scores.rejected / scores.rejected_tokens.clamp_min(1.0)
+        nll, tokens = answer_nll(batch, logprobs)
+        count = float(chosen.shape[0])
+        ratio = log_odds_ratio(chosen.detach(), rejected.detach())
         metrics = {
-            **reward_metrics(self.odds_weight * w, self.odds_weight * l),
+            **reward_metrics(self.odds_weight * chosen, self.odds_weight * rejected),
             **logp_metrics(scores),
             "nll": (nll.detach(), tokens),
             "log_odds_chosen": (ratio.sum(), count),
             "log_odds_ratio": (F.logsigmoid(ratio).sum(), count),
         }
-        return orpo_loss(w, l).sum(), nll, metrics
+        return orpo_loss(chosen, rejected).sum(), nll, metrics

@@ -1,4 +1,4 @@
-"""Reinforcement learning from a reward: proximal policy optimisation with a value function and a leash to the start."""
+"""Reinforcement learning from a reward: proximal policy optimisation with a value function and a divergence penalty."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
 
 FACTS = ("explained_variance", "returns_std")
-"""Facts of a whole rollout, the same on each of its answers."""
+"""Facts of a whole rollout, the same for each of its answers."""
 TOKENS = ("values", "advantages", "returns")
-"""What PPO adds to the tokens of an answer."""
+"""Names that PPO adds to the tokens of an answer."""
 NUMBERS = ("value_end", "return_end", "extended", "beta", *FACTS)
-"""What it adds to the answer."""
+"""Names that it adds to the answer."""
 
 
 def shaped_rewards(kl: Tensor, score: float, beta: float, extended: bool) -> Tensor:
-    """r_t = -beta kl_t, plus the score at the last token, or in the slot after it where there is one.
+    """Compute r_t = -beta kl_t, plus the score at the last token, (n,), or in the slot after it where there is one, (n + 1,).
 
     Args:
         kl: (n,) per-token divergence of the answer.
@@ -70,21 +70,21 @@ class Ppo(Sampled, Objective):
     samples: ClassVar[bool] = True
 
     reward: dict[str, Any] = Field(default_factory=dict)
-    """name -> {kind, weight, options}: what an answer is worth, a weighted sum."""
+    """name -> {kind, weight, options}: the rewards of an answer, summed with their weights."""
     temperature: PositiveFloat = 0.7
     """Divides the logits when sampling, and in every log-probability."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer."""
+    """Maximum number of tokens of an answer."""
     epochs: PositiveInt = 4
     """Passes over each rollout."""
     minibatches: PositiveInt = 1
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     beta: NonNegativeFloat = 0.05
     """Weight of the divergence from the policy of step 0, at the start where `kl_target` is given."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the divergence is part of the reward or of the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimate of the divergence; k1 has no gradient to give, so a loss needs k2 or k3."""
+    """Per-token estimate of the divergence; the gradient of k1 is zero on average, so a loss needs k2 or k3."""
     kl_target: PositiveFloat | None = None
     """Divergence of a whole answer that beta is steered towards; null keeps beta fixed."""
     kl_horizon: PositiveFloat = 10000.0
@@ -102,10 +102,10 @@ class Ppo(Sampled, Objective):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy that is rewarded."""
     target_kl_stop: PositiveFloat | None = None
-    """Leave out the rest of a rollout's updates after one whose `policy/approxkl` is above this."""
+    """Skip the rest of a rollout's updates after one whose `policy/approxkl` is above this."""
     value: Literal["auto", "adapter", "shared", "head"] = "auto"
-    """An adapter of its own on the frozen base; a head on the policy's states, with gradient or without. `auto` takes the
-    adapter where the stack leaves the base frozen, `shared` elsewhere."""
+    """A separate adapter on the frozen base; or a head on the policy's hidden states, with gradient (`shared`) or without
+    (`head`). `auto` takes the adapter where the stack leaves the base frozen, `shared` elsewhere."""
     value_rank: PositiveInt = 8
     """Rank of the value function's adapter."""
     value_target: str = "attn.q|v"
@@ -119,7 +119,7 @@ class Ppo(Sampled, Objective):
     missing_end: float | None = -1.0
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     whiten_rewards: bool = False
-    """Divide the shaped rewards by their standard deviation; their mean stays."""
+    """Divide the shaped rewards by their standard deviation, keeping their mean."""
     eval_temperature: NonNegativeFloat | None = None
     """Temperature of the answers to held-out prompts; null takes `temperature`, 0 is greedy."""
     generation_batch: PositiveInt = 64
@@ -128,18 +128,18 @@ class Ppo(Sampled, Objective):
     """Answers of each rollout written to the events, with their scores."""
 
     def plan(self, **own: Any) -> Plan:
-        """One answer to a prompt, its divergence always measured, its values and what is worked out from them."""
+        """Return the rollout plan: one answer to each prompt, always with its divergence, values, advantages and returns."""
         return super().plan(reference=True, token_names=TOKENS, number_names=NUMBERS, critic=self.critic, **own)
 
     @functools.cached_property
     def controller(self) -> KlController:
-        """beta, as it moves."""
+        """Return the controller of beta."""
         return KlController(self.beta, self.kl_target, self.kl_horizon)
 
     # --- before the first step ------------------------------------------------------------------------------------
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Options that fit each other, and rewards that the rows can be scored with.
+        """Refuse options that contradict each other, and rows that the rewards cannot score.
 
         Raises:
             RecipeError: naming the key to change.
@@ -151,10 +151,10 @@ class Ppo(Sampled, Objective):
         super().check(recipe, data)
 
     def role_wrappers(self, stack: list[Any]) -> list[Any]:
-        """The value function's adapter.
+        """Return the value function's adapter, where it has one.
 
         Raises:
-            RecipeError: it would stand on a base that the policy trains.
+            RecipeError: it would sit on a base that the policy trains.
         """
         from llmrecipe.methods._base.method import Stage
         from llmrecipe.methods.reparameterized.lora import Lora
@@ -162,7 +162,7 @@ class Ppo(Sampled, Objective):
         frozen = any(w.stage is Stage.INJECT for w in stack) and not any(w.stage is Stage.SELECT for w in stack)
         if self.value == "adapter" and not frozen:
             raise RecipeError(
-                "objective.value: an adapter of its own needs a frozen base, and this stack trains the base's weights; "
+                "objective.value: a separate adapter needs a frozen base, and this stack trains the base's weights; "
                 "use objective.value=shared or head, or a stack of injected methods such as lora"
             )
         if self.value not in ("auto", "adapter") or not frozen:
@@ -171,13 +171,13 @@ class Ppo(Sampled, Objective):
         return [Lora(name="critic", role="value", **options)]
 
     def prepare_model(self, model: Any, seed: int) -> None:
-        """The value head, which starts at zero."""
+        """Add the value head, initialised to zero."""
         from llmrecipe.models import task_heads
 
         task_heads.add(model, "value", std=0.0, seed=seed)
 
     def critic(self, roles: Roles) -> Critic:
-        """Where values are read."""
+        """Return where values are computed."""
         if any(w.role == "value" for w in roles.stack):
             return Critic("own", off=frozenset(w.name for w in roles.stack if not w.role))
         return Critic("detached" if self.value == "head" else "shared")
@@ -185,11 +185,11 @@ class Ppo(Sampled, Objective):
     # --- rollouts -------------------------------------------------------------------------------------------------
 
     def ready(self, micros: list[Batch], roles: Roles | None) -> list[Batch]:
-        """With the share of value slots."""
+        """Give each micro-batch its share of value slots."""
         return share_slots(micros, roles)
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
-        """Rewards, advantages and returns of a rollout; then beta follows its divergence."""
+        """Compute rewards, advantages and returns of a rollout; then adapt beta to its divergence."""
         lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
         room = torch.tensor(
             [self.score_at == "after_eos" and s.length < self.max_new_tokens for s in samples], dtype=torch.bool
@@ -222,29 +222,29 @@ class Ppo(Sampled, Objective):
             self.controller.update(total / max(count, 1.0), int(count))
 
     def scores_of(self, samples: list[Sample], roles: Roles) -> list[float]:
-        """The scores as they enter the rewards: normalised over the rollout, then clipped."""
+        """Return the scores as they enter the rewards: normalised over the rollout, then clipped."""
         scores = torch.tensor([s.score for s in samples], dtype=torch.float64)
         if self.score_norm:
             scores = whiten(scores, roles.sum)
         return scores.tolist() if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip).tolist()
 
     def rewards_of(self, sample: Sample, score: float, extended: bool) -> Tensor:
-        """(slots,) shaped rewards of one answer."""
+        """Compute the shaped rewards of one answer, (slots,)."""
         kl = kl_estimate(sample.tokens["old"].double(), sample.tokens["reference"].double(), self.kl_estimator)
         return shaped_rewards(kl, score, self.controller.coef if self.kl_in == "reward" else 0.0, extended)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed policy loss, and the value loss of the same tokens."""
+        """Return the summed policy loss plus the value loss of the same tokens."""
         out = roles.policy(
             batch, entropy=True, temperature=self.temperature, critic=self.critic(roles), entropy_graph=self.entropy_coef > 0
         )
-        t, extra = out["logprobs"], batch.extra
-        log_ratio, advantages = t - extra["old"], extra["advantages"]
+        logprobs, extra = out["logprobs"], batch.extra
+        log_ratio, advantages = logprobs - extra["old"], extra["advantages"]
         policy = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip)
         if self.kl_in == "loss":
-            policy = policy + extra["beta"][extra["answer"]] * kl_estimate(t, extra["reference"], self.kl_estimator)
+            policy = policy + extra["beta"][extra["answer"]] * kl_estimate(logprobs, extra["reference"], self.kl_estimator)
         value = clipped_value_loss(out["values"], extra["values"], extra["returns"], self.value_clip).sum()
         # A batch without answers holds one stand-in sequence.
         end = out["values_end"][: extra["extended"].numel()]
@@ -257,13 +257,13 @@ class Ppo(Sampled, Objective):
             total = total - self.entropy_coef * out["entropy"].sum()
         clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
         own = {
-            "policy/loss": (policy.detach().sum(), float(t.numel())),
-            "value/loss": (value.detach(), float(t.numel()) + float(extra["extended"].sum())),
+            "policy/loss": (policy.detach().sum(), float(logprobs.numel())),
+            "value/loss": (value.detach(), float(logprobs.numel()) + float(extra["extended"].sum())),
             "value/clipfrac": (
                 clipped_values(out["values"].detach(), extra["values"], extra["returns"], self.value_clip).sum(),
-                float(t.numel()),
+                float(logprobs.numel()),
             ),
-            "value/returns": (extra["returns"].sum(), float(t.numel())),
+            "value/returns": (extra["returns"].sum(), float(logprobs.numel())),
             **{f"value/{name}": (extra[name].sum(), float(extra["score"].numel())) for name in FACTS},
             "objective/kl_coef": (extra["beta"].sum(), float(extra["score"].numel())),
         }
@@ -277,23 +277,23 @@ class Ppo(Sampled, Objective):
             self.live.stop()
 
     def state(self) -> dict[str, Any]:
-        """Where the rollouts and beta stand."""
+        """Return the state of the rollouts and of beta."""
         return {**self.live.state(), "kl": self.controller.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on after the last whole rollout."""
+        """Restore the state, to continue after the last whole rollout."""
         self.live.load_state(state)
         self.controller.load_state(state["kl"])
 
 
 def explained_variance(values: Tensor, returns: Tensor, roles: Roles) -> float:
-    """1 - Var(R - V) / Var(R) over the slots of all processes; 0 where the returns do not vary."""
+    """Compute 1 - Var(R - V) / Var(R) over the slots, (N,), of all processes; 0 where the returns do not vary."""
     whole, left = moments(returns, roles.sum)[1], moments(returns - values, roles.sum)[1]
     return 1.0 - left / whole if whole > 0 else 0.0
 
 
 def share_slots(micros: list[Batch], roles: Roles | None = None) -> list[Batch]:
-    """Give each micro-batch tokens / value slots of the whole step, since both losses are divided by the tokens."""
+    """Give each micro-batch the step's ratio of tokens to value slots, since both losses are divided by the tokens."""
     tokens = float(sum(m.target.numel() for m in micros))
     slots = tokens + sum(float(m.extra["extended"].sum()) for m in micros if "extended" in m.extra)
     if roles is not None:

@@ -18,24 +18,27 @@ from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, pair_co
 from llmrecipe.objectives.base import Loss, Measures, Objective
 
 SAMPLE = 512
-"""Training rows whose scores decide the normalisation."""
+"""Number of training rows whose scores determine the normalisation."""
 BINS = 10
 
 
 def reward_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, p: Tensor | float = 1.0, center: float = 0.0
 ) -> Tensor:
-    """Loss of each pair, (P,), from scores s_w and s_l.
+    """Compute the loss of each pair, (P,), from the scores of both answers, (P,) each.
 
-    -[p log sigma(d) + (1 - p) log sigma(-d)] + c (s_w + s_l)^2,   d = s_w - s_l - margin,
-    with p the probability that the chosen answer is the better one.
+    -[p log sigma(d) + (1 - p) log sigma(-d)] + center (chosen + rejected)^2,   d = chosen - rejected - margin,
+    with p the probability that the chosen answer is the better one; margin and p are (P,) or numbers.
     """
     d = chosen - rejected - margin
     return -(p * F.logsigmoid(d) + (1.0 - p) * F.logsigmoid(-d)) + center * (chosen + rejected) ** 2
 
 
 def calibration_error(d: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error of sigma(|d|) as the probability that the higher score is right, in bins from 1/2 to 1."""
+    """Compute the expected calibration error of sigma(|d|), d (P,) score differences, in bins from 1/2 to 1.
+
+    sigma(|d|) is read as the probability that the answer with the higher score is the better one.
+    """
     sure = torch.sigmoid(d.abs())
     right = (d > 0).double() + 0.5 * (d == 0).double()
     place = ((sure - 0.5) * 2 * bins).long().clamp(0, bins - 1)
@@ -44,7 +47,7 @@ def calibration_error(d: Tensor, bins: int = BINS) -> float:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation; 0 where one side is constant."""
+    """Compute Pearson's correlation of x and y, (N,) each; 0 where one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.norm() * y.norm())
     return float((x * y).sum()) / scale if scale else 0.0
@@ -54,8 +57,8 @@ def correlation(x: Tensor, y: Tensor) -> float:
 class Reward(Objective):
     """Reward model: L = -(1/P) sum log sigma(s_w - s_l - margin) + center (s_w + s_l)^2, s = w . h at the last token.
 
-    A linear head without bias, in float32, on the policy's own backbone (`task_head.reward`), so a reward adapter lies beside
-    policy and value adapters on one base. Only differences of scores are learned: `center` holds their mean near 0, and
+    A linear head without bias, in float32, on the policy's own backbone (`task_head.reward`), so reward, policy and value
+    adapters can share one base. Only differences of scores are learned: `center` holds their mean near 0, and
     `normalise` stores a gain and a bias that the finished run applies (`zscore`: mean 0, deviation 1 over training answers;
     `demo_bias`: chosen answers score 0 on average). `margin` reads the rows' margins, and a row's `p` is the
     probability that its chosen answer is the better one (soft labels of `label_ai`; 1 where a row has none): the loss is then
@@ -73,23 +76,23 @@ class Reward(Objective):
     dropout: ClassVar[bool] = False
 
     margin: bool = True
-    """Subtract the rows' margins, where they have some."""
+    """Subtract the rows' margins, where rows have them."""
     center: NonNegativeFloat = 0.0
     """Weight of the squared sum of both scores."""
     pooling: Literal["last_token", "last_non_pad_id"] = "last_token"
-    """Which token's state is scored."""
+    """Token whose hidden state is scored."""
     head_init: Literal["scaled", "small", "zero"] = "scaled"
-    """Start of the head: normal with deviation 1/sqrt(D + 1), normal with 0.02, or zero."""
+    """Initialization of the head: normal with deviation 1/sqrt(D + 1), normal with deviation 0.02, or zero."""
     normalise: Literal["none", "zscore", "demo_bias"] = "zscore"
-    """Gain and bias stored with the finished run; training itself is on raw scores."""
+    """Gain and bias stored with the finished run; training itself uses raw scores."""
 
     def prepare_model(self, model: Any, seed: int) -> None:
-        """A reward head; the language-model head gets no gradient and does not train."""
+        """Add a reward head; the language-model head gets no gradient and is not trained."""
         task_heads.add(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
         task_heads.without_language_head(model)
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Pairs that share their prompt; no token is a target."""
+        """Lay out pairs that share their prompt; no token is a target."""
         batch = collate_pairs(rows, roles, soft=None)
         lengths = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
         extra = {"lengths": torch.tensor(lengths, dtype=torch.float32, device=roles.device).reshape(-1, 2)}
@@ -100,17 +103,17 @@ class Reward(Objective):
         return batch.with_extra(**extra)
 
     def measures(self) -> Measures:
-        """How well the scores tell the answers apart; their level and spread are neither good nor bad."""
+        """Return metrics of how well the scores separate the answers; their level and spread are neither good nor bad."""
         levels = dict.fromkeys(f"rewards/{n}" for n in ("chosen", "rejected", "std", "min", "max", "length_correlation"))
         better: Measures = {"rewards/accuracies": "max", "rewards/margins": "max"}
         return {**levels, **better, "rewards/ties": "min", "calibration_error": "min"}
 
     def weight(self, batch: Batch) -> float:
-        """Pairs."""
+        """Return the number of pairs, the loss denominator."""
         return float(pair_count(batch))
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the pairs."""
+        """Return the summed loss of the pairs."""
         chosen, rejected = self._scores(batch, roles)
         total = self._losses(batch, chosen, rejected).sum()
         count = float(chosen.shape[0])
@@ -125,17 +128,17 @@ class Reward(Objective):
         return Loss(total, metrics)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Nothing by itself: `collect` has the scores of the whole split."""
+        """Return nothing: `collect` has the scores of the whole split."""
         return {}
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Scores, losses and answer lengths of every pair."""
+        """Return scores (P,), losses (P,) and answer lengths (P, 2) of every pair."""
         chosen, rejected = self._scores(batch, roles)
         found = {"chosen": chosen, "rejected": rejected, "losses": self._losses(batch, chosen, rejected)}
         return {k: v.detach().double().cpu() for k, v in {**found, "lengths": batch.extra["lengths"]}.items()}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
-        """Accuracy (ties count as wrong), margin, spread, calibration and the correlation of score and length."""
+        """Compute accuracy (ties count as wrong), margin, spread, calibration and the correlation of score and length."""
         chosen, rejected = tensors["chosen"], tensors["rejected"]
         d, both = chosen - rejected, torch.cat((chosen, rejected))
         lengths = tensors["lengths"].reshape(-1, 2)
@@ -154,7 +157,7 @@ class Reward(Objective):
         }
 
     def finish(self, roles: Roles) -> None:
-        """Measure scores of training answers and keep gain and bias in the head."""
+        """Measure scores of training answers and store gain and bias in the head."""
         if self.normalise == "none" or roles.data is None or not len(roles.data):
             return
         rows = [roles.data[i] for i in range(min(SAMPLE, len(roles.data)))]
@@ -176,7 +179,11 @@ class Reward(Objective):
 
 
 def normalisation(chosen: Tensor, rejected: Tensor, kind: str) -> tuple[float, float]:
-    """(gain, bias) with gain * s + bias of mean 0 and deviation 1 over all answers, or of mean 0 over the chosen ones."""
+    """Return (gain, bias) from scores, (P,) each.
+
+    gain * s + bias has mean 0 and standard deviation 1 over all answers (`zscore`), or mean 0 over the chosen ones
+    (`demo_bias`, with a gain of 1).
+    """
     if kind == "demo_bias":
         return 1.0, -float(chosen.mean())
     both = torch.cat((chosen, rejected))
@@ -185,7 +192,7 @@ def normalisation(chosen: Tensor, rejected: Tensor, kind: str) -> tuple[float, f
 
 
 def _last_non_pad(batch: Batch, rows: list[dict[str, Any]], pad_id: int) -> Tensor:
-    """(S,) index of each sequence's last token that is not the padding token."""
+    """Find the index of each sequence's last token that is not the padding token, (S,)."""
     found = batch.last.cpu().clone()
     for i, row in enumerate(rows):
         prompt = _trailing(row["prompt_ids"], pad_id)
@@ -197,7 +204,7 @@ def _last_non_pad(batch: Batch, rows: list[dict[str, Any]], pad_id: int) -> Tens
 
 
 def _trailing(ids: list[int], token: int) -> int:
-    """How many times a token stands at the end of ids."""
+    """Count how many times a token is repeated at the end of ids."""
     count = 0
     while count < len(ids) and ids[-1 - count] == token:
         count += 1

@@ -41,19 +41,19 @@ class Rloo(Sampled, Objective):
     samples: ClassVar[bool] = True
 
     reward: dict[str, Any] = Field(default_factory=dict)
-    """name -> {kind, weight, options}: what an answer is worth, a weighted sum."""
+    """name -> {kind, weight, options}: the rewards of an answer, summed with their weights."""
     answers: PositiveInt = 4
-    """Answers sampled to each prompt."""
+    """Answers sampled for each prompt."""
     temperature: PositiveFloat = 1.0
     """Divides the logits when sampling, and in every log-probability."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer."""
+    """Maximum number of tokens of an answer."""
     beta: NonNegativeFloat = 0.05
-    """Weight of the divergence from the policy of step 0; 0 asks for no reference."""
+    """Weight of the divergence from the policy of step 0; 0 needs no reference."""
     epochs: PositiveInt = 1
     """Passes over each rollout."""
     minibatches: PositiveInt = 1
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     clip: NonNegativeFloat = 0.2
     """How far from 1 the ratio still has a gradient."""
     normalise: bool = False
@@ -68,11 +68,11 @@ class Rloo(Sampled, Objective):
     """Answers of each rollout written to the events, with their scores."""
 
     def plan(self, **own: Any) -> Plan:
-        """Several answers to a prompt."""
+        """Return the rollout plan: several answers to each prompt."""
         return super().plan(answers=self.answers, token_names=(), number_names=("advantages",), **own)
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Groups of at least two answers, and rewards that the rows can be scored with.
+        """Refuse groups of fewer than two answers, and rows that the rewards cannot score.
 
         Raises:
             RecipeError: naming the key to change.
@@ -94,11 +94,11 @@ class Rloo(Sampled, Objective):
             sample.numbers["advantages"] = value
 
     def weight(self, batch: Batch) -> float:
-        """Answers."""
+        """Return the number of answers, the loss denominator."""
         return float(answer_count(batch))
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed clipped surrogate of the answers."""
+        """Return the summed clipped surrogate of the answers."""
         out = roles.policy(batch, entropy=True, temperature=self.temperature)
         log_ratio = sum_by_answer(batch, out["logprobs"] - batch.extra["old"])
         advantages = batch.extra["advantages"]

@@ -24,9 +24,15 @@ from llmrecipe.objectives.alignment._engines.pairs import (
 from llmrecipe.objectives.base import Loss, Measures, Objective
 
 
-def simpo_loss(w: Tensor, l: Tensor, beta: float, gamma: float, smoothing: float = 0.0) -> Tensor:  # noqa: E741
-    """-(1 - e) log sigma(u) - e log sigma(-u) of each pair, u = beta (w - l) - gamma, w and l mean log-probabilities, (P,)."""
-    u = beta * (w - l) - gamma
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float, smoothing: float = 0.0) -> Tensor:
+    """Compute -(1 - e) log sigma(u) - e log sigma(-u) of each pair, (P,), with u = beta (chosen - rejected) - gamma.
+
+    Args:
+        chosen: (P,) mean log-probabilities of the chosen answers.
+        rejected: (P,) those of the rejected answers.
+        smoothing: e.
+    """
+    u = beta * (chosen - rejected) - gamma
     return -(1.0 - smoothing) * F.logsigmoid(u) - smoothing * F.logsigmoid(-u)
 
 
@@ -35,7 +41,7 @@ class Simpo(Objective):
     """SimPO: L = -(1/P) sum log sigma(beta (S_w/n_w - S_l/n_l) - gamma), S the summed log-probability of an answer.
 
     The reward is what generation maximises, the length-averaged log-probability, so there is no reference model; gamma is the
-    margin a chosen answer must win by. It wants a small learning rate: nothing holds the policy where it began.
+    margin by which a chosen answer must win. It needs a small learning rate: nothing keeps the policy near its initial state.
 
     Paper: SimPO: Simple Preference Optimization with a Reference-Free Reward (arXiv 2405.14734).
     """
@@ -60,21 +66,21 @@ class Simpo(Objective):
         refuse_soft(data, "simpo")
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Pairs that share their prompt."""
+        """Lay out pairs that share their prompt."""
         return collate_pairs(rows, roles, soft="simpo")
 
     def measures(self) -> Measures:
-        """Those of both answers."""
+        """Return the metrics of both answers."""
         return PAIR_METRICS
 
     def weight(self, batch: Batch) -> float:
-        """Pairs."""
+        """Return the number of pairs, the loss denominator."""
         return float(pair_count(batch))
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the pairs."""
+        """Return the summed loss of the pairs."""
         scores = policy_scores(batch, roles)
-        w = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
-        l = scores.rejected / scores.rejected_tokens.clamp_min(1.0)  # noqa: E741
-        metrics = {**reward_metrics(self.beta * w, self.beta * l), **logp_metrics(scores)}
-        return Loss(torch.sum(simpo_loss(w, l, self.beta, self.gamma, self.label_smoothing)), metrics)
+        chosen = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
+        rejected = scores.rejected / scores.rejected_tokens.clamp_min(1.0)
+        metrics = {**reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
+        return Loss(torch.sum(simpo_loss(chosen, rejected, self.beta, self.gamma, self.label_smoothing)), metrics)

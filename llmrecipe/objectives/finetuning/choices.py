@@ -1,4 +1,4 @@
-"""Fine-tuning on questions with answers to choose from."""
+"""Fine-tuning on questions with answer choices."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llmrecipe.objectives.token_math import collate_tokens, log1mexp
 
 
 def unlikelihood(logprobs: Tensor, floor: float = 0.0) -> Tensor:
-    """-log(1 - p + floor) of each token from its log p."""
+    """Return -log(1 - p + floor) of each token, (N,), from its log p, (N,)."""
     return -torch.log1p(floor - logprobs.exp()) if floor else -log1mexp(logprobs)
 
 
 def choice_softmax(scores: Tensor, row: Tensor, right: Tensor, rows: int) -> Tensor:
-    """-log [e^b_right / sum over its row's choices e^b] of each row, (R,).
+    """Compute -log [e^b_right / sum over its row's choices e^b] of each row, (R,).
 
     Args:
         scores: (C,) b of each choice.
@@ -36,9 +36,9 @@ def choice_softmax(scores: Tensor, row: Tensor, right: Tensor, rows: int) -> Ten
 
 
 def choice_scores(logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(summed log-probability, number of tokens) of each choice, (C,)."""
-    chosen = batch.extra["choice"]
-    return batch.sum_by_sequence(logprobs)[chosen], batch.counts().to(logprobs)[chosen]
+    """Return (summed log-probability, number of tokens) of each choice, both (C,), from token log-probabilities (N,)."""
+    choices = batch.extra["choice"]
+    return batch.sum_by_sequence(logprobs)[choices], batch.counts().to(logprobs)[choices]
 
 
 @register
@@ -83,7 +83,7 @@ class Choices(Objective):
             )
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """A prompt, once where the model is a decoder, and every choice that continues it; `extra` says which is which."""
+        """Lay out each prompt (once for decoders) and every choice that continues it; `extra` says which is which."""
         sequences: list[Sequence] = []
         whole: list[dict[str, Any]] = []
         places: list[tuple[int, int, bool]] = []
@@ -105,22 +105,22 @@ class Choices(Objective):
         return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool())
 
     def measures(self) -> Measures:
-        """Parts of the loss, and how often the right answer ranks first."""
+        """Return the parts of the loss, and how often the right answer ranks first."""
         return {"nll": "min", "unlikelihood": "min", "ranking": "min", "rank_accuracy": "max", "rank_accuracy/sum": "max"}
 
     def weight(self, batch: Batch) -> float:
-        """Rows."""
+        """Return the number of rows, the loss denominator."""
         return float(batch.extra["choice_right"].sum())
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the rows."""
-        t = roles.policy(batch)["logprobs"]
+        """Return the summed loss of the rows."""
+        logprobs = roles.policy(batch)["logprobs"]
         row, right, count = batch.extra["choice_row"], batch.extra["choice_right"], int(self.weight(batch))
-        sums, tokens = choice_scores(t, batch)
+        sums, tokens = choice_scores(logprobs, batch)
         scores = sums / tokens.clamp_min(1.0)
         wrong = ~right
-        against = batch.sum_by_sequence(unlikelihood(t, self.unlikelihood_floor))[batch.extra["choice"]]
-        zeros = t.new_zeros(count)
+        against = batch.sum_by_sequence(unlikelihood(logprobs, self.unlikelihood_floor))[batch.extra["choice"]]
+        zeros = logprobs.new_zeros(count)
         likely = -zeros.index_add(0, row[right], scores[right])
         unlikely = zeros.index_add(0, row[wrong], against[wrong])
         unlikely = unlikely / zeros.index_add(0, row[wrong], tokens[wrong]).clamp_min(1.0)
@@ -134,12 +134,12 @@ class Choices(Objective):
         return Loss(total.sum(), {**metrics, **self._ranks(scores.detach(), sums.detach(), row, right, count)})
 
     def _ranks(self, scores: Tensor, sums: Tensor, row: Tensor, right: Tensor, count: int) -> dict[str, tuple[Any, float]]:
-        """How often the right answer is above every wrong one, of the rows that have a wrong one."""
+        """Count how often the right answer is above every wrong one, of the rows that have a wrong one."""
         found = {}
         wrong = ~right
-        asked = torch.zeros(count, dtype=torch.bool, device=row.device).index_fill(0, row[wrong], True)
+        compared = torch.zeros(count, dtype=torch.bool, device=row.device).index_fill(0, row[wrong], True)
         for name, values in (("rank_accuracy", scores), ("rank_accuracy/sum", sums)):
             best = values.new_full((count,), float("-inf")).scatter_reduce(0, row[wrong], values[wrong], "amax")
             own = values.new_zeros(count).index_add(0, row[right], values[right])
-            found[name] = (((own > best) & asked).sum(), float(asked.sum()))
+            found[name] = (((own > best) & compared).sum(), float(compared.sum()))
         return found

@@ -17,12 +17,17 @@ from llmrecipe.objectives.base import Loss, Measures, Objective
 
 
 def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-sum_i log softmax(scores_i)[y_i], with label smoothing; scores (S, C), labels (S,)."""
+    """Compute -sum_i log softmax(scores_i)[y_i], a scalar, with label smoothing; scores (S, C), labels (S,)."""
     return F.cross_entropy(upcast(scores), labels, reduction="sum", label_smoothing=smoothing)
 
 
 def macro_f1(predicted: Tensor, gold: Tensor) -> float:
-    """Unweighted mean of per-class F1 over the classes in gold or prediction; 0 for a class where it is undefined."""
+    """Return the unweighted mean of per-class F1 over the classes in gold or prediction; an undefined F1 counts as 0.
+
+    Args:
+        predicted: (S,) class of each sequence.
+        gold: (S,) its label.
+    """
     scores: list[float] = []
     for label in torch.cat((predicted, gold)).unique().tolist():
         hit = int(((predicted == label) & (gold == label)).sum())
@@ -46,12 +51,12 @@ class Classification(Objective):
     head: ClassVar[str] = "classification"
 
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"
-    """What a label is."""
+    """Kind of labels: one class, several classes at once, or a number."""
     label_smoothing: OpenFraction = 0.0
     """Share of the target spread over all classes."""
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Sequences with their labels."""
+        """Lay sequences out with their labels, (S,), or (S, C) for several labels each."""
         sequences = [Sequence(r["ids"], [0] * len(r["ids"]), prompt=len(r["ids"])) for r in rows]
         kind = torch.long if self.problem == "single_label" else torch.float32
         labels = torch.tensor([r["label"] for r in rows], dtype=kind)
@@ -67,17 +72,17 @@ class Classification(Objective):
         return batch
 
     def measures(self) -> Measures:
-        """How far, or how often right, by the kind of labels."""
+        """Return the error or the accuracies, depending on the kind of labels."""
         if self.problem == "regression":
             return {"absolute_error": "min"}
         return {"accuracy": "max", "macro_f1": "max"} if self.problem == "single_label" else {"accuracy": "max"}
 
     def weight(self, batch: Batch) -> float:
-        """Sequences."""
+        """Return the number of sequences, the loss denominator."""
         return float(batch.extra["labels"].shape[0])
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the labels."""
+        """Return the summed loss of the labels."""
         scores = roles.policy(batch, want="scores")["scores"]
         labels = batch.extra["labels"]
         count = float(labels.shape[0])
@@ -94,7 +99,7 @@ class Classification(Objective):
         return Loss(total, {"accuracy": ((scores.argmax(-1) == labels).float().sum(), count)})
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Predictions and gold labels, for metrics of the whole set."""
+        """Return predictions (S,) and gold labels (S,), for metrics of the whole set."""
         if self.problem != "single_label":
             return {}
         with torch.no_grad():
@@ -102,7 +107,7 @@ class Classification(Objective):
         return {"predicted": scores.argmax(-1).cpu(), "gold": batch.extra["labels"].cpu()}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
-        """Macro F1 over the gathered predictions."""
+        """Compute macro F1 over the gathered predictions."""
         if "gold" not in tensors:
             return {}
         return {"macro_f1": macro_f1(tensors["predicted"], tensors["gold"])}

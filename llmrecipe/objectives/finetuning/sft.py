@@ -32,18 +32,18 @@ class Sft(Objective):
     """Negative log-likelihood, or dynamic fine-tuning."""
 
     def measures(self) -> Measures:
-        """Those of the supervised tokens."""
+        """Return the metrics of the supervised tokens."""
         return TOKEN_METRICS
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Dialogues laid out for one pass."""
+        """Lay dialogues out for one forward pass."""
         return collate_tokens(rows, roles)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed loss of the supervised tokens."""
+        """Return the summed loss of the supervised tokens."""
         return token_loss(batch, roles, self.loss_type)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Always the plain negative log-likelihood, so that evaluations of different losses compare."""
+        """Return the plain negative log-likelihood whatever `loss_type` is, so that evaluations of different losses compare."""
         loss = token_loss(batch, roles)
         return {"loss": (loss.total, self.weight(batch)), **loss.metrics}

@@ -26,13 +26,13 @@ class Clm(Objective):
     mask: ClassVar[str | None] = "all"
 
     def measures(self) -> Measures:
-        """Those of the predicted tokens."""
+        """Return the metrics of the predicted tokens."""
         return TOKEN_METRICS
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Documents laid out for one pass."""
+        """Lay documents out for one forward pass."""
         return collate_tokens(rows, roles)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Summed negative log-likelihood."""
+        """Return the summed negative log-likelihood."""
         return token_loss(batch, roles)

@@ -1,6 +1,6 @@
-"""Advantages and the clipped losses they enter: pure functions, worked by hand in their test.
+"""Advantages and the clipped losses that use them: pure functions, checked by hand-worked numbers in their test.
 
-Letters: B answers, T token slots, P prompts, G answers a prompt, N tokens of a batch in one flat list. Slots at or after an
+Notation: B answers, T token slots, P prompts, G answers a prompt, N tokens of a batch in one flat list. Slots at or after an
 answer's length never reach a result.
 """
 
@@ -16,12 +16,12 @@ Sum = Callable[[list[float]], list[float]]
 
 
 def alone(values: list[float]) -> list[float]:
-    """The sum over one process."""
+    """Return the values, which are their own sum over one process."""
     return values
 
 
 def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, total: Sum = alone) -> Tensor:
-    """(P, G) scores -> (P, G) advantages, (s - mean of its group) / (std + eps) (GRPO, arXiv 2402.03300).
+    """Compute (s - mean of its group) / (std + eps): (P, G) scores -> (P, G) advantages (GRPO, arXiv 2402.03300).
 
     Args:
         scale: `group` divides by the group's standard deviation, `batch` by that of all scores, `none` not at all
@@ -36,13 +36,13 @@ def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, tota
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
-    """(P, G) scores -> s_i - mean of the other answers' scores (RLOO, arXiv 2402.14740)."""
+    """Compute s_i - mean of the other answers' scores: (P, G) scores -> (P, G) advantages (RLOO, arXiv 2402.14740)."""
     group = scores.shape[1]
     return (scores - scores.mean(1, keepdim=True)) * (group / (group - 1))
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438).
+    """Estimate generalised advantages (arXiv 1506.02438).
 
         delta_t = r_t + gamma V_{t+1} - V_t        V past the end is 0
         A_t = delta_t + gamma lam A_{t+1}          R_t = A_t + V_t
@@ -53,7 +53,7 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
         lengths: (B,) real slots of each row.
 
     Returns:
-        advantages (B, T) and returns (B, T), 0 behind the end.
+        Advantages (B, T) and returns (B, T), 0 after the end.
     """
     real = torch.arange(rewards.shape[1], device=rewards.device)[None] < lengths[:, None]
     rewards, values = rewards.masked_fill(~real, 0.0), values.masked_fill(~real, 0.0)
@@ -68,7 +68,7 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
 
 
 def moments(values: Tensor, total: Sum = alone) -> tuple[float, float]:
-    """Mean and variance (divided by n - 1) of numbers that lie on several processes, in two passes."""
+    """Compute mean and variance (divided by n - 1) of numbers of any shape, spread over several processes, in two passes."""
     flat = values.detach().double()
     first, count = total([float(flat.sum()), float(flat.numel())])
     mean = first / max(count, 1.0)
@@ -77,19 +77,22 @@ def moments(values: Tensor, total: Sum = alone) -> tuple[float, float]:
 
 
 def whiten(values: Tensor, total: Sum = alone, shift: bool = True) -> Tensor:
-    """(N,) -> (x - mean) / sqrt(var + 1e-8) over the tokens of all processes; `shift=False` keeps the mean."""
+    """Compute (x - mean) / sqrt(var + 1e-8), (N,) -> (N,), over the tokens of all processes; `shift=False` keeps the mean."""
     mean, variance = moments(values, total)
     white = (values - mean) * (variance + 1e-8) ** -0.5
     return white if shift else white + mean
 
 
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - low, 1 + high)), elementwise (PPO, arXiv 1707.06347)."""
+    """Compute max(-A rho, -A clip(rho, 1 - low, 1 + high)) elementwise, in the shape of `ratio` (PPO, arXiv 1707.06347)."""
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2, elementwise; without a clip the plain square."""
+    """Compute max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2 elementwise, in the shape of `values`.
+
+    Without a clip it is the plain square, (V - R)^2 / 2.
+    """
     plain = (values - returns) ** 2
     if clip is None:
         return 0.5 * plain
@@ -98,7 +101,7 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
 
 
 def clipped_values(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """1 where the clipped square is the larger one and its gradient is cut off."""
+    """Return 1 where the clipped square is the larger one and its gradient is cut off, else 0, in the shape of `values`."""
     if clip is None:
         return torch.zeros_like(values)
     near = old + (values - old).clamp(-clip, clip)
@@ -106,5 +109,5 @@ def clipped_values(values: Tensor, old: Tensor, returns: Tensor, clip: float | N
 
 
 def clipped_share(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """1 where clipping cuts the gradient off."""
+    """Return True where clipping cuts the gradient off, in the shape of `ratio`."""
     return ((ratio < 1.0 - low) & (advantages < 0)) | ((ratio > 1.0 + high) & (advantages > 0))

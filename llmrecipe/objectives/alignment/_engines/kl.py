@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
-    """Per-token estimate, in the shape of the inputs.
+    """Estimate the divergence per token, in the shape of the inputs.
 
     As a term of a loss, over the policy's own samples, k1's gradient has mean zero and k2's has the gradient of KL as its mean.
     """
@@ -39,20 +39,25 @@ class KlController:
 
     coef: float
     target: float | None = None
-    """Wanted divergence of an answer in nats; None keeps beta fixed."""
+    """Target divergence of an answer in nats; None keeps beta fixed."""
     horizon: float = 10_000.0
     """Answers after which beta may have changed by a fifth."""
 
     def update(self, kl: float, answers: int) -> None:
-        """Follow one rollout."""
+        """Adapt beta to one rollout.
+
+        Args:
+            kl: mean divergence of an answer, in nats.
+            answers: number of answers of the rollout.
+        """
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * answers / self.horizon
 
     def state(self) -> dict[str, Any]:
-        """JSON for a checkpoint."""
+        """Return the JSON state for a checkpoint."""
         return {"coef": self.coef}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         self.coef = float(state["coef"])

@@ -15,10 +15,10 @@ from llmrecipe.objectives.alignment._engines.pairs import content_key
 
 
 def others(prompts: list[list[int]], answers: list[list[int]]) -> list[int | None]:
-    """For each row the row whose answer it borrows: the one before it, cyclically.
+    """Find for each row the row whose answer it borrows: the one before it, cyclically.
 
-    A row with the same prompt or the same answer is passed over, since its answer would not be a mismatch; where the whole
-    step has one prompt, another answer is enough. None where no row will do.
+    A row with the same prompt or the same answer is skipped, since its answer would not be a mismatch; where the whole
+    step has one prompt, a different answer is enough. None where no row qualifies.
     """
     found: list[int | None] = []
     size = len(prompts)
@@ -32,12 +32,12 @@ def others(prompts: list[list[int]], answers: list[list[int]]) -> list[int | Non
 def with_others(
     rows: list[dict[str, Any]], world: Iterable[list[dict[str, Any]]] | None = None, rank: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows with `other_ids`, the answer each borrows (empty where there is none).
+    """Return the rows with `other_ids`, the answer that each borrows (empty where there is none).
 
     Args:
         rows: this process's rows of one step; row k of process r is row k * world + r of the step.
         world: every process's rows, by rank; default these rows alone.
-        rank: which of them are ours.
+        rank: rank of this process.
     """
     shares = [list(part) for part in world] if world is not None else [rows]
     longest = max((len(part) for part in shares), default=0)
@@ -49,7 +49,7 @@ def with_others(
 
 
 def pairs_as_tensors(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Prompt and borrowed answer of each row that has one, as tensors a batch can carry: ids (M, L) filled with -1."""
+    """Pack prompt and borrowed answer of each row that has one into tensors: ids (M, L) filled with -1, prompt lengths (M,)."""
     kept = [r for r in rows if r["other_ids"]]
     lines = [[*r["prompt_ids"], *r["other_ids"]] for r in kept]
     width = max((len(line) for line in lines), default=0)
@@ -58,10 +58,10 @@ def pairs_as_tensors(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def mismatched_batch(batch: Batch, roles: Roles, keyed: bool) -> Batch | None:
-    """The mismatched pairs of a batch, laid out; None where it has none.
+    """Lay out the mismatched pairs of a batch; return None where it has none.
 
     Args:
-        keyed: let their reference log-probabilities be remembered by content.
+        keyed: whether their reference log-probabilities may be cached by content.
     """
     sequences: list[Sequence] = []
     keys: list[int] = []
@@ -76,7 +76,7 @@ def mismatched_batch(batch: Batch, roles: Roles, keyed: bool) -> Batch | None:
 
 @torch.no_grad()
 def divergences(batch: Batch, roles: Roles) -> Tensor:
-    """(M,) log pi(y'|x) - log pi_ref(y'|x) of the mismatched pairs of a batch."""
+    """Compute log pi(y'|x) - log pi_ref(y'|x) of the M mismatched pairs of a batch, (M,)."""
     pairs = mismatched_batch(batch, roles, roles.cache.complete)
     if pairs is None:
         return torch.zeros(0, device=roles.device)
@@ -86,7 +86,7 @@ def divergences(batch: Batch, roles: Roles) -> Tensor:
 
 
 def reference_point(micros: list[Batch], roles: Roles) -> tuple[float, float]:
-    """(z, raw mean): the mean divergence over all micro-batches and processes of a step, clamped at 0 after the mean."""
+    """Return (z, raw mean): the mean divergence over all micro-batches and processes of a step, and z = max(raw mean, 0)."""
     parts = [divergences(m, roles) for m in micros]
     total, count = roles.sum([sum(float(p.double().sum()) for p in parts), float(sum(p.numel() for p in parts))])
     raw = total / count if count else 0.0

@@ -1,4 +1,4 @@
-"""What the pair objectives share: a prompt, a chosen and a rejected answer, and their summed log-probabilities."""
+"""Code shared by the pair objectives: a prompt, a chosen and a rejected answer, and their summed log-probabilities."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def refuse_soft(data: Any, why: str) -> None:
 
     Args:
         data: the training rows.
-        why: what has no place for it.
+        why: objective or option that does not support them, for the message.
 
     Raises:
-        DataError: with the first such row.
+        DataError: naming the first such row.
     """
     found = next(((i, p) for i, p in enumerate(data.column("p")) if p not in (None, 1.0)), None)
     if found is not None:
@@ -45,7 +45,7 @@ def refuse_soft(data: Any, why: str) -> None:
 
 def _soft(row: int, p: float, why: str) -> DataError:
     return DataError(
-        f"row {row}: p is {p:g}: {why} has no place for the probability that the chosen answer is the better one; use "
+        f"row {row}: p is {p:g}: {why} does not support the probability that the chosen answer is the better one; use "
         "objective=dpo with loss_type=sigmoid, or objective=reward, or labels without it (label_ai: hard: true)"
     )
 
@@ -53,16 +53,17 @@ def _soft(row: int, p: float, why: str) -> DataError:
 def collate_pairs(
     rows: list[dict[str, Any]], roles: Roles, prompt_targets: bool = False, soft: str | None = "this objective"
 ) -> Batch:
-    """Three sequences a pair: the prompt, once, and both answers that continue it.
+    """Lay out three sequences for each pair: the prompt, once, and both answers that continue it.
 
-    A packed batch reads each prompt once; padded rows write it out before each answer.
+    A packed batch contains each prompt once; padded rows repeat it before each answer.
 
     Args:
-        prompt_targets: score the prompt's tokens too, once a pair.
-        soft: what has no place for the rows' `p`; None takes it, as `extra["p"]` (1 where a row has none).
+        prompt_targets: score the prompt's tokens too, once for each pair.
+        soft: objective or option that does not support the rows' `p`; None keeps it as `extra["p"]`, (P,) (1 where a row has
+            none).
 
     Raises:
-        DataError: a row has a soft label nobody reads.
+        DataError: a row has a soft label that would be ignored.
     """
     sequences: list[Sequence] = []
     for row in rows:
@@ -88,57 +89,69 @@ def collate_pairs(
 
 
 def content_key(*parts: list[int]) -> int:
-    """A 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
+    """Return a 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
     return hash(tuple(tuple(p) for p in parts))
 
 
 def pair_count(batch: Batch) -> int:
-    """P; an empty micro-batch holds one stand-in sequence and no pair."""
+    """Return P, the number of pairs; an empty micro-batch holds one placeholder sequence and no pair."""
     return batch.sequences // 3
 
 
 def split_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(3P,) values a sequence -> chosen (P,), rejected (P,)."""
+    """Split one value per sequence, (3P,), into those of the chosen (P,) and rejected (P,) answers."""
     usable = values[: values.shape[0] // 3 * 3].view(-1, 3)
     return usable[:, 1], usable[:, 2]
 
 
 def policy_scores(batch: Batch, roles: Roles, logprobs: Tensor | None = None) -> PairScores:
-    """Summed log-probabilities under the policy, in one forward pass for both answers."""
-    t = roles.policy(batch)["logprobs"] if logprobs is None else logprobs
-    chosen, rejected = split_pairs(batch.sum_by_sequence(t))
-    chosen_tokens, rejected_tokens = split_pairs(batch.counts().to(t.device))
+    """Sum log-probabilities under the policy, in one forward pass for both answers.
+
+    Args:
+        logprobs: (N,) token log-probabilities of the policy, where they are known already.
+    """
+    if logprobs is None:
+        logprobs = roles.policy(batch)["logprobs"]
+    chosen, rejected = split_pairs(batch.sum_by_sequence(logprobs))
+    chosen_tokens, rejected_tokens = split_pairs(batch.counts().to(logprobs.device))
     return PairScores(chosen, rejected, chosen_tokens, rejected_tokens)
 
 
 def reference_scores(batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities of chosen (P,) and rejected (P,) under the policy of step 0."""
+    """Return the summed log-probabilities of chosen (P,) and rejected (P,) answers under the reference."""
     return split_pairs(roles.reference(batch))
 
 
 def log_ratios(batch: Batch, roles: Roles, which: str = "initial") -> tuple[PairScores, Tensor, Tensor, Tensor]:
-    """(scores, r_w (P,), r_l (P,), token log-probabilities (N,)), r = S_pi - S_ref; S_ref = 0 where there is no reference.
+    """Compute the log-ratios S_pi - S_ref of both answers; S_ref = 0 where there is no reference.
 
-    The reference is asked before the policy, so that nothing is switched between the policy's forward and backward pass.
+    The reference runs before the policy, so that no adapter is switched between the policy's forward and backward pass.
+
+    Returns:
+        (scores, log-ratios of the chosen (P,) and of the rejected (P,) answers, the policy's token log-probabilities (N,)).
     """
     with torch.no_grad():
         zero = torch.zeros(pair_count(batch), device=roles.device)
         reference = (zero, zero) if which == "none" else reference_scores(batch, roles)
-    t = roles.policy(batch)["logprobs"]
-    scores = policy_scores(batch, roles, t)
-    return scores, scores.chosen - reference[0], scores.rejected - reference[1], t
+    logprobs = roles.policy(batch)["logprobs"]
+    scores = policy_scores(batch, roles, logprobs)
+    return scores, scores.chosen - reference[0], scores.rejected - reference[1], logprobs
 
 
 def answer_nll(batch: Batch, logprobs: Tensor) -> tuple[Tensor, float]:
-    """(negative log-likelihood summed over the targets outside rejected answers, how many they are)."""
+    """Return the negative log-likelihood summed over the targets outside rejected answers, a scalar, and their number.
+
+    Args:
+        logprobs: (N,) token log-probabilities.
+    """
     kept = batch.sequence % 3 != 2
     return -(logprobs * kept).sum(), float(kept.sum())
 
 
 def share_tokens(micros: list[Batch], roles: Roles) -> list[Batch]:
-    """Give every micro-batch P / M of the whole step (pairs over likelihood targets, all micro-batches and processes).
+    """Give every micro-batch P / M of the whole step: pairs over likelihood targets of all micro-batches and processes.
 
-    A summed likelihood times this, added up and divided by P, is the mean over the step's tokens.
+    A summed likelihood times this ratio, summed over the step and divided by P, is the mean over the step's tokens.
     """
     pairs, tokens = roles.sum(
         [
@@ -151,7 +164,7 @@ def share_tokens(micros: list[Batch], roles: Roles) -> list[Batch]:
 
 
 def pairs_per_token(batch: Batch) -> Tensor | float:
-    """What `share_tokens` gave the batch; a batch on its own is the whole step."""
+    """Return the ratio that `share_tokens` gave the batch, a scalar; a batch on its own counts as the whole step."""
     given = batch.extra.get("pairs_per_token")
     if given is not None:
         return given.squeeze()
@@ -166,11 +179,11 @@ PAIR_METRICS: Measures = {
     "logps/chosen": None,
     "logps/rejected": None,
 }
-"""What `reward_metrics` and `logp_metrics` report; the level of one side alone is neither good nor bad."""
+"""Metrics that `reward_metrics` and `logp_metrics` report; the level of one answer alone is neither good nor bad."""
 
 
 def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:
-    """Mean summed log-probabilities of both answers, and their mean length in tokens."""
+    """Return the mean summed log-probabilities of both answers, as (sum, count)."""
     count = float(scores.chosen.shape[0])
     return {
         "logps/chosen": (scores.chosen.detach().sum(), count),
@@ -179,7 +192,7 @@ def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Any, float]]:
-    """Implicit rewards: means, margin, and the share of pairs whose chosen reward is strictly larger."""
+    """Return metrics of implicit rewards, (P,) each: means, margin, and how often the chosen reward is strictly larger."""
     count = float(chosen.shape[0])
     chosen, rejected = chosen.detach(), rejected.detach()
     return {

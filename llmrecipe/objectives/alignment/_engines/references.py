@@ -1,4 +1,4 @@
-"""Which reference a comparison has, and how it may follow the policy."""
+"""The reference of a preference objective, and how it may follow the policy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llmrecipe.methods._base.method import Stage
 def check_reference(recipe: Any, reference: str, sync: RefSync | None, allowed: tuple[str, ...] = NAMED) -> None:
     """Refuse a reference that does not exist, and one that cannot follow the policy.
 
-    A reference moves in the space of weights, so the policy must train weights of its own base: where the reference is the
-    adapters switched off there is nothing to move, and the mean of two adapters' factors is not the mean of their products.
+    A reference moves in weight space, so the policy must train weights of its own base: where the reference is the base with
+    adapters disabled there is nothing to move, and the mean of two adapters' factors is not the mean of their products.
 
     Raises:
         RecipeError: naming the key and what is allowed.
@@ -36,6 +36,6 @@ def check_reference(recipe: Any, reference: str, sync: RefSync | None, allowed: 
 
 
 def follow(sync: RefSync | None, step: int, roles: Roles) -> None:
-    """pi_ref <- alpha pi + (1 - alpha) pi_ref when `step` is a multiple of `sync.steps` (TR-DPO, arXiv 2404.09656)."""
+    """Set pi_ref <- alpha pi + (1 - alpha) pi_ref when `step` is a multiple of `sync.steps` (TR-DPO, arXiv 2404.09656)."""
     if sync is not None and step % sync.steps == 0:
         roles.stack.mix_reference(roles.model, sync.alpha)

@@ -1,9 +1,9 @@
 """Rollouts: the policy answers prompts, rewards score the answers, and several updates are made from them.
 
-One rollout is one batch of prompts. Its answers are dealt out to minibatches, one optimizer step each, `epochs` times in a new
-order. Log-probabilities of the sampling policy are measured by the training forward pass in the very micro-batches of the
+One rollout is one batch of prompts. Its answers are split into minibatches, one optimizer step each, `epochs` times in a new
+order. Log-probabilities of the sampling policy are measured by the training forward pass in the same micro-batches as in the
 first epoch, so the first ratio of a rollout is exactly 1; scores of the sampler itself, whose cache and padding round
-otherwise, are never used.
+differently, are never used.
 """
 
 from __future__ import annotations
@@ -29,84 +29,84 @@ from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
 
 HELD_OUT = "held_out"
-"""Key that marks rows of an evaluation, whose answers are drawn under another temperature and from a fixed seed."""
+"""Key that marks rows of an evaluation, whose answers are sampled at another temperature and from a fixed seed."""
 EVALUATION_SEED = 20_250_101
 
 
 @dataclass
 class Sample:
-    """One answer on its way through a rollout."""
+    """One sampled answer of a rollout."""
 
     row: int
     answer: Answer
     score: float = 0.0
     tokens: dict[str, Tensor] = field(default_factory=dict)
-    """name -> (n,) one number a token of the answer: old and reference log-probabilities, advantages, ..."""
+    """name -> (n,) one number for each token of the answer: old and reference log-probabilities, advantages, ..."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """name -> one number of the whole answer."""
+    """name -> one number for the whole answer."""
 
     @property
     def length(self) -> int:
-        """n, tokens of the answer."""
+        """Return n, the number of tokens of the answer."""
         return len(self.answer.ids)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a rollout is made and used."""
+    """How a rollout is sampled and used."""
 
     temperature: float
-    """Of the sampling and of every log-probability."""
+    """Temperature of the sampling and of every log-probability."""
     max_new_tokens: int
     answers: int = 1
-    """Answers to each prompt."""
+    """Answers sampled for each prompt."""
     epochs: int = 1
     minibatches: int = 1
-    """Optimizer steps an epoch."""
+    """Optimizer steps per epoch."""
     reference: bool = True
-    """Whether log-probabilities under the policy of step 0 are wanted."""
+    """Whether log-probabilities under the policy of step 0 are needed."""
     missing_end: float | None = None
     """Score of an answer that did not end by itself; None keeps its own score."""
     held_out_temperature: float | None = None
-    """Of the answers to held-out prompts; None takes `temperature`."""
+    """Temperature of the answers to held-out prompts; None takes `temperature`."""
     generation_batch: int = 64
     show: int = 2
-    """Answers shown of each rollout."""
+    """Answers of each rollout written to the events."""
     token_names: tuple[str, ...] = ("advantages",)
-    """What the objective adds to each token of an answer."""
+    """Names of the per-token numbers the objective adds to an answer."""
     number_names: tuple[str, ...] = ()
-    """What it adds to each answer."""
+    """Names of the numbers it adds to each answer."""
     critic: Callable[[Roles], Critic] | None = None
-    """The value function to be asked besides, where there is one."""
+    """Returns the value function to evaluate as well, where there is one."""
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Return the number of optimizer steps per rollout."""
         return self.epochs * self.minibatches
 
 
 class Rollouts:
-    """The running part of an objective that samples: its rewards, where it stands, and how batches are cut."""
+    """Running state of an objective that samples: its rewards, its progress, and how batches are split."""
 
     def __init__(self, plan: Plan, reward: dict[str, Any]):
         self.plan = plan
         self.rewards = Rewards(reward)
         self.boundary = True
-        """Whether the last rollout is over: all its updates have been handed out, or the rest is left out."""
+        """Whether the last rollout is over: all its updates have been made, or the rest is skipped."""
         self.count = 0
-        """Rollouts drawn."""
+        """Number of rollouts sampled."""
         self.pace = 0.0
-        """Seconds that sampling and scoring took a token of the last rollout, on this process."""
+        """Seconds per token that sampling and scoring the last rollout took on this process."""
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
     def draw(self, rows: list[dict[str, Any]], roles: Roles) -> list[Sample]:
-        """Answers to the rows' prompts with their scores; answers to one prompt stand side by side."""
+        """Sample and score answers to the rows' prompts; answers to one prompt are adjacent."""
         plan = self.plan
         held_out = bool(rows) and bool(rows[0].get(HELD_OUT))
         repeats = 1 if held_out else plan.answers
         prompts = [row["prompt_ids"] for row in rows for _ in range(repeats)]
-        # Held-out answers belong to their rows: any number of processes and any batch draws the same ones.
+        # Held-out answers depend on their rows alone: any number of processes and any batching samples the same ones.
         keys = [row["row"] for row in rows] if held_out else None
         answers = generate(roles.model, roles.tokenizer, prompts, self._sampling(held_out, roles), keys=keys)
         ends = set(end_tokens(roles.model, roles.tokenizer))
@@ -127,7 +127,7 @@ class Rollouts:
             other = plan.held_out_temperature
             temperature = plan.temperature if other is None else other
             return Sampling(plan.max_new_tokens, temperature, batch=plan.generation_batch, seed=EVALUATION_SEED)
-        # One number of the run's random state a rollout, another stream of tokens on each process.
+        # One number of the run's random state per rollout; each process samples from its own stream.
         seed = int(torch.randint(2**31, (1,))) + (roles.runtime.rank if roles.runtime is not None else 0)
         return Sampling(plan.max_new_tokens, plan.temperature, batch=plan.generation_batch, seed=seed)
 
@@ -151,10 +151,10 @@ class Rollouts:
     # --- updates --------------------------------------------------------------------------------------------------
 
     def updates(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Iterator[list[Batch]]:
-        """One rollout: its answers, judged by `value`, as the micro-batches of each of its optimizer steps.
+        """Sample one rollout and yield the micro-batches of each of its optimizer steps.
 
         Args:
-            value: gives every sample its advantages, once old and reference log-probabilities are known.
+            value: sets the advantages of every sample, once old and reference log-probabilities are known.
         """
         self.boundary = False
         started = time.perf_counter()
@@ -171,16 +171,16 @@ class Rollouts:
                 left -= 1
                 self.boundary = left == 0
                 yield [self.lay_out(micro, roles) for micro in part]
-                # Before anything random is drawn for the updates that are left out: a run resumed here draws nothing either.
+                # Return before drawing random numbers for the skipped updates: a run resumed here draws none either.
                 if self.boundary:
                     return
 
     def stop(self) -> None:
-        """Leave out the rest of the rollout's updates."""
+        """Skip the rest of the rollout's updates."""
         self.boundary = True
 
     def whole(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Batch:
-        """Fresh answers to the rows in one batch: for evaluation, and for methods that look at gradients before step 0."""
+        """Sample fresh answers to the rows as one batch: for evaluation, and for methods that use gradients before step 0."""
         samples = self.draw(rows, roles)
         self.measure(samples, roles)
         if not (rows and rows[0].get(HELD_OUT)):
@@ -188,7 +188,7 @@ class Rollouts:
         return self.lay_out(samples, roles)
 
     def deal(self, samples: list[Sample], roles: Roles) -> list[list[list[Sample]]]:
-        """Samples -> minibatches -> micro-batches, prompts in a new order; answers to one prompt stay together."""
+        """Split samples into minibatches of micro-batches, prompts in a new order; answers to one prompt stay together."""
         groups = [list(g) for _, g in itertools.groupby(samples, key=lambda s: s.row)]
         order = torch.randperm(len(groups)).tolist()
         parts = []
@@ -200,7 +200,10 @@ class Rollouts:
 
     @torch.no_grad()
     def measure(self, samples: list[Sample], roles: Roles) -> None:
-        """Log-probabilities under the sampling policy and the reference, by the forward pass that training uses."""
+        """Measure log-probabilities under the sampling policy and the reference, by the forward pass that training uses.
+
+        Each sample gets `tokens["old"]`, `["reference"]` and `["values"]`, (n,) each, where they apply.
+        """
         if not samples:
             return
         batch = self.lay_out(samples, roles)
@@ -219,11 +222,11 @@ class Rollouts:
             s.numbers["kl"] = float((s.tokens["old"] - s.tokens["reference"]).sum()) if self.plan.reference else 0.0
 
     def lay_out(self, samples: list[Sample], roles: Roles) -> Batch:
-        """Samples -> a batch whose targets are the answers' tokens, in order; `extra` holds what the samples know.
+        """Lay samples out as a batch whose targets are the answers' N tokens, in order; `extra` holds the samples' numbers.
 
-        Per token: what `Sample.tokens` holds, and `answer`, the index of the token's answer. Per answer: `score`, `length`,
-        `finished` and what `Sample.numbers` holds. Answers to one prompt share it where rows are packed. A batch without
-        answers has the same names, so that every process reports the same metrics.
+        Per token, (N,): the entries of `Sample.tokens`, and `answer`, the index of the token's answer. Per answer, (B,):
+        `score`, `length`, `finished` and the entries of `Sample.numbers`. Answers to one prompt share it where rows are packed.
+        A batch without answers has the same names, so that every process reports the same metrics.
         """
         lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
         extra: dict[str, Tensor] = {
@@ -246,17 +249,17 @@ class Rollouts:
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the rewards in batches and metrics."""
+        """Return the names of the rewards in batches and metrics."""
         return [f"rewards/{name}" for name in self.rewards.names]
 
     # --- state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """JSON for a checkpoint, which is only written at a boundary."""
+        """Return the JSON state for a checkpoint, which is only written at a boundary."""
         return {"rollouts": self.count}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on after the last whole rollout."""
+        """Restore the state, to continue after the last whole rollout."""
         self.count, self.boundary = int(state["rollouts"]), True
 
 
@@ -265,7 +268,7 @@ def _repeat(rows: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
 
 
 def held_out(data: Any, indices: list[int]) -> list[dict[str, Any]]:
-    """Rows of an evaluation, marked as such."""
+    """Return rows of an evaluation, marked as such."""
     return [{**data[i], HELD_OUT: True} for i in indices]
 
 
@@ -279,7 +282,7 @@ def check_rewards(rewards: Rewards, data: Any) -> None:
 
 
 def score_groups(samples: list[Sample], answers: int) -> Tensor:
-    """(P, G) scores in float64, one row a prompt."""
+    """Return the scores in float64, (P, G), one row per prompt."""
     return torch.tensor([s.score for s in samples], dtype=torch.float64).view(-1, answers)
 
 
@@ -301,21 +304,21 @@ def _sequences(samples: list[Sample]) -> list[Sequence]:
     return found
 
 
-# --- what a batch of answers knows ------------------------------------------------------------------------------------
+# --- metrics of a batch of answers ------------------------------------------------------------------------------------
 
 
 def answer_count(batch: Batch) -> int:
-    """B, answers of a batch."""
+    """Return B, the number of answers of a batch."""
     return batch.extra["score"].numel()
 
 
 def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
-    """(N,) per token -> (B,) per answer."""
+    """Sum values per token, (N,), to values per answer, (B,)."""
     return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
 
 
 def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, float]]:
-    """What the answers are worth, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
+    """Return metrics of the answers, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
     extra, count = batch.extra, float(answer_count(batch))
     metrics: dict[str, tuple[Any, float]] = {"objective/scores": (extra["score"].sum(), count)}
     metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
@@ -327,18 +330,18 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
     metrics["response/length"] = (lengths.sum(), count)
     metrics["response/length_min"] = (lengths.min() if count else math.inf, count)
     metrics["response/length_max"] = (lengths.max() if count else -math.inf, count)
-    # Seconds are shared out by tokens, so that any part of a rollout shows the rate of the whole.
+    # Seconds are split in proportion to tokens, so that any part of a rollout shows the rate of the whole.
     metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
     return metrics
 
 
 HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None}
-"""What `held_out_metrics` reports besides the single rewards, and whether less or more of it is better."""
+"""Metrics that `held_out_metrics` reports besides the single rewards, and whether less or more of each is better."""
 
 
 def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
-    """Mean score of held-out prompts; `loss` is its negative, so that less is better as everywhere else."""
+    """Return metrics of held-out prompts; `loss` is the negative score, so that less is better as everywhere else."""
     extra, count = batch.extra, float(answer_count(batch))
     metrics: dict[str, tuple[Any, float]] = {"loss": (-extra["score"].sum(), count), "score": (extra["score"].sum(), count)}
     metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
@@ -350,7 +353,13 @@ def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
 
 
 def ratio_metrics(log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[str, tuple[Any, float]]:
-    """How far the policy has moved from the one that sampled, per token or per answer; the variance is that around 1."""
+    """Measure how far the policy has moved from the one that sampled; the variance of the ratio is taken around 1.
+
+    Args:
+        log_ratio: (N,) per token or (B,) per answer.
+        clipped: bool, in the same shape.
+        entropy: (N,) per token.
+    """
     log_ratio = log_ratio.detach()
     ratio = log_ratio.exp()
     count = float(log_ratio.numel())
@@ -365,5 +374,5 @@ def ratio_metrics(log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[s
 
 
 def with_metrics(total: Tensor, *groups: dict[str, tuple[Any, float]]) -> Loss:
-    """A loss with the metrics of several groups."""
+    """Build a loss from its total, a scalar, with the metrics of several groups."""
     return Loss(total, {name: value for group in groups for name, value in group.items()})

@@ -1,4 +1,4 @@
-"""What objectives that learn from the policy's own answers share: prompts in, rollouts out, rewards and resume."""
+"""Code shared by objectives that learn from the policy's own answers: prompts, rollouts, rewards and resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Sampled:
-    """Mixed into an `Objective` whose rows are prompts. What differs: the options, `plan`, `advantages` and `loss`."""
+    """Mixin for an `Objective` whose rows are prompts; it defines its own options, `plan`, `advantages` and `loss`."""
 
     if TYPE_CHECKING:
         reward: dict[str, Any]
@@ -38,7 +38,7 @@ class Sampled:
         show: int
 
     def plan(self, **own: Any) -> Plan:
-        """How rollouts are made: the options, and what only this objective asks for."""
+        """Return how rollouts are sampled: the options, and the settings of this objective alone."""
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
@@ -54,11 +54,11 @@ class Sampled:
 
     @functools.cached_property
     def live(self) -> Rollouts:
-        """Where the rollouts stand."""
+        """Hold the running state of the rollouts."""
         return Rollouts(self.plan(), self.reward)
 
     def check(self, recipe: Any, data: Any) -> None:
-        """Rewards that the rows can be scored with.
+        """Refuse rows that the rewards cannot score.
 
         Raises:
             RecipeError: naming the key to change.
@@ -66,65 +66,65 @@ class Sampled:
         check_rewards(self.live.rewards, data)
 
     def prepare_roles(self, opened: Any, frozen: bool) -> None:
-        """Reward models on the policy's base."""
+        """Mount reward models on the policy's base."""
         self.live.rewards.prepare(opened, frozen)
 
     def reference_of(self) -> str:
-        """The policy of step 0, unless nothing asks for it."""
+        """Return `initial`, the policy of step 0, or `none` where no reference is needed."""
         return "initial" if self.live.plan.reference else "none"
 
     def step_zero(self) -> dict[str, float]:
-        """The policy that sampled is the policy that is trained, and the reference where there is one."""
+        """Return the values of step 0, where the policy that sampled is the policy being trained, and the reference."""
         found = {"policy/ratio": 1.0, "policy/approxkl": 0.0, "policy/clipfrac": 0.0}
         return {**found, "objective/kl": 0.0} if self.live.plan.reference else found
 
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Return the number of optimizer steps per rollout."""
         return self.live.plan.updates
 
     def at_boundary(self) -> bool:
-        """Between rollouts."""
+        """Return whether a checkpoint may be written: between rollouts."""
         return self.live.boundary
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
-        """Give the answers of a rollout what the loss weighs them by."""
+        """Set the advantages of the answers of a rollout, by which the loss weights them."""
         raise NotImplementedError
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """A rollout for each batch of prompts, then its updates."""
+        """Sample a rollout for each batch of prompts and yield its updates."""
         judge = functools.partial(self.advantages, roles=roles)
         for rows in source:
             for micros in self.live.updates(rows, roles, judge):
                 yield self.ready(micros, roles)
 
     def measures(self) -> Measures:
-        """The score of held-out prompts and each reward in it; what answers look like is neither good nor bad."""
+        """Return the score of held-out prompts and each reward in it; length and the like are neither good nor bad."""
         return {**HELD_OUT_METRICS, **dict.fromkeys(self.live.reward_names, "max")}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Fresh answers to the rows' prompts."""
+        """Sample fresh answers to the rows' prompts and lay them out."""
         return self.ready([self.live.whole(rows, roles, functools.partial(self.advantages, roles=roles))], None)[0]
 
     def ready(self, micros: list[Batch], roles: Roles | None) -> list[Batch]:
-        """The micro-batches of an optimizer step as the loss wants them.
+        """Return the micro-batches of an optimizer step as the loss needs them.
 
         Args:
-            roles: None where the micro-batch of one process stands for itself.
+            roles: None for a single micro-batch of one process.
         """
         return micros
 
     def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
-        """Held-out prompts, answered at `eval_temperature`."""
+        """Return held-out prompts, to be answered at `eval_temperature`."""
         return held_out(data, indices)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
-        """Scores of held-out prompts."""
+        """Return metrics of held-out prompts."""
         return held_out_metrics(batch)
 
     def state(self) -> dict[str, Any]:
-        """Where the rollouts stand."""
+        """Return the state of the rollouts."""
         return self.live.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on after the last whole rollout."""
+        """Restore the state, to continue after the last whole rollout."""
         self.live.load_state(state)

@@ -1,4 +1,4 @@
-"""Scores of a trained reward model: on its own, or as one more role on a base that also carries a policy.
+"""Scores of a trained reward model: on its own, or as an additional role on a base that also carries a policy.
 
 score_sequences(load(RUN)[0], [prompt + answer, ...]) -> (S,) normalised scores
 """
@@ -33,14 +33,14 @@ TOKENS = 8192
 def score_sequences(
     model: Any, sequences: Seq[Seq[int]], *, role: str = "policy", off: frozenset[str] = frozenset(), tokens: int = TOKENS
 ) -> Tensor:
-    """Normalised scores gain * s + bias of whole sequences (prompt and answer), (S,) float32 on the CPU, in their order.
+    """Compute normalised scores gain * s + bias of whole sequences (prompt and answer), (S,) float32 on the CPU, in order.
 
     A score does not depend on the other sequences: rows of similar length share a forward pass, padding is masked.
 
     Args:
         model: a model with a reward head (`llmrecipe.load(RUN)`, or a policy that `add_reward` prepared); or its `Engine`.
         role: `policy` for a reward run on its own, `reward` for the reward adapters of a shared base.
-        off: wrappers that step aside (see `SharedReward.off`).
+        off: wrappers that are disabled (see `SharedReward.off`).
 
     Raises:
         ModelError: the model has no reward head.
@@ -64,7 +64,7 @@ def score_sequences(
 
 
 def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices by length, cut where rows times the longest would pass a number of tokens."""
+    """Group indices by length, so that rows times the longest of a group stay within a number of tokens."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[index] <= tokens:
@@ -76,7 +76,7 @@ def _groups(lengths: list[int], tokens: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class SharedReward:
-    """A reward model that lives on the policy's base."""
+    """A reward model mounted on the policy's base."""
 
     off: frozenset[str]
     """Mounted wrappers of the policy that the reward model was not trained on."""
@@ -85,9 +85,9 @@ class SharedReward:
 
 
 def add_reward(policy: Opened, run: str) -> SharedReward:
-    """Mount a finished reward run on an opened policy of the same base: no second base is held.
+    """Mount a finished reward run on a loaded policy of the same base, without a second copy of the base.
 
-    Stacks both have in common (the SFT run both continue) are shared; the rest of the reward run's stacks serve the role
+    Stacks that both have in common (the SFT run both continue) are shared; the rest of the reward run's stacks serve the role
     `reward` only. Call before the policy's own stack is attached, and score with
     `score_sequences(model, sequences, role="reward", off=shared.off | {names of the policy's own wrappers})`; wrappers of the
     policy that serve every role but the reference must be named there.
