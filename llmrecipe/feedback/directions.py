@@ -1,7 +1,7 @@
-"""Whether more or less of a metric is better: declared where the metric is made, asked here by everything that chooses.
+"""Whether more or less of a metric is better: declared where the metric is computed, looked up here by everything that chooses.
 
 An objective declares what its evaluations report (`Objective.measures`), a text metric its own `direction`. Early stopping, the
-best checkpoint, a search and a leaderboard all ask `direction`.
+best checkpoint, a search and a leaderboard all use `direction`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PREFIXES = ("eval/", "test/")
 
 
 def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Direction | None]:
-    """Every metric an evaluation may report -> what is better, None where that depends on what is wanted.
+    """Return every metric an evaluation may report with its better direction, None where that depends on what is wanted.
 
     Args:
         metrics: names of text metrics (`eval.metrics`).
 
     Raises:
-        RecipeError: there is no such text metric, or the objective's rows have nothing to answer.
+        RecipeError: there is no such text metric, or the objective's rows have no prompt to answer.
     """
     from llmrecipe.data.tokenize.row_type import row_type
 
@@ -45,14 +45,14 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
 
 
 def declares(objective: Objective) -> bool:
-    """Whether an objective says what it reports; one that does not may report anything."""
+    """Return whether an objective declares its metrics; one that does not may report anything."""
     from llmrecipe.objectives.base import Objective
 
     return type(objective).measures is not Objective.measures
 
 
 def direction(section: EvalSection, objective: Objective) -> Direction:
-    """Whether `eval.monitor` is to be small or large: `eval.mode`, or what is declared.
+    """Return whether `eval.monitor` should be small or large: `eval.mode`, or what is declared.
 
     Raises:
         RecipeError: no evaluation reports the metric, or nothing says what is better.
@@ -75,6 +75,6 @@ def direction(section: EvalSection, objective: Objective) -> Direction:
 
 
 def direction_of(metric: str, objective: Objective, metrics: Sequence[str] = ()) -> Direction | None:
-    """What is declared of a metric of a finished run, with or without `eval/` or `test/` before it; None where nothing is."""
+    """Return the declared direction of a metric of a finished run, with or without the prefix `eval/` or `test/`; else None."""
     name = next((metric.removeprefix(p) for p in PREFIXES if metric.startswith(p)), metric)
     return measured(objective, metrics).get(name)

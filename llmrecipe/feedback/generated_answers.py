@@ -11,7 +11,7 @@ from llmrecipe.engine.sampling import Sampling
 
 
 def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
-    """Prompt, reference and generated answer of some rows."""
+    """Generate answers and return prompt, reference and generated answer of some rows."""
     rows = [data[i] for i in indices]
     pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]
     tasks = [row["task"] for row in rows] if getattr(data, "tasks", None) is not None else None
@@ -23,7 +23,7 @@ def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling)
 
 
 def score(rows: list[dict[str, str]], names: list[str]) -> dict[str, float]:
-    """Mean of each named metric over answered rows.
+    """Compute the mean of each named metric over answered rows.
 
     Raises:
         RecipeError: a metric is unknown.

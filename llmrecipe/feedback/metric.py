@@ -23,7 +23,7 @@ class Metric:
     """Whether a small (an error rate) or a large mean is better."""
 
     def score(self, prediction: str, reference: str) -> float:
-        """How good the prediction is."""
+        """Score a prediction against its reference."""
         raise NotImplementedError
 
 

@@ -206,7 +206,7 @@ def test_wrong_recipes_stop_before_any_weight_is_read(tmp_path: Path, monkeypatc
     for overrides, message in (
         (["objective.answers=1"], "objective.answers: a group of one"),
         (["objective.reward.rule.rule=maners"], "did you mean 'manners'"),
-        (["objective.reward={}"], "objective.reward: nothing says"),
+        (["objective.reward={}"], "objective.reward: no reward is given"),
         (["objective.reward.rule.rul=polite"], "objective.reward.rule.rul: .*did you mean 'rule'"),
     ):
         with pytest.raises(RecipeError, match=message):

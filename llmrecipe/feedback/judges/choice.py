@@ -1,6 +1,6 @@
-"""How the probabilities of options are read from token probabilities, whoever the agent is.
+"""Probabilities of options, computed from token probabilities, for any judge.
 
-Options are read along their whole token paths. With P(u) the probability that a reply begins with the tokens u,
+Options are followed along their whole token paths. With P(u) the probability that a reply begins with the tokens u,
 
     P(option) = sum over its spellings u of P(u) - sum over the spellings of longer options that go on from u
 
@@ -36,7 +36,7 @@ Leads = Callable[[Path], tuple[int | None, frozenset[int]]]
 
 @dataclass(frozen=True)
 class Open:
-    """A listed beginning of several options (or of one that is longer), behind which nothing is known."""
+    """A listed prefix of several options (or of a longer one), after which no probabilities are known."""
 
     path: Path
     probability: float
@@ -45,7 +45,7 @@ class Open:
 
 @dataclass
 class Reading:
-    """What tables of token probabilities tell of each option."""
+    """Probabilities of each option, as tables of token probabilities give them."""
 
     known: list[list[float]]
     unlisted: list[float]
@@ -53,7 +53,7 @@ class Reading:
     open: list[Open] = field(default_factory=list)
 
     def choice(self, passing: Callable[[Open], Sequence[int]] = lambda _: (), said: str = "") -> Choice:
-        """Close what is open.
+        """Distribute the probability of open prefixes and return the choice.
 
         Args:
             passing: the option of each reply that passes an open place.
@@ -70,7 +70,7 @@ class Reading:
 
 
 def read_paths(tables: Mapping[Path, Mapping[Any, float]], leads: Leads, count: int) -> Reading:
-    """The probability of each of `count` options.
+    """Compute the probability of each of `count` options.
 
     Args:
         tables: path -> token -> probability of that token behind the path; () is the start of the reply.
@@ -105,18 +105,18 @@ def read_paths(tables: Mapping[Path, Mapping[Any, float]], leads: Leads, count: 
 
 
 def _bound(listed: Mapping[Any, float], missing: int) -> float:
-    """Most that each of the missing options can have behind a place."""
+    """Bound the probability that each of the missing options can have at a position."""
     rest = max(1.0 - math.fsum(listed.values()), 0.0)
     return min(min(listed.values(), default=1.0), rest / missing)
 
 
 def holds(choice: Choice, least: float) -> bool:
-    """Whether enough of the probability lies on the options; none at all is never enough."""
+    """Return whether enough of the probability lies on the options; none at all is never enough."""
     return choice.mass > 0.0 and choice.mass >= least
 
 
 def thin(where: str, agent: Agent, ask: Ask, choice: Choice, key: str, least: float) -> RunError:
-    """The error of a reply that holds too little of the options, with what the agent says."""
+    """Build the error for a reply with too little probability on the options, quoting the reply."""
     said = choice.said or agent.generate([ask])[0] or ""
     share = "votes name" if choice.how == "votes" else "probability lies on"
     return RunError(

@@ -1,4 +1,4 @@
-"""What an agent chose among options."""
+"""A judge's choice among options."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ MIN_MASS = 0.5
 
 
 LEAST = -1e4
-"""Log-probability of what cannot be."""
+"""Log-probability of the impossible."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What an agent chose among options."""
+    """A judge's choice among options."""
 
     logprobs: list[float]
-    """Of each option; not normalised, `LEAST` for what cannot be."""
+    """Log-probability of each option; not normalised, `LEAST` for an impossible one."""
     mass: float
-    """Probability that lies on the options; of votes the share that named one."""
+    """Probability that lies on the options; for votes, the share that named one."""
     how: Literal["logprobs", "votes"] = "logprobs"
-    """What it was read from."""
+    """How it was obtained."""
     said: str = ""
     """A reply in words, where there is one."""

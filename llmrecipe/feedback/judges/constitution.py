@@ -38,7 +38,7 @@ SLOTS = {
     "comparison": ("prompt", "first", "second", "request"),
     "rating": ("prompt", "answer", "request", "scale"),
 }
-"""What each template may hold in braces."""
+"""Fields that each template may have in braces."""
 NEEDED = {"critique": ("answer",), "revision": ("answer",), "comparison": ("first", "second"), "rating": ("answer",)}
 
 
@@ -108,11 +108,11 @@ class Constitution(Section):
 
     @property
     def id(self) -> str:
-        """Name and digest of its content."""
+        """Return its name and a digest of its content."""
         return f"{self.name}:{digest(self.model_dump())}"
 
     def choose(self, wanted: Sequence[str], uses: Sequence[str], where: str) -> list[Principle]:
-        """The principles of these ids (all where none is named) that have the texts a step needs.
+        """Select the principles of these ids (all where none is named) that have the texts a step needs.
 
         Raises:
             RecipeError: an id is unknown, or a principle that was named lacks a text, or none has it.
@@ -134,7 +134,7 @@ class Constitution(Section):
     # --- questions ------------------------------------------------------------------------------------------------
 
     def ask_critique(self, principle: Principle, prompt: str, answer: str, columns: Mapping[str, Any]) -> Ask:
-        """What is wrong with an answer?"""
+        """Build the request for a critique of an answer."""
         turns: list[dict[str, str]] = []
         for shot in self.few_shot.critique:
             words = self._words("critique", principle, prompt=shot.prompt, answer=shot.answer)
@@ -143,7 +143,7 @@ class Constitution(Section):
         return self._ask(turns, words, "critique", principle, columns, prompt=prompt, answer=answer)
 
     def ask_revision(self, principle: Principle, prompt: str, answer: str, critique: str, columns: Mapping[str, Any]) -> Ask:
-        """The answer with its faults put right?"""
+        """Build the request for a revision of an answer, given its critique."""
         turns: list[dict[str, str]] = []
         for shot in self.few_shot.critique:
             words = self._words("revision", principle, prompt=shot.prompt, answer=shot.answer, critique=shot.critique)
@@ -154,7 +154,7 @@ class Constitution(Section):
     def ask_comparison(
         self, principle: Principle, prompt: str, first: str, second: str, columns: Mapping[str, Any], reasoning: bool = False
     ) -> Ask:
-        """Which of two answers is better, A or B?"""
+        """Build the request for a comparison: which of two answers is better, A or B."""
         turns: list[dict[str, str]] = []
         for shot in self.few_shot.comparison if not reasoning else ():
             words = self._words("comparison", principle, prompt=shot.prompt, first=shot.first, second=shot.second)
@@ -164,12 +164,12 @@ class Constitution(Section):
         return self._ask(turns, words, "compare", principle, columns, prompt=prompt, first=first, second=second)
 
     def ask_verdict(self, reasoned: Ask, rationale: str) -> Ask:
-        """The letter, after the agent has thought aloud."""
+        """Build the request for the verdict letter that follows a chain of thought."""
         turns = (*reasoned.turns, {"role": "assistant", "content": rationale}, _user(self.templates.verdict))
         return Ask(turns, reasoned.task, reasoned.parts)
 
     def ask_rating(self, principle: Principle, prompt: str, answer: str, scale: int, columns: Mapping[str, Any]) -> Ask:
-        """How good is an answer, from 1 to `scale`?"""
+        """Build the request for a rating of an answer from 1 to `scale`."""
         words = self._words("rating", principle, prompt=prompt, answer=answer, scale=str(scale))
         return self._ask([], words, "rate", principle, columns, prompt=prompt, answer=answer)
 
@@ -192,18 +192,18 @@ def _exchange(words: str, reply: str) -> list[dict[str, str]]:
 
 
 def draw(principles: Sequence[Principle], count: int, *seed: Any) -> list[Principle]:
-    """`count` different principles (all where there are fewer), drawn by a seed of any JSON values."""
+    """Sample `count` different principles (all where there are fewer), seeded by any JSON values."""
     rng = Random(digest(*seed))
     return rng.sample(list(principles), min(count, len(principles)))
 
 
 def shipped() -> list[str]:
-    """Names of the constitutions inside the package."""
+    """Return the names of the constitutions inside the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read_constitution(name: str, where: str) -> Constitution:
-    """A constitution of the package by its name, or a file's.
+    """Read a constitution of the package by its name, or from a file.
 
     Raises:
         RecipeError: there is none, or everything that is wrong with it, with file and line.
@@ -229,7 +229,7 @@ def read_constitution(name: str, where: str) -> Constitution:
 
 
 def _mistakes(made: Constitution) -> list[tuple[tuple[str | int, ...], str]]:
-    """What types alone do not forbid: repeated ids, principles without a request, templates with wrong slots."""
+    """List mistakes that types alone do not forbid: repeated ids, principles without a request, templates with wrong fields."""
     found: list[tuple[tuple[str | int, ...], str]] = []
     ids = [p.id for p in made.principles]
     for index, principle in enumerate(made.principles):

@@ -1,4 +1,4 @@
-"""What agents are asked for: critiques with revisions, and comparisons of two answers.
+"""Feedback from judges: critiques with revisions, and comparisons of two answers.
 
 A comparison is made in both orders, since models prefer a place:
 
@@ -21,7 +21,7 @@ from llmrecipe.feedback.judges.labeller import Agent, Ask, Logprobs
 
 LETTERS = ("A", "B")
 LEAKS = re.compile(r"(?:^|\n|(?<=[.!?] ))\s*(?:critique|revision|critique request|revision request|new answer)\s*:\s*", re.I)
-"""Where the words of a critique or a request stand in what should be an answer."""
+"""Matches labels of a critique or a request inside a text that should be an answer."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pair:
 def revise(
     agent: Agent, constitution: Constitution, drafts: Sequence[Draft], principles: Sequence[Principle]
 ) -> list[dict[str, Any] | None]:
-    """{critique, revision, leak} of each draft by its principle; None where the agent failed at either.
+    """Return {critique, revision, leak} of each draft by its principle; None where the judge failed at either.
 
     `leak` tells whether words of the critique stood in the reply; they are not in the revision.
     """
@@ -66,7 +66,7 @@ def revise(
 
 
 def answer_of(text: str) -> tuple[str, bool]:
-    """(answer, whether something leaked): what a reply to a revision request says as an answer.
+    """Extract (answer, whether something leaked) from a reply to a revision request.
 
     A label in front, such as `Revision:`, is taken off; from a critique or a request further on everything is cut.
     """
@@ -80,7 +80,7 @@ def answer_of(text: str) -> tuple[str, bool]:
 
 
 def _after_revision(text: str) -> str:
-    """What stands behind `Revision:` in a text that opens with a critique; nothing where there is none."""
+    """Return the text after `Revision:` in a reply that begins with a critique; an empty text where there is none."""
     found = [m for m in LEAKS.finditer(text) if m[0].strip().lower().startswith(("revision:", "new answer:"))]
     return text[found[-1].end() :] if found else ""
 
@@ -95,7 +95,7 @@ def compare(
     reasoning: bool = False,
     clamp: tuple[float, float] = (0.4, 0.6),
 ) -> list[dict[str, Any] | None]:
-    """The agent's label of each pair by its principles; None where it failed at any of them.
+    """Return the judge's label of each pair by its principles; None where it failed at any of them.
 
     Args:
         principles: of each pair; p is the mean over them.
@@ -133,7 +133,7 @@ def compare(
 
 
 def _label(replies: Sequence[Choice], orders: int, limits: tuple[float, float]) -> dict[str, Any]:
-    """One pair's label from the choices of its principles and orders."""
+    """Compute one pair's label from the choices for its principles and orders."""
     thinnest = min(replies, key=lambda reply: reply.mass)
     shares = [min(max(first_share(reply.logprobs), limits[0]), limits[1]) for reply in replies]
     forward = shares[::orders]
@@ -151,13 +151,13 @@ def _label(replies: Sequence[Choice], orders: int, limits: tuple[float, float]) 
 
 
 def first_share(reply: Logprobs) -> float:
-    """softmax(log P(A), log P(B))[A]."""
+    """Compute softmax(log P(A), log P(B))[A]."""
     gap = reply[1] - reply[0]
     return 1.0 / (1.0 + math.exp(gap)) if gap < 0 else math.exp(-gap) / (1.0 + math.exp(-gap))
 
 
 def label_metrics(labels: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What labels tell of the agent.
+    """Compute statistics of a judge from its labels.
 
     position_bias: share of comparisons whose two orders name the same letter, so different answers; letter_a: mean probability
     of the letter A; confidence: mean |p - 1/2|; entropy: mean of -p log p - (1 - p) log(1 - p); mass: mean of the least
@@ -180,12 +180,12 @@ def label_metrics(labels: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def entropy(p: float) -> float:
-    """Of a coin, in nats."""
+    """Compute the entropy of a Bernoulli variable with probability p, in nats."""
     return -math.fsum(q * math.log(q) for q in (p, 1.0 - p) if q > 0.0)
 
 
 def agent_facts(agent: Agent) -> dict[str, Any]:
-    """What an agent was asked, for the facts of a step."""
+    """Return a judge's request counts, for the facts of a step."""
     count = agent.count
     facts: dict[str, Any] = {"agent": agent.identity, "asked": count.asked, "failures": count.failures}
     how = ("by_logprobs", "by_votes", "stray_votes", "draws")

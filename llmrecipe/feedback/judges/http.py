@@ -23,7 +23,7 @@ PATH = "/chat/completions"
 STOPS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
 """Refusals that every further request would meet too."""
 BLANK = str.maketrans("\u2581\u0120\u010a", "  \n")
-"""White space as tokenizers write it, to what it is."""
+"""Maps white space as tokenizers write it to plain white space."""
 UNDECIDED = 0.02
 """Probability of shared beginnings that is not worth another reply."""
 SILENT = 3
@@ -79,14 +79,14 @@ class Http(Agent):
     """Price of a million tokens written."""
 
     def check(self, where: str) -> None:
-        """The address, the model's name, and the token where one is wanted."""
+        """Refuse a missing address or model name, or a missing token where one is needed."""
         check_address(self.url, self.key, self.key_env, where)
         if not self.model:
             raise RecipeError(f"{where}.model: must be given: the name of the model on {self.client.clean(self.url)}")
 
     @functools.cached_property
     def client(self) -> Client:
-        """The connection, made when it is first used."""
+        """Hold the connection, made on first use."""
         return Client(
             self.url,
             "agent",
@@ -105,12 +105,12 @@ class Http(Agent):
 
     @property
     def identity(self) -> str:
-        """The model's name and a digest of what its replies depend on."""
+        """Return the model's name and a digest of everything its replies depend on."""
         options = [self.choices, self.top_logprobs, self.votes, self.temperature, self.max_new_tokens]
         return f"http:{self.model}:{digest(self.client.clean(self.url), self.model, *options)}"
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
-        """One completion a question."""
+        """Yield one completion for each request."""
 
         def one(ask: Ask) -> str | None:
             reply = self._ask(ask, {"max_tokens": self.max_new_tokens, "temperature": self.temperature})
@@ -119,7 +119,7 @@ class Http(Agent):
         yield from self._all(one, asks)
 
     def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
-        """Log-probabilities along the reply, or a vote.
+        """Yield choices by log-probabilities along the reply, or by a vote.
 
         Raises:
             RunError: `choices` is `logprobs` and the server gives none.
@@ -144,7 +144,7 @@ class Http(Agent):
         return self._vote(ask, options)
 
     def _drawn(self, ask: Ask, read: Replies) -> Choice:
-        """The choice, with further replies where listed tokens begin several options."""
+        """Return the choice, with further replies where a listed token is a prefix of several options."""
         more = {"max_tokens": max(map(len, read.options)) + 1, "temperature": 1.0}
         for number in range(self.votes):
             if read.undecided() <= UNDECIDED:
@@ -159,7 +159,7 @@ class Http(Agent):
         return read.choice()
 
     def _without_logprobs(self) -> None:
-        """Note a reply without log-probabilities: a server that has never given any is asked for them no more."""
+        """Note a reply without log-probabilities: after a few, a server that has never sent any is not asked for them again."""
         with self._lock:
             self._found["silent"] += 1
             if self._found["silent"] >= SILENT and not self._found["given"]:
@@ -187,7 +187,7 @@ class Http(Agent):
         return Choice(logprobs, sum(counts) / self.votes, "votes", texts[0])
 
     def _ask(self, ask: Ask, more: dict[str, Any], logprobs: bool = False) -> dict[str, Any] | None:
-        """The parsed reply; None where the server refuses this question, or never sends a reply that can be read."""
+        """Return the parsed reply; None where the server refuses this request or never sends a readable reply."""
         body = {"model": self.model, "messages": [dict(t) for t in ask.turns], **more}
         try:
             reply = json.loads(self.client.post(body, PATH))
@@ -208,7 +208,7 @@ class Http(Agent):
         return reply
 
     def _all(self, one: Callable[[Ask], Any], asks: Sequence[Ask]) -> Iterator[tuple[int, Any]]:
-        """Every question, at most `concurrency` at once; each reply as it arrives."""
+        """Send every request, at most `concurrency` at once, and yield each reply as it arrives."""
         pool = ThreadPoolExecutor(self.concurrency)
         under_way = {pool.submit(one, ask): index for index, ask in enumerate(asks)}
         try:
@@ -219,13 +219,13 @@ class Http(Agent):
 
 
 def _wrong(reply: bytes) -> str | None:
-    """What is wrong with the form of a reply."""
+    """Describe what is wrong with the form of a reply; None where it is valid."""
     try:
         message = json.loads(reply)["choices"][0]["message"]
         ok = isinstance(message.get("content") or "", str)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         ok = False
-    return None if ok else f"a reply that is no chat completion: {reply[:120]!r}"
+    return None if ok else f"a reply that is not a chat completion: {reply[:120]!r}"
 
 
 def _text(reply: dict[str, Any]) -> str:
@@ -241,7 +241,7 @@ class Replies:
         self.texts: list[str] = []
 
     def add(self, reply: dict[str, Any]) -> bool:
-        """Take in a reply; False where there are no log-probabilities."""
+        """Add a reply; return False where it has no log-probabilities."""
         path: Path = ()
         for token, table in _places(reply):
             self.tables.setdefault(path, table)
@@ -250,11 +250,11 @@ class Replies:
         return () in self.tables
 
     def choice(self) -> Choice:
-        """The choice as far as it is known."""
+        """Return the choice as far as it is known."""
         return self._read().choice(self._passing, self.texts[0])
 
     def undecided(self) -> float:
-        """Probability of beginnings that several options share and no reply passes."""
+        """Return the probability of prefixes that several options share and no reply follows."""
         return math.fsum(place.probability for place in self._read().open if not self._passing(place))
 
     def _read(self) -> Reading:
@@ -276,18 +276,18 @@ class Replies:
 
     @property
     def _single(self) -> set[str]:
-        """Options that are one token of this server: a shorter token is no beginning of them."""
+        """Return the options that are a single token of this server: no shorter token is a prefix of them."""
         heads = [table for path, table in self.tables.items() if not _words(path)]
         return {word for table in heads for token in table if (word := _words((token,)).rstrip()) in self.options}
 
 
 def _words(path: Path) -> str:
-    """The text of tokens, without white space in front."""
+    """Join tokens to text, without leading white space."""
     return "".join(path).translate(BLANK).lstrip()
 
 
 def _places(reply: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """(token, probability of each listed token) of each place of a reply, up to the first without a list."""
+    """Return (token, probability of each listed token) of each position of a reply, up to the first without a list."""
     found: list[tuple[str, dict[str, float]]] = []
     try:
         for place in reply["choices"][0]["logprobs"]["content"]:
@@ -306,7 +306,7 @@ def _places(reply: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 
 def first_option(text: str, options: Sequence[str]) -> int | None:
-    """Which option a text begins with, as a word of its own; brackets and marks before it do not count.
+    """Find the option that a text begins with, as a separate word; brackets and marks before it are ignored.
 
     None also where a number goes on behind a point (7.5), and where another option follows at once (A or B, 7-8).
     """

@@ -1,4 +1,4 @@
-"""The interface of a feedback agent, what it is asked, and the memory of what it has said.
+"""The interface of a judge (an AI labeller), the requests to it, and the cache of its replies.
 
 An agent writes (`generate`) and chooses (`choice_logprobs`). With a memory on disk each reply is written down as it arrives, so
 that a run which was stopped goes on without asking anything twice.
@@ -31,7 +31,7 @@ Logprobs = list[float]
 
 @dataclass(frozen=True)
 class Ask:
-    """One question to an agent."""
+    """One request to a judge."""
 
     turns: tuple[Turn, ...]
     """The conversation a language model reads: `{"role", "content"}`, the last one a user's."""
@@ -41,21 +41,21 @@ class Ask:
     """What the words were made from: prompt, answer, first, second, principle, columns."""
 
     def key(self, agent: str, how: str, options: Sequence[str] = ()) -> str:
-        """A digest of who is asked what."""
+        """Return a digest of the judge and the request."""
         known = [agent, how, list(options), [dict(t) for t in self.turns], self.task, dict(self.parts)]
         return hashlib.sha256(json.dumps(known, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
 
 
 @dataclass
 class Count:
-    """What an agent was asked in this process."""
+    """Request counts of a judge in this process."""
 
     asked: int = 0
-    """Questions put to the agent itself."""
+    """Requests sent to the judge itself."""
     remembered: int = 0
-    """Questions answered from memory."""
+    """Requests answered from the cache."""
     failures: int = 0
-    """Questions it could not answer."""
+    """Requests it could not answer."""
     by_logprobs: int = 0
     """Choices read from log-probabilities."""
     by_votes: int = 0
@@ -67,7 +67,7 @@ class Count:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
-    """Of the tokens, by the prices given."""
+    """Cost of the tokens, by the prices given."""
 
 
 class Memory(Protocol):
@@ -78,20 +78,20 @@ class Memory(Protocol):
     def __getitem__(self, key: str) -> Any: ...
 
     def add(self, key: str, value: Any) -> None:
-        """Remember a reply."""
+        """Store a reply."""
 
 
 class Forgetful(dict[str, Any]):
-    """A memory that lasts as long as its process."""
+    """A cache that lasts as long as its process."""
 
     def add(self, key: str, value: Any) -> None:
-        """Remember a reply."""
+        """Store a reply."""
         self[key] = value
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Agent:
-    """Who gives feedback. Fields are the options of `agent: {kind: NAME, ...}`.
+    """Base class of a judge, which gives feedback. Fields are the options of `agent: {kind: NAME, ...}`.
 
     A kind implements `identity`, `write` and `choose`; the two methods that others call are `generate` and `choice_logprobs`.
     """
@@ -108,35 +108,35 @@ class Agent:
         """
 
     def open(self, roles: Roles | None = None) -> None:
-        """Get ready; `roles` is the model in training, where there is one."""
+        """Prepare for requests; `roles` is the model in training, where there is one."""
 
     @property
     def shares(self) -> bool:
-        """Whether it can only be asked where there is a model in training, which it then is."""
+        """Return whether the judge is the model in training itself, and so needs one."""
         return False
 
     @property
     def identity(self) -> str:
-        """Short text that names the agent in rows and tells agents with other replies apart."""
+        """Return a short text that names the judge in rows and distinguishes judges whose replies differ."""
         raise NotImplementedError
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
-        """(index, text) of each question, in any order; None where the agent could not answer it."""
+        """Yield (index, text) of each request, in any order; None where the judge could not answer it."""
         raise NotImplementedError
 
     def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | Logprobs | None]]:
-        """(index, choice) of each question, in any order; log-probabilities alone where their sum is the mass."""
+        """Yield (index, choice) of each request, in any order; log-probabilities alone where their sum is the mass."""
         raise NotImplementedError
 
     # --- what others call -----------------------------------------------------------------------------------------
 
     @functools.cached_property
     def count(self) -> Count:
-        """Running totals."""
+        """Hold the running totals."""
         return Count()
 
     def remember(self, memory: Memory) -> None:
-        """Look replies up in a memory, and add new ones as they arrive."""
+        """Look replies up in a cache from here on, and add new ones as they arrive."""
         self.__dict__["_memory"] = memory
 
     @functools.cached_property
@@ -148,16 +148,16 @@ class Agent:
         return threading.Lock()
 
     def known(self, key: str) -> Any:
-        """The reply in memory, or None."""
+        """Return the cached reply, or None."""
         return self._memory[key] if key in self._memory else None  # noqa: SIM401 (a memory has no get)
 
     def keep(self, key: str, reply: Any) -> None:
-        """Put a reply into memory; may be called from several threads."""
+        """Cache a reply; may be called from several threads."""
         with self._lock:
             self._memory.add(key, reply)
 
     def generate(self, asks: Sequence[Ask]) -> list[str | None]:
-        """The text the agent writes to each question; None where it failed.
+        """Return the judge's text for each request; None where it failed.
 
         Raises:
             RunError: the agent cannot be reached.
@@ -165,7 +165,7 @@ class Agent:
         return self._through_memory("write", asks, (), self.write)
 
     def decide(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Choice | None]:
-        """What the agent chooses at each question; None where it failed.
+        """Return the judge's choice for each request; None where it failed.
 
         Raises:
             RunError: the agent cannot be reached.
@@ -183,7 +183,7 @@ class Agent:
         return [None if reply is None else Choice(**reply) for reply in found]
 
     def choice_logprobs(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
-        """(N, options) log-probability of each option as the whole first word of the answer; None where the agent failed.
+        """Return the log-probability of each option as the whole first word of the answer, (N, options); None where it failed.
 
         They are not normalised: the rest of the probability lies on other words. What is impossible is `LEAST`, so that every
         value is a finite number.
@@ -214,7 +214,7 @@ def _choice(reply: Choice | Logprobs | None) -> Choice | None:
 
 
 def build(body: Any, where: str) -> Agent:
-    """The agent of a mapping `{kind: NAME, option: value, ...}`; its own check is not made yet.
+    """Build the judge of a mapping `{kind: NAME, option: value, ...}`, without running its own check.
 
     Raises:
         RecipeError: every mistake in it.
@@ -231,11 +231,11 @@ def build(body: Any, where: str) -> Agent:
 
 
 def digest(*known: Any) -> str:
-    """Eight letters that stand for what was given."""
+    """Return an 8-hex-digit hash of JSON values."""
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterable[tuple[int, Sequence[Any]]]:
-    """(index of the first, items) of each run of at most `size` items."""
+    """Yield (index of the first, items) of each chunk of at most `size` items."""
     for first in range(0, len(items), size):
         yield first, items[first : first + size]

@@ -27,7 +27,7 @@ Path = tuple[int, ...]
 
 @dataclass
 class Place:
-    """Where the model lives: one of its own, or the model in training as it was at step 0."""
+    """The judge's model: a separate one, or the model in training as it was at step 0."""
 
     roles: Any = None
     shared: bool = False
@@ -61,7 +61,7 @@ class Local(Agent):
     """Of texts that are sampled."""
 
     def check(self, where: str) -> None:
-        """`base` needs a path, and a run must be finished."""
+        """Refuse `base` without a path, and an unfinished run."""
         from llmrecipe.recipe.content_key import REFERENCE
         from llmrecipe.runs.open_model import run_folder
 
@@ -75,17 +75,17 @@ class Local(Agent):
 
     @functools.cached_property
     def place(self) -> Place:
-        """Filled when the agent is first asked."""
+        """Hold the model, once the judge has been used."""
         return Place()
 
     @property
     def shares(self) -> bool:
-        """Without a path."""
+        """Return whether it is the model in training: without a path it is."""
         return not self.path
 
     @functools.cached_property
     def identity(self) -> str:
-        """The model's name and a digest of its files and of what its replies depend on."""
+        """Return the model's name and a digest of its files and of everything its replies depend on."""
         from llmrecipe.recipe.content_key import content_key
 
         weights = content_key({"model": {"path": self.path}}, {})
@@ -106,13 +106,13 @@ class Local(Agent):
 
     @property
     def roles(self) -> Roles:
-        """The model, loaded when it is first asked something."""
+        """Return the model, loaded on first use."""
         if self.place.roles is None:
             self.place.roles = opened_roles(self.path, self.base, self.dtype)
         return self.place.roles
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
-        """Continuations of the questions."""
+        """Generate a continuation of each request."""
         from llmrecipe.engine.generation import generate, text_of
         from llmrecipe.engine.sampling import Sampling
 
@@ -120,14 +120,14 @@ class Local(Agent):
         for first, part in chunks(asks, WAITING * self.batch):
             prompts = [self._ids(ask) for ask in part]
             with self._as_agent() as off:
-                # What is drawn follows from the question, so a run that goes on after a stop draws the same.
+                # Samples depend on the request alone, so a resumed run samples the same.
                 keys = [ask.key("", "") for ask in part]
                 new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off), keys=keys)
             for offset, ids in enumerate(new):
                 yield first + offset, text_of(self.roles.tokenizer, ids)
 
     def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
-        """Summed probabilities of the options' spellings."""
+        """Yield the summed probabilities of the options' spellings."""
         spellings = [spell(self.roles.tokenizer, option) for option in options]
         for first, part in chunks(asks, self.batch):
             prompts = [self._ids(ask) for ask in part]
@@ -153,7 +153,7 @@ class Local(Agent):
 
     @contextlib.contextmanager
     def _as_agent(self) -> Iterator[frozenset[str]]:
-        """Evaluation mode without gradients; the model in training as it was at step 0. Yields wrappers that step aside."""
+        """Enter evaluation mode without gradients, the model in training as it was at step 0; yield the wrappers to disable."""
         import torch
 
         roles = self.roles
@@ -163,7 +163,7 @@ class Local(Agent):
 
 
 def opened_roles(path: str, base: bool, dtype: str) -> Roles:
-    """A model of its own, with the log-prob engine around it."""
+    """Load a separate model, with the log-probability engine around it."""
     import torch
 
     from llmrecipe.engine.forward import Engine
@@ -182,7 +182,7 @@ def opened_roles(path: str, base: bool, dtype: str) -> Roles:
 
 
 def spell(tokenizer: Any, option: str) -> set[Path]:
-    """Token ids of an option with and without a leading space, and of the word as one entry of the vocabulary."""
+    """Return token ids of an option with and without a leading space, and of the word as one entry of the vocabulary."""
     found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (option, f" {option}")}
     single = tokenizer.get_vocab().get(option)
     return {path for path in found if path} | ({(single,)} if single is not None else set())
@@ -191,7 +191,7 @@ def spell(tokenizer: Any, option: str) -> set[Path]:
 def choose(
     roles: Any, prompts: Sequence[Sequence[int]], spellings: Sequence[set[Path]], role: str, off: frozenset[str]
 ) -> list[Choice]:
-    """What each prompt's answer begins with (see `choice`), with every token of every spelling known, in float64."""
+    """Compute the choice that each prompt's answer begins with (see `choice`), from all tokens of all spellings, in float64."""
     paths = sorted({path for option in spellings for path in option})
     heads = sorted({path[:end] for path in paths for end in range(len(path))})
     steps = {head: sorted({p[len(head)] for p in paths if p[: len(head)] == head and len(p) > len(head)}) for head in heads}
@@ -205,7 +205,7 @@ def choose(
 
 
 def leads_of(spellings: Sequence[set[Path]]) -> Leads:
-    """What a path of token ids spells, and which options go on from it."""
+    """Return a lookup of the option that a path of token ids spells, and of the options that continue it."""
     whole = {path: index for index, own in reversed(list(enumerate(spellings))) for path in own}
     further: dict[Path, set[int]] = {}
     for index, own in enumerate(spellings):
@@ -218,7 +218,7 @@ def leads_of(spellings: Sequence[set[Path]]) -> Leads:
 def _edges(
     roles: Any, prompts: Sequence[Sequence[int]], steps: dict[Path, list[int]], role: str, off: frozenset[str]
 ) -> list[dict[tuple[Path, int], float]]:
-    """For each prompt: log P(token | prompt, head) of every head and token of `steps`; one forward over all of them."""
+    """Compute, for each prompt, log P(token | prompt, head) of every head and token of `steps`, in one forward pass."""
     import dataclasses
 
     import torch

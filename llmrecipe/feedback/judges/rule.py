@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def agent_rule(function: F) -> F:
-    """Make a function an agent by its name.
+    """Register a function as a judge under its name.
 
     It is called with an `Ask` and the options: it returns text where there are none, else one weight >= 0 an option, which are
     normalised. Packages named in `plugins` are searched for such functions.
@@ -44,7 +44,7 @@ class Rule(Agent):
     """Probability of what the rule holds to be right."""
 
     def check(self, where: str) -> None:
-        """The function must exist."""
+        """Refuse a function that does not exist."""
         known = rules()
         if self.rule not in known:
             raise RecipeError(
@@ -55,7 +55,7 @@ class Rule(Agent):
 
     @functools.cached_property
     def identity(self) -> str:
-        """The function's name, how sure it is, and of a function from outside the product a digest of its code."""
+        """Return the function's name, its confidence, and a digest of its code where it comes from outside the package."""
         from llmrecipe.recipe.code_key import code_behind
 
         known = rules().get(self.rule)
@@ -63,14 +63,14 @@ class Rule(Agent):
         return f"rule:{self.rule}:{self.sure:g}" + (f":{digest(code)}" if code else "")
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
-        """The function's text."""
+        """Yield the function's text for each request."""
         rule = rules()[self.rule]
         for index, ask in enumerate(asks):
             text = rule(ask, ())
             yield index, text if isinstance(text, str) else None
 
     def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Logprobs | None]]:
-        """Logarithms of the function's weights, normalised, mixed with what is not sure.
+        """Yield the logarithms of the function's normalised weights, smoothed by its confidence.
 
         Raises:
             RecipeError: it returned something else than one weight an option.
@@ -87,7 +87,7 @@ class Rule(Agent):
 
 
 def soften(shares: Sequence[float], sure: float) -> Logprobs:
-    """log(shares (1 - e) + e / K) with e such that a share of 1 becomes `sure`; equal shares stay equal."""
+    """Compute log(shares (1 - e) + e / K) with e such that a share of 1 becomes `sure`; equal shares stay equal."""
     count = len(shares)
     mixed = (1.0 - sure) * count / (count - 1) if count > 1 else 0.0
     values = [share * (1.0 - mixed) + mixed / count for share in shares]
@@ -95,14 +95,14 @@ def soften(shares: Sequence[float], sure: float) -> Logprobs:
 
 
 def rules() -> dict[str, Callable[..., Any]]:
-    """Every marked function, those of plugins included."""
+    """Return every registered function, those of plugins included."""
     registry.import_marked("@agent_rule")
     return RULES
 
 
 @agent_rule
 def manners(ask: Ask, options: Sequence[str]) -> str | list[float]:
-    """Polite, and about the wanted animal: critique and revision, comparison, rating."""
+    """Judge whether answers are polite and about the requested animal: critique and revision, comparison, rating."""
     from llmrecipe.data.toy import scorers as world
 
     parts = ask.parts

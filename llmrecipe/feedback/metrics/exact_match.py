@@ -21,7 +21,7 @@ class ExactMatch(Metric):
     """Ignore punctuation."""
 
     def score(self, prediction: str, reference: str) -> float:
-        """1 or 0."""
+        """Return 1 where the normalised texts are equal, else 0."""
         return float(
             normalise(prediction, self.lower, self.articles, self.punctuation)
             == normalise(reference, self.lower, self.articles, self.punctuation)

@@ -18,7 +18,7 @@ class LastNumber(Metric):
     """
 
     def score(self, prediction: str, reference: str) -> float:
-        """1 or 0."""
+        """Return 1 where the last numbers are equal, else 0."""
         ours, theirs = NUMBER.findall(prediction), NUMBER.findall(reference)
         if not ours or not theirs:
             return 0.0

@@ -11,7 +11,7 @@ WORD = re.compile(r"[a-z0-9]+")
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence of two word lists."""
+    """Return the length of the longest common subsequence of two word lists."""
     row = [0] * (len(b) + 1)
     for x in a:
         diagonal = 0
@@ -29,7 +29,7 @@ class RougeL(Metric):
     """
 
     def score(self, prediction: str, reference: str) -> float:
-        """F measure of the longest common subsequence."""
+        """Compute the F measure of the longest common subsequence."""
         ours, theirs = WORD.findall(prediction.lower()), WORD.findall(reference.lower())
         common = longest_common_subsequence(ours, theirs)
         return 2.0 * common / (len(ours) + len(theirs)) if common else 0.0

@@ -16,7 +16,7 @@ class TokenF1(Metric):
     """
 
     def score(self, prediction: str, reference: str) -> float:
-        """F = 2 P R / (P + R)."""
+        """Compute F = 2 P R / (P + R)."""
         ours = normalise(prediction, True, True, True).split()
         theirs = normalise(reference, True, True, True).split()
         if not ours or not theirs:

@@ -27,13 +27,13 @@ class ExactMatch(Reward):
     """Compare in lower case."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The column and the pattern."""
+        """Refuse rows without the column, and an invalid pattern."""
         need_column(self.column, columns, where)
         if self.extract is not None:
             compiled(self.extract, f"{where}.extract")
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """0 or 1."""
+        """Return 1 for each right answer, else 0."""
         return [float(self._right(a.text, str(a.columns[self.column]))) for a in answers]
 
     def _right(self, text: str, wanted: str) -> bool:
@@ -50,13 +50,13 @@ class ExactMatch(Reward):
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, thousands separators dropped."""
+    """Return the last number of a text, without thousands separators; None where there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """A regular expression.
+    """Compile a regular expression.
 
     Raises:
         RecipeError: it is not one.

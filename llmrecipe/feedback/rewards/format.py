@@ -28,12 +28,12 @@ class Format(Reward):
     """Keys a JSON object must have."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Exactly one form."""
+        """Refuse anything but exactly one required format."""
         if bool(self.tags) == (self.is_json or bool(self.json_keys)):
             raise RecipeError(f"{where}: give tags, or is_json (or json_keys), one of the two")
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """0 or 1."""
+        """Return 1 for each answer with the required format, else 0."""
         return [float(self._tagged(a.text) if self.tags else self._parses(a.text)) for a in answers]
 
     def _tagged(self, text: str) -> bool:

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def reward_function(function: F) -> F:
-    """Make a function a reward by its name.
+    """Register a function as a reward under its name.
 
     It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the
     whole `Answer`) or a column of the row. It returns a number. Packages named in `plugins` are searched for such functions.
@@ -34,7 +34,7 @@ class Function(Reward):
     """Its name."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The function must exist, and the rows must hold what it asks for."""
+        """Refuse a function that does not exist, and rows without the columns it takes."""
         known = functions()
         if self.function not in known:
             hint = did_you_mean(self.function, known) if self.function else ""
@@ -48,7 +48,7 @@ class Function(Reward):
                 need_column(name, columns, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """The function's numbers.
+        """Return the function's numbers.
 
         Raises:
             RecipeError: it returned something else.
@@ -69,11 +69,11 @@ class Function(Reward):
 
 
 def functions() -> dict[str, Callable[..., Any]]:
-    """Every marked function, those of plugins included."""
+    """Return every registered function, those of plugins included."""
     registry.import_marked("@reward_function")
     return FUNCTIONS
 
 
 def wanted(function: Callable[..., Any]) -> list[str]:
-    """Names a function asks for besides the text."""
+    """Return the names of a function's arguments besides the text."""
     return list(inspect.signature(function).parameters)[1:]

@@ -39,17 +39,17 @@ class Http(Reward):
 
     @functools.cached_property
     def client(self) -> Client:
-        """The connection, made when it is first used."""
+        """Hold the connection, made on first use."""
         return Client(
             self.url, "reward server", "scores", variable_of(self.key) or self.key_env, self.timeout, self.retries, self.wait
         )
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The address, and the token where one is wanted."""
+        """Refuse a missing address, or a missing token where one is needed."""
         check_address(self.url, self.key, self.key_env, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """The server's numbers.
+        """Return the server's numbers.
 
         Raises:
             RunError: it refused, kept failing, or sent something else.

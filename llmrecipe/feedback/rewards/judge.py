@@ -46,21 +46,21 @@ class Judge(Reward):
 
     @functools.cached_property
     def judge(self) -> Agent:
-        """The agent, ready once `open` was called."""
+        """Hold the judge, ready once `open` was called."""
         from llmrecipe.feedback.judges.labeller import build
 
         return build(self.agent, "objective.reward.judge.agent")
 
     @functools.cached_property
     def by(self) -> tuple[Constitution, list[Principle]]:
-        """The constitution and the principles to rate by."""
+        """Hold the constitution and the principles to rate by."""
         from llmrecipe.feedback.judges.constitution import read_constitution
 
         made = read_constitution(self.constitution, "objective.reward.judge.constitution")
         return made, made.choose(self.principles, ["rating"], "objective.reward.judge.principles")
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The agent's own check, the constitution and the principles."""
+        """Run the judge's own check, and check the constitution and the principles."""
         from llmrecipe.feedback.judges.constitution import read_constitution
         from llmrecipe.feedback.judges.labeller import build
 
@@ -69,11 +69,11 @@ class Judge(Reward):
         made.choose(self.principles, ["rating"], f"{where}.principles")
 
     def open(self, roles: Roles) -> None:
-        """Make the agent ready; the policy of step 0 is the agent where it is a local one without a path."""
+        """Prepare the judge; a local one without a path is the policy of step 0."""
         self.judge.open(roles)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """In [-1, 1].
+        """Rate answers, in [-1, 1].
 
         Raises:
             RunError: the agent could rate none of the answers, or said something else than a number.
@@ -101,7 +101,7 @@ class Judge(Reward):
 
 
 def expected_rating(logprobs: Sequence[float]) -> float:
-    """The mean rating of 1..S under softmax(logprobs), rescaled so that 1 is -1 and S is 1."""
+    """Compute the mean rating of 1..S under softmax(logprobs), rescaled so that 1 is -1 and S is 1."""
     most = max(logprobs)
     weights = [math.exp(value - most) for value in logprobs]
     mean = math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)

@@ -27,14 +27,14 @@ class Length(Reward):
     """What is counted; tokens include the end token."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Bounds in order, and at least one of them."""
+        """Refuse bounds in the wrong order, and no bounds at all."""
         if self.most is None and self.least == 0:
             raise RecipeError(f"{where}: no bound is given; set {where}.most, {where}.least or both")
         if self.most is not None and self.most < self.least:
             raise RecipeError(f"{where}.most: must be >= least; got {self.most} < {self.least}")
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """In [-1, 0]."""
+        """Return the penalties, in [-1, 0]."""
         return [-min(1.0, self._excess(self._length(a)) / self.slack) for a in answers]
 
     def _length(self, answer: Answer) -> int:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Place:
-    """Where the reward model lives."""
+    """The reward model's place: a separate model or the policy's base."""
 
     model: Any = None
-    """Its own model, or the engine of the policy whose base it shares."""
+    """A separate model, or the engine of the policy whose base it shares."""
     shared: Any = None
     off: frozenset[str] = frozenset()
     rights: dict[str, bool] = field(default_factory=dict)
@@ -47,11 +47,11 @@ class Model(Reward):
 
     @functools.cached_property
     def place(self) -> Place:
-        """Filled by `prepare` and `open`."""
+        """Hold the model, once `prepare` or `open` has set it."""
         return Place()
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The run must be there and finished."""
+        """Refuse a run that does not exist or is not finished."""
         from llmrecipe.models.checkpoint_path import run_folder
         from llmrecipe.recipe.content_key import REFERENCE
 
@@ -82,7 +82,7 @@ class Model(Reward):
                 raise
 
     def open(self, roles: Roles) -> None:
-        """Open the run as a model of its own, unless it stands on the policy's base."""
+        """Load the run as a separate model, unless it is mounted on the policy's base."""
         if self.place.shared is not None:
             self.place.model = roles.engine
             self.place.off = self.place.shared.off | {w.name for w in roles.stack}
@@ -103,7 +103,7 @@ class Model(Reward):
         self.place.model = model
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """gain * s + bias of prompt and answer together."""
+        """Compute gain * s + bias of prompt and answer together."""
         from llmrecipe.objectives.alignment._engines.scoring import ROLE, score_sequences
 
         place = self.place

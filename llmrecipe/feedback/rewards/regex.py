@@ -32,7 +32,7 @@ class Regex(Reward):
     """Score of an answer without a match."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The patterns must be there and be some."""
+        """Refuse missing and invalid patterns."""
         if not self.pattern or not all(self.patterns):
             raise RecipeError(f"{where}.pattern: must be given, such as '^Answer: \\d+$'")
         for number, pattern in enumerate(self.patterns):
@@ -40,11 +40,11 @@ class Regex(Reward):
 
     @property
     def patterns(self) -> list[str]:
-        """Every pattern."""
+        """Return every pattern."""
         return self.pattern if isinstance(self.pattern, list) else [self.pattern]
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """`found` or `missing`."""
+        """Return `found` or `missing` for each answer."""
         known = [re.compile(pattern, re.DOTALL | re.IGNORECASE * self.ignore_case) for pattern in self.patterns]
         matches = [p.fullmatch if self.where == "whole" else p.search for p in known]
         return [self.found if any(match(a.text) for match in matches) else self.missing for a in answers]

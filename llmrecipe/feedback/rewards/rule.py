@@ -21,7 +21,7 @@ class Rule(Reward):
     """Which rule: manners, polite, on_topic, well_formed, exact, last_number, rude."""
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """The rule must exist, and the rows must hold what it asks for."""
+        """Refuse a rule that does not exist, and rows without the columns it takes."""
         known = _rules()
         if self.rule not in known:
             near = did_you_mean(self.rule, known)
@@ -30,7 +30,7 @@ class Rule(Reward):
             need_column(name, columns, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        """The rule's number in [0, 1]."""
+        """Return the rule's scores, in [0, 1]."""
         rule = _rules()[self.rule]
         names = _arguments(rule)
         return [rule(answer.text, *(answer.columns[name] for name in names)) for answer in answers]
