@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.forward_context import Layout, current
 from llmrecipe.models.hooks.hook import ROUTED, hooks_of, note_called
+from llmrecipe.models.pretrained import pretrained
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def install(model: nn.Module, backend: str) -> str:
 
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     ROUTED.add(name)
-    model.set_attn_implementation(name)
+    pretrained(model).set_attn_implementation(name)
     return name
 
 

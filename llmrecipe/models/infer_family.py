@@ -11,6 +11,7 @@ import re
 from torch import nn
 
 from llmrecipe.models.part_names import PartNames
+from llmrecipe.models.pretrained import pretrained
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
@@ -94,7 +95,7 @@ def _block_lists(model: nn.Module) -> dict[str, str]:
     if not lists:
         return {}
     sides = {"encoder" if re.search(r"\bencoder\b", path) else "decoder": path for path, _ in reversed(lists)}
-    if model.config.get_text_config().is_encoder_decoder and len(sides) == 2:
+    if pretrained(model).config.get_text_config().is_encoder_decoder and len(sides) == 2:
         return sides
     path = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
     causal = "CausalLM" in type(model).__name__ or not re.search(r"\bencoder\b", path)

@@ -31,7 +31,6 @@ from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from llmrecipe.models.pretrained import LanguageModel
@@ -236,7 +235,7 @@ def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:
     return not (plain and routes_attention(cls, attention(section, cls)))
 
 
-def prepare_for_training(model: nn.Module, section: ModelSection) -> None:
+def prepare_for_training(model: LanguageModel, section: ModelSection) -> None:
     """Turn on gradient checkpointing where the recipe sets it.
 
     Blocks are recomputed under the context of their original forward, and without re-entrance, so frozen inputs need no

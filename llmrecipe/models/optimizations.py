@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.models.hooks.hook import Hook, hooks_of, kind_of
+from llmrecipe.models.pretrained import pretrained
 
 WORTH = 0.9
 """Rows are selected only where fewer than this share of them is used."""
@@ -48,7 +49,7 @@ def speed_up(model: nn.Module) -> list[str]:
     norms = [m for m in model.modules() if _plain_norm(m)]
     if norms:
         for module in norms:
-            module.forward = types.MethodType(_norm_forward, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(_norm_forward, module)
         done.append(f"{len(norms)} root-mean-square norms in one call each")
     rows = _read_rows(model)
     if rows:
@@ -77,13 +78,13 @@ def _read_rows(model: nn.Module) -> list[str]:
     for _, module in found:
         if "_every_row" not in module.__dict__:
             object.__setattr__(module, "_every_row", module.__dict__.get("forward"))
-            module.forward = types.MethodType(_read_rows_forward, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(_read_rows_forward, module)
     if found and not _same_where_read(model):
         for _, module in found:
             kept = module.__dict__.pop("_every_row")
             module.__dict__.pop("forward")
             if kept is not None:
-                module.forward = kept  # type: ignore[method-assign]
+                module.forward = kept
         return []
     return [role for role, _ in found]
 
@@ -136,7 +137,7 @@ def _same_where_read(model: nn.Module) -> bool:
     from llmrecipe.core.forward_context import Context
 
     device = next(model.parameters()).device
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    vocabulary = int(pretrained(model).get_input_embeddings().num_embeddings)
     ids = (torch.arange(3, 11, device=device) % vocabulary)[None]
     positions = torch.arange(ids.shape[1], device=device)[None]
     read = torch.tensor([1, 4, 6], device=device)
@@ -146,7 +147,7 @@ def _same_where_read(model: nn.Module) -> bool:
         states = []
         for rows in (None, read):
             with activate(dataclasses.replace(Context(), positions=positions, read=rows)):
-                out = model.base_model(input_ids=ids, position_ids=positions + getattr(model, "position_offset", 0))
+                out = pretrained(model).base_model(input_ids=ids, position_ids=positions + getattr(model, "position_offset", 0))
             states.append(out.last_hidden_state[0, read])
         return same(*states)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
@@ -158,7 +159,7 @@ def _same_where_read(model: nn.Module) -> bool:
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         new_heads: tuple[str, ...]
         """Paths of modules whose weights no checkpoint held."""
 
-        def to(self, *args: Any, **kwargs: Any) -> Self:
+        def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
             """Move or cast the model in place."""
 
         def get_input_embeddings(self) -> nn.Embedding:

@@ -199,7 +199,8 @@ def label_config(config: PreTrainedConfig, labels: list[str] | None) -> None:
     """Write the labels into the config; a checkpoint that already has the same set keeps its own order."""
     if labels is None:
         return
-    known = [config.id2label[i] for i in sorted(config.id2label)] if config.id2label else []
+    names: dict[Any, str] = config.id2label or {}
+    known = [names[i] for i in sorted(names)]
     if set(map(str, labels)) != set(known):
         config.id2label = dict(enumerate(map(str, labels)))
         config.label2id = {name: index for index, name in config.id2label.items()}

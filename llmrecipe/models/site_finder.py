@@ -12,6 +12,7 @@ from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.family import part_names_of
 from llmrecipe.models.infer_family import infer, is_rotary
 from llmrecipe.models.part_names import PartNames
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
 
 PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up"), "attn.kv": ("attn.k", "attn.v")}
@@ -46,8 +47,9 @@ def build(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
 
 
 def _lost(model: nn.Module, what: str) -> str:
+    family = pretrained(model).config.model_type
     return (
-        f"{model.config.model_type}: cannot find {what} by its module names. Name the parts in the recipe, for example\n"
+        f"{family}: cannot find {what} by its module names. Name the parts in the recipe, for example\n"
         "model:\n  anatomy: {layers: model.blocks, attn: attention, attn.q: attention.query, attn.v: attention.value, "
         "mlp: ffn, mlp.down: ffn.out}"
     )
@@ -129,7 +131,7 @@ def find(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
     return None
 
 
-def widths(module: nn.Module, default: int) -> tuple[int, int, bool]:
+def widths(module: Any, default: int) -> tuple[int, int, bool]:
     """Return (features in, features out, stored transposed) of a module; 4-bit layers have logical sizes as attributes."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features), False
@@ -186,7 +188,7 @@ def _top_sites(model: nn.Module, family: PartNames, stacks: dict[str, str], shap
     def site(role: str, side: str, module: nn.Module) -> Site:
         return Site(paths[id(module)], role, None, module, side, *widths(module, shape.width))
 
-    embed = model.get_input_embeddings()
+    embed = pretrained(model).get_input_embeddings()
     if embed is not None and id(embed) in paths:
         yield site("embed", main, embed)
     for side, path in stacks.items():
@@ -207,7 +209,7 @@ def _top_sites(model: nn.Module, family: PartNames, stacks: dict[str, str], shap
 
 def _head(model: nn.Module) -> nn.Module | None:
     """Return the module that turns hidden states into logits: of tokens, or of classes."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = pretrained(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None:
         return head
     for name in ("score", "classifier", "classification_head"):

@@ -75,7 +75,7 @@ def mount(model: Any, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             getattr(head, part).copy_(value)
         head.weight.frozen_head = True  # type: ignore[union-attr]
-        head.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+        head.weight.requires_grad_(False)
 
 
 def is_frozen(model: Any, name: str) -> bool:

@@ -124,7 +124,7 @@ def start(out: Path, corpus: list[Path]) -> None:
     """Write tokenizer and config for `model.init=random`; without a corpus, use the package's own tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = build_tokenizer(texts(corpus)) if corpus else AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer: Any = build_tokenizer(texts(corpus)) if corpus else AutoTokenizer.from_pretrained(FOLDER)
     tokenizer.save_pretrained(out)
     build_config(tokenizer).save_pretrained(out)
 
@@ -134,7 +134,8 @@ def install(run: Path, out: Path = FOLDER) -> None:
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(run / "final" / "model", dtype=torch.float32).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM.from_pretrained(run / "final" / "model", dtype=torch.float32)
+    model.to(torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     tokens = {
         "pad_token_id": tokenizer.pad_token_id,

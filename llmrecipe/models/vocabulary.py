@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.models.pretrained import LanguageModel
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -62,7 +64,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def fit(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Grow the embedding (and head) to the tokenizer's vocabulary; return the number of new rows.
 
     New rows are initialized to the mean of the old ones, the same on every load, so that a run's base can be rebuilt. A tied
@@ -91,5 +93,6 @@ def position_offset(model: nn.Module) -> int:
     """Return the offset RoBERTa-like families add to a position: they count from padding_idx + 1."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
+            start: Any = module.padding_idx
+            return int(start) + 1
     return 0

@@ -26,8 +26,8 @@ def _paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
         return [{**prompt_answers(prompt_row, (), conversion), "columns": rest}]
     sides = ("chosen", "rejected")
     if all(isinstance(prompt_row.get(name), str) for name in ("prompt", *sides)):
-        rest = without_prompt(prompt_row["prompt"], [prompt_row[name] for name in sides])
-        prompt_row = {**prompt_row, **dict(zip(sides, rest))}
+        texts = without_prompt(prompt_row["prompt"], [prompt_row[name] for name in sides])
+        prompt_row = {**prompt_row, **dict(zip(sides, texts))}
     pair = prompt_answers(prompt_row, sides, conversion)
     soft = row.get("p")
     if conversion.rows in ("unpaired", "choices"):

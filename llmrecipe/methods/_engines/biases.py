@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.site_finder import widths
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -25,6 +27,8 @@ class BiasMaster(Hook):
     # Below every other weight hook (selections -1, scoring -2), which see and change the trained bias.
     order = -3
     tensor = "bias"
+
+    rows: Tensor | None
 
     def __init__(self, bias: Tensor, rows: Tensor | None, tensor: str = "bias"):
         super().__init__()
@@ -105,6 +109,7 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
 
     if which == "none":
         return
+    found: list[tuple[nn.Module, str, Tensor | None]]
     if which == "all":
         found = [(m, f"{owner}__bias", None) for m, tensor in every_bias(model) if tensor == "bias"]
     else:
@@ -119,7 +124,7 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
 
 def masters(model: nn.Module) -> list[tuple[str, nn.Module, str, BiasMaster]]:
     """(module path, module, hook name, hook) of every master, in stack order at each module."""
-    return [(*place, hook) for *place, hook in all_hooks(model) if isinstance(hook, BiasMaster)]
+    return [(path, m, name, hook) for path, m, name, hook in all_hooks(model) if isinstance(hook, BiasMaster)]
 
 
 @torch.no_grad()
@@ -165,9 +170,8 @@ def make_room(model: nn.Module, hosts: list[tuple[str, nn.Module]], owner: str) 
             fresh[flag] = {path for path, m in type(model)(wanted).named_modules() if getattr(m, "bias", None) is not None}
     lost = [path for path in bare if not any(path in paths for paths in fresh.values())]
     if lost:
-        raise ModelError(
-            f"stack.{owner}: {model.config.model_type} has no config flag for a bias at {lost[0]}; keep the adapter unmerged"
-        )
+        family = pretrained(model).config.model_type
+        raise ModelError(f"stack.{owner}: {family} has no config flag for a bias at {lost[0]}; keep the adapter unmerged")
     for flag, paths in fresh.items():
         if not any(path in paths for path in bare):
             continue
@@ -178,5 +182,5 @@ def make_room(model: nn.Module, hosts: list[tuple[str, nn.Module]], owner: str) 
                 weight: Any = module.weight
                 dtype = weight.dtype if weight.is_floating_point() else torch.float32
                 module.bias = nn.Parameter(
-                    torch.zeros(int(module.out_features), device=weight.device, dtype=dtype), requires_grad=False
+                    torch.zeros(widths(module, 0)[1], device=weight.device, dtype=dtype), requires_grad=False
                 )

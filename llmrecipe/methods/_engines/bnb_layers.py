@@ -24,7 +24,7 @@ class Linear4bit(bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         # A sharded rebuild replaces the parameter object; the module remembers the state that belongs to it.
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        state: Any = getattr(self.weight, "quant_state", None) or self.quant_state
         kind = x.device.type
         if self.compute_dtype is not None:
             dtype, out = self.compute_dtype, x.dtype

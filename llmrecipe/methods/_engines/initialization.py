@@ -22,7 +22,7 @@ gathers the data for the last five.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -181,10 +181,10 @@ def weight_of(hook: LowRank | LowRankEmbedding, module: nn.Module, init: str) ->
     Raises:
         ModelError: it is quantized.
     """
-    weight = module.weight
+    weight: Any = module.weight
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         raise ModelError(f"init: {init} starts from a decomposition of the weight; it needs one that is not quantized")
-    full = low_rank.wide(weight.detach())  # type: ignore[arg-type]
+    full = low_rank.wide(weight.detach())
     if isinstance(hook, LowRankEmbedding) or low_rank.is_transposed(module):
         full = full.t()
     if isinstance(hook, LowRank) and hook.rows is not None:

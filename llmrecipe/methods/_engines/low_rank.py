@@ -10,7 +10,7 @@ activation's dtype where they are used.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,10 @@ class LowRank(Hook):
     order = DELTA
     rowwise = True
 
+    rows: Tensor | None
+    A0: Tensor | None
+    B0: Tensor | None
+
     def __init__(
         self,
         width_in: int,
@@ -58,8 +62,6 @@ class LowRank(Hook):
         self.scale = scale
         self.dropout = dropout
         self.register_buffer("rows", rows, persistent=False)
-        self.A0: Tensor | None
-        self.B0: Tensor | None
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
 
@@ -81,7 +83,7 @@ class LowRank(Hook):
         """y + s (B A dropout(x) + b), less the frozen start of a branch that has one."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y = branch(dropped, self.A, self.B, self.scale, y, self.rows)
-        if self.A0 is not None:
+        if self.A0 is not None and self.B0 is not None:
             y = branch(x, self.A0, self.B0, -self.scale, y, self.rows)
         if self.bias is not None:
             y = shifted(y, (self.bias * self.scale).to(y.dtype), self.rows)
@@ -90,7 +92,7 @@ class LowRank(Hook):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """(A, B, s) with s B A the whole change: a frozen start is laid beside the learned pair."""
         A, B = self.A.detach(), self.B.detach()
-        if self.A0 is not None:
+        if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([A, self.A0.to(A)]), torch.cat([B, -self.B0.to(B)], 1)
         return A, B, self.scale
 
@@ -101,7 +103,7 @@ class LowRank(Hook):
     def product(self) -> Tensor:
         """s (B A - B0 A0) in float32, (out, in)."""
         full = self.B.float() @ self.A.float()
-        if self.A0 is not None:
+        if self.A0 is not None and self.B0 is not None:
             full = full - self.B0.float() @ self.A0.float()
         return full * self.scale
 
@@ -196,7 +198,7 @@ def add_to_weight(module: nn.Module, product: Tensor, rows: Tensor | None) -> No
     Raises:
         ModelError: the weight is quantized, so that merging in place would quantize it again.
     """
-    weight = module.weight
+    weight: Any = module.weight
     if not weight.is_floating_point() or hasattr(weight, "quant_state"):
         raise ModelError("merging into a quantized weight would quantize it again; dequantize the model first (export does)")
     full = weight.data.float()

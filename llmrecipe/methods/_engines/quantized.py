@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.models.pretrained import pretrained
 
 HEADS = ("lm_head", "embed_out", "cls", "score", "classifier", "task_head")
 """Output and task heads by their names: never quantized, small and either trained or the source of every logit."""
@@ -81,7 +82,7 @@ def replace_linears(model: nn.Module, skip: Sequence[str], make: Callable[[nn.Mo
         How many layers were replaced.
     """
     fixed = (*HEADS, *skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = pretrained(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     uses = Counter(id(m._parameters["weight"]) for m in model.modules() if m._parameters.get("weight") is not None)
     made: dict[int, nn.Module] = {}
     for path, parent in list(model.named_modules()):
@@ -110,7 +111,7 @@ def adopt(model: nn.Module, kind: type[nn.Module], skip: Sequence[str]) -> list[
         raise ModelError(f"the model has no linear layer to quantize\n  skipped: {', '.join(skip)}")
     for module in found:
         module.__class__ = kind
-        module.weight.requires_grad_(False)  # type: ignore[operator,union-attr]
+        module.weight.requires_grad_(False)
     return found
 
 
@@ -118,9 +119,9 @@ def _is_dense(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _carry(old: nn.Module, new: nn.Module) -> nn.Module:
+def _carry(old: Any, new: Any) -> nn.Module:
     new.bias = None if old.bias is None else nn.Parameter(old.bias.data, requires_grad=False)
-    new.source_cls = type(old)  # type: ignore[assignment]
+    new.source_cls = type(old)
     return new.train(old.training)
 
 
@@ -135,12 +136,13 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     if bits == 4:
         from bitsandbytes.functional import dequantize_4bit
 
-        known = getattr(weight, "quant_state", None) or module.quant_state
+        known: Any = getattr(weight, "quant_state", None) or module.quant_state
         state: Any = copy.copy(known)
         state.dtype = torch.float32
         return dequantize_4bit(weight.data, state).to(dtype or known.dtype)
     if bits == 8:
-        scale = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB  # type: ignore[union-attr]
+        layer: Any = module
+        scale = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB
         return (weight.data.float() * (scale.float() / 127.0)[:, None]).to(dtype or torch.float16)
     dense = weight.data.t() if type(module).__name__ == "Conv1D" else weight.data
     return dense if dtype is None else dense.to(dtype)
@@ -171,14 +173,14 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
     """Dtype of the model's unquantized base weights."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = pretrained(model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embeddings is not None:
         return embeddings.weight.dtype
     plain = (p.dtype for p in model.parameters() if p.is_floating_point() and not hasattr(p, "quant_state"))
     return next(plain, torch.float32)
 
 
-def _densify(module: nn.Module, dtype: torch.dtype) -> None:
+def _densify(module: Any, dtype: torch.dtype) -> None:
     weight = dense_weight(module, dtype)
     source = module.__dict__.get("source_cls", nn.Linear)
     for name in _LIBRARY_STATE:

@@ -53,6 +53,8 @@ class Scale(Hook):
 
     order = SCALE
 
+    rows: Tensor | None
+
     def __init__(self, width: int, tasks: int, rows: Tensor | None = None):
         super().__init__()
         self.l = nn.Parameter(torch.ones(tasks, width))

@@ -11,6 +11,7 @@ from llmrecipe.core.option_types import Field, NonNegativeFloat
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.quantized import adopt, dequantize_model, layers, quantized, replace_linears, skip_patterns
+from llmrecipe.models.site_finder import widths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,9 +81,9 @@ class Int8(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Bytes of the quantized layers: one a weight and a float32 scale a row."""
-        shapes = [(module.out_features, module.in_features) for _, module in quantized(model)]
-        weights = sum(rows * columns for rows, columns in shapes)
-        return {"trainable": 0, "weights": weights, "base_bytes": weights + sum(4 * rows for rows, _ in shapes)}
+        shapes = [widths(module, 0)[:2] for _, module in quantized(model)]
+        weights = sum(columns * rows for columns, rows in shapes)
+        return {"trainable": 0, "weights": weights, "base_bytes": weights + sum(4 * rows for _, rows in shapes)}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """How many weights are held in 8 bits."""

@@ -155,8 +155,8 @@ class ZerothOrder:
     def __init__(self, config: Mezo):
         self.config = config
         self.past: list[Entry] = []
-        self.noise: Noise | None = None
-        self.mode: Perturbation | None = None
+        self.noise: Noise
+        self.mode: Perturbation
         self.trained: list[Trained] = []
         self.file: History | None = None
         self.stored: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None

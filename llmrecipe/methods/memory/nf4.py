@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,7 @@ from llmrecipe.core.option_types import Field, Literal
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.quantized import adopt, dequantize_model, layers, quantized, replace_linears, skip_patterns
+from llmrecipe.models.site_finder import widths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,7 +92,11 @@ class Nf4(Wrapper):
         import bitsandbytes as bnb
 
         rows, columns = weight.shape
-        options = {"compress_statistics": self.double, "quant_type": self.type, "quant_storage": self._storage()}
+        options: dict[str, Any] = {
+            "compress_statistics": self.double,
+            "quant_type": self.type,
+            "quant_storage": self._storage(),
+        }
         new = layers().Linear4bit(columns, rows, bias=False, device="meta", **options)
         if weight.is_meta:
             # A skeleton is never computed with; it only has to weigh what the packed weight weighs.
@@ -100,7 +106,7 @@ class Nf4(Wrapper):
             return new
         # The library quantizes 16- and 32-bit floats only.
         ready = weight.float() if weight.dtype == torch.float64 else weight
-        parameter = bnb.nn.Params4bit(ready.contiguous(), requires_grad=False, module=new, **options)
+        parameter: Any = bnb.nn.Params4bit(ready.contiguous(), requires_grad=False, module=new, **options)
         new.weight = parameter.to(weight.device)
         return new
 
@@ -118,7 +124,7 @@ class Nf4(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Bytes of the quantized layers: n / 2 of codes and one scale a block, itself in 8 bits under `double`."""
-        shapes = [module.in_features * module.out_features for _, module in quantized(model)]
+        shapes = [math.prod(widths(module, 0)[:2]) for _, module in quantized(model)]
         return {"trainable": 0, "weights": sum(shapes), "base_bytes": sum(packed_bytes(n, self.double) for n in shapes)}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -41,6 +41,12 @@ class SvdLowRank(low_rank.LowRank):
     """y + s B (E * A dropout(x)), with the smoothed importance of every entry while it is needed."""
 
     kept: Tensor
+    mean_A: Tensor
+    mean_E: Tensor
+    mean_B: Tensor
+    spread_A: Tensor
+    spread_E: Tensor
+    spread_B: Tensor
 
     def __init__(self, width_in: int, width_out: int, r: int, scale: float, dropout: float, rows: Tensor | None, scored: bool):
         super().__init__(width_in, width_out, r, scale, dropout, rows)
@@ -111,6 +117,8 @@ class SvdLowRank(low_rank.LowRank):
 
 class Budget(nn.Module):
     """What the allocator knows about the run: its length, and what it last did."""
+
+    total: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +337,7 @@ class Adalora(Wrapper):
 
     def _found(self, model: nn.Module) -> list[tuple[str, nn.Module, str, SvdLowRank]]:
         """(module path, module, hook name, hook) of every triplet form."""
-        return [(*place, hook) for *place, hook in all_hooks(model, self.name) if isinstance(hook, SvdLowRank)]
+        return [(path, m, name, hook) for path, m, name, hook in all_hooks(model, self.name) if isinstance(hook, SvdLowRank)]
 
     def _hooks(self, model: nn.Module) -> dict[str, SvdLowRank]:
         return {f"{path}.{name}": hook for path, _, name, hook in self._found(model)}

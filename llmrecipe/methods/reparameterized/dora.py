@@ -140,6 +140,8 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
 class Magnitude(Gain, Hook):
     """m / ||W|| (W x) at a linear layer or an embedding: the direction stays the base's, one magnitude an output trains."""
 
+    rows: Tensor | None
+
     def __init__(self, site: Site):
         super().__init__()
         self.magnitude = nn.Parameter(torch.empty(site.width_out))
@@ -254,7 +256,7 @@ class Dora(Wrapper):
     def _place(self, site: Site, hook: DoraLinear | DoraEmbedding | Magnitude) -> None:
         """Start a hook and add it."""
         # A skeleton has no weight to take a norm of.
-        if not site.module.weight.is_meta:  # type: ignore[union-attr]
+        if not site.module.weight.is_meta:
             hook.start()
         for below in hooks_under(site.module, hook):
             # It was asked without a bias, which may have moved the last digit of its norms.

@@ -28,6 +28,9 @@ class NestedLowRank(low_rank.LowRank):
     The cut is a vector of length r multiplied into A x, so shapes never change with b.
     """
 
+    gain: Tensor
+    learns: Tensor
+
     def __init__(self, width_in: int, width_out: int, r: int, alpha: float, dropout: float, rows: Tensor | None):
         super().__init__(width_in, width_out, r, alpha / r, dropout, rows)
         self.alpha = alpha
@@ -48,7 +51,8 @@ class NestedLowRank(low_rank.LowRank):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y + B diag(gain) A dropout(x)."""
-        A, B = self.A, self.B
+        A: Tensor = self.A
+        B: Tensor = self.B
         if self.partly and torch.is_grad_enabled():
             A = torch.where(self.learns[:, None], A, A.detach())
             B = torch.where(self.learns, B, B.detach())

@@ -15,7 +15,7 @@ from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.methods._engines import initialization, low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
 from llmrecipe.methods._engines.loftq_codes import Requantized, give_codes
-from llmrecipe.models.hooks.hook import add_hook, all_hooks, merge_hooks
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, merge_hooks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,7 +104,7 @@ class Lora(Wrapper):
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
             if tied is not None and site.role == "head":
-                hook = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
+                hook: Hook = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
             else:
                 learned = ranks.get(place_of(site), 0 if ranks else r)
                 if learned == 0:

@@ -36,6 +36,8 @@ WHOLE = ("attn.qkv", "attn.kv", "attn.kv_a")
 class ZeroBias(Hook):
     """A bias the model does not have, starting at zero: y + b."""
 
+    rows: Tensor | None
+
     def __init__(self, width: int, rows: Tensor | None, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=torch.promote_types(dtype, torch.float32)))

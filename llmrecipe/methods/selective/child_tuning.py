@@ -133,6 +133,7 @@ class ChildTuning(SparseMethod, Wrapper):
         for name, parameter in self._gradients(model):
             if self.mask_target == "update":
                 kept[name] = parameter.detach().clone()
+            assert parameter.grad is not None, "only parameters with a gradient are listed"
             parameter.grad = parameter.grad.contiguous()
             flat = parameter.grad.view(-1)
             for first in range(0, flat.numel(), CHUNK):

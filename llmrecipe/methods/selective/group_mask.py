@@ -52,7 +52,7 @@ class GroupMask(GatePhase, Wrapper):
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
 
-    group: Literal["tensor", "row", "column", "head", "neuron", "layer"] = "row"
+    group: Literal["tensor", "row", "column", "head", "neuron", "layer"] = "row"  # type: ignore[misc]
     """What is selected as a whole."""
     score: Literal["fisher", "taylor", "magnitude", "random"] = "fisher"
     """Squared gradients of examples, squared gradients of batches, |w|, or chance."""

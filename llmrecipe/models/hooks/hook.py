@@ -137,7 +137,7 @@ def _kind(cls: type[Hook]) -> str:
 
 def kind_of(hook: Hook) -> str:
     """Return which of the hook methods a hook overrides (exactly one)."""
-    return _kind(type(hook))
+    return _kind(type(hook))  # type: ignore[arg-type]
 
 
 def add_hook(module: nn.Module, name: str, hook: Hook, owner: str) -> Hook:
@@ -164,7 +164,7 @@ def add_hook(module: nn.Module, name: str, hook: Hook, owner: str) -> Hook:
     if kind_of(hook) != "attention" and "_inner_forward" not in module.__dict__:
         # accelerate and bitsandbytes may already have replaced `forward` on the instance; keep what is there.
         object.__setattr__(module, "_inner_forward", module.__dict__.get("forward"))
-        module.forward = types.MethodType(_hooked_forward, module)  # type: ignore[method-assign]
+        module.forward = types.MethodType(_hooked_forward, module)
     return hook
 
 
@@ -178,7 +178,7 @@ def refuse_unrouted(module: nn.Module, owner: str) -> None:
         ModelError: naming the module's class and what works instead.
     """
     given = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if given in ROUTED and asks_interface(type(module)):
+    if given in ROUTED and asks_interface(type(module)):  # type: ignore[arg-type]
         return
     reason = "this model computes it without Transformers' AttentionInterface"
     remedy = "use a method on its linear layers, such as lora, or a model of another family"
@@ -205,7 +205,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
         inner = module.__dict__.pop("_inner_forward", None)
         module.__dict__.pop("forward", None)
         if inner is not None:
-            module.forward = inner  # type: ignore[method-assign]
+            module.forward = inner
 
 
 def hooks_of(module: nn.Module, kind: str | None = None, active: bool = False) -> list[Hook]:

@@ -92,6 +92,11 @@ class NativeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.is_encoder_decoder = self.kind == "encoder_decoder"
 
+    def sizes(self) -> tuple[int, int, int]:
+        """Return (E size of a head, G heads that hold keys and values, F width of the feed-forward), defaults filled in."""
+        assert self.head_dim is not None and self.num_key_value_heads is not None and self.intermediate_size is not None
+        return self.head_dim, self.num_key_value_heads, self.intermediate_size
+
     def parameter_count(self, head: bool = True) -> int:
         """Return the number of parameters of the language model of this kind in closed form.
 
@@ -100,8 +105,9 @@ class NativeConfig(PreTrainedConfig):
         Args:
             head: with the output head (V D more where it is not tied).
         """
-        d, f, layers = self.hidden_size, self.intermediate_size, self.num_hidden_layers
-        own, shared = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        d, layers = self.hidden_size, self.num_hidden_layers
+        size, groups, f = self.sizes()
+        own, shared = self.num_attention_heads * size, groups * size
         norm = d if self.norm == "rmsnorm" else 2 * d
         attention = 2 * d * own + 2 * d * shared + (own + 2 * shared + d if self.bias else 0)
         forward = (3 if self.gated else 2) * d * f + ((f * (2 if self.gated else 1) + d) if self.bias else 0)

@@ -62,8 +62,9 @@ class NativePreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, (nn.LayerNorm, NativeRMSNorm)):
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
         elif isinstance(module, RelativeBias):
             init.normal_(module.weight, std=std)
 
@@ -113,6 +114,7 @@ class NativeStack(NativePreTrainedModel):
         return (torch.arange(columns, device=x.device) + seen).expand(rows, -1)
 
     def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Any:
+        found: Any
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         # Positions that restart indicate packed documents to the mask builder; they are passed only if the caller gave them.
         if self.causal:
@@ -193,7 +195,7 @@ class NativeModel(NativePreTrainedModel):
         super().__init__(config)
         self.encoder = NativeStack(config, "encoder") if config.kind != "decoder" else None
         self.decoder = NativeStack(config, "decoder") if config.kind != "encoder" else None
-        if config.is_encoder_decoder:
+        if self.encoder is not None and self.decoder is not None:
             # Both sides share one embedding, whether or not the head is tied to it as well.
             self.decoder.embed_tokens = self.encoder.embed_tokens
             self._tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
@@ -214,7 +216,7 @@ class NativeModel(NativePreTrainedModel):
         """Replace the token embedding on every side."""
         for stack in (self.encoder, self.decoder):
             if stack is not None:
-                stack.embed_tokens = value
+                stack.embed_tokens = value  # type: ignore[assignment]
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
         """Return the bidirectional stack."""
@@ -241,7 +243,7 @@ class NativeModel(NativePreTrainedModel):
         """Return the states of the last stack, (B, T, D)."""
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        if not self.config.is_encoder_decoder:
+        if self.encoder is None or self.decoder is None:
             kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
             return self.main(input_ids, past_key_values=past_key_values, **kwargs)
         if encoder_outputs is None:

@@ -54,7 +54,7 @@ class NativeRotary(nn.Module):
 
     def __init__(self, config: NativeConfig):
         super().__init__()
-        self.size, self.theta = config.head_dim, config.rope_theta
+        self.size, self.theta = config.sizes()[0], config.rope_theta
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Map positions (B, T) to cosines and sines (B, 1, T, E), in float32."""
@@ -139,9 +139,10 @@ class NativeAttention(nn.Module):
     def __init__(self, config: NativeConfig, layer_idx: int, causal: bool, cross: bool = False):
         super().__init__()
         self.config, self.layer_idx, self.is_causal, self.cross = config, layer_idx, causal, cross
-        own, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = 1.0 if config.positions == "relative" else config.head_dim**-0.5
+        size, groups, _ = config.sizes()
+        own, shared = config.num_attention_heads * size, groups * size
+        self.num_key_value_groups = config.num_attention_heads // groups
+        self.scaling = 1.0 if config.positions == "relative" else size**-0.5
         self.q_proj = nn.Linear(config.hidden_size, own, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.bias)
@@ -193,9 +194,10 @@ class NativeFeedForward(nn.Module):
 
     def __init__(self, config: NativeConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias) if config.gated else None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down_proj = IntoResidual(config.intermediate_size, config.hidden_size, bias=config.bias)
+        width = config.sizes()[2]
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.bias) if config.gated else None
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.bias)
+        self.down_proj = IntoResidual(width, config.hidden_size, bias=config.bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Sft(Objective):
     rows: ClassVar[str] = "dialogue"
     head: ClassVar[str] = "causal"
 
-    mask: Literal["completion", "assistant", "last", "all"] = "assistant"
+    mask: Literal["completion", "assistant", "last", "all"] = "assistant"  # type: ignore[misc]
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     loss_type: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or dynamic fine-tuning."""

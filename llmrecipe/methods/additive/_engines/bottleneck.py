@@ -139,6 +139,8 @@ class Beside(Bottleneck):
     order = DELTA
     rowwise = True
 
+    rows: Tensor | None
+
     def __init__(self, width_in: int, width_out: int, r: int, shape: Shape, rows: Tensor | None = None):
         super().__init__(width_in, width_out, r, shape)
         self.register_buffer("rows", rows, persistent=False)

@@ -144,7 +144,7 @@ class PrefixTables(Hook):
 
     def make(self, inputs: dict[str, Any]) -> Made:
         """The columns of a forward pass."""
-        gates = {role: table.gate for role, table in self.tables.items() if hasattr(table, "gate")}
+        gates: dict[str, Any] = {role: table.gate for role, table in self.tables.items() if hasattr(table, "gate")}
         return Made({role: table() for role, table in self.tables.items()}, gates)
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
@@ -328,7 +328,7 @@ def memory(model: nn.Module, name: str) -> dict[str, int]:
     """Trained numbers, AdamW's bytes for them, and the numbers kept after training."""
     parameters = [p for hook in tables_of(model, name) for p in hook.parameters()]
     count = sum(p.numel() for p in parameters)
-    kept = sum(hook.slots * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr,attr-defined]
+    kept = sum(hook.slots * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr]
     return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "kept": kept}
 
 
@@ -380,7 +380,7 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
         (hook,) = tables_of(model, name)
         (table,) = hook.tables.values()
         seen = [r.seen for r in recorders if isinstance(r, Recorder) and r.seen is not None]
-        table.flat.copy_(table.join([(k.float(), v.float()) for k, v in seen]))  # type: ignore[operator,union-attr]
+        table.flat.copy_(table.join([(k.float(), v.float()) for k, v in seen]))  # type: ignore[operator]
     finally:
         for site in sites:
             take_out(site.module, label)

@@ -28,7 +28,7 @@ def soft_top_k(scores: Tensor, k: Tensor, exists: Tensor, eps: float) -> Tensor:
         k: (G,) integers; a group of k or fewer has weight one everywhere.
         exists: (G, L) False where a group is shorter than L.
     """
-    return _SoftTopK.apply(scores, k, exists, eps)  # type: ignore[no-any-return]
+    return _SoftTopK.apply(scores, k, exists, eps)
 
 
 class _SoftTopK(torch.autograd.Function):

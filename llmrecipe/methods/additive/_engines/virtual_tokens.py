@@ -23,6 +23,7 @@ from llmrecipe.core.forward_context import Context, Layout, activate, current
 from llmrecipe.methods.additive._engines.prefix_kv import cached, host_of, positions, takes_positions
 from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.vocabulary import position_offset
 
 
@@ -247,7 +248,7 @@ def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
     parts = anatomy(model)
     pair = parts.encoder_decoder
     host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
-    embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
+    embedding = pretrained(host).get_input_embeddings()
     add_hook(host, name, Slots(slots, behind, position_offset(host), takes_positions(host), pair), name)
     if pair:
         add_hook(host_of(model, "decoder"), name, SlotMask(slots, behind), name)
@@ -270,7 +271,8 @@ def start(model: nn.Module, name: str, init: str) -> None:
     elif init == "normal":
         rows.embeddings.normal_()
     elif init == "vocab":
-        count = embedding.weight.shape[0]  # type: ignore[index,union-attr]
+        weight: Any = embedding.weight
+        count = int(weight.shape[0])
         copy_tokens(model, name, torch.randint(count, (rows.embeddings.shape[0],)).tolist())
 
 

@@ -118,6 +118,8 @@ class GroupGate(Gated):
     The first tensor of a family holds its gates `alpha` (groups,); the others read them there.
     """
 
+    slot: Tensor
+
     def __init__(self, family: Family, member: Member, low: float, high: float, alpha: float, first: GroupGate | None):
         super().__init__(member.weight, low, high)
         self.family, self.size = family.name, family.size
@@ -137,6 +139,7 @@ class GroupGate(Gated):
     def spread(self, draw: str | None) -> Tensor:
         """The gate of every row, column or entry, shaped to multiply w."""
         alpha = (self.pair[0] if self.pair else self).alpha
+        assert alpha is not None, "the first tensor of a family holds its gates"
         u = None if draw is None else uniform(f"{draw}:{self.family}:group", 0, alpha.numel(), alpha.device)
         z = gate(alpha, u, self.low, self.high)[0]
         shape = [1] * self.w.dim()

@@ -23,6 +23,7 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
     take,
 )
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.site_finder import widths
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
@@ -51,7 +52,10 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
         quantized = not value.is_floating_point() or hasattr(value, "quant_state")
         if quantized and not hasattr(users[0][0], "in_features"):
             continue
-        shape = (users[0][0].out_features, users[0][0].in_features) if quantized else tuple(value.shape)
+        shape = tuple(value.shape)
+        if quantized:
+            columns, rows, _ = widths(users[0][0], 0)
+            shape = (rows, columns)
         found[name] = Weight(name, shape, users, quantized)
     return found
 
