@@ -90,12 +90,16 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     tokenizer = load_tokenizer(base, section)
     whole = recipe.data.model_copy(update={"streaming": False})
     labels = None
-    tasks = tasks_of(instantiate(recipe).wrappers, saved)
+    parts = instantiate(recipe)
+    tasks = tasks_of(parts.wrappers, saved)
     if split != "train" and (row_type(rows).numbered or (tasks is not None and tasks.names is None)):
         training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
         if training is not None:
             labels, tasks = training.labels, training.tasks
-    data = prepare(whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels, tasks=tasks)
+    data = prepare(
+        whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels, tasks=tasks,
+        needs=parts.objective.columns(),
+    )  # fmt: skip
     if not isinstance(data, TokenData):
         raise DataError(f"this recipe has no {split} split; set data.{split} to a file or a share")
     return data, tokenizer, mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -107,6 +107,7 @@ def prepare(
     label_map: Sequence[str] | None = None,
     unseal: bool = False,
     tasks: Tasks | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> TokenData | StreamedRows | None:
     """Token rows of a split, from the cache where they are there already.
 
@@ -120,6 +121,7 @@ def prepare(
         label_map: `labels` of the training rows, so that every split numbers them alike.
         tasks: the tasks the stack keeps apart; without names, those of the training rows (`TokenData.tasks` has them then).
         unseal: must be True for the test split; only the one final test passes it.
+        needs: column that every prompt row must hold -> key path of what reads it; rows without it are dropped and counted.
 
     Returns:
         The rows, or None where the recipe has no validation (or test) split. With `data.streaming`, training rows are
@@ -134,8 +136,15 @@ def prepare(
     if tasks is not None and "task" not in dict(row_type(rows).scalars):
         raise DataError(f"the stack keeps tasks apart, but {rows} rows cannot name one; train on prompts with answers")
     if data.streaming and split == "train":
-        ingredients = [data.model_dump(mode="json"), tokenizer_fingerprint(tokenizer), rows, mask, seed]
-        stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks)
+        ingredients = [
+            data.model_dump(mode="json"),
+            tokenizer_fingerprint(tokenizer),
+            rows,
+            mask,
+            seed,
+            *([dict(needs)] if needs else []),
+        ]
+        stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks, needs=needs)
         return StreamedRows(stream, key_of({"stream": ingredients}))
     try:
         parts = open_split(data, split)
@@ -145,7 +154,7 @@ def prepare(
         return None
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
     field = tasks.field if tasks is not None else None
-    tables = [build(part, data, tokenizer, rows, mask, draw, field) for part, draw in zip(parts, draws)]
+    tables = [build(part, data, tokenizer, rows, mask, draw, field, needs) for part, draw in zip(parts, draws)]
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))

@@ -7,7 +7,7 @@ state = stream.state()       # JSON; `stream.load_state(state)` continues behind
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any, overload
@@ -46,6 +46,7 @@ class TokenStream:
     Args:
         buffer: rows the shuffle holds; 1 keeps the order of the files.
         tasks: names of the tasks the stack keeps apart.
+        needs: column that every prompt row must hold -> key path of what reads it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TokenStream:
         seed: int,
         buffer: int = 1000,
         tasks: Tasks | None = None,
+        needs: Mapping[str, str] | None = None,
     ) -> None:
         if row_type(rows).numbered:
             raise DataError("data.streaming: labels are numbered over all training rows, so these rows cannot be streamed")
@@ -66,7 +68,7 @@ class TokenStream:
         self.data, self.seed, self.buffer, self.tasks = data, seed, buffer, tasks
         self.parts: list[Part] = open_split(data, "train")
         self.encoders: list[RowEncoder] = [
-            make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None) for part in self.parts
+            make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None, needs) for part in self.parts
         ]
         self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mask=mask)
         for encoder in self.encoders:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -53,12 +53,14 @@ def build(
     mask: str,
     draw: Draw | None = None,
     task_field: str | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> TokenTable:
     """The token table of one source.
 
     Args:
         draw: (count, seed): keep `count` rows drawn with the seed instead of all.
         task_field: column that names the task of a row, where the stack keeps tasks apart.
+        needs: column that every prompt row must hold -> key path of what reads it.
     """
     kind = row_type(rows)
     plugged = plugin_code()
@@ -73,6 +75,7 @@ def build(
             "code": code_version(),
             **({"task": task_field} if task_field else {}),
             **({"plugins": plugged} if plugged else {}),
+            **({"needs": dict(needs)} if needs else {}),
         }
     )
     folder = table_folder(key) if data.cache else None
@@ -81,7 +84,7 @@ def build(
         if found is not None:
             found.facts["report"]["source"] = part.reader.name
             return found
-    encoder = make_encoder(part, data, tokenizer, rows, mask, task_field)
+    encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs)
     writer = Writer(kind, folder)
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
     try:
@@ -100,7 +103,13 @@ def plugin_code() -> dict[str, str]:
 
 
 def make_encoder(
-    part: Part, data: DataSection, tokenizer: PreTrainedTokenizerBase, rows: str, mask: str, task_field: str | None = None
+    part: Part,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: str,
+    mask: str,
+    task_field: str | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> RowEncoder:
     """Detect the source's format and make its encoder.
 
@@ -108,7 +117,7 @@ def make_encoder(
         DataError: no rows, or columns that fit no format.
     """
     found = source_layout(part, data, rows)
-    return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases)
+    return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases, needs)
 
 
 def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:

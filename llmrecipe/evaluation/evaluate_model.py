@@ -127,7 +127,7 @@ def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
     mask = getattr(subject.objective, "mask", None) or "completion"
     data = prepare(
         recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
-        label_map=names, unseal=split == "test", tasks=tasks,
+        label_map=names, unseal=split == "test", tasks=tasks, needs=subject.objective.columns(),
     )  # fmt: skip
     if data is None:
         raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")

@@ -60,25 +60,25 @@ class Duel:
 
     Raises:
         DataError: the prompts or pairs have no such split.
-        RecipeError: the rows lack what the reward asks for.
+        DataError: rows lack what the reward reads.
     """
 
     def __init__(self, base: Subject, arena: Arena):
         self.base, self.arena = base, arena
-        self.prompts = self._rows(arena.prompts, "prompt")
-        self.pairs = self._rows(arena.pairs, "preference") if arena.pairs else []
         self.rewards = Rewards(arena.reward, arena.where)
+        self.prompts = self._rows(arena.prompts, "prompt", self.rewards.needs())
+        self.pairs = self._rows(arena.pairs, "preference") if arena.pairs else []
         self.rewards.check(sorted({key for row in self.prompts for key in json.loads(row.get("columns") or "{}")}))
         self.rewards.open(base.roles)
         self.answers = self.answer(base)
         self.scores = self.score(self.answers)
 
-    def _rows(self, path: str, kind: str) -> list[dict[str, Any]]:
+    def _rows(self, path: str, kind: str, needs: dict[str, str] | None = None) -> list[dict[str, Any]]:
         from llmrecipe.data import prepare
 
         a = self.arena
         section = DataSection(path=path, max_length=a.max_length)
-        data = prepare(section, self.base.opened.tokenizer, kind, split=a.split, seed=0, unseal=True)
+        data = prepare(section, self.base.opened.tokenizer, kind, split=a.split, seed=0, unseal=True, needs=needs)
         if data is None:
             raise DataError(f"{path} has no {a.split} split")
         return [data[i] for i in range(min(len(data), a.limit or len(data)))]

@@ -54,6 +54,10 @@ class Objective:
     mask: ClassVar[str | None] = None
     """What the data layer marks as trained when the objective has no `mask` option of its own."""
 
+    def columns(self) -> Mapping[str, str]:
+        """Column that every prompt row must hold besides its prompt -> key path of what reads it."""
+        return {}
+
     def check(self, recipe: Any, data: Any) -> None:
         """Refuse a recipe this objective cannot run on these training rows.
 

@@ -50,15 +50,19 @@ class Reward:
         """Hold measure -> one number for each answer of the last call of `score`."""
         return {}
 
+    def needs(self) -> Sequence[str]:
+        """Name the columns every prompt row must hold; rows without one, or with null in it, are never scored."""
+        return ()
+
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Refuse rows this reward cannot score, before any weight is read.
+        """Refuse options this reward cannot score with, before any weight is read.
 
         Args:
             columns: what the prompt rows hold besides the prompt.
             where: key path of this reward.
 
         Raises:
-            RecipeError: naming what is missing.
+            RecipeError: naming the option.
         """
 
     def prepare(self, opened: Opened, frozen: bool) -> None:
@@ -99,10 +103,24 @@ class Rewards:
         for name, body in section.items():
             self.parts[str(name)] = _part(str(name), body, f"{where}.{name}")
 
+    def needs(self) -> dict[str, str]:
+        """Column that every prompt row must hold -> key path of the first reward that reads it."""
+        found: dict[str, str] = {}
+        for name, (reward, _) in self.parts.items():
+            for column in reward.needs():
+                found.setdefault(column, f"{self.where}.{name}")
+        return found
+
     def check(self, columns: Sequence[str]) -> None:
-        """Run the check of every reward."""
+        """Check the options of every reward, and that the rows have the columns it reads.
+
+        Raises:
+            RecipeError: naming the option or the column.
+        """
         for name, (reward, _) in self.parts.items():
             reward.check(columns, f"{self.where}.{name}")
+            for column in reward.needs():
+                need_column(column, columns, f"{self.where}.{name}")
 
     def prepare(self, opened: Opened, frozen: bool) -> None:
         """Run the preparation of every reward."""

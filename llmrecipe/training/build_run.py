@@ -197,11 +197,12 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     mask = getattr(objective, "mask", None) or "completion"
     tasks = tasks_of(wrappers, open_model.resolve(recipe.model)[1])
-    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
+    needs = objective.columns()
+    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs)
     labels = getattr(data, "labels", None)
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
-        tasks=data.tasks if data is not None else None,
+        tasks=data.tasks if data is not None else None, needs=needs,
     )  # fmt: skip
     return data, validation, labels
 
@@ -215,7 +216,7 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
     mask = getattr(objective, "mask", None) or "completion"
     return prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
-        label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks,
+        label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.errors import DataError
 from llmrecipe.evaluation.evaluate_model import Subject, open_subject
 from llmrecipe.evaluation.win_rate import Arena, Duel, win_rate
 
@@ -90,7 +90,7 @@ def test_margins_are_what_training_moved_the_better_answer_over_the_worse(duel: 
 
 def test_rows_without_what_the_reward_asks_for_are_refused() -> None:
     arena = Arena("builtin:sums", None, {"rule": {"rule": "manners"}}, 1, 4, 128, "test", 2, 0, "board.reward")
-    with pytest.raises(RecipeError, match=r"board.reward.rule: the prompt rows have no column 'topic'"):
+    with pytest.raises(DataError, match=r"board.reward.rule: the row has no column 'topic'"):
         Duel(open_subject("tiny", []), arena)
 
 

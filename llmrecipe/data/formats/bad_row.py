@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from llmrecipe.core.errors import did_you_mean
+
 
 class BadRow(Exception):
     """One row that cannot be used; it is dropped and counted under its reason.
@@ -17,3 +22,22 @@ class BadRow(Exception):
         self.reason = reason
         self.detail = detail
         self.tokens = tokens
+
+
+def need_columns(columns: Mapping[str, Any], needs: Mapping[str, str]) -> None:
+    """Refuse a prompt row without a column, or with null (or NaN, a null of Parquet tables of numbers) in it.
+
+    Args:
+        columns: what the row holds besides its prompt.
+        needs: column -> key path of what reads it.
+
+    Raises:
+        BadRow: naming the first such column.
+    """
+    for name, where in needs.items():
+        value = columns.get(name)
+        if name not in columns:
+            held = ", ".join(map(str, columns)) or "only the prompt"
+            raise BadRow(f"{where}: the row has no column '{name}'", f"it has {held}{did_you_mean(name, columns)}")
+        if value is None or value != value:
+            raise BadRow(f"{where}: the column '{name}' is null")

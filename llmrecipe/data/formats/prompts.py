@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats import detect
-from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.sources import open_split
 from llmrecipe.recipe.schema import DataSection
@@ -32,7 +33,11 @@ class Prompt:
 
 
 def read_prompts(
-    source: str | DataSection, split: str = "train", limit: int | None = None, where: str = "prompts"
+    source: str | DataSection,
+    split: str = "train",
+    limit: int | None = None,
+    where: str = "prompts",
+    needs: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """The prompts of a split of a source, in its order.
 
@@ -40,9 +45,10 @@ def read_prompts(
         source: where the rows are, alone or as a recipe's section says it.
         limit: the first so many.
         where: key path for messages.
+        needs: column that every row must hold -> key path of what reads it.
 
     Raises:
-        DataError: there is no such source or split, or a row has no prompt.
+        DataError: there is no such source or split, or a row has no prompt or lacks a column.
     """
     data = DataSection(path=source) if isinstance(source, str) else source
     try:
@@ -60,7 +66,10 @@ def read_prompts(
             row = detect.rename(row, data.columns)
             shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
             try:
-                found += [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True))]
+                made = [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True))]
+                for one in made:
+                    need_columns(one.columns, needs or {})
+                found += made
             except BadRow as bad:
                 raise DataError(
                     f"{where}: {part.reader.where(index)}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}"

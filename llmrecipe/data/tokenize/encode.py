@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import rename
 from llmrecipe.data.token_report import Report
@@ -40,6 +40,7 @@ class RowEncoder(Encoder):
         base: folder image paths refer to.
         task_field: column that names the task of a row; None where nothing asks for it.
         aliases: columns recognised by their names (`data.formats.aliases`), besides the recipe's own mapping.
+        needs: column that every prompt row must hold -> key path of what reads it.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class RowEncoder(Encoder):
         base: Path | None = None,
         task_field: str | None = None,
         aliases: Mapping[str, str] | None = None,
+        needs: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tokenizer, mask, data)
         self.kind = row_type(rows)
         self.columns = {**data.columns, **(aliases or {})}
         self.task_field = task_field
+        self.needs = dict(needs or {})
         template = self.tokens.template
         self.conversion = Conversion(rows, bool(template and template.named), template is not None, data.system, base)
         self.format = data_format(format_name)
@@ -74,7 +77,10 @@ class RowEncoder(Encoder):
             try:
                 named = rename(row, self.columns)
                 task = self._task(named, row)
-                items += [Item(index, where, one, task=task) for one in self.format.convert(named, self.conversion)]
+                made = [Item(index, where, one, task=task) for one in self.format.convert(named, self.conversion)]
+                for item in made:
+                    need_columns(item.row.get("columns", {}), self.needs)
+                items += made
             except BadRow as bad:
                 report.drop(bad.reason, where, bad.detail)
             except (KeyError, TypeError, AttributeError, ValueError) as error:

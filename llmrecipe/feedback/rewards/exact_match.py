@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
-from llmrecipe.objectives.reward_interface import Answer, Reward, need_column
+from llmrecipe.objectives.reward_interface import Answer, Reward
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -26,9 +26,12 @@ class ExactMatch(Reward):
     ignore_case: bool = False
     """Compare in lower case."""
 
+    def needs(self) -> list[str]:
+        """Name the column of the right answer."""
+        return [self.column]
+
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Refuse rows without the column, and an invalid pattern."""
-        need_column(self.column, columns, where)
+        """Refuse an invalid pattern."""
         if self.extract is not None:
             compiled(self.extract, f"{where}.extract")
 

@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.registry import register
-from llmrecipe.objectives.reward_interface import Answer, Reward, need_column
+from llmrecipe.objectives.reward_interface import Answer, Reward
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+GIVEN = ("prompt", "answer")
+"""What a function may ask for by name besides the row's columns."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,7 +23,8 @@ def reward_function(function: F) -> F:
     """Register a function as a reward under its name.
 
     It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the
-    whole `Answer`) or a column of the row. It returns a number. Packages named in `plugins` are searched for such functions.
+    whole `Answer`) or a column of the row. It returns a number. A parameter with a default takes rows without its column too.
+    Packages named in `plugins` are searched for such functions.
     """
     FUNCTIONS[function.__name__] = function
     return function
@@ -33,8 +37,13 @@ class Function(Reward):
     function: str = ""
     """Its name."""
 
+    def needs(self) -> list[str]:
+        """Name the columns the function asks for without a default."""
+        function = functions().get(self.function)
+        return [] if function is None else [name for name, needed in wanted(function).items() if needed and name not in GIVEN]
+
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Refuse a function that does not exist, and rows without the columns it takes."""
+        """Refuse a function that does not exist."""
         known = functions()
         if self.function not in known:
             hint = did_you_mean(self.function, known) if self.function else ""
@@ -43,9 +52,6 @@ class Function(Reward):
                 f"{where}.function: no reward function is called '{self.function}'{hint} (known: {names}); mark one "
                 "with llmrecipe.feedback.rewards.function.reward_function in a package and name that package: plugins=[PACKAGE]"
             )
-        for name in wanted(known[self.function]):
-            if name not in ("prompt", "answer"):
-                need_column(name, columns, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return the function's numbers.
@@ -57,8 +63,8 @@ class Function(Reward):
         names = wanted(function)
         scores = []
         for a in answers:
-            given = {"prompt": a.prompt, "answer": a}
-            value = function(a.text, **{n: given[n] if n in given else a.columns[n] for n in names})
+            given = {**a.columns, "prompt": a.prompt, "answer": a}
+            value = function(a.text, **{name: given[name] for name, needed in names.items() if needed or name in given})
             if isinstance(value, bool | int | float) and value == value:
                 scores.append(float(value))
                 continue
@@ -74,6 +80,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     return FUNCTIONS
 
 
-def wanted(function: Callable[..., Any]) -> list[str]:
-    """Return the names of a function's arguments besides the text."""
-    return list(inspect.signature(function).parameters)[1:]
+def wanted(function: Callable[..., Any]) -> dict[str, bool]:
+    """Return what a function asks for by name besides the text -> whether it must be given."""
+    named = list(inspect.signature(function).parameters.values())[1:]
+    return {p.name: p.default is p.empty for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.option_types import ClassVar
 from llmrecipe.core.registry import register
-from llmrecipe.objectives.reward_interface import Answer, Reward, need_column
+from llmrecipe.objectives.reward_interface import Answer, Reward
 
 
 @register
@@ -20,14 +20,17 @@ class Rule(Reward):
     rule: str = "manners"
     """Which rule: manners, polite, on_topic, well_formed, exact, last_number, rude."""
 
+    def needs(self) -> list[str]:
+        """Name what the rule asks for besides the answer."""
+        known = _rules()
+        return _arguments(known[self.rule]) if self.rule in known else []
+
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Refuse a rule that does not exist, and rows without the columns it takes."""
+        """Refuse a rule that does not exist."""
         known = _rules()
         if self.rule not in known:
             near = did_you_mean(self.rule, known)
             raise RecipeError(f"{where}.rule: there is no rule '{self.rule}'{near} (known: {', '.join(sorted(known))})")
-        for name in _arguments(known[self.rule]):
-            need_column(name, columns, where)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return the rule's scores, in [0, 1]."""

@@ -64,6 +64,7 @@ class Eval(Step):
         composition = check_subject(self.model, self._words())
         if rewards is not None and not unfinished(self.data):
             rewards.check(sorted(self._prompts(composition.recipe.data, where, 1)[0].columns))
+            self._prompts(composition.recipe.data, where, self.limit, rewards.needs())
 
     def run(self, work: Work) -> dict[str, Any]:
         """Measure, then answer and reward."""
@@ -88,12 +89,12 @@ class Eval(Step):
             own["eval", "metrics"] = self.metrics
         return [*(as_word(key, value) for key, value in own.items()), *self.words]
 
-    def _prompts(self, data: Any, where: str, limit: int | None) -> list[Prompt]:
+    def _prompts(self, data: Any, where: str, limit: int | None, needs: dict[str, str] | None = None) -> list[Prompt]:
         from llmrecipe.data.formats.prompts import read_prompts
 
         if data.path is None:
             raise RecipeError(f"{where}.data: must be given; the model's recipe names no rows")
-        return read_prompts(data, self.split, limit, f"{where}.data")
+        return read_prompts(data, self.split, limit, f"{where}.data", needs)
 
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
         """Means of the rewards of greedy answers."""
@@ -106,7 +107,7 @@ class Eval(Step):
         rewards.open(subject.roles)
         tokenizer, model = subject.opened.tokenizer, subject.roles.model
         ends = end_tokens(model, tokenizer)
-        prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit)
+        prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit, rewards.needs())
         asked: list[dict[str, Any]] = [{"ids": prompt_ids(tokenizer, p.turns), "columns": p.columns} for p in prompts]
 
         def answer(part: list[list[int]], keys: list[str]) -> Iterator[tuple[int, list[int]]]:

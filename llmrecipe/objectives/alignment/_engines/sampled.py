@@ -57,6 +57,10 @@ class Sampled:
         """Hold the running state of the rollouts."""
         return Rollouts(self.plan(), self.reward)
 
+    def columns(self) -> dict[str, str]:
+        """Name what the rewards read."""
+        return self.live.rewards.needs() if self.reward else {}
+
     def check(self, recipe: Any, data: Any) -> None:
         """Refuse rows that the rewards cannot score.
 
