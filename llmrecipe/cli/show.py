@@ -51,9 +51,11 @@ def verb(
 
 
 def _print(out: Console, card: dict[str, Any]) -> None:
+    from pathlib import Path
+
     from rich.text import Text
 
-    from llmrecipe.recipe.yaml_file import Path, short
+    from llmrecipe.recipe.yaml_file import short
 
     family = f", {card['family']}" if card.get("family") else ""
     out.print(Text(f"{card['name']}  ({card['group']}{family})", "bold"))

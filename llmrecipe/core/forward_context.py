@@ -89,6 +89,6 @@ def activate(context: Context) -> Iterator[Context]:
         _current.reset(token)
 
 
-def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
     """Return `context_fn` for non-reentrant checkpointing: recomputation runs under the context of the original forward."""
     return contextlib.nullcontext(), activate(current())

@@ -159,7 +159,8 @@ class Client:
             self.requests += 1
         request = urllib.request.Request(self.url.rstrip("/") + path if path else self.url, content, headers)
         with OPENER.open(request, timeout=self.timeout) as reply:
-            return reply.read()
+            body: bytes = reply.read()
+            return body
 
     def _take_turn(self) -> None:
         """Wait until the rate allows one more request."""

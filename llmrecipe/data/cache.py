@@ -173,7 +173,8 @@ class _Batch:
     def column(self, name: str) -> list[Any]:
         """One column as Python values."""
         if name in self.scalars:
-            return self.scalars[name].to_pylist()
+            found: list[Any] = self.scalars[name].to_pylist()
+            return found
         offsets, values, _ = self.lists[name]
         return [values[start:end].tolist() for start, end in pairwise(offsets)]
 

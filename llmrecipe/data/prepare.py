@@ -82,7 +82,8 @@ class TokenData(Sequence[Row]):
         """A stored label (JSON text) as a class index, a list of them, or a number."""
         value = json.loads(text)
         if self.labels is None:
-            return value
+            number: int | float = value
+            return number
         if isinstance(value, list):
             return [self._numbers[str(one)] for one in value]
         return self._numbers[str(value)]

@@ -46,7 +46,8 @@ def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
             )
             raise RecipeError(f"{dotted(key)}: {text} {reason}{_at(origins, key)}") from error
     resolved = OmegaConf.to_container(config, resolve=True)
-    return _each(resolved, lambda text, key: text.replace("\0", "${").replace("\1", "}"))
+    whole: dict[str, Any] = _each(resolved, lambda text, key: text.replace("\0", "${").replace("\1", "}"))
+    return whole
 
 
 def _value(config: Any, key: KeyPath) -> Any:

@@ -173,7 +173,7 @@ def _holds_keys(key: KeyPath) -> bool:
 
 
 def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
-    node: Any = mapping
+    node: dict[Any, Any] = mapping
     for depth, part in enumerate(word.key[:-1]):
         if word.delete and part not in node:
             raise RecipeError(

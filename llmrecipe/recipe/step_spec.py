@@ -103,7 +103,8 @@ class StepComposition:
         """
         from llmrecipe.recipe.validate import build
 
-        return build(GROUP, {"kind": self.kind, **self.options}, where or self.kind)
+        step: Buildable = build(GROUP, {"kind": self.kind, **self.options}, where or self.kind)
+        return step
 
 
 def gives(kind: str) -> str:

@@ -248,7 +248,7 @@ class TableFile(Reader):
         self.table = _read_table(path, kind)
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
         """Rows as dicts; a contiguous range is one slice."""

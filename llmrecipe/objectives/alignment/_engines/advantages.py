@@ -32,7 +32,7 @@ def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, tota
         return centred
     if scale == "group":
         return centred / ((centred**2).sum(1, keepdim=True).div(scores.shape[1] - 1).sqrt() + eps)
-    return centred / (moments(scores.flatten(), total)[1] ** 0.5 + eps)
+    return centred / (float(moments(scores.flatten(), total)[1] ** 0.5) + eps)
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def moments(values: Tensor, total: Sum = alone) -> tuple[float, float]:
 def whiten(values: Tensor, total: Sum = alone, shift: bool = True) -> Tensor:
     """Compute (x - mean) / sqrt(var + 1e-8), (N,) -> (N,), over the tokens of all processes; `shift=False` keeps the mean."""
     mean, variance = moments(values, total)
-    white = (values - mean) * (variance + 1e-8) ** -0.5
+    white = (values - mean) * float((variance + 1e-8) ** -0.5)
     return white if shift else white + mean
 
 
