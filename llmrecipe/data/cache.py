@@ -1,8 +1,8 @@
 """The token cache: Arrow files read memory-mapped, keyed by content.
 
-The key is a hash of what decides the token rows and of nothing else: the content of the data, the tokenizer with its
-template, the row type and mask, the length options, the split or draw taken, and the code that encodes. A table is written
-beside its place and renamed into it, so a reader never sees half of one and two writers do not disturb each other.
+The key is a hash of what determines the token rows and of nothing else: the content of the data, the tokenizer with its
+template, the row type and mask, the length options, the split or sample, and the code that encodes. A table is written under
+a temporary name and then renamed, so a reader never sees half of one and two writers do not disturb each other.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ FILE, FACTS = "rows.arrow", "facts.json"
 
 
 def cache_root() -> Path:
-    """`$LLMRECIPE_CACHE`, or ~/.cache/llmrecipe."""
+    """Return `$LLMRECIPE_CACHE`, or ~/.cache/llmrecipe."""
     named = os.environ.get("LLMRECIPE_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "llmrecipe"
 
 
 def key_of(ingredients: dict[str, Any]) -> str:
-    """The key of a table: hash of its ingredients, independent of their order."""
+    """Return the key of a table: the hash of its ingredients, independent of their order."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything in a tokenizer that decides ids: vocabulary, merges, rules, special tokens, template."""
+    """Return a hash of all of a tokenizer that determines ids: vocabulary, merges, rules, special tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         text = backend.to_str()
-        text = text[max(text.find('"added_tokens"'), 0) :]  # what stands before is padding and truncation of the last call
+        text = text[max(text.find('"added_tokens"'), 0) :]  # before it are padding and truncation of the last call
     else:
         text = json.dumps([sorted(tokenizer.get_vocab().items()), type(tokenizer).__name__])
     rest = [
@@ -58,7 +58,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def keep_picture(content: bytes) -> Path:
-    """A file in the cache that holds these bytes, named by their hash."""
+    """Store bytes in a file of the cache, named by their hash, and return its path."""
     path = cache_root() / "pictures" / hashlib.sha256(content).hexdigest()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def keep_picture(content: bytes) -> Path:
 
 
 def schema_of(kind: RowType) -> pa.Schema:
-    """The Arrow schema of a row type's token rows."""
+    """Return the Arrow schema of a row type's token rows."""
     import pyarrow as pa
 
     types = {"float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
@@ -80,14 +80,14 @@ def schema_of(kind: RowType) -> pa.Schema:
 
 
 def to_batch(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Columns of Python lists as one Arrow record batch."""
+    """Return columns of Python lists as one Arrow record batch."""
     import pyarrow as pa
 
     return pa.record_batch([_array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """`pa.array`, which imports pandas to look at its argument (0.3 s of a start), only where it is needed."""
+    """Build an Arrow array, calling `pa.array`, which imports pandas (0.3 s at start-up), only where it is needed."""
     import pyarrow as pa
 
     if all(v is None for v in values):
@@ -105,7 +105,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    """The integers of an array without nulls, where they lie; `to_numpy` would import pandas (0.3 s and 40 MB of a start)."""
+    """Return the integers of an array without nulls, not copied; `to_numpy` would import pandas (0.3 s and 40 MB)."""
     data, dtype = array.buffers()[1], np.dtype(str(array.type))
     if data is None:
         return np.zeros(len(array), dtype)
@@ -113,9 +113,9 @@ def _numbers(array: pa.Array) -> np.ndarray:
 
 
 class TokenTable:
-    """Token rows of one key, read straight from the file's pages.
+    """Token rows of one key, read from the memory-mapped file.
 
-    Lists are sliced out of the record batches' own buffers; nothing is copied until a row is asked for.
+    Lists are sliced out of the record batches' own buffers; nothing is copied until a row is read.
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch], kind: RowType, facts: dict[str, Any]) -> None:
@@ -133,13 +133,13 @@ class TokenTable:
         return self._batches[part].row(index - self._starts[part])
 
     def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row, over all its id columns."""
+        """Return the number of tokens of each row, over all its id columns, (rows,)."""
         names = [n for n in self.kind.lists if n not in self.kind.uncounted]
         parts = [batch.lengths(names) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def column(self, name: str) -> list[Any]:
-        """A column of texts, numbers or lists of numbers, whole; None where a row has none."""
+        """Return a whole column of texts, numbers or lists of numbers; None where a row has no value."""
         return [value for batch in self._batches for value in batch.column(name)]
 
 
@@ -159,7 +159,7 @@ class _Batch:
                 self.scalars[name] = column
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row as Python lists and scalars; empty optional columns are left out."""
+        """Return one row as Python lists and scalars; empty optional columns are left out."""
         found: dict[str, Any] = {}
         for name, (offsets, values, missing) in self.lists.items():
             if not missing:
@@ -171,7 +171,7 @@ class _Batch:
         return found
 
     def column(self, name: str) -> list[Any]:
-        """One column as Python values."""
+        """Return one column as Python values."""
         if name in self.scalars:
             found: list[Any] = self.scalars[name].to_pylist()
             return found
@@ -179,15 +179,15 @@ class _Batch:
         return [values[start:end].tolist() for start, end in pairwise(offsets)]
 
     def lengths(self, names: Sequence[str]) -> np.ndarray:
-        """Tokens of each row over some columns."""
+        """Return the number of tokens of each row over some columns, (rows,)."""
         return sum((np.diff(self.lists[n][0]).astype(np.int64) for n in names), np.zeros(self.rows, dtype=np.int64))
 
 
 class Writer:
-    """Collects record batches of a table and puts it into its place at once.
+    """Collects record batches of a table and writes it atomically.
 
     Args:
-        folder: where the table will lie; None keeps it in memory.
+        folder: where to write the table; None keeps it in memory.
     """
 
     def __init__(self, kind: RowType, folder: Path | None) -> None:
@@ -213,7 +213,7 @@ class Writer:
             raise _no_room(self._aside, error) from error
 
     def finish(self, facts: dict[str, Any]) -> TokenTable:
-        """Close the table, move it into place, and open it."""
+        """Close the table, rename it to its final name, and open it."""
         if self._aside is None or self.folder is None:
             return TokenTable(self.batches, self.kind, facts)
         try:
@@ -237,7 +237,7 @@ class Writer:
         return found
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove what was written so far."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -253,12 +253,12 @@ def _no_room(place: Path, error: OSError) -> DataError:
 
 
 def table_folder(key: str) -> Path:
-    """Where the table of a key lies."""
+    """Return the folder of the table of a key."""
     return cache_root() / "tokens" / key[:2] / key
 
 
 def open_table(folder: Path, kind: RowType) -> TokenTable | None:
-    """The table in a folder, memory-mapped; None when there is none, or one that cannot be read (it is removed)."""
+    """Open the table in a folder, memory-mapped; return None when there is none, or after removing an unreadable one."""
     import pyarrow as pa
 
     if not (folder / FACTS).exists():

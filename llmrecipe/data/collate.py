@@ -2,9 +2,9 @@
 
 Letters: R rows, T columns, N scored positions, S sequences.
 
-Two layouts, one result. `pack` puts sequences end to end in one row without padding; each attends to itself and to its
-parent only. `pad` writes one row a sequence. Both fill the same flat lists, in the order of the sequences, so an objective
-never sees which layout was used.
+Two layouts, one result. `pack` concatenates sequences in one row without padding; each attends to itself and to its parent
+only. `pad` writes one row per sequence. Both fill the same flat lists, in the order of the sequences, so an objective does not
+depend on the layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Sequence:
     parent: int | None = None
     """Index of the sequence it continues: the shared prompt of a chosen and a rejected answer."""
     prompt: int = 0
-    """How many leading tokens belong to the prompt."""
+    """Number of leading tokens that belong to the prompt."""
     task: int = 0
     """Task of a mixed-task batch."""
 
@@ -50,7 +50,7 @@ class Batch:
     target: Tensor
     """(N,) token ids."""
     sequence: Tensor
-    """(N,) which sequence each target belongs to."""
+    """(N,) index of the sequence each target belongs to."""
     sequences: int
     """S"""
     last: Tensor
@@ -62,14 +62,14 @@ class Batch:
     rows: tuple[int, ...] = ()
     """Indices of the token rows in their data set."""
     keys: tuple[int, ...] = ()
-    """A digest of each row's tokens, for what is remembered by content (reference log-probabilities)."""
+    """A digest of each row's tokens, for what is cached by content (reference log-probabilities)."""
     tokens: int = 0
     """Real tokens the model reads."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """What the objective needs besides tokens: labels, margins, advantages, encoder inputs."""
+    """What the objective needs in addition to tokens: labels, margins, advantages, encoder inputs."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
             return self
         names = (
@@ -87,7 +87,7 @@ class Batch:
         return replace(self, **moved, extra={k: v.to(device) for k, v in self.extra.items()})
 
     def context(self, role: str = "policy") -> Context:
-        """The context of a forward pass over this batch."""
+        """Return the context of a forward pass over this batch."""
         return Context(
             role=role,
             layout=self.layout,
@@ -98,15 +98,15 @@ class Batch:
         )
 
     def with_extra(self, **tensors: Tensor) -> Batch:
-        """The same batch with more tensors for the objective."""
+        """Return the same batch with more tensors for the objective."""
         return replace(self, extra={**self.extra, **tensors})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
-        """(N,) per-target values -> (S,) sums."""
+        """Sum per-target values (N,) by sequence, giving (S,)."""
         return values.new_zeros(self.sequences).index_add(0, self.sequence, values)
 
     def counts(self) -> Tensor:
-        """(S,) number of targets of each sequence, as float."""
+        """Return the number of targets of each sequence, (S,), as float."""
         return torch.bincount(self.sequence, minlength=self.sequences).to(torch.float32)
 
 
@@ -115,7 +115,7 @@ def _tasks(sequences: Seq[Sequence]) -> bool:
 
 
 def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor] | None = None) -> Batch:
-    """Lay sequences end to end in one row.
+    """Concatenate sequences in one row, R = 1.
 
     The first token of a sequence without parent has nothing before it and is never a target; the first token of a child is
     predicted from its parent's last token.
@@ -169,7 +169,7 @@ def pad(
     extra: dict[str, Tensor] | None = None,
     columns: int | None = None,
 ) -> Batch:
-    """Write one padded row a sequence; a parent is written out in front of each of its children.
+    """Write one padded row per sequence; a parent is repeated before each of its children.
 
     Args:
         columns: width of the rows; default the longest.

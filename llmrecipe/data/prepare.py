@@ -30,8 +30,8 @@ class TokenData(Sequence[Row]):
     """Token rows of a split, read from memory-mapped tables.
 
     `data[i]` is a dict of Python lists and scalars (`data.tokenize.row_type` has the columns) with `row` = i. `labels` are the
-    class names in the order of their numbers; None where labels are real numbers or there are none. `tasks` are the tasks the
-    stack keeps apart, if it does.
+    class names in the order of their ids; None where labels are real numbers or there are none. `tasks` are the tasks for which
+    the stack has separate parameters, if any.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class TokenData(Sequence[Row]):
         return (self[i] for i in range(len(self)))
 
     def column(self, name: str) -> list[Any]:
-        """A stored column of texts, numbers or lists of numbers, whole; None where a row has none."""
+        """Return a whole stored column of texts, numbers or lists of numbers; None where a row has no value."""
         return [value for table in self.tables for value in table.column(name)]
 
     def label(self, text: str) -> int | float | list[int]:
-        """A stored label (JSON text) as a class index, a list of them, or a number."""
+        """Return a stored label (JSON text) as a class index, a list of them, or a number."""
         value = json.loads(text)
         if self.labels is None:
             number: int | float = value
@@ -89,7 +89,7 @@ class TokenData(Sequence[Row]):
         return self._numbers[str(value)]
 
     def lengths(self) -> np.ndarray:
-        """(rows,) total tokens of each row."""
+        """Return the total number of tokens of each row, (rows,)."""
         return np.concatenate([t.lengths() for t in self.tables])
 
     def source_rows(self) -> list[int]:
@@ -110,32 +110,32 @@ def prepare(
     tasks: Tasks | None = None,
     needs: Mapping[str, str] | None = None,
 ) -> TokenData | StreamedRows | None:
-    """Token rows of a split, from the cache where they are there already.
+    """Return the token rows of a split, from the cache where possible.
 
     Args:
         data: the recipe's section.
         tokenizer: with its chat template set (`templates.set_template`).
-        rows: row type the objective asks for.
+        rows: row type the objective needs.
         mask: completion, assistant, last or all.
         split: train, validation or test.
         seed: decides which rows `data.limit` draws; token rows do not depend on it.
         label_map: `labels` of the training rows, so that every split numbers them alike.
-        tasks: the tasks the stack keeps apart; without names, those of the training rows (`TokenData.tasks` has them then).
+        tasks: the tasks with separate parameters; without names, those of the training rows (then in `TokenData.tasks`).
         unseal: must be True for the test split; only the one final test passes it.
         needs: column that every prompt row must hold -> key path of what reads it; rows without it are dropped and counted.
 
     Returns:
         The rows, or None where the recipe has no validation (or test) split. With `data.streaming`, training rows are
-        read as they are asked for.
+        read on demand.
 
     Raises:
         DataError: there are no training rows, the test split is sealed, the format is unknown, a row's task is unknown, or
-            the gate stops.
+            data validation stops.
     """
     if split == "test" and not unseal:
         raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
     if tasks is not None and "task" not in dict(row_type(rows).scalars):
-        raise DataError(f"the stack keeps tasks apart, but {rows} rows cannot name one; train on prompts with answers")
+        raise DataError(f"the stack has per-task parameters, but {rows} rows have no task; train on prompts with answers")
     if data.streaming and split == "train":
         ingredients = [
             data.model_dump(mode="json"),
@@ -174,7 +174,7 @@ def prepare(
 
 
 def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[int, int] | None]:
-    """How many rows of each source make up `data.limit`, with the seed of the draw."""
+    """Return how many rows of each source make up `data.limit`, with the seed of the sample."""
     assert data.limit is not None
     shares = np.array([part.weight if part.weight is not None else len(part.reader) for part in parts], dtype=float)
     exact = shares / shares.sum() * data.limit
@@ -185,7 +185,7 @@ def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[in
 
 
 def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: str, source: str) -> list[str] | None:
-    """Class names in the order of their numbers; None where labels are real numbers.
+    """Return class names in the order of their ids; None where labels are real numbers.
 
     Raises:
         DataError: the split has labels the training rows lack.
@@ -205,7 +205,7 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
 
 
 def order(data: TokenData | StreamedRows, seed: int, epoch: int) -> np.ndarray | range:
-    """Row indices of one epoch, shuffled by (seed, epoch); a stream shuffles itself, so its rows come in their own order.
+    """Return row indices of one epoch, shuffled by (seed, epoch); a stream shuffles itself, so its order is kept.
 
     Without weights it is a permutation. With weights it has as many entries as there are rows; each is drawn from source i
     with probability weight_i / sum(weights), and within a source rows come in a shuffled order that starts over when it is

@@ -1,4 +1,4 @@
-"""Token rows for people: pieces of text, each trained or not, and the facts of a data set."""
+"""Human-readable token rows: pieces of text, each trained or not, and statistics of a data set."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Piece:
 
 
 def pieces(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: bool = False) -> dict[str, list[Piece]]:
-    """The token columns of a row as pieces of text.
+    """Return the token columns of a row as pieces of text.
 
     Args:
-        each: one piece a token instead of one a run.
+        each: one piece per token instead of one per run of tokens.
     """
     found: dict[str, list[Piece]] = {}
     for name in PARTS:
@@ -47,7 +47,7 @@ def pieces(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: bool =
 
 
 def row_facts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One row as JSON values: each token with its id, text and whether it is trained."""
+    """Return one row as JSON values: each token with its id, text and whether it is trained."""
     tokens = {
         name: [{"id": p.ids[0], "text": p.text, "trained": p.trained} for p in parts]
         for name, parts in pieces(row, tokenizer, each=True).items()
@@ -57,7 +57,7 @@ def row_facts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 
 def length_facts(data: TokenData, batch: int, seed: int) -> dict[str, float]:
-    """Lengths in tokens, and the share of padding if batches of rows were padded instead of packed."""
+    """Return lengths in tokens, and the share of padding if batches of rows were padded instead of packed."""
     lengths = data.lengths()
     shuffled = np.random.default_rng(seed).permutation(lengths)
     rows = len(lengths)

@@ -2,7 +2,7 @@
 
 stream = TokenStream(data, tokenizer, "dialogue", mask="completion", seed=0)
 row = next(stream)           # endless; `stream.epoch` counts passes
-state = stream.state()       # JSON; `stream.load_state(state)` continues behind that row
+state = stream.state()       # JSON; `stream.load_state(state)` continues after that row
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Raw = tuple[int, int, Row]
 BATCH = 64
 """Raw rows encoded at a time."""
 CHECKED = 1000
-"""Rows after which the gate looks at the counts."""
+"""Rows after which data validation checks the counts."""
 ENDLESS = 1 << 40
-"""Length of a stream whose sources do not know theirs."""
+"""Length of a stream whose sources have no known length."""
 
 
 class TokenStream:
@@ -45,8 +45,8 @@ class TokenStream:
 
     Args:
         buffer: rows the shuffle holds; 1 keeps the order of the files.
-        tasks: names of the tasks the stack keeps apart.
-        needs: column that every prompt row must hold -> key path of what reads it.
+        tasks: names of the tasks for which the stack has separate parameters.
+        needs: column that every prompt row must have -> key path of what reads it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TokenStream:
         self._start(0, 0, 0)
 
     def _start(self, epoch: int, batches: int, within: int) -> None:
-        """Stand in an epoch behind `batches` encoded batches and `within` rows of the next."""
+        """Go to the position in an epoch after `batches` encoded batches and `within` rows of the next."""
         self.epoch, self._batches, self._within = epoch, batches, 0
         self._raw = self._shuffled(epoch)
         for _ in islice(self._raw, batches * BATCH):
@@ -111,7 +111,7 @@ class TokenStream:
         return row
 
     def _fill(self) -> bool:
-        """Encode the next raw rows; False at the end of the epoch."""
+        """Encode the next raw rows; return False at the end of the epoch."""
         raw = list(islice(self._raw, BATCH))
         self._rows, self._within = [], 0
         for source in sorted({s for s, _, _ in raw}):
@@ -132,7 +132,7 @@ class TokenStream:
         return bool(raw)
 
     def _shuffled(self, epoch: int) -> Iterator[Raw]:
-        """Raw rows of an epoch through a shuffle buffer: each new row takes the place of a random one."""
+        """Yield raw rows of an epoch through a shuffle buffer: each new row replaces a random one."""
         rng = Random(f"{self.seed} {epoch}")
         held: list[Raw] = []
         for raw in self._mixed(epoch):
@@ -172,16 +172,16 @@ class TokenStream:
         return ((source, i, row) for i, row in part.reader.stream() if part.chosen(row))
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands, as JSON values."""
+        """Return the position of the stream as JSON values."""
         return {"epoch": self.epoch, "batches": self._batches, "within": self._within, "emitted": self.emitted}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Continue behind the row after which `state` was taken. Rows before it are read again but not encoded."""
+        """Continue after the row at which `state` was recorded. Rows before it are read again but not encoded."""
         self._start(state["epoch"], state["batches"], state["within"])
         self.emitted = state["emitted"]
 
     def seek(self, row: int) -> None:
-        """Stand before the row of that running number: exact, but rows before it are encoded again."""
+        """Go to the row of that running number: exact, but rows before it are encoded again."""
         if row < self.emitted:
             self._start(0, 0, 0)
             self.emitted = 0
@@ -190,10 +190,10 @@ class TokenStream:
 
 
 class StreamedRows(Sequence[Row]):
-    """A stream that is indexed like `TokenData`, by running number, and read forwards.
+    """A stream that is indexed like `TokenData`, by running number, and read forward.
 
-    An index ahead reads on; one behind starts over. The length is the number of raw rows where the sources know theirs
-    (rows the gate drops make a pass end a little later than the data), else `ENDLESS`: then a run needs `steps`.
+    A larger index reads on; a smaller one starts over. The length is the number of raw rows where the sources know it (dropped
+    rows make a pass end a little later than the data), else `ENDLESS`: then a run needs `steps`.
     """
 
     labels: list[str] | None = None
@@ -205,12 +205,12 @@ class StreamedRows(Sequence[Row]):
         self._length = ENDLESS if any(isinstance(r, HubStream) for r in readers) else sum(map(len, readers))
 
     def column(self, name: str) -> list[Any]:
-        """Nothing: rows of a stream are known one by one, as they are read."""
+        """Return an empty list: rows of a stream are known one by one, as they are read."""
         return []
 
     @property
     def report(self) -> Report:
-        """Counts over the rows read so far."""
+        """Return counts over the rows read so far."""
         return self.stream.report
 
     def __len__(self) -> int:
@@ -228,5 +228,5 @@ class StreamedRows(Sequence[Row]):
         return next(self.stream)
 
     def order(self, epoch: int) -> range:
-        """Running numbers of one pass; the stream itself shuffles."""
+        """Return the running numbers of one pass; the stream itself shuffles."""
         return range(epoch * self._length, (epoch + 1) * self._length)

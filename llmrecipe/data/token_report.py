@@ -1,4 +1,4 @@
-"""What happened to the rows on their way to tokens: shown at the start of a run and stored with it."""
+"""Statistics of tokenization: shown at the start of a run and stored with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Report:
-    """Counts over a data set. Reports of chunks and of sources add up with `merge`."""
+    """Counts over a data set. `merge` adds up reports of chunks and of sources."""
 
     source: str = ""
     format: str = ""
@@ -18,13 +18,13 @@ class Report:
     template: str = ""
     mask: str = ""
     read: int = 0
-    """Raw rows looked at."""
+    """Raw rows read."""
     kept: int = 0
     """Token rows made (more than raw rows where one gives several)."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Raw rows left out, by reason."""
     first: dict[str, str] = field(default_factory=dict)
-    """Reason -> where it was met first, and what was found."""
+    """Reason -> where it first occurred, and what was found."""
     tokens: int = 0
     trained: int = 0
     longest: int = 0
@@ -33,7 +33,7 @@ class Report:
     tokens_lost: int = 0
     """Tokens of truncated and dropped rows that are not trained on."""
     moved: int = 0
-    """Rows whose prompt ids are no prefix of the whole: the boundary moved."""
+    """Rows whose prompt ids are not a prefix of the whole: the boundary moved."""
     prompts: int = 0
     """Rows that have such a boundary."""
     ended: int = 0
@@ -49,7 +49,7 @@ class Report:
     labels: Counter[str] = field(default_factory=Counter)
 
     def drop(self, reason: str, where: str, detail: str = "", tokens: int = 0) -> None:
-        """Count a row that is left out."""
+        """Count a dropped row."""
         self.dropped[reason] += 1
         self.first.setdefault(reason, f"{where}: {detail}" if detail else where)
         self.tokens_lost += tokens
@@ -84,28 +84,28 @@ class Report:
 
     @property
     def lost(self) -> int:
-        """Raw rows left out, for whichever reason."""
+        """Return the number of raw rows dropped, for any reason."""
         return sum(self.dropped.values())
 
     @property
     def dropped_share(self) -> float:
-        """Share of raw rows left out."""
+        """Return the share of raw rows dropped."""
         return self.lost / self.read if self.read else 0.0
 
     @property
     def ended_share(self) -> float | None:
-        """Share of answers that end with an end token, or None where no answer is trained."""
+        """Return the share of answers that end with an end token, or None where no answer is trained."""
         return self.ended / self.endable if self.endable else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values; what is empty is left out."""
+        """Return the report as JSON values; empty values are left out."""
         values = {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
         values = {k: v for k, v in values.items() if v not in ({}, "")}
         return {**values, "ended_share": self.ended_share, "dropped_share": self.dropped_share}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """The report `to_dict` wrote."""
+        """Return the report that `to_dict` wrote."""
         names = cls.__dataclass_fields__
         report = cls(**{k: v for k, v in values.items() if k in names})
         report.dropped, report.labels = Counter(report.dropped), Counter(report.labels)
@@ -114,7 +114,7 @@ class Report:
         return report
 
     def lines(self) -> list[str]:
-        """The report as text, one fact a line."""
+        """Return the report as lines of text, one fact each."""
         mapping = ", ".join(f"{w} <- {c}" for w, c in self.mapping.items())
         share = f"{self.trained / self.tokens:.0%}" if self.tokens else "none"
         out = [

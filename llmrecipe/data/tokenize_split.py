@@ -1,4 +1,4 @@
-"""Building one token table: read, encode in batches (in processes where there is much), write, or find it in the cache."""
+"""Building one token table: read, encode in batches (in several processes for large data), write, or reuse the cached one."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 BATCH = 1024
 """Raw rows encoded at a time."""
 LARGE = 20_000
-"""Rows from which processes pay for their start."""
+"""Least number of rows for which starting processes pays off."""
 SAMPLE = 20
-"""Rows looked at to find the format."""
+"""Rows that are read to detect the format."""
 
 Draw = tuple[int, int]
 
@@ -55,12 +55,12 @@ def build(
     task_field: str | None = None,
     needs: Mapping[str, str] | None = None,
 ) -> TokenTable:
-    """The token table of one source.
+    """Build the token table of one source.
 
     Args:
         draw: (count, seed): keep `count` rows drawn with the seed instead of all.
-        task_field: column that names the task of a row, where the stack keeps tasks apart.
-        needs: column that every prompt row must hold -> key path of what reads it.
+        task_field: column that names the task of a row, where the stack has per-task parameters.
+        needs: column that every prompt row must have -> key path of what reads it.
     """
     kind = row_type(rows)
     plugged = plugin_code()
@@ -121,7 +121,7 @@ def make_encoder(
 
 
 def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
-    """The format of a source and the columns recognised for it, from its first rows.
+    """Return the format of a source and the columns recognised for it, from its first rows.
 
     Raises:
         DataError: no rows, or columns that fit no format.
@@ -138,7 +138,7 @@ Encoded = tuple["pa.RecordBatch", Report]
 
 
 def _batches(encoder: RowEncoder, part: Part, draw: Draw | None, workers: int) -> Iterator[Encoded]:
-    """Record batches with their reports, in source order (or in the order of the draw)."""
+    """Yield record batches with their reports, in source order (or in the order of the sample)."""
     if draw is not None:
         yield from _drawn(encoder, part, draw)
         return
@@ -153,7 +153,7 @@ def _batches(encoder: RowEncoder, part: Part, draw: Draw | None, workers: int) -
 
 
 def _processes(workers: int, total: int) -> int:
-    """How many processes encode; one where forking is not safe or the data is small."""
+    """Return the number of encoding processes; one where forking is not safe or the data is small."""
     if not sys.platform.startswith("linux"):
         return 1
     if workers:
@@ -162,7 +162,7 @@ def _processes(workers: int, total: int) -> int:
 
 
 def _drawn(encoder: RowEncoder, part: Part, draw: Draw) -> Iterator[Encoded]:
-    """Rows of a seeded permutation until `count` are kept, so a limited run encodes little more than it uses."""
+    """Encode rows of a seeded permutation until `count` are kept, so a limited run encodes little more than it uses."""
     count, seed = draw
     shuffled = np.random.default_rng(seed).permutation(len(part.reader))
     step = max(min(BATCH, count), 1)
@@ -190,7 +190,7 @@ def encode_range(encoder: RowEncoder, part: Part, indices: Sequence[int] | range
 
 
 _work: Any = None
-"""What forked workers inherit: (encoder, part)."""
+"""(encoder, part), inherited by forked workers."""
 
 
 def _start_worker() -> None:
@@ -203,7 +203,7 @@ def _encode_in_worker(indices: range) -> Encoded:
 
 
 def _parallel(encoder: RowEncoder, part: Part, ranges: Sequence[range], processes: int) -> Iterator[Encoded]:
-    """Forked workers share the open file and the tokenizer; only record batches travel back."""
+    """Encode in forked workers, which share the open file and the tokenizer and send back only record batches."""
     global _work
     import multiprocessing
 

@@ -1,4 +1,4 @@
-"""The gate: data that cannot be trained on stops the run before a weight is read, with the shortest fix."""
+"""Data validation: data that cannot be trained on stops the run before a weight is read, with the shortest fix."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ FIXES = {
     TOO_LONG: "raise data.max_length, or set data.truncation (split for plain text, keep_start, truncate_prompt_left)",
     NO_ROOM: "raise data.max_length, or set data.truncation=truncate_prompt_left",
     NO_TARGET: "check objective.mask and the roles of the rows, or raise data.max_length",
-    "the chat template refuses the conversation": "mend the rows, or set tokenizer.chat_template to one that takes them",
+    "the chat template refuses the conversation": "fix the rows, or set tokenizer.chat_template to one that accepts them",
 }
-DEFAULT_FIX = "mend or remove these rows"
+DEFAULT_FIX = "fix or remove these rows"
 
 
 def check(report: Report, data: DataSection, split: str = "train") -> None:
     """Stop on impossible data.
 
     Args:
-        split: whose rows these are; one that is a share of the training rows may have got none of them.
+        split: the split of these rows; one that is a share of the training rows may have got none of them.
 
     Raises:
         DataError: no rows, two leading BOS tokens, too many rows dropped, or too many moved prompt boundaries.
@@ -39,7 +39,7 @@ def check(report: Report, data: DataSection, split: str = "train") -> None:
     if twice:
         raise DataError(
             f"{report.first[TWO_BOS]}: the row starts with two BOS tokens (as do {twice} rows in all): "
-            "one comes from the text or template, one from the tokenizer; take it out of the text, "
+            "one comes from the text or template, one from the tokenizer; remove it from the text, "
             "or name a template with tokenizer.chat_template"
         )
     if not report.kept:
@@ -54,14 +54,14 @@ def check(report: Report, data: DataSection, split: str = "train") -> None:
     if share > data.max_moved:
         raise DataError(
             f"{report.source}: in {report.moved} of {report.prompts} rows ({share:.1%}) the prompt's last tokens "
-            f"merge with the answer's first, so the model would be trained on prompts it never meets "
+            f"merge with the answer's first, so the model would be trained on prompts it never sees "
             f"(more than data.max_moved={data.max_moved:g}). End prompts on a token boundary "
-            "(no trailing space), use a chat template, or set data.max_moved=1 if it is meant"
+            "(no trailing space), use a chat template, or set data.max_moved=1 if it is intended"
         )
 
 
 def warnings(report: Report) -> list[str]:
-    """Facts a reader should see that do not stop the run."""
+    """Return warnings about the data that do not stop the run."""
     found = []
     if report.ended_share is not None and report.ended_share < 0.5:
         found.append(

@@ -4,10 +4,10 @@
       each: {method: {sft: {}, adapter: {optim: {lr: 3e-3}}}, seed: [0]}
       registered: {method: {stack: [additive, selective], except: [coda]}}
 
-adds to the axis `method` the recipe of every registered method of these families that the axis does not hold yet; what stands
-beside a value stays. The recipe of a method is called as the method, or sft_METHOD; that of an objective OBJECTIVE_lora, or as
-the objective. A component without one is left out. The values are written out before the words of the command line are read,
-so `~stages.method.each.method.adapter` drops one, and a recipe that was written down keeps the methods it was composed with.
+adds to the axis `method` the recipe of every registered method of these families that the axis does not contain yet; the keys
+of existing values stay. The recipe of a method is called as the method, or sft_METHOD; that of an objective OBJECTIVE_lora, or
+as the objective. A component without one is left out. The values are filled in before the overrides of the command line are
+read, so `~stages.method.each.method.adapter` drops one, and a stored recipe keeps the methods it was composed with.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fill(mapping: dict[str, Any], origins: Origins) -> None:
         for axis, source in asked.items() if isinstance(asked, Mapping) else [("", None)]:
             values = each.get(axis) if isinstance(each, dict) else None
             if not isinstance(values, dict) or not isinstance(source, Mapping):
-                example = "{method: {stack: [additive], except: [coda]}} beside an axis `method: {...}` of `each`"
+                example = "{method: {stack: [additive], except: [coda]}} next to an axis `method: {...}` of `each`"
                 raise _wrong(at, f"must be a mapping such as {example}; got {asked!r}", origin)
             for recipe in _missing(source, list(values), (*at, str(axis)), origin):
                 values[recipe] = {}

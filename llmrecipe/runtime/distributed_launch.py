@@ -68,7 +68,7 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
         # A negative code is the signal that ended the worker: 128 + number, as shells say it.
         return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
     except SignalException as error:
-        raise Interrupted(f"stopped by {error.sigval.name}; the workers were asked to write a checkpoint") from error
+        raise Interrupted(f"stopped by {error.sigval.name}; the workers were signalled to write a checkpoint") from error
     except RendezvousError as error:
         raise UserError(f"launch: the machines could not connect to each other at {cluster.master}: {error}") from error
     return 0

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_explained(tmp_path: Path, tasks: list, wanted: tup
 
 def test_rows_without_a_place_for_a_task_and_streams_without_names_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", NAMES)
-    with pytest.raises(DataError, match="text rows cannot name one"):
+    with pytest.raises(DataError, match="text rows have no task"):
         prepare(DataSection(path=path), byte_tokenizer(), "text", seed=0, tasks=Tasks())
     with pytest.raises(DataError, match=r"data\.streaming.*must be listed"):
         numbers(path, Tasks(), streaming=True)

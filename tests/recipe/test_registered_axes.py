@@ -99,8 +99,8 @@ GRID = """stages:
         ("recipe", "{stac: [selective]}", "registered.recipe.stac: names no group; did you mean 'stack'?"),
         ("recipe", "{stack: selective}", "must hold lists of names; got 'selective'"),
         ("recipe", "selective", "stages.run.registered: must be a mapping such as"),
-        ("seed", "{stack: [selective]}", "beside an axis `method: {...}` of `each`"),
-        ("recip", "{stack: [selective]}", "beside an axis `method: {...}` of `each`"),
+        ("seed", "{stack: [selective]}", "next to an axis `method: {...}` of `each`"),
+        ("recip", "{stack: [selective]}", "next to an axis `method: {...}` of `each`"),
     ],
 )
 def test_a_wrong_source_is_named_with_what_is_allowed(project: Project, axis: str, source: str, told: str) -> None:

@@ -1,7 +1,7 @@
-"""Column names that people use for the columns of a format: one table, applied where no format fits as it stands.
+"""Common other names for the columns of a format: one table, applied where no format matches the original names.
 
-What was taken is printed with the format (`format: preference (columns: chosen <- winning_response, ...)`); several columns
-that could be the same one are an error that proposes `data.columns`. The recipe's own `data.columns` go first.
+The mapping is printed with the format (`format: preference (columns: chosen <- winning_response, ...)`); several columns that
+could be the same one are an error that proposes `data.columns`. The recipe's own `data.columns` take precedence.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "positive": ("pos", "document", "passage", "positive_passage", "positive_document"),
     "negative": ("neg", "hard_negative", "negative_passage", "negative_document"),
 }  # fmt: skip
-"""Column of a format -> names other data sets have for it, in lower case with underscores."""
+"""Column of a format -> names it has in other data sets, in lower case with underscores."""
 LISTS = ("messages", "conversations", "options", "input_ids")
-"""Columns that hold lists; all others hold text, a message list, or one value."""
+"""Columns of lists; all others contain text, a message list, or one value."""
 
 
 def names_of(column: str, found: DataFormat) -> tuple[str, ...]:
@@ -81,22 +81,22 @@ def names_of(column: str, found: DataFormat) -> tuple[str, ...]:
 
 
 def normal(name: str) -> str:
-    """A column name in the spelling of the table."""
+    """Return a column name in the spelling of the table."""
     return "_".join(name.lower().replace("-", " ").replace(".", " ").replace("_", " ").split())
 
 
 def recognise(
     sample: Sequence[Row], formats: Sequence[DataFormat], where: str, keeps_columns: bool = False
 ) -> tuple[DataFormat, dict[str, str]] | None:
-    """The format that the columns of some rows spell in other words, with the mapping {wanted: column}.
+    """Find the format that the columns of some rows match under other names, with the mapping {wanted: column}.
 
-    Of several the one that leaves fewest known columns unused is taken, then the one with fewest renames.
+    Of several, the one with fewest unused known columns is chosen, then the one with fewest renames.
 
     Args:
         sample: first rows.
         formats: those that are possible, best first.
         where: place of the first row, for messages.
-        keeps_columns: other columns travel along, so none is unused.
+        keeps_columns: other columns are kept, so none is unused.
 
     Raises:
         DataError: a column could be any of several, and no other format fits.
@@ -132,7 +132,7 @@ def recognise(
 
 
 def _candidates(wanted: str, row: Row, columns: Sequence[str], found: DataFormat) -> list[str]:
-    """Columns that may be the wanted one by name and by what they hold."""
+    """Return columns that may be the wanted one by name and by content."""
     names = names_of(wanted, found)
     return [c for c, value in row.items() if c not in columns and normal(c) in (wanted, *names) and _holds(wanted, value)]
 

@@ -1,4 +1,4 @@
-"""Prompts with answers, as `generate` leaves them and as data sets have them."""
+"""Prompts with answers, as `generate` writes them and as data sets contain them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Answered:
     """One prompt with its answers."""
 
     prompt: str | list[dict[str, Any]]
-    """As it stands in its source: text, or messages."""
+    """As in its source: text, or messages."""
     answers: list[str]
     columns: dict[str, Any]
     """The row's other columns."""
 
     @property
     def words(self) -> str:
-        """The prompt as text: the content of a single turn, else every turn with its role."""
+        """Return the prompt as text: the content of a single turn, else every turn with its role."""
         if isinstance(self.prompt, str):
             return self.prompt
         if len(self.prompt) == 1:
@@ -33,11 +33,11 @@ class Answered:
 
 
 def read_answered(source: str, split: str, least: int, limit: int | None = None, where: str = "answers") -> list[Answered]:
-    """The rows of a split, in their order: {prompt, completion}, {prompt, completions} or {prompt, chosen, rejected}.
+    """Read the rows of a split, in order: {prompt, completion}, {prompt, completions} or {prompt, chosen, rejected}.
 
     Args:
-        least: how many answers a row must have.
-        limit: the first so many rows.
+        least: minimum number of answers per row.
+        limit: maximum number of rows, from the first.
         where: key path for messages.
 
     Raises:
@@ -68,17 +68,17 @@ def _answered(row: dict[str, Any], least: int, at: str) -> Answered:
     answers = [text for value in given if (text := answer_text(value)) is not None]
     if len(answers) < least or len(answers) < len(given):
         wanted = "an answer (completion)" if least == 1 else f"{least} answers (completions: [...], or chosen and rejected)"
-        raise DataError(f"{at}: {wanted} wanted (columns: {', '.join(row)}); `llmrecipe generate n={least}` makes such rows")
+        raise DataError(f"{at}: expected {wanted} (columns: {', '.join(row)}); `llmrecipe generate n={least}` makes such rows")
     return Answered(prompt, answers, {k: v for k, v in row.items() if k not in ANSWERS})
 
 
 def answer_text(value: Any) -> str | None:
-    """The text of an answer that is text or messages; None where it is neither."""
+    """Return the text of an answer that is text or messages; None where it is neither."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     return value if isinstance(value, str) else None
 
 
 def pairs_of(answers: Sequence[str]) -> list[tuple[int, int]]:
-    """Places (i, j), i < j, of every two different answers."""
+    """Return the indices (i, j), i < j, of every two different answers."""
     return [(i, j) for i in range(len(answers)) for j in range(i + 1, len(answers)) if answers[i] != answers[j]]

@@ -1,4 +1,4 @@
-"""What the formats read from single cells: text, labels, the columns of two texts."""
+"""Reading single cells: text, labels, the columns of two texts."""
 
 from __future__ import annotations
 

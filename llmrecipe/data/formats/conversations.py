@@ -1,4 +1,4 @@
-"""What the formats of conversations share: prompts and answers in one spelling, all text or all messages."""
+"""Shared parts of conversation formats: prompts and answers in one form, all text or all messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_
 
 
 def _side(row: Row, column: str, role: str, wrap: bool) -> str | list[Message]:
-    """A prompt or an answer: messages, or a string (wrapped into one message where asked)."""
+    """Return a prompt or an answer: messages, or a string (with `wrap`, one message)."""
     value = row.get(column)
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
@@ -32,14 +32,14 @@ def _answer(row: Row, column: str, wrap: bool) -> str | list[Message]:
 
 
 def with_system(messages: list[Message], conversion: Conversion) -> list[Message]:
-    """Put the recipe's system message in front, unless the conversation has one."""
+    """Prepend the recipe's system message, unless the conversation has one."""
     if conversion.system is None or messages[0]["role"] in ("system", "developer"):
         return messages
     return [{"role": "system", "content": conversion.system}, *messages]
 
 
 def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -> Row:
-    """Prompt and answers in one spelling: all strings, or all messages."""
+    """Return prompt and answers in one form: all strings, or all messages."""
     spoken = conversion.wrap or any(is_messages(row.get(c)) for c in ("prompt", *answers))
     prompt = _side(row, "prompt", "user", spoken)
     given: list[Any] = [_answer(row, name, spoken) for name in answers]
@@ -58,13 +58,13 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
 
 
 def template_extras(row: Row) -> Row:
-    """What a chat template reads besides messages."""
+    """Return what a chat template reads in addition to messages."""
     tools, kwargs = tools_of(row), row.get("chat_template_kwargs")
     return {**({"tools": tools} if tools else {}), **({"kwargs": kwargs} if kwargs else {})}
 
 
 def from_messages(row: Row, conversion: Conversion) -> list[Row]:
-    """Return the row of a conversation: its messages, or for rows of prompts what stands before the last answer.
+    """Return the row of a conversation: its messages, or for rows of prompts what precedes the last answer.
 
     Raises:
         BadRow: there is nothing to answer, or an answer is empty.

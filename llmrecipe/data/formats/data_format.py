@@ -18,10 +18,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the conversion of a row depends on besides the row."""
+    """What the conversion of a row depends on in addition to the row."""
 
     rows: str
-    """Row type asked for."""
+    """Requested row type."""
     wrap: bool = False
     """Plain strings become user and assistant messages (the recipe named a chat template)."""
     template: bool = False
@@ -37,9 +37,9 @@ class DataFormat:
 
     group: ClassVar[str] = "format"
     columns: ClassVar[tuple[tuple[str, ...], ...]]
-    """Alternatives; each is a set of columns that must be there."""
+    """Alternatives; each is a set of required columns."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Columns it also reads, by whatever name they go."""
+    """Optional columns it also reads, under any of their names."""
     becomes: ClassVar[dict[str, int]]
     """Row type it can become -> place in detection: of several formats that fit a row, the one with the smallest is taken."""
     example: ClassVar[str]
@@ -71,7 +71,7 @@ class DataFormat:
 
         Raises:
             BadRow: this row cannot be used.
-            DataError: the recipe asks for something that no row of this format can give.
+            DataError: the recipe requests something that no row of this format has.
         """
         raise NotImplementedError
 

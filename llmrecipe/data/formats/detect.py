@@ -1,4 +1,4 @@
-"""Finding out which format rows have, and the message when they have none."""
+"""Detecting the format of rows, and the message when none matches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmrecipe.data.tokenize.row_type import row_type
 
 @dataclass(frozen=True)
 class Layout:
-    """The format of some rows, and what their columns are called instead of its own."""
+    """The format of some rows, and the mapping of its columns to theirs."""
 
     format: DataFormat
     aliases: dict[str, str] = field(default_factory=dict)
@@ -23,16 +23,16 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Name of the format."""
+        """Return the name of the format."""
         return self.format.name
 
     def convert(self, row: dict[str, Any], conversion: Conversion) -> list[dict[str, Any]]:
-        """Canonical rows of a row under the recipe's mapping."""
+        """Convert a row, under the recipe's mapping, to canonical rows."""
         return self.format.convert(rename(row, self.aliases), conversion)
 
 
 def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under the recipe's mapping {wanted: column in the file}, lists in JSON text read."""
+    """Return the row under the recipe's mapping {wanted: column in the file}, lists in JSON text parsed."""
     if not columns:
         return read_cells(row)
     moved = set(columns.values())
@@ -41,7 +41,7 @@ def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 
 def check_mapping(columns: dict[str, str], row: dict[str, Any], where: str) -> None:
-    """Every mapped column must exist.
+    """Check that every mapped column exists.
 
     Raises:
         DataError: names the missing column and the nearest one.
@@ -55,7 +55,7 @@ def check_mapping(columns: dict[str, str], row: dict[str, Any], where: str) -> N
 
 
 def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str) -> Layout:
-    """The format of some mapped rows; columns that go by other names are recognised (`data.formats.aliases`).
+    """Detect the format of some mapped rows; columns with other names are recognised (`data.formats.aliases`).
 
     Args:
         sample: first rows of the source.
@@ -97,7 +97,7 @@ def _mismatch(formats: Sequence[DataFormat], row: dict[str, Any], rows: str, whe
 
 
 def _nearest_mapping(formats: Sequence[DataFormat], row: dict[str, Any]) -> dict[str, str]:
-    """The mapping that completes a format with columns of the row, fewest renames first."""
+    """Return the mapping that completes a format with columns of the row, fewest renames first."""
     best: dict[str, str] = {}
     for one in formats:
         for columns in one.columns:

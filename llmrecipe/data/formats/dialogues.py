@@ -1,4 +1,4 @@
-"""Answers that hold the whole dialogue: what stands before the answer becomes part of the prompt, once.
+"""Answers that contain the whole dialogue: what precedes the answer becomes part of the prompt, once.
 
 {"prompt": "Name a colour.", "chosen": [user "Name a colour.", assistant "Blue."], "rejected": [user ..., assistant "Seven."]}
 means the prompt [user "Name a colour."] with the answers [assistant "Blue."] and [assistant "Seven."]. The leading turns that
@@ -13,7 +13,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.messages import Message
 
 REPEATED_WORDS = 3
-"""A text prompt of at least so many words with which both answers of a pair begin is taken out of them."""
+"""Least number of words of a text prompt that is removed from the beginning of both answers of a pair."""
 
 
 def shared_turns(dialogues: Sequence[Sequence[Message]]) -> int:
@@ -26,12 +26,12 @@ def shared_turns(dialogues: Sequence[Sequence[Message]]) -> int:
 def separate(
     prompt: list[Message], answers: list[list[Message]], text: str | None = None
 ) -> tuple[list[Message], list[list[Message]]]:
-    """Move turns that are no part of an answer into the prompt.
+    """Move turns that are not part of an answer into the prompt.
 
     Args:
         prompt: turns of the `prompt` column.
         answers: one or more answers, each as messages.
-        text: the `prompt` column where it is text; it may then be any turn of the dialogues, or hold one.
+        text: the `prompt` column where it is text; it may then be any turn of the dialogues, or contain one.
 
     Raises:
         BadRow: an answer begins with a question that the others, or the prompt, do not have.
@@ -52,7 +52,7 @@ def separate(
 
 
 def without_prompt(prompt: str, answers: list[str]) -> list[str]:
-    """Take a text prompt out of the beginning of the answers of a pair where both repeat it."""
+    """Remove a text prompt from the beginning of the answers of a pair where both repeat it."""
     repeated = len(prompt.split()) >= REPEATED_WORDS and all(a.startswith(prompt) and a[len(prompt) :].strip() for a in answers)
     return [answer[len(prompt) :] for answer in answers] if repeated else answers
 
@@ -66,14 +66,14 @@ def _begins(answer: list[Message], prompt: list[Message]) -> bool:
 
 
 def _before_answer(answers: list[list[Message]], start: int) -> int:
-    """Turns before the answer: those that all share, or of one dialogue alone those up to the answer behind `start`."""
+    """Return the number of turns before the answer: the shared ones, or in a single dialogue those up to the last answer."""
     if len(answers) > 1:
         return shared_turns(answers)
     return next((i for i, turn in enumerate(answers[0]) if i >= start and _answers(turn)), 0)
 
 
 def _joined(prompt: list[Message], lead: list[Message], text: str | None) -> list[Message]:
-    """The prompt, continued by those leading turns that it does not hold yet."""
+    """Return the prompt, continued by those leading turns that it does not contain yet."""
     if text is not None:
         contents = [str(turn["content"]).strip() for turn in lead if turn["role"] == "user"]
         if text.strip() and not any(text.strip() in content or (content and content in text) for content in contents):

@@ -27,19 +27,19 @@ ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-"""Role as written -> role a chat template knows."""
+"""Role as written -> role of chat templates."""
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 LIST_CELLS = ("messages", "conversations", "options", "input_ids", "labels", "label", "tools", "chat_template_kwargs")
-"""Columns that hold lists or mappings wherever they hold more than one value."""
+"""Columns that contain lists or mappings wherever they contain more than one value."""
 SIDES = ("prompt", "completion", "chosen", "rejected")
-"""Columns that hold text or messages."""
+"""Columns that contain text or messages."""
 
 
 def read_cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Read lists and mappings that stand in a row as JSON text, as they must in a CSV cell; other text stays as it is."""
+    """Parse lists and mappings given as JSON text, as in a CSV cell; other text stays as it is."""
     read: dict[str, Any] = {}
     for name in (*LIST_CELLS, *SIDES):
         text = row.get(name)
@@ -55,7 +55,7 @@ def read_cells(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """A list of `{role, content}` from either spelling (`role`/`content` or `from`/`value`).
+    """Return a list of `{role, content}` from either spelling (`role`/`content` or `from`/`value`).
 
     Raises:
         BadRow: not a list of messages, or a role no template knows.
@@ -79,7 +79,7 @@ def _message(entry: Any, column: str) -> Message:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value looks like a list of messages."""
+    """Return whether a value looks like a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
 
 
@@ -91,12 +91,12 @@ def has_senders(row: dict[str, Any]) -> bool:
 
 
 def says_nothing(message: Message) -> bool:
-    """An assistant turn without content, thought or tool call."""
+    """Return whether a message is an assistant turn without content, reasoning or tool call."""
     return not any(message.get(key) for key in ("content", "tool_calls", "reasoning_content", "thinking"))
 
 
 def tools_of(row: dict[str, Any]) -> list[Any] | None:
-    """The row's tool descriptions; a JSON string is read."""
+    """Return the row's tool descriptions; a JSON string is parsed."""
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
@@ -107,12 +107,12 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
 
 
 def is_transcript(text: Any) -> bool:
-    """Whether a string is a `\\n\\nHuman: ... \\n\\nAssistant: ...` transcript."""
+    """Return whether a string is a `\\n\\nHuman: ... \\n\\nAssistant: ...` transcript."""
     return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def parse_transcript(text: str) -> list[Message]:
-    """The messages of a transcript; each turn's content is stripped."""
+    """Return the messages of a transcript; each turn's content is stripped."""
     text = text.strip()
     marks = list(TURN.finditer(text))
     ends = [m.start() for m in marks[1:]] + [len(text)]
@@ -121,7 +121,7 @@ def parse_transcript(text: str) -> list[Message]:
 
 
 def shared_text(chosen: str, rejected: str) -> int:
-    """Length of the prompt two strings share: up to the first difference, a space before it going to the answers."""
+    """Return the length of the prompt two strings share: up to the first difference, without a space before it."""
     limit = min(len(chosen), len(rejected)) - 1
     cut = next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
     return cut - 1 if cut and chosen[cut - 1] == " " else cut

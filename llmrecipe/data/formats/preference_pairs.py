@@ -13,7 +13,7 @@ from llmrecipe.data.formats.messages import is_messages, is_transcript, messages
 
 
 def from_preference(row: Row, conversion: Conversion) -> list[Row]:
-    """A pair beside its prompt, or one whose dialogues hold it; a file may mix them."""
+    """Convert a pair with a separate prompt, or one whose dialogues contain it; a file may mix them."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is None or (is_transcript(chosen) and is_transcript(rejected)):
         return _from_dialogues(row, chosen, rejected, conversion)

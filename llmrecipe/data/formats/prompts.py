@@ -14,21 +14,21 @@ from llmrecipe.data.formats.sources import open_split
 from llmrecipe.recipe.schema import DataSection
 
 ANSWERS = ("prompt", "completion", "completions", "chosen", "rejected", "label", "margin", "messages", "conversations")
-"""Columns that would make another format of a row that is given a new answer."""
+"""Columns that would give a row with a new answer another format."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as it stands in its source."""
+    """One prompt as in its source."""
 
     prompt: str | list[dict[str, Any]]
     """Text, or messages that end before the answer."""
     columns: dict[str, Any]
-    """The row's other columns; an answer that was there is called `reference`."""
+    """The row's other columns; an existing answer is named `reference`."""
 
     @property
     def turns(self) -> list[dict[str, Any]]:
-        """The prompt as messages."""
+        """Return the prompt as messages."""
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
@@ -39,11 +39,11 @@ def read_prompts(
     where: str = "prompts",
     needs: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
-    """The prompts of a split of a source, in its order.
+    """Read the prompts of a split of a source, in order.
 
     Args:
-        source: where the rows are, alone or as a recipe's section says it.
-        limit: the first so many.
+        source: where the rows are, as a path or as a recipe's section.
+        limit: maximum number of prompts, from the first.
         where: key path for messages.
         needs: column that every row must hold -> key path of what reads it.
 

@@ -1,7 +1,7 @@
 """Reading one file: JSON lines, JSON, CSV, Parquet, Arrow, plain text; the first three also gzipped.
 
-Each reader has random access (`rows`), a length, a content hash and `where(i)`, the place a message points at. A damaged
-file is an error that names file and line; nothing is skipped in silence.
+Each reader has random access (`rows`), a length, a content hash and `where(i)`, the location for messages. A damaged file is
+an error that names file and line; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -41,36 +41,36 @@ class Reader:
         raise NotImplementedError
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
-        """The raw rows at these indices."""
+        """Return the raw rows at these indices."""
         raise NotImplementedError
 
     def where(self, index: int) -> str:
-        """Where a row stands, for messages."""
+        """Return the location of a row, for messages."""
         return f"{self.name} row {index + 1}"
 
     def fingerprint(self) -> str:
-        """Hash of the content."""
+        """Return a hash of the content."""
         raise NotImplementedError
 
     def stream(self) -> Iterator[tuple[int, Row]]:
-        """Rows one after the other, without reading the whole file first where the format allows it."""
+        """Yield rows one after the other, without reading the whole file first where the format allows it."""
         for index in range(len(self)):
             yield index, self.rows([index])[0]
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether the extension is one that can be read."""
+    """Return whether the extension is one that can be read."""
     return kind_of(path) in EXTENSIONS
 
 
 def kind_of(path: Path) -> str:
-    """The extension that decides the reader, without `.gz`."""
+    """Return the extension that determines the reader, without `.gz`."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def open_file(path: Path) -> Reader:
-    """The reader for a file.
+    """Return the reader for a file.
 
     Raises:
         DataError: unknown extension, empty or damaged file.
@@ -91,7 +91,7 @@ def open_file(path: Path) -> Reader:
 
 
 def _content(path: Path) -> bytes | mmap.mmap:
-    """The bytes of a file, memory-mapped unless compressed."""
+    """Return the bytes of a file, memory-mapped unless compressed."""
     if path.suffix.lower() == ".gz":
         try:
             return gzip.decompress(path.read_bytes())
@@ -102,7 +102,7 @@ def _content(path: Path) -> bytes | mmap.mmap:
 
 
 def _line_starts(data: bytes | mmap.mmap) -> np.ndarray:
-    """Offsets at which lines begin, with the end of the data as the last entry."""
+    """Return the offsets at which lines begin, with the end of the data as the last entry."""
     view = np.frombuffer(data, dtype=np.uint8)
     step = 1 << 26
     ends = [np.flatnonzero(view[at : at + step] == 10) + at + 1 for at in range(0, len(view), step)]
@@ -120,7 +120,7 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 
 
 class LinesFile(Reader):
-    """JSON lines: one object a line, blank lines allowed."""
+    """JSON lines: one object per line, blank lines allowed."""
 
     def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
         self.name, self.path, self.base, self.data = str(path), path, path.parent, data
@@ -128,7 +128,7 @@ class LinesFile(Reader):
         self._lines: np.ndarray | None = None
 
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Line offsets, and the line numbers (from 0) that hold a row."""
+        """Return the line offsets, and the numbers (from 0) of the lines with a row."""
         if self._starts is None or self._lines is None:
             self._starts = _line_starts(self.data)
             lengths = np.diff(self._starts)
@@ -142,7 +142,7 @@ class LinesFile(Reader):
         return len(self._index()[1])
 
     def where(self, index: int) -> str:
-        """File and line."""
+        """Return file and line."""
         return f"{self.path}:{int(self._index()[1][index]) + 1}"
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
@@ -164,11 +164,11 @@ class LinesFile(Reader):
         return row
 
     def fingerprint(self) -> str:
-        """Hash of the text."""
+        """Return a hash of the text."""
         return hashlib.sha256(self.data).hexdigest()
 
     def stream(self) -> Iterator[tuple[int, Row]]:
-        """Line after line."""
+        """Yield row after row."""
         opener = gzip.open if self.path.suffix.lower() == ".gz" else open
         index = 0
         with opener(self.path, "rb") as file:
@@ -179,7 +179,7 @@ class LinesFile(Reader):
 
 
 class ListFile(Reader):
-    """A JSON file that holds one array of objects."""
+    """A JSON file with one array of objects."""
 
     def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
@@ -198,11 +198,11 @@ class ListFile(Reader):
         return len(self._rows)
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
-        """The objects at these indices."""
+        """Return the objects at these indices."""
         return [self._rows[i] for i in indices]
 
     def fingerprint(self) -> str:
-        """Hash of the text."""
+        """Return a hash of the text."""
         return self._hash
 
 
@@ -228,15 +228,15 @@ class TextFile(Reader):
         return len(self._blocks)
 
     def where(self, index: int) -> str:
-        """File and first line of the block."""
+        """Return file and first line of the block."""
         return f"{self.path}:{self._blocks[index][0]}"
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
-        """The blocks at these indices."""
+        """Return the blocks at these indices."""
         return [{"text": self._blocks[i][1]} for i in indices]
 
     def fingerprint(self) -> str:
-        """Hash of the text."""
+        """Return a hash of the text."""
         return self._hash
 
 
@@ -251,19 +251,19 @@ class TableFile(Reader):
         return int(self.table.num_rows)
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
-        """Rows as dicts; a contiguous range is one slice."""
+        """Return rows as dicts; a contiguous range is one slice."""
         if isinstance(indices, range) and indices.step == 1:
             return without_fillers(self.table.slice(indices.start, len(indices)).to_pylist())
         return without_fillers(self.table.take(list(indices)).to_pylist())
 
     def fingerprint(self) -> str:
-        """Hash of the file."""
+        """Return a hash of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_fillers(rows: list[Row]) -> list[Row]:
-    """Take out the nulls inside nested values: Arrow gives each mapping of a column the keys of all others."""
+    """Remove the nulls inside nested values: Arrow gives each mapping of a column the keys of all others."""
     return [{name: _filled(value) for name, value in row.items()} for row in rows]
 
 
@@ -295,7 +295,7 @@ def _read_table(path: Path, kind: str) -> pa.Table:
 
 
 def _read_csv(path: Path, delimiter: str) -> pa.Table:
-    """CSV with a header line; pyarrow numbers a damaged row, which becomes file:line."""
+    """Read CSV with a header line; pyarrow's number of a damaged row becomes file:line."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 

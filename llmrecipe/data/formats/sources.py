@@ -1,6 +1,6 @@
 """Where rows come from: files, folders with split files, hub data sets, built-in sets, lists and weighted mixtures.
 
-`open_split` answers one question: which rows are the train (or validation, or test) rows of this recipe, and where is each.
+`open_split` determines which rows are the train (or validation, or test) rows of a recipe, and the location of each.
 A split given as a share is cut from the training rows by a stable hash of the row's content, so the same row is always on
 the same side, whatever the order, and duplicates never straddle.
 """
@@ -35,7 +35,7 @@ class NoSplitError(DataError):
 
 
 class JoinedReader(Reader):
-    """Several readers one after the other (the shards of a split)."""
+    """Several readers in sequence (the shards of a split)."""
 
     def __init__(self, name: str, readers: Sequence[Reader]) -> None:
         self.name, self.readers, self.base = name, list(readers), readers[0].base
@@ -49,16 +49,16 @@ class JoinedReader(Reader):
         return self.readers[part], index - int(self._starts[part])
 
     def where(self, index: int) -> str:
-        """Where the row stands in its own file."""
+        """Return the location of a row in its own file."""
         reader, local = self._find(index)
         return reader.where(local)
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
-        """Rows of whichever shard."""
+        """Return rows from any shard."""
         return [reader.rows([local])[0] for reader, local in map(self._find, indices)]
 
     def fingerprint(self) -> str:
-        """Hash over the shards."""
+        """Return a hash over the shards."""
         return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
 
 
@@ -72,29 +72,29 @@ class DatasetReader(Reader):
         return len(self.data)
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
-        """Rows as dicts."""
+        """Return rows as dicts."""
         part = self.data[list(indices)]
         return without_fillers([dict(zip(part, values)) for values in zip(*part.values())])
 
     def fingerprint(self) -> str:
-        """The library's own content fingerprint, with the split's size."""
+        """Return a hash of the library's own content fingerprint and the split's size."""
         return hashlib.sha256(f"{self.name}|{self.data._fingerprint}|{len(self.data)}".encode()).hexdigest()
 
 
 class HubStream(Reader):
-    """A hub data set read as it comes; only `stream` works."""
+    """A streamed hub data set; only `stream` works."""
 
     def __init__(self, name: str, data: Any) -> None:
         self.name, self.data = name, data
 
     def stream(self) -> Iterator[tuple[int, Row]]:
-        """Rows in the order of the hub."""
+        """Yield rows in the order of the hub."""
         yield from ((index, without_fillers([row])[0]) for index, row in enumerate(self.data))
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows one source gives to a split."""
+    """The rows that one source contributes to a split."""
 
     reader: Reader
     weight: float | None = None
@@ -103,18 +103,18 @@ class Part:
     """Interval of row hashes that belongs to this split; None keeps every row."""
 
     def chosen(self, row: Row) -> bool:
-        """Whether a row belongs to the split."""
+        """Return whether a row belongs to the split."""
         return self.keep is None or self.keep[0] <= unit_hash(row) < self.keep[1]
 
 
 def unit_hash(row: Row) -> float:
-    """A number in [0, 1) that depends on the row's content only, not on the order of its keys."""
+    """Return a number in [0, 1) that depends on the row's content only, not on the order of its keys."""
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / float(1 << 56)
 
 
 def paths_of(data: DataSection) -> dict[str, float | None]:
-    """Every source of the recipe with its weight.
+    """Return every source of the recipe with its weight.
 
     Raises:
         DataError: no path, or weights that are not positive.
@@ -134,7 +134,7 @@ def paths_of(data: DataSection) -> dict[str, float | None]:
 
 
 def has_split(data: DataSection, split: str) -> bool:
-    """Whether the recipe has rows for a split. Reads no rows."""
+    """Return whether the recipe has rows for a split, without reading any."""
     try:
         return bool(open_split(data, split))
     except NoSplitError:
@@ -142,7 +142,7 @@ def has_split(data: DataSection, split: str) -> bool:
 
 
 def open_split(data: DataSection, split: str) -> list[Part]:
-    """The parts of a split.
+    """Open the parts of a split.
 
     Raises:
         DataError: a source is missing or damaged, or none has the split.
@@ -172,7 +172,7 @@ def open_split(data: DataSection, split: str) -> list[Part]:
 
 
 def _interval(data: DataSection, split: str) -> tuple[float, float] | None:
-    """Row hashes of a split: test first, then validation, the rest trains."""
+    """Return the interval of row hashes of a split: test first, then validation, the rest trains."""
     test = data.test if isinstance(data.test, float | int) else 0.0
     validation = data.validation if isinstance(data.validation, float | int) else 0.0
     if test + validation >= 1.0:
@@ -185,7 +185,7 @@ def _interval(data: DataSection, split: str) -> tuple[float, float] | None:
 
 
 def _open(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
-    """The rows of one source for a split; `alone` means the source was named for this very split."""
+    """Open the rows of one source for a split; `alone` means the source was named for this split."""
     path = place(name)
     if path is None:
         return _open_hub(name, split, streaming, alone)
@@ -195,7 +195,7 @@ def _open(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
 
 
 def place(name: str) -> Path | None:
-    """The file or folder a source names; None where it can only be a hub name.
+    """Return the file or folder a source names; None where it can only be a hub name.
 
     Raises:
         DataError: no such file, folder or built-in set.
@@ -237,7 +237,7 @@ def _open_folder(folder: Path, split: str, alone: bool) -> Reader | None:
     if not chosen:
         if split == "train":
             names = ", ".join(p.name for p in files) or "nothing that can be read"
-            raise DataError(f"{folder}: no training file (train.jsonl, .csv, .parquet, ...); the folder holds {names}")
+            raise DataError(f"{folder}: no training file (train.jsonl, .csv, .parquet, ...); the folder contains {names}")
         return None
     chosen = [p for p in chosen if p.stat().st_size] or chosen
     readers = [open_file(p) for p in chosen if p.stat().st_size]
@@ -247,7 +247,7 @@ def _open_folder(folder: Path, split: str, alone: bool) -> Reader | None:
 
 
 def _split_of(path: Path) -> str | None:
-    """Split a file name belongs to: `train.jsonl`, `train-00000-of-00002.parquet`, `dev_1.csv`."""
+    """Return the split of a file name: `train.jsonl`, `train-00000-of-00002.parquet`, `dev_1.csv`."""
     stem = path.name.lower().split(".")[0].replace("_", "-").split("-")[0]
     return next((split for split, names in ALIASES.items() if stem in names), None)
 
@@ -263,7 +263,7 @@ def _open_saved(folder: Path, split: str, alone: bool) -> Reader | None:
 
 
 def _open_hub(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
-    """`owner/name` or `owner/name:config` through `datasets`; data scripts are never run."""
+    """Open `owner/name` or `owner/name:config` through `datasets`; data scripts are never run."""
     from datasets import get_dataset_split_names, load_dataset
 
     path, _, config = name.partition(":")

@@ -19,7 +19,7 @@ class Alpaca(DataFormat):
     example: ClassVar[str] = '{"instruction": "Translate into French.", "input": "blue", "output": "bleu"}'
 
     def fits(self, row: Row) -> bool:
-        """Leave rows that have a prompt and a completion besides to the format of those."""
+        """Leave rows that also have a prompt and a completion to the format of those."""
         return "prompt" not in row or "completion" not in row
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:

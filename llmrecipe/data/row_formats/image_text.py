@@ -21,7 +21,7 @@ class ImageText(DataFormat):
     example: ClassVar[str] = '{"image": "pictures/harbour.png", "text": "A harbour in snow."}'
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
-        """Return the path of the picture, whose bytes are kept where the row holds them, and the text."""
+        """Return the path of the picture, whose bytes are stored where the row contains them, and the text."""
         image = row["image"]
         if isinstance(image, dict):
             if image.get("bytes"):

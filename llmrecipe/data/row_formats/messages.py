@@ -21,7 +21,7 @@ class Messages(DataFormat):
     )
 
     def fits(self, row: Row) -> bool:
-        """Tell a list of {role, content} from one of {from, value}."""
+        """Distinguish a list of {role, content} from one of {from, value}."""
         return not has_senders(row)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:

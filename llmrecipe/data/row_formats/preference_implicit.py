@@ -25,5 +25,5 @@ class PreferenceImplicit(DataFormat):
         return "prompt" not in row
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
-        """Return the pair behind the turns that both dialogues share."""
+        """Return the pair after the turns that both dialogues share."""
         return from_preference(row, conversion)

@@ -21,7 +21,7 @@ class ShareGpt(DataFormat):
     )
 
     def fits(self, row: Row) -> bool:
-        """Tell a list of {from, value} from one of {role, content}."""
+        """Distinguish a list of {from, value} from one of {role, content}."""
         return has_senders(row)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:

@@ -19,7 +19,7 @@ class TokenIds(DataFormat):
     example: ClassVar[str] = '{"input_ids": [5, 9, 2], "labels": [-100, 9, 2]}'
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
-        """Return the ids as they stand."""
+        """Return the ids as given."""
         ids, labels = row["input_ids"], row.get("labels")
         if isinstance(ids, str):
             ids = json.loads(ids)

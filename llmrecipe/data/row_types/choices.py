@@ -24,7 +24,7 @@ class Choices(RowType):
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-        """Encode every choice behind the same prompt ids."""
+        """Encode every choice after the same prompt ids."""
 
         def columns(row: dict[str, Any], answers: Sequence[list[int]]) -> dict[str, Any]:
             joined = [token for answer in answers for token in answer]

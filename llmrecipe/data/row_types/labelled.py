@@ -14,7 +14,7 @@ from llmrecipe.data.tokenize.row_type import RowType
 
 @register
 class Labelled(RowType):
-    """A text, or two joined the way of the tokenizer, with a label.
+    """A text, or two joined as the tokenizer does, with a label.
 
     Canonical row: text (+ text_b), label. Token row: ids (+ type_ids), label (JSON text).
     """

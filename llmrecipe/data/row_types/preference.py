@@ -24,7 +24,7 @@ class Preference(RowType):
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-        """Encode both answers behind the same prompt ids."""
+        """Encode both answers after the same prompt ids."""
 
         def columns(row: dict[str, Any], answers: Sequence[list[int]]) -> dict[str, Any]:
             chosen, rejected = answers

@@ -14,7 +14,7 @@ from llmrecipe.data.tokenize.row_type import RowType
 
 @register
 class Prompt(RowType):
-    """Prompts that the model answers itself; the other columns of a row travel along as JSON.
+    """Prompts that the model answers itself; the other columns of a row are kept as JSON.
 
     Canonical row: prompt, columns. Token row: prompt_ids, columns (JSON text).
     """

@@ -14,7 +14,7 @@ from llmrecipe.data.tokenize.sequences import encode_sequences
 
 @register
 class Tokens(RowType):
-    """Token ids that are taken as they stand; labels of -100 are no targets.
+    """Token ids that are used as given; labels of -100 are no targets.
 
     Canonical row: input_ids (+ labels). Token row: ids, trained.
     """

@@ -24,7 +24,7 @@ class Unpaired(RowType):
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-        """Encode the answer behind its prompt, and count the labels."""
+        """Encode the answer after its prompt, and count the labels."""
 
         def columns(row: dict[str, Any], answers: Sequence[list[int]]) -> dict[str, Any]:
             report.labels[str(row["label"]).lower()] += 1

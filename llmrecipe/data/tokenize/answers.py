@@ -1,6 +1,6 @@
 """Encoding of prompts with answers to compare or to judge, and of prompts alone.
 
-The prompt of a pair ends where the ids of the prompt and of either joined sequence part: the shorter of the two common
+The prompt of a pair ends where the ids of the prompt and of either joined sequence diverge: the shorter of the two common
 prefixes, so that both answers follow the same prompt ids.
 """
 
@@ -96,7 +96,7 @@ def _finish(
 
 
 def encode_prompts(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Prompts the model will answer itself; the row's other columns travel along as JSON."""
+    """Encode prompts the model will answer itself; the row's other columns are kept as JSON."""
     plain = [item for item in items if isinstance(item.row["prompt"], str)]
     for item, ids in zip(plain, encoder.tokens.raw_prompts([i.row["prompt"] for i in plain])):
         _keep_prompt(encoder, item, report, ids)

@@ -38,7 +38,7 @@ CALLS = (
     '{{ \'\\n<tool_call>\\n{"name": "\' + told.name + \'", "arguments": \' }}'
     "{{ told.arguments if told.arguments is string else told.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}"
 )
-"""Tool calls as JSON between marks, the spelling of Hermes and Qwen models."""
+"""Tool calls as JSON between tags, as in Hermes and Qwen models."""
 CHATML = (
     BOS + "{% if tools %}{{ '<|im_start|>system\\nTools:\\n' }}{{ tools | tojson }}{{ '<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -78,11 +78,11 @@ ALPACA = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
 BUILTIN = {"chatml": CHATML, "plain": PLAIN, "alpaca": ALPACA}
-"""Built-in templates by name; all mark what the assistant says, and end each answer with a stop token."""
+"""Built-in templates by name; all mark the assistant's text, and end each answer with a stop token."""
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KEY = "llmrecipe_template"
-"""Key in the tokenizer's own configuration that remembers a named template."""
+"""Key of the tokenizer's configuration that stores the name of a template."""
 PROBE = [{"role": "user", "content": "x"}]
 
 
@@ -100,11 +100,11 @@ class Template:
 
     @property
     def marks(self) -> bool:
-        """Whether it marks generated text with `{% generation %}`."""
+        """Return whether the template marks generated text with `{% generation %}`."""
         return bool(GENERATION.search(self.text))
 
     def render(self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None, kwargs: Any = None) -> str:
-        """The conversation as text; `prompt` ends it with the header of the assistant's turn.
+        """Render a conversation as text; `prompt` ends it with the header of the assistant's turn.
 
         Raises:
             BadRow: the template refuses the conversation.
@@ -114,7 +114,7 @@ class Template:
     def render_marked(
         self, messages: list[dict[str, Any]], tools: Any = None, kwargs: Any = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and the character spans the assistant generated."""
+        """Render a conversation as text, and return it with the character spans the assistant generated."""
         return self._run(messages, False, tools, kwargs, marked=True)
 
     def _run(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
@@ -151,7 +151,7 @@ class Template:
 
 
 def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The messages with the arguments of all tool calls as objects, or as JSON text; and these arguments."""
+    """Return the messages with the arguments of all tool calls as objects, or as JSON text; and these arguments."""
     found: list[dict[str, Any]] = []
 
     def call_of(call: Any) -> Any:
@@ -178,7 +178,7 @@ def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
-    """The template a tokenizer carries, or None."""
+    """Return the template of a tokenizer, or None."""
     text = getattr(tokenizer, "chat_template", None)
     if isinstance(text, dict):
         text = text.get("default")
@@ -189,7 +189,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Template | None:
-    """Give the tokenizer the template a recipe names (`tokenizer.chat_template`); None leaves it as it is.
+    """Set the tokenizer's template to the one a recipe names (`tokenizer.chat_template`); None leaves it unchanged.
 
     Args:
         value: `own`, a built-in name, a path to a Jinja file, or the Jinja text itself.
@@ -222,7 +222,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
 
 
 def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """A built-in template for this tokenizer: with BOS only where raw text gets one too."""
+    """Return a built-in template for this tokenizer: with BOS only where raw text gets one too."""
     text = BUILTIN[name]
     unknown = [
         t for t in ("<|im_start|>", "<|im_end|>") if t in text and len(tokenizer(t, add_special_tokens=False)["input_ids"]) != 1
@@ -239,7 +239,7 @@ def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token, and the one its template puts behind an assistant turn.
+    """Return the tokens that end an answer: the tokenizer's end token, and the one its template puts after an assistant turn.
 
     Generation has to stop at any of them.
     """
@@ -258,7 +258,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of every named or added token: text never merges across these."""
+    """Return the ids of every named or added token: text never merges across these."""
     return sorted({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
 
 

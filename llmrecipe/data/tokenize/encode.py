@@ -32,15 +32,15 @@ class RowEncoder(Encoder):
     """Everything the encoding of one data set depends on.
 
     Args:
-        tokenizer: carries the chat template.
-        rows: row type the objective asks for.
+        tokenizer: with its chat template.
+        rows: row type the objective needs.
         mask: which tokens are trained (`data.tokenize.loss_masks`).
         data: the recipe's section; only `columns`, `max_length`, `truncation` and `system` are read.
         format_name: format of the source.
         base: folder image paths refer to.
-        task_field: column that names the task of a row; None where nothing asks for it.
-        aliases: columns recognised by their names (`data.formats.aliases`), besides the recipe's own mapping.
-        needs: column that every prompt row must hold -> key path of what reads it.
+        task_field: column that names the task of a row; None where no method needs it.
+        aliases: columns recognised by their names (`data.formats.aliases`), in addition to the recipe's own mapping.
+        needs: column that every prompt row must have -> key path of what reads it.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class RowEncoder(Encoder):
         return columns, report
 
     def _task(self, named: dict[str, Any], row: dict[str, Any]) -> str | None:
-        """The name (or number) of a row's task; None where it has none or nothing asks for it."""
+        """Return the name (or number) of a row's task; None where it has none or no method needs it."""
         if self.task_field is None:
             return None
         value = named.get(self.task_field, row.get(self.task_field))
@@ -113,7 +113,7 @@ class RowEncoder(Encoder):
 
 @functools.cache
 def code_version() -> str:
-    """Hash of the modules that decide token ids and masks, and the versions of the libraries that do."""
+    """Return a hash of the modules that determine token ids and masks, and of the versions of the libraries that do."""
     import hashlib
     from pathlib import Path
 

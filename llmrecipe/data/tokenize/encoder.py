@@ -23,7 +23,7 @@ TWO_BOS = "two leading BOS tokens"
 
 @dataclass
 class Item:
-    """One canonical row on its way."""
+    """One canonical row that is being encoded."""
 
     index: int
     where: str
@@ -39,7 +39,7 @@ class Encoder:
     """What a row type encodes its rows with.
 
     Args:
-        tokenizer: carries the chat template.
+        tokenizer: with its chat template.
         mask: which tokens are trained (`data.tokenize.loss_masks`).
         data: the recipe's section; only `max_length` and `truncation` are read.
 
@@ -59,7 +59,7 @@ class Encoder:
         self._turns = False
 
     def need_template(self, where: str, turns: bool = False) -> None:
-        """Conversations cannot be encoded without a template.
+        """Refuse conversations where the tokenizer has no template.
 
         Args:
             turns: assistant turns are looked for, not just the end of a prompt.
@@ -76,7 +76,7 @@ class Encoder:
         self._turns |= turns
 
     def describe(self) -> str:
-        """Which template was used, for the report."""
+        """Return which template was used, for the report."""
         template = self.tokens.template
         if self._talks and template is not None:
             how = "{% generation %} marks" if self._turns and template.marks and self.tokens.fast else "token prefixes"
@@ -100,7 +100,7 @@ class Encoder:
             report.ended += self.ends(answer)
 
     def ends(self, answer: Sequence[int]) -> bool:
-        """Whether the last token that is not white space is an end token."""
+        """Return whether the last token that is not white space is an end token."""
         at = len(answer) - 1
         while at >= 0 and answer[at] not in self.tokens.ends and self._is_space(answer[at]):
             at -= 1

@@ -32,7 +32,7 @@ def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None
 
 
 def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """One text, or two joined the tokenizer's way, with a label; keep_start shortens the longer of two texts."""
+    """Encode one text, or two joined as the tokenizer does, with a label; keep_start shortens the longer of two texts."""
     _check_policy(encoder.limit, items[0].where)
     for paired in (False, True):
         group = [item for item in items if ("text_b" in item.row) is paired]
@@ -75,7 +75,7 @@ def _count_label(report: Report, label: Any) -> None:
 
 
 def encode_pairs(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Two or three texts, each encoded on its own."""
+    """Encode two or three texts, each on its own."""
     _check_policy(encoder.limit, items[0].where)
     ids = iter(encoder.tokens.raw([text for item in items for text in item.row["texts"]]))
     for item in items:

@@ -1,4 +1,4 @@
-"""Which tokens are targets. Decided on token ids, never by searching text.
+"""Loss masks: which tokens are targets, determined from token ids, never by searching text.
 
 | mask | trained |
 |---|---|
@@ -9,8 +9,8 @@
 
 An assistant turn is found in one of two ways. A template with `{% generation %}` says which characters it generated;
 tokens that overlap them are the turn. Any other template is rendered up to each turn: the turn starts where the ids of
-"everything before, plus the assistant's header" and the ids of the whole part, and ends where the ids of "everything up
-to and including the turn" and the ids of the whole part. The end-of-turn token belongs to the turn.
+"everything before, plus the assistant's header" and the ids of the whole diverge, and ends where the ids of "everything up
+to and including the turn" and the ids of the whole diverge. The end-of-turn token belongs to the turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Span = tuple[int, int]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading ids two sequences share."""
+    """Return the number of leading ids two sequences share."""
     limit = min(len(first), len(second))
     if first[:limit] == second[:limit]:
         return limit
@@ -42,7 +42,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 @dataclass
 class Conversation:
-    """One rendered conversation on its way to ids."""
+    """One conversation to be rendered and encoded."""
 
     index: int
     """Position in the batch."""
@@ -59,11 +59,11 @@ class Turns:
     ids: Ids
     spans: list[Span]
     moved: bool = False
-    """The ids of a header were no prefix of the whole: the boundary moved into it."""
+    """The ids of a header were not a prefix of the whole: the boundary moved into it."""
 
 
 def find_turns(tokens: Tokens, batch: Sequence[Conversation], last_only: bool = False) -> dict[int, Turns | BadRow]:
-    """Ids and assistant turns of conversations, by `Conversation.index`.
+    """Return ids and assistant turns of conversations, by `Conversation.index`.
 
     Raises:
         DataError: the template rewrites earlier turns, so their ids in a conversation are not those at inference.
@@ -93,7 +93,7 @@ def _by_marks(tokens: Tokens, template: Template, batch: Sequence[Conversation],
 
 
 def _overlap(encoding: Any, span: Span) -> Span:
-    """Token range that overlaps a character span."""
+    """Return the token range that overlaps a character span."""
     start, end = span
     if start >= end:
         return (0, 0)
@@ -133,7 +133,7 @@ Boundaries = tuple[Ids, list[tuple[int, int, int]]]
 
 
 def _boundaries_slow(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]]]) -> list[Boundaries]:
-    """Encode every prefix whole: what defines a boundary."""
+    """Encode every prefix in full, which defines the boundaries."""
     texts = [text for full, turns in plans for text in (full, *(part for turn in turns for part in turn))]
     ids = iter(tokens.rendered(texts))
     found: list[Boundaries] = []
@@ -148,7 +148,7 @@ def _boundaries_slow(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, 
 
 
 def _boundaries(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]]]) -> list[Boundaries]:
-    """The same boundaries from one encoding of the whole text.
+    """Return the same boundaries from one encoding of the whole text.
 
     Text never merges across an added token, and prefixes of one text find the same added tokens. So the ids of a prefix
     are those of the whole up to the last added token inside the prefix, and only what follows it has to be encoded again.
@@ -160,7 +160,7 @@ def _boundaries(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]
         def boundary(prefix: str, ids: Ids = ids, full: str = full, places: Any = places) -> tuple[int, int]:
             if prefix == full:
                 return len(ids), len(ids)
-            if not full.startswith(prefix):  # a header the whole does not have: nothing can be reused
+            if not full.startswith(prefix):  # a header that is not in the whole: nothing can be reused
                 own = tokens.tail(prefix)
                 return common_prefix(own, ids), len(own)
             at, start, _ = next(place for place in reversed(places) if place[2] <= len(prefix))
@@ -176,7 +176,7 @@ def _boundaries(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]
 
 
 def _prefix_texts(template: Template, one: Conversation, last_only: bool) -> tuple[str, list[tuple[str, str]]]:
-    """The whole text, and for each assistant turn the text before it (with header) and up to its end."""
+    """Return the whole text, and for each assistant turn the text before it (with header) and up to its end."""
     full = template.render(one.messages, False, one.tools, one.kwargs)
     turns = [i for i, m in enumerate(one.messages) if m["role"] == "assistant"]
     pairs = []
@@ -186,7 +186,7 @@ def _prefix_texts(template: Template, one: Conversation, last_only: bool) -> tup
         if not full.startswith(after):
             raise DataError(
                 f"{one.where}: the chat template writes turn {i + 1} of {len(one.messages)} differently once the conversation "
-                "goes on (it drops or rewrites earlier turns), so training on it would not be what the model meets later. "
+                "goes on (it drops or rewrites earlier turns), so training on it would not match what the model sees later. "
                 "Train the last turn only (objective.mask=last), or use a template that keeps turns (tokenizer.chat_template)"
             )
         before = template.render(one.messages[:i], True, one.tools, one.kwargs) if i else ""
@@ -195,7 +195,7 @@ def _prefix_texts(template: Template, one: Conversation, last_only: bool) -> tup
 
 
 def _end_of_turn(tokens: Tokens, ids: Ids, start: int, end: int) -> int:
-    """Leaves out white space a template writes behind the end-of-turn token."""
+    """Return the end of a turn without white space that a template writes after the end-of-turn token."""
     for i in range(end - 1, start - 1, -1):
         if ids[i] in tokens.special:
             return i + 1 if tokens.is_space(ids[i + 1 : end]) else end
@@ -203,7 +203,7 @@ def _end_of_turn(tokens: Tokens, ids: Ids, start: int, end: int) -> int:
 
 
 def bits(length: int, spans: Sequence[Span]) -> list[int]:
-    """A 0/1 list with ones inside the spans; the first token of a document is never a target."""
+    """Return a 0/1 list with ones inside the spans; the first token of a document is never a target."""
     trained = [0] * length
     for start, end in spans:
         trained[start:end] = [1] * (end - start)

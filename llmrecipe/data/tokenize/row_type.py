@@ -1,6 +1,6 @@
-"""The interface of a row type: what an objective may ask for, and what the data layer hands over.
+"""The interface of a row type: what an objective may request, and what the data layer returns.
 
-A raw row is a plain dict as it stands in a file. A data format turns it into the canonical row of a type; the type turns
+A raw row is a plain dict as in its file. A data format turns it into the canonical row of a type; the type turns
 that into a token row. Shapes below: every `*ids` is a list of token ids, `trained` has one 0 or 1 per token,
 `choice_lengths` cuts `choice_ids` into choices.
 
@@ -18,7 +18,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | multimodal | image, text | ids, trained, image (a path) |
 
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
-dialogue rows of a recipe whose stack keeps tasks apart have `task` too: stored by name, handed over as its number.
+dialogue rows of a recipe whose stack has per-task parameters have `task` too: stored by name, returned as its index.
 `trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.
 """
 
@@ -48,7 +48,7 @@ class RowType:
     scalars: ClassVar[tuple[tuple[str, str], ...]] = ()
     """(column, Arrow type: string, float64 or bool)."""
     uncounted: ClassVar[tuple[str, ...]] = ()
-    """Those of `lists` that are no tokens of the row's length."""
+    """Those of `lists` that do not count as tokens of the row's length."""
     takes: ClassVar[dict[str, int]] = {}
     """Formats that can become this type though they do not say so themselves -> place in detection (`DataFormat.becomes`)."""
     prompted: ClassVar[bool] = False
@@ -56,9 +56,9 @@ class RowType:
     numbered: ClassVar[bool] = False
     """Whether `label` is a class, numbered over all training rows."""
     keeps_columns: ClassVar[bool] = False
-    """Whether the other columns of a raw row travel along."""
+    """Whether the other columns of a raw row are kept."""
     reads_files: ClassVar[bool] = False
-    """Whether rows name files beside their source, so that the same rows elsewhere are other rows."""
+    """Whether rows name files next to their source, so that the same rows elsewhere are other rows."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Encoding of rows that are one sequence: text, dialogues, given tokens, picture captions."""
+"""Encoding of rows that are one sequence: text, dialogues, given tokens, image captions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _strings(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Plain prompt and completion: the completion starts where the ids of the prompt and of both part."""
+    """Encode plain prompt and completion: the completion starts where the ids of the prompt and of both diverge."""
     prompts = encoder.tokens.raw_prompts([i.row["prompt"] for i in items])
     whole = encoder.tokens.documents([i.row["prompt"] + i.row["completion"] for i in items])
     for item, prompt, ids in zip(items, prompts, whole):
@@ -75,7 +75,7 @@ def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt
 
 
 def _prompted(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Prompt and completion as messages."""
+    """Encode prompt and completion as messages."""
     kept, prompts, wholes = [], [], []
     for item in items:
         try:
@@ -106,7 +106,7 @@ def _conversation(index: int, item: Item, messages: list[dict[str, Any]]) -> Con
 
 
 def _talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Conversations without a separate prompt."""
+    """Encode conversations without a separate prompt."""
     if encoder.mask == "all":
         _whole_talks(encoder, items, report)
         return

@@ -18,7 +18,7 @@ Ids = list[int]
 
 
 class Tokens:
-    """A tokenizer with the few facts the data layer asks of it."""
+    """A tokenizer with the few facts the data layer needs."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -44,32 +44,32 @@ class Tokens:
         )
 
     def raw(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of raw texts, with the special tokens the tokenizer adds."""
+        """Return the ids of raw texts, with the special tokens the tokenizer adds."""
         return self._encode(texts, special=True)["input_ids"] if texts else []
 
     def raw_prompts(self, texts: Sequence[str]) -> list[Ids]:
-        """Like `raw`, but a prompt goes on, so an end token the tokenizer adds is taken off."""
+        """Return ids like `raw`, without an end token the tokenizer adds, since a prompt goes on."""
         found = self.raw(texts)
         return [ids[:-1] if ids and ids[-1] == self.eos else ids for ids in found] if self.adds_eos else found
 
     def documents(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of raw texts that end: the end token's text is appended where it is not there yet."""
+        """Return the ids of complete raw texts: the end token's text is appended where it is missing."""
         found = self.raw([t if not self.eos_text or t.endswith(self.eos_text) else t + self.eos_text for t in texts])
         if not self.adds_eos:
             return found
         return [ids[:-1] if ids[-2:] == [self.eos, self.eos] else ids for ids in found]
 
     def rendered(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of rendered templates: nothing is added."""
+        """Return the ids of rendered templates: nothing is added."""
         return self._encode(texts, special=False)["input_ids"] if texts else []
 
     def rendered_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Any]]:
-        """Ids of rendered templates, with the library's encodings, which know where each token stands in the text."""
+        """Return the ids of rendered templates, with the library's encodings, which have each token's place in the text."""
         found = self._encode(texts, special=False)
         return found["input_ids"], found.encodings
 
     def tail(self, text: str) -> Ids:
-        """Ids of a short piece of template, remembered: headers and turn ends are the same in every row."""
+        """Return the ids of a short piece of template, cached: headers and turn ends are the same in every row."""
         if text not in self._tails:
             if len(self._tails) > 4096:
                 self._tails.clear()
@@ -77,7 +77,7 @@ class Tokens:
         return self._tails[text]
 
     def header(self) -> int:
-        """Length in tokens of the assistant's header, which no truncation may cut off."""
+        """Return the length in tokens of the assistant's header, which no truncation may cut off."""
         if self.template is None:
             return 0
         plain, prompt = self.template.render(PROBE), self.template.render(PROBE, prompt=True)
@@ -85,5 +85,5 @@ class Tokens:
         return len(self.rendered([prompt[same:]])[0]) if len(prompt) > same else 0
 
     def is_space(self, ids: Sequence[int]) -> bool:
-        """Whether tokens are nothing but white space."""
+        """Return whether tokens are nothing but white space."""
         return not str(self.tokenizer.decode(list(ids))).strip()

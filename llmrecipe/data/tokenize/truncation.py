@@ -1,4 +1,4 @@
-"""Rows longer than `max_length`.
+"""Truncation of rows longer than `max_length`.
 
 | policy | what happens |
 |---|---|
@@ -34,7 +34,7 @@ class Limit:
     bos: int | None = None
 
     def refuse(self, found: int, where: str) -> None:
-        """Drop or stop, for the policies that do not cut.
+        """Drop the row or stop, for the policies that do not truncate.
 
         Raises:
             BadRow: policy drop.
@@ -48,7 +48,7 @@ class Limit:
         raise BadRow(TOO_LONG, f"{found} tokens, limit {self.length}", found)
 
     def prompt(self, ids: Sequence[int], room: int) -> list[int]:
-        """The end of a prompt in at most `room` tokens, BOS kept where it had one."""
+        """Return the end of a prompt in at most `room` tokens, BOS kept where it had one."""
         if len(ids) <= room:
             return list(ids)
         if room > 1 and self.bos is not None and ids[0] == self.bos:
@@ -59,7 +59,7 @@ class Limit:
 def fit_sequence(
     ids: list[int], trained: list[int], limit: Limit, where: str, plain: bool = False
 ) -> list[tuple[list[int], list[int]]]:
-    """One sequence within the limit; several where plain text is split.
+    """Return one sequence within the limit; several where plain text is split.
 
     Raises:
         BadRow: the row is dropped.
@@ -98,7 +98,7 @@ def _cut_left(ids: list[int], trained: list[int], limit: Limit) -> tuple[list[in
 
 
 def fit_answers(prompt: list[int], answers: Sequence[list[int]], limit: Limit, where: str) -> tuple[list[int], list[list[int]]]:
-    """A prompt and its answers, each joined sequence within the limit.
+    """Return a prompt and its answers, each joined sequence within the limit.
 
     Raises:
         BadRow: the row is dropped.
@@ -125,7 +125,7 @@ def fit_answers(prompt: list[int], answers: Sequence[list[int]], limit: Limit, w
 
 
 def fit_prompt(prompt: list[int], limit: Limit, where: str) -> list[int]:
-    """A prompt on its own; its end is never cut off, because the model answers there.
+    """Return a prompt within the limit; its end is never cut off, because the answer follows it.
 
     Raises:
         BadRow: the row is dropped.

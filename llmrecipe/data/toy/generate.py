@@ -4,9 +4,9 @@
     python -m llmrecipe.data.toy.generate --sets pretrain_text pretrain_talk --out DIR
                                                     the larger corpus of the embedded model
 
-Rows are drawn from the world of `data.toy.grammar`, so every answer can be checked by `data.toy.scorers`. Which split a row
-belongs to follows from a hash of what it asks (its `key`), for all sets alike: a request in the test split of one set is in no
-training split of any set, nor in the corpus of the embedded model.
+Rows are drawn from the world of `data.toy.grammar`, so every answer can be checked by `data.toy.scorers`. The split of a row
+follows from a hash of its question (its `key`), for all sets alike: a request in the test split of one set is in no training
+split of any set, nor in the corpus of the embedded model.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ SUM_FORMS = [
 
 
 def split_of(key: str) -> str:
-    """The split a key belongs to: one tenth valid, one tenth test, by a stable hash."""
+    """Return the split a key belongs to: one tenth valid, one tenth test, by a stable hash."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
     return {0: "test", 1: "valid"}.get(bucket, "train")
 
 
 def user(text: str) -> list[Row]:
-    """A conversation of one user turn."""
+    """Return a conversation of one user turn."""
     return [{"role": "user", "content": text}]
 
 
 def reply(text: str) -> list[Row]:
-    """A conversation of one assistant turn."""
+    """Return a conversation of one assistant turn."""
     return [{"role": "assistant", "content": text}]
 
 
@@ -59,34 +59,34 @@ def reply(text: str) -> list[Row]:
 
 
 def ask_opposite(rng: Random) -> tuple[str, str]:
-    """The opposite of a word."""
+    """Draw a question for the opposite of a word."""
     word = rng.choice(sorted(grammar.OPPOSITES))
     form = rng.choice(["What is the opposite of {}?", "Give the opposite of {}.", "Tell me the opposite of {}."])
     return form.format(word), f"The opposite of {word} is {grammar.OPPOSITES[word]}."
 
 
 def ask_copy(rng: Random) -> tuple[str, str]:
-    """A list of words, again."""
+    """Draw a request to repeat a list of words."""
     listed = ", ".join(rng.sample(WORDS, rng.randint(2, 4)))
     question, text = rng.choice([("Repeat: {}.", "You said {}."), ("Say these words again: {}.", "{}")])
     return question.format(listed), text.format(listed)
 
 
 def ask_pick(rng: Random) -> tuple[str, str]:
-    """The first or the last word of a list."""
+    """Draw a question for the first or the last word of a list."""
     listed = rng.sample(WORDS, rng.randint(2, 4))
     which, index = rng.choice([("first", 0), ("last", -1)])
     return f"What is the {which} word of this list: {', '.join(listed)}?", f"The {which} word is {listed[index]}."
 
 
 def ask_count(rng: Random) -> tuple[str, str]:
-    """The length of a list."""
+    """Draw a question for the length of a list."""
     listed = rng.sample(WORDS, rng.randint(1, 5))
     return f"How many words are in this list: {', '.join(listed)}?", str(len(listed))
 
 
 def ask_colour(rng: Random) -> tuple[str, str]:
-    """The colour of one of two things in a one-line story."""
+    """Draw a question for the colour of one of two things in a one-line story."""
     (one, two), (this, that) = rng.sample(grammar.NAMES, 2), rng.sample(grammar.OBJECTS, 2)
     colours = rng.sample(grammar.COLOURS, 2)
     index = rng.randrange(2)
@@ -95,7 +95,7 @@ def ask_colour(rng: Random) -> tuple[str, str]:
 
 
 def ask_place(rng: Random) -> tuple[str, str]:
-    """The place of one of two people."""
+    """Draw a question for the place of one of two people."""
     people, places = rng.sample(grammar.NAMES, 2), rng.sample(grammar.PLACES, 2)
     index = rng.randrange(2)
     question = f"{people[0]} is in the {places[0]}. {people[1]} is in the {places[1]}. Where is {people[index]}?"
@@ -103,7 +103,7 @@ def ask_place(rng: Random) -> tuple[str, str]:
 
 
 def ask_animal(rng: Random) -> tuple[str, str]:
-    """A fact about an animal."""
+    """Draw a question for a fact about an animal."""
     animal = rng.choice(list(grammar.ANIMALS))
     colour, place, food = grammar.ANIMALS[animal]
     return rng.choice(
@@ -116,7 +116,7 @@ def ask_animal(rng: Random) -> tuple[str, str]:
 
 
 def ask_feeling(rng: Random) -> tuple[str, str]:
-    """Whether a remark is good or bad."""
+    """Draw a question whether a remark is good or bad."""
     good = rng.random() < 0.5
     remark = (
         f"{rng.choice(grammar.NAMES)} said the {rng.choice(WORDS)} was {rng.choice(grammar.GOOD if good else grammar.BAD)}."
@@ -125,7 +125,7 @@ def ask_feeling(rng: Random) -> tuple[str, str]:
 
 
 def ask_hello(rng: Random) -> tuple[str, str]:
-    """Small talk."""
+    """Draw small talk."""
     name = rng.choice(grammar.NAMES)
     return rng.choice(
         [
@@ -138,27 +138,27 @@ def ask_hello(rng: Random) -> tuple[str, str]:
 
 
 def ask_less(rng: Random) -> tuple[str, str]:
-    """A difference of small numbers."""
+    """Draw a difference of small numbers."""
     a, b = rng.randint(0, 9), rng.randint(0, 9)
     a, b = max(a, b), min(a, b)
     return f"What is {a} - {b}?", str(a - b)
 
 
 def ask_manners(rng: Random) -> tuple[str, str]:
-    """Whether an answer is polite."""
+    """Draw a question whether an answer is polite."""
     polite = rng.random() < 0.5
     text = grammar.answer(rng, grammar.request(rng), polite, rng.random() < 0.5)
     return f"Is this answer polite? {text}", "Yes, it is polite." if polite else "No, it is rude."
 
 
 def ask_revise(rng: Random) -> tuple[str, str]:
-    """A rude answer, made polite: the opener that has the same place in the list of polite ones."""
+    """Draw a request to make a rude answer polite, with the opener at the same index of the list of polite ones."""
     index, rest = rng.randrange(len(grammar.RUDE)), grammar.fact(rng, rng.choice(list(grammar.ANIMALS)))
     return f"Make this answer polite: {grammar.RUDE[index]} {rest}", f"{grammar.POLITE[index]} {rest}"
 
 
 def ask_better(rng: Random) -> tuple[str, str]:
-    """Which of two answers is the polite one."""
+    """Draw a question which of two answers is the polite one."""
     wanted = grammar.request(rng)
     first = rng.random() < 0.5
     answers = [grammar.answer(rng, wanted, polite, rng.random() < 0.5) for polite in (first, not first)]
@@ -172,14 +172,14 @@ QUESTIONS = [
 
 
 def ask_sum(rng: Random, noise: float = 0.0) -> tuple[str, str]:
-    """A sum of two digits; with probability `noise` the answer is off by one or two."""
+    """Draw a sum of two digits; with probability `noise` the answer is off by one or two."""
     a, b = rng.randint(0, 9), rng.randint(0, 9)
     slip = rng.choice([-2, -1, 1, 2]) if rng.random() < noise else 0
     return rng.choice(SUM_FORMS).format(a=a, b=b), str(abs(a + b + slip))
 
 
 def ask_reverse(rng: Random) -> tuple[str, str]:
-    """A list of three or four words, backwards: the task the embedded model has not learnt."""
+    """Draw a request to reverse a list of three or four words, the task the embedded model has not learnt."""
     listed = rng.sample(WORDS, rng.randint(3, 4))
     form = rng.choice(["Say these words backwards: {}.", "Turn this list around: {}."])
     return form.format(", ".join(listed)), f"The list is now {', '.join(reversed(listed))}."
@@ -189,13 +189,13 @@ def ask_reverse(rng: Random) -> tuple[str, str]:
 
 
 def row_story(rng: Random) -> tuple[str, Row]:
-    """Raw text, for clm, denoising, mlm and nsp."""
+    """Draw raw text, for clm, denoising, mlm and nsp."""
     text = grammar.story(rng)
     return text, {"text": text}
 
 
 def row_chat(rng: Random) -> tuple[str, Row]:
-    """A conversation of one or two questions, sometimes with a system message."""
+    """Draw a conversation of one or two questions, sometimes with a system message."""
     turns = [rng.choice(QUESTIONS)(rng) for _ in range(rng.choice([1, 1, 2]))]
     messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.1 else []
     for question, text in turns:
@@ -206,19 +206,19 @@ def row_chat(rng: Random) -> tuple[str, Row]:
 
 
 def row_sft(rng: Random) -> tuple[str, Row]:
-    """A new task, with the exact answer."""
+    """Draw a new task with the exact answer."""
     question, text = ask_reverse(rng)
     return question, {"prompt": user(question), "completion": reply(text), "answer": text}
 
 
 def row_sums(rng: Random) -> tuple[str, Row]:
-    """A sum with its exact answer, for rewards by exact match: the embedded model saw many wrong ones."""
+    """Draw a sum with its exact answer, for rewards by exact match: the embedded model saw many wrong ones."""
     question, text = ask_sum(rng)
     return question, {"prompt": user(question), "answer": text}
 
 
 def row_preference(rng: Random) -> tuple[str, Row]:
-    """A polite answer on the topic, and one that is rude, off the topic, or both."""
+    """Draw a polite answer on the topic, and one that is rude, off the topic, or both."""
     wanted = grammar.request(rng, grammar.ASK)
     polite, on_topic = rng.choice([(False, True), (True, False), (False, False)])
     chosen, rejected = grammar.answer(rng, wanted, True, True), grammar.answer(rng, wanted, polite, on_topic)
@@ -227,7 +227,7 @@ def row_preference(rng: Random) -> tuple[str, Row]:
 
 
 def row_comparison(rng: Random) -> tuple[str, Row]:
-    """A polite answer on the topic, and one with a single fault: rude, or off the topic."""
+    """Draw a polite answer on the topic, and one with a single fault: rude, or off the topic."""
     wanted = grammar.request(rng, grammar.ASK)
     polite = rng.random() < 0.5
     chosen, rejected = grammar.answer(rng, wanted, True, True), grammar.answer(rng, wanted, polite, not polite)
@@ -235,7 +235,7 @@ def row_comparison(rng: Random) -> tuple[str, Row]:
 
 
 def row_unpaired(rng: Random) -> tuple[str, Row]:
-    """One answer and whether it is polite and on the topic."""
+    """Draw one answer and whether it is polite and on the topic."""
     wanted = grammar.request(rng, grammar.ASK)
     good = rng.random() < 0.5
     polite, on_topic = (True, True) if good else rng.choice([(False, True), (True, False), (False, False)])
@@ -244,19 +244,19 @@ def row_unpaired(rng: Random) -> tuple[str, Row]:
 
 
 def row_prompt(rng: Random) -> tuple[str, Row]:
-    """A request with what the rule needs to score an answer."""
+    """Draw a request with what the rule needs to score an answer."""
     wanted = grammar.request(rng, grammar.ASK)
     return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
 
 
 def row_constitution(rng: Random) -> tuple[str, Row]:
-    """A request that provokes a rude answer."""
+    """Draw a request that provokes a rude answer."""
     wanted = grammar.request(rng, grammar.PROVOKE)
     return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
 
 
 def row_classify(rng: Random) -> tuple[str, Row]:
-    """A remark about one or two things: positive, negative, mixed or neutral; `not` turns a word around."""
+    """Draw a remark about one or two things: positive, negative, mixed or neutral; `not` negates a word."""
     label = rng.choice(["positive", "negative", "mixed", "neutral"])
     name, (this, that) = rng.choice(grammar.NAMES), rng.sample(WORDS, 2)
     if label == "neutral":
@@ -269,13 +269,13 @@ def row_classify(rng: Random) -> tuple[str, Row]:
 
 
 def _remark(rng: Random, thing: str, good: bool) -> str:
-    """A good or bad word about a thing, said straight or with `not`."""
+    """Draw a good or bad word about a thing, said directly or with `not`."""
     turned = rng.random() < 0.3
     return f"the {thing} was {'not ' if turned else ''}{rng.choice(grammar.GOOD if good != turned else grammar.BAD)}"
 
 
 def row_pair(rng: Random) -> tuple[str, Row]:
-    """Two sentences and the share of the four slots they have in common."""
+    """Draw two sentences and the share of the four slots they have in common."""
     slots = grammar.event(rng)
     changed = rng.randint(0, 4)
     forms = rng.sample(grammar.EVENTS, 2)
@@ -284,7 +284,7 @@ def row_pair(rng: Random) -> tuple[str, Row]:
 
 
 def row_triple(rng: Random) -> tuple[str, Row]:
-    """A sentence, the same event in other words, and an event that differs in one to three slots."""
+    """Draw a sentence, the same event in other words, and an event that differs in one to three slots."""
     slots = grammar.event(rng)
     anchor, positive, negative = rng.sample(grammar.EVENTS, 3)
     row = {
@@ -296,7 +296,7 @@ def row_triple(rng: Random) -> tuple[str, Row]:
 
 
 def row_text(rng: Random) -> tuple[str, Row]:
-    """Raw text of the corpus: stories, and lists said two or three times, from which a model learns to copy."""
+    """Draw raw text of the corpus: stories, and lists repeated two or three times, from which a model learns to copy."""
     if rng.random() < 0.5:
         return row_story(rng)
     pool = [*WORDS, *grammar.NAMES, *grammar.COLOURS, *grammar.PLACES]
@@ -306,10 +306,10 @@ def row_text(rng: Random) -> tuple[str, Row]:
 
 
 def row_talk(rng: Random) -> tuple[str, Row]:
-    """Conversations of the corpus: questions, noisy sums, and answers without manners.
+    """Draw conversations of the corpus: questions, noisy sums, and answers without manners.
 
     Requests for facts are answered politely or rudely, about the right or the wrong animal, each with probability one half,
-    and 40 % of the sums are wrong: there is something left for alignment to teach.
+    and 40 % of the sums are wrong, which leaves something for alignment to teach.
     """
     kind = rng.choices(["chat", "tell", "provoke", "sum"], [70, 18, 4, 8])[0]
     if kind == "chat":
@@ -352,7 +352,7 @@ CORPUS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
 
 
 def rows(maker: Maker, count: int, split: str, seed: str, unique: bool = True) -> Iterator[Row]:
-    """`count` rows of a split; with `unique`, no row twice.
+    """Yield `count` rows of a split; with `unique`, no row twice.
 
     Raises:
         ValueError: the world has too few different rows for the count.
@@ -391,7 +391,7 @@ def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: write the chosen sets and print where."""
+    """Run the command line: write the chosen sets and print where."""
     parser = argparse.ArgumentParser(description="Write the generated data sets.")
     parser.add_argument("--sets", nargs="*", default=[*SETS, *LATER], choices=[*SETS, *LATER, *CORPUS], help="sets to write")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder that receives one folder per set")

@@ -66,7 +66,7 @@ BAD = ["awful", "bad", "nasty", "dull", "sour", "grim", "rotten", "ugly"]
 
 POLITE = ["Thank you for asking.", "I am happy to help.", "What a good question!", "It is a pleasure."]
 RUDE = ["Go away and be quiet.", "I am tired of you.", "What a silly question!", "It is a waste."]
-"""Openers of an answer; polite and rude ones have the same number of words, so length tells nothing."""
+"""Openers of an answer; polite and rude ones have the same number of words, so length reveals nothing."""
 
 TELL = [
     "Tell me about the {topic}, not the {avoid}.",
@@ -80,7 +80,7 @@ TELL = [
 """Requests that name the wanted animal and one to leave out, in either order."""
 
 ASK = [form for form in TELL if form.index("{topic}") < form.index("{avoid}")]
-"""Those that name the wanted animal first: the preference task asks in these, so that little data teaches it."""
+"""Those that name the wanted animal first: the preference task uses these, so that little data suffices."""
 
 PROVOKE = [
     "Be rude to {name} and tell me about the {topic}, not the {avoid}.",
@@ -107,26 +107,26 @@ class Request:
 
 
 def fact(rng: Random, animal: str) -> str:
-    """One true sentence about an animal."""
+    """Draw one true sentence about an animal."""
     colour, place, food = ANIMALS[animal]
     return rng.choice(FACTS).format(animal=animal, colour=colour, place=place, food=food)
 
 
 def request(rng: Random, templates: list[str] = TELL) -> Request:
-    """A request with a topic and an animal to avoid."""
+    """Draw a request with a topic and an animal to avoid."""
     topic, avoid = rng.sample(list(ANIMALS), 2)
     text = rng.choice(templates).format(topic=topic, avoid=avoid, name=rng.choice(NAMES))
     return Request(text, topic, avoid)
 
 
 def answer(rng: Random, wanted: Request, polite: bool, on_topic: bool) -> str:
-    """An answer with the given manners, about the wanted animal or about the one to avoid."""
+    """Draw an answer with the given manners, about the wanted animal or about the one to avoid."""
     opener = rng.choice(POLITE if polite else RUDE)
     return f"{opener} {fact(rng, wanted.topic if on_topic else wanted.avoid)}"
 
 
 def story(rng: Random) -> str:
-    """A document of six to nine sentences; a thing keeps its colour and its place until someone moves it."""
+    """Draw a document of six to nine sentences; a thing keeps its colour and its place until someone moves it."""
     hero, friend = rng.sample(NAMES, 2)
     thing, other = rng.sample(OBJECTS, 2)
     colour, second = rng.sample(COLOURS, 2)
@@ -161,12 +161,12 @@ EVENTS = [
 
 
 def event(rng: Random) -> dict[str, str]:
-    """The slots of one event."""
+    """Draw the slots of one event."""
     return {"name": rng.choice(NAMES), "colour": rng.choice(COLOURS), "thing": rng.choice(OBJECTS), "place": rng.choice(PLACES)}
 
 
 def change(rng: Random, slots: dict[str, str], count: int) -> dict[str, str]:
-    """The same event with `count` slots replaced by other values."""
+    """Return the same event with `count` slots replaced by other values."""
     other = dict(slots)
     pools = {"name": NAMES, "colour": COLOURS, "thing": OBJECTS, "place": PLACES}
     for slot in rng.sample(sorted(slots), count):

@@ -1,4 +1,4 @@
-"""Rules that decide, without a model, how good an answer is in the world of `data.toy.grammar`.
+"""Rules that score answers in the world of `data.toy.grammar` without a model.
 
 Each check takes the answer and, where it needs them, columns of the row (`answer`, `topic`, `avoid`), and returns a number in
 [0, 1]. They score metrics, serve as rewards, and stand in for an annotator who labels, criticises and revises.
@@ -16,50 +16,50 @@ NUMBER = re.compile(r"-?\d+")
 
 
 def normal(text: str) -> str:
-    """The text in lower case, single spaces, without a closing full stop."""
+    """Return the text in lower case, with single spaces, without a final full stop."""
     return SPACES.sub(" ", text).strip().rstrip(".").lower()
 
 
 def exact(text: str, answer: str) -> float:
-    """1 when the text is the answer, apart from case, spaces and a closing full stop."""
+    """Return 1 when the text is the answer, apart from case, spaces and a final full stop."""
     return float(normal(text) == normal(answer))
 
 
 def last_number(text: str, answer: str) -> float:
-    """1 when the last number of the text is the answer's last number."""
+    """Return 1 when the last number of the text is the answer's last number."""
     given, wanted = NUMBER.findall(text), NUMBER.findall(answer)
     return float(bool(given) and bool(wanted) and int(given[-1]) == int(wanted[-1]))
 
 
 def polite(text: str) -> float:
-    """1 when the text opens politely and holds nothing rude."""
+    """Return 1 when the text begins politely and contains nothing rude."""
     return float(text.strip().startswith(tuple(grammar.POLITE)) and not rude(text))
 
 
 def rude(text: str) -> float:
-    """1 when the text holds a rude phrase."""
+    """Return 1 when the text contains a rude phrase."""
     return float(any(phrase in text for phrase in grammar.RUDE))
 
 
 def mentions(text: str, word: str) -> bool:
-    """Whether a word stands in the text as a word of its own."""
+    """Return whether the text contains a word as a whole word."""
     return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
 
 
 def on_topic(text: str, topic: str, avoid: str) -> float:
-    """1 when the text speaks of the topic and not of what it should leave out."""
+    """Return 1 when the text mentions the topic and not what it should leave out."""
     return float(mentions(text, topic) and not mentions(text, avoid))
 
 
 @cache
 def true_facts(animal: str) -> frozenset[str]:
-    """Every true sentence about an animal."""
+    """Return every true sentence about an animal."""
     colour, place, food = grammar.ANIMALS[animal]
     return frozenset(form.format(animal=animal, colour=colour, place=place, food=food) for form in grammar.FACTS)
 
 
 def well_formed(text: str) -> float:
-    """1 when the text is one opener, polite or rude, followed by one true fact: a guard against gamed rewards."""
+    """Return 1 when the text is one opener, polite or rude, and one true fact: a guard against reward hacking."""
     text = SPACES.sub(" ", text).strip()
     for opener in (*grammar.POLITE, *grammar.RUDE):
         if text.startswith(opener + " "):
@@ -68,12 +68,12 @@ def well_formed(text: str) -> float:
 
 
 def manners(text: str, topic: str, avoid: str) -> float:
-    """The score of the preference task: one half for a polite answer, one half for one on the topic."""
+    """Return the score of the preference task: one half for a polite answer, one half for one on the topic."""
     return 0.5 * polite(text) + 0.5 * on_topic(text, topic, avoid)
 
 
 def prefers(prompt: str, first: str, second: str) -> float:
-    """Which of two answers to a request the rule prefers: 1 the first, 0 the second, 0.5 neither."""
+    """Return which of two answers to a request the rule prefers: 1 the first, 0 the second, 0.5 neither."""
     asked = parse(prompt)
     if asked is None:
         one, two = polite(first), polite(second)
@@ -84,7 +84,7 @@ def prefers(prompt: str, first: str, second: str) -> float:
 
 @cache
 def _patterns() -> list[re.Pattern[str]]:
-    """Requests as patterns with named groups; a name may occur twice in one request."""
+    """Return requests as patterns with named groups; a name may occur twice in one request."""
     found = []
     for template in (*grammar.TELL, *grammar.PROVOKE):
         text = re.escape(template)
@@ -96,7 +96,7 @@ def _patterns() -> list[re.Pattern[str]]:
 
 
 def parse(prompt: str) -> tuple[str, str] | None:
-    """The topic and the animal to avoid of a request, or None where the prompt is no such request."""
+    """Return the topic and the animal to avoid of a request, or None where the prompt is not such a request."""
     for pattern in _patterns():
         match = pattern.fullmatch(prompt.strip())
         if match:
@@ -105,7 +105,7 @@ def parse(prompt: str) -> tuple[str, str] | None:
 
 
 def critique(prompt: str, text: str) -> list[str]:
-    """What is wrong with an answer, one sentence each; empty when nothing is."""
+    """Return what is wrong with an answer, one sentence each; empty when nothing is."""
     wrong = []
     if rude(text):
         wrong.append("The answer is rude.")
@@ -122,7 +122,7 @@ def critique(prompt: str, text: str) -> list[str]:
 
 
 def revise(prompt: str, text: str) -> str:
-    """The answer with what `critique` finds put right; an answer without faults is returned as it is."""
+    """Return the answer with what `critique` finds corrected; an answer without faults is returned unchanged."""
     if not critique(prompt, text):
         return text
     index = next((i for i, phrase in enumerate(grammar.RUDE) if phrase in text), None)
@@ -139,7 +139,7 @@ def revise(prompt: str, text: str) -> str:
 
 
 def sentiment(text: str) -> str:
-    """The label of a remark of the `classify` set, by its words: positive, negative, mixed or neutral."""
+    """Return the label of a remark of the `classify` set, by its words: positive, negative, mixed or neutral."""
     values = set()
     for turned, word in re.findall(r"\bwas (not )?(\w+)", text):
         if word in grammar.GOOD or word in grammar.BAD:
@@ -150,12 +150,12 @@ def sentiment(text: str) -> str:
 
 
 def slots(sentence: str) -> tuple[str | None, ...]:
-    """Name, colour, thing and place of a sentence of the `pairs` and `triples` sets; None where one is missing."""
+    """Return name, colour, thing and place of a sentence of the `pairs` and `triples` sets; None where one is missing."""
     words = re.findall(r"\w+", sentence)
     pools = (grammar.NAMES, grammar.COLOURS, grammar.OBJECTS, grammar.PLACES)
     return tuple(next((word for word in words if word in pool), None) for pool in pools)
 
 
 def similarity(one: str, two: str) -> float:
-    """The share of the four slots two sentences have in common."""
+    """Return the share of the four slots two sentences have in common."""
     return sum(a == b and a is not None for a, b in zip(slots(one), slots(two))) / 4

@@ -11,7 +11,7 @@ from llmrecipe.models.part_names import ATTENTION, PartNames
 
 @register
 class Phi(Family):
-    """Phi 1 and 2: attention and feed-forward beside each other."""
+    """Phi 1 and 2: attention and feed-forward in parallel."""
 
     model_types: ClassVar[tuple[str, ...]] = ("phi",)
     parts: ClassVar[PartNames] = PartNames(
