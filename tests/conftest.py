@@ -10,10 +10,17 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--deviations", metavar="FOLDER", help="write there how far marked tests were from their references")
+    told = "packages whose components take part, comma-separated"
+    parser.addoption("--plugins", dest="component_packages", metavar="PACKAGES", default="", help=told)
     parser.addoption("--deviations-reason", metavar="TEXT", default="", help="why some of them may have grown tenfold")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Before any test file is read: what is registered decides which tests there are.
+    for package in filter(None, config.getoption("component_packages").split(",")):
+        from llmrecipe.core import registry
+
+        registry.add_plugin(package)
     if folder := config.getoption("--deviations"):
         from tests.deviations import Deviations
 

@@ -1,4 +1,8 @@
-"""Every registered wrapper and objective through the same promises.
+"""Every registered wrapper through the same promises; objectives, metrics and rewards have contract.py in folders of theirs.
+
+A plugin's components keep the same promises: from the checkout, with the package on the path and its recipes in ./recipes,
+
+    PYTHONPATH=PROJECT python -m pytest tests/contract.py tests/objectives/contract.py --plugins my_package -k my_component
 
 A wrapper is found by its registration; the tables below only say what a kind needs to run on a two-layer model (options, a
 family with the parts it names). A kind that is in no table runs with its defaults on a small Llama.

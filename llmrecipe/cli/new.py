@@ -24,12 +24,49 @@ model: {{path: tiny}}
 
 
 def verb(
-    name: Annotated[str, typer.Argument(help="Name of the recipe, or a path ending in .yaml.")],
-    extends: Annotated[str, typer.Option("--extends", help="Recipe it extends.")] = "base",
-    objective: Annotated[str | None, typer.Option("--objective", help="Objective it trains.")] = None,
-    stack: Annotated[str | None, typer.Option("--stack", help="Methods, comma-separated: nf4,lora.")] = None,
+    what: Annotated[str, typer.Argument(metavar="[KIND]", help="recipe (may be left out), method, objective or metric.")],
+    name: Annotated[str | None, typer.Argument(help="Its name; of a recipe also a path ending in .yaml.")] = None,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Package a component goes into; recipes and tests stand beside it.")
+    ] = Path("my_components"),
+    extends: Annotated[str, typer.Option("--extends", help="Recipe a new one extends.")] = "base",
+    objective: Annotated[str | None, typer.Option("--objective", help="Objective a recipe trains.")] = None,
+    stack: Annotated[str | None, typer.Option("--stack", help="Methods of a recipe, comma-separated: nf4,lora.")] = None,
 ) -> None:
-    """Write the skeleton of a recipe into ./recipes."""
+    """Write the skeleton of a recipe into ./recipes, or of a method, an objective or a metric with its recipe and its test."""
+    from llmrecipe.cli import skeletons
+    from llmrecipe.core.errors import RecipeError, did_you_mean
+
+    kinds = ("recipe", *skeletons.GROUPS)
+    if name is None:
+        if what in skeletons.GROUPS:
+            raise RecipeError(
+                f"new {what}: say what it is called: llmrecipe new {what} NAME; a recipe: llmrecipe new recipe {what}"
+            )
+        _recipe(what, extends, objective, stack)
+    elif what == "recipe":
+        _recipe(name, extends, objective, stack)
+    elif what in kinds:
+        _component(what, name, folder)
+    else:
+        raise RecipeError(f"new {what}: nothing of that kind can be written{did_you_mean(what, kinds)} ({', '.join(kinds)})")
+
+
+def _component(what: str, name: str, folder: Path) -> None:
+    """Write a component with its recipe and its test, and say how they are run."""
+    from llmrecipe.cli import skeletons
+    from llmrecipe.core.paths import PACKAGE
+
+    files = skeletons.write(what, name, folder)
+    for path in files:
+        print(f"wrote {path}")
+    root = PACKAGE.parent if folder.resolve().is_relative_to(PACKAGE) else folder.resolve().parent
+    test = next(path for path in files if path.name.startswith("test_")).resolve().relative_to(root)
+    print(f"next, in {root}: python -m pytest {test}; python -m llmrecipe train recipe={name}")
+
+
+def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -> None:
+    """Write the skeleton of a recipe; it is taken back where it does not compose."""
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.recipe.compose import compose
     from llmrecipe.recipe.hydra_compose import refused_choices

@@ -21,6 +21,10 @@ class Metric:
     group: ClassVar[str] = "metric"
     direction: ClassVar[Literal["min", "max"]] = "max"
     """Whether a small (an error rate) or a large mean is better."""
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    """Least and largest score; the better end is that of an answer equal to its reference."""
+    example: ClassVar[tuple[str, str, float]]
+    """A prediction, a reference and the score by hand."""
 
     def score(self, prediction: str, reference: str) -> float:
         """Score a prediction against its reference."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.metric import Metric, normalise
 
@@ -12,6 +14,8 @@ class ExactMatch(Metric):
 
     Only white space is normalised unless options say more. Source: SQuAD (arXiv 1606.05250) for the full normalisation.
     """
+
+    example: ClassVar[tuple[str, str, float]] = ("the  red hen", "the red hen", 1.0)
 
     lower: bool = False
     """Ignore case."""

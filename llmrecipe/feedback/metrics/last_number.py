@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.metric import Metric
@@ -16,6 +17,8 @@ class LastNumber(Metric):
 
     The usual check of grade-school arithmetic, whose answers end in the result. Source: GSM8K (arXiv 2110.14168).
     """
+
+    example: ClassVar[tuple[str, str, float]] = ("3 hens lay 1,042.", "#### 1042", 1.0)
 
     def score(self, prediction: str, reference: str) -> float:
         """Return 1 where the last numbers are equal, else 0."""

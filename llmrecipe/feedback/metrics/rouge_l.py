@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.metric import Metric
@@ -27,6 +28,8 @@ class RougeL(Metric):
     Words are runs of lower-cased a-z and 0-9, without stemming, so text in other scripts scores 0. Source: Lin 2004, ROUGE: A
     Package for Automatic Evaluation of Summaries.
     """
+
+    example: ClassVar[tuple[str, str, float]] = ("the red hen sat", "the hen sat down", 0.75)
 
     def score(self, prediction: str, reference: str) -> float:
         """Compute the F measure of the longest common subsequence."""

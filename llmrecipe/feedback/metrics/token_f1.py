@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.metric import Metric, normalise
@@ -14,6 +15,8 @@ class TokenF1(Metric):
 
     Normalised as SQuAD does: lower case, no articles, no punctuation. Source: SQuAD (arXiv 1606.05250).
     """
+
+    example: ClassVar[tuple[str, str, float]] = ("The red hen", "a red hen sat", 0.8)
 
     def score(self, prediction: str, reference: str) -> float:
         """Compute F = 2 P R / (P + R)."""
