@@ -12,6 +12,7 @@ from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.data.prepare import TokenData
     from llmrecipe.recipe.schema import Recipe
@@ -106,7 +107,12 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
 
 
 def _print(
-    data: TokenData, tokenizer: Any, shown: list[dict[str, Any]], facts: dict[str, float], each: bool, recipe: Recipe
+    data: TokenData,
+    tokenizer: PreTrainedTokenizerBase,
+    shown: list[dict[str, Any]],
+    facts: dict[str, float],
+    each: bool,
+    recipe: Recipe,
 ) -> None:
     from rich.text import Text
 
@@ -132,7 +138,7 @@ def _print(
         out.print(_row_text(row, tokenizer, each, colour, longest if recipe.data.packing == "off" else 0))
 
 
-def _row_text(row: dict[str, Any], tokenizer: Any, each: bool, colour: bool, longest: int) -> Text:
+def _row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: bool, colour: bool, longest: int) -> Text:
     """One row as coloured text; without colours trained text stands between « and »."""
     from rich.text import Text
 

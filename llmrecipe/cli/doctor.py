@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from llmrecipe.cli.arguments import Json
@@ -109,7 +110,7 @@ def torch_facts() -> dict[str, Any]:
     }
 
 
-def _backends(torch: Any) -> list[str]:
+def _backends(torch: ModuleType) -> list[str]:
     if not torch.distributed.is_available():
         return []
     found = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}

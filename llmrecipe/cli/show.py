@@ -82,7 +82,7 @@ def _print(out: Console, card: dict[str, Any]) -> None:
     out.print()
 
 
-def _fact(value: Any) -> str:
+def _fact(value: object) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key} ({reason})" for key, reason in value.items())
     if isinstance(value, list):

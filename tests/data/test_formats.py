@@ -183,13 +183,17 @@ DAMAGED = [
 ]
 
 
+def read_whole(path: Path) -> list[dict]:
+    reader = open_file(path)
+    return reader.rows(range(len(reader)))
+
+
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
 def test_damaged_files_say_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        reader = open_file(path)
-        reader.rows(range(len(reader)))
+        read_whole(path)
 
 
 def test_unknown_columns_print_the_row_and_the_nearest_mapping() -> None:
@@ -236,8 +240,8 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
         prepare(DataSection(path=str(tmp_path / "pair.jsonl")), byte_tokenizer(), "text", seed=0)
     with pytest.raises(DataError, match=r"no built-in set is called 'storys'; did you mean 'stories'\?"):
         prepare(DataSection(path="builtin:storys"), byte_tokenizer(), "text", seed=0)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no training file"):
-        (tmp_path / "empty").mkdir()
         prepare(DataSection(path=str(tmp_path / "empty")), byte_tokenizer(), "text", seed=0)
     with pytest.raises(DataError, match=r"data.path: missing"):
         prepare(DataSection(), byte_tokenizer(), "text", seed=0)

@@ -107,5 +107,5 @@ def test_warmup_longer_than_the_run_is_refused():
 
 @pytest.mark.parametrize("warmup", [-1, 1.0, 1.5, "3"])
 def test_impossible_warmups_are_refused(warmup):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="warmup"):
         registry.load("schedule", "linear")(warmup=warmup)

@@ -333,5 +333,11 @@ def test_a_certain_letter_whose_other_is_not_listed_is_certain(pairs: str, tmp_p
         server(silent) as (url, _),
         pytest.raises(RunError, match=r"mass 1, .*the least mass on the letters \(0\) was 'Both are"),
     ):
-        agent = f"agent={{kind: http, url: '{url}', model: judge}}"
-        done("label_ai", tmp_path / "s", f"answers={two}", agent, "constitution=manners", "principles=[polite]")
+        done(
+            "label_ai",
+            tmp_path / "s",
+            f"answers={two}",
+            f"agent={{kind: http, url: '{url}', model: judge}}",
+            "constitution=manners",
+            "principles=[polite]",
+        )

@@ -364,13 +364,14 @@ def test_what_cannot_work_is_refused_with_the_reason() -> None:
         adapted(prefix(init="zero"))
     with pytest.raises(RecipeError, match="positions: free"):
         adapted(prefix(positions="shift"), "t5")
+    wrapper = prefix(reparam="flat", init="text")
+    model = adapted(wrapper)
     with pytest.raises(RecipeError, match="at least one token"):
-        wrapper = prefix(reparam="flat", init="text")
-        wrapper.calibrate(adapted(wrapper), Probe(None, None, tokenizer=Letters()))
+        wrapper.calibrate(model, Probe(None, None, tokenizer=Letters()))
+    wrapper = prefix(reparam="flat", init="text", init_text="a")
+    model = pair_model("t5")
+    Stack([wrapper]).attach(model)
     with pytest.raises(RecipeError, match="encoder-decoder"):
-        wrapper = prefix(reparam="flat", init="text", init_text="a")
-        model = pair_model("t5")
-        Stack([wrapper]).attach(model)
         wrapper.calibrate(model, Probe(None, None, tokenizer=Letters()))
 
 

@@ -189,7 +189,7 @@ def test_a_finished_run_is_scored_at_any_rank_and_resumes_bit_for_bit(tmp_path: 
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     low, high = (evaluate_path(str(tmp_path / "whole"), [f"stack.dylora.rank={b}"])["loss"] for b in (1, 8))
     assert low != high
-    with pytest.raises(RunError, match=r"stack\.dylora\.target: fixed by the training of this run; free to choose: rank"):
-        from llmrecipe.interop.load_run import open_run
+    from llmrecipe.interop.load_run import open_run
 
+    with pytest.raises(RunError, match=r"stack\.dylora\.target: fixed by the training of this run; free to choose: rank"):
         open_run(str(tmp_path / "whole"), options={"dylora": {"target": "attn.q"}})
