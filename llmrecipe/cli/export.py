@@ -36,7 +36,7 @@ def verb(
     weight: Annotated[float, typer.Option("--weight", help="Weight of the run itself beside --add.")] = 1.0,
     combine: Annotated[
         str,
-        typer.Option("--combine", help="cat: the exact sum; or linear, svd, ties, ties_svd, dare_linear, dare_ties, ..."),
+        typer.Option("--combine", help="How: cat, the exact sum, or another of `llmrecipe list merge_method`."),
     ] = "cat",
     density: Annotated[float | None, typer.Option("--density", help="Share of entries TIES, DARE and pruning keep.")] = None,
     sign: Annotated[str, typer.Option("--sign", help="How TIES elects a sign: total or frequency.")] = "total",
@@ -44,7 +44,9 @@ def verb(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[model.RIGHT=true]", help="model.trust_remote_code=true, model.allow_pickle=true", show_default=False
+            metavar="[WORD]...",
+            help="model.trust_remote_code=true, model.allow_pickle=true; combine.OPTION=VALUE for the options of --combine.",
+            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
@@ -52,6 +54,7 @@ def verb(
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.early_checks import finished
     from llmrecipe.core.errors import UserError, did_you_mean
+    from llmrecipe.interop.load_run import open_plugins_of
     from llmrecipe.interop.merge_options import How
 
     for key, value, allowed in (
@@ -61,8 +64,10 @@ def verb(
     ):
         if value not in allowed:
             raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
-    rights = _rights(words or [])
-    how = How(combine, density, sign, seed)  # type: ignore[arg-type]
+    rights, more = _words(words or [])
+    for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
+        open_plugins_of(name)
+    how = How(combine, density, sign, seed, more)
     how.check()
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         finished(name)
@@ -95,23 +100,29 @@ def verb(
     print(f"done: {done.path}")
 
 
-def _rights(words: list[str]) -> dict[str, bool]:
-    """The rights some words give.
+def _words(words: list[str]) -> tuple[dict[str, bool], dict[str, Any]]:
+    """The rights that some words give, and the options of the merge method.
 
     Raises:
-        UserError: a word that is no right.
+        UserError: a word that is neither.
     """
     from llmrecipe.core.errors import UserError
     from llmrecipe.recipe.overrides import parse
     from llmrecipe.recipe.rights import KEYS
 
-    found = {}
+    rights, options = {}, {}
     for word in parse(words):
-        if word.key not in KEYS or not isinstance(word.value, bool):
+        if word.key in KEYS and isinstance(word.value, bool):
+            rights[word.key[1]] = word.value
+        elif len(word.key) == 2 and word.key[0] == "combine":
+            options[str(word.key[1])] = word.value
+        else:
             allowed = ", ".join(f"{'.'.join(key)}=true" for key in KEYS)
-            raise UserError(f"'{word.text}': a run is exported as it is; the words that count here are {allowed}")
-        found[word.key[1]] = word.value
-    return found
+            raise UserError(
+                f"'{word.text}': a run is exported as it is; the words that count here are {allowed}, and combine.OPTION=VALUE "
+                "for the options of --combine"
+            )
+    return rights, options
 
 
 def _weighted(text: str) -> tuple[str, float]:

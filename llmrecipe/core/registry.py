@@ -46,6 +46,7 @@ INTERFACES = {
     "DataFormat": "format",
     "RowType": "row_type",
     "Family": "family",
+    "MergeMethod": "merge_method",
 }
 """Interface a component inherits -> the group its name is registered in."""
 
@@ -253,9 +254,7 @@ def _members(node: ast.ClassDef, path: Path) -> tuple[dict[str, Option], dict[st
             annotation = eval(text, dict(scope))
             default = ... if item.value is None else eval(ast.unparse(item.value), dict(scope))
         except NameError as error:
-            raise LlmRecipeError(
-                f"{path}:{item.lineno}: option types come from llmrecipe.core.option_types only: {error}"
-            ) from error
+            raise LlmRecipeError(f"{path}:{item.lineno}: option types come from llmrecipe.plugin only: {error}") from error
         options[item.target.id] = Option(item.target.id, annotation, text, default, doc, path, item.lineno)
     return options, facts
 

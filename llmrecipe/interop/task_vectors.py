@@ -9,11 +9,12 @@ ties              trim each t_i, elect the sign of every entry, average w_i t_i 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmrecipe.interop.merge_options import Sign
+Sign = Literal["total", "frequency"]
 
 
 def task_arithmetic(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -48,27 +49,32 @@ def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], sign: Sig
     return (_weighted(tensors, weights) * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
-def merge(
+def magnitude_prune(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """Sum the trimmed tensors: sum_i w_i top(t_i)."""
+    return task_arithmetic([trim(t, density) for t in tensors], weights)
+
+
+def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, sign: Sign = "total") -> Tensor:
+    """Trim each tensor, elect the sign of every entry, average over those that agree."""
+    return agreeing_mean([trim(t, density) for t in tensors], weights, sign)
+
+
+def dare_linear(
+    tensors: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Drop entries at random, rescale the rest, and sum: sum_i w_i m_i t_i / density."""
+    return task_arithmetic([drop_and_rescale(t, density, generator) for t in tensors], weights)
+
+
+def dare_ties(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
-    rule: str,
-    density: float = 1.0,
+    density: float,
     sign: Sign = "total",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One of `linear`, `magnitude_prune`, `ties`, `dare_linear` and `dare_ties`.
-
-    Args:
-        density: share of the entries that is kept.
-        generator: of the draws of DARE.
-    """
-    if rule in ("magnitude_prune", "ties"):
-        tensors = [trim(t, density) for t in tensors]
-    elif rule in ("dare_linear", "dare_ties"):
-        tensors = [drop_and_rescale(t, density, generator) for t in tensors]
-    if rule in ("ties", "dare_ties"):
-        return agreeing_mean(tensors, weights, sign)
-    return task_arithmetic(tensors, weights)
+    """Drop entries at random, rescale the rest, and average over those that have the elected sign."""
+    return agreeing_mean([drop_and_rescale(t, density, generator) for t in tensors], weights, sign)
 
 
 def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -96,10 +96,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-HEAD = "from __future__ import annotations\nfrom typing import ClassVar\nfrom llmrecipe.core.registry import register\n"
+HEAD = "from __future__ import annotations\nfrom typing import ClassVar\nfrom llmrecipe.plugin import register\n"
 CARDS = (
     HEAD
-    + '''from llmrecipe.data.formats.data_format import DataFormat
+    + '''from llmrecipe.plugin import DataFormat
 
 
 @register
@@ -141,7 +141,7 @@ def test_a_format_that_becomes_nothing_known_is_named_with_its_file(package: Pat
 
 
 def test_a_row_type_that_takes_no_known_format_is_named(package: Path) -> None:
-    text = f'''{HEAD}from llmrecipe.data.tokenize.row_type import RowType
+    text = f'''{HEAD}from llmrecipe.plugin import RowType
 
 
 @register

@@ -102,7 +102,7 @@ def test_function_of_a_plugin(functions: None, tmp_path: Path, monkeypatch: pyte
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "vowels.py").write_text(
-        "from llmrecipe.feedback.rewards.function import reward_function\n\n\n@reward_function\ndef vowels(text):\n"
+        "from llmrecipe.plugin import reward_function\n\n\n@reward_function\ndef vowels(text):\n"
         "    return sum(c in 'aeiou' for c in text)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -10,9 +10,10 @@ import torch
 
 from llmrecipe import load
 from llmrecipe.cli.app import run as command
+from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.merge_adapters import open_combination
-from llmrecipe.interop.merge_options import SPARSE, How
+from llmrecipe.interop.merge_options import How
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.interop.peft.exporter import export_peft
 from llmrecipe.methods.reparameterized.dora import Dora
@@ -94,7 +95,7 @@ def test_peft_combines_the_same_folders_to_the_same_logits(pair: tuple[Path, Pat
     base, one, two = pair
     folders = [export_peft(p).path for p in (one, two)]
     first, second = WEIGHTS.get(way, (0.75, 0.5))
-    density = 0.4 if way in SPARSE else None
+    density = 0.4 if "density" in registry.spec("merge_method", way).options else None
     twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folders[0], adapter_name="one")
     twin.load_adapter(folders[1], adapter_name="two")
     twin.add_weighted_adapter(

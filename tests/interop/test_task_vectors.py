@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from llmrecipe.interop.task_vectors import agreeing_mean, drop_and_rescale, merge, trim
+from llmrecipe.core import registry
+from llmrecipe.interop.task_vectors import agreeing_mean, drop_and_rescale, trim
 
 FIRST = torch.tensor([4.0, -3.0, 0.5, 1.0], dtype=torch.float64)
 SECOND = torch.tensor([-1.0, -5.0, 2.0, 0.25], dtype=torch.float64)
 THIRD = torch.tensor([-2.0, 6.0, 1.0, -8.0], dtype=torch.float64)
 WEIGHTS = [1.0, 0.5, 2.0]
+
+
+def merge(
+    tensors: list[Tensor], weights: list[float], name: str, generator: torch.Generator | None = None, **options: Any
+) -> Tensor:
+    return registry.load("merge_method", name)(**options).merge(tensors, weights, generator or torch.Generator())
 
 
 def near(got: Tensor, wanted: list[float]) -> None:
@@ -30,7 +39,7 @@ def test_ties_by_hand() -> None:
 
     Sums 4, -2, 2, -8 elect + - + -. Weighted and averaged over the agreeing: 4; (-3 - 2.5) / 2; 0.5 * 2; 2 * -8.
     """
-    near(merge([FIRST, SECOND, THIRD], WEIGHTS, "ties", 0.5), [4, -2.75, 1, -16])
+    near(merge([FIRST, SECOND, THIRD], WEIGHTS, "ties", density=0.5), [4, -2.75, 1, -16])
 
 
 def test_signs_elected_by_number_and_the_tie() -> None:
@@ -43,7 +52,7 @@ def test_signs_elected_by_number_and_the_tie() -> None:
 
 
 def test_pruning_and_sums_by_hand() -> None:
-    near(merge([FIRST, SECOND], [1.0, 0.5], "magnitude_prune", 0.5), [4, -5.5, 1, 0])
+    near(merge([FIRST, SECOND], [1.0, 0.5], "magnitude_prune", density=0.5), [4, -5.5, 1, 0])
     near(merge([FIRST, SECOND], [1.0, -0.5], "linear"), [4.5, -0.5, -0.5, 0.875])
 
 
@@ -54,7 +63,7 @@ def test_dare_keeps_the_expectation_and_rescales_what_it_keeps() -> None:
     # Standard error of the first entry: 4 sqrt(3 / 4000) = 0.11.
     assert ((drawn.mean(0) - FIRST) / FIRST).abs().max() < 0.1
     assert torch.equal(drop_and_rescale(FIRST, 1.0), FIRST)
-    both = merge([FIRST, SECOND], [1.0, 0.5], "dare_linear", 0.5, generator=torch.Generator().manual_seed(1))
+    both = merge([FIRST, SECOND], [1.0, 0.5], "dare_linear", torch.Generator().manual_seed(1), density=0.5)
     draws = torch.Generator().manual_seed(1)
     masks = [torch.bernoulli(torch.full((4,), 0.5, dtype=torch.float64), generator=draws) for _ in range(2)]
     near(both, (FIRST * masks[0] * 2 + 0.5 * SECOND * masks[1] * 2).tolist())
@@ -70,5 +79,6 @@ def test_equal_to_peft(rule: str, sign: str) -> None:
     extra = {"majority_sign_method": sign} if "ties" in rule else {}
     torch.manual_seed(3)
     wanted = getattr(merge_utils, rule)(tensors, torch.tensor(WEIGHTS, dtype=torch.float64), 0.3, **extra)
-    got = merge(tensors, WEIGHTS, rule, 0.3, sign, torch.Generator().manual_seed(3))
+    elected = {"sign": sign} if "ties" in rule else {}
+    got = merge(tensors, WEIGHTS, rule, torch.Generator().manual_seed(3), density=0.3, **elected)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)

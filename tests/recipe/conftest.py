@@ -62,9 +62,7 @@ def madeup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         lines = [line[4:] for line in body.strip("\n").rstrip().splitlines()]
         head = (
             "from __future__ import annotations\n"
-            "from llmrecipe.core.option_types import ClassVar, PositiveInt\n"
-            "from llmrecipe.methods._base.method import Stage, Wrapper\n"
-            "from llmrecipe.core.registry import register\n\n\n"
+            "from llmrecipe.plugin import ClassVar, PositiveInt, Stage, Wrapper, register\n\n\n"
             f'@register\nclass {name.title().replace("_", "")}(Wrapper):\n    """Made up."""\n\n'
         )
         (package / f"{name}.py").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")

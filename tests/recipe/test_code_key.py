@@ -22,19 +22,16 @@ from llmrecipe.recipe.pipeline_plan import plan
 
 FILES = {
     "__init__.py": "",
-    "scores.py": "from llmrecipe.feedback.rewards.function import reward_function\nfrom keyed_plugin.words import GOOD\n\n\n"
+    "scores.py": "from llmrecipe.plugin import reward_function\nfrom keyed_plugin.words import GOOD\n\n\n"
     "@reward_function\ndef keyed_score(text):\n    return float(len(text) in GOOD)\n",
     "words.py": "GOOD = (1, 2)\n",
-    "voice.py": "from llmrecipe.feedback.judges.rule import agent_rule\n\n\n@agent_rule\ndef keyed_voice(ask, options):\n"
+    "voice.py": "from llmrecipe.plugin import agent_rule\n\n\n@agent_rule\ndef keyed_voice(ask, options):\n"
     "    return [3.0, 1.0] if options else 'well'\n",
-    "keyed_metric.py": "from llmrecipe.feedback.metric import Metric\nfrom llmrecipe.core.registry import register\n\n\n"
+    "keyed_metric.py": "from llmrecipe.plugin import Metric, register\n\n\n"
     "@register\nclass KeyedMetric(Metric):\n    def score(self, prediction, reference):\n        return 1.0\n",
-    "keyed_lora.py": "from llmrecipe.methods._base.method import Wrapper\nfrom llmrecipe.core.registry import register\n\n\n"
-    "@register\nclass KeyedLora(Wrapper):\n    pass\n",
-    "keyed_loss.py": "from llmrecipe.objectives.base import Objective\nfrom llmrecipe.core.registry import register\n\n\n"
-    "@register\nclass KeyedLoss(Objective):\n    pass\n",
-    "keyed_agent.py": "from llmrecipe.feedback.judges.labeller import Agent\nfrom llmrecipe.core.registry import register\n\n\n"
-    "@register\nclass KeyedAgent(Agent):\n    pass\n",
+    "keyed_lora.py": "from llmrecipe.plugin import Wrapper, register\n\n\n@register\nclass KeyedLora(Wrapper):\n    pass\n",
+    "keyed_loss.py": "from llmrecipe.plugin import Objective, register\n\n\n@register\nclass KeyedLoss(Objective):\n    pass\n",
+    "keyed_agent.py": "from llmrecipe.plugin import Agent, register\n\n\n@register\nclass KeyedAgent(Agent):\n    pass\n",
 }
 USES: list[dict[str, Any]] = [
     {"objective": {"reward": {"mine": {"kind": "function", "function": "keyed_score"}}}},
@@ -105,7 +102,7 @@ def test_a_package_that_a_recipe_does_not_use_is_no_part_of_its_key(package: Pat
 def test_a_marked_function_of_a_script_is_known_with_what_it_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_rules: None
 ) -> None:
-    script = "from llmrecipe.feedback.judges.rule import agent_rule\nimport beside_it\n\n\n"
+    script = "from llmrecipe.plugin import agent_rule\nimport beside_it\n\n\n"
     script += "@agent_rule\ndef of_a_script(ask, options):\n"
     (tmp_path / "a_script.py").write_text(script + "    return [1.0, 1.0]\n")
     (tmp_path / "beside_it.py").write_text("x = 1\n")

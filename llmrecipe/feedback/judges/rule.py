@@ -49,7 +49,7 @@ class Rule(Agent):
         if self.rule not in known:
             raise RecipeError(
                 f"{where}.rule: no agent rule is called '{self.rule}'{did_you_mean(self.rule, known)} "
-                f"(known: {', '.join(sorted(known))}); mark one with llmrecipe.feedback.judges.rule.agent_rule in a package "
+                f"(known: {', '.join(sorted(known))}); mark one with @agent_rule of llmrecipe.plugin in a package "
                 "and name the package: plugins=[PACKAGE]"
             )
 

@@ -50,7 +50,7 @@ class Function(Reward):
             names = ", ".join(sorted(known)) or "none"
             raise RecipeError(
                 f"{where}.function: no reward function is called '{self.function}'{hint} (known: {names}); mark one "
-                "with llmrecipe.feedback.rewards.function.reward_function in a package and name that package: plugins=[PACKAGE]"
+                "with @reward_function of llmrecipe.plugin in a package and name that package: plugins=[PACKAGE]"
             )
 
     def score(self, answers: Sequence[Answer]) -> list[float]:

@@ -3,6 +3,8 @@
 A method that is a low-rank change of weights (LoRA, DoRA, DyLoRA, ...) needs no entry: `peft.branches_of` reads its branches.
 A plugin adds its own method:
 
+    from llmrecipe.plugin import peft_converter
+
     @peft_converter("my_method")
     def my_method_adapter(wrapper, model): ...
 """
@@ -14,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import LlmRecipeError
 from llmrecipe.interop.peft.adalora import adalora_adapter
 from llmrecipe.interop.peft.additive_adapters import ia3_adapter, prefix_adapter, prompt_adapter
@@ -53,5 +56,6 @@ def peft_converter(kind: str) -> Callable[[Converter], Converter]:
 
 def native_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     """Return the method in PEFT's own form; None where it has none, or where PEFT would compute something else."""
+    registry.import_marked("@peft_converter")
     converter = CONVERTERS.get(kind_name(wrapper))
     return None if converter is None else converter(wrapper, model)
