@@ -54,8 +54,8 @@ def verb(
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.early_checks import finished
     from llmrecipe.core.errors import UserError, did_you_mean
-    from llmrecipe.interop.load_run import open_plugins_of
     from llmrecipe.interop.merge_options import How
+    from llmrecipe.interop.run_plugins import open_plugins_of
 
     for key, value, allowed in (
         ("--to", to, FORMATS),

@@ -7,14 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llmrecipe.core import registry
 from llmrecipe.core.errors import RunError
-from llmrecipe.core.lazy import is_installed
+from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.interop.verify_logits import HEADS, adapter_head
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
-from llmrecipe.recipe.compose import load_entry_points
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import Opened, open_model
@@ -82,20 +78,6 @@ def open_run(
     if folder is None:
         raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
     return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
-
-
-def open_plugins_of(path: str) -> None:
-    """Also know the components of the plugins that the recipe of a run names, and of those that announce themselves.
-
-    A named package that is not installed is passed over: a run that needs none of its components can be opened without it.
-    """
-    load_entry_points()
-    folder = run_folder(path)
-    for recipe in [] if folder is None else [folder / "recipe.yaml", folder.parent / "recipe.yaml"]:
-        composed = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        for package in (composed.get("plugins") or []) if isinstance(composed, dict) else []:
-            if isinstance(package, str) and is_installed(package):
-                registry.add_plugin(package)
 
 
 def head_of(folder: Path) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.interop.load_run import open_plugins_of, open_run
+from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merge_options import How
 from llmrecipe.interop.peft.layout import Branch, joined
+from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import Opened, open_saved

@@ -55,8 +55,8 @@ class How:
         own = [name for name in options if name not in FLAGS]
         for name in self.more:
             if name not in own:
-                having = f"(it has: {', '.join(own)})" if own else "(it has none besides --density and --sign)"
-                raise UserError(f"combine.{name}: {self.way} has no such option{did_you_mean(name, own)} {having}")
+                described = f"(it has: {', '.join(own)})" if own else "(it has none besides --density and --sign)"
+                raise UserError(f"combine.{name}: {self.way} has no such option{did_you_mean(name, own)} {described}")
         try:
             registry.spec("merge_method", self.way).schema_model(**self._given())
         except ValidationError as error:
