@@ -1,4 +1,4 @@
-"""Every registered wrapper through the same promises; objectives, metrics and rewards have contract.py in folders of theirs.
+"""Every registered wrapper through the same promises; other kinds have a contract.py in their own folder.
 
 A plugin's components keep the same promises: from the checkout, with the package on the path and its recipes in ./recipes,
 
