@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core import registry
-from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.registry import CONFIG
 
 if TYPE_CHECKING:
@@ -75,8 +78,8 @@ class Reward:
     def open(self, roles: Roles) -> None:
         """Load what scoring needs; called once, before the first answer."""
 
-    def score(self, answers: Sequence[Answer]) -> list[float]:
-        """Return one score for each answer; larger is better."""
+    def score(self, answers: Sequence[Answer]) -> Sequence[Any]:
+        """Return one score for each answer, larger is better: a number of any type, or None for no opinion."""
         raise NotImplementedError
 
 
@@ -140,16 +143,57 @@ class Rewards:
         measures = [f"{name}/{measure}" for name, (reward, _) in self.parts.items() for measure in reward.measures]
         return [*self.parts, *measures]
 
-    def score(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float]]]:
-        """Return the weighted sums, and the unweighted scores and measures of each reward by name."""
-        own = {name: reward.score(answers) if answers else [] for name, (reward, _) in self.parts.items()}
-        for name, scores in own.items():
-            if len(scores) != len(answers):
-                raise RecipeError(f"{self.where}.{name}: {len(scores)} scores for {len(answers)} answers")
-        weights = [(weight, own[name]) for name, (_, weight) in self.parts.items()]
+    def score(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float | None]]]:
+        """Return the weighted sums, and the unweighted scores and measures of each reward by name.
+
+        A reward without an opinion of an answer (None) is left out of that answer's sum.
+
+        Raises:
+            RunError: a score is no finite number, no reward has an opinion of an answer, or there are too few scores.
+        """
+        own: dict[str, list[float | None]] = {}
         for name, (reward, _) in self.parts.items():
-            own |= {f"{name}/{measure}": reward.measured[measure] if answers else [] for measure in reward.measures}
-        return [sum(weight * scores[i] for weight, scores in weights) for i in range(len(answers))], own
+            scores = reward.score(answers) if answers else []
+            if len(scores) != len(answers):
+                raise RunError(f"{self.where}.{name}: {len(scores)} scores for {len(answers)} answers")
+            own[name] = [_number(score, a, f"{self.where}.{name}") for score, a in zip(scores, answers, strict=True)]
+        sums = [self._sum(answer, {name: own[name][i] for name in self.parts}) for i, answer in enumerate(answers)]
+        for name, (reward, _) in self.parts.items():
+            for measure in reward.measures:
+                own[f"{name}/{measure}"] = [*reward.measured[measure]] if answers else []
+        return sums, own
+
+    def _sum(self, answer: Answer, scores: Mapping[str, float | None]) -> float:
+        """Return the weighted sum of the scores that are there."""
+        given = [(weight, score) for name, (_, weight) in self.parts.items() if (score := scores[name]) is not None]
+        if not given:
+            raise RunError(
+                f"{self.where}: no reward has an opinion of the answer {answer.text!r:.300} to {answer.prompt!r:.300} (all are "
+                "None); add a reward that scores every answer, or leave such prompts out"
+            )
+        return sum(weight * score for weight, score in given)
+
+
+def _number(score: Any, answer: Answer, where: str) -> float | None:
+    """Return a score as a float; None stays.
+
+    Raises:
+        RunError: it is no number, or not a finite one.
+    """
+    if score is None:
+        return None
+    # Scalars of numpy and tensors without dimensions hold one Python number.
+    value = score.item() if getattr(score, "ndim", None) == 0 and hasattr(score, "item") else score
+    try:
+        number = float(value) if isinstance(value, Real | Decimal) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RunError(
+            f"{where}: the score of an answer must be a finite number, or None for no opinion; got {score!r:.100} for "
+            f"the answer {answer.text!r:.300} to {answer.prompt!r:.300}"
+        )
+    return number
 
 
 def _part(name: str, body: Any, where: str) -> tuple[Reward, float]:

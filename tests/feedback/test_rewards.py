@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.feedback.rewards.function import FUNCTIONS, reward_function
+from llmrecipe.objectives.alignment._engines.rollout import reward_metrics
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from tests.servers import server
 
@@ -88,13 +94,65 @@ def test_function_is_given_what_it_asks_for(functions: None) -> None:
         scores("function", answer("abc"), function="clos")
 
 
-def test_function_must_return_a_number(functions: None) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1.0", r"objective.reward.one: .*must be a finite number, or None.*got '1.0' for the answer 'abc' to 'a prompt'"),
+        (float("nan"), "got nan for the answer 'abc'"),
+        (float("-inf"), "got -inf"),
+        (10**400, "got 1000"),
+        (np.float32("inf"), "got .*inf"),
+        (torch.tensor([1.0, 2.0]), r"got tensor\(\[1"),
+        (1j, "got 1j"),
+    ],
+)
+def test_a_score_must_be_a_finite_number(functions: None, value: Any, message: str) -> None:
     @reward_function
-    def nothing(text: str) -> Any:
-        return None
+    def odd(text: str) -> Any:
+        return value
 
-    with pytest.raises(RecipeError, match=r"returned None.*must return a number"):
-        scores("function", answer("abc"), function="nothing")
+    with pytest.raises(RunError, match=message):
+        scores("function", answer("abc"), function="odd")
+
+
+def test_any_type_of_number_is_a_score(functions: None) -> None:
+    values = [True, 3, Fraction(1, 4), Decimal("0.5"), np.float32(1.5), np.int64(2), np.bool_(True), np.array(4.0)]
+    values += [torch.tensor(2.5), torch.tensor(True), torch.tensor(0.5, dtype=torch.bfloat16)]
+
+    @reward_function
+    def typed(text: str) -> Any:
+        return values[int(text)]
+
+    got = scores("function", *(answer(str(i)) for i in range(len(values))), function="typed")
+    assert got == [1.0, 3.0, 0.25, 0.5, 1.5, 2.0, 1.0, 4.0, 2.5, 1.0, 0.5]
+    assert all(type(score) is float for score in got)
+
+
+def test_a_reward_without_an_opinion_is_left_out_of_the_sum(functions: None) -> None:
+    @reward_function
+    def even(text: str) -> Any:
+        return None if int(text) % 2 else np.float32(int(text))
+
+    section: dict[str, Any] = {"f": {"kind": "function", "function": "even", "weight": 2.0}}
+    both = Rewards({**section, "exact_match": {"weight": 3.0}})
+    total, own = both.score([answer("4", answer="4"), answer("3", answer="3"), answer("5", answer="6")])
+    assert total == [2.0 * 4 + 3.0, 3.0, 0.0]
+    assert own == {"f": [4.0, None, None], "exact_match": [1.0, 1.0, 0.0]}
+    with pytest.raises(RunError, match=r"objective.reward: no reward has an opinion of the answer '3' to 'a prompt'"):
+        Rewards(section).score([answer("4"), answer("3")])
+
+
+def test_http_null_is_no_opinion() -> None:
+    with server((200, {"scores": [None, 2]})) as (url, _):
+        total, own = Rewards({"http": {"url": url}, "length": {"most": 9}}).score([answer("a"), answer("b")])
+    assert total == [0.0, 2.0] and own["http"] == [None, 2.0]
+
+
+def test_the_mean_of_a_reward_is_over_the_answers_it_scored() -> None:
+    nan = float("nan")
+    extra = {"score": torch.ones(4), "rewards/a": torch.tensor([1.0, nan, 3.0, nan]), "rewards/b": torch.ones(4)}
+    found = {name: (float(value), count) for name, (value, count) in reward_metrics(SimpleNamespace(extra=extra)).items()}  # type: ignore[arg-type]
+    assert found == {"rewards/a": (4.0, 2.0), "rewards/b": (4.0, 4.0)}
 
 
 def test_function_of_a_plugin(functions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +199,8 @@ def test_http_asks_again_when_the_server_is_busy() -> None:
         ((500, {}), {"retries": 2}, 3, "no scores after 3 attempts.*status 500"),
         ((400, {"error": "no"}), {}, 1, "status 400"),
         ((200, b"not json"), {}, 1, "the reply is not"),
-        ((200, {"scores": [1.0, 2.0]}), {}, 1, "2 finite scores wanted for 1"),
-        ((200, {"scores": [float("nan")]}), {}, 1, "finite scores"),
+        ((200, {"scores": [1.0, 2.0]}), {}, 1, "2 scores for 1 answers"),
+        ((200, {"scores": [float("nan")]}), {}, 1, "must be a finite number.*got nan"),
     ],
 )
 def test_http_trouble(reply: tuple[int, Any], options: dict[str, Any], times: int, message: str) -> None:

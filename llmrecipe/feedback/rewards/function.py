@@ -23,7 +23,8 @@ def reward_function(function: F) -> F:
     """Register a function as a reward under its name.
 
     It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the
-    whole `Answer`) or a column of the row. It returns a number. A parameter with a default takes rows without its column too.
+    whole `Answer`) or a column of the row. It returns a number, or
+    None for no opinion. A parameter with a default takes rows without its column too.
     Packages named in `plugins` are searched for such functions.
     """
     FUNCTIONS[function.__name__] = function
@@ -53,24 +54,14 @@ class Function(Reward):
                 "with @reward_function of llmrecipe.plugin in a package and name that package: plugins=[PACKAGE]"
             )
 
-    def score(self, answers: Sequence[Answer]) -> list[float]:
-        """Return the function's numbers.
-
-        Raises:
-            RecipeError: it returned something else.
-        """
+    def score(self, answers: Sequence[Answer]) -> list[Any]:
+        """Return what the function returns for each answer."""
         function = functions()[self.function]
         names = wanted(function)
         scores = []
         for a in answers:
             given = {**a.columns, "prompt": a.prompt, "answer": a}
-            value = function(a.text, **{name: given[name] for name, needed in names.items() if needed or name in given})
-            if isinstance(value, bool | int | float) and value == value:
-                scores.append(float(value))
-                continue
-            raise RecipeError(
-                f"objective.reward: the function '{self.function}' returned {value!r} for {a.text!r}; it must return a number"
-            )
+            scores.append(function(a.text, **{n: given[n] for n, needed in names.items() if needed or n in given}))
         return scores
 
 

@@ -16,7 +16,7 @@ from llmrecipe.objectives.reward_interface import Answer, Reward
 
 @register
 class Http(Reward):
-    """Scores from a server: POST {"answers": [{"prompt", "answer", "columns"}, ...]} -> {"scores": [number, ...]}.
+    """Scores from a server: POST {"answers": [{"prompt", "answer", "columns"}, ...]} -> {"scores": [number or null, ...]}.
 
     A busy or broken server is asked again, each time after twice the wait (or what `Retry-After` says); what it does not
     accept is an error at once. Plain HTTP or HTTPS.
@@ -48,13 +48,13 @@ class Http(Reward):
         """Refuse a missing address, or a missing token where one is needed."""
         check_address(self.url, self.key, self.key_env, where)
 
-    def score(self, answers: Sequence[Answer]) -> list[float]:
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
         """Return the server's numbers.
 
         Raises:
             RunError: it refused, kept failing, or sent something else.
         """
-        scores: list[float] = []
+        scores: list[float | None] = []
         for first in range(0, len(answers), self.batch):
             part = answers[first : first + self.batch]
             body = {"answers": [{"prompt": a.prompt, "answer": a.text, "columns": dict(a.columns)} for a in part]}
@@ -62,14 +62,14 @@ class Http(Reward):
             scores += self._numbers(reply, len(part))
         return scores
 
-    def _numbers(self, reply: bytes, count: int) -> list[float]:
+    def _numbers(self, reply: bytes, count: int) -> list[float | None]:
         try:
             scores = json.loads(reply)["scores"]
-            numbers = [float(s) for s in scores]
+            numbers = [None if s is None else float(s) for s in scores]
         except (ValueError, TypeError, KeyError) as error:
             wanted = f'reward server {self.url}: the reply is not {{"scores": [numbers]}}: {reply[:200]!r}'
             raise RunError(self.client.clean(wanted)) from error
-        if len(numbers) != count or any(n != n or abs(n) == float("inf") for n in numbers):
-            wanted = f"{len(numbers)} finite scores wanted for {count} answers; got {reply[:200]!r}"
+        if len(numbers) != count:
+            wanted = f"{len(numbers)} scores for {count} answers; got {reply[:200]!r}"
             raise RunError(self.client.clean(f"reward server {self.url}: {wanted}"))
         return numbers

@@ -130,4 +130,5 @@ class Eval(Step):
         values = work.each(asked, ask, batch=self.batch, name="rewards")
         for prompt, value in list(zip(prompts, values, strict=True))[:3]:
             work.events.sample(0, prompt.turns[-1]["content"], value["answer"], reward=value["reward"])
-        return {name: sum(v[name] for v in values) / len(values) for name in values[0] if name != "answer"}
+        known = {name: [v[name] for v in values if v[name] is not None] for name in values[0] if name != "answer"}
+        return {name: sum(scores) / len(scores) for name, scores in known.items() if scores}

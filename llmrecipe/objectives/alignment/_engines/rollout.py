@@ -139,13 +139,13 @@ class Rollouts:
         for index, sample in enumerate(samples):
             missing = self.plan.missing_end is not None and not sample.answer.finished
             sample.score = float(self.plan.missing_end) if missing else float(scores[index])  # type: ignore[arg-type]
-            sample.numbers = {f"rewards/{name}": float(values[index]) for name, values in own.items()}
+            sample.numbers = {f"rewards/{name}": _or_nan(values[index]) for name, values in own.items()}
 
     def _show(self, samples: list[Sample], roles: Roles) -> None:
         if roles.events is None or not torch.is_grad_enabled():
             return
         for s in samples[: self.plan.show]:
-            own = {name: value for name, value in s.numbers.items() if len(self.rewards.parts) > 1}
+            own = {name: value for name, value in s.numbers.items() if len(self.rewards.parts) > 1 and value == value}
             roles.events.sample(step=roles.events.last_step, prompt=s.answer.prompt, answer=s.answer.text, score=s.score, **own)
 
     # --- updates --------------------------------------------------------------------------------------------------
@@ -267,6 +267,10 @@ def _repeat(rows: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
     return [row for row in rows for _ in range(times)]
 
 
+def _or_nan(score: float | None) -> float:
+    return math.nan if score is None else score
+
+
 def held_out(data: Any, indices: list[int]) -> list[dict[str, Any]]:
     """Return rows of an evaluation, marked as such."""
     return [{**data[i], HELD_OUT: True} for i in indices]
@@ -317,11 +321,17 @@ def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
     return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
 
 
+def reward_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
+    """Return each reward's scores and measures as (sum, count) over the answers it has an opinion of (NaN: it has none)."""
+    own = {name: value for name, value in batch.extra.items() if name.startswith("rewards/")}
+    return {name: (value.nan_to_num(0.0).sum(), float(value.numel() - value.isnan().sum())) for name, value in own.items()}
+
+
 def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, float]]:
     """Return metrics of the answers, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
     extra, count = batch.extra, float(answer_count(batch))
     metrics: dict[str, tuple[Any, float]] = {"objective/scores": (extra["score"].sum(), count)}
-    metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
+    metrics |= reward_metrics(batch)
     if "reference" in extra:
         metrics["objective/kl"] = (extra["kl"].sum(), count)
         metrics["objective/non_score_reward"] = (-(beta * extra["kl"]).sum(), count)
@@ -344,7 +354,7 @@ def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
     """Return metrics of held-out prompts; `loss` is the negative score, so that less is better as everywhere else."""
     extra, count = batch.extra, float(answer_count(batch))
     metrics: dict[str, tuple[Any, float]] = {"loss": (-extra["score"].sum(), count), "score": (extra["score"].sum(), count)}
-    metrics |= {name: (value.sum(), count) for name, value in extra.items() if name.startswith("rewards/")}
+    metrics |= reward_metrics(batch)
     if "reference" in extra:
         metrics["kl"] = (extra["kl"].sum(), count)
     metrics["length"] = (extra["length"].sum(), count)
