@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from string import Template
 
+from llmrecipe import plugin
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.paths import ASSETS, PACKAGE
@@ -38,7 +39,7 @@ def write(what: str, name: str, folder: Path) -> list[Path]:
     recipes = packaged() / parts[-1] if inside else root / "recipes"
     tests = root / "tests" / Path(*parts[1:]) if inside else root / "tests"
     files = {
-        folder / f"{name}.py": _filled(what, words),
+        folder / f"{name}.py": _filled(what, words) if inside else _from_plugin(_filled(what, words)),
         recipes / f"{name}.yaml": _filled(f"{what}_recipe", words),
         (tests if tests.is_dir() or not inside else tests.parent) / f"test_{name}.py": _filled(f"{what}_test", words),
     }
@@ -83,3 +84,21 @@ def _words(name: str, module: str, package: str) -> dict[str, str]:
 def _filled(skeleton: str, words: dict[str, str]) -> str:
     text = (ASSETS / "skeletons" / f"{skeleton}.txt").read_text(encoding="utf-8")
     return Template(text).substitute(words)
+
+
+def _from_plugin(text: str) -> str:
+    """Return the code of a component with what `llmrecipe.plugin` offers imported from there."""
+    offered: set[str] = set()
+    lines: list[str] = []
+    for line in text.splitlines():
+        found = re.fullmatch(r"from (llmrecipe\.\S+|typing) import (.+)", line)
+        names = found[2].split(", ") if found else []
+        offered |= set(names) & set(plugin.__all__)
+        left = [name for name in names if name not in plugin.__all__]
+        if found and left:
+            lines.append(f"from {found[1]} import {', '.join(left)}")
+        elif not found:
+            lines.append(line)
+    at = next(i for i, line in enumerate(lines) if line.startswith(("class ", "def ", "@"))) - 2
+    lines.insert(at, f"from llmrecipe.plugin import {', '.join(sorted(offered))}")
+    return re.sub(r"(\n\n)\n+(?=from)", r"\1", "\n".join(lines)) + "\n"

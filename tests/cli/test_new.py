@@ -37,6 +37,9 @@ def test_a_component_comes_with_its_recipe_and_its_test(written: Path, capsys: p
     places = ("kit/{}.py", "recipes/{}.yaml", "tests/test_{}.py")
     wanted = ["kit/__init__.py", *(place.format(f"fresh_{kind}") for kind in KINDS for place in places)]
     assert sorted(str(p.relative_to(written)) for p in written.rglob("*.*")) == sorted(wanted)
+    for kind in ("objective", "metric"):
+        lines = (written / "kit" / f"fresh_{kind}.py").read_text().splitlines()
+        assert {line.split()[1] for line in lines if line.startswith("from llmrecipe")} == {"llmrecipe.plugin"}
     pytest_in(written, "tests", "-k", "hand")
     assert run(["new", "metric", "other", "--dir", "kit"]) == 0
     assert "python -m pytest tests/test_other.py; python -m llmrecipe train recipe=other" in capsys.readouterr().out
