@@ -1,4 +1,4 @@
-"""How far two labellers agree."""
+"""Agreement of two labellers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the items both have labelled."""
+    """Agreement on the items that both have labelled."""
 
     items: int
     share: float
-    """Of equal labels."""
+    """Share of equal labels."""
     kappa: float | None
     """Cohen's; None where chance alone would make them agree always (both gave one and the same label throughout)."""
 
 
 def agreement(one: Mapping[K, Hashable], other: Mapping[K, Hashable]) -> Agreement | None:
-    """Share of equal labels, and Cohen's kappa = (p_o - p_e) / (1 - p_e), over the items that are in both.
+    """Compute the share of equal labels, and Cohen's kappa = (p_o - p_e) / (1 - p_e), over the items that are in both.
 
     p_o is that share, p_e = sum over labels c of p_one(c) p_other(c), what two who label by chance with these frequencies
     would reach. None where no item is in both.

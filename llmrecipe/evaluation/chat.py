@@ -46,7 +46,7 @@ class Chat:
         return chat
 
     def use(self, names: list[str]) -> None:
-        """Answer with these adapters; none names them all.
+        """Select the adapters that answer; no name selects all of them.
 
         Raises:
             UserError: there are no adapters to choose from, or none of that name.
@@ -60,12 +60,12 @@ class Chat:
         self.used = names or list(self.adapters.choices)
 
     def prompt_ids(self, turns: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to the answer, the system message in front."""
+        """Return the token ids of a conversation up to the answer, beginning with the system message."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return prompt_ids(self.opened.tokenizer, [*system, *turns])
 
     def answers(self, prompts: list[str]) -> list[dict[str, str]]:
-        """Every prompt answered by every adapter in use, in batches that mix them."""
+        """Answer every prompt with every adapter in use, in batches that mix them."""
         if not self.used:
             return [{"prompt": text, "answer": self.answer(text, remember=False)} for text in prompts]
         pairs = [(text, name) for text in prompts for name in self.used]
@@ -81,7 +81,7 @@ class Chat:
         return [text_of(self.opened.tokenizer, ids) for ids in new]
 
     def answer(self, text: str, remember: bool = True) -> str:
-        """The model's answer to one more user turn."""
+        """Return the model's answer to one more user turn."""
         turns = [*self.turns, {"role": "user", "content": text}]
         answer = self._generated([self.prompt_ids(turns)], self.used[:1])[0]
         if remember:

@@ -1,4 +1,4 @@
-"""Which recipe says how a finished run or a plain model is evaluated."""
+"""The recipe under which a finished run or a plain model is evaluated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmrecipe.recipe.compose import Composition, compose
 
 
 def recipe_of(path: str, overrides: list[str]) -> Composition:
-    """The recipe an evaluation of a run or model follows: the run's own, or the defaults for a plain model."""
+    """Return the recipe that an evaluation of a run or model follows: the run's own, or the defaults for a plain model."""
     if run_folder(path) is None:
         return compose("base", [f"model.path={path}", *overrides])
     recipe = Path(path) / "recipe.yaml"

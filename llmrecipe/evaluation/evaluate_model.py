@@ -1,4 +1,4 @@
-"""Evaluating and asking a finished run or a plain model, outside of training."""
+"""Evaluation of a finished run or a plain model, outside of training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmrecipe.training.evaluate import Evaluation, evaluate
 
 @dataclass
 class Subject:
-    """A model that is asked, with the recipe that says on what."""
+    """A model to be evaluated, with the recipe that names the data."""
 
     composition: Composition
     opened: Opened
@@ -51,7 +51,7 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
 
 
 def subject_of(composition: Composition, opened: Opened) -> Subject:
-    """An opened model under a recipe's objective and data."""
+    """Combine a loaded model with a recipe's objective and data."""
     from llmrecipe.recipe.validate import instantiate
 
     # The run's stack is part of the model it left; nothing is stacked on top of it here.
@@ -71,13 +71,13 @@ def subject_of(composition: Composition, opened: Opened) -> Subject:
 
 
 def stepped_aside(opened: Opened, reference: str) -> frozenset[str]:
-    """Mounted wrappers the reference does without: the run's own where it was the policy of step 0, all for the base."""
+    """Return the mounted wrappers that the reference disables: the run's own where it was the policy of step 0, or all."""
     own = f"mounted{len(opened.layers) - 1}_" if reference == "initial" else "mounted"
     return frozenset(w.name for w in opened.mounted if reference in ("initial", "base") and w.name.startswith(own))
 
 
 def check_subject(path: str, overrides: list[str]) -> Composition:
-    """The recipe of an evaluation, with everything that can be wrong about the model but its weights.
+    """Return the recipe of an evaluation, after checking everything about the model except its weights.
 
     Raises:
         UserError: the path, the recipe or the tokenizer.
@@ -91,7 +91,7 @@ def check_subject(path: str, overrides: list[str]) -> Composition:
 
 
 def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:
-    """Options of the run's own stack that may be chosen after training, as the words give them (`stack.dylora.rank=2`)."""
+    """Return the options of the run's stack that the overrides set again after training (`stack.dylora.rank=2`)."""
     found = {}
     for name, mapping in composition.recipe.stack.items():
         free = registry.load("stack", mapping["kind"]).adjustable
@@ -100,7 +100,7 @@ def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_path(path: str, overrides: list[str], split: str = "validation") -> dict[str, float]:
-    """Metrics of a run or model on a split of the data its recipe (or the overrides) names.
+    """Compute metrics of a run or model on a split of the data that its recipe (or the overrides) names.
 
     Raises:
         DataError: there is no such split.
@@ -109,12 +109,12 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
 
 
 def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
-    """Metrics of an opened run or model; see `evaluate_path`."""
+    """Compute metrics of a loaded run or model; see `evaluate_path`."""
     return metrics_of(subject, rows_of(subject, split, tasks_of(subject.opened.mounted)))
 
 
 def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
-    """Token rows of a split of the data a subject's recipe names.
+    """Read token rows of a split of the data that a subject's recipe names.
 
     Raises:
         DataError: there is no such split.
@@ -135,7 +135,7 @@ def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
 
 
 def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
-    """Metrics of token rows."""
+    """Compute metrics of token rows."""
     recipe = subject.composition.recipe
     evaluation = Evaluation(recipe.eval, recipe.batch.size, subject.objective, subject.roles, subject.runtime, _Silent())
     return {"rows": float(len(data)), **evaluate(evaluation, data)}

@@ -1,4 +1,4 @@
-"""Scoring several finished runs into one table: a folder of runs one after another, adapters of one base side by side."""
+"""Scoring several finished runs into one table: a folder of runs one after another, adapters of one base together in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def is_folder_of_runs(path: str) -> bool:
-    """Whether a folder is not a run itself but holds finished runs (`tiny` always means the embedded model)."""
+    """Return whether a folder is not a run itself but holds finished runs (`tiny` always means the embedded model)."""
     folder = Path(path)
     return path != "tiny" and folder.is_dir() and not (folder / "status.json").exists() and bool(finished_runs(folder))
 
 
 def finished_runs(folder: Path) -> list[Path]:
-    """Finished runs below a folder, at any depth, in name order."""
+    """Find finished runs below a folder, at any depth, in name order."""
     found = []
     for status in sorted(folder.rglob("status.json")):
         try:
@@ -27,7 +27,7 @@ def finished_runs(folder: Path) -> list[Path]:
 
 
 def score_runs(path: str, overrides: list[str], split: str) -> list[dict[str, Any]]:
-    """Metrics of every finished run of a folder; a run that cannot be scored says why and the others go on."""
+    """Compute metrics of every finished run of a folder; for a run that cannot be scored the row says why."""
     from llmrecipe.core.errors import UserError
     from llmrecipe.evaluation.evaluate_model import evaluate_path
 
@@ -41,14 +41,14 @@ def score_runs(path: str, overrides: list[str], split: str) -> list[dict[str, An
 
 
 def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: str | None = None) -> list[dict[str, Any]]:
-    """Metrics of several runs whose adapters stand side by side on one base in memory.
+    """Compute metrics of several runs whose adapters share one base in memory.
 
     Each run is scored on the data of its own recipe (or of the overrides). With `by`, every row of the first run's data is
     scored by the adapter that column names, and each adapter gives one line over its own rows.
 
     Raises:
-        UserError: an override has no effect on runs side by side.
-        ModelError: the runs do not stand on one base.
+        UserError: an override has no effect on several runs together.
+        ModelError: the runs do not share one base.
         DataError: a row names no adapter, or an unknown one.
     """
     from llmrecipe.core.forward_context import activate

@@ -1,4 +1,4 @@
-"""Labels that people, or agents, give to two answers: kept apart by labeller, resumed, and compared.
+"""Labels that people or judges give to two answers: stored by labeller, resumable, and compared.
 
     <folder>/
         answers/                 rows with two answers, where a model was asked for them
@@ -7,8 +7,8 @@
         NAME.lock                held while NAME labels: one terminal at a time
         NAME.jsonl               preference rows {prompt, chosen, rejected, labeller, ...} that follow from it
 
-A tie or a skip is remembered, so that the pair is not shown again, and gives no row. Which answer is shown first is drawn for
-each labeller and pair by a seed, and recorded.
+A tie or a skip is recorded, so that the pair is not shown again, and gives no row. Which answer is shown first is sampled for
+each labeller and pair from a seed, and recorded.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Question:
 
     @property
     def key(self) -> str:
-        """A digest of prompt and answers."""
+        """Return a digest of prompt and answers."""
         return json_hash([self.row.prompt, self.first, self.second])
 
 
 def questions(rows: Sequence[Answered]) -> list[Question]:
-    """Every two different answers of every row, in order, each once."""
+    """Return every pair of different answers of every row, in order, each once."""
     found = [Question(row, row.answers[i], row.answers[j]) for row in rows for i, j in pairs_of(row.answers)]
     return list({q.key: q for q in found}.values())
 
@@ -78,26 +78,26 @@ class Labels:
         self._lock = hold(folder / f"{labeller}.lock", busy, hint) if write else None
         self.journal = Journal(folder / f"{labeller}{JOURNAL}", write)
         self.order: list[str] = []
-        """Keys of the decisions that stand, oldest first."""
+        """Keys of the decisions in force, oldest first."""
         self.found: dict[str, dict[str, Any]] = {}
         for number in range(len(self.journal)):
             self._take(self.journal[str(number)])
 
     def swapped(self, question: Question) -> bool:
-        """Whether the second answer is shown first."""
+        """Return whether the second answer is shown first."""
         return Random(digest(self.seed, self.labeller, question.key)).random() < 0.5
 
     def pending(self, asked: Sequence[Question]) -> list[Question]:
-        """Questions without a decision."""
+        """Return the questions without a decision."""
         return [q for q in asked if q.key not in self.found]
 
     def decide(self, question: Question, label: str, **facts: Any) -> None:
-        """Keep a decision: `first`, `second` (as the row has them, however they were shown), `tie` or `skip`."""
+        """Record a decision: `first`, `second` (in the row's order, however they were shown), `tie` or `skip`."""
         assert label in CHOICES, label
         self._add({"question": question.key, "label": label, **facts})
 
     def undo(self) -> str | None:
-        """Take the last decision that stands back; its key, or None where there is none."""
+        """Undo the last decision in force; return its key, or None where there is none."""
         if not self.order:
             return None
         key = self.order[-1]
@@ -144,7 +144,7 @@ class Labels:
         return {**question.row.columns, **own, **p, **more}
 
     def close(self) -> None:
-        """Close the journal, and let other terminals in."""
+        """Close the journal and release the lock for other terminals."""
         self.journal.close()
         if self._lock is not None:
             self._lock.close()
@@ -158,9 +158,9 @@ def label_by_agent(
     principles: Sequence[Principle],
     batch: int,
 ) -> None:
-    """The agent's decisions on everything that is pending, asked in both orders (see `feedback.judges.feedback.compare`).
+    """Label everything that is pending with a judge, in both orders (see `feedback.judges.feedback.compare`).
 
-    Replies are kept as they arrive, so a call that was stopped asks nothing twice.
+    Replies are stored as they arrive, so an interrupted call repeats no request.
 
     Raises:
         RunError: after all others are labelled, where the agent's replies to some hold too little of the letters.
@@ -192,7 +192,7 @@ def label_by_agent(
 
 
 def facts(folder: Path, asked: Sequence[Question]) -> dict[str, Any]:
-    """Who labelled how much, and how far every two agree on the pairs both have judged (skipped ones do not count)."""
+    """Return how much each labeller labelled, and how far every two agree on the pairs both labelled (skips do not count)."""
     known = {path.name.removesuffix(JOURNAL): path for path in sorted(folder.glob(f"*{JOURNAL}"))}
     judged: dict[str, dict[str, str]] = {}
     people: dict[str, Any] = {}

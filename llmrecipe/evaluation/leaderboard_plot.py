@@ -1,4 +1,4 @@
-"""The picture of a leaderboard: score over cost, one point a method, error bars over seeds."""
+"""The plot of a leaderboard: score over cost, one point per method, error bars over seeds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llmrecipe.evaluation.leaderboard_table import FULL, Column, Row
 
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a")
 STACKED = 0.035
-"""Share of the picture's height that two labels keep between them."""
+"""Minimum distance between two labels, as a share of the plot's height."""
 
 
 def draw(rows: Sequence[Row], x: Column, y: Column, path: Path, log: bool = False, line: str | None = FULL) -> None:
-    """Write the picture.
+    """Draw the plot into a file.
 
     Args:
         x: cost, y: score.
@@ -59,7 +59,7 @@ def draw(rows: Sequence[Row], x: Column, y: Column, path: Path, log: bool = Fals
 
 
 def _label(axis: Any, points: list[tuple[str, float, float]]) -> None:
-    """Names right of their points, moved down where they would lie on another one."""
+    """Draw names to the right of their points, moved down where they would overlap another one."""
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()
     placed: list[tuple[float, float]] = []

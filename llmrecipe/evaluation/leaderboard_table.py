@@ -1,4 +1,4 @@
-"""A leaderboard: what finished runs left, one row for each way they were trained, mean and spread over seeds.
+"""A leaderboard of finished runs: one row for each training configuration, mean and spread over seeds.
 
 Everything is read from run directories: `recipe.yaml` (what was trained), `report.json` (trained parameters), `events.jsonl`
 (memory and time of the steps), `final/` (bytes and metrics).
@@ -32,7 +32,7 @@ class Column:
     key: str
     title: str
     scale: float = 1.0
-    """What a value is multiplied by for people."""
+    """Factor by which a value is multiplied for display."""
     means: str = ""
     spread: bool = False
     """Whether the table shows the standard deviation over seeds."""
@@ -74,7 +74,7 @@ class Entry:
 
 @dataclass
 class Row:
-    """One way of training, over its seeds."""
+    """One training configuration, over its seeds."""
 
     label: str
     family: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") -> list[Entry]:
-    """Read finished runs and name each by what sets it apart: its stack, or its objective where that differs.
+    """Read finished runs and name each by its distinguishing part: its stack, or its objective where that differs.
 
     Args:
         paths: run directories.
@@ -109,9 +109,9 @@ def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") 
 
 
 def labels_of(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(name, family) of each recipe: its stack or, where objectives differ, its objective; `full` for an empty stack.
+    """Return (name, family) of each recipe: its stack or, where objectives differ, its objective; `full` for an empty stack.
 
-    Recipes that would share a name though they differ in more than the seed get the differing values behind it.
+    Recipes that would share a name though they differ in more than the seed get the differing values appended.
     """
     by_objective = len({recipe["objective"]["kind"] for recipe in recipes}) > 1
     names = [_objective(recipe) if by_objective else _stack(recipe) for recipe in recipes]
@@ -135,14 +135,14 @@ def _stack(recipe: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def start_label(path: str) -> str:
-    """Name of the model that others started from: the objective of a run, the path of anything else."""
+    """Return the name of the model that others started from: the objective of a run, the path of anything else."""
     if not (Path(path) / "recipe.yaml").is_file():
         return path
     return _objective(read_run(path).recipe)[0]
 
 
 def facts_of(record: Record) -> dict[str, float]:
-    """Trained parameters, bytes on disk, memory and time of one run."""
+    """Collect trained parameters, bytes on disk, memory and time of one run."""
     report = json.loads((record.path / "report.json").read_text(encoding="utf-8"))
     final = record.path / "final"
     delta = final / "delta.safetensors"
@@ -158,7 +158,7 @@ def facts_of(record: Record) -> dict[str, float]:
 
 
 def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
-    """sum over steps of tokens / (tokens a second); `tokens` in the events counts from the start."""
+    """Compute the sum over steps of tokens / (tokens per second); `tokens` in the events counts from the start."""
     total, before = 0.0, 0.0
     for step in steps:
         if step.get("tokens_per_s"):
@@ -177,10 +177,10 @@ def _score(record: Record, metric: str, where: str) -> float:
 
 
 def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
-    """Whether a large or a small value of a metric is better, as the runs' objectives declare.
+    """Return whether a large or a small value of a metric is better, as the runs' objectives declare.
 
     Args:
-        where: the key that says it where nothing is declared.
+        where: the key to set where nothing is declared, for the message.
 
     Raises:
         RecipeError: nothing is declared, or the runs' objectives disagree.
@@ -202,7 +202,7 @@ def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
 
 
 def rank(entries: Sequence[Entry], best: str = "max", by: str = "score") -> list[Row]:
-    """Rows over seeds, the best mean first; rows of equal mean keep the order of the runs."""
+    """Rank rows over seeds, the best mean first; rows of equal mean keep the order of the runs."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.label, []).append(entry)
@@ -219,7 +219,7 @@ def rank(entries: Sequence[Entry], best: str = "max", by: str = "score") -> list
 
 
 def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
-    """Head and body of the table as text; mean ± standard deviation where a column asks for it and there are several seeds."""
+    """Format head and body of the table as text; mean ± standard deviation where a column has one, over several seeds."""
     head = ["", "method", "family", *(c.title for c in columns), "seeds"]
     body = [
         [str(place), row.label, row.family, *(_cell(row, c) for c in columns), str(len(row.seeds))]
@@ -229,7 +229,7 @@ def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, str]:
-    """The table, and a list of what its columns mean."""
+    """Return the table, and a list of what its columns mean, as Markdown."""
     head, *body = ["| " + " | ".join(line) + " |" for line in cells(rows, columns)]
     table = "\n".join([head, "|" + " --- |" * (len(columns) + 4), *body])
     return table, "\n".join(f"- {c.title}: {c.means}." for c in columns if c.means)
@@ -248,7 +248,7 @@ def _rounded(value: float) -> float | int:
 
 
 def as_json(rows: Sequence[Row], entries: Sequence[Entry]) -> dict[str, Any]:
-    """Rows, and the single runs they come from."""
+    """Return rows, and the single runs they come from, as JSON values."""
     return {
         "rows": [{"method": r.label, "family": r.family, "seeds": r.seeds, "mean": r.mean, "spread": r.spread} for r in rows],
         "runs": [{"method": e.label, "seed": e.seed, **e.facts} for e in entries],

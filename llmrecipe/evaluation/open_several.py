@@ -1,4 +1,4 @@
-"""Several runs side by side on one base: opened under their recipes, with the overrides that apply to each of them."""
+"""Loading several runs on one shared base, under their recipes and with the overrides that apply to each of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SCORED = ("data", "eval", "objective", "batch", "runtime", "seed")
 
 
 def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str]) -> dict[str, list[str]]:
-    """The overrides of each run.
+    """Return the overrides of each run.
 
-    Values of the sections and rights go to all of them; an option a method lets be chosen on a finished run
-    (`stack.dylora.rank=2`) goes to those that have it.
+    Values of the sections and rights go to all of them; an option that a method allows to change on a finished run
+    (`stack.dylora.rank=2`) goes to the runs that have it.
 
     Args:
         sections: `ASKED` or `SCORED`.
@@ -46,10 +46,10 @@ def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str
 
 
 def open_several(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str]) -> tuple[Adapters, list[Composition]]:
-    """The runs' adapters on their one base, and the recipe of each run.
+    """Load the runs' adapters on their shared base, and return them with the recipe of each run.
 
     Raises:
-        UserError: see `share`, or the runs do not stand on one base.
+        UserError: see `share`, or the runs do not share one base.
     """
     from llmrecipe.evaluation.evaluate_model import chosen_anew
     from llmrecipe.interop.multi_adapter import open_adapters
@@ -61,7 +61,7 @@ def open_several(paths: Sequence[str], overrides: Sequence[str], sections: Seque
 
 
 def free(path: str) -> list[str]:
-    """Keys of a run's own stack that may be chosen anew."""
+    """Return the keys of a run's own stack that may change after training."""
     stack = recipe_of(path, []).recipe.stack
     return [f"stack.{name}.{o}" for name, m in stack.items() for o in registry.load("stack", m["kind"]).adjustable]
 

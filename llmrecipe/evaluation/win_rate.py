@@ -1,4 +1,4 @@
-"""A model against the one it was trained from: who answers better by a reward, and how far apart they are.
+"""A model against the one it was trained from: which answers better by a reward, and how far apart they are.
 
 For prompts x with answers y_1..y_n ~ pi(. | x) and z_1..z_n ~ pi_0(. | x), r the reward:
 
@@ -41,7 +41,7 @@ ROWS = 32
 
 @dataclass(frozen=True)
 class Arena:
-    """What both models are asked, and how."""
+    """The prompts, pairs and settings of a comparison."""
 
     prompts: str
     pairs: str | None
@@ -84,7 +84,7 @@ class Duel:
         return [data[i] for i in range(min(len(data), a.limit or len(data)))]
 
     def answer(self, subject: Subject) -> list[Answer]:
-        """n answers to each prompt, side by side, sampled at temperature 1."""
+        """Sample n answers to each prompt, adjacent, at temperature 1."""
         model, tokenizer = subject.roles.model, subject.opened.tokenizer
         asked = [row for row in self.prompts for _ in range(self.arena.n)]
         sampling = Sampling(self.arena.max_new_tokens, temperature=1.0, batch=64, seed=self.arena.seed)
@@ -99,15 +99,15 @@ class Duel:
         ]  # fmt: skip
 
     def score(self, answers: Sequence[Answer]) -> Tensor:
-        """(prompts, n) rewards."""
+        """Compute the rewards, (prompts, n)."""
         return torch.tensor(self.rewards.score(answers)[0], dtype=torch.float64).view(-1, self.arena.n)
 
     def baseline(self) -> dict[str, float]:
-        """What pi_0 scores against itself."""
+        """Return the scores of pi_0 against itself."""
         return {"win_rate": win_rate(self.scores, self.scores), **self._own(self.answers, self.scores), "kl": 0.0}
 
     def measure(self, subject: Subject) -> dict[str, float]:
-        """Every number of the module's head for one model."""
+        """Compute every quantity of the module docstring for one model."""
         answers = self.answer(subject)
         scores = self.score(answers)
         facts = {"win_rate": win_rate(scores, self.scores), **self._own(answers, scores), "kl": self._kl(subject, answers)}
@@ -146,7 +146,7 @@ class Duel:
 
 
 def win_rate(own: Tensor, other: Tensor) -> float:
-    """mean over prompts, i and j of [own_i > other_j] + 1/2 [own_i = other_j]; both (prompts, n)."""
+    """Compute the mean over prompts, i and j of [own_i > other_j] + 1/2 [own_i = other_j]; both (prompts, n)."""
     a, b = own[:, :, None], other[:, None, :]
     return float((a > b).double().mean() + 0.5 * (a == b).double().mean())
 

@@ -1,4 +1,4 @@
-"""Which evaluation of a run is the best, and whether it is time to stop."""
+"""The best evaluation of a run, and early stopping."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class BestTracker:
         return Verdict(improved, patience is not None and self.waited >= patience)
 
     def state(self) -> dict[str, Any]:
-        """JSON facts for a checkpoint."""
+        """Return the JSON state for a checkpoint."""
         known = {"best": self.best, "best_step": self.best_step, "waited": self.waited}
         return {**known, "monitor": self.section.monitor, "mode": self.mode}
 
     def load_state(self, state: dict[str, Any]) -> bool:
-        """Take back what `state` returned; False, and nothing is known, where another metric or mode judged."""
+        """Restore what `state` returned; return False, and start fresh, where it came from another metric or mode."""
         if state.get("monitor", self.section.monitor) != self.section.monitor or state.get("mode", self.mode) != self.mode:
             return False
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]

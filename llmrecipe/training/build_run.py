@@ -47,7 +47,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def abandoned(directory: RunDir | None, runtime: Runtime | None, resume: Path | None) -> Iterator[None]:
-    """Leave a run that cannot be opened: a new one says why it failed, one to be resumed stays as it was."""
+    """Release a run that cannot be built: a new one records why it failed, one to be resumed is left unchanged."""
     try:
         yield
     except BaseException as error:
@@ -64,7 +64,7 @@ def build(composition: Composition, resume: Path | None) -> RunState:
     """Build everything the loop needs, or raise one teaching error before weights are read.
 
     Args:
-        resume: the directory of a run that goes on; None makes a new one.
+        resume: the directory of a run to continue; None makes a new one.
     """
     from llmrecipe.recipe.validate import instantiate
 
@@ -107,7 +107,7 @@ def build(composition: Composition, resume: Path | None) -> RunState:
 
 
 def build_model(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, resume: Path | None) -> open_model.Opened:
-    """Open the model of a recipe and attach its stack.
+    """Load the model of a recipe and attach its stack.
 
     Args:
         labels: class names of a classification head.
@@ -122,10 +122,10 @@ def build_model(recipe: Any, objective: Any, stack: Stack, labels: list[str] | N
 
 
 def build_roles(recipe: Any, stack: Stack, model: open_model.Opened, runtime: Runtime, scores: ReferenceCache) -> Roles:
-    """Put the model on its device behind the engine, as the objective sees it.
+    """Put the model on its device and wrap it in the engine, as the objective sees it.
 
     Args:
-        scores: of a reference that is another model; empty where the reference is named.
+        scores: those of a reference that is another model; empty for a named reference.
     """
     device, batch = runtime.device, recipe.batch
     model.model.to(device)
@@ -149,7 +149,7 @@ def check_objective(objective: Any, wrappers: list[Any]) -> None:
 
 
 def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, device: str) -> nn.Module:
-    """Build the model of a recipe on the meta device, with the stacks it stands on and its own attached.
+    """Build the model of a recipe on the meta device, with the stacks below it and its own attached.
 
     Raises:
         UserError: the stack does not fit the model.
@@ -180,10 +180,10 @@ def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels
 
 
 def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None:
-    """The tasks a stack, and the stacks of the runs it stands on, keep apart; None where no method does.
+    """Return the tasks that a stack, and the stacks of the runs below it, keep separate; None where no method does.
 
     Raises:
-        DataError: two of them keep different tasks apart.
+        DataError: two of them keep different tasks separate.
     """
     mounted = [delta.build_wrapper(n, m) for layer in (saved.layers if saved else []) for n, m in layer.wrappers.items()]
     named = [(f"{w.name} of model.path", w) for w in mounted] + [(w.name, w) for w in wrappers]
@@ -191,7 +191,7 @@ def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None
 
 
 def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
-    """Training rows, validation rows (or None) and, for labelled rows, the label names."""
+    """Read training rows, validation rows (or None) and, for labelled rows, the label names."""
     from llmrecipe.data import prepare
 
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
@@ -208,7 +208,7 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
 
 
 def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
-    """The sealed test split, or None: for its reference scores before step 0 and its one evaluation after the last."""
+    """Return the test split, or None: for its reference scores before step 0 and its single evaluation after the last."""
     from llmrecipe.data import prepare
 
     if not recipe.eval.test:
@@ -224,14 +224,14 @@ def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps:
     """Return the rows a run will read, for whoever scores them before its first step."""
 
     def others() -> list[Any]:
-        # The test split's rows are scored under the untrained policy only; no metric of them is looked at before the end.
+        # The test split's rows are scored under the untrained policy only; no metric of them is computed before the end.
         return [validation, test_rows(recipe, objective, data, open_model.tokenizer_of(recipe.model, recipe.tokenizer))]
 
     return PlannedRows(data, others, steps, recipe.batch.size, recipe.seed)
 
 
 def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
-    """Optimizer steps of the run: `steps`, or passes over the rows with so many updates from each batch of them."""
+    """Return the optimizer steps of the run: `steps`, or those of the passes over the rows, `updates` for each batch."""
     if recipe.steps is not None:
         return recipe.steps
     per_epoch = math.ceil(rows / recipe.batch.size)
@@ -239,7 +239,7 @@ def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
 
 
 def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> open_model.Opened:
-    """The model of a recipe with its attention routed, its blocks sped up and its mounted stacks underneath."""
+    """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
     from transformers.utils import logging
 
     from llmrecipe.models.load import prepare_for_training
@@ -247,7 +247,7 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     logging.disable_progress_bar()
     section = recipe.model
     if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):
-        # Weights that all train are float32 masters; the lower precision is autocast's.
+        # Full training keeps float32 master weights; autocast lowers the precision of the computation.
         section = section.model_copy(update={"dtype": "float32"})
     model = open_model.open_model(
         section, recipe.tokenizer, head=objective.head, labels=labels, load_kwargs=stack.load_kwargs(), seed=recipe.seed
@@ -259,7 +259,7 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
 
 
 def attach(model: open_model.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
-    """Attach the stack; a continued run's own layer gives the structures and start values, also where it is resumed."""
+    """Attach the stack; the layer of a continued run gives its structures and initial values, also on resume."""
     from llmrecipe.models import new_token_rows
 
     if everything:
@@ -303,17 +303,17 @@ def check_continued(model: open_model.Opened, stack: Stack) -> None:
 
 
 def everything_trains(stack: Stack) -> bool:
-    """Whether no wrapper freezes the base."""
+    """Return whether every weight trains: no wrapper freezes the base."""
     return not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in stack)
 
 
 def base_is_frozen(stack: Stack) -> bool:
-    """Whether nothing in the stack changes a weight of the base."""
+    """Return whether nothing in the stack changes a weight of the base."""
     return not everything_trains(stack) and not any(w.stage is Stage.SELECT for w in stack)
 
 
 def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
-    """Mixed precision where float32 masters and low-precision compute meet inside base modules."""
+    """Return the autocast dtype where base modules combine float32 master weights and low-precision compute; else None."""
     if dtype not in ("bfloat16", "float16") or not all(w.masters for w in stack):
         return None
     if everything_trains(stack):
@@ -346,7 +346,7 @@ def cut_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: i
 def optimizer_for(
     model: nn.Module, optim: Optimizer, stack: Stack, keep: torch.optim.Optimizer | None = None
 ) -> torch.optim.Optimizer:
-    """The torch optimizer of what trains now; states of parameters that were trained before are kept, cut where these were."""
+    """Build the torch optimizer of what trains; states of parameters of `keep` are carried over, cut where these were cut."""
     optimizer = build_optimizer(optim, parameter_groups(model, optim, stack.groups(model)))
     if keep is not None:
         trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}

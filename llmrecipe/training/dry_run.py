@@ -36,9 +36,9 @@ class Findings:
     tokens_per_step: int
     memory_mb: dict[str, float]
     delta_bytes: int
-    """Learned tensors of a checkpoint, beside the optimizer's state."""
+    """Learned tensors of a checkpoint, without the optimizer's state."""
     seconds: float
-    """A rough estimate: 6 floating-point operations a parameter and token at this machine's matmul rate."""
+    """A rough estimate: 6 floating-point operations per parameter and token at this machine's matmul rate."""
     data: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -110,7 +110,7 @@ def _megabytes(memory: Estimate) -> dict[str, float]:
 
 
 def matmul_rate(device: str) -> float:
-    """Floating-point operations a second of one float32 product, measured in a few milliseconds."""
+    """Measure the floating-point operations per second of a float32 matrix product, in a few milliseconds."""
     a = torch.randn(512, 512, device=device)
     a @ a
     started, rounds = time.perf_counter(), 5

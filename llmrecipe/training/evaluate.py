@@ -30,7 +30,7 @@ class Evaluation:
 
 
 def evaluate(evaluation: Evaluation, data: Any) -> dict[str, float]:
-    """Metrics of a split: sums over all its rows and all processes, divided once.
+    """Compute metrics of a split: sums over all its rows and all processes, divided once.
 
     The result does not depend on the evaluation batch size, padding or the number of processes; random states are put back,
     so a run with evaluations trains exactly as one without.
@@ -64,9 +64,9 @@ def evaluate(evaluation: Evaluation, data: Any) -> dict[str, float]:
 
 
 def generated(evaluation: Evaluation, data: Any) -> dict[str, float]:
-    """Text metrics of greedily generated answers (`eval.metrics`), and a few of them as samples (`eval.samples`).
+    """Compute text metrics of greedily generated answers (`eval.metrics`), and record a few as samples (`eval.samples`).
 
-    The answers are shared out over processes by row; every process generates its own share.
+    The rows are divided among the processes; every process generates its own share.
     """
     section = evaluation.section
     if not (section.metrics or section.samples) or not row_type(evaluation.objective.rows).prompted or not len(data):
@@ -83,14 +83,14 @@ def generated(evaluation: Evaluation, data: Any) -> dict[str, float]:
 
 
 def _gathered(evaluation: Evaluation, own: torch.Tensor) -> torch.Tensor:
-    """Every process's rows of a per-row tensor, on every process."""
+    """Gather a per-row tensor, (R, ...), from every process onto every process."""
     if evaluation.runtime.world == 1:
         return own
     return torch.cat([torch.tensor(part, dtype=own.dtype) for part in evaluation.runtime.gather_json(own.tolist())])
 
 
 def _batches(evaluation: Evaluation, data: Any) -> Any:
-    """This process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
+    """Yield this process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
     most = evaluation.section.batches  # of all processes together: any number of them measures the same rows
     count = len(data) if most is None else min(len(data), most * evaluation.batch_size)
     indices = list(range(count))[evaluation.runtime.rank :: evaluation.runtime.world]

@@ -1,4 +1,4 @@
-"""Trained tensors that are not finite: found before anything is saved, so that a run with such weights never counts as done."""
+"""Detection of trained tensors that are not finite, before anything is saved: a run with such weights never counts as done."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SHOWN = 3
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor], order: float = float("inf")) -> list[str]:
-    """Names of the floating-point tensors whose norm is NaN or infinite.
+    """Return the names of the floating-point tensors whose norm is NaN or infinite.
 
-    The norms are taken where the tensors are, without a copy of them, and fetched in one transfer a device.
+    The norms are computed where the tensors are, without copying them, and fetched in one transfer per device.
 
     Args:
-        tensors: name -> tensor of any shape and dtype; integers are passed over.
+        tensors: name -> tensor of any shape and dtype; integers are skipped.
         order: inf finds exactly the tensors that hold a NaN or an infinity; 2 also those whose squares leave float32, which no
             norm, gradient or product of two such tensors survives.
     """
@@ -48,7 +48,7 @@ def check(run: RunState) -> None:
     """Refuse to keep what was learned where a trained weight or the optimizer's state is not finite.
 
     Raises:
-        RunError: naming the tensors; `run.on_nan` has no say, for there is nothing to go on from.
+        RunError: naming the tensors; `run.on_nan` does not apply, since there is nothing to continue from.
     """
     weights = run.stack.delta(run.model) | {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     _refuse(run, "trained weights", not_finite(weights, 2.0), len(weights))
@@ -58,10 +58,10 @@ def check(run: RunState) -> None:
 
 
 def check_updated(run: RunState) -> None:
-    """Refuse the end of a run that left every step out.
+    """Refuse to finish a run that skipped every step.
 
     Raises:
-        RunError: `run.on_nan: skip` left nothing.
+        RunError: `run.on_nan: skip` skipped all steps.
     """
     if run.progress.step and run.progress.skipped == run.progress.step:
         raise RunError(

@@ -1,7 +1,7 @@
-"""What the first optimizer step must use: every hook that was attached and every tensor that trains.
+"""Checks that the first optimizer step uses every attached hook and every trained tensor.
 
-A trained tensor that no micro-batch of any process has a gradient for (None, not zero) would be written down as learned, and
-a hook that was never called would do nothing, both without a sign in any loss.
+A trained tensor without a gradient (None, not zero) in any micro-batch of any process would be saved as learned, and a hook
+that was never called would do nothing; neither would show in any loss.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SHOWN = 5
 
 
 def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
-    """Make an update, then refuse what it left unused; a step that was skipped proves nothing.
+    """Make an update, then refuse what it left unused; a skipped step proves nothing.
 
     Raises:
         RunError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
     """
-    # A compiled graph would be traced anew for the watch, and its calls are not seen.
+    # A compiled graph would be retraced for the watch, and its calls are not seen.
     watch: Any = contextlib.nullcontext() if run.recipe.model.compile else recorded_calls()
     with watch as called:
         result = rule(run.step_context(), micros)
@@ -56,7 +56,7 @@ def _check_hooks(run: RunState, called: set[int]) -> None:
 
 
 def settle(run: RunState) -> None:
-    """Refuse lifecycle hooks that did not run in the first step; stop looking for unused tensors where there can be none.
+    """Refuse lifecycle hooks that did not run in the first step; stop looking for unused tensors where none are possible.
 
     Raises:
         RunError: a hook a wrapper depends on never ran.
@@ -76,7 +76,7 @@ def _nowhere(run: RunState, used: dict[str, bool]) -> list[str]:
 
 
 def _judge(run: RunState, unreached: list[str]) -> None:
-    """Stop for tensors a wrapper or an objective brought; warn of base weights that train because everything does."""
+    """Raise for unused tensors of a wrapper or an objective; warn about base weights that train because everything does."""
     if not unreached:
         return
     owners = {n: w.name for w in run.stack for n in {*own_tensors(run.model, w.name), *w.opened(run.model)}}

@@ -1,4 +1,4 @@
-"""The loop: one page, one training run, whatever the objective, the stack and the update rule."""
+"""The training loop, the same for every objective, stack and update rule."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Memory: an estimate before a run (closed forms, works on the meta device), and instruments that measure what is really kept.
+"""Memory: an estimate before a run (closed forms, works on the meta device), and tools that measure what is actually kept.
 
-Letters: N tokens of a micro-batch, D width, A query heads x head size, K key heads x head size, I ffn width, e bytes of an
+Notation: N tokens of a micro-batch, D width, A query heads x head size, K key heads x head size, I ffn width, e bytes of an
 activation, L blocks, V vocabulary.
 
-One pre-norm block that runs under a gradient keeps, in elements a token:
+One pre-norm block that runs under a gradient keeps, in elements per token:
 
     always           D + D (inputs of the two norms) + 4 A (query, keys, values, output of the attention)
                      + 3 I of a gated ffn (gate, its activation, up), or I of a plain one, 5 I where its activation is spelt
@@ -44,12 +44,12 @@ SPELT_OUT = ("gelu_new", "gelu_fast", "quick_gelu")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one training process at its peak."""
+    """Peak bytes of one training process, by cause."""
 
     weights: int
     """Frozen and trained weights as they are stored."""
     trained: int
-    """Numbers that train."""
+    """Trained values."""
     gradients: int
     optimizer: int
     activations: int
@@ -59,11 +59,11 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Sum of all bytes."""
+        """Return the sum of all bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
     def rows(self) -> list[tuple[str, int]]:
-        """(what, bytes) lines for a table, the total last."""
+        """Return (name, bytes) lines for a table, the total last."""
         values = asdict(self)
         return [(k, values[k]) for k in ("weights", "gradients", "optimizer", "activations", "logits")] + [
             ("total", self.total)
@@ -80,7 +80,7 @@ def estimate(
     activation_bytes: int = 4,
     checkpointing: bool = False,
 ) -> Estimate:
-    """Memory of training a model with its stack attached; the model may be on the meta device.
+    """Estimate the memory of training a model with its stack attached; the model may be on the meta device.
 
     Args:
         tokens: tokens of the largest micro-batch.
@@ -105,9 +105,9 @@ def estimate(
 
 
 def delta_bytes(model: nn.Module, stack: Stack) -> int:
-    """Bytes of learned tensors in a checkpoint; the model may be on the meta device.
+    """Count the bytes of learned tensors in a checkpoint; the model may be on the meta device.
 
-    A wrapper that chooses its entries from data has none yet: it is counted by its plan, 4 bytes a number and its indices.
+    A wrapper that chooses its entries from data has none yet: it is counted by its plan, 4 bytes per value plus its indices.
     """
     attached = sum(t.numel() * t.element_size() for t in stack.delta(model).values())
     facts = [w.memory(model) for w in stack]
@@ -116,7 +116,7 @@ def delta_bytes(model: nn.Module, stack: Stack) -> int:
 
 
 def weight_bytes(model: nn.Module, stack: Stack) -> int:
-    """Bytes of weights and buffers; wrappers that quantize say what their layers weigh (`base_bytes`)."""
+    """Count the bytes of weights and buffers; wrappers that quantize report the size of their layers (`base_bytes`)."""
     from llmrecipe.methods._engines.quantized import quantized
 
     packed = {id(module.weight) for _, module in quantized(model)}
@@ -126,7 +126,7 @@ def weight_bytes(model: nn.Module, stack: Stack) -> int:
 
 
 def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
-    """Three float32 tensors of one chunk of logits (values, probabilities, gradient) and the scored hidden states."""
+    """Count the bytes of three float32 tensors per chunk of logits (values, probabilities, gradient) and of hidden states."""
     from llmrecipe.engine.logprob import chunk_rows
 
     config = pretrained(model).config.get_text_config()
@@ -136,7 +136,7 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
 
 
 def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:
-    """Elements kept for the backward pass by the formulas at the top of this file; zero below the first trained block."""
+    """Count the elements kept for the backward pass by the formulas of this module; zero below the first trained block."""
     from llmrecipe.models.module_map import anatomy
 
     parts = anatomy(model)
@@ -188,7 +188,7 @@ def _trains(site: Any) -> bool:
 
 
 def _ranks(sites: Iterable[Any]) -> int:
-    """What the hooks of a block keep besides their input: the projection on their smallest dimension."""
+    """Sum what the hooks of a block keep besides their input: the projection on their smallest dimension."""
     from llmrecipe.models.hooks.hook import hooks_of
 
     modules = {id(s.module): s.module for s in sites if s.role not in ("block", "attn", "mlp")}
@@ -199,17 +199,17 @@ def _ranks(sites: Iterable[Any]) -> int:
     return total
 
 
-# --- instruments ----------------------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(call: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> tuple[Tensor, int]:
     """Run a forward pass and count the bytes autograd saves through its hooks, each storage once.
 
     Args:
-        exclude: tensors that are there anyway, such as parameters and buffers.
+        exclude: tensors that exist anyway, such as parameters and buffers.
 
-    Returns:
-        What the call returned, and the bytes. A custom function that parks tensors on its `ctx` is not seen by hooks; compare
+        Returns:
+            What the call returned, and the bytes. Hooks do not see tensors that a custom function stores on its `ctx`; compare
         with `retained_bytes`.
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
@@ -227,11 +227,11 @@ def saved_bytes(call: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> t
 
 
 def retained_bytes(loss: Tensor, exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes a graph keeps alive, each storage once: a walk over its nodes that also finds tensors parked on `ctx`.
+    """Count the bytes a graph keeps alive, each storage once, by a walk over its nodes that also finds tensors on `ctx`.
 
     Args:
-        loss: the end of the graph.
-        exclude: tensors that are there anyway, such as parameters and buffers.
+        loss: (), the end of the graph.
+        exclude: tensors that exist anyway, such as parameters and buffers.
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     sizes: dict[int, int] = {}
@@ -253,7 +253,7 @@ def retained_bytes(loss: Tensor, exclude: Iterable[Tensor] = ()) -> int:
 
 
 def _tensors_of(node: Any) -> list[Tensor]:
-    """Everything a node of the graph holds: its saved variables, and tensors in its own attributes."""
+    """Collect the tensors of a node of the graph: its saved variables, and tensors in its own attributes."""
     found: list[Tensor] = []
     for name in dir(node):
         if name.startswith("_saved_") or name == "saved_tensors":
@@ -273,7 +273,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state; code books shared by parameters once."""
+    """Count the bytes of an optimizer's state; code books shared by parameters count once."""
     storages: dict[int, int] = {}
     for state in optimizer.state.values():
         for value in state.values():

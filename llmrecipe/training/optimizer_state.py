@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights: optimizer state and random generators, as tensors and JSON."""
+"""The optimizer state and random generators of a checkpoint, as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from llmrecipe.core.errors import RunError
 
 SEPARATOR = "//"
-"""Between a parameter's name and the name of its state."""
+"""Separates a parameter's name and the name of its state."""
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON) of an optimizer whose groups carry `names`, by parameter name.
+    """Return the state of an optimizer whose groups carry `names` as (tensors, JSON), by parameter name.
 
     Tensors of any kind are kept as they are: 8-bit states and their scales, code books, 0-d step counters. A tensor that
     several parameters share (a code book) is stored once and named in `shared`.
@@ -46,7 +46,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Put a saved state into a freshly built optimizer, bit for bit, on the devices of its parameters.
+    """Load a saved state into a freshly built optimizer, bit for bit, on the devices of its parameters.
 
     Raises:
         RunError: the optimizer, its groups or its parameters are not the ones that were saved.
@@ -82,13 +82,13 @@ def _restore_parameter(optimizer: Any, index: int, position: int, parameter: Ten
         elif isinstance(state.get(key), Tensor) and state[key].shape == value.shape and state[key].dtype == value.dtype:
             state[key].copy_(value)
         else:
-            # torch keeps its step counters on the CPU unless a fused kernel wants them beside the parameter.
+            # torch keeps its step counters on the CPU unless a fused kernel needs them on the parameter's device.
             on_cpu = value.ndim == 0 and not optimizer.param_groups[index].get("fused")
             state[key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
 
 
 def random_state(generators: Mapping[str, torch.Generator | np.random.Generator] | None = None) -> dict[str, Any]:
-    """JSON of every random generator: Python's, numpy's, torch's on CPU and GPUs, and the named ones."""
+    """Return the state of every random generator as JSON: Python's, NumPy's, torch's on CPU and GPUs, and the named ones."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -109,7 +109,7 @@ def random_state(generators: Mapping[str, torch.Generator | np.random.Generator]
 def restore_random_state(
     state: Mapping[str, Any], generators: Mapping[str, torch.Generator | np.random.Generator] | None = None
 ) -> None:
-    """Put every random generator back to where `random_state` saw it.
+    """Restore every random generator to the state that `random_state` returned.
 
     Raises:
         RunError: a named generator is not in the saved state.
@@ -144,7 +144,7 @@ def _bytes(text: str) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's state with its arrays and numbers as JSON values."""
+    """Convert NumPy's state with its arrays and numbers to JSON values."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):

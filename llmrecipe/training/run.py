@@ -1,4 +1,4 @@
-"""A training run: everything the loop asks for, built in one direction from a validated recipe."""
+"""A training run: everything the loop needs, built from a validated recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run(RunState):
 
     @classmethod
     def open(cls, composition: Composition, resume: Path | None = None) -> Run:
-        """Build a run, or build it anew and put back what its newest checkpoint holds.
+        """Build a run, or rebuild it and restore its newest checkpoint.
 
         Raises:
             UserError: the recipe, the data, the model or the checkpoint is unusable; a new run directory says why.
@@ -38,7 +38,7 @@ class Run(RunState):
         run = cls(**vars(build(composition, resume)))
         with abandoned(run.dir, run.runtime, resume):
             if resume is not None:
-                # The freshly built model is the policy of step 0: remember it before what was learned is put back.
+                # The freshly built model is the policy of step 0: score it before the learned weights are restored.
                 prepare_reference(run.objective, run.stack, run.opened, run.roles, run.planned_rows())
                 save_run.restore(run)
         run.first_step = run.progress.step
@@ -47,7 +47,7 @@ class Run(RunState):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def feed(self) -> Iterator[list[Batch]]:
-        """Micro-batches of each optimizer step, from where the run stands."""
+        """Yield the micro-batches of each optimizer step, from the run's current position."""
         return self.objective.batches(self.source(), self.roles)
 
     def planned_rows(self) -> PlannedRows:
@@ -55,7 +55,7 @@ class Run(RunState):
         return build_run.planned_rows(self.recipe, self.objective, self.data, self.validation, self.steps)
 
     def source(self) -> Iterator[list[dict[str, Any]]]:
-        """This process's rows of each step: a pure function of seed, epoch and position, so resume needs no state."""
+        """Yield this process's rows of each step: a pure function of seed, epoch and position, so resume needs no state."""
         size = self.recipe.batch.size
         while True:
             epoch, at = divmod(self.progress.drawn, self.steps_per_epoch)
@@ -64,7 +64,7 @@ class Run(RunState):
             yield [self.data[int(i)] for i in rows[self.runtime.rank :: self.runtime.world]]
 
     def probe(self) -> Probe:
-        """What `calibrate` may look at: training rows in an order of its own."""
+        """Return what `calibrate` may use: training rows in a separate order."""
 
         def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
             from llmrecipe.data import order
@@ -76,7 +76,7 @@ class Run(RunState):
                 yield self.objective.collate([self.data[j] for j in picked], self.roles)
 
         def loss(batch: Batch) -> torch.Tensor:
-            # Each process looks at batches of its own, so none of them may wait for the others.
+            # Each process uses its own batches here, so none of them may wait for the others.
             prepared, self.roles.prepared = self.roles.prepared, self.roles.engine
             try:
                 return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
@@ -103,7 +103,7 @@ class Run(RunState):
             self.optimizer.zero_grad(set_to_none=True)
 
     def not_finite(self, result: StepResult, micros: list[Batch]) -> None:
-        """Keep the batch, then stop or say that the step was skipped.
+        """Save the batch, then stop or report that the step was skipped.
 
         Raises:
             RunError: `run.on_nan` is `stop`.
@@ -136,7 +136,7 @@ class Run(RunState):
     # --- what is due ----------------------------------------------------------------------------------------------
 
     def due_evaluation(self, step: int, at_start: bool = False) -> bool:
-        """Whether an evaluation is due after `step` steps."""
+        """Return whether an evaluation is due after `step` steps."""
         if self.validation is None:
             return False
         if at_start:
@@ -145,17 +145,17 @@ class Run(RunState):
         return step == self.steps or (every is not None and step % every == 0)
 
     def due_save(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
+        """Return whether a checkpoint is due after `step` steps."""
         every = self.recipe.save.every
         return every is not None and step % every == 0 and step < self.steps
 
     def stopping(self) -> bool:
-        """Whether a signal asked any process to stop."""
+        """Return whether a signal told any process to stop."""
         asked = torch.tensor([1.0 if self.signal else 0.0], dtype=torch.float64)
         return bool(float(self.runtime.sum(asked)) > 0)
 
     def evaluate(self) -> bool:
-        """Evaluate on the validation split; True when early stopping says so."""
+        """Evaluate on the validation split; return True when early stopping applies."""
         metrics = evaluate(self.evaluation(), self.validation)
         verdict = self.best.see(self.progress.step, {f"eval/{k}": v for k, v in metrics.items()})
         self.events.evaluation(step=self.progress.step, **{f"eval/{k}": v for k, v in metrics.items()})
@@ -164,12 +164,12 @@ class Run(RunState):
         return verdict.stop
 
     def rebuild(self) -> None:
-        """The set of trained tensors changed: the optimizer is built anew and keeps the state of what survived."""
+        """Rebuild the optimizer after the set of trained tensors changed, keeping the state of those that remain."""
         if self.stack.rule() is None:
             self.optimizer = build_run.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
         self.roles.prepared = self.runtime.prepare(self.roles.engine, self.unused)
         if self.progress.step:
-            # Weights kept as the best belong to another set of tensors and could not be put back.
+            # Weights saved as the best belong to another set of tensors and could not be restored.
             self.best = self.fresh_best()
 
     def save(self) -> Path | None:
@@ -177,5 +177,5 @@ class Run(RunState):
         return save_run.save(self)
 
     def finish(self) -> None:
-        """Best weights, test split, final folder, model card."""
+        """Finish the run: best weights, test split, final folder, model card."""
         save_run.finish(self)

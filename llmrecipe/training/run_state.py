@@ -1,4 +1,4 @@
-"""What a run is made of and how far it is: what its parts (evaluation, saving, reports, checks) are handed."""
+"""The parts and the progress of a run, as evaluation, saving, reports and checks receive them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
     """Optimizer steps made."""
@@ -36,7 +36,7 @@ class Progress:
     """Steps that made no update because a loss or a gradient was not finite (`run.on_nan: skip`)."""
 
     def advance(self, micros: list[Batch]) -> None:
-        """One more optimizer step."""
+        """Count one more optimizer step."""
         self.step += 1
         self.tokens += sum(m.tokens for m in micros)
 
@@ -72,32 +72,32 @@ class RunState:
     """Steps an earlier process had made."""
     learning_rate: float = 0.0
     unused: bool = True
-    """Whether a step may leave trained tensors without a gradient; the first one tells (see `first_step`)."""
+    """Whether a step may leave trained tensors without a gradient; decided at the first step (see `first_step`)."""
     signal: int | None = None
-    """The signal that asked the run to stop."""
+    """The signal that told the run to stop."""
 
     @property
     def recipe(self) -> Any:
-        """The validated recipe."""
+        """Return the validated recipe."""
         return self.composition.recipe
 
     @property
     def model(self) -> LanguageModel:
-        """The trained model, unwrapped."""
+        """Return the trained model, unwrapped."""
         return self.roles.model
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer."""
+        """Return the tokenizer."""
         return self.opened.tokenizer
 
     @property
     def steps_per_epoch(self) -> int:
-        """Row batches in one pass; the last one may be short."""
+        """Return the number of row batches in one pass; the last one may be short."""
         return max(1, math.ceil(len(self.data) / self.recipe.batch.size))
 
     def order(self, epoch: int) -> Any:
-        """Row indices of an epoch in training order."""
+        """Return the row indices of an epoch in training order."""
         from llmrecipe.data import order
 
         if getattr(self, "_order_epoch", None) != epoch:
@@ -105,7 +105,7 @@ class RunState:
         return self._order
 
     def total_weight(self, micros: list[Batch]) -> float:
-        """The denominator of a step, over all micro-batches and processes."""
+        """Return the loss denominator of a step, over all micro-batches and processes."""
         own = sum(self.objective.weight(m) for m in micros)
         return float(self.runtime.sum(torch.tensor([own], dtype=torch.float64)))
 

@@ -1,4 +1,4 @@
-"""Writing and reading what a run leaves behind: checkpoints, the best weights, the final folder."""
+"""Writing and reading a run's checkpoints, best weights and final folder."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
 
 FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
-"""Keys a resumed run may not change: another value would make the rest of the run another experiment."""
+"""Keys a resumed run may not change: another value would make the rest of the run a different experiment."""
 BEST = "best"
 """Folder of the best weights, where a checkpoint holds trained tensors alone."""
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of the device, or of the process on the CPU, in MB."""
+    """Return the peak memory of the device, or of the process on the CPU, in MB."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -87,7 +87,7 @@ def restore(run: RunState) -> None:
     """Continue a run from its newest intact checkpoint, bit for bit.
 
     Raises:
-        RunError: the recipe changed in a way that would make it another run, or the best weights so far are gone.
+        RunError: the recipe changed in a way that would make it a different run, or the best weights so far are missing.
     """
     check_same(run)
     path = latest_checkpoint(run.dir.path / "checkpoints")
@@ -129,7 +129,7 @@ def check_same(run: RunState) -> None:
     """
     before = run.dir.recipe()
     now = run.composition.mapping
-    # Rights are given anew by whoever resumes, and change nothing of what is learned.
+    # Rights are granted again by whoever resumes, and do not change what is learned.
     before, now = ({**mapping, "model": without_rights(mapping.get("model") or {})} for mapping in (before, now))
     changed = [key for key in FIXED_ON_RESUME if before.get(key) != now.get(key)]
     if changed:
@@ -138,7 +138,7 @@ def check_same(run: RunState) -> None:
 
 
 def save_best(run: RunState) -> None:
-    """Keep what was learned so far as the best; trained tensors only.
+    """Save what was learned so far as the best; trained tensors only.
 
     Raises:
         RunError: a weight or the optimizer's state is not finite, or the disk is full.
@@ -151,7 +151,7 @@ def save_best(run: RunState) -> None:
 
 
 def forget_worse(run: RunState) -> None:
-    """Delete best weights that neither this run nor one that is resumed from any of its checkpoints would return to."""
+    """Delete best weights to which neither this run nor a resume from any of its checkpoints would return."""
     root = run.dir.path / "checkpoints"
     wanted = {run.best.best_step}
     for step in steps(root):
@@ -161,15 +161,15 @@ def forget_worse(run: RunState) -> None:
 
 
 def returns_to_best(run: RunState) -> bool:
-    """Whether the best weights are wanted in the end and are not those of the present step."""
+    """Return whether the best weights are restored in the end and are not those of the current step."""
     return run.recipe.eval.load_best and run.best.best is not None and run.best.best_step != run.progress.step
 
 
 def best_weights(run: RunState) -> Path:
-    """The checkpoint that holds the best weights.
+    """Return the checkpoint that holds the best weights.
 
     Raises:
-        RunError: it is gone; the last weights are no substitute that may be taken in silence.
+        RunError: it is missing; the last weights must not replace it silently.
     """
     step = run.best.best_step
     for root in (run.dir.path / BEST, run.dir.path / "checkpoints"):
@@ -182,10 +182,10 @@ def best_weights(run: RunState) -> Path:
 
 
 def load_best(run: RunState) -> bool:
-    """Put the best weights back; False when the last ones are the best or nothing was judged.
+    """Restore the best weights; return False when the last ones are the best or nothing was evaluated.
 
     Raises:
-        RunError: they are gone.
+        RunError: they are missing.
     """
     if not returns_to_best(run):
         return False
@@ -195,7 +195,7 @@ def load_best(run: RunState) -> bool:
 
 
 def save_batch(run: RunState, micros: list[Batch]) -> Path:
-    """Keep the token ids of a step that went wrong."""
+    """Save the token ids of a step that went wrong."""
     path = run.dir.path / f"bad_step_{run.progress.step + 1:06d}_rank{run.runtime.rank}.json"
     content = [{"rows": list(m.rows), "input_ids": m.input_ids.tolist(), "target": m.target.tolist()} for m in micros]
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -203,7 +203,7 @@ def save_batch(run: RunState, micros: list[Batch]) -> Path:
 
 
 def finish(run: RunState) -> None:
-    """Best weights back, the test split scored once, `final/` written. Nothing is deleted: see `tidy`.
+    """Restore the best weights, score the test split once, and write `final/`. Nothing is deleted: see `tidy`.
 
     Raises:
         RunError: the last weights, or what is to be kept, are not finite, or no step was an update.
@@ -225,13 +225,13 @@ def finish(run: RunState) -> None:
 
 
 def tidy(run: RunState) -> None:
-    """Delete what a finished run has no use for. Call when its status says `done`: until then a resume may need all of it."""
+    """Delete what a finished run does not need. Call when its status is `done`: until then a resume may need all of it."""
     if run.runtime.is_main and (run.dir.path / BEST).exists():
         delete(run.dir.path / BEST)
 
 
 def score_test(run: RunState) -> dict[str, float]:
-    """Metrics of the sealed test split: opened here, once, and nowhere else in training."""
+    """Compute metrics of the test split: read here, once, and nowhere else in training."""
     if not run.recipe.eval.test:
         return {}
     test = build_run.test_rows(run.recipe, run.objective, run.data, run.tokenizer)
@@ -243,7 +243,7 @@ def score_test(run: RunState) -> dict[str, float]:
 
 
 def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
-    """Write `final/` aside, durably, and move it into place: a delta with its stack, or the whole model when all of it trained.
+    """Write `final/` to a temporary folder, durably, and move it into place: a delta with its stack, or the whole model.
 
     Raises:
         RunError: the disk is full, or a weight does not fit the dtype it is written in.
@@ -273,7 +273,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
 
 
 def save_whole(run: RunState, folder: Path) -> None:
-    """A Transformers folder in the dtype the recipe names (float32 masters are cast once)."""
+    """Write a Transformers folder in the dtype the recipe names (float32 master weights are cast once)."""
     dtype = run.recipe.model.dtype
     attention = run.model.config._attn_implementation
     state, scalars = task_heads.split(run.model.state_dict())
@@ -292,11 +292,11 @@ def save_whole(run: RunState, folder: Path) -> None:
 
 
 def saved_of(run: RunState) -> delta.Saved:
-    """The run's stacks, oldest first, its own last."""
+    """Return the run's stacks, oldest first, its own last."""
     layers = [
         delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.opened.layers)
     ]
-    # What other roles learned (a value function) is training's own; checkpoints keep it, the finished model does without.
+    # What other roles learned (a value function) serves training alone; checkpoints keep it, the finished model does not.
     others = {w.role: w for w in run.stack if w.role}
     beside = {n for w in others.values() for n in w.delta(run.model)}
     tensors = {

@@ -1,4 +1,4 @@
-"""What a run says before its first step, and keeps in `report.json`: data, trained tensors, layout."""
+"""The report before a run's first step, also kept in `report.json`: data, trained tensors, layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def announce(run: RunState) -> None:
-    """Print the facts of the run (main process only) and write them down."""
+    """Print the facts of the run (main process only) and write them to `report.json`."""
     from llmrecipe.data import validation
 
     if not run.runtime.is_main:
@@ -37,7 +37,7 @@ def announce(run: RunState) -> None:
 
 
 def facts_of(run: RunState) -> dict[str, Any]:
-    """Data report, stack and trained tensors as JSON."""
+    """Return data report, stack and trained tensors as JSON."""
     trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     kinds = Counter(".".join(part for part in n.split(".")[-3:] if not part.isdigit()) for n in trained)
     return {

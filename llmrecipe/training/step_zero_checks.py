@@ -1,6 +1,6 @@
-"""What must be true before the first step of a run that starts at its own reference: checked in every run, kept in its events.
+"""Checks before the first step of a run that starts at its own reference: made in every run, recorded in its events.
 
-Policy and reference are the same function at step 0, so losses and rewards have values known beforehand: log 2 for DPO,
+Policy and reference are the same function at step 0, so losses and rewards have known values: log 2 for DPO,
 1 / (4 beta^2) for IPO, one half of the mean weight for KTO, margins and divergences of 0. Another value means another
 reference, dropout or noise in one of the two, or rows scored differently, and every later step would be wrong.
 """
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
 
 TOLERANCE = 2e-3
-"""Of float32 computation; relative to a wanted value above 1."""
+"""Tolerance of float32 computation; relative to expected values above 1."""
 COARSE = 0.1
-"""Where hidden states have 8 to 11 significant bits, and a batch laid out otherwise rounds otherwise."""
+"""Tolerance where hidden states have 8 to 11 significant bits, and a different batch layout rounds differently."""
 
 
 def check(run: RunState) -> None:
-    """Measure the first step's rows under the untouched policy, compare, and write a `check` event.
+    """Measure the first step's rows under the untrained policy, compare with the expected values, and write a `check` event.
 
     Raises:
         RunError: a value is not what it must be.
@@ -51,19 +51,19 @@ def check(run: RunState) -> None:
 
 
 def same_policy(run: RunState) -> bool:
-    """Whether the reference is the policy of step 0."""
+    """Return whether the reference is the policy of step 0."""
     which = run.objective.reference_of()
     mounted = bool(run.opened.mounted) or run.opened.continued is not None
     return which == "initial" or (which == "base" and not mounted and all(w.starts_at_base() for w in run.stack))
 
 
 def measure(run: RunState) -> dict[str, float]:
-    """Mean loss and metrics of the first step's rows, over all processes; without those that none of the rows has."""
+    """Compute mean loss and metrics of the first step's rows, over all processes, without metrics that no row has."""
     sums = MetricSums()
     state = run.objective.state()
     size, rank, world = run.recipe.batch.size, run.runtime.rank, run.runtime.world
     rows = [run.data[int(i)] for i in run.order(0)[:size]][rank::world]
-    # In the mode training will have: dropout that stayed on must show here.
+    # In training mode: dropout that was left on must show here.
     with torch.no_grad():
         for batch in next(iter(run.objective.batches(iter([rows]), run.roles))):
             loss = run.objective.loss(batch, run.roles)

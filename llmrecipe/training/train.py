@@ -59,7 +59,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
 
 
 def start(run: Run) -> None:
-    """What happens once before the first step: calibration, the reference, step-0 checks."""
+    """Do what happens once before the first step: calibration, the reference, step-0 checks."""
     run.dir.status("running", step=run.progress.step)
     run.roles.engine.train(run.objective.dropout)
     if run.first_step == 0:
@@ -73,7 +73,7 @@ def start(run: Run) -> None:
 
 
 def _signals(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Ctrl-C and SIGTERM ask the loop to write a checkpoint; a second Ctrl-C stops at once."""
+    """Let Ctrl-C and SIGTERM make the loop write a checkpoint and stop; a second Ctrl-C stops at once."""
 
     def ask(number: int, frame: Any) -> None:
         if run.signal and number == signal.SIGINT:
