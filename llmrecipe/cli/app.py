@@ -24,7 +24,7 @@ PANELS = ("Train", "Look", "Use", "Tools")
 
 
 def build() -> typer.Typer:
-    """The application with every verb of this folder."""
+    """Build the application with every verb of this folder."""
     app = typer.Typer(
         name="llmrecipe",
         help="Train language models from recipes.",
@@ -63,12 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line; returns the exit code instead of leaving."""
+    """Run the command line and return the exit code instead of exiting."""
     try:
         result = build()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
         return result if isinstance(result, int) else 0
     except UserError as error:
-        # Processes of one run meet the user's mistake alike; one of them says so.
+        # All processes of one run hit the same user error; one of them reports it.
         if os.environ.get("RANK", "0") == "0":
             complain(str(error))
         return error.exit_code
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _other(error: Exception, arguments: list[str]) -> int:
-    """Usage errors of the command line itself, and bugs."""
+    """Report usage errors of the command line itself, and bugs; return the exit code."""
     show = getattr(error, "format_message", None)
     if callable(show):
         context = getattr(error, "ctx", None)
@@ -116,7 +116,7 @@ def _save_traceback(error: Exception, arguments: list[str]) -> Path | None:
 
 
 def complain(message: str, title: str = "Error") -> None:
-    """One message on stderr, without secrets: a panel for a person, plain lines for a pipe."""
+    """Print one message on stderr, without secrets: a panel on a terminal, plain lines in a pipe."""
     message = redact_text(message)
     if not sys.stderr.isatty():
         print(f"{title}: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What verbs share: the free words after a verb, JSON output, and completion of words."""
+"""Code shared by verbs: the free arguments after a verb, JSON output, and completion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrecipe.core.errors import RecipeError, did_you_mean
 
 
 def complete(incomplete: str) -> list[str]:
-    """Completions of a word: recipe names after `recipe=`, choices after a group, key paths otherwise."""
+    """Return the completions of a word: recipe names after `recipe=`, choices after a group, key paths otherwise."""
     from llmrecipe.core import registry
     from llmrecipe.recipe.compose import section_defaults
     from llmrecipe.recipe.recipe_paths import GROUPS, all_recipes, presets
@@ -81,14 +81,14 @@ def sort_words(words: list[str] | None) -> Request:
 
 
 def runs_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
-    """Further runs named after the first one, and overrides: words with `=`, or that take something out (`~stack.lora`)."""
+    """Split words into further runs and overrides, which contain `=` or remove something (`~stack.lora`)."""
     given = list(words or [])
     runs = [word for word in given if "=" not in word and not word.startswith("~")]
     return runs, [word for word in given if word not in runs]
 
 
 def need_recipe(request: Request, verb: str) -> str:
-    """The recipe of a request.
+    """Return the recipe of a request.
 
     Raises:
         RecipeError: none was given; the message shows how, and what there is.
@@ -108,6 +108,6 @@ def need_recipe(request: Request, verb: str) -> str:
 
 
 def tell(notes: Iterable[str]) -> None:
-    """Lines about what was done with the input, on stderr so that they never mix with output."""
+    """Print notes on how the input was read, on stderr so that they never mix with output."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

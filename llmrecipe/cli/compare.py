@@ -69,7 +69,7 @@ def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str
 
 
 def draw(records: list[Record], metrics: list[str], path: Path) -> None:
-    """Draw one panel a metric, one line a run.
+    """Draw one panel per metric, one line per run.
 
     Raises:
         RunError: matplotlib is not installed, or the file's kind is unknown to it.

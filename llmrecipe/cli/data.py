@@ -69,7 +69,7 @@ def verb(
 
 
 def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
-    """The rows of a split, the tokenizer and the mask in use; class names come from the training rows."""
+    """Return the rows of a split, the tokenizer and the mask in use; class names come from the training rows."""
     from llmrecipe.core import registry
     from llmrecipe.core.errors import DataError
     from llmrecipe.data import TokenData, prepare
@@ -139,7 +139,7 @@ def _print(
 
 
 def _row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: bool, colour: bool, longest: int) -> Text:
-    """One row as coloured text; without colours trained text stands between « and »."""
+    """Format one row as coloured text; without colours trained text is enclosed in « and »."""
     from rich.text import Text
 
     from llmrecipe.data import preview

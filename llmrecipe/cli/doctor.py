@@ -60,12 +60,12 @@ def _version(package: str) -> str | None:
 
 
 def packages() -> dict[str, str]:
-    """Package -> version, or `missing`."""
+    """Return package -> version, or `missing`."""
     return {package: _version(package) or "missing" for package in PACKAGES}
 
 
 def extras() -> dict[str, str]:
-    """Optional extra -> `ready`, or what to install."""
+    """Return optional extra -> `ready`, or what to install."""
     missing = {extra: [p for p in names if _version(p) is None] for extra, names in EXTRAS.items()}
     return {
         extra: "ready" if not gone else f"not installed (pip install 'llmrecipe[{extra}]')" for extra, gone in missing.items()
@@ -73,7 +73,7 @@ def extras() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Python, cores, memory and disk of this machine."""
+    """Return Python version, cores, memory and disk of this machine."""
     import os
     import platform
     import shutil
@@ -91,7 +91,7 @@ def machine() -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """Devices and the precision each computes in."""
+    """Return devices and the precisions they support."""
     try:
         import torch
     except ImportError as error:
@@ -118,7 +118,7 @@ def _backends(torch: ModuleType) -> list[str]:
 
 
 def quantization() -> str:
-    """Whether 4-bit weights really work here: a small matrix is quantized and read back."""
+    """Test whether 4-bit weights work here, by quantizing a small matrix and reading it back."""
     try:
         import torch
         from bitsandbytes import functional

@@ -1,4 +1,4 @@
-"""What can be known of a command before torch is imported: a typo, a missing file or a foreign format answers at once.
+"""Checks before torch is imported, so that a typo, a missing file or a foreign format is reported at once.
 
 Everything here is checked again where it is used; nothing later relies on it.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TRAINING = ("train", "validation", "test")
 LOOK_INTO = 64 * 2**20
-"""Sources up to so many bytes are opened to see their format; opening a larger one takes longer than importing torch."""
+"""Size limit in bytes of sources opened to detect their format; opening a larger one takes longer than importing torch."""
 
 
 def composed(recipe: str | Path, overrides: list[str]) -> Composition:
@@ -38,7 +38,7 @@ def composed(recipe: str | Path, overrides: list[str]) -> Composition:
 
 
 def resumed(run: str) -> str:
-    """The recipe of a run that is to be continued.
+    """Return the recipe of a run to be continued.
 
     Raises:
         RunError: the folder is not a run directory.
@@ -71,7 +71,7 @@ def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:
 
 
 def check_model(section: ModelSection) -> None:
-    """Look at the folder of a model section; of a hub name, whether it is in the cache where the hub is out of reach.
+    """Check the folder of a model section, or whether a hub name is in the cache where the hub is unreachable.
 
     Raises:
         UserError: there is no such folder, it holds no model, or a run in it has not finished.
@@ -106,7 +106,7 @@ def check_data(data: DataSection, rows: str | None, splits: tuple[str, ...] = TR
     """Look at the sources of a data section and, where they are small files, at the format of their rows.
 
     Args:
-        rows: row type the objective asks for; None where only the objective's class can tell.
+        rows: row type the objective reads; None where only the objective's class determines it.
 
     Raises:
         DataError: one is missing, damaged, or holds rows the objective cannot read.
@@ -130,7 +130,7 @@ def _size(place: Path) -> int:
 
 
 def subject(path: str, overrides: list[str], split: str | None = None) -> Composition:
-    """The recipe under which a run or a model is evaluated or asked, its files looked for.
+    """Return the recipe under which a run or a model is evaluated or answers, after looking for its files.
 
     Args:
         split: of the data that is scored; None where no data is read.
@@ -149,7 +149,7 @@ def subject(path: str, overrides: list[str], split: str | None = None) -> Compos
 
 
 def finished(run: str) -> None:
-    """Refuse what is neither a finished run nor a PEFT adapter folder.
+    """Refuse a folder that is neither a finished run nor a PEFT adapter folder.
 
     Raises:
         RunError: it is something else, or the run has not finished.

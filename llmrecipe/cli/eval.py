@@ -18,7 +18,7 @@ def verb(
         str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
-            help="A run directory, a folder of runs, a model folder, a hub name or `tiny`; several runs stand side by side.",
+            help="A run directory, a folder of runs, a model folder, a hub name or `tiny`; several runs are compared.",
         ),
     ],
     words: Words = None,
@@ -72,7 +72,7 @@ def verb(
 
 
 def show_scores(rows: list[dict[str, Any]]) -> None:
-    """Print scores as a table, a run a row."""
+    """Print scores as a table, one row per run."""
     from rich.table import Table
 
     names = list(dict.fromkeys(k for row in rows for k in row))

@@ -33,7 +33,7 @@ def verb(
     add: Annotated[
         list[str] | None, typer.Option("--add", metavar="RUN=WEIGHT", help="Add another run or PEFT folder on the same base.")
     ] = None,
-    weight: Annotated[float, typer.Option("--weight", help="Weight of the run itself beside --add.")] = 1.0,
+    weight: Annotated[float, typer.Option("--weight", help="Weight of the run itself with --add.")] = 1.0,
     combine: Annotated[
         str,
         typer.Option("--combine", help="How: cat, the exact sum, or another of `llmrecipe list merge_method`."),
@@ -101,10 +101,10 @@ def verb(
 
 
 def _words(words: list[str]) -> tuple[dict[str, bool], dict[str, Any]]:
-    """The rights that some words give, and the options of the merge method.
+    """Return the rights that the arguments grant, and the options of the merge method.
 
     Raises:
-        UserError: a word that is neither.
+        UserError: an argument that is neither.
     """
     from llmrecipe.core.errors import UserError
     from llmrecipe.recipe.overrides import parse
@@ -126,7 +126,7 @@ def _words(words: list[str]) -> tuple[dict[str, bool], dict[str, Any]]:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """`RUN=0.5` -> (RUN, 0.5).
+    """Parse `RUN=0.5` into (RUN, 0.5).
 
     Raises:
         UserError: there is no weight, or it is no number.
@@ -144,7 +144,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """`--rank` for every wrapper of the run that was trained for several ranks.
+    """Return the option of `--rank` for every wrapper of the run that was trained for several ranks.
 
     Raises:
         UserError: the run has none.

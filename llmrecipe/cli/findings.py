@@ -1,4 +1,4 @@
-"""What `check` prints of one training."""
+"""Output of `check` for one training."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def verb(
         str, typer.Argument(metavar="ROWS_OR_MODEL", help="Rows with two answers to a prompt; with --prompts, a model to ask.")
     ],
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="Ask the model these: a file, folder or builtin:NAME.")
+        str | None, typer.Option("--prompts", help="Prompts for the model: a file, folder or builtin:NAME.")
     ] = None,
     labeller: Annotated[str | None, typer.Option("--labeller", "-l", help="Whose labels; default: the user's name.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the labels.")] = Path("labels"),
@@ -34,13 +34,15 @@ def verb(
         str | None, typer.Option("--by", help="Let an agent label: rule, or {kind: local, path: RUN}, {kind: http, ...}.")
     ] = None,
     constitution: Annotated[str, typer.Option("--constitution", help="The agent's principles.")] = "assistant",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many rows or prompts.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Maximum number of rows or prompts, from the first.")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of the model's answers.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Of the answers, and of which one is shown first.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose the better of two answers, key by key; leaves preference rows, goes on where it stopped."""
+    """Choose the better of two answers, key by key; writes preference rows, resumes where it stopped."""
     from llmrecipe.data.formats.answered_prompts import read_answered
     from llmrecipe.evaluation import human_labels
 
@@ -68,7 +70,7 @@ def verb(
 def answers_of(
     model: str, prompts: str, out: Path, limit: int | None, temperature: float, max_new_tokens: int, seed: int
 ) -> str:
-    """The folder with two answers of the model to each prompt; made once."""
+    """Return the folder with two answers of the model to each prompt, generating it once."""
     from llmrecipe.pipelines.steps.run_step import run
     from llmrecipe.recipe.run_recipe import as_word
     from llmrecipe.recipe.step_spec import compose_step
@@ -105,7 +107,7 @@ def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
 
 
 def user() -> str:
-    """The user's name, or `me` where the system knows none."""
+    """Return the user's name, or `me` where the system has none."""
     import getpass
 
     try:
@@ -118,7 +120,7 @@ def user() -> str:
 
 
 def screen(as_json: bool) -> Console:
-    """Where questions are shown: beside the facts, not among them, when those are wanted as JSON."""
+    """Return the console for questions: stderr where the facts go to stdout as JSON."""
     from rich.console import Console
 
     return Console(stderr=as_json)
@@ -149,7 +151,7 @@ def ask(labels: Labels, asked: list[Question], out: Console) -> None:
 
 
 def show_pair(out: Console, question: Question, swapped: bool, number: int, total: int) -> None:
-    """A prompt and its two answers side by side."""
+    """Show a prompt and its two answers side by side."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -164,7 +166,7 @@ def show_pair(out: Console, question: Question, swapped: bool, number: int, tota
 
 
 def read_key(out: Console) -> str:
-    """What was chosen: a key on a terminal, a line or word from a pipe; `quit` at its end."""
+    """Read the choice: a key on a terminal, a line or word from a pipe; `quit` at its end."""
     while True:
         if sys.stdin.isatty():
             import click
@@ -185,7 +187,7 @@ def read_key(out: Console) -> str:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Who labelled how much, and who agrees with whom."""
+    """Print how much each labeller labelled, and how far they agree."""
     from rich.table import Table
 
     from llmrecipe.core.console import console, number

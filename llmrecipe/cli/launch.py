@@ -25,7 +25,7 @@ def verb(
         recipe = need_recipe(request, "launch")
         from llmrecipe.cli.early_checks import composed
 
-        # A mistake in the recipe is told once, here, and not once by every worker.
+        # A mistake in the recipe is reported once, here, and not by every worker.
         composed(recipe, [*request.overrides, *_processes(request.overrides, nproc * nodes)])
     from llmrecipe.runtime.distributed_launch import Cluster, launch
 
@@ -34,5 +34,5 @@ def verb(
 
 
 def _processes(overrides: list[str], world: int) -> list[str]:
-    """The override that tells the workers how many they are, unless the user said so."""
+    """Return the override that sets the number of processes, unless the user gave one."""
     return [] if any(w.startswith("runtime.processes=") for w in overrides) else [f"runtime.processes={world}"]

@@ -69,7 +69,7 @@ def show_pairs(as_json: bool) -> None:
 
 
 def collect(group: str | None) -> list[dict[str, Any]]:
-    """Facts of everything in a group, or in all groups.
+    """Collect facts of everything in a group, or in all groups.
 
     Raises:
         RecipeError: there is no such group.

@@ -27,7 +27,7 @@ def verb(
     what: Annotated[str, typer.Argument(metavar="[KIND]", help="recipe (may be left out), method, objective or metric.")],
     name: Annotated[str | None, typer.Argument(help="Its name; of a recipe also a path ending in .yaml.")] = None,
     folder: Annotated[
-        Path, typer.Option("--dir", help="Package a component goes into; recipes and tests stand beside it.")
+        Path, typer.Option("--dir", help="Package a component goes into; recipes and tests lie next to it.")
     ] = Path("my_components"),
     extends: Annotated[str, typer.Option("--extends", help="Recipe a new one extends.")] = "base",
     objective: Annotated[str | None, typer.Option("--objective", help="Objective a recipe trains.")] = None,

@@ -1,4 +1,4 @@
-"""What `train` and `check` do with a recipe that has stages."""
+"""`train` and `check` for a recipe that has stages."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ SHOWN = 20
 
 
 def verb(words: Words = None, as_json: Json = False) -> None:
-    """Search the space a recipe gives under `search`, and write the best as a plain recipe; the same command goes on."""
+    """Search the space a recipe gives under `search`, and write the best as a plain recipe; the same command resumes it."""
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.recipe.compose import compose
 
     request = sort_words(words)
     if request.resume is not None:
-        raise RecipeError("resume=: a search goes on by its own words: the same command, and the trials there are kept")
+        raise RecipeError("resume=: repeat the same command to resume a search; its finished trials are kept")
     recipe = need_recipe(request, "search")
     # Mistakes in the recipe come first, before anything about the machine or the model.
     compose(recipe, request.overrides)

@@ -17,7 +17,7 @@ ORDER = 3
 
 
 def complete_names(incomplete: str) -> list[str]:
-    """Names `show` knows."""
+    """Return the names that `show` accepts."""
     from llmrecipe.core import registry
     from llmrecipe.recipe.recipe_paths import all_recipes
 

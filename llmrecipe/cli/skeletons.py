@@ -21,7 +21,7 @@ def write(what: str, name: str, folder: Path) -> list[Path]:
     """Write a component, its recipe and its test.
 
     Inside this package they go where the tree has them. Elsewhere the folder is a package of components (a plugin): `recipes/`
-    and `tests/` stand beside it.
+    and `tests/` lie next to it.
 
     Args:
         what: method, objective or metric.

@@ -13,7 +13,7 @@ PANEL = "Tools"
 
 
 def complete(incomplete: str) -> list[str]:
-    """Names of steps."""
+    """Return the names of steps."""
     from llmrecipe.core import registry
 
     return [name for name in registry.names("step") if name.startswith(incomplete)]

@@ -1,8 +1,8 @@
 """Labels that people or judges give to two answers: stored by labeller, resumable, and compared.
 
     <folder>/
-        answers/                 rows with two answers, where a model was asked for them
-        NAME.asked.jsonl         what an agent replied, where labeller NAME is one
+        answers/                 rows with two answers, where a model generated them
+        NAME.asked.jsonl         the replies of a judge, where labeller NAME is one
         NAME.journal.jsonl       every decision of labeller NAME in its order, an undo included; only ever appended to
         NAME.lock                held while NAME labels: one terminal at a time
         NAME.jsonl               preference rows {prompt, chosen, rejected, labeller, ...} that follow from it
@@ -174,7 +174,7 @@ def label_by_agent(
         pairs = [Pair(q.row.words, q.first, q.second, q.row.columns) for q in part]
         drawn = [draw(principles, 1, labels.seed, q.key) for q in part]
         for question, label in zip(part, compare(agent, constitution, pairs, drawn), strict=True):
-            if label is None:  # it stays pending: the next call asks again
+            if label is None:  # it stays pending: the next call tries again
                 continue
             if label["mass"] < MIN_MASS:
                 thin.append(label)

@@ -29,7 +29,7 @@ def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str
     (`stack.dylora.rank=2`) goes to the runs that have it.
 
     Args:
-        sections: `ASKED` or `SCORED`.
+        sections: sections that apply.
 
     Raises:
         UserError: a word would have no effect: the base is loaded once, and adapters are as they were trained.

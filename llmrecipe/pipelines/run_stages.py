@@ -1,8 +1,8 @@
-"""Running a pipeline: each stage is an ordinary `llmrecipe train` or `llmrecipe step` in a process of its own.
+"""Running a pipeline: each stage is an ordinary `llmrecipe train` or `llmrecipe step` in a separate process.
 
     runs/<pipeline>/<stage>-<key>/      the key stands for the stage's recipe, the files it reads, and the keys of its inputs
 
-A finished directory of that key is reused, an interrupted one is continued, so the same command goes on after any stop. Nothing
+A finished directory of that key is reused, an interrupted one is continued, so the same command resumes after any stop. Nothing
 starts before every stage has been checked.
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """What a stage left."""
+    """Result of a stage."""
 
     stage: str
     how: str
@@ -52,11 +52,11 @@ class Result:
 
 @dataclass
 class Pipeline:
-    """A pipeline on its way."""
+    """A running pipeline."""
 
     plan: Plan
     command: str
-    """What the user types to go on."""
+    """The command that resumes it."""
     children: Children
     results: list[Result] = field(default_factory=list)
 
@@ -86,10 +86,10 @@ def run(composition: Composition, recipe: str | None = None) -> list[Result]:
 
 
 def _run_all(pipeline: Pipeline) -> None:
-    """Start stages as their inputs are there, `run.parallel` of them at once.
+    """Start stages as soon as their inputs exist, `run.parallel` of them at once.
 
     Raises:
-        LlmRecipeError: the first thing that went wrong, once the stages beside it have written checkpoints and ended.
+        LlmRecipeError: the first failure, once the other running stages have written checkpoints and ended.
     """
     waiting = list(pipeline.plan.stages)
     running: dict[Future[int], Started] = {}
@@ -106,7 +106,7 @@ def _run_all(pipeline: Pipeline) -> None:
                     started = running.pop(future)
                     del pipeline.children.running[started.planned.name]
                     pipeline.results.append(_ended(pipeline, started, future.result()))
-            except Exception as error:  # whatever it is, the other stages are ended in order before it is told
+            except Exception as error:  # whatever it is, the other stages are ended in order before it is raised
                 if first is None:
                     first = error
                     pipeline.children.stop()
@@ -115,7 +115,7 @@ def _run_all(pipeline: Pipeline) -> None:
 
 
 def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
-    """Take the next stage that can start out of the list; finished ones become results on the way.
+    """Take the next stage that can start out of the list; finished ones passed over become results.
 
     Raises:
         Interrupted: a signal arrived, and nothing more is started.
@@ -139,7 +139,7 @@ def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
 
 
 def check(made: Plan) -> dict[str, Findings | StepComposition]:
-    """Dry runs of all stages; those that are finished are left out.
+    """Dry-run all stages except finished ones.
 
     Raises:
         UserError: everything that would stop a stage before its first step.
@@ -174,13 +174,13 @@ def check(made: Plan) -> dict[str, Findings | StepComposition]:
 
 
 class Examples:
-    """Folders with rows like those that unfinished steps will leave, for the dry runs of the trainings behind them."""
+    """Folders with example rows of unfinished steps, for the dry runs of later trainings."""
 
     def __init__(self, made: Plan, folder: Path, done: set[str]):
         self.made, self.folder, self.done = made, folder, done
 
     def __call__(self, name: str) -> Path:
-        """The folder of one step."""
+        """Return the folder of one step."""
         from llmrecipe.pipelines.steps.workspace import SPLITS
 
         folder = self.folder / name
@@ -188,7 +188,7 @@ class Examples:
         composition = planned.composition
         if not folder.is_dir() and isinstance(composition, StepComposition):
             folder.mkdir()
-            # A step that reads what another one has yet to leave is told so, as in its check.
+            # References to results that do not exist yet stay unresolved, as in the step's check.
             mapping = each_text(planned.mapping, lambda text: REFERENCE.sub(lambda m: filled(m, self.made, self.done), text))
             for split, rows in replace(composition, mapping=mapping).build().example().items():
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -196,7 +196,7 @@ class Examples:
         return folder
 
     def notes(self, planned: Planned) -> list[str]:
-        """What was made up for a stage."""
+        """Return notes on the example rows of a stage."""
         names = [name for name in planned.stage.inputs if (self.folder / name).is_dir()]
         return [f"{name} has not run: its rows are examples here, so their number and length are guesses" for name in names]
 
@@ -205,7 +205,7 @@ class Examples:
 
 
 def state_of(planned: Planned) -> str:
-    """done, running, failed or interrupted; new where there is nothing yet."""
+    """Return done, running, failed or interrupted; new where there is nothing yet."""
     if not (planned.dir / "status.json").is_file() or description(planned.dir) is None:
         return "new"
     return str(RunDir.open(planned.dir, write=False).read_status()["status"])
@@ -213,7 +213,7 @@ def state_of(planned: Planned) -> str:
 
 @dataclass
 class Started:
-    """A stage whose process runs."""
+    """A stage whose process is running."""
 
     planned: Planned
     child: Child
@@ -222,7 +222,7 @@ class Started:
 
 
 def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
-    """Make a stage's folder ready for its process."""
+    """Prepare a stage's folder for its process."""
     state = state_of(planned)
     if pipeline.children.signal is not None:
         raise Interrupted(f"stopped before stage {planned.name}; go on with the same command:\n  {pipeline.command}")
@@ -244,7 +244,7 @@ def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
     if continued:
         say_of(planned.name, f"continued: {planned.dir} was {state}")
     elif planned.dir.exists() and not step:
-        # Stopped before its first checkpoint: there is nothing to go on from, and a run starts in an empty folder.
+        # Stopped before its first checkpoint: there is nothing to resume, and a run starts in an empty folder.
         shutil.rmtree(planned.dir)
     pipeline.children.running[planned.name] = child
     return Started(planned, child, continued, time.perf_counter())
@@ -254,7 +254,7 @@ def run_stage(pipeline: Pipeline, planned: Planned, enough: Callable[[], bool] |
     """Run, continue or reuse one stage by itself.
 
     Args:
-        enough: see `execute`; a stage that was ended by it is no mistake, and what it left is reported as `stopped`.
+        enough: see `execute`; a stage ended by it is no error, and its result is reported as `stopped`.
 
     Raises:
         LlmRecipeError: it could not be run to its end.
@@ -272,7 +272,7 @@ def run_stage(pipeline: Pipeline, planned: Planned, enough: Callable[[], bool] |
 
 
 def _ended(pipeline: Pipeline, started: Started, code: int) -> Result:
-    """The result of a stage whose process has ended; raises as `_judge` does."""
+    """Return the result of a stage whose process has ended; raise as `_judge` does."""
     _judge(pipeline, started.planned, code)
     step = isinstance(started.planned.composition, StepComposition)
     how = "continued" if started.continued else "done" if step else "trained"
@@ -280,12 +280,12 @@ def _ended(pipeline: Pipeline, started: Started, code: int) -> Result:
 
 
 def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
-    """What the end of a stage's process means.
+    """Raise the error that the exit code of a stage's process stands for, if any.
 
     Raises:
-        Interrupted: it was asked to stop.
+        Interrupted: it was stopped by a signal.
         UserError: it refused its input, or was killed.
-        LlmRecipeError: it met a bug.
+        LlmRecipeError: it hit a bug.
     """
     state = state_of(planned)
     if code == 0 and state == "done":

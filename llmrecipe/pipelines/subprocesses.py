@@ -1,4 +1,4 @@
-"""The processes of a pipeline's stages: how one is started, what it may use of the machine, and signals for all of them."""
+"""The processes of a pipeline's stages: starting them, their worker slots on the machine, and signals for all of them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _screen = threading.Lock()
 
 @dataclass
 class Child:
-    """One stage that is running."""
+    """One running stage."""
 
     environment: dict[str, str] = field(default_factory=dict)
-    """What it is told of the machine, on top of this process's environment."""
+    """Child-process environment, added to this process's environment."""
     slots: tuple[int, ...] = (0,)
-    """Its places among the stages that run at once."""
+    """Its worker slots."""
     process: subprocess.Popen[str] | None = None
     signal: int | None = None
 
     def send(self, number: int) -> None:
-        """Ask it to stop, also where its process is only being started."""
+        """Send it a signal, also while its process is being started."""
         self.signal = number
         if self.process is not None:
             self.process.send_signal(number)
@@ -40,20 +40,20 @@ class Child:
 
 @dataclass
 class Children:
-    """The stages that are running at once."""
+    """The stages that run at once."""
 
     machine: Machine
     running: dict[str, Child] = field(default_factory=dict)
     signal: int | None = None
-    """The signal that asked the pipeline to stop."""
+    """The signal that stops the pipeline."""
 
     def forward(self, number: int, frame: Any) -> None:
-        """Pass a signal on; a second Ctrl-C makes the stages stop at once, as it does in a run of its own."""
+        """Forward a signal to the stages; a second Ctrl-C stops them at once, as it does in a single run."""
         self.signal = number
         self._send(number)
 
     def stop(self) -> None:
-        """Ask every running stage to write a checkpoint and end, unless a signal has done so already."""
+        """Make every running stage write a checkpoint and end, unless a signal has done so already."""
         if self.signal is None:
             self._send(signal.SIGTERM)
 
@@ -62,7 +62,7 @@ class Children:
             child.send(number)
 
     def place(self, planned: Planned) -> Child | None:
-        """A place for one more stage; None where it has to wait for others to end."""
+        """Reserve worker slots for one more stage; return None where it has to wait for others to end."""
         taken = {slot for child in self.running.values() for slot in child.slots}
         free = [slot for slot in range(self.machine.slots) if slot not in taken]
         wanted = self.machine.needed(processes_of(planned))
@@ -74,10 +74,10 @@ class Children:
 
 @dataclass(frozen=True)
 class Machine:
-    """What stages that run at once share.
+    """The worker slots of a machine, shared by the stages that run at once.
 
-    Each of the places has its own GPUs where there are enough of them (`devices`), and its share of the cores: a stage alone
-    uses the machine as a training of its own does.
+    Each slot has its own GPUs where there are enough of them (`devices`), and its share of the cores: a stage that runs alone
+    uses the machine as a single training does.
     """
 
     slots: int
@@ -86,7 +86,7 @@ class Machine:
 
     @classmethod
     def here(cls, slots: int) -> Machine:
-        """This machine with so many places."""
+        """Return this machine with a number of worker slots."""
         import torch
 
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -95,19 +95,19 @@ class Machine:
         return cls(slots, devices, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
     def devices_of(self, slot: int) -> tuple[str, ...]:
-        """GPUs of one place; with fewer GPUs than places several places share one."""
+        """Return the GPUs of one slot; with fewer GPUs than slots, several slots share one."""
         if len(self.devices) < self.slots:
             return self.devices[slot % len(self.devices) :][:1] if self.devices else ()
         size = len(self.devices) // self.slots
         return self.devices[slot * size : (slot + 1) * size]
 
     def needed(self, processes: int) -> int:
-        """Places that a stage of several processes takes."""
+        """Return the number of slots that a stage of several processes takes."""
         size = max(1, len(self.devices) // self.slots)
         return min(self.slots, -(-processes // size))
 
     def environment(self, slots: tuple[int, ...]) -> dict[str, str]:
-        """Variables that keep a stage to its places."""
+        """Return the environment variables that restrict a stage to its slots."""
         if self.slots == 1:
             return {}
         threads = max(1, self.cores * len(slots) // self.slots)
@@ -118,18 +118,18 @@ class Machine:
 
 
 def processes_of(planned: Planned) -> int:
-    """Processes a stage is launched on."""
+    """Return the number of processes of a stage."""
     composition = planned.composition
     return 1 if isinstance(composition, StepComposition) else composition.recipe.runtime.processes
 
 
 def command_of(planned: Planned, continued: bool) -> list[str]:
-    """The words after `llmrecipe` that run a stage."""
+    """Return the arguments of `llmrecipe` that run a stage."""
     fresh = [*planned.words, f"run.dir={planned.dir}"]
     if isinstance(planned.composition, StepComposition):
-        # A step is continued by its own words: it knows from its journals what it has done.
+        # A step is resumed by the same arguments: its journals hold what it has done.
         return ["step", planned.composition.kind, *fresh, "log.live=off"]
-    # What is resumed gives no rights: those of the stage are given again.
+    # A resumed run grants no rights: those of the stage are given again.
     again = [f"resume={planned.dir}", *words_of(planned.composition.recipe.model)]
     what = again if continued else [f"recipe={planned.stage.what}", *fresh]
     processes = processes_of(planned)
@@ -138,15 +138,15 @@ def command_of(planned: Planned, continued: bool) -> list[str]:
 
 
 def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[], bool] | None = None) -> int:
-    """Start a stage's process, show its lines, wait for its end; returns its exit code.
+    """Start a stage's process, show its lines, wait for its end, and return its exit code.
 
     Args:
-        enough: asked at each line; True asks the stage to write a checkpoint and end.
+        enough: called at each line; True makes the stage write a checkpoint and end.
     """
     words = command_of(planned, continued)
     say_of(planned.name, shlex.join(["llmrecipe", *words]))
     process = child.process = subprocess.Popen(
-        # -P: nothing is imported from the working folder.
+        # -P: import nothing from the working folder.
         [sys.executable, "-P", "-m", "llmrecipe", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -173,6 +173,6 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
 
 
 def say_of(stage: str, line: str) -> None:
-    """Print one line of a stage; lines of stages that run at once never mix."""
+    """Print one line of a stage; lines of concurrent stages never mix."""
     with _screen:
         say(f"[{stage}] {line}")

@@ -221,7 +221,7 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
 
 
 def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps: int) -> PlannedRows:
-    """Return the rows a run will read, for whoever scores them before its first step."""
+    """Return the rows a run will read, for scoring before its first step."""
 
     def others() -> list[Any]:
         # The test split's rows are scored under the untrained policy only; no metric of them is computed before the end.

@@ -52,7 +52,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         RunError: the optimizer, its groups or its parameters are not the ones that were saved.
     """
     if facts["class"] != type(optimizer).__name__:
-        raise RunError(f"the checkpoint holds the state of {facts['class']}, the recipe asks for {type(optimizer).__name__}")
+        raise RunError(f"the checkpoint holds the state of {facts['class']}, the recipe has {type(optimizer).__name__}")
     ours, theirs = [list(g["names"]) for g in optimizer.param_groups], facts["groups"]
     if ours != theirs:
         differ = sorted({n for g in ours for n in g} ^ {n for g in theirs for n in g})

@@ -150,7 +150,7 @@ class Run(RunState):
         return every is not None and step % every == 0 and step < self.steps
 
     def stopping(self) -> bool:
-        """Return whether a signal told any process to stop."""
+        """Return whether any process received a signal to stop."""
         asked = torch.tensor([1.0 if self.signal else 0.0], dtype=torch.float64)
         return bool(float(self.runtime.sum(asked)) > 0)
 

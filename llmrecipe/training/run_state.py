@@ -74,7 +74,7 @@ class RunState:
     unused: bool = True
     """Whether a step may leave trained tensors without a gradient; decided at the first step (see `first_step`)."""
     signal: int | None = None
-    """The signal that told the run to stop."""
+    """The signal that stops the run."""
 
     @property
     def recipe(self) -> Any:

@@ -129,12 +129,12 @@ def check_same(run: RunState) -> None:
     """
     before = run.dir.recipe()
     now = run.composition.mapping
-    # Rights are granted again by whoever resumes, and do not change what is learned.
+    # Rights are granted again on resume, and do not change what is learned.
     before, now = ({**mapping, "model": without_rights(mapping.get("model") or {})} for mapping in (before, now))
     changed = [key for key in FIXED_ON_RESUME if before.get(key) != now.get(key)]
     if changed:
         lines = "\n".join(f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed)
-        raise RunError(f"resume: these keys cannot change in a run that goes on:\n{lines}\nStart a new run instead.")
+        raise RunError(f"resume: these keys cannot change in a resumed run:\n{lines}\nStart a new run instead.")
 
 
 def save_best(run: RunState) -> None:

@@ -100,7 +100,7 @@ def test_the_id_follows_the_content(tmp_path: Path) -> None:
         ("name: x", r"own.yaml: principles: must be given"),
         ("principles: [{id: a, critque: x}]", r"own.yaml:1: principles.0.critque: .*did you mean 'critique'"),
         ("principle: [{id: a, critique: x}]", r"principle: .*did you mean 'principles'"),
-        ("principles: [{id: a}]", r"principles.0: the principle 'a' asks for nothing; give one of critique"),
+        ("principles: [{id: a}]", r"principles.0: the principle 'a' has no request; give one of critique"),
         ("principles:\n- {id: a, critique: x}\n- {id: a, critique: y}", r"own.yaml:3: principles.1.id: two .* called 'a'"),
         ("principles: [{id: a, critique: x}]\ntemplates: {critique: '{anser} {request}'}", r"no slot {anser}; did you mean 'answer'"),  # noqa: E501
         ("principles: [{id: a, critique: x}]\ntemplates: {critique: '{answer} {'}", r"own.yaml:2: templates.critique: not a template"),  # noqa: E501

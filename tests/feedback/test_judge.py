@@ -148,7 +148,7 @@ def test_a_reply_without_a_number_stops_the_run_and_is_shown() -> None:
     with pytest.raises(RunError, match=r"objective\.reward: .*votes name the options.*it says 'I would rather not'.*min_mass"):
         rated(rating(text="I would rather not"))
     words = rating(("I", {"I": 0.7, "7": 0.3}), text="I think it is fine")
-    with pytest.raises(RunError, match=r"0\.3 of its probability lies on the options and 0\.5 is wanted; it says 'I think"):
+    with pytest.raises(RunError, match=r"0\.3 of its probability lies on the options and 0\.5 is required; it says 'I think"):
         rated(words, scale=9)
     score, own = rated(words, scale=9, min_mass=0.2)
     assert score == pytest.approx(0.5, abs=1e-9) and own["judge/mass"] == [pytest.approx(0.3)]

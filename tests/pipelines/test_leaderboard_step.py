@@ -82,7 +82,7 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
     [
         (["runs=[]"], "runs: names no run"),
         (["metrik=x"], "did you mean 'metric'?"),
-        (["against=tiny"], "prompts: nothing says what the models are asked"),
+        (["against=tiny"], "prompts: no prompts are given for the models to answer"),
         (["against=tiny", "prompts=builtin:prompts"], "reward: no reward is given to score the answers"),
         (
             ["against=tiny", "prompts=builtin:prompts", "reward={rul: {}}"],

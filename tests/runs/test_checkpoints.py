@@ -266,7 +266,7 @@ def test_state_of_another_optimizer_or_other_parameters_is_refused():
     model, optimizer = model_and_optimizer("adamw")
     advance(model, optimizer, 0)
     tensors, facts = optimizer_state(optimizer)
-    with pytest.raises(RunError, match="holds the state of AdamW, the recipe asks for SGD"):
+    with pytest.raises(RunError, match="holds the state of AdamW, the recipe has SGD"):
         restore_optimizer(model_and_optimizer("sgd")[1], tensors, facts)
     model[1].requires_grad_(False)
     config = registry.load("optim", "adamw")()

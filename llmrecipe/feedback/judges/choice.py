@@ -2,7 +2,7 @@
 
 Options are followed along their whole token paths. With P(u) the probability that a reply begins with the tokens u,
 
-    P(option) = sum over its spellings u of P(u) - sum over the spellings of longer options that go on from u
+    P(option) = sum over its spellings u of P(u) - sum over the spellings of longer options that continue u
 
 so `1` is not `10`, however many tokens `10` has. Where only the likeliest tokens of a place are listed, two things stay open:
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Path = tuple[Any, ...]
 """Tokens from the start of a reply."""
 Leads = Callable[[Path], tuple[int | None, frozenset[int]]]
-"""Path -> (the option it spells, options whose spellings go on from it)."""
+"""Path -> (the option it spells, options whose spellings continue it)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_paths(tables: Mapping[Path, Mapping[Any, float]], leads: Leads, count: 
 
     Args:
         tables: path -> token -> probability of that token behind the path; () is the start of the reply.
-        leads: what a path spells, and what goes on from it.
+        leads: what a path spells, and what continues it.
     """
     found = Reading([[] for _ in range(count)], [0.0] * count)
 
@@ -121,6 +121,6 @@ def thin(where: str, agent: Agent, ask: Ask, choice: Choice, key: str, least: fl
     share = "votes name" if choice.how == "votes" else "probability lies on"
     return RunError(
         f"{where}: the reply of the agent {agent.identity} has too little on what it may choose: {choice.mass:.3g} of its "
-        f"{share} the options and {least:g} is wanted; it says {said[:200]!r}. Ask for the bare option (templates of the "
+        f"{share} the options and {least:g} is required; it says {said[:200]!r}. Request the bare option (templates of the "
         f"constitution), take another agent, or lower {key}"
     )

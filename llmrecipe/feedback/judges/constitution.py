@@ -67,9 +67,9 @@ class Templates(Section):
         "Question:\n{prompt}\n\nAnswer:\n{answer}\n\n{request}\nReply with one number from 1 (worst) to {scale} (best)."
     )
     reasoning: str = "Think it through step by step before you decide."
-    """Added to a comparison that asks for a chain of thought."""
+    """Added to a comparison with a chain of thought."""
     verdict: str = "So which answer is it? Reply with one letter, A or B."
-    """Asked after the chain of thought."""
+    """Request for the verdict after the chain of thought."""
 
 
 class Criticised(Section):
@@ -237,7 +237,7 @@ def _mistakes(made: Constitution) -> list[tuple[tuple[str | int, ...], str]]:
         if principle.id in ids[:index]:
             found.append(((*at, "id"), f"two principles are called '{principle.id}'"))
         if all(getattr(principle, use) is None for use in USES):
-            found.append((at, f"the principle '{principle.id}' asks for nothing; give one of {', '.join(USES)}"))
+            found.append((at, f"the principle '{principle.id}' has no request; give one of {', '.join(USES)}"))
     for use, allowed in SLOTS.items():
         key = ("templates", use)
         try:

@@ -99,7 +99,7 @@ def compare(
 
     Args:
         principles: of each pair; p is the mean over them.
-        swap: ask in both orders.
+        swap: compare in both orders.
         reasoning: let the agent think aloud first; then each order's probability is clamped, since a letter after a chain of
             thought is nearly certain.
 

@@ -56,7 +56,7 @@ class Http(Agent):
     choices: Literal["auto", "logprobs", "vote"] = "auto"
     """How a choice is read; `auto` votes where the server gives no log-probabilities."""
     top_logprobs: PositiveInt = 20
-    """How many tokens the server is asked to list."""
+    """Number of tokens the server should list."""
     votes: PositiveInt = 8
     """Answers to a vote, and most replies drawn to tell options apart that begin with the same token."""
     temperature: NonNegativeFloat = 0.7
@@ -159,7 +159,7 @@ class Http(Agent):
         return read.choice()
 
     def _without_logprobs(self) -> None:
-        """Note a reply without log-probabilities: after a few, a server that has never sent any is not asked for them again."""
+        """Note a reply without log-probabilities: a server that never sends any gets no further requests for them."""
         with self._lock:
             self._found["silent"] += 1
             if self._found["silent"] >= SILENT and not self._found["given"]:
@@ -308,7 +308,7 @@ def _places(reply: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 def first_option(text: str, options: Sequence[str]) -> int | None:
     """Find the option that a text begins with, as a separate word; brackets and marks before it are ignored.
 
-    None also where a number goes on behind a point (7.5), and where another option follows at once (A or B, 7-8).
+    None also where a number continues after a point (7.5), and where another option follows at once (A or B, 7-8).
     """
     any_of = "|".join(re.escape(o) for o in sorted(options, key=len, reverse=True))
     more = rf"(?!\w|[.,]\d|\s*(?:-|\u2013|or|and|to)\s*(?:{any_of})(?!\w))"

@@ -1,7 +1,7 @@
 """The interface of a judge (an AI labeller), the requests to it, and the cache of its replies.
 
 An agent writes (`generate`) and chooses (`choice_logprobs`). With a memory on disk each reply is written down as it arrives, so
-that a run which was stopped goes on without asking anything twice.
+that a resumed run repeats no request.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Local(Agent):
     path: str = ""
     """Model path, hub name or run directory."""
     base: bool = False
-    """Ask the base under the run's adapters."""
+    """Use the base of the run, without its adapters."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights."""
     temperature: NonNegativeFloat = 0.0

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def agent_rule(function: F) -> F:
     """Register a function as a judge under its name.
 
-    It is called with an `Ask` and the options: it returns text where there are none, else one weight >= 0 an option, which are
+    It is called with an `Ask` and the options: it returns text where there are none, else one weight >= 0 per option, which are
     normalised. Packages named in `plugins` are searched for such functions.
     """
     RULES[function.__name__] = function

@@ -22,9 +22,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def reward_function(function: F) -> F:
     """Register a function as a reward under its name.
 
-    It is called once an answer with the answer's text, and by name with whatever else it asks for: `prompt`, `answer` (the
-    whole `Answer`) or a column of the row. It returns a number, or
-    None for no opinion. A parameter with a default takes rows without its column too.
+    It is called once per answer with the answer's text, and by name with its other arguments: `prompt`, `answer` (the
+    whole `Answer`) or a column of the row. It returns a number, or None for no opinion. A parameter with a default takes rows
+    without its column too.
     Packages named in `plugins` are searched for such functions.
     """
     FUNCTIONS[function.__name__] = function
@@ -39,7 +39,7 @@ class Function(Reward):
     """Its name."""
 
     def needs(self) -> list[str]:
-        """Name the columns the function asks for without a default."""
+        """Name the columns the function takes without a default."""
         function = functions().get(self.function)
         return [] if function is None else [name for name, needed in wanted(function).items() if needed and name not in GIVEN]
 
@@ -72,6 +72,6 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def wanted(function: Callable[..., Any]) -> dict[str, bool]:
-    """Return what a function asks for by name besides the text -> whether it must be given."""
+    """Return the arguments of a function besides the text -> whether it must be given."""
     named = list(inspect.signature(function).parameters.values())[1:]
     return {p.name: p.default is p.empty for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

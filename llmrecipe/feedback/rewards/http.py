@@ -18,7 +18,7 @@ from llmrecipe.objectives.reward_interface import Answer, Reward
 class Http(Reward):
     """Scores from a server: POST {"answers": [{"prompt", "answer", "columns"}, ...]} -> {"scores": [number or null, ...]}.
 
-    A busy or broken server is asked again, each time after twice the wait (or what `Retry-After` says); what it does not
+    Requests to a busy or broken server are repeated, each after twice the wait (or what `Retry-After` says); what it does not
     accept is an error at once. Plain HTTP or HTTPS.
     """
 

@@ -21,7 +21,7 @@ class Rule(Reward):
     """Which rule: manners, polite, on_topic, well_formed, exact, last_number, rude."""
 
     def needs(self) -> list[str]:
-        """Name what the rule asks for besides the answer."""
+        """Name what the rule needs besides the answer."""
         known = _rules()
         return _arguments(known[self.rule]) if self.rule in known else []
 

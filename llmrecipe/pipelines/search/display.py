@@ -1,4 +1,4 @@
-"""What a search found: its trials in order, and a picture where matplotlib is installed."""
+"""Display of a search: its trials in order, and a plot where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llmrecipe.recipe.schema import RangeSection
 
 
 def ranked(search: Search, trials: list[Trial]) -> list[Trial]:
-    """Trials from the best to the worst; pruned ones behind those that ran through, failed ones last."""
+    """Sort trials from the best to the worst; pruned ones after completed ones, failed ones last."""
     sign = 1.0 if search.mode == "min" else -1.0
     order = ("done", "pruned", "failed")
     return sorted(trials, key=lambda t: (order.index(t.state), sign * t.value if t.value is not None else 0.0))
 
 
 def picture(search: Search, trials: list[Trial]) -> Path | None:
-    """`search.png`: values in the order they were tried with the best so far, then over each key of the space."""
+    """Draw `search.png`: values in the order they were tried with the best so far, then over each key of the space."""
     try:
         import matplotlib
     except ImportError:

@@ -20,7 +20,7 @@ MOST = 100_000
 
 
 def words_of(point: Mapping[str, Any]) -> list[str]:
-    """The words that set a point."""
+    """Return the overrides that set a point."""
     return [as_word(tuple(key.split(".")), value) for key, value in point.items()]
 
 
@@ -54,17 +54,17 @@ def check(recipe: str, words: list[str], section: SearchSection) -> None:
 
 
 def choices_of(value: list[Any] | RangeSection) -> list[Any]:
-    """Every choice of a list, both ends of a range."""
+    """Return every choice of a list, or both ends of a range."""
     return [value.low, value.high] if isinstance(value, RangeSection) else list(value)
 
 
 def first(value: list[Any] | RangeSection) -> Any:
-    """A value of a list or range."""
+    """Return the first value of a list or range."""
     return next(iter(choices_of(value)), None)
 
 
 def grid(section: SearchSection) -> list[dict[str, Any]]:
-    """Every point, the last key fastest.
+    """List every point, the last key varying fastest.
 
     Raises:
         RecipeError: there are too many.
@@ -85,7 +85,7 @@ def _values(value: list[Any] | RangeSection) -> list[Any]:
 
 
 def distributions(section: SearchSection) -> dict[str, BaseDistribution]:
-    """The space in Optuna's terms. Choices are numbered, so that a value may be any JSON."""
+    """Convert the space to Optuna's distributions. Choices are numbered, so that a value may be any JSON."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     found: dict[str, BaseDistribution] = {}
@@ -100,7 +100,7 @@ def distributions(section: SearchSection) -> dict[str, BaseDistribution]:
 
 
 def point_of(section: SearchSection, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """What Optuna drew, in the recipe's values; numbers are rounded to six digits, which every recipe can show."""
+    """Convert what Optuna sampled to the recipe's values; numbers are rounded to six digits, which every recipe can show."""
     found = {}
     for key, value in section.space.items():
         chosen = drawn[key]
@@ -114,10 +114,10 @@ def point_of(section: SearchSection, drawn: Mapping[str, Any]) -> dict[str, Any]
 
 
 def axes_of(composition: Composition) -> SearchSection:
-    """The search a recipe describes.
+    """Return the search section of a recipe.
 
     Raises:
-        RecipeError: it describes none.
+        RecipeError: it has none.
     """
     if composition.recipe.search is None:
         raise RecipeError(

@@ -6,9 +6,9 @@
         searched.yaml       the best trial as a plain recipe
         search.png          values over trials and over each key of the space
 
-The sampler of trial k is seeded by (seed, k) and knows the trials before it, so a search that was stopped and goes on draws
-what one that ran through draws. A trial is worth the best value of `eval.monitor` on the validation split, or the last one
-where `eval.load_best` is off, averaged over `seeds`. Trials never open the test split.
+The sampler of trial k is seeded by (seed, k) and knows the trials before it, so a resumed search samples the same points as an
+uninterrupted one. The value of a trial is the best value of `eval.monitor` on the validation split, or the last one where
+`eval.load_best` is off, averaged over `seeds`. Trials never read the test split.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import optuna
 
 OWN_WORDS = ("search=null", "eval.test=false")
-"""What every trial is told besides its point: it is no search, and it leaves the test split alone."""
+"""Overrides of every trial besides its point: it is no search, and it does not evaluate the test split."""
 
 
 @dataclass
@@ -62,16 +62,16 @@ class Trial:
     reports: dict[int, float] = field(default_factory=dict)
     """Step -> the monitored metric of the first seed, as the pruner saw it."""
     rungs: dict[str, float] = field(default_factory=dict)
-    """What the pruner noted: the value with which the trial passed each rung."""
+    """Record of the pruner: the value with which the trial passed each rung."""
 
     @property
     def value(self) -> float | None:
-        """Mean over the seeds."""
+        """Return the mean over the seeds."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds."""
+        """Return the standard deviation over the seeds."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
@@ -90,7 +90,7 @@ class Search:
         self.base = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] not in own]
 
     def check(self) -> None:
-        """Refuse what no trial could be run with, before the first starts.
+        """Refuse settings with which no trial could run, before the first starts.
 
         Raises:
             UserError: a value of the space, the pruner, or what a dry run finds.
@@ -105,20 +105,20 @@ class Search:
 
     @functools.cached_property
     def mode(self) -> Direction:
-        """Whether a small or a large value of a trial is better."""
+        """Return whether a small or a large value of a trial is better."""
         return direction(self.evaluation, build("objective", self.composition.recipe.objective, "objective"))
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds of each trial."""
+        """Return the seeds of each trial."""
         return self.section.seeds or [self.composition.recipe.seed]
 
     def run(self) -> list[Trial]:
-        """Every trial that is not in the journal yet; returns all.
+        """Run every trial that is not in the journal yet, and return all trials.
 
         Raises:
             Interrupted: a signal arrived; the running trial has written a checkpoint.
-            RunError: no trial came to an end.
+            RunError: no trial completed.
         """
         study = new_study(self.section, self.mode)
         points = space.grid(self.section) if self.section.sampler == "grid" else None
@@ -178,7 +178,7 @@ class Search:
         made = compose(self.recipe, [*self.base, *OWN_WORDS, *space.words_of(point), f"seed={seed}"])
         if made.foreign and rights_of(made.recipe.model) != rights_of(self.composition.recipe.model):
             raise RecipeError(
-                f"search.space: {made.path} lies in a run or beside a model, so its space gives no rights; where you trust "
+                f"search.space: {made.path} belongs to a run or a model folder, so its space gives no rights; where you trust "
                 "what is opened, give model.trust_remote_code=true or model.allow_pickle=true yourself"
             )
         return made
@@ -199,7 +199,7 @@ class Search:
         return best(values) if self.evaluation.load_best else values[-1]
 
     def _pruner(self, planned: Planned, drawn: optuna.Trial, trial: Trial) -> Callable[[], bool]:
-        """Reports evaluations as they come; True once the library says that the trial is behind."""
+        """Return a callback that reports evaluations as they come, and is True once the pruner wants to stop the trial."""
 
         def enough() -> bool:
             if not (planned.dir / "events.jsonl").is_file():
@@ -217,7 +217,7 @@ class Search:
     # --- what was tried -------------------------------------------------------------------------------------------
 
     def _journal(self) -> list[Trial]:
-        """Trials of earlier starts; a line cut short by a kill is left out."""
+        """Read the trials of earlier starts; a line cut short by a kill is skipped."""
         path = self.folder / "trials.jsonl"
         if not path.is_file():
             return []
@@ -233,7 +233,7 @@ class Search:
         return [Trial(**{**entry, "reports": {int(k): v for k, v in entry["reports"].items()}}) for entry in found]
 
     def _head(self) -> dict[str, Any]:
-        """What the trials of a journal have in common; there may be more trials than there were."""
+        """Return what the trials of a journal have in common; the number of trials may grow."""
         section = self.section.model_dump(mode="json", exclude={"trials"})
         return {"search": section, "recipe": content_key(compose(self.recipe, [*self.base, *OWN_WORDS]).mapping, {})}
 
@@ -247,7 +247,7 @@ class Search:
             os.fsync(file.fileno())
 
     def _known(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        """A trial as the library keeps it."""
+        """Convert a trial to Optuna's frozen trial."""
         from optuna.trial import TrialState, create_trial
 
         states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -260,7 +260,7 @@ class Search:
         )  # fmt: skip
 
     def _told(self, study: optuna.Study, trial: Trial) -> optuna.Study:
-        """The study with one more trial, built as it is built from the journal."""
+        """Add a trial to the study, as when it is rebuilt from the journal."""
         fresh = new_study(self.section, self.mode)
         for known in [t for t in study.trials if t.state.is_finished()]:
             fresh.add_trial(known)
@@ -268,7 +268,7 @@ class Search:
         return fresh
 
     def best(self, trials: list[Trial]) -> Trial:
-        """The trial that came out best."""
+        """Return the best trial."""
         done = [t for t in trials if t.state == "done" and t.value is not None]
         if not done:
             raise RunError("search: no trial came to an end that was not pruned")
@@ -276,7 +276,7 @@ class Search:
         return choose(done, key=lambda trial: statistics.fmean(trial.values))
 
     def write_best(self, best: Trial, trials: list[Trial]) -> Path:
-        """`searched.yaml`: the recipe with the best point set."""
+        """Write `searched.yaml`: the recipe with the best point set."""
         composition = compose(self.recipe, [*self.base, "search=null", *space.words_of(best.point)])
         head = (
             f"# {self.composition.name} with the best of {len(trials)} trials: {self.evaluation.monitor} {best.value:.6g}\n"
@@ -288,7 +288,7 @@ class Search:
 
 
 def new_study(section: SearchSection, mode: str) -> optuna.Study:
-    """An empty study.
+    """Create an empty study.
 
     Raises:
         RunError: Optuna is not installed.
@@ -307,7 +307,7 @@ def new_study(section: SearchSection, mode: str) -> optuna.Study:
 
 
 def ask(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
-    """The next trial, drawn by a sampler seeded with (seed, number)."""
+    """Sample the next trial with a sampler seeded by (seed, number)."""
     import numpy as np
     import optuna
 
@@ -318,11 +318,11 @@ def ask(study: optuna.Study, section: SearchSection, number: int) -> optuna.Tria
 
 
 def search(recipe: str, words: list[str]) -> tuple[Search, list[Trial]]:
-    """Run a search, or go on with it.
+    """Run or resume a search.
 
     Raises:
-        UserError: the recipe or its space is wrong (before anything starts), or no trial came to an end.
-        Interrupted: a signal arrived; the same command goes on.
+        UserError: the recipe or its space is wrong (before anything starts), or no trial completed.
+        Interrupted: a signal arrived; the same command resumes the search.
     """
     found = Search(recipe, words, compose(recipe, words))
     found.check()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 USES = ("critique", "revision")
 GUESSED = 64
-"""Examples of rows whose answers are not there yet."""
+"""Number of example rows where the answers do not exist yet."""
 
 
 @register
@@ -27,7 +27,7 @@ class Critique(Step):
     """Critique and revision, the supervised stage of Constitutional AI: y_m ~ A(x, y_{m-1}, k_m, c_m), m = 1..M.
 
     From an answer y_0, M rounds of k_m ~ A(x, y_{m-1}, what does c_m find wrong?) and a revision, with a principle c_m drawn
-    anew each round. Every revision becomes a row {prompt, completion} for supervised training, or only the last one
+    for each round. Every revision becomes a row {prompt, completion} for supervised training, or only the last one
     (`keep: last`); words of a critique or a request that stand in a reply are cut out and counted as leaks, so that no target
     holds them. Where the agent fails, the answer's rounds end there. Rows keep round, principle and the prompt's other columns.
 
@@ -56,9 +56,9 @@ class Critique(Step):
     splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the answers; each becomes the same split of the result."""
     limit: PositiveInt | None = None
-    """The first so many rows of each split."""
+    """Maximum number of rows of each split, from the first."""
     batch: PositiveInt = 32
-    """Answers handed to the agent at once."""
+    """Answers sent to the judge at once."""
 
     def check(self, where: str) -> None:
         """Refuse an agent, a constitution or answers that cannot work."""
@@ -70,7 +70,7 @@ class Critique(Step):
                 self._answers(split, f"{where}.answers")
 
     def example(self) -> Mapping[str, Sequence[Row]]:
-        """The prompts, where they are there, with a revision made up."""
+        """Return the prompts, where they exist, with an invented revision."""
         from llmrecipe.data.formats.answered_prompts import Answered
 
         rows: dict[str, list[Row]] = {}
@@ -94,9 +94,7 @@ class Critique(Step):
             revised = self._rounds(work, split, answered, agent, constitution, principles)
             rows = [self._row(a, r, m) for a, own in zip(answered, revised, strict=True) for m, r in self._kept(own)]
             if not rows:
-                raise RunError(
-                    f"{split}: the agent {agent.identity} revised no answer; ask it by `llmrecipe chat` what it says"
-                )
+                raise RunError(f"{split}: the agent {agent.identity} revised no answer; `llmrecipe chat` shows what it replies")
             facts[f"{split}/rows"] = work.write(rows, split)
             facts |= {f"{split}/{name}": value for name, value in revision_metrics(answered, revised).items()}
         for row in rows[:3]:
@@ -118,7 +116,7 @@ class Critique(Step):
         constitution: Constitution,
         principles: Sequence[Principle],
     ) -> list[list[dict[str, Any]]]:
-        """The revisions of each answer, round by round, each {critique, revision, leak, principle}."""
+        """Compute the revisions of each answer, round by round, each {critique, revision, leak, principle}."""
         from llmrecipe.feedback.judges.constitution import draw
         from llmrecipe.feedback.judges.feedback import Draft, revise
 
@@ -157,7 +155,7 @@ class Critique(Step):
 
 
 def revision_metrics(answered: Sequence[Answered], revised: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """What happened to the answers (see `Critique`)."""
+    """Compute the metrics of the revisions (see `Critique`)."""
     changes: dict[int, list[bool]] = {}
     for a, own in zip(answered, revised, strict=True):
         before = a.answers[0].strip()

@@ -1,4 +1,4 @@
-"""`eval`: what a model is worth on a split, measured as a stage."""
+"""`eval`: evaluation of a model on a split, as a stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrecipe.pipelines.steps.workspace import Work
 
 PREFIX = {"validation": "eval"}
-"""Split -> how the metrics of a training call it."""
+"""Split -> its prefix in the metrics of a training."""
 
 
 @register
@@ -27,7 +27,7 @@ class Eval(Step):
     """Metrics of a model on a split, as `llmrecipe eval` computes them, under the names a training gives them (`eval/loss`).
 
     With `reward`, the mean of r(x, y) over greedy answers y to the split's prompts x: `eval/reward`, and each reward's own
-    unweighted mean beside it. What a run was trained on says what it is measured on; `data` names other rows.
+    unweighted mean. By default a run is measured on the data of its own recipe; `data` names other rows.
     """
 
     needs: ClassVar[dict[str, str]] = {"model": "model", "data": "rows"}
@@ -43,16 +43,16 @@ class Eval(Step):
     reward: dict[str, Any] = Field(default_factory=dict)
     """Rewards of generated answers, written as `objective.reward` is: {rule: {}} or {NAME: {kind: ..., weight: 1.0}}."""
     limit: PositiveInt | None = None
-    """Reward the answers to the first so many prompts."""
+    """Maximum number of prompts whose answers are rewarded, from the first."""
     max_new_tokens: PositiveInt = 64
-    """Longest generated answer in tokens."""
+    """Maximum number of tokens of a generated answer."""
     batch: PositiveInt = 16
     """Answers generated at once."""
     words: list[str] = Field(default_factory=list)
     """Words for the model's own recipe, such as objective=sft, model.dtype=bfloat16 or eval.batches=4."""
 
     def check(self, where: str) -> None:
-        """Refuse metrics and rewards that are not there, and rows no reward can score."""
+        """Refuse unknown metrics and rewards, and rows that no reward can score."""
         from llmrecipe.evaluation.evaluate_model import check_subject
         from llmrecipe.objectives.reward_interface import Rewards
 
@@ -67,7 +67,7 @@ class Eval(Step):
             self._prompts(composition.recipe.data, where, self.limit, rewards.needs())
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Measure, then answer and reward."""
+        """Evaluate the split, then generate answers and score them."""
         from llmrecipe.evaluation.evaluate_model import open_subject, score_subject
 
         subject = open_subject(self.model, self._words())
@@ -80,7 +80,7 @@ class Eval(Step):
         return facts
 
     def _words(self) -> list[str]:
-        """Words for the model's recipe."""
+        """Return the overrides for the model's recipe."""
         own: dict[tuple[str, str], Any] = {("eval", "max_new_tokens"): self.max_new_tokens}
         if self.data is not None:
             # Rows of other files have other splits: those the recipe cut from its own do not count.
@@ -97,7 +97,7 @@ class Eval(Step):
         return read_prompts(data, self.split, limit, f"{where}.data", needs)
 
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
-        """Means of the rewards of greedy answers."""
+        """Compute the mean rewards of greedy answers."""
         from llmrecipe.data.tokenize.chat_templates import prompt_ids
         from llmrecipe.engine.generation import answered, end_tokens, text_of
         from llmrecipe.engine.sampling import Sampling

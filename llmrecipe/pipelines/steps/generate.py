@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmrecipe.pipelines.steps.workspace import Work
 
 GUESSED = 64
-"""Examples of rows whose prompts are not there yet."""
+"""Number of example rows where the prompts do not exist yet."""
 
 
 @register
@@ -40,7 +40,7 @@ class Generate(Step):
     splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the prompts; each becomes the same split of the result."""
     limit: PositiveInt | None = None
-    """The first so many prompts of each split."""
+    """Maximum number of prompts of each split, from the first."""
     n: PositiveInt = 1
     """Answers to a prompt."""
     temperature: NonNegativeFloat = 1.0
@@ -50,7 +50,7 @@ class Generate(Step):
     top_k: NonNegativeInt = 0
     """Draw from this many likeliest tokens; 0 is all."""
     max_new_tokens: PositiveInt = 128
-    """Longest answer in tokens."""
+    """Maximum number of tokens of an answer."""
     cut: Literal["keep", "drop"] = "keep"
     """What happens to answers that reached `max_new_tokens` before their end."""
     system: str | None = None
@@ -76,7 +76,7 @@ class Generate(Step):
                 self._prompts(split, f"{where}.prompts")
 
     def example(self) -> Mapping[str, Sequence[Row]]:
-        """The prompts, where they are there, with an answer made up."""
+        """Return the prompts, where they exist, with an invented answer."""
         from llmrecipe.data.formats.prompts import Prompt
 
         answer = "This is an example of an answer."
@@ -125,14 +125,14 @@ class Generate(Step):
         return read_prompts(self.prompts, split, self.limit, where)
 
     def _turns(self, subject: Subject, prompt: Prompt) -> str | list[dict[str, Any]]:
-        """The prompt as it was put to the model: messages where a template renders it."""
+        """Return the prompt as the model received it: messages where a template renders it."""
         if not subject.opened.tokenizer.chat_template:
             return prompt.prompt
         has_system = prompt.turns[0]["role"] in ("system", "developer")
         return prompt.turns if has_system or not self.system else [{"role": "system", "content": self.system}, *prompt.turns]
 
     def _encoded(self, subject: Subject, split: str) -> tuple[list[tuple[Prompt, list[int]]], int]:
-        """Prompts with their token ids, and how many leave no room for an answer."""
+        """Return prompts with their token ids, and how many leave no room for an answer."""
         from llmrecipe.data.tokenize.chat_templates import prompt_ids
 
         tokenizer = subject.opened.tokenizer
@@ -151,7 +151,7 @@ class Generate(Step):
     def _ask(
         self, subject: Subject, part: list[list[int]], keys: list[str], seed: int
     ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(place, n answers) of each prompt, once the last of them has ended."""
+        """Yield (index, n answers) of each prompt, once the last of them has ended."""
         from llmrecipe.engine.generation import answered, end_tokens, text_of
         from llmrecipe.engine.sampling import Sampling
 

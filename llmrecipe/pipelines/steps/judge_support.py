@@ -1,4 +1,4 @@
-"""What the steps that ask an agent share."""
+"""Code shared by the steps that use a judge."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
 def consult(
     work: Work, body: Any, constitution: str, principles: Sequence[str], uses: Sequence[str]
 ) -> tuple[Agent, Constitution, list[Principle]]:
-    """The agent of a step, with what it has said so far in this step's folder, and what it goes by (see `check_feedback`)."""
+    """Return the judge of a step, with the replies cached in the step's folder, its constitution and principles."""
     from llmrecipe.feedback.judges.constitution import read_constitution
     from llmrecipe.feedback.judges.labeller import build
 
@@ -51,7 +51,7 @@ def consult(
 
 
 def check_truth(truth: str, where: str) -> None:
-    """Refuse what is neither an agent rule nor a source of rows.
+    """Refuse a truth that is neither a judge rule nor a source of rows.
 
     Raises:
         RecipeError: naming the rules there are.
@@ -74,7 +74,7 @@ def check_truth(truth: str, where: str) -> None:
 
 
 def agreement_facts(truth: str, split: str, labelled: Sequence[tuple[Answered, Sequence[int], float]]) -> dict[str, Any]:
-    """agreement (share), kappa and agreement_pairs between labels and the truth; pairs either side calls a tie are left out.
+    """Compute agreement (share), kappa and agreement_pairs between labels and the truth, without pairs either side calls a tie.
 
     Args:
         truth: an agent rule, or a source of preference rows.
@@ -97,7 +97,7 @@ def agreement_facts(truth: str, split: str, labelled: Sequence[tuple[Answered, S
 
 
 def pair_key(prompt: str, first: str, second: str) -> tuple[tuple[str, str, str], bool]:
-    """A key of two answers whatever their order, and whether they stand in the other order than in the key."""
+    """Return a key of two answers that ignores their order, and whether the key has them in the opposite order."""
     turned = first > second
     return (prompt, *((second, first) if turned else (first, second))), turned
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 USES = ("comparison",)
 GUESSED = 64
-"""Examples of rows whose answers are not there yet."""
+"""Number of example rows where the answers do not exist yet."""
 
 
 @register
@@ -56,9 +56,9 @@ class LabelAi(Step):
     principles: list[str] = Field(default_factory=list)
     """Ids of the principles to draw from; all where none is named."""
     ensemble: PositiveInt = 1
-    """Principles asked about each pair."""
+    """Principles applied to each pair."""
     swap: bool = True
-    """Ask in both orders."""
+    """Compare in both orders."""
     cot: bool = False
     """Let the agent think aloud before it chooses."""
     clamp: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.4, 0.6])
@@ -74,9 +74,9 @@ class LabelAi(Step):
     splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the answers; each becomes the same split of the result."""
     limit: PositiveInt | None = None
-    """The first so many rows of each split."""
+    """Maximum number of rows of each split, from the first."""
     batch: PositiveInt = 32
-    """Pairs handed to the agent at once."""
+    """Pairs sent to the judge at once."""
 
     def check(self, where: str) -> None:
         """Refuse an agent, a constitution, bounds or answers that cannot work."""
@@ -92,7 +92,7 @@ class LabelAi(Step):
                 self._answers(split, f"{where}.answers")
 
     def example(self) -> Mapping[str, Sequence[Row]]:
-        """The prompts, where they are there, with answers made up."""
+        """Return the prompts, where they exist, with invented answers."""
         from llmrecipe.data.formats.answered_prompts import Answered
 
         rows: dict[str, list[Row]] = {}
@@ -139,7 +139,7 @@ class LabelAi(Step):
         return read_answered(self.answers, split, 2, self.limit, where)
 
     def _places(self, answered: Sequence[Answered]) -> tuple[list[list[int]], int]:
-        """[row, first, second] of every pair of different answers, and how many pairs are the same answer twice."""
+        """Return [row, first, second] of every pair of different answers, and how many pairs are the same answer twice."""
         from llmrecipe.data.formats.answered_prompts import pairs_of
 
         places = [[i, *place] for i, a in enumerate(answered) for place in pairs_of(a.answers)]
@@ -174,7 +174,7 @@ class LabelAi(Step):
         return work.each(list(places), ask, batch=self.batch, name=f"{split}-labels", count=count)
 
     def _kept(self, places: Sequence[list[int]], labels: Sequence[dict[str, Any] | None]) -> tuple[list[Any], dict[str, int]]:
-        """Pairs with the labels that become rows, and how many do not, by reason."""
+        """Return the labelled pairs that become rows, and how many do not, by reason."""
         lost = {"failed": 0, "mass": 0, "margin": 0}
         kept = []
         for place, label in zip(places, labels, strict=True):
@@ -211,7 +211,7 @@ class LabelAi(Step):
 
 
 def _thinnest(labels: Sequence[Mapping[str, Any] | None]) -> str:
-    """What the agent said where the letters had the least probability."""
+    """Quote the judge's reply in which the letters had the least probability."""
     said = [label for label in labels if label is not None and label.get("said")]
     if not said:
         return ""

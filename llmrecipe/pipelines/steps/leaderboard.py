@@ -1,4 +1,4 @@
-"""`leaderboard`: one table and one picture over finished runs."""
+"""`leaderboard`: a table and a plot of finished runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @register
 class Leaderboard(Step):
-    """Finished runs side by side: parameters, bytes, memory, time and a score, mean and standard deviation over seeds.
+    """Comparison of finished runs: parameters, bytes, memory, time and a score, mean and standard deviation over seeds.
 
     A row is named by what sets it apart: its stack (`full` where every weight trained), or its objective where these differ.
-    With `against` every run is also asked: it and the model named there answer the same prompts at temperature 1, and the
+    With `against` every run also answers prompts: it and the model named there answer the same ones at temperature 1, and the
     table holds win rate, reward, margin on held-out pairs, divergence KL(pi || pi_0) and length, with formulas in
     `llmrecipe.evaluation.win_rate`; the score is then the win rate. A run that was measured is not measured again.
 
@@ -41,15 +41,15 @@ class Leaderboard(Step):
     against: str | None = None
     """The model that the runs started from; a run directory or any model."""
     prompts: str | None = None
-    """With `against`: what both are asked."""
+    """With `against`: prompts that both answer."""
     pairs: str | None = None
     """With `against`: held-out pairs of a better and a worse answer."""
     reward: dict[str, Any] = Field(default_factory=dict)
-    """With `against`: what an answer is worth, as in `objective.reward`."""
+    """With `against`: rewards that score the answers, as in `objective.reward`."""
     split: Literal["train", "validation", "test"] = "test"
     """With `against`: split of the prompts and the pairs."""
     limit: PositiveInt | None = None
-    """With `against`: the first so many prompts and pairs."""
+    """With `against`: maximum number of prompts and pairs, from the first."""
     n: PositiveInt = 4
     """With `against`: answers to each prompt."""
     max_new_tokens: PositiveInt = 32
@@ -57,17 +57,19 @@ class Leaderboard(Step):
     max_length: PositiveInt = 256
     """With `against`: longest prompt, and longest pair, in tokens."""
     plot: bool = True
-    """Also draw the picture."""
+    """Also draw the plot."""
 
     def check(self, where: str) -> None:
-        """Refuse an empty list, a comparison without prompts or reward, and a picture nobody can draw."""
+        """Refuse an empty list, a comparison without prompts or reward, and a plot without matplotlib."""
         if not self.runs:
             raise RecipeError(f'{where}.runs: names no run; write ["${{stage:x}}"]')
         if self.against is not None:
             from llmrecipe.objectives.reward_interface import Rewards
 
             if self.prompts is None:
-                raise RecipeError(f"{where}.prompts: nothing says what the models are asked; name a file or folder of prompts")
+                raise RecipeError(
+                    f"{where}.prompts: no prompts are given for the models to answer; name a file or folder of prompts"
+                )
             Rewards(self.reward, f"{where}.reward")
         if self.plot:
             from llmrecipe.core.lazy import is_installed
@@ -81,7 +83,7 @@ class Leaderboard(Step):
                 read_run(path)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Read (and ask) the runs, write the files, print the table."""
+        """Read the runs (and sample their answers), write the files, print the table."""
         from llmrecipe.evaluation.leaderboard_table import as_json, better_of, markdown, rank, read_entries
 
         entries = read_entries(self.runs, None if self.against else self.metric)
@@ -112,7 +114,7 @@ class Leaderboard(Step):
         return [Column("score", self.metric, spread=True), *PLAIN]
 
     def _asked(self, work: Work, entries: list[Entry]) -> list[Entry]:
-        """The runs with what they answered, and the model they started from above them."""
+        """Return the runs with the measurements of their answers, after the model they started from."""
         from llmrecipe.evaluation.leaderboard_table import Entry, start_label
 
         assert self.against is not None
@@ -143,7 +145,7 @@ class Leaderboard(Step):
         return referee.baseline() if path == self.against else referee.measure(open_subject(path, []))
 
     def _page(self, work: Work, rows: list[Row], columns: list[Column]) -> None:
-        """The same as one self-contained page."""
+        """Write the same as one self-contained page."""
         import base64
 
         from llmrecipe.evaluation.leaderboard_table import cells

@@ -1,4 +1,4 @@
-"""Running one step in its folder: new, continued, or finished already."""
+"""Running one step in its folder: new, resumed, or finished already."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = "step.yaml"
 
 
 def run(composition: StepComposition) -> RunDir:
-    """Do a step in its folder; one that is finished there is left as it is, one that was stopped goes on.
+    """Run a step in its folder; a finished one is left unchanged, a stopped one is resumed.
 
     Raises:
         UserError: an option is wrong, or the folder belongs to something else.
@@ -50,7 +50,7 @@ def run(composition: StepComposition) -> RunDir:
         raise
     except KeyboardInterrupt as stop:
         folder.status("interrupted")
-        raise Interrupted(f"stopped; the same command goes on, and what was answered is kept in {folder.path}") from stop
+        raise Interrupted(f"stopped; the same command resumes, and finished answers are kept in {folder.path}") from stop
     except LlmRecipeError as error:
         folder.status("failed", error=str(error))
         raise
@@ -64,10 +64,10 @@ def run(composition: StepComposition) -> RunDir:
 
 
 def taken(folder: RunDir, composition: StepComposition) -> str:
-    """What stands in a step's folder: new, done, failed or interrupted.
+    """Return the state of a step's folder: new, done, failed or interrupted.
 
     Raises:
-        RunError: something else than this step.
+        RunError: it holds something other than this step.
     """
     path = folder.path
     if not path.exists() or not any(path.iterdir()):
@@ -87,7 +87,7 @@ def taken(folder: RunDir, composition: StepComposition) -> str:
 
 
 def _signals() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM stops a step as Ctrl-C does: at once, since every answer is on disk as soon as it is there."""
+    """Let SIGTERM stop a step as Ctrl-C does: at once, since every answer is on disk as soon as it arrives."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""`search`: a search over a recipe as a stage; what it leaves is the run of its best trial."""
+"""`search`: a search over a recipe as a stage; its result is the run of its best trial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Search(Step):
     """best = argmin over trials t of eval.monitor(run of recipe with the values of t), as `llmrecipe search` finds it.
 
     The recipe's own `search` says what is tried; `${stage:x}` is the run directory of the best trial (of its first seed), so
-    that later stages go on from that model. Trials stand in `trials/` with their journal and `searched.yaml`, the best as a
+    that later stages continue from that model. Trials are kept in `trials/` with their journal and `searched.yaml`, the best as a
     plain recipe; one that is finished is never run again. `seed` is the trials' seed, unless `search.seeds` lists others.
     """
 
@@ -34,7 +34,7 @@ class Search(Step):
     """Words for that recipe, such as steps=40, search.trials=6 or model.path=${stage:sft}."""
 
     def composed(self) -> Composition:
-        """The recipe with its words.
+        """Return the composed recipe with its overrides.
 
         Raises:
             RecipeError: it does not exist, or is wrong.
@@ -44,16 +44,16 @@ class Search(Step):
         return compose(self.recipe, self.words)
 
     def stands_on(self) -> Mapping[str, Any]:
-        """What the recipe composes to."""
+        """Return the composed recipe."""
         mapping = self.composed().mapping
         return {"composed": {k: v for k, v in mapping.items() if k not in ("run", "log")}}
 
     def model_section(self) -> Mapping[str, Any]:
-        """The recipe's."""
+        """Return the recipe's `model` section."""
         return self.composed().mapping["model"]
 
     def check(self, where: str) -> None:
-        """Every end of the space composes; where no other stage has to run first, the first point is tried without weights."""
+        """Compose every end of the space; where no other stage has to run first, dry-run the first point without weights."""
         from llmrecipe.pipelines.search import space, study
 
         if any(unfinished(word) for word in self.words):
@@ -62,7 +62,7 @@ class Search(Step):
         study.Search(self.recipe, self.words, self.composed()).check()
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Run the trials that are not there yet."""
+        """Run the trials that are missing."""
         from llmrecipe.pipelines.search.study import search
 
         found, trials = search(self.recipe, [*self.words, f"seed={work.seed}", f"run.dir={work.path / 'trials'}"])

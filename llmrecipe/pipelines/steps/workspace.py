@@ -1,4 +1,4 @@
-"""What a running step is given: its folder, its seed, where to report, and journals that make a second start cheap.
+"""Workspace of a running step: its folder, its seed, its events, and journals that make a restart cheap.
 
     <folder>/
         step.yaml  command.txt  environment.json  events.jsonl  status.json     as in the directory of a training
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Work:
-    """One step at work.
+    """Workspace of one running step.
 
     Args:
         dir: its locked directory.
@@ -45,7 +45,7 @@ class Work:
         self._journals: dict[str, Journal] = {}
 
     def journal(self, name: str = "answers") -> Journal:
-        """The journal of that name, with everything an earlier start kept."""
+        """Open the journal of that name, with everything an earlier start recorded."""
         if name not in self._journals:
             self._journals[name] = Journal(self.path / "journal" / f"{name}.jsonl")
         return self._journals[name]
@@ -59,15 +59,15 @@ class Work:
         name: str = "answers",
         count: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
     ) -> list[Any]:
-        """One JSON value for each item, asked in batches; what the journal holds is not asked again.
+        """Compute one JSON value for each item, in batches; values in the journal are not computed again.
 
-        Batches are cut by position and each has a seed of its own, so an answer does not depend on where a step was stopped.
-        A batch is kept whole: a kill costs the one being asked.
+        Batches are split by position and each has its own seed, so a value does not depend on where a step was stopped.
+        A batch is recorded whole: a kill costs the one being computed.
 
         Args:
             items: JSON values; their content is the key.
             ask: (items of a batch, its seed) -> a value for each.
-            name: journal; a step that asks in turns gives each its own.
+            name: journal; a step with several passes names one for each.
             count: metrics of a batch's values for the progress events.
 
         Returns:
@@ -97,14 +97,14 @@ class Work:
         name: str = "answers",
         count: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
     ) -> list[Any]:
-        """One JSON value for each item, kept as soon as it is there; a kill costs those that are being worked on.
+        """Compute one JSON value for each item, recorded as soon as it exists; a kill costs those in progress.
 
         Args:
             items: JSON values; their content and place are the key.
             ask: (items that are not kept yet, their keys) -> (place among them, value) in any order. What it draws must follow
                 from an item's key alone: then a value does not depend on where a step was stopped.
             batch: values between two progress events.
-            name: journal; a step that asks in turns gives each its own.
+            name: journal; a step with several passes names one for each.
             count: metrics of the values since the last progress event.
 
         Returns:
@@ -129,7 +129,7 @@ class Work:
         return [journal[key] for key in keys]
 
     def write(self, rows: Iterable[dict[str, Any]], split: str = "train") -> int:
-        """Write the rows of a split (train, validation or test), whole or not at all; returns how many.
+        """Write the rows of a split (train, validation or test), whole or not at all; return how many.
 
         Raises:
             RunError: the disk refuses them.
