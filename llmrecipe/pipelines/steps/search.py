@@ -21,7 +21,7 @@ class Search(Step):
     """best = argmin over trials t of eval.monitor(run of recipe with the values of t), as `llmrecipe search` finds it.
 
     The recipe's own `search` says what is tried; `${stage:x}` is the run directory of the best trial (of its first seed), so
-    that later stages continue from that model. Trials are kept in `trials/` with their journal and `searched.yaml`, the best as a
+    that later stages continue from that model. Trials are in `trials/` with their journal and `searched.yaml`, the best as a
     plain recipe; one that is finished is never run again. `seed` is the trials' seed, unless `search.seeds` lists others.
     """
 
