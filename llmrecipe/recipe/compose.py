@@ -79,6 +79,7 @@ def compose_mapping(
     from llmrecipe.recipe.interpolation import resolve
     from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
     from llmrecipe.recipe.registered_axes import fill
+    from llmrecipe.recipe.renames import rename_in_place
     from llmrecipe.recipe.rights import withhold
     from llmrecipe.recipe.stale_overrides import Cleaner
 
@@ -96,10 +97,13 @@ def compose_mapping(
     composed = merge(chain, hydra_words(words))
     mapping, origins = composed.mapping, composed.origins
     mapping.pop("defaults", None)
+    renames = chain.notes
+    rename_in_place(mapping, origins, renames)
     fill(mapping, origins)
-    apply(words, mapping, origins)
+    apply(words, mapping, origins, renames)
+    rename_in_place(mapping, origins, renames)
     _mark_choices(chain, words, mapping, origins)
-    notes = drop_builtin(mapping, origins, chain)
+    notes = [*dict.fromkeys(renames), *drop_builtin(mapping, origins, chain)]
     cleaner = Cleaner(mapping, origins, chain, words)
     cleaner.clean()
     whole = _complete(mapping, origins)

@@ -17,6 +17,7 @@ from typing import Any
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.renames import first_words
 
 REFERENCE = re.compile(r"\$\{\s*stage:\s*([A-Za-z_][\w-]*)\s*\}")
 """How a recipe names the result of a stage: `${stage:x}`."""
@@ -39,7 +40,7 @@ def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Co
         named: keys whose text is a path whatever it looks like.
     """
     content = {k: v for k, v in mapping.items() if k not in NO_RESULT}
-    known = each_text(content, lambda text: REFERENCE.sub(lambda m: f"${{{inputs[m[1]]}}}", text))
+    known = each_text(first_words(content), lambda text: REFERENCE.sub(lambda m: f"${{{inputs[m[1]]}}}", text))
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for path, exact in local_files(content, named):
         digest.update(b"\0" + (_content(path) if exact or path.stat().st_size <= SMALL else _stamp(path)).encode())

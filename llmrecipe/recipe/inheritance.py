@@ -14,6 +14,7 @@ from typing import Any
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.interpolation import check_file
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, PRESET_GROUPS, all_recipes, lookup, packaged, presets, roots
+from llmrecipe.recipe.renames import renamed_file
 from llmrecipe.recipe.rights import is_artefact
 from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 
@@ -40,6 +41,7 @@ class DefaultsChain:
 
     def __init__(self, primary: Path, foreign: bool = False):
         self.links: dict[str, Link] = {}
+        self.notes: list[str] = []
         self._foreign = {primary.resolve()} if foreign or is_artefact(primary) else set()
         self.folders = [primary.resolve().parent, *roots()]
         self.primary = self._add(primary.resolve(), ())
@@ -53,7 +55,7 @@ class DefaultsChain:
             return known
         if is_artefact(path):
             self._foreign.add(path)
-        link = Link(id=f"recipe{len(self.links)}", source=check_file(read_yaml(path)))
+        link = Link(id=f"recipe{len(self.links)}", source=check_file(renamed_file(read_yaml(path), self.notes)))
         link.foreign = not self._foreign.isdisjoint((*under, path))
         self.links[link.id] = link
         _check_body(link.source)

@@ -1,5 +1,5 @@
 """What a recipe may interpolate: another value (`${data.max_length}`) and, in the stages of a pipeline, the result of a stage
-(`${stage:sft}`) or the value of an axis (`${each:seed}`). Where a secret is wanted (an option `key`) it names the environment
+(`${stage:sft}`) or the value of an axis (`${matrix:seed}`). Where a secret is wanted (an option `key`) it names the environment
 variable that holds it, `${oc.env:NAME}`, which stays as it is until the secret is used."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
 
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
-STAGE = re.compile(r"^(?:stage|each):\s*([A-Za-z_][\w-]*)$")
+STAGE = re.compile(r"^(?:stage|matrix):\s*([A-Za-z_][\w-]*)$")
 
 
 def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
-    """Replace every `${a.b}` by the value it names; `${stage:x}` and `${each:x}` stay for the pipeline to fill in, and
+    """Replace every `${a.b}` by the value it names; `${stage:x}` and `${matrix:x}` stay for the pipeline to fill in, and
     `${oc.env:NAME}` for whoever uses the secret.
 
     Raises:

@@ -1,13 +1,13 @@
 """Stages written once and run for many values.
 
     method:
-      each: {method: {lora: {optim: {lr: 2e-3}}, bitfit: {}}, seed: [0, 1]}
-      recipe: "${each:method}"
-      seed: "${each:seed}"
+      matrix: {method: {lora: {optim: {lr: 2e-3}}, bitfit: {}}, seed: [0, 1]}
+      recipe: "${matrix:method}"
+      seed: "${matrix:seed}"
 
 makes the stages method-lora-0, method-lora-1, method-bitfit-0 and method-bitfit-1. An axis is a list of values, or a mapping of
-values to keys of a stage that are added for that value. `${each:axis}` is the value; where it is the whole text the value keeps
-its type. A list item `${stage:method}` becomes one item for each of these stages.
+values to keys of a stage that are added for that value. `${matrix:axis}` is the value; where it is the whole text the value
+keeps its type. A list item `${stage:method}` becomes one item for each of these stages.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from llmrecipe.core.errors import did_you_mean
 from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
-AXIS = re.compile(r"\$\{\s*each:\s*([A-Za-z_][\w-]*)\s*\}")
-"""How a stage names its value on an axis: `${each:x}`."""
+AXIS = re.compile(r"\$\{\s*matrix:\s*([A-Za-z_][\w-]*)\s*\}")
+"""How a stage names its value on an axis: `${matrix:x}`."""
 Mistake = tuple[KeyPath, str]
 
 
 @dataclass
 class Expanded:
-    """Stages with every `each` written out."""
+    """Stages with every `matrix` written out."""
 
     bodies: dict[str, Any] = field(default_factory=dict)
     """Stage -> its body."""
@@ -39,7 +39,7 @@ class Expanded:
 
 
 def expand(section: Mapping[str, Any]) -> Expanded:
-    """Write out every stage that has `each`, one for each combination of its axes, the last axis fastest.
+    """Write out every stage that has `matrix`, one for each combination of its axes, the last axis fastest.
 
     Args:
         section: the recipe's `stages`.
@@ -49,18 +49,18 @@ def expand(section: Mapping[str, Any]) -> Expanded:
     for key, body in section.items():
         name, at = str(key), ("stages", str(key))
         made: dict[str, Any]
-        if not isinstance(body, Mapping) or "each" not in body:
+        if not isinstance(body, Mapping) or "matrix" not in body:
             made = {name: body}
         else:
-            wrong = _wrong(body["each"], (*at, "each"))
+            wrong = _wrong(body["matrix"], (*at, "matrix"))
             found.mistakes += wrong
             made = {} if wrong else _combinations(name, body)
             members[name] = list(made)
-            if len(made) < (0 if wrong else _size(body["each"])):
-                text = f"{dotted((*at, 'each'))}: two of its values make the same name; names keep letters, digits, _ and -"
-                found.mistakes.append(((*at, "each"), text))
+            if len(made) < (0 if wrong else _size(body["matrix"])):
+                text = f"{dotted((*at, 'matrix'))}: two of its values make the same name; names keep letters, digits, _ and -"
+                found.mistakes.append(((*at, "matrix"), text))
         for stage, single in made.items():
-            axes = list(body["each"]) if isinstance(body, Mapping) and "each" in body else []
+            axes = list(body["matrix"]) if isinstance(body, Mapping) and "matrix" in body else []
             found.mistakes += _unknown(single, axes, at)
             found.bodies[stage] = single
             found.written[stage] = name
@@ -68,12 +68,12 @@ def expand(section: Mapping[str, Any]) -> Expanded:
     return found
 
 
-def _wrong(each: Any, at: KeyPath) -> list[Mistake]:
-    """Return what is wrong with the form of an `each`."""
-    if not isinstance(each, Mapping) or not each:
-        return [(at, f"{dotted(at)}: must be a mapping such as {{seed: [0, 1, 2]}}; got {each!r}")]
+def _wrong(matrix: Any, at: KeyPath) -> list[Mistake]:
+    """Return what is wrong with the form of a `matrix`."""
+    if not isinstance(matrix, Mapping) or not matrix:
+        return [(at, f"{dotted(at)}: must be a mapping such as {{seed: [0, 1, 2]}}; got {matrix!r}")]
     wrong: list[Mistake] = []
-    for axis, values in each.items():
+    for axis, values in matrix.items():
         key = (*at, str(axis))
         if isinstance(values, Mapping):
             wrong += [
@@ -88,22 +88,22 @@ def _wrong(each: Any, at: KeyPath) -> list[Mistake]:
     return wrong
 
 
-def _size(each: Mapping[str, Any]) -> int:
+def _size(matrix: Mapping[str, Any]) -> int:
     size = 1
-    for values in each.values():
+    for values in matrix.values():
         size *= len(values)
     return size
 
 
 def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    each = body["each"]
+    matrix = body["matrix"]
     made = {}
-    for values in itertools.product(*each.values()):
-        chosen = dict(zip(map(str, each), values, strict=True))
-        single = {k: v for k, v in body.items() if k != "each"}
+    for values in itertools.product(*matrix.values()):
+        chosen = dict(zip(map(str, matrix), values, strict=True))
+        single = {k: v for k, v in body.items() if k != "matrix"}
         for axis, value in chosen.items():
-            if isinstance(each[axis], Mapping):
-                single = _merged(single, each[axis][value])
+            if isinstance(matrix[axis], Mapping):
+                single = _merged(single, matrix[axis][value])
         label = "-".join(re.sub(r"[^\w-]", "_", str(v)) for v in values)
         made[f"{name}-{label}"] = _filled(single, chosen)
     return made
@@ -137,8 +137,8 @@ def _unknown(value: Any, axes: list[str], at: KeyPath) -> list[Mistake]:
     if isinstance(value, list):
         return [m for v in value for m in _unknown(v, axes, at)]
     named = AXIS.findall(value) if isinstance(value, str) else []
-    has = f"the axes are {', '.join(axes)}" if axes else "this stage has no `each`"
-    return [(at, f"{dotted(at)}: ${{each:{n}}}: there is no axis '{n}'{did_you_mean(n, axes)}; {has}") for n in named]
+    has = f"the axes are {', '.join(axes)}" if axes else "this stage has no `matrix`"
+    return [(at, f"{dotted(at)}: ${{matrix:{n}}}: there is no axis '{n}'{did_you_mean(n, axes)}; {has}") for n in named]
 
 
 def _gathered(value: Any, members: Mapping[str, list[str]]) -> Any:

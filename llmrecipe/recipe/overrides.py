@@ -7,6 +7,7 @@ merged into it.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.provenance import Origin, Origins, forget, leaves
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, presets
-from llmrecipe.recipe.yaml_file import KeyPath
+from llmrecipe.recipe.renames import new_path, new_words
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,11 @@ def _choice_text(value: Any) -> str:
     return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
 
 
-def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
+def apply(words: list[Word], mapping: dict[str, Any], origins: Origins, notes: list[str]) -> None:
     """Set and remove the values the command line names, in order, in place.
+
+    Args:
+        notes: gains one line for each word that has a newer name.
 
     Raises:
         RecipeError: a key below something that is not a mapping, or the removal of what is not there.
@@ -137,6 +142,7 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
         if word.choice:
             _choose(word, mapping, origins)
             continue
+        word = _renamed(word, mapping, notes)
         node = _parent(word, mapping)
         last: Any = word.key[-1]
         if word.delete:
@@ -156,6 +162,13 @@ def apply(words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
         for key, _ in leaves(word.value):
             forget(origins, (*word.key, *key))
             origins[(*word.key, *key)] = Origin("override", word=word.text)
+
+
+def _renamed(word: Word, mapping: dict[str, Any], notes: list[str]) -> Word:
+    key = new_path(word.key, mapping)
+    if key != word.key:
+        notes.append(f"{dotted(word.key)} is called {dotted(key)}")
+    return dataclasses.replace(word, key=key, value=new_words(word.value, notes, key))
 
 
 def _choose(word: Word, mapping: dict[str, Any], origins: Origins) -> None:

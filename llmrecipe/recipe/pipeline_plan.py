@@ -264,7 +264,7 @@ def refuse_stages(mapping: Mapping[str, Any]) -> None:
         )
     for key, value in leaves(mapping):
         if isinstance(value, str) and (REFERENCE.search(value) or AXIS.search(value)):
-            what = "the result of a stage" if REFERENCE.search(value) else "a value of `each` in a stage"
+            what = "the result of a stage" if REFERENCE.search(value) else "a value of `matrix` in a stage"
             raise RecipeError(f"{dotted(key)}: {value} is {what}, and only a recipe with `stages` has stages")
 
 

@@ -18,7 +18,7 @@ from llmrecipe.recipe.run_recipe import as_word, inherited
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 NAME = re.compile(r"[A-Za-z_][\w-]*")
-OWN = ("recipe", "with", "inherit", "each", "rounds", "start", "stages")
+OWN = ("recipe", "with", "inherit", "matrix", "rounds", "start", "stages")
 """Keys of a stage; it may also have those of a recipe."""
 SETTABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run"))
 
@@ -124,7 +124,7 @@ def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple
     allowed = (
         ("rounds", "start", "stages")
         if group
-        else ("recipe", "with", "inherit", *(() if inner else ("each", "rounds", "start")), *SETTABLE)
+        else ("recipe", "with", "inherit", *(() if inner else ("matrix", "rounds", "start")), *SETTABLE)
     )
     found = [
         ((*at, str(key)), f"{dotted((*at, str(key)))}: a {'group' if group else 'stage'} has no key '{key}'"
@@ -154,7 +154,7 @@ def _wrong_step(body: Mapping[str, Any], at: KeyPath, inner: bool) -> list[tuple
     if kind not in known:
         near = did_you_mean(str(kind), known)
         return [((*at, "kind"), f"{dotted((*at, 'kind'))}: there is no step '{kind}'{near} (known: {', '.join(known)})")]
-    misplaced = ("recipe", "with", "inherit", "stages", *(("each", "rounds", "start") if inner else ()))
+    misplaced = ("recipe", "with", "inherit", "stages", *(("matrix", "rounds", "start") if inner else ()))
     return [
         (
             (*at, key),

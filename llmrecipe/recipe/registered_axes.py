@@ -1,13 +1,13 @@
-"""Axes of `each` that take their values from the registry, so that a leaderboard holds every method there is.
+"""Axes of `matrix` that take their values from the registry, so that a leaderboard holds every method there is.
 
     method:
-      each: {method: {sft: {}, adapter: {optim: {lr: 3e-3}}}, seed: [0]}
+      matrix: {method: {sft: {}, adapter: {optim: {lr: 3e-3}}}, seed: [0]}
       registered: {method: {stack: [additive, selective], except: [coda]}}
 
 adds to the axis `method` the recipe of every registered method of these families that the axis does not contain yet; the keys
 of existing values stay. The recipe of a method is called as the method, or sft_METHOD; that of an objective OBJECTIVE_lora, or
 as the objective. A component without one is left out. The values are filled in before the overrides of the command line are
-read, so `~stages.method.each.method.adapter` drops one, and a stored recipe keeps the methods it was composed with.
+read, so `~stages.method.matrix.method.adapter` drops one, and a stored recipe keeps the methods it was composed with.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def fill(mapping: dict[str, Any], origins: Origins) -> None:
         origin = origin_of(origins, at)
         asked = body.pop("registered")
         forget(origins, at)
-        each = body.get("each")
+        matrix = body.get("matrix")
         for axis, source in asked.items() if isinstance(asked, Mapping) else [("", None)]:
-            values = each.get(axis) if isinstance(each, dict) else None
+            values = matrix.get(axis) if isinstance(matrix, dict) else None
             if not isinstance(values, dict) or not isinstance(source, Mapping):
-                example = "{method: {stack: [additive], except: [coda]}} next to an axis `method: {...}` of `each`"
+                example = "{method: {stack: [additive], except: [coda]}} next to an axis `method: {...}` of `matrix`"
                 raise _wrong(at, f"must be a mapping such as {example}; got {asked!r}", origin)
             for recipe in _missing(source, list(values), (*at, str(axis)), origin):
                 values[recipe] = {}
                 if origin is not None:
-                    origins[("stages", str(name), "each", str(axis), recipe)] = origin
+                    origins[("stages", str(name), "matrix", str(axis), recipe)] = origin
 
 
 def _missing(source: Mapping[str, Any], values: list[str], at: KeyPath, origin: Origin | None) -> list[str]:

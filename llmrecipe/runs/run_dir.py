@@ -152,9 +152,10 @@ class RunDir:
 
     def recipe(self) -> dict[str, Any]:
         """Return the composed recipe (or the options of the step) of this run."""
+        from llmrecipe.recipe.renames import renamed_file
         from llmrecipe.recipe.yaml_file import read_yaml
 
-        return _unescape(read_yaml(description(self.path) or self.path / "recipe.yaml").value)
+        return _unescape(renamed_file(read_yaml(description(self.path) or self.path / "recipe.yaml"), []).value)
 
     def status(self, state: str, error: str | None = None, **facts: Any) -> None:
         """Write `status.json`: the state, the time, the error and further facts such as `step`."""

@@ -177,4 +177,4 @@ def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def plan_names(recipe: str, stage: str) -> list[str]:
     """Names on the first axis of a stage."""
-    return list(next(iter(compose(recipe).recipe.stages[stage]["each"].values())))
+    return list(next(iter(compose(recipe).recipe.stages[stage]["matrix"].values())))

@@ -1,4 +1,4 @@
-"""Stages written once: `each` runs them for many values, `inherit` passes on what the pipeline's own recipe sets."""
+"""Stages written once: `matrix` runs them for many values, `inherit` passes on what the pipeline's own recipe sets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ model: {path: tiny}
 steps: 5
 stages:
   run:
-    each:
+    matrix:
       method: {sft_lora: {optim: {lr: 0.5}, with: [stack.lora.r=2]}, bitfit: {}}
       seed: [3, 4]
-    recipe: "${each:method}"
+    recipe: "${matrix:method}"
     with: [batch.size=2]
     inherit: [model, steps]
-    seed: "${each:seed}"
+    seed: "${matrix:seed}"
 """
 
 
@@ -38,7 +38,7 @@ def refusal(project: Project, text: str, *words: str) -> str:
     return str(caught.value)
 
 
-# --- each -------------------------------------------------------------------------------------------------------------
+# --- matrix -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_is_written_out_for_every_combination_the_last_axis_fastest(project: Project) -> None:
@@ -55,38 +55,38 @@ def test_a_stage_is_written_out_for_every_combination_the_last_axis_fastest(proj
 
 
 def test_a_word_changes_the_values_of_an_axis_or_what_one_of_them_gets(project: Project) -> None:
-    made = planned(project, GRID, "stages.run.each.seed=[9]", "stages.run.each.method.bitfit.optim.lr=0.25")
+    made = planned(project, GRID, "stages.run.matrix.seed=[9]", "stages.run.matrix.method.bitfit.optim.lr=0.25")
     assert [(s.name, s.composition.recipe.optim["lr"]) for s in made.stages] == [
         ("run-sft_lora-9", 0.5),
         ("run-bitfit-9", 0.25),
     ]
-    assert planned(project, GRID, "stages.run.each.seed=[]").stages == []
+    assert planned(project, GRID, "stages.run.matrix.seed=[]").stages == []
 
 
 def test_a_value_keeps_its_type_alone_and_becomes_text_inside_text() -> None:
-    made = expand({"s": {"each": {"n": [2, 0.5]}, "steps": "${each:n}", "with": ["a=${each:n}"]}})
+    made = expand({"s": {"matrix": {"n": [2, 0.5]}, "steps": "${matrix:n}", "with": ["a=${matrix:n}"]}})
     assert made.bodies == {"s-2": {"steps": 2, "with": ["a=2"]}, "s-0_5": {"steps": 0.5, "with": ["a=0.5"]}}
     assert made.written == {"s-2": "s", "s-0_5": "s"} and made.mistakes == []
 
 
 def test_a_list_item_stands_for_all_stages_written_out(project: Project) -> None:
-    made = expand({"board": {"runs": ["${stage:s}", "${stage:x}"]}, "s": {"each": {"n": [1, 2]}}, "x": {}})
+    made = expand({"board": {"runs": ["${stage:s}", "${stage:x}"]}, "s": {"matrix": {"n": [1, 2]}}, "x": {}})
     assert made.bodies["board"]["runs"] == ["${stage:s-1}", "${stage:s-2}", "${stage:x}"]
 
 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("{each: [1], recipe: sft}", "stages.a.each: must be a mapping such as {seed: [0, 1, 2]}; got [1]"),
-        ("{each: {seed: 1}, recipe: sft}", "stages.a.each.seed: must be a list of values or a mapping"),
-        ("{each: {m: {sft: [x]}}, recipe: sft}", "stages.a.each.m.sft: must be keys of a stage"),
-        ('{each: {seed: [1, 2]}, recipe: sft, seed: "${each:sed}"}', "no axis 'sed'; did you mean 'seed'?"),
-        ('{recipe: sft, seed: "${each:seed}"}', "no axis 'seed'; this stage has no `each`"),
-        ('{each: {lr: [0.1, "0_1"]}, recipe: sft}', "two of its values make the same name"),
-        ("{eahc: {seed: [1]}, recipe: sft}", "a stage has no key 'eahc'; did you mean 'each'?"),
+        ("{matrix: [1], recipe: sft}", "stages.a.matrix: must be a mapping such as {seed: [0, 1, 2]}; got [1]"),
+        ("{matrix: {seed: 1}, recipe: sft}", "stages.a.matrix.seed: must be a list of values or a mapping"),
+        ("{matrix: {m: {sft: [x]}}, recipe: sft}", "stages.a.matrix.m.sft: must be keys of a stage"),
+        ('{matrix: {seed: [1, 2]}, recipe: sft, seed: "${matrix:sed}"}', "no axis 'sed'; did you mean 'seed'?"),
+        ('{recipe: sft, seed: "${matrix:seed}"}', "no axis 'seed'; this stage has no `matrix`"),
+        ('{matrix: {lr: [0.1, "0_1"]}, recipe: sft}', "two of its values make the same name"),
+        ("{matrx: {seed: [1]}, recipe: sft}", "a stage has no key 'matrx'; did you mean 'matrix'?"),
     ],
 )
-def test_a_wrong_each_is_named_with_what_is_allowed(project: Project, body: str, told: str) -> None:
+def test_a_wrong_matrix_is_named_with_what_is_allowed(project: Project, body: str, told: str) -> None:
     message = refusal(project, f"stages: {{a: {body}}}\n")
     assert told in message and "grid.yaml:1" in message
 
@@ -99,8 +99,8 @@ def test_one_mistake_of_a_stage_written_out_is_told_once(project: Project) -> No
 def test_an_axis_means_nothing_outside_a_pipeline(project: Project) -> None:
     from llmrecipe.recipe.pipeline_plan import refuse_stages
 
-    composition = compose(project("plain.yaml", "defaults: [/sft, _self_]\ndata: {path: '${each:x}'}\n"))
-    with pytest.raises(RecipeError, match=r"data.path: \$\{each:x\} is a value of `each` in a stage"):
+    composition = compose(project("plain.yaml", "defaults: [/sft, _self_]\ndata: {path: '${matrix:x}'}\n"))
+    with pytest.raises(RecipeError, match=r"data.path: \$\{matrix:x\} is a value of `matrix` in a stage"):
         refuse_stages(composition.mapping)
 
 

@@ -52,7 +52,7 @@ def newcomers(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def axis(recipe: str | Path, stage: str, name: str, *words: str) -> dict[str, Any]:
-    return compose(recipe, list(words)).recipe.stages[stage]["each"][name]
+    return compose(recipe, list(words)).recipe.stages[stage]["matrix"][name]
 
 
 def test_a_new_component_with_a_recipe_of_its_own_is_on_the_board(newcomers: Project) -> None:
@@ -64,13 +64,13 @@ def test_a_new_component_with_a_recipe_of_its_own_is_on_the_board(newcomers: Pro
 
 
 def test_words_change_and_drop_what_the_registry_gave(newcomers: Project) -> None:
-    words = ["stages.method.each.method.extra.optim.lr=0.5", "~stages.method.each.method.dora"]
+    words = ["stages.method.matrix.method.extra.optim.lr=0.5", "~stages.method.matrix.method.dora"]
     methods = axis("peft_leaderboard", "method", "method", *words)
     assert methods["extra"] == {"optim": {"lr": 0.5}} and "dora" not in methods and "dylora" in methods
 
 
 def test_a_recipe_that_was_written_down_keeps_its_methods(newcomers: Project) -> None:
-    composed = compose("peft_leaderboard", ["~stages.method.each.method.extra"])
+    composed = compose("peft_leaderboard", ["~stages.method.matrix.method.extra"])
     again = compose(newcomers("saved.yaml", write_yaml(composed.mapping)))
     assert again.recipe.stages == composed.recipe.stages and "extra" not in str(again.recipe.stages)
 
@@ -78,16 +78,16 @@ def test_a_recipe_that_was_written_down_keeps_its_methods(newcomers: Project) ->
 def test_the_values_come_from_the_line_that_asked_for_them(project: Project) -> None:
     path = project("grid.yaml", GRID.format(axis="recipe", source="{stack: [selective]}"))
     composed = compose(path)
-    origin = composed.origins[("stages", "run", "each", "recipe", "bitfit")]
+    origin = composed.origins[("stages", "run", "matrix", "recipe", "bitfit")]
     assert (origin.file, origin.line) == (path, 4)
     assert [s.name for s in parse(composed)][:2] == ["run-fishmask-1", "run-bitfit-1"]
 
 
 GRID = """stages:
   run:
-    each: {{recipe: {{fishmask: {{}}}}, seed: [1]}}
+    matrix: {{recipe: {{fishmask: {{}}}}, seed: [1]}}
     registered: {{{axis}: {source}}}
-    recipe: "${{each:recipe}}"
+    recipe: "${{matrix:recipe}}"
 """
 
 
@@ -99,8 +99,8 @@ GRID = """stages:
         ("recipe", "{stac: [selective]}", "registered.recipe.stac: names no group; did you mean 'stack'?"),
         ("recipe", "{stack: selective}", "must hold lists of names; got 'selective'"),
         ("recipe", "selective", "stages.run.registered: must be a mapping such as"),
-        ("seed", "{stack: [selective]}", "next to an axis `method: {...}` of `each`"),
-        ("recip", "{stack: [selective]}", "next to an axis `method: {...}` of `each`"),
+        ("seed", "{stack: [selective]}", "next to an axis `method: {...}` of `matrix`"),
+        ("recip", "{stack: [selective]}", "next to an axis `method: {...}` of `matrix`"),
     ],
 )
 def test_a_wrong_source_is_named_with_what_is_allowed(project: Project, axis: str, source: str, told: str) -> None:

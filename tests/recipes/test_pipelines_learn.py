@@ -138,7 +138,7 @@ def test_every_method_of_the_board_learns(place: Path) -> None:
     made = {name: row["score"] for name, row in scores(stages("peft_leaderboard")["board"]).items()}
     assert len(made) == 18 and min(made.values()) >= 0.36 and sum(v >= 0.5 for v in made.values()) >= 12
     some = {"sft", "sft_lora", "adapter"}
-    every = compose("peft_leaderboard").recipe.stages["method"]["each"]["method"]
+    every = compose("peft_leaderboard").recipe.stages["method"]["matrix"]["method"]
     dropped = [f"~stages.method.each.method.{name}" for name in every if name not in some]
     dropped += [f"~stages.again.each.method.{name}" for name in ("bitfit", "ia3")]
     control = scores(stages("peft_leaderboard", *LABELS(place / "labels"), *dropped)["board"])
@@ -148,7 +148,7 @@ def test_every_method_of_the_board_learns(place: Path) -> None:
 @inside
 def test_objectives_of_the_board_learn(place: Path) -> None:
     """Two of the pair objectives, at their full length, from one fine-tuned model, and the same on swapped pairs."""
-    every = compose("alignment_leaderboard").recipe.stages["aligned"]["each"]["objective"]
+    every = compose("alignment_leaderboard").recipe.stages["aligned"]["matrix"]["objective"]
     dropped = [f"~stages.aligned.each.objective.{name}" for name in every if name not in ("kto_lora", "orpo_lora")]
     words = ["~stages.reward", "stages.board.limit=40", "stages.board.n=2", *dropped]
     rows = scores(stages("alignment_leaderboard", *words)["board"])
