@@ -14,7 +14,7 @@ it draws other samples:
     improve: {rounds: 2, start: {ppo: "${stage:sft}"}, stages: {reward: {...}, ppo: {...}}}
 
 Inside a group `${stage:x}` is this round's x where x is listed above, else that of the previous round; in the first round it is
-the text given under `start`. Outside it is that of the last round. A stage with `each` is written once and run for many values
+the text given under `start`. Outside it is that of the last round. A stage with `matrix` is written once and run for its values
 (`recipe/matrix.py`); `inherit: [model, data]` passes on what the pipeline's own recipe sets of these keys.
 """
 
@@ -149,7 +149,7 @@ def plan(pipeline: Composition) -> Plan:
         )
         results[stage.name] = made.stages[-1].result
     if mistakes:
-        # Stages written out from one `each` share their mistakes.
+        # Stages written out from one `matrix` share their mistakes.
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
     made.notes.extend(beside_own_rows({s.name: s.mapping for s in made.stages}))
     return made

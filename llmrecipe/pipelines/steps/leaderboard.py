@@ -33,7 +33,7 @@ class Leaderboard(Step):
     needs: ClassVar[dict[str, str]] = {"against": "model"}
 
     runs: list[str]
-    """Directories of finished runs; `${stage:x}` of a stage with `each` is all of its runs."""
+    """Directories of finished runs; `${stage:x}` of a stage with `matrix` is all of its runs."""
     metric: str = "test/accuracy"
     """The score without `against`: a name in the runs' final/metrics.json."""
     best: Literal["min", "max"] | None = None
