@@ -133,21 +133,15 @@ def _kinds(model: nn.Module) -> dict[str, str]:
     from torch import nn
 
     from llmrecipe.models.hooks.hook import all_hooks
+    from llmrecipe.models.hooks.shared_module import shared_modules
 
     kinds: dict[str, str] = {}
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Module):
         tables |= {id(p) for p in head.parameters(recurse=False)}
-    owners: set[str] = set()
-    inside: set[int] = set()
-    for _, _, _, hook in all_hooks(model):
-        owners.add(hook.owner)
-        inside |= {id(p) for p in hook.parameters()}
-    for owner in owners:
-        shared = getattr(model, f"{owner}_shared", None)
-        if isinstance(shared, nn.Module):
-            inside |= {id(p) for p in shared.parameters()}
+    inside = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
+    inside |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in inside:
             kinds[name] = "adapter"

@@ -24,6 +24,7 @@ from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
 
 DELTA_FILE = "delta.safetensors"
 SAMPLE = 4096
@@ -55,9 +56,10 @@ class Saved:
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of the base weights: name, shape, dtype and a strided sample of bytes of every base parameter."""
     digest = hashlib.sha256()
-    hooks = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
+    added = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
+    added |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if id(parameter) in hooks or name.split(".")[0].endswith(("_shared", task_heads.ATTRIBUTE)):
+        if id(parameter) in added or name.split(".")[0].endswith(task_heads.ATTRIBUTE):
             continue
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLE)
@@ -186,8 +188,8 @@ def rename(name: str, names: Mapping[str, str]) -> str:
         stem, separator, rest = part.partition("__")
         if stem in names:
             parts[i] = names[stem] + separator + rest
-        elif part.endswith("_shared") and part.removesuffix("_shared") in names:
-            parts[i] = names[part.removesuffix("_shared")] + "_shared"
+        elif (owner := owner_of_name(part)) is not None and owner in names:
+            parts[i] = shared_name(names[owner])
     return ".".join(parts)
 
 

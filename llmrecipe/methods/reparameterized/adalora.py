@@ -15,6 +15,7 @@ from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import open_biases
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
 
 FACTORS = ("A", "E", "B")
 """Q (r, in), the singular values (r, 1), P (out, r)."""
@@ -115,7 +116,7 @@ class SvdLowRank(low_rank.LowRank):
         return (self.B.float() @ (self.A * self.E).float()) * self.scale
 
 
-class Budget(nn.Module):
+class Budget(SharedModule):
     """What the allocator knows about the run: its length, and what it last did."""
 
     total: Tensor
@@ -211,7 +212,7 @@ class Adalora(Wrapper):
         open_biases(model, self.name, self.bias, self.target, sites)
         shared = Budget().to(device_of(model))
         shared.total.fill_(self.total_step or 0)
-        model.add_module(f"{self.name}_shared", shared)
+        add_shared(model, shared, self.name)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Whether importances are still kept, the rank of every module, and how many triplets its tensors hold once pruned."""
@@ -343,7 +344,7 @@ class Adalora(Wrapper):
         return {f"{path}.{name}": hook for path, _, name, hook in self._found(model)}
 
     def _shared(self, model: nn.Module) -> Budget:
-        return getattr(model, f"{self.name}_shared")
+        return next(m for _, m in shared_modules(model, self.name) if isinstance(m, Budget))
 
     def phases(self, model: nn.Module) -> tuple[int, int, int]:
         """Return (steps of the schedule, steps before the fall, steps after it).

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import current
+from llmrecipe.models.hooks.shared_module import shared_modules
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -354,9 +355,8 @@ def own_tensors(model: nn.Module, owner: str) -> list[str]:
     for path, _, name, hook in all_hooks(model, owner):
         prefix = f"{path}.{name}" if path else name
         found += [f"{prefix}.{key}" for key in hook.state_dict()]
-    shared = getattr(model, f"{owner}_shared", None)
-    if isinstance(shared, nn.Module):
-        found += [f"{owner}_shared.{key}" for key in shared.state_dict()]
+    for name, shared in shared_modules(model, owner):
+        found += [f"{name}.{key}" for key in shared.state_dict()]
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.models.hooks.hook import all_hooks, bracket
+from llmrecipe.models.hooks.shared_module import shared_modules
 
 CHUNK = 1 << 24
 """Entries of a tensor that are perturbed or updated at once; the only extra memory of an in-place step."""
@@ -218,7 +219,7 @@ def _split(model: nn.Module, trained: Sequence[Trained]) -> tuple[dict[nn.Module
     """(module -> tensors its own forward reads, tensors to swap for the whole pass)."""
     by_id = {id(item.parameter): item for item in trained}
     inside = {id(m) for _, _, _, hook in all_hooks(model) for m in hook.modules()}
-    inside |= {id(m) for name, child in model.named_children() if name.endswith("_shared") for m in child.modules()}
+    inside |= {id(m) for _, shared in shared_modules(model) for m in shared.modules()}
     hosts: dict[nn.Module, list[Trained]] = {}
     for module in model.modules():
         own = [by_id[id(p)] for p in module._parameters.values() if p is not None and id(p) in by_id]

@@ -23,6 +23,7 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
     take,
 )
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.site_finder import widths
 
 
@@ -37,6 +38,7 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     from llmrecipe.models.task_heads import is_head
 
     inside = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
+    inside |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for tensor, value in module._parameters.items():
@@ -45,8 +47,7 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     wanted = _in_scope(model, scope)
     found: dict[str, Weight] = {}
     for name, value in model.named_parameters():
-        shared = name.split(".")[0].endswith("_shared")
-        if id(value) in inside or is_head(model, name) or shared or (wanted is not None and id(value) not in wanted):
+        if id(value) in inside or is_head(model, name) or (wanted is not None and id(value) not in wanted):
             continue
         users = tuple(owners[id(value)])
         quantized = not value.is_floating_point() or hasattr(value, "quant_state")
