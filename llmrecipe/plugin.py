@@ -51,9 +51,11 @@ if TYPE_CHECKING:
     from llmrecipe.interop.peft.converters import peft_converter
     from llmrecipe.interop.peft.layout import Adapter, Branch
     from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
+    from llmrecipe.methods._engines.low_rank import add_to_weight
     from llmrecipe.models.anatomy import Anatomy
     from llmrecipe.models.family import Family
-    from llmrecipe.models.hooks.hook import Hook, add_hook
+    from llmrecipe.models.hooks.hook import Hook, add_hook, device_of, merge_hooks
+    from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
     from llmrecipe.models.module_map import anatomy
     from llmrecipe.models.part_names import PartNames
     from llmrecipe.models.site import Site
@@ -142,9 +144,17 @@ _HOMES = {
     ),
     "llmrecipe.models.anatomy": ("Anatomy",),
     "llmrecipe.models.family": ("Family",),
+    "llmrecipe.methods._engines.low_rank": ("add_to_weight",),
     "llmrecipe.models.hooks.hook": (
         "Hook",
         "add_hook",
+        "device_of",
+        "merge_hooks",
+    ),
+    "llmrecipe.models.hooks.shared_module": (
+        "SharedModule",
+        "add_shared",
+        "shared_modules",
     ),
     "llmrecipe.models.module_map": ("anatomy",),
     "llmrecipe.models.part_names": ("PartNames",),

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections import Counter, defaultdict
 from pathlib import Path
+
+import grimp
+import pytest
 
 from llmrecipe.core import registry
 from llmrecipe.core.paths import PACKAGE
 
 LOADERS = {"__init__.py", "core/registry.py", "core/lazy.py"}
 """Where modules are imported by a name that is text."""
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("llmrecipe", cache_dir=None, exclude_type_checking_imports=False)
+
+
+def test_no_module_imports_itself_by_any_way(graph: grimp.ImportGraph) -> None:
+    """Imports inside functions and under TYPE_CHECKING count as well."""
+    sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
+    for module in graph.modules:
+        sorter.add(module, *graph.find_modules_directly_imported_by(module))
+    sorter.prepare()
 
 
 def test_no_package_holds_more_than_a_quarter_of_the_lines() -> None:

@@ -39,7 +39,9 @@ EVERY = [(rows, name) for rows, names in ORDER.items() for name in names]
 
 
 def test_formats_are_tried_in_the_order_of_their_places() -> None:
-    assert {rows: list(formats_of(rows)) for rows in registry.names("row_type")} == ORDER
+    """Formats that come later may stand between these."""
+    for rows, names in ORDER.items():
+        assert [name for name in formats_of(rows) if name in {n for own in ORDER.values() for n in own}] == names
 
 
 @pytest.mark.parametrize(("rows", "name"), EVERY)
@@ -120,7 +122,8 @@ class Cards(DataFormat):
 def test_a_format_of_a_plugin_is_recognised_by_its_columns_and_their_other_names(package: Path) -> None:
     (package / "cards.py").write_text(CARDS.replace("BECOMES", '"dialogue": 35'), encoding="utf-8")
     registry._index.cache_clear()
-    assert list(formats_of("dialogue")) == [*ORDER["dialogue"][:3], "cards", *ORDER["dialogue"][3:]]
+    found = list(formats_of("dialogue"))
+    assert found.index("prompt_completion") < found.index("cards") < found.index("alpaca")
     wanted = [{"prompt": "a", "completion": "b"}]
     assert detect([{"front": "a", "back": "b"}], "dialogue", "auto", "x").convert(
         {"front": "a", "back": "b"}, Conversion("dialogue")

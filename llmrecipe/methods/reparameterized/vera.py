@@ -16,6 +16,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules, shared_name
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -24,7 +25,7 @@ def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-class Projections(nn.Module):
+class Projections(SharedModule):
     """The frozen pair A (r, in) and B (out, r) of the widest site; narrower sites use the first columns and rows.
 
     Both follow from the seed, so no delta stores them.
@@ -135,7 +136,7 @@ class Vera(Wrapper):
                 f"stack.{self.name}: seed {self.seed} gives other matrices A and B here than those the vectors were trained "
                 "with (another version of torch); merge the run where it was trained"
             )
-        model.add_module(f"{self.name}_shared", shared.to(place))
+        add_shared(model, shared.to(place), self.name)
         for site in sites:
             with torch.device(device_of(site.module)):
                 rows = row_index(site)
@@ -144,17 +145,20 @@ class Vera(Wrapper):
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Return the digest of A and B."""
-        shared: Projections = getattr(model, f"{self.name}_shared")
+        shared = self._projections(model)
         return {} if shared.A.is_meta else {"projections": shared.digest()}
 
     def merge(self, model: nn.Module) -> None:
         """W <- W + diag(b) B diag(d) A at every site."""
         merge_hooks(model, self.name)
-        delattr(model, f"{self.name}_shared")
+        delattr(model, shared_name(self.name))
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: sum of r + out trains; AdamW keeps 8 bytes for each; A and B are r (in + out) once."""
         count = sum(n for _, n in self.describe(model))
-        shared: Projections = getattr(model, f"{self.name}_shared")
+        shared = self._projections(model)
         held = 4 * (shared.A.numel() + shared.B.numel())
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "state_bytes": held}
+
+    def _projections(self, model: nn.Module) -> Projections:
+        return next(shared for _, shared in shared_modules(model, self.name) if isinstance(shared, Projections))
