@@ -29,7 +29,12 @@ def value_text(value: Any) -> str:
 
 
 def number(value: Any) -> str:
-    """Return a number as a person reads it: four digits, exponent for the tiny, separators for the large."""
+    """Return a number as a person reads it: four digits, exponent for the tiny, separators for the large.
+
+    Examples:
+        >>> number(1234567), number(0.123456), number(0.00001234)
+        ('1,234,567', '0.1235', '1.23e-05')
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-" if value is None else str(value)
     if isinstance(value, int) or abs(value) >= 10000:

@@ -60,6 +60,12 @@ def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | 
 
     Args:
         meanings: choice -> what it means, in a sentence.
+
+    Examples:
+        >>> did_you_mean("lorra", ["lora", "dora", "sft"])
+        "; did you mean 'lora'?"
+        >>> did_you_mean("xyz", ["lora"])
+        ''
     """
     choices = list(known)
     plain = word.lower().replace("-", "_")

@@ -53,6 +53,10 @@ def parse(target: str) -> list[Term]:
 
     Raises:
         ModelError: a term is empty, has a malformed range or names a range of layers without a part.
+
+    Examples:
+        >>> [term.names for term in parse("attn.q|v + layers.0:4.mlp.down")]
+        [('attn.q', 'attn.v'), ('mlp.down',)]
     """
     return [_term(part.strip(), target) for part in target.split("+")]
 

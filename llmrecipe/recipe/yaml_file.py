@@ -60,7 +60,12 @@ _resolve("merge", r"^<<$", "<")
 
 
 def dotted(key: KeyPath) -> str:
-    """Return a key path as it is written on the command line."""
+    """Return a key path as it is written on the command line.
+
+    Examples:
+        >>> dotted(("stack", "lora", "r"))
+        'stack.lora.r'
+    """
     return ".".join(map(str, key))
 
 

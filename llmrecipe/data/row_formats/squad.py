@@ -18,8 +18,8 @@ def spans_of(row: Row) -> tuple[list[str], list[int]]:
         BadRow: they have another shape, or a span of the context is not the answer it stands for.
 
     Examples:
-        >>> spans_of({"context": "Oslo lies in Norway.", "answers": {"text": ["Norway"], "answer_start": [13]}})
-        (['Norway'], [13])
+        >>> spans_of({"context": "Oslo is in Norway.", "answers": {"text": ["Norway"], "answer_start": [11]}})
+        (['Norway'], [11])
     """
     given: Any = row["answers"]
     if isinstance(given, list) and all(isinstance(one, dict) for one in given):
@@ -46,8 +46,7 @@ class Squad(DataFormat):
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("context", "question", "answers"),)
     becomes: ClassVar[dict[str, int]] = {"dialogue": 25, "prompt": 25}
     example: ClassVar[str] = (
-        '{"context": "Oslo lies in Norway.", "question": "Where does Oslo lie?", '
-        '"answers": {"text": ["Norway"], "answer_start": [13]}}'
+        '{"context": "Oslo is in Norway.", "question": "Where is Oslo?", "answers": {"text": ["Norway"], "answer_start": [11]}}'
     )
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:

@@ -22,7 +22,12 @@ FACTORS = ("A", "E", "B")
 
 
 def budget(t: int, first: int, last: int, total: int, start: int, end: int) -> int:
-    """Triplets kept after t steps: `start` up to step `first`, then a cubic fall to `end`, `last` steps before `total`."""
+    """Return the triplets kept after t steps: `start` up to step `first`, a cubic fall to `end`, `last` steps before `total`.
+
+    Examples:
+        >>> [budget(t, first=10, last=10, total=60, start=96, end=64) for t in (0, 10, 30, 50)]
+        [96, 96, 68, 64]
+    """
     if t <= first:
         return start
     if t >= total - last:

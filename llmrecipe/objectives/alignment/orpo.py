@@ -32,6 +32,12 @@ def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Compute log [odds(e^chosen) / odds(e^rejected)], odds(p) = p / (1 - p), (P,), from log-probabilities < 0, (P,) each.
 
     It equals (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected)).
+
+    Examples:
+        >>> import torch
+        >>> half, third = torch.log(torch.tensor([1 / 2])), torch.log(torch.tensor([1 / 3]))
+        >>> round(float(log_odds_ratio(half, third).exp()), 4)
+        2.0
     """
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
