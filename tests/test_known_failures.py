@@ -16,16 +16,16 @@ TESTS = Path(__file__).resolve().parent
 
 LOSS = {
     "micro-batches of unequal length are averaged with equal weight": [
-        "training/test_accumulation.py::test_micro_batches_are_one_batch",
+        "objectives/contract.py::test_micro_batches_are_one_batch",
         "runtime/test_processes.py::test_two_processes_compute_what_one_does",
         "runtime/test_two_processes.py::test_sft_lora",
     ],
     "the last, incomplete step of an epoch is scaled down": [
-        "training/test_accumulation.py::test_a_short_last_step_is_divided_by_its_own_rows",
+        "objectives/contract.py::test_a_short_last_step_is_divided_by_its_own_rows",
         "runtime/test_two_processes.py::test_a_process_without_rows_takes_part",
     ],
     "the logged loss is not the one that is optimised": [
-        "training/test_accumulation.py::test_the_logged_loss_is_the_loss_that_is_optimised",
+        "objectives/contract.py::test_the_logged_loss_is_the_loss_that_is_optimised",
         "training/test_accumulation.py::test_evaluation_does_not_depend_on_its_batches",
     ],
     "a model family computes its own loss on another scale": [

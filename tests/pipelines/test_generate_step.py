@@ -49,7 +49,7 @@ def test_a_stopped_generation_goes_on_to_the_same_rows(tmp_path: Path, monkeypat
             yield each
 
     monkeypatch.setattr(Generate, "_ask", stop)
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command resumes"):
         generated(tmp_path / "stopped", "n=2")
     assert json.loads((tmp_path / "stopped" / "status.json").read_text())["status"] == "interrupted"
     assert not (tmp_path / "stopped" / "train.jsonl").exists()

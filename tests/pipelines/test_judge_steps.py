@@ -271,7 +271,7 @@ def test_a_stopped_labelling_asks_nothing_twice(
         ("critique", ["answers=DRAFTS", "agent={kind: local}"], r"critique.agent.path: must be given"),
         ("critique", ["answers=DRAFTS", "splits=[]"], r"critique.splits: names no split"),
         ("critique", ["answers=DRAFTS", "revizions=1"], r"revizions: .*did you mean 'revisions'"),
-        ("label_ai", ["answers=DRAFTS"], r"label_ai.answers: .*2 answers .* wanted .*generate n=2"),
+        ("label_ai", ["answers=DRAFTS"], r"label_ai.answers: .*expected 2 answers .*generate n=2"),
         ("label_ai", ["answers=PAIRS", "clamp=[0.4,0.7]"], r"label_ai.clamp: must be \[c, 1 - c\]"),
         ("label_ai", ["answers=PAIRS", "truth=maners"], r"label_ai.truth: maners is no agent rule; did you mean 'manners'"),
         ("label_ai", ["answers=PAIRS", "min_margin=0.7"], r"min_margin: must be <= 0.5"),
