@@ -1,4 +1,4 @@
-"""Continuous refill: a fixed number of answers is decoded at once, and a slot whose answer has ended goes to the next prompt.
+"""Continuous batching: a fixed number of answers is decoded at once, and a row whose answer has ended is replaced by a prompt.
 
 Letters: R rows, C columns of the cache, V vocabulary.
 
@@ -8,7 +8,7 @@ Letters: R rows, C columns of the cache, V vocabulary.
     leave     rows that have ended leave the cache, and leading columns that are dead in every row are cut off
 
 All rows end at column C, so a row that begins at column s has position C - s next and sees the columns from s on. Every row of
-a decoding pass gives a token that is wanted; in a padded batch rows go on until the longest answer has ended.
+a decoding pass gives a token that is needed; in a padded batch rows go on until the longest answer has ended.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
 
 FREE = 4
-"""Slots over free slots at which prompts are taken in: a pass over one prompt costs as much time as a step of the batch."""
+"""Batch size over free rows at which prompts are taken in: a pass over one prompt costs as much time as a step of the batch."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A prompt that waits for its answer."""
 
     index: int
@@ -45,30 +45,30 @@ class Asked:
 class Row:
     """One answer that is being decoded."""
 
-    asked: Asked
+    request: Request
     start: int
     """Column of its first token."""
     new: list[int] = field(default_factory=list)
 
 
-def refilled(batch: Slots, asked: Sequence[Asked]) -> Iterator[tuple[int, list[int]]]:
-    """(place, new token ids) of each answer as it ends.
+def decode_continuously(batch: RunningBatch, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+    """Yield (place, new token ids) of each answer as it ends.
 
     Args:
-        batch: the slots, all of them free.
-        asked: prompts in the order in which they are taken in; those that are alike share a pass when they stand together.
+        batch: the running batch, still empty.
+        requests: prompts in the order in which they are taken in; those that are alike share a pass when they stand together.
     """
     size = batch.sampling.batch
-    waiting = list(reversed(asked))
+    waiting = list(reversed(requests))
     while waiting or batch.rows:
         free = size - len(batch.rows)
         if waiting and (not batch.rows or free * FREE >= size):
-            yield from batch.take_in([waiting.pop() for _ in range(min(free, len(waiting)))])
+            yield from batch.admit([waiting.pop() for _ in range(min(free, len(waiting)))])
         else:
             yield from batch.step()
 
 
-class Slots:
+class RunningBatch:
     """The rows that are being decoded and their cache.
 
     Args:
@@ -82,26 +82,26 @@ class Slots:
         self.picker, self.ends, self.context = picker, frozenset(ends), context
         self.device = next(model.parameters()).device
         takes = inspect.signature(model.forward).parameters
-        self.told = "position_ids" in takes
+        self.reads_positions = "position_ids" in takes
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.rows: list[Row] = []
         self.cache: Any = None
         self.columns = 0
 
-    def take_in(self, asked: Sequence[Asked]) -> Iterator[tuple[int, list[int]]]:
-        """Pass over waiting prompts and give them slots; yields answers that end with their first token."""
-        different = list(dict.fromkeys((a.ids, a.task) for a in asked))
-        ids, own = open_prompts(self.model, self.tokenizer, [Asked(0, *each) for each in different], self.context)
+    def admit(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+        """Run waiting prompts through the model and add their rows; yield answers that end with their first token."""
+        different = list(dict.fromkeys((a.ids, a.task) for a in requests))
+        ids, own = open_prompts(self.model, self.tokenizer, [Request(0, *each) for each in different], self.context)
         cache, width = kv_cache.fresh(self.model), ids.shape[1]
         logits = self._forward(ids, cache, [width - len(prompt) for prompt, _ in different], own, first=True)
-        copies = torch.tensor([different.index((a.ids, a.task)) for a in asked], device=self.device)
-        if len(different) < len(asked):
+        copies = torch.tensor([different.index((a.ids, a.task)) for a in requests], device=self.device)
+        if len(different) < len(requests):
             kv_cache.select(cache, copies)
-        rows = [Row(a, width - len(a.ids)) for a in asked]
+        rows = [Row(a, width - len(a.ids)) for a in requests]
         tokens = self._picked(logits[copies], rows)
         ended = self._append(rows, tokens)
         going = [i for i, row in enumerate(rows) if not ended[i]]
-        yield from ((rows[i].asked.index, rows[i].new) for i in range(len(rows)) if ended[i])
+        yield from ((rows[i].request.index, rows[i].new) for i in range(len(rows)) if ended[i])
         if len(going) < len(rows):
             kv_cache.select(cache, torch.tensor(going, dtype=torch.long, device=self.device))
         if going:
@@ -120,7 +120,7 @@ class Slots:
         self._trim()
 
     def step(self) -> Iterator[tuple[int, list[int]]]:
-        """One token for every row; yields the answers that end with it."""
+        """Decode one token for every row and yield the answers that end with it."""
         ids = torch.tensor([[row.new[-1]] for row in self.rows], device=self.device)
         self.columns += 1
         own = self.context_of(self.rows, self.columns)
@@ -132,7 +132,7 @@ class Slots:
         if left and going:
             kv_cache.select(self.cache, torch.tensor(going, device=self.device))
             self._trim()
-        yield from ((row.asked.index, row.new) for row in left)
+        yield from ((row.request.index, row.new) for row in left)
 
     def _trim(self) -> None:
         dead = min(row.start for row in self.rows)
@@ -143,11 +143,11 @@ class Slots:
                 row.start -= dead
 
     def _forward(self, ids: Tensor, cache: Any, starts: list[int], own: Context, first: bool) -> Tensor:
-        """(R, V) logits behind the last column."""
+        """Return logits (R, V) at the last column."""
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self.last_only}
         mask = own.attention_mask
         assert mask is not None, "rows of one batch are padded"
-        if self.told:
+        if self.reads_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         # As in Transformers' own loop: without padding there is no mask, which leaves the faster kernels open.
         inputs["attention_mask"] = mask if any(starts) else None
@@ -158,43 +158,43 @@ class Slots:
             return self.model(**ready, return_dict=True).logits[:, -1]
 
     def _picked(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        answers, at = [row.asked.index for row in rows], [len(row.new) for row in rows]
+        answers, at = [row.request.index for row in rows], [len(row.new) for row in rows]
         return self.picker.pick(logits, answers, at).tolist()
 
     def _append(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
-        """Give each row its token; whether its answer ends with it."""
+        """Append each row's token and return whether its answer ends with it."""
         for row, token in zip(rows, tokens, strict=True):
             row.new.append(token)
         return [t in self.ends or len(row.new) == self.sampling.max_new_tokens for row, t in zip(rows, tokens, strict=True)]
 
     def context_of(self, rows: Sequence[Row], columns: int) -> Context:
-        """The context of a pass over the rows' newest tokens."""
+        """Return the context of a pass over the rows' newest tokens."""
         starts = torch.tensor([row.start for row in rows], device=self.device)
         mask = (torch.arange(columns, device=self.device) >= starts[:, None]).long()
-        return _context(self.context, mask, [row.asked for row in rows])
+        return _context(self.context, mask, [row.request for row in rows])
 
 
-def open_prompts(model: LanguageModel, tokenizer: Any, asked: Sequence[Asked], context: Context) -> tuple[Tensor, Context]:
-    """(R, T) ids of prompts, padded, and the context of the pass over them."""
-    ids, mask = padded(model, [a.ids for a in asked], pad_token(tokenizer), next(model.parameters()).device)
-    return ids, _context(context, mask, asked)
+def open_prompts(model: LanguageModel, tokenizer: Any, requests: Sequence[Request], context: Context) -> tuple[Tensor, Context]:
+    """Return padded ids (R, T) of prompts and the context of the pass over them."""
+    ids, mask = padded(model, [a.ids for a in requests], pad_token(tokenizer), next(model.parameters()).device)
+    return ids, _context(context, mask, requests)
 
 
-def _context(context: Context, mask: Tensor, asked: Sequence[Asked]) -> Context:
-    lengths = torch.tensor([len(a.ids) for a in asked], device=mask.device)
-    tasks = None if asked[0].task is None else torch.tensor([[a.task] for a in asked], device=mask.device)
+def _context(context: Context, mask: Tensor, requests: Sequence[Request]) -> Context:
+    lengths = torch.tensor([len(a.ids) for a in requests], device=mask.device)
+    tasks = None if requests[0].task is None else torch.tensor([[a.task] for a in requests], device=mask.device)
     return replace(context, attention_mask=mask, prompt_lengths=lengths, task_ids=tasks)
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills the rows of a batch; it is never read."""
+    """Return the token that fills the rows of a batch; it is never read."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def padded(
     model: LanguageModel, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, T) ids and mask: on the left where answers follow in the same row, on the right where an encoder counts positions."""
+    """Return ids and mask (R, T), padded on the left, or on the right where an encoder counts positions."""
     width = max(len(p) for p in prompts)
     right = getattr(model.config, "is_encoder_decoder", False)
 

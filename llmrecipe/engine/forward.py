@@ -1,6 +1,6 @@
-"""The one module that is prepared for DDP, FSDP or DeepSpeed: backbone, heads and log-prob engine behind one `forward`.
+"""The one module that is prepared for DDP, FSDP or DeepSpeed: backbone, heads and log-prob engine in one `forward`.
 
-Objectives ask it for token log-probabilities, hidden states, scores or class logits and never call a submodule of the
+Objectives get from it token log-probabilities, hidden states, scores or class logits and never call a submodule of the
 model, so every rank's gradients are synchronised.
 """
 
@@ -30,11 +30,11 @@ class Critic:
     """`own`: a second pass under the role's own adapter; `shared`: the policy's states; `detached`: those, without gradient."""
     role: str = "value"
     off: frozenset[str] = frozenset()
-    """Wrappers that step aside in a pass of its own: the policy's."""
+    """Wrappers that are disabled in a pass of its own: the policy's."""
 
 
 class Engine(nn.Module):
-    """A model with everything an objective may ask of it."""
+    """A model with every output an objective may need."""
 
     def __init__(self, model: LanguageModel, autocast: torch.dtype | None = None, compile: bool = False):
         super().__init__()
@@ -55,20 +55,20 @@ class Engine(nn.Module):
         critic: Critic | None = None,
         entropy_graph: bool = False,
     ) -> dict[str, Tensor]:
-        """One pass over a batch.
+        """Run the model once over a batch.
 
         Args:
             want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
             role: which hooks take part (see `Context.role`).
-            off: names of wrappers that step aside, besides those the surrounding context keeps off.
+            off: names of wrappers to disable, in addition to those the surrounding context disables.
             temperature: divides the logits of `logprobs`.
             entropy_graph: with `entropy`, give it its graph.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
-            The wanted tensors by name.
+            The requested tensors by name.
         """
         device = batch.input_ids.device.type
         with (
@@ -94,30 +94,30 @@ class Engine(nn.Module):
             return out | self.values(flat.detach() if critic.trunk == "detached" else flat, batch, critic.role)
 
     def values(self, flat: Tensor, batch: Batch, role: str) -> dict[str, Tensor]:
-        """A role's scalar of the state before each target (N,), and of each sequence's last state (S,)."""
+        """Return a role's scalar of the state before each target (N,), and of each sequence's last state (S,)."""
         head = self.head_of(role)
         return {"values": head(flat[batch.source]).squeeze(-1), "values_end": head(flat[batch.last]).squeeze(-1)}
 
     @property
     def head(self) -> nn.Module:
-        """The module that turns hidden states into logits."""
+        """Return the module that maps hidden states (..., D) to logits (..., V)."""
         cls = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
         return cls if isinstance(cls, nn.Module) else self.model.get_output_embeddings()
 
     def head_of(self, role: str) -> nn.Module:
-        """A role's own scalar head, held under `task_head` of the model."""
+        """Return a role's own scalar head, stored under `task_head` of the model."""
         heads = getattr(self.model, "task_head", None)
         if not isinstance(heads, nn.ModuleDict) or role not in heads:
             raise KeyError(f"the model has no task head for the role '{role}'")
         return heads[role]
 
     def hidden_of(self, batch: Batch) -> Tensor:
-        """(R, T, D) last hidden states under the batch's own context, without any head."""
+        """Return the last hidden states (R, T, D) under the batch's own context, without any head."""
         with activate(batch.context()):
             return self.hidden(batch)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(R, T, D) last hidden states of the backbone."""
+        """Return the last hidden states (R, T, D) of the backbone."""
         if self.is_pair_model:
             return self._pair_hidden(batch)
         backbone = self.model.base_model
@@ -130,7 +130,7 @@ class Engine(nn.Module):
         return self.traced(backbone)(**inputs).last_hidden_state
 
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
-        """A part of the model as it is called: through `torch.compile` where that was asked for, with rows of any length.
+        """Return a part of the model to call: compiled for rows of any length where `compile` is on.
 
         The module itself stays as it is, so that generation, whose shapes change at every token, is not compiled. Hooks stand
         between the graphs: what they read of the context cannot be traced.
@@ -143,9 +143,9 @@ class Engine(nn.Module):
         return found[id(trunk)]
 
     def _pair_hidden(self, batch: Batch) -> Tensor:
-        """Encoder-decoder: the encoder reads `encoder_ids`, the batch's own rows are the decoder's."""
+        """Return the decoder's hidden states (R, T, D); the encoder reads `encoder_ids`, the decoder the batch's rows."""
         model, mask = self.model, batch.extra["encoder_mask"]
-        # The batch's own rows are the decoder's: what the context says of them is not true of the encoder's.
+        # The batch's own rows are the decoder's; their masks and positions do not hold for the encoder's rows.
         own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
         with activate(own):
             out = self.traced(model.get_encoder())(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
@@ -159,7 +159,7 @@ class Engine(nn.Module):
         ).last_hidden_state
 
     def scores(self, batch: Batch) -> Tensor:
-        """(S, C) logits of a sequence head: at the last real token for decoders, by the family's own pooling otherwise."""
+        """Return a sequence head's logits (S, C): at the last real token in decoders, else by the family's own pooling."""
         head = getattr(self.model, "score", None)
         if isinstance(head, nn.Module):
             hidden = self.hidden(batch)
@@ -173,12 +173,12 @@ class Engine(nn.Module):
 
 
 def pooled(batch: Batch) -> Tensor:
-    """(S,) flat index of the state a sequence is judged by."""
+    """Return the flat index (S,) of the state each sequence is scored by."""
     return batch.extra.get("pool", batch.last)
 
 
 def read_rows(batch: Batch, want: str, critic: Critic | None = None) -> Tensor | None:
-    """(M,) sorted flat indices of the final states that a wanted tensor is made from; None where all may be."""
+    """Return sorted flat indices (M,) of the final states the requested tensor depends on; None where any may be used."""
     both = torch.cat([batch.source, batch.last])
     sources = both if critic is not None and critic.trunk != "own" else batch.source
     rows = {"logprobs": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)

@@ -1,10 +1,10 @@
 """Generation: answers to prompts, decoded with a key/value cache under the hooks of the stack.
 
-A fixed number of answers is decoded at once, and a slot whose answer has ended goes to the next prompt (see `refill`). Models
-whose cache has no rows that could leave and join (see `models.kv_cache`) take padded batches through their own `generate`.
-Either way an answer is the same, up to the rounding of its logits, whatever is decoded beside it.
+A fixed number of answers is decoded at once, and a row whose answer has ended is replaced by the next prompt (continuous
+batching). Models whose cache has no rows that could leave and join (see `models.kv_cache`) decode padded batches with their own
+`generate`. Either way an answer is the same, up to the rounding of its logits, whatever else is in the batch.
 
-The checkpoint's generation settings are overridden, not merged: what is not asked for is greedy.
+The checkpoint's generation settings are overridden, not merged: without a temperature, decoding is greedy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.forward_context import Context, activate, current
-from llmrecipe.engine.continuous_batching import Asked, Slots, open_prompts, pad_token, refilled
+from llmrecipe.engine.continuous_batching import Request, RunningBatch, decode_continuously, open_prompts, pad_token
 from llmrecipe.engine.sampling import Picked, Picker, Sampling
 from llmrecipe.models import kv_cache
 
@@ -32,7 +32,7 @@ def generate(
     tasks: Sequence[int] | None = None,
     keys: Sequence[int | str] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; returns the new token ids, end token included where it was reached.
+    """Continue each prompt and return the new token ids, including the end token where it was reached.
 
     Args:
         context: of the forward passes, by default the one that is active; masks and tasks are filled in here.
@@ -55,7 +55,7 @@ def answered(
     tasks: Sequence[int] | None = None,
     keys: Sequence[int | str] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """The answers of `generate` in the order in which they end, each with its place."""
+    """Yield the answers of `generate` in the order in which they end, each with its index."""
     if not prompts:
         return
     was_training = model.training
@@ -67,13 +67,13 @@ def answered(
     ends = end_tokens(model, tokenizer)
     # Long prompts first: the largest batch comes first, and like lengths share a pass.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    asked = [Asked(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
+    requests = [Request(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
     try:
         if kv_cache.fresh(model) is not None:
-            yield from refilled(Slots(model, tokenizer, sampling, picker, ends, context), asked)
+            yield from decode_continuously(RunningBatch(model, tokenizer, sampling, picker, ends, context), requests)
             return
-        for first in range(0, len(asked), sampling.batch):
-            part = asked[first : first + sampling.batch]
+        for first in range(0, len(requests), sampling.batch):
+            part = requests[first : first + sampling.batch]
             new = _batch(model, tokenizer, part, sampling, picker, ends, context)
             yield from zip([a.index for a in part], new, strict=True)
     finally:
@@ -83,16 +83,16 @@ def answered(
 def _batch(
     model: LanguageModel,
     tokenizer: Any,
-    asked: Sequence[Asked],
+    requests: Sequence[Request],
     sampling: Sampling,
     picker: Picker,
     ends: Sequence[int],
     context: Context,
 ) -> list[list[int]]:
-    """One padded batch through the model's own `generate`, which runs until the longest answer ends."""
+    """Decode one padded batch with the model's own `generate`, which runs until the longest answer ends."""
     from transformers import GenerationConfig
 
-    ids, own = open_prompts(model, tokenizer, asked, context)
+    ids, own = open_prompts(model, tokenizer, requests, context)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
@@ -101,7 +101,7 @@ def _batch(
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [Picked(picker, [a.index for a in asked])]}
+    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [Picked(picker, [a.index for a in requests])]}
     if kv_cache.sharded(model):
         more["synced_gpus"] = True
     # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
@@ -117,7 +117,7 @@ def _batch(
 
 
 def end_tokens(model: LanguageModel, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those the checkpoint's generation settings name."""
+    """Return the tokens that end an answer: the tokenizer's, and those the checkpoint's generation settings name."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({int(t) for t in found if t is not None})
@@ -131,12 +131,12 @@ def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decoded text without special tokens."""
+    """Decode token ids without special tokens."""
     return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 def prompt_and_reference(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-    """A token row -> its prompt and the text of its right answer; in a dialogue, its last trained run and what precedes it."""
+    """Return a token row's prompt and its right answer as text; of a dialogue, its last trained run and what precedes it."""
     if "prompt_ids" in row:
         right = row["choice_ids"][: row["choice_lengths"][0]] if "choice_ids" in row else []
         answer = row.get("chosen_ids") or row.get("completion_ids") or right

@@ -4,7 +4,7 @@
 
 The N x V logits never exist at once. Letters: N scored positions, D hidden width, V vocabulary.
 
-Two ways to the same numbers:
+Two implementations give the same numbers:
 
 - a frozen plain head: d t_n / d h_n = (onehot(y_n) - softmax(z_n)) post'(z_n) W is formed in the forward pass, chunk by
   chunk, and only that (N, D) tensor is kept; the backward pass multiplies it by the incoming gradient. Exact for any loss.
@@ -34,17 +34,17 @@ class Post:
     scale: float = 1.0
     cap: float | None = None
     temperature: float = 1.0
-    """Of the sampling whose log-probabilities are wanted; 1 leaves the model's own distribution."""
+    """Temperature of the sampling distribution; 1 leaves the model's own."""
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Apply to float32 logits."""
+        """Apply to float32 logits (..., V)."""
         if self.scale != 1.0:
             z = z * self.scale
         z = z if self.cap is None else self.cap * torch.tanh(z / self.cap)
         return z if self.temperature == 1.0 else z / self.temperature
 
     def derivative(self, z: Tensor) -> Tensor | None:
-        """d post / d logit from the result z; None where it is 1 everywhere."""
+        """Return d post / d logit, computed from the result z (..., V); None where it is 1 everywhere."""
         scale = self.scale / self.temperature
         if self.cap is None:
             return None if scale == 1.0 else torch.full_like(z, scale)
@@ -67,7 +67,7 @@ class Post:
 def token_logprobs(
     hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False, entropy_graph: bool = False
 ) -> dict[str, Tensor]:
-    """Log-probabilities of targets.
+    """Compute log-probabilities of targets.
 
     Args:
         hidden: (N, D) states that predict the targets.
@@ -98,17 +98,17 @@ def token_logprobs(
 
 
 def head_width(head: nn.Module) -> int:
-    """V, the number of logits a head gives."""
+    """Return V, the number of logits of a head."""
     return int(getattr(head, "out_features", 0) or getattr(head, "nf", 0) or 65536)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Float32, or float64 where the model computes in it."""
+    """Cast to float32, or leave float64 where the model computes in it."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows whose float32 logits fill one chunk."""
+    """Return the number of rows whose float32 logits fill one chunk."""
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 

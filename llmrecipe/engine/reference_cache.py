@@ -1,7 +1,7 @@
-"""Reference log-probabilities, remembered by row so that each row is scored once.
+"""Reference log-probabilities, cached by row so that each row is scored once.
 
-A cache file is keyed by what the numbers depend on: token rows, reference weights, dtype and engine version. It lies beside
-the token cache and is only ever read back under the same key.
+A cache file is keyed by what the numbers depend on: token rows, reference weights, dtype and engine version. It is stored
+next to the token cache and only ever read under the same key.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ReferenceCache:
         """Named by what the numbers depend on; None keeps them in memory."""
         self.known: dict[int, Tensor] = {}
         self.complete = False
-        """Whether every row of the run is here, so that a missing one cannot be scored any more."""
+        """Whether every row of the run is here; a missing one can then no longer be scored."""
         self.hits = 0
         self.misses = 0
         if path is not None and path.exists():
@@ -42,11 +42,11 @@ class ReferenceCache:
 
     @property
     def name(self) -> str:
-        """What stands for the reference in a checkpoint; empty where nothing is kept on disk."""
+        """Return the name that identifies the reference in a checkpoint; empty where nothing is stored on disk."""
         return self.path.stem if self.path is not None else ""
 
     def get(self, batch: Batch) -> Tensor | None:
-        """(S,) sums in the batch's order, or None when a row is missing."""
+        """Return the sums (S,) in the batch's order, or None when a row is missing."""
         if not batch.keys or any(key not in self.known for key in batch.keys):
             if self.complete and batch.keys:
                 raise LlmRecipeError("a row has no reference log-probabilities although all rows were scored before step 0")
@@ -55,7 +55,7 @@ class ReferenceCache:
         return torch.cat([self.known[key] for key in batch.keys])
 
     def put(self, batch: Batch, sums: Tensor) -> None:
-        """Remember the sums of a batch whose rows hold equally many sequences each."""
+        """Store the sums (S,) of a batch whose rows hold equally many sequences each."""
         if not batch.keys:
             return
         self.misses += len(batch.keys)
@@ -63,7 +63,7 @@ class ReferenceCache:
             self.known[key] = values.clone()
 
     def save(self) -> None:
-        """Write the cache aside and move it into place."""
+        """Write the cache to a temporary file and move it into place."""
         if self.path is None or not self.misses:
             return
         from safetensors.torch import save_file
@@ -83,7 +83,7 @@ class ReferenceCache:
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over (name, dtype, bytes) of tensors, in name order."""
+    """Hash (name, dtype, shape, bytes) of tensors with SHA-256, in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().contiguous().cpu()
@@ -93,7 +93,7 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def cache_file(facts: dict[str, Any]) -> Path:
-    """Where numbers that depend on these facts, and on the engine's version, lie."""
+    """Return the file of numbers that depend on these facts and on the engine's version."""
     digest = hashlib.sha256(json.dumps({"version": VERSION, **facts}, sort_keys=True).encode()).hexdigest()[:24]
     root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))
     return root / "reference" / f"{digest}.safetensors"

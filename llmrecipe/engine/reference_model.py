@@ -1,6 +1,6 @@
-"""A reference that is another model: opened alone, asked for every row once, and freed before the policy is opened.
+"""A reference that is another model: loaded alone, run once on every row, and freed before the policy is loaded.
 
-Two models are never in memory together. The scores lie in a file named by the content of that model's weights and of the
+Two models are never in memory together. The scores are stored in a file named by the content of that model's weights and of the
 rows, so a second run on the same rows finds them there.
 """
 
@@ -45,7 +45,7 @@ def check_path(path: str, allowed: tuple[str, ...]) -> None:
 
 
 def scored(recipe: Any, objective: Any, rows: PlannedRows, device: torch.device) -> ReferenceCache:
-    """The scores of every row of a run under the folder that is its reference; an empty cache where the reference is named.
+    """Score every row of a run under the model in the reference's folder; return an empty cache where the reference is named.
 
     Raises:
         ModelError: the folder's model reads other tokens than the policy writes.

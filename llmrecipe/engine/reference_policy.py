@@ -1,4 +1,4 @@
-"""Making the policy of step 0 available for a whole run: switched off, remembered, or asked for every row beforehand."""
+"""The policy of step 0 as the reference: by disabling the stack, by a snapshot, or by scoring all rows beforehand."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ class PlannedRows:
 def prepare_reference(objective: Any, stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows) -> None:
     """Make the policy of step 0 available for the whole run. Call with the model as step 0 has it.
 
-    Stacks that can be switched off need nothing. A small trained part is remembered and swapped in. Where most weights
-    train, every row the run will use is scored now, so that no second model is ever held; rows that the policy will sample
-    cannot be, so there all trained tensors are remembered, as they are where the reference moves or the start was learned from
-    data: checkpoints then hold them. Another model's scores were taken before this one was opened (see `reference_model`).
+    Stacks that can be disabled need nothing. Of a small trained part a snapshot is kept and swapped in. Where most weights
+    train, every row the run will use is scored at this point, so that there is never a second model in memory. Rows that the
+    policy will sample cannot be, so there a snapshot of all trained tensors is kept, as where the reference moves or the
+    initial values depend on data; checkpoints then hold it. Another model's scores were computed before this one was loaded
+    (see `reference_model`).
     """
     which = objective.reference_of()
     if which not in NAMED or which == "none":
@@ -88,7 +89,7 @@ def base_names(stack: Stack, opened: Opened) -> frozenset[str] | None:
     if opens or not injected:
         what = f"{', '.join(opens)} changes" if opens else "this run trains"
         raise RecipeError(
-            f"objective.reference: {what} the base's own weights, so the base cannot answer beside the policy; "
+            f"objective.reference: {what} the base's own weights, so the base cannot be evaluated together with the policy; "
             "use reference=initial, or a stack of injected methods such as lora"
         )
     return frozenset(w.name for w in mounted)
@@ -96,7 +97,7 @@ def base_names(stack: Stack, opened: Opened) -> frozenset[str] | None:
 
 @torch.no_grad()
 def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Roles) -> None:
-    """Fill the roles' cache with every row of some groups, save it, and let it stand for the model from now on."""
+    """Score all rows of some groups into the roles' cache, save it, and use it in place of the model from then on."""
     cache = roles.cache
     with roles.evaluating():
         for rows in groups:
@@ -147,7 +148,7 @@ def cache_path(stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows, ba
 
 
 def start_of(stack: Stack, model: nn.Module, rows: PlannedRows) -> str | dict[str, Any]:
-    """Return what the stack's start depends on: its tensors; for a start learned from data, what it is learned from."""
+    """Return what the stack's initial values depend on: its tensors, or the data and options they are initialized from."""
     learned = [w for w in stack if w.calibrates() and w.stage is Stage.INJECT]
     names = {name for w in learned for name in w.delta(model)}
     digest = weights_digest({n: v for n, v in stack.delta(model).items() if n not in names})

@@ -1,4 +1,4 @@
-"""The models an objective may ask, by role: the policy, and others that mostly share its base."""
+"""Auxiliary models of an objective by role (policy, reference, value, reward), most of which share one base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Roles:
-    """What an objective sees of a run."""
+    """What an objective needs of a run: the models by role, layout of batches, reductions over processes."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Roles:
         self.micro_tokens = micro_tokens
         self.cache = reference_cache or ReferenceCache()
         self.reference_off: frozenset[str] = frozenset()
-        """Wrappers that step aside in the reference besides the run's own: mounted ones, where the base is the reference."""
+        """Wrappers disabled in the reference in addition to the run's own: mounted ones, where the base is the reference."""
         self.reference_moves = False
         """Whether the reference follows the policy, so that no score of it may be kept."""
         self.runtime: Any = None
@@ -56,18 +56,18 @@ class Roles:
 
     @property
     def model(self) -> LanguageModel:
-        """The policy's model, unwrapped."""
+        """Return the policy's model, unwrapped."""
         return self.engine.model
 
     @property
     def pad_id(self) -> int:
-        """Token written into padding; never used to find padding."""
+        """Return the token written into padding; never used to find padding."""
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
 
     def layout(
         self, sequences: list[Sequence], rows: Any = (), extra: dict[str, Tensor] | None = None, packed: bool = True
     ) -> Batch:
-        """Sequences -> a batch on the device, packed where the attention backend can isolate documents.
+        """Lay sequences out as a batch on the device, packed where the attention backend can isolate documents.
 
         Args:
             packed: False where what reads the hidden states needs one row a sequence.
@@ -102,13 +102,13 @@ class Roles:
         critic: Critic | None = None,
         entropy_graph: bool = False,
     ) -> dict[str, Tensor]:
-        """The trained model, through the prepared module, so that ranks synchronise."""
+        """Run the trained model through the prepared module, so that ranks synchronise."""
         return self.prepared(
             batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph
         )
 
     def reference(self, batch: Batch) -> Tensor:
-        """(S,) summed log-probabilities of each sequence's targets under the reference.
+        """Return the summed log-probabilities (S,) of each sequence's targets under the reference.
 
         Rows seen before come from the cache; the rest take one forward pass without gradients, dropout off.
         """
@@ -123,34 +123,34 @@ class Roles:
 
     @torch.no_grad()
     def reference_tokens(self, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """(N,) log-probabilities under the policy of step 0."""
+        """Return the log-probabilities (N,) of the targets under the policy of step 0."""
         with self.evaluating(), self.stack.reference(self.model):
-            # A remembered snapshot keeps its hooks on; switched-off stacks compute under the role `reference`.
+            # With a snapshot the hooks stay enabled; disabled stacks compute under the role `reference`.
             role = "policy" if self.stack.snapshot is not None else "reference"
             return self.engine(batch, role=role, off=self.reference_off, temperature=temperature)["logprobs"]
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over all processes."""
+        """Sum each value over all processes."""
         if self.runtime is None:
             return values
         return self.runtime.sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
     @property
     def rank(self) -> int:
-        """Which process this is."""
+        """Return the index of this process."""
         return 0 if self.runtime is None else int(self.runtime.rank)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's JSON value, by rank."""
+        """Return every process's JSON value, by rank."""
         return [value] if self.runtime is None else self.runtime.gather_json(value)
 
     def evaluating(self) -> Any:
-        """Context manager: eval mode inside, the former mode restored after."""
+        """Return a context with the engine in eval mode; the former mode is restored on exit."""
         return _EvalMode(self.engine)
 
 
 def row_tokens(row: dict[str, Any]) -> int:
-    """Tokens of a token row, all its id lists together."""
+    """Return the number of tokens of a token row, over all its id lists."""
     return sum(len(v) for k, v in row.items() if k == "ids" or k.endswith("_ids"))
 
 

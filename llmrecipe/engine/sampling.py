@@ -59,7 +59,7 @@ class Picker:
             self.warpers.append(known.TopPLogitsWarper(sampling.top_p))
 
     def pick(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
-        """(R,) the next token of each row.
+        """Pick the next token of each row, (R,).
 
         Args:
             logits: (R, V).
@@ -75,7 +75,7 @@ class Picker:
 
 
 def stream(seed: int, key: int | str, count: int) -> Tensor:
-    """(count,) numbers in (0, 1], float64, the same for the same seed and key."""
+    """Draw (count,) float64 numbers in (0, 1], the same for the same seed and key."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return 1.0 - torch.rand(count, generator=generator, dtype=torch.float64)
@@ -92,7 +92,7 @@ class Picked:
         self.picker, self.answers, self.at = picker, answers, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(R, V) scores with one finite entry a row."""
+        """Return scores (R, V) with one finite entry a row."""
         token = self.picker.pick(scores, self.answers, [self.at] * len(self.answers))[:, None]
         self.at += 1
         return torch.full_like(scores, float("-inf")).scatter(1, token, scores.gather(1, token))

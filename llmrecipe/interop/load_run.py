@@ -19,7 +19,7 @@ from llmrecipe.runs.open_model import Opened, open_model
 def load(
     run: Any, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[Any, Any]:
-    """The model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
+    """Load the model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
 
     A list of runs on one base gives their adapters side by side: `model.use(name)` switches, and
     `model(input_ids=..., adapters=[a name a row])` mixes them in a batch (see `interop.multi_adapter.Adapters`).
@@ -61,7 +61,7 @@ def open_run(
     options: dict[str, dict[str, Any]] | None = None,
     rights: Mapping[str, bool] | None = None,
 ) -> Opened:
-    """A finished run's model with its stacks mounted, for the head it was trained with.
+    """Load a finished run's model with its stacks mounted, for the head it was trained with.
 
     Args:
         options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
@@ -81,7 +81,7 @@ def open_run(
 
 
 def head_of(folder: Path) -> str:
-    """The head a finished run was trained with."""
+    """Return the head a finished run was trained with."""
     if (folder / delta.STACK_FILE).is_file():
         return delta.read(folder).head
     config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from llmrecipe.runs.open_model import Opened, open_saved
 
 
 def open_combination(parts: Sequence[tuple[str, float]], how: How = How(), rights: Mapping[str, bool] | None = None) -> Opened:
-    """The base of the first run or PEFT folder with the combination of all of them mounted on it.
+    """Load the base of the first run or PEFT folder with the combination of all of them mounted on it.
 
     Args:
         parts: (run directory or PEFT adapter folder, weight).

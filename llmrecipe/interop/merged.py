@@ -1,7 +1,7 @@
 """Merged export: a plain Transformers folder with everything a run learned folded into its weights.
 
-The proof comes before the folder is in place: the folder is loaded by Transformers alone and must give the logits the run
-gave with its hooks, and the same greedy answer to one prompt is kept beside the weights.
+The export is verified before the folder is in place: Transformers alone loads the folder, which must give the logits the run
+gave with its hooks, and its greedy answer to one prompt is stored next to the weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the JSON form."""
         return {"path": str(self.path), **self.difference.facts(), "notes": self.notes}
 
 
@@ -54,9 +54,9 @@ def export_merged(
     Args:
         out: the folder; default `RUN/merged`. It must not exist yet.
         dtype: of the written weights: `auto` keeps the one they have.
-        bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`proof.BOUNDS`).
+        bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`verify_logits.BOUNDS`).
         options, rights: see `open_run`.
-        opened: what to write instead of the run itself (see `combine.open_combination`).
+        opened: what to write instead of the run itself (see `merge_adapters.open_combination`).
 
     Raises:
         ModelError: a method of the stack cannot be folded (said before anything is written), or the logits moved.
@@ -97,12 +97,12 @@ def export_merged(
 
 
 def reason(wrapper: Any) -> str:
-    """Why a method cannot be folded, as its class says (`unmergeable`)."""
+    """Return why a method cannot be folded, as its class says (`unmergeable`)."""
     return getattr(wrapper, "unmergeable", "") or "its effect is not a fixed change of the base weights"
 
 
 def widen(model: Any, dtype: torch.dtype) -> None:
-    """Bring a model to `dtype` where that holds more: what a run learned is then added before anything is rounded."""
+    """Cast a model to `dtype` where that is wider, so that a run's changes are added before anything is rounded."""
     if dtype.itemsize > dtype_of(model).itemsize:
         model.to(dtype)
 
@@ -132,12 +132,12 @@ def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    """Dtype of a model's embedding: what the folder is written in."""
+    """Return the dtype of a model's embedding: the dtype the folder is written in."""
     return model.get_input_embeddings().weight.dtype
 
 
 def write_model(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
-    """Weights, config, generation settings, tokenizer and template."""
+    """Write weights, config, generation settings, tokenizer and template."""
     from llmrecipe.engine.generation import end_tokens
 
     model: Any = opened.model
@@ -157,7 +157,7 @@ def write_model(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
 
 
 def target_folder(run: str | Path, out: str | Path | None, name: str) -> Path:
-    """Where an export goes.
+    """Return the folder an export is written to.
 
     Raises:
         RunError: the folder exists and is not empty.

@@ -1,7 +1,7 @@
 """Adapters of several finished runs on one base in memory: each is switched on by the context of a forward pass.
 
-Every run's stack is mounted under names of its own. An adapter is a set of wrappers that step aside (`Context.off`: those of
-the other runs) and, where a method keeps tasks apart, the number of its task. Rows of a batch that want different adapters
+Every run's stack is mounted under names of its own. An adapter is a set of wrappers that are disabled (`Context.off`: those of
+the other runs) and, where a method keeps tasks apart, the number of its task. Rows of a batch with different adapters
 are run in groups of equal `off`; (IA)^3 runs that scale the same sites become the tasks of one (IA)^3, so that their rows
 share one forward pass: the factors of row i are l[task_i].
 """
@@ -37,7 +37,7 @@ class Choice:
     run: str
     """Name of the run it comes from."""
     off: frozenset[str] = frozenset()
-    """Wrappers that step aside."""
+    """Wrappers that are disabled."""
     task: int | None = None
     """Number of its task, where a method keeps tasks apart."""
 
@@ -57,7 +57,7 @@ class Adapters(nn.Module):
     """One base with several adapters; one of them is in use, and a batch may name one for each row.
 
     Args:
-        opened: the base with every adapter mounted.
+        opened: the loaded base with every adapter mounted.
         choices: name -> adapter; the first is in use.
         tasks: name of a run -> the tasks it keeps apart, in the order of its choices.
     """
@@ -79,7 +79,7 @@ class Adapters(nn.Module):
         self.used = name
 
     def choice(self, name: str) -> Choice:
-        """The adapter of a name.
+        """Return the adapter of a name.
 
         Raises:
             ModelError: there is none; the message lists them.
@@ -90,14 +90,14 @@ class Adapters(nn.Module):
         return self.choices[name]
 
     def context(self, name: str | None = None) -> Context:
-        """The context of forward passes under an adapter, by default the one in use."""
+        """Return the context of forward passes under an adapter, by default the one in use."""
         choice = self.choice(name or self.used)
         device = next(self.model.parameters()).device
         task_ids = None if choice.task is None else torch.tensor([[choice.task]], device=device)
         return Context(off=choice.off, task_ids=task_ids)
 
     def groups(self, names: Sequence[str]) -> list[tuple[frozenset[str], list[int], list[int] | None]]:
-        """Rows that share a forward pass: (wrappers that are off, rows, their tasks)."""
+        """Return the groups of rows that share a forward pass: (disabled wrappers, rows, their tasks)."""
         rows: dict[tuple[frozenset[str], bool], list[int]] = {}
         chosen = [self.choice(name) for name in names]
         for i, one in enumerate(chosen):
@@ -111,7 +111,7 @@ class Adapters(nn.Module):
         adapters: Sequence[str] | None = None,
         **inputs: Any,
     ) -> Any:
-        """Logits (R, T, V) of rows, each under its own adapter.
+        """Return logits (R, T, V) of rows, each under its own adapter.
 
         Args:
             input_ids: (R, T).
@@ -148,7 +148,7 @@ class Adapters(nn.Module):
     def generate(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[str] | None = None, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """New token ids of each prompt, each under its own adapter.
+        """Return the new token ids of each prompt, each under its own adapter.
 
         Raises:
             ModelError: an adapter is unknown, or there is not one name a prompt.
@@ -175,7 +175,7 @@ def open_adapters(
     options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     rights: Mapping[str, bool] | None = None,
 ) -> Adapters:
-    """Several runs, or PEFT adapter folders, side by side on their one base.
+    """Load several runs, or PEFT adapter folders, side by side on their common base.
 
     Names are the folders' own where they differ, else the paths; a run that keeps tasks apart gives one adapter a task,
     `run/task`.
@@ -186,7 +186,7 @@ def open_adapters(
 
     Raises:
         RunError: a folder holds no finished run.
-        ModelError: bases, heads or quantization differ (told before weights are read), or a run trained tensors of the base
+        ModelError: bases, heads or quantization differ (raised before weights are read), or a run trained tensors of the base
             itself, which cannot be switched.
     """
     sources = [_source(path, name) for path, name in zip(paths, _names(paths), strict=True)]
@@ -215,7 +215,7 @@ def open_adapters(
 
 
 def task_adapters(opened: Opened) -> Adapters | None:
-    """The tasks of one opened run as adapters; None where it keeps none apart."""
+    """Return the tasks of one loaded run as adapters; None where it keeps none apart."""
     tasks = tasks_of(opened.mounted)
     if tasks is None:
         return None
@@ -223,7 +223,7 @@ def task_adapters(opened: Opened) -> Adapters | None:
 
 
 def tasks_of(wrappers: Sequence[Wrapper]) -> Tasks | None:
-    """The tasks some mounted wrappers keep apart; None where they keep none."""
+    """Return the tasks that mounted wrappers keep apart; None where they keep none."""
     return common([(w.name, found) for w in wrappers if (found := w.mixes()) is not None])
 
 
@@ -237,7 +237,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _source(path: str, name: str) -> Source:
-    """What a path holds.
+    """Describe what a path holds.
 
     Raises:
         RunError, ModelError: no finished run, or one without an adapter.
@@ -256,7 +256,7 @@ def _source(path: str, name: str) -> Source:
 
 
 def _check_alike(sources: Sequence[Source]) -> None:
-    """One base, one head, one quantization.
+    """Check for one base, one head and one quantization.
 
     Raises:
         ModelError: two runs differ; both are named.
@@ -301,7 +301,7 @@ def _mount_all(opened: Opened, sources: Sequence[Source]) -> dict[str, Choice]:
 
 
 def _mount(opened: Opened, layers: Sequence[delta.Layer], off: frozenset[str], path: str) -> list[Wrapper]:
-    """Mount a run's layers while those of the others step aside.
+    """Mount a run's layers while those of the others are disabled.
 
     Raises:
         ModelError: the run also changed tensors that belong to the base: every adapter would see them.
@@ -317,7 +317,7 @@ def _mount(opened: Opened, layers: Sequence[delta.Layer], off: frozenset[str], p
             shared = sorted({delta.rename(tensor, names) for tensor in layer.tensors} - owned)
             if shared:
                 raise ModelError(
-                    f"{path} also trained {', '.join(shared[:3])}{' ...' * (len(shared) > 3)}, which lie in the base (heads, "
+                    f"{path} also trained {', '.join(shared[:3])}{' ...' * (len(shared) > 3)}, part of the base (heads, "
                     "norms, new rows); they cannot be switched with an adapter, so load this run alone"
                 )
             found += wrappers
@@ -330,7 +330,7 @@ def _only(layer: delta.Layer) -> str:
 
 
 def _fused(sources: Sequence[Source]) -> delta.Layer | None:
-    """The (IA)^3 runs as the tasks of one (IA)^3; None where a run is another method, or scales other sites."""
+    """Return the (IA)^3 runs as the tasks of one (IA)^3; None where a run is another method, or scales other sites."""
     layers: list[delta.Layer] = []
     for source in sources:
         own = [layer for layer in source.saved.layers if layer.tensors]

@@ -1,4 +1,4 @@
-"""The plugins of a finished run, known before anything of it is opened."""
+"""The plugins of a finished run, imported before anything of it is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrecipe.recipe.compose import load_entry_points
 def open_plugins_of(path: str) -> None:
     """Also know the components of the plugins that the recipe of a run names, and of those that announce themselves.
 
-    A named package that is not installed is passed over: a run that needs none of its components can be opened without it.
+    A named package that is not installed is passed over: a run that needs none of its components can be loaded without it.
     """
     load_entry_points()
     folder = run_folder(path)

@@ -18,26 +18,26 @@ Sign = Literal["total", "frequency"]
 
 
 def task_arithmetic(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i t_i."""
+    """Return sum_i w_i t_i."""
     return _weighted(tensors, weights).sum(0)
 
 
 def trim(tensor: Tensor, density: float) -> Tensor:
-    """The floor(density * size) entries of largest magnitude, of equal ones the first; the rest is zero."""
+    """Keep the floor(density * size) entries of largest magnitude, of equal ones the first; the rest is zero."""
     flat = tensor.flatten()
     kept = flat.abs().sort(descending=True, stable=True).indices[: int(density * flat.numel())]
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
 
 
 def drop_and_rescale(tensor: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
-    """m t / density with every m ~ Bernoulli(density): the expectation is t."""
+    """Return m t / density with every m ~ Bernoulli(density): the expectation is t."""
     if density >= 1.0:
         return tensor
     return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
 
 
 def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], sign: Sign = "total") -> Tensor:
-    """Mean of w_i t_i over the tensors whose sign is the elected one; zero where none has it.
+    """Return the mean of w_i t_i over the tensors whose sign is the elected one; zero where none has it.
 
     Args:
         sign: `total` elects the sign of sum_i t_i, `frequency` that of sum_i sgn(t_i); a tie elects plus.

@@ -1,4 +1,4 @@
-"""The proof an export gives before it says done: equal logits, and a golden answer that the folder alone reproduces."""
+"""Verification of an export before it is reported: equal logits, and a golden answer that the folder alone reproduces."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Difference:
 
     @property
     def passes(self) -> bool:
-        """Whether the largest difference is within the bound (NaN is not)."""
+        """Return whether the largest difference is within the bound (NaN is not)."""
         return self.largest <= self.bound * self.scale
 
     def facts(self) -> dict[str, float]:
-        """For JSON."""
+        """Return the JSON form."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Difference:
 
 
 def probe_ids(model: Any, tokenizer: Any) -> Tensor:
-    """(ROWS, TOKENS) seeded token ids, the golden prompt at the start of the first row; special tokens included."""
+    """Return seeded token ids (ROWS, TOKENS), the golden prompt at the start of the first row; special tokens included."""
     size = int(model.get_input_embeddings().num_embeddings)
     ids = torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(20))
     prompt = torch.tensor(golden_ids(tokenizer)[:TOKENS])
@@ -59,10 +59,10 @@ def probe_ids(model: Any, tokenizer: Any) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tensor:
-    """Float32 logits of a model on the CPU, dropout off; row by row, so that no family needs a padding token.
+    """Return float32 logits (R, T, V) on the CPU, dropout off; row by row, so that no family needs a padding token.
 
     Args:
-        front: tokens in front of every row, whose own logits are left out.
+        front: tokens before every row, whose own logits are left out.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -83,7 +83,7 @@ def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tenso
 def compare(
     wanted: Tensor, got: Tensor, dtype: torch.dtype, bound: float | None = None, added: Sequence[int] = ()
 ) -> Difference:
-    """The difference of two logit tensors.
+    """Compare two logit tensors of one shape.
 
     Args:
         added: tokens that `got` has and `wanted` does not; logits of a vocabulary are compared up to the first of them.
@@ -101,7 +101,7 @@ def compare(
 
 
 def demand(difference: Difference, what: str, advice: str) -> None:
-    """Refuse an export whose logits moved.
+    """Refuse an export whose logits differ.
 
     Raises:
         ModelError: the difference is over its bound.
@@ -114,7 +114,7 @@ def demand(difference: Difference, what: str, advice: str) -> None:
 
 
 def golden_ids(tokenizer: Any) -> list[int]:
-    """Token ids of the golden prompt, under the chat template where there is one."""
+    """Return token ids of the golden prompt, under the chat template where there is one."""
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": GOLDEN_PROMPT}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -123,7 +123,7 @@ def golden_ids(tokenizer: Any) -> list[int]:
 
 
 def golden(model: Any, tokenizer: Any, front: Sequence[int] = ()) -> dict[str, Any] | None:
-    """The golden prompt with its greedy answer; None for a model that does not generate.
+    """Return the golden prompt with its greedy answer; None for a model that does not generate.
 
     Args:
         front: tokens that the prompt begins with, where the chat template does not write them.
@@ -145,13 +145,13 @@ def golden(model: Any, tokenizer: Any, front: Sequence[int] = ()) -> dict[str, A
 
 
 def write_golden(folder: Path, found: dict[str, Any] | None) -> None:
-    """Keep the golden answer beside the weights."""
+    """Write the golden answer next to the weights."""
     if found is not None:
         (folder / GOLDEN_FILE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def adapter_head(folder: Path) -> str:
-    """The head an adapter folder was made for; adapter-hub's name a class of model, PEFT's a task."""
+    """Return the head an adapter folder was made for: adapter-hub names a model class, PEFT a task."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("model_class"):
         return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
@@ -160,4 +160,4 @@ def adapter_head(folder: Path) -> str:
 
 
 HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
-"""End of an architecture's name -> the head an objective asks the loader for; anything else is causal."""
+"""End of an architecture's name -> the head an objective requests from the loader; anything else is causal."""

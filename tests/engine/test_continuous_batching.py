@@ -245,15 +245,15 @@ def test_a_prompt_is_read_once_for_all_its_answers() -> None:
 
 def test_the_cache_holds_no_column_that_is_dead_in_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model, widths = ending(model_of("llama")), []
-    inner = continuous_batching.Slots.step
+    inner = continuous_batching.RunningBatch.step
 
-    def step(self: continuous_batching.Slots) -> Any:
+    def step(self: continuous_batching.RunningBatch) -> Any:
         assert min(row.start for row in self.rows) == 0
-        assert self.columns == self.cache.get_seq_length() == max(len(r.asked.ids) + len(r.new) - 1 for r in self.rows)
+        assert self.columns == self.cache.get_seq_length() == max(len(r.request.ids) + len(r.new) - 1 for r in self.rows)
         widths.append(self.columns)
         return inner(self)
 
-    monkeypatch.setattr(continuous_batching.Slots, "step", step)
+    monkeypatch.setattr(continuous_batching.RunningBatch, "step", step)
     generate(model, Tokenizer(), [[5] * 20, *[[i] for i in range(3, 40)]], Sampling(16, 1.0, batch=4, seed=1))
     assert max(widths) > 19 and widths[-1] < 17
 

@@ -3,7 +3,7 @@
     adapter_config.json     where bottlenecks stand, their activation, scale and reduction factor (`BnConfig`)
     adapter.safetensors     <block>.<place>.adapters.<name>.adapter_down.0.{weight (r, d), bias (r)}
                             ... .adapter_up.{weight (d, r), bias (d)}
-    head_config.json        the class of the model and its labels, beside model_head.safetensors: a task head that was trained
+    head_config.json        the class of the model and its labels, with model_head.safetensors: a task head that was trained
 
 There, `SeqBnConfig` is the placement of Pfeiffer et al., `DoubleSeqBnConfig` that of Houlsby et al., and `ParBnConfig` the
 parallel adapter, whose branch reads the residual stream. A width r is written as d over a reduction factor; trained scales are
@@ -65,7 +65,7 @@ FIXED: dict[str, Any] = {
 
 
 def is_hub(folder: str | Path) -> bool:
-    """Whether an adapter folder has this layout."""
+    """Return whether an adapter folder has this layout."""
     try:
         config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def is_hub(folder: str | Path) -> bool:
 
 
 def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer, str, str]]:
-    """(sublayer, path of our hook, stem of the library's names) of every place of a wrapper.
+    """Return (sublayer, path of our hook, stem of the library's names) for every site of a wrapper.
 
     Raises:
         ModelError: the library's names for this family are not known here.
@@ -93,22 +93,22 @@ def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer
 
 
 def _why_not(wrapper: Any) -> str | None:
-    """What of a wrapper the library's configurations do not hold."""
+    """Return what of a wrapper the library's configurations cannot express."""
     if isinstance(wrapper, Adapter):
         if wrapper.ln_before or wrapper.ln_after:
             return "its bottlenecks have norms of their own"
         if wrapper.cross_attention:
-            return "it stands behind cross-attention"
+            return "it comes after cross-attention"
         return "it trained norms of the base" if wrapper.train_norms else None
     if isinstance(wrapper, ParallelAdapter):
         if wrapper.target is not None or wrapper.form != "plain":
-            return "the library puts one branch beside a whole sublayer"
-        return "it stands beside cross-attention" if "cross" in wrapper.sites else None
+            return "the library puts one branch in parallel with a sublayer, not with a single layer"
+        return "it is parallel to cross-attention" if "cross" in wrapper.sites else None
     return "it is no bottleneck adapter"
 
 
 def _wrapper_of(opened: Opened) -> Adapter | ParallelAdapter:
-    """The one adapter of a run that the library can hold.
+    """Return the only adapter of a run that the library can hold.
 
     Raises:
         ModelError: there is none, or more than one method; the message says why.
@@ -128,14 +128,14 @@ def _wrapper_of(opened: Opened) -> Adapter | ParallelAdapter:
 
 
 def _factor(width: int, r: int) -> float:
-    """f with floor(width / f) = r, width / r where floating point allows it."""
+    """Return f with floor(width / f) = r, width / r where floating point allows it."""
     exact = width / r
     return exact if int(width // exact) == r else width / (r + 0.5)
 
 
 @torch.no_grad()
 def hub_files(opened: Opened) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of a run's adapter, named as in the stack.
+    """Return (config, tensors) of a run's adapter, named as in the stack.
 
     Raises:
         ModelError: the library cannot hold it.
@@ -194,13 +194,13 @@ def _about(model: Any) -> dict[str, Any]:
 
 
 def _numbers(model: Any) -> dict[tuple[str, int], int]:
-    """(side, layer) -> the number the library counts the block as: the encoder's first, then the decoder's."""
+    """Map (side, layer) to the library's number of the block: the encoder's first, then the decoder's."""
     blocks = [(s.side, int(s.layer or 0)) for s in anatomy(model).sites if s.role == "block"]
     return {place: n for n, place in enumerate(sorted(blocks, key=lambda b: (b[0] != "encoder", b[1])))}
 
 
 def head_config(opened: Opened) -> dict[str, Any]:
-    """What the library asks about a task head."""
+    """Return the library's configuration of a task head."""
     from llmrecipe.models.checkpoint_path import locate
 
     config: Any = opened.model.config
@@ -225,7 +225,7 @@ def write(
 
 
 def read(folder: Path, model: nn.Module) -> Layer:
-    """A folder of the library as an `adapter` or `parallel_adapter` layer.
+    """Read a folder of the library as an `adapter` or `parallel_adapter` layer.
 
     Raises:
         ModelError: its configuration has no counterpart here, or it does not fit the model.
@@ -266,7 +266,7 @@ def read(folder: Path, model: nn.Module) -> Layer:
 
 
 def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A `BnConfig` as options of a wrapper.
+    """Convert a `BnConfig` into options of a wrapper.
 
     Raises:
         ModelError: one of its options has a value with no counterpart here.

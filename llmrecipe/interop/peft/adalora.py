@@ -56,5 +56,5 @@ def adalora_adapter(wrapper: Adalora, model: nn.Module) -> Adapter | None:
 
 
 def _pattern(hook: SvdLowRank, init_r: int) -> list[bool]:
-    """Kept triplets among the first `init_r`; of a pruned module only their number is known, and PEFT reads no more."""
+    """Return which of `init_r` triplets are kept; of a pruned module only their number is known, all that PEFT reads."""
     return [*hook.kept.tolist(), *[False] * (init_r - len(hook.kept))]

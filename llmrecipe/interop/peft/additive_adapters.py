@@ -1,6 +1,6 @@
 """IA3, prefix and prompt tuning in PEFT's layout, and back.
 
-    IA3               <path>.ia3_l (out, 1) behind a projection, (1, in) in front of a feed-forward one
+    IA3               <path>.ia3_l (out, 1) after a projection, (1, in) before a feed-forward one
     PREFIX_TUNING     prompt_embeddings (P, 2 L d_kv), layer-major [K0, V0, K1, ...]; documents start at position P there
     PROMPT_TUNING     prompt_embeddings (P, d)
 
@@ -32,7 +32,7 @@ BEHIND = ("q", "k", "v", "qkv", "kv")
 
 
 def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
-    """Vectors by module; None where a task table, a key norm or fused experts are scaled."""
+    """Return the vectors by module; None where a task table, a key norm or fused experts are scaled."""
     from llmrecipe.methods.additive.ia3 import ScaleInput, ScaleOutput
 
     vectors: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
 
 
 def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
-    """The table of a decoder's self-attention; None where PEFT would compute something else with it."""
+    """Return the table of a decoder's self-attention; None where PEFT would compute something else with it."""
     from llmrecipe.methods.additive._engines import prefix_kv
 
     parts = anatomy(model)
@@ -82,7 +82,7 @@ def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
 
 
 def _turned(model: Any, keys: Tensor, places: int) -> Tensor:
-    """R(places) k for keys (1, G, P, E), by the model's own rotary module."""
+    """Rotate keys k (1, G, P, E) to their places with the model's own rotary module."""
     rotary = next(m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "forward"))
     where = torch.full((1, keys.shape[2]), places, device=keys.device)
     cos, sin = rotary(keys, where)
@@ -93,7 +93,7 @@ def _turned(model: Any, keys: Tensor, places: int) -> Tensor:
 
 
 def prompt_adapter(wrapper: PromptTuning, model: Any) -> Adapter | None:
-    """The rows in front of every document; None for pairs of encoder and decoder, or slots behind the first token."""
+    """Return the virtual tokens before every document; None for encoder-decoders, or virtual tokens after the first token."""
     from llmrecipe.methods.additive._engines import virtual_tokens
 
     if wrapper.position != "prefix" or anatomy(model).encoder_decoder:
@@ -117,7 +117,7 @@ def _prompt_config(model: Any, kind: str, count: int) -> dict[str, Any]:
 
 
 def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
-    """An IA3 folder as an `ia3` layer.
+    """Read an IA3 folder as an `ia3` layer.
 
     Raises:
         ModelError: a module is unknown, or scaled on the other side than here.
@@ -144,7 +144,7 @@ def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
 
 
 def read_prompts(adapter: Adapter, model: Any, where: str) -> Layer:
-    """A prefix or prompt folder as a layer.
+    """Read a prefix or prompt folder as a layer.
 
     Raises:
         ModelError: the model is an encoder-decoder pair, or the table was trained for another shape.

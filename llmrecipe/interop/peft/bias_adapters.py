@@ -28,7 +28,7 @@ BEFT, NORM = ".beft_bias", ".ln_tuning_layers."
 
 @torch.no_grad()
 def bias_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
-    """Biases of linear layers, or of LayerNorms, by module; None where PEFT has no place for one, or for both in one folder."""
+    """Return biases of linear layers, or of LayerNorms, by module; None where PEFT cannot hold one, or both in one folder."""
     biases: dict[str, Tensor] = {}
     hosts: dict[str, Any] = {}
     for path, module, _, hook in all_hooks(model, wrapper.name):
@@ -55,7 +55,7 @@ def bias_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
 
 
 def _bitfit(model: nn.Module, paths: set[str]) -> dict[str, Any] | None:
-    """Options under which BitFit trains the biases of exactly these modules; None where no choice of terms does."""
+    """Return options under which BitFit trains the biases of exactly these modules; None where no choice of terms does."""
     roles = {site.role for site in anatomy(model).sites if site.path in paths}
     terms = [term for term, own in TERMS.items() if roles & set(own)]
     terms += ["norm"] * any(role.startswith("norm.") for role in roles)
@@ -68,7 +68,7 @@ def _bitfit(model: nn.Module, paths: set[str]) -> dict[str, Any] | None:
 
 
 def read_biases(adapter: Adapter, model: nn.Module, where: str) -> Layer:
-    """A BEFT or LN tuning folder as a `bitfit` layer.
+    """Read a BEFT or LN tuning folder as a `bitfit` layer.
 
     Raises:
         ModelError: it changes other modules than BitFit's terms name, or the scale of a norm.

@@ -1,6 +1,6 @@
-"""PEFT export: an adapter folder that `peft` loads, proven by reading it back onto a fresh base.
+"""PEFT export: an adapter folder that `peft` loads, verified by reading it back onto a fresh base.
 
-The proof does not need peft: the written files are read by `peft_import`, put on a base that was loaded anew, and must give
+The verification does not need peft: the written files are read by `importer`, put on a freshly loaded base, and must give
 the logits of the run. What PEFT cannot express is refused, with the reason, before anything is written.
 """
 
@@ -56,7 +56,7 @@ def export_peft(
         uniform: one rank and scale everywhere, for servers that ignore rank and alpha patterns (vLLM).
         as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
         options, rights: see `open_run`.
-        opened: what to write instead of the run itself (see `combine.open_combination`).
+        opened: what to write instead of the run itself (see `merge_adapters.open_combination`).
 
     Raises:
         ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
@@ -68,18 +68,18 @@ def export_peft(
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(opened)
     adapter = adapter_of(opened, saved, uniform=uniform, as_lora=as_lora)
-    difference = proven(target, opened, lambda aside: layout.write(aside, adapter), bound)
+    difference = verified(target, opened, lambda aside: layout.write(aside, adapter), bound)
     return Exported(target, difference, _notes(opened, adapter))
 
 
-def proven(target: Path, opened: Opened, write: Callable[[Path], None], bound: float | None) -> verify_logits.Difference:
+def verified(target: Path, opened: Opened, write: Callable[[Path], None], bound: float | None) -> verify_logits.Difference:
     """Write an adapter folder with its tokenizer and golden answer, and read it back onto a fresh base.
 
     Args:
         write: puts the adapter's own files into a folder.
 
     Raises:
-        ModelError: the logits moved; nothing is left behind.
+        ModelError: the logits differ; nothing is left on disk.
         RunError: the disk is full.
     """
     saved = saved_from(opened)
@@ -122,20 +122,20 @@ def export_adapter_hub(
     made = hub_adapters.hub_files(opened)
     heads = head_tensors(opened)
     about = hub_adapters.head_config(opened) if heads else {}
-    difference = proven(target, opened, lambda aside: hub_adapters.write(aside, *made, about, heads), bound)
+    difference = verified(target, opened, lambda aside: hub_adapters.write(aside, *made, about, heads), bound)
     call = f"model.load_adapter('{target}', use_safetensors=True, set_active=True)"
     return Exported(target, difference, [f"after adapters.init(model): {call}"])
 
 
 def saved_from(opened: Opened) -> delta.Saved:
-    """What a `stack.yaml` of this model would say."""
+    """Return what a `stack.yaml` of this model would say."""
     section = opened.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS})
     base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": section}
     return delta.Saved(base, opened.layers, opened.head, opened.labels)
 
 
 def reread(folder: Path, opened: Opened, saved: delta.Saved) -> nn.Module:
-    """A fresh base, stored as training had it, with the written adapter on top."""
+    """Load a fresh base, stored as in training, with the written adapter on top."""
     from llmrecipe.recipe.schema import TokenizerSection
 
     section = opened.section.model_copy(update={"adapters": {str(folder): 1.0}})
@@ -143,7 +143,7 @@ def reread(folder: Path, opened: Opened, saved: delta.Saved) -> nn.Module:
 
 
 def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
-    """The adapter of a run in PEFT's layout.
+    """Return the adapter of a run in PEFT's layout.
 
     Raises:
         ModelError: PEFT has no counterpart for something in the stack.
@@ -178,7 +178,7 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
 
 
 def branches_of(opened: Opened) -> list[Branch]:
-    """Every low-rank change of the mounted stacks; biases trained beside one are not among them (see `trained_biases`).
+    """Return every low-rank change of the mounted stacks, without the biases trained with them (see `trained_biases`).
 
     Raises:
         ModelError: something mounted is not a low-rank change of a weight, or of one in other codes than the base's.
@@ -209,7 +209,7 @@ def branches_of(opened: Opened) -> list[Branch]:
 
 @torch.no_grad()
 def trained_biases(model: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> value of every bias of the base that trained, under all of its names."""
+    """Map parameter name to value for every bias of the base that trained, under all of its names."""
     values: dict[int, Tensor] = {}
     for _, module, _, hook in masters(model):
         own: Any = getattr(module, hook.tensor)
@@ -218,7 +218,7 @@ def trained_biases(model: nn.Module) -> dict[str, Tensor]:
 
 
 def branch_of(path: str, module: nn.Module, hook: nn.Module) -> Branch | None:
-    """A hook as a low-rank change of its host's weight; None where it is something else."""
+    """Return a hook as a low-rank change of its host's weight; None where it is something else."""
     if isinstance(hook, LowRank):
         A, B, scale = hook.factors()
         bias = None if hook.bias is None else hook.bias.detach()
@@ -240,7 +240,7 @@ def branch_of(path: str, module: nn.Module, hook: nn.Module) -> Branch | None:
 
 
 def head_tensors(opened: Opened) -> dict[str, Tensor]:
-    """Task heads that were trained with the methods, as they are now."""
+    """Return the task heads that were trained with the methods, as they are now."""
     from llmrecipe.models.task_heads import is_head
 
     return {n: p.detach() for n, p in opened.model.named_parameters() if is_head(opened.model, n)}

@@ -1,6 +1,6 @@
 """Reading adapter folders of PEFT: as a starting point, for merging, and to prove what an export wrote.
 
-The tensors say which modules are adapted; the config is asked only for the scale and for what the method is. Each adapter
+The tensors say which modules are adapted; the config only for the scale and for what the method is. Each adapter
 becomes a wrapper of this package with its tensors, so everything that works on a run works on it.
 """
 
@@ -43,7 +43,7 @@ OTHERS = {
 
 
 def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> Layer:
-    """An adapter folder as a layer that can be mounted on a model.
+    """Read an adapter folder as a layer that can be mounted on a model.
 
     Args:
         weight: multiplies the adapter's change.
@@ -69,7 +69,7 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
             f"{folder}: an adapter of type {kind or 'unknown'} cannot be read here "
             f"(LORA, DoRA, ADALORA, {', '.join(OTHERS)} can)"
         )
-    # Modules saved whole and biases of the base are left beside the branches.
+    # What is left besides the branches: modules saved in full and biases of the base.
     found = _trained_biases(rest, adapter.config, model)
     rest = _saved_modules({n: v for n, v in rest.items() if n not in found}, model, folder)
     biases = {name.replace(".base_layer.", "."): value for name, value in found.items()}
@@ -84,7 +84,7 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
 
 
 def with_biases(layer: Layer, biases: dict[str, Tensor], which: str, model: nn.Module) -> Layer:
-    """A `lora` or `dora` layer that trained biases of the base as well.
+    """Return a `lora` or `dora` layer that trained biases of the base as well.
 
     Args:
         biases: parameter name -> value.
@@ -92,7 +92,7 @@ def with_biases(layer: Layer, biases: dict[str, Tensor], which: str, model: nn.M
     """
     ((kind, options),) = layer.wrappers.items()
     paths = {id(module): path for path, module in model.named_modules()}
-    # A bias may have several names; its master stands at the module that applies it.
+    # A bias may have several names; its master weight belongs to the module that applies it.
     homes = {id(getattr(module, tensor)): paths[id(module)] for module, tensor in every_bias(model)}
     base = dict(model.named_parameters(remove_duplicate=False))
     tensors = {f"{homes[id(base[name])]}.{kind}__bias.bias": value.float() for name, value in biases.items()}
@@ -100,7 +100,7 @@ def with_biases(layer: Layer, biases: dict[str, Tensor], which: str, model: nn.M
 
 
 def layer_of(branches: list[Branch], rest: dict[str, Tensor], model: nn.Module, dropout: float, where: str) -> Layer:
-    """Branches -> a `lora` (or `dora`) layer: its target, its ranks and scales by path, and its tensors by our names."""
+    """Convert branches into a `lora` (or `dora`) layer: its target, its ranks and scales by path, its tensors by our names."""
     parts = anatomy(model)
     # Alpha is positive; a change that is subtracted or taken with weight 0 keeps its factor in B.
     branches = [b if b.scale > 0 else b.folded() for b in branches]
@@ -182,7 +182,7 @@ def _check_tied(pairs: list[tuple[Branch, Site]], model: nn.Module, where: str) 
 
 
 def _plain(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Factors by module path, and the tensors that are no factors."""
+    """Return the factors by module path, and the tensors that are no factors."""
     factors: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, value in adapter.tensors.items():
@@ -196,12 +196,12 @@ def _plain(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Te
 
 
 def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the path."""
+    """Look a path up by PEFT's rule: the first pattern that matches the end of the path."""
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor]]:
-    """(branches, the tensors that are no factors)."""
+    """Return (branches, the tensors that are no factors)."""
     config = adapter.config
     for option, what in REFUSED.items():
         if config.get(option):
@@ -229,7 +229,7 @@ def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch
 
 
 def _trained_biases(rest: dict[str, Tensor], config: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The biases of the base among an adapter's other tensors, by their name there; a new head's are not the base's."""
+    """Return the biases of the base among an adapter's other tensors, by their name there, without those of a new head."""
     which = config.get("bias")
     if which in (None, "none"):
         return {}
@@ -244,7 +244,7 @@ def _trained_biases(rest: dict[str, Tensor], config: dict[str, Any], model: nn.M
 
 
 def _in_module_order(model: nn.Module, home: str, names: list[str]) -> list[str]:
-    """Fused tensors of a module in its own order: PEFT wraps them in that order, whatever order its config lists them in."""
+    """Sort fused tensors of a module in its own order: PEFT wraps them in that order, whatever the order in its config."""
     order = [name for name, _ in model.get_submodule(home).named_parameters(recurse=False)] if names else []
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
@@ -262,7 +262,7 @@ def _experts(home: str, tensor: str, found: dict[str, Tensor], r: int, scale: fl
 
 
 def _saved_modules(rest: dict[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Modules saved whole: kept where they are new, dropped where they are the base's own.
+    """Return modules that were saved in full: kept where they are new, dropped where they are the base's own.
 
     Raises:
         ModelError: a tensor has no place in this model.
@@ -283,7 +283,7 @@ def _saved_modules(rest: dict[str, Tensor], model: nn.Module, folder: Path) -> d
 
 
 def _adalora(adapter: Adapter) -> tuple[list[Branch], dict[str, Tensor]]:
-    """P diag(l) Q alpha / (R + 1e-5) as plain branches; modules that lost every rank stay where they train a bias."""
+    """Return P diag(l) Q alpha / (R + 1e-5) as plain branches; modules that lost every rank stay where they train a bias."""
     factors, rest = _plain(adapter)
     config = adapter.config
     branches = []

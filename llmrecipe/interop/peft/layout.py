@@ -35,7 +35,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Branch:
-    """s B A beside one weight; `kind` says how A and B are shaped."""
+    """s B A added to one weight; `kind` says how A and B are shaped."""
 
     path: str
     kind: str
@@ -52,21 +52,21 @@ class Branch:
 
     @property
     def r(self) -> int:
-        """The rank."""
+        """Return the rank."""
         return self.A.shape[-2]
 
     @property
     def key(self) -> tuple[str, str]:
-        """The weight it belongs to."""
+        """Return the weight it belongs to."""
         return self.path, self.tensor
 
     def folded(self) -> Branch:
-        """The same change with scale 1."""
+        """Return the same change with scale 1."""
         bias = None if self.bias is None else self.bias * self.scale
         return replace(self, B=self.B * self.scale, scale=1.0, bias=bias)
 
     def padded(self, r: int) -> Branch:
-        """The same change at a larger rank."""
+        """Return the same change at a larger rank."""
         more = r - self.r
         return replace(self, A=torch.nn.functional.pad(self.A, (0, 0, 0, more)), B=torch.nn.functional.pad(self.B, (0, more)))
 
@@ -80,7 +80,7 @@ class Adapter:
 
 
 def joined(branches: list[Branch]) -> list[Branch]:
-    """Branches of one weight laid side by side: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
+    """Concatenate the branches of one weight: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
 
     Raises:
         ModelError: a magnitude stands on a weight that another branch changes as well.
@@ -105,13 +105,13 @@ def joined(branches: list[Branch]) -> list[Branch]:
 
 
 def uniform(branches: list[Branch]) -> list[Branch]:
-    """One rank and scale 1 everywhere, for servers that read a single rank and alpha: zero-padded, scales in B."""
+    """Return one rank and scale 1 for all, for servers that read a single rank and alpha: zero-padded, scales in B."""
     widest = max(b.r for b in branches)
     return [b.folded().padded(widest) for b in branches]
 
 
 def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: float = 0.0) -> Adapter:
-    """Branches -> a LoRA adapter (DoRA where they carry magnitudes).
+    """Convert branches into a LoRA adapter (DoRA where they carry magnitudes).
 
     Ranks and scales that differ between modules become `rank_pattern` and `alpha_pattern`.
 
@@ -143,7 +143,7 @@ def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: f
 
 
 def add_biases(adapter: Adapter, biases: dict[str, Tensor]) -> None:
-    """Put trained biases of the base beside an adapter's branches.
+    """Add trained biases of the base to an adapter with branches.
 
     PEFT keeps them as whole values under their own names, which run through `base_layer` where a module has a branch.
 
@@ -159,7 +159,7 @@ def add_biases(adapter: Adapter, biases: dict[str, Tensor]) -> None:
     for name, value in biases.items():
         home, _, tensor = name.rpartition(".")
         if tensor != "bias":
-            raise ModelError(f"{name} was trained, which PEFT cannot hold beside an adapter; export merged instead")
+            raise ModelError(f"{name} was trained, which PEFT cannot store with an adapter; export merged instead")
         adapter.tensors[f"{PREFIX}{home}{'.base_layer' * (home in adapted)}.bias"] = value
     adapter.config["bias"] = "lora_only" if hosts <= adapted else "all"
 
@@ -170,7 +170,7 @@ def _number(value: float) -> float | int:
 
 
 def _level_experts(branches: list[Branch]) -> list[Branch]:
-    """PEFT's patterns name modules, not tensors: tensors of one module get one rank and one scale."""
+    """Give tensors of one module one rank and one scale: PEFT's patterns name modules, not tensors."""
     result = []
     for branch in branches:
         peers = [b for b in branches if b.tensor and b.path == branch.path]
@@ -181,7 +181,7 @@ def _level_experts(branches: list[Branch]) -> list[Branch]:
 
 
 def _all_biased(branches: list[Branch]) -> list[Branch]:
-    """PEFT gives every branch of an adapter a bias or none: those without one get zeros."""
+    """Give branches without a bias one of zeros: PEFT gives every branch of an adapter a bias or none."""
     if all(b.bias is None for b in branches):
         return branches
     for branch in branches:
@@ -195,7 +195,7 @@ def _all_biased(branches: list[Branch]) -> list[Branch]:
 
 
 def _nesting(branch: Branch, branches: list[Branch]) -> str:
-    """Wrappers of one module nest: the first targeted tensor lies deepest."""
+    """Return the nesting order of wrappers of one module: the first targeted tensor is innermost."""
     order = [b.tensor for b in branches if b.path == branch.path]
     return ".base_layer" * (len(order) - 1 - order.index(branch.tensor))
 
@@ -258,7 +258,7 @@ def read(folder: Path) -> Adapter:
 
 
 def target_of(sites: list[Site], parts: Anatomy) -> str:
-    """A target that names exactly these sites: `attn.q|v`-like roles, with layers where not all of them are named."""
+    """Return a target that names exactly these sites: `attn.q|v`-like roles, with layers where not all of them are named."""
     wanted = {site.key for site in sites}
     groups: dict[tuple[str, str], list[Site]] = {}
     for site in sites:

@@ -6,7 +6,7 @@ token that the tokenizer may put at the beginning of a text.
 
 The words can be read but must not be written. Their rows in the head are copies of the row of the token that was least likely
 on the probe, so they never win and take next to nothing from the others; a head that was tied to the embedding is untied,
-for there a slot's row would be an answer like any other.
+since its row would make the virtual token an answer like any other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPT_FILE = "prompt.json"
 
 @dataclass(frozen=True)
 class Spelled:
-    """A prompt as words."""
+    """A prompt written as new words of the vocabulary."""
 
     words: list[str]
     ids: list[int]
@@ -38,23 +38,23 @@ class Spelled:
 
     @property
     def text(self) -> str:
-        """What a text begins with."""
+        """Return what a text begins with."""
         return "".join(self.words)
 
     def write(self, folder: Path) -> None:
-        """Keep the words and their ids beside the weights."""
-        found = {"text": self.text, "ids": self.ids, "place": "in front of all tokens of a text, special ones included"}
+        """Write the words and their ids next to the weights."""
+        found = {"text": self.text, "ids": self.ids, "place": "before all tokens of a text, special ones included"}
         (folder / PROMPT_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     def notes(self, tokenizer: Any) -> list[str]:
-        """How the folder is used."""
+        """Describe how the folder is used."""
         told = f"the trained prompt became {len(self.ids)} tokens of the vocabulary ({PROMPT_FILE})"
         if getattr(tokenizer, "chat_template", None):
-            told += "; the chat template puts them in front of a conversation"
+            told += "; the chat template puts them before a conversation"
         ids = tokenizer(self.text + "a")["input_ids"]
         how = f"begin every other text with {self.words[0]} ... {self.words[-1]}, without spaces between them"
         if ids[: len(self.ids)] != self.ids:
-            how = "of every other text, put their ids in front of all that the tokenizer gives"
+            how = "of every other text, put their ids before all that the tokenizer gives"
         return [
             told,
             f"{how}; a text without them is not computed as the run did",
@@ -63,7 +63,7 @@ class Spelled:
 
 
 def wrapper_of(opened: Opened) -> Any:
-    """The one mounted wrapper whose prompt can be spelled as tokens; None where there is none.
+    """Return the only mounted wrapper whose prompt can be written as tokens; None where there is none.
 
     Raises:
         ModelError: there are two, or the head is tied in a way that has no room for tokens that are only read.
@@ -71,7 +71,7 @@ def wrapper_of(opened: Opened) -> Any:
     found = [w for w in opened.mounted if not w.mergeable and w.as_tokens(opened.model) is not None]
     if len(found) > 1:
         names = " and ".join(f"'{w.name.split('_', 1)[1]}'" for w in found)
-        raise ModelError(f"export --to merged: {names} stand in front of one text; only one prompt can become tokens")
+        raise ModelError(f"export --to merged: {names} stand before one text; only one prompt can become tokens")
     if found and opened.head in ("seq2seq", "masked") and _tied(opened.model):
         raise ModelError(
             f"export --to merged: '{found[0].name.split('_', 1)[1]}' becomes tokens that must not be answers, and the head of "
@@ -86,7 +86,7 @@ def _tied(model: Any) -> bool:
 
 
 def take(opened: Opened, wrapper: Any) -> Tensor:
-    """The rows (P, D) a prompt's tokens need in the embedding; its slots are closed.
+    """Read the embedding rows (P, D) of a prompt's tokens and remove its virtual tokens.
 
     They are in the space of the embedding's output, so a family's scale inside the embedding is divided out.
     """
@@ -100,7 +100,7 @@ def take(opened: Opened, wrapper: Any) -> Tensor:
 
 @torch.no_grad()
 def grow(opened: Opened, rows: Tensor, logits: Tensor) -> Spelled:
-    """Give a folded model and its tokenizer the words of a prompt.
+    """Add the words of a prompt to a folded model and its tokenizer.
 
     Args:
         logits: (..., V) of the run on the probe.
