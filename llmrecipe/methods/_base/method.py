@@ -66,7 +66,7 @@ class Probe:
     engine: Any = field(default=None)
     """What answers for the model outside training: `engine(batch, want=...)`, without autocast."""
     original: Any = field(default=None)
-    """`original() -> nn.Module`: the base model anew, in the dtype it had before any quantization."""
+    """`original() -> nn.Module`: a fresh copy of the base model, in the dtype it had before any quantization."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -80,7 +80,7 @@ class Wrapper:
     unmergeable: ClassVar[str] = ""
     """Why the method cannot be folded, for the message of an export; only where `mergeable` is False."""
     adjustable: ClassVar[tuple[str, ...]] = ()
-    """Options that may be chosen anew on a finished run (`eval RUN stack.dylora.rank=2`)."""
+    """Options that may be changed on a finished run (`eval RUN stack.dylora.rank=2`)."""
     identity: ClassVar[bool] = True
     """Whether the wrapped model equals the base at step 0; where not, the docstring says why."""
     masters: ClassVar[bool] = True
@@ -98,11 +98,11 @@ class Wrapper:
     """The one role its hooks serve (`value`, `reward`); empty for the policy's own methods, which serve all but `reference`."""
 
     def expand(self, model: nn.Module) -> list[Wrapper]:
-        """The wrappers this one stands for; a hybrid returns others, with placements and gates."""
+        """Return the wrappers this one stands for; a hybrid returns others, with placements and gates."""
         return [self]
 
     def load_kwargs(self) -> dict[str, Any]:
-        """Arguments `from_pretrained` needs for this method (NF4, int8)."""
+        """Return arguments that `from_pretrained` needs for this method (NF4, int8)."""
         return {}
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
@@ -113,82 +113,82 @@ class Wrapper:
         """
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """JSON facts `attach` needs to rebuild the same tensors for a saved delta."""
+        """Return JSON facts that `attach` needs to rebuild the same tensors for a saved delta."""
         return {}
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """A data-dependent choice before step 0; not run again on resume."""
+        """Make a data-dependent choice before step 0; not run again on resume."""
 
     def calibrates(self) -> bool:
-        """Whether `calibrate` chooses or starts something by what it sees; where an option decides that, it decides here."""
+        """Return whether `calibrate` chooses or initializes something from data; where an option decides, it decides here."""
         return type(self).calibrate is not Wrapper.calibrate
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """A term added to the mean loss of every optimizer step."""
+        """Return a term added to the mean loss of every optimizer step, a scalar."""
         return 0.0
 
     def penalizes(self) -> bool:
-        """Whether `penalty` adds a term; where that depends on an option, the option decides here."""
+        """Return whether `penalty` adds a term; where that depends on an option, the option decides here."""
         return type(self).penalty is not Wrapper.penalty
 
     def before_step(self, model: nn.Module, step: int) -> bool | None:
-        """Before the micro-batches of a step; True when the set of trained tensors must change (see `rebuild`)."""
+        """Prepare the micro-batches of a step; return True when the set of trained tensors must change (see `rebuild`)."""
 
     def shortens(self) -> bool:
-        """Whether trained tensors lose rows during the run (see `cuts`)."""
+        """Return whether trained tensors lose rows during the run (see `cuts`)."""
         return False
 
     def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-        """Trained tensors the last `before_step` shortened: name -> (axis, indices kept); the optimizer's state follows."""
+        """Return tensors that the last `before_step` shortened: name -> (axis, indices kept); the optimizer's state follows."""
         return {}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Gradients of the whole step exist and are clipped; the optimizer has not moved."""
+        """Change or inspect the gradients of the step, summed and clipped, before the optimizer moves."""
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """The optimizer has moved; gradients still exist."""
+        """Change or inspect the trained tensors after the optimizer has moved; gradients still exist."""
 
     def finish(self, model: nn.Module) -> None:
-        """After the last step, before what was learned is written: drop what only training needed (the MLP of a prefix)."""
+        """Drop what only training needed (the MLP of a prefix), after the last step and before the result is written."""
 
     def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
-        """Around the optimizer's own step: for methods that keep entries, moments included, out of it."""
+        """Return a context for the optimizer's own step: for methods that keep entries, moments included, out of it."""
         return contextlib.nullcontext()
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """What the method shows at every step (ranks, masks), by name."""
+        """Return what the method reports at every step (ranks, masks), by name."""
         return {}
 
     def mixes(self) -> Tasks | None:
-        """The tasks whose rows one batch may mix, for a method that keeps them apart; None for all others."""
+        """Return the tasks whose rows one batch may mix, for a method that keeps them apart; None for all others."""
         return None
 
     def for_tasks(self, tasks: Tasks | None) -> Wrapper:
-        """The wrapper with the names of the tasks filled in, once the rows are read."""
+        """Return the wrapper with the names of the tasks filled in, once the rows are read."""
         return self
 
     def rule(self) -> UpdateRule | None:
-        """An update rule that replaces back-propagation; at most one in a stack."""
+        """Return an update rule that replaces back-propagation; at most one in a stack."""
         return None
 
     def starts_at_base(self) -> bool:
-        """Whether the base model is the policy of step 0; where `identity` depends on an option, the option decides here."""
+        """Return whether the base is the policy of step 0; where `identity` depends on an option, the option decides here."""
         return self.identity
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
-        """Parameters with their own learning rate or decay."""
+        """Return parameters with their own learning rate or decay."""
         return []
 
     def frozen(self, model: nn.Module) -> set[str]:
-        """Names of its own injected parameters that do not train (LoRA-FA's A)."""
+        """Return names of its own injected parameters that do not train (LoRA-FA's A)."""
         return set()
 
     def opened(self, model: nn.Module) -> set[str]:
-        """Names of base parameters a SELECT wrapper trains."""
+        """Return names of base parameters a SELECT wrapper trains."""
         return set()
 
     def may_skip(self, name: str) -> bool:
-        """Whether the first step may leave this hook or trained tensor of its own unused; the run stops for any other.
+        """Return whether the first step may leave this hook or tensor of its own unused; the run stops for any other.
 
         For tensors whose turn comes by chance or later: experts without a token, ranks or sub-networks that were not drawn.
 
@@ -198,7 +198,7 @@ class Wrapper:
         return False
 
     def merge(self, model: nn.Module) -> None:
-        """Fold the method into the base weights and take its hooks out.
+        """Fold the method into the base weights and remove its hooks.
 
         Raises:
             ModelError: the method cannot be folded (see `mergeable`).
@@ -208,11 +208,11 @@ class Wrapper:
         raise ModelError(f"stack.{self.name}: {type(self).__name__} cannot be merged into the base weights")
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
-        """Embeddings (P, D) of tokens that do what the method does when every text begins with them; None otherwise."""
+        """Return embeddings (P, D) of tokens that do what the method does when every text begins with them; None otherwise."""
         return None
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors that hold what was learned; by default the wrapper's own and those it opened."""
+        """Return the tensors that hold what was learned; by default the wrapper's own and those it trains in the base."""
         from llmrecipe.models.hooks.hook import own_tensors
 
         names = set(own_tensors(model, self.name)) | self.opened(model)
@@ -229,18 +229,18 @@ class Wrapper:
                 state[name].copy_(value)
 
     def state(self) -> dict[str, Any]:
-        """JSON facts of a running method that tensors do not hold."""
+        """Return JSON facts of a running method that tensors do not hold."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
+        """Return closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
         return {}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """(what, how many parameters) lines shown at start: its own tensors that train."""
+        """Yield (what, how many parameters) lines shown at start: its own tensors that train."""
         from llmrecipe.models.hooks.hook import own_tensors
 
         parameters, frozen = dict(model.named_parameters()), self.frozen(model)

@@ -40,7 +40,7 @@ class Stack:
     # --- building -------------------------------------------------------------------------------------------------
 
     def load_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` needs, merged over wrappers."""
+        """Return what `from_pretrained` needs, merged over wrappers."""
         merged: dict[str, Any] = {}
         for wrapper in self.wrappers:
             merged |= wrapper.load_kwargs()
@@ -60,7 +60,7 @@ class Stack:
         self.set_trainable(model)
 
     def set_trainable(self, model: nn.Module) -> None:
-        """The trainability rule.
+        """Set which parameters train.
 
         An empty stack, or one with only RULE wrappers, trains everything; INJECT and SELECT wrappers freeze the base;
         injected tensors train unless their wrapper declares them frozen; SELECT wrappers open what they name; quantized
@@ -84,14 +84,14 @@ class Stack:
     # --- hooks of the loop ----------------------------------------------------------------------------------------
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Data-dependent choices, once, before step 0."""
+        """Make data-dependent choices, once, before step 0."""
         for wrapper in self.wrappers:
             wrapper.calibrate(model, probe)
             self._mark(wrapper, "calibrate")
         self.set_trainable(model)
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """Sum of the wrappers' penalties."""
+        """Return the sum of the wrappers' penalties, a scalar."""
         total: Tensor | float = 0.0
         for wrapper in self.wrappers:
             total = total + wrapper.penalty(model)
@@ -99,7 +99,7 @@ class Stack:
         return total
 
     def before_step(self, model: nn.Module, step: int) -> bool:
-        """True when a wrapper changed the set of trained tensors."""
+        """Return True when a wrapper changed the set of trained tensors."""
         changed = False
         for wrapper in self.wrappers:
             changed = bool(wrapper.before_step(model, step)) or changed
@@ -109,49 +109,49 @@ class Stack:
         return changed
 
     def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-        """Every wrapper's shortened tensors."""
+        """Return every wrapper's shortened tensors."""
         return {name: cut for wrapper in self.wrappers for name, cut in wrapper.cuts(model).items()}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Forwarded to every wrapper."""
+        """Call `after_backward` of every wrapper."""
         for wrapper in self.wrappers:
             wrapper.after_backward(model, step)
             self._mark(wrapper, "after_backward")
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Forwarded to every wrapper."""
+        """Call `after_step` of every wrapper."""
         for wrapper in self.wrappers:
             wrapper.after_step(model, step)
             self._mark(wrapper, "after_step")
 
     def finish(self, model: nn.Module) -> None:
-        """Forwarded to every wrapper."""
+        """Call `finish` of every wrapper."""
         for wrapper in self.wrappers:
             wrapper.finish(model)
 
     @contextlib.contextmanager
     def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Every wrapper's context around the optimizer's own step."""
+        """Return the contexts of all wrappers for the optimizer's own step."""
         with contextlib.ExitStack() as entered:
             for wrapper in self.wrappers:
                 entered.enter_context(wrapper.stepping(model, optimizer))
             yield
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """What the wrappers show at every step, each under its name."""
+        """Return what the wrappers report at every step, each under its name."""
         return {f"{w.name}/{key}": value for w in self.wrappers for key, value in w.metrics(model).items()}
 
     def rule(self) -> UpdateRule | None:
-        """The one update rule of the stack, if a wrapper brings one."""
+        """Return the only update rule of the stack, if a wrapper brings one."""
         rules = [rule for wrapper in self.wrappers if (rule := wrapper.rule()) is not None]
         return rules[0] if rules else None
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
-        """Every wrapper's own parameter groups."""
+        """Return every wrapper's own parameter groups."""
         return [group for wrapper in self.wrappers for group in wrapper.groups(model)]
 
     def unfired(self) -> list[str]:
-        """`name.hook` for declared hooks that have not fired; the run stops on any after step 1."""
+        """Return `name.hook` for declared lifecycle hooks that have not fired; the run stops on any after step 1."""
         return [f"{w.name}.{hook}" for w in self.wrappers for hook in w.lifecycle_hooks if not self.fired[f"{w.name}.{hook}"]]
 
     def _mark(self, wrapper: Wrapper, hook: str) -> None:
@@ -160,11 +160,11 @@ class Stack:
     # --- what was learned -----------------------------------------------------------------------------------------
 
     def structures(self, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """Structure of each wrapper, for the file beside a delta."""
+        """Return the structure of each wrapper, for the file next to a delta."""
         return {w.name: w.structure(model) for w in self.wrappers}
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
-        """Everything training changed: all wrappers' deltas and task heads, or all weights when everything trains."""
+        """Return what training changed: all wrappers' deltas and task heads, or all weights when everything trains."""
         if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in self.wrappers):
             facts = {n: b for n, b in model.named_buffers() if n.startswith("task_head.") and is_head(model, n)}
             return {**{n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, **facts}
@@ -175,7 +175,7 @@ class Stack:
         return tensors
 
     def restore(self, model: nn.Module, delta: Mapping[str, Tensor]) -> None:
-        """Put a saved delta back, bit for bit."""
+        """Load a saved delta back, bit for bit."""
         left = dict(delta)
         for wrapper in self.wrappers:
             own = {name: left.pop(name) for name in wrapper.delta(model) if name in left}
@@ -191,27 +191,27 @@ class Stack:
     # --- the policy of step 0 -------------------------------------------------------------------------------------
 
     def reference_is_off(self) -> bool:
-        """Whether switching every hook off gives the policy of step 0: all hooks start as identity and nothing else trains."""
+        """Return whether disabling every hook gives the policy of step 0: all hooks start as identity, nothing else trains."""
         injected = [w for w in self.wrappers if w.stage is Stage.INJECT]
         others = [w for w in self.wrappers if w.stage is Stage.SELECT]
         return bool(injected) and not others and all(w.starts_at_base() for w in injected)
 
     def learns_start(self) -> bool:
-        """Whether a method starts from data or text: a model that is built anew for a resume is not the policy of step 0."""
+        """Return whether a method is initialized from data or text: a model rebuilt to resume is not the policy of step 0."""
         return any(w.calibrates() and w.stage is Stage.INJECT for w in self.wrappers)
 
     def take_reference(self, model: nn.Module) -> None:
-        """Remember the policy of step 0 where switching the stack off does not give it. Call once, before the first update."""
+        """Snapshot the policy of step 0 where disabling the stack does not give it. Call once, before the first update."""
         if not self.reference_is_off():
             self.remember(model)
 
     def remember(self, model: nn.Module) -> None:
-        """Keep a copy of everything that trains: the reference from now on."""
+        """Keep a copy of everything that trains: the reference from then on."""
         self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def mix_reference(self, model: nn.Module, alpha: float) -> None:
-        """snapshot <- alpha policy + (1 - alpha) snapshot (arXiv 2404.09656)."""
+        """Update snapshot <- alpha policy + (1 - alpha) snapshot (arXiv 2404.09656)."""
         assert self.snapshot is not None, "there is no remembered reference to move"
         live = dict(model.named_parameters())
         for name, value in self.snapshot.items():
@@ -219,7 +219,7 @@ class Stack:
 
     @contextlib.contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model computes as the policy of step 0 did: hooks off, or the remembered tensors swapped in."""
+        """Compute as the policy of step 0 inside this context: hooks disabled, or the snapshot swapped in."""
         if self.snapshot is None:
             with activate(dataclasses.replace(current(), role="reference")):
                 yield
@@ -237,7 +237,7 @@ class Stack:
 
 @contextlib.contextmanager
 def _named(wrapper: Wrapper) -> Iterator[None]:
-    """Errors of a wrapper say which entry of the stack they are about."""
+    """Prefix errors of a wrapper with its entry of the stack."""
     try:
         yield
     except UserError as error:
@@ -271,5 +271,5 @@ def check_legal(wrappers: list[Wrapper]) -> None:
 
 
 def kind_name(wrapper: Wrapper) -> str:
-    """The registered name of a wrapper: the stem of its file."""
+    """Return the registered name of a wrapper: the stem of its file."""
     return type(wrapper).__module__.rsplit(".", 1)[-1]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Processes(Protocol):
-    """What a rule asks of the processes of a run."""
+    """What an update rule needs from the processes of a run."""
 
     rank: int
     world: int
@@ -38,7 +38,7 @@ class Processes(Protocol):
 
 
 class LifecycleHooks(Protocol):
-    """What a rule asks of the stack."""
+    """What an update rule needs from the stack."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Return the extra loss of the stack's methods."""
@@ -126,7 +126,7 @@ class MetricSums:
             self.counts[name] += float(count)
 
     def mean(self, runtime: Processes) -> dict[str, float]:
-        """Means over all ranks; every rank must have seen the same names."""
+        """Return means over all ranks; every rank must have seen the same names."""
         names = sorted(self.sums)
         ends = self._extremes(runtime)
         if not names:
@@ -146,7 +146,7 @@ class MetricSums:
 
 
 def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
-    """theta <- optimizer(gradient of sum(loss) / sum(weight) + penalty).
+    """Update theta <- optimizer(gradient of sum(loss) / sum(weight) + penalty).
 
     One denominator for the whole step: it is counted over all micro-batches and ranks before the first forward pass.
     Data-parallel wrappers average gradients over ranks, hence the factor `world`.

@@ -1,7 +1,7 @@
 """Trained biases: those a model has, vectors added to outputs, and where both go when they are folded.
 
 A bias of the base is trained through a master: a float32 copy that stands in its place while the host runs, so the base's own
-tensor stays bit-equal and is back as soon as the master's wrapper steps aside.
+tensor stays bit-equal and is back as soon as the master's wrapper is disabled.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class BiasMaster(Hook):
         self.tensor = tensor
 
     def weight(self, value: Tensor) -> Tensor:
-        """b -> the trained b."""
+        """Return the trained b (out,) in place of b."""
         trained = self.bias.to(value.dtype)
         return trained if self.rows is None else value.index_copy(0, self.rows, trained)
 
     def merge(self, module: nn.Module) -> None:
-        """b <- the trained b, rounded once to b's dtype."""
+        """Set b <- the trained b, rounded once to b's dtype."""
         bias = getattr(module, self.tensor)
         bias.data = self.weight(bias.data).detach().clone()
 
 
 def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, str]]:
-    """(module, tensor name) of every bias of the base, once, at the module that applies it.
+    """Yield (module, tensor name) of every bias of the base, once, at the module that applies it.
 
     Args:
         pooler: whether the pooler's is among them.
@@ -70,13 +70,13 @@ def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, s
 
 
 def pooler_of(model: nn.Module) -> nn.Module | None:
-    """The linear layer over the first token that encoders put below a classifier."""
+    """Return the linear layer over the first token that encoders put below a classifier."""
     pooler = getattr(getattr(model, "base_model", model), "pooler", None)
     return getattr(pooler, "dense", pooler) if isinstance(pooler, nn.Module) else None
 
 
 def train_bias(module: nn.Module, name: str, owner: str, rows: Tensor | None = None, tensor: str = "bias") -> None:
-    """Put a master over a bias, from the value the module computes with now: the base's, or what a run below trained.
+    """Add a master weight for a bias, from the value the module computes with: the base's, or what a run below trained.
 
     Args:
         name: the hook's child name.
@@ -96,7 +96,7 @@ def train_bias(module: nn.Module, name: str, owner: str, rows: Tensor | None = N
 
 
 def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: list[Site], instead: str = "") -> None:
-    """Masters over the biases that a low-rank method's `bias` names.
+    """Add master weights for the biases that a low-rank method's `bias` names.
 
     Args:
         which: `none`, `all` of the base, or `lora_only`: those of the outputs of `sites`, which `target` names.
@@ -123,36 +123,36 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
 
 
 def masters(model: nn.Module) -> list[tuple[str, nn.Module, str, BiasMaster]]:
-    """(module path, module, hook name, hook) of every master, in stack order at each module."""
+    """Return (module path, module, hook name, hook) of every bias's master weight, in stack order at each module."""
     return [(path, m, name, hook) for path, m, name, hook in all_hooks(model) if isinstance(hook, BiasMaster)]
 
 
 @torch.no_grad()
 def settle_biases(model: nn.Module) -> None:
-    """Have every bias hold what was trained in its place, before anything is added to it."""
+    """Write the trained value into every bias before anything is added to it."""
     for _, module, name, hook in masters(model):
         hook.merge(module)
         remove_hook(module, name)
 
 
 def shifted(y: Tensor, vector: Tensor, rows: Tensor | None) -> Tensor:
-    """y + vector, at all outputs or at the listed ones."""
+    """Return y + vector, (..., out), at all outputs or at the listed ones."""
     return y + vector if rows is None else y.index_add(-1, rows, vector.expand(*y.shape[:-1], -1).contiguous())
 
 
 def add_to_bias(module: nn.Module, vector: Tensor, rows: Tensor | None) -> None:
-    """b <- b + vector, in the wider of their dtypes, rounded once; the module must have a bias (`make_room`)."""
+    """Add b <- b + vector (out,), in the wider of their dtypes, rounded once; the module must have a bias (`make_room`)."""
     bias: Any = module.bias
     place = slice(None) if rows is None else rows
     bias.data[place] = (bias.data[place] + vector.to(bias.device)).to(bias.dtype)
 
 
 def make_room(model: nn.Module, hosts: list[tuple[str, nn.Module]], owner: str) -> None:
-    """Give hosts without a bias one of zeros, with all modules that the config's flag for it gives one, and set the flag.
+    """Give hosts without a bias one of zeros, with all modules that the config's flag for it covers, and set the flag.
 
     Args:
         hosts: (path, module); those that have a bias, their own or one that another method was given, keep it.
-        owner: the wrapper that asks, for the message.
+        owner: the wrapper, for the message.
 
     Raises:
         ModelError: the family has no flag that gives these modules a bias.

@@ -22,7 +22,7 @@ class Linear4bit(bnb.nn.Linear4bit):
     """y = x dequantize(W)^T + b. `compute_dtype` None computes in the dtype of x, or of autocast where that is on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Compute (..., in) -> (..., out)."""
         # A sharded rebuild replaces the parameter object; the module remembers the state that belongs to it.
         state: Any = getattr(self.weight, "quant_state", None) or self.quant_state
         kind = x.device.type
@@ -40,7 +40,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
     """y = x (C diag(s) / 127)^T + b with int8 codes C and one scale a row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Compute (..., in) -> (..., out)."""
         weight: Any = self.weight
         if weight.CB is not None:
             self.init_8bit_state()

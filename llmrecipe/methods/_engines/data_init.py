@@ -31,7 +31,7 @@ OWNER = "input_moments"
 
 @dataclass(frozen=True)
 class Place:
-    """A branch and the layer it stands beside."""
+    """A branch and the layer it is added to."""
 
     path: str
     module: nn.Module
@@ -39,21 +39,21 @@ class Place:
     hook: LowRank
 
     def rows(self, matrix: Tensor) -> Tensor:
-        """The rows of a matrix (out, in) of the whole layer that this branch adds to."""
+        """Return the rows of a layer's matrix (out, in) that this branch adds to."""
         return matrix if self.hook.rows is None else matrix[self.hook.rows]
 
     def weight(self) -> Tensor:
-        """(rows, in) float32 weight, as the layer computes with it."""
+        """Return the float32 weight (rows, in), as the layer computes with it."""
         return self.rows(wide(stored_weight(self.module)))
 
 
 def places_of(model: nn.Module, owner: str) -> list[Place]:
-    """Every branch of a wrapper, in model order."""
+    """Return every branch of a wrapper, in model order."""
     return [Place(path, m, name, hook) for path, m, name, hook in all_hooks(model, owner) if isinstance(hook, LowRank)]
 
 
 def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, rho: float, iterations: int) -> None:
-    """Give every branch of a wrapper the start that data, or the weights before rounding, decide.
+    """Initialize every branch of a wrapper from data, or from the weights before they were rounded.
 
     Args:
         init: one of `starts.FROM_DATA`.
@@ -77,9 +77,9 @@ def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, r
 
 
 def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> None:
-    """s B A = the best approximation, at rank r, of what rounding took from the weight.
+    """Set s B A to the best approximation, at rank r, of what rounding removed from the weight.
 
-    Every iteration after the first one chooses the codes anew, nearest to W - s B A, and then again A and B for them.
+    Every iteration after the first one first chooses new codes, nearest to W - s B A, and then A and B for them.
 
     Raises:
         ModelError: another method of the stack stands on the weight whose codes would change.
@@ -105,7 +105,7 @@ def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> No
 
 
 def _change(branches: list[Place], weight: Tensor) -> Tensor:
-    """(out, in) s B A of all branches of a layer, each at its rows."""
+    """Return (out, in) s B A of all branches of a layer, each at its rows."""
     total = torch.zeros_like(weight)
     for place in branches:
         rows = slice(None) if place.hook.rows is None else place.hook.rows
@@ -123,7 +123,7 @@ def _stands_alone(path: str, module: nn.Module, owner: str) -> None:
 
 
 def _lora_ga(model: nn.Module, places: list[Place], probe: Probe, batches: int) -> None:
-    """From the gradient of the mean loss with respect to each layer's weight, dropout off."""
+    """Initialize from the gradient of the mean loss with respect to each layer's weight, dropout off."""
     names = {id(weight.value): name for name, weight in base_weights(model).items()}
     wanted = {names[id(place.module.weight)] for place in places}
     weights = {name: weight for name, weight in base_weights(model).items() if name in wanted}
@@ -137,7 +137,7 @@ def _lora_ga(model: nn.Module, places: list[Place], probe: Probe, batches: int) 
 
 
 def _corda(model: nn.Module, places: list[Place], probe: Probe, rows: int, init: str) -> None:
-    """From the second moments of each layer's inputs, every row of data scaled to a largest input of one."""
+    """Initialize from the second moments of each layer's inputs, every row of data scaled to a largest input of one."""
     moments = inputs(model, places, probe, rows, 1, lambda x: x / x.max().abs())
     for place in places:
         found = moments[id(place.module)]
@@ -146,7 +146,7 @@ def _corda(model: nn.Module, places: list[Place], probe: Probe, rows: int, init:
 
 
 def _eva(model: nn.Module, places: list[Place], probe: Probe, batches: int, rho: float) -> None:
-    """From the principal directions of each layer's inputs; ranks go where they explain most variance, their sum stays."""
+    """Initialize from principal directions of each layer's inputs; ranks follow explained variance, their sum stays."""
     moments = inputs(model, places, probe, batches, None)
     directions, shares = [], []
     for place in places:
@@ -165,7 +165,7 @@ def _eva(model: nn.Module, places: list[Place], probe: Probe, batches: int, rho:
 
 
 def double(x: Tensor) -> Tensor:
-    """Float64 where the device has it: a decomposition of second moments needs the digits."""
+    """Cast to float64 where the device has it: a decomposition of second moments needs the digits."""
     return x if x.device.type == "mps" else x.double()
 
 
@@ -178,7 +178,7 @@ class Moments:
         self.gram: Tensor = torch.zeros(())
 
     def add(self, x: Tensor) -> None:
-        """More inputs (n, in)."""
+        """Add more inputs (n, in)."""
         x = wide(x)
         self.calls += 1
         self.count += len(x)
@@ -186,7 +186,7 @@ class Moments:
         self.gram = x.t() @ x + self.gram.to(x.device)
 
     def gather(self, probe: Probe) -> None:
-        """The sums over all processes."""
+        """Sum over all processes."""
         counts = probe.world.sum(torch.tensor([self.calls, self.count], dtype=torch.float64))
         self.calls, self.count = int(counts[0]), int(counts[1])
         self.total = probe.world.sum(double(self.total)).to(self.total)
@@ -203,7 +203,7 @@ class Tap(Hook):
         """(R, T) real positions of the inputs, where the context's are those of other rows (cross-attention)."""
 
     def before(self, x: Tensor) -> Tensor:
-        """x -> x, seen."""
+        """Record x (..., in) and return it unchanged."""
         mask = current().attention_mask if self.mask is None else self.mask
         flat = x.detach().reshape(-1, x.shape[-1])
         self.see(flat if mask is None or mask.shape != x.shape[:-1] else flat[mask.reshape(-1).bool()])
@@ -212,7 +212,7 @@ class Tap(Hook):
 
 @contextlib.contextmanager
 def tapped(places: list[Place], see: Callable[[int, Tensor], None]) -> Iterator[dict[str, Tap]]:
-    """A tap on every layer, for the length of a pass; path -> tap."""
+    """Record the inputs of every layer during a pass; path -> recorder."""
     modules = {place.path: place.module for place in places}
     taps = {path: Tap(lambda x, key=id(module): see(key, x)) for path, module in modules.items()}  # type: ignore[misc]
     try:
@@ -232,7 +232,7 @@ def inputs(
     rows: int | None,
     scaled: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[int, Moments]:
-    """Moments of what goes into each layer on some batches of the training rows, dropout off; by the layer's identity.
+    """Return moments of each layer's inputs on some batches of the training rows, dropout off, by the layer's identity.
 
     Args:
         rows: rows of a batch; None for the recipe's.

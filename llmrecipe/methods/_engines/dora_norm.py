@@ -26,19 +26,19 @@ class Rescaled(torch.autograd.Function):
 
     @staticmethod
     def forward(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """As v + (g - 1) (v - b): what g adds to one is not rounded to the digits of one."""
+        """Return v + (g - 1) (v - b): what g adds to one is not rounded to the digits of one."""
         more = (gain - 1).to(v.dtype)
         y = torch.addcmul(v, v, more)
         return y if bias is None else y.sub_(more * bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the result; v is free as soon as nobody else has it."""
+        """Save the result for the backward pass; v is free as soon as nothing else refers to it."""
         ctx.save_for_backward(output, *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dL/dv = g dL/dy, dL/dg = sum dL/dy (y - b) / g, dL/db = (1 - g) sum dL/dy, sums over tokens; twice differentiable."""
+        """Return dL/dv = g dL/dy, dL/dg = sum dL/dy (y - b) / g, dL/db = (1 - g) sum dL/dy, twice differentiable."""
         y, gain, bias = ctx.saved_tensors
         more, tokens = (gain - 1).to(y.dtype), tuple(range(y.dim() - 1))
         dv = dgain = dbias = None
@@ -65,13 +65,13 @@ class Gain:
     """(that state and those of the parameters, their norm, whether every g is apart from zero)."""
 
     def weight_rows(self) -> Tensor:
-        """(out, in) rows of the W this hook stands on, as the layer and what lies below compute with them, float32 or wider."""
+        """Return rows (out, in) of the W this hook rescales, as the layer and the hooks below use them, float32 or wider."""
         weight = weight_below(self.host[0], self)  # type: ignore[arg-type]
         rows = getattr(self, "rows", None)
         return weight if rows is None else weight[rows]
 
     def squares(self) -> Tensor:
-        """(out,) ||w||^2 of each row: a constant, unless a hook below this one learns."""
+        """Return (out,) ||w||^2 of each row: a constant, unless a hook below this one learns."""
         if not self.detach_norm and hooks_under(self.host[0], self):  # type: ignore[arg-type]
             return self.weight_rows().square().sum(1)
         key = state_below(self.host[0], self)  # type: ignore[arg-type]
@@ -82,21 +82,21 @@ class Gain:
 
     @torch.no_grad()
     def start(self) -> None:
-        """m = ||W||, by the formula that the forward pass uses, so that g is exactly one at step 0."""
+        """Initialize m = ||W|| by the formula that the forward pass uses, so that g is exactly one at step 0."""
         self.magnitude.copy_(self.squares().sqrt())
 
     def forget(self) -> None:
-        """Drop the norm, which an optimizer may have changed through raw memory; ||w||^2 too where something below learns."""
+        """Drop the cached norm: an optimizer may have changed it through raw memory; ||w||^2 too where a hook below learns."""
         self.cached = None
         if not all(p.mounted for p in hooks_under(self.host[0], self)):  # type: ignore[arg-type]
             self.stood_on = None
 
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
-        """(out,) float32 norm of each row of the direction."""
+        """Return the float32 norm (out,) of each row of the direction."""
         raise NotImplementedError
 
     def gain(self, product: Callable[[], Tensor] | None = None) -> Tensor:
-        """(out,) float32 g = m / norm; the norm is a constant to the gradient unless `detach_norm` is off.
+        """Return (out,) float32 g = m / norm; the norm is a constant to the gradient unless `detach_norm` is off.
 
         Args:
             product: gives (out, r) W A^T, where the direction learns.
@@ -112,7 +112,7 @@ class Gain:
         return self.magnitude / self.cached[1]
 
     def rescaled(self, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """b + g (v - b)."""
+        """Return b + g (v - b), (..., out)."""
         if self.cached is not None and self.cached[2]:
             return Rescaled.apply(v, gain, bias)
         return torch.addcmul(v, v if bias is None else v - bias, (gain - 1).to(v.dtype))

@@ -19,7 +19,7 @@ from llmrecipe.models.hooks.hook import Hook, forward_with, hooks_of, kind_of, p
 
 
 def weight_below(module: nn.Module, hook: Hook) -> Tensor:
-    """(out, in) weight of a linear layer, or (D, V) of an embedding, float32 or wider, below a hook it has or will get."""
+    """Return the weight (out, in) of a linear layer, or (D, V) of an embedding, float32 or wider, below a given hook."""
     under = hooks_under(module, hook)
     with plain_tensors(module):
         if isinstance(module, nn.Embedding):
@@ -32,7 +32,7 @@ def weight_below(module: nn.Module, hook: Hook) -> Tensor:
 
 
 def state_below(module: nn.Module, hook: Hook) -> tuple[tuple[int, int], ...]:
-    """What changes when the host gets another weight, or a hook under this one other tensors.
+    """Return a key that changes when the host gets another weight, or a hook below this one other tensors.
 
     Not when entries of the host's weight are trained in place, or a tensor is written through raw memory.
     """
@@ -43,7 +43,7 @@ def state_below(module: nn.Module, hook: Hook) -> tuple[tuple[int, int], ...]:
 
 
 def hooks_under(module: nn.Module, hook: Hook) -> list[Hook]:
-    """The active hooks of a module that change the outputs a hook is handed, in stack order."""
+    """Return the active hooks of a module that change the outputs a hook receives, in stack order."""
     found = []
     for other in hooks_of(module, active=True):
         if other is hook:
@@ -58,13 +58,13 @@ def hooks_under(module: nn.Module, hook: Hook) -> list[Hook]:
 
 
 def _apart(one: Hook, other: Hook) -> bool:
-    """Whether two hooks stand on different rows of a fused layer."""
+    """Return whether two hooks act on different rows of a fused layer."""
     rows = [getattr(p, "rows", None) for p in (one, other)]
     return rows[0] is not None and rows[1] is not None and not bool(torch.isin(rows[0], rows[1]).any())
 
 
 def _products(module: nn.Module, under: list[Hook]) -> Tensor:
-    """W by its products with the unit vectors, the bias left out."""
+    """Return W by its products with the unit vectors, without the bias."""
     weight: Any = module.weight
     width = int(weight.shape[0] if type(module).__name__ == "Conv1D" else module.in_features)  # type: ignore[arg-type]
     dtype = torch.float32 if bits_of(module) is not None else weight.dtype
@@ -73,7 +73,7 @@ def _products(module: nn.Module, under: list[Hook]) -> Tensor:
 
 
 def _table(module: nn.Embedding, under: list[Hook]) -> Tensor:
-    """(V, D) rows the tokens get, without the family's own factor."""
+    """Return the rows (V, D) that tokens get, without the family's own factor."""
     weight = module.weight.detach()
     if not under:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -85,7 +85,7 @@ def _table(module: nn.Embedding, under: list[Hook]) -> Tensor:
 
 @contextlib.contextmanager
 def _as_in_evaluation(module: nn.Module, under: list[Hook]) -> Iterator[None]:
-    """No dropout, and a bias of zeros."""
+    """Disable dropout and set the bias to zeros."""
     training, bias = [p.training for p in under], module._parameters.get("bias")
     try:
         for hook in under:

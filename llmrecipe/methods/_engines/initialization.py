@@ -1,4 +1,4 @@
-"""Starts of a low-rank pair: from nothing, from the weight it stands beside, or from what the layer does on data.
+"""Initialization of a low-rank pair: at random, from the weight it is added to, or from the layer's behaviour on data.
 
     default         A Kaiming-uniform(a = sqrt 5), B = 0; embeddings A = 0, B ~ N(0, 1)
     gaussian        A ~ N(0, 1 / r^2), B = 0; embeddings as above
@@ -47,7 +47,7 @@ DAMPING, INVERTED = 0.01, 0.05
 
 
 def check(site: Site, init: str, r: int) -> None:
-    """Refuse a start the site cannot have: nothing begins otherwise than the recipe says.
+    """Refuse an initialization that the site cannot have: nothing starts otherwise than the recipe says.
 
     Raises:
         ModelError: the start is one for linear layers, or for quantized ones, and the site is none; or it takes its r ranks
@@ -71,7 +71,7 @@ def check(site: Site, init: str, r: int) -> None:
 
 @torch.no_grad()
 def start(hook: nn.Module, init: str, module: nn.Module) -> None:
-    """Start values of a hook; those of `FROM_DATA` follow with the data, until then they are the default's.
+    """Initialize a hook; values that depend on data (`FROM_DATA`) follow with the data and are the default's until then.
 
     Raises:
         ModelError: orthogonal with an odd rank, or a start from the weight, which is quantized.
@@ -98,7 +98,7 @@ def start(hook: nn.Module, init: str, module: nn.Module) -> None:
 
 
 def leading(matrix: Tensor, hook: LowRank, iterations: int | None = None) -> tuple[Tensor, Tensor]:
-    """(A, B) with s B A the best approximation of a matrix (out, in) at the hook's rank.
+    """Return (A, B) with s B A the best approximation of a matrix (out, in) at the hook's rank.
 
     Args:
         iterations: power iterations on a random sketch instead of the exact decomposition.
@@ -114,12 +114,12 @@ def leading(matrix: Tensor, hook: LowRank, iterations: int | None = None) -> tup
 
 
 def minor(weight: Tensor, r: int) -> Tensor:
-    """(out, r) left singular vectors of the r smallest singular values."""
+    """Return the left singular vectors (out, r) of the r smallest singular values."""
     return torch.linalg.svd(weight, full_matrices=False)[0][:, -r:]
 
 
 def from_gradient(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """LoRA-GA: (A, B) from dL/dW (out, in): the first r right and the next r left singular vectors, scaled by g."""
+    """Return LoRA-GA's (A, B) from dL/dW (out, in): the first r right and the next r left singular vectors, scaled by g."""
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the sketch is the same on every process
         u, _, v = torch.svd_lowrank(gradient, min(4 * r, *gradient.shape), niter=4)
@@ -128,7 +128,7 @@ def from_gradient(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def from_covariance(weight: Tensor, covariance: Tensor, hook: LowRank, last: bool) -> tuple[Tensor, Tensor]:
-    """CorDA: (A, B) from U S V^T = W C: A = (S / s)^(1/2) V^T C^-1, B = U (S / s)^(1/2), at the first or last r triplets.
+    """Return CorDA's (A, B) from U S V^T = W C: A = (S / s)^(1/2) V^T C^-1, B = U (S / s)^(1/2), at r first or last triplets.
 
     C gets a share of its mean diagonal added, doubled until its inverse is one.
     """
@@ -148,7 +148,7 @@ def from_covariance(weight: Tensor, covariance: Tensor, hook: LowRank, last: boo
 
 
 def oriented(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (r, n) with the largest entry of each positive, and the signs (r,) that made them so.
+    """Return vectors (r, n) with the largest entry of each positive, and the signs (r,) that made them so.
 
     A decomposition leaves signs open: sums in another order, on more processes, would give others.
     """
@@ -157,7 +157,7 @@ def oriented(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def principal(count: int, total: Tensor, gram: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Principal directions of n rows x from n, sum x (in,) and sum x^T x (in, in).
+    """Return the principal directions of n rows x from n, sum x (in,) and sum x^T x (in, in).
 
     Returns:
         (k, in) directions and (k,) shares of the variance, largest first, k <= `most`.
@@ -169,14 +169,14 @@ def principal(count: int, total: Tensor, gram: Tensor, most: int) -> tuple[Tenso
 
 
 def distribute(shares: list[Tensor], budget: int) -> list[int]:
-    """EVA: how many of the `budget` largest shares lie in each layer; ties go to the earlier one."""
+    """Return EVA's ranks: how many of the `budget` largest shares each layer has; ties go to the earlier one."""
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(shares)])
     best = torch.sort(torch.cat([s.cpu() for s in shares]), descending=True, stable=True).indices[:budget]
     return torch.bincount(owner[best], minlength=len(shares)).tolist()
 
 
 def weight_of(hook: LowRank | LowRankEmbedding, module: nn.Module, init: str) -> Tensor:
-    """The float32 (or wider) weight (out, in) of the outputs a hook stands on; of an embedding (D, V).
+    """Return the float32 (or wider) weight (out, in) of the outputs a hook acts on; of an embedding (D, V).
 
     Raises:
         ModelError: it is quantized.

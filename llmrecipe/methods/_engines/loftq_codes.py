@@ -1,7 +1,7 @@
 """Other 4-bit codes than the base's for a weight, where a method chose them together with its own tensors (LoftQ).
 
 The base's codes stay as they are: the new ones belong to a hook that stands in their place while the host runs. So they are
-saved with the method, and the base is back as soon as the method steps aside.
+saved with the method, and the base is back as soon as the method is disabled.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Requantized(Hook):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> None:
-        """Take the codes nearest to a weight (out, in), in the host's format."""
+        """Set the codes nearest to a weight (out, in), in the host's format."""
         from bitsandbytes.functional import quantize_4bit
 
         wanted = weight.to(self.codes.device, torch.float32).contiguous()
@@ -70,7 +70,7 @@ class Requantized(Hook):
         self.scales.copy_(torch.cat(parts))
 
     def _state(self, dtype: torch.dtype) -> Any:
-        """What the library needs to read the codes."""
+        """Return what the library needs to read the codes."""
         from bitsandbytes.functional import QuantState
 
         device, outer = str(self.codes.device), self._outer_bytes()
@@ -84,7 +84,7 @@ class Requantized(Hook):
         return QuantState(own, offset=inner[-1], state2=second, **options)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out, in) that the codes stand for, dequantized in float32 and cast once; default: to the host's dtype."""
+        """Return the weight (out, in) the codes represent, dequantized in float32, cast once (default: host's dtype)."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.codes[:, None], self._state(torch.float32)).to(dtype or self._dtype())
@@ -96,7 +96,7 @@ class Requantized(Hook):
         return (getattr(host.weight, "quant_state", None) or host.quant_state).dtype
 
     def weight(self, value: Tensor) -> Tensor:
-        """W_hat -> the codes of this hook, or their weight where the host was dequantized."""
+        """Return the codes of this hook in place of W_hat, or their weight where the host was dequantized."""
         if bits_of(self.host[0]) is None:
             return self._stored(self.host[0])
         from bitsandbytes.nn import Params4bit
@@ -109,7 +109,7 @@ class Requantized(Hook):
         return full.t().contiguous() if type(module).__name__ == "Conv1D" else full
 
     def merge(self, module: nn.Module) -> None:
-        """W <- the weight of these codes.
+        """Set W <- the weight of these codes.
 
         Raises:
             ModelError: the host is quantized, in other codes.
@@ -134,23 +134,23 @@ def _dynamic_map(device: str) -> Tensor:
 
 
 def give_codes(sites: list[Site], owner: str, option: str) -> None:
-    """Codes of its own for every 4-bit layer of some sites, the base's for now.
+    """Assign codes of its own to every 4-bit layer of some sites, initially the base's.
 
     Args:
         owner: the wrapper.
-        option: its option that asks for them, for the message.
+        option: its option that requires them, for the message.
 
     Raises:
         ModelError: a layer is quantized otherwise.
     """
     for site in {id(site.module): site for site in sites}.values():
         if bits_of(site.module) != 4:
-            raise ModelError(f"stack.{owner}.{option}: {site.path} is not in 4 bits; only codes of nf4 are chosen anew")
+            raise ModelError(f"stack.{owner}.{option}: {site.path} is not in 4 bits; only codes of nf4 can be chosen again")
         add_hook(site.module, f"{owner}__codes", Requantized(site.module), owner)
 
 
 def stored_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (out, in) that a linear layer's codes stand for, those chosen anew or its own (see `dense_weight`)."""
+    """Return the weight (out, in) that a linear layer's codes represent, the newly chosen or its own (see `dense_weight`)."""
     for hook in reversed(hooks_of(module, "weight", active=True)):
         if isinstance(hook, Requantized):
             return hook.dense(dtype)
@@ -159,7 +159,7 @@ def stored_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor
 
 @torch.no_grad()
 def settle_codes(model: nn.Module) -> None:
-    """Have every dequantized layer hold the weight of the codes chosen for it, before anything is added to it."""
+    """Write the weight of the codes chosen for it into every dequantized layer, before anything is added to it."""
     for _, module, name, hook in [place for place in all_hooks(model) if isinstance(place[3], Requantized)]:
         hook.merge(module)
         remove_hook(module, name)

@@ -1,4 +1,4 @@
-"""The low-rank engine: a branch of rank r beside a frozen weight.
+"""The low-rank engine: a branch of rank r added to a frozen weight.
 
     y = W x + s B A x        A (r, in), B (out, r)
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def branch(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, rows: Tensor | None = None) -> Tensor:
-    """y + scale * (x A^T) B^T, added to all outputs or to the listed ones."""
+    """Return y + scale * (x A^T) B^T, (..., out), added to all outputs or to the listed ones."""
     h = F.linear(x, A.to(x.dtype))
     B = B.to(h.dtype)
     if rows is not None:
@@ -67,20 +67,20 @@ class LowRank(Hook):
 
     @torch.no_grad()
     def resize(self, r: int) -> None:
-        """Another rank, with A and B at zero; a frozen start is dropped."""
+        """Change the rank, with A and B at zero; a frozen initial copy is dropped."""
         self.A = nn.Parameter(self.A.new_zeros(r, self.A.shape[1]))
         self.B = nn.Parameter(self.B.new_zeros(self.B.shape[0], r))
         self.A0 = self.B0 = None
 
     @torch.no_grad()
     def start_at(self, A: Tensor, B: Tensor) -> None:
-        """Start at B A, and keep a frozen copy that the branch subtracts: W stays as it is and step 0 is the base model."""
+        """Initialize to B A, with a frozen copy that the branch subtracts: W stays as it is and step 0 is the base model."""
         self.A.copy_(A)
         self.B.copy_(B)
         self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s (B A dropout(x) + b), less the frozen start of a branch that has one."""
+        """Return y + s (B A dropout(x) + b), (..., out), less the frozen initial copy of a branch that has one."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y = branch(dropped, self.A, self.B, self.scale, y, self.rows)
         if self.A0 is not None and self.B0 is not None:
@@ -90,25 +90,25 @@ class LowRank(Hook):
         return y
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(A, B, s) with s B A the whole change: a frozen start is laid beside the learned pair."""
+        """Return (A, B, s) with s B A the full change: a frozen initial copy is concatenated with the learned pair."""
         A, B = self.A.detach(), self.B.detach()
         if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([A, self.A0.to(A)]), torch.cat([B, -self.B0.to(B)], 1)
         return A, B, self.scale
 
     def vector(self) -> Tensor | None:
-        """DoRA's magnitudes; None for a plain branch."""
+        """Return DoRA's magnitudes; None for a plain branch."""
         return None
 
     def product(self) -> Tensor:
-        """s (B A - B0 A0) in float32, (out, in)."""
+        """Return s (B A - B0 A0) in float32, (out, in)."""
         full = self.B.float() @ self.A.float()
         if self.A0 is not None and self.B0 is not None:
             full = full - self.B0.float() @ self.A0.float()
         return full * self.scale
 
     def merge(self, module: nn.Module) -> None:
-        """W <- W + s B A and, where the branch has a bias, the host's b <- b + s b_B; in float32, cast once."""
+        """Add W <- W + s B A and, where the branch has a bias, the host's b <- b + s b_B; in float32, cast once."""
         add_to_weight(module, self.product(), self.rows)
         if self.bias is not None:
             add_to_bias(module, self.bias.detach() * self.scale, self.rows)
@@ -128,20 +128,20 @@ class LowRankEmbedding(Hook):
         self.embed_scale = 1.0
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """x holds token ids here."""
+        """Return y + s B A[ids], (..., D); x holds token ids here."""
         h = F.embedding(x, self.A.t()).to(y.dtype)
         return y + F.linear(h, self.B.to(y.dtype)) * (self.scale * self.embed_scale)
 
     def vector(self) -> Tensor | None:
-        """DoRA's magnitudes; None for a plain branch."""
+        """Return DoRA's magnitudes; None for a plain branch."""
         return None
 
     def product(self) -> Tensor:
-        """s (B A)^T in float32, (V, D)."""
+        """Return s (B A)^T in float32, (V, D)."""
         return (self.B.float() @ self.A.float()).t() * self.scale
 
     def merge(self, module: nn.Module) -> None:
-        """E <- E + s (B A)^T."""
+        """Add E <- E + s (B A)^T."""
         add_to_weight(module, self.product(), None)
 
 
@@ -156,12 +156,12 @@ class LowRankTiedHead(Hook):
         self.pair = [embedding]
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds the logits of the shared pair."""
+        """Add the logits (..., V) of the shared pair."""
         hook = self.pair[0]
         return y + F.linear(F.linear(x, hook.B.t().to(x.dtype)), hook.A.t().to(x.dtype)).to(y.dtype) * hook.scale
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the tied weight is merged once, at the embedding."""
+        """Do nothing: the tied weight is merged once, at the embedding."""
 
 
 class LowRankExperts(Hook):
@@ -178,12 +178,12 @@ class LowRankExperts(Hook):
         self.transposed = transposed
 
     def product(self) -> Tensor:
-        """s B_e A_e in the layout of the host's tensor."""
+        """Return s B_e A_e in the layout of the host's tensor."""
         full = torch.bmm(self.B, self.A) * self.scale
         return full.transpose(1, 2) if self.transposed else full
 
     def weight(self, value: Tensor) -> Tensor:
-        """W_e + s B_e A_e."""
+        """Return W_e + s B_e A_e of every expert, in the host's layout."""
         return value + self.product().to(value.dtype)
 
     def merge(self, module: nn.Module) -> None:
@@ -193,7 +193,7 @@ class LowRankExperts(Hook):
 
 
 def add_to_weight(module: nn.Module, product: Tensor, rows: Tensor | None) -> None:
-    """W <- W + product in float32, one cast back; the transposed storage of Conv1D is handled here.
+    """Add W <- W + product (out, in) in float32, one cast back; handles the transposed storage of Conv1D.
 
     Raises:
         ModelError: the weight is quantized, so that merging in place would quantize it again.
@@ -212,20 +212,20 @@ def add_to_weight(module: nn.Module, product: Tensor, rows: Tensor | None) -> No
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer stores its weight (in, out), as GPT-2's Conv1D does."""
+    """Return whether a layer stores its weight (in, out), as GPT-2's Conv1D does."""
     return type(module).__name__ == "Conv1D"
 
 
 def wide(x: Tensor) -> Tensor:
-    """Float32, or float64 where the model computes in it."""
+    """Cast to float32, or leave float64 where the model computes in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Hook:
-    """The low-rank hook that fits a site: linear, fused rows, embedding or 3-D experts.
+    """Build the low-rank hook that fits a site: linear, fused rows, embedding or 3-D experts.
 
     Raises:
-        ModelError: the site has no weight a low-rank branch can stand beside, or no outputs a bias can be added to.
+        ModelError: the site has no weight a low-rank branch can be added to, or no outputs a bias can be added to.
     """
     if bias and (site.tensor is not None or isinstance(site.module, nn.Embedding)):
         raise ModelError(
@@ -249,7 +249,7 @@ def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = F
 
 @torch.no_grad()
 def initialise(hook: Hook) -> None:
-    """The ordinary start: A Kaiming-uniform(a = sqrt 5), B = 0; at embeddings A = 0, B ~ N(0, 1). See `starts` for others."""
+    """Initialize A Kaiming-uniform(a = sqrt 5), B = 0; at embeddings A = 0, B ~ N(0, 1). See `initialization` for others."""
     if isinstance(hook, LowRankTiedHead):
         return
     if isinstance(hook, LowRankEmbedding):

@@ -33,7 +33,7 @@ _LIBRARY_STATE = (
 
 
 def layers() -> Any:
-    """The module with the quantized layers.
+    """Import the module with the quantized layers.
 
     Raises:
         ModelError: bitsandbytes cannot be imported on this machine.
@@ -49,23 +49,23 @@ def layers() -> Any:
 
 
 def bits_of(module: nn.Module) -> int | None:
-    """4 or 8 for a quantized linear layer, None for any other module."""
+    """Return 4 or 8 for a quantized linear layer, None for any other module."""
     kinds = {"Linear4bit": 4, "Linear8bitLt": 8}
     return next((kinds[c.__name__] for c in type(module).__mro__ if c.__name__ in kinds), None)
 
 
 def quantized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every quantized linear layer."""
+    """Yield (path, module) of every quantized linear layer."""
     return ((path, module) for path, module in model.named_modules() if bits_of(module) is not None)
 
 
 def is_skipped(path: str, skip: Sequence[str]) -> bool:
-    """Whether a path is, lies below, or contains a named part (`lm_head`, `layers.0.mlp`, `o_proj`)."""
+    """Return whether a path is, lies below, or contains a named part (`lm_head`, `layers.0.mlp`, `o_proj`)."""
     return any(re.search(rf"(?:^|\.){re.escape(name)}(?:\.|$)", path) for name in skip)
 
 
 def skip_patterns(skip: Sequence[str]) -> list[str]:
-    """The same choice as `is_skipped`, as the patterns `from_pretrained` matches from the start of a path."""
+    """Return the same choice as `is_skipped`, as the patterns `from_pretrained` matches from the start of a path."""
     return [rf"(?:.*\.)?{re.escape(name)}" for name in (*HEADS, *skip)]
 
 
@@ -98,7 +98,7 @@ def replace_linears(model: nn.Module, skip: Sequence[str], make: Callable[[nn.Mo
 
 
 def adopt(model: nn.Module, kind: type[nn.Module], skip: Sequence[str]) -> list[Any]:
-    """Give every quantized layer, whoever quantized it, this package's class and with it its forward; nothing of them trains.
+    """Give every quantized layer, however it was quantized, this package's class and so its forward; nothing of them trains.
 
     Returns:
         The layers.
@@ -126,7 +126,7 @@ def _carry(old: Any, new: Any) -> nn.Module:
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (out, in) a linear layer computes with, dequantized in float32 and cast once.
+    """Return the weight (out, in) a linear layer computes with, dequantized in float32 and cast once.
 
     Args:
         dtype: default: the dtype the weight had before it was quantized (float16 for int8, which does not record it).
@@ -172,7 +172,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
-    """Dtype of the model's unquantized base weights."""
+    """Return the dtype of the model's unquantized base weights."""
     embeddings = pretrained(model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embeddings is not None:
         return embeddings.weight.dtype

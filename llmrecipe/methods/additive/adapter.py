@@ -66,7 +66,7 @@ class Adapter(Wrapper):
     dropout: OpenFraction = 0.0
     """Dropout on the inner activation while training."""
     ln_before: bool = False
-    """A trained LayerNorm in front of the down-projection."""
+    """A trained LayerNorm before the down-projection."""
     ln_after: bool = False
     """A trained LayerNorm behind the up-projection."""
     init: Literal["zero_up", "houlsby", "bert"] = "zero_up"
@@ -75,7 +75,7 @@ class Adapter(Wrapper):
     """Also train the norms of the adapted blocks."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put an adapter behind every chosen sublayer.
+        """Add an adapter after every chosen sublayer.
 
         Raises:
             ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
@@ -93,7 +93,7 @@ class Adapter(Wrapper):
             add_hook(self.host(sub, parts).module, self.name, hook, self.name)
 
     def host(self, sub: Sublayer, parts: Anatomy) -> Site:
-        """Where the adapter stands: at y, at the end of a pre-norm block (x + y), or at the norm that ends a post-norm one.
+        """Return where the adapter acts: at y, at the end of a pre-norm block (x + y), or at the final norm of a post-norm one.
 
         Raises:
             ModelError: pfeiffer on a post-norm block whose feed-forward has no norm of its own.
@@ -109,7 +109,7 @@ class Adapter(Wrapper):
         return sub.norm
 
     def places(self, parts: Anatomy) -> list[Sublayer]:
-        """The sublayers it stands at.
+        """Return the sublayers it acts on.
 
         Raises:
             ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
@@ -131,11 +131,11 @@ class Adapter(Wrapper):
         return bottleneck.Shape(self.activation, self.bias, self.scale, self.dropout, self.ln_before, self.ln_after, self.init)
 
     def starts_at_base(self) -> bool:
-        """With `init: zero_up` and frozen norms."""
+        """Return whether step 0 is the base: with `init: zero_up` and frozen norms."""
         return self.init == "zero_up" and not self.train_norms
 
     def opened(self, model: nn.Module) -> set[str]:
-        """Norms of the adapted blocks, where `train_norms` asks for them."""
+        """Return the norms of the adapted blocks if `train_norms` is on."""
         from llmrecipe.models.module_map import anatomy
 
         if not self.train_norms:
@@ -145,7 +145,7 @@ class Adapter(Wrapper):
         return bottleneck.norm_parameters(model, blocks, parts)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: 2 d r + r + d an adapter; AdamW keeps 8 bytes for each."""
+        """Return closed forms: 2 d r + r + d train an adapter; AdamW keeps 8 bytes for each."""
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)

@@ -38,7 +38,7 @@ class Apt(Wrapper):
     target: str = "attn"
     """Self-attention modules that get a prefix, with sides and ranges of layers."""
     num_virtual_tokens: PositiveInt = 128
-    """Slots in front of the keys and values."""
+    """Virtual tokens before the keys and values."""
     token_gate: Literal["input", "static", "off"] = "input"
     """Scores from the input, learned scores that are the same for every document, or none."""
     layer_gate: bool = True
@@ -53,7 +53,7 @@ class Apt(Wrapper):
     """Where documents start: at 0, or behind the prefix."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A table at each stack of blocks, scores at each block, a hook at each attention module."""
+        """Add a table at each stack of blocks, scores at each block, a hook at each attention module."""
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
@@ -72,6 +72,6 @@ class Apt(Wrapper):
                 add_hook(block.module, self.name, scores.to(next(model.parameters()).device), self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: 2 L P d_kv + L d P + L."""
+        """Return closed forms: 2 L P d_kv + L d P + L train."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

@@ -44,7 +44,7 @@ class Groups:
 
 
 def padded_groups(mask: Tensor, prompt: Tensor | None, causal: bool) -> Groups:
-    """One group a row (R, T): its real tokens, or the first `prompt` (R,) of them in a causal model."""
+    """Return one group a row (R, T): its real tokens, or the first `prompt` (R,) of them in a causal model."""
     mask = mask.bool()
     rows, columns = mask.shape
     place = torch.arange(rows * columns, device=mask.device).view(rows, columns)
@@ -55,7 +55,7 @@ def padded_groups(mask: Tensor, prompt: Tensor | None, causal: bool) -> Groups:
 
 
 def packed_groups(context: Context, causal: bool, device: torch.device) -> Groups:
-    """One group a segment: all of it, or, in a causal model, a shared prompt or the prompt at its beginning.
+    """Return one group a segment: all of it, or, in a causal model, a shared prompt or the prompt at its beginning.
 
     Raises:
         ModelError: a segment that continues a shared prompt has a prompt of its own.
@@ -99,7 +99,7 @@ class Router(bottleneck.Bottleneck):
         self.norm = [] if norm is None else [norm]
 
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The conditional block."""
+        """Run the conditional block, (R, T, D) -> (R, T, D)."""
         normed = self.norm[0](x) if self.norm else x
         groups = self._groups(x)
         if groups is None or not groups.place.numel():
@@ -112,7 +112,7 @@ class Router(bottleneck.Bottleneck):
         return x + self.network(normed) + weight[..., None].to(x.dtype) * increment
 
     def _groups(self, x: Tensor) -> Groups | None:
-        """Who competes; None where everything is computed: a decoder's rows without a prompt, or behind one."""
+        """Return the competing groups; None where everything is computed: a decoder's rows without a prompt, or after one."""
         context = current()
         shape = x.shape[:2]
         if context.layout is not None and (context.layout.rows, context.layout.columns) == tuple(shape):
@@ -126,7 +126,7 @@ class Router(bottleneck.Bottleneck):
         return padded_groups(mask, prompt, self.causal)
 
     def _weights(self, normed: Tensor, groups: Groups) -> Tensor:
-        """(R, T) m: soft top-k of the chosen tokens, one for dense ones, zero for the rest."""
+        """Return m (R, T): soft top-k of the chosen tokens, one for dense ones, zero for the rest."""
         with torch.autocast(normed.device.type, enabled=False):
             full = torch.promote_types(normed.dtype, torch.float32)
             flat = (normed.to(full) @ self.router.to(full)).flatten()
@@ -140,7 +140,7 @@ class Router(bottleneck.Bottleneck):
         return weight.index_put((groups.place[hard],), soft[hard]).view(groups.dense.shape)
 
     def _picked(self, weight: Tensor, groups: Groups, context: Context) -> Picked:
-        """The tokens with a weight, as columns of each row."""
+        """Return the tokens with a weight, as columns of each row."""
         chosen = (weight.detach() > 0) | groups.dense
         wide = int(chosen.sum(1).max())
         # A stable sort puts the chosen ones first and keeps their order.
@@ -155,9 +155,9 @@ class OnRows(Hook):
     """y[chosen] = f(x[chosen]), zero elsewhere."""
 
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The host on chosen tokens."""
+        """Run the host on chosen tokens, (R, T, D_in) -> (R, T, D_out)."""
         picked, columns = current().shared.get(self.owner, (None, 0))
-        # Rows that are no longer the batch's tokens: another CoDA has gathered its own, which the outer block asks for,
+        # Rows that are no longer the batch's tokens: another CoDA has gathered its own, which the outer block needs,
         # or a method (DoRA) sends its matrices through the layer.
         if picked is None or x.dim() != 3 or x.shape[1] != columns:
             return call(x)
@@ -169,7 +169,7 @@ class OnQueries(Hook):
     """Attention of the chosen queries."""
 
     def attention(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(R, H, T, Ev), zero where nobody asked."""
+        """Return attention (R, H, T, Ev), zero at queries that were not chosen."""
         picked, _ = current().shared.get(self.owner, (None, 0))
         return attend(q, k, v) if picked is None else attend(q, k, v, picked=picked)
 
@@ -182,7 +182,7 @@ class KnowRows(Hook):
     """
 
     def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Call the stack under that context."""
+        """Run the stack under that context."""
         context = current()
         if context.layout is not None:
             return call(**inputs)
@@ -251,18 +251,18 @@ class Coda(Wrapper):
     """Also train the norms of the conditional blocks."""
 
     def k_of(self, size: Tensor) -> Tensor:
-        """(G,) how many of each group's tokens are chosen."""
+        """Return how many of each group's tokens are chosen, (G,)."""
         wanted = torch.full_like(size, self.k) if self.k is not None else torch.ceil(size / self.reduction).long()
         return torch.minimum(wanted.clamp_min(1), size)
 
     def solve(self, scores: Tensor, k: Tensor, exists: Tensor) -> Tensor:
-        """(G, L) soft top-k weights."""
+        """Return soft top-k weights (G, L)."""
         if self.solver == "exact":
             return soft_top_k(scores, k, exists, self.eps)
         return iterated_top_k(scores, k, exists, self.eps, self.eps_init, self.eps_decay, self.iters)
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a router around every conditional block and gathers on what it computes.
+        """Add a router to every conditional block and gathers to what it computes.
 
         Raises:
             ModelError: a decoder without `causal: prompt_only`, or one with `kv: selected`.
@@ -301,18 +301,18 @@ class Coda(Wrapper):
         return parts.at(f"layers.{self.layers}.block")
 
     def opened(self, model: nn.Module) -> set[str]:
-        """Norms of the conditional blocks, where `train_norms` asks for them."""
+        """Return the norms of the conditional blocks if `train_norms` is on."""
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
         return bottleneck.norm_parameters(model, self._blocks(parts), parts) if self.train_norms else set()
 
     def may_skip(self, name: str) -> bool:
-        """The routers of a decoder, where no row of a batch has a prompt."""
+        """Return whether it is a router of a decoder, unused where no row of a batch has a prompt."""
         return self.causal == "prompt_only" and name.endswith(".router")
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: 2 d r + r + 2 d a block and its norms; AdamW keeps 8 bytes for each."""
+        """Return closed forms: 2 d r + r + 2 d a block and its norms train; AdamW keeps 8 bytes for each."""
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
@@ -323,7 +323,7 @@ class Coda(Wrapper):
 
 
 def _stack_of(model: nn.Module, parts: Anatomy) -> nn.Module:
-    """The module that gets the two-dimensional padding mask on the way to the conditional blocks."""
+    """Return the module that gets the two-dimensional padding mask on the way to the conditional blocks."""
     if parts.encoder_decoder:
         return model.get_encoder()  # type: ignore[operator]
     return model.base_model if isinstance(model.base_model, nn.Module) else model

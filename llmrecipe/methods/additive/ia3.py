@@ -25,7 +25,7 @@ TERMS = {"key": ("attn.k", "cross.k"), "value": ("attn.v", "cross.v"), "ffn": ("
 
 
 def factors(table: Tensor, x: Tensor) -> Tensor:
-    """Rows of a table (n, D) for an activation (R, T, D): (D,) for one task, else (R, T | 1, D) by `Context.task_ids`.
+    """Return rows of a table (n, D) for an activation (R, T, D): (D,) for one task, else (R, T | 1, D) by `Context.task_ids`.
 
     Without task ids a pass belongs to the first task: probes of the bare model know no task. Rows longer or shorter than
     the batch's (an encoder's, or one step of cached generation) take the task of their first token: a padded row belongs to
@@ -61,9 +61,11 @@ class Scale(Hook):
         self.register_buffer("rows", rows, persistent=False)
 
     def only(self) -> Tensor:
-        """(D,) the one vector, in float32."""
+        """Return the only vector (D,), in float32."""
         if self.l.shape[0] != 1:
-            raise ModelError(f"{self.l.shape[0]} tasks cannot be merged into one weight; keep the adapter beside the model")
+            raise ModelError(
+                f"{self.l.shape[0]} tasks cannot be merged into one weight; keep the adapter separate from the model"
+            )
         return self.l[0].float()
 
 
@@ -71,7 +73,7 @@ class ScaleOutput(Scale):
     """y -> l * y, or l * y[rows] at some rows of a fused layer."""
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The scaled output."""
+        """Return the scaled output (..., D)."""
         factor = factors(self.l, y).to(y.dtype)
         if self.rows is None:
             return y * factor
@@ -79,7 +81,7 @@ class ScaleOutput(Scale):
         return y * full.index_copy(-1, self.rows, factor)
 
     def merge(self, module: nn.Module) -> None:
-        """Rows of W, and the bias, times l."""
+        """Multiply rows of W, and the bias, by l."""
         factor = self.only()
         axis = 1 if type(module).__name__ == "Conv1D" else 0
         _scale(module, "weight", axis, factor, self.rows)
@@ -88,14 +90,14 @@ class ScaleOutput(Scale):
 
 
 class ScaleInput(Scale):
-    """x -> l * x in front of a linear layer."""
+    """x -> l * x before a linear layer."""
 
     def before(self, x: Tensor) -> Tensor:
-        """The scaled input."""
+        """Return the scaled input (..., D)."""
         return x * factors(self.l, x).to(x.dtype)
 
     def merge(self, module: nn.Module) -> None:
-        """Columns of W times l."""
+        """Multiply columns of W by l."""
         _scale(module, "weight", 0 if type(module).__name__ == "Conv1D" else 1, self.only(), None)
 
 
@@ -119,7 +121,7 @@ class ScaleKeys(Scale):
         self.heads, self.head_dim = heads, head_dim
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The scaled keys."""
+        """Return the scaled keys."""
         if y.dim() == 3:
             return y * factors(self.l, y).to(y.dtype)
         # A transposed view keeps the strides of the projection: the smaller one of the two axes is the heads'.
@@ -138,11 +140,11 @@ class ScaleExperts(Scale):
         self.transposed = site.transposed
 
     def weight(self, value: Tensor) -> Tensor:
-        """The down projections with scaled inputs."""
+        """Return the down projections of all experts with scaled inputs."""
         return value * (self.l[:, :, None] if self.transposed else self.l[:, None, :]).to(value.dtype)
 
     def merge(self, module: nn.Module) -> None:
-        """Fold every expert's vector into its matrix."""
+        """Fold every vector into the neighbouring weights."""
         target = getattr(module, self.tensor)
         target.data = self.weight(target.float()).to(target.dtype)
 
@@ -160,7 +162,7 @@ def _scale(module: nn.Module, name: str, axis: int, factor: Tensor, rows: Tensor
 
 @register
 class Ia3(Wrapper):
-    """(IA)^3: K' = l_k * K, V' = l_v * V and h' = l_ff * h in front of W2, with learned vectors l.
+    """(IA)^3: K' = l_k * K, V' = l_v * V and h' = l_ff * h before W2, with learned vectors l.
 
     Trained: l_k, l_v and l_ff of every layer, L (2 d_kv + f) numbers a task (decoder blocks with cross-attention 4 d_kv + f;
     routed experts one l_ff each). They start at one, so training starts at the base model, and have no weight decay: decay
@@ -193,7 +195,7 @@ class Ia3(Wrapper):
     """Column in which a row names its task (or gives its number in `tasks`)."""
 
     def mixes(self) -> Tasks | None:
-        """The named tasks, or whatever tasks the rows name.
+        """Return the named tasks, or those that the rows name.
 
         Raises:
             RecipeError: a name is given twice.
@@ -208,13 +210,13 @@ class Ia3(Wrapper):
         return Tasks(tuple(self.tasks), self.task_field)
 
     def for_tasks(self, tasks: Tasks | None) -> Wrapper:
-        """The wrapper with `tasks: auto` replaced by the names of the training rows."""
+        """Return the wrapper with `tasks: auto` replaced by the names of the training rows."""
         if self.tasks != "auto" or tasks is None or tasks.names is None:
             return self
         return dataclasses.replace(self, tasks=list(tasks.names))  # type: ignore[call-arg]
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a scaling at every chosen site.
+        """Add a scaling at every chosen site.
 
         Raises:
             RecipeError: the tasks are `auto` and no rows were read.
@@ -231,7 +233,7 @@ class Ia3(Wrapper):
             add_hook(site.module, site.name(self.name), hook, self.name)
 
     def sites(self, parts: Anatomy) -> list[Site]:
-        """The chosen sites of a model.
+        """Return the chosen sites of a model.
 
         Raises:
             ModelError: a term of `scaled` matches nothing, or behind-the-norm keys are wanted where there is no key norm.
@@ -268,7 +270,7 @@ class Ia3(Wrapper):
         return (OneInput if count == 1 else ScaleInput)(site.width_in, count)
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
-        """No weight decay."""
+        """Return its own parameters with weight decay 0."""
         from llmrecipe.models.hooks.hook import own_tensors
 
         return [ParamGroup(frozenset(own_tensors(model, self.name)), weight_decay=0.0)]
@@ -286,6 +288,6 @@ class Ia3(Wrapper):
         merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: L (2 d_kv + f) a task; AdamW keeps 8 bytes for each."""
+        """Return closed forms: L (2 d_kv + f) train a task; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

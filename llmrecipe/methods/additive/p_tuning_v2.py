@@ -32,7 +32,7 @@ class PTuningV2(Wrapper):
     target: str = "attn"
     """Attention modules that get a prefix, with sides and ranges of layers."""
     num_virtual_tokens: PositiveInt = 128
-    """Slots in front of the keys and values; the paper chooses it for each task, 8 to 128."""
+    """Virtual tokens before the keys and values; the paper chooses it for each task, 8 to 128."""
     reparam: Literal["flat", "mlp"] = "flat"
     """Train the columns themselves, or a small table and an MLP."""
     hidden: PositiveInt = 512
@@ -43,7 +43,7 @@ class PTuningV2(Wrapper):
     """Where documents start: at 0, or behind the prefix."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A table at each stack of blocks, a hook at each attention module of `target`."""
+        """Add a table at each stack of blocks, a hook at each attention module of `target`."""
         plan = prefix_kv.Plan(
             self.target,
             self.num_virtual_tokens,
@@ -55,13 +55,13 @@ class PTuningV2(Wrapper):
         prefix_kv.attach(model, self.name, plan, structure)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """Whether the MLP has been dropped."""
+        """Return whether the MLP has been dropped."""
         return prefix_kv.structure(model, self.name)
 
     def finish(self, model: nn.Module) -> None:
         """Keep the columns, drop the MLP."""
-        prefix_kv.remove_hook(model, self.name)
+        prefix_kv.drop_mlp(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: 2 L P d_kv."""
+        """Return closed forms: 2 L P d_kv train."""
         return prefix_kv.memory(model, self.name)

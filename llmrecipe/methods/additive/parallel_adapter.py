@@ -25,8 +25,8 @@ class ParallelAdapter(Wrapper):
     """Parallel adapter: x' = x + F(N(x)) + A(u), post-norm x' = LN(x + F(x) + A(x)), A(u) = s (W_u f(W_d u + b_d) + b_u).
 
     The branch reads what a sublayer reads and its result is added to the sublayer's; there is no skip inside it. `input:
-    normed` takes u = N(x), `input: residual` the stream x in front of the norm (the same thing in post-norm blocks).
-    `target` puts one branch beside each named linear instead: y = W x + A(x). `form: multihead` adds to every attention head
+    normed` takes u = N(x), `input: residual` the stream x before the norm (the same thing in post-norm blocks).
+    `target` adds one branch to each named linear instead: y = W x + A(x). `form: multihead` adds to every attention head
     f(q_i P_i^T) V_i before the output projection: prefix-shaped, without a softmax.
 
     Trained: 2 d r + r + d a sublayer (+ 1 for a learned scale), r (in + out) + r + out a linear, h r (e_q + e_v) a multi-head
@@ -71,7 +71,7 @@ class ParallelAdapter(Wrapper):
     """Start: exact identity, N(0, 0.01^2) cut at two deviations, or N(0, 0.02^2)."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a branch beside every chosen place.
+        """Add a branch in parallel with every chosen site.
 
         Raises:
             ModelError: a target without a weight matrix, or a multi-head branch on the feed-forward.
@@ -96,7 +96,7 @@ class ParallelAdapter(Wrapper):
     def _branch(self, sub: Sublayer, r: int, parts: Anatomy) -> None:
         source = sub.norm if self.input == "residual" and parts.pre_norm else sub.input
         if source is None:
-            raise ModelError(f"{sub.block.path}: its {sub.part} sublayer has no norm in front of it; use input: normed")
+            raise ModelError(f"{sub.block.path}: its {sub.part} sublayer has no norm before it; use input: normed")
         if source.module is sub.output.module:
             add_hook(
                 self.host(sub, parts).module,
@@ -111,18 +111,18 @@ class ParallelAdapter(Wrapper):
 
     def _heads(self, sub: Sublayer, r: int, parts: Anatomy) -> None:
         if sub.part == "ffn":
-            raise ModelError(f"stack.{self.name}.form: multihead stands beside attention; use sites: [attn]")
+            raise ModelError(f"stack.{self.name}.form: multihead is parallel to attention; use sites: [attn]")
         inside = [s for s in parts.sites if (s.side, s.layer, s.role) == (sub.side, sub.layer, sub.part)]
         value = next(s for s in parts.sites if (s.side, s.layer, s.role) == (sub.side, sub.layer, f"{sub.part}.o"))
         hook = bottleneck.HeadBeside(parts.heads, parts.head_dim, value.width_in // parts.heads, r, self._shape())
         add_hook(inside[0].module, self.name, hook, self.name)
 
     def host(self, sub: Sublayer, parts: Anatomy) -> Site:
-        """Where a branch beside a sublayer is added."""
+        """Return where a branch parallel to a sublayer is added."""
         return sub.output
 
     def places(self, parts: Anatomy) -> list[Sublayer]:
-        """The sublayers with a branch."""
+        """Return the sublayers with a branch."""
         return bottleneck.sublayers(parts, list(self.sites), self.layers, None if self.side == "both" else self.side)
 
     def _linears(self, parts: Anatomy) -> list[Site]:
@@ -140,11 +140,11 @@ class ParallelAdapter(Wrapper):
         return bottleneck.Shape(self.activation, self.bias, self.scale, self.dropout, init=self.init)
 
     def starts_at_base(self) -> bool:
-        """With `init: zero_up`."""
+        """Return whether step 0 is the base: with `init: zero_up`."""
         return self.init == "zero_up"
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: see the class; AdamW keeps 8 bytes for each."""
+        """Return closed forms (see the class); AdamW keeps 8 bytes for each."""
         from llmrecipe.models.module_map import anatomy
 
         parts, shape = anatomy(model), self._shape()

@@ -18,7 +18,7 @@ class PrefixTuning(Wrapper):
     """Prefix-tuning: y = softmax(Q [P_K; K]^T / sqrt(e) + mask) [P_V; V] with trained P_K, P_V (g, P, e) in every attention.
 
     `reparam: mlp` makes the columns of all layers of one stack at once, M = W_2 tanh(W_1 X + b_1) + b_2, once a forward pass;
-    after training only M is kept (`remove_hook`, exact). `flat` trains M itself. Every query of a document sees every slot.
+    after training only M is kept (`drop_mlp`, exact). `flat` trains M itself. Every query of a document sees every slot.
     Encoder, decoder and cross-attention have a table each: `target: attn` takes all self-attention, `attn + cross` the
     cross-attention too, `layers.4:.attn` some layers. The prefix carries no position (`positions: free`): documents start at
     0 and no context length is spent; `shift` starts them at P, as PEFT does.
@@ -38,7 +38,7 @@ class PrefixTuning(Wrapper):
     target: str = "attn"
     """Attention modules that get a prefix: attn (self-attention), cross, with sides and ranges of layers."""
     num_virtual_tokens: PositiveInt = 30
-    """Slots in front of the keys and values."""
+    """Virtual tokens before the keys and values."""
     reparam: Literal["mlp", "flat"] = "mlp"
     """What is trained: a small table and an MLP, or the columns themselves."""
     hidden: PositiveInt = 512
@@ -59,25 +59,25 @@ class PrefixTuning(Wrapper):
     """A gate sigmoid(w x + b) of the attention's input on keys and values: each query's own, or a document's mean (UniPELT)."""
 
     def starts_at_base(self) -> bool:
-        """Only a closed gate leaves the softmax alone."""
+        """Return whether step 0 is the base: only a closed gate leaves the softmax unchanged."""
         return self.gate_init == "closed"
 
     def plan(self) -> prefix_kv.Plan:
-        """The options as the shared code reads them."""
+        """Return the options as the shared code reads them."""
         return prefix_kv.Plan(
             self.target, self.num_virtual_tokens, self.reparam, self.hidden, self.width, self.dropout, self.init,
             self.positions == "shift", self.gate_init == "closed",
         )  # fmt: skip
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A table at each stack of blocks, a hook at each attention module of `target`."""
+        """Add a table at each stack of blocks, a hook at each attention module of `target`."""
         if self.gate == "none":
             prefix_kv.attach(model, self.name, self.plan(), structure)
         else:
             apt_gates.attach_gated(model, self.name, self.plan(), structure, self.gate)
 
     def calibrates(self) -> bool:
-        """Whether the start is a text."""
+        """Return whether the columns are initialized from a text."""
         return self.init == "text"
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
@@ -86,17 +86,17 @@ class PrefixTuning(Wrapper):
             prefix_kv.start_from_text(model, self.name, self.plan(), probe.tokenizer, self.init_text)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """Whether the MLP has been dropped."""
+        """Return whether the MLP has been dropped."""
         return prefix_kv.structure(model, self.name)
 
     def finish(self, model: nn.Module) -> None:
         """Keep the columns, drop the MLP."""
-        self.remove_hook(model)
+        self.drop_mlp(model)
 
-    def remove_hook(self, model: nn.Module) -> None:
+    def drop_mlp(self, model: nn.Module) -> None:
         """Replace the MLP by the table it makes, exactly."""
-        prefix_kv.remove_hook(model, self.name)
+        prefix_kv.drop_mlp(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv."""
+        """Return closed forms: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) train for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv."""
         return prefix_kv.memory(model, self.name)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @register
 class PromptTuning(Wrapper):
-    """Prompt tuning: X' = [E; X] with P trained embeddings E (P, d) in front of every document; only E trains.
+    """Prompt tuning: X' = [E; X] with P trained embeddings E (P, d) before every document; only E trains.
 
-    The slots are ordinary positions: documents begin at P, every document of a packed row has its own copy, none is a target,
+    The virtual tokens are ordinary positions: documents begin at P, every document of a packed row has its own copy, none is a target,
     and a key/value cache holds them once. Encoder-decoder models get them in the encoder, where the decoder's cross-attention
     reads them too. E lives in the space of the embedding's output, so a prompt copied from tokens behaves as those tokens; a
     merged export adds P tokens with these embeddings, exactly.
@@ -41,15 +41,15 @@ class PromptTuning(Wrapper):
     init_text: str = ""
     """Text for `init: text`, repeated or cut to the number of slots."""
     position: Literal["prefix", "after_bos"] = "prefix"
-    """In front of a document, or behind its first token."""
+    """Before a document, or after its first token."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Open the slots and fill them."""
+        """Add the virtual tokens and initialize them."""
         virtual_tokens.attach(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
         virtual_tokens.start(model, self.name, self.init)
 
     def calibrates(self) -> bool:
-        """Whether the start is a text."""
+        """Return whether they are initialized from a text."""
         return self.init == "text"
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
@@ -59,10 +59,10 @@ class PromptTuning(Wrapper):
             virtual_tokens.copy_tokens(model, self.name, ids)
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
-        """The rows, where they come first: a merged folder adds them to the vocabulary."""
+        """Return the rows (P, d), where they come first: a merged folder adds them to the vocabulary."""
         return virtual_tokens.rows_of(model, self.name)[1].embeddings.detach() if self.position == "prefix" else None
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: P d."""
+        """Return closed forms: P d train."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

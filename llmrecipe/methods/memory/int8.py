@@ -80,11 +80,11 @@ class Int8(Wrapper):
         dequantize_model(model)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Bytes of the quantized layers: one a weight and a float32 scale a row."""
+        """Return bytes of the quantized layers: one a weight and a float32 scale a row."""
         shapes = [widths(module, 0)[:2] for _, module in quantized(model)]
         weights = sum(columns * rows for columns, rows in shapes)
         return {"trainable": 0, "weights": weights, "base_bytes": weights + sum(4 * rows for _, rows in shapes)}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """How many weights are held in 8 bits."""
+        """Yield how many weights are held in 8 bits."""
         yield "weights in int8", self.memory(model)["weights"]

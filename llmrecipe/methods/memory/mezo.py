@@ -95,7 +95,7 @@ class Mezo(Wrapper):
     """Write mezo_history.bin (10 bytes a step), from which `replay` makes the weights again."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Nothing to add.
+        """Add nothing.
 
         Raises:
             RecipeError: the model recomputes activations, which only a backward pass would want.
@@ -104,10 +104,10 @@ class Mezo(Wrapper):
             raise RecipeError(_CHECKPOINTING)
 
     def merge(self, model: nn.Module) -> None:
-        """Nothing to fold in: the weights themselves were trained."""
+        """Do nothing: the weights themselves were trained."""
 
     def rule(self) -> ZerothOrder:
-        """The update."""
+        """Return the update rule."""
         return self._update
 
     @functools.cached_property
@@ -115,7 +115,7 @@ class Mezo(Wrapper):
         return ZerothOrder(self)
 
     def window(self) -> int | None:
-        """Estimates a recomputed moment reaches back (1 for SGD); None where moments are stored."""
+        """Return how many estimates a recomputed moment reaches back (1 for SGD); None where moments are stored."""
         if self.optimizer == "sgd":
             return 1
         if self.moments == "store":
@@ -124,19 +124,19 @@ class Mezo(Wrapper):
         return self.history or (max(1, math.ceil(math.log(NEGLIGIBLE) / math.log(slowest))) if slowest else 1)
 
     def samples(self, step: int, steps: int) -> int:
-        """n of a step."""
+        """Return n of a step."""
         return self.n if self.n_schedule == "constant" else max(1, math.ceil(self.n * (step + 1) / max(steps, 1)))
 
     def state(self) -> dict[str, Any]:
-        """The estimates that still weigh in a recomputed moment."""
+        """Return the estimates that still weigh in a recomputed moment."""
         return {"past": [[e.step, e.lr, list(e.g)] for e in self._update.past]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take the estimates back."""
+        """Restore the estimates."""
         self._update.past = [Entry(step, lr, tuple(g)) for step, lr, g in state.get("past", [])]
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """No gradients, nothing saved for a backward pass, and no optimizer state unless moments are stored."""
+        """Return closed forms: no gradients, no saved activations, and no optimizer state unless moments are stored."""
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         tensors = {"sgd": 0, "momentum": 1, "adam": 2}[self.optimizer] if self.moments == "store" else 0
         return {"optimizer_bytes": 4 * tensors * count, "gradient_bytes": 0, "saved_bytes": 0}
@@ -189,7 +189,7 @@ class ZerothOrder:
     # --- the two sides ----------------------------------------------------------------------------------------------
 
     def _sides(self, context: StepContext, micros: list[Batch], step: int, count: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """((samples, 2 sides, [summed loss of this process, penalty]), mean metrics)."""
+        """Return ((samples, 2 sides, [summed loss of this process, penalty]), mean metrics)."""
         sides = torch.zeros(count, 2, 2, dtype=torch.float64)
         sums = MetricSums()
         mode = self.mode
@@ -215,7 +215,7 @@ class ZerothOrder:
         return sides, sums.mean(context.runtime)
 
     def _evaluate(self, context: StepContext, micros: list[Batch], scale: float) -> tuple[float, list[dict[str, Any]]]:
-        """Summed loss of this process at theta + scale z."""
+        """Return the summed loss of this process at theta + scale z."""
         self.mode.move(scale)
         losses = [context.objective.loss(micro, context.roles) for micro in micros]
         if self.mode.missed():
@@ -294,7 +294,7 @@ class ZerothOrder:
 
 
 def _generators(context: StepContext) -> list[tuple[torch.device, torch.Tensor]]:
-    """State of torch's global generators: both sides see the same random numbers where an objective samples."""
+    """Return the state of torch's global generators: both sides see the same random numbers where an objective samples."""
     states = [(torch.device("cpu"), torch.get_rng_state())]
     device = context.roles.device
     if device.type == "cuda":

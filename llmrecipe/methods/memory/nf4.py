@@ -123,17 +123,17 @@ class Nf4(Wrapper):
         dequantize_model(model)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Bytes of the quantized layers: n / 2 of codes and one scale a block, itself in 8 bits under `double`."""
+        """Return bytes of the quantized layers: n / 2 of codes and one scale a block, itself in 8 bits under `double`."""
         shapes = [math.prod(widths(module, 0)[:2]) for _, module in quantized(model)]
         return {"trainable": 0, "weights": sum(shapes), "base_bytes": sum(packed_bytes(n, self.double) for n in shapes)}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """How many weights are held in 4 bits."""
+        """Yield how many weights are held in 4 bits."""
         yield f"weights in {self.type}", self.memory(model)["weights"]
 
 
 def packed_bytes(weights: int, double: bool) -> int:
-    """Bytes of one quantized tensor of n weights, tables included.
+    """Return bytes of one quantized tensor of n weights, tables included.
 
     n/2 codes + 64 (the 16 levels) + 4 n/64 scales; under double quantization n/64 + 4 n/(64 * 256) + 1024 (the 256 levels of
     the 8-bit map) + 4 (the mean of the scales) instead of 4 n/64.

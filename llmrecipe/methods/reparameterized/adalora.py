@@ -37,7 +37,7 @@ def budget(t: int, first: int, last: int, total: int, start: int, end: int) -> i
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest scores; of equal ones the first are kept, so that every process agrees."""
+    """Return the mask of the `count` largest scores; of equal ones the first are kept, so that every process agrees."""
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[torch.sort(scores, descending=True, stable=True).indices[:count]] = True
     return kept
@@ -66,13 +66,13 @@ class SvdLowRank(low_rank.LowRank):
             self.register_buffer(f"spread_{name}", torch.zeros_like(like, requires_grad=False) if scored else None)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s B (E * A dropout(x))."""
+        """Return y + s B (E * A dropout(x)), (..., out)."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         return low_rank.branch(dropped, self.A * self.E, self.B, self.scale, y, self.rows)
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """I = |w dL/dw|; mean <- beta1 mean + (1 - beta1) I; spread <- beta2 spread + (1 - beta2) |I - mean|."""
+        """Update I = |w dL/dw|; mean <- beta1 mean + (1 - beta1) I; spread <- beta2 spread + (1 - beta2) |I - mean|."""
         for name in FACTORS:
             parameter, mean, spread = getattr(self, name), getattr(self, f"mean_{name}"), getattr(self, f"spread_{name}")
             if parameter.grad is None or mean is None:
@@ -82,7 +82,7 @@ class SvdLowRank(low_rank.LowRank):
             spread.mul_(beta2).add_((now - mean).abs_(), alpha=1 - beta2)
 
     def scores(self) -> Tensor:
-        """(r,) importance of each triplet: s(E_k) + mean_j s(B_jk) + mean_j s(A_kj), s = mean * spread."""
+        """Return the importance (r,) of each triplet: s(E_k) + mean_j s(B_jk) + mean_j s(A_kj), s = mean * spread."""
         return (
             (self.mean_E * self.spread_E)[:, 0] + (self.mean_B * self.spread_B).mean(0) + (self.mean_A * self.spread_A).mean(1)
         )
@@ -94,7 +94,7 @@ class SvdLowRank(low_rank.LowRank):
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Take the masked triplets out of A, E and B; the parameters stay the same objects, so the optimizer knows them."""
+        """Remove the masked triplets from A, E and B; the parameters stay the same objects, so the optimizer knows them."""
         self.cut = self.kept.nonzero()[:, 0]
         self.A.data, self.E.data, self.B.data = (
             self.A.data[self.cut],
@@ -111,13 +111,13 @@ class SvdLowRank(low_rank.LowRank):
             setattr(self, f"spread_{name}", None)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(E A, B, s) of the kept triplets; one that is zero where none is."""
+        """Return (E A, B, s) of the kept triplets; one that is zero where none is."""
         if not bool(self.kept.any()):
             return self.A.new_zeros(1, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], 1), self.scale
         return (self.A * self.E).detach()[self.kept], self.B.detach()[:, self.kept], self.scale
 
     def product(self) -> Tensor:
-        """s B diag(E) A in float32."""
+        """Return s B diag(E) A in float32, (out, in)."""
         return (self.B.float() @ (self.A * self.E).float()) * self.scale
 
 
@@ -188,7 +188,7 @@ class Adalora(Wrapper):
     """Biases of the base that train too: none, all of them, or those of the layers in the budget, whatever rank they keep."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a triplet form beside every site of `target`.
+        """Add a triplet form at every site of `target`.
 
         Raises:
             RecipeError: the final rank is above the first one.
@@ -220,7 +220,7 @@ class Adalora(Wrapper):
         add_shared(model, shared, self.name)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """Whether importances are still kept, the rank of every module, and how many triplets its tensors hold once pruned."""
+        """Return whether importances are still kept, every module's rank, and the number of triplets in its tensors once pruned."""
         hooks = self._hooks(model)
         ranks = {path: int(hook.kept.sum()) for path, hook in hooks.items()}
         facts: dict[str, Any] = {"scored": any(hook.mean_E is not None for hook in hooks.values()), "ranks": ranks}
@@ -234,7 +234,7 @@ class Adalora(Wrapper):
         return any(hook.A.shape[0] < self.init_r for hook in self._hooks(model).values())
 
     def calibrates(self) -> bool:
-        """The length of the run is no choice of what trains."""
+        """Return False: the length of the run is no choice of what trains."""
         return False
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
@@ -258,11 +258,11 @@ class Adalora(Wrapper):
             )
 
     def shortens(self) -> bool:
-        """Whether trained tensors lose rows during the run."""
+        """Return whether trained tensors lose rows during the run."""
         return self.prune == "at_final"
 
     def before_step(self, model: nn.Module, step: int) -> bool | None:
-        """With `prune: at_final`, drop what the final pattern leaves out: then other tensors train."""
+        """Drop what the final pattern leaves out with `prune: at_final`, after which other tensors train."""
         hooks = self._hooks(model).values()
         for hook in hooks:
             hook.cut = None
@@ -274,7 +274,7 @@ class Adalora(Wrapper):
         return True
 
     def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-        """The triplets left in A, E and B by the pruning."""
+        """Return the triplets left in A, E and B by the pruning."""
         found: dict[str, tuple[int, Tensor]] = {}
         for path, hook in self._hooks(model).items():
             if hook.cut is not None:
@@ -282,7 +282,7 @@ class Adalora(Wrapper):
         return found
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products of one shape at a time."""
+        """Return weight * mean (or sum) of ||P^T P - I|| and ||Q Q^T - I||, from r x r products of one shape at a time."""
         matrices: dict[torch.Size, list[Tensor]] = {}
         for hook in self._hooks(model).values():
             for matrix in (hook.A, hook.B.t()):
@@ -295,7 +295,7 @@ class Adalora(Wrapper):
 
     @staticmethod
     def _apart(wide: Tensor) -> Tensor:
-        """(n,) ||M M^T - I|| of n matrices M (r, in)."""
+        """Return (n,) ||M M^T - I|| of n matrices M (r, in)."""
         grams = wide @ wide.mT
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1], device=grams.device, dtype=grams.dtype))
 
@@ -322,7 +322,7 @@ class Adalora(Wrapper):
                 hook.forget()
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """The ranks now, and how far P and Q are from orthogonal."""
+        """Return the current ranks, and how far P and Q are from orthogonal."""
         ranks = [float(hook.kept.sum()) for hook in self._hooks(model).values()]
         return {
             "rank_mean": sum(ranks) / len(ranks),
@@ -332,17 +332,17 @@ class Adalora(Wrapper):
         }
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + s P diag(l) Q, b <- the trained b."""
+        """Set W <- W + s P diag(l) Q, b <- the trained b."""
         merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable r (in + out + 1) a site, and the biases; two more numbers an entry of the factors for the importances."""
+        """Return closed forms: r (in + out + 1) a site and biases train; importances are two numbers an entry."""
         scored = sum(p.numel() for hook in self._hooks(model).values() for p in hook.parameters())
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "state_bytes": 8 * scored}
 
     def _found(self, model: nn.Module) -> list[tuple[str, nn.Module, str, SvdLowRank]]:
-        """(module path, module, hook name, hook) of every triplet form."""
+        """Return (module path, module, hook name, hook) of every triplet form."""
         return [(path, m, name, hook) for path, m, name, hook in all_hooks(model, self.name) if isinstance(hook, SvdLowRank)]
 
     def _hooks(self, model: nn.Module) -> dict[str, SvdLowRank]:

@@ -29,7 +29,7 @@ CANCELLED = 1e-3
 
 
 def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Row norms of V = W + s B A without forming it: ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, then the root.
+    """Return row norms (out,) of W + s B A unformed: ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, then the root.
 
     Args:
         squares: (out,) ||w||^2 of each row.
@@ -51,7 +51,7 @@ class _Direction(Gain):
     scale: float
 
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
-        """||W + s B A||, without forming the sum where its digits allow."""
+        """Return ||W + s B A||, (out,), without forming the sum where its digits allow."""
         assert product is not None
         norm = norm_of_sum(self.squares(), product(), self.A, self.B, self.scale)
         lost = norm.isnan()
@@ -74,7 +74,7 @@ class DoraLinear(_Direction, low_rank.LowRank):
         self.dropout_mode, self.detach_norm = dropout_mode, detach_norm
 
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The scaled and adapted output."""
+        """Return the scaled and adapted output (..., out)."""
         bias = getattr(self.host[0], "bias", None)
 
         def bare(value: Tensor) -> Tensor:
@@ -96,17 +96,17 @@ class DoraLinear(_Direction, low_rank.LowRank):
         return y.index_copy(-1, self.rows, self.rescaled(own, gain, None if bias is None else bias[self.rows]))
 
     def _moved(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s B A x."""
+        """Return y + s B A x, (..., out)."""
         return low_rank.branch(x, self.A, self.B, self.scale, y).to(y.dtype)
 
     def vector(self) -> Tensor | None:
-        """(out,) magnitudes of the whole layer: those of rows without a branch are their norms."""
+        """Return magnitudes (out,) of the entire layer: those of rows without a branch are their norms."""
         if self.rows is None:
             return self.magnitude.detach()
         return weight_below(self.host[0], self).norm(dim=1).index_copy(0, self.rows, self.magnitude.detach())
 
     def merge(self, module: nn.Module) -> None:
-        """W <- g (W + s B A) in float32, one cast back."""
+        """Set W <- g (W + s B A) in float32, one cast back."""
         old = self.weight_rows()
         gain = self.gain(lambda: old @ self.A.float().t())
         low_rank.add_to_weight(module, gain[:, None] * (old + self.product()) - old, self.rows)
@@ -122,16 +122,16 @@ class DoraEmbedding(_Direction, low_rank.LowRankEmbedding):
         self.embed_scale = float(getattr(site.module, "scalar_embed_scale", 1.0))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """x holds token ids here."""
+        """Return the scaled and adapted embeddings (..., D); x holds token ids here."""
         gain = self.gain(lambda: (self.A.float() @ self.weight_rows().t()).t())
         return self.rescaled(super().after(x, y), gain, None)
 
     def vector(self) -> Tensor | None:
-        """(D,) magnitudes."""
+        """Return the magnitudes (D,)."""
         return self.magnitude.detach()
 
     def merge(self, module: nn.Module) -> None:
-        """E <- g (E + s (B A)^T)."""
+        """Set E <- g (E + s (B A)^T)."""
         old = self.weight_rows().t()
         gain = self.gain(lambda: (self.A.float() @ old).t())
         low_rank.add_to_weight(module, gain * (old + self.product()) - old, None)
@@ -152,15 +152,15 @@ class Magnitude(Gain, Hook):
 
     @property
     def embeds(self) -> bool:
-        """Whether the host is an embedding, whose outputs are the columns of its weight."""
+        """Return whether the host is an embedding, whose outputs are the columns of its weight."""
         return isinstance(self.host[0], nn.Embedding)
 
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
-        """||W||."""
+        """Return ||W||, (out,)."""
         return self.squares().sqrt()
 
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """y + (g - 1) (W x), g = m / ||W||; the bias is not scaled."""
+        """Return y + (g - 1) (W x), (..., out), g = m / ||W||; the bias is not scaled."""
         y = call(x)
         gain = self.gain()
         bias = None if self.embeds else getattr(self.host[0], "bias", None)
@@ -170,7 +170,7 @@ class Magnitude(Gain, Hook):
         return y.index_copy(-1, self.rows, own)
 
     def branch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, m) of the DoRA that is the same function: a pair of zeros at rank 1, and the whole layer's magnitudes."""
+        """Return (A, B, m) of the DoRA that is the same function: a pair of zeros at rank 1, and all the layer's magnitudes."""
         if self.rows is None:
             m = self.magnitude.detach()
         else:
@@ -179,7 +179,7 @@ class Magnitude(Gain, Hook):
         return m.new_zeros(1, self.width_in), m.new_zeros(len(m), 1), m
 
     def merge(self, module: nn.Module) -> None:
-        """W <- g W in float32, one cast back."""
+        """Set W <- g W in float32, one cast back."""
         old = self.weight_rows()
         change = (self.gain()[:, None] - 1) * old
         low_rank.add_to_weight(module, change.t() if self.embeds else change, self.rows)
@@ -196,7 +196,7 @@ class Dora(Wrapper):
     dequantized W exist, and one computation serves all micro-batches of a step. Merging W <- g (W + s B A) is exact up to
     rounding; the change has full rank, so there is no LoRA export. Sites of `magnitude_only` train m alone, without a pair:
     W' = m W / ||W||; PEFT folders hold them as DoRA with a pair of zeros at rank 1. For the gradient of m each output is kept
-    beside what LoRA keeps; values and the halves of a gated feed-forward the model keeps anyway.
+    in addition to what LoRA keeps; values and the halves of a gated feed-forward the model keeps anyway.
 
     Paper: DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv 2402.09353). The norm runs over the inputs of each output, as in
     its code.
@@ -254,12 +254,12 @@ class Dora(Wrapper):
         open_biases(model, self.name, self.bias, named, [*bare, *paired])
 
     def _place(self, site: Site, hook: DoraLinear | DoraEmbedding | Magnitude) -> None:
-        """Start a hook and add it."""
+        """Initialize a hook and add it."""
         # A skeleton has no weight to take a norm of.
         if not site.module.weight.is_meta:
             hook.start()
         for below in hooks_under(site.module, hook):
-            # It was asked without a bias, which may have moved the last digit of its norms.
+            # It was computed without a bias, which may have moved the last digit of its norms.
             if isinstance(below, Gain):
                 below.cached = None
         add_hook(site.module, site.name(self.name), hook, self.name)
@@ -290,16 +290,16 @@ class Dora(Wrapper):
                 hook.forget()
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
-        """Magnitudes do not decay: decay would pull every weight to zero."""
+        """Return magnitudes with weight decay 0: decay would pull every weight to zero."""
         hooks = [place for place in all_hooks(model, self.name) if not isinstance(place[3], BiasMaster)]
         names = {f"{path}.{name}.magnitude" if path else f"{name}.magnitude" for path, _, name, _ in hooks}
         return [ParamGroup(frozenset(names), weight_decay=0.0)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- g (W + s B A) at every site, W <- g W where only magnitudes train; b <- the trained b."""
+        """Set W <- g (W + s B A) at every site, W <- g W where only magnitudes train; b <- the trained b."""
         merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: sum of r (in + out) + out, out where only magnitudes train, and biases; AdamW keeps 8 bytes for each."""
+        """Return closed forms: r (in + out) + out train, or out for magnitudes, and biases; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

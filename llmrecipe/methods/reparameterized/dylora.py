@@ -50,7 +50,7 @@ class NestedLowRank(low_rank.LowRank):
         self.partly = learning is not None
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + B diag(gain) A dropout(x)."""
+        """Return y + B diag(gain) A dropout(x), (..., out)."""
         A: Tensor = self.A
         B: Tensor = self.B
         if self.partly and torch.is_grad_enabled():
@@ -62,11 +62,11 @@ class NestedLowRank(low_rank.LowRank):
         return y + change if self.rows is None else y.index_add(-1, self.rows, change)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """The first b ranks: (A[:b], B[:, :b], alpha / b)."""
+        """Return the first b ranks: (A[:b], B[:, :b], alpha / b)."""
         return self.A.detach()[: self.b], self.B.detach()[:, : self.b], self.alpha / self.b
 
     def product(self) -> Tensor:
-        """(alpha / b) B[:, :b] A[:b] in float32."""
+        """Return (alpha / b) B[:, :b] A[:b] in float32, (out, in)."""
         A, B, scale = self.factors()
         return (B.float() @ A.float()) * scale
 
@@ -116,7 +116,7 @@ class Dylora(Wrapper):
     """Seed of the draws."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a nested pair beside every site of `target`.
+        """Add a nested pair at every site of `target`.
 
         Raises:
             RecipeError: the ranks do not fit each other.
@@ -140,11 +140,11 @@ class Dylora(Wrapper):
             add_hook(site.module, site.name(self.name), hook, self.name)
 
     def choices(self) -> list[int]:
-        """The ranks b can take: multiples of `granularity` above the smallest, and r itself."""
+        """Return the ranks b can take: multiples of `granularity` above the smallest, and r itself."""
         return sorted({*range(self.r_min, self.r, self.granularity), self.r})
 
     def draw(self, step: int) -> int:
-        """The rank of a step: a function of seed and step alone."""
+        """Draw the rank of a step, a function of seed and step alone."""
         choices = self.choices()
         source = random.Random(f"dylora {self.seed} {step}")
         if self.distribution == "uniform":
@@ -153,7 +153,7 @@ class Dylora(Wrapper):
         return source.choices(choices, weights)[0]
 
     def learning(self, b: int) -> range | None:
-        """The ranks that learn when b is drawn; None for all up to b."""
+        """Return the ranks that learn when b is drawn; None for all up to b."""
         if self.update == "full":
             return None
         below = [c for c in self.choices() if c < b]
@@ -168,13 +168,13 @@ class Dylora(Wrapper):
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Back to the rank of evaluation."""
+        """Return to the rank of evaluation."""
         for hook in self._hooks(model):
             hook.use(self.rank or self.r)
 
     @contextlib.contextmanager
     def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Under `freeze: strict`, put the ranks that do not learn back as they were, with their moments."""
+        """Put the ranks that do not learn back as they were, with their moments, under `freeze: strict`."""
         kept = list(self._kept(model, optimizer)) if self.freeze == "strict" else []
         yield
         for current, before, still in kept:
@@ -182,7 +182,7 @@ class Dylora(Wrapper):
 
     @torch.no_grad()
     def _kept(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(live tensor, copy, what of it stays) for A and B and every state tensor of their shape."""
+        """Return (live tensor, copy, what of it stays) for A and B and every state tensor of their shape."""
         for hook in self._hooks(model):
             active = hook.learns & (hook.gain > 0)
             for parameter, still in ((hook.A, ~active[:, None]), (hook.B, ~active)):
@@ -194,15 +194,15 @@ class Dylora(Wrapper):
                     yield tensor, tensor.clone(), still
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """The rank drawn for the last step."""
+        """Return the rank drawn for the last step."""
         return {"rank": float(self._hooks(model)[0].drawn)}
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + (alpha / b) B[:, :b] A[:b] at the rank in use."""
+        """Set W <- W + (alpha / b) B[:, :b] A[:b] at the rank in use."""
         merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """As LoRA at r: all ranks are held, one (or b) of them learns in a step."""
+        """Return closed forms as of LoRA at r: all ranks are held, one (or b) of them learns in a step."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
 

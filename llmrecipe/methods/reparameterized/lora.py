@@ -45,7 +45,7 @@ class Lora(Wrapper):
     2604.01694), LoftQ (arXiv 2310.08659), EVA (arXiv 2410.07170), CorDA (arXiv 2406.05223), LoRA-GA (arXiv 2407.05000).
     Departures: pissa, olora, corda and lora_ga subtract their frozen first product instead of rewriting W, so base weights stay
     bit-equal and deltas portable. For the same reason the codes that loftq chooses from its second iteration on are kept and
-    saved beside those of the base, half a byte a weight more, and a PEFT folder cannot bring them. eva takes all inputs at once
+    saved next to those of the base, half a byte a weight more, and a PEFT folder cannot bring them. eva takes all inputs at once
     instead of by increments.
     """
 
@@ -72,7 +72,7 @@ class Lora(Wrapper):
     eva_rho: Annotated[float, Field(ge=1.0)] = 2.0
     """Largest rank eva may give a layer, as a multiple of r; 1 keeps all ranks equal."""
     loftq_iter: PositiveInt = 1
-    """Iterations of loftq: from the second on the target's 4-bit codes are chosen anew for W - s B A, then A and B again."""
+    """Iterations of loftq: from the second on the target's 4-bit codes are chosen again for W - s B A, then A and B again."""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Rank by site path: regular expressions matched against the end of the module path."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
@@ -85,7 +85,7 @@ class Lora(Wrapper):
     """Biases of the base that train too: none, all of them, or those of the layers that get a branch."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a pair beside every site of `target`.
+        """Add a pair at every site of `target`.
 
         Raises:
             RecipeError: an option of a start that is not the one chosen.
@@ -117,7 +117,7 @@ class Lora(Wrapper):
         open_biases(model, self.name, self.bias, self.target, sites, "lora_bias=true gives the branches biases of their own")
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """The ranks that eva chose, by place."""
+        """Return the ranks that eva chose, by site."""
         if self.init != "eva":
             return {}
         hooks = [
@@ -126,28 +126,28 @@ class Lora(Wrapper):
         return {"ranks": {f"{path}{name.removeprefix(self.name)}": hook.A.shape[0] for path, name, hook in hooks}}
 
     def calibrates(self) -> bool:
-        """Whether the start is made from data, or from the weights before they were quantized."""
+        """Return whether the initial values come from data, or from the weights before they were quantized."""
         return self.init in initialization.FROM_DATA
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Make that start."""
+        """Run that initialization."""
         if self.calibrates():
             from llmrecipe.methods._engines import data_init
 
             data_init.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho, self.loftq_iter)
 
     def starts_at_base(self) -> bool:
-        """All but loftq do: that starts nearer to the model before it was quantized."""
+        """Return whether step 0 is the base: all but loftq, which starts nearer to the model before it was quantized."""
         return self.init != "loftq"
 
     def frozen(self, model: nn.Module) -> set[str]:
-        """mica's B."""
+        """Return mica's B."""
         if self.init != "mica":
             return set()
         return {f"{path}.{name}.B" for path, _, name, hook in all_hooks(model, self.name) if hasattr(hook, "B")}
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
-        """B's own learning rate where `lr_ratio` asks for one."""
+        """Return B with its own learning rate if `lr_ratio` is set."""
         if self.lr_ratio == 1.0:
             return []
         ends = (".B", ".bias")
@@ -156,7 +156,7 @@ class Lora(Wrapper):
         return [ParamGroup(frozenset(names), lr_scale=self.lr_ratio)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + s B A at every site, b <- the trained b; with `lora_bias` b <- b + s b_B.
+        """Set W <- W + s B A at every site, b <- the trained b; with `lora_bias` b <- b + s b_B.
 
         A host without a bias is given one at zero where its config has a flag for it.
 
@@ -180,18 +180,18 @@ class Lora(Wrapper):
         merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Trainable: sum of r (in + out), and of out with `lora_bias`; AdamW keeps 8 bytes for each."""
+        """Return closed forms: sum of r (in + out), and of out with `lora_bias`, train; AdamW keeps 8 bytes for each."""
         count = sum(n for _, n in self.describe(model))
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
 
 
 def place_of(site: Site) -> str:
-    """What a saved structure calls a site, whatever the wrapper is called."""
+    """Return what a saved structure calls a site, independent of the wrapper's name."""
     return f"{site.path}{site.name('')}"
 
 
 def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str) -> Any:
-    """The value of the most specific (longest) pattern that matches the end of a path.
+    """Return the value of the most specific (longest) pattern that matches the end of a path.
 
     Raises:
         RecipeError: two different patterns of one length match.
@@ -207,7 +207,7 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str)
 
 
 def _tied(model: nn.Module, sites: list[Site]) -> Site | None:
-    """The embedding site, when it and the head are both targeted and share their weight."""
+    """Return the embedding site, when it and the head are both targeted and share their weight."""
     embed = next((s for s in sites if s.role == "embed"), None)
     head = next((s for s in sites if s.role == "head"), None)
     if embed is None or head is None or embed.module.weight is not head.module.weight:
@@ -218,7 +218,7 @@ def _tied(model: nn.Module, sites: list[Site]) -> Site | None:
 
 
 def _shared_weights(model: nn.Module) -> dict[str, set[str]]:
-    """Module path -> paths of the modules that use the very same weight."""
+    """Return module path -> paths of the modules that use the very same weight."""
     by_tensor: dict[int, set[str]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")

@@ -84,7 +84,7 @@ class ScaledProjection(Hook):
         return (self.lambda_b.float()[:, None] * B.float()) @ (self.lambda_d.float()[:, None] * A.float())
 
     def merge(self, module: nn.Module) -> None:
-        """W <- W + diag(b) B diag(d) A."""
+        """Set W <- W + diag(b) B diag(d) A."""
         low_rank.add_to_weight(module, self.product(), self.rows)
 
 
@@ -149,7 +149,7 @@ class Vera(Wrapper):
         return {} if shared.A.is_meta else {"projections": shared.digest()}
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + diag(b) B diag(d) A at every site."""
+        """Set W <- W + diag(b) B diag(d) A at every site."""
         merge_hooks(model, self.name)
         delattr(model, shared_name(self.name))
 

@@ -44,7 +44,7 @@ class ZeroBias(Hook):
         self.register_buffer("rows", rows, persistent=False)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """(x, y) -> y + b, at the listed outputs of a fused layer."""
+        """Return y + b, (..., out), at the listed outputs of a fused layer."""
         return shifted(y, self.bias.to(y.dtype), self.rows)
 
     def merge(self, module: nn.Module) -> None:
@@ -62,7 +62,7 @@ class Bitfit(Wrapper):
 
     Models without biases (Llama, Mistral, Qwen3, T5): `missing: add_zero` adds zero biases to the projections of attention and
     feed-forward (norms only with `add_norm_bias`); they merge where the family has config flags for them (Llama), else the
-    adapter stays beside the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all logits of
+    adapter stays separate from the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all logits of
     a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it acts.
     PEFT folders hold biases of linear layers (BEFT) or of LayerNorms (LN tuning), not both.
 
@@ -83,7 +83,7 @@ class Bitfit(Wrapper):
     """The pooler's bias of encoders; `auto` trains it with `terms: all` only."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Put a master over every wanted bias, and a zero bias where one is missing and asked for."""
+        """Add a master weight for every chosen bias, and a zero bias where one is missing and requested."""
         have, lack = self._sites(model)
         self._refuse(model, have, lack)
         if self.terms == "all":
@@ -109,7 +109,7 @@ class Bitfit(Wrapper):
         return {role for term in terms for role in TERMS.get(term, ())} | ({"norm."} if "norm" in terms else set())
 
     def _sites(self, model: nn.Module) -> tuple[list[Site], list[Site]]:
-        """Wanted sites that have a bias, and wanted sites that lack one."""
+        """Return chosen sites that have a bias, and chosen sites that lack one."""
         from llmrecipe.models.module_map import anatomy
 
         roles = self._roles() | (set(WHOLE) if self.terms == "all" else set())
@@ -124,12 +124,12 @@ class Bitfit(Wrapper):
         return have, lack
 
     def chosen(self, model: nn.Module) -> list[Site]:
-        """The sites whose biases train under these terms."""
+        """Return the sites whose biases train under these terms."""
         have, lack = self._sites(model)
         return have + lack if self.missing == "add_zero" else have
 
     def _refuse(self, model: nn.Module, have: list[Site], lack: list[Site]) -> None:
-        """Never train nothing, or nine tensors, in silence.
+        """Refuse to train nothing, or nine tensors, in silence.
 
         Raises:
             ModelError: wanted biases are missing and `missing` does not say what to do, or none is left to train.
@@ -163,7 +163,7 @@ class Bitfit(Wrapper):
                 remove_hook(module, name)
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """Counts by role; biases without effect are named as such."""
+        """Yield counts by role; biases without effect are named as such."""
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
@@ -176,6 +176,6 @@ class Bitfit(Wrapper):
             yield f"bias of {role}{' (without effect: softmax ignores it)' if dead else ''}", count
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """No weight gradients at all: biases need the gradients of outputs only."""
+        """Return closed forms; there are no weight gradients: biases need the gradients of outputs only."""
         count = sum(p.numel() for _, _, _, hook in all_hooks(model, self.name) for p in hook.parameters())
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}

@@ -75,7 +75,7 @@ class ChildTuning(SparseMethod, Wrapper):
         return self.scope or ("all" if self.variant == "f" else "blocks")
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Variant d puts a saved mask in its place.
+        """Put a saved mask of variant d in its place.
 
         Raises:
             ModelError: variant f on quantized weights, which cannot train in full.
@@ -86,14 +86,14 @@ class ChildTuning(SparseMethod, Wrapper):
             raise ModelError(f"stack.{self.name}: variant f trains every weight, and quantized weights cannot; use variant=d")
 
     def plan(self, model: nn.Module) -> int:
-        """d: the p of the scope that will be chosen."""
+        """Return the p of the scope that d will choose."""
         return 0 if self.variant == "f" else int(self.p * sum(w.numel for w in self._masked(model).values()))
 
     def _masked(self, model: nn.Module) -> dict[str, Any]:
         return base_weights(model, self._scope())
 
     def opened(self, model: nn.Module) -> set[str]:
-        """f: the whole scope; d: what lies outside it."""
+        """Return the entire scope for f; for d what is outside it."""
         if self.variant == "f":
             return set() if self._scope() == "trainable" else set(self._masked(model))
         if self.rest == "freeze":
@@ -101,7 +101,7 @@ class ChildTuning(SparseMethod, Wrapper):
         return {name for name, w in base_weights(model).items() if not w.quantized} - set(self._masked(model))
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """d: score the scope and take the top p of it."""
+        """Score the scope and choose its top p, for d."""
         if self.variant == "f":
             return
         from llmrecipe.methods.selective._engines import selection
@@ -125,7 +125,7 @@ class ChildTuning(SparseMethod, Wrapper):
 
     @torch.no_grad()
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """f: g <- g * M / p, after clipping and after processes have summed their gradients."""
+        """Set g <- g * M / p, for f, after clipping and after processes have summed their gradients."""
         if self.variant == "d":
             super().after_backward(model, step)
             return
@@ -142,7 +142,7 @@ class ChildTuning(SparseMethod, Wrapper):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
-        """f with `mask_target: update`: masked entries keep the value they had."""
+        """Restore masked entries to the value they had, for f with `mask_target: update`."""
         super().after_step(model, step)
         kept = _kept(model, self.name)
         for name, parameter in model.named_parameters():
@@ -151,11 +151,11 @@ class ChildTuning(SparseMethod, Wrapper):
                 parameter.copy_(torch.where(mask.view_as(parameter), parameter, kept.pop(name)))
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
-        """f: the opened tensors whole; d: indices and values, and the tensors outside the scope."""
+        """Return the trained tensors in full for f; for d indices and values, and the tensors outside the scope."""
         return Wrapper.delta(self, model)
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """What trains, with a word on what f is."""
+        """Yield what trains, with a word on what f is."""
         if self.variant == "f":
             count = sum(w.numel for name, w in base_weights(model).items() if name in self.opened(model))
             yield f"every tensor of '{self._scope()}' (regularised full fine-tuning)", count
@@ -165,7 +165,7 @@ class ChildTuning(SparseMethod, Wrapper):
         yield "outside the scope, in full", sum(w.numel for name, w in base_weights(model).items() if name in rest)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """f: dense; d: 20 bytes an entry, and the rest dense."""
+        """Return closed forms: f: dense; d: 20 bytes an entry, and the rest dense."""
         facts = super().memory(model)
         dense = sum(w.numel for name, w in base_weights(model).items() if name in self.opened(model))
         for key, size in (("trainable", 1), ("optimizer_bytes", 8), ("gradient_bytes", 4)):
@@ -174,5 +174,5 @@ class ChildTuning(SparseMethod, Wrapper):
 
 
 def _kept(model: nn.Module, owner: str) -> dict[str, Tensor]:
-    """Weights as they were before the running step; on the model, because a wrapper holds no tensors."""
+    """Return weights as they were before the running step; on the model, because a wrapper holds no tensors."""
     return model.__dict__.setdefault(f"_{owner}_before_step", {})

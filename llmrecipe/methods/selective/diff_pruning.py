@@ -80,7 +80,7 @@ class DiffPruning(GatePhase, Wrapper):
     """Seed of u."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """Gates on every tensor of the scope, or the survivors of a saved run that was past them.
+        """Add gates at every tensor of the scope, or the survivors of a saved run that was past them.
 
         Raises:
             ModelError: a tensor of the scope is quantized.
@@ -96,18 +96,18 @@ class DiffPruning(GatePhase, Wrapper):
         self.aim(model, 0)
 
     def penalizes(self) -> bool:
-        """Without gates there is nothing to close."""
+        """Return whether there are gates: without them there is nothing to close."""
         return self.adaptive
 
     def expected(self, hooks: list[DiffGate]) -> Tensor | float:
-        """E ||delta||_0, tensor by tensor."""
+        """Return E ||delta||_0, tensor by tensor."""
         total: Tensor | float = 0.0
         for hook in hooks:
             total = total + hook.expected(self.penalty_form == "paper")
         return total
 
     def survivors(self, model: nn.Module, hooks: list[DiffGate], draw: str) -> dict[str, Chosen]:
-        """The largest |delta| of all entries together."""
+        """Return the largest |delta| of all entries together."""
         from llmrecipe.methods.selective._engines.selection import top_k
         from llmrecipe.methods.selective._engines.sparse_delta import Chosen
 

@@ -66,18 +66,18 @@ class Fishmask(SparseMethod, Wrapper):
     """Seed of sampled targets and of a random mask."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A saved mask takes its place; a fresh one is chosen by `calibrate`."""
+        """Put a saved mask in its place; a fresh one is chosen by `calibrate`."""
         if structure is not None:
             attach_chosen(model, self.name, chosen_from(structure))
         else:
             self.count(model)
 
     def plan(self, model: nn.Module) -> int:
-        """k."""
+        """Return k."""
         return self.count(model)
 
     def count(self, model: nn.Module) -> int:
-        """k, from the density.
+        """Return k, from the density.
 
         Raises:
             ModelError: nothing is left for the base.

@@ -61,7 +61,7 @@ class GroupMask(GatePhase, Wrapper):
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     """Share of the numbers in all groups together."""
     min_per_layer: NonNegativeInt = 0
-    """The best so many groups of every layer are taken first."""
+    """This many of the best groups of every layer are chosen first."""
     scope: str = ""
     """Tensors considered: a target or `blocks`. Default: all (tensor), the blocks (layer), their projections (others)."""
     num_samples: PositiveInt = 128
@@ -94,10 +94,10 @@ class GroupMask(GatePhase, Wrapper):
     """hard_l0: learning rate of the gates over optim.lr."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A saved selection takes its place, in phase 1 of `hard_l0` gates do; a fresh one is chosen by `calibrate`.
+        """Put a saved selection in its place, or gates in phase 1 of `hard_l0`; a fresh one is chosen by `calibrate`.
 
         Raises:
-            RecipeError: `remove` was asked for, or an option is set that this choice of `hard_l0` does not read.
+            RecipeError: `remove` was set, or an option is set that this choice of `hard_l0` does not read.
             ModelError: not even one group fits the budget, or gates meet a quantized tensor.
         """
         from llmrecipe.methods.selective._engines.weight_groups import families
@@ -133,11 +133,11 @@ class GroupMask(GatePhase, Wrapper):
         self.aim(model, 0)
 
     def penalizes(self) -> bool:
-        """Only learned choices are penalised."""
+        """Return whether a penalty applies: only learned choices have one."""
         return self.hard_l0
 
     def expected(self, hooks: list[GroupGate]) -> Tensor | float:
-        """E ||delta||_0, family by family."""
+        """Return E ||delta||_0, family by family."""
         total: Tensor | float = 0.0
         for hook in hooks:
             if hook.alpha is not None:
@@ -145,7 +145,7 @@ class GroupMask(GatePhase, Wrapper):
         return total
 
     def survivors(self, model: nn.Module, hooks: list[GroupGate], draw: str) -> dict[str, Chosen]:
-        """The groups with the largest delta^2."""
+        """Return the groups with the largest delta^2."""
         from llmrecipe.methods.selective._engines.weight_groups import families
 
         found = families(model, self.group, self.scope)
@@ -157,13 +157,13 @@ class GroupMask(GatePhase, Wrapper):
         return self._best(found, scores)
 
     def plan(self, model: nn.Module) -> int:
-        """At most so many numbers."""
+        """Return the largest number of entries that will train."""
         from llmrecipe.methods.selective._engines.weight_groups import families
 
         return self.budget(families(model, self.group, self.scope))
 
     def budget(self, found: list[Family]) -> int:
-        """Numbers that may train.
+        """Return the numbers that may train.
 
         Raises:
             ModelError: not even the smallest group fits.
@@ -179,7 +179,7 @@ class GroupMask(GatePhase, Wrapper):
         return budget
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
-        """Score the groups, take the best, add their hooks; `hard_l0` chooses later."""
+        """Score the groups, choose the best, add their hooks; `hard_l0` chooses later."""
         from llmrecipe.methods.selective._engines.weight_groups import families
 
         if not self.hard_l0:
@@ -187,7 +187,7 @@ class GroupMask(GatePhase, Wrapper):
             attach_chosen(model, self.name, self._best(found, self._scores(model, probe, found)))
 
     def _best(self, found: list[Family], scores: list[Tensor]) -> dict[str, Chosen]:
-        """The best groups within the budget; `scores` are (groups,) sums of each family."""
+        """Return the best groups within the budget; `scores` are (groups,) sums of each family."""
         from llmrecipe.methods.selective._engines.weight_groups import chosen_of, pick
 
         if self.normalize == "mean":
@@ -195,7 +195,7 @@ class GroupMask(GatePhase, Wrapper):
         return chosen_of(found, pick(found, scores, self.budget(found), self.min_per_layer))
 
     def _scores(self, model: nn.Module, probe: Probe, found: list[Family]) -> list[Tensor]:
-        """(groups,) summed scores of each family."""
+        """Return summed scores (groups,) of each family."""
         if self.score == "random":
             from llmrecipe.methods.selective._engines.counter_rng import uniform
 

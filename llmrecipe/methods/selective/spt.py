@@ -73,7 +73,7 @@ class Spt(SparseMethod, Wrapper):
     """Score the model in this many passes for a buffer of that fraction (the scores themselves stay on the CPU)."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
-        """A saved allocation takes its place; a fresh one is made by `calibrate`.
+        """Put a saved allocation in its place; a fresh one is made by `calibrate`.
 
         Raises:
             ModelError: the budget is less than one number.
@@ -85,7 +85,7 @@ class Spt(SparseMethod, Wrapper):
         attach_chosen(model, self.name, chosen_from(structure))
 
     def _tunables(self, model: nn.Module) -> list[Tunable]:
-        """Candidates: matrices of projections, and the one-dimensional tensors of the blocks and the final norm."""
+        """Return candidates: matrices of projections, and the one-dimensional tensors of the blocks and the final norm."""
         from llmrecipe.methods.selective._engines.spt_allocation import Tunable
 
         matrices = {id(site.module.weight): site for site in _projections(model)}
@@ -102,11 +102,11 @@ class Spt(SparseMethod, Wrapper):
         return found
 
     def plan(self, model: nn.Module) -> int:
-        """At most so many numbers, in whatever form."""
+        """Return the largest number of numbers that will train, in any form."""
         return 0 if self._structured(model) else self.limit(self._tunables(model))
 
     def limit(self, tunables: list[Tunable]) -> int:
-        """The budget as a count.
+        """Return the budget as a count.
 
         Raises:
             ModelError: it is less than one number.
@@ -157,7 +157,7 @@ class Spt(SparseMethod, Wrapper):
             add_structured(sites[path], self.name, self.structured, self.r, self.dropout)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """The allocation: structured modules by path, and the shapes of the selection."""
+        """Return the allocation: structured modules by path, and the shapes of the selection."""
         return {"structured": self._structured(model), **super().structure(model)}
 
     def _structured(self, model: nn.Module) -> list[str]:
@@ -167,17 +167,19 @@ class Spt(SparseMethod, Wrapper):
         return [path for path, _, _, p in all_hooks(model, self.name) if isinstance(p, LowRank | SequentialAdapter)]
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + B A and W <- W + delta.
+        """Set W <- W + B A and W <- W + delta.
 
         Raises:
             ModelError: an adapter was allocated; it is not linear.
         """
         if self.structured == "adapter" and self._structured(model):
-            raise ModelError(f"stack.{self.name}: an adapter is not linear and cannot be merged; export it beside the model")
+            raise ModelError(
+                f"stack.{self.name}: an adapter is not linear and cannot be merged; export it separately from the model"
+            )
         super().merge(model)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """20 bytes an entry, 16 a number of a structured module."""
+        """Return closed forms: 20 bytes an entry, 16 a number of a structured module."""
         facts = super().memory(model)
         dense = self._dense(model)
         for key, size in (("trainable", 1), ("optimizer_bytes", 8), ("gradient_bytes", 4)):
@@ -191,7 +193,7 @@ class Spt(SparseMethod, Wrapper):
         )
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """Structured modules, then selections."""
+        """Yield structured modules, then selections."""
         for path in self._structured(model):
             hook = getattr(model.get_submodule(path), self.name)
             yield f"{path} ({self.structured})", sum(p.numel() for p in hook.parameters())

@@ -14,7 +14,7 @@ from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.data.collate import Sequence
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods.additive._engines.prefix_kv import PrefixTables, Table, remove_hook, tables_of
+from llmrecipe.methods.additive._engines.prefix_kv import PrefixTables, Table, drop_mlp, tables_of
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
 from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.additive.prefix_support import IDS, adapted, gradients, greedy_cached, greedy_whole, pair_model, trained
@@ -187,7 +187,7 @@ def test_the_mlp_runs_once_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 1
 
 
-def test_ejecting_keeps_the_outputs_bit_for_bit_and_drops_the_mlp() -> None:
+def test_dropping_the_mlp_keeps_the_outputs_bit_for_bit() -> None:
     model = adapted(prefix())
     before = model(input_ids=IDS).logits
     wrapper = prefix()
@@ -201,7 +201,7 @@ def test_ejecting_keeps_the_outputs_bit_for_bit_and_drops_the_mlp() -> None:
     stack.attach(again, {"prefix": wrapper.structure(model)})
     stack.restore(again, wrapper.delta(model))
     assert torch.equal(again(input_ids=IDS).logits, before)
-    remove_hook(model, "prefix")
+    drop_mlp(model, "prefix")
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_have_other_codes_is_refused_with_the_way_out(tmp_path: Path
     from llmrecipe.interop.peft.exporter import export_peft
 
     with pytest.raises(
-        ModelError, match=r"stack.lora.loftq_iter: .*q_proj is not in 4 bits; only codes of nf4 are chosen anew"
+        ModelError, match=r"stack.lora.loftq_iter: .*q_proj is not in 4 bits; only codes of nf4 can be chosen again"
     ):
         begun("llama", 2, Int8(name="int8"))
     with pytest.raises(RecipeError, match=r"stack.lora.loftq_iter: it is an option of init: loftq, and init is eva"):

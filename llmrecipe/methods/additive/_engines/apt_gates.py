@@ -46,18 +46,18 @@ class ScoredTables(PrefixTables):
     summary: str = "first"
 
     def make(self, inputs: dict[str, Any]) -> Made:
-        """The columns, and how to summarise the documents of this pass."""
+        """Return the columns, and how to summarise the documents of this pass."""
         if cached(inputs):
             facts = Facts(None, False, carried(inputs["past_key_values"]).get(self.owner))
         else:
             tokens = summarised(self.summary, current(), inputs)
-            # A loaded model may be asked outside `no_grad`; only training never continues what it has read.
+            # A loaded model may be called outside `no_grad`; only training never continues what it has read.
             kept: Scores | None = None if self.training else {}
             facts = Facts(tokens, current().layout is not None, kept)
         return dataclasses.replace(super().make(inputs), facts=facts)
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
-        """The stack; a cache it returns keeps the scores."""
+        """Run the stack; a cache it returns keeps the scores."""
         facts: list[Facts] = []
 
         def noting(**changed: Any) -> Any:
@@ -85,7 +85,7 @@ class BlockScores(Hook):
             self.scale = nn.Parameter(torch.ones(()))
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
-        """The block with its factor lambda alpha in the context."""
+        """Run the block with its factor lambda alpha in the context."""
         made = shared_of(self.owner)
         factor = self.token_scores(made.facts, tokens_of(inputs))
         if hasattr(self, "scale"):
@@ -95,7 +95,7 @@ class BlockScores(Hook):
             return call(**inputs)
 
     def token_scores(self, facts: Facts, x: Tensor) -> Tensor:
-        """alpha (1 | R | S, P)."""
+        """Return alpha (1 | R | S, P)."""
         if self.token == "off":
             return x.new_ones(1, 1, dtype=self._float(x))
         if self.token == "static":
@@ -113,7 +113,7 @@ class BlockScores(Hook):
         return torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def summary(self, facts: Facts, x: Tensor) -> Tensor:
-        """(R | S, d) in float32."""
+        """Return the summary (R | S, d) in float32."""
         wide = x.to(self._float(x))
         weights = facts.tokens.to(wide.dtype)  # type: ignore[union-attr]
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
@@ -134,7 +134,7 @@ class ColumnsGate(Hook):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
-        """The attention module with its gate in the context."""
+        """Run the attention module with its gate in the context."""
         x = tokens_of(inputs)
         made = shared_of(self.owner)
         g = torch.sigmoid(x.to(self.gate.dtype) @ self.gate + self.bias)
@@ -155,7 +155,7 @@ class GatedTables(ScoredTables):
 
 
 def attach_gated(model: nn.Module, name: str, plan: Plan, structure: dict[str, Any] | None, pool: str) -> None:
-    """A prefix whose attention modules gate their columns.
+    """Attach a prefix whose attention modules gate their columns.
 
     Raises:
         RecipeError: a mean over tokens a causal layer has not seen yet.
@@ -170,7 +170,7 @@ def attach_gated(model: nn.Module, name: str, plan: Plan, structure: dict[str, A
 
 
 def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
-    """The tokens a summary is the mean of: (S, T) for a packed row, (R, T) for padded ones."""
+    """Return a mask of the tokens a summary averages: (S, T) for a packed row, (R, T) for padded ones."""
     tokens = tokens_of(inputs)
     if context.layout is not None:
         return _summarised_packed(summary, context.layout, tokens.device)

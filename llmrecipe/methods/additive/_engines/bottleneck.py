@@ -1,4 +1,4 @@
-"""The bottleneck engine: a small network of width r beside or behind a sublayer, and the places where it stands.
+"""The bottleneck engine: a small network of width r in parallel with or after a sublayer, and its sites.
 
     A(z) = s (W_u f(W_d z + b_d) + b_u)        W_d (r, in), W_u (out, r)
 
@@ -69,7 +69,7 @@ class Bottleneck(Hook):
         initialise(self.down, self.up, shape.init)
 
     def network(self, z: Tensor) -> Tensor:
-        """A(z), (..., in) -> (..., out)."""
+        """Return A(z), (..., in) -> (..., out)."""
         if self.norm_before is not None:
             z = _norm(self.norm_before, z)
         h = ACTIVATIONS[self.activation](F.linear(z, self.down.to(z.dtype), _cast(self.down_bias, z)))
@@ -94,7 +94,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(down: Tensor, up: Tensor, init: Init) -> None:
-    """Start of the two matrices; biases start at zero.
+    """Initialize the two matrices; biases start at zero.
 
     zero_up   W_d Kaiming-uniform(a = sqrt 5), W_u = 0: A is zero
     houlsby   both N(0, 0.01^2), cut at two standard deviations: A is nearly zero
@@ -118,7 +118,7 @@ class Behind(Bottleneck):
     rowwise = True
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output."""
+        """Return the adapted output (..., out)."""
         return y + self.network(y)
 
 
@@ -129,12 +129,12 @@ class BeforeNorm(Bottleneck):
     rowwise = True
 
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The same norm twice: once for the adapter to read, once for the result."""
+        """Apply the same norm twice, (..., d) -> (..., d): once for the adapter to read, once for the result."""
         return call(x + self.network(call(x)))
 
 
 class Beside(Bottleneck):
-    """y -> y + A(x), beside the module whose input x is what the branch reads."""
+    """y -> y + A(x), in parallel with the module whose input x is what the branch reads."""
 
     order = DELTA
     rowwise = True
@@ -146,7 +146,7 @@ class Beside(Bottleneck):
         self.register_buffer("rows", rows, persistent=False)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum, at all outputs or at some rows of a fused layer."""
+        """Return the sum (..., out), at all outputs or at some rows of a fused layer."""
         out = self.network(x)
         return y + out if self.rows is None else y.index_add(-1, self.rows, out.to(y.dtype))
 
@@ -161,7 +161,7 @@ class Joined(Bottleneck):
         self.seen: list[Tensor] = []
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum; what the tap saw is used up."""
+        """Return the sum (..., d); what the tap recorded is used up."""
         if not self.seen:
             raise ModelError("a parallel branch ran before the module it reads; its block is called in an unusual order")
         u = self.seen.pop()
@@ -178,7 +178,7 @@ class Tap(Hook):
         self.branch = [branch]
 
     def before(self, x: Tensor) -> Tensor:
-        """Nothing changes."""
+        """Record the input (..., d) and return it unchanged."""
         self.branch[0].seen[:] = [x]
         return x
 
@@ -201,7 +201,7 @@ class HeadBeside(Hook):
             initialise(down, up, shape.init)
 
     def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (R, H, T, E) -> (R, H, T, Ev)."""
+        """Return q (R, H, T, E) -> (R, H, T, Ev)."""
         h = ACTIVATIONS[self.activation](q @ self.down.to(q.dtype).transpose(1, 2))
         h = F.dropout(h, self.dropout, self.training) if self.dropout else h
         scale = self.fixed if self.scale is None else self.scale.to(h.dtype)
@@ -222,7 +222,7 @@ class Sublayer:
     input: Site
     """The first module that reads its normed input."""
     norm: Site | None
-    """In front of it (in a parallel block perhaps attention's) or, post-norm, behind its residual sum."""
+    """The norm before it (in a parallel block perhaps attention's) or, post-norm, behind its residual sum."""
 
 
 PARTS = {
@@ -234,7 +234,7 @@ PARTS = {
 
 
 def sublayers(parts: Anatomy, names: list[str], layers: str = "*", side: str | None = None) -> list[Sublayer]:
-    """The sublayers of a model's blocks, in model order.
+    """Return the sublayers of a model's blocks, in model order.
 
     Args:
         names: `attn`, `cross` and `ffn`.
@@ -278,21 +278,21 @@ def _norm_of(role: str, inside: dict[str, Site], parts: Anatomy) -> Site | None:
 
 
 def size_of(sub: Sublayer, width: int, r: int | None, reduction: int, sizes: dict[str, int]) -> int:
-    """Bottleneck of a sublayer: its layer's entry of `sizes`, else r, else max(1, width // reduction); 0 means none."""
+    """Return the bottleneck of a sublayer: its layer's entry of `sizes`, else r, else max(1, width // reduction); 0 is none."""
     if str(sub.layer) in sizes:
         return sizes[str(sub.layer)]
     return r if r is not None else max(1, width // reduction)
 
 
 def count(width_in: int, width_out: int, r: int, shape: Shape) -> int:
-    """Closed form of a bottleneck's parameters: r (in + out) + [r + out] + [scale] + [2 in] + [2 out]."""
+    """Return the number of a bottleneck's parameters: r (in + out) + [r + out] + [scale] + [2 in] + [2 out]."""
     scale = {"learned": 1, "channel": width_out}.get(str(shape.scale), 0)
     norms = 2 * width_in * shape.norm_before + 2 * width_out * shape.norm_after
     return r * (width_in + width_out) + (r + width_out) * shape.bias + scale + norms
 
 
 def norm_parameters(model: nn.Module, blocks: list[Site], parts: Anatomy) -> set[str]:
-    """Names of the norm parameters of some blocks."""
+    """Return names of the norm parameters of some blocks."""
     places = {(b.side, b.layer) for b in blocks}
     names: set[str] = set()
     for site in parts.sites:

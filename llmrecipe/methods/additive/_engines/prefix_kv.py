@@ -1,15 +1,15 @@
-"""Trained key/value columns in front of attention: what prefix tuning, P-tuning v2 and APT share.
+"""Trained key/value columns that attention reads before its own: what prefix tuning, P-tuning v2 and APT share.
 
 Letters: P slots, L layers of one table, G key/value heads, E and Ev key and value head sizes, R rows, S segments, T columns.
 
 A stack of blocks (the backbone, or each side of an encoder-decoder) carries one `PrefixTables` hook. It makes the columns of
 all its layers once a forward pass and hands them to the attention modules inside through the context, so that activation
 checkpointing replays a block with the very same tensors. The columns are inserted behind rotary positions and key norms and
-never enter a key/value cache: every step of a generation puts them in front anew.
+never enter a key/value cache: every step of a generation prepends them again.
 
     table    M (P, sum_l G (E + Ev)), layer-major [K_0, V_0, K_1, V_1, ...]: as PEFT and the P-tuning v2 code lay it out
     flat     M is the parameter
-    mlp      M = W_2 tanh(W_1 X + b_1) + b_2 with X (P, d_p); `remove_hook` keeps M alone, exactly
+    mlp      M = W_2 tanh(W_1 X + b_1) + b_2 with X (P, d_p); `drop_mlp` keeps M alone, exactly
     closed   the columns have their own softmax and join as out + g softmax(q K^T) V with g = 0 at the start
 
 Papers: Prefix-Tuning (arXiv 2101.00190), P-Tuning v2 (arXiv 2110.07602); the closed start: LLaMA-Adapter (arXiv 2303.16199).
@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.models.attention import Prefix
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted
-from llmrecipe.models.hooks.hook import remove_hook as take_out
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted, remove_hook
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site import Site
@@ -42,7 +41,7 @@ HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_
 
 @dataclass(frozen=True)
 class Plan:
-    """What a wrapper asks for."""
+    """What a wrapper requires of its columns."""
 
     target: str
     slots: int
@@ -65,7 +64,7 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Numbers a slot needs here."""
+        """Return the numbers a virtual token needs here."""
         return self.heads * (self.key + self.value)
 
 
@@ -92,28 +91,28 @@ class Table(nn.Module):
             self.gate = nn.Parameter(torch.zeros(len(shapes)))
 
     def table(self) -> Tensor:
-        """M (P, W)."""
+        """Return M (P, W)."""
         return self.flat if hasattr(self, "flat") else self.outer(torch.tanh(self.inner(self.small)))
 
     def forward(self) -> Columns:
-        """M cut into layers, dropped out as a whole while training."""
+        """Return M cut into layers, dropped out as one tensor while training."""
         return self.cut(F.dropout(self.table(), self.rate, self.training))
 
     def cut(self, table: Tensor) -> Columns:
-        """(P, W) -> keys (1, G, P, E) and values (1, G, P, Ev) of each layer."""
+        """Cut M (P, W) into keys (1, G, P, E) and values (1, G, P, Ev) of each layer."""
         sizes = [n for s in self.shapes for n in (s.heads * s.key, s.heads * s.value)]
         heads = [s.heads for s in self.shapes for _ in range(2)]
         parts = [p.view(self.slots, g, -1).transpose(0, 1)[None] for p, g in zip(table.split(sizes, 1), heads, strict=True)]
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def join(self, columns: Columns) -> Tensor:
-        """The inverse of `cut`."""
+        """Invert `cut`."""
         parts = [part[0].transpose(0, 1).reshape(self.slots, -1) for pair in columns for part in pair]
         return torch.cat(parts, 1)
 
     @torch.no_grad()
-    def remove_hook(self) -> None:
-        """Keep M and drop what made it."""
+    def drop_mlp(self) -> None:
+        """Keep M and drop the MLP that made it."""
         if not hasattr(self, "flat"):
             flat = self.table().detach().clone()
             del self.small, self.inner, self.outer
@@ -143,12 +142,12 @@ class PrefixTables(Hook):
         self.slots, self.shift, self.offset = slots, shift, offset
 
     def make(self, inputs: dict[str, Any]) -> Made:
-        """The columns of a forward pass."""
+        """Return the columns of a forward pass."""
         gates: dict[str, Any] = {role: table.gate for role, table in self.tables.items() if hasattr(table, "gate")}
         return Made({role: table() for role, table in self.tables.items()}, gates)
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
-        """The host's forward with its columns in the context."""
+        """Run the host's forward with its columns in the context."""
         context = current()
         made = self.make(inputs)
         if self.shift:
@@ -158,14 +157,14 @@ class PrefixTables(Hook):
 
 
 class PrefixColumns(Hook):
-    """Puts one layer's columns in front of its keys and values; without tensors of its own."""
+    """Prepends one layer's columns to its keys and values; without tensors of its own."""
 
     def __init__(self, role: str, index: int):
         super().__init__()
         self.role, self.index = role, index
 
     def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention over the columns and everything else."""
+        """Compute attention (R, H, T, Ev) over the columns and everything else."""
         made = shared_of(self.owner)
         keys, values = made.columns[self.role][self.index]
         if made.factor is not None:
@@ -176,7 +175,7 @@ class PrefixColumns(Hook):
 
 
 def shared_of(owner: str) -> Made:
-    """What the host's hook made for this forward pass.
+    """Return what the host's hook computed for this forward pass.
 
     Raises:
         ModelError: an attention module runs on its own, outside the forward pass of its stack.
@@ -194,7 +193,7 @@ def shared_of(owner: str) -> Made:
 
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:
-    """(R, T) ids or (R, T, D) embeddings a stack reads."""
+    """Return the ids (R, T) or embeddings (R, T, D) a stack reads."""
     for name in ("input_ids", "inputs_embeds", "hidden_states"):
         if inputs.get(name) is not None:
             return inputs[name]
@@ -202,7 +201,7 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
 
 
 def positions(inputs: dict[str, Any], offset: int = 0) -> Tensor:
-    """(R | 1, T) position ids of a call: those given, else counted from the mask as Transformers' generation does."""
+    """Return position ids (R | 1, T) of a call: those given, else counted from the mask as Transformers' generation does."""
     given = inputs.get("position_ids")
     if given is not None:
         return given
@@ -214,7 +213,7 @@ def positions(inputs: dict[str, Any], offset: int = 0) -> Tensor:
 
 
 def takes_positions(host: nn.Module) -> bool:
-    """Whether a stack is told positions; relative biases count columns instead."""
+    """Return whether a stack takes position ids; relative biases count columns instead."""
     return "position_ids" in inspect.signature(type(host).forward).parameters
 
 
@@ -222,7 +221,7 @@ def takes_positions(host: nn.Module) -> bool:
 
 
 def host_of(model: nn.Module, side: str) -> nn.Module:
-    """The module that turns ids into the states of one stack of blocks: the innermost one every pass goes through."""
+    """Return the module that turns ids into the states of one stack of blocks: the innermost one every pass goes through."""
     path = next(s.path for s in anatomy(model).sites if s.role == "block" and s.side == side)
     while path:
         path = path.rpartition(".")[0]
@@ -233,7 +232,7 @@ def host_of(model: nn.Module, side: str) -> nn.Module:
 
 
 def shape_of(site: Site, model: nn.Module) -> Shape:
-    """Key and value shape of an attention module, from its own facts or the model's.
+    """Return the key and value shape of an attention module, from its own attributes or the model's.
 
     Raises:
         ModelError: nothing tells its values from its keys.
@@ -244,7 +243,7 @@ def shape_of(site: Site, model: nn.Module) -> Shape:
     value = next((s for s in parts.sites if (s.side, s.layer, s.role) == at), None)
     if value is None:
         raise ModelError(
-            f"{site.path}: which of its weights make values cannot be told from their names; name the module that does in the "
+            f"{site.path}: which of its weights make values does not follow from their names; name the module that does in the "
             f"recipe (model.anatomy.{site.role}.v)\n{parts.describe()}"
         )
     size = next((n for name in HEAD_SIZES if (n := getattr(module, name, None))), None)
@@ -254,7 +253,7 @@ def shape_of(site: Site, model: nn.Module) -> Shape:
 
 
 def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[str, list[Site]]]:
-    """side -> role (`attn`, `cross`) -> the attention modules a target names.
+    """Return side -> role (`attn`, `cross`) -> the attention modules a target names.
 
     Raises:
         RecipeError: the target names something that is no attention module.
@@ -294,7 +293,7 @@ def attach(
         host = host_of(model, side)
         if plan.shift and not takes_positions(host):
             raise RecipeError(
-                f"stack.{name}.positions: {type(host).__name__} counts columns and is not told positions; use positions: free"
+                f"stack.{name}.positions: {type(host).__name__} counts columns and takes no position ids; use positions: free"
             )
         tables = {role: Table(plan, [shape_of(s, model) for s in sites], reparam) for role, sites in roles.items()}
         hook = tables_hook(tables, plan.slots, plan.shift, position_offset(host))
@@ -307,25 +306,25 @@ def attach(
 
 
 def tables_of(model: nn.Module, name: str) -> list[PrefixTables]:
-    """The tables hooks of a wrapper."""
+    """Return the tables hooks of a wrapper."""
     return [hook for _, _, _, hook in all_hooks(model, name) if isinstance(hook, PrefixTables)]
 
 
 def structure(model: nn.Module, name: str) -> dict[str, Any]:
-    """Whether the MLP has been dropped."""
+    """Return whether the MLP has been dropped."""
     flat = all(hasattr(t, "flat") for hook in tables_of(model, name) for t in hook.tables.values())
     return {"reparam": "flat" if flat else "mlp"}
 
 
-def remove_hook(model: nn.Module, name: str) -> None:
+def drop_mlp(model: nn.Module, name: str) -> None:
     """Replace every MLP by the table it makes."""
     for hook in tables_of(model, name):
         for table in hook.tables.values():
-            table.remove_hook()  # type: ignore[operator]
+            table.drop_mlp()  # type: ignore[operator]
 
 
 def memory(model: nn.Module, name: str) -> dict[str, int]:
-    """Trained numbers, AdamW's bytes for them, and the numbers kept after training."""
+    """Return trained numbers, AdamW's bytes for them, and the numbers kept after training."""
     parameters = [p for hook in tables_of(model, name) for p in hook.parameters()]
     count = sum(p.numel() for p in parameters)
     kept = sum(hook.slots * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr]
@@ -343,7 +342,7 @@ class Recorder(Hook):
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention as it was."""
+        """Compute attention (R, H, T, Ev) without columns."""
         self.seen = (k.detach(), v.detach())
         return attend(q, k, v)
 
@@ -353,7 +352,7 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
     """Fill flat tables with the keys and values the frozen model computes for a text, repeated or cut to P tokens.
 
     With rotary positions the text stands at -P .. -1 (`free`) or 0 .. P-1 (`shift`), so that the prefix is exactly that text
-    in front of every document. Learned positions begin at 0: the text stands there, and only `shift` is exact.
+    before every document. Learned positions begin at 0: the text stands there, and only `shift` is exact.
 
     Raises:
         RecipeError: no text, or a model with an encoder and a decoder.
@@ -383,12 +382,12 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
         table.flat.copy_(table.join([(k.float(), v.float()) for k, v in seen]))  # type: ignore[operator]
     finally:
         for site in sites:
-            take_out(site.module, label)
+            remove_hook(site.module, label)
         model.train(was)
 
 
 def text_ids(tokenizer: Any, text: str, count: int, name: str) -> list[int]:
-    """Token ids of a text, repeated or cut to `count`.
+    """Return token ids of a text, repeated or cut to `count`.
 
     Raises:
         RecipeError: the text is empty.

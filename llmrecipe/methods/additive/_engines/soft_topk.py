@@ -18,7 +18,7 @@ FAR = -1e9
 
 
 def soft_top_k(scores: Tensor, k: Tensor, exists: Tensor, eps: float) -> Tensor:
-    """(G, L) weights in closed form.
+    """Return weights (G, L) in closed form.
 
     Scores sorted downwards: with m saturated entries a = e (ln(k - m) - logsumexp(s_free / e)); m is the largest number whose
     last entry still has s + a >= 0. Gradient: zero on saturated entries, (diag(l) - l l^T / (k - m)) / e on free ones.
@@ -66,7 +66,7 @@ class _SoftTopK(torch.autograd.Function):
 def iterated_top_k(
     scores: Tensor, k: Tensor, exists: Tensor, eps: float, start: float = 4.0, decay: float = 0.7, steps: int = 20
 ) -> Tensor:
-    """(G, L) weights after some coordinate steps a <- e ln k - e logsumexp((s + b) / e), b <- min(-s - a, 0).
+    """Return weights (G, L) after some coordinate steps a <- e ln k - e logsumexp((s + b) / e), b <- min(-s - a, 0).
 
     e falls from `start` by `decay` a step down to `eps`. At small e a few steps are not enough: the weights sum to less than k.
     """

@@ -41,17 +41,17 @@ class Opening:
     """(R, T) whether a column stands behind its document's slots."""
 
     def fill(self, x: Tensor, slots: Tensor) -> Tensor:
-        """Old columns (R, T, ...) and slots (R | 1, P, ...) in their new places."""
+        """Put old columns (R, T, ...) and virtual tokens (R | 1, P, ...) into their new places."""
         both = torch.cat((x, slots.expand(x.shape[0], *slots.shape[1:]).to(x.dtype)), 1)
         return _take(both, self.order)
 
     def close(self, x: Tensor) -> Tensor:
-        """(R, T + nP, ...) -> (R, T, ...): the slots are gone."""
+        """Remove the virtual tokens, (R, T + nP, ...) -> (R, T, ...)."""
         return _take(x, self.new)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Columns of each row, whatever stands behind them."""
+    """Take columns of each row, of any trailing shape."""
     index = index.expand(x.shape[0], -1)
     return x.gather(1, index.view(*index.shape, *(1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
@@ -62,7 +62,7 @@ def opening(starts: Tensor, columns: int, slots: int, behind: int) -> Opening:
     Args:
         starts: (R, n) first column of each document, ascending.
         columns: T.
-        behind: how many tokens of a document stay in front of its slots.
+        behind: how many tokens of a document stay before its virtual tokens.
     """
     at = starts + behind
     rows, documents = at.shape
@@ -80,7 +80,7 @@ def opening(starts: Tensor, columns: int, slots: int, behind: int) -> Opening:
 
 
 def masked_opening(mask: Tensor | None, rows: int, columns: int, slots: int, behind: int, device: torch.device) -> Opening:
-    """The opening of padded rows: one document a row, starting at the first column the mask (R, T) shows."""
+    """Return the opening of padded rows: one document a row, starting at the first column the mask (R, T) shows."""
     if mask is None:
         starts = torch.zeros(rows, 1, dtype=torch.long, device=device)
     elif mask.dim() != 2:
@@ -91,7 +91,7 @@ def masked_opening(mask: Tensor | None, rows: int, columns: int, slots: int, beh
 
 
 def longer_layout(layout: Layout, slots: int) -> Layout:
-    """The layout of a packed row whose documents have their slots; continuations of a parent have none of their own."""
+    """Return the layout of a packed row with virtual tokens in its documents; continuations of a parent get none."""
     segments = []
     column = 0
     for segment in layout.segments:
@@ -119,7 +119,7 @@ class SlotRows(Hook):
         self.embeddings = nn.Parameter(embeddings)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Embeddings (R, T, D) with E in the slots of a first pass."""
+        """Return embeddings (R, T, D) with E at the virtual tokens of a first pass."""
         which = current().shared.get(self.owner)
         if which is None:
             return y
@@ -136,12 +136,12 @@ class Slots(Hook):
         super().__init__()
         self.slots, self.behind, self.offset = slots, behind, offset
         self.told = told
-        """Whether the backbone is told positions."""
+        """Whether the backbone takes position ids."""
         self.keep = keep
         """Whether the slots' states stay, for a decoder to read."""
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
-        """The backbone over rows with slots."""
+        """Run the backbone over rows with virtual tokens."""
         ids = inputs.get("input_ids")
         if ids is None:
             raise ModelError(f"stack.{self.owner}: prompt tuning opens its slots in input_ids; the model was given embeddings")
@@ -153,7 +153,7 @@ class Slots(Hook):
         return out if self.keep else _closed(out, opened)
 
     def open(self, mask: Tensor | None, ids: Tensor) -> Opening:
-        """The opening of a first pass."""
+        """Return the opening of a first pass."""
         layout = current().layout
         if layout is None:
             return masked_opening(mask, ids.shape[0], ids.shape[1], self.slots, self.behind, ids.device)
@@ -164,7 +164,7 @@ class Slots(Hook):
         return layout.cache[key]
 
     def first(self, inputs: dict[str, Any], opened: Opening, ids: Tensor) -> dict[str, Any]:
-        """The inputs of a first pass; the ids in the slots are a neighbour's and are never embedded."""
+        """Return the inputs of a first pass; ids at the virtual tokens are a neighbour's and are never embedded."""
         changed = {**inputs, "input_ids": _take(ids, opened.near)}
         mask = inputs.get("attention_mask")
         if mask is not None:
@@ -176,12 +176,12 @@ class Slots(Hook):
         return changed
 
     def places(self, given: Tensor, opened: Opening, first: int) -> Tensor:
-        """Positions of longer rows: the slots count from behind what stands in front of them, the rest goes on after them."""
+        """Return positions of longer rows: virtual tokens count on from the tokens before them, the rest goes on after them."""
         slots = torch.arange(self.slots, device=given.device)[None] + first + self.behind
         return opened.fill(given.expand(opened.moved.shape[0], -1) + self.slots * opened.moved, slots)
 
     def later(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of a pass over a cache that holds the slots."""
+        """Return the inputs of a pass over a cache that holds the virtual tokens."""
         changed = dict(inputs)
         mask = inputs.get("attention_mask")
         if mask is not None:
@@ -192,7 +192,7 @@ class Slots(Hook):
         return changed
 
     def context(self, opened: Opening, ids: Tensor) -> Context:
-        """The context of longer rows."""
+        """Return the context of longer rows."""
         context, columns = current(), ids.shape[1]
         which = (opened.order - columns).clamp(min=-1).expand(ids.shape[0], -1)
         # Slots of prompts further out keep their places among the new columns.
@@ -224,7 +224,7 @@ class SlotMask(Hook):
         self.slots, self.behind = slots, behind
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
-        """The decoder with a mask as wide as the encoder's states."""
+        """Run the decoder with a mask as wide as the encoder's states."""
         mask, states = inputs.get("encoder_attention_mask"), inputs.get("encoder_hidden_states")
         if mask is None or states is None or states.shape[1] < mask.shape[-1] + self.slots:
             return call(**inputs)
@@ -233,7 +233,7 @@ class SlotMask(Hook):
 
 
 def _closed(out: Any, opened: Opening) -> Any:
-    """A backbone's output without the slots."""
+    """Return a backbone's output without the virtual tokens."""
     if isinstance(out, tuple):
         return (opened.close(out[0]), *out[1:])
     out.last_hidden_state = opened.close(out.last_hidden_state)
@@ -244,7 +244,7 @@ def _closed(out: Any, opened: Opening) -> Any:
 
 
 def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
-    """Add the slots at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
+    """Add the virtual tokens at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
     parts = anatomy(model)
     pair = parts.encoder_decoder
     host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
@@ -258,13 +258,13 @@ def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[nn.Module, SlotRows]:
-    """The embedding a wrapper's rows stand at, and the rows."""
+    """Return the embedding that holds a wrapper's rows, and the rows."""
     return next((module, hook) for _, module, _, hook in all_hooks(model, name) if isinstance(hook, SlotRows))
 
 
 @torch.no_grad()
 def start(model: nn.Module, name: str, init: str) -> None:
-    """Fill the rows: `vocab` (random tokens), `uniform`, `normal`; `text` waits for a tokenizer."""
+    """Initialize the rows: `vocab` (random tokens), `uniform`, `normal`; `text` waits for a tokenizer."""
     embedding, rows = rows_of(model, name)
     if init == "uniform":
         rows.embeddings.uniform_(-0.5, 0.5)
@@ -278,6 +278,6 @@ def start(model: nn.Module, name: str, init: str) -> None:
 
 @torch.no_grad()
 def copy_tokens(model: nn.Module, name: str, ids: list[int]) -> None:
-    """Copy what the embedding gives for these tokens, its own scale included."""
+    """Copy the embeddings of these tokens, the embedding's own scale included."""
     embedding, rows = rows_of(model, name)
     rows.embeddings.copy_(embedding(torch.tensor(ids, device=rows.embeddings.device)[None])[0])

@@ -76,7 +76,7 @@ class History:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a history file.
+    """Read the header of a history file.
 
     Raises:
         RunError: not a history file.
@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _walk(path: Path) -> Iterator[tuple[int, Entry]]:
-    """(offset after the record, entry), one a step; a torn last record is left out."""
+    """Yield (offset after the record, entry), one a step; a torn last record is left out."""
     data = path.read_bytes()
     (size,) = struct.unpack_from("<I", data, len(MAGIC))
     at = len(MAGIC) + 4 + size
@@ -111,13 +111,13 @@ def _offset(path: Path, steps: int) -> int:
 
 
 def entries(path: Path) -> list[Entry]:
-    """Every step of a history; skipped ones have g = NaN."""
+    """Read every step of a history; skipped ones have g = NaN."""
     read_header(path)
     return [entry for _, entry in _walk(path)]
 
 
 def recall(path: Path, trained: list[Trained], noise: Noise, moments: Moments, step: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The stored moments a run had after `step` steps: every estimate is drawn again, the weights stay where they are.
+    """Recompute the moments a run had after `step` steps: every estimate is drawn again, the weights stay where they are.
 
     Raises:
         RunError: the history does not reach that far.
@@ -134,7 +134,7 @@ def recall(path: Path, trained: list[Trained], noise: Noise, moments: Moments, s
 
 
 def header_of(trained: list[Trained], noise: Noise, moments: Moments, window: int | None, eps: float) -> dict[str, Any]:
-    """What has to be the same for a replay, and the state of the weights at step 0.
+    """Return what has to be the same for a replay, and a digest of the weights at step 0.
 
     Args:
         window: how many estimates a recomputed moment reaches back; None where moments are stored.
@@ -166,7 +166,7 @@ def replay(model: nn.Module, path: Path | str, steps: int | None = None) -> int:
 
     Args:
         model: the model of step 0 with its stack attached; what requires gradients is what was trained.
-        steps: stop after so many.
+        steps: stop after this many.
 
     Returns:
         Steps replayed.

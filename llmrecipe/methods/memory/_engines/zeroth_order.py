@@ -40,18 +40,18 @@ class Noise:
     """z by address."""
 
     def __init__(self, seed: int, cpu: bool = False):
-        """`cpu` draws on the CPU whatever the parameter's device: slower, the same numbers on every machine."""
+        """Draw on the CPU with `cpu`, whatever the parameter's device: slower, the same numbers on every machine."""
         self.seed = seed
         self.cpu = cpu
         self.generators: dict[str, torch.Generator] = {}
 
     def normal(self, name: str, step: int, sample: int, index: int, like: Tensor) -> Tensor:
-        """N(0, 1) in float32 for chunk `index` of a parameter, in the shape and on the device of `like`."""
+        """Draw N(0, 1) in float32 for chunk `index` of a parameter, in the shape and on the device of `like`."""
         generator = self._generator("z", name, step, sample, index, like)
         return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
 
     def uniform(self, name: str, step: int, index: int, like: Tensor) -> Tensor:
-        """U(0, 1) in float32, for stochastic rounding."""
+        """Draw U(0, 1) in float32, for stochastic rounding."""
         generator = self._generator("rounding", name, step, 0, index, like)
         return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
 
@@ -66,12 +66,12 @@ class Noise:
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(index, flat view) of each chunk of a contiguous tensor."""
+    """Yield (index, flat view) of each chunk of a contiguous tensor."""
     yield from enumerate(tensor.view(-1).split(CHUNK))
 
 
 def shift(tensor: Tensor, name: str, noise: Noise, step: int, sample: int, scale: float) -> None:
-    """tensor <- tensor + scale z, in place, one chunk of z at a time."""
+    """Add scale z to a tensor in place, one chunk of z at a time."""
     for index, view in chunks(tensor):
         view.add_(noise.normal(name, step, sample, index, view), alpha=scale)
 
@@ -86,14 +86,14 @@ class Perturbation(Protocol):
         """Put the model at theta + scale z; 0 brings theta back."""
 
     def missed(self) -> bool:
-        """Whether the forward pass since the last `move` left out a trained tensor; it then has to be repeated."""
+        """Return whether the forward pass since the last `move` left out a trained tensor; it then has to be repeated."""
 
     def installed(self) -> contextlib.AbstractContextManager[None]:
-        """Around all passes of a step."""
+        """Return a context for all passes of a step."""
 
 
 def moved(parameter: Tensor) -> None:
-    """Say that a parameter holds other numbers: writes through `.data` do not, and sparse deltas look at its version."""
+    """Mark a parameter as changed: writes through `.data` do not, and sparse deltas look at its version."""
     torch.autograd.graph.increment_version(parameter)
 
 
@@ -119,12 +119,12 @@ class InPlace:
         self.at = scale
 
     def missed(self) -> bool:
-        """Never: every reader sees the moved tensors."""
+        """Return False: every reader sees the moved tensors."""
         return False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Brings theta back when a pass raises."""
+        """Bring theta back when a pass raises."""
         try:
             yield
         finally:
@@ -154,7 +154,7 @@ class Layerwise:
         self.address = (step, sample)
 
     def move(self, scale: float) -> None:
-        """Remember the scale for the modules; swap what no module swaps."""
+        """Record the scale for the modules; swap what no module swaps."""
         for item in self.apart:
             self._restore(item)
         self.scale = scale
@@ -163,7 +163,7 @@ class Layerwise:
             self._swap(item)
 
     def missed(self) -> bool:
-        """Hosts that were not called: from now on their tensors are swapped for the whole pass."""
+        """Swap the tensors of hosts that were not called for entire passes from then on; return whether there were any."""
         unseen = [(m, items) for m, items in self.hosts.items() if any(i.name not in self.visited for i in items)]
         for module, items in unseen:
             self.hosts[module] = [i for i in items if i.name in self.visited]
@@ -172,7 +172,7 @@ class Layerwise:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """The hooks, for the passes of one step."""
+        """Install the hooks for the passes of one step."""
         # Whoever trains or restores between steps may have given a parameter other data.
         every = [item for items in self.hosts.values() for item in items] + self.apart
         self.live = {item.name: item.parameter.data for item in every}
@@ -216,7 +216,7 @@ class Layerwise:
 
 
 def _split(model: nn.Module, trained: Sequence[Trained]) -> tuple[dict[nn.Module, list[Trained]], list[Trained]]:
-    """(module -> tensors its own forward reads, tensors to swap for the whole pass)."""
+    """Return (module -> tensors its own forward reads, tensors to swap for the entire pass)."""
     by_id = {id(item.parameter): item for item in trained}
     inside = {id(m) for _, _, _, hook in all_hooks(model) for m in hook.modules()}
     inside |= {id(m) for _, shared in shared_modules(model) for m in shared.modules()}
@@ -230,7 +230,7 @@ def _split(model: nn.Module, trained: Sequence[Trained]) -> tuple[dict[nn.Module
 
 
 def projected_gradient(above: float, below: float, eps: float, clip: float | None = None) -> float:
-    """g = (L+ - L-) / (2 eps), clipped to [-clip, clip], rounded to float32: what the history file keeps is what is applied."""
+    """Return g = (L+ - L-) / (2 eps), clipped to [-clip, clip], rounded to float32: the history holds what is applied."""
     g = (above - below) / (2.0 * eps)
     if clip is not None:
         g = max(-clip, min(clip, g))
@@ -238,7 +238,7 @@ def projected_gradient(above: float, below: float, eps: float, clip: float | Non
 
 
 def float32(value: float) -> float:
-    """A Python float that float32 holds exactly."""
+    """Round a Python float to one that float32 holds exactly."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
@@ -268,7 +268,7 @@ class Moments:
 
 
 def estimate(item: Trained, noise: Noise, entry: Entry, index: int, like: Tensor) -> Tensor:
-    """e = mean_i g_i z_i of one chunk, in float32 (float64 for float64 parameters)."""
+    """Return e = mean_i g_i z_i of one chunk, in float32 (float64 for float64 parameters)."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     total = torch.zeros_like(like, dtype=dtype)
     for sample, g in enumerate(entry.g):
@@ -283,7 +283,7 @@ def update(
     window: Sequence[Entry],
     stored: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """theta <- theta - lr (direction + decay theta) for the last entry of the window.
+    """Update theta <- theta - lr (direction + decay theta) for the last entry of the window.
 
     Args:
         window: entries from the oldest that counts to this step's; SGD needs this step's alone.
@@ -307,7 +307,7 @@ def update(
 
 
 def absorb(item: Trained, noise: Noise, moments: Moments, entry: Entry, stored: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Move the stored moments of one tensor along by one estimate."""
+    """Update the stored moments of one tensor by one estimate."""
     for index, view in chunks(item.parameter.data):
         m, v = (_flat_chunk(t, index) for t in stored[item.name])
         after_m, after_v = _advance(m, v, estimate(item, noise, entry, index, view), moments)
@@ -316,7 +316,7 @@ def absorb(item: Trained, noise: Noise, moments: Moments, entry: Entry, stored: 
 
 
 def new_moments(trained: Iterable[Trained]) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (m, v) at zero, in float32."""
+    """Return name -> (m, v) at zero, in float32."""
 
     def zeros(item: Trained) -> Tensor:
         return torch.zeros(item.parameter.shape, dtype=torch.float32, device=item.parameter.device)
@@ -368,13 +368,13 @@ def round_at_random(value: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
 
 
 def shapes_digest(trained: Iterable[Trained]) -> str:
-    """Digest of names, shapes and dtypes of the trained tensors, whatever their order."""
+    """Hash names, shapes and dtypes of the trained tensors, in any order."""
     lines = sorted(f"{t.name}:{tuple(t.parameter.shape)}:{t.parameter.dtype}" for t in trained)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def values_digest(trained: Iterable[Trained]) -> str:
-    """Digest of a strided sample of the trained values."""
+    """Hash a strided sample of the trained values."""
     digest = hashlib.blake2b(digest_size=16)
     for item in sorted(trained, key=lambda t: t.name):
         flat = item.parameter.detach().reshape(-1)

@@ -14,7 +14,7 @@ WORD = 0xFFFFFFFF
 
 
 def bits(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """32 random bits for each of the positions first .. first + count, as int64 in [0, 2^32).
+    """Return 32 random bits for each of the positions first .. first + count, as int64 in [0, 2^32).
 
     Args:
         address: what the numbers belong to: seed, step, tensor name.
@@ -27,17 +27,17 @@ def bits(address: str, first: int, count: int, device: torch.device | str = "cpu
 
 
 def uniform(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers strictly between 0 and 1, float64 in steps of 2^-32."""
+    """Return uniform numbers strictly between 0 and 1, float64 in steps of 2^-32."""
     return (bits(address, first, count, device).double() + 0.5) / 2.0**32
 
 
 def bernoulli(address: str, first: int, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """True with probability p."""
+    """Return True with probability p."""
     return bits(address, first, count, device) < int(p * 2**32)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """An avalanche of 32 bits held in int64 (the constants of the public-domain hash `lowbias32`)."""
+    """Mix 32 bits held in int64, so that each bit depends on all (the constants of the public-domain hash `lowbias32`)."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & WORD
     x = x ^ (x >> 15)

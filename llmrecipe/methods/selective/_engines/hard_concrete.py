@@ -29,7 +29,7 @@ CHUNK = 1 << 22
 
 
 def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """(z, dz / d alpha); u None is u = 1/2."""
+    """Return (z, dz / d alpha); u None is u = 1/2."""
     s = torch.sigmoid(alpha if u is None else alpha + torch.logit(u).to(alpha.dtype))
     stretched = s * (high - low) + low
     inside = (stretched > 0) & (stretched < 1)
@@ -51,11 +51,11 @@ class Gated(Hook):
         """Address of the running step's u."""
 
     def difference(self, draw: str) -> Tensor:
-        """(entries,) delta for one draw of u."""
+        """Return delta (entries,) for one draw of u."""
         raise NotImplementedError
 
     def merge(self, module: nn.Module) -> None:
-        """Refused: nothing has been pruned yet.
+        """Refuse: nothing has been pruned yet.
 
         Raises:
             ModelError: always.
@@ -73,15 +73,15 @@ class DiffGate(Gated):
         self.group = nn.Parameter(self.w.new_full((), start)) if grouped and alpha is not None else None
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W + z w, summed in float32."""
+        """Return W + z w, summed in float32, of W's shape."""
         return _Gated.apply(value, self.w, self.alpha, self.group, self, torch.is_grad_enabled())
 
     def uniforms(self, draw: str, first: int, count: int) -> Tensor:
-        """u of some positions."""
+        """Return u of some positions."""
         return uniform(f"{draw}:{self.source}", first, count, self.w.device)
 
     def group_gate(self, draw: str | None) -> tuple[Tensor, Tensor]:
-        """(z_g, its derivative); ones and zeros without a group."""
+        """Return (z_g, its derivative); ones and zeros without a group."""
         if self.group is None:
             one = torch.ones((), dtype=self.w.dtype, device=self.w.device)
             return one, torch.zeros_like(one)
@@ -90,7 +90,7 @@ class DiffGate(Gated):
 
     @torch.no_grad()
     def difference(self, draw: str) -> Tensor:
-        """delta = z z_g w for one draw of u."""
+        """Return delta = z z_g w (entries,) for one draw of u."""
         found = self.w.detach().clone().view(-1)
         if self.alpha is None:
             return found
@@ -101,7 +101,7 @@ class DiffGate(Gated):
         return found * self.group_gate(draw)[0]
 
     def expected(self, product: bool) -> Tensor:
-        """E ||delta||_0 of this tensor; `product` as in the paper, else the sum the authors' code takes."""
+        """Return E ||delta||_0 of this tensor; `product` as in the paper, else the sum of the authors' code."""
         if self.alpha is None:
             return self.w.new_zeros(())
         shift = math.log(-self.low / self.high)
@@ -113,7 +113,7 @@ class DiffGate(Gated):
 
 
 class GroupGate(Gated):
-    """One gate for each group of a family, over the part of the groups that lies in this tensor.
+    """One gate for each group of a family, over the part of the groups in this tensor.
 
     The first tensor of a family holds its gates `alpha` (groups,); the others read them there.
     """
@@ -132,12 +132,12 @@ class GroupGate(Gated):
         self.register_buffer("slot", slot.to(self.w.device), persistent=False)
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W + z w, summed in float32."""
+        """Return W + z w, summed in float32, of W's shape."""
         z = self.spread(self.draw if torch.is_grad_enabled() else None)
         return (value.to(self.w.dtype) + self.w * z).to(value.dtype)
 
     def spread(self, draw: str | None) -> Tensor:
-        """The gate of every row, column or entry, shaped to multiply w."""
+        """Return the gate of every row, column or entry, shaped to multiply w."""
         alpha = (self.pair[0] if self.pair else self).alpha
         assert alpha is not None, "the first tensor of a family holds its gates"
         u = None if draw is None else uniform(f"{draw}:{self.family}:group", 0, alpha.numel(), alpha.device)
@@ -148,11 +148,11 @@ class GroupGate(Gated):
 
     @torch.no_grad()
     def difference(self, draw: str) -> Tensor:
-        """(entries,) delta = z_j w for one draw of u."""
+        """Return delta = z_j w (entries,) for one draw of u."""
         return (self.w * self.spread(draw)).view(-1)
 
     def expected(self) -> Tensor:
-        """E ||delta||_0 of the whole family where this hook holds its gates, else zero."""
+        """Return E ||delta||_0 of the entire family where this hook holds its gates, else zero."""
         if self.alpha is None:
             return self.w.new_zeros(())
         return self.size * _Expected.apply(self.alpha, math.log(-self.low / self.high))
@@ -169,11 +169,11 @@ class GateTied(Hook):
         self.tensor = tensor
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W + z w of the first user."""
+        """Return W + z w of the first user, of W's shape."""
         return self.pair[0].weight(value)
 
     def merge(self, module: nn.Module) -> None:
-        """The first user answers."""
+        """Refuse, as the first user does."""
 
 
 class _Gated(torch.autograd.Function):

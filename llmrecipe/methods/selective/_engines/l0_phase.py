@@ -32,19 +32,19 @@ class GatePhase(SparseMethod):
     alpha_lr_scale: float
 
     def expected(self, hooks: list[Any]) -> Tensor | float:
-        """E ||delta||_0 of all hooks together."""
+        """Return E ||delta||_0 of all hooks together."""
         raise NotImplementedError
 
     def survivors(self, model: nn.Module, hooks: list[Any], draw: str) -> dict[str, Chosen]:
-        """What of every tensor trains on; `draw` is the address of the one u the differences are taken at."""
+        """Return what of every tensor trains on; `draw` is the counter of the one u the differences are computed at."""
         raise NotImplementedError
 
     def gates(self, model: nn.Module) -> list[Any]:
-        """The gated differences; none after phase 1."""
+        """Return the gated differences; none after phase 1."""
         return [hook for _, _, _, hook in all_hooks(model, self.name) if isinstance(hook, Gated)]
 
     def add_gates(self, weight: Weight, hook: Gated) -> None:
-        """Put the gated difference of a tensor at its users.
+        """Add the gated difference of a tensor at its users.
 
         Raises:
             ModelError: the tensor is quantized.
@@ -59,16 +59,16 @@ class GatePhase(SparseMethod):
             add_hook(module, child, hook if index == 0 else GateTied(hook, tensor), self.name)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """The phase, and the survivors' shapes once there are any."""
+        """Return the phase, and the survivors' shapes once there are any."""
         return {"phase": "l0"} if self.gates(model) else {"phase": "fixed", **super().structure(model)}
 
     def aim(self, model: nn.Module, step: int) -> None:
-        """Have the gates take the u of a step."""
+        """Set the u of a step in the gates."""
         for hook in self.gates(model):
             hook.draw = f"{self.seed}:{step}"
 
     def before_step(self, model: nn.Module, step: int) -> bool:
-        """A fresh u for the step; at l0_steps the selection, which changes what trains."""
+        """Draw a fresh u for the step; at l0_steps make the selection, which changes what trains."""
         model.__dict__[f"_{self.name}_step"] = step
         self.aim(model, step)
         if step < self.l0_steps or not self.gates(model):
@@ -93,7 +93,7 @@ class GatePhase(SparseMethod):
             hook.values.copy_(learned[hook.source])
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """l0 * E ||delta||_0 while there are gates."""
+        """Return l0 * E ||delta||_0 while there are gates."""
         hooks = self.gates(model) if self.penalizes() else []
         if not hooks:
             return 0.0
@@ -103,11 +103,11 @@ class GatePhase(SparseMethod):
         return self.expected(hooks) * share
 
     def penalizes(self) -> bool:
-        """Whether phase 1 has gates to close."""
+        """Return whether phase 1 has gates to close."""
         raise NotImplementedError
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
-        """Phase 1: own rates of w and of the gates, no decay."""
+        """Return phase 1's own rates of w and of the gates, without decay."""
         parts: dict[str, set[str]] = {"w": set(), "alpha": set()}
         for path, _, name, hook in all_hooks(model, self.name):
             if isinstance(hook, Gated):
@@ -118,7 +118,7 @@ class GatePhase(SparseMethod):
         return [ParamGroup(frozenset(names), scales[key], 0.0) for key, names in parts.items() if names]
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """Phase 1 with the size of its penalty, or the survivors."""
+        """Yield phase 1 with the size of its penalty, or the survivors."""
         hooks = self.gates(model)
         if not hooks:
             yield from super().describe(model)
@@ -126,11 +126,11 @@ class GatePhase(SparseMethod):
         count = sum(hook.w.numel() for hook in hooks)
         with torch.no_grad():
             penalty = float(self.penalty(model)) if hooks[0].w.device.type != "meta" else float("nan")
-        yield f"differences w (phase 1; penalty at the start {penalty:.3g} beside the task loss)", count
+        yield f"differences w (phase 1; penalty at the start {penalty:.3g} next to the task loss)", count
         yield "gates alpha", sum(p.numel() for hook in hooks for n, p in hook.named_parameters() if n != "w")
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Phase 1: w and alpha with gradients and two moments each, 16 bytes a number beside the base."""
+        """Return closed forms: w and alpha of phase 1 with gradients and two moments, 16 bytes a number besides the base."""
         hooks = self.gates(model)
         if not hooks:
             return super().memory(model)

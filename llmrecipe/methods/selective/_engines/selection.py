@@ -45,7 +45,7 @@ class Scores:
         self.calls: dict[str, int] = {}
 
     def seen(self, name: str, grad: Tensor) -> None:
-        """Part of an example's gradient of one tensor; used twice (tied, chunked head), the parts add up before the square."""
+        """Add part of an example's gradient of one tensor; of one used twice (tied, chunked head) parts are summed first."""
         total = self.totals[name]
         flat = grad.detach().reshape(-1).to(total.dtype)
         if self.calls[name] > 1:
@@ -55,7 +55,7 @@ class Scores:
             self._add(total, flat)
 
     def finish(self) -> None:
-        """End of an example."""
+        """Finish an example."""
         for name, flat in self.pending.items():
             self._add(self.totals[name], flat)
         self.pending.clear()
@@ -115,7 +115,7 @@ class Watch(Hook):
         self.anchor = [anchor]
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W, watched."""
+        """Record and return W unchanged."""
         if not torch.is_grad_enabled():
             return value
         self.scores.calls[self.source] = self.scores.calls.get(self.source, 0) + 1
@@ -133,7 +133,7 @@ class WatchQuantized(Hook):
         self.anchor = [anchor]
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """(x, y) -> y, watched."""
+        """Record (x, y) and return y unchanged."""
         if not torch.is_grad_enabled():
             return y
         self.scores.calls[self.source] = self.scores.calls.get(self.source, 0) + 1
@@ -142,7 +142,7 @@ class WatchQuantized(Hook):
 
 @contextlib.contextmanager
 def watching(weights: Mapping[str, Weight], scores: Scores) -> Iterator[None]:
-    """Hooks on every user of the tensors, for the length of a pass."""
+    """Add hooks at every user of the tensors, for the length of a pass."""
     placed: list[tuple[nn.Module, str]] = []
     try:
         for number, (name, weight) in enumerate(weights.items()):
@@ -160,7 +160,7 @@ def watching(weights: Mapping[str, Weight], scores: Scores) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; every module's own mode is restored after."""
+    """Put the model in training or evaluation mode; every module's own mode is restored after."""
     kept = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -172,7 +172,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter collects a gradient; each one's flag is restored after."""
+    """Keep parameters from collecting gradients; each one's flag is restored after."""
     kept = [p for p in model.parameters() if p.requires_grad]
     for parameter in kept:
         parameter.requires_grad_(False)
@@ -197,7 +197,7 @@ def score(
     clip: float | None = None,
     targets: Callable[[Any], Iterator[tuple[Any, float]]] | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of every entry of some tensors.
+    """Score every entry of some tensors.
 
     Args:
         examples: how many batches are drawn; with several processes each takes its share and the scores are added.
@@ -239,7 +239,7 @@ Part = tuple[str, Tensor, "Tensor | None"]
 
 
 def top_k(parts: Sequence[Part], k: int) -> dict[str, Tensor]:
-    """Exactly the k largest scores of all parts together, as sorted flat indices a tensor.
+    """Return exactly the k largest scores of all parts together, as sorted flat indices a tensor.
 
     Ties are broken by the order of the parts, then by the lowest flat index. The threshold is found by counting the bit
     patterns of the float32 scores in two rounds (high, then low 16 bits), so no copy or sort of all scores is made.
@@ -269,7 +269,7 @@ def top_k(parts: Sequence[Part], k: int) -> dict[str, Tensor]:
 
 
 def cut(keys: Sequence[Tensor], k: int) -> tuple[int, int]:
-    """(threshold, ties): the k largest of all keys are those above the threshold and so many that equal it."""
+    """Return (threshold, ties): the k largest of all keys are those above the threshold and `ties` of those that equal it."""
     high, above = _bin(torch.stack([_histogram(key >> 16) for key in keys]).sum(0), k)
     lows = torch.stack([_histogram(key[(key >> 16) == high] & 0xFFFF) for key in keys]).sum(0)
     low, more = _bin(lows, k - above)
@@ -277,7 +277,7 @@ def cut(keys: Sequence[Tensor], k: int) -> tuple[int, int]:
 
 
 def counts_at(keys: Sequence[Tensor], k: int) -> list[int]:
-    """How many of the k largest lie in each tensor; ties go to the earlier tensor."""
+    """Return how many of the k largest each tensor has; ties go to the earlier tensor."""
     if k == 0:
         return [0 for _ in keys]
     threshold, ties = cut(keys, k)
@@ -290,7 +290,7 @@ def counts_at(keys: Sequence[Tensor], k: int) -> list[int]:
 
 
 def pattern(values: Tensor) -> Tensor:
-    """float32 bits of non-negative scores, which order as the scores do."""
+    """Return float32 bits of non-negative scores, which order as the scores do."""
     single = values.to(torch.float32)
     if not bool((single >= 0).all()):
         raise ModelError("selection: a score is NaN; the loss or a gradient overflowed while scores were taken")
@@ -306,7 +306,7 @@ def _histogram(key: Tensor) -> Tensor:
 
 
 def _bin(counts: Tensor, k: int) -> tuple[int, int]:
-    """(the bin the k-th largest falls into, how many lie in higher bins)."""
+    """Return (the bin the k-th largest falls into, how many are in higher bins)."""
     from_top = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, k))
     above = int(from_top[place - 1]) if place else 0
@@ -316,7 +316,7 @@ def _bin(counts: Tensor, k: int) -> tuple[int, int]:
 def select_top(
     weights: Mapping[str, Weight], k: int, layer_groups: int, scorer: Callable[[dict[str, Weight]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The k best entries of all tensors; the scorer is called once a group, and only a group's best are kept.
+    """Return the k best entries of all tensors; the scorer is called once a group, and only a group's best are kept.
 
     Returns:
         name -> sorted flat indices, without tensors that won nothing.
@@ -337,12 +337,12 @@ def select_top(
 
 
 def _at(values: Tensor, idx: Tensor | None, wanted: Tensor) -> Tensor:
-    """Scores at flat indices of a part."""
+    """Return scores at flat indices of a part."""
     return values[wanted] if idx is None else values[torch.searchsorted(idx, wanted)]
 
 
 def sampled_targets(engine: Any, draws: int, seed: int) -> Callable[[Any], Iterator[tuple[Any, float]]]:
-    """y from the model instead of the data: tokens drawn by language models, every class of classifiers by its probability."""
+    """Sample y from the model instead of the data: tokens from language models, all classes of classifiers by probability."""
     generator = torch.Generator().manual_seed(seed)
 
     def variants(batch: Any) -> Iterator[tuple[Any, float]]:

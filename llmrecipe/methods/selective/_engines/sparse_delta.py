@@ -47,7 +47,7 @@ class Weight:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """Return how many numbers it has."""
         count = 1
         for size in self.shape:
             count *= size
@@ -55,7 +55,7 @@ class Weight:
 
     @property
     def value(self) -> Tensor:
-        """The stored tensor."""
+        """Return the stored tensor."""
         module, tensor = self.owners[0]
         return getattr(module, tensor)
 
@@ -72,12 +72,12 @@ class Chosen:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether the weight is stored (in, out), as GPT-2 does."""
+    """Return whether the weight is stored (in, out), as GPT-2 does."""
     return type(module).__name__ == "Conv1D"
 
 
 def take(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
-    """The selected numbers of a tensor, as a copy."""
+    """Return a copy of the selected numbers of a tensor."""
     if layout == "entries":
         return weight.reshape(-1).index_select(0, idx)
     return weight.index_select(0 if layout == "rows" else weight.dim() - 1, idx)
@@ -100,9 +100,9 @@ class Writer:
 
     @torch.no_grad()
     def sync(self, weight: Tensor, on: tuple[bool, ...]) -> None:
-        """Make the tensor hold the deltas of the hooks that are on.
+        """Write the deltas of the active hooks into the tensor.
 
-        What was written is told by address and version of each `values`, so nothing is copied while nothing changes.
+        What was written is identified by address and version of each `values`, so nothing is copied while nothing changes.
         """
         state = (weight.data_ptr(), *(p.stamp() if active else None for p, active in zip(self.hooks, on, strict=True)))
         if state == self.written:
@@ -151,15 +151,15 @@ class SparseDelta(Hook):
             writer.hooks.append(self)
 
     def active(self) -> bool:
-        """Always called: switched off, it has to put the base back."""
+        """Return True: while disabled, it has to put the base back."""
         return True
 
     def on(self) -> bool:
-        """Whether the running forward pass sees the delta."""
+        """Return whether the running forward pass sees the delta."""
         return super().active()
 
     def stamp(self) -> tuple[int, int]:
-        """Changes whenever `values` does."""
+        """Return a key that changes whenever `values` does."""
         return self.values.data_ptr(), self.values._version
 
     @torch.compiler.disable
@@ -168,15 +168,15 @@ class SparseDelta(Hook):
         self.writer.sync(weight, self.flags() if on is None else on)
 
     def flags(self) -> tuple[bool, ...]:
-        """Which selections of this tensor the running forward pass sees."""
+        """Return which selections of this tensor the running forward pass sees."""
         return tuple(hook.on() for hook in self.writer.hooks)
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W with the delta in it."""
+        """Return W with the delta in it, of W's shape."""
         return self.serve(value, self.kernel)
 
     def serve(self, value: Tensor, kernel: str) -> Tensor:
-        """The tensor one of its users computes with."""
+        """Return the tensor that one of its users computes with."""
         if self.mode == "vector":
             if not self.on():
                 return value
@@ -189,7 +189,7 @@ class SparseDelta(Hook):
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """W <- W + scatter(values), rounded once to W's dtype.
+        """Set W <- W + scatter(values), rounded once to W's dtype.
 
         Raises:
             ModelError: the weight is quantized.
@@ -230,15 +230,15 @@ class SparseTied(Hook):
         self.kernel = "transient"
 
     def active(self) -> bool:
-        """Always called, as the first user is."""
+        """Return True, as the first user does."""
         return True
 
     def weight(self, value: Tensor) -> Tensor:
-        """W -> W with the first user's delta in it."""
+        """Return W with the first user's delta in it, of W's shape."""
         return self.pair[0].serve(value, self.kernel)
 
     def merge(self, module: nn.Module) -> None:
-        """The tensor is merged once, at its first user."""
+        """Do nothing: the tensor is merged once, at its first user."""
 
 
 class SparseGradient(Hook):
@@ -256,11 +256,11 @@ class SparseGradient(Hook):
         """The tensor that is written in place, if it is."""
 
     def active(self) -> bool:
-        """Always called: a pass without the delta must be guarded too."""
+        """Return True: a pass without the delta must be guarded too."""
         return True
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """(x, y) -> y, or y + S x in term mode."""
+        """Return y, or y + S x in term mode, (..., out)."""
         hook = self.pair[0]
         on = hook.on()
         if on and hook.mode == "term":
@@ -275,7 +275,7 @@ class SparseGradient(Hook):
         return y
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing of its own to fold."""
+        """Do nothing: there is nothing of its own to fold."""
 
 
 class _Transient(torch.autograd.Function):
@@ -343,7 +343,7 @@ class _Term(torch.autograd.Function):
 
 
 def _matrix(values: Tensor, idx: Tensor, hook: SparseDelta) -> Tensor:
-    """The sparse matrix (o, i) of a selection."""
+    """Return the sparse matrix (o, i) of a selection."""
     rows, columns = hook.shape
     if hook.layout == "entries":
         flat = idx.long()

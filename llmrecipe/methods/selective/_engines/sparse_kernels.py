@@ -14,14 +14,14 @@ CHUNK = 1 << 21
 
 
 def selected_shape(shape: tuple[int, ...], layout: Layout, count: int) -> tuple[int, ...]:
-    """Shape of the trained values of a selection."""
+    """Return the shape of the trained values of a selection."""
     return {"entries": (count,), "rows": (count, *shape[1:]), "columns": (*shape[:-1], count)}[layout]
 
 
 def product_gradient(
     a: Tensor, b: Tensor, idx: Tensor, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, cut: bool = False
 ) -> Tensor:
-    """(a^T b) at the selection, for a (M, d0) and b (M, d1) of a tensor (d0, d1); `cut`: the input is already selected."""
+    """Return a^T b at the selection, for a (M, d0) and b (M, d1) of a tensor (d0, d1); `cut`: the input is already selected."""
     if layout != "entries":
         if layout == "rows":
             a = a if cut else a.index_select(1, idx)
@@ -43,7 +43,7 @@ def product_gradient(
 def embedding_gradient(
     ids: Tensor, g: Tensor, idx: Tensor, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, padding: int | None
 ) -> Tensor:
-    """Gradient of the selected entries of an embedding (V, D), from the tokens that occur only."""
+    """Return the gradient of the selected entries of an embedding (V, D), from the tokens that occur only."""
     if padding is not None:
         kept = ids != padding
         ids, g = ids[kept], g[kept]

@@ -28,7 +28,7 @@ from llmrecipe.models.site_finder import widths
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
-    """Every tensor of the base a method may select from, by parameter name, in model order.
+    """Return every tensor of the base a method may select from, by parameter name, in model order.
 
     Tied tensors appear once, under their first name. Injected modules and new task heads are left out.
 
@@ -62,7 +62,7 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
 
 
 def candidates(model: nn.Module, scope: str) -> dict[str, Weight]:
-    """`base_weights` without those that train whole already (child-tuning's rest): entries of these need no delta.
+    """Return `base_weights` without those that train entirely (child-tuning's rest): entries of these need no delta.
 
     Raises:
         ModelError: every tensor of the scope trains already.
@@ -127,7 +127,7 @@ def _attach_one(weight: Weight, selection: Chosen, owner: str, force_term: bool)
 
 
 def gradient_kind(module: nn.Module, tensor: str, layout: str, density: float) -> str:
-    """Which kernel forms the gradient at one user of a tensor (see `SparseGradient.kind`)."""
+    """Return which kernel forms the gradient at one user of a tensor (see `SparseGradient.kind`)."""
     if tensor != "weight" or hooks_of(module, "wrap_forward"):
         return "other"
     if type(module) is nn.Embedding and not module.scale_grad_by_freq:
@@ -143,14 +143,14 @@ def _sparse_hooks(module: nn.Module) -> list[SparseDelta]:
 
 
 def sparse_hooks(model: nn.Module, owner: str) -> Iterator[tuple[str, nn.Module, SparseDelta]]:
-    """(module path, host, hook) of every selection a wrapper holds."""
+    """Return (module path, host, hook) of every selection a wrapper holds."""
     for path, module, _, hook in all_hooks(model, owner):
         if isinstance(hook, SparseDelta):
             yield path, module, hook
 
 
 def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
-    """How many entries of which tensors, with digests of the base's numbers and of the indices."""
+    """Return how many entries of which tensors, with digests of the base's numbers and of the indices."""
     tensors: dict[str, Any] = {}
     for _, module, hook in sparse_hooks(model, owner):
         fact: dict[str, Any] = {"layout": hook.layout, "count": hook.idx.numel(), "idx": digest(hook.idx)}
@@ -161,7 +161,7 @@ def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
 
 
 def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
-    """Placeholders with the shapes of a saved selection; `restore` brings the indices."""
+    """Return placeholders with the shapes of a saved selection; `restore` brings the indices."""
     return {
         name: Chosen(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""))
         for name, fact in structure.get("tensors", {}).items()
@@ -169,14 +169,14 @@ def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
 
 
 def settle(model: nn.Module) -> None:
-    """Have every tensor hold the deltas of the selections that are on, before anything is folded into it."""
+    """Write the deltas of active selections into every tensor, before anything is folded into it."""
     for _, module, _, hook in list(all_hooks(model)):
         if isinstance(hook, SparseDelta) and hook.mode == "inplace":
             hook.sync(getattr(module, hook.tensor))
 
 
 def take_off(module: nn.Module, hook: SparseDelta) -> None:
-    """Have the tensor hold what lies below this stack: the base and the mounted deltas that the context leaves on.
+    """Write what is below this stack into the tensor: the base and the mounted deltas that the context leaves enabled.
 
     The next forward pass writes the rest.
     """
@@ -185,20 +185,20 @@ def take_off(module: nn.Module, hook: SparseDelta) -> None:
 
 
 def base_digest(module: nn.Module, hook: SparseDelta) -> str:
-    """Digest of the numbers a delta is added to."""
+    """Hash the numbers a delta is added to."""
     take_off(module, hook)
     return digest(take(getattr(module, hook.tensor), hook.layout, hook.idx))
 
 
 def digest(value: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, shortened."""
+    """Hash a tensor's bytes with SHA-256, shortened."""
     raw = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
 @torch.no_grad()
 def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) -> None:
-    """Indices and values of a saved delta, onto a base that does not hold it.
+    """Restore indices and values of a saved delta onto a base that does not hold it.
 
     Raises:
         ModelError: the base's numbers at the selection are not those the delta was trained on.
@@ -221,19 +221,19 @@ class SparseMethod:
     name: str
 
     def plan(self, model: nn.Module) -> int:
-        """How many entries will be selected, while the choice has yet to be made."""
+        """Return how many entries will be selected, while the choice has yet to be made."""
         return 0
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """Shapes and digests of the selection."""
+        """Return shapes and digests of the selection."""
         return structure_of(model, self.name)
 
     def restore(self, model: nn.Module, delta: dict[str, Tensor]) -> None:
-        """Put a saved selection back, bit for bit."""
+        """Load a saved selection back, bit for bit."""
         restore_chosen(model, self.name, delta)
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Refuse a selection that gets no gradient at all, or whose tensor moves under it: it would not train as it says.
+        """Refuse a selection without any gradient, or whose tensor changes underneath it: it would not train as declared.
 
         Raises:
             ModelError: no selected tensor was reached by the backward pass, or one trains whole as well.
@@ -249,25 +249,25 @@ class SparseMethod:
             raise ModelError(f"stack.{self.name}: none of the selected tensors received a gradient")
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Have the moved values written before the next forward pass."""
+        """Have the changed values written before the next forward pass."""
         for _, _, hook in sparse_hooks(model, self.name):
             hook.writer.written = None
 
     def merge(self, model: nn.Module) -> None:
-        """W <- W + delta at every selection; exact in float32, one rounding below."""
+        """Set W <- W + delta at every selection; exact in float32, one rounding below."""
         with torch.no_grad():
             for _, module, name, hook in list(all_hooks(model, self.name)):
                 hook.merge(module)
                 remove_hook(module, name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """20 bytes an entry: index, value, gradient and two moments."""
+        """Return closed forms: 20 bytes an entry: index, value, gradient and two moments."""
         hooks = [hook for _, _, hook in sparse_hooks(model, self.name)]
         count = sum(p.values.numel() for p in hooks) if hooks else self.plan(model)
         index = sum(p.idx.numel() * p.idx.element_size() for p in hooks) if hooks else 4 * count
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": index}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """Selected entries a tensor."""
+        """Yield the selected entries of each tensor."""
         for _, _, hook in sparse_hooks(model, self.name):
             yield f"{hook.source} ({hook.layout})", hook.values.numel()

@@ -26,7 +26,7 @@ class Tunable:
     size: int
     """Entries."""
     whole: int
-    """What its structured form costs: a module beside a matrix, or all of a vector."""
+    """What its structured form costs: a module added to a matrix, or all of a vector."""
     threshold: float
     """Sensitive entries from which the structured form is taken."""
     path: str = ""
@@ -48,18 +48,18 @@ class Allocation:
 
 
 def is_whole(tunable: Tunable, count: int) -> bool:
-    """Whether so many sensitive entries give the structured form."""
+    """Return whether a number of sensitive entries gives the structured form."""
     return count > 0 and count >= tunable.threshold
 
 
 def cost(tunables: Sequence[Tunable], counts: Sequence[int], structured_only: bool) -> int:
-    """Numbers that train when each tensor holds so many sensitive entries; never falls as counts grow."""
+    """Return the numbers that train when each tensor has a number of sensitive entries; never falls as counts grow."""
     single = 0 if structured_only else 1
     return sum(t.whole if is_whole(t, c) else single * c for t, c in zip(tunables, counts, strict=True))
 
 
 def allocate(tunables: Sequence[Tunable], keys: Sequence[Tensor], budget: int, structured_only: bool = False) -> Allocation:
-    """The largest tau whose cost is within the budget.
+    """Find the largest tau whose cost is within the budget.
 
     Args:
         keys: bit patterns of each tensor's sensitivities (see `selection.pattern`).
@@ -105,7 +105,7 @@ class SequentialAdapter(Hook):
         self.dropout = dropout
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """(x, y) -> y + A(y)."""
+        """Return y + A(y), (..., out)."""
         kind = y.dtype
         inner = F.gelu(F.linear(y, self.down.weight.to(kind), self.down.bias.to(kind)))
         inner = F.dropout(inner, self.dropout, self.training)
@@ -113,7 +113,7 @@ class SequentialAdapter(Hook):
 
 
 def add_structured(site: Site, owner: str, kind: str, r: int, dropout: float) -> None:
-    """Put the structured module of a matrix at its site."""
+    """Add the structured module of a matrix at its site."""
     from llmrecipe.methods._engines import low_rank
     from llmrecipe.models.hooks.hook import device_of
 

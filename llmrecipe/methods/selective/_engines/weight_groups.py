@@ -33,12 +33,12 @@ class Member:
 
     @property
     def size(self) -> int:
-        """Numbers in one group."""
+        """Return the numbers in one group."""
         axis = self.weight.numel if self.layout == "entries" else self.weight.shape[0 if self.layout == "rows" else -1]
         return self.index.shape[1] * (self.weight.numel // axis)
 
     def sums(self, flat: Tensor) -> Tensor:
-        """(groups,) sums of a per-entry score of the whole tensor."""
+        """Return (groups,) sums of a per-entry score of the tensor."""
         if self.layout == "entries":
             along = flat
         else:
@@ -59,17 +59,17 @@ class Family:
 
     @property
     def count(self) -> int:
-        """How many groups."""
+        """Return how many groups there are."""
         return self.members[0].index.shape[0]
 
     @property
     def size(self) -> int:
-        """Numbers in one group."""
+        """Return the numbers in one group."""
         return sum(m.size for m in self.members)
 
 
 def families(model: nn.Module, kind: Kind, scope: str = "") -> list[Family]:
-    """Every group of a model.
+    """Return every group of a model.
 
     Args:
         scope: tensors to look at; default everything for `tensor`, the blocks for `layer`, their projections for the others.
@@ -110,7 +110,7 @@ def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Itera
 
 
 def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names: Mapping[int, str]) -> Iterator[Family]:
-    """Groups that are features of projections."""
+    """Return groups that are features of projections."""
     from llmrecipe.models.module_map import anatomy
 
     parts = anatomy(model)
@@ -156,7 +156,7 @@ def _outputs(site: Site) -> Tensor:
 
 
 def _joined(members: Sequence[Member]) -> tuple[Member, ...]:
-    """One member a tensor: parts of a fused tensor side by side."""
+    """Return one member a tensor: parts of a fused tensor are concatenated."""
     found: dict[tuple[str, str], Member] = {}
     for member in members:
         key = (member.weight.name, member.layout)
@@ -167,11 +167,11 @@ def _joined(members: Sequence[Member]) -> tuple[Member, ...]:
 
 
 def pick(found: Sequence[Family], scores: Sequence[Tensor], budget: int, min_per_layer: int = 0) -> list[Tensor]:
-    """Groups in the order of their scores while the budget lasts; one that no longer fits is passed over.
+    """Pick groups in the order of their scores while the budget lasts; one that no longer fits is passed over.
 
     Args:
         scores: (groups,) of each family.
-        min_per_layer: the best so many groups of every layer come first.
+        min_per_layer: this many of the best groups of every layer come first.
 
     Returns:
         (groups,) bool of each family.
@@ -200,7 +200,7 @@ def pick(found: Sequence[Family], scores: Sequence[Tensor], budget: int, min_per
 
 
 def chosen_of(found: Sequence[Family], taken: Sequence[Tensor]) -> dict[str, Chosen]:
-    """What the selected groups are of each tensor.
+    """Return what the selected groups are of each tensor.
 
     Raises:
         ModelError: one tensor would be selected in two layouts.
