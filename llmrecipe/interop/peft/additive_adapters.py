@@ -73,9 +73,9 @@ def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
     with torch.no_grad():
         columns = table.cut(table.table())
         if not hook.shift:
-            columns = [(_turned(model, key, hook.slots), value) for key, value in columns]
+            columns = [(_turned(model, key, hook.virtual_tokens), value) for key, value in columns]
         flat = table.join(columns)
-    config = _prompt_config(model, "PREFIX_TUNING", hook.slots)
+    config = _prompt_config(model, "PREFIX_TUNING", hook.virtual_tokens)
     config |= {"prefix_projection": False, "encoder_hidden_size": None, "token_dim": parts.kv_heads * parts.head_dim}
     config["num_attention_heads"] = parts.kv_heads
     return Adapter(config, {PROMPT: flat.detach()})

@@ -1,8 +1,8 @@
 """Trained prompts as tokens: P new words in the vocabulary whose embeddings are the prompt's rows.
 
 A text that begins with these words, spelled by the folder's tokenizer, is computed as the run computed the text alone: the
-slots of a prompt are ordinary positions. A chat template writes them by itself; other texts need them in front, before the
-token that the tokenizer may put at the beginning of a text.
+virtual tokens of a prompt are ordinary positions. A chat template writes them by itself; other texts need them in front, before
+the token that the tokenizer may put at the beginning of a text.
 
 The words can be read but must not be written. Their rows in the head are copies of the row of the token that was least likely
 on the probe, so they never win and take next to nothing from the others; a head that was tied to the embedding is untied,

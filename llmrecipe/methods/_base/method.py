@@ -35,7 +35,7 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Trained parameters that want their own learning rate or weight decay."""
+    """Trained parameters with their own learning rate or weight decay."""
 
     names: frozenset[str]
     """Full parameter names."""

@@ -212,7 +212,7 @@ class Stack:
     @torch.no_grad()
     def mix_reference(self, model: nn.Module, alpha: float) -> None:
         """Update snapshot <- alpha policy + (1 - alpha) snapshot (arXiv 2404.09656)."""
-        assert self.snapshot is not None, "there is no remembered reference to move"
+        assert self.snapshot is not None, "there is no snapshot of a reference to move"
         live = dict(model.named_parameters())
         for name, value in self.snapshot.items():
             value.mul_(1.0 - alpha).add_(live[name].detach(), alpha=alpha)

@@ -1,7 +1,7 @@
 """Trained biases: those a model has, vectors added to outputs, and where both go when they are folded.
 
-A bias of the base is trained through a master: a float32 copy that stands in its place while the host runs, so the base's own
-tensor stays bit-equal and is back as soon as the master's wrapper is disabled.
+A bias of the base is trained through a master weight: a float32 copy that stands in its place while the host runs, so the
+base's own tensor stays bit-equal and is back as soon as the master's wrapper is disabled.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., in) -> (..., out)."""
-        # A sharded rebuild replaces the parameter object; the module remembers the state that belongs to it.
+        # A sharded rebuild replaces the parameter object; the module keeps the state that belongs to it.
         state: Any = getattr(self.weight, "quant_state", None) or self.quant_state
         kind = x.device.type
         if self.compute_dtype is not None:

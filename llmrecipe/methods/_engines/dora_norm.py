@@ -21,7 +21,7 @@ class Rescaled(torch.autograd.Function):
     """y = b + g (v - b) for v (..., out), g (out,), b (out,) or None.
 
     For dL/dg = sum over tokens of dL/dy (v - b) it keeps its result, from which v - b = (y - b) / g: whatever reads y mostly
-    keeps that too, and of v or v - b nobody would. g must be apart from zero (`INVERTIBLE`).
+    keeps that too, and v or v - b would be kept for nothing else. g must be apart from zero (`INVERTIBLE`).
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class Rescaled(torch.autograd.Function):
 
 
 class Gain:
-    """What the DoRA hooks share: the magnitude m, the norm it is divided by, and what is remembered of them for a step."""
+    """What the DoRA hooks share: the magnitude m, the norm it is divided by, and what is cached of them for a step."""
 
     weightlike = True
     magnitude: nn.Parameter

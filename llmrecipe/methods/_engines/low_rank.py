@@ -3,7 +3,7 @@
     y = W x + s B A x        A (r, in), B (out, r)
 
 Letters: T tokens, r rank, V vocabulary, D width, E experts. The scale is folded into the last product, `B A` is never formed
-in a forward pass (3-D experts excepted, whose host takes a whole tensor), and A and B are float32 masters cast to the
+in a forward pass (3-D experts excepted, whose host takes an entire tensor), and A and B are float32 master weights cast to the
 activation's dtype where they are used.
 """
 

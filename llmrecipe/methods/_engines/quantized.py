@@ -166,7 +166,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
         _densify(module, wanted)
     if found:
         _forget_quantization(model)
-        # The anatomy remembers how a weight is stored; Conv1D stores it the other way round.
+        # The anatomy records how a weight is stored; Conv1D stores it the other way round.
         model.__dict__.pop("_llmrecipe_anatomy", None)
     return len(found)
 
@@ -186,7 +186,7 @@ def _densify(module: Any, dtype: torch.dtype) -> None:
     for name in _LIBRARY_STATE:
         module.__dict__.pop(name, None)
     module._load_state_dict_pre_hooks.clear()
-    # The object stays: hooks, hooks and everybody who holds the module keep pointing at the right one.
+    # The object stays: its hooks and all references to the module stay valid.
     module.__class__ = source
     if source.__name__ == "Conv1D":
         module.nf, module.nx = weight.shape

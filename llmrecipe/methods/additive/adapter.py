@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @register
 class Adapter(Wrapper):
-    """Serial adapter: A(z) = s (W_u f(W_d z + b_d) + b_u), added behind a sublayer's output y before its residual sum.
+    """Serial adapter: A(z) = s (W_u f(W_d z + b_d) + b_u), added after a sublayer's output y before its residual sum.
 
-    houlsby   x' = x + y + A(y), post-norm x' = LN(x + y + A(y)); behind attention and feed-forward
+    houlsby   x' = x + y + A(y), post-norm x' = LN(x + y + A(y)); after attention and feed-forward
     pfeiffer  x' = x + y + A(x + y), post-norm x' = LN(x + y + A(LN(x + y))) with the block's own LN twice; feed-forward only
 
     Trained: each adapter 2 d r + r + d (with biases; + 1 or d for a learned scale, + 2 d for each own norm), so 2 L and L of
     them; `train_norms` opens the norms of the adapted blocks too. W_u and biases start at zero, so training starts at the base
-    model; `init: houlsby` and `bert` are the published near-identity starts. Mixtures are adapted behind the sum of their
+    model; `init: houlsby` and `bert` are the published near-identity starts. Mixtures are adapted after the sum of their
     experts. Sandwich-norm blocks (Gemma): y is the output of the norm that follows the sublayer. Not mergeable: A is no
     linear map.
 
@@ -56,7 +56,7 @@ class Adapter(Wrapper):
     sublayers: list[Literal["attn", "ffn"]] | None = None
     """Sublayers with an adapter; default both for houlsby, the feed-forward for pfeiffer."""
     cross_attention: bool = False
-    """Also behind cross-attention (houlsby)."""
+    """Also after cross-attention (houlsby)."""
     activation: Literal["relu", "gelu", "silu", "tanh", "identity"] = "relu"
     """Nonlinearity of the bottleneck."""
     bias: bool = True
@@ -68,7 +68,7 @@ class Adapter(Wrapper):
     ln_before: bool = False
     """A trained LayerNorm before the down-projection."""
     ln_after: bool = False
-    """A trained LayerNorm behind the up-projection."""
+    """A trained LayerNorm after the up-projection."""
     init: Literal["zero_up", "houlsby", "bert"] = "zero_up"
     """Start: exact identity, N(0, 0.01^2) cut at two deviations, or N(0, 0.02^2)."""
     train_norms: bool = False
@@ -104,7 +104,7 @@ class Adapter(Wrapper):
             return sub.block
         if sub.norm is None:
             raise ModelError(
-                f"{sub.block.path}: pfeiffer needs the norm behind the feed-forward, and this block has none of its own"
+                f"{sub.block.path}: pfeiffer needs the norm after the feed-forward, and this block has none of its own"
             )
         return sub.norm
 
@@ -122,7 +122,7 @@ class Adapter(Wrapper):
                     f"{parts.family} adds both to one residual, use placement: houlsby"
                 )
             if names != ["ffn"] or self.cross_attention:
-                raise ModelError(f"stack.{self.name}.sublayers: pfeiffer stands behind the feed-forward only")
+                raise ModelError(f"stack.{self.name}.sublayers: pfeiffer comes after the feed-forward only")
         if self.cross_attention:
             names.append("cross")
         return bottleneck.sublayers(parts, names, self.layers, None if self.side == "both" else self.side)

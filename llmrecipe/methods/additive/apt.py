@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @register
 class Apt(Wrapper):
-    """Adaptive prefix tuning: P'_i = lambda_i alpha_i P_i, with alpha_i = sigmoid(h_{i-1} W_i) a score of each slot.
+    """Adaptive prefix tuning: P'_i = lambda_i alpha_i P_i, with alpha_i = sigmoid(h_{i-1} W_i) a score of each virtual token.
 
     P-tuning v2 whose columns P_i = (P_K, P_V) of layer i are scaled for each document before they join its keys and values:
     alpha (P) from a summary h of the layer's input, lambda a learned number a layer. The summary is the first token where
@@ -25,8 +25,8 @@ class Apt(Wrapper):
     empty cache; other rows, those of a plain `model(input_ids=...)` among them, are summarised by their first token.
     W starts at N(0, 0.02^2), so alpha begins near one half, and lambda at one.
 
-    Step 0 is not the base model, and a small lambda does not remove a slot: its logits go to 0 and it keeps its share of the
-    softmax. Trained: 2 L P d_kv + L d P + L; the scores outweigh the columns where d > 2 d_kv.
+    Step 0 is not the base model, and a small lambda does not remove a virtual token: its logits go to 0 and it keeps its share
+    of the softmax. Trained: 2 L P d_kv + L d P + L; the scores outweigh the columns where d > 2 d_kv.
 
     Paper: Towards Adaptive Prefix Tuning (arXiv 2305.15212); sigmoid, summary and start values are our reading of it.
     """
@@ -50,7 +50,7 @@ class Apt(Wrapper):
     dropout: OpenFraction = 0.1
     """Dropout on the columns while training."""
     positions: Literal["free", "shift"] = "free"
-    """Where documents start: at 0, or behind the prefix."""
+    """Where documents start: at 0, or after the prefix."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add a table at each stack of blocks, scores at each block, a hook at each attention module."""

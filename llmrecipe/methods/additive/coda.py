@@ -234,7 +234,7 @@ class Coda(Wrapper):
     solver: Literal["exact", "iterative"] = "exact"
     """Closed form, or the paper's coordinate steps."""
     eps: PositiveFloat = 0.03
-    """Entropy weight e of the soft top-k; only scores within about e of the cut move the router (short texts want about 1)."""
+    """Entropy weight e of the soft top-k; only scores within about e of the cut move the router (short texts need about 1)."""
     eps_init: PositiveFloat = 4.0
     """Iterative: e at the first step."""
     eps_decay: PositiveFloat = 0.7

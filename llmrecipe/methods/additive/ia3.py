@@ -114,7 +114,7 @@ class OneInput(ScaleInput):
 
 
 class ScaleKeys(Scale):
-    """y -> l * y behind a key norm, whose output is (R, T, D), (R, T, G, E) or (R, G, T, E)."""
+    """y -> l * y after a key norm, whose output is (R, T, D), (R, T, G, E) or (R, G, T, E)."""
 
     def __init__(self, heads: int, head_dim: int, tasks: int):
         super().__init__(heads * head_dim, tasks)
@@ -167,7 +167,7 @@ class Ia3(Wrapper):
     Trained: l_k, l_v and l_ff of every layer, L (2 d_kv + f) numbers a task (decoder blocks with cross-attention 4 d_kv + f;
     routed experts one l_ff each). They start at one, so training starts at the base model, and have no weight decay: decay
     pulls to zero, not to one. Keys are scaled at the output of the key projection, before rotary positions and any key norm;
-    `key_site: post_norm` scales behind the key norm, where a norm cannot undo it. In fused projections only the rows of keys
+    `key_site: post_norm` scales after the key norm, where a norm cannot undo it. In fused projections only the rows of keys
     and values are scaled. Gated feed-forwards: the input of the down projection, the same function as scaling `up`.
     Merging is exact up to rounding: rows of W_k and W_v with their biases, columns of W_2.
 
@@ -184,7 +184,7 @@ class Ia3(Wrapper):
     scaled: list[Literal["key", "value", "ffn"]] = Field(["key", "value", "ffn"])
     """What is scaled: keys and values of self- and cross-attention, inner activations of the feed-forward."""
     target: str | None = None
-    """Sites of the target grammar instead of `scaled`: attention projections are scaled behind, others at their input."""
+    """Sites of the target grammar instead of `scaled`: attention projections are scaled after, others at their input."""
     layers: str = "*"
     """Blocks that are scaled: a range such as `0:4` or `-1`."""
     key_site: Literal["pre_norm", "post_norm"] = "pre_norm"
@@ -236,7 +236,7 @@ class Ia3(Wrapper):
         """Return the chosen sites of a model.
 
         Raises:
-            ModelError: a term of `scaled` matches nothing, or behind-the-norm keys are wanted where there is no key norm.
+            ModelError: a term of `scaled` matches nothing, or keys after the norm are requested where there is no key norm.
         """
         if self.target is not None:
             return parts.at(self.target)
@@ -279,12 +279,12 @@ class Ia3(Wrapper):
         """Fold every vector into the weights around it.
 
         Raises:
-            ModelError: there are several tasks, keys are scaled behind a norm, or a weight is quantized.
+            ModelError: there are several tasks, keys are scaled after a norm, or a weight is quantized.
         """
         if len(self.tasks) > 1:
             raise ModelError(f"stack.{self.name}: {len(self.tasks)} tasks cannot be merged into one weight")
         if self.key_site == "post_norm":
-            raise ModelError(f"stack.{self.name}: keys scaled behind their norm cannot be merged; heads share its weight")
+            raise ModelError(f"stack.{self.name}: keys scaled after their norm cannot be merged; heads share its weight")
         merge_hooks(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:

@@ -40,7 +40,7 @@ class PTuningV2(Wrapper):
     dropout: OpenFraction = 0.1
     """Dropout on the columns while training."""
     positions: Literal["free", "shift"] = "free"
-    """Where documents start: at 0, or behind the prefix."""
+    """Where documents start: at 0, or after the prefix."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add a table at each stack of blocks, a hook at each attention module of `target`."""

@@ -18,10 +18,10 @@ class PrefixTuning(Wrapper):
     """Prefix-tuning: y = softmax(Q [P_K; K]^T / sqrt(e) + mask) [P_V; V] with trained P_K, P_V (g, P, e) in every attention.
 
     `reparam: mlp` makes the columns of all layers of one stack at once, M = W_2 tanh(W_1 X + b_1) + b_2, once a forward pass;
-    after training only M is kept (`drop_mlp`, exact). `flat` trains M itself. Every query of a document sees every slot.
-    Encoder, decoder and cross-attention have a table each: `target: attn` takes all self-attention, `attn + cross` the
-    cross-attention too, `layers.4:.attn` some layers. The prefix carries no position (`positions: free`): documents start at
-    0 and no context length is spent; `shift` starts them at P, as PEFT does.
+    after training only M is kept (`drop_mlp`, exact). `flat` trains M itself. Every query of a document sees every virtual
+    token. Encoder, decoder and cross-attention have a table each: `target: attn` takes all self-attention, `attn + cross` the
+    cross-attention too, `layers.4:.attn` some layers. The prefix carries no position (`positions: free`): documents start at 0
+    and no context length is spent; `shift` starts them at P, as PEFT does.
 
     Step 0 is not the base model: even zero keys take P shares of each softmax. `gate_init: closed` starts at the base: the
     columns get a softmax of their own and a learned factor that begins at zero. A `gate` scales the columns and is no switch:
@@ -50,9 +50,9 @@ class PrefixTuning(Wrapper):
     init: Literal["random", "zero", "text"] = "random"
     """Start of a flat table: standard normal, zeros, or the keys and values of `init_text`."""
     init_text: str = ""
-    """Text for `init: text`, repeated or cut to the number of slots."""
+    """Text for `init: text`, repeated or cut to the number of virtual tokens."""
     positions: Literal["free", "shift"] = "free"
-    """Where documents start: at 0, or behind the prefix."""
+    """Where documents start: at 0, or after the prefix."""
     gate_init: Literal["open", "closed"] = "open"
     """`closed` starts at the base model."""
     gate: Literal["none", "token", "mean"] = "none"

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 class PromptTuning(Wrapper):
     """Prompt tuning: X' = [E; X] with P trained embeddings E (P, d) before every document; only E trains.
 
-    The virtual tokens are ordinary positions: documents begin at P, every document of a packed row has its own copy, none is a target,
-    and a key/value cache holds them once. Encoder-decoder models get them in the encoder, where the decoder's cross-attention
-    reads them too. E lives in the space of the embedding's output, so a prompt copied from tokens behaves as those tokens; a
-    merged export adds P tokens with these embeddings, exactly.
+    The virtual tokens are ordinary positions: documents begin at P, every document of a packed row has its own copy, none is a
+    target, and a key/value cache holds them once. Encoder-decoder models get them in the encoder, where the decoder's
+    cross-attention reads them too. E lives in the space of the embedding's output, so a prompt copied from tokens behaves as
+    those tokens; a merged export adds P tokens with these embeddings, exactly.
 
     Step 0 is not the base model; with `init: text` it equals the base model fed that text.
 
     Paper: The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv 2104.08691). Encoders whose head reads the first
-    position read a slot there, as PEFT does; `position: after_bos` keeps the first token in front.
+    position read a virtual token there, as PEFT does; `position: after_bos` keeps the first token in front.
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
     unmergeable: ClassVar[str] = (
-        "its rows stand behind a document's first token, where no text can put them; with position: prefix they become tokens"
+        "its rows stand after a document's first token, where no text can put them; with position: prefix they become tokens"
     )
 
     num_virtual_tokens: PositiveInt = 20
@@ -39,7 +39,7 @@ class PromptTuning(Wrapper):
     init: Literal["vocab", "uniform", "normal", "text"] = "vocab"
     """Start: embeddings of random tokens, uniform in [-0.5, 0.5], standard normal, or the embeddings of `init_text`."""
     init_text: str = ""
-    """Text for `init: text`, repeated or cut to the number of slots."""
+    """Text for `init: text`, repeated or cut to the number of virtual tokens."""
     position: Literal["prefix", "after_bos"] = "prefix"
     """Before a document, or after its first token."""
 

@@ -98,7 +98,7 @@ class Mezo(Wrapper):
         """Add nothing.
 
         Raises:
-            RecipeError: the model recomputes activations, which only a backward pass would want.
+            RecipeError: the model recomputes activations, which only a backward pass would need.
         """
         if _recomputes(model):
             raise RecipeError(_CHECKPOINTING)
@@ -150,7 +150,7 @@ def _recomputes(model: nn.Module) -> bool:
 
 
 class ZerothOrder:
-    """One run's update rule: what it has to remember between steps."""
+    """One run's update rule: the state it keeps between steps."""
 
     def __init__(self, config: Mezo):
         self.config = config

@@ -220,7 +220,7 @@ class Adalora(Wrapper):
         add_shared(model, shared, self.name)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
-        """Return whether importances are still kept, every module's rank, and the number of triplets in its tensors once pruned."""
+        """Return whether importances are still kept, every rank, and the number of triplets in tensors once pruned."""
         hooks = self._hooks(model)
         ranks = {path: int(hook.kept.sum()) for path, hook in hooks.items()}
         facts: dict[str, Any] = {"scored": any(hook.mean_E is not None for hook in hooks.values()), "ranks": ranks}
@@ -355,7 +355,7 @@ class Adalora(Wrapper):
         """Return (steps of the schedule, steps before the fall, steps after it).
 
         Raises:
-            RecipeError: nobody said how long the run is.
+            RecipeError: the length of the run is unknown.
         """
         total = int(self._shared(model).total)
         if total == 0:

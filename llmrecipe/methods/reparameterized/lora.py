@@ -45,8 +45,8 @@ class Lora(Wrapper):
     2604.01694), LoftQ (arXiv 2310.08659), EVA (arXiv 2410.07170), CorDA (arXiv 2406.05223), LoRA-GA (arXiv 2407.05000).
     Departures: pissa, olora, corda and lora_ga subtract their frozen first product instead of rewriting W, so base weights stay
     bit-equal and deltas portable. For the same reason the codes that loftq chooses from its second iteration on are kept and
-    saved next to those of the base, half a byte a weight more, and a PEFT folder cannot bring them. eva takes all inputs at once
-    instead of by increments.
+    saved next to those of the base, half a byte a weight more, and a PEFT folder cannot bring them. eva takes all inputs at
+    once instead of by increments.
     """
 
     stage: ClassVar[Stage] = Stage.INJECT

@@ -57,14 +57,14 @@ class Bitfit(Wrapper):
     """BitFit: y = W x + b and y = LN(x) g + b; only the vectors b train.
 
     Trained: every bias of the model (BERT base: 11 d a layer, 102,912 in all, without the task head, which always trains).
-    `terms: [query, intermediate]` is the paper's half-size variant. The trained biases are float32 masters used in place of
-    the base's, which stay as they were. Merging writes them back: exact in float32, one rounding below.
+    `terms: [query, intermediate]` is the paper's half-size variant. The trained biases are float32 master weights used in place
+    of the base's, which stay as they were. Merging writes them back: exact in float32, one rounding below.
 
     Models without biases (Llama, Mistral, Qwen3, T5): `missing: add_zero` adds zero biases to the projections of attention and
     feed-forward (norms only with `add_norm_bias`); they merge where the family has config flags for them (Llama), else the
-    adapter stays separate from the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all logits of
-    a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it acts.
-    PEFT folders hold biases of linear layers (BEFT) or of LayerNorms (LN tuning), not both.
+    adapter stays separate from the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all
+    logits of a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it
+    acts. PEFT folders hold biases of linear layers (BEFT) or of LayerNorms (LN tuning), not both.
 
     Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199).
     Departures: names are matched by role, not by substring, and the pooler's bias is a choice of its own.
@@ -132,7 +132,7 @@ class Bitfit(Wrapper):
         """Refuse to train nothing, or nine tensors, in silence.
 
         Raises:
-            ModelError: wanted biases are missing and `missing` does not say what to do, or none is left to train.
+            ModelError: requested biases are missing and `missing` does not say what to do, or none is left to train.
         """
         if self.missing == "error" and lack:
             counts = Counter(s.role for s in lack)
@@ -145,7 +145,7 @@ class Bitfit(Wrapper):
             )
         if not have and not (lack and self.missing == "add_zero"):
             raise ModelError(
-                f"stack.{self.name}: none of the wanted biases exists in this model ({len(lack)} projections lack one); "
+                f"stack.{self.name}: none of the requested biases exists in this model ({len(lack)} projections lack one); "
                 f"set stack.{self.name}.missing=add_zero"
             )
 

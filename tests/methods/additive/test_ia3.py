@@ -270,7 +270,7 @@ def test_keys_behind_their_norm_are_scaled_per_head_and_channel(family: str) -> 
         by_head = factor.view(heads, size)
         wanted = plain * (by_head if plain.shape[2] == heads and plain.shape[1] != heads else by_head[:, None])
     torch.testing.assert_close(scaled, wanted)
-    with pytest.raises(ModelError, match="behind their norm"):
+    with pytest.raises(ModelError, match="after their norm"):
         next(iter(stack)).merge(model)
 
 

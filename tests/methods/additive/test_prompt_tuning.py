@@ -43,7 +43,7 @@ def prompt(**options: Any) -> PromptTuning:
 
 
 def from_text(family: str = "llama", **options: Any) -> nn.Module:
-    """A model whose slots hold the embeddings of TEXT."""
+    """A model whose virtual tokens hold the embeddings of TEXT."""
     wrapper = prompt(init="text", init_text="abc", **options)
     model = adapted(wrapper, family)
     wrapper.calibrate(model, Probe(None, None, tokenizer=Letters()))
@@ -93,7 +93,7 @@ def test_each_document_of_a_batch_has_its_own_slots(packing: bool, position: str
 
     wanted = torch.stack([alone([5, 9, 3], 2), alone([5, 9, 3, 60, 7], 2), torch.zeros(()), alone([4, 4, 8, 2], 3)])
     if at:
-        # The slots follow the first token: what it predicts comes before them.
+        # The virtual tokens follow the first token: what it predicts comes before them.
         table = [base(input_ids=torch.tensor([[t]])).logits[0, -1].log_softmax(-1) for t in (5, 4)]
         moved = [alone([5, 9, 3], 1), alone([4, 4, 8, 2], 2)]
         wanted[0], wanted[3] = moved[0] + table[0][9], moved[1] + table[1][4]
@@ -102,7 +102,7 @@ def test_each_document_of_a_batch_has_its_own_slots(packing: bool, position: str
 
 def test_columns_open_where_documents_start() -> None:
     opened = opening(torch.tensor([[0, 3]]), 5, 2, 0)
-    # documents a b c | d e -> slots 0 1 a b c | slots 0 1 d e
+    # documents a b c | d e -> virtual tokens 0 1 a b c | virtual tokens 0 1 d e
     assert opened.order.tolist() == [[5, 6, 0, 1, 2, 5, 6, 3, 4]]
     assert opened.new.tolist() == [[2, 3, 4, 7, 8]]
     assert opened.close(opened.fill(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[8, 9]]))).tolist() == [[1, 2, 3, 4, 5]]

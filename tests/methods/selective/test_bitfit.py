@@ -55,7 +55,7 @@ def test_bert_base_and_large_have_the_papers_count():
 def test_llama_refuses_and_lists_what_is_missing():
     with pytest.raises(ModelError, match=r"14 projections.*attn.q x2.*missing=add_zero"):
         attached(tiny_model("llama"))
-    with pytest.raises(ModelError, match="none of the wanted biases"):
+    with pytest.raises(ModelError, match="none of the requested biases"):
         attached(tiny_model("llama"), missing="existing_only")
 
 

@@ -1,11 +1,11 @@
-"""Scores that make a prefix depend on its document: one number a slot and layer, from a summary of the layer's input.
+"""Scores that make a prefix depend on its document: one number a virtual token and layer, from a summary of the layer's input.
 
-Letters: R rows, S segments of a packed row, T columns, P slots, d width.
+Letters: R rows, S segments of a packed row, T columns, P virtual tokens, d width.
 
     summary    h = the document's first token, or the mean of its prompt (of its first token where it has none)
     score      alpha = sigmoid(h W + b)   (R | S, P);   columns of the layer times lambda alpha
 
-Which tokens those are follows once a pass from the layout or the masks; none of them lies behind a target. During cached
+Which tokens those are follows once a pass from the layout or the masks; none of them comes after a target. During cached
 generation the scores of the first pass stay with the cache and move with its rows.
 """
 
@@ -74,13 +74,13 @@ class ScoredTables(PrefixTables):
 class BlockScores(Hook):
     """At a block: the scores of its prefix, from the residual stream that enters it."""
 
-    def __init__(self, layer: int, width: int, slots: int, token: str, layer_gate: bool, bias: bool):
+    def __init__(self, layer: int, width: int, virtual_tokens: int, token: str, layer_gate: bool, bias: bool):
         super().__init__()
         self.layer, self.token = layer, token
         if token == "input":
-            self.gate = nn.Parameter(torch.randn(width, slots) * 0.02)
+            self.gate = nn.Parameter(torch.randn(width, virtual_tokens) * 0.02)
         if (token == "input" and bias) or token == "static":
-            self.bias = nn.Parameter(torch.zeros(slots))
+            self.bias = nn.Parameter(torch.zeros(virtual_tokens))
         if layer_gate:
             self.scale = nn.Parameter(torch.ones(()))
 

@@ -2,8 +2,8 @@
 
     A(z) = s (W_u f(W_d z + b_d) + b_u)        W_d (r, in), W_u (out, r)
 
-Letters: d width of the residual stream, r bottleneck. Weights are float32 masters cast to the activation's dtype where they
-are used. A sublayer is y = F(N(x)) (pre-norm) or y = F(x) (post-norm), with x the residual stream that enters it.
+Letters: d width of the residual stream, r bottleneck. Weights are float32 master weights cast to the activation's dtype where
+they are used. A sublayer is y = F(N(x)) (pre-norm) or y = F(x) (post-norm), with x the residual stream that enters it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def initialise(down: Tensor, up: Tensor, init: Init) -> None:
 
 
 class Behind(Bottleneck):
-    """y -> y + A(y), behind a sublayer (Houlsby), or behind a pre-norm block, whose output is x + y (Pfeiffer)."""
+    """y -> y + A(y), after a sublayer (Houlsby), or after a pre-norm block, whose output is x + y (Pfeiffer)."""
 
     order = SERIAL
     rowwise = True
@@ -222,7 +222,7 @@ class Sublayer:
     input: Site
     """The first module that reads its normed input."""
     norm: Site | None
-    """The norm before it (in a parallel block perhaps attention's) or, post-norm, behind its residual sum."""
+    """The norm before it (in a parallel block perhaps attention's) or, post-norm, after its residual sum."""
 
 
 PARTS = {

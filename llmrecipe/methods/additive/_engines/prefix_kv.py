@@ -1,10 +1,11 @@
 """Trained key/value columns that attention reads before its own: what prefix tuning, P-tuning v2 and APT share.
 
-Letters: P slots, L layers of one table, G key/value heads, E and Ev key and value head sizes, R rows, S segments, T columns.
+Letters: P virtual tokens, L layers of one table, G key/value heads, E and Ev key and value head sizes, R rows, S segments, T
+columns.
 
 A stack of blocks (the backbone, or each side of an encoder-decoder) carries one `PrefixTables` hook. It makes the columns of
 all its layers once a forward pass and hands them to the attention modules inside through the context, so that activation
-checkpointing replays a block with the very same tensors. The columns are inserted behind rotary positions and key norms and
+checkpointing replays a block with the very same tensors. The columns are inserted after rotary positions and key norms and
 never enter a key/value cache: every step of a generation prepends them again.
 
     table    M (P, sum_l G (E + Ev)), layer-major [K_0, V_0, K_1, V_1, ...]: as PEFT and the P-tuning v2 code lay it out
@@ -44,7 +45,7 @@ class Plan:
     """What a wrapper requires of its columns."""
 
     target: str
-    slots: int
+    virtual_tokens: int
     reparam: str = "flat"
     hidden: int = 512
     width: int | None = None
@@ -77,14 +78,14 @@ class Table(nn.Module):
 
     def __init__(self, plan: Plan, shapes: list[Shape], reparam: str):
         super().__init__()
-        self.shapes, self.slots, self.rate = shapes, plan.slots, plan.dropout
+        self.shapes, self.virtual_tokens, self.rate = shapes, plan.virtual_tokens, plan.dropout
         width = sum(s.width for s in shapes)
         if reparam == "flat":
-            start = torch.zeros(plan.slots, width) if plan.init == "zero" else torch.randn(plan.slots, width)
+            start = torch.zeros(plan.virtual_tokens, width) if plan.init == "zero" else torch.randn(plan.virtual_tokens, width)
             self.flat = nn.Parameter(start)
         else:
             small = plan.width or shapes[0].heads * shapes[0].key
-            self.small = nn.Parameter(torch.randn(plan.slots, small))
+            self.small = nn.Parameter(torch.randn(plan.virtual_tokens, small))
             self.inner = nn.Linear(small, plan.hidden)
             self.outer = nn.Linear(plan.hidden, width)
         if plan.closed:
@@ -102,12 +103,14 @@ class Table(nn.Module):
         """Cut M (P, W) into keys (1, G, P, E) and values (1, G, P, Ev) of each layer."""
         sizes = [n for s in self.shapes for n in (s.heads * s.key, s.heads * s.value)]
         heads = [s.heads for s in self.shapes for _ in range(2)]
-        parts = [p.view(self.slots, g, -1).transpose(0, 1)[None] for p, g in zip(table.split(sizes, 1), heads, strict=True)]
+        parts = [
+            p.view(self.virtual_tokens, g, -1).transpose(0, 1)[None] for p, g in zip(table.split(sizes, 1), heads, strict=True)
+        ]
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def join(self, columns: Columns) -> Tensor:
         """Invert `cut`."""
-        parts = [part[0].transpose(0, 1).reshape(self.slots, -1) for pair in columns for part in pair]
+        parts = [part[0].transpose(0, 1).reshape(self.virtual_tokens, -1) for pair in columns for part in pair]
         return torch.cat(parts, 1)
 
     @torch.no_grad()
@@ -136,10 +139,10 @@ class Made:
 class PrefixTables(Hook):
     """The tables of one stack of blocks, at the module that runs the stack."""
 
-    def __init__(self, tables: dict[str, Table], slots: int, shift: bool, offset: int = 0):
+    def __init__(self, tables: dict[str, Table], virtual_tokens: int, shift: bool, offset: int = 0):
         super().__init__()
         self.tables = nn.ModuleDict(tables)
-        self.slots, self.shift, self.offset = slots, shift, offset
+        self.virtual_tokens, self.shift, self.offset = virtual_tokens, shift, offset
 
     def make(self, inputs: dict[str, Any]) -> Made:
         """Return the columns of a forward pass."""
@@ -151,7 +154,7 @@ class PrefixTables(Hook):
         context = current()
         made = self.make(inputs)
         if self.shift:
-            inputs = {**inputs, "position_ids": positions(inputs, self.offset) + self.slots}
+            inputs = {**inputs, "position_ids": positions(inputs, self.offset) + self.virtual_tokens}
         with activate(dataclasses.replace(context, shared={**context.shared, self.owner: made})):
             return call(**inputs)
 
@@ -296,7 +299,7 @@ def attach(
                 f"stack.{name}.positions: {type(host).__name__} counts columns and takes no position ids; use positions: free"
             )
         tables = {role: Table(plan, [shape_of(s, model) for s in sites], reparam) for role, sites in roles.items()}
-        hook = tables_hook(tables, plan.slots, plan.shift, position_offset(host))
+        hook = tables_hook(tables, plan.virtual_tokens, plan.shift, position_offset(host))
         add_hook(host, name, hook.to(next(model.parameters()).device), name)
         for role, sites in roles.items():
             for index, site in enumerate(sites):
@@ -327,7 +330,7 @@ def memory(model: nn.Module, name: str) -> dict[str, int]:
     """Return trained numbers, AdamW's bytes for them, and the numbers kept after training."""
     parameters = [p for hook in tables_of(model, name) for p in hook.parameters()]
     count = sum(p.numel() for p in parameters)
-    kept = sum(hook.slots * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr]
+    kept = sum(hook.virtual_tokens * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr]
     return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "kept": kept}
 
 
@@ -362,8 +365,8 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
         raise RecipeError(
             f"stack.{name}.init: text reads one stack of blocks; encoder-decoder models start with random or zero"
         )
-    ids = text_ids(tokenizer, text, plan.slots, name)
-    start = -plan.slots if parts.rope and not plan.shift else 0
+    ids = text_ids(tokenizer, text, plan.virtual_tokens, name)
+    start = -plan.virtual_tokens if parts.rope and not plan.shift else 0
     device = next(model.parameters()).device
     sites = [s for roles in attention_sites(model, plan.target, name).values() for group in roles.values() for s in group]
     label = f"{name}_recorder"
@@ -372,7 +375,7 @@ def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str
     model.eval()
     try:
         with activate(dataclasses.replace(current(), off=current().off | {name}, layout=None)):
-            place = torch.arange(start, start + plan.slots, device=device)[None]
+            place = torch.arange(start, start + plan.virtual_tokens, device=device)[None]
             host = host_of(model, sites[0].side)
             inputs = {"position_ids": place + position_offset(host)} if takes_positions(host) else {}
             model.base_model(input_ids=torch.tensor([ids], device=device), **inputs)

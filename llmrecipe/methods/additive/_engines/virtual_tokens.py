@@ -1,12 +1,12 @@
 """Longer rows inside a model: P trained positions in each document that nobody outside ever sees.
 
-Letters: R rows, T columns, n documents of a packed row, P slots of a document, D width.
+Letters: R rows, T columns, n documents of a packed row, P virtual tokens of a document, D width.
 
-A hook at the backbone opens P columns in every document (at its front, or behind its first token), runs the backbone over
+A hook at the backbone opens P columns in every document (at its front, or after its first token), runs the backbone over
 the longer rows and takes the columns out of the states again; a hook at the embedding puts the trained rows there. Masks,
 positions, token types, tasks, the layout of packed rows and the context follow. Batches, objectives and generation keep
-their own indices; a key/value cache holds the slots once, from the first pass on, and later passes only widen masks and
-move positions on.
+their own indices; a key/value cache holds the virtual tokens once, from the first pass on, and later passes only widen masks
+and move positions on.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Opening:
     new: Tensor
     """(R, T) the column each old column moves to."""
     order: Tensor
-    """(R, T + nP) what stands in each new column: an old column, or T + j for slot j."""
+    """(R, T + nP) what stands in each new column: an old column, or T + j for virtual token j."""
     near: Tensor
-    """(R, T + nP) the same with the old column behind it in place of a slot."""
+    """(R, T + nP) the same with the old column after it in place of a virtual token."""
     moved: Tensor
-    """(R, T) whether a column stands behind its document's slots."""
+    """(R, T) whether a column stands after its document's virtual tokens."""
 
-    def fill(self, x: Tensor, slots: Tensor) -> Tensor:
+    def fill(self, x: Tensor, virtual_tokens: Tensor) -> Tensor:
         """Put old columns (R, T, ...) and virtual tokens (R | 1, P, ...) into their new places."""
-        both = torch.cat((x, slots.expand(x.shape[0], *slots.shape[1:]).to(x.dtype)), 1)
+        both = torch.cat((x, virtual_tokens.expand(x.shape[0], *virtual_tokens.shape[1:]).to(x.dtype)), 1)
         return _take(both, self.order)
 
     def close(self, x: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.view(*index.shape, *(1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
 
-def opening(starts: Tensor, columns: int, slots: int, behind: int) -> Opening:
-    """Open `slots` columns in every document.
+def opening(starts: Tensor, columns: int, virtual_tokens: int, behind: int) -> Opening:
+    """Open `virtual_tokens` columns in every document.
 
     Args:
         starts: (R, n) first column of each document, ascending.
@@ -68,18 +68,24 @@ def opening(starts: Tensor, columns: int, slots: int, behind: int) -> Opening:
     rows, documents = at.shape
     old = torch.arange(columns, device=at.device)
     before = (at[:, :, None] <= old).sum(1)
-    new = old + slots * before
-    places = (at + slots * torch.arange(documents, device=at.device))[:, :, None] + torch.arange(slots, device=at.device)
+    new = old + virtual_tokens * before
+    places = (at + virtual_tokens * torch.arange(documents, device=at.device))[:, :, None] + torch.arange(
+        virtual_tokens, device=at.device
+    )
     places = places.flatten(1)
-    order = torch.empty(rows, columns + slots * documents, dtype=torch.long, device=at.device)
+    order = torch.empty(rows, columns + virtual_tokens * documents, dtype=torch.long, device=at.device)
     order.scatter_(1, new, old.expand(rows, -1))
-    near = order.scatter(1, places, at.clamp(max=columns - 1).repeat_interleave(slots, 1))
-    order = order.scatter(1, places, columns + torch.arange(slots, device=at.device).repeat(documents).expand(rows, -1))
+    near = order.scatter(1, places, at.clamp(max=columns - 1).repeat_interleave(virtual_tokens, 1))
+    order = order.scatter(
+        1, places, columns + torch.arange(virtual_tokens, device=at.device).repeat(documents).expand(rows, -1)
+    )
     kept = ((old >= starts[:, :, None]) & (old < at[:, :, None])).any(1)
     return Opening(new, order, near, ~kept)
 
 
-def masked_opening(mask: Tensor | None, rows: int, columns: int, slots: int, behind: int, device: torch.device) -> Opening:
+def masked_opening(
+    mask: Tensor | None, rows: int, columns: int, virtual_tokens: int, behind: int, device: torch.device
+) -> Opening:
     """Return the opening of padded rows: one document a row, starting at the first column the mask (R, T) shows."""
     if mask is None:
         starts = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -87,15 +93,15 @@ def masked_opening(mask: Tensor | None, rows: int, columns: int, slots: int, beh
         raise ModelError("prompt tuning widens masks of shape (rows, columns); a static cache brings others: use a dynamic one")
     else:
         starts = (mask != 0).int().argmax(1, keepdim=True)
-    return opening(starts, columns, slots, behind)
+    return opening(starts, columns, virtual_tokens, behind)
 
 
-def longer_layout(layout: Layout, slots: int) -> Layout:
+def longer_layout(layout: Layout, virtual_tokens: int) -> Layout:
     """Return the layout of a packed row with virtual tokens in its documents; continuations of a parent get none."""
     segments = []
     column = 0
     for segment in layout.segments:
-        own = slots if segment.parent is None else 0
+        own = virtual_tokens if segment.parent is None else 0
         segments.append(dataclasses.replace(segment, start=column, length=segment.length + own, prompt=segment.prompt + own))
         column += segment.length + own
     return Layout(tuple(segments), layout.rows, column)
@@ -103,14 +109,14 @@ def longer_layout(layout: Layout, slots: int) -> Layout:
 
 @dataclass(frozen=True)
 class Where:
-    """Which slot stands in each column of a first pass."""
+    """Which virtual token stands in each column of a first pass."""
 
-    slot: Tensor
+    virtual_token: Tensor
     """(R, T + nP); -1 where none does."""
 
 
-class SlotRows(Hook):
-    """At the embedding: the trained rows E (P, D) in place of whatever stands in the slots."""
+class VirtualTokenRows(Hook):
+    """At the embedding: the trained rows E (P, D) in place of whatever stands in the virtual tokens."""
 
     order = EDIT
 
@@ -123,28 +129,30 @@ class SlotRows(Hook):
         which = current().shared.get(self.owner)
         if which is None:
             return y
-        own = nn.functional.embedding(which.slot.clamp(min=0), self.embeddings).to(y.dtype)
-        return torch.where((which.slot >= 0).unsqueeze(-1), own, y)
+        own = nn.functional.embedding(which.virtual_token.clamp(min=0), self.embeddings).to(y.dtype)
+        return torch.where((which.virtual_token >= 0).unsqueeze(-1), own, y)
 
 
-class Slots(Hook):
+class VirtualTokens(Hook):
     """At the backbone: rows that are longer by P columns a document on the way in, and not on the way out."""
 
     order = ROWS
 
-    def __init__(self, slots: int, behind: int, offset: int, told: bool, keep: bool):
+    def __init__(self, virtual_tokens: int, behind: int, offset: int, reads_positions: bool, keep: bool):
         super().__init__()
-        self.slots, self.behind, self.offset = slots, behind, offset
-        self.told = told
+        self.virtual_tokens, self.behind, self.offset = virtual_tokens, behind, offset
+        self.reads_positions = reads_positions
         """Whether the backbone takes position ids."""
         self.keep = keep
-        """Whether the slots' states stay, for a decoder to read."""
+        """Whether the virtual tokens' states stay, for a decoder to read."""
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """Run the backbone over rows with virtual tokens."""
         ids = inputs.get("input_ids")
         if ids is None:
-            raise ModelError(f"stack.{self.owner}: prompt tuning opens its slots in input_ids; the model was given embeddings")
+            raise ModelError(
+                f"stack.{self.owner}: prompt tuning opens its virtual tokens in input_ids; the model was given embeddings"
+            )
         if cached(inputs):
             return call(**self.later(inputs))
         opened = self.open(inputs.get("attention_mask"), ids)
@@ -156,11 +164,11 @@ class Slots(Hook):
         """Return the opening of a first pass."""
         layout = current().layout
         if layout is None:
-            return masked_opening(mask, ids.shape[0], ids.shape[1], self.slots, self.behind, ids.device)
-        key = ("slots", self.slots, self.behind)
+            return masked_opening(mask, ids.shape[0], ids.shape[1], self.virtual_tokens, self.behind, ids.device)
+        key = ("virtual_tokens", self.virtual_tokens, self.behind)
         if key not in layout.cache:
             starts = torch.tensor([[s.start for s in layout.segments if s.parent is None]], device=ids.device)
-            layout.cache[key] = opening(starts, ids.shape[1], self.slots, self.behind)
+            layout.cache[key] = opening(starts, ids.shape[1], self.virtual_tokens, self.behind)
         return layout.cache[key]
 
     def first(self, inputs: dict[str, Any], opened: Opening, ids: Tensor) -> dict[str, Any]:
@@ -168,45 +176,45 @@ class Slots(Hook):
         changed = {**inputs, "input_ids": _take(ids, opened.near)}
         mask = inputs.get("attention_mask")
         if mask is not None:
-            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.slots))
+            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.virtual_tokens))
         if inputs.get("token_type_ids") is not None:
             changed["token_type_ids"] = _take(inputs["token_type_ids"], opened.near)
-        if self.told:
+        if self.reads_positions:
             changed["position_ids"] = self.places(positions(inputs, self.offset), opened, self.offset)
         return changed
 
     def places(self, given: Tensor, opened: Opening, first: int) -> Tensor:
         """Return positions of longer rows: virtual tokens count on from the tokens before them, the rest goes on after them."""
-        slots = torch.arange(self.slots, device=given.device)[None] + first + self.behind
-        return opened.fill(given.expand(opened.moved.shape[0], -1) + self.slots * opened.moved, slots)
+        virtual_tokens = torch.arange(self.virtual_tokens, device=given.device)[None] + first + self.behind
+        return opened.fill(given.expand(opened.moved.shape[0], -1) + self.virtual_tokens * opened.moved, virtual_tokens)
 
     def later(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of a pass over a cache that holds the virtual tokens."""
         changed = dict(inputs)
         mask = inputs.get("attention_mask")
         if mask is not None:
-            opened = masked_opening(mask, mask.shape[0], mask.shape[1], self.slots, self.behind, mask.device)
-            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.slots))
-        if inputs.get("position_ids") is not None or (self.told and mask is not None):
-            changed["position_ids"] = positions(inputs, self.offset) + self.slots
+            opened = masked_opening(mask, mask.shape[0], mask.shape[1], self.virtual_tokens, self.behind, mask.device)
+            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.virtual_tokens))
+        if inputs.get("position_ids") is not None or (self.reads_positions and mask is not None):
+            changed["position_ids"] = positions(inputs, self.offset) + self.virtual_tokens
         return changed
 
     def context(self, opened: Opening, ids: Tensor) -> Context:
         """Return the context of longer rows."""
         context, columns = current(), ids.shape[1]
         which = (opened.order - columns).clamp(min=-1).expand(ids.shape[0], -1)
-        # Slots of prompts further out keep their places among the new columns.
-        none = which.new_full((1, self.slots), -1)
-        shared = {k: Where(opened.fill(v.slot, none)) for k, v in context.shared.items() if isinstance(v, Where)}
+        # Virtual tokens of prompts further out keep their places among the new columns.
+        none = which.new_full((1, self.virtual_tokens), -1)
+        shared = {k: Where(opened.fill(v.virtual_token, none)) for k, v in context.shared.items() if isinstance(v, Where)}
         layout, mask, places = context.layout, context.attention_mask, context.positions
         tasks, read = context.task_ids, context.read
         return dataclasses.replace(
             context,
-            layout=None if layout is None else longer_layout(layout, self.slots),
-            attention_mask=None if mask is None else opened.fill(mask, mask.new_ones(1, self.slots)),
+            layout=None if layout is None else longer_layout(layout, self.virtual_tokens),
+            attention_mask=None if mask is None else opened.fill(mask, mask.new_ones(1, self.virtual_tokens)),
             positions=None if places is None else self.places(places, opened, 0),
             task_ids=tasks if tasks is None or tasks.shape[1] != columns else _take(tasks, opened.near),
-            prompt_lengths=None if context.prompt_lengths is None else context.prompt_lengths + self.slots,
+            prompt_lengths=None if context.prompt_lengths is None else context.prompt_lengths + self.virtual_tokens,
             read=None if read is None else self._read(read, opened, columns),
             shared={**context.shared, **shared, self.owner: Where(which)},
         )
@@ -216,20 +224,20 @@ class Slots(Hook):
         return rows * opened.order.shape[1] + opened.new[rows, read % columns]
 
 
-class SlotMask(Hook):
-    """At the decoder of a pair: the encoder's slots are open to cross-attention."""
+class VirtualTokenMask(Hook):
+    """At the decoder of a pair: the encoder's virtual tokens are open to cross-attention."""
 
-    def __init__(self, slots: int, behind: int):
+    def __init__(self, virtual_tokens: int, behind: int):
         super().__init__()
-        self.slots, self.behind = slots, behind
+        self.virtual_tokens, self.behind = virtual_tokens, behind
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """Run the decoder with a mask as wide as the encoder's states."""
         mask, states = inputs.get("encoder_attention_mask"), inputs.get("encoder_hidden_states")
-        if mask is None or states is None or states.shape[1] < mask.shape[-1] + self.slots:
+        if mask is None or states is None or states.shape[1] < mask.shape[-1] + self.virtual_tokens:
             return call(**inputs)
-        opened = masked_opening(mask, mask.shape[0], mask.shape[-1], self.slots, self.behind, mask.device)
-        return call(**{**inputs, "encoder_attention_mask": opened.fill(mask, mask.new_ones(1, self.slots))})
+        opened = masked_opening(mask, mask.shape[0], mask.shape[-1], self.virtual_tokens, self.behind, mask.device)
+        return call(**{**inputs, "encoder_attention_mask": opened.fill(mask, mask.new_ones(1, self.virtual_tokens))})
 
 
 def _closed(out: Any, opened: Opening) -> Any:
@@ -243,23 +251,23 @@ def _closed(out: Any, opened: Opening) -> Any:
     return out
 
 
-def attach(model: nn.Module, name: str, slots: int, behind: int) -> SlotRows:
+def attach(model: nn.Module, name: str, virtual_tokens: int, behind: int) -> VirtualTokenRows:
     """Add the virtual tokens at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
     parts = anatomy(model)
     pair = parts.encoder_decoder
     host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
     embedding = pretrained(host).get_input_embeddings()
-    add_hook(host, name, Slots(slots, behind, position_offset(host), takes_positions(host), pair), name)
+    add_hook(host, name, VirtualTokens(virtual_tokens, behind, position_offset(host), takes_positions(host), pair), name)
     if pair:
-        add_hook(host_of(model, "decoder"), name, SlotMask(slots, behind), name)
-    rows = SlotRows(torch.zeros(slots, embedding.weight.shape[1], device=embedding.weight.device))
+        add_hook(host_of(model, "decoder"), name, VirtualTokenMask(virtual_tokens, behind), name)
+    rows = VirtualTokenRows(torch.zeros(virtual_tokens, embedding.weight.shape[1], device=embedding.weight.device))
     add_hook(embedding, name, rows, name)
     return rows
 
 
-def rows_of(model: nn.Module, name: str) -> tuple[nn.Module, SlotRows]:
+def rows_of(model: nn.Module, name: str) -> tuple[nn.Module, VirtualTokenRows]:
     """Return the embedding that holds a wrapper's rows, and the rows."""
-    return next((module, hook) for _, module, _, hook in all_hooks(model, name) if isinstance(hook, SlotRows))
+    return next((module, hook) for _, module, _, hook in all_hooks(model, name) if isinstance(hook, VirtualTokenRows))
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ class Layerwise:
     """Each module computes with W + scale z in a temporary and gets its own tensor object back afterwards: exact.
 
     The extra memory is one module's weights. Tensors that are not read by their own module's forward (injected hooks, tensors
-    a forward pass did not visit) are swapped for the whole pass instead. A tensor that a module owns *and* somebody else reads
+    a forward pass did not visit) are swapped for the whole pass instead. A tensor that a module owns *and* another module reads
     directly during the same pass would be perturbed for its owner only; use `inplace` for such models.
     """
 

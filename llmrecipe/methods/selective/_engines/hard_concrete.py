@@ -126,7 +126,7 @@ class GroupGate(Gated):
         self.alpha = nn.Parameter(self.w.new_full((family.count,), alpha)) if first is None else None
         self.pair = [] if first is None else [first]
         self.axis = len(member.weight.shape) - 1 if member.layout == "columns" else 0
-        # Rows, columns or entries of no group point behind the last gate, at a zero.
+        # Rows, columns or entries of no group point past the last gate, at a zero.
         slot = torch.full((member.weight.shape[self.axis],), family.count)
         slot[member.index.reshape(-1)] = torch.arange(family.count).repeat_interleave(member.index.shape[1])
         self.register_buffer("slot", slot.to(self.w.device), persistent=False)

@@ -279,7 +279,7 @@ class SparseGradient(Hook):
 
 
 class _Transient(torch.autograd.Function):
-    """W -> W; the dense dW of the layer is gathered, and dropped unless W itself wants it."""
+    """W -> W; the dense dW of the layer is gathered, and dropped unless W itself needs it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, idx: Tensor, layout: Layout) -> Tensor:
@@ -289,7 +289,7 @@ class _Transient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # A second selection of the tensor, or a pass that scores it, waits behind W.
+        # A second selection of the tensor, or a pass that scores it, waits for W.
         below = grad if ctx.needs_input_grad[0] else None
         return below, take(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
 

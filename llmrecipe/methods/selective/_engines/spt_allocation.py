@@ -44,7 +44,7 @@ class Allocation:
     structured: list[str]
     """Module paths of matrices with a structured module."""
     entries: dict[str, Tensor]
-    """name -> flat indices that train; all of them for a whole vector."""
+    """name -> flat indices that train; all of them for an entire vector."""
 
 
 def is_whole(tunable: Tunable, count: int) -> bool:
