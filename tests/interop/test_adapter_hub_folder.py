@@ -130,7 +130,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("llama", Adapter(name="own", train_norms=True), "trained norms of the base"),
     ("llama", Adapter(name="own", ln_before=True), "norms of their own"),
     ("llama", ParallelAdapter(name="own"), "input: residual"),
-    ("llama", ParallelAdapter(name="own", target="attn.q"), "beside a whole sublayer"),
+    ("llama", ParallelAdapter(name="own", target="attn.q"), "one branch in parallel with a sublayer"),
     ("mixtral", Adapter(name="own"), "names for mixtral are not known"),
 ]
 

@@ -113,7 +113,7 @@ def test_what_has_no_spelling_is_refused_before_anything_is_written(tmp_path: Pa
     saved_run(tmp_path / "behind", base, prompt(position="after_bos"))
     saved_run(tmp_path / "two", base, prompt(), PromptTuning(name="more", num_virtual_tokens=2))
     saved_run(tmp_path / "tied", t5_folder(tmp_path), prompt(), head="seq2seq")
-    for run, why in (("behind", "behind a document's first token"), ("two", "only one prompt"), ("tied", "is tied")):
+    for run, why in (("behind", "after a document's first token"), ("two", "only one prompt"), ("tied", "is tied")):
         with pytest.raises(ModelError, match=why):
             export_merged(tmp_path / run)
         assert not (tmp_path / run / "merged").exists()

@@ -174,7 +174,7 @@ def test_skipping_unread_rows_and_packing_change_nothing(options: dict) -> None:
 
 
 def test_what_cannot_be_is_explained() -> None:
-    with pytest.raises(ModelError, match="beside attention"):
+    with pytest.raises(ModelError, match="parallel to attention"):
         attached("llama", ParallelAdapter(name="pa", form="multihead"))
     with pytest.raises(ModelError, match="no linear layer"):
         attached("llama", ParallelAdapter(name="pa", target="norm.attn"))
