@@ -20,7 +20,7 @@ def verb(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="merged: a Transformers folder; peft, adapter_hub: adapter folders.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/<format>.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps it.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps that of the base.")] = "auto",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of a method trained for several (dylora).")] = None,
     as_: Annotated[str | None, typer.Option("--as", help="lora: write AdaLoRA as plain LoRA.")] = None,
     uniform: Annotated[

@@ -53,7 +53,8 @@ def export_merged(
 
     Args:
         out: the folder; default `RUN/merged`. It must not exist yet.
-        dtype: of the written weights: `auto` keeps the one they have.
+        dtype: of the written weights: `auto` keeps the one `model.dtype` named, else that of the base as it is stored,
+            whatever training computed in.
         bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`verify_logits.BOUNDS`).
         options, rights: see `open_run`.
         opened: what to write instead of the run itself (see `merge_adapters.open_combination`).
@@ -71,7 +72,7 @@ def export_merged(
                 "`llmrecipe.load(run)` and `llmrecipe chat` use it as it is"
             )
     prompt = prompt_tokens.wrapper_of(opened)
-    wide = dtype_of(opened.model) if dtype == "auto" else getattr(torch, dtype)
+    wide = kept_dtype(opened) if dtype == "auto" else getattr(torch, dtype)
     if not any(quantized(opened.model)):
         widen(opened.model, wide)
     ids = verify_logits.probe_ids(opened.model, opened.tokenizer)
@@ -132,8 +133,14 @@ def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    """Return the dtype of a model's embedding: the dtype the folder is written in."""
+    """Return the dtype of a model's embedding."""
     return model.get_input_embeddings().weight.dtype
+
+
+def kept_dtype(opened: Opened) -> torch.dtype:
+    """Return the dtype a run was told to keep its base in (`model.dtype`), else the one the base is stored in."""
+    named = opened.section.dtype
+    return opened.model.stored_dtype if named == "auto" else getattr(torch, named)
 
 
 def write_model(opened: Opened, folder: Path, dtype: torch.dtype) -> None:

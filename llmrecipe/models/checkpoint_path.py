@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 
 from llmrecipe.core.errors import ModelError, RunError, did_you_mean
 from llmrecipe.core.paths import ASSETS
+from llmrecipe.models.weight_headers import read_header
 from llmrecipe.recipe.rights import say
 
 TINY = ASSETS / "tiny"
@@ -176,16 +177,13 @@ def _check_tensors(path: Path, key: str) -> None:
     """Read the header and compare the promised size with the file's."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start == b"version ":
+        if file.read(8) == b"version ":
             raise ModelError(f"{key}: {path} is a Git LFS pointer, not the weights; run `git lfs pull` in that repository")
-        length = int.from_bytes(start, "little")
-        try:
-            if len(start) < 8 or length > size:
-                raise ValueError("the header is cut off")
-            header = json.loads(file.read(length))
-            promised = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ModelError(f"{key}: {path} is not a readable safetensors file: {error}") from error
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+    try:
+        promised = 8 + length + max((entry["data_offsets"][1] for entry in read_header(path).values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(f"{key}: {path} is not a readable safetensors file: {error}") from error
     if promised != size:
         raise ModelError(f"{key}: {path} is damaged: {size:,} bytes instead of {promised:,}; download it again")

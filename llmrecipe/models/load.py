@@ -26,6 +26,7 @@ from llmrecipe.models.resolve_class import (
     resolve_dtype,
     with_code,
 )
+from llmrecipe.models.weight_headers import stored_dtype
 from llmrecipe.recipe.rights import say
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
@@ -71,8 +72,8 @@ def load_model(
         device: determines the meaning of `dtype: auto`; the weights stay where Transformers puts them.
         seed: of everything that is initialized here.
 
-    The model carries `new_heads` (module paths initialised here), `position_offset` (see `models.vocabulary`) and
-    `attention_routed` (whether packed rows and attention hooks work).
+    The model carries `new_heads` (module paths initialised here), `position_offset` (see `models.vocabulary`),
+    `attention_routed` (whether packed rows and attention hooks work) and `stored_dtype` (that of the checkpoint).
 
     Raises:
         ModelError: before any weight is read where that can be known; else for weights that do not fit.
@@ -85,6 +86,10 @@ def load_model(
         label_config(config, labels)
     backend = attention(section, _concrete(auto, config))
     dtype = resolve_dtype(section.dtype, config, device)
+    stored = None
+    if section.init != "random":
+        place, local = locate(section.path)
+        stored = stored_dtype(config, Path(place) if local else None)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         if section.init == "random":
@@ -92,6 +97,7 @@ def load_model(
             model.new_heads = ()
         else:
             model = _pretrained(section, auto, config, rows_head, dtype, backend, load_kwargs or {})
+    model.stored_dtype = stored or dtype
     return _finish(model.eval(), section, backend, tokenizer)
 
 

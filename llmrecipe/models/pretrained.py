@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from typing import Self
 
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
         """Whether attention goes through Transformers' AttentionInterface, where hooks reach it."""
         position_offset: int
         """What the family adds to a position (see `vocabulary.position_offset`)."""
+        stored_dtype: torch.dtype
+        """Dtype of the checkpoint the weights were read from; that of the model where they are random."""
         new_heads: tuple[str, ...]
         """Paths of modules whose weights no checkpoint held."""
 

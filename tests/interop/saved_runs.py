@@ -41,12 +41,22 @@ def fill(model: nn.Module, scale: float = 0.2, seed: int = 3) -> None:
 
 
 def saved_run(
-    folder: Path, model_path: Path | str, *wrappers: Any, seed: int = 3, head: str = "causal", labels: Any = None
+    folder: Path,
+    model_path: Path | str,
+    *wrappers: Any,
+    seed: int = 3,
+    head: str = "causal",
+    labels: Any = None,
+    dtype: str = "auto",
 ) -> nn.Module:
     """Write a finished run of these wrappers on a base; returns its model."""
     stack = Stack(list(wrappers))
     opened = open_model(
-        ModelSection(path=str(model_path)), TokenizerSection(), head=head, labels=labels, load_kwargs=stack.load_kwargs()
+        ModelSection(path=str(model_path), dtype=dtype),
+        TokenizerSection(),
+        head=head,
+        labels=labels,
+        load_kwargs=stack.load_kwargs(),
     )
     stack.attach(opened.model)
     fill(opened.model, seed=seed)
@@ -57,7 +67,7 @@ def saved_run(
         stack.delta(opened.model),
     )
     layers = [delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(opened.layers)]
-    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": {}}
+    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": {"dtype": dtype}}
     delta.write(folder / "final", delta.Saved(base, [*layers, own], head, labels))
     opened.tokenizer.save_pretrained(folder / "final")
     return opened.model

@@ -15,7 +15,9 @@ from llmrecipe.interop import merged, verify_logits
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
+from llmrecipe.models.weight_headers import DTYPES, headers
 from tests.interop.saved_runs import base_folder, hooks, saved_run
+from tests.support import shared
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
 
@@ -141,6 +143,44 @@ def test_a_bfloat16_base_written_in_float32_keeps_the_whole_change(tmp_path: Pat
     torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-6)
     assert (wanted.to(torch.bfloat16).double() - wanted).abs().max() > 1e-4, "the values would survive rounding"
     assert done.difference.largest <= 1e-5 * done.difference.scale
+
+
+def written(folder: Path) -> set[str]:
+    """The dtypes of a folder: of its tensors, and the one its config names."""
+    kinds = {one.dtype for one in headers(folder).values()}
+    return {DTYPES[kind] for kind in kinds} | {json.loads((folder / "config.json").read_text())["dtype"]}
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["config says it", "tensors alone say it"])
+def test_auto_keeps_the_dtype_of_a_base_that_was_trained_in_another(tmp_path: Path, said: bool) -> None:
+    base = base_folder(tmp_path)
+    reloaded(base).to(torch.bfloat16).save_pretrained(base)
+    if not said:
+        config = json.loads((base / "config.json").read_text())
+        del config["dtype"]
+        (base / "config.json").write_text(json.dumps(config))
+    model = saved_run(tmp_path / "run", base, Lora(name="lora", target="attn.q"))
+    assert next(model.parameters()).dtype == torch.float32
+    done = export_merged(tmp_path / "run")
+    assert written(done.path) == {"bfloat16"}
+    assert done.difference.bound == verify_logits.BOUNDS[torch.bfloat16]
+    assert written(export_merged(tmp_path / "run", tmp_path / "wide", dtype="float32").path) == {"float32"}
+
+
+def test_a_dtype_the_recipe_names_is_kept_whatever_the_base_is_stored_in(tmp_path: Path) -> None:
+    base = base_folder(tmp_path)
+    reloaded(base).to(torch.bfloat16).save_pretrained(base)
+    saved_run(tmp_path / "run", base, Lora(name="lora", target="attn.q"), dtype="float32")
+    assert written(export_merged(tmp_path / "run").path) == {"float32"}
+
+
+def test_the_shared_case_of_a_bfloat16_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shared("cases", "merged-dtype")
+    words = f"""data.path={folder / "sft.jsonl"} model.path={folder / "m_llama"} batch.size=8 steps=2 epochs=null
+        eval.at_start=false eval.test=false run.dir={tmp_path / "run"} log.live=off data.cache=false"""
+    assert command(["train", "recipe=sft_lora", *words.split()]) == 0
+    assert command(["export", str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "out")]) == 0
+    assert written(tmp_path / "out") == written(folder / "m_llama") == {"bfloat16"}
 
 
 def test_the_verb_proves_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
