@@ -243,7 +243,7 @@ def test_merging_keeps_the_outputs_or_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("steps", [0, 2])
 def test_dpo_starts_at_log_two_and_its_reference_never_moves(kind: str, steps: int) -> None:
     subject = build(kind)
-    subject.stack.take_reference(subject.model)
+    subject.stack.snapshot_reference(subject.model)
     objective = Dpo(beta=0.3)
     batch = objective.collate(PAIRS, subject.roles)
     before = subject.roles.reference_tokens(batch)

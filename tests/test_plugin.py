@@ -19,7 +19,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RecipeError, UserError
 from llmrecipe.core.paths import PACKAGE
 from llmrecipe.interop.load_run import open_run
-from llmrecipe.interop.merge_options import How
+from llmrecipe.interop.merge_options import MergeConfig
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.models.family import part_names_of
 from tests.interop.saved_runs import VOCABULARY
@@ -320,6 +320,6 @@ def test_the_lists_show_what_a_plugin_adds(package: Path, capsys: pytest.Capture
 
 def test_options_of_a_merge_method_are_checked_before_weights_are_read() -> None:
     with pytest.raises(UserError, match=r"combine\.gain: ties has no such option \(it has none besides --density and --sign\)"):
-        How("ties", 0.5, more={"gain": 2.0}).check()
+        MergeConfig("ties", 0.5, more={"gain": 2.0}).check()
     with pytest.raises(UserError, match="it goes with dare_linear, dare_linear_svd, dare_ties, dare_ties_svd, magnitude_prune"):
-        How("svd", 0.5).check()
+        MergeConfig("svd", 0.5).check()

@@ -54,7 +54,7 @@ def verb(
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.early_checks import finished
     from llmrecipe.core.errors import UserError, did_you_mean
-    from llmrecipe.interop.merge_options import How
+    from llmrecipe.interop.merge_options import MergeConfig
     from llmrecipe.interop.run_plugins import open_plugins_of
 
     for key, value, allowed in (
@@ -67,29 +67,29 @@ def verb(
     rights, more = _words(words or [])
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         open_plugins_of(name)
-    how = How(combine, density, sign, seed, more)
-    how.check()
+    config = MergeConfig(combine, density, sign, seed, more)
+    config.check()
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         finished(name)
     options = _rank_options(run, rank) if rank is not None else None
-    opened = None
+    loaded = None
     if add or weight != 1.0:
         from llmrecipe.interop.merge_adapters import open_combination
 
-        opened = open_combination([(str(run), weight), *map(_weighted, add or [])], how, rights)
+        loaded = open_combination([(str(run), weight), *map(_weighted, add or [])], config, rights)
     if to == "merged":
         from llmrecipe.interop.merged import export_merged
 
-        done = export_merged(run, out, dtype=dtype, bound=bound, options=options, opened=opened, rights=rights)
+        done = export_merged(run, out, dtype=dtype, bound=bound, options=options, loaded=loaded, rights=rights)
     elif to == "adapter_hub":
         from llmrecipe.interop.peft.exporter import export_adapter_hub
 
-        done = export_adapter_hub(run, out, bound=bound, opened=opened, rights=rights)
+        done = export_adapter_hub(run, out, bound=bound, loaded=loaded, rights=rights)
     else:
         from llmrecipe.interop.peft.exporter import export_peft
 
         done = export_peft(
-            run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, opened=opened, rights=rights
+            run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, loaded=loaded, rights=rights
         )
     if as_json:
         print_json(done.facts())

@@ -124,7 +124,7 @@ class Client:
         trouble, answered = "", False
         for attempt in range(self.retries + 1):
             pause = self.wait * 2**attempt * self._random.uniform(0.5, 1.5)
-            self._take_turn()
+            self._wait_for_turn()
             try:
                 reply = self._send(content, path)
                 wrong = self.accept(reply) if self.accept is not None else None
@@ -162,7 +162,7 @@ class Client:
             body: bytes = reply.read()
             return body
 
-    def _take_turn(self) -> None:
+    def _wait_for_turn(self) -> None:
         """Wait until the rate allows one more request."""
         if self.per_minute is None:
             return

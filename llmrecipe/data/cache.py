@@ -36,7 +36,7 @@ def cache_root() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "llmrecipe"
 
 
-def key_of(ingredients: dict[str, Any]) -> str:
+def table_key(ingredients: dict[str, Any]) -> str:
     """Return the key of a table: the hash of its ingredients, independent of their order."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
 

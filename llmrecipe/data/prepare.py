@@ -12,7 +12,7 @@ import numpy as np
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks, natural
 from llmrecipe.data import validation
-from llmrecipe.data.cache import TokenTable, key_of, tokenizer_fingerprint
+from llmrecipe.data.cache import TokenTable, table_key, tokenizer_fingerprint
 from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
 from llmrecipe.data.token_report import Report
@@ -146,7 +146,7 @@ def prepare(
             *([dict(needs)] if needs else []),
         ]
         stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks, needs=needs)
-        return StreamedRows(stream, key_of({"stream": ingredients}))
+        return StreamedRows(stream, table_key({"stream": ingredients}))
     try:
         parts = open_split(data, split)
     except NoSplitError:

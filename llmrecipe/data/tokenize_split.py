@@ -16,10 +16,10 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.cache import (
     TokenTable,
     Writer,
-    key_of,
     open_table,
     schema_of,
     table_folder,
+    table_key,
     to_batch,
     tokenizer_fingerprint,
 )
@@ -64,7 +64,7 @@ def build(
     """
     kind = row_type(rows)
     plugged = plugin_code()
-    key = key_of(
+    key = table_key(
         {
             "data": part.reader.fingerprint(),
             "tokenizer": tokenizer_fingerprint(tokenizer),

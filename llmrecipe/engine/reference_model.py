@@ -16,7 +16,7 @@ from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
 from llmrecipe.engine.reference_policy import PlannedRows, row_groups, score_all
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.runs.open_model import Opened, is_adapter, open_model, run_folder, tokenizer_of
+from llmrecipe.runs.open_model import LoadedModel, is_adapter, open_model, run_folder, tokenizer_of
 
 
 def check_path(path: str, allowed: tuple[str, ...]) -> None:
@@ -67,7 +67,7 @@ def scored(recipe: Any, objective: Any, rows: PlannedRows, device: torch.device)
     return cache
 
 
-def _score(model: Opened, groups: Any, recipe: Any, objective: Any, rows: str, device: torch.device) -> ReferenceCache:
+def _score(model: LoadedModel, groups: Any, recipe: Any, objective: Any, rows: str, device: torch.device) -> ReferenceCache:
     from llmrecipe.engine.forward import Engine
     from llmrecipe.engine.packing import micro_tokens, packing_for
     from llmrecipe.engine.role_models import Roles

@@ -20,7 +20,7 @@ from llmrecipe.runs import delta
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.methods._base.stack import Stack
-    from llmrecipe.runs.open_model import Opened
+    from llmrecipe.runs.open_model import LoadedModel
 
 
 SMALL = 0.1
@@ -40,7 +40,7 @@ class PlannedRows:
     seed: int
 
 
-def prepare_reference(objective: Any, stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows) -> None:
+def prepare_reference(objective: Any, stack: Stack, loaded: LoadedModel, roles: Roles, rows: PlannedRows) -> None:
     """Make the policy of step 0 available for the whole run. Call with the model as step 0 has it.
 
     Stacks that can be disabled need nothing. Of a small trained part a snapshot is kept and swapped in. Where most weights
@@ -57,12 +57,12 @@ def prepare_reference(objective: Any, stack: Stack, opened: Opened, roles: Roles
         roles.reference_moves = True
         stack.remember(model)
         return
-    off = base_names(stack, opened) if which == "base" else None
-    roles.cache = ReferenceCache(cache_path(stack, opened, roles, rows, off is not None))
+    off = base_names(stack, loaded) if which == "base" else None
+    roles.cache = ReferenceCache(cache_path(stack, loaded, roles, rows, off is not None))
     if off is not None:
         roles.reference_off = off
         return
-    if stack.reference_is_off() and opened.continued is None:
+    if stack.reference_is_off() and loaded.continued is None:
         return
     if objective.samples or stack.learns_start():
         stack.remember(model)
@@ -75,14 +75,14 @@ def prepare_reference(objective: Any, stack: Stack, opened: Opened, roles: Roles
     score_all(row_groups(objective, rows), objective, roles)
 
 
-def base_names(stack: Stack, opened: Opened) -> frozenset[str] | None:
+def base_names(stack: Stack, loaded: LoadedModel) -> frozenset[str] | None:
     """Return the mounted wrappers to switch off so that the base answers; None where the policy of step 0 is the base.
 
     Raises:
         RecipeError: the base's weights are no longer in memory.
     """
-    mounted = opened.mounted
-    if not (mounted or opened.merged) and opened.continued is None and all(w.starts_at_base() for w in stack):
+    mounted = loaded.mounted
+    if not (mounted or loaded.merged) and loaded.continued is None and all(w.starts_at_base() for w in stack):
         return None
     injected = [w for w in stack if w.stage is Stage.INJECT]
     opens = [w.name for w in (*stack, *mounted) if w.stage is Stage.SELECT]
@@ -125,24 +125,24 @@ def row_groups(objective: Any, rows: PlannedRows) -> Iterator[list[dict[str, Any
         yield [data[int(i)] for i in indices[at * size : (at + 1) * size]]
 
 
-def cache_path(stack: Stack, opened: Opened, roles: Roles, rows: PlannedRows, base: bool = False) -> Path:
+def cache_path(stack: Stack, loaded: LoadedModel, roles: Roles, rows: PlannedRows, base: bool = False) -> Path:
     """Return where the numbers of this reference lie: keyed by weights, stacks with their code, start, data and engine."""
     model = roles.model
     facts: dict[str, Any] = {
-        "base": opened.base_fingerprint,
+        "base": loaded.base_fingerprint,
         # Mounted stacks that were folded into the weights show only here.
         "weights": delta.fingerprint(model),
-        "layers": [weights_digest(layer.tensors) for layer in opened.layers],
+        "layers": [weights_digest(layer.tensors) for layer in loaded.layers],
         "dtype": str(next(model.parameters()).dtype),
         "autocast": str(roles.engine.autocast),
         "data": rows.train.key,
     }
-    code = code_behind(type(part).__module__ for part in (*stack, *opened.mounted))
+    code = code_behind(type(part).__module__ for part in (*stack, *loaded.mounted))
     if code:
         facts["code"] = code
     if base:
         facts["reference"] = "base"
-    elif any(not w.starts_at_base() for w in stack) or opened.continued is not None:
+    elif any(not w.starts_at_base() for w in stack) or loaded.continued is not None:
         facts["start"] = start_of(stack, model, rows)
     return cache_file(facts)
 

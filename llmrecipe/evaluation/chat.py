@@ -11,7 +11,7 @@ from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.evaluation.open_several import ASKED, open_several
 from llmrecipe.interop.multi_adapter import Adapters, task_adapters
-from llmrecipe.runs.open_model import Opened
+from llmrecipe.runs.open_model import LoadedModel
 from llmrecipe.runtime.processes import pick_device
 
 
@@ -19,7 +19,7 @@ from llmrecipe.runtime.processes import pick_device
 class Chat:
     """The turns so far, and the model that answers them with the template it was trained under."""
 
-    opened: Opened
+    loaded: LoadedModel
     adapters: Adapters | None
     """Adapters to choose from: of several runs, or the tasks of one."""
     sampling: Sampling
@@ -36,12 +36,12 @@ class Chat:
             UserError: the runs do not stand on one base, or an override has no effect on them (see `several`).
         """
         if len(paths) == 1:
-            opened = open_subject(paths[0], overrides).opened
-            chat = cls(opened, task_adapters(opened), sampling, system)
+            loaded = open_subject(paths[0], overrides).loaded
+            chat = cls(loaded, task_adapters(loaded), sampling, system)
         else:
             adapters, recipes = open_several(paths, overrides, ASKED)
             adapters.model.to(pick_device(recipes[0].recipe.runtime.device))
-            chat = cls(adapters.opened, adapters, sampling, system)
+            chat = cls(adapters.loaded, adapters, sampling, system)
         chat.use([])
         return chat
 
@@ -62,7 +62,7 @@ class Chat:
     def prompt_ids(self, turns: list[dict[str, str]]) -> list[int]:
         """Return the token ids of a conversation up to the answer, beginning with the system message."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return prompt_ids(self.opened.tokenizer, [*system, *turns])
+        return prompt_ids(self.loaded.tokenizer, [*system, *turns])
 
     def answers(self, prompts: list[str]) -> list[dict[str, str]]:
         """Answer every prompt with every adapter in use, in batches that mix them."""
@@ -77,8 +77,8 @@ class Chat:
         if self.adapters is not None:
             new = self.adapters.generate(prompts, names, self.sampling)
         else:
-            new = generate(self.opened.model, self.opened.tokenizer, prompts, self.sampling)
-        return [text_of(self.opened.tokenizer, ids) for ids in new]
+            new = generate(self.loaded.model, self.loaded.tokenizer, prompts, self.sampling)
+        return [text_of(self.loaded.tokenizer, ids) for ids in new]
 
     def answer(self, text: str, remember: bool = True) -> str:
         """Return the model's answer to one more user turn."""

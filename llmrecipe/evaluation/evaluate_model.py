@@ -18,7 +18,7 @@ from llmrecipe.interop.multi_adapter import tasks_of
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.recipe.compose import Composition
-from llmrecipe.runs.open_model import Opened, open_model, resolve
+from llmrecipe.runs.open_model import LoadedModel, open_model, resolve
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.evaluate import Evaluation, evaluate
 
@@ -28,7 +28,7 @@ class Subject:
     """A model to be evaluated, with the recipe that names the data."""
 
     composition: Composition
-    opened: Opened
+    loaded: LoadedModel
     roles: Roles
     objective: Any
     runtime: Runtime
@@ -50,7 +50,7 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
 
 
-def subject_of(composition: Composition, opened: Opened) -> Subject:
+def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
     """Combine a loaded model with a recipe's objective and data."""
     from llmrecipe.recipe.validate import instantiate
 
@@ -59,21 +59,21 @@ def subject_of(composition: Composition, opened: Opened) -> Subject:
     recipe = composition.recipe
     parts = instantiate(recipe)
     runtime = Runtime.start(recipe.runtime)
-    opened.model.to(runtime.device)
+    loaded.model.to(runtime.device)
     stack = Stack([])
-    engine = Engine(opened.model).eval()
+    engine = Engine(loaded.model).eval()
     roles = Roles(
-        engine, stack, opened.tokenizer, runtime.device, packing_for(recipe.data.packing, engine, runtime.device),
+        engine, stack, loaded.tokenizer, runtime.device, packing_for(recipe.data.packing, engine, runtime.device),
         recipe.batch.micro, recipe.batch.tokens or micro_tokens(runtime.device),
     )  # fmt: skip
-    roles.reference_off = stepped_aside(opened, parts.objective.reference_of())
-    return Subject(composition, opened, roles, parts.objective, runtime)
+    roles.reference_off = stepped_aside(loaded, parts.objective.reference_of())
+    return Subject(composition, loaded, roles, parts.objective, runtime)
 
 
-def stepped_aside(opened: Opened, reference: str) -> frozenset[str]:
+def stepped_aside(loaded: LoadedModel, reference: str) -> frozenset[str]:
     """Return the mounted wrappers that the reference disables: the run's own where it was the policy of step 0, or all."""
-    own = f"mounted{len(opened.layers) - 1}_" if reference == "initial" else "mounted"
-    return frozenset(w.name for w in opened.mounted if reference in ("initial", "base") and w.name.startswith(own))
+    own = f"mounted{len(loaded.layers) - 1}_" if reference == "initial" else "mounted"
+    return frozenset(w.name for w in loaded.mounted if reference in ("initial", "base") and w.name.startswith(own))
 
 
 def check_subject(path: str, overrides: list[str]) -> Composition:
@@ -110,7 +110,7 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
 
 def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
     """Compute metrics of a loaded run or model; see `evaluate_path`."""
-    return metrics_of(subject, rows_of(subject, split, tasks_of(subject.opened.mounted)))
+    return metrics_of(subject, rows_of(subject, split, tasks_of(subject.loaded.mounted)))
 
 
 def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
@@ -122,11 +122,11 @@ def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
     from llmrecipe.data import prepare
 
     recipe = subject.composition.recipe
-    labels = getattr(subject.opened.model.config, "label2id", None) if subject.objective.head == "classification" else None
+    labels = getattr(subject.loaded.model.config, "label2id", None) if subject.objective.head == "classification" else None
     names = sorted(labels, key=labels.get) if labels else None
     mask = getattr(subject.objective, "mask", None) or "completion"
     data = prepare(
-        recipe.data, subject.opened.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
+        recipe.data, subject.loaded.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
         label_map=names, unseal=split == "test", tasks=tasks, needs=subject.objective.columns(),
     )  # fmt: skip
     if data is None:

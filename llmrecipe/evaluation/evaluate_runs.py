@@ -57,7 +57,7 @@ def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: s
     from llmrecipe.evaluation.open_several import SCORED, open_several
 
     adapters, recipes = open_several(paths, overrides, SCORED)
-    subjects = {p: subject_of(r, adapters.opened) for p, r in zip(paths, recipes, strict=True) if p == paths[0] or not by}
+    subjects = {p: subject_of(r, adapters.loaded) for p, r in zip(paths, recipes, strict=True) if p == paths[0] or not by}
     scored: list[dict[str, Any]] = []
     if by is not None:
         subject = subjects[paths[0]]

@@ -40,7 +40,7 @@ ROWS = 32
 
 
 @dataclass(frozen=True)
-class Arena:
+class HeadToHeadConfig:
     """The prompts, pairs and settings of a comparison."""
 
     prompts: str
@@ -55,7 +55,7 @@ class Arena:
     where: str = "reward"
 
 
-class Duel:
+class HeadToHead:
     """pi_0 with its answers and scores, against which models are measured one by one.
 
     Raises:
@@ -63,11 +63,11 @@ class Duel:
         DataError: rows lack what the reward reads.
     """
 
-    def __init__(self, base: Subject, arena: Arena):
-        self.base, self.arena = base, arena
-        self.rewards = Rewards(arena.reward, arena.where)
-        self.prompts = self._rows(arena.prompts, "prompt", self.rewards.needs())
-        self.pairs = self._rows(arena.pairs, "preference") if arena.pairs else []
+    def __init__(self, base: Subject, config: HeadToHeadConfig):
+        self.base, self.config = base, config
+        self.rewards = Rewards(config.reward, config.where)
+        self.prompts = self._rows(config.prompts, "prompt", self.rewards.needs())
+        self.pairs = self._rows(config.pairs, "preference") if config.pairs else []
         self.rewards.check(sorted({key for row in self.prompts for key in json.loads(row.get("columns") or "{}")}))
         self.rewards.open(base.roles)
         self.answers = self.answer(base)
@@ -76,18 +76,18 @@ class Duel:
     def _rows(self, path: str, kind: str, needs: dict[str, str] | None = None) -> list[dict[str, Any]]:
         from llmrecipe.data import prepare
 
-        a = self.arena
+        a = self.config
         section = DataSection(path=path, max_length=a.max_length)
-        data = prepare(section, self.base.opened.tokenizer, kind, split=a.split, seed=0, unseal=True, needs=needs)
+        data = prepare(section, self.base.loaded.tokenizer, kind, split=a.split, seed=0, unseal=True, needs=needs)
         if data is None:
             raise DataError(f"{path} has no {a.split} split")
         return [data[i] for i in range(min(len(data), a.limit or len(data)))]
 
     def answer(self, subject: Subject) -> list[Answer]:
         """Sample n answers to each prompt, adjacent, at temperature 1."""
-        model, tokenizer = subject.roles.model, subject.opened.tokenizer
-        asked = [row for row in self.prompts for _ in range(self.arena.n)]
-        sampling = Sampling(self.arena.max_new_tokens, temperature=1.0, batch=64, seed=self.arena.seed)
+        model, tokenizer = subject.roles.model, subject.loaded.tokenizer
+        asked = [row for row in self.prompts for _ in range(self.config.n)]
+        sampling = Sampling(self.config.max_new_tokens, temperature=1.0, batch=64, seed=self.config.seed)
         ends = end_tokens(model, tokenizer)
         new = generate(model, tokenizer, [row["prompt_ids"] for row in asked], sampling)
         return [
@@ -100,7 +100,7 @@ class Duel:
 
     def score(self, answers: Sequence[Answer]) -> Tensor:
         """Compute the rewards, (prompts, n)."""
-        return torch.tensor(self.rewards.score(answers)[0], dtype=torch.float64).view(-1, self.arena.n)
+        return torch.tensor(self.rewards.score(answers)[0], dtype=torch.float64).view(-1, self.config.n)
 
     def baseline(self) -> dict[str, float]:
         """Return the scores of pi_0 against itself."""

@@ -13,7 +13,7 @@ from llmrecipe.interop.verify_logits import HEADS, adapter_head
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened, open_model
+from llmrecipe.runs.open_model import LoadedModel, open_model
 
 
 def load(
@@ -60,7 +60,7 @@ def open_run(
     dtype: str = "auto",
     options: dict[str, dict[str, Any]] | None = None,
     rights: Mapping[str, bool] | None = None,
-) -> Opened:
+) -> LoadedModel:
     """Load a finished run's model with its stacks mounted, for the head it was trained with.
 
     Args:

@@ -23,7 +23,7 @@ from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
-from llmrecipe.runs.open_model import Opened, merge_order
+from llmrecipe.runs.open_model import LoadedModel, merge_order
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def export_merged(
     dtype: str = "auto",
     bound: float | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-    opened: Opened | None = None,
+    loaded: LoadedModel | None = None,
     rights: Mapping[str, bool] | None = None,
 ) -> Exported:
     """Write a run as a Transformers folder.
@@ -57,43 +57,43 @@ def export_merged(
             whatever training computed in.
         bound: largest logit difference that passes, as a share of the largest logit; default by dtype (`verify_logits.BOUNDS`).
         options, rights: see `open_run`.
-        opened: what to write instead of the run itself (see `merge_adapters.open_combination`).
+        loaded: what to write instead of the run itself (see `merge_adapters.open_combination`).
 
     Raises:
         ModelError: a method of the stack cannot be folded (said before anything is written), or the logits moved.
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "merged")
-    opened = opened or open_run(str(run), options=options, rights=rights)
-    for wrapper in opened.mounted:
-        if not wrapper.mergeable and wrapper.as_tokens(opened.model) is None:
+    loaded = loaded or open_run(str(run), options=options, rights=rights)
+    for wrapper in loaded.mounted:
+        if not wrapper.mergeable and wrapper.as_tokens(loaded.model) is None:
             raise ModelError(
                 f"export --to merged: '{wrapper.name.split('_', 1)[1]}' cannot be folded into the weights: {reason(wrapper)}. "
                 "`llmrecipe.load(run)` and `llmrecipe chat` use it as it is"
             )
-    prompt = prompt_tokens.wrapper_of(opened)
-    wide = kept_dtype(opened) if dtype == "auto" else getattr(torch, dtype)
-    if not any(quantized(opened.model)):
-        widen(opened.model, wide)
-    ids = verify_logits.probe_ids(opened.model, opened.tokenizer)
-    wanted = verify_logits.logits_of(opened.model, ids)
-    rows = None if prompt is None else prompt_tokens.take(opened, prompt)
-    notes = fold(opened, wide)
-    spelled = None if rows is None else prompt_tokens.grow(opened, rows, wanted)
+    prompt = prompt_tokens.wrapper_of(loaded)
+    wide = kept_dtype(loaded) if dtype == "auto" else getattr(torch, dtype)
+    if not any(quantized(loaded.model)):
+        widen(loaded.model, wide)
+    ids = verify_logits.probe_ids(loaded.model, loaded.tokenizer)
+    wanted = verify_logits.logits_of(loaded.model, ids)
+    rows = None if prompt is None else prompt_tokens.detach_prompt(loaded, prompt)
+    notes = fold(loaded, wide)
+    spelled = None if rows is None else prompt_tokens.add_prompt_words(loaded, rows, wanted)
     with writing(target) as folder:
-        write_model(opened, folder, wide)
+        write_model(loaded, folder, wide)
         front: list[int] = []
         if spelled is not None:
             spelled.write(folder)
-            notes += spelled.notes(opened.tokenizer)
+            notes += spelled.notes(loaded.tokenizer)
             front = spelled.ids
-        family: Any = type(opened.model)
-        opened.model = pretrained(torch.nn.Identity())  # one model in memory at a time
+        family: Any = type(loaded.model)
+        loaded.model = pretrained(torch.nn.Identity())  # one model in memory at a time
         with quiet():
             plain = family.from_pretrained(folder, dtype=wide)
         difference = verify_logits.compare(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
         verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
-        verify_logits.write_golden(folder, verify_logits.golden(plain, opened.tokenizer, front))
+        verify_logits.write_golden(folder, verify_logits.golden(plain, loaded.tokenizer, front))
     return Exported(target, difference, notes)
 
 
@@ -108,7 +108,7 @@ def widen(model: Any, dtype: torch.dtype) -> None:
         model.to(dtype)
 
 
-def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
+def fold(loaded: LoadedModel, dtype: torch.dtype) -> list[str]:
     """Fold every mounted method into the weights, oldest first, onto the base that training saw, and round once.
 
     Args:
@@ -118,15 +118,15 @@ def fold(opened: Opened, dtype: torch.dtype) -> list[str]:
         ModelError: something could not be folded.
     """
     notes = []
-    if count := dequantize_model(opened.model):
+    if count := dequantize_model(loaded.model):
         notes.append(
             f"{count} quantized layers were dequantized: the methods were trained on these weights, not on the originals"
         )
-    widen(opened.model, dtype)
-    for wrapper in merge_order(opened):
-        wrapper.merge(opened.model)
+    widen(loaded.model, dtype)
+    for wrapper in merge_order(loaded):
+        wrapper.merge(loaded.model)
         notes.append(f"folded {wrapper.name.split('_', 1)[1]}")
-    left = [path for path, _, _, _ in all_hooks(opened.model)]
+    left = [path for path, _, _, _ in all_hooks(loaded.model)]
     if left:
         raise ModelError(f"export --to merged: hooks are left at {', '.join(left[:3])}")
     return notes
@@ -137,30 +137,30 @@ def dtype_of(model: Any) -> torch.dtype:
     return model.get_input_embeddings().weight.dtype
 
 
-def kept_dtype(opened: Opened) -> torch.dtype:
+def kept_dtype(loaded: LoadedModel) -> torch.dtype:
     """Return the dtype a run was told to keep its base in (`model.dtype`), else the one the base is stored in."""
-    named = opened.section.dtype
-    return opened.model.stored_dtype if named == "auto" else getattr(torch, named)
+    named = loaded.section.dtype
+    return loaded.model.stored_dtype if named == "auto" else getattr(torch, named)
 
 
-def write_model(opened: Opened, folder: Path, dtype: torch.dtype) -> None:
+def write_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write weights, config, generation settings, tokenizer and template."""
     from llmrecipe.engine.generation import end_tokens
 
-    model: Any = opened.model
+    model: Any = loaded.model
     attention = model.config._attn_implementation
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        ends = end_tokens(model, opened.tokenizer)
+        ends = end_tokens(model, loaded.tokenizer)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-        generation.pad_token_id = opened.tokenizer.pad_token_id
+        generation.pad_token_id = loaded.tokenizer.pad_token_id
     # The stock name, so that the folder loads where this package is not installed.
     model.config._attn_implementation_internal = (attention or "").removeprefix("llmrecipe_") or None
     model.to(dtype)
     model.config.dtype = dtype
     with quiet():
         model.save_pretrained(folder)
-    opened.tokenizer.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def target_folder(run: str | Path, out: str | Path | None, name: str) -> Path:

@@ -27,7 +27,7 @@ from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened, imported, open_saved
+from llmrecipe.runs.open_model import LoadedModel, imported, open_saved
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Adapters(nn.Module):
     """One base with several adapters; one of them is in use, and a batch may name one for each row.
 
     Args:
-        opened: the loaded base with every adapter mounted.
+        loaded: the loaded base with every adapter mounted.
         choices: name -> adapter; the first is in use.
         tasks: name of a run -> the tasks it keeps apart, in the order of its choices.
     """
 
-    def __init__(self, opened: Opened, choices: dict[str, Choice], tasks: dict[str, Tasks | None]):
+    def __init__(self, loaded: LoadedModel, choices: dict[str, Choice], tasks: dict[str, Tasks | None]):
         super().__init__()
-        self.model, self.tokenizer = opened.model, opened.tokenizer
-        self.opened = opened
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.loaded = loaded
         self.choices, self.tasks = choices, tasks
         self.used = next(iter(choices))
 
@@ -196,30 +196,30 @@ def open_adapters(
     kept = without_rights(first.saved.base.get("section", {}))
     section = ModelSection(**{**kept, "path": first.base, **own, **(rights or {})})
     plain = delta.without_injected(first.saved)
-    opened = open_saved(section, plain, first.folder, TokenizerSection(), head=first.saved.head)
-    opened.layers = []
+    loaded = open_saved(section, plain, first.folder, TokenizerSection(), head=first.saved.head)
+    loaded.layers = []
     for source in sources:
         if is_adapter(source.path):
-            source.saved.layers = imported(section.model_copy(update={"adapters": {source.path: 1.0}}), opened.model)
+            source.saved.layers = imported(section.model_copy(update={"adapters": {source.path: 1.0}}), loaded.model)
         chosen = (options or {}).get(source.path, {})
         source.saved.layers = [delta.adjust(layer, chosen) for layer in source.saved.layers]
     wrappers = {s.name: [delta.build_wrapper(n, m) for x in s.saved.layers for n, m in x.wrappers.items()] for s in sources}
     tasks = {name: tasks_of(own) for name, own in wrappers.items()}
     fused = _fused(sources)
     if fused is None:
-        return Adapters(opened, _mount_all(opened, sources), tasks)
-    _mount(opened, [fused], frozenset(), first.path)
+        return Adapters(loaded, _mount_all(loaded, sources), tasks)
+    _mount(loaded, [fused], frozenset(), first.path)
     runs = [name for name, own in tasks.items() for _ in range(len(own.names or ()) if own else 1)]
     names = fused.wrappers["ia3"]["tasks"]
-    return Adapters(opened, {n: Choice(run, task=i) for i, (n, run) in enumerate(zip(names, runs, strict=True))}, tasks)
+    return Adapters(loaded, {n: Choice(run, task=i) for i, (n, run) in enumerate(zip(names, runs, strict=True))}, tasks)
 
 
-def task_adapters(opened: Opened) -> Adapters | None:
+def task_adapters(loaded: LoadedModel) -> Adapters | None:
     """Return the tasks of one loaded run as adapters; None where it keeps none apart."""
-    tasks = tasks_of(opened.mounted)
+    tasks = tasks_of(loaded.mounted)
     if tasks is None:
         return None
-    return Adapters(opened, {name: Choice("", task=i) for i, name in enumerate(tasks.names or ())}, {"": tasks})
+    return Adapters(loaded, {name: Choice("", task=i) for i, name in enumerate(tasks.names or ())}, {"": tasks})
 
 
 def tasks_of(wrappers: Sequence[Wrapper]) -> Tasks | None:
@@ -284,11 +284,11 @@ def _check_alike(sources: Sequence[Source]) -> None:
             )
 
 
-def _mount_all(opened: Opened, sources: Sequence[Source]) -> dict[str, Choice]:
+def _mount_all(loaded: LoadedModel, sources: Sequence[Source]) -> dict[str, Choice]:
     own: dict[str, list[Wrapper]] = {}
     for source in sources:
         above = frozenset(w.name for wrappers in own.values() for w in wrappers)
-        own[source.name] = _mount(opened, source.saved.layers, above, source.path)
+        own[source.name] = _mount(loaded, source.saved.layers, above, source.path)
     choices: dict[str, Choice] = {}
     for source in sources:
         off = frozenset(w.name for name, wrappers in own.items() if name != source.name for w in wrappers)
@@ -300,7 +300,7 @@ def _mount_all(opened: Opened, sources: Sequence[Source]) -> dict[str, Choice]:
     return choices
 
 
-def _mount(opened: Opened, layers: Sequence[delta.Layer], off: frozenset[str], path: str) -> list[Wrapper]:
+def _mount(loaded: LoadedModel, layers: Sequence[delta.Layer], off: frozenset[str], path: str) -> list[Wrapper]:
     """Mount a run's layers while those of the others are disabled.
 
     Raises:
@@ -309,11 +309,11 @@ def _mount(opened: Opened, layers: Sequence[delta.Layer], off: frozenset[str], p
     found: list[Wrapper] = []
     with activate(Context(off=off)):
         for layer in layers:
-            index = len(opened.layers)
-            wrappers = delta.mount(opened.model, layer, index)
-            opened.layers.append(layer)
+            index = len(loaded.layers)
+            wrappers = delta.mount(loaded.model, layer, index)
+            loaded.layers.append(layer)
             names = {name: f"mounted{index}_{name}" for name in layer.wrappers}
-            owned = {tensor for w in wrappers for tensor in own_tensors(opened.model, w.name)}
+            owned = {tensor for w in wrappers for tensor in own_tensors(loaded.model, w.name)}
             shared = sorted({delta.rename(tensor, names) for tensor in layer.tensors} - owned)
             if shared:
                 raise ModelError(
@@ -321,7 +321,7 @@ def _mount(opened: Opened, layers: Sequence[delta.Layer], off: frozenset[str], p
                     "norms, new rows); they cannot be switched with an adapter, so load this run alone"
                 )
             found += wrappers
-    opened.mounted += found
+    loaded.mounted += found
     return found
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
-from llmrecipe.models.hooks.hook import Hook, hooks_of, kind_of
+from llmrecipe.models.hooks.hook import Hook, hook_kind, hooks_of
 from llmrecipe.models.pretrained import pretrained
 
 WORTH = 0.9
@@ -128,7 +128,7 @@ def _fits(module: nn.Module, x: Any, positions: Tensor | None, rows: Tensor) -> 
 
 
 def _rowwise(hook: Hook) -> bool:
-    return hook.rowwise or kind_of(hook) == "weight"
+    return hook.rowwise or hook_kind(hook) == "weight"
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class Objective:
             RecipeError: naming the key to change.
         """
 
-    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+    def prepare_roles(self, loaded: Any, frozen: bool) -> None:
         """Mount the finished models of other roles on the policy's freshly loaded base, before the stack is attached.
 
         Args:

@@ -18,7 +18,7 @@ from llmrecipe.core.registry import CONFIG
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
-    from llmrecipe.runs.open_model import Opened
+    from llmrecipe.runs.open_model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Reward:
             RecipeError: naming the option.
         """
 
-    def prepare(self, opened: Opened, frozen: bool) -> None:
+    def prepare(self, loaded: LoadedModel, frozen: bool) -> None:
         """Mount what scoring needs on the policy's freshly loaded base, before the policy's own stack is attached.
 
         Args:
@@ -125,10 +125,10 @@ class Rewards:
             for column in reward.needs():
                 need_column(column, columns, f"{self.where}.{name}")
 
-    def prepare(self, opened: Opened, frozen: bool) -> None:
+    def prepare(self, loaded: LoadedModel, frozen: bool) -> None:
         """Run the preparation of every reward."""
         for reward, _ in self.parts.values():
-            reward.prepare(opened, frozen)
+            reward.prepare(loaded, frozen)
 
     def open(self, roles: Roles) -> None:
         """Load what every reward needs, once."""

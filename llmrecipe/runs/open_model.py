@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.method import Stage, Wrapper
-from llmrecipe.methods._engines.biases import settle_biases
-from llmrecipe.methods._engines.loftq_codes import settle_codes
-from llmrecipe.methods.selective._engines.sparse_method import settle
+from llmrecipe.methods._engines.biases import finalize_biases
+from llmrecipe.methods._engines.loftq_codes import finalize_codes
+from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
 from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
-from llmrecipe.models.hooks.hook import DELTA, all_hooks, kind_of
+from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Opened:
+class LoadedModel:
     """A loaded model with what it was built from."""
 
     model: LanguageModel
@@ -75,7 +75,7 @@ def open_model(
     load_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Opened:
+) -> LoadedModel:
     """Load a model and mount the stacks of the run it comes from.
 
     Args:
@@ -103,7 +103,7 @@ def open_saved(
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
     continue_: bool = False,
-) -> Opened:
+) -> LoadedModel:
     """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
     from llmrecipe.models import new_token_rows, task_heads
     from llmrecipe.models.load import load_model, load_tokenizer
@@ -118,31 +118,31 @@ def open_saved(
     model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
     for wrapper in bases:
         wrapper.attach(model)
-    opened = Opened(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
+    loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
         task_heads.read(model, folder)
-    opened.head, opened.labels = head, labels
-    opened.quantized = [delta.kind_name(wrapper) for wrapper in bases]
+    loaded.head, loaded.labels = head, labels
+    loaded.quantized = [delta.kind_name(wrapper) for wrapper in bases]
     layers = list(saved.layers) if saved is not None else []
     if saved is not None:
         delta.check_base(model, saved, str(folder), base.dtype)
     layers += imported(base, model)
     if continue_ and layers:
-        opened.continued = layers.pop()
+        loaded.continued = layers.pop()
     for index, layer in enumerate(layers):
-        opened.mounted += delta.mount(model, delta.adjust(layer, options or {}), index)
+        loaded.mounted += delta.mount(model, delta.adjust(layer, options or {}), index)
     if any("new_rows" in name for layer in layers for name in layer.tensors):
         new_token_rows.fold(model)
-    opened.layers = layers
-    return opened
+    loaded.layers = layers
+    return loaded
 
 
-def original(opened: Opened, seed: int) -> nn.Module:
+def original(loaded: LoadedModel, seed: int) -> nn.Module:
     """Load the base of a loaded model once more, without quantization and without what is mounted on it."""
     from llmrecipe.models.load import load_model
 
     return load_model(
-        opened.section, rows_head=opened.head, labels=opened.labels, tokenizer=opened.tokenizer, seed=seed
+        loaded.section, rows_head=loaded.head, labels=loaded.labels, tokenizer=loaded.tokenizer, seed=seed
     ).requires_grad_(False)
 
 
@@ -185,38 +185,38 @@ FOLDS = {"weight": 0, "wrap_forward": 1, "after": 2, "before": 3}
 """Folding order of the kinds of hook: y = after(wrap_forward(W', before(x))); what adds to y sees the changed x."""
 
 
-def merge_order(opened: Opened) -> list[Wrapper]:
+def merge_order(loaded: LoadedModel) -> list[Wrapper]:
     """Return mounted wrappers in the order in which folding is exact, that of the forward pass (see `models.hooks.hook`).
 
     Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
     `Hook.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,
     and recomputed codes and trained biases are written here, since later they would overwrite what was folded before.
     """
-    settle_codes(opened.model)
-    settle(opened.model)
-    settle_biases(opened.model)
+    finalize_codes(loaded.model)
+    finalize_selections(loaded.model)
+    finalize_biases(loaded.model)
 
     def place(wrapper: Wrapper) -> tuple[int, int]:
-        hooks = [hook for _, _, _, hook in all_hooks(opened.model, wrapper.name)]
-        places = [(FOLDS.get(kind_of(p), 4), p.order) for p in hooks if kind_of(p) != "after" or p.order >= DELTA]
+        hooks = [hook for _, _, _, hook in all_hooks(loaded.model, wrapper.name)]
+        places = [(FOLDS.get(hook_kind(p), 4), p.order) for p in hooks if hook_kind(p) != "after" or p.order >= DELTA]
         return max(places, default=(0, 0))
 
-    return sorted(opened.mounted, key=place)
+    return sorted(loaded.mounted, key=place)
 
 
-def merge_mounted(opened: Opened) -> None:
+def merge_mounted(loaded: LoadedModel) -> None:
     """Fold mounted stacks into the base weights, for runs that train every weight.
 
     Raises:
         ModelError: a mounted method cannot be folded.
     """
-    for wrapper in opened.mounted:
+    for wrapper in loaded.mounted:
         if not wrapper.mergeable:
             raise ModelError(
                 f"model.path: this run's '{wrapper.name.split('_', 1)[1]}' cannot be merged into the weights, so they cannot "
                 "all be trained further; add a stack, or set model.continue=true"
             )
-    for wrapper in merge_order(opened):
-        wrapper.merge(opened.model)
-    opened.merged = opened.merged or bool(opened.mounted)
-    opened.mounted, opened.layers = [], []
+    for wrapper in merge_order(loaded):
+        wrapper.merge(loaded.model)
+    loaded.merged = loaded.merged or bool(loaded.mounted)
+    loaded.mounted, loaded.layers = [], []

@@ -80,9 +80,9 @@ class RunDir:
         section = composition.recipe.run
         if section.dir is not None:
             found = cls(Path(section.dir))
-            found._take_over()
+            found._check_writable()
         else:
-            found = cls(_fresh(Path(section.root) / (section.name or composition.name), key_of(composition.mapping)))
+            found = cls(_fresh(Path(section.root) / (section.name or composition.name), recipe_hash(composition.mapping)))
         found.lock()
         found._describe(composition)
         found.status("running")
@@ -118,7 +118,7 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
-    def _take_over(self) -> None:
+    def _check_writable(self) -> None:
         """Make sure that `run.dir` may be written: it is new, empty, or contains a run without checkpoints or result."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
@@ -231,7 +231,7 @@ def _unescape(value: Any) -> Any:
     return value.replace("\\${", "${") if isinstance(value, str) else value
 
 
-def key_of(mapping: dict[str, Any]) -> str:
+def recipe_hash(mapping: dict[str, Any]) -> str:
     """Return the 8-hex-digit hash of a composed recipe, independent of the folder it is written to."""
     content = {k: v for k, v in mapping.items() if k not in ("run", "log")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a slow rank before the run is stopped."""
 
-SETTLE = 0.2
+GRACE = 0.2
 """Seconds that threads of the process group get to drop their tensors before it is destroyed."""
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """How many compiled kernels oneDNN and torch's layer above it keep on a CPU; read at the first low-precision product.
@@ -190,7 +190,7 @@ class Runtime:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
                 # And a thread that waits for that lock while the interpreter shuts down is killed in the middle of a
                 # destructor, which aborts the process: let them drop what they hold while the lock is free.
-                time.sleep(SETTLE)
+                time.sleep(GRACE)
                 dist.destroy_process_group()
             # accelerate keeps its state in the process; the next run in this process starts clean.
             AcceleratorState._reset_state(reset_partial_state=False)

@@ -106,7 +106,9 @@ def build(composition: Composition, resume: Path | None) -> RunState:
         )  # fmt: skip
 
 
-def build_model(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, resume: Path | None) -> open_model.Opened:
+def build_model(
+    recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, resume: Path | None
+) -> open_model.LoadedModel:
     """Load the model of a recipe and attach its stack.
 
     Args:
@@ -121,7 +123,7 @@ def build_model(recipe: Any, objective: Any, stack: Stack, labels: list[str] | N
     return model
 
 
-def build_roles(recipe: Any, stack: Stack, model: open_model.Opened, runtime: Runtime, scores: ReferenceCache) -> Roles:
+def build_roles(recipe: Any, stack: Stack, model: open_model.LoadedModel, runtime: Runtime, scores: ReferenceCache) -> Roles:
     """Put the model on its device and wrap it in the engine, as the objective sees it.
 
     Args:
@@ -238,7 +240,7 @@ def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
     return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch)) * updates
 
 
-def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> open_model.Opened:
+def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> open_model.LoadedModel:
     """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
     from transformers.utils import logging
 
@@ -258,7 +260,7 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     return model
 
 
-def attach(model: open_model.Opened, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
+def attach(model: open_model.LoadedModel, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
     """Attach the stack; the layer of a continued run gives its structures and initial values, also on resume."""
     from llmrecipe.models import new_token_rows
 
@@ -280,7 +282,7 @@ def attach(model: open_model.Opened, stack: Stack, everything: bool, structures:
     stack.restore(model.model, model.continued.tensors)
 
 
-def check_continued(model: open_model.Opened, stack: Stack) -> None:
+def check_continued(model: open_model.LoadedModel, stack: Stack) -> None:
     """Refuse to continue adapters of another shape or scale, naming the options that fit.
 
     Raises:

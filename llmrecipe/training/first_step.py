@@ -55,7 +55,7 @@ def _check_hooks(run: RunState, called: set[int]) -> None:
     _refuse(run, [(hooks[name].owner, name) for name in uncalled], "hooks that were never called")
 
 
-def settle(run: RunState) -> None:
+def finalize_first_step(run: RunState) -> None:
     """Refuse lifecycle hooks that did not run in the first step; stop looking for unused tensors where none are possible.
 
     Raises:

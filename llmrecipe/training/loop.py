@@ -41,7 +41,7 @@ def train(run: Run) -> None:
         run.progress.advance(micros)
         run.objective.after_step(run.progress.step, result.metrics, run.roles)
         if step == run.first_step:
-            first_step.settle(run)
+            first_step.finalize_first_step(run)
         run.report_step(result, micros, time.perf_counter() - started)
         if run.due_evaluation(run.progress.step) and run.evaluate():
             break

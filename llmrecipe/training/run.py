@@ -39,7 +39,7 @@ class Run(RunState):
         with abandoned(run.dir, run.runtime, resume):
             if resume is not None:
                 # The freshly built model is the policy of step 0: score it before the learned weights are restored.
-                prepare_reference(run.objective, run.stack, run.opened, run.roles, run.planned_rows())
+                prepare_reference(run.objective, run.stack, run.loaded, run.roles, run.planned_rows())
                 save_run.restore(run)
         run.first_step = run.progress.step
         return run
@@ -85,7 +85,7 @@ class Run(RunState):
 
         return Probe(
             batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps,
-            engine=Engine(self.model), original=lambda: original(self.opened, self.recipe.seed),
+            engine=Engine(self.model), original=lambda: original(self.loaded, self.recipe.seed),
         )  # fmt: skip
 
     # --- one step -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.models.pretrained import LanguageModel
     from llmrecipe.recipe.compose import Composition
-    from llmrecipe.runs.open_model import Opened
+    from llmrecipe.runs.open_model import LoadedModel
 
 
 @dataclass
@@ -56,7 +56,7 @@ class RunState:
     optim: Any
     """The optimizer's options."""
     schedule: Any
-    opened: Opened
+    loaded: LoadedModel
     data: Any
     """Training rows."""
     validation: Any
@@ -89,7 +89,7 @@ class RunState:
     @property
     def tokenizer(self) -> Any:
         """Return the tokenizer."""
-        return self.opened.tokenizer
+        return self.loaded.tokenizer
 
     @property
     def steps_per_epoch(self) -> int:

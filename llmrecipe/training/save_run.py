@@ -254,7 +254,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        if build_run.everything_trains(run.stack) and not run.opened.layers:
+        if build_run.everything_trains(run.stack) and not run.loaded.layers:
             save_whole(run, aside / "model")
         else:
             delta.write(aside, saved_of(run))
@@ -262,7 +262,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         rows = f"{run.recipe.data.path} ({len(run.data):,} rows)"
         about = model_card.model_card(
-            run.composition.name, run.opened.section.path, run.objective, run.stack, run.model, rows, metrics
+            run.composition.name, run.loaded.section.path, run.objective, run.stack, run.model, rows, metrics
         )
         (aside / "README.md").write_text(about, encoding="utf-8")
         sync_tree(aside)
@@ -294,7 +294,7 @@ def save_whole(run: RunState, folder: Path) -> None:
 def saved_of(run: RunState) -> delta.Saved:
     """Return the run's stacks, oldest first, its own last."""
     layers = [
-        delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.opened.layers)
+        delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.loaded.layers)
     ]
     # What other roles learned (a value function) serves training alone; checkpoints keep it, the finished model does not.
     others = {w.role: w for w in run.stack if w.role}
@@ -310,10 +310,10 @@ def saved_of(run: RunState) -> delta.Saved:
         delta.DELTA_FILE,
         tensors,
     )
-    section = run.opened.section
+    section = run.loaded.section
     base = {
         "path": section.path,
-        "fingerprint": run.opened.base_fingerprint,
+        "fingerprint": run.loaded.base_fingerprint,
         "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS}),
     }
     labels = getattr(run.data, "labels", None)

@@ -25,7 +25,7 @@ def announce(run: RunState) -> None:
     trained = facts["trained"]
     lines = [
         *report.lines(),
-        f"model: {run.opened.section.path}, {facts['parameters']:,} parameters; trained: {trained['parameters']:,} "
+        f"model: {run.loaded.section.path}, {facts['parameters']:,} parameters; trained: {trained['parameters']:,} "
         f"in {trained['tensors']} tensors ({', '.join(f'{k} x{v}' for k, v in list(trained['kinds'].items())[:8])})",
         f"run: {run.steps} steps of {run.recipe.batch.size} rows, {'packed' if run.roles.packing else 'padded'}, "
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",

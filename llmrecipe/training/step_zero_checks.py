@@ -53,7 +53,7 @@ def check(run: RunState) -> None:
 def same_policy(run: RunState) -> bool:
     """Return whether the reference is the policy of step 0."""
     which = run.objective.reference_of()
-    mounted = bool(run.opened.mounted) or run.opened.continued is not None
+    mounted = bool(run.loaded.mounted) or run.loaded.continued is not None
     return which == "initial" or (which == "base" and not mounted and all(w.starts_at_base() for w in run.stack))
 
 

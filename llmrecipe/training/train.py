@@ -65,7 +65,7 @@ def start(run: Run) -> None:
     if run.first_step == 0:
         run.stack.calibrate(run.model, run.probe())
         run.rebuild()
-        prepare_reference(run.objective, run.stack, run.opened, run.roles, run.planned_rows())
+        prepare_reference(run.objective, run.stack, run.loaded, run.roles, run.planned_rows())
     announce(run)
     run.objective.start(run.roles)
     if run.first_step == 0:

@@ -95,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     subject = open_subject("tiny", [])
-    model, tokenizer = subject.roles.model, subject.opened.tokenizer
+    model, tokenizer = subject.roles.model, subject.loaded.tokenizer
     count = options.prompts // len(MIXED)
     mixed = zip(*(prompts_of(name, tokenizer, count) for name in MIXED), strict=True)
     prompts = [prompt for each in mixed for prompt in each for _ in range(options.answers)]

@@ -9,14 +9,14 @@ import torch
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.evaluation.evaluate_model import Subject, open_subject
-from llmrecipe.evaluation.win_rate import Arena, Duel, win_rate
+from llmrecipe.evaluation.win_rate import HeadToHead, HeadToHeadConfig, win_rate
 
-ARENA = Arena("builtin:prompts", "builtin:preference", {"rule": {"rule": "manners"}}, 2, 12, 128, "test", 5, 3)
+CONFIG = HeadToHeadConfig("builtin:prompts", "builtin:preference", {"rule": {"rule": "manners"}}, 2, 12, 128, "test", 5, 3)
 
 
 @pytest.fixture(scope="module")
-def duel() -> Duel:
-    return Duel(open_subject("tiny", []), ARENA)
+def pairing() -> HeadToHead:
+    return HeadToHead(open_subject("tiny", []), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -44,55 +44,55 @@ def test_every_answer_meets_every_answer_to_its_own_prompt_and_ties_count_half()
     assert win_rate(own, own) == 0.5
 
 
-def test_a_model_against_itself_is_even_and_nowhere_apart(duel: Duel) -> None:
-    found = duel.measure(duel.base)
-    assert found == {**duel.baseline(), "margin": 0.0, "preferred": 0.0}
+def test_a_model_against_itself_is_even_and_nowhere_apart(pairing: HeadToHead) -> None:
+    found = pairing.measure(pairing.base)
+    assert found == {**pairing.baseline(), "margin": 0.0, "preferred": 0.0}
     assert (found["win_rate"], found["gain"], found["kl"]) == (0.5, 0.0, 0.0)
 
 
-def test_divergence_is_the_mean_over_answers_of_its_unbiased_estimate(duel: Duel, other: Subject) -> None:
-    answers = duel.answer(other)
+def test_divergence_is_the_mean_over_answers_of_its_unbiased_estimate(pairing: HeadToHead, other: Subject) -> None:
+    answers = pairing.answer(other)
     assert len(answers) == 10 and answers[0].prompt_ids == answers[1].prompt_ids and answers[0].ids != answers[1].ids
     wanted = 0.0
     for answer in answers:
         log = logprobs(other, list(answer.prompt_ids), list(answer.ids)) - logprobs(
-            duel.base, list(answer.prompt_ids), list(answer.ids)
+            pairing.base, list(answer.prompt_ids), list(answer.ids)
         )
         wanted += float(((-log).exp() - 1 + log).sum())
-    found = duel.measure(other)
+    found = pairing.measure(other)
     assert wanted > 0.05 and found["kl"] == pytest.approx(wanted / 10, rel=1e-4)
     assert found["length"] == sum(len(a.ids) for a in answers) / 10
 
 
-def test_rewards_are_the_rule_s_and_gain_is_over_the_start(duel: Duel, other: Subject) -> None:
+def test_rewards_are_the_rule_s_and_gain_is_over_the_start(pairing: HeadToHead, other: Subject) -> None:
     from llmrecipe.data.toy.scorers import manners
 
     def mean(answers: list) -> float:
         return sum(manners(a.text, a.columns["topic"], a.columns["avoid"]) for a in answers) / len(answers)
 
-    found = duel.measure(other)
-    assert found["reward"] == pytest.approx(mean(duel.answer(other)))
-    assert found["gain"] == pytest.approx(mean(duel.answer(other)) - mean(duel.answers))
+    found = pairing.measure(other)
+    assert found["reward"] == pytest.approx(mean(pairing.answer(other)))
+    assert found["gain"] == pytest.approx(mean(pairing.answer(other)) - mean(pairing.answers))
 
 
-def test_margins_are_what_training_moved_the_better_answer_over_the_worse(duel: Duel, other: Subject) -> None:
+def test_margins_are_what_training_moved_the_better_answer_over_the_worse(pairing: HeadToHead, other: Subject) -> None:
     margins = []
-    for row in duel.pairs:
+    for row in pairing.pairs:
         moved = [
-            float((logprobs(other, row["prompt_ids"], row[k]) - logprobs(duel.base, row["prompt_ids"], row[k])).sum())
+            float((logprobs(other, row["prompt_ids"], row[k]) - logprobs(pairing.base, row["prompt_ids"], row[k])).sum())
             for k in ("chosen_ids", "rejected_ids")
         ]
         margins.append(moved[0] - moved[1])
-    found = duel.measure(other)
+    found = pairing.measure(other)
     assert len(margins) == 5 and found["margin"] == pytest.approx(sum(margins) / 5, rel=1e-3, abs=1e-3)
     assert found["preferred"] == sum(m > 0 for m in margins) / 5
 
 
 def test_rows_without_what_the_reward_asks_for_are_refused() -> None:
-    arena = Arena("builtin:sums", None, {"rule": {"rule": "manners"}}, 1, 4, 128, "test", 2, 0, "board.reward")
+    config = HeadToHeadConfig("builtin:sums", None, {"rule": {"rule": "manners"}}, 1, 4, 128, "test", 2, 0, "board.reward")
     with pytest.raises(DataError, match=r"board.reward.rule: the row has no column 'topic'"):
-        Duel(open_subject("tiny", []), arena)
+        HeadToHead(open_subject("tiny", []), config)
 
 
-def test_columns_of_the_prompts_reach_the_reward(duel: Duel) -> None:
-    assert duel.answers[0].columns == json.loads(duel.prompts[0]["columns"]) and "topic" in duel.answers[0].columns
+def test_columns_of_the_prompts_reach_the_reward(pairing: HeadToHead) -> None:
+    assert pairing.answers[0].columns == json.loads(pairing.prompts[0]["columns"]) and "topic" in pairing.answers[0].columns

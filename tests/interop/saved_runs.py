@@ -51,26 +51,26 @@ def saved_run(
 ) -> nn.Module:
     """Write a finished run of these wrappers on a base; returns its model."""
     stack = Stack(list(wrappers))
-    opened = open_model(
+    loaded = open_model(
         ModelSection(path=str(model_path), dtype=dtype),
         TokenizerSection(),
         head=head,
         labels=labels,
         load_kwargs=stack.load_kwargs(),
     )
-    stack.attach(opened.model)
-    fill(opened.model, seed=seed)
+    stack.attach(loaded.model)
+    fill(loaded.model, seed=seed)
     own = delta.Layer(
         {w.name: delta.wrapper_mapping(w) for w in stack},
-        stack.structures(opened.model),
+        stack.structures(loaded.model),
         delta.DELTA_FILE,
-        stack.delta(opened.model),
+        stack.delta(loaded.model),
     )
-    layers = [delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(opened.layers)]
-    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": {"dtype": dtype}}
+    layers = [delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(loaded.layers)]
+    base = {"path": loaded.section.path, "fingerprint": loaded.base_fingerprint, "section": {"dtype": dtype}}
     delta.write(folder / "final", delta.Saved(base, [*layers, own], head, labels))
-    opened.tokenizer.save_pretrained(folder / "final")
-    return opened.model
+    loaded.tokenizer.save_pretrained(folder / "final")
+    return loaded.model
 
 
 def hooks(model: nn.Module) -> int:

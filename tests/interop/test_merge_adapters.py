@@ -13,7 +13,7 @@ from llmrecipe.cli.app import run as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.merge_adapters import open_combination
-from llmrecipe.interop.merge_options import How
+from llmrecipe.interop.merge_options import MergeConfig
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.interop.peft.exporter import export_peft
 from llmrecipe.methods.reparameterized.dora import Dora
@@ -44,7 +44,7 @@ def test_cat_is_the_weighted_sum_of_the_changes(pair: tuple[Path, Path, Path]) -
     start = weights(AutoModelForCausalLM.from_pretrained(base))
     first, second = (weights(AutoModelForCausalLM.from_pretrained(export_merged(p).path)) for p in (one, two))
     both = open_combination([(str(one), 0.75), (str(two), -0.5)])
-    merged = weights(AutoModelForCausalLM.from_pretrained(export_merged(one, one / "both", opened=both).path))
+    merged = weights(AutoModelForCausalLM.from_pretrained(export_merged(one, one / "both", loaded=both).path))
     for name, value in start.items():
         wanted = value + 0.75 * (first[name] - value) - 0.5 * (second[name] - value)
         torch.testing.assert_close(merged[name], wanted, atol=1e-5, rtol=1e-5)
@@ -63,7 +63,7 @@ def test_branch_biases_are_added_by_weight_and_only_so(tmp_path: Path) -> None:
     assert (first[name] - start[name]).abs().max() > 0.1
     torch.testing.assert_close(mixed[name], start[name] - 0.75 * (first[name] - start[name]), atol=1e-6, rtol=1e-5)
     with pytest.raises(ModelError, match=r"--combine svd: transformer.h.0.attn.c_attn has a bias in its branch \(lora_bias\)"):
-        open_combination([(str(one), 0.5), (str(two), 0.5)], How("svd"))
+        open_combination([(str(one), 0.5), (str(two), 0.5)], MergeConfig("svd"))
 
 
 def test_trained_biases_of_the_base_are_no_change_that_could_be_added(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_trained_biases_of_the_base_are_no_change_that_could_be_added(tmp_path: 
         open_combination([(str(one), 0.5), (str(two), 0.5)])
 
 
-def load_merged(run: Path, out: Path, opened: Any = None) -> torch.nn.Module:
+def load_merged(run: Path, out: Path, loaded: Any = None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(export_merged(run, out, opened=opened).path)
+    return AutoModelForCausalLM.from_pretrained(export_merged(run, out, loaded=loaded).path)
 
 
 WEIGHTS = {"cat": (0.75, 0.5), "linear": (0.75, -0.5), "ties": (0.75, -0.5), "ties_svd": (0.75, -0.5)}
@@ -102,7 +102,7 @@ def test_peft_combines_the_same_folders_to_the_same_logits(pair: tuple[Path, Pat
         ["one", "two"], [first, second], "both", combination_type=way, density=density, majority_sign_method=sign
     )
     twin.set_adapter("both")
-    ours = open_combination([(str(folders[0]), first), (str(two), second)], How(way, density, sign))
+    ours = open_combination([(str(folders[0]), first), (str(two), second)], MergeConfig(way, density, sign))
     torch.testing.assert_close(ours.model(input_ids=IDS).logits, twin.eval()(input_ids=IDS).logits, atol=2e-4, rtol=1e-4)
 
 
@@ -110,16 +110,16 @@ def test_dare_merges_adapters_by_the_seed(pair: tuple[Path, Path, Path]) -> None
     _base, one, two = pair
     parts = [(str(one), 0.5), (str(two), 0.5)]
     logits = {
-        (way, seed): open_combination(parts, How(way, 0.5, seed=seed)).model(input_ids=IDS).logits
+        (way, seed): open_combination(parts, MergeConfig(way, 0.5, seed=seed)).model(input_ids=IDS).logits
         for way in ("dare_linear", "dare_ties_svd")
         for seed in (1, 2)
     }
-    again = open_combination(parts, How("dare_linear", 0.5, seed=1)).model(input_ids=IDS).logits
+    again = open_combination(parts, MergeConfig("dare_linear", 0.5, seed=1)).model(input_ids=IDS).logits
     assert torch.equal(again, logits["dare_linear", 1])
     for way in ("dare_linear", "dare_ties_svd"):
         assert (logits[way, 1] - logits[way, 2]).abs().max() > 1e-2
-    whole = open_combination(parts, How("dare_linear", 1.0)).model(input_ids=IDS).logits
-    torch.testing.assert_close(whole, open_combination(parts, How("linear")).model(input_ids=IDS).logits)
+    whole = open_combination(parts, MergeConfig("dare_linear", 1.0)).model(input_ids=IDS).logits
+    torch.testing.assert_close(whole, open_combination(parts, MergeConfig("linear")).model(input_ids=IDS).logits)
 
 
 def test_the_verb_writes_a_combination(pair: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +154,7 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path, pair: tuple[Path, Path,
     with pytest.raises(ModelError, match="DoRA"):
         open_combination([(str(one), 1.0), (str(tmp_path / "four"), 1.0)])
     with pytest.raises(ModelError, match="equal ranks"):
-        open_combination([(str(one), 1.0), (str(tmp_path / "five"), 1.0)], How("linear"))
+        open_combination([(str(one), 1.0), (str(tmp_path / "five"), 1.0)], MergeConfig("linear"))
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -182,8 +182,8 @@ def test_a_folder_written_by_peft_is_read_with_equal_logits(tmp_path: Path, case
     fill(twin)
     wanted = twin(input_ids=IDS).logits
     twin.save_pretrained(tmp_path / "adapter")
-    opened = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection())
-    torch.testing.assert_close(opened.model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
+    loaded = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection())
+    torch.testing.assert_close(loaded.model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
     named = ModelSection(path=str(base), adapters={str(tmp_path / "adapter"): 1.0})
     again = open_model(named, TokenizerSection()).model
     torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
@@ -206,8 +206,8 @@ def test_an_adalora_folder_written_by_peft_after_its_pruning_is_read_with_equal_
     assert sum(ranks) == 2 * len(ranks) and len(set(ranks)) > 1
     wanted = twin.eval()(input_ids=IDS).logits
     twin.save_pretrained(tmp_path / "adapter")
-    opened = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection())
-    torch.testing.assert_close(opened.model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
+    loaded = open_model(ModelSection(path=str(tmp_path / "adapter")), TokenizerSection())
+    torch.testing.assert_close(loaded.model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
     doubled = open_combination([(str(tmp_path / "adapter"), 2.0)]).model
     again = open_combination([(str(tmp_path / "adapter"), 1.0), (str(tmp_path / "adapter"), 1.0)]).model
     torch.testing.assert_close(doubled(input_ids=IDS).logits, again(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)

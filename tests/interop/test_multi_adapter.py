@@ -221,8 +221,8 @@ def test_overrides_go_to_the_runs_they_apply_to_and_others_are_refused(
     whole = evaluate_path(paths[1], [split])["nll"]
     assert scores["stack.dylora.rank=1"][paths[1]] != pytest.approx(whole, rel=1e-4)
     chat = Chat.open(paths, ["runtime.device=cpu", "stack.dylora.rank=1"], Sampling(4))
-    assert next(chat.opened.model.parameters()).dtype == torch.bfloat16
-    assert {w.rank for w in chat.opened.mounted if hasattr(w, "rank")} == {1}
+    assert next(chat.loaded.model.parameters()).dtype == torch.bfloat16
+    assert {w.rank for w in chat.loaded.mounted if hasattr(w, "rank")} == {1}
     for verb, word in (("eval", "stack.lora.r=4"), ("eval", "model.dtype=float32"), ("chat", split), ("chat", "~stack.lora")):
         assert command([verb, *paths, word, *(["-p", "w1?"] if verb == "chat" else [])]) == 2
         error = capsys.readouterr().err

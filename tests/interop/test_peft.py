@@ -143,8 +143,8 @@ def test_a_folder_is_a_starting_point_by_its_path(tmp_path: Path, case: str) -> 
     base = base_folder(tmp_path, family, **more)
     model = saved_run(tmp_path / "run", base, Lora(name="lora", r=4, alpha=6.0, **options))
     folder = export_peft(tmp_path / "run").path
-    opened = open_model(ModelSection(path=str(folder)), TokenizerSection())
-    torch.testing.assert_close(opened.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    loaded = open_model(ModelSection(path=str(folder)), TokenizerSection())
+    torch.testing.assert_close(loaded.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_biases_are_written_as_peft_writes_them(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_biases_that_peft_trained_are_read_beside_a_class_head_and_weighed_with_
     model.save_pretrained(tmp_path / "adapter")
     wanted = verify_logits.logits_of(model, IDS)
     section = ModelSection(path=str(base), adapters={str(tmp_path / "adapter"): 1.0})
-    opened = open_model(section, TokenizerSection(), head="classification", labels=["a", "b", "c"])
-    torch.testing.assert_close(verify_logits.logits_of(opened.model, IDS), wanted, atol=1e-5, rtol=1e-5)
+    loaded = open_model(section, TokenizerSection(), head="classification", labels=["a", "b", "c"])
+    torch.testing.assert_close(verify_logits.logits_of(loaded.model, IDS), wanted, atol=1e-5, rtol=1e-5)
     half = section.model_copy(update={"adapters": {str(tmp_path / "adapter"): 0.5}})
     weighed = open_model(half, TokenizerSection(), head="classification", labels=["a", "b", "c"]).model
     query = "bert.encoder.layer.1.attention.self.query"

@@ -73,7 +73,7 @@ def test_both_parts_of_a_legal_pair_are_trained(first: str, second: str, order: 
     if order == "reversed":
         first, second = second, first
     subject = together(first, second)
-    subject.stack.take_reference(subject.model)
+    subject.stack.snapshot_reference(subject.model)
     objective = Dpo(beta=0.3)
     batch: Batch = objective.collate(PAIRS, subject.roles)
     assert float(objective.loss(batch, subject.roles).total.detach()) / 2 == pytest.approx(math.log(2), abs=1e-4)

@@ -15,7 +15,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import load
 from llmrecipe.models.attention import install
-from llmrecipe.models.hooks.hook import all_hooks, kind_of
+from llmrecipe.models.hooks.hook import all_hooks, hook_kind
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.training.dry_run import check
 from tests.models.configs import FAMILIES, GROUPED, tiny
@@ -113,7 +113,7 @@ def test_a_part_that_is_routed_takes_it() -> None:
         )
     install(model, "sdpa")
     Stack([registry.load("stack", "p_tuning_v2")(name="p", target="layers.0.attn")]).attach(model)
-    assert [path for path, _, _, hook in all_hooks(model) if kind_of(hook) == "attention"] == ["model.layers.0.self_attn"]
+    assert [path for path, _, _, hook in all_hooks(model) if hook_kind(hook) == "attention"] == ["model.layers.0.self_attn"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,7 +124,7 @@ def test_every_attention_of_the_families_table_asks(family: str) -> None:
     Stack([registry.load("stack", "p_tuning_v2")(name="p", num_virtual_tokens=2, target="attn")]).attach(model)
     called: list[str] = []
     for path, _, _, hook in all_hooks(model):
-        if kind_of(hook) == "attention":
+        if hook_kind(hook) == "attention":
 
             def note(attend: Any, q: Any, k: Any, v: Any, path: str = path) -> Any:
                 called.append(path)

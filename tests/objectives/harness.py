@@ -125,7 +125,7 @@ class Case:
         if own:
             stack.set_trainable(model)
         model.double().train()
-        stack.take_reference(model)
+        stack.snapshot_reference(model)
         self.roles = Roles(Engine(model), stack, Numbers(), torch.device("cpu"), self.packing, self.micro)
         self.rows = rows_of(self.objective)
         self.roles.data = self.rows

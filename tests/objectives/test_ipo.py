@@ -72,7 +72,7 @@ def overfit(objective: object, steps: int = 60) -> float:
     """The summed or averaged margin of one pair after training on it alone."""
     model = tiny_model()
     roles = roles_for(model, Stack([]))
-    roles.stack.take_reference(model)
+    roles.stack.snapshot_reference(model)
     row = [{"row": 0, "prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 2], "rejected_ids": [11, 12, 13, 2]}]
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-3)
     batch = objective.collate(row, roles)  # type: ignore[attr-defined]

@@ -82,7 +82,7 @@ def test_the_reference_stays_while_the_policy_moves() -> None:
     stack = Stack([])
     stack.attach(model)
     roles = roles_for(model, stack)
-    stack.take_reference(model)
+    stack.snapshot_reference(model)
     objective = Dpo()
     batch = objective.collate(ROWS, roles)
     before = roles.reference_tokens(batch)

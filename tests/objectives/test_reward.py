@@ -182,21 +182,21 @@ def test_a_reward_adapter_lies_beside_a_policy_on_one_base(tmp_path: Path) -> No
     run = train_recipe(reward, "reward_lora", f"model.path={sft}", *SMALL)
     lines = [[1, 5, 6, 7, 9], [1, 30, 31]]
     wanted = score_sequences(run.model, lines)
-    opened = open_model(ModelSection(path=str(sft)), TokenizerSection())
+    loaded = open_model(ModelSection(path=str(sft)), TokenizerSection())
     ids = torch.tensor([lines[0]])
     with torch.no_grad():
-        before = opened.model(input_ids=ids).logits
-        shared = add_reward(opened, str(reward))
+        before = loaded.model(input_ids=ids).logits
+        shared = add_reward(loaded, str(reward))
         assert len(shared.added) == 1 and not shared.off
-        assert torch.equal(opened.model(input_ids=ids).logits, before)
-    torch.testing.assert_close(score_sequences(opened.model, lines, role="reward", off=shared.off), wanted)
+        assert torch.equal(loaded.model(input_ids=ids).logits, before)
+    torch.testing.assert_close(score_sequences(loaded.model, lines, role="reward", off=shared.off), wanted)
     stack = Stack([Lora(name="policy", r=4)])
-    stack.attach(opened.model)
-    assert "task_head.reward.weight" not in {n for n, p in opened.model.named_parameters() if p.requires_grad}
-    fill_only(opened.model, "policy")
-    torch.testing.assert_close(score_sequences(opened.model, lines, role="reward", off=shared.off | {"policy"}), wanted)
+    stack.attach(loaded.model)
+    assert "task_head.reward.weight" not in {n for n, p in loaded.model.named_parameters() if p.requires_grad}
+    fill_only(loaded.model, "policy")
+    torch.testing.assert_close(score_sequences(loaded.model, lines, role="reward", off=shared.off | {"policy"}), wanted)
     with pytest.raises(RunError, match="no reward head"):
-        add_reward(opened, str(sft))
+        add_reward(loaded, str(sft))
 
 
 def fill_only(model: nn.Module, owner: str) -> None:

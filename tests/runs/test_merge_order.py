@@ -14,7 +14,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.schema import ModelSection
-from llmrecipe.runs.open_model import Opened, merge_mounted, merge_order
+from llmrecipe.runs.open_model import LoadedModel, merge_mounted, merge_order
 from tests.contract import OPTIONS, Subject, outputs, probe_of, run_steps
 from tests.tiny import Tokenizer, tiny_model
 
@@ -46,16 +46,16 @@ def trained(*kinds: str) -> Subject:
 def test_two_methods_fold_exactly(first: str, second: str) -> None:
     subject = trained(first, second)
     wanted = outputs(subject)
-    opened = Opened(subject.model, None, ModelSection(path="tiny"), mounted=list(subject.stack))
-    merge_mounted(opened)
+    loaded = LoadedModel(subject.model, None, ModelSection(path="tiny"), mounted=list(subject.stack))
+    merge_mounted(loaded)
     assert not list(all_hooks(subject.model))
     torch.testing.assert_close(outputs(subject), wanted, atol=2e-4, rtol=1e-3)
 
 
 def test_what_scales_the_sum_comes_after_what_adds_to_it() -> None:
     subject = trained("ia3", "lora", "dora")
-    opened = Opened(subject.model, None, ModelSection(path="tiny"), mounted=list(subject.stack))
-    assert [w.name for w in merge_order(opened)] == ["2_dora", "1_lora", "0_ia3"]
+    loaded = LoadedModel(subject.model, None, ModelSection(path="tiny"), mounted=list(subject.stack))
+    assert [w.name for w in merge_order(loaded)] == ["2_dora", "1_lora", "0_ia3"]
 
 
 @pytest.mark.parametrize("other", ["ia3", "dora", "bitfit"])

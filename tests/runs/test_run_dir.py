@@ -15,7 +15,7 @@ import pytest
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.recipe.schema import RunSection
-from llmrecipe.runs.run_dir import RunDir, key_of
+from llmrecipe.runs.run_dir import RunDir, recipe_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,8 +46,8 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path):
 
 def test_the_key_stands_for_the_recipe_and_not_for_its_folder():
     base = {"seed": 1, "run": {"dir": None}}
-    assert key_of(base) == key_of({"seed": 1, "run": {"dir": "elsewhere"}})
-    assert key_of(base) != key_of({"seed": 2, "run": {"dir": None}})
+    assert recipe_hash(base) == recipe_hash({"seed": 1, "run": {"dir": "elsewhere"}})
+    assert recipe_hash(base) != recipe_hash({"seed": 2, "run": {"dir": None}})
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):

@@ -60,10 +60,10 @@ class Reader:
 
 def is_data_file(path: Path) -> bool:
     """Return whether the extension is one that can be read."""
-    return kind_of(path) in EXTENSIONS
+    return file_kind(path) in EXTENSIONS
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """Return the extension that determines the reader, without `.gz`."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
@@ -75,7 +75,7 @@ def open_file(path: Path) -> Reader:
     Raises:
         DataError: unknown extension, empty or damaged file.
     """
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind not in EXTENSIONS:
         raise DataError(f"{path}: cannot read '{kind or 'no extension'}' files; known: {', '.join(EXTENSIONS)} (also .gz)")
     if not path.stat().st_size:

@@ -174,11 +174,11 @@ def opened_roles(path: str, base: bool, dtype: str) -> Roles:
     from llmrecipe.runs.open_model import open_model, resolve
 
     section = ModelSection.model_validate({"path": path, "dtype": dtype})
-    opened = open_model(resolve(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection())
+    loaded = open_model(resolve(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened.model.to(device).requires_grad_(False)
-    engine = Engine(opened.model).eval()
-    return Roles(engine, Stack([]), opened.tokenizer, device, packing_for("auto", engine, device))
+    loaded.model.to(device).requires_grad_(False)
+    engine = Engine(loaded.model).eval()
+    return Roles(engine, Stack([]), loaded.tokenizer, device, packing_for("auto", engine, device))
 
 
 def spell(tokenizer: Any, option: str) -> set[Path]:

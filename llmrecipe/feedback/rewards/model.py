@@ -15,7 +15,7 @@ from llmrecipe.recipe.rights import rights_of
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
-    from llmrecipe.runs.open_model import Opened
+    from llmrecipe.runs.open_model import LoadedModel
 
 
 @dataclass
@@ -62,21 +62,21 @@ class Model(Reward):
         if run_folder(self.path) is None:
             raise RecipeError(f"{where}.path: {self.path} is no finished run; train one with `llmrecipe train recipe=reward`")
 
-    def prepare(self, opened: Opened, frozen: bool) -> None:
+    def prepare(self, loaded: LoadedModel, frozen: bool) -> None:
         """Mount the run on the policy's base where that is possible."""
         from llmrecipe.models import task_heads
         from llmrecipe.objectives.alignment._engines.scoring import ROLE, add_reward
 
-        self.place.rights = rights_of(opened.section)
+        self.place.rights = rights_of(loaded.section)
         if self.share == "off":
             return
-        if not frozen or ROLE in task_heads.names(opened.model):
+        if not frozen or ROLE in task_heads.names(loaded.model):
             if self.share == "on":
                 why = "another reward model stands there" if frozen else "the policy's stack trains it"
                 raise RecipeError(f"objective.reward: {self.path} cannot share the policy's base: {why}")
             return
         try:
-            self.place.shared = add_reward(opened, self.path)
+            self.place.shared = add_reward(loaded, self.path)
         except (ModelError, RunError):
             if self.share == "on":
                 raise

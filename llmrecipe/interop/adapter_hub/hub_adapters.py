@@ -26,7 +26,7 @@ from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.runs.delta import Layer
-from llmrecipe.runs.open_model import Opened
+from llmrecipe.runs.open_model import LoadedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG_FILE, HEAD_FILE = "head_config.json", "model_head.safetensors"
@@ -107,19 +107,19 @@ def _why_not(wrapper: Any) -> str | None:
     return "it is no bottleneck adapter"
 
 
-def _wrapper_of(opened: Opened) -> Adapter | ParallelAdapter:
+def _wrapper_of(loaded: LoadedModel) -> Adapter | ParallelAdapter:
     """Return the only adapter of a run that the library can hold.
 
     Raises:
         ModelError: there is none, or more than one method; the message says why.
     """
-    names = [w.name.split("_", 1)[1] for w in opened.mounted]
+    names = [w.name.split("_", 1)[1] for w in loaded.mounted]
     if len(names) != 1:
         what = f"this run has {len(names)} methods ({', '.join(names)})" if names else "this run trained every weight"
         raise ModelError(f"export --to adapter_hub: {what}; one bottleneck adapter is what such a folder holds")
-    wrapper: Any = opened.mounted[0]
+    wrapper: Any = loaded.mounted[0]
     why = _why_not(wrapper)
-    parts = anatomy(opened.model)
+    parts = anatomy(loaded.model)
     if why is None and isinstance(wrapper, ParallelAdapter) and wrapper.input == "normed" and parts.pre_norm:
         why = "its branch reads the normed input, the library's reads the residual stream (input: residual)"
     if why is not None:
@@ -134,7 +134,7 @@ def _factor(width: int, r: int) -> float:
 
 
 @torch.no_grad()
-def hub_files(opened: Opened) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def hub_files(loaded: LoadedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return (config, tensors) of a run's adapter, named as in the stack.
 
     Raises:
@@ -142,8 +142,8 @@ def hub_files(opened: Opened) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     from llmrecipe.models.checkpoint_path import locate
 
-    model: Any = opened.model
-    wrapper = _wrapper_of(opened)
+    model: Any = loaded.model
+    wrapper = _wrapper_of(loaded)
     name = wrapper.name.split("_", 1)[1]
     hooks = {f"{path}.{key}": hook for path, _, key, hook in all_hooks(model, wrapper.name) if isinstance(hook, Bottleneck)}
     tensors: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def hub_files(opened: Opened) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "leave_out": sorted(n for n in numbers.values() if n not in widths),
         "init_weights": "mam_adapter" if wrapper.init == "zero_up" else wrapper.init,
     }
-    return {"config": config, "name": name, **_about(model), "model_name": locate(opened.section.path)[0]}, tensors
+    return {"config": config, "name": name, **_about(model), "model_name": locate(loaded.section.path)[0]}, tensors
 
 
 def _about(model: Any) -> dict[str, Any]:
@@ -199,13 +199,13 @@ def _numbers(model: Any) -> dict[tuple[str, int], int]:
     return {place: n for n, place in enumerate(sorted(blocks, key=lambda b: (b[0] != "encoder", b[1])))}
 
 
-def head_config(opened: Opened) -> dict[str, Any]:
+def head_config(loaded: LoadedModel) -> dict[str, Any]:
     """Return the library's configuration of a task head."""
     from llmrecipe.models.checkpoint_path import locate
 
-    config: Any = opened.model.config
+    config: Any = loaded.model.config
     labels = {"config": None, "name": None, "label2id": config.label2id, "num_labels": config.num_labels}
-    return {**_about(opened.model), **labels, "model_name": locate(opened.section.path)[0]}
+    return {**_about(loaded.model), **labels, "model_name": locate(loaded.section.path)[0]}
 
 
 def write(

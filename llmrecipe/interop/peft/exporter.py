@@ -32,7 +32,7 @@ from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened, open_saved
+from llmrecipe.runs.open_model import LoadedModel, open_saved
 
 TASKS = {"classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
 
@@ -45,7 +45,7 @@ def export_peft(
     uniform: bool = False,
     as_lora: bool = False,
     options: dict[str, dict[str, Any]] | None = None,
-    opened: Opened | None = None,
+    loaded: LoadedModel | None = None,
     rights: Mapping[str, bool] | None = None,
 ) -> Exported:
     """Write a run's methods as a PEFT adapter folder.
@@ -56,23 +56,23 @@ def export_peft(
         uniform: one rank and scale everywhere, for servers that ignore rank and alpha patterns (vLLM).
         as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
         options, rights: see `open_run`.
-        opened: what to write instead of the run itself (see `merge_adapters.open_combination`).
+        loaded: what to write instead of the run itself (see `merge_adapters.open_combination`).
 
     Raises:
         ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "peft")
-    opened = opened or open_run(str(run), options=options, rights=rights)
-    if not opened.mounted:
+    loaded = loaded or open_run(str(run), options=options, rights=rights)
+    if not loaded.mounted:
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
-    saved = saved_from(opened)
-    adapter = adapter_of(opened, saved, uniform=uniform, as_lora=as_lora)
-    difference = verified(target, opened, lambda aside: layout.write(aside, adapter), bound)
-    return Exported(target, difference, _notes(opened, adapter))
+    saved = saved_from(loaded)
+    adapter = adapter_of(loaded, saved, uniform=uniform, as_lora=as_lora)
+    difference = verified(target, loaded, lambda aside: layout.write(aside, adapter), bound)
+    return Exported(target, difference, _notes(loaded, adapter))
 
 
-def verified(target: Path, opened: Opened, write: Callable[[Path], None], bound: float | None) -> verify_logits.Difference:
+def verified(target: Path, loaded: LoadedModel, write: Callable[[Path], None], bound: float | None) -> verify_logits.Difference:
     """Write an adapter folder with its tokenizer and golden answer, and read it back onto a fresh base.
 
     Args:
@@ -82,17 +82,17 @@ def verified(target: Path, opened: Opened, write: Callable[[Path], None], bound:
         ModelError: the logits differ; nothing is left on disk.
         RunError: the disk is full.
     """
-    saved = saved_from(opened)
-    ids = verify_logits.probe_ids(opened.model, opened.tokenizer)
-    wanted = verify_logits.logits_of(opened.model, ids)
-    answer = verify_logits.golden(opened.model, opened.tokenizer)
-    wide = dtype_of(opened.model)
+    saved = saved_from(loaded)
+    ids = verify_logits.probe_ids(loaded.model, loaded.tokenizer)
+    wanted = verify_logits.logits_of(loaded.model, ids)
+    answer = verify_logits.golden(loaded.model, loaded.tokenizer)
+    wide = dtype_of(loaded.model)
     with writing(target) as aside:
         write(aside)
-        opened.tokenizer.save_pretrained(aside)
+        loaded.tokenizer.save_pretrained(aside)
         verify_logits.write_golden(aside, answer)
-        opened.model = pretrained(nn.Identity())  # one model in memory at a time
-        difference = verify_logits.compare(wanted, verify_logits.logits_of(reread(aside, opened, saved), ids), wide, bound)
+        loaded.model = pretrained(nn.Identity())  # one model in memory at a time
+        difference = verify_logits.compare(wanted, verify_logits.logits_of(reread(aside, loaded, saved), ids), wide, bound)
         verify_logits.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
     return difference
 
@@ -102,7 +102,7 @@ def export_adapter_hub(
     out: str | Path | None = None,
     *,
     bound: float | None = None,
-    opened: Opened | None = None,
+    loaded: LoadedModel | None = None,
     rights: Mapping[str, bool] | None = None,
 ) -> Exported:
     """Write a run's bottleneck adapter as a folder that adapter-hub's `adapters` library loads.
@@ -110,7 +110,7 @@ def export_adapter_hub(
     Args:
         out: the folder; default `RUN/adapter_hub`. It must not exist yet.
         bound: see `export_merged`.
-        opened: what to write instead of the run itself.
+        loaded: what to write instead of the run itself.
         rights: see `open_run`.
 
     Raises:
@@ -118,31 +118,31 @@ def export_adapter_hub(
         RunError: the folder exists, or the disk is full.
     """
     target = target_folder(run, out, "adapter_hub")
-    opened = opened or open_run(str(run), rights=rights)
-    made = hub_adapters.hub_files(opened)
-    heads = head_tensors(opened)
-    about = hub_adapters.head_config(opened) if heads else {}
-    difference = verified(target, opened, lambda aside: hub_adapters.write(aside, *made, about, heads), bound)
+    loaded = loaded or open_run(str(run), rights=rights)
+    made = hub_adapters.hub_files(loaded)
+    heads = head_tensors(loaded)
+    about = hub_adapters.head_config(loaded) if heads else {}
+    difference = verified(target, loaded, lambda aside: hub_adapters.write(aside, *made, about, heads), bound)
     call = f"model.load_adapter('{target}', use_safetensors=True, set_active=True)"
     return Exported(target, difference, [f"after adapters.init(model): {call}"])
 
 
-def saved_from(opened: Opened) -> delta.Saved:
+def saved_from(loaded: LoadedModel) -> delta.Saved:
     """Return what a `stack.yaml` of this model would say."""
-    section = opened.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS})
-    base = {"path": opened.section.path, "fingerprint": opened.base_fingerprint, "section": section}
-    return delta.Saved(base, opened.layers, opened.head, opened.labels)
+    section = loaded.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS})
+    base = {"path": loaded.section.path, "fingerprint": loaded.base_fingerprint, "section": section}
+    return delta.Saved(base, loaded.layers, loaded.head, loaded.labels)
 
 
-def reread(folder: Path, opened: Opened, saved: delta.Saved) -> nn.Module:
+def reread(folder: Path, loaded: LoadedModel, saved: delta.Saved) -> nn.Module:
     """Load a fresh base, stored as in training, with the written adapter on top."""
     from llmrecipe.recipe.schema import TokenizerSection
 
-    section = opened.section.model_copy(update={"adapters": {str(folder): 1.0}})
+    section = loaded.section.model_copy(update={"adapters": {str(folder): 1.0}})
     return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
 
 
-def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
+def adapter_of(loaded: LoadedModel, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
     """Return the adapter of a run in PEFT's layout.
 
     Raises:
@@ -153,51 +153,51 @@ def adapter_of(opened: Opened, saved: delta.Saved, *, uniform: bool = False, as_
             "export --to peft: tokens were added to the vocabulary, and the base that the adapter names does not have them; "
             "use --to merged"
         )
-    native = [(w, made) for w in opened.mounted if (made := None if as_lora else native_adapter(w, opened.model)) is not None]
-    if native and len(opened.mounted) == 1:
+    native = [(w, made) for w in loaded.mounted if (made := None if as_lora else native_adapter(w, loaded.model)) is not None]
+    if native and len(loaded.mounted) == 1:
         adapter = native[0][1]
     else:
-        branches = branches_of(opened)
-        first = opened.mounted[0]
+        branches = branches_of(loaded)
+        first = loaded.mounted[0]
         adapter = layout.lora_adapter(
             layout.uniform(layout.joined(branches)) if uniform else branches,
-            use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in opened.mounted),
+            use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in loaded.mounted),
             dropout=float(getattr(first, "dropout", 0.0)),
         )
     if adapter.config["peft_type"] not in bias_adapters.KINDS:
-        layout.add_biases(adapter, trained_biases(opened.model))
-    heads = head_tensors(opened)
+        layout.add_biases(adapter, trained_biases(loaded.model))
+    heads = head_tensors(loaded)
     adapter.tensors |= {layout.PREFIX + name: value for name, value in heads.items()}
     adapter.config |= {
         "base_model_name_or_path": locate(saved.base["path"])[0],
         "task_type": TASKS.get(saved.head, "FEATURE_EXTRACTION"),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in heads}) or None,
     }
-    _shorten(adapter.config, opened.model)
+    _shorten(adapter.config, loaded.model)
     return adapter
 
 
-def branches_of(opened: Opened) -> list[Branch]:
+def branches_of(loaded: LoadedModel) -> list[Branch]:
     """Return every low-rank change of the mounted stacks, without the biases trained with them (see `trained_biases`).
 
     Raises:
         ModelError: something mounted is not a low-rank change of a weight, or of one in other codes than the base's.
     """
-    chosen = next((hook.owner for _, _, _, hook in all_hooks(opened.model) if isinstance(hook, Requantized)), None)
+    chosen = next((hook.owner for _, _, _, hook in all_hooks(loaded.model) if isinstance(hook, Requantized)), None)
     if chosen is not None:
         raise ModelError(
             f"export --to peft: '{chosen.split('_', 1)[1]}' stands on 4-bit codes chosen together with it (loftq_iter), and a "
             "PEFT folder has no place for them; use --to merged"
         )
     branches: list[Branch] = []
-    beside = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(opened.model))
-    for wrapper in opened.mounted:
-        own = [(path, module, hook) for path, module, _, hook in all_hooks(opened.model, wrapper.name)]
+    beside = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(loaded.model))
+    for wrapper in loaded.mounted:
+        own = [(path, module, hook) for path, module, _, hook in all_hooks(loaded.model, wrapper.name)]
         hooks = [place for place in own if not isinstance(place[2], BiasMaster)]
         found = [branch for place in hooks if (branch := branch_of(*place)) is not None]
         if len(found) < len(hooks) or not (found or (beside and own)):
             name = wrapper.name.split("_", 1)[1]
-            others = len(opened.mounted) > 1 and native_adapter(wrapper, opened.model) is not None
+            others = len(loaded.mounted) > 1 and native_adapter(wrapper, loaded.model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
             raise ModelError(
                 f"export --to peft: {why} ('{name}')"
@@ -239,11 +239,11 @@ def branch_of(path: str, module: nn.Module, hook: nn.Module) -> Branch | None:
     return None
 
 
-def head_tensors(opened: Opened) -> dict[str, Tensor]:
+def head_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return the task heads that were trained with the methods, as they are now."""
     from llmrecipe.models.task_heads import is_head
 
-    return {n: p.detach() for n, p in opened.model.named_parameters() if is_head(opened.model, n)}
+    return {n: p.detach() for n, p in loaded.model.named_parameters() if is_head(loaded.model, n)}
 
 
 def _shorten(config: dict[str, Any], model: nn.Module) -> None:
@@ -262,13 +262,13 @@ def _shorten(config: dict[str, Any], model: nn.Module) -> None:
         config["fan_in_fan_out"] = any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths)
 
 
-def _notes(opened: Opened, adapter: Adapter) -> list[str]:
+def _notes(loaded: LoadedModel, adapter: Adapter) -> list[str]:
     config = adapter.config
     notes = [f"{config['peft_type']} for {config['base_model_name_or_path']}"]
-    for name in opened.quantized:
+    for name in loaded.quantized:
         notes.append(f"trained on a base quantized by {name}: load the base with the same quantization, or export merged")
-    if len(opened.mounted) > 1:
-        notes.append(f"{len(opened.mounted)} stacks of this run's chain were joined into one adapter")
+    if len(loaded.mounted) > 1:
+        notes.append(f"{len(loaded.mounted)} stacks of this run's chain were joined into one adapter")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         notes.append("ranks or scales differ between modules; servers that ignore patterns (vLLM) need --uniform")
     for option, what in (("lora_bias", "its branches have biases"), ("bias", "biases of the base trained with it")):

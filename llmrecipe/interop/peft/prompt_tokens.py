@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models import vocabulary
 from llmrecipe.models.hooks.hook import all_hooks, remove_hook
-from llmrecipe.runs.open_model import Opened
+from llmrecipe.runs.open_model import LoadedModel
 
 PROMPT_FILE = "prompt.json"
 
@@ -62,20 +62,20 @@ class Spelled:
         ]
 
 
-def wrapper_of(opened: Opened) -> Any:
+def wrapper_of(loaded: LoadedModel) -> Any:
     """Return the only mounted wrapper whose prompt can be written as tokens; None where there is none.
 
     Raises:
         ModelError: there are two, or the head is tied in a way that has no room for tokens that are only read.
     """
-    found = [w for w in opened.mounted if not w.mergeable and w.as_tokens(opened.model) is not None]
+    found = [w for w in loaded.mounted if not w.mergeable and w.as_tokens(loaded.model) is not None]
     if len(found) > 1:
         names = " and ".join(f"'{w.name.split('_', 1)[1]}'" for w in found)
         raise ModelError(f"export --to merged: {names} stand before one text; only one prompt can become tokens")
-    if found and opened.head in ("seq2seq", "masked") and _tied(opened.model):
+    if found and loaded.head in ("seq2seq", "masked") and _tied(loaded.model):
         raise ModelError(
             f"export --to merged: '{found[0].name.split('_', 1)[1]}' becomes tokens that must not be answers, and the head of "
-            f"this {opened.model.config.model_type} is tied to its embedding; llmrecipe.load(run) uses it as it is"
+            f"this {loaded.model.config.model_type} is tied to its embedding; llmrecipe.load(run) uses it as it is"
         )
     return found[0] if found else None
 
@@ -85,27 +85,27 @@ def _tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def take(opened: Opened, wrapper: Any) -> Tensor:
+def detach_prompt(loaded: LoadedModel, wrapper: Any) -> Tensor:
     """Read the embedding rows (P, D) of a prompt's tokens and remove its virtual tokens.
 
     They are in the space of the embedding's output, so a family's scale inside the embedding is divided out.
     """
-    rows = wrapper.as_tokens(opened.model)
-    for _, module, name, _ in list(all_hooks(opened.model, wrapper.name)):
+    rows = wrapper.as_tokens(loaded.model)
+    for _, module, name, _ in list(all_hooks(loaded.model, wrapper.name)):
         remove_hook(module, name)
-    opened.mounted.remove(wrapper)
-    scale: Any = getattr(opened.model.get_input_embeddings(), "embed_scale", 1.0)
+    loaded.mounted.remove(wrapper)
+    scale: Any = getattr(loaded.model.get_input_embeddings(), "embed_scale", 1.0)
     return rows / float(scale)
 
 
 @torch.no_grad()
-def grow(opened: Opened, rows: Tensor, logits: Tensor) -> Spelled:
+def add_prompt_words(loaded: LoadedModel, rows: Tensor, logits: Tensor) -> Spelled:
     """Add the words of a prompt to a folded model and its tokenizer.
 
     Args:
         logits: (..., V) of the run on the probe.
     """
-    model, tokenizer = opened.model, opened.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
     known = tokenizer.get_vocab()
     words: list[str] = []
     number = 0

@@ -200,7 +200,7 @@ class Stack:
         """Return whether a method is initialized from data or text: a model rebuilt to resume is not the policy of step 0."""
         return any(w.calibrates() and w.stage is Stage.INJECT for w in self.wrappers)
 
-    def take_reference(self, model: nn.Module) -> None:
+    def snapshot_reference(self, model: nn.Module) -> None:
         """Snapshot the policy of step 0 where disabling the stack does not give it. Call once, before the first update."""
         if not self.reference_is_off():
             self.remember(model)

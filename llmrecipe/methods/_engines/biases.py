@@ -128,7 +128,7 @@ def masters(model: nn.Module) -> list[tuple[str, nn.Module, str, BiasMaster]]:
 
 
 @torch.no_grad()
-def settle_biases(model: nn.Module) -> None:
+def finalize_biases(model: nn.Module) -> None:
     """Write the trained value into every bias before anything is added to it."""
     for _, module, name, hook in masters(model):
         hook.merge(module)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmrecipe.methods._engines.loftq_codes import Requantized, stored_weight
 from llmrecipe.methods._engines.quantized import bits_of
-from llmrecipe.models.hooks.hook import Hook, forward_with, hooks_of, kind_of, plain_tensors
+from llmrecipe.models.hooks.hook import Hook, forward_with, hook_kind, hooks_of, plain_tensors
 
 
 def weight_below(module: nn.Module, hook: Hook) -> Tensor:
@@ -50,8 +50,8 @@ def hooks_under(module: nn.Module, hook: Hook) -> list[Hook]:
             break
         if _apart(other, hook):
             continue
-        kind = kind_of(other)
-        inside = kind == "wrap_forward" or (kind == "after" == kind_of(hook) and other.order <= hook.order)
+        kind = hook_kind(other)
+        inside = kind == "wrap_forward" or (kind == "after" == hook_kind(hook) and other.order <= hook.order)
         if (other.weightlike and inside) or (kind == "weight" and other.tensor == "weight"):
             found.append(other)
     return found

@@ -133,7 +133,7 @@ def _dynamic_map(device: str) -> Tensor:
     return create_dynamic_map().to(device)
 
 
-def give_codes(sites: list[Site], owner: str, option: str) -> None:
+def assign_codes(sites: list[Site], owner: str, option: str) -> None:
     """Assign codes of its own to every 4-bit layer of some sites, initially the base's.
 
     Args:
@@ -158,7 +158,7 @@ def stored_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor
 
 
 @torch.no_grad()
-def settle_codes(model: nn.Module) -> None:
+def finalize_codes(model: nn.Module) -> None:
     """Write the weight of the codes chosen for it into every dequantized layer, before anything is added to it."""
     for _, module, name, hook in [place for place in all_hooks(model) if isinstance(place[3], Requantized)]:
         hook.merge(module)

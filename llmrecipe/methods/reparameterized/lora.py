@@ -14,7 +14,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.methods._engines import initialization, low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
-from llmrecipe.methods._engines.loftq_codes import Requantized, give_codes
+from llmrecipe.methods._engines.loftq_codes import Requantized, assign_codes
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, merge_hooks
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Lora(Wrapper):
                 initialization.start(hook, self.init, site.module)
             add_hook(site.module, site.name(self.name), hook, self.name)
         if self.loftq_iter > 1:
-            give_codes(sites, self.name, "loftq_iter")
+            assign_codes(sites, self.name, "loftq_iter")
         open_biases(model, self.name, self.bias, self.target, sites, "lora_bias=true gives the branches biases of their own")
 
     def structure(self, model: nn.Module) -> dict[str, Any]:

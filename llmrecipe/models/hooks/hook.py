@@ -136,7 +136,7 @@ def _kind(cls: type[Hook]) -> str:
     return kinds[0]
 
 
-def kind_of(hook: Hook) -> str:
+def hook_kind(hook: Hook) -> str:
     """Return which of the hook methods a hook overrides (exactly one)."""
     return _kind(type(hook))  # type: ignore[arg-type]
 
@@ -155,14 +155,14 @@ def add_hook(module: nn.Module, name: str, hook: Hook, owner: str) -> Hook:
     """
     if hasattr(module, name):
         raise ValueError(f"{type(module).__name__} already has a child called '{name}'")
-    if kind_of(hook) == "attention":
+    if hook_kind(hook) == "attention":
         refuse_unrouted(module, owner)
     hook.owner = owner
     hook.train(module.training)
     module.add_module(name, hook)
     hooks = [*getattr(module, "_hook_names", ()), name]
     module._hook_names = tuple(hooks)  # type: ignore[assignment]
-    if kind_of(hook) != "attention" and "_inner_forward" not in module.__dict__:
+    if hook_kind(hook) != "attention" and "_inner_forward" not in module.__dict__:
         # accelerate and bitsandbytes may already have replaced `forward` on the instance; keep what is there.
         object.__setattr__(module, "_inner_forward", module.__dict__.get("forward"))
         module.forward = types.MethodType(_hooked_forward, module)
@@ -202,7 +202,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
     """Remove a hook; removing the last one restores the module's own forward."""
     delattr(module, name)
     module._hook_names = tuple(n for n in module._hook_names if n != name)  # type: ignore[assignment,union-attr]
-    if not any(kind_of(getattr(module, n)) != "attention" for n in module._hook_names):  # type: ignore[union-attr]
+    if not any(hook_kind(getattr(module, n)) != "attention" for n in module._hook_names):  # type: ignore[union-attr]
         inner = module.__dict__.pop("_inner_forward", None)
         module.__dict__.pop("forward", None)
         if inner is not None:
@@ -212,7 +212,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
 def hooks_of(module: nn.Module, kind: str | None = None, active: bool = False) -> list[Hook]:
     """Return the hooks of a module in stack order, optionally of one kind and only the active ones."""
     hooks = [getattr(module, name) for name in getattr(module, "_hook_names", ())]
-    return [p for p in hooks if (kind is None or kind_of(p) == kind) and (not active or p.active())]
+    return [p for p in hooks if (kind is None or hook_kind(p) == kind) and (not active or p.active())]
 
 
 def all_hooks(model: nn.Module, owner: str | None = None) -> Iterator[tuple[str, nn.Module, str, Hook]]:
@@ -236,10 +236,10 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 
 def _hooked_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     hooks = [p for p in hooks_of(self) if p.active()]
-    note_called(p for p in hooks if kind_of(p) != "attention")
+    note_called(p for p in hooks if hook_kind(p) != "attention")
     inner = self.__dict__.get("_inner_forward") or types.MethodType(type(self).forward, self)
-    wrappers = sorted((p for p in hooks if kind_of(p) == "wrap_module"), key=lambda p: p.order)
-    others = any(kind_of(p) not in ("wrap_module", "attention") for p in hooks)
+    wrappers = sorted((p for p in hooks if hook_kind(p) == "wrap_module"), key=lambda p: p.order)
+    others = any(hook_kind(p) not in ("wrap_module", "attention") for p in hooks)
     call = functools.partial(_forward_with, self, hooks, inner) if others else inner
     if wrappers and args:
         names = [n for n in inspect.signature(type(self).forward).parameters if n != "self"]
@@ -268,7 +268,7 @@ def _forward_with(self: nn.Module, hooks: list[Hook], inner: Callable[..., Any],
         key = next(k for k in ("hidden_states", "input", "x", *kwargs) if isinstance(kwargs.get(k), Tensor))
         x, rest = kwargs.pop(key), ()
     for hook in hooks:
-        if kind_of(hook) == "before":
+        if hook_kind(hook) == "before":
             x = hook.before(x)
 
     extra: list[Any] = []
@@ -280,11 +280,11 @@ def _forward_with(self: nn.Module, hooks: list[Hook], inner: Callable[..., Any],
 
     call: Callable[[Tensor], Tensor] = base
     for hook in hooks:
-        if kind_of(hook) == "wrap_forward":
+        if hook_kind(hook) == "wrap_forward":
             call = _bind(hook, call)
-    with _replaced_tensors(self, sorted((p for p in hooks if kind_of(p) == "weight"), key=lambda p: p.order)):
+    with _replaced_tensors(self, sorted((p for p in hooks if hook_kind(p) == "weight"), key=lambda p: p.order)):
         y = call(x)
-    for hook in sorted((p for p in hooks if kind_of(p) == "after"), key=lambda p: p.order):
+    for hook in sorted((p for p in hooks if hook_kind(p) == "after"), key=lambda p: p.order):
         y = hook.after(x, y)
     return with_first(extra[0], y) if extra else y
 
@@ -342,7 +342,7 @@ def merge_hooks(model: nn.Module, owner: str) -> int:
 
     Replaced tensors go first, as in the forward pass: what is added to a tensor is added to the one in its place.
     """
-    found = sorted(all_hooks(model, owner), key=lambda place: kind_of(place[3]) != "weight")
+    found = sorted(all_hooks(model, owner), key=lambda place: hook_kind(place[3]) != "weight")
     for _, module, name, hook in found:
         hook.merge(module)
         remove_hook(module, name)

@@ -105,7 +105,7 @@ class Eval(Step):
 
         rewards = Rewards(self.reward, "reward")
         rewards.open(subject.roles)
-        tokenizer, model = subject.opened.tokenizer, subject.roles.model
+        tokenizer, model = subject.loaded.tokenizer, subject.roles.model
         ends = end_tokens(model, tokenizer)
         prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit, rewards.needs())
         asked: list[dict[str, Any]] = [{"ids": prompt_ids(tokenizer, p.turns), "columns": p.columns} for p in prompts]

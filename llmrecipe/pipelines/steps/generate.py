@@ -126,7 +126,7 @@ class Generate(Step):
 
     def _turns(self, subject: Subject, prompt: Prompt) -> str | list[dict[str, Any]]:
         """Return the prompt as the model received it: messages where a template renders it."""
-        if not subject.opened.tokenizer.chat_template:
+        if not subject.loaded.tokenizer.chat_template:
             return prompt.prompt
         has_system = prompt.turns[0]["role"] in ("system", "developer")
         return prompt.turns if has_system or not self.system else [{"role": "system", "content": self.system}, *prompt.turns]
@@ -135,8 +135,8 @@ class Generate(Step):
         """Return prompts with their token ids, and how many leave no room for an answer."""
         from llmrecipe.data.tokenize.chat_templates import prompt_ids
 
-        tokenizer = subject.opened.tokenizer
-        room = getattr(subject.opened.model.config, "max_position_embeddings", None)
+        tokenizer = subject.loaded.tokenizer
+        room = getattr(subject.loaded.model.config, "max_position_embeddings", None)
         asked = []
         prompts = self._prompts(split)
         for prompt in prompts:
@@ -155,7 +155,7 @@ class Generate(Step):
         from llmrecipe.engine.generation import answered, end_tokens, text_of
         from llmrecipe.engine.sampling import Sampling
 
-        model, tokenizer = subject.roles.model, subject.opened.tokenizer
+        model, tokenizer = subject.roles.model, subject.loaded.tokenizer
         ends = end_tokens(model, tokenizer)
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.batch, seed)
         prompts = [ids for ids in part for _ in range(self.n)]

@@ -122,22 +122,22 @@ class Leaderboard(Step):
 
         def ask(part: list[str], seed: int) -> list[dict[str, float]]:
             if not referee:
-                referee.append(self._duel(work.seed))
+                referee.append(self._head_to_head(work.seed))
             return [self._facts(referee[0], path) for path in part]
 
         values = work.each([self.against, *self.runs], ask, name="asked", count=lambda facts: facts[0])
         start = Entry(start_label(self.against), "start", work.seed, values[0])
         return [start, *(Entry(e.label, e.family, e.seed, {**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True))]
 
-    def _duel(self, seed: int) -> Any:
+    def _head_to_head(self, seed: int) -> Any:
         from llmrecipe.evaluation.evaluate_model import open_subject
-        from llmrecipe.evaluation.win_rate import Arena, Duel
+        from llmrecipe.evaluation.win_rate import HeadToHead, HeadToHeadConfig
 
         assert self.against is not None and self.prompts is not None
-        arena = Arena(
+        config = HeadToHeadConfig(
             self.prompts, self.pairs, self.reward, self.n, self.max_new_tokens, self.max_length, self.split, self.limit, seed
         )
-        return Duel(open_subject(self.against, []), arena)
+        return HeadToHead(open_subject(self.against, []), config)
 
     def _facts(self, referee: Any, path: str) -> dict[str, float]:
         from llmrecipe.evaluation.evaluate_model import open_subject

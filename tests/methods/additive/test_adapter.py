@@ -172,10 +172,10 @@ def test_layers_and_sizes_choose_where_and_how_wide() -> None:
 def test_norms_train_where_asked_and_only_in_adapted_blocks() -> None:
     wrapper = Adapter(name="adapter", train_norms=True, layers="0", r=4)
     model, stack = attached("llama", wrapper)
-    opened = {n for n, p in model.named_parameters() if p.requires_grad and "adapter" not in n}
-    assert opened == {"model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
+    loaded = {n for n, p in model.named_parameters() if p.requires_grad and "adapter" not in n}
+    assert loaded == {"model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
     assert not stack.reference_is_off()
-    assert set(stack.delta(model)) >= opened
+    assert set(stack.delta(model)) >= loaded
     survives_a_round_trip("llama", wrapper)
     bert, _ = attached("bert", Adapter(name="adapter", train_norms=True, r=4))
     assert trained(bert) == 2 * (2 * (2 * 32 * 4 + 4 + 32) + 2 * 2 * 32)

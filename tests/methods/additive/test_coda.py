@@ -278,7 +278,7 @@ def test_it_is_not_the_base_at_step_zero_and_the_reference_is_remembered() -> No
     assert not stack.reference_is_off()
     start = logits(model)
     assert not torch.equal(start, base_logits("bert"))
-    stack.take_reference(model)
+    stack.snapshot_reference(model)
     fill(model)
     with stack.reference(model):
         assert torch.equal(logits(model), start)

@@ -101,11 +101,11 @@ def test_each_document_of_a_batch_has_its_own_slots(packing: bool, position: str
 
 
 def test_columns_open_where_documents_start() -> None:
-    opened = opening(torch.tensor([[0, 3]]), 5, 2, 0)
+    loaded = opening(torch.tensor([[0, 3]]), 5, 2, 0)
     # documents a b c | d e -> virtual tokens 0 1 a b c | virtual tokens 0 1 d e
-    assert opened.order.tolist() == [[5, 6, 0, 1, 2, 5, 6, 3, 4]]
-    assert opened.new.tolist() == [[2, 3, 4, 7, 8]]
-    assert opened.close(opened.fill(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[8, 9]]))).tolist() == [[1, 2, 3, 4, 5]]
+    assert loaded.order.tolist() == [[5, 6, 0, 1, 2, 5, 6, 3, 4]]
+    assert loaded.new.tolist() == [[2, 3, 4, 7, 8]]
+    assert loaded.close(loaded.fill(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[8, 9]]))).tolist() == [[1, 2, 3, 4, 5]]
     behind = opening(torch.tensor([[0, 3]]), 5, 2, 1)
     assert behind.order.tolist() == [[0, 5, 6, 1, 2, 3, 5, 6, 4]]
     assert behind.moved.tolist() == [[False, True, True, False, True]]

@@ -296,7 +296,7 @@ def test_layerwise_leaves_other_weights_alone_while_they_are_swapped_in(tmp_path
     model.eval()
     frozen = model(x).detach().clone()
     run = make_run(model, tmp_path, perturb="layerwise", run={"objective": WithReference()})
-    run.stack.take_reference(model)
+    run.stack.snapshot_reference(model)
     for _ in range(2):
         run.step([data()])
     assert len(seen) == 4 and all(torch.equal(s, frozen) for s in seen)

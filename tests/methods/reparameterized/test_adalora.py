@@ -276,8 +276,8 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
     from llmrecipe.runs.open_model import open_model
 
     base = base_folder(tmp_path)
-    opened = open_model(ModelSection(path=str(base)), TokenizerSection())
-    model, stack, wrapper = adapted(model=opened.model, prune=prune)
+    loaded = open_model(ModelSection(path=str(base)), TokenizerSection())
+    model, stack, wrapper = adapted(model=loaded.model, prune=prune)
     optimizer = train(model, stack, 0, 7)
     if prune == "off":
         train(model, stack, 7, 10, optimizer)
@@ -288,7 +288,7 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
     layer = delta.Layer(
         {"adalora": delta.wrapper_mapping(wrapper)}, stack.structures(model), delta.DELTA_FILE, stack.delta(model)
     )
-    facts = {"path": str(base), "fingerprint": opened.base_fingerprint, "section": {}}
+    facts = {"path": str(base), "fingerprint": loaded.base_fingerprint, "section": {}}
     delta.write(tmp_path / "run" / "final", delta.Saved(facts, [layer]))
     wanted = model(input_ids=IDS).logits
     assert (wanted - tiny_model(vocab_size=VOCABULARY)(input_ids=IDS).logits).abs().max() > 0.05

@@ -15,7 +15,7 @@ from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened, merge_order
+from llmrecipe.runs.open_model import LoadedModel, merge_order
 from tests.interop.saved_runs import fill
 from tests.methods.twins import IDS
 from tests.tiny import tiny_model
@@ -79,7 +79,7 @@ def test_on_the_dora_of_an_earlier_run_it_decomposes_that_runs_weight_and_folds(
     torch.testing.assert_close(layer(x).double(), x.double() @ W.t() + layer.bias.double(), atol=2e-5, rtol=1e-4)
     wanted = model(input_ids=IDS).logits
     dequantize_model(model)
-    for wrapper in merge_order(Opened(model, None, None, mounted=[*mounted, *upper.wrappers])):  # type: ignore[arg-type]
+    for wrapper in merge_order(LoadedModel(model, None, None, mounted=[*mounted, *upper.wrappers])):  # type: ignore[arg-type]
         wrapper.merge(model)
     assert not list(all_hooks(model))
     merged = model.get_submodule(path).weight.double()
@@ -101,7 +101,7 @@ def test_on_an_embedding_that_an_earlier_run_adapted_too(first: Any) -> None:
     torch.testing.assert_close(table(IDS).double(), E.t()[IDS], atol=1e-5, rtol=1e-4)
     wanted = model(input_ids=IDS).logits
     upper.after_step(model, 0)
-    for wrapper in merge_order(Opened(model, None, None, mounted=[*mounted, *upper.wrappers])):  # type: ignore[arg-type]
+    for wrapper in merge_order(LoadedModel(model, None, None, mounted=[*mounted, *upper.wrappers])):  # type: ignore[arg-type]
         wrapper.merge(model)
     torch.testing.assert_close(table.weight.double(), E.t(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-3)
@@ -144,7 +144,7 @@ def test_what_lies_below_may_learn_too(family: str, low: Any, high: Any, in_plac
         torch.testing.assert_close(host(x).double(), wanted, atol=2e-5, rtol=1e-4)
     unmerged = model(input_ids=IDS).logits
     stack.after_step(model, 2)
-    for wrapper in merge_order(Opened(model, None, None, mounted=stack.wrappers)):  # type: ignore[arg-type]
+    for wrapper in merge_order(LoadedModel(model, None, None, mounted=stack.wrappers)):  # type: ignore[arg-type]
         wrapper.merge(model)
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=1e-4, rtol=1e-3)
 

@@ -22,7 +22,7 @@ from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened, merge_order
+from llmrecipe.runs.open_model import LoadedModel, merge_order
 from llmrecipe.training.memory_estimate import delta_bytes, weight_bytes
 from tests.interop.saved_runs import base_folder, saved_run
 from tests.methods.reparameterized.test_lora import fill
@@ -185,8 +185,8 @@ def test_saved_and_mounted_on_the_base_it_is_the_same_model_and_below_dora_its_w
         assert torch.equal(again(input_ids=IDS).logits, wanted)
     dequantize_model(again)
     torch.testing.assert_close(again(input_ids=IDS).logits, unmerged, atol=2e-4, rtol=1e-3)
-    opened = Opened(again, None, None, mounted=[*mounted, *dora.wrappers])  # type: ignore[arg-type]
-    for wrapper in merge_order(opened):
+    loaded = LoadedModel(again, None, None, mounted=[*mounted, *dora.wrappers])  # type: ignore[arg-type]
+    for wrapper in merge_order(loaded):
         wrapper.merge(again)
     assert not list(all_hooks(again))
     torch.testing.assert_close(again(input_ids=IDS).logits, unmerged, atol=2e-4, rtol=1e-3)

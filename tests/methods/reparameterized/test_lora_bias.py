@@ -17,7 +17,7 @@ from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened, merge_order
+from llmrecipe.runs.open_model import LoadedModel, merge_order
 from tests.interop.saved_runs import fill
 from tests.methods.twins import IDS
 from tests.tiny import tiny_model
@@ -82,8 +82,8 @@ def test_stacked_on_another_branch_it_folds_in_the_order_of_the_forward_pass(sec
     stack = put(model, *others)
     fill(model)
     unmerged = model(input_ids=IDS).logits
-    opened = Opened(model, None, None, mounted=stack.wrappers)  # type: ignore[arg-type]
-    for wrapper in merge_order(opened):
+    loaded = LoadedModel(model, None, None, mounted=stack.wrappers)  # type: ignore[arg-type]
+    for wrapper in merge_order(loaded):
         wrapper.merge(model)
     assert not list(all_hooks(model))
     torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=5e-5, rtol=1e-4)
@@ -125,8 +125,8 @@ def test_biases_trained_below_are_where_the_next_run_starts(above: Any, dtype: t
         assert torch.equal(model(input_ids=IDS).logits, wanted)
     unmerged = model(input_ids=IDS).logits
     if dtype == torch.float32:
-        opened = Opened(model, None, None, mounted=[*_mounted(model, layer), *upper.wrappers])  # type: ignore[arg-type]
-        for wrapper in merge_order(opened):
+        loaded = LoadedModel(model, None, None, mounted=[*_mounted(model, layer), *upper.wrappers])  # type: ignore[arg-type]
+        for wrapper in merge_order(loaded):
             wrapper.merge(model)
         torch.testing.assert_close(model(input_ids=IDS).logits, unmerged, atol=2e-5, rtol=1e-4)
 

@@ -124,7 +124,7 @@ def test_training_leaves_the_base_bit_equal_and_role_reference_sees_it():
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     start = loss_of(model)
     _, stack = attached(model)
-    stack.take_reference(model)
+    stack.snapshot_reference(model)
     optimizer = torch.optim.AdamW(list(trained(model).values()), lr=1e-2, weight_decay=0.1)
     for seed in range(3):
         optimizer.zero_grad()

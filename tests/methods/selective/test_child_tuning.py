@@ -155,13 +155,13 @@ def test_d_takes_the_top_of_the_blocks_and_freezes_the_rest_bit_for_bit():
 def test_d_trains_what_lies_outside_the_blocks():
     model = tiny_model("llama")
     stack = tuned(model, p=0.1, num_samples=2)
-    opened = {n for n, p in model.named_parameters() if p.requires_grad and ".child" not in n}
-    assert opened == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    loaded = {n for n, p in model.named_parameters() if p.requires_grad and ".child" not in n}
+    assert loaded == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     start = model.lm_head.weight.detach().clone()
     train(model, stack, 2)
     assert not torch.equal(start, model.lm_head.weight)
     delta = stack.wrappers[0].delta(model)
-    assert opened <= delta.keys()
+    assert loaded <= delta.keys()
     again = tiny_model("llama")
     other = Stack([ChildTuning(name="child", p=0.1)])
     other.attach(again, {"child": stack.wrappers[0].structure(model)})

@@ -129,7 +129,7 @@ def test_reference_is_the_base_after_training():
     batch = next(probe.batches(1))
     start = probe.loss(batch).detach()
     stack = fish(model, density=0.05)
-    stack.take_reference(model)
+    stack.snapshot_reference(model)
     train(model, stack)
     assert not torch.equal(probe.loss(batch), start)
     with torch.no_grad(), stack.reference(model):

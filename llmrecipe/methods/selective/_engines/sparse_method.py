@@ -168,14 +168,14 @@ def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
     }
 
 
-def settle(model: nn.Module) -> None:
+def finalize_selections(model: nn.Module) -> None:
     """Write the deltas of active selections into every tensor, before anything is folded into it."""
     for _, module, _, hook in list(all_hooks(model)):
         if isinstance(hook, SparseDelta) and hook.mode == "inplace":
             hook.sync(getattr(module, hook.tensor))
 
 
-def take_off(module: nn.Module, hook: SparseDelta) -> None:
+def withdraw(module: nn.Module, hook: SparseDelta) -> None:
     """Write what is below this stack into the tensor: the base and the mounted deltas that the context leaves enabled.
 
     The next forward pass writes the rest.
@@ -186,7 +186,7 @@ def take_off(module: nn.Module, hook: SparseDelta) -> None:
 
 def base_digest(module: nn.Module, hook: SparseDelta) -> str:
     """Hash the numbers a delta is added to."""
-    take_off(module, hook)
+    withdraw(module, hook)
     return digest(take(getattr(module, hook.tensor), hook.layout, hook.idx))
 
 
@@ -205,7 +205,7 @@ def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) ->
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for _, module, hook in sparse_hooks(model, owner):
-        take_off(module, hook)
+        withdraw(module, hook)
     for name, value in delta.items():
         state[name].copy_(value)
     for _, module, hook in sparse_hooks(model, owner):

@@ -69,9 +69,9 @@ class Sampled:
         """
         check_rewards(self.live.rewards, data)
 
-    def prepare_roles(self, opened: Any, frozen: bool) -> None:
+    def prepare_roles(self, loaded: Any, frozen: bool) -> None:
         """Mount reward models on the policy's base."""
-        self.live.rewards.prepare(opened, frozen)
+        self.live.rewards.prepare(loaded, frozen)
 
     def reference_of(self) -> str:
         """Return `initial`, the policy of step 0, or `none` where no reference is needed."""

@@ -22,7 +22,7 @@ from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
-from llmrecipe.runs.open_model import Opened
+from llmrecipe.runs.open_model import LoadedModel
 
 ROLE = "reward"
 TOKENS = 8192
@@ -84,7 +84,7 @@ class SharedReward:
     """Mounted wrappers of the reward model alone; they serve the role `reward` and no other."""
 
 
-def add_reward(policy: Opened, run: str) -> SharedReward:
+def add_reward(policy: LoadedModel, run: str) -> SharedReward:
     """Mount a finished reward run on a loaded policy of the same base, without a second copy of the base.
 
     Stacks that both have in common (the SFT run both continue) are shared; the rest of the reward run's stacks serve the role
