@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 from llmrecipe.core import registry
-from llmrecipe.recipe.validate import check_stack
+from llmrecipe.recipe.stack_rules import Declared, refusals
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,7 @@ def pairs() -> list[Pair]:
     """Return every unordered pair of registered wrappers, a kind with itself included (as two instances)."""
     found = []
     for first, second in combinations_with_replacement(registry.names("stack"), 2):
-        stack = {"a": {"kind": first}, "b": {"kind": second}}
-        mistakes = [m.text for m in check_stack(stack) if "needs" not in m.text]
-        reason = (
-            mistakes[0].replace("a and b cannot share a stack: ", "").replace("b and a cannot share a stack: ", "")
-            if mistakes
-            else None
-        )
+        stack = [Declared.of_spec(name, registry.spec("stack", kind)) for name, kind in (("a", first), ("b", second))]
+        reason = next((refusal.reason for refusal in refusals(stack) if refusal.reason), None)
         found.append(Pair(first, second, reason))
     return found

@@ -21,6 +21,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
 from llmrecipe.recipe.provenance import Origin, origin_of
 from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.stack_rules import Declared, refusals
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 SINGLE = ("objective", "optim", "schedule")
@@ -159,26 +160,8 @@ def _no_kind(group: str, at: KeyPath, others: Sequence[str]) -> str:
 def check_stack(stack: Mapping[str, Any]) -> list[Mistake]:
     """Return what the declarations of the kinds forbid: conflicts, missing requirements, two update rules."""
     entries = {str(name): body.get("kind") for name, body in stack.items() if isinstance(body, Mapping)}
-    known = {name: registry.spec("stack", kind) for name, kind in entries.items() if kind in registry.names("stack")}
-    mistakes: list[Mistake] = []
-    refused: set[frozenset[str]] = set()
-    for name, spec in known.items():
-        conflicts = spec.facts.get("conflicts") or {}
-        for other, other_spec in known.items():
-            pair = frozenset((name, other))
-            if other != name and isinstance(conflicts, dict) and other_spec.name in conflicts and pair not in refused:
-                refused.add(pair)
-                mistakes.append(
-                    Mistake(("stack", name), f"{name} and {other} cannot share a stack: {conflicts[other_spec.name]}")
-                )
-        requires = spec.facts.get("requires") or ()
-        for kind in requires if isinstance(requires, tuple | list) else ():
-            if kind not in {s.name for s in known.values()}:
-                mistakes.append(Mistake(("stack", name), f"{spec.name} needs {kind} in the stack too"))
-    rules = [name for name, spec in known.items() if str(spec.facts.get("stage")).endswith("RULE")]
-    if len(rules) > 1:
-        mistakes.append(Mistake(("stack", rules[1]), f"{' and '.join(rules)} both replace the update rule; keep one"))
-    return mistakes
+    known = [Declared.of_spec(n, registry.spec("stack", k)) for n, k in entries.items() if k in registry.names("stack")]
+    return [Mistake(("stack", refusal.name), refusal.text) for refusal in refusals(known)]
 
 
 def instantiate(recipe: Recipe) -> Parts:

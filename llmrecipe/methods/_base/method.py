@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,6 +89,10 @@ class Wrapper:
     """Kinds that must be in the stack too."""
     conflicts: ClassVar[dict[str, str]] = {}
     """Kind -> the one-line reason why it cannot share a stack with this one."""
+    needs_gradients: ClassVar[str] = ""
+    """What the method does with gradients, such as `masks gradients`, where it cannot do without them."""
+    gradient_free: ClassVar[bool] = False
+    """Whether it is an update rule that makes no gradients."""
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ()
     """Lifecycle hooks the method depends on; the run stops when one has not fired by the end of step 1."""
 
@@ -96,6 +100,16 @@ class Wrapper:
     """Its key in the stack; owns every tensor called `....<name>....`."""
     role: str = ""
     """The one role its hooks serve (`value`, `reward`); empty for the policy's own methods, which serve all but `reference`."""
+
+    def check_stack(self, wrappers: Sequence[Wrapper]) -> None:
+        """Refuse what its options and the rest of the stack make impossible, before any weight is read.
+
+        Args:
+            wrappers: the entire stack, this one included.
+
+        Raises:
+            RecipeError: naming the option.
+        """
 
     def expand(self, model: nn.Module) -> list[Wrapper]:
         """Return the wrappers this one stands for; a hybrid returns others, with placements and gates."""
@@ -144,6 +158,11 @@ class Wrapper:
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Change or inspect the gradients of the step, summed and clipped, before the optimizer moves."""
+
+    @classmethod
+    def reads_gradients(cls) -> bool:
+        """Return whether the method acts on gradients, also where it does not declare that (`needs_gradients`)."""
+        return bool(cls.needs_gradients) or cls.after_backward is not Wrapper.after_backward
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Change or inspect the trained tensors after the optimizer has moved; gradients still exist."""

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError, UserError
 from llmrecipe.core.forward_context import activate, current
+from llmrecipe.core.registry import name_of
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.fp32_master import raise_to_master
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.task_heads import is_head
+from llmrecipe.recipe.stack_rules import Declared, refusals
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.update_rule import UpdateRule
@@ -250,26 +252,19 @@ def check_legal(wrappers: list[Wrapper]) -> None:
     """Refuse impossible stacks, naming both sides and the reason.
 
     Raises:
-        RecipeError: two rules, a declared conflict, a missing requirement or a reused name.
+        RecipeError: a reused name, what `stack_rules` forbids, or what options of a wrapper forbid.
     """
     names = Counter(w.name for w in wrappers)
     for name, count in names.items():
         if count > 1:
             raise RecipeError(f"stack: two wrappers are called '{name}'")
-    kinds = {kind_name(w): w for w in wrappers}
+    for refusal in refusals([Declared.of_wrapper(w) for w in wrappers]):
+        raise RecipeError(f"stack.{refusal.name}: {refusal.text}")
     for wrapper in wrappers:
-        for kind, reason in wrapper.conflicts.items():
-            other = kinds.get(kind)
-            if other is not None and other is not wrapper:
-                raise RecipeError(f"stack: '{wrapper.name}' and '{other.name}' cannot be stacked: {reason}")
-        for kind in wrapper.requires:
-            if kind not in kinds:
-                raise RecipeError(f"stack.{wrapper.name}: {kind_name(wrapper)} needs {kind} in the stack")
-    rules = [w.name for w in wrappers if w.stage is Stage.RULE]
-    if len(rules) > 1:
-        raise RecipeError(f"stack: {' and '.join(rules)} both replace how an update is made; keep one")
+        with _named(wrapper):
+            wrapper.check_stack(wrappers)
 
 
 def kind_name(wrapper: Wrapper) -> str:
     """Return the registered name of a wrapper: the stem of its file."""
-    return type(wrapper).__module__.rsplit(".", 1)[-1]
+    return name_of(type(wrapper))

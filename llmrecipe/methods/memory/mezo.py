@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -58,10 +59,7 @@ class Mezo(Wrapper):
     stage: ClassVar[Stage] = Stage.RULE
     mergeable: ClassVar[bool] = True
     masters: ClassVar[bool] = False
-    conflicts: ClassVar[dict[str, str]] = {
-        "adalora": "it moves ranks by the size of gradients, and zeroth-order training has none",
-        "smt": "it picks blocks by gradients of warm-up steps, and zeroth-order training has none",
-    }
+    gradient_free: ClassVar[bool] = True
 
     eps: PositiveFloat = 1e-3
     """Size of the perturbation."""
@@ -93,6 +91,18 @@ class Mezo(Wrapper):
     """Largest |g|."""
     store_history: bool = True
     """Write mezo_history.bin (10 bytes a step), from which `replay` makes the weights again."""
+
+    def check_stack(self, wrappers: Sequence[Wrapper]) -> None:
+        """Refuse layerwise moves under a penalty on weights, and stored moments without the history that rebuilds them."""
+        if self.perturb == "layerwise" and (named := penalized(wrappers)):
+            raise RecipeError(
+                f"stack.{self.name}.perturb: the penalty of {', '.join(named)} reads weights outside their modules, where "
+                "layerwise does not perturb them; use inplace"
+            )
+        if self.window() is None and not self.store_history:
+            raise RecipeError(
+                f"stack.{self.name}.moments: stored moments are rebuilt from the history on resume; set store_history=true"
+            )
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add nothing.
@@ -143,6 +153,11 @@ class Mezo(Wrapper):
 
 
 _CHECKPOINTING = "model.gradient_checkpointing: zeroth-order training keeps no activations to recompute; set it to false"
+
+
+def penalized(wrappers: Iterable[Wrapper]) -> list[str]:
+    """Return the names of the wrappers whose penalty adds a term."""
+    return [w.name for w in wrappers if w.penalizes()]
 
 
 def _recomputes(model: nn.Module) -> bool:
@@ -268,15 +283,9 @@ class ZerothOrder:
         return found
 
     def _layerwise(self, context: StepContext) -> bool:
-        penalised = [w.name for w in context.stack if w.penalizes()]
-        if self.config.perturb == "layerwise" and penalised:
-            raise RecipeError(
-                f"stack.{self.config.name}.perturb: the penalty of {', '.join(penalised)} reads weights outside their "
-                "modules, where layerwise does not perturb them; use inplace"
-            )
         if self.config.perturb != "auto":
             return self.config.perturb == "layerwise"
-        return not penalised and any(t.parameter.dtype in (torch.float16, torch.bfloat16) for t in self.trained)
+        return not penalized(context.stack) and any(t.parameter.dtype in (torch.float16, torch.bfloat16) for t in self.trained)
 
     def _refuse(self, context: StepContext, trained: list[Trained]) -> None:
         name = f"stack.{self.config.name}"
@@ -284,13 +293,8 @@ class ZerothOrder:
             raise RecipeError(f"{name}: nothing in this stack trains")
         if _recomputes(context.model):
             raise RecipeError(_CHECKPOINTING)
-        greedy = [w.name for w in context.stack if type(w).after_backward is not Wrapper.after_backward]
-        if greedy:
-            raise RecipeError(f"{name}: {', '.join(greedy)} works on gradients, and zeroth-order training has none")
         if any(hasattr(t.parameter, "placements") for t in trained):
             raise RecipeError(f"{name}: sharded weights (FSDP, ZeRO) are not supported; use plain data parallel")
-        if self.config.window() is None and not self.config.store_history:
-            raise RecipeError(f"{name}.moments: stored moments are rebuilt from the history on resume; set store_history=true")
 
 
 def _generators(context: StepContext) -> list[tuple[torch.device, torch.Tensor]]:

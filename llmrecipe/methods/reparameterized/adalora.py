@@ -154,7 +154,7 @@ class Adalora(Wrapper):
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("penalty", "after_step")
-    conflicts: ClassVar[dict[str, str]] = {"mezo": "the allocator scores gradients, and mezo makes none"}
+    needs_gradients: ClassVar[str] = "moves ranks by the size of gradients"
 
     target: str = "all-linear"
     """Linear sites that share the budget."""

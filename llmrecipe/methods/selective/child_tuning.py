@@ -50,7 +50,7 @@ class ChildTuning(SparseMethod, Wrapper):
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")
-    conflicts: ClassVar[dict[str, str]] = {"mezo": "it masks gradients, and zeroth-order training has none"}
+    needs_gradients: ClassVar[str] = "masks gradients, or chooses entries by them"
 
     variant: Literal["f", "d"] = "d"
     """f: a fresh random mask each step; d: one Fisher mask for the run."""

@@ -42,6 +42,7 @@ class DiffPruning(GatePhase, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
+    needs_gradients: ClassVar[str] = "learns gates by gradients"
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "penalty")
     conflicts: ClassVar[dict[str, str]] = {
         "nf4": "its first phase replaces base weights by sums, which quantized weights cannot be",

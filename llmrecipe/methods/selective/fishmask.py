@@ -36,6 +36,7 @@ class Fishmask(SparseMethod, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
+    needs_gradients: ClassVar[str] = "chooses entries by squared gradients"
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_step",)
 
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005

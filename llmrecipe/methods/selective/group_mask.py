@@ -50,6 +50,7 @@ class GroupMask(GatePhase, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
+    needs_gradients: ClassVar[str] = "chooses groups by squared gradients, or learns gates by them"
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")
 
     group: Literal["tensor", "row", "column", "head", "neuron", "layer"] = "row"  # type: ignore[misc]

@@ -43,6 +43,7 @@ class Spt(SparseMethod, Wrapper):
 
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
+    needs_gradients: ClassVar[str] = "chooses entries and sites by gradients"
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_step",)
 
     budget: PositiveFloat = 0.005

@@ -621,7 +621,7 @@ def test_what_needs_gradients_is_refused(tmp_path) -> None:
     with pytest.raises(RecipeError, match="gradient_checkpointing"):
         make_run(model, tmp_path)
     lora = registry.load("stack", "lora")(name="lora")
-    with pytest.raises(RecipeError, match="greedy works on gradients"):
+    with pytest.raises(RecipeError, match="works on gradients, and mezo makes none"):
         make_run(llama(torch.float32), tmp_path, (lora, Greedy(name="greedy")), run={"objective": Next()}).step(IDS)
     with pytest.raises(RecipeError, match="use inplace"):
         make_run(llama(), tmp_path, (lora, Penalised(name="p")), perturb="layerwise", run={"objective": Next()}).step(IDS)

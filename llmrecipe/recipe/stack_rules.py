@@ -1,0 +1,110 @@
+"""Which wrappers may share a stack: one rule for recipes, tables of pairs and runs, from what each kind declares.
+
+Recipes and tables read the declarations from the source, without importing a method; a run reads them from the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from llmrecipe.core.registry import Spec, name_of
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What one entry of a stack declares of its company."""
+
+    name: str
+    """Its key in the stack."""
+    kind: str
+    is_rule: bool = False
+    """Whether it replaces how an update is made."""
+    gradient_free: bool = False
+    """Whether the update it makes needs no gradients, so that there are none."""
+    needs_gradients: str = ""
+    """What it does with gradients, where it cannot do without."""
+    conflicts: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> why it cannot share a stack with this one."""
+    requires: Sequence[str] = ()
+    """Kinds that must be in the stack too."""
+
+    @classmethod
+    def of_spec(cls, name: str, spec: Spec) -> Declared:
+        """Return what the source of a kind declares."""
+        return cls._of(name, spec.name, {key: spec.facts.get(key) for key in FACTS})
+
+    @classmethod
+    def of_wrapper(cls, wrapper: Any) -> Declared:
+        """Return what the class of a built wrapper declares."""
+        kind = type(wrapper)
+        found = {key: getattr(kind, key, None) for key in FACTS}
+        if not found["needs_gradients"] and wrapper.reads_gradients():
+            found["needs_gradients"] = "works on gradients"
+        return cls._of(wrapper.name, name_of(kind), found)
+
+    @classmethod
+    def _of(cls, name: str, kind: str, facts: Mapping[str, Any]) -> Declared:
+        stage = getattr(facts["stage"], "name", facts["stage"])
+        return cls(
+            name,
+            kind,
+            str(stage).endswith("RULE"),
+            bool(facts["gradient_free"]),
+            str(facts["needs_gradients"] or ""),
+            facts["conflicts"] if isinstance(facts["conflicts"], Mapping) else {},
+            tuple(facts["requires"] or ()),
+        )
+
+    def refuses(self, other: Declared) -> str | None:
+        """Return why this one cannot share a stack with another one; None where nothing it declares forbids it."""
+        if other.kind in self.conflicts:
+            return self.conflicts[other.kind]
+        if self.needs_gradients and other.gradient_free:
+            return f"{self.kind} {self.needs_gradients}, and {other.kind} makes none"
+        return None
+
+
+FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "requires")
+"""Class attributes that are read."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a stack is impossible."""
+
+    name: str
+    """The entry that is named first."""
+    text: str
+    reason: str = ""
+    """The bare reason, where it is between two entries."""
+
+
+def refusals(stack: Sequence[Declared]) -> list[Refusal]:
+    """Return everything the declarations forbid: conflicts, missing requirements, two update rules."""
+    return [*_conflicts(stack), *_missing(stack), *_rules(stack)]
+
+
+def _conflicts(stack: Sequence[Declared]) -> Iterator[Refusal]:
+    for first, second in combinations(stack, 2):
+        for one, other in ((first, second), (second, first)):
+            if reason := one.refuses(other):
+                yield Refusal(one.name, f"{one.name} and {other.name} cannot share a stack: {reason}", reason)
+                break
+
+
+def _missing(stack: Sequence[Declared]) -> Iterator[Refusal]:
+    kinds = {entry.kind for entry in stack}
+    for entry in stack:
+        for kind in entry.requires:
+            if kind not in kinds:
+                yield Refusal(entry.name, f"{entry.kind} needs {kind} in the stack too")
+
+
+def _rules(stack: Sequence[Declared]) -> Iterator[Refusal]:
+    rules = [entry.name for entry in stack if entry.is_rule]
+    if len(rules) > 1:
+        text = f"{' and '.join(rules)} both replace the update rule; keep one"
+        yield Refusal(rules[1], text, "both replace the update rule; keep one")
