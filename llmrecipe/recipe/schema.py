@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -145,6 +146,10 @@ class RunSection(Section):
     name: str | None = Field(None, description="Name used in the path; default: the recipe's.")
     parallel: PositiveInt = Field(1, description="Stages of a pipeline that may run at once, GPUs and cores divided.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
+    max_skipped: Fraction = Field(
+        0.1,
+        description="Largest share of the last 100 steps (of all in a shorter run) that `on_nan: skip` leaves out.",
+    )
 
 
 class RangeSection(Section):
@@ -220,7 +225,7 @@ class Recipe(Section):
     log: LogSection = Field(default_factory=LogSection)
     run: RunSection = Field(default_factory=RunSection)
     seed: NonNegativeInt = 0
-    steps: NonNegativeInt | None = Field(None, description="Optimizer steps; takes precedence over epochs.")
+    steps: PositiveInt | None = Field(None, description="Optimizer steps; takes precedence over epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the training rows.")
     batch: BatchSection = Field(default_factory=BatchSection)
     search: SearchSection | None = None

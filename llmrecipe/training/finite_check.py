@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from llmrecipe.training.optimizer_state import optimizer_state
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
 
+WINDOW = 100
+"""Recent steps whose skipped share is bounded (`run.max_skipped`)."""
 SHOWN = 3
 """Tensors named in the message."""
 
@@ -55,6 +58,28 @@ def check(run: RunState) -> None:
     if run.optimizer is not None:
         state, _ = optimizer_state(run.optimizer)
         _refuse(run, "optimizer state", not_finite(state), len(state))
+
+
+def skip(run: RunState, cause: str) -> None:
+    """Count the running step as skipped.
+
+    Args:
+        cause: what was not finite, and where its batch is.
+
+    Raises:
+        RunError: more than `run.max_skipped` of the recent steps were skipped, one of them always allowed where any is.
+    """
+    progress, share = run.progress, run.recipe.run.max_skipped
+    number = progress.step + 1
+    progress.skipped += 1
+    progress.skipped_lately = [step for step in progress.skipped_lately if step > number - WINDOW] + [number]
+    window = min(WINDOW, run.steps)
+    count = len(progress.skipped_lately)
+    if count > math.ceil(share * window):
+        raise RunError(
+            f"{cause}. This is skipped step {count} of the last {min(number, WINDOW)}, and run.max_skipped={share:g} allows "
+            f"{math.ceil(share * window)} of {window}: the run does not recover. A lower optim.lr often helps"
+        )
 
 
 def check_updated(run: RunState) -> None:

@@ -16,7 +16,7 @@ from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
 from llmrecipe.runs.open_model import original
-from llmrecipe.training import build_run, save_run
+from llmrecipe.training import build_run, finite_check, save_run
 from llmrecipe.training.build_run import abandoned, build
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.run_state import RunState
@@ -106,14 +106,14 @@ class Run(RunState):
         """Save the batch, then stop or report that the step was skipped.
 
         Raises:
-            RunError: `run.on_nan` is `stop`.
+            RunError: `run.on_nan` is `stop`, or too many of the recent steps were skipped.
         """
         path = save_run.save_batch(self, micros)
         text = f"step {self.progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the batch is in {path}"
         self.events.warning(text)
         if self.recipe.run.on_nan == "stop":
             raise RunError(f"{text}. A lower optim.lr often helps; run.on_nan=skip leaves such steps out")
-        self.progress.skipped += 1
+        finite_check.skip(self, text)
 
     def report_step(self, result: StepResult, micros: list[Batch], seconds: float) -> None:
         """Write the step event."""

@@ -34,6 +34,8 @@ class Progress:
     """Real tokens the model has read in training, on this process."""
     skipped: int = 0
     """Steps that made no update because a loss or a gradient was not finite (`run.on_nan: skip`)."""
+    skipped_lately: list[int] = field(default_factory=list)
+    """Numbers of those among the last `finite_check.WINDOW` steps."""
 
     def advance(self, micros: list[Batch]) -> None:
         """Count one more optimizer step."""

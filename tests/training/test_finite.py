@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.training import run as run_module
 from llmrecipe.training import save_run
-from llmrecipe.training.finite_check import not_finite
+from llmrecipe.training.finite_check import WINDOW, not_finite, skip
 from llmrecipe.training.run import Run
-from tests.trainings import train_recipe
+from llmrecipe.training.run_state import Progress
+from tests.trainings import resume, train_recipe
 
 ONE = ["steps=1", "batch.size=1", "data.limit=3", "data.packing=off", "eval.batches=1", "eval.at_start=false"]
 HUGE = {
@@ -107,8 +109,53 @@ def test_finite_best_weights_do_not_excuse_last_ones_that_are_not(tmp_path: Path
 def test_a_run_whose_every_step_was_skipped_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "clip", lambda run: float("nan"))
     with pytest.raises(RunError, match="all 2 steps had a loss or a gradient that was not finite and were skipped"):
-        train_recipe(tmp_path / "run", "sft_lora", *ONE, "steps=2", "run.on_nan=skip")
+        train_recipe(tmp_path / "run", "sft_lora", *ONE, "steps=2", "run.on_nan=skip", "run.max_skipped=1.0")
     assert state(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "skipped", "stops_at"),
+    [
+        (0.1, 1000, [*range(5, 205, 20), *range(300, 310), 320], 320),
+        (0.1, 1000, range(1, 1001, 10), None),
+        (0.1, 1000, range(1, 1001, 9), 91),
+        (0.1, 2, [2], None),
+        (0.1, 2, [1, 2], 2),
+        (0.0, 50, [7], 7),
+        (1.0, 50, range(1, 51), None),
+    ],
+)
+def test_the_share_of_recent_steps_that_may_be_skipped(share: float, steps: int, skipped: Any, stops_at: int | None) -> None:
+    """Counted by hand: the eleventh of the last 100 stops a run that allows a tenth."""
+    run: Any = SimpleNamespace(progress=Progress(), steps=steps, recipe=SimpleNamespace(run=SimpleNamespace(max_skipped=share)))
+    stopped = None
+    for number in skipped:
+        run.progress.step = number - 1
+        try:
+            skip(run, f"step {number}: loss nan")
+        except RunError as error:
+            stopped = number
+            assert f"step {number}: loss nan" in str(error) and f"run.max_skipped={share:g} allows" in str(error)
+            break
+    assert stopped == stops_at
+    assert len(run.progress.skipped_lately) <= WINDOW
+
+
+def test_a_run_that_does_not_recover_stops_and_a_resume_knows_what_it_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "clip", lambda run: float("nan") if run.progress.step else 1.0)
+    words = [*ONE, "steps=30", "data.limit=64", "run.on_nan=skip", "save.every=2"]
+    with pytest.raises(RunError, match=r"step 5: .*skipped step 4 of the last 5, and run\.max_skipped=0\.1 allows 3 of 30"):
+        train_recipe(tmp_path / "run", "sft_lora", *words)
+    assert state(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run" / "final").exists()
+    with pytest.raises(RunError, match=r"step 5: .*skipped step 4 of the last 5"):
+        resume(tmp_path / "run")
+
+
+def test_no_step_at_all_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"steps: must be .*; got 0"):
+        train_recipe(tmp_path / "run", "sft_lora", "steps=0")
 
 
 @pytest.mark.slow
