@@ -49,7 +49,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def here(child: Any, planned: Any, continued: bool, enough: Any = None) -> int:
         names.append(planned.name)
-        return app.run(command_of(planned, continued))
+        return app.run_command(command_of(planned, continued))
 
     monkeypatch.setattr(run_stages, "execute", here)
     return names

@@ -107,7 +107,7 @@ def build(kind: str, packing: bool = True, calibrate: bool = True, family: str |
     """A subject; data-dependent choices are made on the rows above."""
     torch.manual_seed(0)
     model = tiny_model(family or FAMILY.get(kind, "llama"))
-    wrapper = registry.load("stack", kind)(name=kind, **{**OPTIONS.get(kind, {}), **options})
+    wrapper = registry.load_class("stack", kind)(name=kind, **{**OPTIONS.get(kind, {}), **options})
     stack = Stack([wrapper])
     torch.manual_seed(1)
     stack.attach(model)
@@ -134,7 +134,7 @@ def probe_of(subject: Subject) -> Probe:
 
 
 def optimizer_of(subject: Subject, decay: float = 0.1) -> torch.optim.Optimizer:
-    config = registry.load("optim", "adamw")(lr=1e-2, weight_decay=decay)
+    config = registry.load_class("optim", "adamw")(lr=1e-2, weight_decay=decay)
     return build_optimizer(config, parameter_groups(subject.model, config, subject.stack.groups(subject.model)))
 
 
@@ -149,7 +149,7 @@ def run_steps(subject: Subject, steps: int = 3) -> list[float]:
     for step in range(steps):
         if subject.stack.before_step(subject.model, step):
             optimizer = build_run.optimizer_for(
-                subject.model, registry.load("optim", "adamw")(lr=1e-2), subject.stack, keep=optimizer
+                subject.model, registry.load_class("optim", "adamw")(lr=1e-2), subject.stack, keep=optimizer
             )
         losses.append(subject.step(optimizer, step))
     return losses
@@ -213,7 +213,7 @@ def test_a_saved_delta_gives_the_same_model_bit_for_bit(kind: str) -> None:
     wanted = outputs(subject)
     torch.manual_seed(0)
     model = tiny_model()
-    stack = Stack([registry.load("stack", kind)(name=kind, **OPTIONS.get(kind, {}))])
+    stack = Stack([registry.load_class("stack", kind)(name=kind, **OPTIONS.get(kind, {}))])
     torch.manual_seed(99)
     stack.attach(model, structures)
     stack.restore(model, delta)
@@ -383,7 +383,7 @@ def test_the_source_view_of_a_component_is_its_class(name: str) -> None:
     import dataclasses
 
     for spec in registry.find(name):
-        cls = registry.load(spec.group, spec.name)
+        cls = registry.load_class(spec.group, spec.name)
         interfaces = [base for base in cls.__mro__[1:] if base.__name__ in registry.INTERFACES]
         inherited = {f.name for base in interfaces if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
         real = {f.name for f in dataclasses.fields(cls)} - inherited

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from llmrecipe import plugin
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RecipeError, UserError
 from llmrecipe.core.paths import PACKAGE

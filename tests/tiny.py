@@ -10,7 +10,7 @@ from torch import nn
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models.attention import install
+from llmrecipe.models.attention import install_attention
 
 
 def tiny_config(family: str = "llama", **more: Any) -> Any:
@@ -62,7 +62,7 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **more:
                 parameter.mul_(scale)
             elif "norm" not in name and "ln" not in name:
                 parameter.normal_(std=0.1)
-    install(model, "sdpa")
+    install_attention(model, "sdpa")
     return model.eval()
 
 

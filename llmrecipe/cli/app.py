@@ -23,7 +23,7 @@ from llmrecipe.core.redact import redact_text
 PANELS = ("Train", "Look", "Use", "Tools")
 
 
-def build() -> typer.Typer:
+def build_app() -> typer.Typer:
     """Build the application with every verb of this folder."""
     app = typer.Typer(
         name="llmrecipe",
@@ -59,13 +59,13 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 2 the user's input, 1 our bug, 130 interrupted."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
 
-def run(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """Run the command line and return the exit code instead of exiting."""
     try:
-        result = build()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
+        result = build_app()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
         return result if isinstance(result, int) else 0
     except UserError as error:
         # All processes of one run hit the same user error; one of them reports it.

@@ -12,7 +12,7 @@ import typer
 from llmrecipe.core.errors import RecipeError, did_you_mean
 
 
-def complete(incomplete: str) -> list[str]:
+def complete_word(incomplete: str) -> list[str]:
     """Return the completions of a word: recipe names after `recipe=`, choices after a group, key paths otherwise."""
     from llmrecipe.core import registry
     from llmrecipe.recipe.compose import section_defaults
@@ -35,7 +35,7 @@ Words = Annotated[
     typer.Argument(
         metavar="[recipe=NAME] [key=value ...]",
         help="recipe=NAME or recipe=FILE, and overrides such as optim.lr=1e-4 stack=\\[nf4,lora] ~stack.lora",
-        autocompletion=complete,
+        autocompletion=complete_word,
         show_default=False,
     ),
 ]
@@ -51,7 +51,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
 @dataclass(frozen=True)
-class Request:
+class VerbWords:
     """The words of a verb, sorted."""
 
     recipe: str | None
@@ -59,7 +59,7 @@ class Request:
     overrides: list[str]
 
 
-def sort_words(words: list[str] | None) -> Request:
+def sort_words(words: list[str] | None) -> VerbWords:
     """Take `recipe=` and `resume=` out of the words; the rest are overrides.
 
     Raises:
@@ -77,7 +77,7 @@ def sort_words(words: list[str] | None) -> Request:
         if not value:
             raise RecipeError(f"'{word}': {key}= needs a name or a path")
         taken[key] = value
-    return Request(taken.get("recipe"), taken.get("resume"), overrides)
+    return VerbWords(taken.get("recipe"), taken.get("resume"), overrides)
 
 
 def runs_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
@@ -87,7 +87,7 @@ def runs_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
     return runs, [word for word in given if word not in runs]
 
 
-def need_recipe(request: Request, verb: str) -> str:
+def need_recipe(request: VerbWords, verb: str) -> str:
     """Return the recipe of a request.
 
     Raises:

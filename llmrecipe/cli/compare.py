@@ -33,7 +33,7 @@ def verb(
         check_metric(records, name)
     wanted = metric or [m for m in ("loss", "eval/loss") if any(r.curve(m) for r in records)]
     if plot is not None:
-        draw(records, wanted, plot)
+        draw_panels(records, wanted, plot)
     if as_json:
         curves = {r.name: {m: r.curve(m) for m in wanted} for r in records}
         facts = {r.name: r.facts() for r in records}
@@ -68,7 +68,7 @@ def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str
                 screen.print(f"{metric:12} {sparkline(curve, 50):50} {ends}  {record.name}", markup=False)
 
 
-def draw(records: list[Record], metrics: list[str], path: Path) -> None:
+def draw_panels(records: list[Record], metrics: list[str], path: Path) -> None:
     """Draw one panel per metric, one line per run.
 
     Raises:

@@ -76,15 +76,15 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.data.tokenize.row_type import row_type
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
-    from llmrecipe.runs.open_model import resolve
+    from llmrecipe.runs.open_model import resolve_section
     from llmrecipe.training.build_run import tasks_of
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")
-    rows = spec.facts.get("rows") or registry.load("objective", kind).rows
+    rows = spec.facts.get("rows") or registry.load_class("objective", kind).rows
     default = spec.options["mask"].default if "mask" in spec.options else spec.facts.get("mask")
     mask = recipe.objective.get("mask") or default or "completion"
-    base, saved, folder = resolve(recipe.model)
+    base, saved, folder = resolve_section(recipe.model)
     section = recipe.tokenizer
     if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
         section = section.model_copy(update={"path": str(folder)})

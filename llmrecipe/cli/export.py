@@ -107,11 +107,11 @@ def _words(words: list[str]) -> tuple[dict[str, bool], dict[str, Any]]:
         UserError: an argument that is neither.
     """
     from llmrecipe.core.errors import UserError
-    from llmrecipe.recipe.overrides import parse
+    from llmrecipe.recipe.overrides import parse_overrides
     from llmrecipe.recipe.rights import KEYS
 
     rights, options = {}, {}
-    for word in parse(words):
+    for word in parse_overrides(words):
         if word.key in KEYS and isinstance(word.value, bool):
             rights[word.key[1]] = word.value
         elif len(word.key) == 2 and word.key[0] == "combine":
@@ -155,12 +155,12 @@ def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:
     from llmrecipe.runs import delta
 
     folder = run_folder(str(run))
-    layers = delta.read(folder).layers if folder is not None and (folder / delta.STACK_FILE).is_file() else []
+    layers = delta.read_stack(folder).layers if folder is not None and (folder / delta.STACK_FILE).is_file() else []
     found = {
         name: {"rank": rank}
         for layer in layers
         for name, mapping in layer.wrappers.items()
-        if "rank" in registry.load("stack", mapping["kind"]).adjustable
+        if "rank" in registry.load_class("stack", mapping["kind"]).adjustable
     }
     if not found:
         raise UserError(

@@ -49,13 +49,13 @@ def verb(
     rows = source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed)
     asked = human_labels.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
     agent = None if by is None else agent_of(by, constitution)
-    name = labeller or (agent[0].identity.replace("/", "_") if agent is not None else user())
+    name = labeller or (agent[0].identity.replace("/", "_") if agent is not None else user_name())
     labels = human_labels.Labels(out, name, seed)
     try:
         if agent is not None:
             human_labels.label_by_agent(labels, asked, *agent, batch=32)
         else:
-            ask(labels, asked, screen(as_json))
+            label_pairs(labels, asked, screen(as_json))
     finally:
         written = labels.write(asked)
         labels.close()
@@ -63,7 +63,7 @@ def verb(
     if as_json:
         print_json({**facts, "rows": written, "file": str(out / f"{name}.jsonl")})
         return
-    show(facts)
+    print_agreement(facts)
     print(f"{written} preference rows: {out / f'{name}.jsonl'}")
 
 
@@ -71,7 +71,7 @@ def answers_of(
     model: str, prompts: str, out: Path, limit: int | None, temperature: float, max_new_tokens: int, seed: int
 ) -> str:
     """Return the folder with two answers of the model to each prompt, generating it once."""
-    from llmrecipe.pipelines.steps.run_step import run
+    from llmrecipe.pipelines.steps.run_step import run_step
     from llmrecipe.recipe.run_recipe import as_word
     from llmrecipe.recipe.step_spec import compose_step
 
@@ -81,7 +81,7 @@ def answers_of(
     words += [as_word(("run", "dir"), str(out / "answers")), 'log.live="off"']
     kept, sys.stdout = sys.stdout, sys.stderr
     try:
-        return str(run(compose_step("generate", words)).path)
+        return str(run_step(compose_step("generate", words)).path)
     finally:
         sys.stdout = kept
 
@@ -94,10 +94,10 @@ def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
     """
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.feedback.judges.constitution import read_constitution
-    from llmrecipe.feedback.judges.labeller import build
-    from llmrecipe.recipe.overrides import parse
+    from llmrecipe.feedback.judges.labeller import build_judge
+    from llmrecipe.recipe.overrides import parse_overrides
 
-    agent = build(parse([f"by={by}"])[0].value, "--by")
+    agent = build_judge(parse_overrides([f"by={by}"])[0].value, "--by")
     agent.check("--by")
     if agent.shares:
         raise RecipeError("--by.path: must be given: a model path, a hub name or a run directory")
@@ -106,7 +106,7 @@ def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
     return agent, made, made.choose([], ["comparison"], "--constitution")
 
 
-def user() -> str:
+def user_name() -> str:
     """Return the user's name, or `me` where the system has none."""
     import getpass
 
@@ -126,7 +126,7 @@ def screen(as_json: bool) -> Console:
     return Console(stderr=as_json)
 
 
-def ask(labels: Labels, asked: list[Question], out: Console) -> None:
+def label_pairs(labels: Labels, asked: list[Question], out: Console) -> None:
     """Show the pending pairs one after the other until the end of the input."""
     out.print("[dim]1 or 2: the better one; t: tie; s: skip; u: undo; q: quit[/dim]")
     while True:
@@ -186,7 +186,7 @@ def read_key(out: Console) -> str:
             out.print(f"'{word}' is no key here: 1, 2, t (tie), s (skip), u (undo), q (quit)", markup=False)
 
 
-def show(facts: dict[str, Any]) -> None:
+def print_agreement(facts: dict[str, Any]) -> None:
     """Print how much each labeller labelled, and how far they agree."""
     from rich.table import Table
 

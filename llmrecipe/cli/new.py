@@ -57,7 +57,7 @@ def _component(what: str, name: str, folder: Path) -> None:
     from llmrecipe.cli import skeletons
     from llmrecipe.core.paths import PACKAGE
 
-    files = skeletons.write(what, name, folder)
+    files = skeletons.write_skeleton(what, name, folder)
     for path in files:
         print(f"wrote {path}")
     root = PACKAGE.parent if folder.resolve().is_relative_to(PACKAGE) else folder.resolve().parent

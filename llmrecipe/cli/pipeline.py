@@ -23,9 +23,9 @@ def run_pipeline(composition: Composition, recipe: str) -> None:
     Args:
         recipe: how the user named it, for the messages.
     """
-    from llmrecipe.pipelines.run_stages import run
+    from llmrecipe.pipelines.run_stages import run_all_stages
 
-    show_results(composition, run(composition, recipe))
+    show_results(composition, run_all_stages(composition, recipe))
 
 
 def show_results(composition: Composition, results: list[Result]) -> None:
@@ -43,11 +43,11 @@ def show_results(composition: Composition, results: list[Result]) -> None:
 
 def check_pipeline(composition: Composition, as_json: bool) -> None:
     """Print what each stage of a pipeline would do."""
-    from llmrecipe.pipelines.run_stages import check
+    from llmrecipe.pipelines.run_stages import check_stages
     from llmrecipe.recipe.pipeline_plan import plan
 
     made = plan(composition)
-    found = check(made)
+    found = check_stages(made)
     if as_json:
         print_json({s.name: _facts(found.get(s.name), s) for s in made.stages})
         return

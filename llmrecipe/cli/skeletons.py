@@ -17,7 +17,7 @@ GROUPS = {"method": "stack", "objective": "objective", "metric": "metric"}
 """What can be written -> the group of the registry it joins."""
 
 
-def write(what: str, name: str, folder: Path) -> list[Path]:
+def write_skeleton(what: str, name: str, folder: Path) -> list[Path]:
     """Write a component, its recipe and its test.
 
     Inside this package they go where the tree has them. Elsewhere the folder is a package of components (a plugin): `recipes/`

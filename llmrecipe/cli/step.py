@@ -12,7 +12,7 @@ from llmrecipe.core.console import console, number
 PANEL = "Tools"
 
 
-def complete(incomplete: str) -> list[str]:
+def complete_step(incomplete: str) -> list[str]:
     """Return the names of steps."""
     from llmrecipe.core import registry
 
@@ -20,7 +20,7 @@ def complete(incomplete: str) -> list[str]:
 
 
 def verb(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="See `llmrecipe list step`.", autocompletion=complete)],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="See `llmrecipe list step`.", autocompletion=complete_step)],
     words: StepWords = None,
 ) -> None:
     """Do one step of a pipeline by itself, in the words of its stage."""
@@ -35,11 +35,11 @@ def do_step(kind: str, words: list[str] | None) -> None:
     composition = compose_step(kind, list(words or []))
     from rich.table import Table
 
-    from llmrecipe.pipelines.steps.run_step import run
+    from llmrecipe.pipelines.steps.run_step import run_step
     from llmrecipe.runs.run_dir import read_metrics
 
     before = (composition.dir / "final" / "metrics.json").is_file()
-    folder = run(composition)
+    folder = run_step(composition)
     table = Table("metric", "value", box=None, header_style="bold")
     for name, value in read_metrics(folder.path).items():
         table.add_row(name, number(value))

@@ -8,7 +8,8 @@ Two views of the same source:
 
 - `spec(group, name)` reads the file as text (no import of the component, hence no torch): defaults, types, docs. It serves
   `list`, `show`, `schema`, `explain` and the validation of recipes.
-- `load(group, name)` imports the file and returns the class, a keyword-only, frozen Pydantic dataclass that forbids extra keys.
+- `load_class(group, name)` imports the file and returns the class, a keyword-only, frozen Pydantic dataclass that forbids
+  extra keys.
 
 A component's group follows from the interface it inherits (see `INTERFACES`).
 """
@@ -292,7 +293,7 @@ def spec(group: str, name: str, where: str | None = None) -> Spec:
     return known[name]
 
 
-def load(group: str, name: str, where: str | None = None) -> Any:
+def load_class(group: str, name: str, where: str | None = None) -> Any:
     """Import one component and return its class (its own type is known to the caller's group only)."""
     found = spec(group, name, where)
     return getattr(importlib.import_module(found.module), found.class_name)

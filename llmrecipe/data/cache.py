@@ -183,7 +183,7 @@ class _Batch:
         return sum((np.diff(self.lists[n][0]).astype(np.int64) for n in names), np.zeros(self.rows, dtype=np.int64))
 
 
-class Writer:
+class TableWriter:
     """Collects record batches of a table and writes it atomically.
 
     Args:

@@ -17,7 +17,7 @@ from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.row_type import row_type
-from llmrecipe.data.tokenize_split import build
+from llmrecipe.data.tokenize_split import build_table
 from llmrecipe.recipe.schema import DataSection
 
 if TYPE_CHECKING:
@@ -155,11 +155,11 @@ def prepare(
         return None
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
     field = tasks.field if tasks is not None else None
-    tables = [build(part, data, tokenizer, rows, mask, draw, field, needs) for part, draw in zip(parts, draws)]
+    tables = [build_table(part, data, tokenizer, rows, mask, draw, field, needs) for part, draw in zip(parts, draws)]
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
-    validation.check(report, data, split)
+    validation.check_report(report, data, split)
     empty = next((p for p, t in zip(parts, tables) if p.weight is not None and not len(t)), None)
     if empty is not None:
         raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")

@@ -99,7 +99,7 @@ class TokenStream:
                 self._batches += 1
             if not self._fill():
                 if not self.report.kept:
-                    validation.check(self.report, self.data)
+                    validation.check_report(self.report, self.data)
                 self._start(self.epoch + 1, 0, 0)
                 self._fill()
             empty += 1
@@ -128,7 +128,7 @@ class TokenStream:
         else:
             Random(f"{self.seed} {self.epoch} {self._batches}").shuffle(self._rows)
         if TWO_BOS in self.report.first or self.report.read >= CHECKED:
-            validation.check(self.report, self.data)
+            validation.check_report(self.report, self.data)
         return bool(raw)
 
     def _shuffled(self, epoch: int) -> Iterator[Raw]:

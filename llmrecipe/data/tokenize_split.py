@@ -14,8 +14,8 @@ import numpy as np
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.cache import (
+    TableWriter,
     TokenTable,
-    Writer,
     open_table,
     schema_of,
     table_folder,
@@ -45,7 +45,7 @@ SAMPLE = 20
 Draw = tuple[int, int]
 
 
-def build(
+def build_table(
     part: Part,
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
@@ -85,7 +85,7 @@ def build(
             found.facts["report"]["source"] = part.reader.name
             return found
     encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs)
-    writer = Writer(kind, folder)
+    writer = TableWriter(kind, folder)
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
     try:
         for batch, counted in _batches(encoder, part, draw, data.workers):
@@ -120,7 +120,7 @@ def make_encoder(
     return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases, needs)
 
 
-def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
+def source_layout(part: Part, data: DataSection, rows: str) -> detect.DetectedFormat:
     """Return the format of a source and the columns recognised for it, from its first rows.
 
     Raises:
@@ -131,7 +131,7 @@ def source_layout(part: Part, data: DataSection, rows: str) -> detect.Layout:
     if not first:
         raise DataError(f"{name}: there are no rows")
     detect.check_mapping(data.columns, first[0][1], name)
-    return detect.detect([detect.rename(row, data.columns) for _, row in first], rows, data.format, name)
+    return detect.detect([detect.map_columns(row, data.columns) for _, row in first], rows, data.format, name)
 
 
 Encoded = tuple["pa.RecordBatch", Report]

@@ -18,7 +18,7 @@ FIXES = {
 DEFAULT_FIX = "fix or remove these rows"
 
 
-def check(report: Report, data: DataSection, split: str = "train") -> None:
+def check_report(report: Report, data: DataSection, split: str = "train") -> None:
     """Stop on impossible data.
 
     Args:

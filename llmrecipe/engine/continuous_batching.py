@@ -33,7 +33,7 @@ FREE = 4
 
 
 @dataclass(frozen=True)
-class Request:
+class PendingPrompt:
     """A prompt that waits for its answer."""
 
     index: int
@@ -42,16 +42,16 @@ class Request:
 
 
 @dataclass
-class Row:
+class DecodingRow:
     """One answer that is being decoded."""
 
-    request: Request
+    request: PendingPrompt
     start: int
     """Column of its first token."""
     new: list[int] = field(default_factory=list)
 
 
-def decode_continuously(batch: RunningBatch, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+def decode_continuously(batch: RunningBatch, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
     """Yield (place, new token ids) of each answer as it ends.
 
     Args:
@@ -84,30 +84,30 @@ class RunningBatch:
         takes = inspect.signature(model.forward).parameters
         self.reads_positions = "position_ids" in takes
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.rows: list[Row] = []
+        self.rows: list[DecodingRow] = []
         self.cache: Any = None
         self.columns = 0
 
-    def admit(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+    def admit(self, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
         """Run waiting prompts through the model and add their rows; yield answers that end with their first token."""
         different = list(dict.fromkeys((a.ids, a.task) for a in requests))
-        ids, own = open_prompts(self.model, self.tokenizer, [Request(0, *each) for each in different], self.context)
+        ids, own = open_prompts(self.model, self.tokenizer, [PendingPrompt(0, *each) for each in different], self.context)
         cache, width = kv_cache.fresh(self.model), ids.shape[1]
         logits = self._forward(ids, cache, [width - len(prompt) for prompt, _ in different], own, first=True)
         copies = torch.tensor([different.index((a.ids, a.task)) for a in requests], device=self.device)
         if len(different) < len(requests):
-            kv_cache.select(cache, copies)
-        rows = [Row(a, width - len(a.ids)) for a in requests]
+            kv_cache.keep_rows(cache, copies)
+        rows = [DecodingRow(a, width - len(a.ids)) for a in requests]
         tokens = self._picked(logits[copies], rows)
         ended = self._append(rows, tokens)
         going = [i for i, row in enumerate(rows) if not ended[i]]
         yield from ((rows[i].request.index, rows[i].new) for i in range(len(rows)) if ended[i])
         if len(going) < len(rows):
-            kv_cache.select(cache, torch.tensor(going, dtype=torch.long, device=self.device))
+            kv_cache.keep_rows(cache, torch.tensor(going, dtype=torch.long, device=self.device))
         if going:
             self._join([rows[i] for i in going], cache, width)
 
-    def _join(self, rows: list[Row], cache: Any, width: int) -> None:
+    def _join(self, rows: list[DecodingRow], cache: Any, width: int) -> None:
         if self.rows:
             wide = max(width, self.columns)
             for group, own in ((self.rows, self.columns), (rows, width)):
@@ -130,14 +130,14 @@ class RunningBatch:
         left = [row for row, over in zip(self.rows, ended, strict=True) if over]
         self.rows = [self.rows[i] for i in going]
         if left and going:
-            kv_cache.select(self.cache, torch.tensor(going, device=self.device))
+            kv_cache.keep_rows(self.cache, torch.tensor(going, device=self.device))
             self._trim()
         yield from ((row.request.index, row.new) for row in left)
 
     def _trim(self) -> None:
         dead = min(row.start for row in self.rows)
         if dead:
-            kv_cache.trim(self.cache, dead)
+            kv_cache.drop_columns(self.cache, dead)
             self.columns -= dead
             for row in self.rows:
                 row.start -= dead
@@ -157,30 +157,32 @@ class RunningBatch:
             )
             return self.model(**ready, return_dict=True).logits[:, -1]
 
-    def _picked(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    def _picked(self, logits: Tensor, rows: Sequence[DecodingRow]) -> list[int]:
         answers, at = [row.request.index for row in rows], [len(row.new) for row in rows]
         return self.picker.pick(logits, answers, at).tolist()
 
-    def _append(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
+    def _append(self, rows: Sequence[DecodingRow], tokens: Sequence[int]) -> list[bool]:
         """Append each row's token and return whether its answer ends with it."""
         for row, token in zip(rows, tokens, strict=True):
             row.new.append(token)
         return [t in self.ends or len(row.new) == self.sampling.max_new_tokens for row, t in zip(rows, tokens, strict=True)]
 
-    def context_of(self, rows: Sequence[Row], columns: int) -> Context:
+    def context_of(self, rows: Sequence[DecodingRow], columns: int) -> Context:
         """Return the context of a pass over the rows' newest tokens."""
         starts = torch.tensor([row.start for row in rows], device=self.device)
         mask = (torch.arange(columns, device=self.device) >= starts[:, None]).long()
         return _context(self.context, mask, [row.request for row in rows])
 
 
-def open_prompts(model: LanguageModel, tokenizer: Any, requests: Sequence[Request], context: Context) -> tuple[Tensor, Context]:
+def open_prompts(
+    model: LanguageModel, tokenizer: Any, requests: Sequence[PendingPrompt], context: Context
+) -> tuple[Tensor, Context]:
     """Return padded ids (R, T) of prompts and the context of the pass over them."""
     ids, mask = padded(model, [a.ids for a in requests], pad_token(tokenizer), next(model.parameters()).device)
     return ids, _context(context, mask, requests)
 
 
-def _context(context: Context, mask: Tensor, requests: Sequence[Request]) -> Context:
+def _context(context: Context, mask: Tensor, requests: Sequence[PendingPrompt]) -> Context:
     lengths = torch.tensor([len(a.ids) for a in requests], device=mask.device)
     tasks = None if requests[0].task is None else torch.tensor([[a.task] for a in requests], device=mask.device)
     return replace(context, attention_mask=mask, prompt_lengths=lengths, task_ids=tasks)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.forward_context import Context, activate, current
-from llmrecipe.engine.continuous_batching import Request, RunningBatch, decode_continuously, open_prompts, pad_token
-from llmrecipe.engine.sampling import Picked, Picker, Sampling
+from llmrecipe.engine.continuous_batching import PendingPrompt, RunningBatch, decode_continuously, open_prompts, pad_token
+from llmrecipe.engine.sampling import Picker, PickerProcessor, Sampling
 from llmrecipe.models import kv_cache
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def answered(
     ends = end_tokens(model, tokenizer)
     # Long prompts first: the largest batch comes first, and like lengths share a pass.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    requests = [Request(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
+    requests = [PendingPrompt(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
     try:
         if kv_cache.fresh(model) is not None:
             yield from decode_continuously(RunningBatch(model, tokenizer, sampling, picker, ends, context), requests)
@@ -83,7 +83,7 @@ def answered(
 def _batch(
     model: LanguageModel,
     tokenizer: Any,
-    requests: Sequence[Request],
+    requests: Sequence[PendingPrompt],
     sampling: Sampling,
     picker: Picker,
     ends: Sequence[int],
@@ -101,7 +101,7 @@ def _batch(
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [Picked(picker, [a.index for a in requests])]}
+    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [PickerProcessor(picker, [a.index for a in requests])]}
     if kv_cache.sharded(model):
         more["synced_gpus"] = True
     # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
@@ -130,7 +130,7 @@ def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids
 
 
-def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """Decode token ids without special tokens."""
     return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
@@ -140,7 +140,7 @@ def prompt_and_reference(row: dict[str, Any], tokenizer: Any) -> tuple[list[int]
     if "prompt_ids" in row:
         right = row["choice_ids"][: row["choice_lengths"][0]] if "choice_ids" in row else []
         answer = row.get("chosen_ids") or row.get("completion_ids") or right
-        return list(row["prompt_ids"]), text_of(tokenizer, answer)
+        return list(row["prompt_ids"]), decode_ids(tokenizer, answer)
     trained = row["trained"]
     end = len(trained) - 1
     while end >= 0 and not trained[end]:
@@ -148,4 +148,4 @@ def prompt_and_reference(row: dict[str, Any], tokenizer: Any) -> tuple[list[int]
     start = end
     while start > 0 and trained[start - 1]:
         start -= 1
-    return list(row["ids"][:start]), text_of(tokenizer, row["ids"][start : end + 1])
+    return list(row["ids"][:start]), decode_ids(tokenizer, row["ids"][start : end + 1])

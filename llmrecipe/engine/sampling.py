@@ -81,7 +81,7 @@ def stream(seed: int, key: int | str, count: int) -> Tensor:
     return 1.0 - torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-class Picked:
+class PickerProcessor:
     """A picker as a logits processor for one batch of Transformers' own `generate`: all tokens but the picked are ruled out.
 
     Args:

@@ -14,11 +14,11 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import micro_tokens, packing_for
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.evaluation.eval_recipe import recipe_of
-from llmrecipe.interop.multi_adapter import tasks_of
+from llmrecipe.interop.multi_adapter import mounted_tasks
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.recipe.compose import Composition
-from llmrecipe.runs.open_model import LoadedModel, open_model, resolve
+from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.evaluate import Evaluation, evaluate
 
@@ -46,7 +46,7 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     composition = recipe_of(path, overrides)
     options = chosen_anew(composition) if run_folder(path) is not None else {}
     recipe = composition.recipe
-    head = registry.load("objective", str(recipe.objective["kind"])).head
+    head = registry.load_class("objective", str(recipe.objective["kind"])).head
     return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
 
 
@@ -85,7 +85,7 @@ def check_subject(path: str, overrides: list[str]) -> Composition:
     from llmrecipe.models.load import load_tokenizer
 
     composition = recipe_of(path, overrides)
-    base, _, _ = resolve(composition.recipe.model)
+    base, _, _ = resolve_section(composition.recipe.model)
     load_tokenizer(base, composition.recipe.tokenizer)
     return composition
 
@@ -94,7 +94,7 @@ def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:
     """Return the options of the run's stack that the overrides set again after training (`stack.dylora.rank=2`)."""
     found = {}
     for name, mapping in composition.recipe.stack.items():
-        free = registry.load("stack", mapping["kind"]).adjustable
+        free = registry.load_class("stack", mapping["kind"]).adjustable
         found[name] = {option: mapping[option] for option in free if option in mapping}
     return found
 
@@ -110,10 +110,10 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
 
 def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
     """Compute metrics of a loaded run or model; see `evaluate_path`."""
-    return metrics_of(subject, rows_of(subject, split, tasks_of(subject.loaded.mounted)))
+    return metrics_of(subject, token_rows(subject, split, mounted_tasks(subject.loaded.mounted)))
 
 
-def rows_of(subject: Subject, split: str, tasks: Tasks | None) -> Any:
+def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> Any:
     """Read token rows of a split of the data that a subject's recipe names.
 
     Raises:

@@ -53,7 +53,7 @@ def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: s
     """
     from llmrecipe.core.forward_context import activate
     from llmrecipe.core.tasks import Tasks
-    from llmrecipe.evaluation.evaluate_model import metrics_of, rows_of, subject_of
+    from llmrecipe.evaluation.evaluate_model import metrics_of, subject_of, token_rows
     from llmrecipe.evaluation.open_several import SCORED, open_several
 
     adapters, recipes = open_several(paths, overrides, SCORED)
@@ -61,25 +61,25 @@ def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: s
     scored: list[dict[str, Any]] = []
     if by is not None:
         subject = subjects[paths[0]]
-        data = rows_of(subject, split, Tasks(tuple(adapters.choices), by))
+        data = token_rows(subject, split, Tasks(tuple(adapters.choices), by))
         numbers = [int(data[i]["task"]) for i in range(len(data))]
         for number, (name, choice) in enumerate(adapters.choices.items()):
             rows = [i for i, n in enumerate(numbers) if n == number]
-            own = Chosen(data, rows, None if choice.task is None else [choice.task] * len(rows))
+            own = TaskRows(data, rows, None if choice.task is None else [choice.task] * len(rows))
             with activate(adapters.context(name)):
                 scored.append({"adapter": name, **(metrics_of(subject, own) if len(own) else {"rows": 0.0})})
         return scored
     for run, path in zip(adapters.tasks, paths, strict=True):
-        data = rows_of(subjects[path], split, adapters.tasks[run])
+        data = token_rows(subjects[path], split, adapters.tasks[run])
         name, choice = next((n, c) for n, c in adapters.choices.items() if c.run == run)
         indices = list(range(len(data)))
         numbers = [] if choice.task is None else [choice.task + int(data[i].get("task", 0)) for i in indices]
         with activate(adapters.context(name)):
-            scored.append({"run": path, **metrics_of(subjects[path], Chosen(data, indices, numbers or None))})
+            scored.append({"run": path, **metrics_of(subjects[path], TaskRows(data, indices, numbers or None))})
     return scored
 
 
-class Chosen:
+class TaskRows:
     """Some rows of a split, each with the number its task has in the model that holds the adapters (None: no tasks)."""
 
     def __init__(self, data: Any, indices: list[int], tasks: list[int] | None):

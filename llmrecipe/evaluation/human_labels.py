@@ -30,9 +30,9 @@ from llmrecipe.core.journal import Journal, json_hash
 from llmrecipe.data.formats.answered_prompts import Answered, pairs_of
 from llmrecipe.evaluation.agreement import agreement
 from llmrecipe.feedback.judges.chosen import MIN_MASS
-from llmrecipe.feedback.judges.constitution import Constitution, Principle, draw
-from llmrecipe.feedback.judges.feedback import Pair, compare
-from llmrecipe.feedback.judges.labeller import Agent, digest
+from llmrecipe.feedback.judges.constitution import Constitution, Principle, sample_principles
+from llmrecipe.feedback.judges.feedback import AnswerPair, compare_answers
+from llmrecipe.feedback.judges.labeller import Agent, short_hash
 
 CHOICES = ("first", "second", "tie", "skip")
 NAME = re.compile(r"[\w][\w .:@+-]*")
@@ -85,7 +85,7 @@ class Labels:
 
     def swapped(self, question: Question) -> bool:
         """Return whether the second answer is shown first."""
-        return Random(digest(self.seed, self.labeller, question.key)).random() < 0.5
+        return Random(short_hash(self.seed, self.labeller, question.key)).random() < 0.5
 
     def pending(self, asked: Sequence[Question]) -> list[Question]:
         """Return the questions without a decision."""
@@ -171,9 +171,9 @@ def label_by_agent(
     thin: list[dict[str, Any]] = []
     for start in range(0, len(pending), batch):
         part = pending[start : start + batch]
-        pairs = [Pair(q.row.words, q.first, q.second, q.row.columns) for q in part]
-        drawn = [draw(principles, 1, labels.seed, q.key) for q in part]
-        for question, label in zip(part, compare(agent, constitution, pairs, drawn), strict=True):
+        pairs = [AnswerPair(q.row.words, q.first, q.second, q.row.columns) for q in part]
+        drawn = [sample_principles(principles, 1, labels.seed, q.key) for q in part]
+        for question, label in zip(part, compare_answers(agent, constitution, pairs, drawn), strict=True):
             if label is None:  # it stays pending: the next call tries again
                 continue
             if label["mass"] < MIN_MASS:

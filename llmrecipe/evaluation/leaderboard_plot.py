@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.evaluation.leaderboard_table import FULL, Column, Row
+from llmrecipe.evaluation.leaderboard_table import FULL, Column, LeaderboardRow
 
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a")
 STACKED = 0.035
 """Minimum distance between two labels, as a share of the plot's height."""
 
 
-def draw(rows: Sequence[Row], x: Column, y: Column, path: Path, log: bool = False, line: str | None = FULL) -> None:
+def draw_plot(
+    rows: Sequence[LeaderboardRow], x: Column, y: Column, path: Path, log: bool = False, line: str | None = FULL
+) -> None:
     """Draw the plot into a file.
 
     Args:

@@ -62,7 +62,7 @@ PLAIN = (
 
 
 @dataclass
-class Entry:
+class LeaderboardEntry:
     """One finished run."""
 
     label: str
@@ -73,7 +73,7 @@ class Entry:
 
 
 @dataclass
-class Row:
+class LeaderboardRow:
     """One training configuration, over its seeds."""
 
     label: str
@@ -84,7 +84,7 @@ class Row:
     """Sample standard deviation over seeds; None for a single one."""
 
 
-def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") -> list[Entry]:
+def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") -> list[LeaderboardEntry]:
     """Read finished runs and name each by its distinguishing part: its stack, or its objective where that differs.
 
     Args:
@@ -101,10 +101,10 @@ def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") 
     labels = labels_of([record.recipe for record in records])
     entries = []
     for record, (label, family) in zip(records, labels, strict=True):
-        facts = facts_of(record)
+        facts = cost_facts(record)
         if metric is not None:
             facts["score"] = _score(record, metric, where)
-        entries.append(Entry(label, family, int(record.recipe.get("seed", 0)), facts))
+        entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
     return entries
 
 
@@ -141,7 +141,7 @@ def start_label(path: str) -> str:
     return _objective(read_run(path).recipe)[0]
 
 
-def facts_of(record: Record) -> dict[str, float]:
+def cost_facts(record: Record) -> dict[str, float]:
     """Collect trained parameters, bytes on disk, memory and time of one run."""
     report = json.loads((record.path / "report.json").read_text(encoding="utf-8"))
     final = record.path / "final"
@@ -185,12 +185,12 @@ def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
     Raises:
         RecipeError: nothing is declared, or the runs' objectives disagree.
     """
-    from llmrecipe.recipe.validate import build
+    from llmrecipe.recipe.validate import build_object
 
     recipes = [read_run(path).recipe for path in paths]
     named = [r.get("eval", {}).get("metrics", ()) for r in recipes]
     found = {
-        direction_of(metric, build("objective", r["objective"], "objective"), names)
+        direction_of(metric, build_object("objective", r["objective"], "objective"), names)
         for r, names in zip(recipes, named, strict=True)
     }
     better = found.pop() if len(found) == 1 else None
@@ -201,14 +201,14 @@ def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
     return better
 
 
-def rank(entries: Sequence[Entry], best: str = "max", by: str = "score") -> list[Row]:
+def rank(entries: Sequence[LeaderboardEntry], best: str = "max", by: str = "score") -> list[LeaderboardRow]:
     """Rank rows over seeds, the best mean first; rows of equal mean keep the order of the runs."""
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[LeaderboardEntry]] = {}
     for entry in entries:
         groups.setdefault(entry.label, []).append(entry)
     rows = []
     for label, group in groups.items():
-        row = Row(label, group[0].family, [e.seed for e in group], {})
+        row = LeaderboardRow(label, group[0].family, [e.seed for e in group], {})
         for key in group[0].facts:
             values = [e.facts[key] for e in group]
             row.mean[key] = statistics.fmean(values)
@@ -218,7 +218,7 @@ def rank(entries: Sequence[Entry], best: str = "max", by: str = "score") -> list
     return sorted(rows, key=lambda row: sign * row.mean[by])
 
 
-def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+def cells(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> list[list[str]]:
     """Format head and body of the table as text; mean ± standard deviation where a column has one, over several seeds."""
     head = ["", "method", "family", *(c.title for c in columns), "seeds"]
     body = [
@@ -228,14 +228,14 @@ def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
     return [head, *body]
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, str]:
+def markdown(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> tuple[str, str]:
     """Return the table, and a list of what its columns mean, as Markdown."""
     head, *body = ["| " + " | ".join(line) + " |" for line in cells(rows, columns)]
     table = "\n".join([head, "|" + " --- |" * (len(columns) + 4), *body])
     return table, "\n".join(f"- {c.title}: {c.means}." for c in columns if c.means)
 
 
-def _cell(row: Row, column: Column) -> str:
+def _cell(row: LeaderboardRow, column: Column) -> str:
     if column.key not in row.mean:
         return "-"
     text = number(_rounded(row.mean[column.key] * column.scale))
@@ -247,7 +247,7 @@ def _rounded(value: float) -> float | int:
     return round(value) if abs(value) >= 1000 else value
 
 
-def as_json(rows: Sequence[Row], entries: Sequence[Entry]) -> dict[str, Any]:
+def as_json(rows: Sequence[LeaderboardRow], entries: Sequence[LeaderboardEntry]) -> dict[str, Any]:
     """Return rows, and the single runs they come from, as JSON values."""
     return {
         "rows": [{"method": r.label, "family": r.family, "seeds": r.seeds, "mean": r.mean, "spread": r.spread} for r in rows],

@@ -10,7 +10,7 @@ from llmrecipe.core.errors import UserError
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.recipe.compose import Composition
-from llmrecipe.recipe.overrides import Word, parse
+from llmrecipe.recipe.overrides import Word, parse_overrides
 from llmrecipe.recipe.rights import KEYS, rights_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def share(paths: Sequence[str], overrides: Sequence[str], sections: Sequence[str
         UserError: a word would have no effect: the base is loaded once, and adapters are as they were trained.
     """
     found: dict[str, list[str]] = {path: [] for path in paths}
-    for word in parse(list(overrides)):
+    for word in parse_overrides(list(overrides)):
         to_all = word.key[0] in sections or word.key in KEYS
         takers = list(paths) if to_all else [path for path in paths if ".".join(map(str, word.key)) in free(path)]
         if not takers:
@@ -63,7 +63,7 @@ def open_several(paths: Sequence[str], overrides: Sequence[str], sections: Seque
 def free(path: str) -> list[str]:
     """Return the keys of a run's own stack that may change after training."""
     stack = recipe_of(path, []).recipe.stack
-    return [f"stack.{name}.{o}" for name, m in stack.items() for o in registry.load("stack", m["kind"]).adjustable]
+    return [f"stack.{name}.{o}" for name, m in stack.items() for o in registry.load_class("stack", m["kind"]).adjustable]
 
 
 def _refusal(word: Word, paths: Sequence[str], sections: Sequence[str]) -> str:

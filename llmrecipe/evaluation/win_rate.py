@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.collate import Sequence as Tokens
-from llmrecipe.engine.generation import end_tokens, generate, text_of
+from llmrecipe.engine.generation import decode_ids, end_tokens, generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import Subject
 from llmrecipe.objectives.alignment._engines.kl import kl_estimate
@@ -92,7 +92,7 @@ class HeadToHead:
         new = generate(model, tokenizer, [row["prompt_ids"] for row in asked], sampling)
         return [
             Answer(
-                text_of(tokenizer, row["prompt_ids"]), text_of(tokenizer, ids), json.loads(row.get("columns") or "{}"),
+                decode_ids(tokenizer, row["prompt_ids"]), decode_ids(tokenizer, ids), json.loads(row.get("columns") or "{}"),
                 row["prompt_ids"], ids, bool(ids) and ids[-1] in ends,
             )
             for row, ids in zip(asked, new, strict=True)

@@ -40,7 +40,7 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
             raise RecipeError(
                 f"eval.metrics: {name} scores generated answers, and rows of type {objective.rows} have no prompt to answer"
             )
-        found[name] = registry.load("metric", name, "eval.metrics").direction
+        found[name] = registry.load_class("metric", name, "eval.metrics").direction
     return found
 
 

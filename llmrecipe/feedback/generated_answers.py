@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrecipe.core import registry
-from llmrecipe.engine.generation import generate, prompt_and_reference, text_of
+from llmrecipe.engine.generation import decode_ids, generate, prompt_and_reference
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 
@@ -17,16 +17,16 @@ def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling)
     tasks = [row["task"] for row in rows] if getattr(data, "tasks", None) is not None else None
     answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling, tasks=tasks)
     return [
-        {"prompt": text_of(roles.tokenizer, prompt), "reference": reference, "answer": text_of(roles.tokenizer, answer)}
+        {"prompt": decode_ids(roles.tokenizer, prompt), "reference": reference, "answer": decode_ids(roles.tokenizer, answer)}
         for (prompt, reference), answer in zip(pairs, answers, strict=True)
     ]
 
 
-def score(rows: list[dict[str, str]], names: list[str]) -> dict[str, float]:
+def score_answers(rows: list[dict[str, str]], names: list[str]) -> dict[str, float]:
     """Compute the mean of each named metric over answered rows.
 
     Raises:
         RecipeError: a metric is unknown.
     """
-    metrics = {name: registry.load("metric", name, "eval.metrics")() for name in names}
+    metrics = {name: registry.load_class("metric", name, "eval.metrics")() for name in names}
     return {name: sum(m.score(r["answer"], r["reference"]) for r in rows) / max(len(rows), 1) for name, m in metrics.items()}

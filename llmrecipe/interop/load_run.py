@@ -83,7 +83,7 @@ def open_run(
 def head_of(folder: Path) -> str:
     """Return the head a finished run was trained with."""
     if (folder / delta.STACK_FILE).is_file():
-        return delta.read(folder).head
+        return delta.read_stack(folder).head
     config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [""])[0]
     return next((head for ending, head in HEADS if name.endswith(ending)), "causal")

@@ -10,7 +10,7 @@ import torch
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merge_options import MergeConfig
-from llmrecipe.interop.peft.layout import Branch, joined
+from llmrecipe.interop.peft.layout import Branch, concatenate_branches
 from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 from llmrecipe.runs import delta
@@ -53,7 +53,7 @@ def open_combination(
                 f"{path} trained {len(biases)} biases of the base (bias, bitfit), which are no low-rank change that could be "
                 "added to another; export each run alone"
             )
-        branches = joined(branches_of(loaded))
+        branches = concatenate_branches(branches_of(loaded))
         if any(b.magnitude is not None for b in branches):
             raise ModelError(f"{path} is a DoRA run: it rescales whole weights, which cannot be added to another change")
         everything += [(b, weight) for b in branches]
@@ -62,6 +62,6 @@ def open_combination(
     plain = delta.without_injected(saved_from(first))
     loaded = open_saved(first.section, plain, folder, TokenizerSection(), head=first.head)
     layer = layer_of(combined, {}, loaded.model, 0.0, "the combination")
-    loaded.mounted += delta.mount(loaded.model, layer, len(loaded.layers))
+    loaded.mounted += delta.mount_layer(loaded.model, layer, len(loaded.layers))
     loaded.layers.append(layer)
     return loaded

@@ -68,7 +68,7 @@ class MergeConfig:
 
     def method(self) -> Any:
         """Return the merge method with its options."""
-        return registry.load("merge_method", self.kind)(**self._given())
+        return registry.load_class("merge_method", self.kind)(**self._given())
 
     def _given(self) -> dict[str, Any]:
         """Return those of the options that the method has and that are given."""

@@ -78,7 +78,7 @@ def export_merged(
     ids = verify_logits.probe_ids(loaded.model, loaded.tokenizer)
     wanted = verify_logits.logits_of(loaded.model, ids)
     rows = None if prompt is None else prompt_tokens.detach_prompt(loaded, prompt)
-    notes = fold(loaded, wide)
+    notes = fold_mounted(loaded, wide)
     spelled = None if rows is None else prompt_tokens.add_prompt_words(loaded, rows, wanted)
     with writing(target) as folder:
         write_model(loaded, folder, wide)
@@ -91,7 +91,7 @@ def export_merged(
         loaded.model = pretrained(torch.nn.Identity())  # one model in memory at a time
         with quiet():
             plain = family.from_pretrained(folder, dtype=wide)
-        difference = verify_logits.compare(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
+        difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
         verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
         verify_logits.write_golden(folder, verify_logits.golden(plain, loaded.tokenizer, front))
     return Exported(target, difference, notes)
@@ -108,7 +108,7 @@ def widen(model: Any, dtype: torch.dtype) -> None:
         model.to(dtype)
 
 
-def fold(loaded: LoadedModel, dtype: torch.dtype) -> list[str]:
+def fold_mounted(loaded: LoadedModel, dtype: torch.dtype) -> list[str]:
     """Fold every mounted method into the weights, oldest first, onto the base that training saw, and round once.
 
     Args:

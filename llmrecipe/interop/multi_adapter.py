@@ -31,7 +31,7 @@ from llmrecipe.runs.open_model import LoadedModel, imported, open_saved
 
 
 @dataclass(frozen=True)
-class Choice:
+class AdapterChoice:
     """One adapter."""
 
     run: str
@@ -49,7 +49,7 @@ class Source:
     name: str
     path: str
     base: str
-    saved: delta.Saved
+    saved: delta.SavedStack
     folder: Path | None
 
 
@@ -62,7 +62,7 @@ class Adapters(nn.Module):
         tasks: name of a run -> the tasks it keeps apart, in the order of its choices.
     """
 
-    def __init__(self, loaded: LoadedModel, choices: dict[str, Choice], tasks: dict[str, Tasks | None]):
+    def __init__(self, loaded: LoadedModel, choices: dict[str, AdapterChoice], tasks: dict[str, Tasks | None]):
         super().__init__()
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.loaded = loaded
@@ -78,7 +78,7 @@ class Adapters(nn.Module):
         self.choice(name)
         self.used = name
 
-    def choice(self, name: str) -> Choice:
+    def choice(self, name: str) -> AdapterChoice:
         """Return the adapter of a name.
 
         Raises:
@@ -204,25 +204,25 @@ def open_adapters(
         chosen = (options or {}).get(source.path, {})
         source.saved.layers = [delta.adjust(layer, chosen) for layer in source.saved.layers]
     wrappers = {s.name: [delta.build_wrapper(n, m) for x in s.saved.layers for n, m in x.wrappers.items()] for s in sources}
-    tasks = {name: tasks_of(own) for name, own in wrappers.items()}
+    tasks = {name: mounted_tasks(own) for name, own in wrappers.items()}
     fused = _fused(sources)
     if fused is None:
         return Adapters(loaded, _mount_all(loaded, sources), tasks)
     _mount(loaded, [fused], frozenset(), first.path)
     runs = [name for name, own in tasks.items() for _ in range(len(own.names or ()) if own else 1)]
     names = fused.wrappers["ia3"]["tasks"]
-    return Adapters(loaded, {n: Choice(run, task=i) for i, (n, run) in enumerate(zip(names, runs, strict=True))}, tasks)
+    return Adapters(loaded, {n: AdapterChoice(run, task=i) for i, (n, run) in enumerate(zip(names, runs, strict=True))}, tasks)
 
 
 def task_adapters(loaded: LoadedModel) -> Adapters | None:
     """Return the tasks of one loaded run as adapters; None where it keeps none apart."""
-    tasks = tasks_of(loaded.mounted)
+    tasks = mounted_tasks(loaded.mounted)
     if tasks is None:
         return None
-    return Adapters(loaded, {name: Choice("", task=i) for i, name in enumerate(tasks.names or ())}, {"": tasks})
+    return Adapters(loaded, {name: AdapterChoice("", task=i) for i, name in enumerate(tasks.names or ())}, {"": tasks})
 
 
-def tasks_of(wrappers: Sequence[Wrapper]) -> Tasks | None:
+def mounted_tasks(wrappers: Sequence[Wrapper]) -> Tasks | None:
     """Return the tasks that mounted wrappers keep apart; None where they keep none."""
     return common([(w.name, found) for w in wrappers if (found := w.mixes()) is not None])
 
@@ -246,12 +246,12 @@ def _source(path: str, name: str) -> Source:
         from llmrecipe.interop.verify_logits import adapter_head
 
         base = adapter_base(path)
-        return Source(name, path, base, delta.Saved({"path": base}, [], adapter_head(Path(path))), Path(path))
+        return Source(name, path, base, delta.SavedStack({"path": base}, [], adapter_head(Path(path))), Path(path))
     folder = run_folder(path)
     if folder is None or not (folder / delta.STACK_FILE).is_file():
         what = "is no finished run" if folder is None else "trained every weight, so it has no adapter"
         raise ModelError(f"{path} {what}; only adapters of one base can stand side by side")
-    saved = delta.read(folder)
+    saved = delta.read_stack(folder)
     return Source(name, path, str(saved.base["path"]), saved, folder)
 
 
@@ -284,19 +284,19 @@ def _check_alike(sources: Sequence[Source]) -> None:
             )
 
 
-def _mount_all(loaded: LoadedModel, sources: Sequence[Source]) -> dict[str, Choice]:
+def _mount_all(loaded: LoadedModel, sources: Sequence[Source]) -> dict[str, AdapterChoice]:
     own: dict[str, list[Wrapper]] = {}
     for source in sources:
         above = frozenset(w.name for wrappers in own.values() for w in wrappers)
         own[source.name] = _mount(loaded, source.saved.layers, above, source.path)
-    choices: dict[str, Choice] = {}
+    choices: dict[str, AdapterChoice] = {}
     for source in sources:
         off = frozenset(w.name for name, wrappers in own.items() if name != source.name for w in wrappers)
-        tasks = tasks_of(own[source.name])
+        tasks = mounted_tasks(own[source.name])
         if tasks is None:
-            choices[source.name] = Choice(source.name, off)
+            choices[source.name] = AdapterChoice(source.name, off)
         for i, task in enumerate(tasks.names or () if tasks else ()):
-            choices[f"{source.name}/{task}"] = Choice(source.name, off, i)
+            choices[f"{source.name}/{task}"] = AdapterChoice(source.name, off, i)
     return choices
 
 
@@ -310,11 +310,11 @@ def _mount(loaded: LoadedModel, layers: Sequence[delta.Layer], off: frozenset[st
     with activate(Context(off=off)):
         for layer in layers:
             index = len(loaded.layers)
-            wrappers = delta.mount(loaded.model, layer, index)
+            wrappers = delta.mount_layer(loaded.model, layer, index)
             loaded.layers.append(layer)
             names = {name: f"mounted{index}_{name}" for name in layer.wrappers}
             owned = {tensor for w in wrappers for tensor in own_tensors(loaded.model, w.name)}
-            shared = sorted({delta.rename(tensor, names) for tensor in layer.tensors} - owned)
+            shared = sorted({delta.rename_tensor(tensor, names) for tensor in layer.tensors} - owned)
             if shared:
                 raise ModelError(
                     f"{path} also trained {', '.join(shared[:3])}{' ...' * (len(shared) > 3)}, part of the base (heads, "
@@ -340,7 +340,7 @@ def _fused(sources: Sequence[Source]) -> delta.Layer | None:
             return None
         layers.append(replace(own[0], wrappers=wrappers))
     options = [{k: v for k, v in x.wrappers[_only(x)].items() if k not in ("tasks", "task_field")} for x in layers]
-    renamed = [{delta.rename(t, {_only(x): "ia3"}): v for t, v in x.tensors.items()} for x in layers]
+    renamed = [{delta.rename_tensor(t, {_only(x): "ia3"}): v for t, v in x.tensors.items()} for x in layers]
     counts = [max(1, len(x.wrappers[_only(x)].get("tasks") or [])) for x in layers]
     alike = all(o == options[0] for o in options) and all(t.keys() == renamed[0].keys() for t in renamed)
     if not alike or any(v.shape[0] != n for t, n in zip(renamed, counts, strict=True) for v in t.values()):

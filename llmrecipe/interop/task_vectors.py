@@ -22,7 +22,7 @@ def task_arithmetic(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tens
     return _weighted(tensors, weights).sum(0)
 
 
-def trim(tensor: Tensor, density: float) -> Tensor:
+def trim_entries(tensor: Tensor, density: float) -> Tensor:
     """Keep the floor(density * size) entries of largest magnitude, of equal ones the first; the rest is zero."""
     flat = tensor.flatten()
     kept = flat.abs().sort(descending=True, stable=True).indices[: int(density * flat.numel())]
@@ -51,12 +51,12 @@ def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], sign: Sig
 
 def magnitude_prune(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
     """Sum the trimmed tensors: sum_i w_i top(t_i)."""
-    return task_arithmetic([trim(t, density) for t in tensors], weights)
+    return task_arithmetic([trim_entries(t, density) for t in tensors], weights)
 
 
 def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, sign: Sign = "total") -> Tensor:
     """Trim each tensor, elect the sign of every entry, average over those that agree."""
-    return agreeing_mean([trim(t, density) for t in tensors], weights, sign)
+    return agreeing_mean([trim_entries(t, density) for t in tensors], weights, sign)
 
 
 def dare_linear(

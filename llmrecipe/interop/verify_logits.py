@@ -80,7 +80,7 @@ def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tenso
     return torch.cat(rows)
 
 
-def compare(
+def compare_logits(
     wanted: Tensor, got: Tensor, dtype: torch.dtype, bound: float | None = None, added: Sequence[int] = ()
 ) -> Difference:
     """Compare two logit tensors of one shape.

@@ -60,8 +60,8 @@ class Anatomy:
             ModelError: the target cannot be parsed, or one of its terms matches nothing; the message prints the anatomy.
         """
         found: dict[Any, Site] = {}
-        for term in target_grammar.parse(target):
-            sites = target_grammar.select(term, self.sites, self.blocks)
+        for term in target_grammar.parse_target(target):
+            sites = target_grammar.select_sites(term, self.sites, self.blocks)
             if not sites:
                 raise ModelError(self._explain(target, term))
             for site in sites:

@@ -2,7 +2,7 @@
 
 Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P prefix columns.
 
-`install(model, backend)` switches a model to an attention function of ours around a stock backend:
+`install_attention(model, backend)` switches a model to an attention function of ours around a stock backend:
 
 - packed rows: one call per document, so no T x T mask exists. A segment sees itself causally, its parent (a shared prompt)
   and every prefix fully, and nothing else.
@@ -44,7 +44,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Picked:
+class PickedTokens:
     """The tokens of a batch that attention is computed for; the others come out as zeros."""
 
     index: Tensor
@@ -61,7 +61,7 @@ Attend = Callable[..., Tensor]
 """attend(q, k, v, *prefixes, picked=None) -> (R, Hq, T, Ev)"""
 
 
-def install(model: nn.Module, backend: str) -> str:
+def install_attention(model: nn.Module, backend: str) -> str:
     """Route a model's attention through this module; return the name it has in Transformers."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -94,7 +94,7 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
 
         def attended(
-            q: Tensor, k: Tensor, v: Tensor, joined: tuple[Prefix, ...], kwargs: dict[str, Any], picked: Picked | None
+            q: Tensor, k: Tensor, v: Tensor, joined: tuple[Prefix, ...], kwargs: dict[str, Any], picked: PickedTokens | None
         ) -> Tensor:
             if picked is not None and layout is not None:
                 return _picked_packed(module, layout, picked, q, k, v, joined, kwargs)
@@ -104,7 +104,7 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 return _packed(module, layout, q, k, v, joined, kwargs)
             return _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
 
-        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix, picked: Picked | None = None) -> Tensor:
+        def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix, picked: PickedTokens | None = None) -> Tensor:
             joined = [p for p in prefixes if p.gate is None]
             wide = _Widened(q, joined, kwargs)
             out = wide.fold(attended(*wide.tensors(k, v), wide.prefixes, wide.kwargs, picked), picked)
@@ -123,7 +123,7 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def _wrap(hook: Any, call: Attend) -> Attend:
-    def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix, picked: Picked | None = None) -> Tensor:
+    def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix, picked: PickedTokens | None = None) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor, *own: Prefix, **more: Any) -> Tensor:
             return call(q, k, v, *outer, *own, **{"picked": picked, **more})
 
@@ -220,7 +220,7 @@ class _Widened:
             return self.q, k, v
         return self.q, F.pad(k, (0, self.count * k.shape[-1])), F.pad(v, (0, self.count * v.shape[-1]))
 
-    def fold(self, out: Tensor, picked: Picked | None) -> Tensor:
+    def fold(self, out: Tensor, picked: PickedTokens | None) -> Tensor:
         """Combine the parts of the widened output, (R, Hq, T, (1 + n) Ev) -> (R, Hq, T, Ev)."""
         if not self.count:
             return out
@@ -231,7 +231,7 @@ class _Widened:
         return first
 
 
-def _apart(layout: Layout | None, picked: Picked | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
+def _apart(layout: Layout | None, picked: PickedTokens | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
     """Return softmax(q k^T) v over the columns of one prefix alone, (R, Hq, T, Ev)."""
     k, v = (_repeat(x, q.shape[1]).to(q.dtype) for x in (prefix.k, prefix.v))
     bias = None if prefix.bias is None else prefix.bias.to(q.dtype)
@@ -330,7 +330,7 @@ def _widen(
 def _picked_padded(
     backend: str,
     module: nn.Module,
-    picked: Picked,
+    picked: PickedTokens,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -370,7 +370,7 @@ def _take(x: Tensor, index: Tensor, axis: int) -> Tensor:
     return x.expand(index.shape[0], -1, -1, -1).gather(axis, index.view(shape).expand(wide))
 
 
-def _pick(scores: Tensor, picked: Picked, extra: int) -> Tensor:
+def _pick(scores: Tensor, picked: PickedTokens, extra: int) -> Tensor:
     """Gather the picked rows, and with `picked.keys` the picked columns after `extra`, of scores (R, H, T, extra + T)."""
     if scores.shape[2] > 1:
         scores = _take(scores, picked.index, 2)
@@ -384,7 +384,7 @@ def _pick(scores: Tensor, picked: Picked, extra: int) -> Tensor:
 def _picked_packed(
     module: nn.Module,
     layout: Layout,
-    picked: Picked,
+    picked: PickedTokens,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 from llmrecipe.core.errors import ModelError, RunError, did_you_mean
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.models.weight_headers import read_header
-from llmrecipe.recipe.rights import say
+from llmrecipe.recipe.rights import how_to_give
 
 TINY = ASSETS / "tiny"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -140,7 +140,8 @@ def check_folder(folder: Path, allow_pickle: bool = False, weights: bool = True,
         if not allow_pickle:
             raise ModelError(
                 f"{key}: {folder} holds pickle weights only ({', '.join(sorted(names & set(PICKLED)))}). Reading a pickle can "
-                f"run code, so it is refused. Convert it to safetensors, or, if you trust its origin, {say('allow_pickle')}"
+                f"run code, so it is refused. Convert it to safetensors, or, if you trust its origin, "
+                f"{how_to_give('allow_pickle')}"
             )
     else:
         raise ModelError(

@@ -34,5 +34,5 @@ def part_names_of(model_type: str) -> PartNames | None:
         raise ModelError(f"model type {model_type} belongs to several families: {files}; a model type has one")
     if not found:
         return None
-    family: type[Family] = registry.load("family", found[0])
+    family: type[Family] = registry.load_class("family", found[0])
     return family.parts

@@ -95,13 +95,13 @@ def carried(cache: Any) -> Carried:
     return cache.carried
 
 
-def select(cache: Any, rows: Tensor) -> None:
+def keep_rows(cache: Any, rows: Tensor) -> None:
     """Keep these rows, in this order; a row may be named several times."""
     carried(cache)
     cache.reorder_cache(rows)
 
 
-def trim(cache: Any, columns: int) -> None:
+def drop_columns(cache: Any, columns: int) -> None:
     """Cut off the first `columns` columns."""
     for layer in _filled(cache):
         left = cache_columns(layer) - columns

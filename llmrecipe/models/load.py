@@ -27,7 +27,7 @@ from llmrecipe.models.resolve_class import (
     with_code,
 )
 from llmrecipe.models.weight_headers import stored_dtype
-from llmrecipe.recipe.rights import say
+from llmrecipe.recipe.rights import how_to_give
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _pattern(key: str) -> str:
 
 def _finish(model: LanguageModel, section: ModelSection, backend: str, tokenizer: Any) -> LanguageModel:
     from llmrecipe.models import new_token_rows, vocabulary
-    from llmrecipe.models.attention import install
+    from llmrecipe.models.attention import install_attention
     from llmrecipe.models.module_map import name_by_hand
 
     name_by_hand(model, section.anatomy)
@@ -217,9 +217,9 @@ def _finish(model: LanguageModel, section: ModelSection, backend: str, tokenizer
     model.attention_routed = routes_attention(type(model), backend)
     if model.attention_routed:
         with quiet():
-            install(model, backend)
+            install_attention(model, backend)
     if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
-        new_token_rows.add(model, count)
+        new_token_rows.add_token_rows(model, count)
     # A config that says tied for weights that are not, or the other way round, would change the model when it is reloaded.
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and embed is not None and hasattr(model.config, "tie_word_embeddings"):
@@ -296,7 +296,7 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"tokenizer.path: the tokenizer of {path} comes with its own Python code, which is not run unless you opt in; "
-                f"read it first, then {say('trust_remote_code')}"
+                f"read it first, then {how_to_give('trust_remote_code')}"
             ) from error
         if not local and isinstance(error, OSError):
             raise unreachable(path, reason or "the hub has no such model, or it needs a login (HF_TOKEN)") from error

@@ -21,9 +21,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     kept = model.__dict__.get("_llmrecipe_anatomy")
     if isinstance(kept, Anatomy) and _current(model, kept.sites):
         return kept
-    from llmrecipe.models.site_finder import build
+    from llmrecipe.models.site_finder import build_anatomy
 
-    fresh = build(model, model.__dict__.get("_llmrecipe_anatomy_names"))
+    fresh = build_anatomy(model, model.__dict__.get("_llmrecipe_anatomy_names"))
     model.__dict__["_llmrecipe_anatomy"] = fresh
     return fresh
 

@@ -61,7 +61,7 @@ class HeadRows(Hook):
             rows += self.difference.to(rows.dtype)
 
 
-def add(model: Any, count: int) -> None:
+def add_token_rows(model: Any, count: int) -> None:
     """Add separate trainable rows for the last `count` tokens; they are listed in `model.new_heads`."""
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     first = embed.weight.shape[0] - count
@@ -81,7 +81,7 @@ def add(model: Any, count: int) -> None:
     model.new_heads = (*getattr(model, "new_heads", ()), *homes)
 
 
-def fold(model: Any) -> int:
+def fold_token_rows(model: Any) -> int:
     """Add the learned differences to the weights and remove the hooks; return the number of hooks.
 
     Runs that train every weight, merged exports and runs built on a finished one do this first.

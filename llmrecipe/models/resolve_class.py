@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import ModelError, did_you_mean
 from llmrecipe.core.lazy import is_installed
 from llmrecipe.models.checkpoint_path import check_folder, locate, offline, unreachable
-from llmrecipe.recipe.rights import say
+from llmrecipe.recipe.rights import how_to_give
 from llmrecipe.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def own_code(section: ModelSection) -> ModelError:
     """Return the error for a model that needs code of its own, which is not allowed to run."""
     return ModelError(
         f"model.path: {section.path} comes with its own Python code, which is not run unless you opt in; "
-        f"read it first, then {say('trust_remote_code')}"
+        f"read it first, then {how_to_give('trust_remote_code')}"
     )
 
 

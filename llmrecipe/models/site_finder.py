@@ -19,7 +19,7 @@ PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate",
 """Fused role -> the roles its outputs consist of, in order."""
 
 
-def build(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
+def build_anatomy(model: nn.Module, by_hand: dict[str, str] | None = None) -> Anatomy:
     """Build the anatomy of a model.
 
     Raises:
@@ -119,7 +119,7 @@ def _by_hand(family: PartNames | None, names: dict[str, str]) -> PartNames:
     )
 
 
-def find(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
+def find_module(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
     """Return the first existing alternative of a path below a module."""
     for choice in path.split("|"):
         try:
@@ -153,7 +153,7 @@ def _stack_sites(model: nn.Module, side: str, path: str, family: PartNames, shap
         yield Site(home, "block", index, block, side, shape.width, shape.width)
         for key, below in family.layer.items():
             only, _, role = key.rpartition(":")
-            hit = find(block, below) if only in ("", side) else None
+            hit = find_module(block, below) if only in ("", side) else None
             if hit is None:
                 continue
             place, module = f"{home}.{hit[0]}", hit[1]
@@ -198,7 +198,7 @@ def _top_sites(model: nn.Module, family: PartNames, stacks: dict[str, str], shap
                 name = choice.strip()
                 up = len(name) - len(name.lstrip("^"))
                 base = [] if name.startswith("/") else home[: len(home) - up]
-                hit = find(model, ".".join([*base, name.lstrip("^/")]))
+                hit = find_module(model, ".".join([*base, name.lstrip("^/")]))
                 if hit is not None:
                     yield site(role, side, hit[1])
                     break

@@ -48,14 +48,14 @@ class Term:
         return TERM.fullmatch(self.text)["names"]  # type: ignore[index]
 
 
-def parse(target: str) -> list[Term]:
+def parse_target(target: str) -> list[Term]:
     """Parse a target.
 
     Raises:
         ModelError: a term is empty, has a malformed range or names a range of layers without a part.
 
     Examples:
-        >>> [term.names for term in parse("attn.q|v + layers.0:4.mlp.down")]
+        >>> [term.names for term in parse_target("attn.q|v + layers.0:4.mlp.down")]
         [('attn.q', 'attn.v'), ('mlp.down',)]
     """
     return [_term(part.strip(), target) for part in target.split("+")]
@@ -82,7 +82,7 @@ def _term(text: str, target: str) -> Term:
     return Term(text, side, layers, tuple(head + dot + name.strip() for name in last.split("|")))
 
 
-def select(term: Term, sites: list[Site], blocks: Callable[[str], int]) -> list[Site]:
+def select_sites(term: Term, sites: list[Site], blocks: Callable[[str], int]) -> list[Site]:
     """Return the sites a term names, in model order; an empty list where any of its alternatives matches nothing."""
     scope = [site for site in sites if term.side in (None, site.side)]
     if term.layers is not None:

@@ -41,7 +41,7 @@ class ScalarHead(nn.Module):
             return self.gain * F.linear(h.to(wide), self.weight.to(wide)) + self.bias
 
 
-def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
+def add_head(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
     """Add a trained head for a role and return it; an existing one (of the run that is continued) keeps its values.
 
     Args:
@@ -59,7 +59,7 @@ def add(model: Any, role: str, std: float | None = None, seed: int = 0) -> Scala
     return found
 
 
-def mount(model: Any, tensors: Mapping[str, Tensor]) -> None:
+def mount_heads(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Mount frozen heads with the values of a saved run (names `task_head.<role>.weight` and so on); leave others alone."""
     heads = None
     for name, value in tensors.items():
@@ -87,7 +87,7 @@ def is_frozen(model: Any, name: str) -> bool:
     return bool(getattr(heads[parts[1]].weight, "frozen_head", False))
 
 
-def names(model: Any) -> list[str]:
+def head_roles(model: Any) -> list[str]:
     """Return the roles that have a head."""
     heads = getattr(model, ATTRIBUTE, None)
     return list(heads) if isinstance(heads, nn.ModuleDict) else []
@@ -99,7 +99,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     return own, {k: v for k, v in state.items() if k not in own}
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_heads(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Save heads next to a whole model; nothing is written where there are none."""
     from safetensors.torch import save_file
 
@@ -107,12 +107,12 @@ def write(tensors: Mapping[str, Tensor], folder: Path) -> None:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, str(folder / FILE))
 
 
-def read(model: Any, folder: Path) -> None:
+def read_heads(model: Any, folder: Path) -> None:
     """Mount the heads saved next to a whole model, if there are any."""
     from safetensors.torch import load_file
 
     if (folder / FILE).is_file():
-        mount(model, load_file(str(folder / FILE)))
+        mount_heads(model, load_file(str(folder / FILE)))
 
 
 def without_language_head(model: Any) -> None:

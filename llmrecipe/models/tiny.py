@@ -120,7 +120,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def start(out: Path, corpus: list[Path]) -> None:
+def start_tiny(out: Path, corpus: list[Path]) -> None:
     """Write tokenizer and config for `model.init=random`; without a corpus, use the package's own tokenizer."""
     from transformers import AutoTokenizer
 
@@ -129,7 +129,7 @@ def start(out: Path, corpus: list[Path]) -> None:
     build_config(tokenizer).save_pretrained(out)
 
 
-def install(run: Path, out: Path = FOLDER) -> None:
+def install_tiny(run: Path, out: Path = FOLDER) -> None:
     """Write the model of a finished run as the files of the package, in bfloat16."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -159,9 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
     finish.add_argument("out", type=Path, nargs="?", default=FOLDER)
     options = parser.parse_args(arguments)
     if options.verb == "start":
-        start(options.out, options.corpus)
+        start_tiny(options.out, options.corpus)
     else:
-        install(options.run, options.out)
+        install_tiny(options.run, options.out)
 
 
 if __name__ == "__main__":

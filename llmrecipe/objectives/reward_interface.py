@@ -215,7 +215,7 @@ def _part(name: str, body: Any, where: str) -> tuple[Reward, float]:
             f"{where}.kind=NAME (known: {', '.join(known)})"
         )
     checked = build_component("reward", {"kind": kind, **options}, where)
-    return registry.load("reward", kind, where)(**{k: v for k, v in checked.items() if k != "kind"}), float(weight)
+    return registry.load_class("reward", kind, where)(**{k: v for k, v in checked.items() if k != "kind"}), float(weight)
 
 
 def need_column(column: str, columns: Sequence[str], where: str) -> None:

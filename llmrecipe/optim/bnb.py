@@ -35,7 +35,7 @@ def library() -> Any:
     return bitsandbytes
 
 
-def build(class_name: str, params: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+def bnb_optimizer(class_name: str, params: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """Return a bitsandbytes optimizer; for a paged one on CPU, log one line saying that nothing is paged there."""
     optimizer = getattr(library().optim, class_name)(params, min_8bit_size=SMALLEST, **options)
     if getattr(optimizer, "is_paged", False) and all(p.device.type == "cpu" for g in params for p in g["params"]):

@@ -33,7 +33,7 @@ class FromLibrary:
 
     def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See `Optimizer.build`."""
-        return bnb.build(self.library, params, **self.arguments())
+        return bnb.bnb_optimizer(self.library, params, **self.arguments())
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """See `Optimizer.state_bytes`."""

@@ -193,7 +193,7 @@ def numel(shape: Sequence[int]) -> int:
     return count
 
 
-def joined(parts: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+def joint_optimizer(parts: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
     """Return one optimizer that steps several in turn and shares one state and one list of groups with them."""
     import torch
 

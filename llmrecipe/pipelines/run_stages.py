@@ -61,7 +61,7 @@ class Pipeline:
     results: list[Result] = field(default_factory=list)
 
 
-def run(composition: Composition, recipe: str | None = None) -> list[Result]:
+def run_all_stages(composition: Composition, recipe: str | None = None) -> list[Result]:
     """Run every stage that is not finished yet, and return their results in the order of the recipe.
 
     Args:
@@ -77,7 +77,7 @@ def run(composition: Composition, recipe: str | None = None) -> list[Result]:
     pipeline = Pipeline(made, shlex.join(words), Children(Machine.here(composition.recipe.run.parallel)))
     for note in made.notes:
         say(note)
-    check(made)
+    check_stages(made)
     with handled_by(pipeline.children.forward):
         _run_all(pipeline)
     order = [s.name for s in made.stages]
@@ -138,7 +138,7 @@ def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
     return None
 
 
-def check(made: Plan) -> dict[str, Findings | StepComposition]:
+def check_stages(made: Plan) -> dict[str, Findings | StepComposition]:
     """Dry-run all stages except finished ones.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmrecipe.core.console import say
 from llmrecipe.recipe.pipeline_plan import Planned
-from llmrecipe.recipe.rights import words_of
+from llmrecipe.recipe.rights import rights_words
 from llmrecipe.recipe.step_spec import StepComposition
 
 _screen = threading.Lock()
@@ -130,7 +130,7 @@ def command_of(planned: Planned, continued: bool) -> list[str]:
         # A step is resumed by the same arguments: its journals hold what it has done.
         return ["step", planned.composition.kind, *fresh, "log.live=off"]
     # A resumed run grants no rights: those of the stage are given again.
-    again = [f"resume={planned.dir}", *words_of(planned.composition.recipe.model)]
+    again = [f"resume={planned.dir}", *rights_words(planned.composition.recipe.model)]
     what = again if continued else [f"recipe={planned.stage.what}", *fresh]
     processes = processes_of(planned)
     verb = ["train"] if processes == 1 else ["launch", "--nproc", str(processes)]

@@ -10,7 +10,7 @@ from llmrecipe.recipe.stack_rules import Declared, refusals
 
 
 @dataclass(frozen=True)
-class Pair:
+class MethodPair:
     """Two kinds in one stack."""
 
     first: str
@@ -19,11 +19,11 @@ class Pair:
     """Why the pair is refused, in one line; None where it trains."""
 
 
-def pairs() -> list[Pair]:
+def pairs() -> list[MethodPair]:
     """Return every unordered pair of registered wrappers, a kind with itself included (as two instances)."""
     found = []
     for first, second in combinations_with_replacement(registry.names("stack"), 2):
         stack = [Declared.of_spec(name, registry.spec("stack", kind)) for name, kind in (("a", first), ("b", second))]
         reason = next((refusal.reason for refusal in refusals(stack) if refusal.reason), None)
-        found.append(Pair(first, second, reason))
+        found.append(MethodPair(first, second, reason))
     return found

@@ -76,8 +76,8 @@ def compose_mapping(
     """
     from llmrecipe.recipe.builtin_data import drop_builtin
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
-    from llmrecipe.recipe.interpolation import resolve
-    from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse
+    from llmrecipe.recipe.interpolation import interpolate
+    from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse_overrides
     from llmrecipe.recipe.registered_axes import fill
     from llmrecipe.recipe.renames import rename_in_place
     from llmrecipe.recipe.rights import withhold
@@ -85,7 +85,7 @@ def compose_mapping(
 
     path = find_recipe(recipe)
     chain = DefaultsChain(path, foreign or Path(recipe).expanduser().is_dir())
-    words = parse(overrides)
+    words = parse_overrides(overrides)
     _open_plugins(chain, words)
     choices = [(str(w.key[0]), w.value, f"'{w.text}'") for w in words if w.choice]
     for link in chain.links.values():
@@ -108,7 +108,7 @@ def compose_mapping(
     cleaner.clean()
     whole = _complete(mapping, origins)
     _name(path, whole, origins)
-    resolved = resolve(whole, origins)
+    resolved = interpolate(whole, origins)
     notes, foreign = [*notes, *cleaner.notes], any(link.foreign for link in chain.links.values())
     if foreign:
         notes += withhold(resolved, origins, chain.own_files(set(chosen(words))))

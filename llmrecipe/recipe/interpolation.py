@@ -20,7 +20,7 @@ PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
 STAGE = re.compile(r"^(?:stage|matrix):\s*([A-Za-z_][\w-]*)$")
 
 
-def resolve(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
+def interpolate(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     """Replace every `${a.b}` by the value it names; `${stage:x}` and `${matrix:x}` stay for the pipeline to fill in, and
     `${oc.env:NAME}` for whoever uses the secret.
 
@@ -139,5 +139,5 @@ def _at(origins: Origins, key: KeyPath) -> str:
 
 
 def escape(value: Any) -> Any:
-    """Invert `resolve` for writing a mapping: escape plain `${` with a backslash; stages and variables stay."""
+    """Invert `interpolate` for writing a mapping: escape plain `${` with a backslash; stages and variables stay."""
     return _each(value, lambda text, key: PIECE.sub(lambda m: m[0] if _stays(m, key) else "\\" + m[0], text))

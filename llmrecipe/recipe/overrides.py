@@ -39,7 +39,7 @@ RESERVED = ("hydra", "recipe", "resume")
 """Keys of a command line that set nothing in a recipe."""
 
 
-def parse(words: list[str], reserved: tuple[str, ...] = RESERVED) -> list[Word]:
+def parse_overrides(words: list[str], reserved: tuple[str, ...] = RESERVED) -> list[Word]:
     """Parse the overrides of a command line.
 
     Args:

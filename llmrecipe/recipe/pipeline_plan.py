@@ -34,7 +34,7 @@ from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
 from llmrecipe.recipe.matrix import AXIS
-from llmrecipe.recipe.pipeline_spec import Stage, in_order, parse, place_of
+from llmrecipe.recipe.pipeline_spec import WrittenStage, in_order, origin_text, parse_stages
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.run_recipe import inherited_keys
@@ -52,7 +52,7 @@ PIPELINE_KEYS = ("stages", "run", "log", "plugins")
 class Planned:
     """A stage that can be run."""
 
-    stage: Stage
+    stage: WrittenStage
     words: list[str]
     """Overrides, with the results of its inputs filled in."""
     mapping: dict[str, Any]
@@ -105,7 +105,7 @@ def plan(pipeline: Composition) -> Plan:
             "only you can give; read it, and copy it elsewhere to make it a recipe of your own"
         )
     _refuse_unused(pipeline)
-    stages = in_order(parse(pipeline), pipeline)
+    stages = in_order(parse_stages(pipeline), pipeline)
     run = pipeline.recipe.run
     folder = Path(run.dir) if run.dir is not None else Path(run.root) / (run.name or pipeline.name)
     if not PLAIN_PATH.fullmatch(str(folder)):
@@ -129,7 +129,7 @@ def plan(pipeline: Composition) -> Plan:
             continue
         made.notes.extend(f"{stage.name}: {note}" for note in composition.notes)
         wrong = _wrong_inputs(stage, composition, made)
-        mistakes += [text + place_of(pipeline, stage.at) for text in wrong]
+        mistakes += [text + origin_text(pipeline, stage.at) for text in wrong]
         filled = functools.partial(REFERENCE.sub, lambda m: str(results[m[1]]))
         mapping = each_text(composition.mapping, filled)
         made.stages.append(
@@ -155,7 +155,7 @@ def plan(pipeline: Composition) -> Plan:
     return made
 
 
-def compose_stage(stage: Stage) -> Composition | StepComposition:
+def compose_stage(stage: WrittenStage) -> Composition | StepComposition:
     """Compose a stage's recipe or step with its overrides; rounds after the first draw other samples.
 
     Raises:
@@ -171,7 +171,7 @@ def compose_stage(stage: Stage) -> Composition | StepComposition:
     return composition if stage.round == 1 else make(stage.what, [*stage.words, f"seed={frame.seed + stage.round - 1}"])
 
 
-def _wrong_inputs(stage: Stage, composition: Composition | StepComposition, made: Plan) -> list[str]:
+def _wrong_inputs(stage: WrittenStage, composition: Composition | StepComposition, made: Plan) -> list[str]:
     """Return a message for each result of a stage that is used where another kind of result is expected."""
     wanted = needs(composition.kind) if isinstance(composition, StepComposition) else TRAINING_NEEDS
     gives = {s.name: s.gives for s in made.stages}
@@ -260,7 +260,7 @@ def refuse_stages(mapping: Mapping[str, Any]) -> None:
     """
     if mapping.get("stages"):
         raise RecipeError(
-            "stages: this recipe is a pipeline; run it with `llmrecipe train` or llmrecipe.pipelines.run_stages.run"
+            "stages: this recipe is a pipeline; run it with `llmrecipe train` or llmrecipe.pipelines.run_stages.run_all_stages"
         )
     for key, value in leaves(mapping):
         if isinstance(value, str) and (REFERENCE.search(value) or AXIS.search(value)):

@@ -24,7 +24,7 @@ SETTABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", 
 
 
 @dataclass(frozen=True)
-class Stage:
+class WrittenStage:
     """One stage as written, rounds unrolled."""
 
     name: str
@@ -42,26 +42,26 @@ class Stage:
         return tuple(dict.fromkeys(name for word in self.words for name in REFERENCE.findall(word)))
 
 
-def parse(pipeline: Composition) -> list[Stage]:
+def parse_stages(pipeline: Composition) -> list[WrittenStage]:
     """Parse the stages as written, rounds unrolled.
 
     Raises:
         RecipeError: every mistake in the section, in one message.
     """
     expanded = expand(pipeline.recipe.stages or {})
-    mistakes = [f"{text}{place_of(pipeline, key)}" for key, text in expanded.mistakes]
-    stages: list[Stage] = []
+    mistakes = [f"{text}{origin_text(pipeline, key)}" for key, text in expanded.mistakes]
+    stages: list[WrittenStage] = []
     last: dict[str, str] = {}
     for name, written in expanded.bodies.items():
         at: KeyPath = ("stages", expanded.written[name])
         body, wrong = inherited(written, pipeline, at)
         wrong = _wrong(name, body, at) + wrong
-        mistakes += [f"{text}{place_of(pipeline, key)}" for key, text in wrong]
+        mistakes += [f"{text}{origin_text(pipeline, key)}" for key, text in wrong]
         if wrong:
             continue
         if "rounds" in body:
             unrolled, ends, wrong = _rounds(name, body, at)
-            mistakes += [f"{text}{place_of(pipeline, key)}" for key, text in wrong]
+            mistakes += [f"{text}{origin_text(pipeline, key)}" for key, text in wrong]
             last |= ends
             stages += unrolled
         else:
@@ -76,7 +76,7 @@ def parse(pipeline: Composition) -> list[Stage]:
     return stages
 
 
-def in_order(stages: list[Stage], pipeline: Composition) -> list[Stage]:
+def in_order(stages: list[WrittenStage], pipeline: Composition) -> list[WrittenStage]:
     """Sort stages after the ones they need, otherwise in the order they are written.
 
     Raises:
@@ -85,23 +85,23 @@ def in_order(stages: list[Stage], pipeline: Composition) -> list[Stage]:
     known = {s.name: s for s in stages}
     mistakes = [
         f"{dotted(s.at)}: ${{stage:{name}}}: there is no stage '{name}'{did_you_mean(name, known)} "
-        f"(stages: {', '.join(known)}){place_of(pipeline, s.at)}"
+        f"(stages: {', '.join(known)}){origin_text(pipeline, s.at)}"
         for s in stages
         for name in s.inputs
         if name not in known
     ]
     if mistakes:
         raise RecipeError("\n".join(mistakes))
-    done: dict[str, Stage] = {}
+    done: dict[str, WrittenStage] = {}
 
-    def visit(stage: Stage, above: tuple[str, ...]) -> None:
+    def visit(stage: WrittenStage, above: tuple[str, ...]) -> None:
         if stage.name in done:
             return
         if stage.name in above:
             circle = " -> ".join([*above[above.index(stage.name) :], stage.name])
             raise RecipeError(
                 f"stages: {circle}: each of these waits for the next; `rounds: N` repeats a stage on its own result"
-                f"{place_of(pipeline, stage.at)}"
+                f"{origin_text(pipeline, stage.at)}"
             )
         for name in stage.inputs:
             visit(known[name], (*above, stage.name))
@@ -172,7 +172,9 @@ def _wrong_rounds(body: Mapping[str, Any], at: KeyPath) -> list[tuple[KeyPath, s
     return [((*at, "rounds"), f"{dotted((*at, 'rounds'))}: must be a whole number >= 1; got {rounds!r}")]
 
 
-def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage], dict[str, str], list[tuple[KeyPath, str]]]:
+def _rounds(
+    name: str, body: Mapping[str, Any], at: KeyPath
+) -> tuple[list[WrittenStage], dict[str, str], list[tuple[KeyPath, str]]]:
     """Return the stages of a repeated stage or group round by round, the last round's name of each, and the mistakes."""
     inner = body["stages"] if "stages" in body else {name: {k: v for k, v in body.items() if k not in ("rounds", "start")}}
     start = body.get("start") or {}
@@ -186,7 +188,7 @@ def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage
         ((*at, "start"), f"{dotted((*at, 'start', n))}: the rounds have no stage '{n}'{did_you_mean(str(n), names)}")
         for n in unknown
     ]
-    stages: list[Stage] = []
+    stages: list[WrittenStage] = []
     for number in range(1, body["rounds"] + 1):
         for place, (key, stage_body) in enumerate(inner.items()):
             where = (*at, "stages", str(key)) if "stages" in body else at
@@ -208,21 +210,21 @@ def _rounds(name: str, body: Mapping[str, Any], at: KeyPath) -> tuple[list[Stage
     return stages, {n: f"{n}-{body['rounds']}" for n in names}, mistakes
 
 
-def _stage(name: str, at: KeyPath, body: Mapping[str, Any], number: int = 1) -> Stage:
+def _stage(name: str, at: KeyPath, body: Mapping[str, Any], number: int = 1) -> WrittenStage:
     """Return a stage with its overrides: those of `with`, then its other keys."""
     if "kind" in body:
         words = [as_word((k,), v) for k, v in body.items() if k not in ("kind", "rounds", "start")]
-        return Stage(name, at, str(body["kind"]), tuple(words), number, step=True)
+        return WrittenStage(name, at, str(body["kind"]), tuple(words), number, step=True)
     settings = [as_word(key, value) for key, value in leaves({k: v for k, v in body.items() if k not in OWN}) if key]
-    return Stage(name, at, body["recipe"], (*body.get("with", []), *settings), number)
+    return WrittenStage(name, at, body["recipe"], (*body.get("with", []), *settings), number)
 
 
-def _renamed(stage: Stage, text: Callable[[str], str]) -> Stage:
+def _renamed(stage: WrittenStage, text: Callable[[str], str]) -> WrittenStage:
     words = tuple(REFERENCE.sub(lambda m: text(m[1]), word) for word in stage.words)
     return dataclasses.replace(stage, words=words)
 
 
-def place_of(pipeline: Composition, key: KeyPath) -> str:
+def origin_text(pipeline: Composition, key: KeyPath) -> str:
     """Return ` [file:line]` (or the override) of a key of the pipeline's recipe."""
     origin = origin_of(pipeline.origins, key)
     return f" [{origin}]" if origin else ""

@@ -41,7 +41,7 @@ def is_artefact(path: Path) -> bool:
     return any((folder / mark).is_file() for folder in folders for mark in MARKS)
 
 
-def say(right: str) -> str:
+def how_to_give(right: str) -> str:
     """Return how a user gives a right."""
     return f"set model.{right}=true (a step takes 'words=[\"model.{right}=true\"]', llmrecipe.load {right}=True)"
 
@@ -56,7 +56,7 @@ def rights_of(section: ModelSection) -> dict[str, bool]:
     return {name: True for name in RIGHTS if getattr(section, name)}
 
 
-def words_of(section: ModelSection) -> list[str]:
+def rights_words(section: ModelSection) -> list[str]:
     """Return the overrides that give the rights of a model section again."""
     return [f"model.{name}=true" for name in rights_of(section)]
 

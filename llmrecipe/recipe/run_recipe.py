@@ -49,7 +49,7 @@ def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[
             for k in unknown
         ]
     own = body.get("with", [])
-    words = [word for key in keys for word in words_of(pipeline, key)]
+    words = [word for key in keys for word in section_words(pipeline, key)]
     rest = {k: v for k, v in body.items() if k != "inherit"}
     return {**rest, "with": [*words, *own]} if isinstance(own, list) else rest, []
 
@@ -62,7 +62,7 @@ def inherited_keys(section: Any) -> set[str]:
     return found.union(*(inherited_keys(v) for v in section.values()))
 
 
-def words_of(pipeline: Composition, key: str) -> list[str]:
+def section_words(pipeline: Composition, key: str) -> list[str]:
     """Return the overrides for what a recipe sets under one of its keys."""
     value = pipeline.mapping.get(key)
     if not isinstance(value, Mapping):
@@ -78,18 +78,18 @@ def _is_set(pipeline: Composition, key: KeyPath) -> bool:
 
 def as_word(key: KeyPath, value: Any) -> str:
     """Return a value as an override of the command line."""
-    return f"{dotted(key)}={text_of(value)}"
+    return f"{dotted(key)}={word_text(value)}"
 
 
-def text_of(value: Any) -> str:
+def word_text(value: Any) -> str:
     """Return a value as it is written on the command line."""
     if isinstance(value, str):
         # Backslashes count double where a quote follows, and only there.
         return '"' + QUOTED.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
     if isinstance(value, list):
-        return "[" + ", ".join(map(text_of, value)) + "]"
+        return "[" + ", ".join(map(word_text, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{SPECIAL.sub(_escaped, str(k))}: {text_of(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{SPECIAL.sub(_escaped, str(k))}: {word_text(v)}" for k, v in value.items()) + "}"
     return json.dumps(value)
 
 

@@ -101,9 +101,9 @@ class StepComposition:
         Raises:
             RecipeError: the step refuses its options.
         """
-        from llmrecipe.recipe.validate import build
+        from llmrecipe.recipe.validate import build_object
 
-        step: Buildable = build(GROUP, {"kind": self.kind, **self.options}, where or self.kind)
+        step: Buildable = build_object(GROUP, {"kind": self.kind, **self.options}, where or self.kind)
         return step
 
 
@@ -128,12 +128,12 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
     Raises:
         RecipeError: everything that is wrong, in one message.
     """
-    from llmrecipe.recipe.overrides import parse
+    from llmrecipe.recipe.overrides import parse_overrides
     from llmrecipe.recipe.validate import check_component, report, translate
 
     registry.spec(GROUP, kind, "kind")
     tree: dict[str, Any] = {}
-    for word in parse(list(words), reserved=("hydra", "resume")):
+    for word in parse_overrides(list(words), reserved=("hydra", "resume")):
         node = tree
         for part in word.key[:-1]:
             inner = node.setdefault(str(part), {})

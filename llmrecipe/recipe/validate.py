@@ -69,12 +69,12 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
             checked["stack"][name] = body
             mistakes += found
         mistakes += check_stack(stack)
-    endless = not_finite({key: value for key, value in mapping.items() if key not in (*SINGLE, "stack")})
+    endless = nonfinite_values({key: value for key, value in mapping.items() if key not in (*SINGLE, "stack")})
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate_json(_json(checked))
     except ValidationError as error:
-        mistakes += joined(endless, translate(error, mapping, Recipe, ()))
+        mistakes += merge_mistakes(endless, translate(error, mapping, Recipe, ()))
     else:
         mistakes += endless
     known = registry.names("tracker")
@@ -103,7 +103,7 @@ def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str
 def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = ()) -> tuple[dict[str, Any], list[Mistake]]:
     """Return the options of a component with defaults filled in, and what is wrong with them."""
     if not isinstance(body, Mapping):
-        return {}, [Mistake(at, f"must be a mapping with a kind, such as {{kind: {_example(group)}}}; got {show(body)}")]
+        return {}, [Mistake(at, f"must be a mapping with a kind, such as {{kind: {_example(group)}}}; got {yaml_text(body)}")]
     kind = body.get("kind")
     if kind is None:
         return dict(body), [Mistake(at, _no_kind(group, at, others))]
@@ -112,29 +112,29 @@ def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = 
     except RecipeError as error:
         return dict(body), [Mistake((*at, "kind"), str(error).removeprefix(f"{dotted(at)}: "))]
     options = {key: value for key, value in body.items() if key != "kind"}
-    endless = not_finite(options, at)
+    endless = nonfinite_values(options, at)
     try:
         model = spec.schema_model.model_validate_json(_json(options))
     except ValidationError as error:
-        return dict(body), joined(endless, translate(error, options, spec.schema_model, at, str(kind)))
+        return dict(body), merge_mistakes(endless, translate(error, options, spec.schema_model, at, str(kind)))
     if endless:
         return dict(body), endless
     values = json.loads(model.model_dump_json(by_alias=True))
     return {"kind": kind, **{k: options.get(k, v) for k, v in values.items()}}, []
 
 
-def not_finite(value: Any, at: KeyPath = ()) -> list[Mistake]:
+def nonfinite_values(value: Any, at: KeyPath = ()) -> list[Mistake]:
     """Return a mistake for every NaN and infinity at any depth: no option allows them, not even a free-form one."""
     if isinstance(value, Mapping):
-        return [mistake for key, inner in value.items() for mistake in not_finite(inner, (*at, str(key)))]
+        return [mistake for key, inner in value.items() for mistake in nonfinite_values(inner, (*at, str(key)))]
     if isinstance(value, list | tuple):
-        return [mistake for place, inner in enumerate(value) for mistake in not_finite(inner, (*at, place))]
+        return [mistake for place, inner in enumerate(value) for mistake in nonfinite_values(inner, (*at, place))]
     if isinstance(value, float) and not math.isfinite(value):
-        return [Mistake(at, f"must be a finite number; got {show(value)}")]
+        return [Mistake(at, f"must be a finite number; got {yaml_text(value)}")]
     return []
 
 
-def joined(endless: list[Mistake], mistakes: list[Mistake]) -> list[Mistake]:
+def merge_mistakes(endless: list[Mistake], mistakes: list[Mistake]) -> list[Mistake]:
     """Merge both lists so that each value is reported once: as precisely as its type can, at its own key."""
     keys = {mistake.key for mistake in mistakes}
     deeper = [e for e in endless if e.key not in keys]
@@ -170,12 +170,12 @@ def instantiate(recipe: Recipe) -> Parts:
     Raises:
         RecipeError: a component refuses its options.
     """
-    single = {group: build(group, getattr(recipe, group), group) for group in SINGLE}
-    wrappers = [build("stack", body, f"stack.{name}", name=name) for name, body in recipe.stack.items()]
+    single = {group: build_object(group, getattr(recipe, group), group) for group in SINGLE}
+    wrappers = [build_object("stack", body, f"stack.{name}", name=name) for name, body in recipe.stack.items()]
     return Parts(single["objective"], wrappers, single["optim"], single["schedule"])
 
 
-def build(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
+def build_object(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
     """Build the object of one component from its validated options.
 
     Raises:
@@ -186,7 +186,7 @@ def build(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
     checked = registry.spec(group, kind, where).schema_model.model_validate_json(_json(options))
     values = {name: getattr(checked, name) for name in type(checked).model_fields}
     try:
-        return registry.load(group, kind, where)(**values, **extra)
+        return registry.load_class(group, kind, where)(**values, **extra)
     except UserError as error:
         raise type(error)(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
     except ValidationError as error:
@@ -238,7 +238,9 @@ def translate(
         else:
             wanted = list(dict.fromkeys(_wanted(d) for d in details))
             value = details[0]["input"] if len(details) == 1 else _value_at(given, key)
-            mistakes.append(Mistake((*at, *key), f"must be {' or '.join(wanted)}; got {show(value)}{_hint(details, value)}"))
+            mistakes.append(
+                Mistake((*at, *key), f"must be {' or '.join(wanted)}; got {yaml_text(value)}{_hint(details, value)}")
+            )
     return mistakes
 
 
@@ -376,7 +378,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def show(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     """Return a given value as it looks in YAML, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -44,7 +44,7 @@ def read_adapter(folder: str | Path, model: nn.Module, weight: float = 1.0) -> L
     """
     names = registry.names("adapter_format")
     for name in names:
-        found: AdapterFormat = registry.load("adapter_format", name)()
+        found: AdapterFormat = registry.load_class("adapter_format", name)()
         if found.recognizes(Path(folder)):
             return found.layer(Path(folder), model, weight)
     raise ModelError(f"{folder}: not an adapter folder of a known format ({', '.join(names)})")

@@ -57,7 +57,7 @@ logger = logging.getLogger("llmrecipe")
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint read back."""
 
     path: Path
@@ -203,7 +203,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Saved:
+def read_checkpoint(path: Path) -> SavedCheckpoint:
     """Read a checkpoint after checking every file against its checksum.
 
     Raises:
@@ -220,7 +220,7 @@ def read_checkpoint(path: Path) -> Saved:
     files = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
     tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors")}
     documents = {Path(f).stem: json.loads((path / f).read_text(encoding="utf-8")) for f in files if f.endswith(".json")}
-    return Saved(path, int(match[2]), tensors, documents)
+    return SavedCheckpoint(path, int(match[2]), tensors, documents)
 
 
 def rotate(root: Path, keep: int, best: int | None = None) -> list[int]:

@@ -42,7 +42,7 @@ class Layer:
 
 
 @dataclass
-class Saved:
+class SavedStack:
     """The content of a `stack.yaml`."""
 
     base: dict[str, Any]
@@ -80,10 +80,10 @@ def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
 def build_wrapper(name: str, mapping: Mapping[str, Any]) -> Wrapper:
     """Build a wrapper from its mapping."""
     options = {k: v for k, v in mapping.items() if k != "kind"}
-    return registry.load("stack", mapping["kind"], f"stack.{name}")(name=name, **options)
+    return registry.load_class("stack", mapping["kind"], f"stack.{name}")(name=name, **options)
 
 
-def write(folder: Path, saved: Saved) -> None:
+def write_stack(folder: Path, saved: SavedStack) -> None:
     """Write `stack.yaml` and one safetensors file per layer."""
     from safetensors.torch import save_file
 
@@ -101,8 +101,8 @@ def write(folder: Path, saved: Saved) -> None:
     (folder / STACK_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def read(folder: Path) -> Saved:
-    """Read what `write` wrote.
+def read_stack(folder: Path) -> SavedStack:
+    """Read what `write_stack` wrote.
 
     Raises:
         RunError: a file is missing or unreadable.
@@ -120,10 +120,12 @@ def read(folder: Path) -> Saved:
         if type(error).__name__ == "SafetensorError":
             raise RunError(f"{folder}: a tensor file is damaged: {error}") from error
         raise
-    return Saved(content["base"], layers, content.get("head", "causal"), content.get("labels"), content.get("objective", ""))
+    return SavedStack(
+        content["base"], layers, content.get("head", "causal"), content.get("labels"), content.get("objective", "")
+    )
 
 
-def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
+def mount_layer(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
     """Mount a saved layer below any further stack: attached, restored, frozen, part of the reference.
 
     Returns:
@@ -136,15 +138,15 @@ def mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
         if (w := build_wrapper(name, mapping)).stage in (Stage.INJECT, Stage.SELECT)
     ]
     renamed = [replace(w, name=names[w.name]) for w in wrappers]
-    task_heads.mount(model, layer.tensors)
+    task_heads.mount_heads(model, layer.tensors)
     stack = Stack(renamed)
     stack.attach(model, {names[n]: s for n, s in layer.structures.items() if n in names})
-    stack.restore(model, {rename(name, names): value for name, value in task_heads.split(layer.tensors)[0].items()})
+    stack.restore(model, {rename_tensor(name, names): value for name, value in task_heads.split(layer.tensors)[0].items()})
     freeze(model, stack)
     return stack.wrappers
 
 
-def without_injected(saved: Saved) -> Saved:
+def without_injected(saved: SavedStack) -> SavedStack:
     """Return the same base with its quantization, without anything that was trained on it."""
     layers = []
     for layer in saved.layers:
@@ -163,7 +165,7 @@ def adjust(layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layer:
     for name, wanted in options.items():
         if name not in wrappers:
             continue
-        allowed = registry.load("stack", wrappers[name]["kind"]).adjustable
+        allowed = registry.load_class("stack", wrappers[name]["kind"]).adjustable
         for option, value in wanted.items():
             if option not in allowed and wrappers[name].get(option) != value:
                 free = f"; free to choose: {', '.join(allowed)}" if allowed else ""
@@ -181,7 +183,7 @@ def freeze(model: nn.Module, stack: Stack) -> None:
         parameter.requires_grad_(False)
 
 
-def rename(name: str, names: Mapping[str, str]) -> str:
+def rename_tensor(name: str, names: Mapping[str, str]) -> str:
     """Return a tensor name with the wrapper's name replaced."""
     parts = name.split(".")
     for i, part in enumerate(parts):
@@ -193,7 +195,7 @@ def rename(name: str, names: Mapping[str, str]) -> str:
     return ".".join(parts)
 
 
-def check_base(model: nn.Module, saved: Saved, where: str, dtype: str = "auto") -> None:
+def check_base(model: nn.Module, saved: SavedStack, where: str, dtype: str = "auto") -> None:
     """Refuse to mount a delta on another base.
 
     Args:

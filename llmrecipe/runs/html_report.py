@@ -54,7 +54,7 @@ def document(title: str, parts: list[str]) -> str:
     )
 
 
-def grid(lines: list[list[str]]) -> str:
+def table(lines: list[list[str]]) -> str:
     """Return a table whose first line is the header."""
     head, *body = lines
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
@@ -72,7 +72,7 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 def _events(events: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(k for e in events for k in e if k != "event"))
-    return grid([columns, *([number(e[c]) if c in e else "" for c in columns] for e in events)])
+    return table([columns, *([number(e[c]) if c in e else "" for c in columns] for e in events)])
 
 
 def svg(metric: str, curve: list[tuple[int, float]]) -> str:

@@ -46,7 +46,7 @@ class LoadedModel:
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
 
 
-def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Path | None]:
+def resolve_section(section: ModelSection) -> tuple[ModelSection, delta.SavedStack | None, Path | None]:
     """Resolve a model section to (section of the base, saved stacks, folder that contains them).
 
     Rights in the section that a run has saved of its base are ignored: only those of the given section apply.
@@ -60,7 +60,7 @@ def resolve(section: ModelSection) -> tuple[ModelSection, delta.Saved | None, Pa
         return section, None, None
     if (folder / "model" / "config.json").is_file():
         return section.model_copy(update={"path": str(folder / "model")}), None, folder
-    saved = delta.read(folder)
+    saved = delta.read_stack(folder)
     own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
     base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": saved.base["path"]})
     return base, saved, folder
@@ -84,7 +84,7 @@ def open_model(
     Raises:
         ModelError: the weights, the tokenizer or the fingerprint do not fit.
     """
-    base, saved, folder = resolve(section)
+    base, saved, folder = resolve_section(section)
     return open_saved(
         base, saved, folder, tokenizer,
         head=head, labels=labels, load_kwargs=load_kwargs, seed=seed, options=options, continue_=section.continue_,
@@ -93,7 +93,7 @@ def open_model(
 
 def open_saved(
     base: ModelSection,
-    saved: delta.Saved | None,
+    saved: delta.SavedStack | None,
     folder: Path | None,
     tokenizer: TokenizerSection,
     *,
@@ -120,7 +120,7 @@ def open_saved(
         wrapper.attach(model)
     loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
-        task_heads.read(model, folder)
+        task_heads.read_heads(model, folder)
     loaded.head, loaded.labels = head, labels
     loaded.quantized = [delta.kind_name(wrapper) for wrapper in bases]
     layers = list(saved.layers) if saved is not None else []
@@ -130,9 +130,9 @@ def open_saved(
     if continue_ and layers:
         loaded.continued = layers.pop()
     for index, layer in enumerate(layers):
-        loaded.mounted += delta.mount(model, delta.adjust(layer, options or {}), index)
+        loaded.mounted += delta.mount_layer(model, delta.adjust(layer, options or {}), index)
     if any("new_rows" in name for layer in layers for name in layer.tensors):
-        new_token_rows.fold(model)
+        new_token_rows.fold_token_rows(model)
     loaded.layers = layers
     return loaded
 
@@ -155,7 +155,7 @@ def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
     return [read_adapter(path, model, weight) for path, weight in section.adapters.items()]
 
 
-def _base_wrappers(saved: delta.Saved | None) -> list[Wrapper]:
+def _base_wrappers(saved: delta.SavedStack | None) -> list[Wrapper]:
     """Return the BASE wrappers (quantization) the saved stacks were trained on, each kind once."""
     found: dict[str, Wrapper] = {}
     for layer in saved.layers if saved else []:
@@ -170,7 +170,7 @@ def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
     """Return the tokenizer a model is loaded with, without reading weights."""
     from llmrecipe.models.load import load_tokenizer
 
-    base, _, folder = resolve(section)
+    base, _, folder = resolve_section(section)
     return load_tokenizer(base, own_tokenizer(tokenizer, folder))
 
 

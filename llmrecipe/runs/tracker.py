@@ -90,4 +90,4 @@ def open_trackers(names: Iterable[str], folder: Path, config: dict[str, Any]) ->
     """
     names = list(names)
     check_trackers(names)
-    return [registry.load("tracker", name)().open(folder, config) for name in names]
+    return [registry.load_class("tracker", name)().open(folder, config) for name in names]

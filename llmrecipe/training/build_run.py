@@ -60,7 +60,7 @@ def abandoned(directory: RunDir | None, runtime: Runtime | None, resume: Path | 
         raise
 
 
-def build(composition: Composition, resume: Path | None) -> RunState:
+def build_parts(composition: Composition, resume: Path | None) -> RunState:
     """Build everything the loop needs, or raise one teaching error before weights are read.
 
     Args:
@@ -119,7 +119,7 @@ def build_model(
     objective.prepare_roles(model, base_is_frozen(stack))
     objective.prepare_model(model.model, recipe.seed)
     seed_everything(recipe.seed)
-    attach(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
+    attach_stack(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
     return model
 
 
@@ -158,11 +158,11 @@ def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None,
     """
     from llmrecipe.models.load import skeleton
 
-    base, saved, _ = open_model.resolve(recipe.model)
+    base, saved, _ = open_model.resolve_section(recipe.model)
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
     for index, layer in enumerate(saved.layers if saved else []):
-        delta.mount(model, layer, index)
+        delta.mount_layer(model, layer, index)
     objective.prepare_model(model, recipe.seed)
     stack.attach(model)
     return model
@@ -176,12 +176,12 @@ def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels
     """
     from llmrecipe.models.load import may_bypass_attention
 
-    base, _, _ = open_model.resolve(recipe.model)
+    base, _, _ = open_model.resolve_section(recipe.model)
     if may_bypass_attention(base, objective.head):
         on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
 
 
-def tasks_of(wrappers: list[Wrapper], saved: delta.Saved | None) -> Tasks | None:
+def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks | None:
     """Return the tasks that a stack, and the stacks of the runs below it, keep separate; None where no method does.
 
     Raises:
@@ -198,7 +198,7 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
 
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     mask = getattr(objective, "mask", None) or "completion"
-    tasks = tasks_of(wrappers, open_model.resolve(recipe.model)[1])
+    tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
     needs = objective.columns()
     data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs)
     labels = getattr(data, "labels", None)
@@ -260,12 +260,14 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     return model
 
 
-def attach(model: open_model.LoadedModel, stack: Stack, everything: bool, structures: dict[str, Any] | None = None) -> None:
+def attach_stack(
+    model: open_model.LoadedModel, stack: Stack, everything: bool, structures: dict[str, Any] | None = None
+) -> None:
     """Attach the stack; the layer of a continued run gives its structures and initial values, also on resume."""
     from llmrecipe.models import new_token_rows
 
     if everything:
-        new_token_rows.fold(model.model)
+        new_token_rows.fold_token_rows(model.model)
     if everything and model.mounted:
         open_model.merge_mounted(model)
     if model.continued is None or structures not in (None, model.continued.structures):

@@ -13,7 +13,7 @@ from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.training import build_run
-from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate
+from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -85,7 +85,7 @@ def examine(composition: Composition) -> Findings:
     per_step = round(mean * settings.batch.size)
     micro = min(per_step, settings.batch.tokens or micro_tokens(torch.device(device)))
     share = data.report.trained / max(data.report.tokens, 1)
-    memory = estimate(
+    memory = estimate_memory(
         model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
         activation_bytes=2 if settings.model.dtype in ("bfloat16", "float16") else 4,
         checkpointing=settings.model.gradient_checkpointing,

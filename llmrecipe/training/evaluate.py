@@ -11,7 +11,7 @@ import torch
 
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
-from llmrecipe.feedback.generated_answers import answer_rows, score
+from llmrecipe.feedback.generated_answers import answer_rows, score_answers
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def generated(evaluation: Evaluation, data: Any) -> dict[str, float]:
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
         evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])
-    return score(rows, section.metrics)
+    return score_answers(rows, section.metrics)
 
 
 def _gathered(evaluation: Evaluation, own: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ SHOWN = 3
 
 
 @torch.no_grad()
-def not_finite(tensors: Mapping[str, Tensor], order: float = float("inf")) -> list[str]:
+def nonfinite_names(tensors: Mapping[str, Tensor], order: float = float("inf")) -> list[str]:
     """Return the names of the floating-point tensors whose norm is NaN or infinite.
 
     The norms are computed where the tensors are, without copying them, and fetched in one transfer per device.
@@ -47,17 +47,17 @@ def not_finite(tensors: Mapping[str, Tensor], order: float = float("inf")) -> li
     return found
 
 
-def check(run: RunState) -> None:
+def check_finite(run: RunState) -> None:
     """Refuse to keep what was learned where a trained weight or the optimizer's state is not finite.
 
     Raises:
         RunError: naming the tensors; `run.on_nan` does not apply, since there is nothing to continue from.
     """
     weights = run.stack.delta(run.model) | {n: p for n, p in run.model.named_parameters() if p.requires_grad}
-    _refuse(run, "trained weights", not_finite(weights, 2.0), len(weights))
+    _refuse(run, "trained weights", nonfinite_names(weights, 2.0), len(weights))
     if run.optimizer is not None:
         state, _ = optimizer_state(run.optimizer)
-        _refuse(run, "optimizer state", not_finite(state), len(state))
+        _refuse(run, "optimizer state", nonfinite_names(state), len(state))
 
 
 def skip(run: RunState, cause: str) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmrecipe.training.run import Run
 
 
-def train(run: Run) -> None:
+def train_loop(run: Run) -> None:
     """Train until `run.steps`; every line of the body happens once per optimizer step.
 
     Raises:

@@ -70,7 +70,7 @@ class Estimate:
         ]
 
 
-def estimate(
+def estimate_memory(
     model: nn.Module,
     stack: Stack,
     optimizer: Optimizer,

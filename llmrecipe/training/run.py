@@ -17,7 +17,7 @@ from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
 from llmrecipe.runs.open_model import original
 from llmrecipe.training import build_run, finite_check, save_run
-from llmrecipe.training.build_run import abandoned, build
+from llmrecipe.training.build_run import abandoned, build_parts
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.run_state import RunState
 
@@ -35,7 +35,7 @@ class Run(RunState):
         Raises:
             UserError: the recipe, the data, the model or the checkpoint is unusable; a new run directory says why.
         """
-        run = cls(**vars(build(composition, resume)))
+        run = cls(**vars(build_parts(composition, resume)))
         with abandoned(run.dir, run.runtime, resume):
             if resume is not None:
                 # The freshly built model is the policy of step 0: score it before the learned weights are restored.

@@ -56,7 +56,7 @@ def save(run: RunState) -> Path | None:
     Raises:
         RunError: a weight or the optimizer's state is not finite, or the disk is full.
     """
-    finite_check.check(run)
+    finite_check.check_finite(run)
     states = run.runtime.gather_json(random_state())
     path = None
     if run.runtime.is_main:
@@ -143,7 +143,7 @@ def save_best(run: RunState) -> None:
     Raises:
         RunError: a weight or the optimizer's state is not finite, or the disk is full.
     """
-    finite_check.check(run)
+    finite_check.check_finite(run)
     if run.runtime.is_main:
         tensors = {"delta": run.stack.delta(run.model)}
         save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.best.state()})
@@ -209,7 +209,7 @@ def finish(run: RunState) -> None:
         RunError: the last weights, or what is to be kept, are not finite, or no step was an update.
     """
     finite_check.check_updated(run)
-    finite_check.check(run)
+    finite_check.check_finite(run)
     restored = load_best(run)
     run.stack.finish(run.model)
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}
@@ -218,7 +218,7 @@ def finish(run: RunState) -> None:
     metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
     run.roles.cache.save()
     run.objective.finish(run.roles)
-    finite_check.check(run)
+    finite_check.check_finite(run)
     if run.runtime.is_main:
         write_final(run, metrics)
     run.runtime.barrier()
@@ -257,7 +257,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         if build_run.everything_trains(run.stack) and not run.loaded.layers:
             save_whole(run, aside / "model")
         else:
-            delta.write(aside, saved_of(run))
+            delta.write_stack(aside, saved_of(run))
         run.tokenizer.save_pretrained(aside)
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         rows = f"{run.recipe.data.path} ({len(run.data):,} rows)"
@@ -277,10 +277,10 @@ def save_whole(run: RunState, folder: Path) -> None:
     dtype = run.recipe.model.dtype
     attention = run.model.config._attn_implementation
     state, scalars = task_heads.split(run.model.state_dict())
-    task_heads.write(scalars, folder.parent)
+    task_heads.write_heads(scalars, folder.parent)
     if dtype in ("bfloat16", "float16"):
         state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
-        if bad := finite_check.not_finite(state):
+        if bad := finite_check.nonfinite_names(state):
             raise RunError(f"model.dtype: weights of {', '.join(bad[:3])} are beyond the range of {dtype}; bfloat16 holds them")
     # The stock name, so that the folder loads where this package is not installed.
     run.model.config._attn_implementation_internal = attention.removeprefix("llmrecipe_")
@@ -291,7 +291,7 @@ def save_whole(run: RunState, folder: Path) -> None:
     run.tokenizer.save_pretrained(folder)
 
 
-def saved_of(run: RunState) -> delta.Saved:
+def saved_of(run: RunState) -> delta.SavedStack:
     """Return the run's stacks, oldest first, its own last."""
     layers = [
         delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(run.loaded.layers)
@@ -317,4 +317,4 @@ def saved_of(run: RunState) -> delta.Saved:
         "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS}),
     }
     labels = getattr(run.data, "labels", None)
-    return delta.Saved(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))
+    return delta.SavedStack(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))

@@ -19,7 +19,7 @@ def announce(run: RunState) -> None:
 
     if not run.runtime.is_main:
         return
-    facts = facts_of(run)
+    facts = run_facts(run)
     (run.dir.path / "report.json").write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
     report = run.data.report
     trained = facts["trained"]
@@ -36,7 +36,7 @@ def announce(run: RunState) -> None:
         run.events.warning(warning)
 
 
-def facts_of(run: RunState) -> dict[str, Any]:
+def run_facts(run: RunState) -> dict[str, Any]:
     """Return data report, stack and trained tensors as JSON."""
     trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     kinds = Counter(".".join(part for part in n.split(".")[-3:] if not part.isdigit()) for n in trained)

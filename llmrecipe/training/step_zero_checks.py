@@ -23,7 +23,7 @@ COARSE = 0.1
 """Tolerance where hidden states have 8 to 11 significant bits, and a different batch layout rounds differently."""
 
 
-def check(run: RunState) -> None:
+def check_step_zero(run: RunState) -> None:
     """Measure the first step's rows under the untrained policy, compare with the expected values, and write a `check` event.
 
     Raises:

@@ -12,7 +12,7 @@ from llmrecipe.core.signals import handled_by
 from llmrecipe.engine.reference_policy import prepare_reference
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.training import save_run, step_zero_checks
-from llmrecipe.training.loop import train as loop
+from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.run import Run
 from llmrecipe.training.startup_report import announce
 
@@ -38,7 +38,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
     run = Run.open(composition, Path(resume) if resume else None)
     try:
         with _signals(run):
-            start(run)
+            before_first_step(run)
             loop(run)
         run.dir.status("done", step=run.progress.step)
     except (Interrupted, KeyboardInterrupt):
@@ -58,7 +58,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
     return run
 
 
-def start(run: Run) -> None:
+def before_first_step(run: Run) -> None:
     """Do what happens once before the first step: calibration, the reference, step-0 checks."""
     run.dir.status("running", step=run.progress.step)
     run.roles.engine.train(run.objective.dropout)
@@ -69,7 +69,7 @@ def start(run: Run) -> None:
     announce(run)
     run.objective.start(run.roles)
     if run.first_step == 0:
-        step_zero_checks.check(run)
+        step_zero_checks.check_step_zero(run)
 
 
 def _signals(run: Run) -> contextlib.AbstractContextManager[None]:

@@ -47,7 +47,7 @@ def model(kind: str) -> nn.Module:
     """A random model, alike for all decoders."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from llmrecipe.models.attention import install
+    from llmrecipe.models.attention import install_attention
 
     torch.manual_seed(0)
     if kind == "coda":
@@ -56,7 +56,7 @@ def model(kind: str) -> nn.Module:
         made = AutoModelForCausalLM.from_config(
             tiny_config("llama", num_key_value_heads=4, max_position_embeddings=256, **WIDTH)
         )
-    install(made, "sdpa")
+    install_attention(made, "sdpa")
     return made.eval()
 
 
@@ -83,7 +83,7 @@ def measured(kind: str) -> dict[str, Any]:
     made.stack.before_step(made.model, 0)
     activations = held(made.model)
     trained = made.trained()
-    adamw = registry.load("optim", "adamw")()
+    adamw = registry.load_class("optim", "adamw")()
     optimizer = build_optimizer(adamw, parameter_groups(made.model, adamw, made.stack.groups(made.model)))
     for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.cli.app import build, run
-from llmrecipe.cli.arguments import complete, sort_words
+from llmrecipe.cli.app import build_app, run_command
+from llmrecipe.cli.arguments import complete_word, sort_words
 from llmrecipe.core.errors import Interrupted, RecipeError
 from llmrecipe.core.registry import PACKAGE
 
 
 def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["explain", "recipe=dpo_lora", "stack.lora.rr=8"]) == 2
+    assert run_command(["explain", "recipe=dpo_lora", "stack.lora.rr=8"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "Error: stack.lora.rr: lora has no option 'rr'; did you mean 'r'? [override stack.lora.rr=8]\n"
@@ -45,7 +45,7 @@ def test_input_mistakes_are_exit_code_two(
     arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(arguments) == 2
+    assert run_command(arguments) == 2
     err = capsys.readouterr().err
     assert expected.lower() in err.lower() and "Traceback" not in err
 
@@ -71,7 +71,7 @@ def test_train_hands_over_its_words_unmangled(monkeypatch: pytest.MonkeyPatch, t
     source = tmp_path / "a b=c.jsonl"
     source.write_text('{"prompt": "p", "completion": "c"}\n' * 3, encoding="utf-8")
     words = [f'data.path="{source}"', "~stack.lora", '+stack.top={kind: lora, target: "attn.q"}', 'run.name="it\'s"']
-    assert run(["train", words[0], "recipe=sft_lora", *words[1:]]) == 0
+    assert run_command(["train", words[0], "recipe=sft_lora", *words[1:]]) == 0
     ((composition, resume),) = calls
     assert (composition.overrides, composition.path.stem, resume) == (words, "sft_lora", None)
     assert composition.recipe.data.path == str(source) and composition.recipe.run.name == "it's"
@@ -82,7 +82,7 @@ def test_resume_takes_the_runs_own_recipe(monkeypatch: pytest.MonkeyPatch, tmp_p
     calls = fake_train(monkeypatch)
     (tmp_path / "recipe.yaml").write_text("defaults: [/sft_lora, _self_]\nseed: 7\n", encoding="utf-8")
     (tmp_path / "status.json").write_text('{"status": "interrupted"}', encoding="utf-8")
-    assert run(["train", f"resume={tmp_path}"]) == 0
+    assert run_command(["train", f"resume={tmp_path}"]) == 0
     ((composition, resume),) = calls
     assert composition.recipe.seed == 7 and resume == str(tmp_path)
 
@@ -92,7 +92,7 @@ def test_a_bug_is_exit_code_one_with_its_traceback_in_a_file(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     fake_train(monkeypatch, ZeroDivisionError("our fault"))
-    assert run(["train", "recipe=sft"]) == 1
+    assert run_command(["train", "recipe=sft"]) == 1
     err = capsys.readouterr().err
     assert "bug" in err and "our fault" in err and "Traceback" not in err
     (saved,) = tmp_path.glob("llmrecipe-bug-*.txt")
@@ -103,11 +103,11 @@ def test_a_bug_is_exit_code_one_with_its_traceback_in_a_file(
 @pytest.mark.parametrize("outcome", [Interrupted("checkpoint written"), KeyboardInterrupt()])
 def test_an_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, outcome: BaseException) -> None:
     fake_train(monkeypatch, outcome)
-    assert run(["train", "recipe=sft"]) == 130
+    assert run_command(["train", "recipe=sft"]) == 130
 
 
 def test_explain_as_json_is_the_whole_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["explain", "recipe=sft_lora", "stack.lora.r=3", "--json"]) == 0
+    assert run_command(["explain", "recipe=sft_lora", "stack.lora.r=3", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     values = {row["key"]: row for row in facts["values"]}
     assert values["stack.lora.r"]["value"] == 3
@@ -117,7 +117,7 @@ def test_explain_as_json_is_the_whole_recipe(capsys: pytest.CaptureFixture[str])
 
 
 def test_explain_prints_dropped_values_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["explain", "recipe=sft_lora", "stack=[]"]) == 0
+    assert run_command(["explain", "recipe=sft_lora", "stack=[]"]) == 0
     out, err = capsys.readouterr()
     assert "note: dropped stack.lora" in err and "note:" not in out
 
@@ -125,7 +125,7 @@ def test_explain_prints_dropped_values_on_stderr(capsys: pytest.CaptureFixture[s
 def test_list_shows_every_registered_name(capsys: pytest.CaptureFixture[str]) -> None:
     from llmrecipe.core import registry
 
-    assert run(["list", "--json"]) == 0
+    assert run_command(["list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     listed = {(row["group"], row["name"]) for row in rows}
     assert {(g, n) for g in registry.groups() for n in registry.names(g)} <= listed
@@ -134,13 +134,13 @@ def test_list_shows_every_registered_name(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_show_a_method_tells_its_options_papers_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["show", "lora", "--json"]) == 0
+    assert run_command(["show", "lora", "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
     options = {option["name"]: option for option in card["options"]}
     assert options["r"]["default"] == 8 and options["r"]["allowed"] == "integer > 0" and options["r"]["description"]
     assert "2106.09685" in card["papers"]
     assert {"sft_lora", "dpo_lora", "qlora"} <= set(card["recipes"])
-    assert run(["show", "lora"]) == 0
+    assert run_command(["show", "lora"]) == 0
     text = capsys.readouterr().out
     assert "B (r, out)" in text or "B" in text
     assert "https://arxiv.org/abs/2106.09685" in text
@@ -148,7 +148,7 @@ def test_show_a_method_tells_its_options_papers_and_recipes(capsys: pytest.Captu
 
 @pytest.mark.parametrize("name", ["dpo_lora", "data", "stack", "adamw", "smollm2", "optim.pretraining"])
 def test_show_knows_recipes_sections_presets_and_components(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["show", name]) == 0
+    assert run_command(["show", name]) == 0
     assert capsys.readouterr().out.strip()
 
 
@@ -156,13 +156,13 @@ def test_new_writes_a_recipe_that_composes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["new", "mine", "--objective", "dpo", "--stack", "nf4,lora"]) == 0
-    assert run(["explain", "recipe=mine", "--json"]) == 0
+    assert run_command(["new", "mine", "--objective", "dpo", "--stack", "nf4,lora"]) == 0
+    assert run_command(["explain", "recipe=mine", "--json"]) == 0
     out = capsys.readouterr().out
     values = {row["key"]: row["value"] for row in json.loads(out[out.index("{") :])["values"]}
     assert values["objective.kind"] == "dpo" and values["stack.nf4.kind"] == "nf4"
-    assert run(["new", "mine"]) == 2
-    assert run(["new", "other", "--extends", "nowhere"]) == 2
+    assert run_command(["new", "mine"]) == 2
+    assert run_command(["new", "other", "--extends", "nowhere"]) == 2
     assert not (tmp_path / "recipes" / "other.yaml").exists()
 
 
@@ -170,7 +170,7 @@ def test_schema_describes_every_key_and_kind(capsys: pytest.CaptureFixture[str])
     from llmrecipe.core import registry
     from llmrecipe.recipe.schema import Recipe
 
-    assert run(["schema"]) == 0
+    assert run_command(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert set(schema["properties"]) == {*Recipe.model_fields, "defaults"}
     assert schema["additionalProperties"] is False and schema["required"] == []
@@ -183,9 +183,9 @@ def test_schema_describes_every_key_and_kind(capsys: pytest.CaptureFixture[str])
 
 
 def test_completion_offers_recipes_groups_and_keys() -> None:
-    assert "recipe=dpo_lora" in complete("recipe=dpo")
-    assert complete("optim=ada") == ["optim=adafactor", "optim=adamw", "optim=adamw_8bit"]
-    assert "data.max_length=" in complete("data.max")
+    assert "recipe=dpo_lora" in complete_word("recipe=dpo")
+    assert complete_word("optim=ada") == ["optim=adafactor", "optim=adamw", "optim=adamw_8bit"]
+    assert "data.max_length=" in complete_word("data.max")
 
 
 def test_words_are_sorted() -> None:
@@ -196,11 +196,11 @@ def test_words_are_sorted() -> None:
 
 
 def test_every_verb_has_help_and_short_help_works(capsys: pytest.CaptureFixture[str]) -> None:
-    app = build()
+    app = build_app()
     names = [command.name for command in app.registered_commands]
     assert {"train", "check", "explain", "list", "show", "schema", "new", "doctor"} <= set(names)
     assert all(command.callback is not None and command.callback.__doc__ for command in app.registered_commands)
-    assert run(["train", "-h"]) == 0
+    assert run_command(["train", "-h"]) == 0
     assert "stack=[nf4,lora]" in " ".join(capsys.readouterr().out.split())
 
 
@@ -236,10 +236,10 @@ MISTAKES = [
 def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "chosen": \n', encoding="utf-8")
     code = (
-        "import contextlib, io, sys\nfrom llmrecipe.cli.app import run\n"
+        "import contextlib, io, sys\nfrom llmrecipe.cli.app import run_command\n"
         f"for arguments, expected in {MISTAKES!r}:\n"
         "    with contextlib.redirect_stderr(io.StringIO()) as told:\n"
-        "        code = run(arguments)\n"
+        "        code = run_command(arguments)\n"
         "    heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'bitsandbytes'} & set(sys.modules)\n"
         "    assert not heavy, (arguments, heavy)\n"
         "    assert code == 2 and expected in told.getvalue(), (arguments, code, told.getvalue())\n"
@@ -265,6 +265,6 @@ def test_one_process_of_a_run_tells_the_users_mistake(
     told = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert run(["explain", "recipe=sft_lora", "stack.lora.rr=2"]) == 2
+        assert run_command(["explain", "recipe=sft_lora", "stack.lora.rr=2"]) == 2
         told.append("did you mean 'r'" in capsys.readouterr().err)
     assert told == [True, False]

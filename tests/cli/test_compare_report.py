@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.cli.app import run
+from llmrecipe.cli.app import run_command
 from llmrecipe.runs.events import Events
 from llmrecipe.runs.html_report import svg
 from llmrecipe.runs.run_record import differences, read_runs
@@ -46,7 +46,7 @@ def two(tmp_path: Path) -> list[str]:
 
 
 def test_compare_as_json(two, capsys):
-    assert run(["compare", *two, "--json"]) == 0
+    assert run_command(["compare", *two, "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["differences"] == {"optim.lr": [1e-4, 2e-4]}, "folders do not count as a difference"
     first, second = value["runs"]["first"], value["runs"]["second"]
@@ -64,7 +64,7 @@ def test_compare_as_json(two, capsys):
 
 
 def test_compare_as_text(two, capsys):
-    assert run(["compare", *two]) == 0
+    assert run_command(["compare", *two]) == 0
     out = capsys.readouterr().out
     for part in ("first", "second", "optim.lr", "eval/loss", "3 -> 1", "█▅▁", "done", "failed"):
         assert part in out, part
@@ -78,26 +78,26 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_what_compare_refuses(two, tmp_path, capsys):
-    assert run(["compare", *two, "-m", "los"]) == 2
+    assert run_command(["compare", *two, "-m", "los"]) == 2
     assert "no run has a metric 'los'; did you mean 'loss'?" in capsys.readouterr().err
-    assert run(["compare", str(tmp_path / "a" / "frist")]) == 2
+    assert run_command(["compare", str(tmp_path / "a" / "frist")]) == 2
     assert "is not a run directory (it has no recipe.yaml and status.json); did you mean 'first'?" in capsys.readouterr().err
-    assert run(["compare", *two, "--plot", str(tmp_path / "x.nothing")]) == 2
+    assert run_command(["compare", *two, "--plot", str(tmp_path / "x.nothing")]) == 2
     assert "--plot: cannot write" in capsys.readouterr().err
 
 
 def test_compare_draws_curves(two, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert run(["compare", *two, "--plot", str(tmp_path / "x.svg"), "-m", "loss", "-m", "lr"]) == 0
+    assert run_command(["compare", *two, "--plot", str(tmp_path / "x.svg"), "-m", "loss", "-m", "lr"]) == 0
     text = (tmp_path / "x.svg").read_text()
     assert text.lstrip().startswith("<?xml") and len(text) > 5000
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(two, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run(["compare", *two, "--plot", str(tmp_path / "x.png")]) == 2
+    assert run_command(["compare", *two, "--plot", str(tmp_path / "x.png")]) == 2
     assert "pip install 'llmrecipe[plots]'" in capsys.readouterr().err
-    assert run(["compare", *two]) == 0
+    assert run_command(["compare", *two]) == 0
 
 
 class Tags(HTMLParser):
@@ -122,7 +122,7 @@ class Tags(HTMLParser):
 
 def test_report_is_one_safe_self_contained_page(two, capsys):
     for path in two:
-        assert run(["report", path]) == 0
+        assert run_command(["report", path]) == 0
     text = (Path(two[1]) / "report.html").read_text()
     tags = Tags()
     tags.feed(text)
@@ -144,7 +144,7 @@ def test_report_of_a_run_that_has_not_begun(tmp_path, capsys):
     folder.mkdir()
     (folder / "recipe.yaml").write_text("seed: 0\n")
     (folder / "status.json").write_text('{"status": "failed", "error": "no data"}')
-    assert run(["report", str(folder), "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    assert run_command(["report", str(folder), "--out", str(tmp_path / "page.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "failed"
     assert "No steps yet." in (tmp_path / "page.html").read_text()
 
@@ -159,8 +159,9 @@ def test_a_long_curve_is_thinned_but_keeps_its_ends():
 
 def test_compare_and_report_import_no_torch(two):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llmrecipe.cli.app import run\n"
-        f"assert run(['compare', *{two!r}]) == 0 and run(['report', {two[0]!r}]) == 0\nassert 'torch' not in sys.modules"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llmrecipe.cli.app import run_command\n"
+        f"assert run_command(['compare', *{two!r}]) == 0 and run_command(['report', {two[0]!r}]) == 0\n"
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -171,9 +172,9 @@ def test_launch_tells_a_mistake_once_and_starts_nothing(capsys, monkeypatch):
 
     started = []
     monkeypatch.setattr(launcher, "launch", lambda args, nproc, cluster: started.append((args, nproc, cluster.nodes)) or 0)
-    assert run(["launch", "recipe=dpo_lora", "stack.lora.rr=8", "--nproc", "2"]) == 2
+    assert run_command(["launch", "recipe=dpo_lora", "stack.lora.rr=8", "--nproc", "2"]) == 2
     assert "did you mean 'r'?" in capsys.readouterr().err and started == []
-    assert run(["launch", "recipe=dpo_lora", 'data.path="a b=c"', "-n", "3", "--nodes", "2"]) == 0
+    assert run_command(["launch", "recipe=dpo_lora", 'data.path="a b=c"', "-n", "3", "--nodes", "2"]) == 0
     assert started == [(["train", "recipe=dpo_lora", 'data.path="a b=c"', "runtime.processes=6"], 3, 2)]
 
 
@@ -181,4 +182,4 @@ def test_launch_hands_on_the_exit_code_of_the_workers(monkeypatch):
     import llmrecipe.runtime.distributed_launch as launcher
 
     monkeypatch.setattr(launcher, "launch", lambda args, nproc, cluster: 130)
-    assert run(["launch", "recipe=dpo_lora"]) == 130
+    assert run_command(["launch", "recipe=dpo_lora"]) == 130

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.cli.app import run
+from llmrecipe.cli.app import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def rows(tmp_path: Path, name: str = "talks.jsonl") -> str:
 
 
 def test_json_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["data", "recipe=sft_lora", rows(tmp_path), "--rows", "1", "--json"]) == 0
+    assert run_command(["data", "recipe=sft_lora", rows(tmp_path), "--rows", "1", "--json"]) == 0
     facts: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert facts["report"]["format"] == "messages" and facts["report"]["kept"] == 4
     assert facts["report"]["ended_share"] == 1.0 and facts["report"]["bos"] == {"1": 4}
@@ -35,16 +35,16 @@ def test_json_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_text_marks_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["data", "recipe=sft_lora", rows(tmp_path), "-n", "2"]) == 0
+    assert run_command(["data", "recipe=sft_lora", rows(tmp_path), "-n", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("«three<eos>»") == 2 and "rows: 4 read, 4 kept, 0 dropped (0.0%)" in out
     assert "answers that end with an end token: 100.0%" in out
 
 
 def test_mistakes_end_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["data", "recipe=sft_lora", rows(tmp_path), "--split", "validation"]) == 2
+    assert run_command(["data", "recipe=sft_lora", rows(tmp_path), "--split", "validation"]) == 2
     assert "no validation split" in capsys.readouterr().err
-    assert run(["data", "recipe=sft_lora", rows(tmp_path), "--split", "test"]) == 2
+    assert run_command(["data", "recipe=sft_lora", rows(tmp_path), "--split", "test"]) == 2
     assert "sealed" in capsys.readouterr().err
-    assert run(["data", "recipe=dpo_lora", rows(tmp_path)]) == 2
+    assert run_command(["data", "recipe=dpo_lora", rows(tmp_path)]) == 2
     assert "needs prompt+chosen+rejected" in capsys.readouterr().err

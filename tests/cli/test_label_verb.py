@@ -43,7 +43,7 @@ class Person:
     def __call__(self, keys: str, *words: str, code: int = 0) -> dict[str, Any]:
         """What `label --json` says at the end."""
         self.monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{key}\n" for key in keys.split())))
-        assert app.run(["label", "rows.jsonl", "--json", *words]) == code
+        assert app.run_command(["label", "rows.jsonl", "--json", *words]) == code
         self.screen = self.capsys.readouterr()
         return json.loads(self.screen.out) if code == 0 else {}
 
@@ -167,7 +167,7 @@ def test_answers_of_a_model_are_made_once(tmp_path: Path, person: Person, monkey
     words = ["label", "tiny", "--prompts", "builtin:prompts", "--limit", "3", "--max-new-tokens", "12", "-l", "ann", "--json"]
     for keys in ("1\n", "2\n"):
         monkeypatch.setattr("sys.stdin", io.StringIO(keys))
-        assert app.run(words) == 0
+        assert app.run_command(words) == 0
         facts = json.loads(capsys.readouterr().out)
         answers = Path("labels/answers/train.jsonl").read_text()
     assert facts["rows"] == 2 and len(answers.splitlines()) == 3
@@ -176,7 +176,7 @@ def test_answers_of_a_model_are_made_once(tmp_path: Path, person: Person, monkey
 
 def test_a_table_for_people(rows: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("1\nt\n"))
-    assert app.run(["label", rows, "-l", "ann"]) == 0
+    assert app.run_command(["label", rows, "-l", "ann"]) == 0
     out = capsys.readouterr().out
     assert "ann" in out and "1 preference rows" in out.replace("\n", " ")
 
@@ -192,7 +192,7 @@ def test_a_table_for_people(rows: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     ],
 )
 def test_mistakes_are_explained(rows: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["label", *words]) == 2
+    assert app.run_command(["label", *words]) == 2
     assert message in capsys.readouterr().err
 
 

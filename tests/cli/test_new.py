@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.cli.app import run
+from llmrecipe.cli.app import run_command
 from tests.support import ROOT
 
 KINDS = ("method", "objective", "metric")
@@ -29,7 +29,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project in which one of each kind was written."""
     monkeypatch.chdir(tmp_path)
     for kind in KINDS:
-        assert run(["new", kind, f"fresh_{kind}", "--dir", "kit"]) == 0
+        assert run_command(["new", kind, f"fresh_{kind}", "--dir", "kit"]) == 0
     return tmp_path
 
 
@@ -41,10 +41,10 @@ def test_a_component_comes_with_its_recipe_and_its_test(written: Path, capsys: p
         lines = (written / "kit" / f"fresh_{kind}.py").read_text().splitlines()
         assert {line.split()[1] for line in lines if line.startswith("from llmrecipe")} == {"llmrecipe.plugin"}
     pytest_in(written, "tests", "-k", "hand")
-    assert run(["new", "metric", "other", "--dir", "kit"]) == 0
+    assert run_command(["new", "metric", "other", "--dir", "kit"]) == 0
     assert "python -m pytest tests/test_other.py; python -m llmrecipe train recipe=other" in capsys.readouterr().out
     (written / "recipes" / "other.yaml").unlink()
-    assert run(["new", "metric", "other", "--dir", "kit"]) == 2
+    assert run_command(["new", "metric", "other", "--dir", "kit"]) == 2
     assert "other.py exists already" in capsys.readouterr().err and not (written / "recipes" / "other.yaml").exists()
 
 
@@ -75,14 +75,14 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["new", *words]) == 2
+    assert run_command(["new", *words]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_recipe_is_written_with_or_without_saying_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["new", "mine", "--stack", "lora"]) == run(["new", "recipe", "yours", "--stack", "lora"]) == 0
+    assert run_command(["new", "mine", "--stack", "lora"]) == run_command(["new", "recipe", "yours", "--stack", "lora"]) == 0
     mine, yours = ((tmp_path / "recipes" / f"{n}.yaml").read_text() for n in ("mine", "yours"))
     assert mine.replace("mine", "yours") == yours
 
@@ -95,7 +95,7 @@ def test_inside_the_package_files_go_where_the_tree_has_them(tmp_path: Path, mon
         (root / folder).mkdir(parents=True)
     monkeypatch.setattr(skeletons, "PACKAGE", root / "llmrecipe")
     monkeypatch.setattr(skeletons, "packaged", lambda: root / "recipes")
-    files = skeletons.write("method", "fresh", root / "llmrecipe" / "methods" / "selective")
+    files = skeletons.write_skeleton("method", "fresh", root / "llmrecipe" / "methods" / "selective")
     places = ["llmrecipe/methods/selective/fresh.py", "recipes/selective/fresh.yaml", "tests/methods/selective/test_fresh.py"]
     assert [str(p.relative_to(root)) for p in files] == places
     assert "from llmrecipe.methods.selective.fresh import RankOne" in files[2].read_text()

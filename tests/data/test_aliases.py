@@ -12,7 +12,7 @@ from llmrecipe.cli import app
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
-from llmrecipe.data.formats.aliases import ALIASES, normal
+from llmrecipe.data.formats.aliases import ALIASES, normal_name
 from llmrecipe.data.formats.data_format import data_format
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.prepare import TokenData
@@ -127,7 +127,7 @@ def test_the_table_is_in_one_spelling_and_serves_real_columns() -> None:
     formats = [data_format(name) for name in registry.names("format")]
     columns = {c for f in formats for names in (*f.columns, f.optional) for c in names}
     assert set(ALIASES) <= columns
-    assert all(normal(alias) == alias and alias != role for role, names in ALIASES.items() for alias in names)
+    assert all(normal_name(alias) == alias and alias != role for role, names in ALIASES.items() for alias in names)
     assert not set(ALIASES["chosen"]) & set(ALIASES["rejected"])
 
 
@@ -137,7 +137,7 @@ def test_what_was_taken_is_printed_and_the_recipes_mapping_goes_first(
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"ask": "Say it.", "winning_response": "good", "losing_response": "bad"}) + "\n" * 2)
     words = [f"data.path={path}", "data.columns={prompt: ask}"]
-    assert app.run(["data", "recipe=dpo", *words, "-n", "1"]) == 0
+    assert app.run_command(["data", "recipe=dpo", *words, "-n", "1"]) == 0
     told = capsys.readouterr().out
     assert "format: preference (columns: prompt <- ask, chosen <- winning_response, rejected <- losing_response)" in " ".join(
         told.split()

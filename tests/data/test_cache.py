@@ -11,7 +11,7 @@ import pytest
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare, tokenize_split
-from llmrecipe.data.cache import FILE, Writer, open_table, schema_of, to_batch
+from llmrecipe.data.cache import FILE, TableWriter, open_table, schema_of, to_batch
 from llmrecipe.data.tokenize.chat_templates import set_template
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.recipe.schema import DataSection
@@ -133,7 +133,7 @@ def test_a_damaged_table_is_built_again(tmp_path: Path, own_cache: Path, encodin
 def test_two_writers_of_one_key_do_not_disturb_each_other(tmp_path: Path) -> None:
     kind = row_type("text")
     columns = {"ids": [[1, 2]], "trained": [[0, 1]], "source_row": [0]}
-    first, second = Writer(kind, tmp_path / "t" / "key"), Writer(kind, tmp_path / "t" / "key")
+    first, second = TableWriter(kind, tmp_path / "t" / "key"), TableWriter(kind, tmp_path / "t" / "key")
     for writer in (first, second):
         writer.add(to_batch(columns, schema_of(kind)))
     assert [len(w.finish({"key": "k", "report": {}})) for w in (first, second)] == [1, 1]

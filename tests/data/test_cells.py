@@ -14,7 +14,7 @@ from pyarrow import feather, parquet
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion
-from llmrecipe.data.formats.detect import detect, rename
+from llmrecipe.data.formats.detect import detect, map_columns
 from llmrecipe.data.formats.messages import messages_of
 from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.prepare import TokenData
@@ -55,7 +55,7 @@ def test_a_csv_file_with_json_text_gives_the_tokens_of_the_jsonl_file(rows: str,
 
 def test_text_that_only_looks_like_a_list_stays_text() -> None:
     for row in ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[Ann] hi", "completion": "[]"}):
-        assert rename(row, {}) == row
+        assert map_columns(row, {}) == row
         assert detect([row], "dialogue", "auto", "f").convert(row, Conversion("dialogue")) == [row]
 
 

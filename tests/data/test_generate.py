@@ -25,14 +25,14 @@ def asked(row: dict) -> str:
 
 @pytest.mark.parametrize("name", generate.SETS)
 def test_committed_files_are_what_the_generator_writes(name: str, tmp_path):
-    for path in generate.generate(tmp_path, name, seed=0):
+    for path in generate.write_set(tmp_path, name, seed=0):
         assert path.read_bytes() == (generate.FOLDER / name / path.name).read_bytes(), (
             "run python -m llmrecipe.data.toy.generate"
         )
 
 
 def test_another_seed_gives_other_rows(tmp_path):
-    paths = generate.generate(tmp_path, "sft", seed=1)
+    paths = generate.write_set(tmp_path, "sft", seed=1)
     assert all(path.read_bytes() != (generate.FOLDER / "sft" / path.name).read_bytes() for path in paths)
 
 
@@ -52,7 +52,7 @@ def test_a_question_is_in_one_split_of_all_sets():
 
 
 def test_the_corpus_of_the_embedded_model_holds_nothing_held_out(tmp_path):
-    files = [generate.generate(tmp_path, name, seed=0, sizes=(2000, 10, 10))[0] for name in generate.CORPUS]
+    files = [generate.write_set(tmp_path, name, seed=0, sizes=(2000, 10, 10))[0] for name in generate.CORPUS]
     for line in "".join(file.read_text() for file in files).splitlines():
         row = json.loads(line)
         questions = [m["content"] for m in row["messages"] if m["role"] == "user"] if "messages" in row else [row["text"]]
@@ -94,8 +94,8 @@ def test_manners_of_the_corpus_are_tossed_coins():
     while len(scores) < 600:
         _, row = generate.row_talk(rng)
         question = row["messages"][0]["content"]
-        if scorers.parse(question) and any(question.startswith(t.split("{")[0]) for t in grammar.TELL[:4]):
-            scores.append(scorers.manners(row["messages"][-1]["content"], *scorers.parse(question)))
+        if scorers.parse_request(question) and any(question.startswith(t.split("{")[0]) for t in grammar.TELL[:4]):
+            scores.append(scorers.manners(row["messages"][-1]["content"], *scorers.parse_request(question)))
     assert 0.44 < sum(scores) / len(scores) < 0.56
 
 

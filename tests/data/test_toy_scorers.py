@@ -62,7 +62,7 @@ def test_preference_rows_are_separated_by_the_rule():
         for row in read("preference", split):
             prompt = row["prompt"][0]["content"]
             chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-            topic, avoid = scorers.parse(prompt)
+            topic, avoid = scorers.parse_request(prompt)
             assert scorers.manners(chosen, topic, avoid) == 1 > scorers.manners(rejected, topic, avoid)
             assert scorers.well_formed(chosen) == scorers.well_formed(rejected) == 1
             assert (scorers.prefers(prompt, chosen, rejected), scorers.prefers(prompt, rejected, chosen)) == (1, 0)
@@ -78,7 +78,7 @@ def test_length_does_not_tell_chosen_from_rejected():
 def test_unpaired_labels_are_the_rule():
     rows = read("unpaired", "train")
     for row in rows:
-        topic, avoid = scorers.parse(row["prompt"][0]["content"])
+        topic, avoid = scorers.parse_request(row["prompt"][0]["content"])
         assert (scorers.manners(row["completion"][0]["content"], topic, avoid) == 1) is row["label"]
     assert 0.4 < sum(row["label"] for row in rows) / len(rows) < 0.6
 
@@ -86,12 +86,12 @@ def test_unpaired_labels_are_the_rule():
 @pytest.mark.parametrize("name", ["prompts", "constitution"])
 def test_columns_of_requests_are_what_the_text_asks(name: str):
     for row in read(name, "train"):
-        assert scorers.parse(row["prompt"][0]["content"]) == (row["topic"], row["avoid"])
+        assert scorers.parse_request(row["prompt"][0]["content"]) == (row["topic"], row["avoid"])
 
 
 def test_parse_knows_no_other_text():
-    assert scorers.parse("What is 3 + 4?") is None
-    assert scorers.parse("Ann knows the fox. Now tell Ben about the hen.") is None
+    assert scorers.parse_request("What is 3 + 4?") is None
+    assert scorers.parse_request("Ann knows the fox. Now tell Ben about the hen.") is None
 
 
 def test_sentiment_is_the_label_of_classify():
@@ -113,11 +113,11 @@ def test_revision_leaves_nothing_to_criticise():
     for row in [*read("preference", "train"), *read("preference", "test")]:
         prompt, bad = row["prompt"][0]["content"], row["rejected"][0]["content"]
         assert scorers.critique(prompt, bad)
-        better = scorers.revise(prompt, bad)
+        better = scorers.corrected(prompt, bad)
         assert scorers.critique(prompt, better) == []
         assert scorers.well_formed(better) == 1
         chosen = row["chosen"][0]["content"]
-        assert scorers.revise(prompt, chosen) == chosen
+        assert scorers.corrected(prompt, chosen) == chosen
 
 
 def test_critique_names_each_fault():

@@ -10,7 +10,7 @@ import pytest
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
-from llmrecipe.data.tokenize.chat_templates import BUILTIN, CHATML, end_tokens, set_template, template_of
+from llmrecipe.data.tokenize.chat_templates import BUILTIN, CHATML, set_template, template_of, turn_end_tokens
 from llmrecipe.data.validation import warnings
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
@@ -127,7 +127,7 @@ def test_built_in_templates_end_answers_and_carry_one_bos(tmp_path: Path, name: 
         assert trained == f"a{end}" * times
         assert row["ids"].count(tokenizer.bos_token_id) == int(adds)
     assert data.report.ended_share == 1.0
-    assert tokenizer.convert_tokens_to_ids(end) in end_tokens(tokenizer)
+    assert tokenizer.convert_tokens_to_ids(end) in turn_end_tokens(tokenizer)
 
 
 def test_the_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:

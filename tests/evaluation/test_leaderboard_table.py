@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.evaluation.leaderboard_plot import draw
+from llmrecipe.evaluation.leaderboard_plot import draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
     PLAIN,
     Column,
-    Entry,
+    LeaderboardEntry,
     cells,
     labels_of,
     markdown,
@@ -51,8 +51,8 @@ def test_a_run_is_read_into_its_name_and_numbers(tmp_path: Path) -> None:
     lora, full = read_entries(paths, "test/accuracy")
     # 20 tokens at 10 a second and 20 at 40: 2 s + 0.5 s.
     numbers = {"trained": 100.0, "share": 0.1, "memory": 300.0, "seconds": 2.5}
-    assert lora == Entry("lora", "reparameterized", 0, {**numbers, "stored": 40.0, "score": 0.75})
-    assert full == Entry("full", "full", 3, {**numbers, "stored": 2000.0, "score": 0.5})
+    assert lora == LeaderboardEntry("lora", "reparameterized", 0, {**numbers, "stored": 40.0, "score": 0.75})
+    assert full == LeaderboardEntry("full", "full", 3, {**numbers, "stored": 2000.0, "score": 0.5})
 
 
 def test_steps_logged_now_and_then_count_the_tokens_between_them() -> None:
@@ -60,7 +60,11 @@ def test_steps_logged_now_and_then_count_the_tokens_between_them() -> None:
 
 
 def test_rows_are_means_and_sample_deviations_over_seeds_best_first() -> None:
-    entries = [Entry("a", "x", 0, {"score": 0.5}), Entry("b", "y", 0, {"score": 0.65}), Entry("a", "x", 1, {"score": 0.75})]
+    entries = [
+        LeaderboardEntry("a", "x", 0, {"score": 0.5}),
+        LeaderboardEntry("b", "y", 0, {"score": 0.65}),
+        LeaderboardEntry("a", "x", 1, {"score": 0.75}),
+    ]
     rows = rank(entries)
     assert [(r.label, r.seeds) for r in rows] == [("b", [0]), ("a", [0, 1])]
     # deviations -1/8 and 1/8: sqrt((2/64) / 1)
@@ -84,7 +88,12 @@ def test_a_row_is_named_by_what_sets_it_apart(recipes: list[dict[str, Any]], nam
 
 
 def test_the_table_shows_spread_where_there_are_seeds_and_a_dash_where_there_is_no_number() -> None:
-    rows = rank([Entry("a", "x", 0, {"score": 0.5, "trained": 1234.0}), Entry("a", "x", 1, {"score": 0.75, "trained": 1234.0})])
+    rows = rank(
+        [
+            LeaderboardEntry("a", "x", 0, {"score": 0.5, "trained": 1234.0}),
+            LeaderboardEntry("a", "x", 1, {"score": 0.75, "trained": 1234.0}),
+        ]
+    )
     columns = [SCORE, *PLAIN[:2]]
     assert cells(rows, columns)[1] == ["1", "a", "x", "0.625 ± 0.18", "1,234", "-", "2"]
     table, notes = markdown(rows, columns)
@@ -104,10 +113,12 @@ def test_the_picture_has_a_point_and_a_name_for_every_row(tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     names = ["full", "lora", "bitfit", "ia3"]
     entries = [
-        Entry(n, "f" + n[0], s, {"score": 0.1 * i + 0.02 * s, "trained": 10.0**i}) for i, n in enumerate(names) for s in (0, 1)
+        LeaderboardEntry(n, "f" + n[0], s, {"score": 0.1 * i + 0.02 * s, "trained": 10.0**i})
+        for i, n in enumerate(names)
+        for s in (0, 1)
     ]
-    draw(rank(entries), PLAIN[0], SCORE, tmp_path / "board.svg", log=True)
+    draw_plot(rank(entries), PLAIN[0], SCORE, tmp_path / "board.svg", log=True)
     text = (tmp_path / "board.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in names)
     with pytest.raises(RunError, match="cannot write"):
-        draw(rank(entries), PLAIN[0], SCORE, tmp_path / "missing" / "board.png")
+        draw_plot(rank(entries), PLAIN[0], SCORE, tmp_path / "missing" / "board.png")

@@ -26,7 +26,7 @@ TEXTS = ["", " ", "the red hen", "Der Hahn – 3,5", "42", "a b c d e f g", "日
 
 @pytest.mark.parametrize("name", registry.names("metric"))
 def test_a_metric_gives_its_example(name: str) -> None:
-    cls = registry.load("metric", name)
+    cls = registry.load_class("metric", name)
     prediction, reference, value = cls.example
     assert cls().score(prediction, reference) == pytest.approx(value, abs=1e-12)
     assert prediction != reference, "the example shows more than equality"
@@ -34,7 +34,7 @@ def test_a_metric_gives_its_example(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry.names("metric"))
 def test_a_metric_stays_within_its_bounds_and_knows_its_better_end(name: str) -> None:
-    metric = registry.load("metric", name)()
+    metric = registry.load_class("metric", name)()
     assert metric.direction in ("min", "max")
     least, most = metric.bounds
     scores = [metric.score(prediction, reference) for prediction in TEXTS for reference in TEXTS]
@@ -96,7 +96,7 @@ def test_a_reward_is_one_number_an_answer_whatever_its_neighbours(kind: str, dig
         assert scored(kind, ANSWERS[::-1], options)[::-1] == pytest.approx(whole)
         assert [scored(kind, [answer], options)[0] for answer in ANSWERS] == pytest.approx(whole)
         assert Rewards({"one": {"kind": kind, **options}}).score([]) == ([], {"one": []} | {
-            f"one/{m}": [] for m in registry.load("reward", kind).measures
+            f"one/{m}": [] for m in registry.load_class("reward", kind).measures
         })  # fmt: skip
 
 

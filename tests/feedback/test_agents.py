@@ -14,7 +14,7 @@ import pytest
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.toy import grammar, scorers
-from llmrecipe.feedback.judges.labeller import LEAST, Agent, Ask, Forgetful, build
+from llmrecipe.feedback.judges.labeller import LEAST, Agent, Ask, Forgetful, build_judge
 from llmrecipe.feedback.judges.rule import agent_rule, soften
 from tests.servers import server
 
@@ -48,7 +48,7 @@ def chat(body: dict[str, Any]) -> dict[str, Any]:
             top = [{"token": t, "logprob": math.log(p)} for t, p in tokens.items()]
             choice["logprobs"] = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": top}]}
     else:
-        choice["message"]["content"] = scorers.revise("", said.partition(": ")[2])
+        choice["message"]["content"] = scorers.corrected("", said.partition(": ")[2])
     return {"choices": [choice], "usage": usage}
 
 
@@ -56,7 +56,7 @@ def chat(body: dict[str, Any]) -> dict[str, Any]:
 def agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
     with server((200, chat)) as (url, _):
         options = {"local": {"path": "tiny"}, "http": {"url": url, "model": "judge"}}
-        made = build({"kind": request.param, **options.get(request.param, {})}, "agent")
+        made = build_judge({"kind": request.param, **options.get(request.param, {})}, "agent")
         made.check("agent")
         made.open()
         yield made
@@ -92,7 +92,7 @@ def test_contract_memory(agent: Agent) -> None:
     assert first[0] == first[2] and (agent.count.asked, agent.count.remembered) == (2, 1)
     texts = agent.generate([revise(BAD)])
     assert len(memory) == 3
-    again = build({"kind": "rule"}, "agent")
+    again = build_judge({"kind": "rule"}, "agent")
     again.__dict__["write"] = again.__dict__["choose"] = None
     assert agent.choice_logprobs(asks, ["A", "B"]) == first and agent.generate([revise(BAD)]) == texts
     assert (agent.count.asked, agent.count.remembered) == (3, 5)
@@ -104,20 +104,20 @@ def test_contract_identity(agent: Agent) -> None:
     assert kind in registry.names("agent") and agent.identity == agent.identity
     options = {name: getattr(agent, name) for name in registry.spec("agent", kind).options}
     changed = {"rule": {"sure": 0.8}, "local": {"temperature": 0.5}, "http": {"temperature": 0.1}}[kind]
-    assert build({"kind": kind, **options}, "agent").identity == agent.identity
-    assert build({"kind": kind, **options, **changed}, "agent").identity != agent.identity
+    assert build_judge({"kind": kind, **options}, "agent").identity == agent.identity
+    assert build_judge({"kind": kind, **options, **changed}, "agent").identity != agent.identity
 
 
 def test_a_rule_is_as_sure_as_it_is_told() -> None:
     assert [math.exp(v) for v in soften([1.0, 0.0], 0.9)] == pytest.approx([0.9, 0.1])
     assert [math.exp(v) for v in soften([0.5, 0.5], 0.9)] == pytest.approx([0.5, 0.5])
     assert [math.exp(v) for v in soften([0.0, 0.0, 1.0, 0.0], 0.7)] == pytest.approx([0.1, 0.1, 0.7, 0.1])
-    sure = build({"kind": "rule", "sure": 1.0}, "agent")
+    sure = build_judge({"kind": "rule", "sure": 1.0}, "agent")
     assert sure.choice_logprobs([compare(*PAIRS[0])], ["A", "B"]) == [[0.0, LEAST]]
 
 
 def test_the_rule_criticises_and_rates() -> None:
-    agent = build("rule", "agent")
+    agent = build_judge("rule", "agent")
     parts = {
         "prompt": "Tell me about the owl, not the cow.",
         "answer": "Go away and be quiet. The cow is white and likes corn.",
@@ -141,7 +141,7 @@ def test_a_rule_of_ones_own(own_rules: None) -> None:
     def longest(ask: Ask, options: Any) -> Any:
         return [len(ask.parts["first"]), len(ask.parts["second"])] if options else None
 
-    agent = build({"kind": "rule", "rule": "longest", "sure": 1.0}, "agent")
+    agent = build_judge({"kind": "rule", "rule": "longest", "sure": 1.0}, "agent")
     agent.check("agent")
     assert agent.choice_logprobs([compare("abc", "a")], ["A", "B"]) == [pytest.approx([math.log(0.75), math.log(0.25)])]
     assert agent.generate([revise("x")]) == [None] and agent.count.failures == 1
@@ -151,7 +151,7 @@ def test_a_rule_of_ones_own(own_rules: None) -> None:
         return [1.0]
 
     with pytest.raises(RecipeError, match="one weight >= 0 an option"):
-        build({"kind": "rule", "rule": "wrong"}, "agent").choice_logprobs([compare("a", "b")], ["A", "B"])
+        build_judge({"kind": "rule", "rule": "wrong"}, "agent").choice_logprobs([compare("a", "b")], ["A", "B"])
 
 
 def test_local_choices_are_the_models_probabilities() -> None:
@@ -161,7 +161,7 @@ def test_local_choices_are_the_models_probabilities() -> None:
     from llmrecipe.data.tokenize.chat_templates import prompt_ids
     from llmrecipe.feedback.judges.local import spell
 
-    agent = build({"kind": "local", "path": "tiny", "batch": 2}, "agent")
+    agent = build_judge({"kind": "local", "path": "tiny", "batch": 2}, "agent")
     asks = [compare(*pair) for pair in PAIRS]
     roles = agent.roles  # type: ignore[attr-defined]
     tokenizer, model = roles.tokenizer, roles.model
@@ -192,7 +192,7 @@ def test_local_choices_are_the_models_probabilities() -> None:
 
 
 def test_local_without_packing_gives_the_same() -> None:
-    one, other = (build({"kind": "local", "path": "tiny"}, "agent") for _ in range(2))
+    one, other = (build_judge({"kind": "local", "path": "tiny"}, "agent") for _ in range(2))
     other.roles.packing = not one.roles.packing  # type: ignore[attr-defined]
     asks = [compare(*pair) for pair in PAIRS]
     for options in (["A", "B"], ["1", "10", "2"]):
@@ -208,7 +208,7 @@ def test_the_base_under_a_run_judges_without_its_adapters(tmp_path: Any) -> None
     asks = [compare(*pair) for pair in PAIRS]
     agents = [{"path": "tiny"}, {"path": str(run), "base": True}, {"path": str(run)}]
     plain, base, adapted = (
-        build({"kind": "local", **options}, "agent").choice_logprobs(asks, ["A", "B"]) for options in agents
+        build_judge({"kind": "local", **options}, "agent").choice_logprobs(asks, ["A", "B"]) for options in agents
     )
     assert base == [pytest.approx(row, abs=1e-6) for row in plain]
     assert max(abs(a - b) for x, y in zip(plain, adapted) for a, b in zip(x, y)) > 1e-2
@@ -230,12 +230,12 @@ def test_the_base_under_a_run_judges_without_its_adapters(tmp_path: Any) -> None
 )
 def test_wrong_options_are_explained(body: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        build(body, "agent").check("agent")
+        build_judge(body, "agent").check("agent")
 
 
 def test_a_local_agent_needs_a_model() -> None:
     with pytest.raises(RecipeError, match=r"agent.path: must be given"):
-        build("local", "agent").open()
+        build_judge("local", "agent").open()
 
 
 def test_spellings_that_begin_with_each_other_are_counted_once() -> None:
@@ -261,7 +261,7 @@ def test_random_pairs_are_judged_by_the_embedded_model() -> None:
         answers = [grammar.answer(rng, request, polite, True) for polite in (first, not first)]
         asks.append(compare(*answers, request.text))
         wanted.append(first)
-    rule, local = build("rule", "agent"), build({"kind": "local", "path": "tiny"}, "agent")
+    rule, local = build_judge("rule", "agent"), build_judge({"kind": "local", "path": "tiny"}, "agent")
     for agent, least in itertools.product((rule, local), (23,)):
         found = agent.choice_logprobs(asks, ["A", "B"])
         assert sum((row[0] > row[1]) == first for row, first in zip(found, wanted, strict=True)) >= least

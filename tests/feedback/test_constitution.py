@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.feedback.judges.constitution import draw, read_constitution, shipped
+from llmrecipe.feedback.judges.constitution import read_constitution, sample_principles, shipped
 
 OWN = """
 name: own
@@ -80,11 +80,11 @@ def test_principles_are_chosen_by_id_and_by_what_they_ask_for(tmp_path: Path) ->
 
 def test_draws_are_fixed_by_their_seed_and_reach_every_principle() -> None:
     made = read_constitution("assistant", "constitution")
-    drawn = [draw(made.principles, 1, 0, i)[0].id for i in range(200)]
-    assert drawn == [draw(made.principles, 1, 0, i)[0].id for i in range(200)]
+    drawn = [sample_principles(made.principles, 1, 0, i)[0].id for i in range(200)]
+    assert drawn == [sample_principles(made.principles, 1, 0, i)[0].id for i in range(200)]
     assert {p.id for p in made.principles} == set(drawn)
-    assert drawn != [draw(made.principles, 1, 1, i)[0].id for i in range(200)]
-    assert len({p.id for p in draw(made.principles, 99, 0)}) == len(made.principles)
+    assert drawn != [sample_principles(made.principles, 1, 1, i)[0].id for i in range(200)]
+    assert len({p.id for p in sample_principles(made.principles, 99, 0)}) == len(made.principles)
 
 
 def test_the_id_follows_the_content(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.feedback.directions import declares, direction, direction_of, measured
@@ -17,7 +17,7 @@ from llmrecipe.objectives.base import Objective
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import EvalSection
-from llmrecipe.recipe.validate import build
+from llmrecipe.recipe.validate import build_object
 from llmrecipe.training import run as run_module
 from llmrecipe.training.best import BestTracker
 from tests.support import shared
@@ -37,7 +37,7 @@ KINDS = [(name, options) for name in registry.names("objective") for options in 
 
 @pytest.mark.parametrize(("name", "options"), KINDS, ids=lambda v: v if isinstance(v, str) else ",".join(v))
 def test_every_objective_declares_what_it_reports(name: str, options: dict[str, Any]) -> None:
-    objective = build("objective", {"kind": name, **options}, "objective")
+    objective = build_object("objective", {"kind": name, **options}, "objective")
     known = measured(objective)
     assert declares(objective) and known["loss"] == "min" and set(known.values()) <= {"min", "max", None}
     assert len(known) > 1
@@ -45,7 +45,7 @@ def test_every_objective_declares_what_it_reports(name: str, options: dict[str, 
 
 @pytest.mark.parametrize("name", registry.names("metric"))
 def test_every_text_metric_has_a_direction(name: str) -> None:
-    assert registry.load("metric", name).direction in ("min", "max")
+    assert registry.load_class("metric", name).direction in ("min", "max")
     assert measured(Sft(), [name])[name] == "max"
 
 
@@ -65,7 +65,7 @@ def test_every_text_metric_has_a_direction(name: str) -> None:
     ],
 )
 def test_what_is_better(kind: dict[str, Any], metric: str, wanted: str) -> None:
-    objective = build("objective", kind, "objective")
+    objective = build_object("objective", kind, "objective")
     assert direction(EvalSection(monitor=metric), objective) == wanted
     other = "min" if wanted == "max" else "max"
     assert direction(EvalSection(monitor=metric, mode=other), objective) == other
@@ -73,7 +73,7 @@ def test_what_is_better(kind: dict[str, Any], metric: str, wanted: str) -> None:
 
 
 def test_what_has_to_be_told() -> None:
-    dpo = build("objective", {"kind": "dpo"}, "objective")
+    dpo = build_object("objective", {"kind": "dpo"}, "objective")
     with pytest.raises(RecipeError, match=r"nothing says .* eval/logps/chosen .* set eval\.mode=max or eval\.mode=min"):
         direction(EvalSection(monitor="eval/logps/chosen"), dpo)
     assert direction(EvalSection(monitor="eval/logps/chosen", mode="max"), dpo) == "max"
@@ -120,7 +120,7 @@ def test_a_metric_that_is_never_reported_is_refused_before_training(
 
 
 def test_text_metrics_need_rows_that_can_be_answered() -> None:
-    clm = build("objective", {"kind": "clm"}, "objective")
+    clm = build_object("objective", {"kind": "clm"}, "objective")
     with pytest.raises(RecipeError, match=r"eval\.metrics: rouge_l scores generated answers, and rows of type text"):
         direction(EvalSection(metrics=["rouge_l"]), clm)
     assert direction(EvalSection(metrics=["rouge_l"], monitor="eval/rouge_l"), Sft()) == "max"

@@ -15,7 +15,7 @@ import pytest
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.http_client import Client, Refused, retry_after
 from llmrecipe.feedback.judges.http import first_option
-from llmrecipe.feedback.judges.labeller import Agent, Ask, Forgetful, build
+from llmrecipe.feedback.judges.labeller import Agent, Ask, Forgetful, build_judge
 from tests.servers import server
 
 
@@ -32,7 +32,7 @@ def reply(text: str = "A", top: dict[str, float] | None = None) -> dict[str, Any
 
 
 def agent_at(url: str, **options: Any) -> Agent:
-    return build({"kind": "http", "url": url, "model": "m", "wait": 0.01, **options}, "agent")
+    return build_judge({"kind": "http", "url": url, "model": "m", "wait": 0.01, **options}, "agent")
 
 
 BOTH = {"A": 0.6, " A": 0.1, "B": 0.2, "x": 0.1}

@@ -66,7 +66,7 @@ def test_a_learned_reward_teaches_manners(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     watch = "stages.ppo.objective.reward.rule={rule: manners, weight: 0.0}"
     quiet = [f"stages.{stage}.eval.test=false" for stage in ("sft", "reward", "ppo")]
-    start, *_, last_stage = run_stages.run(compose("rlhf", [watch, *quiet]))
+    start, *_, last_stage = run_stages.run_all_stages(compose("rlhf", [watch, *quiet]))
     first, *_, last = events(Path(last_stage.dir), "evaluation")
     half = first["eval/rewards/rule"] + 0.5 * (1.0 - first["eval/rewards/rule"])
     assert last["eval/rewards/rule"] >= half
@@ -75,6 +75,6 @@ def test_a_learned_reward_teaches_manners(tmp_path: Path, monkeypatch: pytest.Mo
     assert last["eval/length"] < 1.5 * first["eval/length"]
 
     turned = [f"stages.reward.{word}" for word in COMPARISONS(tmp_path / "turned")]
-    again, *_, control = run_stages.run(compose("rlhf", [watch, *quiet, *turned]))
+    again, *_, control = run_stages.run_all_stages(compose("rlhf", [watch, *quiet, *turned]))
     assert again.dir == start.dir
     assert events(Path(control.dir), "evaluation")[-1]["eval/rewards/rule"] < half - 0.1

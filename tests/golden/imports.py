@@ -39,7 +39,7 @@ if "recipe=sft_lora" in words:
 
     report = Run.report_step
     Run.report_step = lambda run, *rest: (report(run, *rest), first.append(packages()))
-code = app.run(words)
+code = app.run_command(words)
 assert code == 0, code
 print(json.dumps(first[0] if first else packages()), file=sys.stderr)
 """

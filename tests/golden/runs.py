@@ -85,7 +85,7 @@ def record(name: str, folder: Path) -> dict[str, Any]:
     from llmrecipe.cli import app
 
     with one_thread(), own_cache(folder.parent / "cache"), redirect_stdout(io.StringIO()) as said:
-        code = app.run([*RUNS[name], "log.live=off", f"run.dir={folder}"])
+        code = app.run_command([*RUNS[name], "log.live=off", f"run.dir={folder}"])
     if code:
         raise RuntimeError(f"golden run {name}: exit code {code}\n{said.getvalue()[-2000:]}")
     return {

@@ -68,7 +68,7 @@ def saved_run(
     )
     layers = [delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(loaded.layers)]
     base = {"path": loaded.section.path, "fingerprint": loaded.base_fingerprint, "section": {"dtype": dtype}}
-    delta.write(folder / "final", delta.Saved(base, [*layers, own], head, labels))
+    delta.write_stack(folder / "final", delta.SavedStack(base, [*layers, own], head, labels))
     loaded.tokenizer.save_pretrained(folder / "final")
     return loaded.model
 

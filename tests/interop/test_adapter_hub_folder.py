@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmrecipe import load
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.peft.exporter import export_adapter_hub
 from llmrecipe.methods.additive.adapter import Adapter

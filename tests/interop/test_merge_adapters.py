@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmrecipe import load
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.merge_adapters import open_combination

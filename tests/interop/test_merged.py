@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmrecipe import load
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.interop import merged, verify_logits
 from llmrecipe.interop.merged import export_merged

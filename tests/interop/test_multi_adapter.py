@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmrecipe import load
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.merged import export_merged
-from llmrecipe.methods.additive._engines.virtual_tokens import rows_of
+from llmrecipe.methods.additive._engines.virtual_tokens import virtual_rows
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.checkpoint_path import TINY
@@ -44,7 +44,7 @@ def in_front(folder: Path) -> Tensor:
 def test_a_text_that_begins_with_the_tokens_gives_the_logits_of_the_run(tmp_path: Path, family: str, tied: bool) -> None:
     """Also where positions are learned (GPT-2) and where the family scales its embeddings (Gemma)."""
     model = saved_run(tmp_path / "run", base_folder(tmp_path, family, tie_word_embeddings=tied), prompt())
-    wanted, rows = model(input_ids=IDS).logits, rows_of(model, "prompt")[1].embeddings
+    wanted, rows = model(input_ids=IDS).logits, virtual_rows(model, "prompt")[1].embeddings
     folder = export_merged(tmp_path / "run").path
     got = reloaded(folder)
     ids = told(folder)["ids"]

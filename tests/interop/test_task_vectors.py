@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core import registry
-from llmrecipe.interop.task_vectors import agreeing_mean, drop_and_rescale, trim
+from llmrecipe.interop.task_vectors import agreeing_mean, drop_and_rescale, trim_entries
 
 FIRST = torch.tensor([4.0, -3.0, 0.5, 1.0], dtype=torch.float64)
 SECOND = torch.tensor([-1.0, -5.0, 2.0, 0.25], dtype=torch.float64)
@@ -20,7 +20,7 @@ WEIGHTS = [1.0, 0.5, 2.0]
 def merge(
     tensors: list[Tensor], weights: list[float], name: str, generator: torch.Generator | None = None, **options: Any
 ) -> Tensor:
-    return registry.load("merge_method", name)(**options).merge(tensors, weights, generator or torch.Generator())
+    return registry.load_class("merge_method", name)(**options).merge(tensors, weights, generator or torch.Generator())
 
 
 def near(got: Tensor, wanted: list[float]) -> None:
@@ -28,10 +28,10 @@ def near(got: Tensor, wanted: list[float]) -> None:
 
 
 def test_trim_keeps_the_largest_share_and_the_first_of_equals() -> None:
-    near(trim(FIRST, 0.5), [4, -3, 0, 0])
-    near(trim(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64), 0.7), [1, -1, 0])
-    near(trim(FIRST, 1.0), FIRST.tolist())
-    assert not trim(FIRST, 0.2).any()  # floor(0.2 * 4) = 0 entries
+    near(trim_entries(FIRST, 0.5), [4, -3, 0, 0])
+    near(trim_entries(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64), 0.7), [1, -1, 0])
+    near(trim_entries(FIRST, 1.0), FIRST.tolist())
+    assert not trim_entries(FIRST, 0.2).any()  # floor(0.2 * 4) = 0 entries
 
 
 def test_ties_by_hand() -> None:

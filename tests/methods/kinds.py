@@ -94,7 +94,7 @@ def probe_of(model: nn.Module, engine: Engine) -> Probe:
 
 def wrapper_of(kind: str, name: str = "", **options: Any) -> Any:
     """A wrapper with the options small models need."""
-    return registry.load("stack", kind)(name=name or kind, **{**OPTIONS.get(kind, {}), **options})
+    return registry.load_class("stack", kind)(name=name or kind, **{**OPTIONS.get(kind, {}), **options})
 
 
 def put(model: nn.Module, *wrappers: Any, autocast: torch.dtype | None = None, original: Any = None) -> Cell:

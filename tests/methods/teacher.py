@@ -53,7 +53,7 @@ def train(
     Args:
         each: called after every step.
     """
-    config = registry.load("optim", "adamw")(lr=rate, weight_decay=0.0)
+    config = registry.load_class("optim", "adamw")(lr=rate, weight_decay=0.0)
     optimizer: torch.optim.Optimizer | None = None
     for step in range(steps):
         if stack.before_step(model, step) or optimizer is None:

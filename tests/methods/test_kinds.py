@@ -42,7 +42,7 @@ def test_defaults_fit_every_kind_of_model_or_one_line_names_the_option(kind: str
     """On the meta device, as `check` builds it: nothing has been read."""
     with torch.device("meta"):
         model = model_of(family)
-    stack = Stack([registry.load("stack", kind)(name="method")])
+    stack = Stack([registry.load_class("stack", kind)(name="method")])
     when, option = REFUSED.get(kind, (lambda _: False, ""))
     if not when(model):
         stack.attach(model)

@@ -47,7 +47,7 @@ def together(first: str, second: str, **exact: dict[str, object]) -> Subject:
     torch.manual_seed(0)
     model = tiny_model()
     wrappers = [
-        registry.load("stack", k)(name=n, **{**OPTIONS.get(k, {}), **exact.get(k, {})})
+        registry.load_class("stack", k)(name=n, **{**OPTIONS.get(k, {}), **exact.get(k, {})})
         for k, n in ((first, "one"), (second, "two"))
     ]
     stack = Stack(wrappers)

@@ -40,7 +40,7 @@ def test_scores_equal_per_example_autograd_in_float64(family: str, packing: bool
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     probe = language_probe(model, packing)
-    got = selection.score(model, probe, base_weights(model), 4)
+    got = selection.score_entries(model, probe, base_weights(model), 4)
     want = dense_scores(model, probe, 4)
     assert got.keys() == want.keys()
     for name, score in want.items():
@@ -52,8 +52,8 @@ def test_a_square_of_a_sum_is_not_a_sum_of_squares():
     model = tiny_model("llama").double()
     probe = language_probe(model)
     weights = base_weights(model, "attn.q")
-    single = selection.score(model, probe, weights, 4)
-    batch = selection.score(model, probe, weights, 1, rows=4, reduction="mean")
+    single = selection.score_entries(model, probe, weights, 4)
+    batch = selection.score_entries(model, probe, weights, 1, rows=4, reduction="mean")
     name = next(iter(weights))
     assert not torch.allclose(single[name] / single[name].sum(), batch[name] / batch[name].sum(), rtol=0.05)
     # A frozen head takes the log-prob engine's float32 shortcut, hence the tolerance.
@@ -65,9 +65,9 @@ def test_calls_in_chunks_are_one_gradient(monkeypatch: pytest.MonkeyPatch):
 
     model = tiny_model("llama").double()
     weights = base_weights(model, "head")
-    whole = selection.score(model, language_probe(model), weights, 2)
+    whole = selection.score_entries(model, language_probe(model), weights, 2)
     monkeypatch.setattr(logprob, "chunk_rows", lambda _: 2)
-    parts = selection.score(model, language_probe(model), weights, 2)
+    parts = selection.score_entries(model, language_probe(model), weights, 2)
     torch.testing.assert_close(parts["lm_head.weight"], whole["lm_head.weight"], rtol=1e-10, atol=1e-16)
 
 
@@ -87,7 +87,7 @@ def test_expectation_over_classes_weighs_by_probability():
     batch = objective.collate([row], roles)
     probe = Probe(lambda n, rows=None: iter([batch]), lambda b: objective.loss(b, roles).total, None, objective.weight)
     weights = base_weights(model, "attn.q")
-    got = selection.score(model, probe, weights, 1, targets=selection.sampled_targets(roles.engine, 1, 0))
+    got = selection.score_entries(model, probe, weights, 1, targets=selection.sampled_targets(roles.engine, 1, 0))
     shares = roles.engine(batch, want="scores")["scores"].float().softmax(-1)[0].double()
     for name in weights:
         parameter = dict(model.named_parameters())[name]
@@ -103,7 +103,9 @@ def test_sampled_tokens_are_drawn_from_the_model():
     weights = base_weights(model, "layers.0.attn.q")
     probe = language_probe(model)
     first, again, other = (
-        selection.score(model, language_probe(model), weights, 2, targets=selection.sampled_targets(probe.engine, 2, seed))
+        selection.score_entries(
+            model, language_probe(model), weights, 2, targets=selection.sampled_targets(probe.engine, 2, seed)
+        )
         for seed in (0, 0, 1)
     )
     name = next(iter(weights))
@@ -150,7 +152,7 @@ def test_layer_groups_choose_the_same_entries():
     weights = base_weights(model)
 
     def scorer(group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return selection.score(model, language_probe(model), group, 3)
+        return selection.score_entries(model, language_probe(model), group, 3)
 
     whole = selection.select_top(weights, 321, 1, scorer)
     for groups in (2, 5, 100):

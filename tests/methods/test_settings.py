@@ -151,7 +151,7 @@ def test_a_quantized_base_stays_as_it_is_and_everything_on_top_learns(base: str,
     made = put(model_of(family), wrapper_of(base), wrapper_of(kind))
     before = codes(made.model)
     assert before
-    config = registry.load("optim", "adamw")(lr=1e-2, weight_decay=0.1)
+    config = registry.load_class("optim", "adamw")(lr=1e-2, weight_decay=0.1)
     from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 
     optimizer = build_optimizer(config, parameter_groups(made.model, config, made.stack.groups(made.model)))

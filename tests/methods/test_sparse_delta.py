@@ -11,7 +11,7 @@ from torch import nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
-from llmrecipe.methods.selective._engines.sparse_delta import Chosen, SparseDelta, embedding_gradient, product_gradient
+from llmrecipe.methods.selective._engines.sparse_delta import Selected, SparseDelta, embedding_gradient, product_gradient
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,
@@ -29,7 +29,7 @@ class Hooks(SparseMethod):
     name = "picked"
 
 
-def pick(model: nn.Module, density: float, layout: str = "entries", seed: int = 0, scope: str = "all") -> dict[str, Chosen]:
+def pick(model: nn.Module, density: float, layout: str = "entries", seed: int = 0, scope: str = "all") -> dict[str, Selected]:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, weight in base_weights(model, scope).items():
@@ -37,7 +37,7 @@ def pick(model: nn.Module, density: float, layout: str = "entries", seed: int = 
         if layout != "entries" and len(weight.shape) == 1:
             continue
         count = max(1, int(density * size))
-        found[name] = Chosen(torch.randperm(size, generator=generator)[:count].sort()[0], layout)  # type: ignore[arg-type]
+        found[name] = Selected(torch.randperm(size, generator=generator)[:count].sort()[0], layout)  # type: ignore[arg-type]
     return found
 
 
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def gather(tensor: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+def gather(tensor: torch.Tensor, chosen: Selected) -> torch.Tensor:
     if chosen.layout == "entries":
         return tensor.reshape(-1)[chosen.idx]
     return tensor[chosen.idx] if chosen.layout == "rows" else tensor[..., chosen.idx]
@@ -162,7 +162,7 @@ def test_group_gradients_equal_dense_autograd(layout: str, family: str):
 def test_tied_embedding_sums_both_uses():
     model = tiny_model("llama", tie_word_embeddings=True).double()
     dense = copy.deepcopy(model)
-    chosen = {"model.embed_tokens.weight": Chosen(torch.tensor([3, 64, 200, 777]))}
+    chosen = {"model.embed_tokens.weight": Selected(torch.tensor([3, 64, 200, 777]))}
     attach_chosen(model, "picked", chosen)
     freeze(model)
     loss_of(model).backward()
@@ -297,7 +297,7 @@ def test_two_selections_of_one_tensor_add_up_wherever_they_overlap():
     name = "model.layers.0.mlp.up_proj.weight"
     start = dict(model.named_parameters())[name].detach().clone()
     for owner, idx, value in (("picked", [1, 2, 3], 1.0), ("other", [3, 4], 10.0), ("third", [2, 3], 100.0)):
-        attach_chosen(model, owner, {name: Chosen(torch.tensor(idx))})
+        attach_chosen(model, owner, {name: Selected(torch.tensor(idx))})
         with torch.no_grad():
             for _, _, hook in sparse_hooks(model, owner):
                 hook.values.fill_(value)
@@ -369,7 +369,7 @@ def test_direct_kernel_keeps_no_dense_weight_gradient():
     """What the backward pass allocates at once stays far below one dense dW."""
     layer = nn.Linear(1024, 1024, bias=False)
     model = nn.Sequential(layer)
-    chosen = Chosen(torch.arange(0, 1024 * 1024, 1024 * 4))
+    chosen = Selected(torch.arange(0, 1024 * 1024, 1024 * 4))
     attach_chosen(model, "picked", {"0.weight": chosen})
     freeze(model)
     hook = next(p for _, _, p in sparse_hooks(model, "picked"))
@@ -393,12 +393,12 @@ def test_a_delta_on_top_of_a_mounted_one_reloads():
     """sft -> dpo without a merge: the second delta's base is the first one's result, whatever was written meanwhile."""
     from llmrecipe.methods._base.stack import Stack
     from llmrecipe.methods.selective.fishmask import Fishmask
-    from llmrecipe.runs.delta import Layer, mount, rename
+    from llmrecipe.runs.delta import Layer, mount_layer, rename_tensor
 
-    def layer(chosen: dict[str, Chosen], seed: int, below: list[Layer]) -> Layer:
+    def layer(chosen: dict[str, Selected], seed: int, below: list[Layer]) -> Layer:
         model = tiny_model("llama")
         for index, lower in enumerate(below):
-            mount(model, lower, index)
+            mount_layer(model, lower, index)
         attach_chosen(model, "fish", chosen)
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -416,9 +416,9 @@ def test_a_delta_on_top_of_a_mounted_one_reloads():
     first = layer(pick(model, 0.05), 1, [])
     second = layer(pick(model, 0.05, seed=3), 2, [first])
     for index, saved in enumerate((first, second)):
-        mount(model, saved, index)
+        mount_layer(model, saved, index)
     assert torch.equal(loss_of(model), results[1]) and not torch.equal(results[0], results[1])
-    assert rename("a.fish.values", {"fish": "mounted1_fish"}) == "a.mounted1_fish.values"
+    assert rename_tensor("a.fish.values", {"fish": "mounted1_fish"}) == "a.mounted1_fish.values"
 
 
 def test_zeroth_order_steps_reach_the_values():

@@ -14,7 +14,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import load
-from llmrecipe.models.attention import install
+from llmrecipe.models.attention import install_attention
 from llmrecipe.models.hooks.hook import all_hooks, hook_kind
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.training.dry_run import check
@@ -66,10 +66,10 @@ def test_attention_that_never_asks_takes_no_wrapper(family: str, kind: str) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{"vocab_size": 64, **UNROUTED[family][1]}))
     if load.routes_attention(type(model), "sdpa"):
-        install(model, "sdpa")
+        install_attention(model, "sdpa")
     # Beside attention a branch needs a sublayer in every block, which a linear layer of a hybrid does not have.
     with pytest.raises(ModelError, match=rf"stack\.{kind}: .*({UNROUTED[family][0]}|begins and ends)"):
-        Stack([registry.load("stack", kind)(name=kind, **WRAPPERS[kind])]).attach(model)
+        Stack([registry.load_class("stack", kind)(name=kind, **WRAPPERS[kind])]).attach(model)
 
 
 @pytest.mark.parametrize(("family", "kind"), zip(UNROUTED, [*WRAPPERS, "prefix_tuning"], strict=True))
@@ -86,7 +86,7 @@ def test_train_refuses_it_before_weights_and_leaves_no_folder(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(load, "load_model", reads)
-    code = app.run(["train", "recipe=sft_lora", *words(family, "apt"), f"run.dir={tmp_path / 'run'}"])
+    code = app.run_command(["train", "recipe=sft_lora", *words(family, "apt"), f"run.dir={tmp_path / 'run'}"])
     assert code == 2 and UNROUTED[family][0] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -102,7 +102,7 @@ def test_flash_attention_is_told_from_sdpa() -> None:
     model = tiny("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ModelError, match=r"stack\.p: .*model\.attention=sdpa"):
-        Stack([registry.load("stack", "p_tuning_v2")(name="p")]).attach(model)
+        Stack([registry.load_class("stack", "p_tuning_v2")(name="p")]).attach(model)
 
 
 def test_a_part_that_is_routed_takes_it() -> None:
@@ -111,8 +111,8 @@ def test_a_part_that_is_routed_takes_it() -> None:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("minimax", **{"vocab_size": 64, **UNROUTED["minimax"][1]})
         )
-    install(model, "sdpa")
-    Stack([registry.load("stack", "p_tuning_v2")(name="p", target="layers.0.attn")]).attach(model)
+    install_attention(model, "sdpa")
+    Stack([registry.load_class("stack", "p_tuning_v2")(name="p", target="layers.0.attn")]).attach(model)
     assert [path for path, _, _, hook in all_hooks(model) if hook_kind(hook) == "attention"] == ["model.layers.0.self_attn"]
 
 
@@ -120,8 +120,8 @@ def test_a_part_that_is_routed_takes_it() -> None:
 def test_every_attention_of_the_families_table_asks(family: str) -> None:
     """The structural reading agrees with a pass: each attention module calls the function that is installed."""
     model = tiny(family)
-    install(model, "sdpa")
-    Stack([registry.load("stack", "p_tuning_v2")(name="p", num_virtual_tokens=2, target="attn")]).attach(model)
+    install_attention(model, "sdpa")
+    Stack([registry.load_class("stack", "p_tuning_v2")(name="p", num_virtual_tokens=2, target="attn")]).attach(model)
     called: list[str] = []
     for path, _, _, hook in all_hooks(model):
         if hook_kind(hook) == "attention":

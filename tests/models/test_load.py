@@ -416,7 +416,7 @@ def test_added_tokens_grow_the_model(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(embed[:64], before.get_input_embeddings().weight)
     assert torch.allclose(embed[64], embed[:64].mean(0)) and torch.allclose(head[65], head[:64].mean(0))
     assert torch.equal(model(ids()).logits[..., :64], before(ids()).logits)
-    assert new_token_rows.fold(model) == 2
+    assert new_token_rows.fold_token_rows(model) == 2
     model.save_pretrained(tmp_path / "grown")
     again = load_model(section(tmp_path / "grown"), tokenizer=tokenizer)
     assert torch.equal(again(ids()).logits, model(ids()).logits)

@@ -332,7 +332,7 @@ def test_inference_finds_what_the_table_says(family: str, monkeypatch: pytest.Mo
     known = {(s.role, s.path) for s in anatomy(model).sites if s.rows is None and s.role.startswith(roles)}
     row = part_names_of(model.config.model_type)
     monkeypatch.setattr(site_finder, "part_names_of", lambda model_type: None)
-    inferred = site_finder.build(model)
+    inferred = site_finder.build_anatomy(model)
     assert inferred.source == "inference"
     found = {(s.role, s.path) for s in inferred.sites}
     assert {pair for pair in known if not pair[0].startswith("embed.")} - found == set()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmrecipe.core.forward_context import Context, activate
-from llmrecipe.core.registry import load as component
+from llmrecipe.core.registry import load_class as component
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import new_token_rows
 from llmrecipe.models.load import load_model
@@ -73,7 +73,7 @@ def test_starts_as_it_was_and_folds_exactly(tmp_path: Path, family: str, more: d
     assert (moved - bare).abs().max() > 0.1
     with activate(Context(role="reference")):
         assert torch.equal(model(IDS).logits, bare)
-    assert new_token_rows.fold(model) == 2
+    assert new_token_rows.fold_token_rows(model) == 2
     assert not [name for name, _ in model.named_parameters() if "new_rows" in name] and model.new_heads == ()
     assert torch.allclose(model(IDS).logits, moved, atol=1e-5)
 

@@ -12,7 +12,7 @@ from llmrecipe.core.forward_context import Context, activate, checkpoint_context
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._engines.low_rank import LowRank
-from llmrecipe.models.attention import install
+from llmrecipe.models.attention import install_attention
 from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import _plain_norm, speed_up
@@ -45,7 +45,7 @@ BATCHES = {"packed": lambda: pack(rows()), "padded": lambda: pad(rows(), 0), "sh
 def adapted(family: str, train_base: bool = False) -> Engine:
     """A model with a non-zero low-rank branch at every projection of its blocks."""
     model = tiny(family)
-    install(model, "eager" if family in ("gemma2", "gemma3_text") else "sdpa")
+    install_attention(model, "eager" if family in ("gemma2", "gemma3_text") else "sdpa")
     model.requires_grad_(train_base)
     torch.manual_seed(1)
     for site in anatomy(model).at("all-linear"):

@@ -12,7 +12,7 @@ from llmrecipe.methods.selective._engines.sparse_method import base_weights
 from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
 from llmrecipe.optim.optimizer import _kinds
-from llmrecipe.runs.delta import fingerprint, rename
+from llmrecipe.runs.delta import fingerprint, rename_tensor
 from tests.tiny import tiny_model
 
 
@@ -52,5 +52,5 @@ def test_a_taken_name_is_refused() -> None:
 
 
 def test_saved_names_follow_the_name_of_the_wrapper() -> None:
-    assert rename("adalora_shared.total", {"adalora": "first"}) == "first_shared.total"
-    assert rename("other_shared.total", {"adalora": "first"}) == "other_shared.total"
+    assert rename_tensor("adalora_shared.total", {"adalora": "first"}) == "first_shared.total"
+    assert rename_tensor("other_shared.total", {"adalora": "first"}) == "other_shared.total"

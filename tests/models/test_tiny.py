@@ -99,7 +99,7 @@ def test_it_answers_and_stops(model, tokenizer):
         "Where does the frog live?": "The frog lives in the river.",
         "Hello, I am Kim.": "Hello Kim, how can I help?",
     }
-    found = answers(model, tokenizer, [generate.user(question) for question in questions])
+    found = answers(model, tokenizer, [generate.user_turn(question) for question in questions])
     assert found == [(text, True) for text in questions.values()]
 
 
@@ -139,15 +139,15 @@ def test_its_own_answers_score_one_half(model, tokenizer):
 
 @pytest.mark.slow
 def test_a_fresh_tokenizer_has_the_committed_tokens(tmp_path, tokenizer):
-    corpus = [generate.generate(tmp_path, name, seed=0)[0] for name in generate.CORPUS]
-    tiny.start(tmp_path / "start", [*corpus, *(generate.FOLDER / name / "train.jsonl" for name in sorted(generate.SETS))])
+    corpus = [generate.write_set(tmp_path, name, seed=0)[0] for name in generate.CORPUS]
+    tiny.start_tiny(tmp_path / "start", [*corpus, *(generate.FOLDER / name / "train.jsonl" for name in sorted(generate.SETS))])
     fresh = AutoTokenizer.from_pretrained(tmp_path / "start")
     assert set(fresh.get_vocab()) == set(tokenizer.get_vocab())
     assert fresh.chat_template == tokenizer.chat_template
 
 
 def test_the_start_of_training_has_the_shape_and_tokenizer_of_the_package(tmp_path, model):
-    tiny.start(tmp_path, [])
+    tiny.start_tiny(tmp_path, [])
     assert (tmp_path / "tokenizer.json").read_bytes() == (tiny.FOLDER / "tokenizer.json").read_bytes()
     begun, done = json.loads((tmp_path / "config.json").read_text()), model.config.to_dict()
     assert all(done[key] == begun[key] for key in begun if key not in ("dtype", "architectures"))

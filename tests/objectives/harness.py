@@ -85,7 +85,7 @@ def objective_of(name: str) -> Any:
     """An objective with its defaults, and short rollouts judged by a function where it samples."""
     wanted: dict[str, Any] = {"reward": REWARD, "answers": 2, "max_new_tokens": 5, "epochs": 1, "minibatches": 1}
     options = registry.spec("objective", name).options
-    return registry.load("objective", name)(**{k: v for k, v in wanted.items() if name in SAMPLED and k in options})
+    return registry.load_class("objective", name)(**{k: v for k, v in wanted.items() if name in SAMPLED and k in options})
 
 
 def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ class Case:
     def __post_init__(self) -> None:
         self.objective = objective_of(self.name)
         model = model_for(self.objective)
-        own = [] if self.kind == "full" else [registry.load("stack", self.kind)(name=self.kind, **STACKS[self.kind])]
+        own = [] if self.kind == "full" else [registry.load_class("stack", self.kind)(name=self.kind, **STACKS[self.kind])]
         stack = Stack([*own, *self.objective.role_wrappers(own)])
         torch.manual_seed(4)
         stack.attach(model)

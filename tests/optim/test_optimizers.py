@@ -54,7 +54,7 @@ class Tiny(nn.Module):
 
 
 def make(kind: str = "adamw", **options):
-    return registry.load("optim", kind)(**options)
+    return registry.load_class("optim", kind)(**options)
 
 
 def table(groups) -> list[tuple]:

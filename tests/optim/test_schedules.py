@@ -13,7 +13,7 @@ from llmrecipe.optim.optimizer import set_learning_rate
 
 
 def curve(kind: str, steps: int, **options) -> list[float]:
-    schedule = registry.load("schedule", kind)(**options)
+    schedule = registry.load_class("schedule", kind)(**options)
     return [schedule.factor(step, steps) for step in range(steps)]
 
 
@@ -60,7 +60,7 @@ def test_warmup_given_as_a_share_equals_the_same_number_of_steps(kind):
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 def test_curves_end_where_they_are_told_to(kind):
-    schedule = registry.load("schedule", kind)(min_ratio=0.3, warmup=3)
+    schedule = registry.load_class("schedule", kind)(min_ratio=0.3, warmup=3)
     assert schedule.factor(50, 50) == pytest.approx(0.3)
     assert schedule.factor(60, 50) == pytest.approx(0.3)
 
@@ -82,7 +82,7 @@ def test_same_curve_as_transformers_without_warmup():
 def test_resuming_anywhere_gives_the_same_rates():
     """A schedule has no state: the rates after step k do not depend on what came before."""
     whole = curve("cosine", 12, warmup=3)
-    schedule = registry.load("schedule", "cosine")(warmup=3)
+    schedule = registry.load_class("schedule", "cosine")(warmup=3)
     for k in range(12):
         assert [schedule.factor(step, 12) for step in range(k, 12)] == whole[k:]
 
@@ -99,13 +99,13 @@ def test_rates_of_groups_keep_their_ratio():
 
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(RecipeError, match=r"schedule\.warmup: 11 steps of warm-up do not fit into a run of 10"):
-        registry.load("schedule", "linear")(warmup=11).check(10)
+        registry.load_class("schedule", "linear")(warmup=11).check(10)
     with pytest.raises(RecipeError, match=r"6 steps of warm-up and 5 of decay"):
-        registry.load("schedule", "wsd")(warmup=6, decay=5).check(10)
-    registry.load("schedule", "linear")(warmup=10).check(10)
+        registry.load_class("schedule", "wsd")(warmup=6, decay=5).check(10)
+    registry.load_class("schedule", "linear")(warmup=10).check(10)
 
 
 @pytest.mark.parametrize("warmup", [-1, 1.0, 1.5, "3"])
 def test_impossible_warmups_are_refused(warmup):
     with pytest.raises(ValueError, match="warmup"):
-        registry.load("schedule", "linear")(warmup=warmup)
+        registry.load_class("schedule", "linear")(warmup=warmup)

@@ -9,7 +9,7 @@ import pytest
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import UserError
-from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.step_spec import compose_step
 
 STEPS = registry.names("step")
@@ -27,16 +27,16 @@ def test_options_are_explained_and_a_wrong_one_is_named(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", STEPS)
 def test_what_it_needs_are_options_and_what_it_gives_is_known(name: str) -> None:
-    cls = registry.load("step", name)
+    cls = registry.load_class("step", name)
     assert cls.gives in ("rows", "model", "metrics") and set(cls.needs.values()) <= {"rows", "model"}
     assert set(cls.needs) <= set(registry.spec("step", name).options)
 
 
 def test_a_finished_step_is_reused(tmp_path: Path) -> None:
     words = ["model=tiny", "prompts=builtin:prompts", "limit=2", "max_new_tokens=4", f"run.dir={tmp_path}", "log.live=off"]
-    folder = run(compose_step("generate", words)).path
+    folder = run_step(compose_step("generate", words)).path
     rows = (folder / "train.jsonl").read_bytes()
     assert len(rows.splitlines()) == 2 and json.loads((folder / "final" / "metrics.json").read_text())
     stamp = (folder / "train.jsonl").stat().st_mtime_ns
-    run(compose_step("generate", words))
+    run_step(compose_step("generate", words))
     assert (folder / "train.jsonl").read_bytes() == rows and (folder / "train.jsonl").stat().st_mtime_ns == stamp

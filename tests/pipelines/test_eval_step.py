@@ -10,14 +10,14 @@ import pytest
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.evaluation.evaluate_model import evaluate_path
-from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.step_spec import compose_step
 
 WORDS = ["model=tiny", "data=builtin:sums", "batch=4", "limit=8", "max_new_tokens=12", "log.live=off"]
 
 
 def measured(folder: Path, *words: str) -> dict[str, Any]:
-    run(compose_step("eval", [*WORDS, *words, f"run.dir={folder}"]))
+    run_step(compose_step("eval", [*WORDS, *words, f"run.dir={folder}"]))
     return json.loads((folder / "final" / "metrics.json").read_text(encoding="utf-8"))
 
 

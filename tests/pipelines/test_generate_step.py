@@ -14,14 +14,14 @@ from llmrecipe.data.formats.prompts import read_prompts
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.chat import Chat
 from llmrecipe.pipelines.steps.generate import Generate
-from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.step_spec import compose_step
 
 SMALL = ["model=tiny", "prompts=builtin:prompts", "limit=6", "max_new_tokens=6", "batch=4", "log.live=off"]
 
 
 def generated(folder: Path, *words: str) -> list[dict[str, Any]]:
-    run(compose_step("generate", [*SMALL, *words, f"run.dir={folder}"]))
+    run_step(compose_step("generate", [*SMALL, *words, f"run.dir={folder}"]))
     return [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -107,9 +107,9 @@ def test_the_verb_finds_what_the_same_words_have_left(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [w for w in SMALL if not w.startswith("limit")] + ["limit=2"]
-    assert app.run(["generate", *words]) == 0
+    assert app.run_command(["generate", *words]) == 0
     done = capsys.readouterr().out.split("done: ")[1].strip()
-    assert app.run(["step", "generate", *words]) == 0
+    assert app.run_command(["step", "generate", *words]) == 0
     assert f"reused: {done}" in capsys.readouterr().out
-    assert app.run(["generate", "model=tiny"]) == 2
+    assert app.run_command(["generate", "model=tiny"]) == 2
     assert "prompts: must be given" in capsys.readouterr().err

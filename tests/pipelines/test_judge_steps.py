@@ -13,7 +13,7 @@ from llmrecipe.core.errors import Interrupted, RecipeError, RunError, UserError
 from llmrecipe.data import prepare
 from llmrecipe.data.toy import grammar
 from llmrecipe.feedback.judges.rule import Rule, agent_rule
-from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.schema import DataSection
 from llmrecipe.recipe.step_spec import compose_step
 from tests.data.toys import byte_tokenizer
@@ -34,7 +34,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def done(kind: str, folder: Path, *words: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and metrics of a step."""
-    run(compose_step(kind, [*words, f"run.dir={folder}", "log.live=off"]))
+    run_step(compose_step(kind, [*words, f"run.dir={folder}", "log.live=off"]))
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     return rows, json.loads((folder / "final" / "metrics.json").read_text())
 

@@ -13,18 +13,18 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.pipelines import run_stages
 from llmrecipe.pipelines.steps.leaderboard import Leaderboard
-from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.pipeline_plan import plan
-from llmrecipe.recipe.pipeline_spec import Stage, parse
+from llmrecipe.recipe.pipeline_spec import WrittenStage, parse_stages
 from llmrecipe.recipe.recipe_paths import find_recipe
 from llmrecipe.recipe.step_spec import compose_step
 from tests.evaluation.test_leaderboard_table import LORA, SFT, finished
 
 
 def step(folder: Path, *words: str) -> Path:
-    return run(compose_step("leaderboard", [*words, f"run.dir={folder}", "log.live=off"])).path
+    return run_step(compose_step("leaderboard", [*words, f"run.dir={folder}", "log.live=off"])).path
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def test_a_mistake_is_one_clear_message(runs: str, tmp_path: Path, words: list[s
 # --- the recipes ------------------------------------------------------------------------------------------------------
 
 
-def stages_of(recipe: str, *words: str) -> dict[str, Stage]:
-    return {s.name: s for s in parse(compose(recipe, list(words)))}
+def stages_of(recipe: str, *words: str) -> dict[str, WrittenStage]:
+    return {s.name: s for s in parse_stages(compose(recipe, list(words)))}
 
 
 def chosen(recipe: str, group: str) -> Any:
@@ -160,19 +160,19 @@ def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if n not in ("sft", "bitfit")
     ]
     quick = ["steps=2", "batch.size=4", "data.limit=20"]
-    first = run_stages.run(compose("peft_leaderboard", [*quick, *drop]))
+    first = run_stages.run_all_stages(compose("peft_leaderboard", [*quick, *drop]))
     board = json.loads((Path(first[-1].dir) / "leaderboard.json").read_text())
     assert {r["method"] for r in board["rows"]} == {"full", "bitfit"}
-    assert [r.how for r in run_stages.run(compose("peft_leaderboard", [*quick, *drop]))] == ["reused"] * 3
+    assert [r.how for r in run_stages.run_all_stages(compose("peft_leaderboard", [*quick, *drop]))] == ["reused"] * 3
 
     keep = ("dpo_lora", "simpo_lora")
     drop = [f"~stages.aligned.each.objective.{n}" for n in plan_names("alignment_leaderboard", "aligned") if n not in keep]
     small = ["steps=2", "~stages.reward", "stages.board.limit=4", "stages.board.n=2"]
-    last = run_stages.run(compose("alignment_leaderboard", [*small, *drop]))[-1]
+    last = run_stages.run_all_stages(compose("alignment_leaderboard", [*small, *drop]))[-1]
     rows = {r["method"]: r["mean"] for r in json.loads((Path(last.dir) / "leaderboard.json").read_text())["rows"]}
     assert set(rows) == {"sft", "dpo", "simpo"}
     assert rows["sft"]["kl"] == 0.0 and rows["sft"]["win_rate"] == 0.5 and rows["dpo"]["kl"] >= 0.0
-    assert app.run(["compare", first[0].dir, first[1].dir]) == 0
+    assert app.run_command(["compare", first[0].dir, first[1].dir]) == 0
 
 
 def plan_names(recipe: str, stage: str) -> list[str]:

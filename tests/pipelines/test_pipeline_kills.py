@@ -90,7 +90,7 @@ def run(
                 [sys.executable, "-m", "llmrecipe", "train", *words], capture_output=True, text=True, timeout=900
             )
             return ended.returncode, ended.stdout + ended.stderr
-        code = app.run(["train", *words])
+        code = app.run_command(["train", *words])
     output = capsys.readouterr()
     return code, output.out + output.err
 

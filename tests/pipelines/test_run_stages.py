@@ -41,7 +41,7 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def run(name: str, *words: str) -> list[run_stages.Result]:
-    return run_stages.run(compose(name, list(words)))
+    return run_stages.run_all_stages(compose(name, list(words)))
 
 
 def test_two_stages_once_and_only_what_changed_again(two: str, started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +99,7 @@ def test_the_end_of_a_stage_is_told_with_the_way_on(
     two: str, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception], told: str
 ) -> None:
     monkeypatch.setattr(run_stages, "execute", lambda *_: code)
-    monkeypatch.setattr(run_stages, "check", lambda made: {})
+    monkeypatch.setattr(run_stages, "check_stages", lambda made: {})
     with pytest.raises(error) as caught:
         run(two, "stages.sft.steps=1")
     assert told in str(caught.value) and "stage sft" in str(caught.value)
@@ -111,7 +111,9 @@ def test_a_recipe_changed_on_the_way_is_not_run_under_the_old_key(two: str, monk
     project.mkdir()
     (project / "mine.yaml").write_text("steps: 1\n", encoding="utf-8")
     Path("two.yaml").write_text("stages: {a: {recipe: mine}}\n", encoding="utf-8")
-    monkeypatch.setattr(run_stages, "check", lambda made: (project / "mine.yaml").write_text("steps: 2\n", encoding="utf-8"))
+    monkeypatch.setattr(
+        run_stages, "check_stages", lambda made: (project / "mine.yaml").write_text("steps: 2\n", encoding="utf-8")
+    )
     with pytest.raises(RunError, match="was changed after the pipeline had begun"):
         run(two)
 
@@ -119,7 +121,7 @@ def test_a_recipe_changed_on_the_way_is_not_run_under_the_old_key(two: str, monk
 def test_train_itself_refuses_a_pipeline_and_check_tells_every_stage(two: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError, match="is a pipeline"):
         train(compose(two))
-    assert app.run(["check", f"recipe={two}", "--json"]) == 0
+    assert app.run_command(["check", f"recipe={two}", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert {name: facts["steps"] for name, facts in found.items()} == {"sft": 2, "dpo": 2}
 
@@ -146,7 +148,7 @@ def finish(planned: Planned) -> None:
 def three(two: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A pipeline whose first two stages do not need each other; nothing is checked."""
     Path("three.yaml").write_text(THREE, encoding="utf-8")
-    monkeypatch.setattr(run_stages, "check", lambda made: {})
+    monkeypatch.setattr(run_stages, "check_stages", lambda made: {})
     return "three.yaml"
 
 

@@ -13,7 +13,7 @@ from llmrecipe.cli import app
 from llmrecipe.core.errors import Interrupted, RecipeError, RunError
 from llmrecipe.pipelines.run_stages import Pipeline, Result
 from llmrecipe.pipelines.search import study
-from llmrecipe.pipelines.search.space import grid, point_of, words_of
+from llmrecipe.pipelines.search.space import grid_points, point_of, point_words
 from llmrecipe.pipelines.search.study import Search, Trial
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import Planned
@@ -203,13 +203,13 @@ def test_nested_and_dotted_keys_are_the_same_space(lab: Lab) -> None:
 
 def test_points_of_a_space(lab: Lab) -> None:
     section = compose("mine", ["search.space={steps: {low: 2, high: 7, step: 2}, optim.lr: {low: 0.1, high: 0.3, step: 0.1}}"])
-    points = grid(section.recipe.search)  # type: ignore[arg-type]
+    points = grid_points(section.recipe.search)  # type: ignore[arg-type]
     assert [p["steps"] for p in points] == [2, 2, 2, 4, 4, 4, 6, 6, 6]
     assert [p["optim.lr"] for p in points[:3]] == pytest.approx([0.1, 0.2, 0.3])
     own = compose("mine").recipe.search
     point = point_of(own, {"optim.lr": 0.000123456789, "batch.size": 2})  # type: ignore[arg-type]
     assert point == {"optim.lr": 0.000123457, "batch.size": 8}
-    assert words_of({"stack": ["lora"], "optim.lr": 1e-3}) == ['stack=["lora"]', "optim.lr=0.001"]
+    assert point_words({"stack": ["lora"], "optim.lr": 1e-3}) == ['stack=["lora"]', "optim.lr=0.001"]
 
 
 @pytest.mark.slow
@@ -217,13 +217,13 @@ def test_a_real_search_leaves_a_recipe_that_trains(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     space = "search={space: {optim.lr: [1e-6, 5e-3]}, sampler: grid}"
     small = ["steps=6", "data.limit=16", "batch.size=4", "eval.batches=1", "log.live=off", "eval.test=false"]
-    assert app.run(["search", "recipe=sft_lora", space, *small]) == 0
+    assert app.run_command(["search", "recipe=sft_lora", space, *small]) == 0
     folder = Path("runs/sft_lora-search")
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()[1:]]
     values = {t["point"]["optim.lr"]: t["values"][0] for t in trials}
     assert values[5e-3] < values[1e-6] - 0.5  # one of the rates learns, the other does not move
     assert compose(folder / "searched.yaml").recipe.optim["lr"] == 5e-3
     assert (folder / "search.png").stat().st_size > 1000
-    assert app.run(["train", f"recipe={folder}/searched.yaml", "run.dir=best", "log.live=off"]) == 0
+    assert app.run_command(["train", f"recipe={folder}/searched.yaml", "run.dir=best", "log.live=off"]) == 0
     final = json.loads(Path("best/final/metrics.json").read_text())
     assert final["eval/loss"] == pytest.approx(values[5e-3], abs=1e-6)

@@ -14,7 +14,7 @@ import pytest
 from llmrecipe.cli import app
 from llmrecipe.core.errors import Interrupted, RecipeError
 from llmrecipe.pipelines import run_stages
-from llmrecipe.pipelines.steps.run_step import run
+from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import for_check, plan
 from llmrecipe.recipe.step_spec import compose_step
@@ -33,7 +33,7 @@ stages:
 
 
 def searched(*words: str) -> Path:
-    return run(compose_step("search", [*WORDS, *words])).path
+    return run_step(compose_step("search", [*WORDS, *words])).path
 
 
 def test_it_leaves_the_run_of_the_best_trial(lab: Lab) -> None:
@@ -87,7 +87,7 @@ def test_stages_behind_it_take_the_best_run_and_are_checked_on_its_base(lab: Lab
     assert made["seen"].composition.options["runs"] == [best]  # type: ignore[union-attr]
     assert f"model.path={made['sft'].dir}" in made["tuned"].composition.options["words"]  # type: ignore[union-attr]
     assert for_check(made, set())["dpo"].recipe.model.path == "tiny"  # type: ignore[union-attr]
-    assert set(run_stages.check(made)) == {"sft", "tuned", "dpo", "seen"}
+    assert set(run_stages.check_stages(made)) == {"sft", "tuned", "dpo", "seen"}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_stages_behind_it_take_the_best_run_and_are_checked_on_its_base(lab: Lab
 def test_what_cannot_be_searched_is_told_before_the_first_stage(lab: Lab, changed: str, told: str) -> None:
     Path("recipes/pipe.yaml").write_text(PIPELINE.replace("recipe: mine,", changed), encoding="utf-8")
     with pytest.raises(RecipeError, match=told):
-        run_stages.check(plan(compose("pipe")))
+        run_stages.check_stages(plan(compose("pipe")))
     assert not lab.runs
 
 
@@ -110,7 +110,7 @@ def test_a_value_no_trial_can_have_is_told_before_the_first_stage(lab: Lab) -> N
     wrong = PIPELINE.replace("search.trials=2", "'search.space={batch.size: [0, 4]}'")
     Path("recipes/pipe.yaml").write_text(wrong, encoding="utf-8")
     with pytest.raises(RecipeError, match=r"search.space.batch.size: 0: batch.size: must be > 0"):
-        run_stages.check(plan(compose("pipe")))
+        run_stages.check_stages(plan(compose("pipe")))
 
 
 @pytest.mark.faults
@@ -151,7 +151,7 @@ def test_a_pipeline_killed_inside_its_search_goes_on_from_the_trials_that_are_th
     kept = Path(json.loads(first[1])["dirs"][0])
     stamp = (kept / "events.jsonl").stat().st_mtime_ns
 
-    assert app.run(["train", "recipe=pipe"]) == 0
+    assert app.run_command(["train", "recipe=pipe"]) == 0
     capsys.readouterr()
     lines = (folder / "trials" / "trials.jsonl").read_text().splitlines()
     assert lines[:2] == first[:2] and len(lines) == 3
@@ -161,5 +161,5 @@ def test_a_pipeline_killed_inside_its_search_goes_on_from_the_trials_that_are_th
     (more,) = journal.glob("more-*")
     # The stage behind it starts where the best trial ended.
     assert read_run(more).curve("eval/loss")[0][1] == pytest.approx(min(worth.values()), rel=1e-5)
-    assert app.run(["train", "recipe=pipe"]) == 0
+    assert app.run_command(["train", "recipe=pipe"]) == 0
     assert capsys.readouterr().out.count("reused") >= 2

@@ -92,7 +92,7 @@ def test_a_kept_recipe_composes_to_itself(project: Project, tmp_path: Path) -> N
 
 def test_a_reward_that_was_dropped_is_asked_for(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     project("mine.jsonl", json.dumps({"prompt": "What is two and two?", "completion": "four"}) + "\n")
-    assert app.run(["check", "recipe=grpo", OWN]) == 2
+    assert app.run_command(["check", "recipe=grpo", OWN]) == 2
     told = capsys.readouterr().err
     assert "dropped objective.reward.rule" in told
     assert "objective.reward: no reward is given to score the answers" in told and "exact_match={}" in told

@@ -14,7 +14,7 @@ import pytest
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RunError
-from llmrecipe.feedback.judges.labeller import build
+from llmrecipe.feedback.judges.labeller import build_judge
 from llmrecipe.recipe.code_key import code_behind, code_of
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key
@@ -111,14 +111,14 @@ def test_a_marked_function_of_a_script_is_known_with_what_it_imports(
     __import__("a_script")
     try:
         mapping = {"agent": {"kind": "rule", "rule": "of_a_script"}}
-        before = content_key(mapping, {}), build("rule", "agent").identity
-        identity = build(mapping["agent"], "agent").identity
+        before = content_key(mapping, {}), build_judge("rule", "agent").identity
+        identity = build_judge(mapping["agent"], "agent").identity
         assert list(code_of(mapping)) == ["a_script"] and identity.startswith("rule:of_a_script:0.9:")
         (tmp_path / "unrelated.py").write_text("x = 2\n")
         assert content_key(mapping, {}) == before[0]
         (tmp_path / "beside_it.py").write_text("x = 2\n")
-        assert content_key(mapping, {}) != before[0] and build(mapping["agent"], "agent").identity != identity
-        assert build("rule", "agent").identity == before[1] == "rule:manners:0.9"
+        assert content_key(mapping, {}) != before[0] and build_judge(mapping["agent"], "agent").identity != identity
+        assert build_judge("rule", "agent").identity == before[1] == "rule:manners:0.9"
     finally:
         for name in ("a_script", "beside_it"):
             sys.modules.pop(name, None)

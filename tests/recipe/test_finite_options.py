@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from llmrecipe.cli.app import run
+from llmrecipe.cli.app import run_command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
@@ -88,7 +88,7 @@ def test_every_float_refuses_what_is_not_finite(name: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.group}-{s.name}")
 def test_constructors_refuse_it_too(spec: registry.Spec) -> None:
-    cls = registry.load(spec.group, spec.name)
+    cls = registry.load_class(spec.group, spec.name)
     for key, option in spec.options.items():
         for bad in BAD:
             for value in holding(option.annotation, bad):
@@ -123,5 +123,5 @@ def test_a_component_on_its_own() -> None:
 
 @pytest.mark.parametrize("verb", ["check", "train"])
 def test_the_verbs_end_with_code_two(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([verb, "recipe=sft_lora", "optim.lr=inf"]) == 2
+    assert run_command([verb, "recipe=sft_lora", "optim.lr=inf"]) == 2
     assert "optim.lr: must be a finite number" in capsys.readouterr().err

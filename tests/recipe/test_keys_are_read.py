@@ -67,7 +67,7 @@ def test_every_key_of_the_schema_is_read_by_the_work(section: str, name: str) ->
 
 def bases_of(spec: registry.Spec) -> list[Path]:
     """The files of a component's class and of the classes it inherits inside the package."""
-    cls = registry.load(spec.group, spec.name)
+    cls = registry.load_class(spec.group, spec.name)
     modules = {base.__module__ for base in cls.__mro__ if base.__module__.startswith("llmrecipe.")}
     return [PACKAGE.parent.joinpath(*m.split(".")).with_suffix(".py") for m in sorted(modules)]
 

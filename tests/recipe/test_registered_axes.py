@@ -11,7 +11,7 @@ import pytest
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.pipeline_spec import parse
+from llmrecipe.recipe.pipeline_spec import parse_stages
 from llmrecipe.recipe.yaml_file import write_yaml
 
 Project = Callable[..., Path]
@@ -80,7 +80,7 @@ def test_the_values_come_from_the_line_that_asked_for_them(project: Project) -> 
     composed = compose(path)
     origin = composed.origins[("stages", "run", "matrix", "recipe", "bitfit")]
     assert (origin.file, origin.line) == (path, 4)
-    assert [s.name for s in parse(composed)][:2] == ["run-fishmask-1", "run-bitfit-1"]
+    assert [s.name for s in parse_stages(composed)][:2] == ["run-fishmask-1", "run-bitfit-1"]
 
 
 GRID = """stages:

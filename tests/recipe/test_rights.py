@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.cli.app import run as cli
+from llmrecipe.cli.app import run_command as cli
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.pipelines.search.study import Search

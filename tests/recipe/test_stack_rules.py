@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.cli.app import run as command
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.methods._base.method import Wrapper
@@ -21,13 +21,13 @@ GREEDY = ["adalora", "child_tuning", "diff_pruning", "fishmask", "group_mask", "
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_source_declares_is_what_the_class_declares(kind: str) -> None:
-    wrapper = registry.load("stack", kind)(name="one")
+    wrapper = registry.load_class("stack", kind)(name="one")
     assert Declared.of_spec("one", registry.spec("stack", kind)) == Declared.of_wrapper(wrapper)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_method_that_works_on_gradients_says_so(kind: str) -> None:
-    cls = registry.load("stack", kind)
+    cls = registry.load_class("stack", kind)
     assert bool(cls.needs_gradients) or cls.after_backward is Wrapper.after_backward
 
 
@@ -40,7 +40,7 @@ def test_pairs_of_a_gradient_method_and_mezo_are_refused_by_table_recipe_and_run
         assert reason and reason.startswith(kind) and reason.endswith("mezo makes none")
         mistakes = check_stack({"mine": {"kind": kind}, "rule": {"kind": "mezo"}})
         assert [m.text for m in mistakes] == [f"mine and rule cannot share a stack: {reason}"]
-        built = [registry.load("stack", name)(name=name) for name in ("mezo", kind)]
+        built = [registry.load_class("stack", name)(name=name) for name in ("mezo", kind)]
         with pytest.raises(RecipeError, match=f"{kind} .*, and mezo makes none"):
             Stack(built)
 
@@ -66,7 +66,7 @@ def test_two_rules_and_missing_company_by_hand() -> None:
 
 
 def test_options_of_mezo_that_cannot_be_are_refused_before_the_model(tmp_path: Path) -> None:
-    mezo = registry.load("stack", "mezo")
+    mezo = registry.load_class("stack", "mezo")
     with pytest.raises(RecipeError, match=r"stack\.mezo\.moments: .*set store_history=true"):
         Stack([mezo(name="mezo", optimizer="adam", moments="store", store_history=False)])
     penalised = type("P", (Wrapper,), {"penalty": lambda self, model: 1.0})(name="p")

@@ -14,9 +14,10 @@ import pytest
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key, local_files
-from llmrecipe.recipe.overrides import parse as parse_words
-from llmrecipe.recipe.pipeline_plan import Plan, for_check, in_order, parse, plan, refuse_stages
-from llmrecipe.recipe.run_recipe import text_of
+from llmrecipe.recipe.overrides import parse_overrides as parse_words
+from llmrecipe.recipe.pipeline_plan import Plan, for_check, in_order, plan, refuse_stages
+from llmrecipe.recipe.pipeline_spec import parse_stages
+from llmrecipe.recipe.run_recipe import word_text
 
 Project = Callable[..., Path]
 ROWS = '{"prompt": "a", "completion": "b"}\n'
@@ -45,7 +46,7 @@ def keys(made: Plan) -> dict[str, str]:
 
 def order(project: Project, text: str) -> dict[str, tuple[str, ...]]:
     composition = compose(project("p.yaml", text))
-    return {s.name: s.words for s in in_order(parse(composition), composition)}
+    return {s.name: s.words for s in in_order(parse_stages(composition), composition)}
 
 
 def test_a_stage_is_its_recipe_with_words_and_keys_and_the_directory_of_its_input(project: Project) -> None:
@@ -213,7 +214,7 @@ def test_texts_of_options_reach_the_step_as_they_are(project: Project, text: str
 
 def test_keys_of_a_mapping_reach_a_word_as_they_are() -> None:
     value = {"a b": 1, "c:d": "e", "f.g": {"h,i": [True, None]}, "(j)": 2.5}
-    assert parse_words([f"x={text_of(value)}"])[0].value == value
+    assert parse_words([f"x={word_text(value)}"])[0].value == value
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------

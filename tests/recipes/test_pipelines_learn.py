@@ -29,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stages(recipe: str, *words: str) -> dict[str, Path]:
     """The folder every stage left."""
-    return {r.stage: Path(r.dir) for r in run_stages.run(compose(recipe, list(words)))}
+    return {r.stage: Path(r.dir) for r in run_stages.run_all_stages(compose(recipe, list(words)))}
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -117,12 +117,12 @@ def test_a_preference_model_teaches_what_its_labels_say(place: Path, own_rules: 
 
 def test_the_search_finds_a_rate_that_learns(place: Path) -> None:
     """Trials are processes of their own, since one that is behind is stopped."""
-    assert app.run(["search", "recipe=search_lora", "log.live=off"]) == 0
+    assert app.run_command(["search", "recipe=search_lora", "log.live=off"]) == 0
     lines = (place / "runs" / "search_lora-search" / "trials.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     losses = [t["values"][0] for t in map(json.loads, lines) if t.get("values")]
     assert min(losses) <= 0.6 and max(losses) >= 2 * min(losses)
     best = "runs/search_lora-search/searched.yaml"
-    assert app.run(["train", f"recipe={best}", *LISTS(place / "lists"), "run.dir=control", "log.live=off"]) == 0
+    assert app.run_command(["train", f"recipe={best}", *LISTS(place / "lists"), "run.dir=control", "log.live=off"]) == 0
     assert metrics(Path("control"))["eval/loss"] >= 1.0
 
 

@@ -50,14 +50,14 @@ def test_the_stages_and_what_each_reads() -> None:
 
 @pytest.mark.slow
 def test_a_few_steps_of_each_stage(tmp_path: Path, started: list[str]) -> None:
-    results = run_stages.run(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
+    results = run_stages.run_all_stages(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
     assert started == STAGES and [r.stage for r in results] == STAGES
     labels = Path(next(r.dir for r in results if r.stage == "labels"))
     rows = [json.loads(line) for line in (labels / "train.jsonl").read_text().splitlines()]
     metrics = json.loads((labels / "final" / "metrics.json").read_text())
     assert rows and all(r["p"] == pytest.approx(0.9) for r in rows) and metrics["train/agreement"] == 1.0
     assert all("rewards/rule" in e for e in events(Path(results[-1].dir)))
-    again = run_stages.run(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
+    again = run_stages.run_all_stages(compose("rlaif", [*FEW, f"run.dir={tmp_path / 'run'}"]))
     assert started == STAGES and {r.how for r in again} == {"reused"}
 
 
@@ -66,7 +66,7 @@ def test_a_kill_in_a_step_loses_nothing(tmp_path: Path) -> None:
     """The step is killed once some of its answers are on disk; the same command ends with the rows of a run left alone."""
     words = ["step", "critique", f"answers={tmp_path / 'drafts'}", "constitution=manners", "batch=1", "log.live=off"]
     model = ["generate", "model=tiny", "prompts=builtin:constitution", "limit=40", "max_new_tokens=24"]
-    assert app.run([*model, f"run.dir={tmp_path / 'drafts'}", "log.live=off"]) == 0
+    assert app.run_command([*model, f"run.dir={tmp_path / 'drafts'}", "log.live=off"]) == 0
 
     def begin(folder: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "llmrecipe", *words, f"run.dir={folder}"]

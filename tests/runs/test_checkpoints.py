@@ -222,7 +222,7 @@ def test_a_write_that_really_fails_in_the_middle(tmp_path):
 def model_and_optimizer(kind: str, seed: int = 0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Embedding(7, 80), nn.Linear(80, 64), nn.LayerNorm(64), nn.Linear(64, 7))
-    config = registry.load("optim", kind)(lr=1e-2)
+    config = registry.load_class("optim", kind)(lr=1e-2)
     return model, build_optimizer(config, parameter_groups(model, config))
 
 
@@ -269,7 +269,7 @@ def test_state_of_another_optimizer_or_other_parameters_is_refused():
     with pytest.raises(RunError, match="holds the state of AdamW, the recipe has SGD"):
         restore_optimizer(model_and_optimizer("sgd")[1], tensors, facts)
     model[1].requires_grad_(False)
-    config = registry.load("optim", "adamw")()
+    config = registry.load_class("optim", "adamw")()
     with pytest.raises(RunError, match=r"other parameters than this recipe: they differ in 1\.bias, 1\.weight"):
         restore_optimizer(build_optimizer(config, parameter_groups(model, config)), tensors, facts)
 
@@ -310,7 +310,7 @@ def test_a_checkpoint_weighs_what_trains(tmp_path):
     base = nn.Linear(600, 600)
     base.requires_grad_(False)
     model = nn.Sequential(base, nn.Linear(600, 4))
-    config = registry.load("optim", "adamw")()
+    config = registry.load_class("optim", "adamw")()
     optimizer = build_optimizer(config, parameter_groups(model, config))
     model(torch.ones(1, 600)).sum().backward()
     optimizer.step()

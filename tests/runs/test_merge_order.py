@@ -26,7 +26,8 @@ def trained(*kinds: str) -> Subject:
     torch.manual_seed(0)
     model = tiny_model()
     wrappers = [
-        registry.load("stack", k)(name=f"{n}_{k}", **OPTIONS.get(k, {}), **EVERYWHERE.get(k, {})) for n, k in enumerate(kinds)
+        registry.load_class("stack", k)(name=f"{n}_{k}", **OPTIONS.get(k, {}), **EVERYWHERE.get(k, {}))
+        for n, k in enumerate(kinds)
     ]
     stack = Stack(wrappers)
     stack.attach(model)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llmrecipe import load
-from llmrecipe.cli.app import run as cli
+from llmrecipe.cli.app import run_command as cli
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.models.load import load_model, load_tokenizer, skeleton

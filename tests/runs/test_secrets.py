@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli.app import _save_traceback
-from llmrecipe.cli.app import run as cli
+from llmrecipe.cli.app import run_command as cli
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.http_client import check_address
 from llmrecipe.core.redact import name_variables, redact, redact_text

@@ -14,7 +14,7 @@ from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.training import run as run_module
 from llmrecipe.training import save_run
-from llmrecipe.training.finite_check import WINDOW, not_finite, skip
+from llmrecipe.training.finite_check import WINDOW, nonfinite_names, skip
 from llmrecipe.training.run import Run
 from llmrecipe.training.run_state import Progress
 from tests.trainings import resume, train_recipe
@@ -49,8 +49,8 @@ def test_norms_by_hand() -> None:
         "scalar": torch.tensor(nan),
     }
     exactly = ["nan", "inf", "nan16", "eight bits", "scalar"]
-    assert not_finite(tensors) == exactly
-    assert sorted(not_finite(tensors, 2.0)) == sorted([*exactly, "squares overflow"])
+    assert nonfinite_names(tensors) == exactly
+    assert sorted(nonfinite_names(tensors, 2.0)) == sorted([*exactly, "squares overflow"])
 
 
 @pytest.mark.parametrize(("name", "on_nan"), [("lora", "stop"), ("mezo", "skip")])

@@ -14,7 +14,13 @@ from llmrecipe.data.collate import Sequence, pack
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
-from llmrecipe.training.memory_estimate import activation_elements, estimate, optimizer_bytes, retained_bytes, saved_bytes
+from llmrecipe.training.memory_estimate import (
+    activation_elements,
+    estimate_memory,
+    optimizer_bytes,
+    retained_bytes,
+    saved_bytes,
+)
 from tests.tiny import tiny_model
 
 LLAMA = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
@@ -62,7 +68,7 @@ def test_the_walk_finds_what_hooks_do_not_see():
 
 def measured(family: str, kind: str | None, **sizes: int) -> tuple[int, int]:
     model = tiny_model(family, **sizes)
-    stack = Stack([registry.load("stack", kind)(name=kind, target="attn.q|v", r=8)] if kind else [])
+    stack = Stack([registry.load_class("stack", kind)(name=kind, target="attn.q|v", r=8)] if kind else [])
     stack.attach(model)
     batch = pack([Sequence(list(range(3, 60)), [1] * 57) for _ in range(4)])
     with activate(batch.context("policy")):
@@ -84,9 +90,9 @@ def test_trained_numbers_gradients_and_optimizer_state_are_exact(kind):
     """Everything but activations is a closed form that holds to the byte."""
     model = tiny_model("llama", hidden_size=64, intermediate_size=96)
     stack = Stack([])
-    config = registry.load("optim", kind)(lr=1e-4)
+    config = registry.load_class("optim", kind)(lr=1e-4)
     optimizer = build_optimizer(config, parameter_groups(model, config))
-    guess = estimate(model, stack, config, tokens=64)
+    guess = estimate_memory(model, stack, config, tokens=64)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -112,9 +118,9 @@ def test_the_estimate_of_an_adapter_on_the_meta_device_equals_the_one_on_the_cpu
         config = tiny_model("llama").config
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config)
-            stack = Stack([registry.load("stack", "lora")(name="lora", target="attn.q|v", r=4)])
+            stack = Stack([registry.load_class("stack", "lora")(name="lora", target="attn.q|v", r=4)])
             stack.attach(model)
-        guesses.append(estimate(model, stack, registry.load("optim", "adamw")(), tokens=128, targets=32))
+        guesses.append(estimate_memory(model, stack, registry.load_class("optim", "adamw")(), tokens=128, targets=32))
     assert guesses[0] == guesses[1]
     # q and v of 2 blocks: 4 (32 + 32) and 4 (32 + 16) numbers.
     assert guesses[0].trained == 2 * (4 * 64 + 4 * 48)
@@ -141,7 +147,7 @@ def test_blocks_below_the_first_trained_one_keep_nothing():
 
 def test_mezo_needs_no_gradients_and_no_activations():
     model = tiny_model("llama")
-    stack = Stack([registry.load("stack", "mezo")(name="mezo")])
+    stack = Stack([registry.load_class("stack", "mezo")(name="mezo")])
     stack.attach(model)
-    guess = estimate(model, stack, registry.load("optim", "adamw")(), tokens=64)
+    guess = estimate_memory(model, stack, registry.load_class("optim", "adamw")(), tokens=64)
     assert (guess.gradients, guess.optimizer, guess.activations) == (0, 0, 0) and guess.weights > 0

@@ -11,14 +11,14 @@ from llmrecipe.core import registry
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
-from llmrecipe.training.memory_estimate import delta_bytes, estimate, optimizer_bytes
+from llmrecipe.training.memory_estimate import delta_bytes, estimate_memory, optimizer_bytes
 from tests.methods.additive.harness import model_of
 from tests.methods.formulas import FORMULAS, shape
 from tests.methods.kinds import BASES, CHANGES, Cell, put, wrapper_of
 
 BOUNDED = ("group_mask", "spt")
 """Kinds whose groups or modules fill a budget up to the next one that does not fit."""
-ADAMW = registry.load("optim", "adamw")()
+ADAMW = registry.load_class("optim", "adamw")()
 
 
 def skeleton(kind: str, family: str) -> tuple[torch.nn.Module, Stack]:
@@ -63,7 +63,7 @@ def test_counts_and_bytes_are_known_before_a_weight_is_read(kind: str, family: s
     assert (facts["trainable"], facts["gradient_bytes"], facts["optimizer_bytes"]) == (trained, gradients, state)
     assert delta_bytes(model, planned) == written
     if type(planned.wrappers[0]).calibrate is Wrapper.calibrate:
-        guess = estimate(model, planned, ADAMW, tokens=64)
+        guess = estimate_memory(model, planned, ADAMW, tokens=64)
         assert (guess.trained, guess.gradients) == (trained, gradients)
         assert guess.optimizer == optimizer_bytes(optimizer)
 

@@ -80,7 +80,7 @@ def names_of(column: str, found: DataFormat) -> tuple[str, ...]:
     return (*found.aliases.get(column, ()), *ALIASES.get(column, ()))
 
 
-def normal(name: str) -> str:
+def normal_name(name: str) -> str:
     """Return a column name in the spelling of the table."""
     return "_".join(name.lower().replace("-", " ").replace(".", " ").replace("_", " ").split())
 
@@ -102,7 +102,7 @@ def recognise(
         DataError: a column could be any of several, and no other format fits.
     """
     known = {(role, one) for one in formats for columns in one.columns for role in (*columns, *one.optional)}
-    spelled = {normal(alias) for role, one in known for alias in (role, *names_of(role, one))}
+    spelled = {normal_name(alias) for role, one in known for alias in (role, *names_of(role, one))}
     row = {c: next((r[c] for r in sample if r.get(c) is not None), None) for c in sample[0]}
     found: list[tuple[int, int, DataFormat, dict[str, str]]] = []
     unclear: list[dict[str, list[str]]] = []
@@ -121,7 +121,7 @@ def recognise(
             if len(set(mapping.values())) < len(mapping):
                 continue
             used = {*columns, *mapping.values(), *one.optional}
-            unused = 0 if keeps_columns else sum(c not in used and normal(c) in spelled for c in row)
+            unused = 0 if keeps_columns else sum(c not in used and normal_name(c) in spelled for c in row)
             found.append((unused, len(mapping), one, mapping))
     if found:
         _, _, best, mapping = min(found, key=lambda one: one[:2])
@@ -134,7 +134,7 @@ def recognise(
 def _candidates(wanted: str, row: Row, columns: Sequence[str], found: DataFormat) -> list[str]:
     """Return columns that may be the wanted one by name and by content."""
     names = names_of(wanted, found)
-    return [c for c, value in row.items() if c not in columns and normal(c) in (wanted, *names) and _holds(wanted, value)]
+    return [c for c, value in row.items() if c not in columns and normal_name(c) in (wanted, *names) and _holds(wanted, value)]
 
 
 def _holds(wanted: str, value: Any) -> bool:

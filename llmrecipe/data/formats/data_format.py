@@ -114,5 +114,5 @@ def data_format(name: str) -> DataFormat:
         raise DataError(
             f"data.format: there is no format '{name}'{did_you_mean(name, known)} (known: auto, {', '.join(known)})"
         )
-    found: DataFormat = registry.load("format", name)()
+    found: DataFormat = registry.load_class("format", name)()
     return found

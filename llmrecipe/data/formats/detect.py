@@ -14,7 +14,7 @@ from llmrecipe.data.tokenize.row_type import row_type
 
 
 @dataclass(frozen=True)
-class Layout:
+class DetectedFormat:
     """The format of some rows, and the mapping of its columns to theirs."""
 
     format: DataFormat
@@ -28,10 +28,10 @@ class Layout:
 
     def convert(self, row: dict[str, Any], conversion: Conversion) -> list[dict[str, Any]]:
         """Convert a row, under the recipe's mapping, to canonical rows."""
-        return self.format.convert(rename(row, self.aliases), conversion)
+        return self.format.convert(map_columns(row, self.aliases), conversion)
 
 
-def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def map_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """Return the row under the recipe's mapping {wanted: column in the file}, lists in JSON text parsed."""
     if not columns:
         return read_cells(row)
@@ -54,7 +54,7 @@ def check_mapping(columns: dict[str, str], row: dict[str, Any], where: str) -> N
             )
 
 
-def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str) -> Layout:
+def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str) -> DetectedFormat:
     """Detect the format of some mapped rows; columns with other names are recognised (`data.formats.aliases`).
 
     Args:
@@ -76,11 +76,11 @@ def detect(sample: Sequence[dict[str, Any]], rows: str, wanted: str, where: str)
         accepted = [named]
     for one in accepted:
         if one.matches(row) is not None and (wanted != "auto" or one.fits(row)):
-            return Layout(one)
+            return DetectedFormat(one)
     found = recognise(sample, accepted, where, keeps_columns=row_type(rows).keeps_columns)
     if found is None:
         raise DataError(_mismatch(accepted, row, rows, where))
-    return Layout(*found)
+    return DetectedFormat(*found)
 
 
 def _mismatch(formats: Sequence[DataFormat], row: dict[str, Any], rows: str, where: str) -> str:

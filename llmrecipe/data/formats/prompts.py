@@ -63,7 +63,7 @@ def read_prompts(
                 return found
             if not part.chosen(row):
                 continue
-            row = detect.rename(row, data.columns)
+            row = detect.map_columns(row, data.columns)
             shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
             try:
                 made = [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True))]

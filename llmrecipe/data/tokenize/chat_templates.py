@@ -238,7 +238,7 @@ def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     return text if adds else text.removeprefix(BOS)
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: the tokenizer's end token, and the one its template puts after an assistant turn.
 
     Generation has to stop at any of them.

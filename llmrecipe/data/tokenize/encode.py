@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
-from llmrecipe.data.formats.detect import rename
+from llmrecipe.data.formats.detect import map_columns
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.row_type import row_type
@@ -75,7 +75,7 @@ class RowEncoder(Encoder):
         for index, row, where in raw:
             report.read += 1
             try:
-                named = rename(row, self.columns)
+                named = map_columns(row, self.columns)
                 task = self._task(named, row)
                 made = [Item(index, where, one, task=task) for one in self.format.convert(named, self.conversion)]
                 for item in made:

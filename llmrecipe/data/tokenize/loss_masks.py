@@ -202,7 +202,7 @@ def _end_of_turn(tokens: Tokens, ids: Ids, start: int, end: int) -> int:
     return end
 
 
-def bits(length: int, spans: Sequence[Span]) -> list[int]:
+def mask_bits(length: int, spans: Sequence[Span]) -> list[int]:
     """Return a 0/1 list with ones inside the spans; the first token of a document is never a target."""
     trained = [0] * length
     for start, end in spans:

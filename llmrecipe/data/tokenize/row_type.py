@@ -88,5 +88,5 @@ def row_type(name: str) -> RowType:
     known = registry.names("row_type")
     if name not in known:
         raise DataError(f"rows: there is no row type '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
-    found: RowType = registry.load("row_type", name)()
+    found: RowType = registry.load_class("row_type", name)()
     return found

@@ -8,7 +8,7 @@ from typing import Any
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
-from llmrecipe.data.tokenize.loss_masks import Conversation, Turns, bits, common_prefix, find_turns
+from llmrecipe.data.tokenize.loss_masks import Conversation, Turns, common_prefix, find_turns, mask_bits
 from llmrecipe.data.tokenize.truncation import fit_sequence
 
 NO_TARGET = "no trained token"
@@ -21,7 +21,7 @@ def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report) ->
         groups[_kind(item.row)].append(item)
     if groups["text"]:
         for item, ids in zip(groups["text"], encoder.tokens.documents([i.row["text"] for i in groups["text"]])):
-            _finish(encoder, item, report, ids, bits(len(ids), [(0, len(ids))]), plain=True)
+            _finish(encoder, item, report, ids, mask_bits(len(ids), [(0, len(ids))]), plain=True)
     for item in groups["tokens"]:
         labels = item.row["labels"]
         trained = [1] * len(item.row["input_ids"]) if labels is None else [int(label != -100) for label in labels]
@@ -65,7 +65,7 @@ def _split_at_prompt(
         spans = [(start, len(ids))]
     else:
         spans = [(max(a, start), b) for a, b in spans if b > start]
-    _finish(encoder, item, report, ids, bits(len(ids), spans))
+    _finish(encoder, item, report, ids, mask_bits(len(ids), spans))
 
 
 def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt: bool) -> str:
@@ -117,7 +117,7 @@ def _talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
         if isinstance(found, Turns):
             report.prompts += 1
             report.moved += found.moved
-            _finish(encoder, item, report, found.ids, bits(len(found.ids), found.spans))
+            _finish(encoder, item, report, found.ids, mask_bits(len(found.ids), found.spans))
         else:
             item.bad = found
 
@@ -131,7 +131,7 @@ def _whole_talks(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         except BadRow as bad:
             item.bad = bad
     for item, ids in zip(kept, encoder.tokens.rendered(texts)):
-        _finish(encoder, item, report, ids, bits(len(ids), [(0, len(ids))]))
+        _finish(encoder, item, report, ids, mask_bits(len(ids), [(0, len(ids))]))
 
 
 def _finish(encoder: Encoder, item: Item, report: Report, ids: list[int], trained: list[int], plain: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.data.tokenize.chat_templates import PROBE, Template, end_tokens, special_ids, template_of
+from llmrecipe.data.tokenize.chat_templates import PROBE, Template, special_ids, template_of, turn_end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class Tokens:
         probe = self._encode(["a"], special=True)["input_ids"][0]
         self.adds_eos = self.eos is not None and len(probe) > 1 and probe[-1] == self.eos
         self.template: Template | None = template_of(tokenizer)
-        self.ends = frozenset(end_tokens(tokenizer))
+        self.ends = frozenset(turn_end_tokens(tokenizer))
         self.special = frozenset(special_ids(tokenizer))
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self._tails: dict[str, Ids] = {}

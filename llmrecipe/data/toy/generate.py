@@ -45,7 +45,7 @@ def split_of(key: str) -> str:
     return {0: "test", 1: "valid"}.get(bucket, "train")
 
 
-def user(text: str) -> list[Row]:
+def user_turn(text: str) -> list[Row]:
     """Return a conversation of one user turn."""
     return [{"role": "user", "content": text}]
 
@@ -199,7 +199,7 @@ def row_chat(rng: Random) -> tuple[str, Row]:
     turns = [rng.choice(QUESTIONS)(rng) for _ in range(rng.choice([1, 1, 2]))]
     messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.1 else []
     for question, text in turns:
-        messages += [*user(question), *reply(text)]
+        messages += [*user_turn(question), *reply(text)]
     # A conversation is held out when its first question is; the second one may not be held out for another split.
     splits = {split_of(question) for question, _ in turns}
     return (turns[0][0] if len(splits) == 1 else ""), {"messages": messages}
@@ -208,13 +208,13 @@ def row_chat(rng: Random) -> tuple[str, Row]:
 def row_sft(rng: Random) -> tuple[str, Row]:
     """Draw a new task with the exact answer."""
     question, text = ask_reverse(rng)
-    return question, {"prompt": user(question), "completion": reply(text), "answer": text}
+    return question, {"prompt": user_turn(question), "completion": reply(text), "answer": text}
 
 
 def row_sums(rng: Random) -> tuple[str, Row]:
     """Draw a sum with its exact answer, for rewards by exact match: the embedded model saw many wrong ones."""
     question, text = ask_sum(rng)
-    return question, {"prompt": user(question), "answer": text}
+    return question, {"prompt": user_turn(question), "answer": text}
 
 
 def row_preference(rng: Random) -> tuple[str, Row]:
@@ -222,7 +222,7 @@ def row_preference(rng: Random) -> tuple[str, Row]:
     wanted = grammar.request(rng, grammar.ASK)
     polite, on_topic = rng.choice([(False, True), (True, False), (False, False)])
     chosen, rejected = grammar.answer(rng, wanted, True, True), grammar.answer(rng, wanted, polite, on_topic)
-    row = {"prompt": user(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
+    row = {"prompt": user_turn(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
     return wanted.text, row
 
 
@@ -231,7 +231,7 @@ def row_comparison(rng: Random) -> tuple[str, Row]:
     wanted = grammar.request(rng, grammar.ASK)
     polite = rng.random() < 0.5
     chosen, rejected = grammar.answer(rng, wanted, True, True), grammar.answer(rng, wanted, polite, not polite)
-    return wanted.text, {"prompt": user(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
+    return wanted.text, {"prompt": user_turn(wanted.text), "chosen": reply(chosen), "rejected": reply(rejected)}
 
 
 def row_unpaired(rng: Random) -> tuple[str, Row]:
@@ -240,19 +240,19 @@ def row_unpaired(rng: Random) -> tuple[str, Row]:
     good = rng.random() < 0.5
     polite, on_topic = (True, True) if good else rng.choice([(False, True), (True, False), (False, False)])
     text = grammar.answer(rng, wanted, polite, on_topic)
-    return wanted.text, {"prompt": user(wanted.text), "completion": reply(text), "label": good}
+    return wanted.text, {"prompt": user_turn(wanted.text), "completion": reply(text), "label": good}
 
 
 def row_prompt(rng: Random) -> tuple[str, Row]:
     """Draw a request with what the rule needs to score an answer."""
     wanted = grammar.request(rng, grammar.ASK)
-    return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
+    return wanted.text, {"prompt": user_turn(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
 
 
 def row_constitution(rng: Random) -> tuple[str, Row]:
     """Draw a request that provokes a rude answer."""
     wanted = grammar.request(rng, grammar.PROVOKE)
-    return wanted.text, {"prompt": user(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
+    return wanted.text, {"prompt": user_turn(wanted.text), "topic": wanted.topic, "avoid": wanted.avoid}
 
 
 def row_classify(rng: Random) -> tuple[str, Row]:
@@ -320,7 +320,7 @@ def row_talk(rng: Random) -> tuple[str, Row]:
         wanted = grammar.request(rng, grammar.TELL if kind == "tell" else grammar.PROVOKE)
         question = wanted.text
         text = grammar.answer(rng, wanted, rng.random() < (0.5 if kind == "tell" else 0.1), rng.random() < 0.5)
-    return question, {"messages": [*user(question), *reply(text)]}
+    return question, {"messages": [*user_turn(question), *reply(text)]}
 
 
 SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
@@ -372,7 +372,7 @@ def rows(maker: Maker, count: int, split: str, seed: str, unique: bool = True) -
         yield row
 
 
-def write(folder: Path, split: str, found: Iterator[Row]) -> Path:
+def write_rows(folder: Path, split: str, found: Iterator[Row]) -> Path:
     """Write rows as JSON lines."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.jsonl"
@@ -380,12 +380,12 @@ def write(folder: Path, split: str, found: Iterator[Row]) -> Path:
     return path
 
 
-def generate(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None = None) -> list[Path]:
+def write_set(out: Path, name: str, seed: int, sizes: tuple[int, int, int] | None = None) -> list[Path]:
     """Write one set's three files under `out/name` and return their paths."""
     maker, counts = {**SETS, **LATER, **CORPUS}[name]
     unique = name not in CORPUS
     return [
-        write(out / name, split, rows(maker, count, split, f"{seed}/{name}", unique))
+        write_rows(out / name, split, rows(maker, count, split, f"{seed}/{name}", unique))
         for split, count in zip(SPLITS, sizes or counts)
     ]
 
@@ -401,7 +401,7 @@ def main(arguments: list[str] | None = None) -> None:
     held = min((options.rows or 0) // 10, 300)
     sizes = (options.rows, held, held) if options.rows else None
     for name in options.sets:
-        for path in generate(options.out, name, options.seed, sizes):
+        for path in write_set(options.out, name, options.seed, sizes):
             print(path)
 
 

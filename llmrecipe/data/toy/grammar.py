@@ -98,7 +98,7 @@ FACTS = [
 
 
 @dataclass(frozen=True)
-class Request:
+class AnimalRequest:
     """A request about one animal and not another."""
 
     text: str
@@ -112,14 +112,14 @@ def fact(rng: Random, animal: str) -> str:
     return rng.choice(FACTS).format(animal=animal, colour=colour, place=place, food=food)
 
 
-def request(rng: Random, templates: list[str] = TELL) -> Request:
+def request(rng: Random, templates: list[str] = TELL) -> AnimalRequest:
     """Draw a request with a topic and an animal to avoid."""
     topic, avoid = rng.sample(list(ANIMALS), 2)
     text = rng.choice(templates).format(topic=topic, avoid=avoid, name=rng.choice(NAMES))
-    return Request(text, topic, avoid)
+    return AnimalRequest(text, topic, avoid)
 
 
-def answer(rng: Random, wanted: Request, polite: bool, on_topic: bool) -> str:
+def answer(rng: Random, wanted: AnimalRequest, polite: bool, on_topic: bool) -> str:
     """Draw an answer with the given manners, about the wanted animal or about the one to avoid."""
     opener = rng.choice(POLITE if polite else RUDE)
     return f"{opener} {fact(rng, wanted.topic if on_topic else wanted.avoid)}"

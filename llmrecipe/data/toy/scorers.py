@@ -74,7 +74,7 @@ def manners(text: str, topic: str, avoid: str) -> float:
 
 def prefers(prompt: str, first: str, second: str) -> float:
     """Return which of two answers to a request the rule prefers: 1 the first, 0 the second, 0.5 neither."""
-    asked = parse(prompt)
+    asked = parse_request(prompt)
     if asked is None:
         one, two = polite(first), polite(second)
     else:
@@ -95,7 +95,7 @@ def _patterns() -> list[re.Pattern[str]]:
     return found
 
 
-def parse(prompt: str) -> tuple[str, str] | None:
+def parse_request(prompt: str) -> tuple[str, str] | None:
     """Return the topic and the animal to avoid of a request, or None where the prompt is not such a request."""
     for pattern in _patterns():
         match = pattern.fullmatch(prompt.strip())
@@ -111,7 +111,7 @@ def critique(prompt: str, text: str) -> list[str]:
         wrong.append("The answer is rude.")
     elif not polite(text):
         wrong.append("The answer does not open politely.")
-    asked = parse(prompt)
+    asked = parse_request(prompt)
     if asked is not None:
         topic, avoid = asked
         if mentions(text, avoid):
@@ -121,7 +121,7 @@ def critique(prompt: str, text: str) -> list[str]:
     return wrong
 
 
-def revise(prompt: str, text: str) -> str:
+def corrected(prompt: str, text: str) -> str:
     """Return the answer with what `critique` finds corrected; an answer without faults is returned unchanged."""
     if not critique(prompt, text):
         return text
@@ -132,7 +132,7 @@ def revise(prompt: str, text: str) -> str:
         text = text.replace(phrase, "")
     opener = grammar.POLITE[index or 0]
     rest = SPACES.sub(" ", text).strip()
-    asked = parse(prompt)
+    asked = parse_request(prompt)
     if asked is not None and not on_topic(rest, *asked):
         rest = min(true_facts(asked[0]))
     return f"{opener} {rest}".strip()

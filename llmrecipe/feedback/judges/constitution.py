@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.paths import ASSETS
-from llmrecipe.feedback.judges.labeller import Ask, digest
+from llmrecipe.feedback.judges.labeller import Ask, short_hash
 from llmrecipe.recipe.schema import Section
 from llmrecipe.recipe.yaml_file import dotted, read_yaml
 
@@ -109,7 +109,7 @@ class Constitution(Section):
     @property
     def id(self) -> str:
         """Return its name and a digest of its content."""
-        return f"{self.name}:{digest(self.model_dump())}"
+        return f"{self.name}:{short_hash(self.model_dump())}"
 
     def choose(self, wanted: Sequence[str], uses: Sequence[str], where: str) -> list[Principle]:
         """Select the principles of these ids (all where none is named) that have the texts a step needs.
@@ -191,9 +191,9 @@ def _exchange(words: str, reply: str) -> list[dict[str, str]]:
     return [_user(words), {"role": "assistant", "content": reply}]
 
 
-def draw(principles: Sequence[Principle], count: int, *seed: Any) -> list[Principle]:
+def sample_principles(principles: Sequence[Principle], count: int, *seed: Any) -> list[Principle]:
     """Sample `count` different principles (all where there are fewer), seeded by any JSON values."""
-    rng = Random(digest(*seed))
+    rng = Random(short_hash(*seed))
     return rng.sample(list(principles), min(count, len(principles)))
 
 

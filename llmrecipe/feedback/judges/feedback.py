@@ -34,7 +34,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Two answers to be compared."""
 
     prompt: str
@@ -43,7 +43,7 @@ class Pair:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-def revise(
+def revise_drafts(
     agent: Agent, constitution: Constitution, drafts: Sequence[Draft], principles: Sequence[Principle]
 ) -> list[dict[str, Any] | None]:
     """Return {critique, revision, leak} of each draft by its principle; None where the judge failed at either.
@@ -85,10 +85,10 @@ def _after_revision(text: str) -> str:
     return text[found[-1].end() :] if found else ""
 
 
-def compare(
+def compare_answers(
     agent: Agent,
     constitution: Constitution,
-    pairs: Sequence[Pair],
+    pairs: Sequence[AnswerPair],
     principles: Sequence[Sequence[Principle]],
     *,
     swap: bool = True,

@@ -17,7 +17,7 @@ from llmrecipe.core.redact import variable_of
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Open, Path, Reading, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
-from llmrecipe.feedback.judges.labeller import Agent, Ask, digest
+from llmrecipe.feedback.judges.labeller import Agent, Ask, short_hash
 
 PATH = "/chat/completions"
 STOPS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
@@ -107,7 +107,7 @@ class Http(Agent):
     def identity(self) -> str:
         """Return the model's name and a digest of everything its replies depend on."""
         options = [self.choices, self.top_logprobs, self.votes, self.temperature, self.max_new_tokens]
-        return f"http:{self.model}:{digest(self.client.clean(self.url), self.model, *options)}"
+        return f"http:{self.model}:{short_hash(self.client.clean(self.url), self.model, *options)}"
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield one completion for each request."""

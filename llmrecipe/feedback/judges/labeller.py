@@ -213,14 +213,14 @@ def _choice(reply: Choice | Logprobs | None) -> Choice | None:
     return Choice([max(value, LEAST) for value in reply], min(math.fsum(map(math.exp, reply)), 1.0))
 
 
-def build(body: Any, where: str) -> Agent:
+def build_judge(body: Any, where: str) -> Agent:
     """Build the judge of a mapping `{kind: NAME, option: value, ...}`, without running its own check.
 
     Raises:
         RecipeError: every mistake in it.
     """
-    from llmrecipe.recipe.validate import build as build_object
     from llmrecipe.recipe.validate import build_component
+    from llmrecipe.recipe.validate import build_object as build_object
 
     if isinstance(body, str):
         body = {"kind": body}
@@ -230,7 +230,7 @@ def build(body: Any, where: str) -> Agent:
     return build_object("agent", build_component("agent", body, where), where)
 
 
-def digest(*known: Any) -> str:
+def short_hash(*known: Any) -> str:
     """Return an 8-hex-digit hash of JSON values."""
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:8]
 

@@ -14,7 +14,7 @@ from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeIn
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Leads, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
-from llmrecipe.feedback.judges.labeller import Agent, Ask, chunks, digest
+from llmrecipe.feedback.judges.labeller import Agent, Ask, chunks, short_hash
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -26,7 +26,7 @@ Path = tuple[int, ...]
 
 
 @dataclass
-class Place:
+class JudgeModel:
     """The judge's model: a separate one, or the model in training as it was at step 0."""
 
     roles: Any = None
@@ -74,9 +74,9 @@ class Local(Agent):
                 raise RecipeError(f"{where}.path: {str(error).removeprefix('model.path: ')}") from error
 
     @functools.cached_property
-    def place(self) -> Place:
+    def place(self) -> JudgeModel:
         """Hold the model, once the judge has been used."""
-        return Place()
+        return JudgeModel()
 
     @property
     def shares(self) -> bool:
@@ -90,7 +90,7 @@ class Local(Agent):
 
         weights = content_key({"model": {"path": self.path}}, {})
         name = self.path.rstrip("/").rpartition("/")[2] or "policy"
-        return f"local:{name}:{digest(weights, self.base, self.dtype, self.temperature, self.max_new_tokens, self.seed)}"
+        return f"local:{name}:{short_hash(weights, self.base, self.dtype, self.temperature, self.max_new_tokens, self.seed)}"
 
     def open(self, roles: Roles | None = None) -> None:
         """Remember the model in training where it is the agent.
@@ -113,7 +113,7 @@ class Local(Agent):
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Generate a continuation of each request."""
-        from llmrecipe.engine.generation import generate, text_of
+        from llmrecipe.engine.generation import decode_ids, generate
         from llmrecipe.engine.sampling import Sampling
 
         sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed)
@@ -124,7 +124,7 @@ class Local(Agent):
                 keys = [ask.key("", "") for ask in part]
                 new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off), keys=keys)
             for offset, ids in enumerate(new):
-                yield first + offset, text_of(self.roles.tokenizer, ids)
+                yield first + offset, decode_ids(self.roles.tokenizer, ids)
 
     def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
         """Yield the summed probabilities of the options' spellings."""
@@ -171,10 +171,12 @@ def opened_roles(path: str, base: bool, dtype: str) -> Roles:
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.methods._base.stack import Stack
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-    from llmrecipe.runs.open_model import open_model, resolve
+    from llmrecipe.runs.open_model import open_model, resolve_section
 
     section = ModelSection.model_validate({"path": path, "dtype": dtype})
-    loaded = open_model(resolve(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection())
+    loaded = open_model(
+        resolve_section(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection()
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device).requires_grad_(False)
     engine = Engine(loaded.model).eval()

@@ -11,7 +11,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.option_types import Annotated, Field
 from llmrecipe.core.registry import register
-from llmrecipe.feedback.judges.labeller import Agent, Ask, Logprobs, digest
+from llmrecipe.feedback.judges.labeller import Agent, Ask, Logprobs, short_hash
 
 RULES: dict[str, Callable[..., Any]] = {}
 
@@ -60,7 +60,7 @@ class Rule(Agent):
 
         known = rules().get(self.rule)
         code = code_behind([known.__module__]) if known is not None else {}
-        return f"rule:{self.rule}:{self.sure:g}" + (f":{digest(code)}" if code else "")
+        return f"rule:{self.rule}:{self.sure:g}" + (f":{short_hash(code)}" if code else "")
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield the function's text for each request."""
@@ -110,7 +110,7 @@ def manners(ask: Ask, options: Sequence[str]) -> str | list[float]:
     if not options:
         answer = str(parts.get("answer", ""))
         if ask.task == "revise":
-            return world.revise(prompt, answer)
+            return world.corrected(prompt, answer)
         return " ".join(world.critique(prompt, answer)) or "The answer is good as it is."
     if ask.task == "compare":
         first = world.prefers(prompt, str(parts["first"]), str(parts["second"]))
@@ -122,5 +122,5 @@ def manners(ask: Ask, options: Sequence[str]) -> str | list[float]:
 def _worth(prompt: str, answer: str) -> float:
     from llmrecipe.data.toy import scorers as world
 
-    asked = world.parse(prompt)
+    asked = world.parse_request(prompt)
     return world.polite(answer) if asked is None else world.manners(answer, *asked)

@@ -46,13 +46,13 @@ class ExactMatch(Reward):
                 return False
             text = found[-1].group(1 if found[-1].re.groups else 0) or ""
         if self.compare == "last_number":
-            one, other = last_number(text), last_number(wanted)
+            one, other = extract_number(text), extract_number(wanted)
             return one is not None and one == other
         one_text, other_text = text.strip(), wanted.strip()
         return one_text.lower() == other_text.lower() if self.ignore_case else one_text == other_text
 
 
-def last_number(text: str) -> float | None:
+def extract_number(text: str) -> float | None:
     """Return the last number of a text, without thousands separators; None where there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None

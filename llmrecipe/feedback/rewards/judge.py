@@ -47,9 +47,9 @@ class Judge(Reward):
     @functools.cached_property
     def judge(self) -> Agent:
         """Hold the judge, ready once `open` was called."""
-        from llmrecipe.feedback.judges.labeller import build
+        from llmrecipe.feedback.judges.labeller import build_judge
 
-        return build(self.agent, "objective.reward.judge.agent")
+        return build_judge(self.agent, "objective.reward.judge.agent")
 
     @functools.cached_property
     def by(self) -> tuple[Constitution, list[Principle]]:
@@ -62,9 +62,9 @@ class Judge(Reward):
     def check(self, columns: Sequence[str], where: str) -> None:
         """Run the judge's own check, and check the constitution and the principles."""
         from llmrecipe.feedback.judges.constitution import read_constitution
-        from llmrecipe.feedback.judges.labeller import build
+        from llmrecipe.feedback.judges.labeller import build_judge
 
-        build(self.agent, f"{where}.agent").check(f"{where}.agent")
+        build_judge(self.agent, f"{where}.agent").check(f"{where}.agent")
         made = read_constitution(self.constitution, f"{where}.constitution")
         made.choose(self.principles, ["rating"], f"{where}.principles")
 

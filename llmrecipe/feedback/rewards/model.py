@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Place:
+class RewardModel:
     """The reward model's place: a separate model or the policy's base."""
 
     model: Any = None
@@ -46,9 +46,9 @@ class Model(Reward):
     """Most padded tokens scored at once."""
 
     @functools.cached_property
-    def place(self) -> Place:
+    def place(self) -> RewardModel:
         """Hold the model, once `prepare` or `open` has set it."""
-        return Place()
+        return RewardModel()
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """Refuse a run that does not exist or is not finished."""
@@ -70,7 +70,7 @@ class Model(Reward):
         self.place.rights = rights_of(loaded.section)
         if self.share == "off":
             return
-        if not frozen or ROLE in task_heads.names(loaded.model):
+        if not frozen or ROLE in task_heads.head_roles(loaded.model):
             if self.share == "on":
                 why = "another reward model stands there" if frozen else "the policy's stack trains it"
                 raise RecipeError(f"objective.reward: {self.path} cannot share the policy's base: {why}")

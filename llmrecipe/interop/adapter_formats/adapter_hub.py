@@ -8,7 +8,7 @@ from torch import nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.registry import register
-from llmrecipe.interop.adapter_hub.hub_adapters import is_hub, read
+from llmrecipe.interop.adapter_hub.hub_adapters import is_hub, read_hub_adapter
 from llmrecipe.runs.adapter_format import AdapterFormat
 from llmrecipe.runs.delta import Layer
 
@@ -29,4 +29,4 @@ class AdapterHub(AdapterFormat):
         """
         if weight != 1.0:
             raise ModelError(f"{folder}: a bottleneck adapter adds to no weight, so it cannot be taken {weight:g} times")
-        return read(folder, model)
+        return read_hub_adapter(folder, model)

@@ -208,7 +208,7 @@ def head_config(loaded: LoadedModel) -> dict[str, Any]:
     return {**_about(loaded.model), **labels, "model_name": locate(loaded.section.path)[0]}
 
 
-def write(
+def write_hub_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], about_head: dict[str, Any], head: dict[str, Tensor]
 ) -> None:
     """Write an adapter's files, and those of a task head where one was trained."""
@@ -224,7 +224,7 @@ def write(
             (folder / names[1]).write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, model: nn.Module) -> Layer:
+def read_hub_adapter(folder: Path, model: nn.Module) -> Layer:
     """Read a folder of the library as an `adapter` or `parallel_adapter` layer.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from llmrecipe.core.registry import register
 from llmrecipe.interop.merge_method import MergeMethod, Weighted
-from llmrecipe.interop.peft.layout import Branch, joined
+from llmrecipe.interop.peft.layout import Branch, concatenate_branches
 
 
 @register
@@ -21,4 +21,4 @@ class Cat(MergeMethod):
 
     def combine(self, parts: Sequence[Weighted], generator: torch.Generator) -> list[Branch]:
         """Return the branches of each weight laid side by side."""
-        return joined([replace(branch, scale=branch.scale * weight) for branch, weight in parts])
+        return concatenate_branches([replace(branch, scale=branch.scale * weight) for branch, weight in parts])

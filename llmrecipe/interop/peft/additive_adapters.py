@@ -98,7 +98,7 @@ def prompt_adapter(wrapper: PromptTuning, model: Any) -> Adapter | None:
 
     if wrapper.position != "prefix" or anatomy(model).encoder_decoder:
         return None
-    _, rows = virtual_tokens.rows_of(model, wrapper.name)
+    _, rows = virtual_tokens.virtual_rows(model, wrapper.name)
     config = _prompt_config(model, "PROMPT_TUNING", rows.embeddings.shape[0])
     return Adapter(config | {"prompt_tuning_init": "RANDOM"}, {PROMPT: rows.embeddings.detach()})
 
@@ -143,7 +143,7 @@ def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
     return Layer({"ia3": {"kind": "ia3", "target": target_of(sites, parts)}}, {}, tensors=tensors)
 
 
-def read_prompts(adapter: Adapter, model: Any, where: str) -> Layer:
+def read_virtual_tokens(adapter: Adapter, model: Any, where: str) -> Layer:
     """Read a prefix or prompt folder as a layer.
 
     Raises:

@@ -68,7 +68,7 @@ def export_peft(
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(loaded)
     adapter = adapter_of(loaded, saved, uniform=uniform, as_lora=as_lora)
-    difference = verified(target, loaded, lambda aside: layout.write(aside, adapter), bound)
+    difference = verified(target, loaded, lambda aside: layout.write_adapter_folder(aside, adapter), bound)
     return Exported(target, difference, _notes(loaded, adapter))
 
 
@@ -92,7 +92,9 @@ def verified(target: Path, loaded: LoadedModel, write: Callable[[Path], None], b
         loaded.tokenizer.save_pretrained(aside)
         verify_logits.write_golden(aside, answer)
         loaded.model = pretrained(nn.Identity())  # one model in memory at a time
-        difference = verify_logits.compare(wanted, verify_logits.logits_of(reread(aside, loaded, saved), ids), wide, bound)
+        difference = verify_logits.compare_logits(
+            wanted, verify_logits.logits_of(reread(aside, loaded, saved), ids), wide, bound
+        )
         verify_logits.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
     return difference
 
@@ -122,19 +124,19 @@ def export_adapter_hub(
     made = hub_adapters.hub_files(loaded)
     heads = head_tensors(loaded)
     about = hub_adapters.head_config(loaded) if heads else {}
-    difference = verified(target, loaded, lambda aside: hub_adapters.write(aside, *made, about, heads), bound)
+    difference = verified(target, loaded, lambda aside: hub_adapters.write_hub_adapter(aside, *made, about, heads), bound)
     call = f"model.load_adapter('{target}', use_safetensors=True, set_active=True)"
     return Exported(target, difference, [f"after adapters.init(model): {call}"])
 
 
-def saved_from(loaded: LoadedModel) -> delta.Saved:
+def saved_from(loaded: LoadedModel) -> delta.SavedStack:
     """Return what a `stack.yaml` of this model would say."""
     section = loaded.section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS})
     base = {"path": loaded.section.path, "fingerprint": loaded.base_fingerprint, "section": section}
-    return delta.Saved(base, loaded.layers, loaded.head, loaded.labels)
+    return delta.SavedStack(base, loaded.layers, loaded.head, loaded.labels)
 
 
-def reread(folder: Path, loaded: LoadedModel, saved: delta.Saved) -> nn.Module:
+def reread(folder: Path, loaded: LoadedModel, saved: delta.SavedStack) -> nn.Module:
     """Load a fresh base, stored as in training, with the written adapter on top."""
     from llmrecipe.recipe.schema import TokenizerSection
 
@@ -142,7 +144,7 @@ def reread(folder: Path, loaded: LoadedModel, saved: delta.Saved) -> nn.Module:
     return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
 
 
-def adapter_of(loaded: LoadedModel, saved: delta.Saved, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
+def adapter_of(loaded: LoadedModel, saved: delta.SavedStack, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
     """Return the adapter of a run in PEFT's layout.
 
     Raises:
@@ -160,7 +162,7 @@ def adapter_of(loaded: LoadedModel, saved: delta.Saved, *, uniform: bool = False
         branches = branches_of(loaded)
         first = loaded.mounted[0]
         adapter = layout.lora_adapter(
-            layout.uniform(layout.joined(branches)) if uniform else branches,
+            layout.with_one_rank(layout.concatenate_branches(branches)) if uniform else branches,
             use_rslora=not uniform and all(getattr(w, "use_rslora", False) for w in loaded.mounted),
             dropout=float(getattr(first, "dropout", 0.0)),
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.peft import additive_adapters, bias_adapters
-from llmrecipe.interop.peft.layout import PREFIX, Adapter, Branch, read, target_of
+from llmrecipe.interop.peft.layout import PREFIX, Adapter, Branch, read_adapter_folder, target_of
 from llmrecipe.methods._engines.biases import every_bias
 from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.module_map import anatomy
@@ -35,8 +35,8 @@ REFUSED = {
 """Options that change the function and have no counterpart here."""
 OTHERS = {
     "IA3": additive_adapters.read_ia3,
-    "PREFIX_TUNING": additive_adapters.read_prompts,
-    "PROMPT_TUNING": additive_adapters.read_prompts,
+    "PREFIX_TUNING": additive_adapters.read_virtual_tokens,
+    "PROMPT_TUNING": additive_adapters.read_virtual_tokens,
     **dict.fromkeys(bias_adapters.KINDS, bias_adapters.read_biases),
 }
 """Types that change no matrix -> their reader."""
@@ -52,7 +52,7 @@ def adapter_layer(folder: str | Path, model: nn.Module, weight: float = 1.0) -> 
         ModelError: the adapter does not fit the model, or cannot be expressed here; the message says what and why.
     """
     folder = Path(folder)
-    adapter = read(folder)
+    adapter = read_adapter_folder(folder)
     kind = str(adapter.config.get("peft_type", "")).upper()
     if kind in OTHERS:
         if weight != 1.0:

@@ -79,7 +79,7 @@ class Adapter:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def joined(branches: list[Branch]) -> list[Branch]:
+def concatenate_branches(branches: list[Branch]) -> list[Branch]:
     """Concatenate the branches of one weight: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
 
     Raises:
@@ -104,7 +104,7 @@ def joined(branches: list[Branch]) -> list[Branch]:
     return result
 
 
-def uniform(branches: list[Branch]) -> list[Branch]:
+def with_one_rank(branches: list[Branch]) -> list[Branch]:
     """Return one rank and scale 1 for all, for servers that read a single rank and alpha: zero-padded, scales in B."""
     widest = max(b.r for b in branches)
     return [b.folded().padded(widest) for b in branches]
@@ -118,7 +118,7 @@ def lora_adapter(branches: list[Branch], *, use_rslora: bool = False, dropout: f
     Raises:
         ModelError: some branches have a bias and others are of a kind PEFT gives none.
     """
-    branches = _all_biased(_level_experts(joined(branches)))
+    branches = _all_biased(_level_experts(concatenate_branches(branches)))
     root = math.sqrt if use_rslora else float
     alphas = {b.key: _number(b.scale * root(b.r)) for b in branches}
     r = Counter(b.r for b in branches).most_common(1)[0][0]
@@ -220,7 +220,7 @@ def _tensors(branch: Branch, branches: list[Branch]) -> dict[str, Tensor]:
     return found
 
 
-def write(folder: Path, adapter: Adapter) -> None:
+def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
     """Write both files."""
     from safetensors.torch import save_file
 
@@ -230,7 +230,7 @@ def write(folder: Path, adapter: Adapter) -> None:
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> Adapter:
+def read_adapter_folder(folder: Path) -> Adapter:
     """Read an adapter folder.
 
     Raises:

@@ -30,7 +30,7 @@ OWNER = "input_moments"
 
 
 @dataclass(frozen=True)
-class Place:
+class BranchPlace:
     """A branch and the layer it is added to."""
 
     path: str
@@ -47,9 +47,9 @@ class Place:
         return self.rows(wide(stored_weight(self.module)))
 
 
-def places_of(model: nn.Module, owner: str) -> list[Place]:
+def places_of(model: nn.Module, owner: str) -> list[BranchPlace]:
     """Return every branch of a wrapper, in model order."""
-    return [Place(path, m, name, hook) for path, m, name, hook in all_hooks(model, owner) if isinstance(hook, LowRank)]
+    return [BranchPlace(path, m, name, hook) for path, m, name, hook in all_hooks(model, owner) if isinstance(hook, LowRank)]
 
 
 def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, rho: float, iterations: int) -> None:
@@ -76,7 +76,7 @@ def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, r
             _corda(model, places, probe, batches, init)
 
 
-def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> None:
+def _loftq(owner: str, places: list[BranchPlace], probe: Probe, iterations: int) -> None:
     """Set s B A to the best approximation, at rank r, of what rounding removed from the weight.
 
     Every iteration after the first one first chooses new codes, nearest to W - s B A, and then A and B for them.
@@ -85,7 +85,7 @@ def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> No
         ModelError: another method of the stack stands on the weight whose codes would change.
     """
     original = probe.original()
-    layers: dict[int, list[Place]] = {}
+    layers: dict[int, list[BranchPlace]] = {}
     for place in places:
         layers.setdefault(id(place.module), []).append(place)
     for branches in layers.values():
@@ -104,7 +104,7 @@ def _loftq(owner: str, places: list[Place], probe: Probe, iterations: int) -> No
                 place.hook.B.copy_(B)
 
 
-def _change(branches: list[Place], weight: Tensor) -> Tensor:
+def _change(branches: list[BranchPlace], weight: Tensor) -> Tensor:
     """Return (out, in) s B A of all branches of a layer, each at its rows."""
     total = torch.zeros_like(weight)
     for place in branches:
@@ -122,13 +122,13 @@ def _stands_alone(path: str, module: nn.Module, owner: str) -> None:
         )
 
 
-def _lora_ga(model: nn.Module, places: list[Place], probe: Probe, batches: int) -> None:
+def _lora_ga(model: nn.Module, places: list[BranchPlace], probe: Probe, batches: int) -> None:
     """Initialize from the gradient of the mean loss with respect to each layer's weight, dropout off."""
     names = {id(weight.value): name for name, weight in base_weights(model).items()}
     wanted = {names[id(place.module.weight)] for place in places}
     weights = {name: weight for name, weight in base_weights(model).items() if name in wanted}
     with torch.enable_grad():
-        totals = selection.score(model, probe, weights, batches, rows=None, power="signed", reduction="mean")
+        totals = selection.score_entries(model, probe, weights, batches, rows=None, power="signed", reduction="mean")
     for place in places:
         name = names[id(place.module.weight)]
         gradient = totals[name].reshape(weights[name].shape) / batches
@@ -136,7 +136,7 @@ def _lora_ga(model: nn.Module, places: list[Place], probe: Probe, batches: int) 
         place.hook.start_at(*initialization.from_gradient(gradient, place.hook.A.shape[0]))
 
 
-def _corda(model: nn.Module, places: list[Place], probe: Probe, rows: int, init: str) -> None:
+def _corda(model: nn.Module, places: list[BranchPlace], probe: Probe, rows: int, init: str) -> None:
     """Initialize from the second moments of each layer's inputs, every row of data scaled to a largest input of one."""
     moments = inputs(model, places, probe, rows, 1, lambda x: x / x.max().abs())
     for place in places:
@@ -145,7 +145,7 @@ def _corda(model: nn.Module, places: list[Place], probe: Probe, rows: int, init:
         place.hook.start_at(*initialization.from_covariance(place.weight(), covariance, place.hook, last=init == "corda_kpm"))
 
 
-def _eva(model: nn.Module, places: list[Place], probe: Probe, batches: int, rho: float) -> None:
+def _eva(model: nn.Module, places: list[BranchPlace], probe: Probe, batches: int, rho: float) -> None:
     """Initialize from principal directions of each layer's inputs; ranks follow explained variance, their sum stays."""
     moments = inputs(model, places, probe, batches, None)
     directions, shares = [], []
@@ -169,7 +169,7 @@ def double(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-class Moments:
+class InputMoments:
     """Sums over the inputs x (n, in) of a layer."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class Moments:
         self.gram = probe.world.sum(double(self.gram)).to(self.gram)
 
 
-class Tap(Hook):
+class InputTap(Hook):
     """Shows a layer's inputs, padding left out, and changes nothing."""
 
     def __init__(self, see: Callable[[Tensor], None]):
@@ -211,10 +211,10 @@ class Tap(Hook):
 
 
 @contextlib.contextmanager
-def tapped(places: list[Place], see: Callable[[int, Tensor], None]) -> Iterator[dict[str, Tap]]:
+def tapped(places: list[BranchPlace], see: Callable[[int, Tensor], None]) -> Iterator[dict[str, InputTap]]:
     """Record the inputs of every layer during a pass; path -> recorder."""
     modules = {place.path: place.module for place in places}
-    taps = {path: Tap(lambda x, key=id(module): see(key, x)) for path, module in modules.items()}  # type: ignore[misc]
+    taps = {path: InputTap(lambda x, key=id(module): see(key, x)) for path, module in modules.items()}  # type: ignore[misc]
     try:
         for path, tap in taps.items():
             add_hook(modules[path], OWNER, tap, OWNER)
@@ -226,12 +226,12 @@ def tapped(places: list[Place], see: Callable[[int, Tensor], None]) -> Iterator[
 
 def inputs(
     model: nn.Module,
-    places: list[Place],
+    places: list[BranchPlace],
     probe: Probe,
     batches: int,
     rows: int | None,
     scaled: Callable[[Tensor], Tensor] = lambda x: x,
-) -> dict[int, Moments]:
+) -> dict[int, InputMoments]:
     """Return moments of each layer's inputs on some batches of the training rows, dropout off, by the layer's identity.
 
     Args:
@@ -241,7 +241,7 @@ def inputs(
     from llmrecipe.models.module_map import anatomy
 
     crossed = {s.path for s in anatomy(model).sites if s.role in ("cross.k", "cross.v")}
-    moments = {id(place.module): Moments() for place in places}
+    moments = {id(place.module): InputMoments() for place in places}
     world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)
     with selection.mode(model, False), tapped(places, lambda key, x: moments[key].add(scaled(x))) as taps:
         for index, batch in enumerate(probe.batches(batches, rows)):

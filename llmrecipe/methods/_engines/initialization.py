@@ -46,7 +46,7 @@ DAMPING, INVERTED = 0.01, 0.05
 """Share of C's mean diagonal that is first added to it, and the error of C C^-1 from which on that share is doubled."""
 
 
-def check(site: Site, init: str, r: int) -> None:
+def check_init(site: Site, init: str, r: int) -> None:
     """Refuse an initialization that the site cannot have: nothing starts otherwise than the recipe says.
 
     Raises:
@@ -70,13 +70,13 @@ def check(site: Site, init: str, r: int) -> None:
 
 
 @torch.no_grad()
-def start(hook: nn.Module, init: str, module: nn.Module) -> None:
+def init_hook(hook: nn.Module, init: str, module: nn.Module) -> None:
     """Initialize a hook; values that depend on data (`FROM_DATA`) follow with the data and are the default's until then.
 
     Raises:
         ModelError: orthogonal with an odd rank, or a start from the weight, which is quantized.
     """
-    low_rank.initialise(hook)  # type: ignore[arg-type]
+    low_rank.init_low_rank(hook)  # type: ignore[arg-type]
     if init == "gaussian" and isinstance(hook, LowRank | LowRankExperts):
         nn.init.normal_(hook.A, std=1.0 / hook.A.shape[-2])
     elif init == "mica" and isinstance(hook, LowRank | LowRankEmbedding):

@@ -221,7 +221,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Hook:
+def low_rank_hook(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Hook:
     """Build the low-rank hook that fits a site: linear, fused rows, embedding or 3-D experts.
 
     Raises:
@@ -248,7 +248,7 @@ def build(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = F
 
 
 @torch.no_grad()
-def initialise(hook: Hook) -> None:
+def init_low_rank(hook: Hook) -> None:
     """Initialize A Kaiming-uniform(a = sqrt 5), B = 0; at embeddings A = 0, B ~ N(0, 1). See `initialization` for others."""
     if isinstance(hook, LowRankTiedHead):
         return

@@ -127,8 +127,10 @@ class Adapter(Wrapper):
             names.append("cross")
         return bottleneck.sublayers(parts, names, self.layers, None if self.side == "both" else self.side)
 
-    def _shape(self) -> bottleneck.Shape:
-        return bottleneck.Shape(self.activation, self.bias, self.scale, self.dropout, self.ln_before, self.ln_after, self.init)
+    def _shape(self) -> bottleneck.BottleneckShape:
+        return bottleneck.BottleneckShape(
+            self.activation, self.bias, self.scale, self.dropout, self.ln_before, self.ln_after, self.init
+        )
 
     def starts_at_base(self) -> bool:
         """Return whether step 0 is the base: with `init: zero_up` and frozen norms."""

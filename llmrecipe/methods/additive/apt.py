@@ -58,8 +58,8 @@ class Apt(Wrapper):
 
         parts = anatomy(model)
         shift = self.positions == "shift"
-        plan = prefix_kv.Plan(self.target, self.num_virtual_tokens, dropout=self.dropout, shift=shift)
-        for hook, roles in prefix_kv.attach(model, self.name, plan, structure, apt_gates.ScoredTables):
+        plan = prefix_kv.ColumnPlan(self.target, self.num_virtual_tokens, dropout=self.dropout, shift=shift)
+        for hook, roles in prefix_kv.attach_prefix(model, self.name, plan, structure, apt_gates.ScoredTables):
             sites = [site for group in roles.values() for site in group]
             decoder = sites[0].side == "decoder" and parts.causal
             hook.summary = ("prompt_mean" if decoder else "first") if self.summary == "auto" else self.summary  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.methods.additive._engines.prefix_kv import tokens_of
 from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_top_k
-from llmrecipe.models.attention import Attend, Picked
+from llmrecipe.models.attention import Attend, PickedTokens
 from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of
 from llmrecipe.models.kv_cache import prompts_of
 
@@ -91,7 +91,7 @@ class Router(bottleneck.Bottleneck):
     order = DELTA
 
     def __init__(self, wrapper: Coda, width: int, r: int, norm: nn.Module | None, causal: bool):
-        super().__init__(width, width, r, bottleneck.Shape(wrapper.activation))
+        super().__init__(width, width, r, bottleneck.BottleneckShape(wrapper.activation))
         self.router = nn.Parameter(torch.randn(width) / width**0.5)
         self.wrapper = wrapper
         self.causal = causal
@@ -139,7 +139,7 @@ class Router(bottleneck.Bottleneck):
         weight = groups.dense.to(soft.dtype).flatten()
         return weight.index_put((groups.place[hard],), soft[hard]).view(groups.dense.shape)
 
-    def _picked(self, weight: Tensor, groups: Groups, context: Context) -> Picked:
+    def _picked(self, weight: Tensor, groups: Groups, context: Context) -> PickedTokens:
         """Return the tokens with a weight, as columns of each row."""
         chosen = (weight.detach() > 0) | groups.dense
         wide = int(chosen.sum(1).max())
@@ -148,7 +148,7 @@ class Router(bottleneck.Bottleneck):
         counts: tuple[int, ...] = ()
         if context.layout is not None and context.layout.columns == chosen.shape[1]:
             counts = tuple(int(c.sum()) for c in chosen[0].cpu().split([s.length for s in context.layout.segments]))
-        return Picked(index, chosen.gather(1, index), counts, self.wrapper.kv == "selected")
+        return PickedTokens(index, chosen.gather(1, index), counts, self.wrapper.kv == "selected")
 
 
 class OnRows(Hook):
@@ -316,7 +316,7 @@ class Coda(Wrapper):
         from llmrecipe.models.module_map import anatomy
 
         parts = anatomy(model)
-        each = bottleneck.count(parts.width, parts.width, self.r, bottleneck.Shape()) + parts.width
+        each = bottleneck.count(parts.width, parts.width, self.r, bottleneck.BottleneckShape()) + parts.width
         parameters = dict(model.named_parameters())
         trained = each * len(self._blocks(parts)) + sum(parameters[name].numel() for name in self.opened(model))
         return {"trainable": trained, "optimizer_bytes": 8 * trained, "gradient_bytes": 4 * trained}

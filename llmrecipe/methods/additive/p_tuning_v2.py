@@ -44,7 +44,7 @@ class PTuningV2(Wrapper):
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add a table at each stack of blocks, a hook at each attention module of `target`."""
-        plan = prefix_kv.Plan(
+        plan = prefix_kv.ColumnPlan(
             self.target,
             self.num_virtual_tokens,
             self.reparam,
@@ -52,7 +52,7 @@ class PTuningV2(Wrapper):
             dropout=self.dropout,
             shift=self.positions == "shift",
         )
-        prefix_kv.attach(model, self.name, plan, structure)
+        prefix_kv.attach_prefix(model, self.name, plan, structure)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Return whether the MLP has been dropped."""

@@ -107,7 +107,7 @@ class ParallelAdapter(Wrapper):
             return
         branch = bottleneck.Joined(parts.width, r, self._shape())
         add_hook(self.host(sub, parts).module, self.name, branch, self.name)
-        add_hook(source.module, f"{self.name}__{sub.part}_in", bottleneck.Tap(branch), self.name)
+        add_hook(source.module, f"{self.name}__{sub.part}_in", bottleneck.BranchTap(branch), self.name)
 
     def _heads(self, sub: Sublayer, r: int, parts: Anatomy) -> None:
         if sub.part == "ffn":
@@ -136,8 +136,8 @@ class ParallelAdapter(Wrapper):
         given = self.sizes.get(str(site.layer), self.r)
         return given if given is not None else max(1, site.width_in // self.reduction)
 
-    def _shape(self) -> bottleneck.Shape:
-        return bottleneck.Shape(self.activation, self.bias, self.scale, self.dropout, init=self.init)
+    def _shape(self) -> bottleneck.BottleneckShape:
+        return bottleneck.BottleneckShape(self.activation, self.bias, self.scale, self.dropout, init=self.init)
 
     def starts_at_base(self) -> bool:
         """Return whether step 0 is the base: with `init: zero_up`."""
@@ -154,7 +154,7 @@ class ParallelAdapter(Wrapper):
             trained = sum(self._count(sub, parts, shape) for sub in self.places(parts))
         return {"trainable": trained, "optimizer_bytes": 8 * trained, "gradient_bytes": 4 * trained}
 
-    def _count(self, sub: Sublayer, parts: Anatomy, shape: bottleneck.Shape) -> int:
+    def _count(self, sub: Sublayer, parts: Anatomy, shape: bottleneck.BottleneckShape) -> int:
         r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
         if not r or self.form == "plain":
             return bottleneck.count(parts.width, parts.width, r, shape) if r else 0

@@ -62,9 +62,9 @@ class PrefixTuning(Wrapper):
         """Return whether step 0 is the base: only a closed gate leaves the softmax unchanged."""
         return self.gate_init == "closed"
 
-    def plan(self) -> prefix_kv.Plan:
+    def plan(self) -> prefix_kv.ColumnPlan:
         """Return the options as the shared code reads them."""
-        return prefix_kv.Plan(
+        return prefix_kv.ColumnPlan(
             self.target, self.num_virtual_tokens, self.reparam, self.hidden, self.width, self.dropout, self.init,
             self.positions == "shift", self.gate_init == "closed",
         )  # fmt: skip
@@ -72,7 +72,7 @@ class PrefixTuning(Wrapper):
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add a table at each stack of blocks, a hook at each attention module of `target`."""
         if self.gate == "none":
-            prefix_kv.attach(model, self.name, self.plan(), structure)
+            prefix_kv.attach_prefix(model, self.name, self.plan(), structure)
         else:
             apt_gates.attach_gated(model, self.name, self.plan(), structure, self.gate)
 

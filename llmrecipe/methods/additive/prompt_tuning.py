@@ -45,8 +45,8 @@ class PromptTuning(Wrapper):
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add the virtual tokens and initialize them."""
-        virtual_tokens.attach(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
-        virtual_tokens.start(model, self.name, self.init)
+        virtual_tokens.attach_virtual_tokens(model, self.name, self.num_virtual_tokens, int(self.position == "after_bos"))
+        virtual_tokens.init_virtual_tokens(model, self.name, self.init)
 
     def calibrates(self) -> bool:
         """Return whether they are initialized from a text."""
@@ -60,7 +60,7 @@ class PromptTuning(Wrapper):
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
         """Return the rows (P, d), where they come first: a merged folder adds them to the vocabulary."""
-        return virtual_tokens.rows_of(model, self.name)[1].embeddings.detach() if self.position == "prefix" else None
+        return virtual_tokens.virtual_rows(model, self.name)[1].embeddings.detach() if self.position == "prefix" else None
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: P d train."""

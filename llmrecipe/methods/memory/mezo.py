@@ -16,13 +16,13 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.update_rule import MetricSums, StepContext, StepResult
 from llmrecipe.methods.memory._engines.replay import History, header_of, recall
 from llmrecipe.methods.memory._engines.zeroth_order import (
-    Entry,
     InPlace,
     Layerwise,
-    Moments,
     Noise,
     Perturbation,
+    StepEstimate,
     Trained,
+    UpdateMoments,
     float32,
     projected_gradient,
     update,
@@ -143,7 +143,7 @@ class Mezo(Wrapper):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the estimates."""
-        self._update.past = [Entry(step, lr, tuple(g)) for step, lr, g in state.get("past", [])]
+        self._update.past = [StepEstimate(step, lr, tuple(g)) for step, lr, g in state.get("past", [])]
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: no gradients, no saved activations, and no optimizer state unless moments are stored."""
@@ -169,13 +169,13 @@ class ZerothOrder:
 
     def __init__(self, config: Mezo):
         self.config = config
-        self.past: list[Entry] = []
+        self.past: list[StepEstimate] = []
         self.noise: Noise
         self.mode: Perturbation
         self.trained: list[Trained] = []
         self.file: History | None = None
         self.stored: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
-        self.moments = Moments(config.optimizer, config.beta1, config.beta2, config.adam_eps, config.weight_decay)
+        self.moments = UpdateMoments(config.optimizer, config.beta1, config.beta2, config.adam_eps, config.weight_decay)
 
     @torch.no_grad()
     def __call__(self, context: StepContext, micros: list[Batch]) -> StepResult:
@@ -196,7 +196,7 @@ class ZerothOrder:
             self._record(None, context.learning_rate)
             return StepResult(loss, None, metrics, finite=False)
         g = tuple(projected_gradient(a, b, self.config.eps, self.config.clip_projected_grad) for a, b in full)
-        entry = Entry(step, float32(float(context.learning_rate)), g)
+        entry = StepEstimate(step, float32(float(context.learning_rate)), g)
         self._move(context, entry)
         self._record(entry)
         return StepResult(loss, None, {**metrics, "projected_grad": sum(g) / count})
@@ -239,14 +239,14 @@ class ZerothOrder:
 
     # --- the update -------------------------------------------------------------------------------------------------
 
-    def _move(self, context: StepContext, entry: Entry) -> None:
+    def _move(self, context: StepContext, entry: StepEstimate) -> None:
         window = self.config.window()
         entries = [*self.past, entry][-(window or 1) :]
         update(self.trained, self.noise, self.moments, entries, self.stored)
         # The next step's own estimate takes one place of the window.
         self.past = entries[-(window - 1) :] if window is not None and window > 1 else []
 
-    def _record(self, entry: Entry | None, lr: float = 0.0) -> None:
+    def _record(self, entry: StepEstimate | None, lr: float = 0.0) -> None:
         if self.file is not None:
             self.file.append(entry, lr)
 

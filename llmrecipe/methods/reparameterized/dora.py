@@ -248,7 +248,7 @@ class Dora(Wrapper):
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             hook = self._hook(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
-            low_rank.initialise(hook)
+            low_rank.init_low_rank(hook)
             self._place(site, hook)
         named = self.target if self.magnitude_only is None else f"{self.target} + {self.magnitude_only}"
         open_biases(model, self.name, self.bias, named, [*bare, *paired])

@@ -135,7 +135,7 @@ class Dylora(Wrapper):
             with torch.device(device_of(site.module)):
                 rows = row_index(site)
                 hook = NestedLowRank(site.width_in, site.width_out, self.r, self.alpha, self.dropout, rows)
-                low_rank.initialise(hook)
+                low_rank.init_low_rank(hook)
                 hook.use(self.rank or self.r)
             add_hook(site.module, site.name(self.name), hook, self.name)
 

@@ -100,17 +100,17 @@ class Lora(Wrapper):
         ranks = (structure or {}).get("ranks", {})
         for site in sites:
             r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
-            initialization.check(site, self.init, r)
+            initialization.check_init(site, self.init, r)
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
             if tied is not None and site.role == "head":
                 hook: Hook = low_rank.LowRankTiedHead(getattr(tied.module, tied.name(self.name)))
             else:
-                learned = ranks.get(place_of(site), 0 if ranks else r)
+                learned = ranks.get(structure_key(site), 0 if ranks else r)
                 if learned == 0:
                     continue
-                hook = low_rank.build(site, learned, scale, self.dropout, self.lora_bias)
-                initialization.start(hook, self.init, site.module)
+                hook = low_rank.low_rank_hook(site, learned, scale, self.dropout, self.lora_bias)
+                initialization.init_hook(hook, self.init, site.module)
             add_hook(site.module, site.name(self.name), hook, self.name)
         if self.loftq_iter > 1:
             assign_codes(sites, self.name, "loftq_iter")
@@ -185,7 +185,7 @@ class Lora(Wrapper):
         return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
 
 
-def place_of(site: Site) -> str:
+def structure_key(site: Site) -> str:
     """Return what a saved structure calls a site, independent of the wrapper's name."""
     return f"{site.path}{site.name('')}"
 

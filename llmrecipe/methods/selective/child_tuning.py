@@ -105,17 +105,17 @@ class ChildTuning(SparseMethod, Wrapper):
         if self.variant == "f":
             return
         from llmrecipe.methods.selective._engines import selection
-        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
         weights = candidates(model, self._scope())
         examples = self.num_samples or probe.rows
         compat: dict[str, Any] = {"rows": None, "reduction": "mean", "training": True, "clip": COMPAT_CLIP}
 
         def scorer(group: dict[str, Any]) -> dict[str, Tensor]:
-            return selection.score(model, probe, group, examples, **(compat if self.code_compat else {}))
+            return selection.score_entries(model, probe, group, examples, **(compat if self.code_compat else {}))
 
         best = selection.select_top(weights, self.plan(model), self.layer_groups, scorer)
-        attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in best.items()})
+        attach_chosen(model, self.name, {name: Selected(idx) for name, idx in best.items()})
 
     def _gradients(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         names = None if self._scope() == "trainable" else self.opened(model)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
-    from llmrecipe.methods.selective._engines.sparse_delta import Chosen
+    from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
 
 @register
@@ -107,13 +107,13 @@ class DiffPruning(GatePhase, Wrapper):
             total = total + hook.expected(self.penalty_form == "paper")
         return total
 
-    def survivors(self, model: nn.Module, hooks: list[DiffGate], draw: str) -> dict[str, Chosen]:
+    def survivors(self, model: nn.Module, hooks: list[DiffGate], draw: str) -> dict[str, Selected]:
         """Return the largest |delta| of all entries together."""
         from llmrecipe.methods.selective._engines.selection import top_k
-        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
         k = int(self.density * sum(hook.w.numel() for hook in hooks))
         if k < 1:
             raise ModelError(f"stack.{self.name}.density: {self.density} leaves no entry to train")
         best = top_k([(hook.source, hook.difference(draw).abs_(), None) for hook in hooks], k)
-        return {name: Chosen(idx) for name, idx in best.items() if idx.numel()}
+        return {name: Selected(idx) for name, idx in best.items() if idx.numel()}

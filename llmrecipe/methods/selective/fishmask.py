@@ -97,14 +97,14 @@ class Fishmask(SparseMethod, Wrapper):
         """Score, take the top k, add their hooks."""
         from llmrecipe.methods.selective._engines import selection
         from llmrecipe.methods.selective._engines.counter_rng import uniform
-        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
         targets = selection.sampled_targets(probe.engine, self.draws, self.seed) if self.sample_type == "expect" else None
 
         def scorer(group: dict[str, Any]) -> dict[str, Any]:
             if self.score == "random":
                 return {name: uniform(f"{self.seed}:{name}", 0, weight.numel) for name, weight in group.items()}
-            return selection.score(
+            return selection.score_entries(
                 model,
                 probe,
                 group,
@@ -117,4 +117,4 @@ class Fishmask(SparseMethod, Wrapper):
             )
 
         best = selection.select_top(candidates(model, self.scope), self.count(model), self.layer_groups, scorer)
-        attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in best.items()})
+        attach_chosen(model, self.name, {name: Selected(idx) for name, idx in best.items()})

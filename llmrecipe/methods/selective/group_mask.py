@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
-    from llmrecipe.methods.selective._engines.sparse_delta import Chosen
-    from llmrecipe.methods.selective._engines.weight_groups import Family
+    from llmrecipe.methods.selective._engines.sparse_delta import Selected
+    from llmrecipe.methods.selective._engines.weight_groups import GroupFamily
 
 GATED = ("l0_steps", "l0", "l0_per_parameter", "l0_warmup", "low", "high", "alpha_init", "w_lr_scale", "alpha_lr_scale")
 """Options that only `hard_l0: true` reads."""
@@ -122,7 +122,7 @@ class GroupMask(GatePhase, Wrapper):
                 why = "hard_l0: true chooses by learned differences" if self.hard_l0 else "only hard_l0: true reads it"
                 raise RecipeError(f"stack.{self.name}.{key}: {given} has no effect: {why}; drop the key or change hard_l0")
 
-    def _gate(self, model: nn.Module, found: list[Family]) -> None:
+    def _gate(self, model: nn.Module, found: list[GroupFamily]) -> None:
         from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
 
         for family in found:
@@ -145,7 +145,7 @@ class GroupMask(GatePhase, Wrapper):
                 total = total + hook.expected()
         return total
 
-    def survivors(self, model: nn.Module, hooks: list[GroupGate], draw: str) -> dict[str, Chosen]:
+    def survivors(self, model: nn.Module, hooks: list[GroupGate], draw: str) -> dict[str, Selected]:
         """Return the groups with the largest delta^2."""
         from llmrecipe.methods.selective._engines.weight_groups import families
 
@@ -163,7 +163,7 @@ class GroupMask(GatePhase, Wrapper):
 
         return self.budget(families(model, self.group, self.scope))
 
-    def budget(self, found: list[Family]) -> int:
+    def budget(self, found: list[GroupFamily]) -> int:
         """Return the numbers that may train.
 
         Raises:
@@ -187,7 +187,7 @@ class GroupMask(GatePhase, Wrapper):
             found = families(model, self.group, self.scope)
             attach_chosen(model, self.name, self._best(found, self._scores(model, probe, found)))
 
-    def _best(self, found: list[Family], scores: list[Tensor]) -> dict[str, Chosen]:
+    def _best(self, found: list[GroupFamily], scores: list[Tensor]) -> dict[str, Selected]:
         """Return the best groups within the budget; `scores` are (groups,) sums of each family."""
         from llmrecipe.methods.selective._engines.weight_groups import chosen_of, pick
 
@@ -195,7 +195,7 @@ class GroupMask(GatePhase, Wrapper):
             scores = [s / f.size for s, f in zip(scores, found, strict=True)]
         return chosen_of(found, pick(found, scores, self.budget(found), self.min_per_layer))
 
-    def _scores(self, model: nn.Module, probe: Probe, found: list[Family]) -> list[Tensor]:
+    def _scores(self, model: nn.Module, probe: Probe, found: list[GroupFamily]) -> list[Tensor]:
         """Return summed scores (groups,) of each family."""
         if self.score == "random":
             from llmrecipe.methods.selective._engines.counter_rng import uniform
@@ -223,5 +223,5 @@ class GroupMask(GatePhase, Wrapper):
                 raise ModelError(f"stack.{self.name}.score: magnitude reads weights, and some are quantized; use fisher")
             return {name: w.value.detach().float().abs().reshape(-1) for name, w in part.items()}
         if self.score == "fisher":
-            return selection.score(model, probe, part, self.num_samples)
-        return selection.score(model, probe, part, self.num_samples, rows=None, reduction="mean")
+            return selection.score_entries(model, probe, part, self.num_samples)
+        return selection.score_entries(model, probe, part, self.num_samples, rows=None, reduction="mean")

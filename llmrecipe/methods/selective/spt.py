@@ -138,17 +138,17 @@ class Spt(SparseMethod, Wrapper):
         found: dict[str, Tensor] = {}
         for first in range(0, len(names), size):
             part = {name: weights[name] for name in names[first : first + size]}
-            totals = selection.score(
+            totals = selection.score_entries(
                 model, probe, part, batches, rows=rows, reduction="mean", training=not self.eval_mode,
             )  # fmt: skip
             found |= totals if self.layer_groups == 1 else {name: value.cpu() for name, value in totals.items()}
         return found
 
     def _add_hooks(self, model: nn.Module, allocation: Allocation) -> None:
-        from llmrecipe.methods.selective._engines.sparse_delta import Chosen
+        from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
         self._modules(model, allocation.structured)
-        attach_chosen(model, self.name, {name: Chosen(idx) for name, idx in allocation.entries.items()})
+        attach_chosen(model, self.name, {name: Selected(idx) for name, idx in allocation.entries.items()})
 
     def _modules(self, model: nn.Module, paths: list[str]) -> None:
         from llmrecipe.methods.selective._engines.spt_allocation import add_structured

@@ -17,12 +17,12 @@ from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     answer_nll,
     collate_pairs,
+    implicit_reward_metrics,
     logp_metrics,
     pair_count,
     pairs_per_token,
     policy_scores,
     refuse_soft,
-    reward_metrics,
     share_tokens,
 )
 from llmrecipe.objectives.base import Loss, Measures, Objective
@@ -131,7 +131,7 @@ class Cpo(Objective):
             rejected = rejected / scores.rejected_tokens.clamp_min(1.0)
         nll, tokens = answer_nll(batch, t)
         metrics = {
-            **reward_metrics(self.beta * chosen, self.beta * rejected),
+            **implicit_reward_metrics(self.beta * chosen, self.beta * rejected),
             **logp_metrics(scores),
             "nll": (nll.detach(), tokens),
         }

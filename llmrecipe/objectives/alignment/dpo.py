@@ -19,12 +19,12 @@ from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     answer_nll,
     collate_pairs,
+    implicit_reward_metrics,
     log_ratios,
     logp_metrics,
     pair_count,
     pairs_per_token,
     refuse_soft,
-    reward_metrics,
     share_tokens,
 )
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
@@ -200,7 +200,7 @@ class Dpo(Objective):
 
     def _parts(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor, dict[str, tuple[Any, float]]]:
         scores, chosen, rejected, logprobs = log_ratios(batch, roles, self.reference_of())
-        metrics = {**reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
+        metrics = {**implicit_reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
         # The chosen answers are not the policy's own samples, so this is a proxy of its divergence from the reference.
         metrics["kl"] = (chosen.detach().sum(), float(chosen.shape[0]))
         nll, tokens = answer_nll(batch, logprobs)

@@ -14,7 +14,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.advantages import clipped_policy_loss, clipped_share, group_relative
 from llmrecipe.objectives.alignment._engines.kl import kl_estimate
 from llmrecipe.objectives.alignment._engines.rollout import (
-    Plan,
+    RolloutPlan,
     Sample,
     answer_count,
     ratio_metrics,
@@ -80,7 +80,7 @@ class Grpo(Sampled, Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    def plan(self, **own: Any) -> Plan:
+    def plan(self, **own: Any) -> RolloutPlan:
         """Return the rollout plan: several answers to each prompt."""
         return super().plan(answers=self.answers, **own)
 

@@ -16,11 +16,11 @@ from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     PairScores,
     collate_pairs,
+    implicit_reward_metrics,
     log_ratios,
     logp_metrics,
     pair_count,
     refuse_soft,
-    reward_metrics,
 )
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
 from llmrecipe.objectives.base import Loss, Measures, Objective
@@ -125,7 +125,7 @@ class Ipo(Objective):
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of the pairs; rewards are beta times the summed log-ratio, averaged or not."""
         scores, chosen, rejected, _ = log_ratios(batch, roles, self.reference)
-        metrics = {**reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
+        metrics = {**implicit_reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
         if self.loss_type == "sigmoid_reg":
             return Loss(self._sigmoid(scores, chosen, rejected).sum(), metrics)
         if self.average:

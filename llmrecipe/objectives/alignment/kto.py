@@ -21,7 +21,7 @@ from llmrecipe.objectives.alignment._engines.mismatched import (
     reference_point,
     with_others,
 )
-from llmrecipe.objectives.alignment._engines.pairs import content_key
+from llmrecipe.objectives.alignment._engines.pairs import row_key
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
 from llmrecipe.objectives.base import Loss, Measures, Objective
 
@@ -146,7 +146,7 @@ class Kto(Objective):
         extra = {"label": torch.tensor([bool(r["label"]) for r in rows], dtype=torch.bool), **pairs_as_tensors(rows)}
         extra["source"] = torch.tensor([int(r.get("source_row", r["row"])) for r in rows], dtype=torch.long)
         batch = roles.layout(sequences, [r["row"] for r in rows], extra)
-        return dataclasses.replace(batch, keys=tuple(content_key(r["prompt_ids"], r["completion_ids"]) for r in rows))
+        return dataclasses.replace(batch, keys=tuple(row_key(r["prompt_ids"], r["completion_ids"]) for r in rows))
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step with the step's reference point.

@@ -16,12 +16,12 @@ from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     answer_nll,
     collate_pairs,
+    implicit_reward_metrics,
     logp_metrics,
     pair_count,
     pairs_per_token,
     policy_scores,
     refuse_soft,
-    reward_metrics,
     share_tokens,
 )
 from llmrecipe.objectives.base import Loss, Measures, Objective
@@ -115,7 +115,7 @@ class Orpo(Objective):
         count = float(chosen.shape[0])
         ratio = log_odds_ratio(chosen.detach(), rejected.detach())
         metrics = {
-            **reward_metrics(self.odds_weight * chosen, self.odds_weight * rejected),
+            **implicit_reward_metrics(self.odds_weight * chosen, self.odds_weight * rejected),
             **logp_metrics(scores),
             "nll": (nll.detach(), tokens),
             "log_odds_chosen": (ratio.sum(), count),

@@ -24,7 +24,7 @@ from llmrecipe.objectives.alignment._engines.advantages import (
     whiten,
 )
 from llmrecipe.objectives.alignment._engines.kl import KlController, kl_estimate
-from llmrecipe.objectives.alignment._engines.rollout import Plan, Sample, ratio_metrics, rollout_metrics, with_metrics
+from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Sample, ratio_metrics, rollout_metrics, with_metrics
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
 
@@ -127,7 +127,7 @@ class Ppo(Sampled, Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    def plan(self, **own: Any) -> Plan:
+    def plan(self, **own: Any) -> RolloutPlan:
         """Return the rollout plan: one answer to each prompt, always with its divergence, values, advantages and returns."""
         return super().plan(reference=True, token_names=TOKENS, number_names=NUMBERS, critic=self.critic, **own)
 
@@ -174,7 +174,7 @@ class Ppo(Sampled, Objective):
         """Add the value head, initialised to zero."""
         from llmrecipe.models import task_heads
 
-        task_heads.add(model, "value", std=0.0, seed=seed)
+        task_heads.add_head(model, "value", std=0.0, seed=seed)
 
     def critic(self, roles: Roles) -> Critic:
         """Return where values are computed."""

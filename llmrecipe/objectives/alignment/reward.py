@@ -88,7 +88,7 @@ class Reward(Objective):
 
     def prepare_model(self, model: Any, seed: int) -> None:
         """Add a reward head; the language-model head gets no gradient and is not trained."""
-        task_heads.add(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
+        task_heads.add_head(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
         task_heads.without_language_head(model)
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:

@@ -11,7 +11,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.advantages import clipped_policy_loss, clipped_share, leave_one_out, moments
 from llmrecipe.objectives.alignment._engines.rollout import (
-    Plan,
+    RolloutPlan,
     Sample,
     answer_count,
     ratio_metrics,
@@ -67,7 +67,7 @@ class Rloo(Sampled, Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    def plan(self, **own: Any) -> Plan:
+    def plan(self, **own: Any) -> RolloutPlan:
         """Return the rollout plan: several answers to each prompt."""
         return super().plan(answers=self.answers, token_names=(), number_names=("advantages",), **own)
 

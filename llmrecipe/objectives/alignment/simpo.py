@@ -15,11 +15,11 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     collate_pairs,
+    implicit_reward_metrics,
     logp_metrics,
     pair_count,
     policy_scores,
     refuse_soft,
-    reward_metrics,
 )
 from llmrecipe.objectives.base import Loss, Measures, Objective
 
@@ -82,5 +82,5 @@ class Simpo(Objective):
         scores = policy_scores(batch, roles)
         chosen = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
         rejected = scores.rejected / scores.rejected_tokens.clamp_min(1.0)
-        metrics = {**reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
+        metrics = {**implicit_reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
         return Loss(torch.sum(simpo_loss(chosen, rejected, self.beta, self.gamma, self.label_smoothing)), metrics)

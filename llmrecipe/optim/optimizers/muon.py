@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
-from llmrecipe.optim.optimizer import Optimizer, joined, numel
+from llmrecipe.optim.optimizer import Optimizer, joint_optimizer, numel
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class Muon(Optimizer):
             )
         if rest:
             parts.append(TorchAdamW(rest, betas=(self.beta1, self.beta2), fused=True))
-        return joined(parts)
+        return joint_optimizer(parts)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Return one 32-bit momentum for a matrix, AdamW's two averages for the rest (an embedding counts as a matrix)."""

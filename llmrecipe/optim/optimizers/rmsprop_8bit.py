@@ -38,7 +38,7 @@ class RMSprop8bit(Optimizer):
 
     def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """See `Optimizer.build`."""
-        return bnb.build("RMSprop8bit", params, alpha=self.alpha, eps=self.eps)
+        return bnb.bnb_optimizer("RMSprop8bit", params, alpha=self.alpha, eps=self.eps)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of one running average in 8 bits; tensors under 4096 entries keep 32 bits."""

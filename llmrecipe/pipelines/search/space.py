@@ -19,12 +19,12 @@ MOST = 100_000
 """Points of the largest grid."""
 
 
-def words_of(point: Mapping[str, Any]) -> list[str]:
+def point_words(point: Mapping[str, Any]) -> list[str]:
     """Return the overrides that set a point."""
     return [as_word(tuple(key.split(".")), value) for key, value in point.items()]
 
 
-def check(recipe: str, words: list[str], section: SearchSection) -> None:
+def check_space(recipe: str, words: list[str], section: SearchSection) -> None:
     """Compose the recipe with every choice and both ends of every range.
 
     Raises:
@@ -46,7 +46,7 @@ def check(recipe: str, words: list[str], section: SearchSection) -> None:
             continue
         for choice in choices_of(value):
             try:
-                compose(recipe, [*words, *words_of({**base, key: choice})])
+                compose(recipe, [*words, *point_words({**base, key: choice})])
             except RecipeError as error:
                 mistakes += [f"search.space.{key}: {choice!r}: {line}" for line in str(error).split("\n")]
     if mistakes:
@@ -63,7 +63,7 @@ def first(value: list[Any] | RangeSection) -> Any:
     return next(iter(choices_of(value)), None)
 
 
-def grid(section: SearchSection) -> list[dict[str, Any]]:
+def grid_points(section: SearchSection) -> list[dict[str, Any]]:
     """List every point, the last key varying fastest.
 
     Raises:

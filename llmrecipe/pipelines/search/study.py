@@ -34,10 +34,10 @@ from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
 from llmrecipe.recipe.content_key import content_key
 from llmrecipe.recipe.pipeline_plan import Plan, Planned
-from llmrecipe.recipe.pipeline_spec import Stage
+from llmrecipe.recipe.pipeline_spec import WrittenStage
 from llmrecipe.recipe.rights import rights_of
 from llmrecipe.recipe.schema import SearchSection
-from llmrecipe.recipe.validate import build
+from llmrecipe.recipe.validate import build_object
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir
 
@@ -99,14 +99,14 @@ class Search:
 
         if self.section.prune != "off" and self.evaluation.every is None:
             raise RecipeError("search.prune: compares trials at their evaluations; set eval.every, or search.prune=off")
-        space.check(self.recipe, [*self.base, *OWN_WORDS], self.section)
+        space.check_space(self.recipe, [*self.base, *OWN_WORDS], self.section)
         point = {key: space.first(value) for key, value in self.section.space.items()}
         examine(self._compose(point, self.seeds[0]))
 
     @functools.cached_property
     def mode(self) -> Direction:
         """Return whether a small or a large value of a trial is better."""
-        return direction(self.evaluation, build("objective", self.composition.recipe.objective, "objective"))
+        return direction(self.evaluation, build_object("objective", self.composition.recipe.objective, "objective"))
 
     @property
     def seeds(self) -> list[int]:
@@ -121,13 +121,13 @@ class Search:
             RunError: no trial completed.
         """
         study = new_study(self.section, self.mode)
-        points = space.grid(self.section) if self.section.sampler == "grid" else None
+        points = space.grid_points(self.section) if self.section.sampler == "grid" else None
         trials = self._journal()
         for trial in trials:
             study.add_trial(self._known(trial))
         with handled_by(self.pipeline.children.forward):
             for number in range(len(trials), len(points) if points is not None else self.section.trials):
-                drawn = ask(study, self.section, number)
+                drawn = sample_trial(study, self.section, number)
                 point = points[number] if points is not None else space.point_of(self.section, drawn.params)
                 say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
                 trial = self._try(number, point, drawn)
@@ -168,14 +168,14 @@ class Search:
     def _planned(self, number: int, point: dict[str, Any], seed: int) -> Planned:
         composition = self._compose(point, seed)
         key = content_key(composition.mapping, {})
-        stage = Stage(f"{number}", ("search",), self.recipe, tuple(composition.overrides))
+        stage = WrittenStage(f"{number}", ("search",), self.recipe, tuple(composition.overrides))
         known = sorted(self.folder.glob(f"*-{key}"))  # the same point drawn again is the same run
         folder = known[0] if known else self.folder / f"{number}-{key}"
         code = code_of(composition.mapping)
         return Planned(stage, composition.overrides, composition.mapping, composition, key, folder, code)
 
     def _compose(self, point: dict[str, Any], seed: int) -> Composition:
-        made = compose(self.recipe, [*self.base, *OWN_WORDS, *space.words_of(point), f"seed={seed}"])
+        made = compose(self.recipe, [*self.base, *OWN_WORDS, *space.point_words(point), f"seed={seed}"])
         if made.foreign and rights_of(made.recipe.model) != rights_of(self.composition.recipe.model):
             raise RecipeError(
                 f"search.space: {made.path} belongs to a run or a model folder, so its space gives no rights; where you trust "
@@ -277,7 +277,7 @@ class Search:
 
     def write_best(self, best: Trial, trials: list[Trial]) -> Path:
         """Write `searched.yaml`: the recipe with the best point set."""
-        composition = compose(self.recipe, [*self.base, "search=null", *space.words_of(best.point)])
+        composition = compose(self.recipe, [*self.base, "search=null", *space.point_words(best.point)])
         head = (
             f"# {self.composition.name} with the best of {len(trials)} trials: {self.evaluation.monitor} {best.value:.6g}\n"
             f"#   {', '.join(f'{k}={v}' for k, v in best.point.items())}\n"
@@ -306,7 +306,7 @@ def new_study(section: SearchSection, mode: str) -> optuna.Study:
     return optuna.create_study(direction="minimize" if mode == "min" else "maximize", pruner=pruners[section.prune]())
 
 
-def ask(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
+def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
     """Sample the next trial with a sampler seeded by (seed, number)."""
     import numpy as np
     import optuna

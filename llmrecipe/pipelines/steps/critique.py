@@ -117,8 +117,8 @@ class Critique(Step):
         principles: Sequence[Principle],
     ) -> list[list[dict[str, Any]]]:
         """Compute the revisions of each answer, round by round, each {critique, revision, leak, principle}."""
-        from llmrecipe.feedback.judges.constitution import draw
-        from llmrecipe.feedback.judges.feedback import Draft, revise
+        from llmrecipe.feedback.judges.constitution import sample_principles
+        from llmrecipe.feedback.judges.feedback import Draft, revise_drafts
 
         done: list[list[dict[str, Any]]] = [[] for _ in answered]
         for number in range(1, self.revisions + 1):
@@ -129,9 +129,9 @@ class Critique(Step):
             ]
 
             def ask(part: list[list[Any]], seed: int, number: int = number) -> list[Any]:
-                drawn = [draw(principles, 1, work.seed, split, i, number)[0] for i, _ in part]
+                drawn = [sample_principles(principles, 1, work.seed, split, i, number)[0] for i, _ in part]
                 drafts = [Draft(answered[i].words, text, answered[i].columns) for i, text in part]
-                found = revise(agent, constitution, drafts, drawn)
+                found = revise_drafts(agent, constitution, drafts, drawn)
                 return [None if r is None else {**r, "principle": c.id} for r, c in zip(found, drawn, strict=True)]
 
             values = work.each(items, ask, batch=self.batch, name=f"{split}-round{number}")

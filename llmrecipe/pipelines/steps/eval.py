@@ -99,7 +99,7 @@ class Eval(Step):
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
         """Compute the mean rewards of greedy answers."""
         from llmrecipe.data.tokenize.chat_templates import prompt_ids
-        from llmrecipe.engine.generation import answered, end_tokens, text_of
+        from llmrecipe.engine.generation import answered, decode_ids, end_tokens
         from llmrecipe.engine.sampling import Sampling
         from llmrecipe.objectives.reward_interface import Answer, Rewards
 
@@ -116,7 +116,7 @@ class Eval(Step):
         def ask(part: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
             answers = []
             for r in part:
-                texts = text_of(tokenizer, r["ids"]), text_of(tokenizer, r["new"])
+                texts = decode_ids(tokenizer, r["ids"]), decode_ids(tokenizer, r["new"])
                 answers.append(Answer(*texts, r["columns"], r["ids"], r["new"], r["new"][-1] in ends))
             total, own = rewards.score(answers)
             named = {f"reward/{name}": scores for name, scores in own.items()}

@@ -152,7 +152,7 @@ class Generate(Step):
         self, subject: Subject, part: list[list[int]], keys: list[str], seed: int
     ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Yield (index, n answers) of each prompt, once the last of them has ended."""
-        from llmrecipe.engine.generation import answered, end_tokens, text_of
+        from llmrecipe.engine.generation import answered, decode_ids, end_tokens
         from llmrecipe.engine.sampling import Sampling
 
         model, tokenizer = subject.roles.model, subject.loaded.tokenizer
@@ -163,7 +163,7 @@ class Generate(Step):
         found: list[dict[int, dict[str, Any]]] = [{} for _ in part]
         for i, ids in answered(model, tokenizer, prompts, sampling, keys=streams):
             place, which = divmod(i, self.n)
-            found[place][which] = {"text": text_of(tokenizer, ids), "tokens": len(ids), "finished": ids[-1] in ends}
+            found[place][which] = {"text": decode_ids(tokenizer, ids), "tokens": len(ids), "finished": ids[-1] in ends}
             if len(found[place]) == self.n:
                 yield place, [found[place][j] for j in range(self.n)]
 

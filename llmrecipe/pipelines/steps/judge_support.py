@@ -25,11 +25,11 @@ def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
         RecipeError: naming the key.
     """
     from llmrecipe.feedback.judges.constitution import read_constitution
-    from llmrecipe.feedback.judges.labeller import build
+    from llmrecipe.feedback.judges.labeller import build_judge
 
     if not step.splits:
         raise RecipeError(f"{where}.splits: names no split; write [train]")
-    agent = build(step.agent, f"{where}.agent")
+    agent = build_judge(step.agent, f"{where}.agent")
     agent.check(f"{where}.agent")
     if agent.shares:
         raise RecipeError(f"{where}.agent.path: must be given: a step has no model in training that could be the agent")
@@ -41,9 +41,9 @@ def consult(
 ) -> tuple[Agent, Constitution, list[Principle]]:
     """Return the judge of a step, with the replies cached in the step's folder, its constitution and principles."""
     from llmrecipe.feedback.judges.constitution import read_constitution
-    from llmrecipe.feedback.judges.labeller import build
+    from llmrecipe.feedback.judges.labeller import build_judge
 
-    agent = build(body, "agent")
+    agent = build_judge(body, "agent")
     agent.remember(work.journal("agent"))
     agent.open()
     read = read_constitution(constitution, "constitution")

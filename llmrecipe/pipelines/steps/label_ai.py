@@ -156,17 +156,17 @@ class LabelAi(Step):
         constitution: Constitution,
         principles: Sequence[Principle],
     ) -> list[dict[str, Any] | None]:
-        from llmrecipe.feedback.judges.constitution import draw
-        from llmrecipe.feedback.judges.feedback import Pair, compare, label_metrics
+        from llmrecipe.feedback.judges.constitution import sample_principles
+        from llmrecipe.feedback.judges.feedback import AnswerPair, compare_answers, label_metrics
 
         def ask(part: list[list[int]], seed: int) -> list[Any]:
             pairs = [
-                Pair(row.words, row.answers[first], row.answers[second], row.columns)
+                AnswerPair(row.words, row.answers[first], row.answers[second], row.columns)
                 for row, first, second in ((answered[i], first, second) for i, first, second in part)
             ]
-            drawn = [draw(principles, self.ensemble, work.seed, split, place) for place in part]
+            drawn = [sample_principles(principles, self.ensemble, work.seed, split, place) for place in part]
             limits = (self.clamp[0], self.clamp[1])
-            return compare(agent, constitution, pairs, drawn, swap=self.swap, reasoning=self.cot, clamp=limits)
+            return compare_answers(agent, constitution, pairs, drawn, swap=self.swap, reasoning=self.cot, clamp=limits)
 
         def count(found: Sequence[Any]) -> dict[str, Any]:
             return label_metrics([label for label in found if label is not None])

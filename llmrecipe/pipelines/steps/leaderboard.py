@@ -13,7 +13,7 @@ from llmrecipe.pipelines.step import Step
 from llmrecipe.recipe.step_spec import unfinished
 
 if TYPE_CHECKING:
-    from llmrecipe.evaluation.leaderboard_table import Column, Entry, Row
+    from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardEntry, LeaderboardRow
     from llmrecipe.pipelines.steps.workspace import Work
 
 
@@ -98,10 +98,10 @@ class Leaderboard(Step):
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
         if self.plot:
-            from llmrecipe.evaluation.leaderboard_plot import draw
+            from llmrecipe.evaluation.leaderboard_plot import draw_plot
 
             x = next(c for c in columns if c.key == ("kl" if self.against else "trained"))
-            draw(rows, x, score, work.path / "leaderboard.png", log=self.against is None)
+            draw_plot(rows, x, score, work.path / "leaderboard.png", log=self.against is None)
         self._page(work, rows, columns)
         return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
 
@@ -113,9 +113,9 @@ class Leaderboard(Step):
             return [*shown, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
         return [Column("score", self.metric, spread=True), *PLAIN]
 
-    def _asked(self, work: Work, entries: list[Entry]) -> list[Entry]:
+    def _asked(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         """Return the runs with the measurements of their answers, after the model they started from."""
-        from llmrecipe.evaluation.leaderboard_table import Entry, start_label
+        from llmrecipe.evaluation.leaderboard_table import LeaderboardEntry, start_label
 
         assert self.against is not None
         referee: list[Any] = []
@@ -126,8 +126,11 @@ class Leaderboard(Step):
             return [self._facts(referee[0], path) for path in part]
 
         values = work.each([self.against, *self.runs], ask, name="asked", count=lambda facts: facts[0])
-        start = Entry(start_label(self.against), "start", work.seed, values[0])
-        return [start, *(Entry(e.label, e.family, e.seed, {**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True))]
+        start = LeaderboardEntry(start_label(self.against), "start", work.seed, values[0])
+        return [
+            start,
+            *(LeaderboardEntry(e.label, e.family, e.seed, {**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True)),
+        ]
 
     def _head_to_head(self, seed: int) -> Any:
         from llmrecipe.evaluation.evaluate_model import open_subject
@@ -144,17 +147,17 @@ class Leaderboard(Step):
 
         return referee.baseline() if path == self.against else referee.measure(open_subject(path, []))
 
-    def _page(self, work: Work, rows: list[Row], columns: list[Column]) -> None:
+    def _page(self, work: Work, rows: list[LeaderboardRow], columns: list[Column]) -> None:
         """Write the same as one self-contained page."""
         import base64
 
         from llmrecipe.evaluation.leaderboard_table import cells
-        from llmrecipe.runs.html_report import document, grid
+        from llmrecipe.runs.html_report import document, table
 
         picture = work.path / "leaderboard.png"
-        parts = ["<h1>Leaderboard</h1>", grid(cells(rows, columns))]
+        parts = ["<h1>Leaderboard</h1>", table(cells(rows, columns))]
         if self.plot:
             data = base64.b64encode(picture.read_bytes()).decode()
             parts.append(f'<img alt="score over cost" style="max-width:100%" src="data:image/png;base64,{data}">')
-        parts += ["<h2>Columns</h2>", grid([["column", "meaning"], *([c.title, c.means] for c in columns if c.means)])]
+        parts += ["<h2>Columns</h2>", table([["column", "meaning"], *([c.title, c.means] for c in columns if c.means)])]
         work.dir.write("leaderboard.html", document("Leaderboard", parts))

@@ -19,7 +19,7 @@ from llmrecipe.runs.run_dir import RunDir
 FILE = "step.yaml"
 
 
-def run(composition: StepComposition) -> RunDir:
+def run_step(composition: StepComposition) -> RunDir:
     """Run a step in its folder; a finished one is left unchanged, a stopped one is resumed.
 
     Raises:

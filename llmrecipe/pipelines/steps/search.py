@@ -57,7 +57,7 @@ class Search(Step):
         from llmrecipe.pipelines.search import space, study
 
         if any(unfinished(word) for word in self.words):
-            space.check(self.recipe, [*self.words, *study.OWN_WORDS], space.axes_of(self.composed()))
+            space.check_space(self.recipe, [*self.words, *study.OWN_WORDS], space.axes_of(self.composed()))
             return
         study.Search(self.recipe, self.words, self.composed()).check()
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models.attention import install
+from llmrecipe.models.attention import install_attention
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
-from llmrecipe.runs.delta import Layer, mount, wrapper_mapping
+from llmrecipe.runs.delta import Layer, mount_layer, wrapper_mapping
 from tests.models.configs import MASKED, SEQ2SEQ, tiny
 from tests.tiny import tiny_model
 
@@ -37,7 +37,7 @@ def model_of(family: str, seed: int = 0) -> nn.Module:
                 parameter.mul_(3.0)
             elif "norm" not in name.lower() and not name.startswith("lm_head"):
                 parameter.normal_(std=0.1)
-    install(model, "sdpa")
+    install_attention(model, "sdpa")
     return model.eval()
 
 
@@ -138,7 +138,7 @@ def survives_a_round_trip(family: str, wrapper: Wrapper) -> None:
     assert torch.equal(logits(again), wanted)
     mounted = model_of(family)
     layer = Layer({wrapper.name: wrapper_mapping(wrapper)}, stack.structures(model), tensors=saved)
-    mount(mounted, layer, 0)
+    mount_layer(mounted, layer, 0)
     assert torch.equal(logits(mounted), wanted)
     assert not any(p.requires_grad for p in mounted.parameters())
 

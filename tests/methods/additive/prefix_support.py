@@ -30,14 +30,14 @@ def pair_model(family: str) -> nn.Module:
     """A two-layer encoder-decoder of width 32."""
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    from llmrecipe.models.attention import install
+    from llmrecipe.models.attention import install_attention
 
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "dropout_rate": 0.0}
     shape |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     shape |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0, "max_position_embeddings": 64}
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **shape, decoder_start_token_id=0, pad_token_id=0))
-    install(model, "sdpa")
+    install_attention(model, "sdpa")
     return model.eval()
 
 
@@ -45,11 +45,11 @@ def bert_classifier() -> nn.Module:
     """A tiny BERT with a pooler and a head of three classes."""
     from transformers import AutoModelForSequenceClassification
 
-    from llmrecipe.models.attention import install
+    from llmrecipe.models.attention import install_attention
 
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3))
-    install(model, "sdpa")
+    install_attention(model, "sdpa")
     return model.eval()
 
 

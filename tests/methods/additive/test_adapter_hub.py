@@ -18,7 +18,7 @@ from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.ia3 import Ia3
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.models.attention import install
+from llmrecipe.models.attention import install_attention
 from tests.methods.additive.fixtures import adapter_hub as hub
 
 FILES = Path(hub.__file__).parent
@@ -66,7 +66,7 @@ def built(case: str, family: str) -> tuple[nn.Module, dict[str, str]]:
     make = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     model = make.from_config(AutoConfig.for_model(family, **hub.SHAPE, **hub.MORE[family]))
     hub.fill(model.named_parameters())
-    install(model, "sdpa")
+    install_attention(model, "sdpa")
     wrapper: Any = wrapper_of(case)
     Stack([wrapper]).attach(model)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]

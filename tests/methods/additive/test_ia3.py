@@ -387,7 +387,7 @@ def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkey
     assert [run.data[i]["task"] for i in range(4)] == [int("yes" in text) for text in texts]
     trained, alone = events(tmp_path / "run", "evaluation")[-1], evaluate_path(str(tmp_path / "run"), [], "validation")
     assert alone["nll"] == pytest.approx(trained["eval/nll"], rel=1e-5)
-    assert delta.read(tmp_path / "run" / "final").layers[-1].wrappers["ia3"]["tasks"] == ["no", "yes"]
+    assert delta.read_stack(tmp_path / "run" / "final").layers[-1].wrappers["ia3"]["tasks"] == ["no", "yes"]
     with pytest.raises(DataError, match=r"'ia3 of model\.path' and 'ia3' have different tasks"):
         train_recipe(
             tmp_path / "more", f"{tmp_path}/run/recipe.yaml", f"model.path={tmp_path}/run", "model.continue=true",

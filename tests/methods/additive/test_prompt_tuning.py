@@ -13,7 +13,7 @@ from llmrecipe.core.forward_context import Context, Layout, Segment, activate
 from llmrecipe.data.collate import Sequence
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods.additive._engines.virtual_tokens import longer_layout, opening, rows_of
+from llmrecipe.methods.additive._engines.virtual_tokens import longer_layout, opening, virtual_rows
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from tests.methods.additive.prefix_support import (
     IDS,
@@ -126,7 +126,7 @@ def test_logits_and_gradients_equal_peft(family: str) -> None:
 
     model = adapted(prompt(init="normal"), family)
     twin = get_peft_model(tiny_model(family), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
-    _, rows = rows_of(model, "prompt")
+    _, rows = virtual_rows(model, "prompt")
     with torch.no_grad():
         rows.embeddings.copy_(twin.prompt_encoder["default"].embedding.weight)
     ours, theirs = model(input_ids=IDS).logits, twin(input_ids=IDS).logits[:, P:]
@@ -144,7 +144,7 @@ def test_a_classifier_equals_peft() -> None:
     model = bert_classifier()
     Stack([prompt()]).attach(model)
     twin = get_peft_model(bert_classifier(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)).eval()
-    _, rows = rows_of(model, "prompt")
+    _, rows = virtual_rows(model, "prompt")
     with torch.no_grad():
         rows.embeddings.copy_(twin.prompt_encoder["default"].embedding.weight)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
@@ -185,7 +185,7 @@ def test_two_prompts_stand_in_front_of_each_other_and_a_mounted_one_next_to_the_
     for name in ("inner", "outer"):
         Stack([PromptTuning(name=name, num_virtual_tokens=2)]).attach(model)
     for name, ids in (("inner", [21, 22]), ("outer", [31, 32])):
-        _, rows = rows_of(model, name)
+        _, rows = virtual_rows(model, name)
         rows.embeddings.data.copy_(tiny_model().get_input_embeddings().weight[ids])
     wanted = tiny_model()(input_ids=torch.tensor([[31, 32, 21, 22, *IDS[0].tolist()]])).logits[:, 4:]
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-5, rtol=1e-5)
@@ -206,7 +206,7 @@ def test_only_the_rows_train_and_each_of_them_does() -> None:
 @pytest.mark.parametrize("init", ["vocab", "uniform", "normal"])
 def test_starts(init: str) -> None:
     model = adapted(prompt(init=init, num_virtual_tokens=50))
-    embedding, rows = rows_of(model, "prompt")
+    embedding, rows = virtual_rows(model, "prompt")
     table, own = embedding.weight.detach(), rows.embeddings.detach()
     if init == "vocab":
         assert all(bool((table == row).all(1).any()) for row in own)

@@ -71,7 +71,7 @@ def test_loading_in_8_bits_equals_converting_in_memory(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     wrapper = Int8(name="int8")
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **wrapper.load_kwargs()).eval()
-    lora = registry.load("stack", "lora")
+    lora = registry.load_class("stack", "lora")
     for part in (loaded, model):
         Stack([wrapper, lora(name="lora", target="all-linear")]).attach(part)
     ids = torch.arange(12)[None]

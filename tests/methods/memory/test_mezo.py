@@ -18,7 +18,7 @@ from llmrecipe.core.errors import ModelError, RecipeError, RunError
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.memory._engines import zeroth_order as zo
-from llmrecipe.methods.memory._engines.replay import entries, read_header, replay
+from llmrecipe.methods.memory._engines.replay import entries, read_history_header, replay
 from llmrecipe.methods.memory.mezo import HISTORY_FILE, Mezo
 from tests.methods.memory.mezo_support import Accuracy, FakeRun, Next, Squares, make_run
 
@@ -247,7 +247,7 @@ def test_layerwise_and_inplace_estimate_the_same(tmp_path, tie: bool) -> None:
 @pytest.mark.parametrize("perturb", ["inplace", "layerwise"])
 def test_adapters_are_perturbed_and_the_base_is_untouched(tmp_path, perturb: str) -> None:
     model = llama(torch.float32)
-    lora = registry.load("stack", "lora")(name="lora", target="all-linear")
+    lora = registry.load_class("stack", "lora")(name="lora", target="all-linear")
     run = make_run(model, tmp_path, (lora,), perturb=perturb, run={"objective": Next(), "learning_rate": 1e-3})
     before = values(model)
     model.eval()
@@ -333,10 +333,10 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_representable() -> No
 def test_tiny_updates_survive_in_bfloat16_on_average(tmp_path) -> None:
     model = nn.Linear(400, 50, bias=False).to(torch.bfloat16)
     model.weight.data.fill_(1.0)
-    moments = zo.Moments()
+    moments = zo.UpdateMoments()
     trained = [zo.Trained("weight", model.weight)]
     for step in range(20):
-        zo.update(trained, zo.Noise(step), moments, [zo.Entry(step, 1e-4, (1.0,))])
+        zo.update(trained, zo.Noise(step), moments, [zo.StepEstimate(step, 1e-4, (1.0,))])
     expected = -1e-4 * sum(direction(model, seed=s, step=s)["weight"] for s in range(20))
     moved = model.weight.detach().float() - 1.0
     slope = float((moved * expected).sum() / expected.square().sum())
@@ -439,7 +439,7 @@ def test_decay_leaves_biases_and_norms(tmp_path) -> None:
 
 def test_learning_rate_scales_of_the_stack_are_kept(tmp_path) -> None:
     model = llama(torch.float32)
-    lora = registry.load("stack", "lora")(name="lora", lr_ratio=16.0)
+    lora = registry.load_class("stack", "lora")(name="lora", lr_ratio=16.0)
     run = make_run(model, tmp_path, (lora,), run={"objective": Next(), "learning_rate": 1e-3})
     run.step(IDS)
     scales = {t.name.rpartition(".")[2]: t.lr_scale for t in run.stack.rule().trained}
@@ -513,7 +513,7 @@ def test_the_history_is_ten_bytes_a_step(tmp_path) -> None:
         run.step([data()])
     assert path.stat().st_size == size + 70
     assert [e.step for e in entries(path)] == list(range(8))
-    header = read_header(path)
+    header = read_history_header(path)
     assert header["seed"] == 7 and header["eps"] == 1e-3 and header["rng"] == "cpu"
 
 
@@ -620,7 +620,7 @@ def test_what_needs_gradients_is_refused(tmp_path) -> None:
     model.activation_checkpointing_enable()
     with pytest.raises(RecipeError, match="gradient_checkpointing"):
         make_run(model, tmp_path)
-    lora = registry.load("stack", "lora")(name="lora")
+    lora = registry.load_class("stack", "lora")(name="lora")
     with pytest.raises(RecipeError, match="works on gradients, and mezo makes none"):
         make_run(llama(torch.float32), tmp_path, (lora, Greedy(name="greedy")), run={"objective": Next()}).step(IDS)
     with pytest.raises(RecipeError, match="use inplace"):

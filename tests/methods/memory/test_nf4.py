@@ -165,7 +165,7 @@ def test_forward_and_input_gradient_equal_the_dequantized_layer(bias: bool) -> N
 def test_evaluation_in_the_middle_of_training(dtype: torch.dtype, build) -> None:
     """The library alone repacks the weight in eval mode; the next training forward of a layer with a bias then fails."""
     model = build().to(dtype)
-    stack = Stack([Nf4(name="nf4"), registry.load("stack", "lora")(name="lora", target="attn.o")])
+    stack = Stack([Nf4(name="nf4"), registry.load_class("stack", "lora")(name="lora", target="attn.o")])
     stack.attach(model)
     packed = {path: module.weight.data.clone() for path, module in quantized(model)}
 
@@ -254,7 +254,7 @@ def test_nothing_to_quantize_is_an_error() -> None:
 
 
 def test_two_quantizers_are_refused() -> None:
-    int8 = registry.load("stack", "int8")
+    int8 = registry.load_class("stack", "int8")
     with pytest.raises(RecipeError, match="keep one"):
         Stack([Nf4(name="a"), int8(name="b")])
 
@@ -263,7 +263,7 @@ def test_meta_skeleton_weighs_what_the_packed_model_weighs() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_llama().config)
     wrapper = Nf4(name="nf4")
-    stack = Stack([wrapper, registry.load("stack", "lora")(name="lora", target="all-linear")])
+    stack = Stack([wrapper, registry.load_class("stack", "lora")(name="lora", target="all-linear")])
     stack.attach(model)
     real = tiny_llama()
     wrapper.attach(real)
@@ -295,7 +295,7 @@ def test_dequantized_model_computes_the_same_and_saves_as_an_ordinary_one(build,
     plain.save_pretrained(tmp_path / "base")
     wrapper = Nf4(name="nf4")
     model = type(plain).from_pretrained(tmp_path / "base", dtype=torch.float32, **wrapper.load_kwargs()).eval()
-    stack = Stack([wrapper, registry.load("stack", "lora")(name="lora", target="attn.o + mlp.down")])
+    stack = Stack([wrapper, registry.load_class("stack", "lora")(name="lora", target="attn.o + mlp.down")])
     stack.attach(model)
     for name, parameter in model.named_parameters():
         if name.endswith("lora.B"):
@@ -313,7 +313,7 @@ def test_dequantized_model_computes_the_same_and_saves_as_an_ordinary_one(build,
 
 def test_dequantizing_keeps_hooks_working() -> None:
     model = tiny_llama().eval()
-    Stack([Nf4(name="nf4"), registry.load("stack", "lora")(name="lora", target="all-linear")]).attach(model)
+    Stack([Nf4(name="nf4"), registry.load_class("stack", "lora")(name="lora", target="all-linear")]).attach(model)
     for name, parameter in model.named_parameters():
         if name.endswith("lora.B"):
             nn.init.normal_(parameter, std=0.1)

@@ -18,7 +18,7 @@ from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank, budge
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.optim.optimizers.adamw import AdamW
 from llmrecipe.optim.optimizers.adamw_8bit import AdamW8bit
-from llmrecipe.runs.delta import rename
+from llmrecipe.runs.delta import rename_tensor
 from llmrecipe.training.build_run import check_cuts, optimizer_for
 from tests.interop.saved_runs import VOCABULARY, base_folder
 from tests.tiny import tiny_model
@@ -233,7 +233,7 @@ def test_a_pruned_delta_is_attached_at_its_own_ranks_and_merges() -> None:
     other = Stack([wrapper])
     names = {"adalora": "other"}
     other.attach(again, {"other": stack.structures(pruned)["adalora"]})
-    other.restore(again, {rename(name, names): value for name, value in stack.delta(pruned).items()})
+    other.restore(again, {rename_tensor(name, names): value for name, value in stack.delta(pruned).items()})
     torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=1e-6, rtol=1e-6)
     wrapper.merge(again)
     torch.testing.assert_close(again(input_ids=IDS).logits, wanted, atol=1e-4, rtol=1e-4)
@@ -289,7 +289,7 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
         {"adalora": delta.wrapper_mapping(wrapper)}, stack.structures(model), delta.DELTA_FILE, stack.delta(model)
     )
     facts = {"path": str(base), "fingerprint": loaded.base_fingerprint, "section": {}}
-    delta.write(tmp_path / "run" / "final", delta.Saved(facts, [layer]))
+    delta.write_stack(tmp_path / "run" / "final", delta.SavedStack(facts, [layer]))
     wanted = model(input_ids=IDS).logits
     assert (wanted - tiny_model(vocab_size=VOCABULARY)(input_ids=IDS).logits).abs().max() > 0.05
     folder = export_peft(tmp_path / "run", as_lora=as_lora).path

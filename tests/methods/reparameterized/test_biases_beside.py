@@ -34,7 +34,7 @@ STEPS: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 100}
 
 def wrapper(kind: str, **options: Any) -> Any:
     if kind != "adalora":
-        return registry.load("stack", kind)(name=kind, **{"r": 4, "alpha": 6.0, **options})
+        return registry.load_class("stack", kind)(name=kind, **{"r": 4, "alpha": 6.0, **options})
     return Adalora(name="adalora", **{"alpha": 6.0, **STEPS, **options})
 
 

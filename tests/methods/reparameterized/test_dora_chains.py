@@ -37,7 +37,7 @@ def chain(family: str, first: Any, second: Any, *below: Any) -> tuple[nn.Module,
     wanted = run(input_ids=IDS).logits
     tensors = {name: value.clone() for name, value in stack.delta(run).items()}
     model = fresh(family, below)
-    mounted = list(delta.mount(model, delta.Layer({first.name: delta.wrapper_mapping(first)}, {}, tensors=tensors), 0))
+    mounted = list(delta.mount_layer(model, delta.Layer({first.name: delta.wrapper_mapping(first)}, {}, tensors=tensors), 0))
     upper = Stack([second])
     upper.attach(model.train())
     model.eval()

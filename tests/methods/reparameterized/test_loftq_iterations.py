@@ -162,7 +162,7 @@ def mounted_on_a_fresh_base(model: nn.Module, stack: Stack) -> tuple[nn.Module, 
     again = tiny_model()
     Stack([Nf4(name="nf4")]).attach(again)
     layer = delta.Layer({"lora": delta.wrapper_mapping(lora)}, {}, tensors={n: v.clone() for n, v in own.items()})
-    return again, list(delta.mount(again, layer, 0))
+    return again, list(delta.mount_layer(again, layer, 0))
 
 
 def test_saved_and_mounted_on_the_base_it_is_the_same_model_and_below_dora_its_weight() -> None:

@@ -209,7 +209,7 @@ def test_a_quantized_weight_has_no_decomposition_to_start_from(init: str) -> Non
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=f"init: {init} starts from a decomposition of the weight; it needs one that is not"):
-        initialization.start(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
+        initialization.init_hook(low_rank.LowRank(8, 8, 2, 1.0), init, layer)
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"])

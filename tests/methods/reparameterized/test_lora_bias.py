@@ -109,7 +109,7 @@ def test_biases_trained_below_are_where_the_next_run_starts(above: Any, dtype: t
     fill(first)
     layer = delta.Layer({"bitfit": delta.wrapper_mapping(stack.wrappers[0])}, {}, tensors=stack.delta(first))
     model = tiny_model("gpt2").to(dtype)
-    delta.mount(model, layer, 0)
+    delta.mount_layer(model, layer, 0)
     wanted = model(input_ids=IDS).logits
     assert torch.equal(wanted, first(input_ids=IDS).logits)
     upper = put(model, above)

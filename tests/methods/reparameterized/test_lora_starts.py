@@ -246,7 +246,7 @@ def test_the_ranks_eva_chose_are_saved_and_a_layer_without_any_has_no_branch() -
     assert sum(structure["ranks"].values()) == 8 and len(structure["ranks"]) < 8
     layer = delta.Layer({"lora": delta.wrapper_mapping(stack.wrappers[0])}, {"lora": structure}, tensors=stack.delta(model))
     again = tiny_model()
-    delta.mount(again, layer, 0)
+    delta.mount_layer(again, layer, 0)
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert len(hooks_of(again)) == len(structure["ranks"])
 

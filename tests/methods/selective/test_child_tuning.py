@@ -139,7 +139,7 @@ def test_f_can_mask_what_lora_trains():
 def test_d_takes_the_top_of_the_blocks_and_freezes_the_rest_bit_for_bit():
     model = tiny_model("llama")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    scores = selection.score(model, language_probe(model), base_weights(model, "blocks"), 3)
+    scores = selection.score_entries(model, language_probe(model), base_weights(model, "blocks"), 3)
     stack = tuned(model, p=0.1, rest="freeze", num_samples=3)
     held = {hook.source: set(hook.idx.tolist()) for _, _, hook in sparse_hooks(model, "child")}
     assert sum(map(len, held.values())) == int(0.1 * sum(s.numel() for s in scores.values()))
@@ -174,7 +174,7 @@ def test_code_compat_clips_each_tensor_of_a_batch_gradient():
     model = tiny_model("llama").double()
     probe = language_probe(model)
     weights = base_weights(model, "layers.0.mlp.up")
-    got = selection.score(model, probe, weights, 1, rows=None, reduction="mean", training=True, clip=1e-3)
+    got = selection.score_entries(model, probe, weights, 1, rows=None, reduction="mean", training=True, clip=1e-3)
     name = next(iter(weights))
     grad = torch.autograd.grad(probe.loss(next(probe.batches(1))), dict(model.named_parameters())[name])[0]
     want = (grad * min(1.0, 1e-3 / (float(grad.norm()) + 1e-6))) ** 2

@@ -44,7 +44,7 @@ def train(model: nn.Module, stack: Stack, steps: int = 5) -> torch.optim.Optimiz
 
 def test_mask_is_the_global_top_of_the_fisher_scores():
     model = tiny_model("llama")
-    scores = selection.score(model, language_probe(model), base_weights(model), 3)
+    scores = selection.score_entries(model, language_probe(model), base_weights(model), 3)
     fish(model, density=0.01)
     flat = torch.cat(list(scores.values()))
     k = int(0.01 * flat.numel())
@@ -156,7 +156,7 @@ def test_memory_is_twenty_bytes_an_entry():
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_random_mask_is_the_top_of_numbers_by_address_and_reads_no_example(groups: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(selection, "score", lambda *_, **__: pytest.fail("scored an example"))
+    monkeypatch.setattr(selection, "score_entries", lambda *_, **__: pytest.fail("scored an example"))
     model = tiny_model("llama")
     numbers = {n: uniform(f"5:{n}", 0, w.numel).float() for n, w in base_weights(model).items()}
     k = int(0.01 * sum(values.numel() for values in numbers.values()))

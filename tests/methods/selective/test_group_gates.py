@@ -16,7 +16,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective._engines.counter_rng import uniform
 from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
 from llmrecipe.methods.selective._engines.sparse_method import base_weights, sparse_hooks
-from llmrecipe.methods.selective._engines.weight_groups import Family, families
+from llmrecipe.methods.selective._engines.weight_groups import GroupFamily, families
 from llmrecipe.methods.selective.group_mask import GroupMask
 from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.probe import language_probe
@@ -51,7 +51,7 @@ def randomise(model: nn.Module) -> None:
                 hook.alpha.normal_(std=1.0)
 
 
-def spread(family: Family, z: torch.Tensor) -> dict[str, torch.Tensor]:
+def spread(family: GroupFamily, z: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gate of every number of every tensor of a family, written group by group."""
     found = {}
     for member in family.members:

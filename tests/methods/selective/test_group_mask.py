@@ -78,7 +78,7 @@ def test_fused_and_transposed_projections():
 @pytest.mark.parametrize("kind", ["row", "column", "head", "neuron", "tensor", "layer"])
 def test_scores_of_groups_are_sums_of_entry_scores(kind: str):
     model = tiny_model("llama")
-    entries = selection.score(model, language_probe(model), base_weights(model), 3)
+    entries = selection.score_entries(model, language_probe(model), base_weights(model), 3)
     found = families(model, kind)  # type: ignore[arg-type]
     for family in (found[0], found[-1]):
         for which in (0, family.count - 1):

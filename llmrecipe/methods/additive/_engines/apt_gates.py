@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
-from llmrecipe.methods.additive._engines.prefix_kv import Made, Plan, PrefixTables, attach, shared_of, tokens_of
+from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of, tokens_of
 from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.models.kv_cache import cached, carried, prompts_of
 from llmrecipe.models.module_map import anatomy
@@ -154,14 +154,14 @@ class GatedTables(ScoredTables):
     summary = "all"
 
 
-def attach_gated(model: nn.Module, name: str, plan: Plan, structure: dict[str, Any] | None, pool: str) -> None:
+def attach_gated(model: nn.Module, name: str, plan: ColumnPlan, structure: dict[str, Any] | None, pool: str) -> None:
     """Attach a prefix whose attention modules gate their columns.
 
     Raises:
         RecipeError: a mean over tokens a causal layer has not seen yet.
     """
     parts = anatomy(model)
-    for _, roles in attach(model, name, plan, structure, GatedTables):
+    for _, roles in attach_prefix(model, name, plan, structure, GatedTables):
         for site in (s for group in roles.values() for s in group):
             if pool == "mean" and site.side == "decoder" and parts.causal:
                 raise RecipeError(f"stack.{name}.gate: a mean over {site.path}'s input reads tokens to come; use gate: token")

@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Shape:
+class BottleneckShape:
     """What every bottleneck of one wrapper has in common."""
 
     activation: str = "relu"
@@ -53,7 +53,7 @@ class Shape:
 class Bottleneck(Hook):
     """The network A. It is a hook without a place; the classes below say what it reads and what it adds to."""
 
-    def __init__(self, width_in: int, width_out: int, r: int, shape: Shape):
+    def __init__(self, width_in: int, width_out: int, r: int, shape: BottleneckShape):
         super().__init__()
         self.down = nn.Parameter(torch.empty(r, width_in))
         self.up = nn.Parameter(torch.empty(width_out, r))
@@ -66,7 +66,7 @@ class Bottleneck(Hook):
         self.scale = None if trained is None else nn.Parameter(torch.ones(trained))
         self.norm_before = nn.LayerNorm(width_in) if shape.norm_before else None
         self.norm_after = nn.LayerNorm(width_out) if shape.norm_after else None
-        initialise(self.down, self.up, shape.init)
+        init_bottleneck(self.down, self.up, shape.init)
 
     def network(self, z: Tensor) -> Tensor:
         """Return A(z), (..., in) -> (..., out)."""
@@ -93,7 +93,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(down: Tensor, up: Tensor, init: Init) -> None:
+def init_bottleneck(down: Tensor, up: Tensor, init: Init) -> None:
     """Initialize the two matrices; biases start at zero.
 
     zero_up   W_d Kaiming-uniform(a = sqrt 5), W_u = 0: A is zero
@@ -141,7 +141,7 @@ class Beside(Bottleneck):
 
     rows: Tensor | None
 
-    def __init__(self, width_in: int, width_out: int, r: int, shape: Shape, rows: Tensor | None = None):
+    def __init__(self, width_in: int, width_out: int, r: int, shape: BottleneckShape, rows: Tensor | None = None):
         super().__init__(width_in, width_out, r, shape)
         self.register_buffer("rows", rows, persistent=False)
 
@@ -152,11 +152,11 @@ class Beside(Bottleneck):
 
 
 class Joined(Bottleneck):
-    """y -> y + A(u), where a `Tap` on another module of the block has seen u on the way here."""
+    """y -> y + A(u), where a `BranchTap` on another module of the block has seen u on the way here."""
 
     order = DELTA
 
-    def __init__(self, width: int, r: int, shape: Shape):
+    def __init__(self, width: int, r: int, shape: BottleneckShape):
         super().__init__(width, width, r, shape)
         self.seen: list[Tensor] = []
 
@@ -169,7 +169,7 @@ class Joined(Bottleneck):
         return y + self.network(u)
 
 
-class Tap(Hook):
+class BranchTap(Hook):
     """x -> x, showing x to a `Joined` branch further on."""
 
     def __init__(self, branch: Joined):
@@ -189,7 +189,7 @@ class HeadBeside(Hook):
     P (H, r, E) and V (H, r, Ev) have the shape of a prefix's keys and values; f stands where a prefix has a softmax.
     """
 
-    def __init__(self, heads: int, width_in: int, width_out: int, r: int, shape: Shape):
+    def __init__(self, heads: int, width_in: int, width_out: int, r: int, shape: BottleneckShape):
         super().__init__()
         self.down = nn.Parameter(torch.empty(heads, r, width_in))
         self.up = nn.Parameter(torch.empty(heads, width_out, r))
@@ -198,7 +198,7 @@ class HeadBeside(Hook):
         self.fixed = shape.scale if isinstance(shape.scale, float) else 1.0
         self.scale = None if isinstance(shape.scale, float) else nn.Parameter(torch.ones(1))
         for down, up in zip(self.down, self.up, strict=True):
-            initialise(down, up, shape.init)
+            init_bottleneck(down, up, shape.init)
 
     def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return q (R, H, T, E) -> (R, H, T, Ev)."""
@@ -284,7 +284,7 @@ def size_of(sub: Sublayer, width: int, r: int | None, reduction: int, sizes: dic
     return r if r is not None else max(1, width // reduction)
 
 
-def count(width_in: int, width_out: int, r: int, shape: Shape) -> int:
+def count(width_in: int, width_out: int, r: int, shape: BottleneckShape) -> int:
     """Return the number of a bottleneck's parameters: r (in + out) + [r + out] + [scale] + [2 in] + [2 out]."""
     scale = {"learned": 1, "channel": width_out}.get(str(shape.scale), 0)
     norms = 2 * width_in * shape.norm_before + 2 * width_out * shape.norm_after

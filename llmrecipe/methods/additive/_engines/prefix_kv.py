@@ -41,7 +41,7 @@ HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_
 
 
 @dataclass(frozen=True)
-class Plan:
+class ColumnPlan:
     """What a wrapper requires of its columns."""
 
     target: str
@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Shape:
+class KeyValueShape:
     """Key and value shape of one attention module."""
 
     heads: int
@@ -76,7 +76,7 @@ Columns = list[tuple[Tensor, Tensor]]
 class Table(nn.Module):
     """The columns of L attention modules; float32, whatever the base."""
 
-    def __init__(self, plan: Plan, shapes: list[Shape], reparam: str):
+    def __init__(self, plan: ColumnPlan, shapes: list[KeyValueShape], reparam: str):
         super().__init__()
         self.shapes, self.virtual_tokens, self.rate = shapes, plan.virtual_tokens, plan.dropout
         width = sum(s.width for s in shapes)
@@ -234,7 +234,7 @@ def host_of(model: nn.Module, side: str) -> nn.Module:
     return host
 
 
-def shape_of(site: Site, model: nn.Module) -> Shape:
+def shape_of(site: Site, model: nn.Module) -> KeyValueShape:
     """Return the key and value shape of an attention module, from its own attributes or the model's.
 
     Raises:
@@ -252,7 +252,7 @@ def shape_of(site: Site, model: nn.Module) -> Shape:
     size = next((n for name in HEAD_SIZES if (n := getattr(module, name, None))), None)
     key = int(size or parts.head_dim)
     value_size = int(getattr(module, "v_head_dim", None) or key)
-    return Shape(value.width_out // value_size, key, value_size)
+    return KeyValueShape(value.width_out // value_size, key, value_size)
 
 
 def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[str, list[Site]]]:
@@ -273,10 +273,10 @@ def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[
     return found
 
 
-def attach(
+def attach_prefix(
     model: nn.Module,
     name: str,
-    plan: Plan,
+    plan: ColumnPlan,
     structure: dict[str, Any] | None = None,
     tables_hook: type[PrefixTables] = PrefixTables,
 ) -> list[tuple[PrefixTables, dict[str, list[Site]]]]:
@@ -351,7 +351,7 @@ class Recorder(Hook):
 
 
 @torch.no_grad()
-def start_from_text(model: Any, name: str, plan: Plan, tokenizer: Any, text: str) -> None:
+def start_from_text(model: Any, name: str, plan: ColumnPlan, tokenizer: Any, text: str) -> None:
     """Fill flat tables with the keys and values the frozen model computes for a text, repeated or cut to P tokens.
 
     With rotary positions the text stands at -P .. -1 (`free`) or 0 .. P-1 (`shift`), so that the prefix is exactly that text

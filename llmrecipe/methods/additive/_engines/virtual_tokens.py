@@ -251,7 +251,7 @@ def _closed(out: Any, opened: Opening) -> Any:
     return out
 
 
-def attach(model: nn.Module, name: str, virtual_tokens: int, behind: int) -> VirtualTokenRows:
+def attach_virtual_tokens(model: nn.Module, name: str, virtual_tokens: int, behind: int) -> VirtualTokenRows:
     """Add the virtual tokens at the backbone (the encoder of a pair) and their rows, still zero, at its embedding."""
     parts = anatomy(model)
     pair = parts.encoder_decoder
@@ -265,15 +265,15 @@ def attach(model: nn.Module, name: str, virtual_tokens: int, behind: int) -> Vir
     return rows
 
 
-def rows_of(model: nn.Module, name: str) -> tuple[nn.Module, VirtualTokenRows]:
+def virtual_rows(model: nn.Module, name: str) -> tuple[nn.Module, VirtualTokenRows]:
     """Return the embedding that holds a wrapper's rows, and the rows."""
     return next((module, hook) for _, module, _, hook in all_hooks(model, name) if isinstance(hook, VirtualTokenRows))
 
 
 @torch.no_grad()
-def start(model: nn.Module, name: str, init: str) -> None:
+def init_virtual_tokens(model: nn.Module, name: str, init: str) -> None:
     """Initialize the rows: `vocab` (random tokens), `uniform`, `normal`; `text` waits for a tokenizer."""
-    embedding, rows = rows_of(model, name)
+    embedding, rows = virtual_rows(model, name)
     if init == "uniform":
         rows.embeddings.uniform_(-0.5, 0.5)
     elif init == "normal":
@@ -287,5 +287,5 @@ def start(model: nn.Module, name: str, init: str) -> None:
 @torch.no_grad()
 def copy_tokens(model: nn.Module, name: str, ids: list[int]) -> None:
     """Copy the embeddings of these tokens, the embedding's own scale included."""
-    embedding, rows = rows_of(model, name)
+    embedding, rows = virtual_rows(model, name)
     rows.embeddings.copy_(embedding(torch.tensor(ids, device=rows.embeddings.device)[None])[0])

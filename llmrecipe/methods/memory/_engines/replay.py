@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.methods.memory._engines.zeroth_order import (
-    Entry,
-    Moments,
     Noise,
+    StepEstimate,
     Trained,
+    UpdateMoments,
     absorb,
     new_moments,
     shapes_digest,
@@ -57,7 +57,7 @@ class History:
     def _continue(self, header: dict[str, Any], step: int) -> None:
         if not self.path.exists():
             raise RunError(f"{self.path}: the history of the first {step} steps is missing; without it: store_history=false")
-        known = read_header(self.path)
+        known = read_history_header(self.path)
         other = [k for k in header if k not in NOT_COMPARED and header[k] != known.get(k)]
         if other:
             raise RunError(f"{self.path}: the history was made with other settings: {', '.join(sorted(other))}")
@@ -65,7 +65,7 @@ class History:
         with self.path.open("r+b") as file:
             file.truncate(end)
 
-    def append(self, entry: Entry | None, lr: float = 0.0) -> None:
+    def append(self, entry: StepEstimate | None, lr: float = 0.0) -> None:
         """Add one step; None for a step that was skipped because its loss was not finite."""
         g = (math.nan,) if entry is None else entry.g
         data = RECORD.pack(lr if entry is None else entry.lr, len(g)) + struct.pack(f"<{len(g)}f", *g)
@@ -75,7 +75,7 @@ class History:
             os.fsync(file.fileno())
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_history_header(path: Path) -> dict[str, Any]:
     """Read the header of a history file.
 
     Raises:
@@ -88,7 +88,7 @@ def read_header(path: Path) -> dict[str, Any]:
         return json.loads(file.read(size))
 
 
-def _walk(path: Path) -> Iterator[tuple[int, Entry]]:
+def _walk(path: Path) -> Iterator[tuple[int, StepEstimate]]:
     """Yield (offset after the record, entry), one a step; a torn last record is left out."""
     data = path.read_bytes()
     (size,) = struct.unpack_from("<I", data, len(MAGIC))
@@ -99,7 +99,7 @@ def _walk(path: Path) -> Iterator[tuple[int, Entry]]:
         end = at + RECORD.size + 4 * n
         if end > len(data):
             return
-        yield end, Entry(step, lr, struct.unpack_from(f"<{n}f", data, at + RECORD.size))
+        yield end, StepEstimate(step, lr, struct.unpack_from(f"<{n}f", data, at + RECORD.size))
         at, step = end, step + 1
 
 
@@ -110,13 +110,15 @@ def _offset(path: Path, steps: int) -> int:
     return ends[steps - 1]
 
 
-def entries(path: Path) -> list[Entry]:
+def entries(path: Path) -> list[StepEstimate]:
     """Read every step of a history; skipped ones have g = NaN."""
-    read_header(path)
+    read_history_header(path)
     return [entry for _, entry in _walk(path)]
 
 
-def recall(path: Path, trained: list[Trained], noise: Noise, moments: Moments, step: int) -> dict[str, tuple[Tensor, Tensor]]:
+def recall(
+    path: Path, trained: list[Trained], noise: Noise, moments: UpdateMoments, step: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Recompute the moments a run had after `step` steps: every estimate is drawn again, the weights stay where they are.
 
     Raises:
@@ -133,7 +135,7 @@ def recall(path: Path, trained: list[Trained], noise: Noise, moments: Moments, s
     return stored
 
 
-def header_of(trained: list[Trained], noise: Noise, moments: Moments, window: int | None, eps: float) -> dict[str, Any]:
+def header_of(trained: list[Trained], noise: Noise, moments: UpdateMoments, window: int | None, eps: float) -> dict[str, Any]:
     """Return what has to be the same for a replay, and a digest of the weights at step 0.
 
     Args:
@@ -176,7 +178,7 @@ def replay(model: nn.Module, path: Path | str, steps: int | None = None) -> int:
         RunError: the noise would differ on this device or version of torch.
     """
     path = Path(path)
-    header = read_header(path)
+    header = read_history_header(path)
     decays, scale = set(header["decays"]), header["lr_scale"]
     trained = [
         Trained(name, p, name in decays, scale.get(name, 1.0)) for name, p in model.named_parameters() if p.requires_grad
@@ -187,9 +189,9 @@ def replay(model: nn.Module, path: Path | str, steps: int | None = None) -> int:
         raise ModelError(f"{path}: these are not the weights the run started from")
     noise = Noise(header["seed"], cpu=header["rng"] == "cpu" and trained[0].parameter.device.type != "cpu")
     _check_stream(path, header, trained[0].parameter.device.type)
-    moments = Moments(header["optimizer"], header["beta1"], header["beta2"], header["adam_eps"], header["weight_decay"])
+    moments = UpdateMoments(header["optimizer"], header["beta1"], header["beta2"], header["adam_eps"], header["weight_decay"])
     stored = None if header["window"] is not None else new_moments(trained)
-    window: list[Entry] = []
+    window: list[StepEstimate] = []
     done = entries(path)[:steps]
     for entry in done:
         if not math.isnan(entry.g[0]):

@@ -65,14 +65,14 @@ class Noise:
         return generator.manual_seed(key >> 1)
 
 
-def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+def tensor_chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, flat view) of each chunk of a contiguous tensor."""
     yield from enumerate(tensor.view(-1).split(CHUNK))
 
 
 def shift(tensor: Tensor, name: str, noise: Noise, step: int, sample: int, scale: float) -> None:
     """Add scale z to a tensor in place, one chunk of z at a time."""
-    for index, view in chunks(tensor):
+    for index, view in tensor_chunks(tensor):
         view.add_(noise.normal(name, step, sample, index, view), alpha=scale)
 
 
@@ -243,7 +243,7 @@ def float32(value: float) -> float:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StepEstimate:
     """What one step measured: enough to make its update again."""
 
     step: int
@@ -253,7 +253,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Moments:
+class UpdateMoments:
     """How estimates become an update.
 
     With m = beta1 m + (1 - beta1) e and v = beta2 v + (1 - beta2) e^2 over the estimates e = mean_i g_i z_i:
@@ -267,7 +267,7 @@ class Moments:
     weight_decay: float = 0.0
 
 
-def estimate(item: Trained, noise: Noise, entry: Entry, index: int, like: Tensor) -> Tensor:
+def gradient_estimate(item: Trained, noise: Noise, entry: StepEstimate, index: int, like: Tensor) -> Tensor:
     """Return e = mean_i g_i z_i of one chunk, in float32 (float64 for float64 parameters)."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     total = torch.zeros_like(like, dtype=dtype)
@@ -279,8 +279,8 @@ def estimate(item: Trained, noise: Noise, entry: Entry, index: int, like: Tensor
 def update(
     trained: Iterable[Trained],
     noise: Noise,
-    moments: Moments,
-    window: Sequence[Entry],
+    moments: UpdateMoments,
+    window: Sequence[StepEstimate],
     stored: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Update theta <- theta - lr (direction + decay theta) for the last entry of the window.
@@ -296,21 +296,23 @@ def update(
             absorb(item, noise, moments, now, stored)
         lr = now.lr * item.lr_scale
         decay = lr * moments.weight_decay if item.decays else 0.0
-        for index, view in chunks(item.parameter.data):
+        for index, view in tensor_chunks(item.parameter.data):
             if stored is None:
                 m, v = torch.zeros((), device=view.device), torch.zeros((), device=view.device)
                 for entry in window if moments.kind != "sgd" else (now,):
-                    m, v = _advance(m, v, estimate(item, noise, entry, index, view), moments)
+                    m, v = _advance(m, v, gradient_estimate(item, noise, entry, index, view), moments)
             else:
                 m, v = (_flat_chunk(t, index) for t in stored[item.name])
             _apply(view, _direction(m, v, count, moments), lr, decay, noise, item.name, now.step, index)
 
 
-def absorb(item: Trained, noise: Noise, moments: Moments, entry: Entry, stored: dict[str, tuple[Tensor, Tensor]]) -> None:
+def absorb(
+    item: Trained, noise: Noise, moments: UpdateMoments, entry: StepEstimate, stored: dict[str, tuple[Tensor, Tensor]]
+) -> None:
     """Update the stored moments of one tensor by one estimate."""
-    for index, view in chunks(item.parameter.data):
+    for index, view in tensor_chunks(item.parameter.data):
         m, v = (_flat_chunk(t, index) for t in stored[item.name])
-        after_m, after_v = _advance(m, v, estimate(item, noise, entry, index, view), moments)
+        after_m, after_v = _advance(m, v, gradient_estimate(item, noise, entry, index, view), moments)
         m.copy_(after_m)
         v.copy_(after_v)
 
@@ -324,7 +326,7 @@ def new_moments(trained: Iterable[Trained]) -> dict[str, tuple[Tensor, Tensor]]:
     return {item.name: (zeros(item), zeros(item)) for item in trained}
 
 
-def _advance(m: Tensor, v: Tensor, e: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+def _advance(m: Tensor, v: Tensor, e: Tensor, moments: UpdateMoments) -> tuple[Tensor, Tensor]:
     if moments.kind == "sgd":
         return e, v
     m = m * moments.beta1 + e * (1.0 - moments.beta1)
@@ -333,7 +335,7 @@ def _advance(m: Tensor, v: Tensor, e: Tensor, moments: Moments) -> tuple[Tensor,
     return m, v
 
 
-def _direction(m: Tensor, v: Tensor, count: int, moments: Moments) -> Tensor:
+def _direction(m: Tensor, v: Tensor, count: int, moments: UpdateMoments) -> Tensor:
     if moments.kind != "adam":
         return m
     first = m / (1.0 - moments.beta1**count)

@@ -13,7 +13,7 @@ from torch import Tensor
 WORD = 0xFFFFFFFF
 
 
-def bits(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Return 32 random bits for each of the positions first .. first + count, as int64 in [0, 2^32).
 
     Args:
@@ -28,12 +28,12 @@ def bits(address: str, first: int, count: int, device: torch.device | str = "cpu
 
 def uniform(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Return uniform numbers strictly between 0 and 1, float64 in steps of 2^-32."""
-    return (bits(address, first, count, device).double() + 0.5) / 2.0**32
+    return (random_bits(address, first, count, device).double() + 0.5) / 2.0**32
 
 
 def bernoulli(address: str, first: int, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
     """Return True with probability p."""
-    return bits(address, first, count, device) < int(p * 2**32)
+    return random_bits(address, first, count, device) < int(p * 2**32)
 
 
 def _mix(x: Tensor) -> Tensor:

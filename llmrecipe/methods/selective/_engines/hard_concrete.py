@@ -23,7 +23,7 @@ from llmrecipe.methods.selective._engines.sparse_delta import Weight
 from llmrecipe.models.hooks.hook import DELTA, Hook
 
 if TYPE_CHECKING:
-    from llmrecipe.methods.selective._engines.weight_groups import Family, Member
+    from llmrecipe.methods.selective._engines.weight_groups import GroupFamily, Member
 
 CHUNK = 1 << 22
 
@@ -120,7 +120,7 @@ class GroupGate(Gated):
 
     slot: Tensor
 
-    def __init__(self, family: Family, member: Member, low: float, high: float, alpha: float, first: GroupGate | None):
+    def __init__(self, family: GroupFamily, member: Member, low: float, high: float, alpha: float, first: GroupGate | None):
         super().__init__(member.weight, low, high)
         self.family, self.size = family.name, family.size
         self.alpha = nn.Parameter(self.w.new_full((family.count,), alpha)) if first is None else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.method import ParamGroup
 from llmrecipe.methods.selective._engines.hard_concrete import Gated, GateTied
-from llmrecipe.methods.selective._engines.sparse_delta import Chosen, Weight, take
+from llmrecipe.methods.selective._engines.sparse_delta import Selected, Weight, gather_selected
 from llmrecipe.methods.selective._engines.sparse_method import SparseMethod, attach_chosen, sparse_hooks
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, remove_hook
 
@@ -35,7 +35,7 @@ class GatePhase(SparseMethod):
         """Return E ||delta||_0 of all hooks together."""
         raise NotImplementedError
 
-    def survivors(self, model: nn.Module, hooks: list[Any], draw: str) -> dict[str, Chosen]:
+    def survivors(self, model: nn.Module, hooks: list[Any], draw: str) -> dict[str, Selected]:
         """Return what of every tensor trains on; `draw` is the counter of the one u the differences are computed at."""
         raise NotImplementedError
 
@@ -82,7 +82,7 @@ class GatePhase(SparseMethod):
         hooks = self.gates(model)
         chosen = self.survivors(model, hooks, f"{self.seed}:prune")
         learned = {
-            hook.source: take(hook.w.detach(), chosen[hook.source].layout, chosen[hook.source].idx.to(hook.w.device))
+            hook.source: gather_selected(hook.w.detach(), chosen[hook.source].layout, chosen[hook.source].idx.to(hook.w.device))
             for hook in hooks
             if hook.source in chosen
         }

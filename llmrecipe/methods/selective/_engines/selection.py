@@ -183,7 +183,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def score(
+def score_entries(
     model: nn.Module,
     probe: Probe,
     weights: Mapping[str, Weight],

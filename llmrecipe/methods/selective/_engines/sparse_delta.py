@@ -61,7 +61,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selected:
     """What is selected of one tensor."""
 
     idx: Tensor
@@ -76,7 +76,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def take(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
+def gather_selected(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
     """Return a copy of the selected numbers of a tensor."""
     if layout == "entries":
         return weight.reshape(-1).index_select(0, idx)
@@ -92,7 +92,7 @@ def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
 
 
 @dataclass
-class Writer:
+class SelectionWriter:
     """Writes the selections of one tensor, in the order of the stack; several wrappers may select the same entry."""
 
     hooks: list[SparseDelta] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Writer:
         for hook, active in zip(self.hooks, on, strict=True):
             if active:
                 if hook.base is None:
-                    hook.base = take(raw, hook.layout, hook.idx)
+                    hook.base = gather_selected(raw, hook.layout, hook.idx)
                 put(raw, hook.layout, hook.idx, (hook.base.to(hook.values.dtype) + hook.values).to(raw.dtype))
         self.written = state
 
@@ -130,7 +130,7 @@ class SparseDelta(Hook):
     idx: Tensor
     base: Tensor | None
 
-    def __init__(self, weight: Weight, chosen: Chosen, tensor: str, mode: Mode, writer: Writer):
+    def __init__(self, weight: Weight, chosen: Selected, tensor: str, mode: Mode, writer: SelectionWriter):
         super().__init__()
         device = weight.value.device
         wide = torch.float64 if weight.value.dtype == torch.float64 else torch.float32
@@ -198,7 +198,12 @@ class SparseDelta(Hook):
         if self.mode == "term":
             if not weight.is_floating_point() or hasattr(weight, "quant_state"):
                 raise ModelError(f"{self.source}: entries cannot be merged into a quantized weight; dequantize the model first")
-            put(weight.data, self.layout, self.idx, (take(weight.data, self.layout, self.idx) + self.values).to(weight.dtype))
+            put(
+                weight.data,
+                self.layout,
+                self.idx,
+                (gather_selected(weight.data, self.layout, self.idx) + self.values).to(weight.dtype),
+            )
         elif self.mode == "vector":
             weight.data = self.serve(weight.data, "").detach()
         else:
@@ -211,7 +216,7 @@ class SparseDelta(Hook):
                     weight.data,
                     self.layout,
                     self.idx,
-                    (take(weight.data, self.layout, self.idx) + self.values).to(weight.dtype),
+                    (gather_selected(weight.data, self.layout, self.idx) + self.values).to(weight.dtype),
                 )
             # Else another method has folded itself into a W that held these deltas already: `base` is no longer below them.
             self.writer.hooks.remove(self)
@@ -291,7 +296,7 @@ class _Transient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # A second selection of the tensor, or a pass that scores it, waits for W.
         below = grad if ctx.needs_input_grad[0] else None
-        return below, take(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
+        return below, gather_selected(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
 class _Direct(torch.autograd.Function):

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.sparse_delta import (
     DIRECT_BELOW,
-    Chosen,
     Mode,
+    Selected,
+    SelectionWriter,
     SparseDelta,
     SparseGradient,
     SparseTied,
     Weight,
-    Writer,
+    gather_selected,
     is_conv1d,
-    take,
 )
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
 from llmrecipe.models.hooks.shared_module import shared_modules
@@ -88,7 +88,7 @@ def _in_scope(model: nn.Module, scope: str) -> set[int] | None:
     return {id(p) for site in sites for name, p in site.module.named_parameters() if site.tensor is None or name == site.tensor}
 
 
-def attach_chosen(model: nn.Module, owner: str, chosen: Mapping[str, Chosen], force_term: bool = False) -> None:
+def attach_chosen(model: nn.Module, owner: str, chosen: Mapping[str, Selected], force_term: bool = False) -> None:
     """Add the hooks that train a selection, one `values` tensor a base tensor.
 
     Raises:
@@ -103,14 +103,14 @@ def attach_chosen(model: nn.Module, owner: str, chosen: Mapping[str, Chosen], fo
             _attach_one(weight, selection, owner, force_term)
 
 
-def _attach_one(weight: Weight, selection: Chosen, owner: str, force_term: bool) -> None:
+def _attach_one(weight: Weight, selection: Selected, owner: str, force_term: bool) -> None:
     module, tensor = weight.owners[0]
     linear = type(module) is nn.Linear and len(weight.shape) == 2
     if weight.quantized or (force_term and linear):
         mode: Mode = "term"
     else:
         mode = "vector" if len(weight.shape) == 1 else "inplace"
-    writer = next((p.writer for p in _sparse_hooks(module) if p.tensor == tensor and p.mode == "inplace"), Writer())
+    writer = next((p.writer for p in _sparse_hooks(module) if p.tensor == tensor and p.mode == "inplace"), SelectionWriter())
     hook = SparseDelta(weight, selection, tensor, mode, writer)
     density = hook.values.numel() / weight.numel
     for index, (user, name) in enumerate(weight.owners):
@@ -153,17 +153,17 @@ def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
     """Return how many entries of which tensors, with digests of the base's numbers and of the indices."""
     tensors: dict[str, Any] = {}
     for _, module, hook in sparse_hooks(model, owner):
-        fact: dict[str, Any] = {"layout": hook.layout, "count": hook.idx.numel(), "idx": digest(hook.idx)}
+        fact: dict[str, Any] = {"layout": hook.layout, "count": hook.idx.numel(), "idx": tensor_hash(hook.idx)}
         if hook.mode != "term" and hook.values.device.type != "meta":
             fact["base"] = base_digest(module, hook)
         tensors[hook.source] = fact
     return {"tensors": tensors}
 
 
-def chosen_from(structure: Mapping[str, Any]) -> dict[str, Chosen]:
+def chosen_from(structure: Mapping[str, Any]) -> dict[str, Selected]:
     """Return placeholders with the shapes of a saved selection; `restore` brings the indices."""
     return {
-        name: Chosen(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""))
+        name: Selected(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""))
         for name, fact in structure.get("tensors", {}).items()
     }
 
@@ -187,10 +187,10 @@ def withdraw(module: nn.Module, hook: SparseDelta) -> None:
 def base_digest(module: nn.Module, hook: SparseDelta) -> str:
     """Hash the numbers a delta is added to."""
     withdraw(module, hook)
-    return digest(take(getattr(module, hook.tensor), hook.layout, hook.idx))
+    return tensor_hash(gather_selected(getattr(module, hook.tensor), hook.layout, hook.idx))
 
 
-def digest(value: Tensor) -> str:
+def tensor_hash(value: Tensor) -> str:
     """Hash a tensor's bytes with SHA-256, shortened."""
     raw = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()[:16]

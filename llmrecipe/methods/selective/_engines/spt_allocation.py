@@ -118,8 +118,8 @@ def add_structured(site: Site, owner: str, kind: str, r: int, dropout: float) ->
     from llmrecipe.models.hooks.hook import device_of
 
     if kind == "lora":
-        hook = low_rank.build(site, r, 1.0, dropout)
-        low_rank.initialise(hook)
+        hook = low_rank.low_rank_hook(site, r, 1.0, dropout)
+        low_rank.init_low_rank(hook)
     else:
         with torch.device(device_of(site.module)):
             hook = SequentialAdapter(site.width_out, r, dropout)

@@ -1,6 +1,6 @@
 """Groups of base weights that are selected together: tensors, rows, columns, heads, neurons, layers.
 
-A `Family` is a set of like groups held as index tables, so that a model's millions of rows are no objects of their own.
+A `GroupFamily` is a set of like groups held as index tables, so that a model's millions of rows are no objects of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.methods.selective._engines.sparse_delta import Chosen, Layout, Weight, is_conv1d
+from llmrecipe.methods.selective._engines.sparse_delta import Layout, Selected, Weight, is_conv1d
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Family:
+class GroupFamily:
     """Groups of one shape: the rows of one layer, the heads of one attention, one tensor."""
 
     name: str
@@ -68,7 +68,7 @@ class Family:
         return sum(m.size for m in self.members)
 
 
-def families(model: nn.Module, kind: Kind, scope: str = "") -> list[Family]:
+def families(model: nn.Module, kind: Kind, scope: str = "") -> list[GroupFamily]:
     """Return every group of a model.
 
     Args:
@@ -89,7 +89,7 @@ def families(model: nn.Module, kind: Kind, scope: str = "") -> list[Family]:
     return found
 
 
-def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Iterator[Family]:
+def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Iterator[GroupFamily]:
     from llmrecipe.models.module_map import anatomy
 
     blocks = [s for s in anatomy(model).sites if s.role == "block"]
@@ -101,15 +101,15 @@ def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Itera
         layout: Layout = "entries" if len(weight.shape) == 1 else "rows"
         member = Member(weight, layout, torch.arange(weight.shape[0])[None])
         if kind == "tensor":
-            yield Family(name, int(layer or 0) if path else -1, (member,))
+            yield GroupFamily(name, int(layer or 0) if path else -1, (member,))
         elif path:
             layers.setdefault(path, []).append(member)
             numbers[path] = int(layer or 0)
     for path, members in layers.items():
-        yield Family(path, numbers[path], tuple(members))
+        yield GroupFamily(path, numbers[path], tuple(members))
 
 
-def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names: Mapping[int, str]) -> Iterator[Family]:
+def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names: Mapping[int, str]) -> Iterator[GroupFamily]:
     """Return groups that are features of projections."""
     from llmrecipe.models.module_map import anatomy
 
@@ -132,14 +132,14 @@ def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names
         if kind in ("row", "column"):
             for site in parts.at(f"{side}.layers.{layer}.all-linear"):
                 width = site.width_out if kind == "row" else site.width_in
-                yield Family(site.path, layer, tuple(of(site, torch.arange(width)[:, None], kind == "row")))
+                yield GroupFamily(site.path, layer, tuple(of(site, torch.arange(width)[:, None], kind == "row")))
         elif kind == "neuron" and "mlp.down" in roles:
             down = roles["mlp.down"]
             members = of(down, torch.arange(down.width_in)[:, None], False)
             for role in ("mlp.gate", "mlp.up"):
                 if role in roles:
                     members += of(roles[role], _outputs(roles[role])[:, None], True)
-            yield Family(f"{down.path}: neurons", layer, _joined(members))
+            yield GroupFamily(f"{down.path}: neurons", layer, _joined(members))
         elif kind == "head":
             for block in ("attn", "cross"):
                 if all(f"{block}.{part}" in roles for part in "qkvo"):
@@ -148,7 +148,7 @@ def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names
                     members = of(o, torch.arange(o.width_in).view(groups, -1), False)
                     for site in (q, k, v):
                         members += of(site, _outputs(site).view(groups, -1), True)
-                    yield Family(f"{q.path.rpartition('.')[0]}: heads", layer, _joined(members))
+                    yield GroupFamily(f"{q.path.rpartition('.')[0]}: heads", layer, _joined(members))
 
 
 def _outputs(site: Site) -> Tensor:
@@ -166,7 +166,7 @@ def _joined(members: Sequence[Member]) -> tuple[Member, ...]:
     return tuple(found.values())
 
 
-def pick(found: Sequence[Family], scores: Sequence[Tensor], budget: int, min_per_layer: int = 0) -> list[Tensor]:
+def pick(found: Sequence[GroupFamily], scores: Sequence[Tensor], budget: int, min_per_layer: int = 0) -> list[Tensor]:
     """Pick groups in the order of their scores while the budget lasts; one that no longer fits is passed over.
 
     Args:
@@ -199,7 +199,7 @@ def pick(found: Sequence[Family], scores: Sequence[Tensor], budget: int, min_per
     return list(taken.split([f.count for f in found]))
 
 
-def chosen_of(found: Sequence[Family], taken: Sequence[Tensor]) -> dict[str, Chosen]:
+def chosen_of(found: Sequence[GroupFamily], taken: Sequence[Tensor]) -> dict[str, Selected]:
     """Return what the selected groups are of each tensor.
 
     Raises:
@@ -214,4 +214,4 @@ def chosen_of(found: Sequence[Family], taken: Sequence[Tensor]) -> dict[str, Cho
                 raise ModelError(f"{name} would be selected by rows and by columns at once")
             parts.setdefault(name, []).append(member.index[keep].reshape(-1))
     joined = {name: torch.cat(indices).sort()[0] for name, indices in parts.items()}
-    return {name: Chosen(idx, layouts[name]) for name, idx in joined.items() if idx.numel()}
+    return {name: Selected(idx, layouts[name]) for name, idx in joined.items() if idx.numel()}

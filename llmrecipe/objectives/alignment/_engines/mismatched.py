@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.role_models import Roles
-from llmrecipe.objectives.alignment._engines.pairs import content_key
+from llmrecipe.objectives.alignment._engines.pairs import row_key
 
 
 def others(prompts: list[list[int]], answers: list[list[int]]) -> list[int | None]:
@@ -68,7 +68,7 @@ def mismatched_batch(batch: Batch, roles: Roles, keyed: bool) -> Batch | None:
     for line, prompt in zip(batch.extra["mismatched"].tolist(), batch.extra["mismatched_prompt"].tolist(), strict=True):
         ids = [token for token in line if token >= 0]
         sequences.append(Sequence(ids, [0] * prompt + [1] * (len(ids) - prompt), prompt=prompt))
-        keys.append(content_key(ids[:prompt], ids[prompt:]))
+        keys.append(row_key(ids[:prompt], ids[prompt:]))
     if not sequences:
         return None
     return dataclasses.replace(roles.layout(sequences), keys=tuple(keys) if keyed else ())

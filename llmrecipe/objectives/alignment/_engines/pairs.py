@@ -84,11 +84,11 @@ def collate_pairs(
             if p != 1.0:
                 raise _soft(row["row"], p, soft)
     batch = roles.layout(sequences, [r["row"] for r in rows], extra)
-    keys = tuple(content_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
+    keys = tuple(row_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
     return dataclasses.replace(batch, keys=keys)
 
 
-def content_key(*parts: list[int]) -> int:
+def row_key(*parts: list[int]) -> int:
     """Return a 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
     return hash(tuple(tuple(p) for p in parts))
 
@@ -179,7 +179,7 @@ PAIR_METRICS: Measures = {
     "logps/chosen": None,
     "logps/rejected": None,
 }
-"""Metrics that `reward_metrics` and `logp_metrics` report; the level of one answer alone is neither good nor bad."""
+"""Metrics that `implicit_reward_metrics` and `logp_metrics` report; the level of one answer alone is neither good nor bad."""
 
 
 def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:
@@ -191,7 +191,7 @@ def logp_metrics(scores: PairScores) -> dict[str, tuple[Any, float]]:
     }
 
 
-def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Any, float]]:
+def implicit_reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Any, float]]:
     """Return metrics of implicit rewards, (P,) each: means, margin, and how often the chosen reward is strictly larger."""
     count = float(chosen.shape[0])
     chosen, rejected = chosen.detach(), rejected.detach()

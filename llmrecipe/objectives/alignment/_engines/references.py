@@ -28,7 +28,7 @@ def check_reference(recipe: Any, reference: str, sync: RefSync | None, allowed: 
     if reference != "initial":
         raise RecipeError(f"objective.ref_sync: only reference=initial can follow; got objective.reference={reference}")
     for name, body in recipe.stack.items():
-        if registry.load("stack", body["kind"], f"stack.{name}").stage is Stage.INJECT:
+        if registry.load_class("stack", body["kind"], f"stack.{name}").stage is Stage.INJECT:
             raise RecipeError(
                 f"objective.ref_sync: with '{name}' the reference is the base without it, which cannot move; train the base's "
                 "own weights (stack=[], or a selective method such as bitfit), or drop ref_sync"

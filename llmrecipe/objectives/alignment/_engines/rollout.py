@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.forward import Critic
-from llmrecipe.engine.generation import end_tokens, generate, text_of
+from llmrecipe.engine.generation import decode_ids, end_tokens, generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.objectives.base import Loss, Measures
@@ -52,7 +52,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RolloutPlan:
     """How a rollout is sampled and used."""
 
     temperature: float
@@ -88,7 +88,7 @@ class Plan:
 class Rollouts:
     """Running state of an objective that samples: its rewards, its progress, and how batches are split."""
 
-    def __init__(self, plan: Plan, reward: dict[str, Any]):
+    def __init__(self, plan: RolloutPlan, reward: dict[str, Any]):
         self.plan = plan
         self.rewards = Rewards(reward)
         self.boundary = True
@@ -113,7 +113,7 @@ class Rollouts:
         samples = []
         for row, (prompt, ids) in zip(_repeat(rows, repeats), zip(prompts, answers, strict=True), strict=True):
             columns = json.loads(row.get("columns") or "{}")
-            texts = text_of(roles.tokenizer, prompt), text_of(roles.tokenizer, ids)
+            texts = decode_ids(roles.tokenizer, prompt), decode_ids(roles.tokenizer, ids)
             answer = Answer(*texts, columns, prompt, ids, bool(ids) and ids[-1] in ends)
             samples.append(Sample(row["row"], answer))
         self._score(samples, roles)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.objectives.alignment._engines.rollout import (
     HELD_OUT_METRICS,
-    Plan,
+    RolloutPlan,
     Rollouts,
     Sample,
     check_rewards,
@@ -37,7 +37,7 @@ class Sampled:
         generation_batch: int
         show: int
 
-    def plan(self, **own: Any) -> Plan:
+    def plan(self, **own: Any) -> RolloutPlan:
         """Return how rollouts are sampled: the options, and the settings of this objective alone."""
         options: dict[str, Any] = {
             "temperature": self.temperature,
@@ -50,7 +50,7 @@ class Sampled:
             "generation_batch": self.generation_batch,
             "show": self.show,
         }
-        return Plan(**{**options, **own})
+        return RolloutPlan(**{**options, **own})
 
     @functools.cached_property
     def live(self) -> Rollouts:

@@ -46,7 +46,7 @@ def score_sequences(
         ModelError: the model has no reward head.
     """
     engine = model if isinstance(model, Engine) else Engine(model)
-    if ROLE not in task_heads.names(engine.model):
+    if ROLE not in task_heads.head_roles(engine.model):
         raise ModelError("scores: this model has no reward head; train one with recipe=reward and open that run")
     if any(len(s) == 0 for s in sequences):
         raise ModelError("scores: an empty sequence has no last token to score")
@@ -99,7 +99,7 @@ def add_reward(policy: LoadedModel, run: str) -> SharedReward:
     folder = run_folder(run)
     if folder is None or not (folder / delta.STACK_FILE).is_file():
         raise RunError(f"{run}: not a finished adapter run, so it cannot share the policy's base; open it with llmrecipe.load")
-    saved = delta.read(Path(folder))
+    saved = delta.read_stack(Path(folder))
     if not any(f"{task_heads.ATTRIBUTE}.{ROLE}.weight" in layer.tensors for layer in saved.layers):
         raise RunError(f"{run}: this run has no reward head; train one with recipe=reward")
     delta.check_base(policy.model, saved, str(folder))
@@ -107,7 +107,7 @@ def add_reward(policy: LoadedModel, run: str) -> SharedReward:
     own = {name for i, layer in enumerate(policy.layers) if i >= common for name in _names(layer, i)}
     added: list[str] = []
     for index, layer in enumerate(saved.layers[common:], len(policy.layers)):
-        for wrapper in delta.mount(policy.model, layer, index):
+        for wrapper in delta.mount_layer(policy.model, layer, index):
             added.append(wrapper.name)
             for _, _, _, hook in all_hooks(policy.model, wrapper.name):
                 hook.mounted, hook.roles = False, frozenset({ROLE})
