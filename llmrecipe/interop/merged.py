@@ -138,7 +138,7 @@ def dtype_of(model: Any) -> torch.dtype:
 
 
 def kept_dtype(loaded: LoadedModel) -> torch.dtype:
-    """Return the dtype a run was told to keep its base in (`model.dtype`), else the one the base is stored in."""
+    """Return the dtype that `model.dtype` names, else the one the base is stored in."""
     named = loaded.section.dtype
     return loaded.model.stored_dtype if named == "auto" else getattr(torch, named)
 

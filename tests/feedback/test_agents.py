@@ -146,12 +146,29 @@ def test_a_rule_of_ones_own(own_rules: None) -> None:
     assert agent.choice_logprobs([compare("abc", "a")], ["A", "B"]) == [pytest.approx([math.log(0.75), math.log(0.25)])]
     assert agent.generate([revise("x")]) == [None] and agent.count.failures == 1
 
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_weights_of_a_rule_that_are_none(own_rules: None, weights: list[float]) -> None:
     @agent_rule
     def wrong(ask: Ask, options: Any) -> Any:
-        return [1.0]
+        return weights
 
-    with pytest.raises(RecipeError, match="one weight >= 0 an option"):
+    with pytest.raises(RecipeError, match="one finite weight >= 0 for each option"):
         build_judge({"kind": "rule", "rule": "wrong"}, "agent").choice_logprobs([compare("a", "b")], ["A", "B"])
+
+
+def test_a_rule_that_scores_both_answers_zero_prefers_neither(own_rules: None) -> None:
+    """Zero is a weight: 0 of 5 points for each of two bad answers is one half for each, as 5 of 5 is."""
+
+    @agent_rule
+    def points(ask: Ask, options: Any) -> Any:
+        return [float(ask.parts[place].count("+")) for place in ("first", "second")]
+
+    agent = build_judge({"kind": "rule", "rule": "points", "sure": 1.0}, "agent")
+    even = pytest.approx([math.log(0.5)] * 2)
+    assert agent.choice_logprobs([compare("bad", "worse"), compare("++", "++")], ["A", "B"]) == [even, even]
+    found = agent.choice_logprobs([compare("+", "none")], ["A", "B"])[0]
+    assert found is not None and math.exp(found[0]) == pytest.approx(1.0)
 
 
 def test_local_choices_are_the_models_probabilities() -> None:

@@ -21,8 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def agent_rule(function: F) -> F:
     """Register a function as a judge under its name.
 
-    It is called with an `Ask` and the options: it returns text where there are none, else one weight >= 0 per option, which are
-    normalised. Packages named in `plugins` are searched for such functions.
+    It is called with an `Ask` and the options: it returns text where there are none, else one finite weight >= 0 per option,
+    which are normalised; weights that are all 0 prefer no option. Packages named in `plugins` are searched for such functions.
     """
     RULES[function.__name__] = function
     return function
@@ -81,9 +81,12 @@ class Rule(Agent):
             if weights is None:
                 yield index, None
                 continue
-            if len(weights) != len(options) or min(weights) < 0 or not sum(weights) > 0:
-                raise RecipeError(f"agent: the rule '{self.rule}' returned {weights!r}; one weight >= 0 an option is wanted")
-            yield index, soften([w / sum(weights) for w in weights], self.sure)
+            if len(weights) != len(options) or not all(math.isfinite(w) and w >= 0 for w in weights):
+                raise RecipeError(
+                    f"agent: the rule '{self.rule}' returned {weights!r}; one finite weight >= 0 for each option is needed"
+                )
+            total = math.fsum(weights)
+            yield index, soften([w / total if total else 1.0 / len(options) for w in weights], self.sure)
 
 
 def soften(shares: Sequence[float], sure: float) -> Logprobs:

@@ -8,21 +8,23 @@ from collections.abc import Sequence
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
+from llmrecipe.feedback.numbers import same_number
 from llmrecipe.objectives.reward_interface import Answer, Reward
-
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @register
 class ExactMatch(Reward):
-    """1 where the answer equals the row's column, else 0: the trimmed text, its last number, or what a pattern finds in it."""
+    """1 where the answer equals the row's column, else 0: the trimmed text, its last number, or what a pattern finds in it.
+
+    Numbers are read as in `llmrecipe.feedback.numbers`: signs, separators, fractions, units and LaTeX.
+    """
 
     column: str = "answer"
     """Column of the prompt rows with the right answer."""
     compare: Literal["text", "last_number"] = "text"
     """Whole texts, or the last number of each, as numbers."""
     extract: str | None = None
-    """Regular expression; its first group (or whole match), the last one found, is compared instead of the whole answer."""
+    """Regular expression; of the last match its first group that matched (or all of it) is compared, not the whole answer."""
     ignore_case: bool = False
     """Compare in lower case."""
 
@@ -44,18 +46,12 @@ class ExactMatch(Reward):
             found = list(re.finditer(self.extract, text))
             if not found:
                 return False
-            text = found[-1].group(1 if found[-1].re.groups else 0) or ""
+            groups = found[-1].groups()
+            text = next((group for group in groups if group is not None), "") if groups else found[-1].group()
         if self.compare == "last_number":
-            one, other = extract_number(text), extract_number(wanted)
-            return one is not None and one == other
+            return same_number(text, wanted)
         one_text, other_text = text.strip(), wanted.strip()
         return one_text.lower() == other_text.lower() if self.ignore_case else one_text == other_text
-
-
-def extract_number(text: str) -> float | None:
-    """Return the last number of a text, without thousands separators; None where there is none."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:
