@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Journal:
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys in the order in which they were added."""
+        return iter(list(self._values))
 
     def __len__(self) -> int:
         return len(self._values)

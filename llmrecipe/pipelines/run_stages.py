@@ -126,6 +126,7 @@ def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
         if not done.issuperset(planned.stage.inputs):
             continue
         if state_of(planned) == "done":
+            _tidy(planned)
             say_of(planned.name, f"reused: {planned.dir} is finished, and recipe, data and inputs are the same")
             waiting.remove(planned)
             done.add(planned.name)
@@ -211,6 +212,13 @@ def state_of(planned: Planned) -> str:
     return str(RunDir.open(planned.dir, write=False).read_status()["status"])
 
 
+def _tidy(planned: Planned) -> None:
+    """Delete what a kill at the very end of a stage has left of it."""
+    found = RunDir(planned.dir)
+    if not found.locked():
+        found.tidy()
+
+
 @dataclass
 class Started:
     """A stage whose process is running."""
@@ -260,6 +268,7 @@ def run_stage(pipeline: Pipeline, planned: Planned, enough: Callable[[], bool] |
         LlmRecipeError: it could not be run to its end.
     """
     if state_of(planned) == "done":
+        _tidy(planned)
         return _result(planned, "reused", 0.0)
     started = _started(pipeline, planned, Child())
     try:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.runs.durable import ASIDE, REPLACED, delete, put_in_place, sync
+from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync
 
 CHECKSUMS = "checksums.json"
 NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
@@ -87,7 +87,8 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Te
     target, aside = root / folder_name(step), root / f"{ASIDE}{folder_name(step)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(root)
+        # The run's lock guarantees that no other process is writing here.
+        clear_leftovers(root)
         aside.mkdir()
         sums = {f"{stem}.safetensors": _write(aside / f"{stem}.safetensors", _safetensors(t)) for stem, t in tensors.items()}
         sums |= {f"{stem}.json": _write(aside / f"{stem}.json", _json(value)) for stem, value in documents.items()}
@@ -235,15 +236,6 @@ def keep_only(root: Path, wanted: Container[int | None]) -> list[int]:
     for step in gone:
         delete(root / folder_name(step))
     return gone
-
-
-def _clear_leftovers(root: Path) -> None:
-    """Remove what a killed process left behind. The run's lock guarantees that no other process is writing here."""
-    for path in root.glob(f"{ASIDE}*"):
-        shutil.rmtree(path)
-    for path in root.glob(f"{REPLACED}*"):
-        if (root / path.name.removeprefix(REPLACED)).exists():
-            delete(path)
 
 
 def saved_structures(folder: Path) -> dict[str, Any] | None:

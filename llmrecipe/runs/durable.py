@@ -34,9 +34,14 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
+def unfinished(path: Path) -> Path:
+    """Return the name under which a text file is written before it gets its own."""
+    return path.with_name(f".{path.name}.writing")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically and durably: neither a reader nor a crash leaves half of it."""
-    aside = path.with_name(f".{path.name}.writing")
+    aside = unfinished(path)
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -65,3 +70,14 @@ def delete(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half written or half deleted in a folder that nobody is writing to."""
+    for path in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(path)
+    for path in folder.glob(".*.writing"):
+        path.unlink()
+    for path in folder.glob(f"{REPLACED}*"):
+        if (folder / path.name.removeprefix(REPLACED)).exists():
+            delete(path)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +163,17 @@ def _parse(file: Path) -> Iterator[dict[str, Any]]:
             raise RunError(f"{file}:{number}: this line is not JSON ({error})") from error
 
 
-def truncate(path: Path, step: int) -> None:
-    """Keep the events up to and including a step, in one atomic replacement."""
+def truncate(path: Path, step: int, always: Container[str] = ()) -> None:
+    """Keep the events up to and including a step, in one atomic replacement.
+
+    Args:
+        path: `events.jsonl`.
+        step: the last step whose events are kept.
+        always: kinds of events that are kept whatever their step is.
+    """
     if not path.is_file():
         return
-    kept = [e for e in _parse(path) if e.get("step", 0) <= step]
+    kept = [e for e in _parse(path) if e.get("step", 0) <= step or e.get("event") in always]
     aside = path.with_name(f".{path.name}.writing")
     with open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(event, ensure_ascii=False) + "\n" for event in kept)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RunError, did_you_mean
 from llmrecipe.core.file_lock import hold
 from llmrecipe.core.redact import redact_text
-from llmrecipe.runs.durable import write_text
+from llmrecipe.runs.durable import clear_leftovers, delete, unfinished, write_text
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -45,6 +45,8 @@ VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "CUBLAS_WO
 """Environment variables that affect what a run computes; no others are recorded."""
 DESCRIPTIONS = ("recipe.yaml", "step.yaml")
 """Files that describe a run: a training's recipe, or a step's options."""
+BEST = "best"
+"""Folder of the best weights, where a checkpoint holds trained tensors alone."""
 OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", "events.jsonl", "status.json", "lock")
 
 
@@ -118,13 +120,24 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
+    def tidy(self) -> None:
+        """Delete what a finished run does not need: its best weights, which are in `final/`, and leftovers of a kill.
+
+        Call when the status is `done`: until then a resume may need all of it. Only the main process deletes.
+        """
+        if not self.main:
+            return
+        if (self.path / BEST).exists():
+            delete(self.path / BEST)
+        clear_leftovers(self.path)
+
     def _check_writable(self) -> None:
         """Make sure that `run.dir` may be written: it is new, empty, or contains a run without checkpoints or result."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not (self.path / "status.json").is_file():
+        if not (self.path / "status.json").is_file() and not self._barely_begun():
             raise RunError(f"run.dir: {self.path} exists and is not a run directory; choose a new folder")
-        state = self.read_status()["status"]
+        state = self.read_status()["status"] if (self.path / "status.json").is_file() else "interrupted"
         if state == "done":
             raise RunError(f"run.dir: {self.path} contains a finished run; choose another folder, or delete it")
         self.lock()
@@ -136,6 +149,13 @@ class RunDir:
         self.unlock()
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
+            unfinished(self.path / name).unlink(missing_ok=True)
+
+    def _barely_begun(self) -> bool:
+        """Return whether the folder holds what a start that was killed before its first status leaves, and nothing else."""
+        own = {name for file in OWN_FILES for name in (file, unfinished(self.path / file).name)}
+        names = {path.name for path in self.path.iterdir()}
+        return "lock" in names and names <= own
 
     # --- contents -------------------------------------------------------------------------------------------------
 

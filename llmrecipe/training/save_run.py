@@ -28,7 +28,8 @@ from llmrecipe.runs.checkpoint_io import (
     save_checkpoint,
     steps,
 )
-from llmrecipe.runs.durable import ASIDE, delete, put_in_place, sync_tree
+from llmrecipe.runs.durable import ASIDE, put_in_place, sync_tree
+from llmrecipe.runs.run_dir import BEST
 from llmrecipe.training import build_run, finite_check
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
 """Keys a resumed run may not change: another value would make the rest of the run a different experiment."""
-BEST = "best"
-"""Folder of the best weights, where a checkpoint holds trained tensors alone."""
 
 
 def peak_memory_mb() -> float:
@@ -203,7 +202,7 @@ def save_batch(run: RunState, micros: list[Batch]) -> Path:
 
 
 def finish(run: RunState) -> None:
-    """Restore the best weights, score the test split once, and write `final/`. Nothing is deleted: see `tidy`.
+    """Restore the best weights, score the test split once, and write `final/`. Nothing is deleted: see `RunDir.tidy`.
 
     Raises:
         RunError: the last weights, or what is to be kept, are not finite, or no step was an update.
@@ -222,12 +221,6 @@ def finish(run: RunState) -> None:
     if run.runtime.is_main:
         write_final(run, metrics)
     run.runtime.barrier()
-
-
-def tidy(run: RunState) -> None:
-    """Delete what a finished run does not need. Call when its status is `done`: until then a resume may need all of it."""
-    if run.runtime.is_main and (run.dir.path / BEST).exists():
-        delete(run.dir.path / BEST)
 
 
 def score_test(run: RunState) -> dict[str, float]:

@@ -11,7 +11,7 @@ from llmrecipe.core.errors import Interrupted, LlmRecipeError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.engine.reference_policy import prepare_reference
 from llmrecipe.recipe.pipeline_plan import refuse_stages
-from llmrecipe.training import save_run, step_zero_checks
+from llmrecipe.training import step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.run import Run
 from llmrecipe.training.startup_report import announce
@@ -51,7 +51,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
         run.dir.status("failed", error=f"{type(error).__name__}: {error}", step=run.progress.step)
         raise
     else:
-        save_run.tidy(run)
+        run.dir.tidy()
     finally:
         run.events.close()
         run.runtime.close()

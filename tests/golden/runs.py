@@ -88,6 +88,11 @@ def record(name: str, folder: Path) -> dict[str, Any]:
         code = app.run_command([*RUNS[name], "log.live=off", f"run.dir={folder}"])
     if code:
         raise RuntimeError(f"golden run {name}: exit code {code}\n{said.getvalue()[-2000:]}")
+    return outcome(folder)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return what a command left in its folder: `events` and `final`, as `record` does."""
     return {
         "events": {_place(path.parent, folder): _events(path, folder) for path in sorted(folder.rglob("events.jsonl"))},
         "final": {_place(path.parent, folder): _final(path, folder) for path in sorted(folder.rglob("final"))},

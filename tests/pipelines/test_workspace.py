@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from llmrecipe.core.errors import LlmRecipeError, RunError
 from llmrecipe.core.journal import Journal, json_hash
 from llmrecipe.pipelines.steps.workspace import Work
+from llmrecipe.runs.events import read_events, truncate
 from llmrecipe.runs.run_dir import RunDir
 
 
@@ -65,10 +66,35 @@ def test_a_stopped_step_asks_only_what_is_missing_and_ends_alike(tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         stopped.each(items, Asker(fail_at=1), batch=3)
     stopped.close()
+    truncate(tmp_path / "stopped" / "events.jsonl", -1)
     again = work(tmp_path / "stopped")
     assert again.each(items, asker := Asker(), batch=3) == whole
     assert asker.asked == [[3, 4, 5], [6]]
+    assert [e["step"] for e in read_events(tmp_path / "stopped", "step")] == [3, 6, 7]
     assert work(tmp_path / "stopped").each(items, asker := Asker(), batch=3) == whole and asker.asked == []
+
+
+def test_answers_that_were_kept_are_reported_again_in_the_order_they_came(tmp_path: Path) -> None:
+    def ask(items: list[int], keys: list[str]) -> Iterator[tuple[int, int]]:
+        for place in reversed(range(len(items))):
+            if items[place] == stop:
+                raise KeyboardInterrupt
+            yield place, 10 * items[place]
+
+    def count(values: Sequence[int]) -> dict[str, int]:
+        return {"sum": sum(values)}
+
+    reported = {}
+    for name, stop in (("whole", None), ("stopped", 1)):
+        folder = tmp_path / name
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                work(folder).streamed([0, 1, 2, 3], ask, batch=2, count=count)
+            truncate(folder / "events.jsonl", -1)
+            stop = None
+        assert work(folder).streamed([0, 1, 2, 3], ask, batch=2, count=count) == [0, 10, 20, 30]
+        reported[name] = [(e["step"], e["sum"]) for e in read_events(folder, "step")]
+    assert reported["stopped"] == reported["whole"] == [(2, 50), (4, 10)]
 
 
 def test_equal_items_at_other_places_and_other_seeds_draw_anew(tmp_path: Path) -> None:

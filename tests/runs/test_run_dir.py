@@ -85,6 +85,29 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(
+    "left", [["lock"], ["lock", ".recipe.yaml.writing"], ["lock", "recipe.yaml", "command.txt", ".status.json.writing"]]
+)
+def test_a_start_killed_before_its_first_status_may_be_given_again(tmp_path, left):
+    target = tmp_path / "out"
+    target.mkdir()
+    for name in left:
+        (target / name).write_text("half")
+    RunDir.create(composition({"seed": 5}, dir=str(target)))
+    assert RunDir.open(target, write=False).recipe() == {"seed": 5}
+    assert not list(target.glob(".*"))
+
+
+@pytest.mark.parametrize("others", [["recipe.yaml"], ["lock", "recipe.yaml", "thesis.txt"]])
+def test_a_folder_that_no_start_left_is_not_touched(tmp_path, others):
+    for name in others:
+        (tmp_path / name).write_text("important")
+    with pytest.raises(RunError, match="exists and is not a run directory"):
+        RunDir.create(composition(dir=str(tmp_path)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
+    assert all((tmp_path / name).read_text() == "important" for name in others)
+
+
 def test_opening_what_is_not_a_run_names_the_nearest(tmp_path):
     RunDir.create(composition(dir=str(tmp_path / "my_run")))
     with pytest.raises(RunError, match=r"is not a run directory .*did you mean 'my_run'"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import Any
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, RunError
@@ -41,7 +40,8 @@ def run_step(composition: StepComposition) -> RunDir:
     work: Work | None = None
     try:
         with _signals():
-            truncate(folder.path / "events.jsonl", sys.maxsize)
+            # What the journals hold is reported again, so each event occurs once.
+            truncate(folder.path / "events.jsonl", -1, always=("warning",))
             work = Work(folder, composition.frame.seed, composition.frame.log.live)
             work.finish(step.run(work))
         folder.status("done")

@@ -84,7 +84,8 @@ class Work:
                 if len(answers) != len(part):
                     raise LlmRecipeError(f"{name}: {len(answers)} answers to {len(part)} items")
                 journal.add(key, answers)
-                self.events.step(start + len(part), **(count(answers) if count else {}))
+            # Also where the journal had them: the events of an earlier start were dropped, see `run_step.run`.
+            self.events.step(start + len(part), **(count(journal[key]) if count else {}))
             values += journal[key]
         return values
 
@@ -114,15 +115,24 @@ class Work:
         self.events.expect(len(items))
         keys = [json_hash([self.seed, i, item]) for i, item in enumerate(items)]
         left = [i for i, key in enumerate(keys) if key not in journal]
-        fresh: list[Any] = []
-        done = len(items) - len(left)
+        since: list[Any] = []
+        done = 0
+
+        def report(value: Any) -> None:
+            nonlocal done
+            since.append(value)
+            done += 1
+            if len(since) == batch or done == len(items):
+                self.events.step(done, **(count(since) if count else {}))
+                since.clear()
+
+        known = set(keys)
+        for key in journal:
+            if key in known:
+                report(journal[key])
         for place, value in ask([items[i] for i in left], [keys[i] for i in left]) if left else ():
             journal.add(keys[left[place]], value)
-            fresh.append(value)
-            done += 1
-            if len(fresh) == batch or done == len(items):
-                self.events.step(done, **(count(fresh) if count else {}))
-                fresh = []
+            report(value)
         missing = [i for i, key in enumerate(keys) if key not in journal]
         if missing:
             raise LlmRecipeError(f"{name}: no answer to item {missing[0]}")
