@@ -53,7 +53,7 @@ def _leave(words: list[str]) -> None:
 
     code = 99
     try:
-        code = app.run(words)
+        code = app.run_command(words)
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
