@@ -19,4 +19,5 @@ run_stages.execute = forked_stage
 
 with tempfile.TemporaryDirectory() as folder, chdir(folder), redirect_stdout(io.StringIO()), own_cache(Path(folder)):
     for recipe in ("sft_lora", "dpo_lora"):
-        app.run_command(["train", f"recipe={recipe}", "steps=1", "data.limit=8", "batch.size=2", "eval.batches=1", "log.live=off"])
+        words = [f"recipe={recipe}", "steps=1", "data.limit=8", "batch.size=2", "eval.batches=1", "log.live=off"]
+        app.run_command(["train", *words])
