@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from llmrecipe.data.tokenize.row_type import RowType
     from llmrecipe.data.tokenize.sequences import encode_sequences
     from llmrecipe.engine.role_models import Roles
-    from llmrecipe.feedback.judges.labeller import Agent, Ask
-    from llmrecipe.feedback.judges.rule import agent_rule
+    from llmrecipe.feedback.judges.labeller import Ask, Judge
+    from llmrecipe.feedback.judges.rule import judge_rule
     from llmrecipe.feedback.metric import Metric
     from llmrecipe.feedback.rewards.function import reward_function
     from llmrecipe.interop.merge_method import MergeMethod
@@ -124,10 +124,10 @@ _HOMES = {
     "llmrecipe.data.tokenize.sequences": ("encode_sequences",),
     "llmrecipe.engine.role_models": ("Roles",),
     "llmrecipe.feedback.judges.labeller": (
-        "Agent",
+        "Judge",
         "Ask",
     ),
-    "llmrecipe.feedback.judges.rule": ("agent_rule",),
+    "llmrecipe.feedback.judges.rule": ("judge_rule",),
     "llmrecipe.feedback.metric": ("Metric",),
     "llmrecipe.feedback.rewards.function": ("reward_function",),
     "llmrecipe.interop.merge_method": ("MergeMethod",),

@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def own_rules() -> Iterator[None]:
-    """Agent rules that a test registers are gone after it."""
+    """Judge rules that a test registers are gone after it."""
     from llmrecipe.feedback.judges.rule import RULES
 
     kept = dict(RULES)

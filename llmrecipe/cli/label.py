@@ -31,9 +31,9 @@ def verb(
     labeller: Annotated[str | None, typer.Option("--labeller", "-l", help="Whose labels; default: the user's name.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the labels.")] = Path("labels"),
     by: Annotated[
-        str | None, typer.Option("--by", help="Let an agent label: rule, or {kind: local, path: RUN}, {kind: http, ...}.")
+        str | None, typer.Option("--by", help="Let a judge label: rule, or {kind: local, path: RUN}, {kind: http, ...}.")
     ] = None,
-    constitution: Annotated[str, typer.Option("--constitution", help="The agent's principles.")] = "assistant",
+    constitution: Annotated[str, typer.Option("--constitution", help="The judge's principles.")] = "assistant",
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Maximum number of rows or prompts, from the first.")
     ] = None,
@@ -48,12 +48,12 @@ def verb(
 
     rows = source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed)
     asked = human_labels.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
-    agent = None if by is None else agent_of(by, constitution)
-    name = labeller or (agent[0].identity.replace("/", "_") if agent is not None else user_name())
+    judge = None if by is None else judge_of(by, constitution)
+    name = labeller or (judge[0].identity.replace("/", "_") if judge is not None else user_name())
     labels = human_labels.Labels(out, name, seed)
     try:
-        if agent is not None:
-            human_labels.label_by_agent(labels, asked, *agent, batch=32)
+        if judge is not None:
+            human_labels.label_by_judge(labels, asked, *judge, batch=32)
         else:
             label_pairs(labels, asked, screen(as_json))
     finally:
@@ -86,8 +86,8 @@ def answers_of(
         sys.stdout = kept
 
 
-def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
-    """(agent, constitution, principles) of the words.
+def judge_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
+    """(judge, constitution, principles) of the words.
 
     Raises:
         RecipeError: one of them cannot work.
@@ -97,13 +97,13 @@ def agent_of(by: str, constitution: str) -> tuple[Any, Any, Any]:
     from llmrecipe.feedback.judges.labeller import build_judge
     from llmrecipe.recipe.overrides import parse_overrides
 
-    agent = build_judge(parse_overrides([f"by={by}"])[0].value, "--by")
-    agent.check("--by")
-    if agent.shares:
+    judge = build_judge(parse_overrides([f"by={by}"])[0].value, "--by")
+    judge.check("--by")
+    if judge.shares:
         raise RecipeError("--by.path: must be given: a model path, a hub name or a run directory")
-    agent.open()
+    judge.open()
     made = read_constitution(constitution, "--constitution")
-    return agent, made, made.choose([], ["comparison"], "--constitution")
+    return judge, made, made.choose([], ["comparison"], "--constitution")
 
 
 def user_name() -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, tell
 from llmrecipe.core.console import print_json
 
 PANEL = "Look"
@@ -24,7 +24,11 @@ def verb(
     if pairs:
         show_pairs(as_json)
         return
-    rows = collect(group)
+    from llmrecipe.recipe.renames import new_group
+
+    notes: list[str] = []
+    rows = collect(None if group is None else new_group(group, notes))
+    tell(notes)
     if as_json:
         print_json(rows)
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, tell
 from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
@@ -37,9 +37,12 @@ def verb(
     """Show one card: formula, what is trained, options, limits, paper, recipes."""
     from llmrecipe.recipe.component_card import find_cards
     from llmrecipe.recipe.compose import load_entry_points
+    from llmrecipe.recipe.renames import new_group
 
     load_entry_points()
-    cards = find_cards(name)
+    notes: list[str] = []
+    cards = find_cards(new_group(name, notes))
+    tell(notes)
     if as_json:
         print_json(cards[0] if len(cards) == 1 else cards)
         return

@@ -33,6 +33,8 @@ def do_step(kind: str, words: list[str] | None) -> None:
 
     # Mistakes in the options come first, before anything heavy is imported.
     composition = compose_step(kind, list(words or []))
+    for note in composition.notes:
+        print(note)
     from rich.table import Table
 
     from llmrecipe.pipelines.steps.run_step import run_step

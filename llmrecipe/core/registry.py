@@ -39,7 +39,7 @@ INTERFACES = {
     "Optimizer": "optim",
     "Schedule": "schedule",
     "Reward": "reward",
-    "Agent": "agent",
+    "Judge": "judge",
     "Metric": "metric",
     "Step": "step",
     "AdapterFormat": "adapter_format",

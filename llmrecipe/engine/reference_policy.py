@@ -55,7 +55,7 @@ def prepare_reference(objective: Any, stack: Stack, loaded: LoadedModel, roles: 
     model = roles.model
     if objective.reference_moves():
         roles.reference_moves = True
-        stack.remember(model)
+        stack.snapshot_trained(model)
         return
     off = base_names(stack, loaded) if which == "base" else None
     roles.cache = ReferenceCache(cache_path(stack, loaded, roles, rows, off is not None))
@@ -65,12 +65,12 @@ def prepare_reference(objective: Any, stack: Stack, loaded: LoadedModel, roles: 
     if stack.reference_is_off() and loaded.continued is None:
         return
     if objective.samples or stack.learns_start():
-        stack.remember(model)
+        stack.snapshot_trained(model)
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if trained <= SMALL * total:
-        stack.remember(model)
+        stack.snapshot_trained(model)
         return
     score_all(row_groups(objective, rows), objective, roles)
 

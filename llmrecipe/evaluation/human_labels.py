@@ -32,7 +32,8 @@ from llmrecipe.evaluation.agreement import agreement
 from llmrecipe.feedback.judges.chosen import MIN_MASS
 from llmrecipe.feedback.judges.constitution import Constitution, Principle, sample_principles
 from llmrecipe.feedback.judges.feedback import AnswerPair, compare_answers
-from llmrecipe.feedback.judges.labeller import Agent, short_hash
+from llmrecipe.feedback.judges.labeller import Judge, short_hash
+from llmrecipe.recipe.renames import new_name
 
 CHOICES = ("first", "second", "tie", "skip")
 NAME = re.compile(r"[\w][\w .:@+-]*")
@@ -81,7 +82,7 @@ class Labels:
         """Keys of the decisions in force, oldest first."""
         self.found: dict[str, dict[str, Any]] = {}
         for number in range(len(self.journal)):
-            self._take(self.journal[str(number)])
+            self._apply(self.journal[str(number)])
 
     def swapped(self, question: Question) -> bool:
         """Return whether the second answer is shown first."""
@@ -106,9 +107,9 @@ class Labels:
 
     def _add(self, entry: dict[str, Any]) -> None:
         self.journal.add(str(len(self.journal)), entry)
-        self._take(entry)
+        self._apply(entry)
 
-    def _take(self, entry: dict[str, Any]) -> None:
+    def _apply(self, entry: dict[str, Any]) -> None:
         key = entry["question"]
         if key in self.found:
             self.order.remove(key)
@@ -139,7 +140,7 @@ class Labels:
         sides = (question.first, question.second)
         chosen, rejected = sides if entry["label"] == "first" else sides[::-1]
         own = {"prompt": question.row.prompt, "chosen": chosen, "rejected": rejected, "labeller": self.labeller}
-        more = {k: v for k, v in entry.items() if k not in ("question", "label", "p")}
+        more = {new_name(k): v for k, v in entry.items() if k not in ("question", "label", "p")}
         p = {} if "p" not in entry else {"p": max(entry["p"], 1.0 - entry["p"])}
         return {**question.row.columns, **own, **p, **more}
 
@@ -150,30 +151,30 @@ class Labels:
             self._lock.close()
 
 
-def label_by_agent(
+def label_by_judge(
     labels: Labels,
     asked: Sequence[Question],
-    agent: Agent,
+    judge: Judge,
     constitution: Constitution,
     principles: Sequence[Principle],
     batch: int,
 ) -> None:
-    """Label everything that is pending with a judge, in both orders (see `feedback.judges.feedback.compare`).
+    """Label everything that is pending with a judge, in both orders (see `feedback.judges.feedback.compare_answers`).
 
     Replies are stored as they arrive, so an interrupted call repeats no request.
 
     Raises:
-        RunError: after all others are labelled, where the agent's replies to some hold too little of the letters.
+        RunError: after all others are labelled, where the judge's replies to some hold too little of the letters.
     """
     said = Journal(labels.folder / f"{labels.labeller}.asked.jsonl")
-    agent.remember(said)
+    judge.use_cache(said)
     pending = labels.pending(asked)
     thin: list[dict[str, Any]] = []
     for start in range(0, len(pending), batch):
         part = pending[start : start + batch]
         pairs = [AnswerPair(q.row.words, q.first, q.second, q.row.columns) for q in part]
         drawn = [sample_principles(principles, 1, labels.seed, q.key) for q in part]
-        for question, label in zip(part, compare_answers(agent, constitution, pairs, drawn), strict=True):
+        for question, label in zip(part, compare_answers(judge, constitution, pairs, drawn), strict=True):
             if label is None:  # it stays pending: the next call tries again
                 continue
             if label["mass"] < MIN_MASS:
@@ -181,12 +182,12 @@ def label_by_agent(
                 continue
             p = label["p"]
             choice = "tie" if p == 0.5 else "first" if p > 0.5 else "second"
-            labels.decide(question, choice, p=p, principles=label["principles"], agent=agent.identity)
+            labels.decide(question, choice, p=p, principles=label["principles"], judge=judge.identity)
     said.close()
     if thin:
         least = min(thin, key=lambda label: float(label["mass"]))
         raise RunError(
-            f"{len(thin)} of {len(pending)} pairs have no label: less than {MIN_MASS:g} of the agent's probability lies on the "
+            f"{len(thin)} of {len(pending)} pairs have no label: less than {MIN_MASS:g} of the judge's probability lies on the "
             f"letters A and B; where it was least ({least['mass']:.3g}) it said {least['said'][:200]!r}"
         )
 

@@ -19,7 +19,7 @@ from llmrecipe.core import registry
 OWN = "llmrecipe"
 MARKS = {
     "reward_function": ("llmrecipe.feedback.rewards.function", "FUNCTIONS"),
-    "agent_rule": ("llmrecipe.feedback.judges.rule", "RULES"),
+    "judge_rule": ("llmrecipe.feedback.judges.rule", "RULES"),
 }
 """Decorators that register a function by name -> where the functions registered in this process are stored."""
 LARGEST = 1 << 26

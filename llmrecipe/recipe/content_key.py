@@ -40,11 +40,12 @@ def content_key(mapping: Mapping[str, Any], inputs: Mapping[str, str], named: Co
         named: keys whose text is a path whatever it looks like.
     """
     content = {k: v for k, v in mapping.items() if k not in NO_RESULT}
-    known = each_text(first_words(content), lambda text: REFERENCE.sub(lambda m: f"${{{inputs[m[1]]}}}", text))
+    first = first_words(content)
+    known = each_text(first, lambda text: REFERENCE.sub(lambda m: f"${{{inputs[m[1]]}}}", text))
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for path, exact in local_files(content, named):
         digest.update(b"\0" + (_content(path) if exact or path.stat().st_size <= SMALL else _stamp(path)).encode())
-    for name, code in sorted(code_of(content).items()):
+    for name, code in sorted(code_of(first).items()):
         digest.update(f"\0code {name} {code}".encode())
     return digest.hexdigest()[:8]
 

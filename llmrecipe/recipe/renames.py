@@ -1,13 +1,14 @@
-"""Words of recipes that have a newer name: read in either, stored and shown in the new one.
+"""Words that users type and that have a newer name: read in either, stored and shown in the new one.
 
-A stage's key is renamed by its place, an option of a component by the kind that stands in the same mapping.
+A stage's key is renamed by its place, an option by the component that the same mapping describes. Keys of results, which were
+computed in the first words, do not change with a word (`first_words`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,27 @@ from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
 
 @dataclass(frozen=True)
 class Rename:
-    """One old word and its new name."""
+    """One old word, its new name, and where users type it."""
 
     old: str
     new: str
-    kinds: tuple[str, ...] = ()
-    """Components that have it as an option; without any it is a key of a stage."""
+    options_of: tuple[str, ...] = ()
+    """Components that have it as an option."""
+    stage_key: bool = False
+    """It is a key of a stage."""
+    reference: bool = False
+    """Stages refer to it: `${word:...}`."""
+    group: bool = False
+    """It is a registry group, as in `llmrecipe list GROUP` and `llmrecipe show GROUP.NAME`."""
 
 
-RENAMES = (Rename("each", "matrix"),)
+RENAMES = (
+    Rename("each", "matrix", stage_key=True, reference=True),
+    Rename("agent", "judge", options_of=("critique", "label_ai", "judge"), group=True),
+)
 """Every renamed word."""
-AXIS = re.compile(r"\$\{\s*each:")
-"""How a stage named its value on an axis of `each`."""
+SPACE = ("search", "space")
+"""The mapping whose keys are themselves key paths of the recipe."""
 
 
 def new_words(value: Any, notes: list[str], at: KeyPath = ()) -> Any:
@@ -40,35 +50,52 @@ def new_words(value: Any, notes: list[str], at: KeyPath = ()) -> Any:
         value: a whole recipe, or what stands at the key path `at`.
         notes: gains one line for each old word.
     """
+    return _new_words(value, notes, at, ())
+
+
+def _new_words(value: Any, notes: list[str], at: KeyPath, above: tuple[Any, ...]) -> Any:
     if isinstance(value, list):
-        return [new_words(item, notes, (*at, place)) for place, item in enumerate(value)]
-    if isinstance(value, str) and at[:1] == ("stages",) and AXIS.search(value):
-        notes.append(f"{dotted(at)}: ${{each:...}} is called ${{matrix:...}}")
-        return AXIS.sub("${matrix:", value)
+        return [_new_words(item, notes, (*at, place), (*above, value)) for place, item in enumerate(value)]
+    if isinstance(value, str) and at[:1] == ("stages",):
+        return _new_references(value, notes, at)
     if not isinstance(value, Mapping):
         return value
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        name = _new(key, at, value)
+        name = _renamed(key, at, value, above)
         if name != key:
             notes.append(f"{dotted((*at, key))} is called {dotted((*at, name))}")
-        made = new_words(inner, notes, (*at, name))
+        made = _new_words(inner, notes, (*at, name), (*above, value))
         found[name] = _merged(found[name], made) if name != key and name in found else found.get(name, made)
     return found
 
 
 def new_path(key: KeyPath, mapping: Mapping[str, Any]) -> KeyPath:
     """Return a key path in new words; the mapping it leads through tells the kinds of components."""
-    node: Any = mapping
-    made: list[str | int] = []
-    for part in key:
-        name = _new(part, tuple(made), node)
-        made.append(name)
-        if isinstance(node, Mapping):
-            node = node.get(part, node.get(name))
-        else:
-            node = node[part] if isinstance(node, list) and isinstance(part, int) and part < len(node) else None
-    return tuple(made)
+    return _renamed_path(key, mapping, _renamed)
+
+
+def new_group(name: str, notes: list[str]) -> str:
+    """Return the name of a registry group, or `GROUP.NAME` of a component, in new words.
+
+    Args:
+        notes: gains a line for an old word.
+    """
+    group, dot, component = name.partition(".")
+    new = next((r.new for r in RENAMES if r.group and r.old == group), group)
+    if new != group:
+        notes.append(f"{group} is called {new}")
+    return f"{new}{dot}{component}"
+
+
+def new_name(word: str) -> str:
+    """Return the newest name of a word that a finished result holds, such as a column of its rows."""
+    return next((r.new for r in RENAMES if r.old == word), word)
+
+
+def old_names(word: str) -> list[str]:
+    """Return the earlier names of a word, under which a result may have been written."""
+    return [r.old for r in RENAMES if r.new == word]
 
 
 def renamed_file(source: YamlFile, notes: list[str]) -> YamlFile:
@@ -96,20 +123,76 @@ def rename_in_place(mapping: dict[str, Any], origins: Origins, notes: list[str])
 
 def first_words(value: Any) -> Any:
     """Return the options of components under their first names, so that the key of a result does not change with a word."""
+    return _first_words(value, (), ())
+
+
+def _first_words(value: Any, at: KeyPath, above: tuple[Any, ...]) -> Any:
     if isinstance(value, list):
-        return [first_words(item) for item in value]
+        return [_first_words(item, (*at, place), (*above, value)) for place, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
-    first = {r.new: r.old for r in RENAMES if value.get("kind") in r.kinds}
-    return {first.get(key, key): first_words(inner) for key, inner in value.items()}
+    return {_first(key, at, value, above): _first_words(inner, (*at, key), (*above, value)) for key, inner in value.items()}
 
 
-def _new(key: Any, at: Sequence[str | int], holder: Any) -> Any:
-    kind = holder.get("kind") if isinstance(holder, Mapping) else None
+Renaming = Callable[[Any, KeyPath, Any, tuple[Any, ...]], Any]
+"""(key, path of the mapping that holds it, that mapping, the mappings above from the outermost) -> the other word."""
+
+
+def _renamed(key: Any, at: KeyPath, holder: Any, above: tuple[Any, ...] = ()) -> Any:
+    """Return the new word of a key."""
+    if _is_space(at, above) and isinstance(key, str):
+        return dotted(_renamed_path(tuple(key.split(".")), above[-2], _renamed))
     for rename in RENAMES:
-        if key == rename.old and (kind in rename.kinds if rename.kinds else len(at) == 2 and at[0] == "stages"):
-            return rename.new
+        if key == rename.old:
+            if rename.stage_key and len(at) == 2 and at[0] == "stages":
+                return rename.new
+            if _describes(holder, at, rename.options_of):
+                return rename.new
     return key
+
+
+def _first(key: Any, at: KeyPath, holder: Any, above: tuple[Any, ...] = ()) -> Any:
+    """Return the first word of an option."""
+    if _is_space(at, above) and isinstance(key, str):
+        return dotted(_renamed_path(tuple(key.split(".")), above[-2], _first))
+    return next((r.old for r in RENAMES if key == r.new and _describes(holder, at, r.options_of)), key)
+
+
+def _is_space(at: KeyPath, above: tuple[Any, ...]) -> bool:
+    """Return whether the keys of a mapping are key paths of the recipe two mappings above."""
+    return at[-2:] == SPACE and len(above) > 1
+
+
+def _renamed_path(key: KeyPath, mapping: Any, renamed: Renaming) -> KeyPath:
+    node: Any = mapping
+    above: tuple[Any, ...] = ()
+    made: list[str | int] = []
+    for part in key:
+        name = renamed(part, tuple(made), node, above)
+        above = (*above, node)
+        made.append(name)
+        if isinstance(node, Mapping):
+            node = node.get(part, node.get(name))
+        else:
+            node = node[part] if isinstance(node, list) and isinstance(part, int) and part < len(node) else None
+    return tuple(made)
+
+
+def _describes(holder: Any, at: Sequence[str | int], kinds: tuple[str, ...]) -> bool:
+    """Return whether a mapping describes one of some components: by its `kind`, or as a reward by the reward's name."""
+    kind = holder.get("kind") if isinstance(holder, Mapping) else None
+    if kind is None and len(at) > 1 and at[-2] == "reward":
+        kind = at[-1]
+    return kind in kinds
+
+
+def _new_references(text: str, notes: list[str], at: KeyPath) -> str:
+    for rename in RENAMES:
+        old = re.compile(r"\$\{\s*" + re.escape(rename.old) + ":")
+        if rename.reference and old.search(text):
+            notes.append(f"{dotted(at)}: ${{{rename.old}:...}} is called ${{{rename.new}:...}}")
+            text = old.sub(f"${{{rename.new}:", text)
+    return text
 
 
 def _merged(below: Any, above: Any) -> Any:

@@ -129,6 +129,7 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
         RecipeError: everything that is wrong, in one message.
     """
     from llmrecipe.recipe.overrides import parse_overrides
+    from llmrecipe.recipe.renames import new_words
     from llmrecipe.recipe.validate import check_component, report, translate
 
     registry.spec(GROUP, kind, "kind")
@@ -144,7 +145,8 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
             raise RecipeError(f"'{word.text}': a step has nothing to remove; leave the option out")
         node[str(word.key[-1])] = word.value
     frame = {k: tree.pop(k) for k in OWN if k in tree}
-    checked, mistakes = check_component(GROUP, {"kind": kind, **tree}, ())
+    notes: list[str] = []
+    checked, mistakes = check_component(GROUP, new_words({"kind": kind, **tree}, notes), ())
     made = Frame()
     try:
         made = Frame.model_validate(frame)
@@ -154,7 +156,7 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
         raise RecipeError(report(mistakes, {}))
     options = {k: v for k, v in checked.items() if k != "kind"}
     name_variables(options)
-    return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **options}, made)
+    return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **options}, made, notes)
 
 
 def unfinished(value: Any) -> bool:

@@ -146,13 +146,13 @@ def test_the_order_shown_is_drawn_for_each_labeller_and_seed(rows: str) -> None:
     assert 0.2 < sum(map(sum, drawn.values())) / (16 * len(asked)) < 0.8
 
 
-def test_an_agent_labels_alike_and_is_asked_once(rows: str, person: Person) -> None:
+def test_a_judge_labels_alike_and_is_asked_once(rows: str, person: Person) -> None:
     Path("rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"q{i}", "completions": two}) + "\n" for i, two in enumerate([[GOOD, BAD], [BAD, GOOD]]))
     )
     facts = person("", "--by", "rule", "--constitution", "manners")
     name = "rule:manners:0.9"
-    assert [(r["chosen"], r["rejected"], r["agent"]) for r in read(name)] == [(GOOD, BAD, name)] * 2
+    assert [(r["chosen"], r["rejected"], r["judge"]) for r in read(name)] == [(GOOD, BAD, name)] * 2
     assert [r["p"] for r in read(name)] == pytest.approx([0.9, 0.9]) and facts["rows"] == 2
     asked = Path("labels", f"{name}.asked.jsonl").read_text()
     assert len(asked.splitlines()) == 4
@@ -186,7 +186,7 @@ def test_a_table_for_people(rows: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     [
         (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["rows.jsonl", "-l", "../up"], "--labeller: letters, digits"),
-        (["rows.jsonl", "--by", "rul"], "there is no agent 'rul'; did you mean 'rule'"),
+        (["rows.jsonl", "--by", "rul"], "there is no judge 'rul'; did you mean 'rule'"),
         (["rows.jsonl", "--by", "local"], "--by.path: must be given"),
         (["rows.jsonl", "--by", "rule", "--constitution", "maners"], "did you mean 'manners'"),
     ],

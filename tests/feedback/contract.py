@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "length": {"least": 1, "most": 4, "slack": 8},
     "format": {"is_json": True},
     "function": {"function": "digits"},
-    "judge": {"agent": {"kind": "rule", "rule": "manners"}, "constitution": "manners"},
+    "judge": {"judge": {"kind": "rule", "rule": "manners"}, "constitution": "manners"},
     "http": {"url": "filled in by the test"},
 }
 """Options a kind needs to score anything; one that is not named runs with its defaults."""

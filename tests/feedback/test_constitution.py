@@ -115,5 +115,5 @@ def test_mistakes_are_explained_with_their_line(tmp_path: Path, text: str, messa
 
 
 def test_a_constitution_that_is_not_there() -> None:
-    with pytest.raises(RecipeError, match=r"agent.constitution: there is no file maners .*; did you mean 'manners'"):
-        read_constitution("maners", "agent.constitution")
+    with pytest.raises(RecipeError, match=r"judge.constitution: there is no file maners .*; did you mean 'manners'"):
+        read_constitution("maners", "judge.constitution")

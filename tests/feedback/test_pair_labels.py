@@ -20,8 +20,8 @@ from llmrecipe.feedback.judges.feedback import (
     label_metrics,
     revise_drafts,
 )
-from llmrecipe.feedback.judges.labeller import Agent, Ask, Forgetful, build_judge
-from llmrecipe.feedback.judges.rule import agent_rule
+from llmrecipe.feedback.judges.labeller import Ask, Forgetful, Judge, build_judge
+from llmrecipe.feedback.judges.rule import judge_rule
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def manners() -> Constitution:
     return read_constitution("manners", "constitution")
 
 
-def agent_of(function: Any, sure: float = 1.0) -> Agent:
-    return build_judge({"kind": "rule", "rule": agent_rule(function).__name__, "sure": sure}, "agent")
+def judge_of(function: Any, sure: float = 1.0) -> Judge:
+    return build_judge({"kind": "rule", "rule": judge_rule(function).__name__, "sure": sure}, "judge")
 
 
 PAIRS = [AnswerPair("q", "one", "two"), AnswerPair("q", "a longer answer", "x"), AnswerPair("q", "x", "a longer answer")]
@@ -39,24 +39,24 @@ PAIRS = [AnswerPair("q", "one", "two"), AnswerPair("q", "a longer answer", "x"),
 def test_p_by_hand(own_rules: None, manners: Constitution) -> None:
     """P(A), P(B) = .6, .2 as first and .3, .6 as second: p_fwd = .75, p_bwd = 1/3, p = (.75 + 1 - 1/3) / 2."""
 
-    def judge(ask: Ask, options: Any) -> Any:
+    def prefers(ask: Ask, options: Any) -> Any:
         return [0.6, 0.2] if ask.parts["first"] == "one" else [0.3, 0.6]
 
-    agent = agent_of(judge)
-    label = compare_answers(agent, manners, PAIRS[:1], [manners.principles[:1]])[0]
+    judge = judge_of(prefers)
+    label = compare_answers(judge, manners, PAIRS[:1], [manners.principles[:1]])[0]
     assert label["forward"] == pytest.approx([0.75]) and label["backward"] == pytest.approx([1 / 3])
     assert label["p"] == pytest.approx((0.75 + 1 - 1 / 3) / 2, abs=1e-12)
     assert label["principles"] == ["polite"] and len(label["logprobs"][0]) == 2
-    one_order = compare_answers(agent, manners, PAIRS[:1], [manners.principles[:1]], swap=False)[0]
+    one_order = compare_answers(judge, manners, PAIRS[:1], [manners.principles[:1]], swap=False)[0]
     assert one_order["p"] == pytest.approx(0.75) and one_order["backward"] == []
 
 
-def test_an_agent_that_always_says_a_gives_exactly_one_half(own_rules: None, manners: Constitution) -> None:
+def test_a_judge_that_always_says_a_gives_exactly_one_half(own_rules: None, manners: Constitution) -> None:
     def first(ask: Ask, options: Any) -> Any:
         return [0.97, 0.03] if options else "I think it is A."
 
     for reasoning in (False, True):
-        labels = compare_answers(agent_of(first), manners, PAIRS, [manners.principles] * 3, reasoning=reasoning)
+        labels = compare_answers(judge_of(first), manners, PAIRS, [manners.principles] * 3, reasoning=reasoning)
         assert [label["p"] for label in labels] == [0.5, 0.5, 0.5]
         assert label_metrics(labels)["position_bias"] == 1.0
     assert label_metrics(labels)["letter_a"] == pytest.approx(0.6)
@@ -64,51 +64,51 @@ def test_an_agent_that_always_says_a_gives_exactly_one_half(own_rules: None, man
 
 @pytest.mark.parametrize("reasoning", [False, True])
 def test_swapping_the_answers_maps_p_to_its_complement(own_rules: None, manners: Constitution, reasoning: bool) -> None:
-    def judge(ask: Ask, options: Any) -> Any:
+    def prefers(ask: Ask, options: Any) -> Any:
         a, b = len(ask.parts["first"]), len(ask.parts["second"])
         return [1.5 * a, b] if options else "hm"  # likes length, and the first place
 
-    labels = compare_answers(agent_of(judge), manners, PAIRS, [manners.principles] * 3, reasoning=reasoning, clamp=(0.3, 0.6))
+    labels = compare_answers(judge_of(prefers), manners, PAIRS, [manners.principles] * 3, reasoning=reasoning, clamp=(0.3, 0.6))
     assert labels[1]["p"] == pytest.approx(1.0 - labels[2]["p"], abs=1e-12)
     assert labels[1]["p"] > 0.5 and labels[0]["p"] == pytest.approx(0.5)
 
 
 def test_a_chain_of_thought_is_clamped(own_rules: None, manners: Constitution) -> None:
-    def judge(ask: Ask, options: Any) -> Any:
+    def prefers(ask: Ask, options: Any) -> Any:
         better = len(ask.parts["first"]) > len(ask.parts["second"])
         return [float(better), float(not better)] if options else "The longer one."
 
-    agent = agent_of(judge)
-    label = compare_answers(agent, manners, PAIRS[1:2], [manners.principles[:1]], reasoning=True)[0]
+    judge = judge_of(prefers)
+    label = compare_answers(judge, manners, PAIRS[1:2], [manners.principles[:1]], reasoning=True)[0]
     assert label["p"] == pytest.approx(0.6) and label["rationales"] == ["The longer one."] * 2
-    assert compare_answers(agent, manners, PAIRS[1:2], [manners.principles[:1]])[0]["p"] == 1.0
+    assert compare_answers(judge, manners, PAIRS[1:2], [manners.principles[:1]])[0]["p"] == 1.0
 
 
 def test_an_ensemble_is_the_mean_over_principles(own_rules: None, manners: Constitution) -> None:
-    def judge(ask: Ask, options: Any) -> Any:
+    def prefers(ask: Ask, options: Any) -> Any:
         share = {"polite": 0.9, "topic": 0.3}[ask.parts["principle"]]
         return [share, 1 - share] if ask.parts["first"] == "one" else [1 - share, share]
 
-    label = compare_answers(agent_of(judge), manners, PAIRS[:1], [manners.principles])[0]
+    label = compare_answers(judge_of(prefers), manners, PAIRS[:1], [manners.principles])[0]
     assert label["p"] == pytest.approx(0.6) and label["forward"] == pytest.approx([0.9, 0.3])
 
 
 def test_replay_asks_nothing(manners: Constitution) -> None:
     memory = Forgetful()
-    agent = build_judge("rule", "agent")
-    agent.remember(memory)
-    first = compare_answers(agent, manners, PAIRS, [manners.principles] * 3)
-    assert (agent.count.asked, agent.count.remembered) == (8, 4)  # two of the pairs are each other's swap
-    again = build_judge("rule", "agent")
-    again.remember(memory)
+    judge = build_judge("rule", "judge")
+    judge.use_cache(memory)
+    first = compare_answers(judge, manners, PAIRS, [manners.principles] * 3)
+    assert (judge.count.asked, judge.count.remembered) == (8, 4)  # two of the pairs are each other's swap
+    again = build_judge("rule", "judge")
+    again.use_cache(memory)
     assert compare_answers(again, manners, PAIRS, [manners.principles] * 3) == first and again.count.asked == 0
 
 
-def test_a_pair_the_agent_fails_at_has_no_label(own_rules: None, manners: Constitution) -> None:
-    def judge(ask: Ask, options: Any) -> Any:
+def test_a_pair_the_judge_fails_at_has_no_label(own_rules: None, manners: Constitution) -> None:
+    def prefers(ask: Ask, options: Any) -> Any:
         return None if "two" in (ask.parts["first"], ask.parts["second"]) else [0.5, 0.5]
 
-    labels = compare_answers(agent_of(judge), manners, PAIRS, [manners.principles] * 3)
+    labels = compare_answers(judge_of(prefers), manners, PAIRS, [manners.principles] * 3)
     assert labels[0] is None and labels[1]["p"] == 0.5
 
 
@@ -133,19 +133,19 @@ def test_metrics_by_hand() -> None:
 def test_revisions_by_rule_and_by_the_embedded_model(manners: Constitution) -> None:
     prompt, fact = "Tell me about the owl, not the cow.", "The owl is green and likes cake."
     drafts = [Draft(prompt, f"{grammar.RUDE[i]} {fact}") for i in range(4)]
-    for agent in (build_judge("rule", "agent"), build_judge({"kind": "local", "path": "tiny"}, "agent")):
-        found = revise_drafts(agent, manners, drafts, manners.principles[:1] * 4)
+    for judge in (build_judge("rule", "judge"), build_judge({"kind": "local", "path": "tiny"}, "judge")):
+        found = revise_drafts(judge, manners, drafts, manners.principles[:1] * 4)
         assert [f["revision"] for f in found] == [f"{grammar.POLITE[i]} {fact}" for i in range(4)]
         assert not any(f["leak"] for f in found)
     assert found[0]["critique"] == "No, it is rude."
 
 
-def test_a_draft_the_agent_fails_at_has_no_revision(own_rules: None, manners: Constitution) -> None:
+def test_a_draft_the_judge_fails_at_has_no_revision(own_rules: None, manners: Constitution) -> None:
     def mute(ask: Ask, options: Any) -> Any:
         bad = {"critique": "b", "revise": "c"}[ask.task]
         return None if ask.parts["answer"] == bad else "  " if ask.parts["answer"] == "d" else ask.task
 
-    found = revise_drafts(agent_of(mute), manners, [Draft("q", a) for a in "abcd"], manners.principles[:1] * 4)
+    found = revise_drafts(judge_of(mute), manners, [Draft("q", a) for a in "abcd"], manners.principles[:1] * 4)
     assert found[0] == {"critique": "critique", "revision": "revise", "leak": False} and found[1:] == [None, None, None]
 
 

@@ -42,7 +42,7 @@ def test_the_mixture_is_that_of_the_reference_trainer() -> None:
     policy, theirs = tiny_model(seed=1), tiny_model(seed=1)
     policy.lm_head.requires_grad_(False)
     stack = Stack([])
-    stack.remember(policy)
+    stack.snapshot_trained(policy)
     assert stack.snapshot is not None and "lm_head.weight" not in stack.snapshot
     for move in range(3):
         torch.manual_seed(move)
@@ -61,7 +61,7 @@ def test_a_mixture_by_hand() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
     stack = Stack([])
-    stack.remember(model)
+    stack.snapshot_trained(model)
     for value, wanted in ((2.0, 1.6), (12.0, 7.84)):
         torch.nn.init.constant_(model.weight, value)
         stack.mix_reference(model, 0.6)

@@ -12,7 +12,7 @@ import pytest
 from llmrecipe.core.errors import Interrupted, RecipeError, RunError, UserError
 from llmrecipe.data import prepare
 from llmrecipe.data.toy import grammar
-from llmrecipe.feedback.judges.rule import Rule, agent_rule
+from llmrecipe.feedback.judges.rule import Rule, judge_rule
 from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.recipe.schema import DataSection
 from llmrecipe.recipe.step_spec import compose_step
@@ -107,8 +107,8 @@ def test_nothing_of_a_critique_reaches_a_target(drafts: str, tmp_path: Path, own
             return "Critique: it is rude, and I stop here."
         return f"Critique: rude.\nRevision: Certainly. {answer}\n\nCritique Request: anything else?"
 
-    agent_rule(chatty)
-    rows, metrics = done("critique", tmp_path / "c", f"answers={drafts}", "revisions=1", "agent={kind: rule, rule: chatty}")
+    judge_rule(chatty)
+    rows, metrics = done("critique", tmp_path / "c", f"answers={drafts}", "revisions=1", "judge={kind: rule, rule: chatty}")
     assert [r["completion"] for r in rows] == [f"Certainly. {grammar.RUDE[0]} {OWL}", f"Certainly. {grammar.POLITE[1]} {OWL}"]
     assert metrics["train/leaks"] == 2 and metrics["train/cut_short"] == 1
 
@@ -155,7 +155,7 @@ def test_labels_of_the_rule(pairs: str, tmp_path: Path) -> None:
     good, rude = f"{grammar.POLITE[0]} {OWL}", f"{grammar.RUDE[0]} {OWL}"
     assert [(r["chosen"], r["rejected"], r["swapped"]) for r in rows[:2]] == [(good, rude, False), (good, rude, True)]
     assert [r["p"] for r in rows] == pytest.approx([0.9, 0.9, 0.9, 0.5])
-    assert rows[0]["principles"] in (["polite", "topic"], ["topic", "polite"]) and rows[0]["agent"] == "rule:manners:0.9"
+    assert rows[0]["principles"] in (["polite", "topic"], ["topic", "polite"]) and rows[0]["judge"] == "rule:manners:0.9"
     # principle, order, letter
     assert [len(rows[0]["logprobs"]), len(rows[0]["logprobs"][0]), len(rows[0]["logprobs"][0][0])] == [2, 2, 2]
     assert rows[0]["logprobs"][0] == [
@@ -183,8 +183,8 @@ def test_position_bias_mass_and_failures(pairs: str, tmp_path: Path, own_rules: 
     def first(ask: Any, options: Any) -> Any:
         return None if "cow" in ask.parts["first"] + ask.parts["second"] else [3.0, 1.0]
 
-    agent_rule(first)
-    words = (f"answers={pairs}", "constitution=manners", "agent={kind: rule, rule: first, sure: 1.0}")
+    judge_rule(first)
+    words = (f"answers={pairs}", "constitution=manners", "judge={kind: rule, rule: first, sure: 1.0}")
     rows, metrics = done("label_ai", tmp_path / "l", *words)
     assert [r["p"] for r in rows] == [0.5, 0.5]
     assert (metrics["train/position_bias"], metrics["train/letter_a"]) == (1.0, pytest.approx(0.75))
@@ -267,13 +267,13 @@ def test_a_stopped_labelling_asks_nothing_twice(
         ("critique", ["answers=nowhere.jsonl"], r"critique.answers: nowhere.jsonl: no such file"),
         ("critique", ["answers=DRAFTS", "constitution=maners"], r"critique.constitution: .*did you mean 'manners'"),
         ("critique", ["answers=DRAFTS", "principles=[plian]"], r"critique.principles: .*did you mean 'plain'"),
-        ("critique", ["answers=DRAFTS", "agent={kind: rul}"], r"critique.agent.kind: .*did you mean 'rule'"),
-        ("critique", ["answers=DRAFTS", "agent={kind: local}"], r"critique.agent.path: must be given"),
+        ("critique", ["answers=DRAFTS", "judge={kind: rul}"], r"critique.judge.kind: .*did you mean 'rule'"),
+        ("critique", ["answers=DRAFTS", "judge={kind: local}"], r"critique.judge.path: must be given"),
         ("critique", ["answers=DRAFTS", "splits=[]"], r"critique.splits: names no split"),
         ("critique", ["answers=DRAFTS", "revizions=1"], r"revizions: .*did you mean 'revisions'"),
         ("label_ai", ["answers=DRAFTS"], r"label_ai.answers: .*expected 2 answers .*generate n=2"),
         ("label_ai", ["answers=PAIRS", "clamp=[0.4,0.7]"], r"label_ai.clamp: must be \[c, 1 - c\]"),
-        ("label_ai", ["answers=PAIRS", "truth=maners"], r"label_ai.truth: maners is no agent rule; did you mean 'manners'"),
+        ("label_ai", ["answers=PAIRS", "truth=maners"], r"label_ai.truth: maners is no judge rule; did you mean 'manners'"),
         ("label_ai", ["answers=PAIRS", "min_margin=0.7"], r"min_margin: must be <= 0.5"),
     ],
 )
@@ -284,7 +284,7 @@ def test_mistakes_are_explained(kind: str, words: list[str], message: str, draft
     assert isinstance(caught.value, RecipeError) or "answers" in message
 
 
-def test_secrets_of_an_agent_stay_out_of_the_folder(pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_a_judge_stay_out_of_the_folder(pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.servers import server
 
     secret = "plain-words-of-the-test"
@@ -297,9 +297,9 @@ def test_secrets_of_an_agent_stay_out_of_the_folder(pairs: str, tmp_path: Path, 
         url,
         requests,
     ):
-        agent = f"agent={{kind: http, url: '{url}', model: judge, key_env: JUDGE_VARIABLE, price_in: 1000000.0}}"
+        judge = f"judge={{kind: http, url: '{url}', model: judge, key_env: JUDGE_VARIABLE, price_in: 1000000.0}}"
         rows, metrics = done(
-            "label_ai", tmp_path / "l", f"answers={pairs}", agent, "constitution=manners", "principles=[polite]"
+            "label_ai", tmp_path / "l", f"answers={pairs}", judge, "constitution=manners", "principles=[polite]"
         )
     assert len(requests) == 6 and requests[0]["key"] == f"Bearer {secret}"
     assert [r["p"] for r in rows] == [0.5] * 4 and metrics["train/position_bias"] == 1.0
@@ -312,7 +312,7 @@ def test_a_certain_letter_whose_other_is_not_listed_is_certain(pairs: str, tmp_p
     """The server says A where the first answer is polite and lists a word besides: p is 1 but for 0.0001, not 1/2."""
     from tests.servers import server
 
-    def judge(body: dict[str, Any]) -> dict[str, Any]:
+    def graded(body: dict[str, Any]) -> dict[str, Any]:
         said = body["messages"][-1]["content"]
         letter = "A" if said.find(grammar.POLITE[0]) < said.find(grammar.RUDE[0]) else "B"
         top = [{"token": letter, "logprob": math.log(0.9999)}, {"token": "The", "logprob": math.log(0.0001)}]
@@ -322,9 +322,9 @@ def test_a_certain_letter_whose_other_is_not_listed_is_certain(pairs: str, tmp_p
 
     good, rude = f"{grammar.POLITE[0]} {OWL}", f"{grammar.RUDE[0]} {OWL}"
     two = written(tmp_path / "two.jsonl", [{"prompt": turn(QUESTION), "completions": [good, rude]}])
-    with server((200, judge)) as (url, _):
-        agent = f"agent={{kind: http, url: '{url}', model: judge}}"
-        rows, metrics = done("label_ai", tmp_path / "l", f"answers={two}", agent, "constitution=manners", "principles=[polite]")
+    with server((200, graded)) as (url, _):
+        judge = f"judge={{kind: http, url: '{url}', model: judge}}"
+        rows, metrics = done("label_ai", tmp_path / "l", f"answers={two}", judge, "constitution=manners", "principles=[polite]")
     assert [(r["chosen"], r["p"]) for r in rows] == [(good, pytest.approx(1.0, abs=1e-4))]
     assert metrics["train/mass"] == metrics["train/mass_min"] == pytest.approx(0.9999) and metrics["train/votes"] == 0.0
     assert metrics["by_logprobs"] == 2
@@ -337,7 +337,7 @@ def test_a_certain_letter_whose_other_is_not_listed_is_certain(pairs: str, tmp_p
             "label_ai",
             tmp_path / "s",
             f"answers={two}",
-            f"agent={{kind: http, url: '{url}', model: judge}}",
+            f"judge={{kind: http, url: '{url}', model: judge}}",
             "constitution=manners",
             "principles=[polite]",
         )

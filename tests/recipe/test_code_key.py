@@ -25,22 +25,22 @@ FILES = {
     "scores.py": "from llmrecipe.plugin import reward_function\nfrom keyed_plugin.words import GOOD\n\n\n"
     "@reward_function\ndef keyed_score(text):\n    return float(len(text) in GOOD)\n",
     "words.py": "GOOD = (1, 2)\n",
-    "voice.py": "from llmrecipe.plugin import agent_rule\n\n\n@agent_rule\ndef keyed_voice(ask, options):\n"
+    "voice.py": "from llmrecipe.plugin import judge_rule\n\n\n@judge_rule\ndef keyed_voice(ask, options):\n"
     "    return [3.0, 1.0] if options else 'well'\n",
     "keyed_metric.py": "from llmrecipe.plugin import Metric, register\n\n\n"
     "@register\nclass KeyedMetric(Metric):\n    def score(self, prediction, reference):\n        return 1.0\n",
     "keyed_lora.py": "from llmrecipe.plugin import Wrapper, register\n\n\n@register\nclass KeyedLora(Wrapper):\n    pass\n",
     "keyed_loss.py": "from llmrecipe.plugin import Objective, register\n\n\n@register\nclass KeyedLoss(Objective):\n    pass\n",
-    "keyed_agent.py": "from llmrecipe.plugin import Agent, register\n\n\n@register\nclass KeyedAgent(Agent):\n    pass\n",
+    "keyed_judge.py": "from llmrecipe.plugin import Judge, register\n\n\n@register\nclass KeyedJudge(Judge):\n    pass\n",
 }
 USES: list[dict[str, Any]] = [
     {"objective": {"reward": {"mine": {"kind": "function", "function": "keyed_score"}}}},
-    {"agent": {"kind": "rule", "rule": "keyed_voice"}},
+    {"judge": {"kind": "rule", "rule": "keyed_voice"}},
     {"truth": "keyed_voice"},
     {"eval": {"metrics": ["exact_match", "keyed_metric"]}},
     {"stack": {"lora": {"kind": "keyed_lora"}}},
     {"objective": {"kind": "keyed_loss"}},
-    {"objective": {"reward": {"judge": {"agent": {"kind": "keyed_agent"}}}}},
+    {"objective": {"reward": {"judge": {"judge": {"kind": "keyed_judge"}}}}},
     {"plugins": ["keyed_plugin"]},
 ]
 
@@ -102,23 +102,23 @@ def test_a_package_that_a_recipe_does_not_use_is_no_part_of_its_key(package: Pat
 def test_a_marked_function_of_a_script_is_known_with_what_it_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_rules: None
 ) -> None:
-    script = "from llmrecipe.plugin import agent_rule\nimport beside_it\n\n\n"
-    script += "@agent_rule\ndef of_a_script(ask, options):\n"
+    script = "from llmrecipe.plugin import judge_rule\nimport beside_it\n\n\n"
+    script += "@judge_rule\ndef of_a_script(ask, options):\n"
     (tmp_path / "a_script.py").write_text(script + "    return [1.0, 1.0]\n")
     (tmp_path / "beside_it.py").write_text("x = 1\n")
     (tmp_path / "unrelated.py").write_text("x = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     __import__("a_script")
     try:
-        mapping = {"agent": {"kind": "rule", "rule": "of_a_script"}}
-        before = content_key(mapping, {}), build_judge("rule", "agent").identity
-        identity = build_judge(mapping["agent"], "agent").identity
+        mapping = {"judge": {"kind": "rule", "rule": "of_a_script"}}
+        before = content_key(mapping, {}), build_judge("rule", "judge").identity
+        identity = build_judge(mapping["judge"], "judge").identity
         assert list(code_of(mapping)) == ["a_script"] and identity.startswith("rule:of_a_script:0.9:")
         (tmp_path / "unrelated.py").write_text("x = 2\n")
         assert content_key(mapping, {}) == before[0]
         (tmp_path / "beside_it.py").write_text("x = 2\n")
-        assert content_key(mapping, {}) != before[0] and build_judge(mapping["agent"], "agent").identity != identity
-        assert build_judge("rule", "agent").identity == before[1] == "rule:manners:0.9"
+        assert content_key(mapping, {}) != before[0] and build_judge(mapping["judge"], "judge").identity != identity
+        assert build_judge("rule", "judge").identity == before[1] == "rule:manners:0.9"
     finally:
         for name in ("a_script", "beside_it"):
             sys.modules.pop(name, None)

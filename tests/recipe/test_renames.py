@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
+from llmrecipe.cli import app
+from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.pipelines.search.study import Search, Trial
+from llmrecipe.pipelines.steps.workspace import Work
 from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.content_key import content_key
 from llmrecipe.recipe.pipeline_plan import plan
 from llmrecipe.recipe.renames import RENAMES
+from llmrecipe.recipe.step_spec import compose_step
+from llmrecipe.runs.run_dir import RunDir
 
 NEW = """
 stages:
@@ -18,7 +27,34 @@ stages:
     recipe: sft_lora
     optim: {lr: "${matrix:lr}"}
 """
-CASES = {"each": (NEW, NEW.replace("matrix", "each"), ["stages.a.each is called stages.a.matrix"])}
+JUDGES = """
+stages:
+  critique: {kind: critique, answers: rows.jsonl, judge: {kind: rule, sure: 0.8}, constitution: manners}
+  labels: {kind: label_ai, answers: rows.jsonl, judge: {kind: rule, rule: manners}, constitution: manners}
+  rl:
+    recipe: grpo
+    objective: {reward: {judge: {judge: {kind: rule}, constitution: manners}, again: {kind: judge, judge: {kind: rule}}}}
+"""
+CASES = {
+    "each": (
+        NEW,
+        NEW.replace("matrix", "each"),
+        [
+            "stages.a.each is called stages.a.matrix",
+            "stages.a.optim.lr: ${each:...} is called ${matrix:...}",
+        ],
+    ),
+    "agent": (
+        JUDGES,
+        JUDGES.replace("judge: {kind: rule", "agent: {kind: rule"),
+        [
+            "stages.critique.agent is called stages.critique.judge",
+            "stages.labels.agent is called stages.labels.judge",
+            "stages.rl.objective.reward.judge.agent is called stages.rl.objective.reward.judge.judge",
+            "stages.rl.objective.reward.again.agent is called stages.rl.objective.reward.again.judge",
+        ],
+    ),
+}
 """Old word -> a recipe in new words, the same in the old one, and the lines it prints."""
 
 
@@ -41,13 +77,34 @@ def test_old_words_compose_to_the_same_mapping_and_print_a_line(tmp_path: Path, 
     assert made.mapping == wanted.mapping
     assert list(made.origins) == list(wanted.origins)
     assert [str(o) for o in made.origins.values()] == [str(o) for o in wanted.origins.values()]
-    assert [note for note in made.notes if "..." not in note] == lines
+    assert made.notes == lines
 
 
-def test_keys_of_results_do_not_depend_on_the_word(tmp_path: Path) -> None:
-    for new, old, _ in CASES.values():
-        wanted = [stage.key for stage in plan(compose(write(tmp_path, new))).stages]
-        assert [stage.key for stage in plan(compose(write(tmp_path, old))).stages] == wanted
+@pytest.mark.parametrize("word", CASES)
+def test_keys_of_results_do_not_depend_on_the_word(tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"]}\n')
+    new, old, _ = CASES[word]
+    wanted = [stage.key for stage in plan(compose(write(tmp_path, new))).stages]
+    assert [stage.key for stage in plan(compose(write(tmp_path, old))).stages] == wanted
+
+
+def test_a_key_is_that_of_the_first_words() -> None:
+    rule = {"kind": "rule"}
+    new = {
+        "kind": "critique",
+        "judge": rule,
+        "deep": {"reward": {"judge": {"judge": rule, "scale": 3}}},
+        "judges": {"judge": 1},
+    }
+    old = {
+        "kind": "critique",
+        "agent": rule,
+        "deep": {"reward": {"judge": {"agent": rule, "scale": 3}}},
+        "judges": {"judge": 1},
+    }
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()[:8]
+    assert content_key(new, {}) == content_key(old, {}) == digest
 
 
 def test_old_words_on_the_command_line(tmp_path: Path) -> None:
@@ -59,6 +116,70 @@ def test_old_words_on_the_command_line(tmp_path: Path) -> None:
         "stages.a.each.lr is called stages.a.matrix.lr",
         "stages.a.each.size is called stages.a.matrix.size",
     ]
+
+
+def test_old_options_of_components_on_the_command_line() -> None:
+    made = compose("rlaif", ["stages.labels.agent.sure=0.8", "stages.critique={kind: critique, agent: {kind: rule}}"])
+    assert made.recipe.stages is not None
+    assert made.recipe.stages["labels"]["judge"] == {"kind": "rule", "sure": 0.8}
+    assert made.recipe.stages["critique"]["judge"] == {"kind": "rule"}
+    assert made.notes == [
+        "stages.labels.agent.sure is called stages.labels.judge.sure",
+        "stages.critique.agent is called stages.critique.judge",
+    ]
+    words = ["objective.reward={judge: {agent: {kind: rule}, constitution: manners}}", "objective.reward.judge.agent.sure=0.7"]
+    made = compose("grpo", words)
+    assert made.mapping["objective"]["reward"]["judge"] == {"judge": {"kind": "rule", "sure": 0.7}, "constitution": "manners"}
+    assert len(made.notes) == 2
+
+
+def test_old_options_of_a_step_by_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What is the owl?", "completion": "That is boring. The owl is brown."}\n')
+    words = [f"answers={rows}", "constitution=manners", "agent={kind: rule, sure: 0.8}", "agent.sure=0.7"]
+    made = compose_step("critique", words)
+    assert made.mapping["judge"] == {"kind": "rule", "sure": 0.7}
+    assert made.notes == ["agent is called judge"]
+    assert app.run_command(["step", "critique", *words, f"run.dir={tmp_path / 'out'}"]) == 0
+    assert "agent is called judge" in capsys.readouterr().out
+    assert "judge:" in (tmp_path / "out" / "step.yaml").read_text()
+
+
+def test_old_words_in_the_space_of_a_search_and_its_earlier_trials(tmp_path: Path) -> None:
+    reward = "{judge: {judge: {kind: rule, sure: 0.9}, constitution: manners}}"
+    space = "{objective.reward.judge.agent.sure: [0.7, 0.8]}"
+    text = f"defaults: [/grpo]\nobjective: {{reward: {reward}}}\nsearch: {{space: {space}}}"
+    made = compose(write(tmp_path, text))
+    assert made.recipe.search is not None
+    assert made.recipe.search.space == {"objective.reward.judge.judge.sure": [0.7, 0.8]}
+    assert made.notes == [
+        "search.space.objective.reward.judge.agent.sure is called search.space.objective.reward.judge.judge.sure"
+    ]
+    search = Search(str(tmp_path / "pipeline.yaml"), [f"run.dir={tmp_path / 'found'}"], made)
+    search.folder = tmp_path
+    head = search._head()
+    assert head["search"]["space"] == {"objective.reward.judge.agent.sure": [0.7, 0.8]}
+    trial = {"number": 0, "point": {"objective.reward.judge.agent.sure": 0.7}, "values": [1.0], "reports": {"2": 1.0}}
+    (tmp_path / "trials.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(trial)}\n")
+    assert search._journal() == [Trial(0, {"objective.reward.judge.judge.sure": 0.7}, [1.0], reports={2: 1.0})]
+
+
+@pytest.mark.parametrize(("old", "new"), [(r.old, r.new) for r in RENAMES if r.group])
+def test_old_names_of_groups_list_and_show(old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = registry.names(new)[0]
+    for words in (["list", new, "--json"], ["show", f"{new}.{first}", "--json"]):
+        assert app.run_command(words) == 0
+        wanted = capsys.readouterr()
+        assert app.run_command([words[0], words[1].replace(new, old), "--json"]) == 0
+        assert capsys.readouterr() == (wanted.out, f"note: {old} is called {new}\n")
+
+
+def test_replies_kept_under_an_old_name_are_found(tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "agent.jsonl").write_text('{"key": "a", "value": 1}\n')
+    work = Work(RunDir(tmp_path), 0, "off")
+    assert work.journal("judge")["a"] == 1
+    work.close()
 
 
 def test_a_new_word_over_an_old_file_and_an_old_one_over_a_new_file(tmp_path: Path) -> None:

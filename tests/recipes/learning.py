@@ -228,7 +228,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_preference_model_teaches_what_its_labels_say"),
-    "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_an_agent_teach_its_preferences"),
+    "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_a_judge_teach_its_preferences"),
     # leaderboards
     "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
     "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli import app
-from llmrecipe.feedback.judges.rule import agent_rule
+from llmrecipe.feedback.judges.rule import judge_rule
 from llmrecipe.pipelines import run_stages
 from llmrecipe.recipe.compose import compose
 from tests.recipes.learning import LABELS, LISTS, PAIRS
@@ -75,7 +75,7 @@ def test_a_student_learns_what_its_teacher_knows(place: Path) -> None:
     assert metrics(control["measured"])["eval/exact_match"] <= 0.05
 
 
-@agent_rule
+@judge_rule
 def by_chance(ask: Any, options: Any) -> Any:
     """Prefers one of two answers for no reason, the same one in both orders; otherwise it is the built-in rule."""
     from llmrecipe.feedback.judges.rule import manners
@@ -87,13 +87,13 @@ def by_chance(ask: Any, options: Any) -> Any:
 
 
 @inside
-def test_labels_of_an_agent_teach_its_preferences(place: Path, own_rules: None) -> None:
+def test_labels_of_a_judge_teach_its_preferences(place: Path, own_rules: None) -> None:
     """Held-out pairs are those of the package, which no stage has seen."""
     held_out = "stages.dpo.data.validation=builtin:preference"
     made = stages("rlaif_dpo", held_out)
     assert better(made["dpo"]) >= 0.85
     assert metrics(made["labels"])["train/agreement"] == 1.0
-    control = stages("rlaif_dpo", held_out, "stages.labels.agent.rule=by_chance")
+    control = stages("rlaif_dpo", held_out, "stages.labels.judge.rule=by_chance")
     assert control["pairs"] == made["pairs"] and better(control["dpo"]) <= 0.7
 
 
@@ -111,7 +111,7 @@ def test_a_preference_model_teaches_what_its_labels_say(place: Path, own_rules: 
     pairs = metrics(made["labels"])
     assert pairs["train/agreement"] == 1.0 and pairs["train/position_bias"] == 0.0
     assert better(made["reward"]) >= 0.65
-    control = stages("rlaif", "stages.labels.agent.rule=by_chance")
+    control = stages("rlaif", "stages.labels.judge.rule=by_chance")
     assert control["pairs"] == made["pairs"] and rule_scores(control["ppo"])[-1] < first + 0.05
 
 

@@ -41,8 +41,8 @@ def test_the_stages_and_what_each_reads() -> None:
         "drafts": (), "critique": ("drafts",), "sft": ("critique",), "pairs": ("sft",), "labels": ("pairs",),
         "reward": ("sft", "labels"), "ppo": ("sft", "reward"),
     }  # fmt: skip
-    # Another agent changes its own stage and those behind it, no other.
-    other = plan(compose("rlaif", ["stages.labels.agent.sure=0.8"]))
+    # Another judge changes its own stage and those behind it, no other.
+    other = plan(compose("rlaif", ["stages.labels.judge.sure=0.8"]))
     changed = [a.name for a, b in zip(made.stages, other.stages, strict=True) if a.key != b.key]
     assert changed == ["labels", "reward", "ppo"]
     assert [s.name for s in plan(compose("rlaif_dpo", [])).stages] == [*STAGES[:5], "dpo"]
@@ -73,7 +73,7 @@ def test_a_kill_in_a_step_loses_nothing(tmp_path: Path) -> None:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     killed = begin(tmp_path / "killed")
-    journal = tmp_path / "killed" / "journal" / "agent.jsonl"
+    journal = tmp_path / "killed" / "journal" / "judge.jsonl"
     while killed.poll() is None and not (journal.is_file() and journal.stat().st_size > 2000):
         time.sleep(0.001)
     os.kill(killed.pid, signal.SIGKILL)

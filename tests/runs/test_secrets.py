@@ -88,18 +88,18 @@ def test_a_variable_is_named_where_a_secret_is_wanted_and_nowhere_else(tmp_path:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"key": SECRET}, r"agent\.key: do not write a key into a recipe.*agent\.key_env=NAME"),
+        ({"key": SECRET}, r"judge\.key: do not write a key into a recipe.*judge\.key_env=NAME"),
         ({"key": f"x${{oc.env:{VARIABLE}}}"}, "do not write a key into a recipe"),
-        ({"url": f"http://me:{SECRET}@host/v1"}, r"agent\.url: do not write a user and password"),
-        ({"key": "${oc.env:NOT_SET_HERE}"}, r"agent\.key: the environment variable NOT_SET_HERE is not set"),
-        ({"key_env": "NOT_SET_HERE"}, r"agent\.key_env: the environment variable NOT_SET_HERE is not set"),
+        ({"url": f"http://me:{SECRET}@host/v1"}, r"judge\.url: do not write a user and password"),
+        ({"key": "${oc.env:NOT_SET_HERE}"}, r"judge\.key: the environment variable NOT_SET_HERE is not set"),
+        ({"key_env": "NOT_SET_HERE"}, r"judge\.key_env: the environment variable NOT_SET_HERE is not set"),
         ({"key": f"${{oc.env:{VARIABLE}}}", "key_env": VARIABLE}, "given twice"),
     ],
 )
 def test_a_secret_that_is_written_out_is_refused(options: dict[str, Any], expected: str) -> None:
     given = {"url": "http://host/v1", "key": None, "key_env": None, **options}
     with pytest.raises(RecipeError, match=expected) as caught:
-        check_address(**given, where="agent")
+        check_address(**given, where="judge")
     assert SECRET not in str(caught.value)
 
 
@@ -111,8 +111,8 @@ def test_a_secret_is_in_no_file_and_on_no_screen(
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"]}) + "\n")
     with server((403, lambda body: f"who are you, {SECRET}?".encode())) as (url, asked):
-        agent = f"agent={{kind: http, url: '{url}', model: judge, {how % VARIABLE}}}"
-        words = ["step", "label_ai", f"answers={pairs}", agent, "constitution=manners", "principles=[polite]"]
+        judge = f"judge={{kind: http, url: '{url}', model: judge, {how % VARIABLE}}}"
+        words = ["step", "label_ai", f"answers={pairs}", judge, "constitution=manners", "principles=[polite]"]
         words += [f"run.dir={tmp_path / 'out'}"]
         monkeypatch.setattr(sys, "argv", ["llmrecipe", *words, SECRET])
         assert cli(words) == 2
@@ -129,8 +129,8 @@ def test_a_secret_is_in_no_file_and_on_no_screen(
 def test_a_step_takes_up_its_folder_under_ordinary_words_and_named_variables(tmp_path: Path) -> None:
     from llmrecipe.pipelines.steps.run_step import taken
 
-    agent = f'agent={{kind: http, url: "http://h/v1", model: "password: x", key: "${{oc.env:{VARIABLE}}}"}}'
-    words = ["answers=rows.jsonl", agent, f"run.dir={tmp_path / 'out'}"]
+    judge = f'judge={{kind: http, url: "http://h/v1", model: "password: x", key: "${{oc.env:{VARIABLE}}}"}}'
+    words = ["answers=rows.jsonl", judge, f"run.dir={tmp_path / 'out'}"]
     made = compose_step("label_ai", words)
     folder = RunDir(made.dir)
     folder.path.mkdir()
@@ -140,7 +140,7 @@ def test_a_step_takes_up_its_folder_under_ordinary_words_and_named_variables(tmp
 
 
 def test_the_file_of_a_bug_is_private_and_holds_no_secret() -> None:
-    name_variables({"agent": {"key_env": VARIABLE}})
+    name_variables({"judge": {"key_env": VARIABLE}})
     path = _save_traceback(ValueError(f"no {SECRET}"), ["train", SECRET])
     assert path is not None
     text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode & 0o777

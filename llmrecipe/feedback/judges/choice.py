@@ -25,7 +25,7 @@ from llmrecipe.core.errors import RunError
 from llmrecipe.feedback.judges.chosen import LEAST, Choice
 
 if TYPE_CHECKING:
-    from llmrecipe.feedback.judges.labeller import Agent, Ask
+    from llmrecipe.feedback.judges.labeller import Ask, Judge
 
 
 Path = tuple[Any, ...]
@@ -115,12 +115,12 @@ def holds(choice: Choice, least: float) -> bool:
     return choice.mass > 0.0 and choice.mass >= least
 
 
-def thin(where: str, agent: Agent, ask: Ask, choice: Choice, key: str, least: float) -> RunError:
+def thin(where: str, judge: Judge, ask: Ask, choice: Choice, key: str, least: float) -> RunError:
     """Build the error for a reply with too little probability on the options, quoting the reply."""
-    said = choice.said or agent.generate([ask])[0] or ""
+    said = choice.said or judge.generate([ask])[0] or ""
     share = "votes name" if choice.how == "votes" else "probability lies on"
     return RunError(
-        f"{where}: the reply of the agent {agent.identity} has too little on what it may choose: {choice.mass:.3g} of its "
+        f"{where}: the reply of the judge {judge.identity} has too little on what it may choose: {choice.mass:.3g} of its "
         f"{share} the options and {least:g} is required; it says {said[:200]!r}. Request the bare option (templates of the "
-        f"constitution), take another agent, or lower {key}"
+        f"constitution), take another judge, or lower {key}"
     )

@@ -4,7 +4,7 @@ A comparison is made in both orders, since models prefer a place:
 
     p_fwd = softmax(log P("A"), log P("B"))[A] with y1 as A, p_bwd the same with y2 as A; p(y1 better) = (p_fwd + 1 - p_bwd) / 2
 
-An agent that always says A gives exactly 1/2, and swapping the answers maps p to 1 - p.
+A judge that always says A gives exactly 1/2, and swapping the answers maps p to 1 - p.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from llmrecipe.feedback.judges.chosen import Choice
 from llmrecipe.feedback.judges.constitution import Constitution, Principle
-from llmrecipe.feedback.judges.labeller import Agent, Ask, Logprobs
+from llmrecipe.feedback.judges.labeller import Ask, Judge, Logprobs
 
 LETTERS = ("A", "B")
 LEAKS = re.compile(r"(?:^|\n|(?<=[.!?] ))\s*(?:critique|revision|critique request|revision request|new answer)\s*:\s*", re.I)
@@ -44,21 +44,21 @@ class AnswerPair:
 
 
 def revise_drafts(
-    agent: Agent, constitution: Constitution, drafts: Sequence[Draft], principles: Sequence[Principle]
+    judge: Judge, constitution: Constitution, drafts: Sequence[Draft], principles: Sequence[Principle]
 ) -> list[dict[str, Any] | None]:
     """Return {critique, revision, leak} of each draft by its principle; None where the judge failed at either.
 
     `leak` tells whether words of the critique stood in the reply; they are not in the revision.
     """
     asks = [constitution.ask_critique(c, d.prompt, d.answer, d.columns) for d, c in zip(drafts, principles, strict=True)]
-    critiques = agent.generate(asks)
+    critiques = judge.generate(asks)
     known = [i for i, critique in enumerate(critiques) if critique is not None]
     again = [
         constitution.ask_revision(principles[i], drafts[i].prompt, drafts[i].answer, str(critiques[i]), drafts[i].columns)
         for i in known
     ]
     found: list[dict[str, Any] | None] = [None] * len(drafts)
-    for i, text in zip(known, agent.generate(again), strict=True):
+    for i, text in zip(known, judge.generate(again), strict=True):
         revision, leak = answer_of(text or "")
         if revision:
             found[i] = {"critique": critiques[i], "revision": revision, "leak": leak}
@@ -86,7 +86,7 @@ def _after_revision(text: str) -> str:
 
 
 def compare_answers(
-    agent: Agent,
+    judge: Judge,
     constitution: Constitution,
     pairs: Sequence[AnswerPair],
     principles: Sequence[Sequence[Principle]],
@@ -100,7 +100,7 @@ def compare_answers(
     Args:
         principles: of each pair; p is the mean over them.
         swap: compare in both orders.
-        reasoning: let the agent think aloud first; then each order's probability is clamped, since a letter after a chain of
+        reasoning: let the judge think aloud first; then each order's probability is clamped, since a letter after a chain of
             thought is nearly certain.
 
     Returns:
@@ -114,9 +114,9 @@ def compare_answers(
             asks += [constitution.ask_comparison(principle, pair.prompt, *o, pair.columns, reasoning) for o in orders]
     rationales: list[str | None] = [None] * len(asks)
     if reasoning:
-        rationales = agent.generate(asks)
+        rationales = judge.generate(asks)
         asks = [constitution.ask_verdict(ask, text or "") for ask, text in zip(asks, rationales, strict=True)]
-    replies = agent.decide(asks, LETTERS)
+    replies = judge.decide(asks, LETTERS)
     found: list[dict[str, Any] | None] = []
     at = 0
     for own in principles:
@@ -184,10 +184,10 @@ def entropy(p: float) -> float:
     return -math.fsum(q * math.log(q) for q in (p, 1.0 - p) if q > 0.0)
 
 
-def agent_facts(agent: Agent) -> dict[str, Any]:
+def judge_facts(judge: Judge) -> dict[str, Any]:
     """Return a judge's request counts, for the facts of a step."""
-    count = agent.count
-    facts: dict[str, Any] = {"agent": agent.identity, "asked": count.asked, "failures": count.failures}
+    count = judge.count
+    facts: dict[str, Any] = {"judge": judge.identity, "asked": count.asked, "failures": count.failures}
     how = ("by_logprobs", "by_votes", "stray_votes", "draws")
     facts |= {name: getattr(count, name) for name in how if getattr(count, name)}
     if count.prompt_tokens or count.completion_tokens:

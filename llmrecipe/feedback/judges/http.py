@@ -1,4 +1,4 @@
-"""A language model behind HTTP as the agent."""
+"""A language model behind HTTP as the judge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmrecipe.core.redact import variable_of
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Open, Path, Reading, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
-from llmrecipe.feedback.judges.labeller import Agent, Ask, short_hash
+from llmrecipe.feedback.judges.labeller import Ask, Judge, short_hash
 
 PATH = "/chat/completions"
 STOPS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
@@ -31,7 +31,7 @@ SILENT = 3
 
 
 @register
-class Http(Agent):
+class Http(Judge):
     """A model behind an OpenAI-compatible server: POST URL/chat/completions.
 
     A choice follows `top_logprobs` token by token along the reply (see `choice`), white space around an option
@@ -89,7 +89,7 @@ class Http(Agent):
         """Hold the connection, made on first use."""
         return Client(
             self.url,
-            "agent",
+            "judge",
             "reply",
             variable_of(self.key) or self.key_env,
             self.timeout,
@@ -138,7 +138,7 @@ class Http(Agent):
                 return None
             if self.choices == "logprobs":
                 raise RunError(
-                    f"agent {self.client.clean(self.url)}: replies hold no top_logprobs; choose by vote: agent.choices=vote"
+                    f"judge {self.client.clean(self.url)}: replies hold no top_logprobs; choose by vote: judge.choices=vote"
                 )
             self._without_logprobs()
         return self._vote(ask, options)
@@ -170,13 +170,13 @@ class Http(Agent):
         texts: list[str] = []
         for number in range(self.votes):
             key = ask.key(self.identity, f"vote {number}", options)
-            text = self.known(key)
+            text = self.cached(key)
             if text is None:
                 reply = self._ask(ask, {"max_tokens": 8, "temperature": 1.0, "seed": number})
                 if reply is None:
                     return None
                 text = _text(reply)
-                self.keep(key, text)
+                self.cache_reply(key, text)
             said = first_option(text, options)
             if said is not None:
                 counts[said] += 1

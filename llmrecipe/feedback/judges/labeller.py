@@ -1,6 +1,6 @@
 """The interface of a judge (an AI labeller), the requests to it, and the cache of its replies.
 
-An agent writes (`generate`) and chooses (`choice_logprobs`). With a memory on disk each reply is written down as it arrives, so
+A judge writes (`generate`) and chooses (`choice_logprobs`). With a memory on disk each reply is written down as it arrives, so
 that a resumed run repeats no request.
 """
 
@@ -40,9 +40,9 @@ class Ask:
     parts: Mapping[str, Any] = field(default_factory=dict)
     """What the words were made from: prompt, answer, first, second, principle, columns."""
 
-    def key(self, agent: str, how: str, options: Sequence[str] = ()) -> str:
+    def key(self, judge: str, how: str, options: Sequence[str] = ()) -> str:
         """Return a digest of the judge and the request."""
-        known = [agent, how, list(options), [dict(t) for t in self.turns], self.task, dict(self.parts)]
+        known = [judge, how, list(options), [dict(t) for t in self.turns], self.task, dict(self.parts)]
         return hashlib.sha256(json.dumps(known, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
 
 
@@ -90,13 +90,13 @@ class Forgetful(dict[str, Any]):
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
-class Agent:
-    """Base class of a judge, which gives feedback. Fields are the options of `agent: {kind: NAME, ...}`.
+class Judge:
+    """Base class of a judge, which gives feedback. Fields are the options of `judge: {kind: NAME, ...}`.
 
     A kind implements `identity`, `write` and `choose`; the two methods that others call are `generate` and `choice_logprobs`.
     """
 
-    group: ClassVar[str] = "agent"
+    group: ClassVar[str] = "judge"
 
     # --- what a kind implements -----------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Agent:
         """Hold the running totals."""
         return Count()
 
-    def remember(self, memory: Memory) -> None:
+    def use_cache(self, memory: Memory) -> None:
         """Look replies up in a cache from here on, and add new ones as they arrive."""
         self.__dict__["_memory"] = memory
 
@@ -147,11 +147,11 @@ class Agent:
     def _lock(self) -> threading.Lock:
         return threading.Lock()
 
-    def known(self, key: str) -> Any:
+    def cached(self, key: str) -> Any:
         """Return the cached reply, or None."""
         return self._memory[key] if key in self._memory else None  # noqa: SIM401 (a memory has no get)
 
-    def keep(self, key: str, reply: Any) -> None:
+    def cache_reply(self, key: str, reply: Any) -> None:
         """Cache a reply; may be called from several threads."""
         with self._lock:
             self._memory.add(key, reply)
@@ -160,7 +160,7 @@ class Agent:
         """Return the judge's text for each request; None where it failed.
 
         Raises:
-            RunError: the agent cannot be reached.
+            RunError: the judge cannot be reached.
         """
         return self._through_memory("write", asks, (), self.write)
 
@@ -168,7 +168,7 @@ class Agent:
         """Return the judge's choice for each request; None where it failed.
 
         Raises:
-            RunError: the agent cannot be reached.
+            RunError: the judge cannot be reached.
         """
 
         def fresh(part: Sequence[Ask]) -> Iterator[tuple[int, Any]]:
@@ -189,7 +189,7 @@ class Agent:
         value is a finite number.
 
         Raises:
-            RunError: the agent cannot be reached.
+            RunError: the judge cannot be reached.
         """
         return [None if choice is None else choice.logprobs for choice in self.decide(asks, options)]
 
@@ -203,8 +203,8 @@ class Agent:
             if reply is None:
                 self.count.failures += 1
             else:
-                self.keep(new[index], reply)
-        return [self.known(key) for key in keys]
+                self.cache_reply(new[index], reply)
+        return [self.cached(key) for key in keys]
 
 
 def _choice(reply: Choice | Logprobs | None) -> Choice | None:
@@ -213,7 +213,7 @@ def _choice(reply: Choice | Logprobs | None) -> Choice | None:
     return Choice([max(value, LEAST) for value in reply], min(math.fsum(map(math.exp, reply)), 1.0))
 
 
-def build_judge(body: Any, where: str) -> Agent:
+def build_judge(body: Any, where: str) -> Judge:
     """Build the judge of a mapping `{kind: NAME, option: value, ...}`, without running its own check.
 
     Raises:
@@ -225,9 +225,9 @@ def build_judge(body: Any, where: str) -> Agent:
     if isinstance(body, str):
         body = {"kind": body}
     if not isinstance(body, Mapping) or "kind" not in body:
-        known = ", ".join(registry.names("agent"))
+        known = ", ".join(registry.names("judge"))
         raise RecipeError(f"{where}: must be a mapping with a kind, such as {{kind: rule}} (known: {known}); got {body!r}")
-    return build_object("agent", build_component("agent", body, where), where)
+    return build_object("judge", build_component("judge", body, where), where)
 
 
 def short_hash(*known: Any) -> str:

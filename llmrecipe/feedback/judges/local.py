@@ -1,4 +1,4 @@
-"""A language model in this process as the agent."""
+"""A language model in this process as the judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeIn
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Leads, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
-from llmrecipe.feedback.judges.labeller import Agent, Ask, chunks, short_hash
+from llmrecipe.feedback.judges.labeller import Ask, Judge, chunks, short_hash
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -34,10 +34,10 @@ class JudgeModel:
 
 
 @register
-class Local(Agent):
-    """Any model path, hub name or run directory as the agent.
+class Local(Judge):
+    """Any model path, hub name or run directory as the judge.
 
-    With `base: true` the adapters of a run are left off: its base judges what its adapters write. Without a path the agent is
+    With `base: true` the adapters of a run are left off: its base judges what its adapters write. Without a path the judge is
     the model in training as it was at step 0, and no second model is held; only rewards have one to share.
 
     A choice is one batched forward over the questions: the probability of an option is that of its spellings with and without
@@ -93,7 +93,7 @@ class Local(Agent):
         return f"local:{name}:{short_hash(weights, self.base, self.dtype, self.temperature, self.max_new_tokens, self.seed)}"
 
     def open(self, roles: Roles | None = None) -> None:
-        """Remember the model in training where it is the agent.
+        """Remember the model in training where it is the judge.
 
         Raises:
             RecipeError: there is none, and no path.
@@ -101,14 +101,14 @@ class Local(Agent):
         if self.path:
             return
         if roles is None:
-            raise RecipeError("agent.path: must be given: a model path, a hub name or a run directory")
+            raise RecipeError("judge.path: must be given: a model path, a hub name or a run directory")
         self.place.roles, self.place.shared = roles, True
 
     @property
     def roles(self) -> Roles:
         """Return the model, loaded on first use."""
         if self.place.roles is None:
-            self.place.roles = opened_roles(self.path, self.base, self.dtype)
+            self.place.roles = loaded_roles(self.path, self.base, self.dtype)
         return self.place.roles
 
     def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
@@ -119,7 +119,7 @@ class Local(Agent):
         sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed)
         for first, part in chunks(asks, WAITING * self.batch):
             prompts = [self._ids(ask) for ask in part]
-            with self._as_agent() as off:
+            with self._as_judge() as off:
                 # Samples depend on the request alone, so a resumed run samples the same.
                 keys = [ask.key("", "") for ask in part]
                 new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off), keys=keys)
@@ -131,7 +131,7 @@ class Local(Agent):
         spellings = [spell(self.roles.tokenizer, option) for option in options]
         for first, part in chunks(asks, self.batch):
             prompts = [self._ids(ask) for ask in part]
-            with self._as_agent() as off:
+            with self._as_judge() as off:
                 found = choose(self.roles, prompts, spellings, self._role, off)
             for offset, row in enumerate(found):
                 yield first + offset, row
@@ -152,7 +152,7 @@ class Local(Agent):
         return "reference" if snapshot else "policy"
 
     @contextlib.contextmanager
-    def _as_agent(self) -> Iterator[frozenset[str]]:
+    def _as_judge(self) -> Iterator[frozenset[str]]:
         """Enter evaluation mode without gradients, the model in training as it was at step 0; yield the wrappers to disable."""
         import torch
 
@@ -162,7 +162,7 @@ class Local(Agent):
             yield roles.reference_off if self.place.shared else frozenset()
 
 
-def opened_roles(path: str, base: bool, dtype: str) -> Roles:
+def loaded_roles(path: str, base: bool, dtype: str) -> Roles:
     """Load a separate model, with the log-probability engine around it."""
     import torch
 

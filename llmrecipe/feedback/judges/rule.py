@@ -1,4 +1,4 @@
-"""A rule as the agent: no model, the same reply to the same question."""
+"""A rule as the judge: no model, the same reply to the same question."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.option_types import Annotated, Field
 from llmrecipe.core.registry import register
-from llmrecipe.feedback.judges.labeller import Agent, Ask, Logprobs, short_hash
+from llmrecipe.feedback.judges.labeller import Ask, Judge, Logprobs, short_hash
 
 RULES: dict[str, Callable[..., Any]] = {}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def agent_rule(function: F) -> F:
+def judge_rule(function: F) -> F:
     """Register a function as a judge under its name.
 
     It is called with an `Ask` and the options: it returns text where there are none, else one finite weight >= 0 per option,
@@ -29,8 +29,8 @@ def agent_rule(function: F) -> F:
 
 
 @register
-class Rule(Agent):
-    """A Python function as the agent: it reads the parts of a question (prompt, answers, principle), not its words.
+class Rule(Judge):
+    """A Python function as the judge: it reads the parts of a question (prompt, answers, principle), not its words.
 
     `manners`, the one that is built in, knows what is right in the world of the embedded data: a polite answer about the wanted
     animal and not about the other one. It criticises and revises by rule, prefers the better of two answers, and rates from
@@ -48,8 +48,8 @@ class Rule(Agent):
         known = rules()
         if self.rule not in known:
             raise RecipeError(
-                f"{where}.rule: no agent rule is called '{self.rule}'{did_you_mean(self.rule, known)} "
-                f"(known: {', '.join(sorted(known))}); mark one with @agent_rule of llmrecipe.plugin in a package "
+                f"{where}.rule: no judge rule is called '{self.rule}'{did_you_mean(self.rule, known)} "
+                f"(known: {', '.join(sorted(known))}); mark one with @judge_rule of llmrecipe.plugin in a package "
                 "and name the package: plugins=[PACKAGE]"
             )
 
@@ -83,7 +83,7 @@ class Rule(Agent):
                 continue
             if len(weights) != len(options) or not all(math.isfinite(w) and w >= 0 for w in weights):
                 raise RecipeError(
-                    f"agent: the rule '{self.rule}' returned {weights!r}; one finite weight >= 0 for each option is needed"
+                    f"judge: the rule '{self.rule}' returned {weights!r}; one finite weight >= 0 for each option is needed"
                 )
             total = math.fsum(weights)
             yield index, soften([w / total if total else 1.0 / len(options) for w in weights], self.sure)
@@ -99,11 +99,11 @@ def soften(shares: Sequence[float], sure: float) -> Logprobs:
 
 def rules() -> dict[str, Callable[..., Any]]:
     """Return every registered function, those of plugins included."""
-    registry.import_marked("@agent_rule")
+    registry.import_marked("@judge_rule")
     return RULES
 
 
-@agent_rule
+@judge_rule
 def manners(ask: Ask, options: Sequence[str]) -> str | list[float]:
     """Judge whether answers are polite and about the requested animal: critique and revision, comparison, rating."""
     from llmrecipe.data.toy import scorers as world

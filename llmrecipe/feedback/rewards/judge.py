@@ -1,4 +1,4 @@
-"""A feedback agent that rates answers as a reward."""
+"""A judge that rates answers as a reward."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.feedback.judges.chosen import Choice
     from llmrecipe.feedback.judges.constitution import Constitution, Principle
-    from llmrecipe.feedback.judges.labeller import Agent
+    from llmrecipe.feedback.judges.labeller import Judge
 
 
 @register
-class Judge(Reward):
-    """Direct feedback (d-RLAIF): an agent rates answers from 1 to S; score = sum_i i P(i) / sum_i P(i), rescaled to [-1, 1].
+class JudgeReward(Reward):
+    """Direct feedback (d-RLAIF): a judge rates answers from 1 to S; score = sum_i i P(i) / sum_i P(i), rescaled to [-1, 1].
 
-    P(i) is the agent's probability of the number i as its reply, so no preference model is trained and none grows stale. With
-    several principles the score is the mean over them. The agent is `{kind: rule | local | http, ...}`; `{kind: local}` without
-    a path is the policy's own model as it was at step 0. An answer the agent refused to rate scores 0, the middle, and counts
+    P(i) is the judge's probability of the number i as its reply, so no preference model is trained and none grows stale. With
+    several principles the score is the mean over them. The judge is `{kind: rule | local | http, ...}`; `{kind: local}` without
+    a path is the policy's own model as it was at step 0. An answer the judge refused to rate scores 0, the middle, and counts
     in `unrated`; where it refuses all, or a reply has less than `min_mass` on the numbers, the run stops. Up to a scale of 9 no
     number begins another, so that a server needs one request for each rating.
 
     Paper: RLAIF vs. RLHF: Scaling Reinforcement Learning from Human Feedback with AI Feedback (arXiv 2309.00267).
     """
 
-    agent: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
+    judge: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
     """Who rates."""
     constitution: str = "assistant"
     """A YAML file, or the name of a constitution of the package (assistant, manners)."""
@@ -45,11 +45,11 @@ class Judge(Reward):
     measures: ClassVar[tuple[str, ...]] = ("mass", "unrated", "votes")
 
     @functools.cached_property
-    def judge(self) -> Agent:
+    def labeller(self) -> Judge:
         """Hold the judge, ready once `open` was called."""
         from llmrecipe.feedback.judges.labeller import build_judge
 
-        return build_judge(self.agent, "objective.reward.judge.agent")
+        return build_judge(self.judge, "objective.reward.judge.judge")
 
     @functools.cached_property
     def by(self) -> tuple[Constitution, list[Principle]]:
@@ -64,30 +64,30 @@ class Judge(Reward):
         from llmrecipe.feedback.judges.constitution import read_constitution
         from llmrecipe.feedback.judges.labeller import build_judge
 
-        build_judge(self.agent, f"{where}.agent").check(f"{where}.agent")
+        build_judge(self.judge, f"{where}.judge").check(f"{where}.judge")
         made = read_constitution(self.constitution, f"{where}.constitution")
         made.choose(self.principles, ["rating"], f"{where}.principles")
 
     def open(self, roles: Roles) -> None:
         """Prepare the judge; a local one without a path is the policy of step 0."""
-        self.judge.open(roles)
+        self.labeller.open(roles)
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Rate answers, in [-1, 1].
 
         Raises:
-            RunError: the agent could rate none of the answers, or said something else than a number.
+            RunError: the judge could rate none of the answers, or said something else than a number.
         """
         from llmrecipe.feedback.judges.choice import holds, thin
 
         constitution, principles = self.by
         asks = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
-        replies = self.judge.decide(asks, [str(i) for i in range(1, self.scale + 1)])
+        replies = self.labeller.decide(asks, [str(i) for i in range(1, self.scale + 1)])
         if asks and all(reply is None for reply in replies):
-            raise RunError(f"objective.reward: the agent {self.judge.identity} could rate none of {len(answers)} answers")
+            raise RunError(f"objective.reward: the judge {self.labeller.identity} could rate none of {len(answers)} answers")
         for ask, reply in zip(asks, replies, strict=True):
             if reply is not None and not holds(reply, self.min_mass):
-                raise thin("objective.reward", self.judge, ask, reply, "min_mass of the judge", self.min_mass)
+                raise thin("objective.reward", self.labeller, ask, reply, "min_mass of the judge", self.min_mass)
         width = len(principles)
 
         def mean(of: Callable[[Choice | None], float]) -> list[float]:

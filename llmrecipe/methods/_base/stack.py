@@ -205,9 +205,9 @@ class Stack:
     def snapshot_reference(self, model: nn.Module) -> None:
         """Snapshot the policy of step 0 where disabling the stack does not give it. Call once, before the first update."""
         if not self.reference_is_off():
-            self.remember(model)
+            self.snapshot_trained(model)
 
-    def remember(self, model: nn.Module) -> None:
+    def snapshot_trained(self, model: nn.Module) -> None:
         """Keep a copy of everything that trains: the reference from then on."""
         self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 

@@ -18,7 +18,7 @@ import json
 import os
 import shlex
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +35,11 @@ from llmrecipe.recipe.compose import Composition, compose, to_yaml
 from llmrecipe.recipe.content_key import content_key
 from llmrecipe.recipe.pipeline_plan import Plan, Planned
 from llmrecipe.recipe.pipeline_spec import WrittenStage
+from llmrecipe.recipe.renames import first_words, new_path
 from llmrecipe.recipe.rights import rights_of
 from llmrecipe.recipe.schema import SearchSection
 from llmrecipe.recipe.validate import build_object
+from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir
 
@@ -230,12 +232,19 @@ class Search:
                 f"{self.folder} holds a search of another space, recipe, data or plugin; choose another run.dir, or delete it"
             )
         found = [json.loads(line) for line in lines[1:]]
-        return [Trial(**{**entry, "reports": {int(k): v for k, v in entry["reports"].items()}}) for entry in found]
+        return [Trial(**{**entry, **self._current(entry)}) for entry in found]
+
+    def _current(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the point of an earlier trial in the words of the space, and its reports by step."""
+        mapping = self.composition.mapping
+        point = {dotted(new_path(tuple(key.split(".")), mapping)): value for key, value in entry["point"].items()}
+        return {"point": point, "reports": {int(step): value for step, value in entry["reports"].items()}}
 
     def _head(self) -> dict[str, Any]:
         """Return what the trials of a journal have in common; the number of trials may grow."""
         section = self.section.model_dump(mode="json", exclude={"trials"})
-        return {"search": section, "recipe": content_key(compose(self.recipe, [*self.base, *OWN_WORDS]).mapping, {})}
+        first = first_words({**self.composition.mapping, "search": section})["search"]
+        return {"search": first, "recipe": content_key(compose(self.recipe, [*self.base, *OWN_WORDS]).mapping, {})}
 
     def _write(self, trial: Trial) -> None:
         path = self.folder / "trials.jsonl"

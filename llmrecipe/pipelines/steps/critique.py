@@ -1,4 +1,4 @@
-"""`critique`: an agent criticises answers by principles and revises them; the revisions are rows to train on."""
+"""`critique`: a judge criticises answers by principles and revises them; the revisions are rows to train on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrecipe.recipe.step_spec import unfinished
 if TYPE_CHECKING:
     from llmrecipe.data.formats.answered_prompts import Answered
     from llmrecipe.feedback.judges.constitution import Constitution, Principle
-    from llmrecipe.feedback.judges.labeller import Agent
+    from llmrecipe.feedback.judges.labeller import Judge
     from llmrecipe.pipelines.steps.workspace import Work
 
 USES = ("critique", "revision")
@@ -29,7 +29,7 @@ class Critique(Step):
     From an answer y_0, M rounds of k_m ~ A(x, y_{m-1}, what does c_m find wrong?) and a revision, with a principle c_m drawn
     for each round. Every revision becomes a row {prompt, completion} for supervised training, or only the last one
     (`keep: last`); words of a critique or a request that stand in a reply are cut out and counted as leaks, so that no target
-    holds them. Where the agent fails, the answer's rounds end there. Rows keep round, principle and the prompt's other columns.
+    holds them. Where the judge fails, the answer's rounds end there. Rows keep round, principle and the prompt's other columns.
 
     Metrics: change_rate (revisions that differ from the answer before, over all and by round), distinct (share of different
     revisions: a fall tells of evasive answers that are all alike), length_ratio (words of the last revision per word of the
@@ -43,7 +43,7 @@ class Critique(Step):
 
     answers: str
     """Rows with a prompt and an answer, such as `generate` leaves with n: 1."""
-    agent: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
+    judge: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
     """Who criticises and revises: {kind: rule | local | http, ...}."""
     constitution: str = "assistant"
     """A YAML file, or the name of a constitution of the package (assistant, manners)."""
@@ -61,7 +61,7 @@ class Critique(Step):
     """Answers sent to the judge at once."""
 
     def check(self, where: str) -> None:
-        """Refuse an agent, a constitution or answers that cannot work."""
+        """Refuse a judge, a constitution or answers that cannot work."""
         from llmrecipe.pipelines.steps.judge_support import check_feedback
 
         check_feedback(self, USES, where)
@@ -84,23 +84,23 @@ class Critique(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Criticise and revise the answers of each split."""
-        from llmrecipe.feedback.judges.feedback import agent_facts
+        from llmrecipe.feedback.judges.feedback import judge_facts
         from llmrecipe.pipelines.steps.judge_support import consult
 
-        agent, constitution, principles = consult(work, self.agent, self.constitution, self.principles, USES)
+        judge, constitution, principles = consult(work, self.judge, self.constitution, self.principles, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
             answered = self._answers(split)
-            revised = self._rounds(work, split, answered, agent, constitution, principles)
+            revised = self._rounds(work, split, answered, judge, constitution, principles)
             rows = [self._row(a, r, m) for a, own in zip(answered, revised, strict=True) for m, r in self._kept(own)]
             if not rows:
-                raise RunError(f"{split}: the agent {agent.identity} revised no answer; `llmrecipe chat` shows what it replies")
+                raise RunError(f"{split}: the judge {judge.identity} revised no answer; `llmrecipe chat` shows what it replies")
             facts[f"{split}/rows"] = work.write(rows, split)
             facts |= {f"{split}/{name}": value for name, value in revision_metrics(answered, revised).items()}
         for row in rows[:3]:
             prompt = row["prompt"]
             work.events.sample(0, prompt if isinstance(prompt, str) else prompt[-1]["content"], row["completion"])
-        return {**facts, **agent_facts(agent)}
+        return {**facts, **judge_facts(judge)}
 
     def _answers(self, split: str, where: str = "answers") -> list[Answered]:
         from llmrecipe.data.formats.answered_prompts import read_answered
@@ -112,7 +112,7 @@ class Critique(Step):
         work: Work,
         split: str,
         answered: Sequence[Answered],
-        agent: Agent,
+        judge: Judge,
         constitution: Constitution,
         principles: Sequence[Principle],
     ) -> list[list[dict[str, Any]]]:
@@ -131,7 +131,7 @@ class Critique(Step):
             def ask(part: list[list[Any]], seed: int, number: int = number) -> list[Any]:
                 drawn = [sample_principles(principles, 1, work.seed, split, i, number)[0] for i, _ in part]
                 drafts = [Draft(answered[i].words, text, answered[i].columns) for i, text in part]
-                found = revise_drafts(agent, constitution, drafts, drawn)
+                found = revise_drafts(judge, constitution, drafts, drawn)
                 return [None if r is None else {**r, "principle": c.id} for r, c in zip(found, drawn, strict=True)]
 
             values = work.each(items, ask, batch=self.batch, name=f"{split}-round{number}")

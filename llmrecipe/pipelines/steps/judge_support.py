@@ -10,15 +10,15 @@ from llmrecipe.core.errors import DataError, RecipeError, did_you_mean
 if TYPE_CHECKING:
     from llmrecipe.data.formats.answered_prompts import Answered
     from llmrecipe.feedback.judges.constitution import Constitution, Principle
-    from llmrecipe.feedback.judges.labeller import Agent
+    from llmrecipe.feedback.judges.labeller import Judge
     from llmrecipe.pipelines.steps.workspace import Work
 
 
 def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
-    """Refuse an agent, a constitution or principles that cannot do what a step wants.
+    """Refuse a judge, a constitution or principles that cannot do what a step wants.
 
     Args:
-        step: has `agent`, `constitution`, `principles` and `splits`.
+        step: has `judge`, `constitution`, `principles` and `splits`.
         uses: texts every principle must have.
 
     Raises:
@@ -29,25 +29,25 @@ def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
 
     if not step.splits:
         raise RecipeError(f"{where}.splits: names no split; write [train]")
-    agent = build_judge(step.agent, f"{where}.agent")
-    agent.check(f"{where}.agent")
-    if agent.shares:
-        raise RecipeError(f"{where}.agent.path: must be given: a step has no model in training that could be the agent")
+    judge = build_judge(step.judge, f"{where}.judge")
+    judge.check(f"{where}.judge")
+    if judge.shares:
+        raise RecipeError(f"{where}.judge.path: must be given: a step has no model in training that could be the judge")
     read_constitution(step.constitution, f"{where}.constitution").choose(step.principles, uses, f"{where}.principles")
 
 
 def consult(
     work: Work, body: Any, constitution: str, principles: Sequence[str], uses: Sequence[str]
-) -> tuple[Agent, Constitution, list[Principle]]:
+) -> tuple[Judge, Constitution, list[Principle]]:
     """Return the judge of a step, with the replies cached in the step's folder, its constitution and principles."""
     from llmrecipe.feedback.judges.constitution import read_constitution
     from llmrecipe.feedback.judges.labeller import build_judge
 
-    agent = build_judge(body, "agent")
-    agent.remember(work.journal("agent"))
-    agent.open()
+    judge = build_judge(body, "judge")
+    judge.use_cache(work.journal("judge"))
+    judge.open()
     read = read_constitution(constitution, "constitution")
-    return agent, read, read.choose(principles, uses, "principles")
+    return judge, read, read.choose(principles, uses, "principles")
 
 
 def check_truth(truth: str, where: str) -> None:
@@ -68,7 +68,7 @@ def check_truth(truth: str, where: str) -> None:
         known = rules()
         near = did_you_mean(truth, known)
         raise RecipeError(
-            f"{where}: {truth} is no agent rule{near} (known: {', '.join(sorted(known))}) "
+            f"{where}: {truth} is no judge rule{near} (known: {', '.join(sorted(known))}) "
             f"and no file of preference rows: {error}"
         ) from error
 
@@ -77,7 +77,7 @@ def agreement_facts(truth: str, split: str, labelled: Sequence[tuple[Answered, S
     """Compute agreement (share), kappa and agreement_pairs between labels and the truth, without pairs either side calls a tie.
 
     Args:
-        truth: an agent rule, or a source of preference rows.
+        truth: a judge rule, or a source of preference rows.
         labelled: (row, places of its two answers, p of the first) of each pair.
     """
     from llmrecipe.evaluation.agreement import agreement

@@ -1,4 +1,4 @@
-"""`label_ai`: an agent compares answers by principles; the labels are preference rows."""
+"""`label_ai`: a judge compares answers by principles; the labels are preference rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrecipe.recipe.step_spec import unfinished
 if TYPE_CHECKING:
     from llmrecipe.data.formats.answered_prompts import Answered
     from llmrecipe.feedback.judges.constitution import Constitution, Principle
-    from llmrecipe.feedback.judges.labeller import Agent
+    from llmrecipe.feedback.judges.labeller import Judge
     from llmrecipe.pipelines.steps.workspace import Work
 
 USES = ("comparison",)
@@ -24,16 +24,16 @@ GUESSED = 64
 
 @register
 class LabelAi(Step):
-    """AI labels of two answers: p(y1 better) = (p_fwd + 1 - p_bwd) / 2, the agent's probability over both orders.
+    """AI labels of two answers: p(y1 better) = (p_fwd + 1 - p_bwd) / 2, the judge's probability over both orders.
 
     p_fwd = softmax(log P("A"), log P("B"))[A] with y1 shown as A, p_bwd the same with y2 as A, so that a taste for a place
-    cancels: an agent that always says A gives 1/2. One principle is drawn for each pair, or `ensemble` of them and p is the
-    mean. With `cot` the agent thinks aloud before each letter and every probability is clamped, since it is nearly certain
+    cancels: a judge that always says A gives 1/2. One principle is drawn for each pair, or `ensemble` of them and p is the
+    mean. With `cot` the judge thinks aloud before each letter and every probability is clamped, since it is nearly certain
     after that. A row is {prompt, chosen, rejected, p}: chosen is the answer of the larger p and `p` its soft label, which
-    `reward` reads; DPO and KTO read the sides alone. Rows keep the raw log-probabilities of both orders, principles, agent, and
+    `reward` reads; DPO and KTO read the sides alone. Rows keep the raw log-probabilities of both orders, principles, judge, and
     the prompt's other columns.
 
-    Left out and counted: answers that are the same, pairs the agent failed at, letters with less than `min_mass` of the
+    Left out and counted: answers that are the same, pairs the judge failed at, letters with less than `min_mass` of the
     probability, |p - 1/2| below `min_margin`, and with `hard` also p of exactly 1/2.
 
     Metrics: position_bias (comparisons whose orders name the same letter), letter_a (mean probability of A), confidence (mean
@@ -49,7 +49,7 @@ class LabelAi(Step):
 
     answers: str
     """Rows with a prompt and two or more answers, such as `generate` leaves with n: 2; every two of them are compared."""
-    agent: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
+    judge: dict[str, Any] = Field(default_factory=lambda: {"kind": "rule"})
     """Who labels: {kind: rule | local | http, ...}."""
     constitution: str = "assistant"
     """A YAML file, or the name of a constitution of the package (assistant, manners)."""
@@ -60,7 +60,7 @@ class LabelAi(Step):
     swap: bool = True
     """Compare in both orders."""
     cot: bool = False
-    """Let the agent think aloud before it chooses."""
+    """Let the judge think aloud before it chooses."""
     clamp: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.4, 0.6])
     """Bounds of a probability after a chain of thought."""
     hard: bool = False
@@ -70,7 +70,7 @@ class LabelAi(Step):
     min_mass: Fraction = 0.5
     """Least probability that must lie on the letters in every order (of votes, the share that name one); 0 is never enough."""
     truth: str | None = None
-    """Preference rows (human labels, say) or the name of an agent rule (manners), to measure agreement with."""
+    """Preference rows (human labels, say) or the name of a judge rule (manners), to measure agreement with."""
     splits: list[Literal["train", "validation", "test"]] = Field(["train"])
     """Splits of the answers; each becomes the same split of the result."""
     limit: PositiveInt | None = None
@@ -79,7 +79,7 @@ class LabelAi(Step):
     """Pairs sent to the judge at once."""
 
     def check(self, where: str) -> None:
-        """Refuse an agent, a constitution, bounds or answers that cannot work."""
+        """Refuse a judge, a constitution, bounds or answers that cannot work."""
         from llmrecipe.pipelines.steps.judge_support import check_feedback, check_truth
 
         check_feedback(self, USES, where)
@@ -106,17 +106,17 @@ class LabelAi(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Compare the answers of each split."""
-        from llmrecipe.feedback.judges.feedback import agent_facts, label_metrics
+        from llmrecipe.feedback.judges.feedback import judge_facts, label_metrics
         from llmrecipe.pipelines.steps.judge_support import agreement_facts, consult
 
-        agent, constitution, principles = consult(work, self.agent, self.constitution, self.principles, USES)
+        judge, constitution, principles = consult(work, self.judge, self.constitution, self.principles, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
             answered = self._answers(split)
             places, same = self._places(answered)
-            labels = self._labels(work, split, answered, places, agent, constitution, principles)
+            labels = self._labels(work, split, answered, places, judge, constitution, principles)
             kept, lost = self._kept(places, labels)
-            rows = [self._row(answered[i], place, label, agent.identity) for (i, *place), label in kept]
+            rows = [self._row(answered[i], place, label, judge.identity) for (i, *place), label in kept]
             if not rows:
                 raise RunError(
                     f"{split}: no pair of answers has a label; left out: {_listed({**lost, 'same': same})}{_thinnest(labels)}"
@@ -131,7 +131,7 @@ class LabelAi(Step):
         for row in rows[:3]:
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             work.events.sample(0, prompt, row["chosen"], rejected=row["rejected"], p=row["p"])
-        return {**facts, **agent_facts(agent)}
+        return {**facts, **judge_facts(judge)}
 
     def _answers(self, split: str, where: str = "answers") -> list[Answered]:
         from llmrecipe.data.formats.answered_prompts import read_answered
@@ -152,7 +152,7 @@ class LabelAi(Step):
         split: str,
         answered: Sequence[Answered],
         places: Sequence[list[int]],
-        agent: Agent,
+        judge: Judge,
         constitution: Constitution,
         principles: Sequence[Principle],
     ) -> list[dict[str, Any] | None]:
@@ -166,7 +166,7 @@ class LabelAi(Step):
             ]
             drawn = [sample_principles(principles, self.ensemble, work.seed, split, place) for place in part]
             limits = (self.clamp[0], self.clamp[1])
-            return compare_answers(agent, constitution, pairs, drawn, swap=self.swap, reasoning=self.cot, clamp=limits)
+            return compare_answers(judge, constitution, pairs, drawn, swap=self.swap, reasoning=self.cot, clamp=limits)
 
         def count(found: Sequence[Any]) -> dict[str, Any]:
             return label_metrics([label for label in found if label is not None])
@@ -193,7 +193,7 @@ class LabelAi(Step):
         gap = abs(label["p"] - 0.5)
         return "margin" if gap < self.min_margin or (self.hard and gap == 0.0) else None
 
-    def _row(self, answered: Answered, place: Sequence[int], label: Mapping[str, Any], agent: str) -> Row:
+    def _row(self, answered: Answered, place: Sequence[int], label: Mapping[str, Any], judge: str) -> Row:
         first, second = (answered.answers[k] for k in place)
         swapped = label["p"] < 0.5
         p = 1.0 - label["p"] if swapped else label["p"]
@@ -204,7 +204,7 @@ class LabelAi(Step):
             "p": 1.0 if self.hard else p,
             "swapped": swapped,
             "principles": label["principles"],
-            "agent": agent,
+            "judge": judge,
             "logprobs": label["logprobs"],
         }
         return {**answered.columns, **own, **({"rationales": label["rationales"]} if "rationales" in label else {})}

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from llmrecipe.core.errors import LlmRecipeError, RunError
 from llmrecipe.core.journal import Journal, json_hash
 from llmrecipe.core.redact import redact_text
+from llmrecipe.recipe.renames import old_names
 from llmrecipe.runs.durable import sync
 from llmrecipe.runs.events import Events, plain
 from llmrecipe.runs.run_dir import RunDir
@@ -45,9 +46,13 @@ class Work:
         self._journals: dict[str, Journal] = {}
 
     def journal(self, name: str = "answers") -> Journal:
-        """Open the journal of that name, with everything an earlier start recorded."""
+        """Open the journal of that name, with everything an earlier start recorded, also under an earlier name."""
         if name not in self._journals:
-            self._journals[name] = Journal(self.path / "journal" / f"{name}.jsonl")
+            path = self.path / "journal" / f"{name}.jsonl"
+            earlier = [path.with_stem(old) for old in old_names(name) if path.with_stem(old).is_file()]
+            if earlier and not path.exists():
+                earlier[0].rename(path)
+            self._journals[name] = Journal(path)
         return self._journals[name]
 
     def each(

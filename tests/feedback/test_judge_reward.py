@@ -1,4 +1,4 @@
-"""Ratings of an agent as a reward: the arithmetic by hand, and inside a run."""
+"""Ratings of a judge as a reward: the arithmetic by hand, and inside a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.data.toy.grammar import POLITE, RUDE
-from llmrecipe.feedback.judges.rule import agent_rule
+from llmrecipe.feedback.judges.rule import judge_rule
 from llmrecipe.feedback.rewards.judge import expected_rating
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from tests.servers import server
@@ -46,7 +46,7 @@ def test_the_rule_rates() -> None:
     )
     best = 2 * (0.9 * 9 + 0.1 / 9 * sum(range(9))) / 9 - 1
     assert scores(polite, rude, constitution="manners") == pytest.approx([best, -best])
-    assert scores(polite, agent={"kind": "rule", "sure": 1.0}, constitution="manners", scale=5) == [1.0]
+    assert scores(polite, judge={"kind": "rule", "sure": 1.0}, constitution="manners", scale=5) == [1.0]
 
 
 def test_principles_are_averaged_and_failures_are_the_middle(own_rules: None) -> None:
@@ -56,17 +56,17 @@ def test_principles_are_averaged_and_failures_are_the_middle(own_rules: None) ->
         best = {"polite": len(options) - 1, "topic": 0}[ask.parts["principle"]]
         return [float(i == best) for i in range(len(options))]
 
-    agent = {"kind": "rule", "rule": agent_rule(rating).__name__, "sure": 1.0}
-    assert scores(answer("a"), answer("?"), agent=agent, constitution="manners") == [0.0, 0.0]
-    assert scores(answer("a"), answer("?"), agent=agent, constitution="manners", principles=["polite"]) == [1.0, 0.0]
+    judge = {"kind": "rule", "rule": judge_rule(rating).__name__, "sure": 1.0}
+    assert scores(answer("a"), answer("?"), judge=judge, constitution="manners") == [0.0, 0.0]
+    assert scores(answer("a"), answer("?"), judge=judge, constitution="manners", principles=["polite"]) == [1.0, 0.0]
     with pytest.raises(RunError, match="could rate none of 1 answers"):
-        scores(answer("?"), agent=agent, constitution="manners")
+        scores(answer("?"), judge=judge, constitution="manners")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"agent": {"kind": "rul"}}, r"objective.reward.judge.agent.kind: .*did you mean 'rule'"),
+        ({"judge": {"kind": "rul"}}, r"objective.reward.judge.judge.kind: .*did you mean 'rule'"),
         ({"constitution": "maners"}, r"objective.reward.judge.constitution: .*did you mean 'manners'"),
         ({"principles": ["hram"]}, r"objective.reward.judge.principles: .*did you mean 'harm'"),
         ({"scale": 1}, r"objective.reward.judge.scale: must be >= 2"),
@@ -95,11 +95,11 @@ def test_the_rule_as_judge_inside_a_run(recipe: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", ["stack=[lora]", "stack=[]"])
 def test_the_policy_of_step_zero_judges_itself(stack: str, tmp_path: Path) -> None:
-    """Without a path the policy's own model is the agent: its ratings of the same answers stay those of the base."""
+    """Without a path the policy's own model is the judge: its ratings of the same answers stay those of the base."""
     from llmrecipe.feedback.rewards import judge as module
 
     seen: list[tuple[list[Answer], list[float]]] = []
-    original = module.Judge.score
+    original = module.JudgeReward.score
 
     def spy(self: Any, answers: Any) -> list[float]:
         values = original(self, answers)
@@ -107,10 +107,10 @@ def test_the_policy_of_step_zero_judges_itself(stack: str, tmp_path: Path) -> No
         return values
 
     # On answers that are noise the tiny model puts little of its probability on the numbers (0.09 on one here).
-    options = {"agent": {"kind": "local", "path": "tiny"}, "constitution": "manners", "principles": ["polite"], "min_mass": 0.0}
+    options = {"judge": {"kind": "local", "path": "tiny"}, "constitution": "manners", "principles": ["polite"], "min_mass": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Judge, "score", spy)
-        reward = "objective.reward={judge: {agent: {kind: local}, constitution: manners, principles: [polite], min_mass: 0.0}}"
+        patch.setattr(module.JudgeReward, "score", spy)
+        reward = "objective.reward={judge: {judge: {kind: local}, constitution: manners, principles: [polite], min_mass: 0.0}}"
         train_recipe(tmp_path / "run", "rloo", *SHORT, reward, stack, "optim.lr=1e-2", "objective.temperature=1.0")
     assert len(seen) >= 3
     for answers, values in (seen[0], seen[-1]):
@@ -130,8 +130,8 @@ def rating(*places: tuple[str, dict[str, float]], text: str) -> dict[str, Any]:
 def rated(reply: dict[str, Any], **options: Any) -> tuple[float, dict[str, list[float]]]:
     """Score and measures of one answer by a judge behind HTTP."""
     with server((200, reply)) as (url, _):
-        agent = {"kind": "http", "url": url, "model": "m", "wait": 0.01}
-        reward = Rewards({"judge": {"agent": agent, "constitution": "manners", "principles": ["polite"], **options}})
+        judge = {"kind": "http", "url": url, "model": "m", "wait": 0.01}
+        reward = Rewards({"judge": {"judge": judge, "constitution": "manners", "principles": ["polite"], **options}})
         reward.open(None)  # type: ignore[arg-type]
         total, own = reward.score([answer("a")])
     return total[0], own

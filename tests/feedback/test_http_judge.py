@@ -1,4 +1,4 @@
-"""The agent behind HTTP meets busy, slow, broken and silent servers."""
+"""The judge behind HTTP meets busy, slow, broken and silent servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.http_client import Client, Refused, retry_after
 from llmrecipe.feedback.judges.http import first_option
-from llmrecipe.feedback.judges.labeller import Agent, Ask, Forgetful, build_judge
+from llmrecipe.feedback.judges.labeller import Ask, Forgetful, Judge, build_judge
 from tests.servers import server
 
 
@@ -31,8 +31,8 @@ def reply(text: str = "A", top: dict[str, float] | None = None) -> dict[str, Any
     return {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
 
 
-def agent_at(url: str, **options: Any) -> Agent:
-    return build_judge({"kind": "http", "url": url, "model": "m", "wait": 0.01, **options}, "agent")
+def judge_at(url: str, **options: Any) -> Judge:
+    return build_judge({"kind": "http", "url": url, "model": "m", "wait": 0.01, **options}, "judge")
 
 
 BOTH = {"A": 0.6, " A": 0.1, "B": 0.2, "x": 0.1}
@@ -40,14 +40,14 @@ BOTH = {"A": 0.6, " A": 0.1, "B": 0.2, "x": 0.1}
 
 def test_what_is_sent_and_read() -> None:
     with server((200, reply("A", BOTH))) as (url, asked):
-        agent = agent_at(url, price_in=2.0, price_out=10.0)
-        found = agent.choice_logprobs([ask()], ["A", "B"])[0]
+        judge = judge_at(url, price_in=2.0, price_out=10.0)
+        found = judge.choice_logprobs([ask()], ["A", "B"])[0]
     assert [math.exp(v) for v in found] == pytest.approx([0.7, 0.2])
     body = asked[0]["body"]
     assert asked[0]["path"] == "/score/chat/completions"
     assert body["messages"] == [{"role": "system", "content": "be fair"}, {"role": "user", "content": "A or B?"}]
     assert (body["model"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == ("m", 1, True, 20)
-    count = agent.count
+    count = judge.count
     assert (count.prompt_tokens, count.completion_tokens) == (7, 1)
     assert count.cost == pytest.approx((7 * 2.0 + 1 * 10.0) / 1e6)
 
@@ -63,11 +63,11 @@ def listed(*places: tuple[str, dict[str, float]], text: str | None = None) -> di
     return {"choices": [{"message": {"content": said}, "logprobs": {"content": content}}]}
 
 
-def chosen(options: list[str], *replies: dict[str, Any], **more: Any) -> tuple[Any, Agent, list[dict[str, Any]]]:
-    """What an agent makes of a server's replies, given in turn."""
+def chosen(options: list[str], *replies: dict[str, Any], **more: Any) -> tuple[Any, Judge, list[dict[str, Any]]]:
+    """What a judge makes of a server's replies, given in turn."""
     with server(*((200, r) for r in replies)) as (url, asked):
-        agent = agent_at(url, concurrency=1, **more)
-        return agent.decide([ask()], options)[0], agent, asked
+        judge = judge_at(url, concurrency=1, **more)
+        return judge.decide([ask()], options)[0], judge, asked
 
 
 def values(choice: Any) -> list[float]:
@@ -118,20 +118,20 @@ def test_a_shared_beginning_beside_the_reply_is_drawn() -> None:
     """The reply says 9; that the 1 of probability .4 goes on to 10 is known from the third reply drawn."""
     first = {"9": 0.6, "1": 0.4}
     nine, ten = listed(("9", first), ("<end>", {"<end>": 1.0})), listed(("1", first), ("0", {"0": 0.95, "<end>": 0.05}))
-    choice, agent, asked = chosen(RATINGS, nine, nine, nine, ten, nine)
+    choice, judge, asked = chosen(RATINGS, nine, nine, nine, ten, nine)
     assert values(choice) == pytest.approx([0.02, 0, 0, 0, 0, 0, 0, 0, 0.6, 0.38], abs=1e-12)
-    assert len(asked) == 4 and agent.count.draws == 3
+    assert len(asked) == 4 and judge.count.draws == 3
     assert [(a["body"]["temperature"], a["body"].get("seed")) for a in asked] == [(0.0, None), (1.0, 0), (1.0, 1), (1.0, 2)]
     # No reply passes there in `votes` draws: both options share it. Where 10 is a token of its own, 1 is no beginning of it.
-    choice, agent, _ = chosen(RATINGS, nine, votes=2)
-    assert values(choice)[::9] == pytest.approx([0.2, 0.2]) and agent.count.draws == 2
-    choice, agent, _ = chosen(RATINGS, listed(("9", {"9": 0.6, "1": 0.1, "10": 0.3})))
-    assert values(choice)[::9] == pytest.approx([0.1, 0.3]) and agent.count.draws == 0
+    choice, judge, _ = chosen(RATINGS, nine, votes=2)
+    assert values(choice)[::9] == pytest.approx([0.2, 0.2]) and judge.count.draws == 2
+    choice, judge, _ = chosen(RATINGS, listed(("9", {"9": 0.6, "1": 0.1, "10": 0.3})))
+    assert values(choice)[::9] == pytest.approx([0.1, 0.3]) and judge.count.draws == 0
 
 
 def test_a_server_that_lists_the_first_place_alone_is_believed_what_it_says() -> None:
-    choice, agent, _ = chosen(RATINGS, listed(("1", FIRST), text="10"))
-    assert values(choice)[::9] == pytest.approx([0.0, 0.96], abs=1e-12) and agent.count.draws == 0
+    choice, judge, _ = chosen(RATINGS, listed(("1", FIRST), text="10"))
+    assert values(choice)[::9] == pytest.approx([0.0, 0.96], abs=1e-12) and judge.count.draws == 0
 
 
 def test_local_tables_are_read_by_the_same_rule() -> None:
@@ -155,19 +155,19 @@ def test_one_reply_without_logprobs_costs_one_vote() -> None:
         url,
         asked,
     ):
-        agent = agent_at(url, votes=2, concurrency=1)
-        found = agent.decide([ask(str(i)) for i in range(4)], ["A", "B"])
+        judge = judge_at(url, votes=2, concurrency=1)
+        found = judge.decide([ask(str(i)) for i in range(4)], ["A", "B"])
     assert [c.how for c in found] == ["logprobs", "votes", "logprobs", "logprobs"] and len(asked) == 6
     assert values(found[1]) == pytest.approx([2 / 4, 1 / 4]) and found[1].mass == 0.5 and found[1].said == "no"
-    count = agent.count
+    count = judge.count
     assert (count.by_logprobs, count.by_votes, count.stray_votes) == (3, 1, 1)
 
 
 def test_a_server_that_never_gives_logprobs_is_asked_for_them_three_times() -> None:
     with server((200, reply("A"))) as (url, asked):
-        agent = agent_at(url, votes=2, concurrency=1)
-        agent.decide([ask(str(i)) for i in range(6)], ["A", "B"])
-    assert len(asked) == 3 + 6 * 2 and agent.count.by_votes == 6
+        judge = judge_at(url, votes=2, concurrency=1)
+        judge.decide([ask(str(i)) for i in range(6)], ["A", "B"])
+    assert len(asked) == 3 + 6 * 2 and judge.count.by_votes == 6
 
 
 def test_what_a_sampled_answer_says() -> None:
@@ -185,13 +185,13 @@ def test_a_server_without_logprobs_is_asked_for_a_vote() -> None:
     """3 of 4 votes for A: (3 + 1) / (4 + 2); the fourth says neither."""
     texts = iter(["A", "A", "(A) is better", "none of them"])
     with server((200, reply("A")), (200, lambda body: reply(next(texts)))) as (url, asked):
-        agent = agent_at(url, votes=4, concurrency=1)
-        found = agent.choice_logprobs([ask()], ["A", "B"])[0]
+        judge = judge_at(url, votes=4, concurrency=1)
+        found = judge.choice_logprobs([ask()], ["A", "B"])[0]
         assert [math.exp(v) for v in found] == pytest.approx([4 / 6, 1 / 6])
         assert len(asked) == 5 and "logprobs" not in asked[1]["body"]
         assert [a["body"]["seed"] for a in asked[1:]] == [0, 1, 2, 3]
-    with server((200, reply("A"))) as (url, _), pytest.raises(RunError, match=r"agent\.choices=vote"):
-        agent_at(url, choices="logprobs").choice_logprobs([ask()], ["A", "B"])
+    with server((200, reply("A"))) as (url, _), pytest.raises(RunError, match=r"judge\.choices=vote"):
+        judge_at(url, choices="logprobs").choice_logprobs([ask()], ["A", "B"])
 
 
 def test_a_server_that_refuses_logprobs_is_asked_for_a_vote() -> None:
@@ -199,7 +199,7 @@ def test_a_server_that_refuses_logprobs_is_asked_for_a_vote() -> None:
         return reply("B")
 
     with server((400, {"error": "logprobs is not supported"}), (200, answer)) as (url, asked):
-        found = agent_at(url, votes=2, concurrency=1).choice_logprobs([ask(), ask("again")], ["A", "B"])
+        found = judge_at(url, votes=2, concurrency=1).choice_logprobs([ask(), ask("again")], ["A", "B"])
     assert [math.exp(v) for v in found[0]] == pytest.approx([1 / 4, 3 / 4]) and found[1] == found[0]
     assert len(asked) == 5
 
@@ -209,9 +209,9 @@ def test_a_server_that_refuses_logprobs_is_asked_for_a_vote() -> None:
 )
 def test_trouble_that_passes(trouble: tuple[int, Any]) -> None:
     with server(trouble, trouble, (200, reply("A", BOTH))) as (url, asked):
-        agent = agent_at(url, timeout=0.3)
-        assert math.exp(agent.choice_logprobs([ask()], ["A", "B"])[0][0]) == pytest.approx(0.7)
-    assert len(asked) == 3 and agent.count.failures == 0
+        judge = judge_at(url, timeout=0.3)
+        assert math.exp(judge.choice_logprobs([ask()], ["A", "B"])[0][0]) == pytest.approx(0.7)
+    assert len(asked) == 3 and judge.count.failures == 0
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_trouble_that_passes(trouble: tuple[int, Any]) -> None:
 )
 def test_trouble_that_stays_stops_the_run(trouble: tuple[int, Any], message: str) -> None:
     with server(trouble) as (url, _), pytest.raises(RunError, match=message):
-        agent_at(url, retries=2, timeout=0.2).generate([ask()])
+        judge_at(url, retries=2, timeout=0.2).generate([ask()])
 
 
 def test_a_question_that_is_refused_is_a_failure_of_its_own() -> None:
@@ -232,18 +232,18 @@ def test_a_question_that_is_refused_is_a_failure_of_its_own() -> None:
         return b"{" if "bad" in body["messages"][-1]["content"] else reply("fine")
 
     with server((200, answer)) as (url, asked):
-        agent = agent_at(url, retries=1)
-        assert agent.generate([ask("good"), ask("bad"), ask("well")]) == ["fine", None, "fine"]
-        assert agent.count.failures == 1 and len(asked) == 4
+        judge = judge_at(url, retries=1)
+        assert judge.generate([ask("good"), ask("bad"), ask("well")]) == ["fine", None, "fine"]
+        assert judge.count.failures == 1 and len(asked) == 4
     with server((422, {"error": "content filter"})) as (url, asked):
-        agent = agent_at(url)
-        assert agent.generate([ask()]) == [None] and len(asked) == 1
-        assert agent.choice_logprobs([ask()], ["A", "B"]) == [None]
+        judge = judge_at(url)
+        assert judge.generate([ask()]) == [None] and len(asked) == 1
+        assert judge.choice_logprobs([ask()], ["A", "B"]) == [None]
 
 
 def test_retry_after_is_obeyed() -> None:
     with server((429, {}, {"Retry-After": "0.4"}), (200, reply("A"))) as (url, asked):
-        assert agent_at(url).generate([ask()]) == ["A"]
+        assert judge_at(url).generate([ask()]) == ["A"]
     assert asked[1]["at"] - asked[0]["at"] >= 0.4
     soon = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert 25 < retry_after(soon, 1.0) <= 30
@@ -271,10 +271,10 @@ def test_concurrency_and_rate_are_kept() -> None:
 
     with server((200, answer)) as (url, _):
         words = [str(i) for i in range(12)]
-        assert agent_at(url, concurrency=3).generate([ask(w) for w in words]) == words
+        assert judge_at(url, concurrency=3).generate([ask(w) for w in words]) == words
         assert 2 <= most[0] <= 3
     with server((200, reply("A"))) as (url, asked):
-        agent_at(url, per_minute=600).generate([ask(str(i)) for i in range(4)])
+        judge_at(url, per_minute=600).generate([ask(str(i)) for i in range(4)])
     times = sorted(a["at"] for a in asked)
     assert all(b - a >= 0.07 for a, b in itertools.pairwise(times)) and times[-1] - times[0] >= 0.28
 
@@ -283,14 +283,14 @@ def test_each_reply_is_kept_as_it_arrives() -> None:
     """A server breaks down in the middle of a vote: what it said before is in memory and is not asked again."""
     memory = Forgetful()
     with server((200, reply("A")), (200, reply("A")), (500, {})) as (url, asked):
-        agent = agent_at(url, votes=3, retries=0, concurrency=1, choices="vote")
-        agent.remember(memory)
+        judge = judge_at(url, votes=3, retries=0, concurrency=1, choices="vote")
+        judge.use_cache(memory)
         with pytest.raises(RunError):
-            agent.choice_logprobs([ask()], ["A", "B"])
+            judge.choice_logprobs([ask()], ["A", "B"])
     with server((200, reply("B"))) as (url, asked):
         # The same server, back again: only its address is another one here.
-        agent.client.url = url
-        found = agent.choice_logprobs([ask()], ["A", "B"])[0]
+        judge.client.url = url
+        found = judge.choice_logprobs([ask()], ["A", "B"])[0]
     assert len(asked) == 1 and [math.exp(v) for v in found] == pytest.approx([3 / 5, 2 / 5])
 
 
@@ -303,20 +303,20 @@ def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return f"who are you, {secret}?".encode()
 
     with server((200, reply("A")), (403, echo)) as (url, asked):
-        agent = agent_at(url, key_env="JUDGE_VARIABLE", concurrency=1)
-        agent.remember(memory)
-        agent.generate([ask("one")])
+        judge = judge_at(url, key_env="JUDGE_VARIABLE", concurrency=1)
+        judge.use_cache(memory)
+        judge.generate([ask("one")])
         with pytest.raises(Refused) as caught:
-            agent.generate([ask("two")])
+            judge.generate([ask("two")])
     assert asked[0]["key"] == f"Bearer {secret}"
     assert secret not in str(caught.value) and "<redacted>" in str(caught.value)
     assert caught.value.__cause__ is None
-    assert secret not in json.dumps(memory) and secret not in repr(agent) and secret not in agent.identity
+    assert secret not in json.dumps(memory) and secret not in repr(judge) and secret not in judge.identity
 
 
 def test_the_key_does_not_follow_a_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-of-the-test")
     with server((200, reply("A"))) as (other, reached), server((302, {}, {"Location": other})) as (url, _):
         with pytest.raises(Refused, match="status 302"):
-            agent_at(url, key_env="JUDGE_KEY").generate([ask()])
+            judge_at(url, key_env="JUDGE_KEY").generate([ask()])
         assert reached == []
