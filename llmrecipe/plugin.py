@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from llmrecipe.interop.peft.converters import peft_converter
     from llmrecipe.interop.peft.layout import Adapter, Branch
     from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
+    from llmrecipe.methods._base.update_rule import Largest, Smallest
     from llmrecipe.methods._engines.low_rank import add_to_weight
     from llmrecipe.models.anatomy import Anatomy
     from llmrecipe.models.family import Family
@@ -141,6 +142,10 @@ _HOMES = {
         "Probe",
         "Stage",
         "Wrapper",
+    ),
+    "llmrecipe.methods._base.update_rule": (
+        "Largest",
+        "Smallest",
     ),
     "llmrecipe.models.anatomy": ("Anatomy",),
     "llmrecipe.models.family": ("Family",),

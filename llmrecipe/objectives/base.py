@@ -29,7 +29,7 @@ class Loss:
     total: Tensor
     """A sum, not a mean; the loop divides by the weight of the whole step."""
     metrics: dict[str, tuple[Any, float]] = field(default_factory=dict)
-    """name -> (sum, count); reduced over micro-batches and ranks, then divided once."""
+    """name -> (sum, count), reduced over micro-batches and ranks, then divided once; or a `Largest` or `Smallest` value."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)

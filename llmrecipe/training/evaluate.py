@@ -12,6 +12,7 @@ import torch
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.generated_answers import answer_rows, score_answers
+from llmrecipe.methods._base.update_rule import MetricSums
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,17 @@ def evaluate(evaluation: Evaluation, data: Any) -> dict[str, float]:
     so a run with evaluations trains exactly as one without.
     """
     state = torch.get_rng_state()
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, float] = defaultdict(float)
+    sums = MetricSums()
     gathered: dict[str, list[torch.Tensor]] = defaultdict(list)
     try:
         with evaluation.roles.evaluating(), torch.no_grad():
             for batch in _batches(evaluation, data):
-                for name, (value, count) in evaluation.objective.evaluate(batch, evaluation.roles).items():
-                    sums[name] += float(value)
-                    counts[name] += float(count)
+                sums.add(evaluation.objective.evaluate(batch, evaluation.roles))
                 for name, tensor in evaluation.objective.collect(batch, evaluation.roles).items():
                     gathered[name].append(tensor)
     finally:
         torch.set_rng_state(state)
-    names = sorted(sums)
-    flat = torch.tensor([sums[n] for n in names] + [counts[n] for n in names], dtype=torch.float64)
-    reduced = evaluation.runtime.sum(flat).tolist()
-    metrics = {
-        n: reduced[i] / reduced[len(names) + i] if reduced[len(names) + i] else float("nan") for i, n in enumerate(names)
-    }
+    metrics = sums.mean(evaluation.runtime)
     tensors = {n: _gathered(evaluation, torch.cat(gathered[n])) for n in sorted(gathered)}
     metrics |= evaluation.objective.finish_evaluation(metrics, tensors)
     metrics |= generated(evaluation, data)

@@ -16,7 +16,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods._base.update_rule import StepContext, StepResult, backprop
+from llmrecipe.methods._base.update_rule import Largest, Smallest, StepContext, StepResult, backprop
 from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run import Run
@@ -154,9 +154,10 @@ class Case:
             loss = self.objective.loss(batch, self.roles)
             loss.total.backward()
             total, weight = total + float(loss.total.detach()), weight + self.objective.weight(batch)
-            for name, (value, count) in loss.metrics.items():
+            for name, entry in loss.metrics.items():
+                value, count = entry
                 if name in metrics:
-                    known, add = metrics[name], {"_min": min, "_max": max}.get(name[-4:], operator.add)
+                    known, add = metrics[name], {Smallest: min, Largest: max}.get(type(entry), operator.add)
                     metrics[name] = (add(known[0], float(value)), known[1] + count)
                 else:
                     metrics[name] = (float(value), count)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmrecipe.engine.logprob import Post, token_logprobs
-from llmrecipe.methods._base.update_rule import MetricSums
+from llmrecipe.methods._base.update_rule import Largest, MetricSums, Smallest
 from llmrecipe.objectives.alignment._engines.advantages import clipped_values
 from llmrecipe.objectives.alignment.ppo import Ppo
 from tests.objectives.rollouts import mean_loss, setting, updates
@@ -97,7 +97,7 @@ def test_what_a_step_reports_by_hand() -> None:
 
 
 def test_extremes_are_kept_over_micro_batches_and_processes() -> None:
-    """Of 3, 5 here and 4 there the largest is 5 and the smallest -1, found there; means are as before."""
+    """Of 3, 5 here and 4 there the largest is 5 and the smallest -1, found there; a mean is one whatever its name."""
 
     class Two:
         """The other process saw a largest value of 4, a smallest of -1 and (2, 2) of the mean."""
@@ -110,9 +110,9 @@ def test_extremes_are_kept_over_micro_batches_and_processes() -> None:
 
     sums = MetricSums()
     for value in (3.0, 5.0):
-        sums.add({"a_max": (torch.tensor(value), 1.0), "a_min": (value, 1.0), "b": (value, 1.0)})
-    sums.add({"a_max": (-math.inf, 0.0), "a_min": (math.inf, 0.0), "b": (0.0, 0.0)})
-    assert sums.mean(Two()) == {"a_max": 5.0, "a_min": -1.0, "b": 2.5}  # type: ignore[arg-type]
+        sums.add({"longest": Largest(torch.tensor(value)), "shortest": Smallest(value), "b_max": (value, 1.0)})
+    sums.add({"longest": Largest(9.0, 0.0), "shortest": Smallest(-9.0, 0.0), "b_max": (0.0, 0.0)})
+    assert sums.mean(Two()) == {"longest": 5.0, "shortest": -1.0, "b_max": 2.5}  # type: ignore[arg-type]
 
 
 def test_a_policy_that_moved_far_enough_ends_its_rollout() -> None:

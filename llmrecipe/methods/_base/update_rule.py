@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -99,28 +99,42 @@ class UpdateRule(Protocol):
         """Make one update."""
 
 
-EXTREMES = ("_max", "_min")
-"""Endings of metrics that are no means."""
+class Largest(NamedTuple):
+    """A metric of which the largest value is kept over micro-batches and processes, not the mean."""
+
+    value: Any
+    seen: float = 1.0
+    """Number of items it is the extreme of; 0: there is no value here."""
+
+
+class Smallest(NamedTuple):
+    """A metric of which the smallest value is kept over micro-batches and processes, not the mean."""
+
+    value: Any
+    seen: float = 1.0
+    """Number of items it is the extreme of; 0: there is no value here."""
 
 
 class MetricSums:
     """name -> (sum, count), added up over micro-batches, then over ranks, divided once.
 
-    Of a name that ends in `_max` or `_min` the largest or smallest value is kept, and its count is not looked at.
+    Of a metric that is given as `Largest` or `Smallest` that value is kept; nan where no process has one.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)
-        self.extremes: dict[str, float] = {}
+        self.extremes: dict[str, tuple[float, float]] = {}
+        """Name -> (sign, the largest of sign * value): the smallest value is the largest of the negated ones."""
 
-    def add(self, metrics: dict[str, tuple[Any, float]]) -> None:
+    def add(self, metrics: Mapping[str, tuple[Any, float]]) -> None:
         """Add one micro-batch."""
-        for name, (value, count) in metrics.items():
-            if name.endswith(EXTREMES):
-                # The smallest value is kept as the largest of the negated ones.
-                own = -float(value) if name.endswith("_min") else float(value)
-                self.extremes[name] = max(self.extremes.get(name, -math.inf), own)
+        for name, entry in metrics.items():
+            value, count = entry
+            if isinstance(entry, Largest | Smallest):
+                sign = 1.0 if isinstance(entry, Largest) else -1.0
+                own = sign * float(value) if count else -math.inf
+                self.extremes[name] = (sign, max(self.extremes.get(name, (sign, -math.inf))[1], own))
                 continue
             self.sums[name] = self.sums[name] + (value.detach().double() if isinstance(value, torch.Tensor) else value)
             self.counts[name] += float(count)
@@ -128,21 +142,21 @@ class MetricSums:
     def mean(self, runtime: Processes) -> dict[str, float]:
         """Return means over all ranks; every rank must have seen the same names."""
         names = sorted(self.sums)
-        ends = self._extremes(runtime)
+        extremes = self._extremes(runtime)
         if not names:
-            return ends
+            return extremes
         flat = [float(self.sums[n]) for n in names] + [self.counts[n] for n in names]
         reduced = runtime.sum(torch.tensor(flat, dtype=torch.float64)).tolist()
         half = len(names)
         means = {n: reduced[i] / reduced[half + i] if reduced[half + i] else math.nan for i, n in enumerate(names)}
-        return means | ends
+        return means | extremes
 
     def _extremes(self, runtime: Processes) -> dict[str, float]:
         names = sorted(self.extremes)
         if not names:
             return {}
-        found = runtime.maximum(torch.tensor([self.extremes[n] for n in names], dtype=torch.float64)).tolist()
-        return {n: math.nan if v == -math.inf else -v if n.endswith("_min") else v for n, v in zip(names, found, strict=True)}
+        found = runtime.maximum(torch.tensor([self.extremes[n][1] for n in names], dtype=torch.float64)).tolist()
+        return {n: math.nan if v == -math.inf else self.extremes[n][0] * v for n, v in zip(names, found, strict=True)}
 
 
 def backprop(context: StepContext, micros: list[Batch]) -> StepResult:

@@ -24,6 +24,7 @@ from llmrecipe.engine.forward import Critic
 from llmrecipe.engine.generation import decode_ids, end_tokens, generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.methods._base.update_rule import Largest, Smallest
 from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
@@ -338,8 +339,8 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
         metrics["objective/rlhf_reward"] = ((extra["score"] - beta * extra["kl"]).sum(), count)
     lengths = extra["length"]
     metrics["response/length"] = (lengths.sum(), count)
-    metrics["response/length_min"] = (lengths.min() if count else math.inf, count)
-    metrics["response/length_max"] = (lengths.max() if count else -math.inf, count)
+    metrics["response/length_min"] = Smallest(lengths.min() if count else 0.0, count)
+    metrics["response/length_max"] = Largest(lengths.max() if count else 0.0, count)
     # Seconds are split in proportion to tokens, so that any part of a rollout shows the rate of the whole.
     metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
@@ -378,7 +379,7 @@ def ratio_metrics(log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[s
         "policy/clipfrac": (clipped.float().sum(), float(clipped.numel())),
         "policy/ratio": (ratio.sum(), count),
         "policy/ratio_var": (((ratio - 1.0) ** 2).sum(), count),
-        "policy/ratio_max": (ratio.max() if count else -math.inf, count),
+        "policy/ratio_max": Largest(ratio.max() if count else 0.0, count),
         "objective/entropy": (entropy.sum(), float(entropy.numel())),
     }
 
