@@ -109,7 +109,8 @@ class Dylora(Wrapper):
     geometric_p: OpenFraction = 0.15
     """Parameter of the geometric distribution: larger prefers smaller ranks."""
     granularity: PositiveInt = 1
-    """Ranks are drawn, and learn, in blocks of this many."""
+    """Ranks are drawn, and learn, in blocks of this many; r is a multiple of it. Ranks up to the first multiple that is not
+    below r_min are one block."""
     rank: PositiveInt | None = None
     """Rank outside of training steps; None is r."""
     seed: NonNegativeInt = 0
@@ -127,6 +128,11 @@ class Dylora(Wrapper):
         if self.r_min > self.r or (self.rank or 1) > self.r:
             name, value = ("r_min", self.r_min) if self.r_min > self.r else ("rank", self.rank)
             raise RecipeError(f"stack.{self.name}.{name}: {value} is larger than r={self.r}, the largest rank that is trained")
+        if structure is None and self.r % self.granularity:
+            raise RecipeError(
+                f"stack.{self.name}.granularity: r={self.r} is no multiple of {self.granularity}, so the blocks of ranks would "
+                f"differ in size; take a divisor of r"
+            )
         for site in anatomy(model).at(self.target):
             if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
                 raise ModelError(
@@ -140,8 +146,9 @@ class Dylora(Wrapper):
             add_hook(site.module, site.name(self.name), hook, self.name)
 
     def choices(self) -> list[int]:
-        """Return the ranks b can take: multiples of `granularity` above the smallest, and r itself."""
-        return sorted({*range(self.r_min, self.r, self.granularity), self.r})
+        """Return the ranks b can take: the multiples of `granularity` from `r_min` to r."""
+        first = -(-self.r_min // self.granularity) * self.granularity
+        return list(range(first, self.r + 1, self.granularity))
 
     def draw(self, step: int) -> int:
         """Draw the rank of a step, a function of seed and step alone."""

@@ -75,7 +75,29 @@ def test_a_step_has_one_rank_for_all_modules_from_seed_and_step_alone() -> None:
     assert seen != [Dylora(name="dylora", r=4, seed=1).draw(s) for s in range(40)]
     low = [Dylora(name="dylora", r=4, distribution="geometric", geometric_p=0.9).draw(s) for s in range(200)]
     assert low.count(1) > 160
-    assert Dylora(name="dylora", r=8, r_min=2, granularity=3).choices() == [2, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("r", "r_min", "granularity", "blocks"),
+    [
+        (8, 1, 4, [range(0, 4), range(4, 8)]),
+        (9, 1, 3, [range(0, 3), range(3, 6), range(6, 9)]),
+        (3, 1, 1, [range(0, 1), range(1, 2), range(2, 3)]),
+        (12, 5, 3, [range(0, 6), range(6, 9), range(9, 12)]),
+        (8, 8, 2, [range(0, 8)]),
+    ],
+)
+def test_blocks_have_the_size_they_state(r: int, r_min: int, granularity: int, blocks: list[range]) -> None:
+    method = Dylora(name="dylora", r=r, r_min=r_min, granularity=granularity)
+    assert [method.learning(b) for b in method.choices()] == blocks
+    assert {method.draw(step) for step in range(200)} == {block.stop for block in blocks}
+
+
+def test_blocks_that_would_differ_in_size_are_refused_for_a_new_run_only() -> None:
+    method = Dylora(name="dylora", r=8, granularity=3)
+    with pytest.raises(RecipeError, match=r"stack\.dylora\.granularity: r=8 is no multiple of 3"):
+        method.attach(tiny_model())
+    method.attach(tiny_model(), method.structure(tiny_model()))
 
 
 def test_ranks_above_the_one_in_use_do_not_matter() -> None:
