@@ -20,7 +20,9 @@ from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
 from llmrecipe.methods._engines.quantized import dequantize_model, quantized
+from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
 from llmrecipe.runs.open_model import LoadedModel, merge_order
@@ -126,9 +128,9 @@ def fold_mounted(loaded: LoadedModel, dtype: torch.dtype) -> list[str]:
     for wrapper in merge_order(loaded):
         wrapper.merge(loaded.model)
         notes.append(f"folded {wrapper.name.split('_', 1)[1]}")
-    left = [path for path, _, _, _ in all_hooks(loaded.model)]
+    left = [path for path, _, _, _ in all_hooks(loaded.model)] + [name for name, _ in shared_modules(loaded.model)]
     if left:
-        raise ModelError(f"export --to merged: hooks are left at {', '.join(left[:3])}")
+        raise ModelError(f"export --to merged: parts of a method are left at {', '.join(left[:3])}")
     return notes
 
 
@@ -158,8 +160,11 @@ def write_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     model.config._attn_implementation_internal = (attention or "").removeprefix("llmrecipe_") or None
     model.to(dtype)
     model.config.dtype = dtype
+    # Scalar heads of roles are no part of the architecture: they are written next to it.
+    state, heads = task_heads.split(model.state_dict())
+    task_heads.write_heads(heads, folder)
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     loaded.tokenizer.save_pretrained(folder)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import open_model
+from tests.methods.kinds import probe_of
 from tests.tiny import tiny_model
 
 VOCABULARY = int(json.loads((TINY / "config.json").read_text())["vocab_size"])
@@ -48,8 +51,15 @@ def saved_run(
     head: str = "causal",
     labels: Any = None,
     dtype: str = "auto",
+    steps: int = 0,
+    prepare: Callable[[nn.Module], Any] = lambda model: None,
 ) -> nn.Module:
-    """Write a finished run of these wrappers on a base; returns its model."""
+    """Write a finished run of these wrappers on a base; returns its model.
+
+    Args:
+        steps: how many steps begin, for methods that choose from data or change with time; with any, data are seen before.
+        prepare: what happens to the model before the stack is attached.
+    """
     stack = Stack(list(wrappers))
     loaded = open_model(
         ModelSection(path=str(model_path), dtype=dtype),
@@ -58,8 +68,14 @@ def saved_run(
         labels=labels,
         load_kwargs=stack.load_kwargs(),
     )
+    prepare(loaded.model)
     stack.attach(loaded.model)
+    if steps:
+        stack.calibrate(loaded.model, probe_of(loaded.model, Engine(loaded.model)))
     fill(loaded.model, seed=seed)
+    for step in range(steps):
+        stack.before_step(loaded.model, step)
+        stack.after_step(loaded.model, step)
     own = delta.Layer(
         {w.name: delta.wrapper_mapping(w) for w in stack},
         stack.structures(loaded.model),

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llmrecipe import load
 from llmrecipe.cli.app import run_command as command
+from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.interop import merged, verify_logits
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
+from llmrecipe.models import task_heads
 from llmrecipe.models.weight_headers import DTYPES, headers
+from tests.contract import OPTIONS
 from tests.interop.saved_runs import base_folder, hooks, saved_run
+from tests.methods.kinds import CHANGES
 from tests.support import shared
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 700, 2]])
@@ -143,6 +148,33 @@ def test_a_bfloat16_base_written_in_float32_keeps_the_whole_change(tmp_path: Pat
     torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-6)
     assert (wanted.to(torch.bfloat16).double() - wanted).abs().max() > 1e-4, "the values would survive rounding"
     assert done.difference.largest <= 1e-5 * done.difference.scale
+
+
+MERGEABLE = [k for k in CHANGES if registry.spec("stack", k).facts.get("mergeable")]
+ADDED = {"bitfit": ".bias"}
+"""Ending of what a method adds to the architecture itself, with its flag in the config."""
+
+
+@pytest.mark.parametrize("kind", MERGEABLE)
+def test_a_merged_folder_holds_the_tensors_of_the_base_and_no_others(tmp_path: Path, kind: str) -> None:
+    base = base_folder(tmp_path)
+    options = {**OPTIONS.get(kind, {}), **({"l0_steps": 1} if kind == "diff_pruning" else {})}
+    saved_run(tmp_path / "run", base, registry.load_class("stack", kind)(name="one", **options), steps=2)
+    found, own = headers(export_merged(tmp_path / "run", bound=1.0).path), headers(base)
+    assert {n: h.shape for n, h in found.items() if n in own} == {n: h.shape for n, h in own.items()}
+    assert all(kind in ADDED and n.endswith(ADDED[kind]) for n in found.keys() - own.keys())
+
+
+def test_scalar_heads_are_written_next_to_the_architecture(tmp_path: Path) -> None:
+    from llmrecipe.models.load import load_model
+    from llmrecipe.recipe.schema import ModelSection
+
+    base = base_folder(tmp_path)
+    saved_run(tmp_path / "run", base, Lora(name="lora"), prepare=lambda model: task_heads.add_head(model, "reward"))
+    folder = export_merged(tmp_path / "run").path
+    assert headers(folder).keys() == headers(base).keys()
+    assert load_file(str(folder / task_heads.FILE))["task_head.reward.weight"].any()
+    assert load_model(ModelSection(path=str(folder))).config.model_type == "llama"
 
 
 def written(folder: Path) -> set[str]:

@@ -16,7 +16,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of, merge_hooks, row_index
-from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules, shared_name
+from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -151,7 +151,6 @@ class Vera(Wrapper):
     def merge(self, model: nn.Module) -> None:
         """Set W <- W + diag(b) B diag(d) A at every site."""
         merge_hooks(model, self.name)
-        delattr(model, shared_name(self.name))
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: sum of r + out trains; AdamW keeps 8 bytes for each; A and B are r (in + out) once."""

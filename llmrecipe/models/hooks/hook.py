@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import current
-from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.hooks.shared_module import remove_shared, shared_modules
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -338,7 +338,7 @@ def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Cal
 
 @torch.no_grad()
 def merge_hooks(model: nn.Module, owner: str) -> int:
-    """Fold every hook of a wrapper into its host and remove it; return the number of hooks.
+    """Fold every hook of a wrapper into its host and remove it, its shared modules too; return the number of hooks.
 
     Replaced tensors go first, as in the forward pass: what is added to a tensor is added to the one in its place.
     """
@@ -346,6 +346,7 @@ def merge_hooks(model: nn.Module, owner: str) -> int:
     for _, module, name, hook in found:
         hook.merge(module)
         remove_hook(module, name)
+    remove_shared(model, owner)
     return len(found)
 
 

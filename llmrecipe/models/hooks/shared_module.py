@@ -44,6 +44,12 @@ def add_shared(model: nn.Module, module: SharedModule, owner: str) -> None:
     model.add_module(name, module)
 
 
+def remove_shared(model: nn.Module, owner: str) -> None:
+    """Remove a wrapper's shared modules from a model."""
+    for name, _ in list(shared_modules(model, owner)):
+        delattr(model, name)
+
+
 def shared_modules(model: nn.Module, owner: str | None = None) -> Iterator[tuple[str, SharedModule]]:
     """Yield (name, module) for every shared module of a model, or for those of one wrapper."""
     for name, child in model.named_children():
