@@ -421,6 +421,47 @@ def test_a_delta_on_top_of_a_mounted_one_reloads():
     assert rename_tensor("a.fish.values", {"fish": "mounted1_fish"}) == "a.mounted1_fish.values"
 
 
+@pytest.mark.parametrize("listed", [("diff_pruning", "fishmask"), ("fishmask", "diff_pruning"), ("child_tuning", "fishmask")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_deltas_in_one_tensor_reload_to_the_bit(listed: tuple[str, str], dtype: torch.dtype):
+    """A run selects when it does (before step 0, or in a later phase), a reload in the order of the stack."""
+    from llmrecipe.core import registry
+    from llmrecipe.methods._base.stack import Stack
+    from tests.methods.kinds import put
+
+    options: dict[str, Any] = {
+        "diff_pruning": {"l0_steps": 1, "density": 0.6, "scope": "attn.q"},
+        "fishmask": {"density": 0.6, "num_samples": 2, "scope": "attn.q"},
+        "child_tuning": {"variant": "d", "p": 0.6, "num_samples": 2},
+    }
+
+    def wrappers() -> list[Any]:
+        return [registry.load_class("stack", kind)(name=kind, **options[kind]) for kind in listed]
+
+    made = put(tiny_model("llama").to(dtype), *wrappers())
+    generator = torch.Generator().manual_seed(2)
+    for step in range(3):
+        made.stack.before_step(made.model, step)
+        with torch.no_grad():
+            for parameter in made.trained().values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.3)
+        made.stack.after_step(made.model, step)
+    saved = {name: value.clone() for name, value in made.stack.delta(made.model).items()}
+    structures = made.stack.structures(made.model)
+    made.loss()
+
+    again = tiny_model("llama").to(dtype)
+    stack = Stack(wrappers())
+    stack.attach(again, structures)
+    stack.restore(again, saved)
+    loss_of(again)
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    one, two = ({i for _, _, h in sparse_hooks(made.model, n) if h.source == names[0] for i in h.idx.tolist()} for n in listed)
+    assert len(one & two) > 100, "entries that both change would show another order of rounding"
+    for name in names:
+        assert torch.equal(again.get_parameter(name), made.model.get_parameter(name)), name
+
+
 def test_zeroth_order_steps_reach_the_values():
     from llmrecipe.methods.memory._engines.zeroth_order import moved
 

@@ -69,6 +69,8 @@ class Selected:
     layout: Layout = "entries"
     base: str = ""
     """Digest of the base's numbers there, where a saved selection knows it."""
+    place: int | None = None
+    """Its place among the selections of the tensor, where a saved one knows it; None comes last."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -93,10 +95,22 @@ def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
 
 @dataclass
 class SelectionWriter:
-    """Writes the selections of one tensor, in the order of the stack; several wrappers may select the same entry."""
+    """Writes the selections of one tensor, in the order in which they were made; several wrappers may select the same entry.
+
+    Every write rounds, so a saved selection keeps its place: a reloaded model then has the same weights to the bit.
+    """
 
     hooks: list[SparseDelta] = field(default_factory=list)
     written: Any = None
+
+    def last(self) -> int:
+        """Return the last place that is taken, -1 where there is none."""
+        return max((hook.place for hook in self.hooks), default=-1)
+
+    def add(self, hook: SparseDelta) -> None:
+        """Add a selection at its place."""
+        self.hooks.append(hook)
+        self.hooks.sort(key=lambda one: one.place)
 
     @torch.no_grad()
     def sync(self, weight: Tensor, on: tuple[bool, ...]) -> None:
@@ -147,8 +161,9 @@ class SparseDelta(Hook):
         self.mode: Mode = mode
         self.kernel = "transient"
         self.writer = writer
+        self.place = writer.last() + 1 if chosen.place is None else chosen.place
         if mode == "inplace":
-            writer.hooks.append(self)
+            writer.add(self)
 
     def active(self) -> bool:
         """Return True: while disabled, it has to put the base back."""

@@ -154,6 +154,8 @@ def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for _, module, hook in sparse_hooks(model, owner):
         fact: dict[str, Any] = {"layout": hook.layout, "count": hook.idx.numel(), "idx": tensor_hash(hook.idx)}
+        if hook.mode == "inplace":
+            fact["place"] = hook.writer.hooks.index(hook)
         if hook.mode != "term" and hook.values.device.type != "meta":
             fact["base"] = base_digest(module, hook)
         tensors[hook.source] = fact
@@ -163,7 +165,7 @@ def structure_of(model: nn.Module, owner: str) -> dict[str, Any]:
 def chosen_from(structure: Mapping[str, Any]) -> dict[str, Selected]:
     """Return placeholders with the shapes of a saved selection; `restore` brings the indices."""
     return {
-        name: Selected(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""))
+        name: Selected(torch.arange(fact["count"]), fact["layout"], fact.get("base", ""), fact.get("place"))
         for name, fact in structure.get("tensors", {}).items()
     }
 
