@@ -86,6 +86,7 @@ def _judge(run: RunState, unreached: list[str]) -> None:
         raise RunError(f"step {run.progress.step + 1}: the objective trains a head it never reads: {_listed(heads)}")
     rest = [n for n in unreached if n not in owners]
     if rest:
+        run.unread = frozenset(rest)
         run.events.warning(f"{len(rest)} trained weights are not read by this objective and stay as they are: {_listed(rest)}")
 
 

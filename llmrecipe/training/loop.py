@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmrecipe.core.errors import Interrupted
 from llmrecipe.methods._base.update_rule import backprop
 from llmrecipe.training import first_step
+from llmrecipe.training.unchanged import UnchangedCheck
 
 if TYPE_CHECKING:
     from llmrecipe.training.run import Run
@@ -21,6 +22,7 @@ def train_loop(run: Run) -> None:
         Interrupted: a signal arrived; a checkpoint has been written.
     """
     rule = run.stack.rule() or backprop
+    unchanged = UnchangedCheck(run)
     feed = run.feed()
     owed = False
     if run.due_evaluation(run.progress.step, at_start=True):
@@ -43,6 +45,7 @@ def train_loop(run: Run) -> None:
         if step == run.first_step:
             first_step.finalize_first_step(run)
         run.report_step(result, micros, time.perf_counter() - started)
+        unchanged.see(run, result.finite)
         if run.due_evaluation(run.progress.step) and run.evaluate():
             break
         if run.stopping() and run.objective.at_boundary():

@@ -75,6 +75,8 @@ class RunState:
     learning_rate: float = 0.0
     unused: bool = True
     """Whether a step may leave trained tensors without a gradient; decided at the first step (see `first_step`)."""
+    unread: frozenset[str] = frozenset()
+    """Weights that train because everything does and that the objective does not read (see `first_step`)."""
     signal: int | None = None
     """The signal that stops the run."""
 

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
-from llmrecipe.methods._base.stack import kind_name
+from llmrecipe.methods._base.stack import base_parameters, kind_name
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
@@ -25,15 +25,23 @@ def announce(run: RunState) -> None:
     trained = facts["trained"]
     lines = [
         *report.lines(),
-        f"model: {run.loaded.section.path}, {facts['parameters']:,} parameters; trained: {trained['parameters']:,} "
+        f"model: {run.loaded.section.path}, {facts['base_parameters']:,} parameters; trained: {trained['parameters']:,} "
         f"in {trained['tensors']} tensors ({', '.join(f'{k} x{v}' for k, v in list(trained['kinds'].items())[:8])})",
-        f"run: {run.steps} steps of {run.recipe.batch.size} rows, {'packed' if run.roles.packing else 'padded'}, "
+        f"run: {run.steps} steps of {rows_text(len(run.data), run.recipe.batch.size)}, "
+        f"{'packed' if run.roles.packing else 'padded'}, "
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
     ]
     for line in lines:
         say(line)
     for warning in validation.warnings(report):
         run.events.warning(warning)
+
+
+def rows_text(rows: int, size: int) -> str:
+    """Return how many rows a step reads: fewer than `batch.size` where there are fewer, or where a pass leaves a rest."""
+    count = min(rows, size)
+    text = f"{count} row{'s' if count != 1 else ''}"
+    return f"at most {text}" if rows > size and rows % size else text
 
 
 def run_facts(run: RunState) -> dict[str, Any]:
@@ -44,6 +52,7 @@ def run_facts(run: RunState) -> dict[str, Any]:
         "data": run.data.report.to_dict(),
         "stack": {w.name: kind_name(w) for w in run.stack},
         "parameters": sum(p.numel() for p in run.model.parameters()),
+        "base_parameters": base_parameters(run.model),
         "trained": {
             "parameters": sum(p.numel() for p in trained.values()),
             "tensors": len(trained),

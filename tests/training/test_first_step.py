@@ -85,7 +85,7 @@ def test_what_is_declared_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plant(monkeypatch, first_block, Spare)
     monkeypatch.setattr(Lora, "may_skip", lambda self, name: asked.append(name) or "lora__spare" in name)
     train_recipe(tmp_path / "run", "sft_lora", *SHORT)
-    assert asked == ["model.layers.0.lora__spare.w"]
+    assert set(asked) == {"model.layers.0.lora__spare.w"}
 
 
 def test_one_micro_batch_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.fp32_master import raise_to_master
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
+from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.recipe.stack_rules import Declared, refusals
 
@@ -235,6 +236,14 @@ class Stack:
         finally:
             for name, parameter in live.items():
                 parameter.data = kept[name]
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model without what was added to it: hooks, shared modules, scalar heads of roles."""
+    added = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
+    added |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
+    named = model.named_parameters()
+    return sum(p.numel() for name, p in named if id(p) not in added and not name.startswith(f"{task_heads.ATTRIBUTE}."))
 
 
 @contextlib.contextmanager
