@@ -77,7 +77,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.runs.open_model import resolve_section
-    from llmrecipe.training.build_run import tasks_of
+    from llmrecipe.training.read_rows import tasks_of
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from llmrecipe.core.errors import RecipeError, RunError
-from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.engine import packing, reference_model
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.reference_cache import ReferenceCache
@@ -32,6 +31,7 @@ from llmrecipe.runs.events import Events
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.best import BestTracker
+from llmrecipe.training.read_rows import check_positions, read_data, test_rows
 from llmrecipe.training.run_state import RunState
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     check_attention(recipe, parts.objective, parts.wrappers, labels)
+    check_positions(recipe, parts.objective, data, validation)
     runtime = Runtime.start(recipe.runtime)
     with abandoned(None, runtime, resume):
         if recipe.model.compile:
@@ -179,47 +180,6 @@ def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels
     base, _, _ = open_model.resolve_section(recipe.model)
     if may_bypass_attention(base, objective.head):
         on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
-
-
-def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks | None:
-    """Return the tasks that a stack, and the stacks of the runs below it, keep separate; None where no method does.
-
-    Raises:
-        DataError: two of them keep different tasks separate.
-    """
-    mounted = [delta.build_wrapper(n, m) for layer in (saved.layers if saved else []) for n, m in layer.wrappers.items()]
-    named = [(f"{w.name} of model.path", w) for w in mounted] + [(w.name, w) for w in wrappers]
-    return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
-
-
-def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
-    """Read training rows, validation rows (or None) and, for labelled rows, the label names."""
-    from llmrecipe.data import prepare
-
-    tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
-    mask = getattr(objective, "mask", None) or "completion"
-    tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
-    needs = objective.columns()
-    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs)
-    labels = getattr(data, "labels", None)
-    validation = prepare(
-        recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
-        tasks=data.tasks if data is not None else None, needs=needs,
-    )  # fmt: skip
-    return data, validation, labels
-
-
-def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
-    """Return the test split, or None: for its reference scores before step 0 and its single evaluation after the last."""
-    from llmrecipe.data import prepare
-
-    if not recipe.eval.test:
-        return None
-    mask = getattr(objective, "mask", None) or "completion"
-    return prepare(
-        recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
-        label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
-    )  # fmt: skip
 
 
 def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps: int) -> PlannedRows:

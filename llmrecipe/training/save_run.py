@@ -33,6 +33,7 @@ from llmrecipe.runs.run_dir import BEST
 from llmrecipe.training import build_run, finite_check
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
+from llmrecipe.training.read_rows import test_rows
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
@@ -227,7 +228,7 @@ def score_test(run: RunState) -> dict[str, float]:
     """Compute metrics of the test split: read here, once, and nowhere else in training."""
     if not run.recipe.eval.test:
         return {}
-    test = build_run.test_rows(run.recipe, run.objective, run.data, run.tokenizer)
+    test = test_rows(run.recipe, run.objective, run.data, run.tokenizer)
     if test is None:
         return {}
     metrics = evaluate(run.evaluation(), test)
