@@ -7,6 +7,8 @@ the top, so `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -17,10 +19,19 @@ from pathlib import Path
 import typer
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, UserError
+from llmrecipe.core.foreign import as_user_error
 from llmrecipe.core.lazy import load_module
+from llmrecipe.core.printable import message_text
 from llmrecipe.core.redact import redact_text
+from llmrecipe.core.steady_output import let_go, open_streams, steady_output
 
 PANELS = ("Train", "Look", "Use", "Tools")
+WORK = ("train", "launch", "search", "step", "generate", "label", "export", "new")
+"""Verbs whose result is in files: it stands, whether or not the screen could be written."""
+REPORT = (
+    "Please report it where you got llmrecipe from, with that file (read it first: it holds your command and paths; the values "
+    "of secrets are left out)."
+)
 
 
 def build_app() -> typer.Typer:
@@ -59,13 +70,31 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 2 the user's input, 1 our bug, 130 interrupted."""
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    open_streams()
+    code = run_command(arguments)
+    refused = let_go(sys.stdout)
+    if refused is not None and refused.errno != errno.EPIPE and not _works(arguments):
+        code = code or _unwritten(refused)
+    let_go(sys.stderr)
+    sys.exit(code)
+
+
+def _works(arguments: list[str]) -> bool:
+    return bool(arguments) and arguments[0] in WORK
+
+
+def _unwritten(error: OSError) -> int:
+    """Report that standard output could not be written; return the exit code."""
+    complain(f"the output cannot be written: {error.strerror or error}")
+    return UserError.exit_code
 
 
 def run_command(arguments: list[str]) -> int:
     """Run the command line and return the exit code instead of exiting."""
     try:
-        result = build_app()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
+        with steady_output() if _works(arguments) else contextlib.nullcontext():
+            result = build_app()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
         return result if isinstance(result, int) else 0
     except UserError as error:
         # All processes of one run hit the same user error; one of them reports it.
@@ -74,17 +103,23 @@ def run_command(arguments: list[str]) -> int:
         return error.exit_code
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
-            print(str(error) or "interrupted", file=sys.stderr)
+            _say(str(error) or "interrupted")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return Interrupted.exit_code
-    except BrokenPipeError:
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
         # The reader of a pipe has left (`llmrecipe list | head`); nothing is wrong, and nothing more can be written.
-        sys.stdout = None
         return 0
     except Exception as error:
         return _other(error, arguments)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(message_text(redact_text(line)), file=sys.stderr)
 
 
 def _other(error: Exception, arguments: list[str]) -> int:
@@ -98,8 +133,15 @@ def _other(error: Exception, arguments: list[str]) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int) and not isinstance(error, LlmRecipeError):
         return code
+    told = as_user_error(error)
+    if told is not None:
+        complain(str(told))
+        return told.exit_code
+    if isinstance(error, OSError):
+        # Files are named in an error; a stream is not.
+        return 0 if error.errno == errno.EPIPE else _unwritten(error)
     path = _save_traceback(error, arguments)
-    saved = f"\nThe traceback is in {path}" if path else "\n" + "".join(traceback.format_exception(error))
+    saved = f"\nThe traceback is in {path}\n{REPORT}" if path else "\n" + "".join(traceback.format_exception(error))
     complain(f"This is a bug of llmrecipe, not of your input: {type(error).__name__}: {error}{saved}", title="Bug")
     return LlmRecipeError.exit_code
 
@@ -108,16 +150,22 @@ def _save_traceback(error: Exception, arguments: list[str]) -> Path | None:
     path = Path(tempfile.gettempdir()) / f"llmrecipe-bug-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}.txt"
     text = f"llmrecipe {' '.join(arguments)}\n\n{''.join(traceback.format_exception(error))}"
     try:
-        path.touch(mode=0o600)
-        path.write_text(redact_text(text), encoding="utf-8")
+        # Readable for its owner alone, and never through a link that somebody else has put there.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(redact_text(text))
     except OSError:
         return None
     return path
 
 
 def complain(message: str, title: str = "Error") -> None:
-    """Print one message on stderr, without secrets: a panel on a terminal, plain lines in a pipe."""
-    message = redact_text(message)
+    """Print one message on stderr, without secrets and printable: a panel on a terminal, plain lines in a pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        _complain(message_text(redact_text(message)), title)
+
+
+def _complain(message: str, title: str) -> None:
     if not sys.stderr.isatty():
         print(f"{title}: {message}", file=sys.stderr)
         return

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.printable import message_text
 
 
 def complete_word(incomplete: str) -> list[str]:
@@ -110,4 +111,4 @@ def need_recipe(request: VerbWords, verb: str) -> str:
 def tell(notes: Iterable[str]) -> None:
     """Print notes on how the input was read, on stderr so that they never mix with output."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(message_text(f"note: {note}"), file=sys.stderr)

@@ -9,6 +9,7 @@ import typer
 from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
 from llmrecipe.core.console import console, print_json
 from llmrecipe.core.errors import UserError
+from llmrecipe.core.printable import message_text, printable
 
 if TYPE_CHECKING:
     from llmrecipe.evaluation.chat import Chat
@@ -64,7 +65,8 @@ def verb(
             print_json(answers)
             return
         for pair in answers:
-            print(f"[{pair['adapter']}] {pair['answer']}" if len(chat.used) > 1 else pair["answer"])
+            answer = printable(pair["answer"])
+            print(f"[{pair['adapter']}] {answer}" if len(chat.used) > 1 else answer)
         return
     interactive(chat)
 
@@ -74,9 +76,9 @@ def interactive(chat: Chat) -> None:
     from rich.prompt import Prompt
 
     screen = console()
-    screen.print("[dim]/new starts over, /quit leaves[/dim]")
+    screen.print("/new starts over, /quit leaves", style="dim")
     if chat.adapters is not None:
-        screen.print(f"/use NAME switches: {', '.join(chat.adapters.choices)}; now {chat.used[0]}", markup=False, style="dim")
+        screen.print(f"/use NAME switches: {', '.join(chat.adapters.choices)}; now {chat.used[0]}", style="dim")
     while True:
         try:
             text = Prompt.ask("[bold]you[/bold]", console=screen).strip()
@@ -91,6 +93,6 @@ def interactive(chat: Chat) -> None:
             try:
                 chat.use([text.removeprefix("/use").strip()])
             except UserError as error:
-                screen.print(str(error), markup=False, style="red")
+                screen.print(message_text(str(error)), style="red")
         elif text:
-            screen.print(chat.answer(text), markup=False, style="cyan")
+            screen.print(chat.answer(text), style="cyan")

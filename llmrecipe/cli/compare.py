@@ -65,7 +65,7 @@ def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str
             curve = [v for _, v in record.curve(metric)]
             if curve:
                 ends = f"{number(curve[0])} -> {number(curve[-1])}"
-                screen.print(f"{metric:12} {sparkline(curve, 50):50} {ends}  {record.name}", markup=False)
+                screen.print(f"{metric:12} {sparkline(curve, 50):50} {ends}  {record.name}")
 
 
 def draw_panels(records: list[Record], metrics: list[str], path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
 from llmrecipe.core.console import print_json
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.printable import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -120,7 +121,7 @@ def _print(
 
     out = console()
     colour = out.is_terminal
-    for line in data.report.lines():
+    for line in map(printable, data.report.lines()):
         key, _, rest = line.partition(": ")
         out.print(Text.assemble((f"{key}: ", "bold"), rest) if not line.startswith(" ") else Text(line))
     out.print(
@@ -148,7 +149,7 @@ def _row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: boo
     text.append(f"source row {row['source_row']}", "dim")
     for name in ("label", "score", "margin", "image", "columns"):
         if name in row:
-            text.append(f"  {name}: {row[name]}", "cyan")
+            text.append(printable(f"  {name}: {row[name]}"), "cyan")
     tokens = 0
     for name, parts in preview.pieces(row, tokenizer, each).items():
         text.append("\n" if name == "ids" else f"\n{name.removesuffix('_ids').removeprefix('ids_')}: ", "bold")
@@ -157,7 +158,7 @@ def _row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: boo
             if each and n:
                 text.append("|", "red")
             opened = piece.trained and not colour and not each
-            shown = f"«{piece.text}»" if opened else piece.text
+            shown = printable(f"«{piece.text}»" if opened else piece.text)
             text.append(shown, TRAINED if piece.trained else MASKED)
     if longest > tokens:
         text.append(f" [pad x {longest - tokens}]", PAD)

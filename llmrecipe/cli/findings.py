@@ -16,7 +16,7 @@ def show_findings(found: Findings) -> None:
 
     out = console()
     size = f"{found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step"
-    out.print(f"[bold]{found.recipe}[/bold]: {found.objective}, {size}")
+    out.print(f"{found.recipe}: {found.objective}, {size}")
     names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
     out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
     out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")

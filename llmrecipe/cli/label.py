@@ -121,14 +121,14 @@ def user_name() -> str:
 
 def screen(as_json: bool) -> Console:
     """Return the console for questions: stderr where the facts go to stdout as JSON."""
-    from rich.console import Console
+    from llmrecipe.core.console import console
 
-    return Console(stderr=as_json)
+    return console(stderr=as_json)
 
 
 def label_pairs(labels: Labels, asked: list[Question], out: Console) -> None:
     """Show the pending pairs one after the other until the end of the input."""
-    out.print("[dim]1 or 2: the better one; t: tie; s: skip; u: undo; q: quit[/dim]")
+    out.print("1 or 2: the better one; t: tie; s: skip; u: undo; q: quit", style="dim")
     while True:
         pending = labels.pending(asked)
         if not pending:
@@ -156,12 +156,14 @@ def show_pair(out: Console, question: Question, swapped: bool, number: int, tota
     from rich.table import Table
     from rich.text import Text
 
+    from llmrecipe.core.printable import printable
+
     sides = (question.second, question.first) if swapped else (question.first, question.second)
     grid = Table.grid(expand=True)
     grid.add_column(ratio=1)
     grid.add_column(ratio=1)
-    grid.add_row(*(Panel(Text(text), title=str(i), title_align="left") for i, text in enumerate(sides, 1)))
-    out.print(Text(f"[{number}/{total}] {question.row.words}", "bold"))
+    grid.add_row(*(Panel(Text(printable(text)), title=str(i), title_align="left") for i, text in enumerate(sides, 1)))
+    out.print(Text(f"[{number}/{total}] {printable(question.row.words)}", "bold"))
     out.print(grid)
 
 
@@ -183,7 +185,7 @@ def read_key(out: Console) -> str:
             if word and word in (key, meaning):
                 return meaning
         if word:
-            out.print(f"'{word}' is no key here: 1, 2, t (tie), s (skip), u (undo), q (quit)", markup=False)
+            out.print(f"{word!r} is no key here: 1, 2, t (tie), s (skip), u (undo), q (quit)")
 
 
 def print_agreement(facts: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def show_results(composition: Composition, results: list[Result]) -> None:
     for r in results:
         table.add_row(r.stage, r.how, str(r.steps), r.metric, f"{r.seconds:.1f}" if r.how != "reused" else "-", r.dir)
     out = console()
-    out.print(f"[bold]{composition.name}[/bold]: {len(results)} stages in {Path(results[-1].dir).parent}", soft_wrap=True)
+    out.print(f"{composition.name}: {len(results)} stages in {Path(results[-1].dir).parent}", soft_wrap=True)
     out.print(table)
     print(f"done: {results[-1].dir}")
 

@@ -58,5 +58,5 @@ def show_trials(search: Search, trials: list[Trial]) -> None:
         spread = [number(trial.spread)] if several else []
         shown.add_row(str(trial.number), *cells, number(trial.value), *spread, "" if trial.state == "done" else trial.state)
     out = console()
-    out.print(f"[bold]{search.composition.name}[/bold]: {len(trials)} trials in {search.folder}", soft_wrap=True)
+    out.print(f"{search.composition.name}: {len(trials)} trials in {search.folder}", soft_wrap=True)
     out.print(shown)

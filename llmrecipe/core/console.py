@@ -8,6 +8,8 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.core.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,12 +17,21 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def console() -> Console:
-    """Return a console as wide as the terminal, and wide enough for whole lines in a pipe."""
-    from rich.console import Console
+def console(stderr: bool = False) -> Console:
+    """Return a console as wide as the terminal, and wide enough for whole lines in a pipe.
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
-    return Console(width=width, highlight=False)
+    Strings, also those in tables, are shown as they are: brackets are no markup, and control characters are escaped.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = shutil.get_terminal_size().columns if stream.isatty() else 160
+    return Plain(width=width, highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
 def value_text(value: Any) -> str:
@@ -60,5 +71,5 @@ def print_json(facts: Any) -> None:
 
 
 def say(line: str) -> None:
-    """Print one line at once, also into a pipe."""
-    print(line, flush=True)
+    """Print one line at once, printable, also into a pipe."""
+    print(printable(line), flush=True)

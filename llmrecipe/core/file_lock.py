@@ -1,13 +1,29 @@
-"""One writer at a time: a lock file that the operating system releases when its process ends, however it ends."""
+"""One writer at a time: a lock file that the operating system releases when its process ends, however it ends.
+
+Some network file systems have no such locks. There the number of the process in the file decides: one that is alive on this
+machine holds the lock.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import TextIO
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import reading
+
+TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+"""Error numbers of a lock that another process holds."""
+UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
+"""Error numbers of a file system without locks."""
+PROCESS = re.compile(r"process (\d+) ")
+
+logger = logging.getLogger("llmrecipe")
 
 
 def hold(path: Path, busy: str, hint: str = "") -> TextIO:
@@ -18,20 +34,63 @@ def hold(path: Path, busy: str, hint: str = "") -> TextIO:
         hint: what the user can do about it.
 
     Raises:
-        RunError: another process holds the lock.
+        RunError: another process holds the lock, or the file cannot be written.
     """
+    with reading(f"{path}: cannot be locked for writing"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (the caller closes it)
+    try:
+        held = _held(handle, exclusive=True)
+        if held:
+            handle.seek(0)
+            who = handle.read(200).strip()
+            raise RunError(f"{busy}{f' ({who})' if who else ''}{hint}")
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        handle.flush()
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a living process holds the lock of a file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as handle:
+            return _held(handle, exclusive=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _held(handle: TextIO, exclusive: bool) -> bool:
+    """Try to lock an open file; return whether another process holds it."""
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
-        handle.seek(0)
-        who = handle.read().strip()
-        handle.close()
-        raise RunError(f"{busy}{f' ({who})' if who else ''}{hint}") from error
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    handle.flush()
-    return handle
+        if error.errno in TAKEN:
+            return True
+        if error.errno not in UNSUPPORTED:
+            raise RunError(f"{handle.name}: cannot be locked: {error.strerror or error}") from error
+        logger.info("%s: this file system has no locks (%s)", handle.name, error.strerror)
+        return _written_by_a_living_process(handle)
+    return False
+
+
+def _written_by_a_living_process(handle: TextIO) -> bool:
+    handle.seek(0)
+    found = PROCESS.match(handle.read(200))
+    number = int(found[1]) if found else os.getpid()
+    if number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

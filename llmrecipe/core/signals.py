@@ -1,4 +1,4 @@
-"""Temporary handling of Ctrl-C and SIGTERM by one function."""
+"""Temporary handling of Ctrl-C, SIGTERM and SIGHUP by one function."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a program to stop; a terminal that is closed sends SIGHUP."""
+
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to `handler(number, frame)`, and restore the earlier handlers afterwards.
+    """Send SIGINT, SIGTERM and SIGHUP to `handler(number, frame)`, and restore the earlier handlers afterwards.
 
-    Outside the main thread nothing changes: there, signals are up to the program that uses the library.
+    SIGHUP stays ignored where the program was started that way (`nohup`). Outside the main thread nothing changes: there,
+    signals are up to the program that uses the library.
     """
-    kept = {}
+    kept: dict[int, Any] = {}
     with contextlib.suppress(ValueError):
-        kept = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in STOPPING:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                kept[number] = signal.signal(number, handler)
     try:
         yield
     finally:

@@ -14,12 +14,16 @@ from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, open_model
+from llmrecipe.runtime.caller_state import kept_for_caller
 
 
+@kept_for_caller()
 def load(
     run: Any, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[Any, Any]:
     """Load the model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
+
+    The random generators of the calling program stay as they were.
 
     A list of runs on one base gives their adapters side by side: `model.use(name)` switches, and
     `model(input_ids=..., adapters=[a name a row])` mixes them in a batch (see `interop.multi_adapter.Adapters`).

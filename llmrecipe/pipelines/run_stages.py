@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, RunError, UserError
 from llmrecipe.core.signals import handled_by
+from llmrecipe.core.steady_output import steady_output
 from llmrecipe.pipelines.subprocesses import Child, Children, Machine, execute, say_of
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.content_key import REFERENCE, each_text
@@ -61,6 +62,7 @@ class Pipeline:
     results: list[Result] = field(default_factory=list)
 
 
+@steady_output()
 def run_all_stages(composition: Composition, recipe: str | None = None) -> list[Result]:
     """Run every stage that is not finished yet, and return their results in the order of the recipe.
 

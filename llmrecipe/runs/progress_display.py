@@ -8,6 +8,7 @@ import time
 from typing import Any, Protocol, TextIO
 
 from llmrecipe.core.console import number, sparkline
+from llmrecipe.core.printable import message_text
 
 HIDDEN = {"event", "step", "tokens", "path"}
 """Keys that the table does not show."""
@@ -51,17 +52,7 @@ class Lines:
                 return
             self.shown = now
         at = f"step {step}" + (f"/{self.steps}" if self.steps else "")
-        print(f"{at}  {self._text(kind, event)}", file=self.stream, flush=True)
-
-    def _text(self, kind: str, event: dict[str, Any]) -> str:
-        if kind == "warning":
-            return f"warning: {event['message']}"
-        if kind == "save":
-            return f"saved {event['path']}"
-        if kind == "sample":
-            return f"sample: {event['prompt']!r} -> {event['answer']!r}"
-        pairs = "  ".join(f"{k} {number(v)}" for k, v in event.items() if k not in HIDDEN)
-        return pairs if kind == "step" else f"{kind}: {pairs}"
+        print(f"{at}  {event_text(event)}", file=self.stream, flush=True)
 
     def expect(self, steps: int) -> None:
         """See `Display.expect`."""
@@ -69,6 +60,19 @@ class Lines:
 
     def close(self) -> None:
         """See `Display.close`."""
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """Return an event in one line, printable."""
+    kind = event["event"]
+    if kind == "warning":
+        return message_text(f"warning: {event['message']}")
+    if kind == "save":
+        return f"saved {event['path']}"
+    if kind == "sample":
+        return message_text(f"sample: {event['prompt']!r} -> {event['answer']!r}")
+    pairs = message_text("  ".join(f"{k} {number(v)}" for k, v in event.items() if k not in HIDDEN))
+    return pairs if kind == "step" else f"{kind}: {pairs}"
 
 
 class Panel:
@@ -97,7 +101,7 @@ class Panel:
         if kind == "step" and event.get("loss") is not None:
             self.losses.append(float(event["loss"]))
         if kind in ("warning", "save", "sample") and not replay:
-            self.console.print(f"step {event['step']}  {Lines(None, sys.stdout)._text(kind, event)}", markup=False)
+            self.console.print(f"step {event['step']}  {event_text(event)}", markup=False)
         self.live.update(self.render())
 
     def render(self) -> Any:

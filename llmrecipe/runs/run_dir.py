@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RunError, did_you_mean
-from llmrecipe.core.file_lock import hold
+from llmrecipe.core.file_lock import hold, is_held
 from llmrecipe.core.redact import redact_text
 from llmrecipe.runs.durable import clear_leftovers, delete, unfinished, write_text
 
@@ -205,16 +205,7 @@ class RunDir:
 
     def locked(self) -> bool:
         """Return whether a running process writes to this run."""
-        import fcntl
-
-        try:
-            with open(self.path / "lock", encoding="utf-8") as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
+        return is_held(self.path / "lock")
 
     def latest_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint, or None."""

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError
 from llmrecipe.core.signals import handled_by
+from llmrecipe.core.steady_output import steady_output
 from llmrecipe.engine.reference_policy import prepare_reference
 from llmrecipe.recipe.pipeline_plan import refuse_stages
+from llmrecipe.runtime.caller_state import alone, kept_for_caller
 from llmrecipe.training import step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.run import Run
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
 
 
+@steady_output()
+@kept_for_caller()
+@alone()
 def train(composition: Composition, resume: str | Path | None = None) -> Run:
-    """Run a recipe to its end.
+    """Run a recipe to its end. Random generators, thread count and determinism of the calling program stay as they were.
 
     Args:
         composition: what `compose` returned.
@@ -31,7 +36,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
         The finished run.
 
     Raises:
-        UserError: the recipe, data or model is unusable, or the run stopped itself.
+        UserError: the recipe, data or model is unusable, the run stopped itself, or another one runs in this process.
         Interrupted: a signal arrived; a checkpoint has been written.
     """
     refuse_stages(composition.mapping)
@@ -73,7 +78,7 @@ def before_first_step(run: Run) -> None:
 
 
 def _signals(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Let Ctrl-C and SIGTERM make the loop write a checkpoint and stop; a second Ctrl-C stops at once."""
+    """Let Ctrl-C, SIGTERM and SIGHUP make the loop write a checkpoint and stop; a second Ctrl-C stops at once."""
 
     def ask(number: int, frame: Any) -> None:
         if run.signal and number == signal.SIGINT:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.signals import handled_by
+from llmrecipe.core.steady_output import steady_output
 from llmrecipe.feedback.directions import Direction, direction
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import space
@@ -115,6 +116,7 @@ class Search:
         """Return the seeds of each trial."""
         return self.section.seeds or [self.composition.recipe.seed]
 
+    @steady_output()
     def run(self) -> list[Trial]:
         """Run every trial that is not in the journal yet, and return all trials.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.core.signals import handled_by
+from llmrecipe.core.steady_output import steady_output
 from llmrecipe.pipelines.steps.workspace import Work
 from llmrecipe.recipe.compose import to_yaml
 from llmrecipe.recipe.provenance import leaves
@@ -18,6 +19,7 @@ from llmrecipe.runs.run_dir import RunDir
 FILE = "step.yaml"
 
 
+@steady_output()
 def run_step(composition: StepComposition) -> RunDir:
     """Run a step in its folder; a finished one is left unchanged, a stopped one is resumed.
 
@@ -87,7 +89,7 @@ def taken(folder: RunDir, composition: StepComposition) -> str:
 
 
 def _signals() -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM stop a step as Ctrl-C does: at once, since every answer is on disk as soon as it arrives."""
+    """Let SIGTERM and SIGHUP stop a step as Ctrl-C does: at once, since every answer is on disk as soon as it arrives."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

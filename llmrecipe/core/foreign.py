@@ -1,0 +1,119 @@
+"""Errors of other people's code and of the system, as errors of this project.
+
+Every call into a library that reads a user's file goes through `reading`, so that a damaged file ends in one message with its
+place and a remedy, whatever class of error the library raises for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmrecipe.core.errors import LlmRecipeError, RunError, UserError
+from llmrecipe.core.printable import shortened
+
+DEPTH = 128
+"""Deepest nesting of a JSON text."""
+REASON = 300
+"""Characters of another library's message that are passed on."""
+NO_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate", "array is too big")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else ""
+    if isinstance(error, KeyError):
+        return f"{text} is missing" if text else "KeyError"
+    return shortened(text, REASON) if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(what: str, remedy: str = "", error: type[UserError] = RunError) -> Iterator[None]:
+    """Turn every error of foreign code into `WHAT: REASON; REMEDY`; errors of this project pass unchanged.
+
+    Args:
+        what: place and thing, such as `model.path: FOLDER/config.json`.
+        remedy: what the user can do, without a leading semicolon.
+        error: class of the error.
+
+    Raises:
+        UserError: of the class given.
+    """
+    try:
+        yield
+    except (LlmRecipeError, MemoryError):
+        raise
+    except Exception as foreign:  # libraries raise dozens of unrelated classes for a damaged file
+        raise error(f"{what}: {reason_of(foreign)}{f'; {remedy}' if remedy else ''}") from foreign
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of bounded depth.
+
+    Raises:
+        ValueError: it is not JSON (a `json.JSONDecodeError`), is nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEPTH} levels") from None
+    except json.JSONDecodeError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:
+        if "digits" in str(error):
+            raise ValueError("a number of more than 4300 digits") from None
+        raise
+    opened = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
+    if opened > DEPTH and _deeper(value, DEPTH):
+        raise ValueError(f"nested deeper than {DEPTH} levels")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Return whether a value is nested deeper than a number of levels."""
+    layer: list[Any] = [value]
+    for _ in range(levels):
+        inner = [child for one in layer for child in (one.values() if isinstance(one, dict) else one)]
+        layer = [child for child in inner if isinstance(child, dict | list)]
+        if not layer:
+            return False
+    return True
+
+
+def read_json(path: Path, what: str = "", remedy: str = "", error: type[UserError] = RunError, kind: type = dict) -> Any:
+    """Read a JSON file that holds a mapping (or a value of another kind).
+
+    Args:
+        what: key path for the message.
+
+    Raises:
+        UserError: of the class given: it cannot be read, is not JSON, or holds something else.
+    """
+    with reading(f"{what}{': ' if what else ''}{path}", remedy, error):
+        value = parse_json(path.read_bytes())
+        if not isinstance(value, kind):
+            raise ValueError(f"must hold a JSON {'object' if kind is dict else kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """Return what a user can do about an error of the system that no boundary has named, or None for any other error."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in NO_MEMORY)):
+        return RunError(
+            f"the memory is not enough: {reason_of(error)}; lower batch.micro or data.max_length, set "
+            "model.gradient_checkpointing=true, or use smaller numbers (`llmrecipe check` estimates the memory)"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return RunError(f"{error.filename}: {reason_of(error)}")
+    return None
