@@ -35,7 +35,6 @@ class ReferenceCache:
         self.known: dict[int, Tensor] = {}
         self.complete = False
         """Whether every row of the run is here; a missing one can then no longer be scored."""
-        self.hits = 0
         self.misses = 0
         if path is not None and path.exists():
             self._read(path)
@@ -51,7 +50,6 @@ class ReferenceCache:
             if self.complete and batch.keys:
                 raise LlmRecipeError("a row has no reference log-probabilities although all rows were scored before step 0")
             return None
-        self.hits += len(batch.keys)
         return torch.cat([self.known[key] for key in batch.keys])
 
     def put(self, batch: Batch, sums: Tensor) -> None:

@@ -64,7 +64,7 @@ def prepare_reference(objective: Any, stack: Stack, loaded: LoadedModel, roles: 
         return
     if stack.reference_is_off() and loaded.continued is None:
         return
-    if objective.samples or stack.learns_start():
+    if objective.samples or stack.learns_init():
         stack.snapshot_trained(model)
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

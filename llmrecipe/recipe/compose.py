@@ -107,12 +107,12 @@ def compose_mapping(
     cleaner = Cleaner(mapping, origins, chain, words)
     cleaner.clean()
     whole = _complete(mapping, origins)
-    _name(path, whole, origins)
+    _store_name(path, whole, origins)
     resolved = interpolate(whole, origins)
     notes, foreign = [*notes, *cleaner.notes], any(link.foreign for link in chain.links.values())
     if foreign:
         notes += withhold(resolved, origins, chain.own_files(set(chosen(words))))
-    return _name(path, resolved, origins), path, resolved, origins, notes, foreign
+    return _store_name(path, resolved, origins), path, resolved, origins, notes, foreign
 
 
 def load_entry_points() -> None:
@@ -167,7 +167,7 @@ def section_defaults() -> dict[str, Any]:
 
 
 def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
-    """Return the composed mapping completed with the defaults of sections, in the order of the schema; unknown keys last."""
+    """Complete a mapping and its origins with the defaults of sections, in the order of the schema; unknown keys last."""
     from llmrecipe.recipe.provenance import schema_origin
 
     whole: dict[str, Any] = {}
@@ -184,8 +184,8 @@ def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     return {**whole, **{k: v for k, v in mapping.items() if k not in whole}}
 
 
-def _name(path: Path, mapping: dict[str, Any], origins: Origins) -> str:
-    """Return `run.name`, by default the recipe's stem, and store it, so that a run's recipe.yaml keeps the name."""
+def _store_name(path: Path, mapping: dict[str, Any], origins: Origins) -> str:
+    """Store `run.name`, by default the recipe's stem, so that a run's recipe.yaml keeps the name; return it."""
     run = mapping.get("run")
     if not isinstance(run, dict):
         return path.stem

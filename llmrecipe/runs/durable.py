@@ -64,7 +64,10 @@ def put_in_place(aside: Path, target: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder after renaming it, so that a half deleted one is never mistaken for a complete one."""
+    """Delete a link, or a folder after renaming it, so that a half deleted one is never mistaken for a complete one."""
+    if path.is_symlink():  # the best run of a search: its folder is another's
+        path.unlink()
+        return
     aside = path.with_name(f"{ASIDE}{path.name.lstrip('.')}")
     shutil.rmtree(aside, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):

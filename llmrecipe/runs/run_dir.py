@@ -82,7 +82,7 @@ class RunDir:
         section = composition.recipe.run
         if section.dir is not None:
             found = cls(Path(section.dir))
-            found._check_writable()
+            found._claim()
         else:
             found = cls(_fresh(Path(section.root) / (section.name or composition.name), recipe_hash(composition.mapping)))
         found.lock()
@@ -131,7 +131,7 @@ class RunDir:
             delete(self.path / BEST)
         clear_leftovers(self.path)
 
-    def _check_writable(self) -> None:
+    def _claim(self) -> None:
         """Make sure that `run.dir` may be written: it is new, empty, or contains a run without checkpoints or result."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return

@@ -70,7 +70,7 @@ def save(run: RunState) -> Path | None:
             "structures": run.stack.structures(run.model),
             "reference": run.roles.cache.name,
         }
-        if run.roles.reference_moves or run.stack.learns_start():
+        if run.roles.reference_moves or run.stack.learns_init():
             tensors["reference"] = run.stack.snapshot or {}
         if run.optimizer is not None:
             tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)

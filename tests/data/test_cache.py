@@ -114,7 +114,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, own_cache: Path, mo
 
     path = write(tmp_path / "a.jsonl", TALKS)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_split.Writer, "finish", broken)
+        patch.setattr(tokenize_split.TableWriter, "finish", broken)
         with pytest.raises(KeyboardInterrupt):
             prepare(DataSection(path=str(path)), byte_tokenizer(), "dialogue", seed=0)
     data = prepare(DataSection(path=str(path)), byte_tokenizer(), "dialogue", seed=0)

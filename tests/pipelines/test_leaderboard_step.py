@@ -66,7 +66,7 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
         asked.append(Path(path).name)
         return {"win_rate": 0.1 * len(asked), "kl": 0.0}
 
-    monkeypatch.setattr(Leaderboard, "_duel", lambda self, seed: None)
+    monkeypatch.setattr(Leaderboard, "_head_to_head", lambda self, seed: None)
     monkeypatch.setattr(Leaderboard, "_facts", facts)
     words = (runs, "against=tiny", "plot=false", "prompts=builtin:prompts", "reward={rule: {}}")
     with pytest.raises(Exception, match="stopped"):

@@ -199,7 +199,7 @@ class Stack:
         others = [w for w in self.wrappers if w.stage is Stage.SELECT]
         return bool(injected) and not others and all(w.starts_at_base() for w in injected)
 
-    def learns_start(self) -> bool:
+    def learns_init(self) -> bool:
         """Return whether a method is initialized from data or text: a model rebuilt to resume is not the policy of step 0."""
         return any(w.calibrates() and w.stage is Stage.INJECT for w in self.wrappers)
 

@@ -1,4 +1,4 @@
-"""What the starts of `starts` that look at data see: the layers' inputs, their gradients, or the weights before rounding.
+"""Data-dependent initialization: from the layers' inputs, their gradients, or the weights before rounding.
 
 Batches come from the probe every `calibrate` gets; with several processes each takes its share and the sums are added.
 """
@@ -56,7 +56,7 @@ def begin(model: nn.Module, owner: str, init: str, probe: Probe, batches: int, r
     """Initialize every branch of a wrapper from data, or from the weights before they were rounded.
 
     Args:
-        init: one of `starts.FROM_DATA`.
+        init: one of `initialization.FROM_DATA`.
         batches: how many batches are looked at (rows, for CorDA).
         rho: for EVA, the largest rank of a layer as a multiple of its own.
         iterations: for LoftQ, how often codes and branch are chosen in turn.

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from llmrecipe.models.site import Site
 
 FROM_DATA = ("loftq", "eva", "corda", "corda_kpm", "lora_ga")
-"""Starts that `learned` makes before step 0."""
+"""Data-dependent initializations, computed before step 0 (see `data_init`)."""
 SUBTRACTED = ("corda", "corda_kpm", "lora_ga")
 """Those of them whose first product is subtracted."""
 EVERYWHERE = ("default", "gaussian")
-"""Starts that embeddings and fused experts have too."""
+"""Initializations that embeddings and fused experts have too."""
 GAMMA = 16.0
 DAMPING, INVERTED = 0.01, 0.05
 """Share of C's mean diagonal that is first added to it, and the error of C C^-1 from which on that share is doubled."""

@@ -29,7 +29,7 @@ class Adapter(Wrapper):
 
     Trained: each adapter 2 d r + r + d (with biases; + 1 or d for a learned scale, + 2 d for each own norm), so 2 L and L of
     them; `train_norms` opens the norms of the adapted blocks too. W_u and biases start at zero, so training starts at the base
-    model; `init: houlsby` and `bert` are the published near-identity starts. Mixtures are adapted after the sum of their
+    model; `init: houlsby` and `bert` are near-identity initializations. Mixtures are adapted after the sum of their
     experts. Sandwich-norm blocks (Gemma): y is the output of the norm that follows the sublayer. Not mergeable: A is no
     linear map.
 

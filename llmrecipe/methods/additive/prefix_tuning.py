@@ -48,7 +48,7 @@ class PrefixTuning(Wrapper):
     dropout: OpenFraction = 0.0
     """Dropout on the columns while training."""
     init: Literal["random", "zero", "text"] = "random"
-    """Start of a flat table: standard normal, zeros, or the keys and values of `init_text`."""
+    """Initialization of a flat table: standard normal, zeros, or the keys and values of `init_text`."""
     init_text: str = ""
     """Text for `init: text`, repeated or cut to the number of virtual tokens."""
     positions: Literal["free", "shift"] = "free"

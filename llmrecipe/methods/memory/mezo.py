@@ -233,7 +233,7 @@ class ZerothOrder:
         """Return the summed loss of this process at theta + scale z."""
         self.mode.move(scale)
         losses = [context.objective.loss(micro, context.roles) for micro in micros]
-        if self.mode.missed():
+        if self.mode.include_missed():
             return self._evaluate(context, micros, scale)
         return sum(float(loss.total) for loss in losses), [loss.metrics for loss in losses]
 

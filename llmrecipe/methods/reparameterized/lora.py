@@ -32,7 +32,7 @@ class Lora(Wrapper):
     one pair an expert. Tied embeddings: when `embed` and `head` are both targeted one pair serves both. Biases named by `bias`
     train as float32 copies in the place of the base's, which stay as they were and are back when the adapter is switched off.
 
-    Starts (`init`) of linear layers; embeddings and fused experts have `default` and `gaussian`, embeddings also `mica`:
+    `init` of linear layers; embeddings and fused experts have `default` and `gaussian`, embeddings also `mica`:
     orthogonal (B A = 0, neither is), pissa and pissa_niter_N (leading singular triplets of W; N power iterations), olora (QR of
     W), mica (minor left singular vectors in B, which is frozen; A = 0), loftq (best approximation of what 4 or 8 bits lost of
     W), eva (principal directions of the inputs in A, B = 0; ranks move to the layers where they explain most), corda, corda_kpm
@@ -41,7 +41,7 @@ class Lora(Wrapper):
     which are loaded once more for it.
 
     Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
-    for Fine-Tuning with LoRA (arXiv 2312.03732); starts: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), MiCA (arXiv
+    for Fine-Tuning with LoRA (arXiv 2312.03732); init: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), MiCA (arXiv
     2604.01694), LoftQ (arXiv 2310.08659), EVA (arXiv 2410.07170), CorDA (arXiv 2406.05223), LoRA-GA (arXiv 2407.05000).
     Departures: pissa, olora, corda and lora_ga subtract their frozen first product instead of rewriting W, so base weights stay
     bit-equal and deltas portable. For the same reason the codes that loftq chooses from its second iteration on are kept and
@@ -66,7 +66,7 @@ class Lora(Wrapper):
         Literal["default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq", "eva", "corda", "corda_kpm", "lora_ga"]
         | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
     ) = "default"
-    """Start of A and B, also pissa_niter_N; every one but loftq starts at the base model."""
+    """Initialization of A and B, also pissa_niter_N; every one but loftq starts at the base model."""
     init_batches: PositiveInt = 16
     """Batches that eva and lora_ga look at before step 0; rows, for corda."""
     eva_rho: Annotated[float, Field(ge=1.0)] = 2.0

@@ -108,7 +108,7 @@ class Vera(Wrapper):
     r: PositiveInt = 256
     """Rank of A and B."""
     d_initial: PositiveFloat = 0.1
-    """Start of d."""
+    """Initial value of d."""
     dropout: OpenFraction = 0.0
     """Dropout on the input of A while training."""
     seed: NonNegativeInt = 0

@@ -68,7 +68,7 @@ class DiffPruning(GatePhase, Wrapper):
     high: Annotated[float, Field(gt=1.0)] = 1.5
     """Upper end of the stretched gate."""
     alpha_init: float = 5.0
-    """Start of the gates' logits: P(z > 0) = 0.993."""
+    """Initial value of the gates' logits: P(z > 0) = 0.993."""
     adaptive: bool = True
     """False: no gates, magnitude pruning of a full fine-tuning."""
     w_lr_scale: PositiveFloat = 0.2

@@ -115,7 +115,7 @@ def test_starts_at_the_base_and_every_tensor_learns(family: str) -> None:
 
 
 @pytest.mark.parametrize("init", ["houlsby", "bert"])
-def test_the_published_starts_are_near_the_base_and_say_so(init: str) -> None:
+def test_the_published_initializations_are_near_the_base_and_say_so(init: str) -> None:
     wrapper = Adapter(name="adapter", init=init, r=4)
     assert not wrapper.starts_at_base()
     model, stack = attached("llama", wrapper)

@@ -26,7 +26,7 @@ from llmrecipe.runs.open_model import LoadedModel, merge_order
 from llmrecipe.training.memory_estimate import delta_bytes, weight_bytes
 from tests.interop.saved_runs import base_folder, saved_run
 from tests.methods.reparameterized.test_lora import fill
-from tests.methods.reparameterized.test_lora_starts import started, weight_of
+from tests.methods.reparameterized.test_lora_init import started, weight_of
 from tests.methods.twins import IDS
 from tests.tiny import tiny_model
 

@@ -85,8 +85,8 @@ class Perturbation(Protocol):
     def move(self, scale: float) -> None:
         """Put the model at theta + scale z; 0 brings theta back."""
 
-    def missed(self) -> bool:
-        """Return whether the forward pass since the last `move` left out a trained tensor; it then has to be repeated."""
+    def include_missed(self) -> bool:
+        """Include trained tensors that the pass since the last `move` left out; return whether it has to be repeated."""
 
     def installed(self) -> contextlib.AbstractContextManager[None]:
         """Return a context for all passes of a step."""
@@ -118,7 +118,7 @@ class InPlace:
                 moved(item.parameter)
         self.at = scale
 
-    def missed(self) -> bool:
+    def include_missed(self) -> bool:
         """Return False: every reader sees the moved tensors."""
         return False
 
@@ -162,7 +162,7 @@ class Layerwise:
         for item in self.apart:
             self._swap(item)
 
-    def missed(self) -> bool:
+    def include_missed(self) -> bool:
         """Swap the tensors of hosts that were not called for entire passes from then on; return whether there were any."""
         unseen = [(m, items) for m, items in self.hosts.items() if any(i.name not in self.visited for i in items)]
         for module, items in unseen:

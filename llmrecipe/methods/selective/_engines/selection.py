@@ -2,7 +2,7 @@
 
     fisher      S_i = sum_n (d log p(y_n | x_n) / d theta_i)^2     one backward pass an example
     absolute    S_i = sum_n |d log p(y_n | x_n) / d theta_i|
-    signed      S_i = sum_b d L_b / d theta_i                      no score: the gradient itself, for starts made from it
+    signed      S_i = sum_b d L_b / d theta_i                      no score: the gradient itself, for initializations
     batch       S_i = sum_b (d L_b / d theta_i)^2                  one a batch: another quantity, the one SPT is defined by
 
 No weight becomes a leaf: while scores are taken, a hook on each scored tensor sees that tensor's dense gradient, adds its
