@@ -153,7 +153,9 @@ class Backwards(Objective):
     """L = -sum log p of what stands before."""
 
     rows: ClassVar[str] = "reversed_text"
-    mask: ClassVar[str] = "all"
+
+    def loss_mask(self):
+        return "all"
 
     def collate(self, rows, roles):
         return collate_tokens(rows, roles)

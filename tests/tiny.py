@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.attention import install_attention
+from llmrecipe.models.vocabulary import position_offset
 
 
 def tiny_config(family: str = "llama", **more: Any) -> Any:
@@ -66,12 +67,34 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **more:
     return model.eval()
 
 
+def tiny_masked_model(family: str = "llmrecipe_native", std: float = 0.2, **more: Any) -> nn.Module:
+    """A random masked language model whose weights are large enough for differences to show."""
+    from transformers import AutoModelForMaskedLM
+
+    import llmrecipe.models.native  # noqa: F401 (registers the native family)
+
+    own = {"kind": "encoder"} if family == "llmrecipe_native" else {}
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(tiny_config(family, **{**own, **more}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    install_attention(model, "sdpa")
+    model.position_offset = position_offset(model)
+    return model.eval()
+
+
 class Tokenizer:
-    """Just enough of a tokenizer for collation."""
+    """Just enough of a tokenizer for collation: 64 tokens, the first three and the mask special."""
 
     pad_token_id = 0
     bos_token_id = 1
     eos_token_id = 2
+    mask_token_id: int | None = 63
+    all_special_ids: ClassVar[list[int]] = [0, 1, 2, 63]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(64)}
 
 
 def roles_for(model: nn.Module, stack: Stack | None = None, packing: bool = True) -> Roles:

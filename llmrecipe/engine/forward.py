@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
+from llmrecipe.models.masked_heads import head_chain
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -101,8 +102,7 @@ class Engine(nn.Module):
     @property
     def head(self) -> nn.Module:
         """Return the module that maps hidden states (..., D) to logits (..., V)."""
-        cls = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
-        return cls if isinstance(cls, nn.Module) else self.model.get_output_embeddings()
+        return head_chain(self.model) or self.model.get_output_embeddings()
 
     def head_of(self, role: str) -> nn.Module:
         """Return a role's own scalar head, stored under `task_head` of the model."""

@@ -45,6 +45,8 @@ class Roles:
         """Wrappers disabled in the reference in addition to the run's own: mounted ones, where the base is the reference."""
         self.reference_moves = False
         """Whether the reference follows the policy, so that no score of it may be kept."""
+        self.seed: int = 0
+        """The run's seed, for objectives that draw (masks, negatives)."""
         self.runtime: Any = None
         """Reductions over processes; None where there is one process without a run."""
         self.data: Any = None

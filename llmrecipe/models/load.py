@@ -303,6 +303,7 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
         raise ModelError(f"tokenizer.path: {path}: cannot read its tokenizer: {first_line(error)}") from error
     vocabulary.add_tokens(found, tokenizer.add_tokens)
     vocabulary.set_padding(found, tokenizer.pad_token)
+    vocabulary.set_mask(found, tokenizer.mask_token)
     if tokenizer.chat_template is not None:
         from llmrecipe.data.tokenize.chat_templates import set_template
 

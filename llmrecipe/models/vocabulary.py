@@ -44,6 +44,16 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
     tokenizer.pad_token = found
 
 
+def set_mask(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
+    """Name the token that stands for a hidden one, adding it to the vocabulary where it does not exist.
+
+    Args:
+        wanted: `tokenizer.mask_token`; None leaves the tokenizer as it is.
+    """
+    if wanted is not None:
+        tokenizer.add_special_tokens({"mask_token": wanted})
+
+
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
     """Add tokens, those in brackets as special ones; return the number of new ones.
 

@@ -51,8 +51,10 @@ class Objective:
     """Whether a row's reference log-probabilities depend on the other rows of its step (mismatched pairs)."""
     samples: ClassVar[bool] = False
     """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
-    mask: ClassVar[str | None] = None
-    """What the data layer marks as trained when the objective has no `mask` option of its own."""
+
+    def loss_mask(self) -> str:
+        """Return the name of the loss mask: which tokens of a row the data layer marks as trained."""
+        return "completion"
 
     def columns(self) -> Mapping[str, str]:
         """Column that every prompt row must hold besides its prompt -> key path of what reads it."""

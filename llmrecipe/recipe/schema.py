@@ -56,6 +56,7 @@ class TokenizerSection(Section):
     chat_template: str | None = Field(None, description="Name of a built-in template, a file, or the Jinja text itself.")
     add_tokens: list[str] = Field(default_factory=list, description="Tokens to add; their embedding rows are trained.")
     pad_token: str | None = Field(None, description="Token used as padding where the tokenizer has none.")
+    mask_token: str | None = Field(None, description="Token that stands for a hidden one; added where it does not exist.")
 
 
 class DataSection(Section):

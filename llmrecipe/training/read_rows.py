@@ -27,7 +27,7 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     from llmrecipe.data import prepare
 
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
-    mask = getattr(objective, "mask", None) or "completion"
+    mask = objective.loss_mask()
     tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
     needs = objective.columns()
     data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs)
@@ -45,7 +45,7 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
 
     if not recipe.eval.test:
         return None
-    mask = getattr(objective, "mask", None) or "completion"
+    mask = objective.loss_mask()
     return prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
         label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),

@@ -61,7 +61,7 @@ class Run(RunState):
             epoch, at = divmod(self.progress.drawn, self.steps_per_epoch)
             rows = self.order(epoch)[at * size : (at + 1) * size]
             self.progress.drawn += 1
-            yield [self.data[int(i)] for i in rows[self.runtime.rank :: self.runtime.world]]
+            yield [{**self.data[int(i)], "epoch": epoch} for i in rows[self.runtime.rank :: self.runtime.world]]
 
     def probe(self) -> Probe:
         """Return what `calibrate` may use: training rows in a separate order."""

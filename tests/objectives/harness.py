@@ -21,7 +21,7 @@ from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run import Run
 from tests.objectives.rollouts import REWARD, Numbers
-from tests.tiny import tiny_model
+from tests.tiny import tiny_masked_model, tiny_model
 
 LENGTHS = [2, 9, 4, 7, 3, 11, 5, 6]
 
@@ -59,9 +59,14 @@ def prompt(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "prompt_ids": ids(row, length), "columns": "{}"}
 
 
+def document(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "ids": [1, *ids(row, length), 2], "words": [-1, *range(length), -1]}
+
+
 MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
+    "words": document,
     "preference": pair,
     "unpaired": feedback,
     "labelled": labelled,
@@ -95,7 +100,7 @@ def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:
 
 def model_for(objective: Any) -> nn.Module:
     """A small model with the heads of an objective."""
-    model = tiny_model()
+    model = tiny_model() if objective.head != "masked" else tiny_masked_model()
     if objective.head == "classification":
         torch.manual_seed(3)
         model.score = nn.Linear(32, 3, bias=False)

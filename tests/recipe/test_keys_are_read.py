@@ -17,8 +17,8 @@ WORK = [p for p in sorted(PACKAGE.rglob("*.py")) if "recipe" not in p.relative_t
 """Everything but the code that composes and validates recipes, which handles every key alike."""
 ROUTED = {"search": "llmrecipe/recipe", "stages": "llmrecipe/recipe", "plugins": "llmrecipe/recipe"}
 """Top-level keys that composition itself acts on."""
-READ_FOR_THEM = {"clip": "training/run_state.py", "mask": "training/build_run.py"}
-"""Options that the loop or the data layer reads in a component's place."""
+READ_FOR_THEM = {"clip": "training/run_state.py"}
+"""Options that the loop reads in a component's place."""
 
 
 @functools.cache

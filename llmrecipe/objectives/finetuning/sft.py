@@ -26,10 +26,14 @@ class Sft(Objective):
     rows: ClassVar[str] = "dialogue"
     head: ClassVar[str] = "causal"
 
-    mask: Literal["completion", "assistant", "last", "all"] = "assistant"  # type: ignore[misc]
+    mask: Literal["completion", "assistant", "last", "all"] = "assistant"
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     loss_type: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or dynamic fine-tuning."""
+
+    def loss_mask(self) -> str:
+        """Train on what the option says."""
+        return self.mask
 
     def measures(self) -> Measures:
         """Return the metrics of the supervised tokens."""

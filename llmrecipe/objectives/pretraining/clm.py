@@ -23,7 +23,10 @@ class Clm(Objective):
 
     rows: ClassVar[str] = "text"
     head: ClassVar[str] = "causal"
-    mask: ClassVar[str | None] = "all"
+
+    def loss_mask(self) -> str:
+        """Train on every token."""
+        return "all"
 
     def measures(self) -> Measures:
         """Return the metrics of the predicted tokens."""

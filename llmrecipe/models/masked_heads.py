@@ -1,0 +1,49 @@
+"""The head of a language model as one module, from states to logits.
+
+Masked language models keep it in one child or in several that are called in turn; the module that ties with the embedding is
+only the last of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llmrecipe.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
+CHAINS: tuple[tuple[str, ...], ...] = (
+    ("cls",),
+    ("lm_head",),
+    ("predictions",),
+    ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    ("generator_predictions", "generator_lm_head"),
+    ("head", "decoder"),
+)
+"""Children of a language model that lead from states (..., D) to logits (..., V), in the order they are called."""
+
+
+def head_chain(model: nn.Module) -> nn.Module | None:
+    """Return a head made of known children of a model, one module (..., D) -> (..., V); None where it has no such children."""
+    for chain in CHAINS:
+        parts = [part for name in chain if isinstance(part := getattr(model, name, None), nn.Module)]
+        if len(parts) == len(chain):
+            return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    return None
+
+
+def check_masked_head(model: LanguageModel) -> None:
+    """Refuse a masked language model whose head is not known.
+
+    Raises:
+        ModelError: its family arranges the head in another way.
+    """
+    if head_chain(model) is not None:
+        return
+    raise ModelError(
+        f"model.path: the head of '{model.config.model_type}' is not known as one of a masked language model "
+        f"(known: {'; '.join(' -> '.join(chain) for chain in CHAINS)})"
+    )
