@@ -125,7 +125,7 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> Any:
     recipe = subject.composition.recipe
     labels = getattr(subject.loaded.model.config, "label2id", None) if subject.objective.head == "classification" else None
     names = sorted(labels, key=labels.get) if labels else None
-    mask = getattr(subject.objective, "mask", None) or "completion"
+    mask = subject.objective.loss_mask()
     data = prepare(
         recipe.data, subject.loaded.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
         label_map=names, unseal=split == "test", tasks=tasks, needs=subject.objective.columns(),
