@@ -133,10 +133,10 @@ def _other(error: Exception, arguments: list[str]) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int) and not isinstance(error, LlmRecipeError):
         return code
-    told = as_user_error(error)
-    if told is not None:
-        complain(str(told))
-        return told.exit_code
+    reported = as_user_error(error)
+    if reported is not None:
+        complain(str(reported))
+        return reported.exit_code
     if isinstance(error, OSError):
         # Files are named in an error; a stream is not.
         return 0 if error.errno == errno.EPIPE else _unwritten(error)

@@ -48,9 +48,9 @@ def verb(
     more, overrides = runs_and_overrides(words)
     shared = {path: overrides}
     if more:
-        from llmrecipe.evaluation.open_several import ASKED, share
+        from llmrecipe.evaluation.open_several import REQUESTED, share
 
-        shared = share([path, *more], overrides, ASKED)
+        shared = share([path, *more], overrides, REQUESTED)
     for one, own in shared.items():
         subject(one, own)
     from llmrecipe.engine.sampling import Sampling

@@ -47,19 +47,19 @@ def verb(
     from llmrecipe.evaluation import human_labels
 
     rows = source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed)
-    asked = human_labels.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
+    requested = human_labels.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
     judge = None if by is None else judge_of(by, constitution)
     name = labeller or (judge[0].identity.replace("/", "_") if judge is not None else user_name())
     labels = human_labels.Labels(out, name, seed)
     try:
         if judge is not None:
-            human_labels.label_by_judge(labels, asked, *judge, batch=32)
+            human_labels.label_by_judge(labels, requested, *judge, batch=32)
         else:
-            label_pairs(labels, asked, screen(as_json))
+            label_pairs(labels, requested, screen(as_json))
     finally:
-        written = labels.write(asked)
+        written = labels.write(requested)
         labels.close()
-    facts = human_labels.facts(out, asked)
+    facts = human_labels.facts(out, requested)
     if as_json:
         print_json({**facts, "rows": written, "file": str(out / f"{name}.jsonl")})
         return
@@ -126,11 +126,11 @@ def screen(as_json: bool) -> Console:
     return console(stderr=as_json)
 
 
-def label_pairs(labels: Labels, asked: list[Question], out: Console) -> None:
+def label_pairs(labels: Labels, requested: list[Question], out: Console) -> None:
     """Show the pending pairs one after the other until the end of the input."""
     out.print("1 or 2: the better one; t: tie; s: skip; u: undo; q: quit", style="dim")
     while True:
-        pending = labels.pending(asked)
+        pending = labels.pending(requested)
         if not pending:
             out.print("every pair is labelled; u takes the last label back, any other key leaves")
             if read_key(out) != "undo" or labels.undo() is None:
@@ -138,7 +138,7 @@ def label_pairs(labels: Labels, asked: list[Question], out: Console) -> None:
             continue
         question = pending[0]
         swapped = labels.swapped(question)
-        show_pair(out, question, swapped, len(asked) - len(pending) + 1, len(asked))
+        show_pair(out, question, swapped, len(requested) - len(pending) + 1, len(requested))
         said = read_key(out)
         if said == "quit":
             return

@@ -9,7 +9,7 @@ from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import open_subject
-from llmrecipe.evaluation.open_several import ASKED, open_several
+from llmrecipe.evaluation.open_several import REQUESTED, open_several
 from llmrecipe.interop.multi_adapter import Adapters, task_adapters
 from llmrecipe.runs.open_model import LoadedModel
 from llmrecipe.runtime.processes import pick_device
@@ -39,7 +39,7 @@ class Chat:
             loaded = open_subject(paths[0], overrides).loaded
             chat = cls(loaded, task_adapters(loaded), sampling, system)
         else:
-            adapters, recipes = open_several(paths, overrides, ASKED)
+            adapters, recipes = open_several(paths, overrides, REQUESTED)
             adapters.model.to(pick_device(recipes[0].recipe.runtime.device))
             chat = cls(adapters.loaded, adapters, sampling, system)
         chat.use([])

@@ -44,7 +44,7 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
 
     logging.disable_progress_bar()
     composition = recipe_of(path, overrides)
-    options = chosen_anew(composition) if run_folder(path) is not None else {}
+    options = chosen_again(composition) if run_folder(path) is not None else {}
     recipe = composition.recipe
     head = registry.load_class("objective", str(recipe.objective["kind"])).head
     return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
@@ -91,7 +91,7 @@ def check_subject(path: str, overrides: list[str]) -> Composition:
     return composition
 
 
-def chosen_anew(composition: Composition) -> dict[str, dict[str, Any]]:
+def chosen_again(composition: Composition) -> dict[str, dict[str, Any]]:
     """Return the options of the run's stack that the overrides set again after training (`stack.dylora.rank=2`)."""
     found = {}
     for name, mapping in composition.recipe.stack.items():

@@ -88,9 +88,9 @@ class Labels:
         """Return whether the second answer is shown first."""
         return Random(short_hash(self.seed, self.labeller, question.key)).random() < 0.5
 
-    def pending(self, asked: Sequence[Question]) -> list[Question]:
+    def pending(self, requested: Sequence[Question]) -> list[Question]:
         """Return the questions without a decision."""
-        return [q for q in asked if q.key not in self.found]
+        return [q for q in requested if q.key not in self.found]
 
     def decide(self, question: Question, label: str, **facts: Any) -> None:
         """Record a decision: `first`, `second` (in the row's order, however they were shown), `tie` or `skip`."""
@@ -118,10 +118,10 @@ class Labels:
             self.order.append(key)
             self.found[key] = entry
 
-    def write(self, asked: Sequence[Question]) -> int:
+    def write(self, requested: Sequence[Question]) -> int:
         """Write the preference rows, whole or not at all; returns how many."""
         rows = []
-        for question in asked:
+        for question in requested:
             entry = self.found.get(question.key)
             if entry is not None and entry["label"] in ("first", "second"):
                 rows.append(self._row(question, entry))
@@ -153,7 +153,7 @@ class Labels:
 
 def label_by_judge(
     labels: Labels,
-    asked: Sequence[Question],
+    requested: Sequence[Question],
     judge: Judge,
     constitution: Constitution,
     principles: Sequence[Principle],
@@ -168,7 +168,7 @@ def label_by_judge(
     """
     said = Journal(labels.folder / f"{labels.labeller}.asked.jsonl")
     judge.use_cache(said)
-    pending = labels.pending(asked)
+    pending = labels.pending(requested)
     thin: list[dict[str, Any]] = []
     for start in range(0, len(pending), batch):
         part = pending[start : start + batch]
@@ -192,7 +192,7 @@ def label_by_judge(
         )
 
 
-def facts(folder: Path, asked: Sequence[Question]) -> dict[str, Any]:
+def facts(folder: Path, requested: Sequence[Question]) -> dict[str, Any]:
     """Return how much each labeller labelled, and how far every two agree on the pairs both labelled (skips do not count)."""
     known = {path.name.removesuffix(JOURNAL): path for path in sorted(folder.glob(f"*{JOURNAL}"))}
     judged: dict[str, dict[str, str]] = {}
@@ -200,7 +200,7 @@ def facts(folder: Path, asked: Sequence[Question]) -> dict[str, Any]:
     for name in known:
         labels = Labels(folder, name, write=False)
         labels.close()
-        current = {q.key: str(labels.found[q.key]["label"]) for q in asked if q.key in labels.found}
+        current = {q.key: str(labels.found[q.key]["label"]) for q in requested if q.key in labels.found}
         counts = Counter(current.values())
         shown = [e for e in labels.found.values() if "swapped" in e and e["label"] in ("first", "second")]
         top = sum((e["label"] == "first") != e["swapped"] for e in shown)
@@ -215,4 +215,4 @@ def facts(folder: Path, asked: Sequence[Question]) -> dict[str, Any]:
         found = agreement(judged[one], judged[other])
         if found is not None:
             pairs.append({"one": one, "other": other, "items": found.items, "share": found.share, "kappa": found.kappa})
-    return {"pairs": len(asked), "labellers": people, "agreement": pairs}
+    return {"pairs": len(requested), "labellers": people, "agreement": pairs}

@@ -38,7 +38,7 @@ class Column:
     """Whether the table shows the standard deviation over seeds."""
 
 
-ASKED = (
+REQUESTED = (
     Column("win_rate", "win rate %", 100.0, "answers better than those of the model it started from, ties half", True),
     Column("reward", "reward", means="mean reward of its answers", spread=True),
     Column("gain", "gain", means="reward over that of the model it started from", spread=True),

@@ -16,7 +16,7 @@ from llmrecipe.recipe.rights import KEYS, rights_of
 if TYPE_CHECKING:
     from llmrecipe.interop.multi_adapter import Adapters
 
-ASKED = ("runtime",)
+REQUESTED = ("runtime",)
 """Sections of a recipe that matter to a conversation."""
 SCORED = ("data", "eval", "objective", "batch", "runtime", "seed")
 """Sections that matter to an evaluation."""
@@ -51,12 +51,12 @@ def open_several(paths: Sequence[str], overrides: Sequence[str], sections: Seque
     Raises:
         UserError: see `share`, or the runs do not share one base.
     """
-    from llmrecipe.evaluation.evaluate_model import chosen_anew
+    from llmrecipe.evaluation.evaluate_model import chosen_again
     from llmrecipe.interop.multi_adapter import open_adapters
 
     words = share(paths, overrides, sections)
     recipes = [recipe_of(path, words[path]) for path in paths]
-    options = {p: chosen_anew(recipe) for p, recipe in zip(paths, recipes, strict=True) if run_folder(p) is not None}
+    options = {p: chosen_again(recipe) for p, recipe in zip(paths, recipes, strict=True) if run_folder(p) is not None}
     return open_adapters(paths, options=options, rights=rights_of(recipes[0].recipe.model)), recipes
 
 

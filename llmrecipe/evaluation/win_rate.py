@@ -86,16 +86,16 @@ class HeadToHead:
     def answer(self, subject: Subject) -> list[Answer]:
         """Sample n answers to each prompt, adjacent, at temperature 1."""
         model, tokenizer = subject.roles.model, subject.loaded.tokenizer
-        asked = [row for row in self.prompts for _ in range(self.config.n)]
+        requested = [row for row in self.prompts for _ in range(self.config.n)]
         sampling = Sampling(self.config.max_new_tokens, temperature=1.0, batch=64, seed=self.config.seed)
         ends = end_tokens(model, tokenizer)
-        new = generate(model, tokenizer, [row["prompt_ids"] for row in asked], sampling)
+        new = generate(model, tokenizer, [row["prompt_ids"] for row in requested], sampling)
         return [
             Answer(
                 decode_ids(tokenizer, row["prompt_ids"]), decode_ids(tokenizer, ids), json.loads(row.get("columns") or "{}"),
                 row["prompt_ids"], ids, bool(ids) and ids[-1] in ends,
             )
-            for row, ids in zip(asked, new, strict=True)
+            for row, ids in zip(requested, new, strict=True)
         ]  # fmt: skip
 
     def score(self, answers: Sequence[Answer]) -> Tensor:

@@ -84,7 +84,7 @@ class Number:
 def extract_number(text: str) -> Number | None:
     """Return the number an answer states; None where it states none."""
     found = None
-    for match in NUMBER.finditer(_clean(stated(text))):
+    for match in NUMBER.finditer(_clean(stated_answer(text))):
         found = _read(match) or found
     return found
 
@@ -95,7 +95,7 @@ def same_number(one: str, other: str) -> bool:
     return first is not None and second is not None and first.same(second)
 
 
-def stated(text: str) -> str:
+def stated_answer(text: str) -> str:
     r"""Return what a text marks as its answer: the content of its last `\boxed{...}`, what follows `####`, else all of it."""
     at = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if at >= 0:

@@ -1,4 +1,4 @@
-"""How long a sequence a model can read: models that add a learned vector to each position have only so many of them."""
+"""How long a sequence a model can read: models that add a learned vector to each position have a fixed number of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def stated(config: PreTrainedConfig) -> int | None:
+def stated_positions(config: PreTrainedConfig) -> int | None:
     """Return the positions a config states; None where it states none. Only a learned table makes them a limit."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

@@ -168,11 +168,11 @@ def check_stages(made: Plan) -> dict[str, Findings | StepComposition]:
             except UserError as error:
                 text = str(error).removeprefix(f"{where}: ")
                 mistakes.append(type(error)(text if text.startswith(where) else f"{where}: {text}"))
-    told = list({str(m): m for m in mistakes}.values())
-    if len(told) == 1:
-        raise told[0]
-    if told:
-        raise UserError("\n".join(map(str, told)))
+    reported = list({str(m): m for m in mistakes}.values())
+    if len(reported) == 1:
+        raise reported[0]
+    if reported:
+        raise UserError("\n".join(map(str, reported)))
     return found
 
 

@@ -111,8 +111,8 @@ class Machine:
         if self.slots == 1:
             return {}
         threads = max(1, self.cores * len(slots) // self.slots)
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        found = {"OMP_NUM_THREADS": str(min(threads, int(asked)) if asked.isdigit() else threads)}
+        requested = os.environ.get("OMP_NUM_THREADS", "")
+        found = {"OMP_NUM_THREADS": str(min(threads, int(requested)) if requested.isdigit() else threads)}
         devices = [d for slot in slots for d in self.devices_of(slot)]
         return {**found, "CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(devices))} if devices else found
 

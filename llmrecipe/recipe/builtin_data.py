@@ -52,7 +52,7 @@ def drop_builtin(mapping: dict[str, Any], origins: Origins, chain: DefaultsChain
     return [f"dropped {', '.join(dropped)}: made for the built-in rows, and data.path is set by {source}"] if dropped else []
 
 
-def beside_own_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def notes_on_own_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return one line for each stage of a pipeline that reads built-in rows although another one reads the user's.
 
     Args:

@@ -144,9 +144,9 @@ class DefaultsChain:
 
     def _resolve(self, name: str, source: Path, where: str) -> Path:
         if name.endswith((".yaml", ".yml")):
-            beside = (source.parent / name).resolve()
-            if beside.is_file():
-                return beside
+            adjacent = (source.parent / name).resolve()
+            if adjacent.is_file():
+                return adjacent
         folders = [source.parent, *self.folders]
         found = lookup(name, list(dict.fromkeys(folders)), exclude=source)
         if found is None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.recipe.builtin_data import beside_own_rows
+from llmrecipe.recipe.builtin_data import notes_on_own_rows
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
@@ -151,7 +151,7 @@ def plan(pipeline: Composition) -> Plan:
     if mistakes:
         # Stages written out from one `matrix` share their mistakes.
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
-    made.notes.extend(beside_own_rows({s.name: s.mapping for s in made.stages}))
+    made.notes.extend(notes_on_own_rows({s.name: s.mapping for s in made.stages}))
     return made
 
 

@@ -37,14 +37,14 @@ def fill(mapping: dict[str, Any], origins: Origins) -> None:
             continue
         at: KeyPath = ("stages", str(name), "registered")
         origin = origin_of(origins, at)
-        asked = body.pop("registered")
+        requested = body.pop("registered")
         forget(origins, at)
         matrix = body.get("matrix")
-        for axis, source in asked.items() if isinstance(asked, Mapping) else [("", None)]:
+        for axis, source in requested.items() if isinstance(requested, Mapping) else [("", None)]:
             values = matrix.get(axis) if isinstance(matrix, dict) else None
             if not isinstance(values, dict) or not isinstance(source, Mapping):
                 example = "{method: {stack: [additive], except: [coda]}} next to an axis `method: {...}` of `matrix`"
-                raise _wrong(at, f"must be a mapping such as {example}; got {asked!r}", origin)
+                raise _wrong(at, f"must be a mapping such as {example}; got {requested!r}", origin)
             for recipe in _missing(source, list(values), (*at, str(axis)), origin):
                 values[recipe] = {}
                 if origin is not None:

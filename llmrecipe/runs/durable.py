@@ -34,14 +34,14 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def unfinished(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Return the name under which a text file is written before it gets its own."""
     return path.with_name(f".{path.name}.writing")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically and durably: neither a reader nor a crash leaves half of it."""
-    aside = unfinished(path)
+    aside = unfinished_path(path)
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RunError, did_you_mean
 from llmrecipe.core.file_lock import hold, is_held
 from llmrecipe.core.redact import redact_text
-from llmrecipe.runs.durable import clear_leftovers, delete, unfinished, write_text
+from llmrecipe.runs.durable import clear_leftovers, delete, unfinished_path, write_text
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -149,11 +149,11 @@ class RunDir:
         self.unlock()
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
-            unfinished(self.path / name).unlink(missing_ok=True)
+            unfinished_path(self.path / name).unlink(missing_ok=True)
 
     def _barely_begun(self) -> bool:
         """Return whether the folder holds what a start that was killed before its first status leaves, and nothing else."""
-        own = {name for file in OWN_FILES for name in (file, unfinished(self.path / file).name)}
+        own = {name for file in OWN_FILES for name in (file, unfinished_path(self.path / file).name)}
         names = {path.name for path in self.path.iterdir()}
         return "lock" in names and names <= own
 

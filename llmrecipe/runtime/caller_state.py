@@ -20,7 +20,7 @@ _training = threading.Lock()
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def one_training() -> Iterator[None]:
     """Allow one training at a time in this process: seeds, threads and the process group belong to the whole process.
 
     Raises:

@@ -63,7 +63,7 @@ def check_positions(recipe: Any, objective: Any, data: Any, validation: Any) -> 
 
     base, _, _ = open_model.resolve_section(recipe.model)
     sampled = getattr(objective, "max_new_tokens", 0) if objective.rows == "prompt" else 0
-    stated = positions.stated(load_config(base))
+    stated = positions.stated_positions(load_config(base))
     if stated is None or recipe.data.max_length + sampled <= stated:
         return
     test = test_rows(recipe, objective, data, open_model.tokenizer_of(recipe.model, recipe.tokenizer))

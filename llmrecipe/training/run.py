@@ -151,8 +151,8 @@ class Run(RunState):
 
     def stopping(self) -> bool:
         """Return whether any process received a signal to stop."""
-        asked = torch.tensor([1.0 if self.signal else 0.0], dtype=torch.float64)
-        return bool(float(self.runtime.sum(asked)) > 0)
+        requested = torch.tensor([1.0 if self.signal else 0.0], dtype=torch.float64)
+        return bool(float(self.runtime.sum(requested)) > 0)
 
     def evaluate(self) -> bool:
         """Evaluate on the validation split; return True when early stopping applies."""

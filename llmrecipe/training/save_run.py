@@ -292,11 +292,11 @@ def saved_of(run: RunState) -> delta.SavedStack:
     ]
     # What other roles learned (a value function) serves training alone; checkpoints keep it, the finished model does not.
     others = {w.role: w for w in run.stack if w.role}
-    beside = {n for w in others.values() for n in w.delta(run.model)}
+    adjacent = {n for w in others.values() for n in w.delta(run.model)}
     tensors = {
         n: t
         for n, t in run.stack.delta(run.model).items()
-        if n not in beside and not any(n.startswith(f"task_head.{role}.") for role in others)
+        if n not in adjacent and not any(n.startswith(f"task_head.{role}.") for role in others)
     }
     own = delta.Layer(
         {w.name: delta.wrapper_mapping(w) for w in run.stack if not w.role},

@@ -12,7 +12,7 @@ from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.engine.reference_policy import prepare_reference
 from llmrecipe.recipe.pipeline_plan import refuse_stages
-from llmrecipe.runtime.caller_state import alone, kept_for_caller
+from llmrecipe.runtime.caller_state import kept_for_caller, one_training
 from llmrecipe.training import step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.run import Run
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @steady_output()
 @kept_for_caller()
-@alone()
+@one_training()
 def train(composition: Composition, resume: str | Path | None = None) -> Run:
     """Run a recipe to its end. Random generators, thread count and determinism of the calling program stay as they were.
 

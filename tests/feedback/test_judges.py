@@ -89,13 +89,13 @@ def test_contract_memory(judge: Judge) -> None:
     judge.use_cache(memory)
     asks = [compare(*PAIRS[0]), compare(*PAIRS[1]), compare(*PAIRS[0])]
     first = judge.choice_logprobs(asks, ["A", "B"])
-    assert first[0] == first[2] and (judge.count.asked, judge.count.remembered) == (2, 1)
+    assert first[0] == first[2] and (judge.count.requested, judge.count.remembered) == (2, 1)
     texts = judge.generate([revise(BAD)])
     assert len(memory) == 3
     again = build_judge({"kind": "rule"}, "judge")
     again.__dict__["write"] = again.__dict__["choose"] = None
     assert judge.choice_logprobs(asks, ["A", "B"]) == first and judge.generate([revise(BAD)]) == texts
-    assert (judge.count.asked, judge.count.remembered) == (3, 5)
+    assert (judge.count.requested, judge.count.remembered) == (3, 5)
     assert judge.choice_logprobs([], ["A", "B"]) == [] == judge.generate([])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrecipe.core import registry
-from llmrecipe.feedback.numbers import extract_number, same_number, stated
+from llmrecipe.feedback.numbers import extract_number, same_number, stated_answer
 from tests.feedback.test_rewards import answer, scores
 from tests.support import shared
 
@@ -83,8 +83,8 @@ def test_percentages_equal_their_share_of_one_and_their_bare_number() -> None:
 
 
 def test_braces_inside_a_box() -> None:
-    assert stated(r"\boxed{\frac{a}{b}} and more") == r"\frac{a}{b}"
-    assert stated("no mark 5") == "no mark 5"
+    assert stated_answer(r"\boxed{\frac{a}{b}} and more") == r"\frac{a}{b}"
+    assert stated_answer("no mark 5") == "no mark 5"
 
 
 @pytest.mark.parametrize(

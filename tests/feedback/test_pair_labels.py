@@ -98,10 +98,10 @@ def test_replay_asks_nothing(manners: Constitution) -> None:
     judge = build_judge("rule", "judge")
     judge.use_cache(memory)
     first = compare_answers(judge, manners, PAIRS, [manners.principles] * 3)
-    assert (judge.count.asked, judge.count.remembered) == (8, 4)  # two of the pairs are each other's swap
+    assert (judge.count.requested, judge.count.remembered) == (8, 4)  # two of the pairs are each other's swap
     again = build_judge("rule", "judge")
     again.use_cache(memory)
-    assert compare_answers(again, manners, PAIRS, [manners.principles] * 3) == first and again.count.asked == 0
+    assert compare_answers(again, manners, PAIRS, [manners.principles] * 3) == first and again.count.requested == 0
 
 
 def test_a_pair_the_judge_fails_at_has_no_label(own_rules: None, manners: Constitution) -> None:

@@ -195,7 +195,7 @@ def test_an_override_without_effect_names_what_has_one(monkeypatch: pytest.Monke
         with pytest.raises(UserError, match=rf"'{word}': has no effect .* \(what applies: data.*seed, stack.dylora.rank\)"):
             open_several.share(["a", "b"], [word], open_several.SCORED)
     with pytest.raises(UserError, match=r"'data.limit=4': has no effect .* \(what applies: runtime.*, stack.dylora.rank\)"):
-        open_several.share(["a", "b"], ["data.limit=4"], open_several.ASKED)
+        open_several.share(["a", "b"], ["data.limit=4"], open_several.REQUESTED)
 
 
 @pytest.mark.slow

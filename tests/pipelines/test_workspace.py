@@ -24,13 +24,13 @@ class Asker:
     """Answers with the item and the seed of its batch; may break down at one batch."""
 
     def __init__(self, fail_at: int | None = None):
-        self.asked: list[list[int]] = []
+        self.requested: list[list[int]] = []
         self.fail_at = fail_at
 
     def __call__(self, part: list[int], seed: int) -> list[list[int]]:
-        if len(self.asked) == self.fail_at:
+        if len(self.requested) == self.fail_at:
             raise KeyboardInterrupt
-        self.asked.append(part)
+        self.requested.append(part)
         return [[item, seed] for item in part]
 
 
@@ -59,7 +59,7 @@ def test_a_damaged_line_in_the_middle_is_no_answer(tmp_path: Path) -> None:
 def test_a_stopped_step_asks_only_what_is_missing_and_ends_alike(tmp_path: Path) -> None:
     items = list(range(7))
     whole = work(tmp_path / "whole").each(items, asker := Asker(), batch=3)
-    assert asker.asked == [[0, 1, 2], [3, 4, 5], [6]]
+    assert asker.requested == [[0, 1, 2], [3, 4, 5], [6]]
     assert [item for item, _ in whole] == items and len({seed for _, seed in whole}) == 3
 
     stopped = work(tmp_path / "stopped")
@@ -69,9 +69,9 @@ def test_a_stopped_step_asks_only_what_is_missing_and_ends_alike(tmp_path: Path)
     truncate(tmp_path / "stopped" / "events.jsonl", -1)
     again = work(tmp_path / "stopped")
     assert again.each(items, asker := Asker(), batch=3) == whole
-    assert asker.asked == [[3, 4, 5], [6]]
+    assert asker.requested == [[3, 4, 5], [6]]
     assert [e["step"] for e in read_events(tmp_path / "stopped", "step")] == [3, 6, 7]
-    assert work(tmp_path / "stopped").each(items, asker := Asker(), batch=3) == whole and asker.asked == []
+    assert work(tmp_path / "stopped").each(items, asker := Asker(), batch=3) == whole and asker.requested == []
 
 
 def test_answers_that_were_kept_are_reported_again_in_the_order_they_came(tmp_path: Path) -> None:

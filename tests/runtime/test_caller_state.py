@@ -16,7 +16,7 @@ import torch
 
 from llmrecipe import load
 from llmrecipe.core.errors import RunError
-from llmrecipe.runtime.caller_state import VARIABLES, alone
+from llmrecipe.runtime.caller_state import VARIABLES, one_training
 from tests.trainings import train_recipe
 
 
@@ -57,7 +57,7 @@ def test_training_and_loading_leave_the_caller_as_it_was(tmp_path: Path, monkeyp
 
 
 def test_two_trainings_at_once_are_refused(tmp_path: Path) -> None:
-    with alone(), pytest.raises(RunError, match="another training is running in this process"):
+    with one_training(), pytest.raises(RunError, match="another training is running in this process"):
         train_recipe(tmp_path / "run", "sft_lora", "steps=1")
-    with alone():
+    with one_training():
         pass

@@ -43,8 +43,8 @@ def separate(
     elif len(whole) < len(answers):
         answers = [answer[len(prompt) :] if _begins(answer, prompt) else answer for answer in answers]
     else:
-        asked = (i for i, turn in enumerate(answers[0][:-1]) if turn["role"] == "user" and turn["content"] == text)
-        cut = _before_answer(answers, max(asked, default=0))
+        requested = (i for i, turn in enumerate(answers[0][:-1]) if turn["role"] == "user" and turn["content"] == text)
+        cut = _before_answer(answers, max(requested, default=0))
         prompt, answers = _joined(prompt, answers[0][:cut], text), [answer[cut:] for answer in answers]
     if not all(_answers(answer[0]) for answer in answers):
         raise BadRow("an answer begins with a question of its own", f"{answers[0][0]!r:.80}")

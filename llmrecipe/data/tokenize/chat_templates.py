@@ -120,9 +120,9 @@ class Template:
     def _run(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
         """Render with the arguments of tool calls as objects; as JSON text where the template joins or prints them."""
         bare = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        told, arguments = _with_arguments(bare, as_text=False)
+        reported, arguments = _with_arguments(bare, as_text=False)
         try:
-            found = self._render(told, prompt, tools, kwargs, marked)
+            found = self._render(reported, prompt, tools, kwargs, marked)
         except BadRow:
             if not arguments:
                 raise
@@ -170,11 +170,11 @@ def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list
         found.append(given)
         return {**call, "arguments": json.dumps(given, ensure_ascii=False) if as_text else given}
 
-    told = [
+    reported = [
         {**m, "tool_calls": [call_of(call) for call in m["tool_calls"]]} if isinstance(m.get("tool_calls"), list) else m
         for m in messages
     ]
-    return told, found
+    return reported, found
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:

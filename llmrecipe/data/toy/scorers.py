@@ -74,11 +74,11 @@ def manners(text: str, topic: str, avoid: str) -> float:
 
 def prefers(prompt: str, first: str, second: str) -> float:
     """Return which of two answers to a request the rule prefers: 1 the first, 0 the second, 0.5 neither."""
-    asked = parse_request(prompt)
-    if asked is None:
+    requested = parse_request(prompt)
+    if requested is None:
         one, two = polite(first), polite(second)
     else:
-        one, two = manners(first, *asked), manners(second, *asked)
+        one, two = manners(first, *requested), manners(second, *requested)
     return 0.5 + 0.5 * ((one > two) - (one < two))
 
 
@@ -111,9 +111,9 @@ def critique(prompt: str, text: str) -> list[str]:
         wrong.append("The answer is rude.")
     elif not polite(text):
         wrong.append("The answer does not open politely.")
-    asked = parse_request(prompt)
-    if asked is not None:
-        topic, avoid = asked
+    requested = parse_request(prompt)
+    if requested is not None:
+        topic, avoid = requested
         if mentions(text, avoid):
             wrong.append(f"The answer speaks of the {avoid}, which the request leaves out.")
         if not mentions(text, topic):
@@ -132,9 +132,9 @@ def corrected(prompt: str, text: str) -> str:
         text = text.replace(phrase, "")
     opener = grammar.POLITE[index or 0]
     rest = SPACES.sub(" ", text).strip()
-    asked = parse_request(prompt)
-    if asked is not None and not on_topic(rest, *asked):
-        rest = min(true_facts(asked[0]))
+    requested = parse_request(prompt)
+    if requested is not None and not on_topic(rest, *requested):
+        rest = min(true_facts(requested[0]))
     return f"{opener} {rest}".strip()
 
 

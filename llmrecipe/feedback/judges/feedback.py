@@ -50,8 +50,8 @@ def revise_drafts(
 
     `leak` tells whether words of the critique stood in the reply; they are not in the revision.
     """
-    asks = [constitution.ask_critique(c, d.prompt, d.answer, d.columns) for d, c in zip(drafts, principles, strict=True)]
-    critiques = judge.generate(asks)
+    requests = [constitution.ask_critique(c, d.prompt, d.answer, d.columns) for d, c in zip(drafts, principles, strict=True)]
+    critiques = judge.generate(requests)
     known = [i for i, critique in enumerate(critiques) if critique is not None]
     again = [
         constitution.ask_revision(principles[i], drafts[i].prompt, drafts[i].answer, str(critiques[i]), drafts[i].columns)
@@ -107,16 +107,16 @@ def compare_answers(
         {p, forward, backward: p_fwd and p_bwd of each principle, logprobs: [principle][order][letter], mass: least probability
         that lay on the letters, said: the reply it belongs to, votes: share of replies read by vote, principles, rationales}.
     """
-    asks: list[Ask] = []
+    requests: list[Ask] = []
     for pair, own in zip(pairs, principles, strict=True):
         for principle in own:
             orders = [(pair.first, pair.second), (pair.second, pair.first)][: 2 if swap else 1]
-            asks += [constitution.ask_comparison(principle, pair.prompt, *o, pair.columns, reasoning) for o in orders]
-    rationales: list[str | None] = [None] * len(asks)
+            requests += [constitution.ask_comparison(principle, pair.prompt, *o, pair.columns, reasoning) for o in orders]
+    rationales: list[str | None] = [None] * len(requests)
     if reasoning:
-        rationales = judge.generate(asks)
-        asks = [constitution.ask_verdict(ask, text or "") for ask, text in zip(asks, rationales, strict=True)]
-    replies = judge.decide(asks, LETTERS)
+        rationales = judge.generate(requests)
+        requests = [constitution.ask_verdict(ask, text or "") for ask, text in zip(requests, rationales, strict=True)]
+    replies = judge.decide(requests, LETTERS)
     found: list[dict[str, Any] | None] = []
     at = 0
     for own in principles:
@@ -187,7 +187,7 @@ def entropy(p: float) -> float:
 def judge_facts(judge: Judge) -> dict[str, Any]:
     """Return a judge's request counts, for the facts of a step."""
     count = judge.count
-    facts: dict[str, Any] = {"judge": judge.identity, "asked": count.asked, "failures": count.failures}
+    facts: dict[str, Any] = {"judge": judge.identity, "asked": count.requested, "failures": count.failures}
     how = ("by_logprobs", "by_votes", "stray_votes", "draws")
     facts |= {name: getattr(count, name) for name in how if getattr(count, name)}
     if count.prompt_tokens or count.completion_tokens:

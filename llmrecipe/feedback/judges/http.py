@@ -109,22 +109,22 @@ class Http(Judge):
         options = [self.choices, self.top_logprobs, self.votes, self.temperature, self.max_new_tokens]
         return f"http:{self.model}:{short_hash(self.client.clean(self.url), self.model, *options)}"
 
-    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+    def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield one completion for each request."""
 
         def one(ask: Ask) -> str | None:
             reply = self._ask(ask, {"max_tokens": self.max_new_tokens, "temperature": self.temperature})
             return None if reply is None else _text(reply)
 
-        yield from self._all(one, asks)
+        yield from self._all(one, requests)
 
-    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
+    def choose(self, requests: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
         """Yield choices by log-probabilities along the reply, or by a vote.
 
         Raises:
             RunError: `choices` is `logprobs` and the server gives none.
         """
-        yield from self._all(lambda ask: self._choice(ask, tuple(options)), asks)
+        yield from self._all(lambda ask: self._choice(ask, tuple(options)), requests)
 
     def _choice(self, ask: Ask, options: tuple[str, ...]) -> Choice | None:
         if not self._found["vote"]:
@@ -207,10 +207,10 @@ class Http(Judge):
             self.count.cost += (read * self.price_in + written * self.price_out) / 1e6
         return reply
 
-    def _all(self, one: Callable[[Ask], Any], asks: Sequence[Ask]) -> Iterator[tuple[int, Any]]:
+    def _all(self, one: Callable[[Ask], Any], requests: Sequence[Ask]) -> Iterator[tuple[int, Any]]:
         """Send every request, at most `concurrency` at once, and yield each reply as it arrives."""
         pool = ThreadPoolExecutor(self.concurrency)
-        under_way = {pool.submit(one, ask): index for index, ask in enumerate(asks)}
+        under_way = {pool.submit(one, ask): index for index, ask in enumerate(requests)}
         try:
             for done in as_completed(under_way):
                 yield under_way[done], done.result()

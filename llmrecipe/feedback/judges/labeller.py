@@ -50,7 +50,7 @@ class Ask:
 class Count:
     """Request counts of a judge in this process."""
 
-    asked: int = 0
+    requested: int = 0
     """Requests sent to the judge itself."""
     remembered: int = 0
     """Requests answered from the cache."""
@@ -120,11 +120,11 @@ class Judge:
         """Return a short text that names the judge in rows and distinguishes judges whose replies differ."""
         raise NotImplementedError
 
-    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+    def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield (index, text) of each request, in any order; None where the judge could not answer it."""
         raise NotImplementedError
 
-    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | Logprobs | None]]:
+    def choose(self, requests: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | Logprobs | None]]:
         """Yield (index, choice) of each request, in any order; log-probabilities alone where their sum is the mass."""
         raise NotImplementedError
 
@@ -156,15 +156,15 @@ class Judge:
         with self._lock:
             self._memory.add(key, reply)
 
-    def generate(self, asks: Sequence[Ask]) -> list[str | None]:
+    def generate(self, requests: Sequence[Ask]) -> list[str | None]:
         """Return the judge's text for each request; None where it failed.
 
         Raises:
             RunError: the judge cannot be reached.
         """
-        return self._through_memory("write", asks, (), self.write)
+        return self._through_memory("write", requests, (), self.write)
 
-    def decide(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Choice | None]:
+    def decide(self, requests: Sequence[Ask], options: Sequence[str]) -> list[Choice | None]:
         """Return the judge's choice for each request; None where it failed.
 
         Raises:
@@ -179,10 +179,10 @@ class Judge:
                     self.count.by_logprobs += choice.how == "logprobs"
                 yield index, None if choice is None else asdict(choice)
 
-        found = self._through_memory("choice", asks, tuple(options), fresh)
+        found = self._through_memory("choice", requests, tuple(options), fresh)
         return [None if reply is None else Choice(**reply) for reply in found]
 
-    def choice_logprobs(self, asks: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
+    def choice_logprobs(self, requests: Sequence[Ask], options: Sequence[str]) -> list[Logprobs | None]:
         """Return the log-probability of each option as the whole first word of the answer, (N, options); None where it failed.
 
         They are not normalised: the rest of the probability lies on other words. What is impossible is `LEAST`, so that every
@@ -191,15 +191,15 @@ class Judge:
         Raises:
             RunError: the judge cannot be reached.
         """
-        return [None if choice is None else choice.logprobs for choice in self.decide(asks, options)]
+        return [None if choice is None else choice.logprobs for choice in self.decide(requests, options)]
 
-    def _through_memory(self, how: str, asks: Sequence[Ask], options: tuple[str, ...], fresh: Any) -> list[Any]:
-        keys = [ask.key(self.identity, how, options) for ask in asks]
+    def _through_memory(self, how: str, requests: Sequence[Ask], options: tuple[str, ...], fresh: Any) -> list[Any]:
+        keys = [ask.key(self.identity, how, options) for ask in requests]
         new = list(dict.fromkeys(k for k in keys if k not in self._memory))
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        self.count.asked += len(new)
-        self.count.remembered += len(asks) - len(new)
-        for index, reply in fresh([asks[first[key]] for key in new]) if new else ():
+        self.count.requested += len(new)
+        self.count.remembered += len(requests) - len(new)
+        for index, reply in fresh([requests[first[key]] for key in new]) if new else ():
             if reply is None:
                 self.count.failures += 1
             else:

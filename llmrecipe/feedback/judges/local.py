@@ -111,13 +111,13 @@ class Local(Judge):
             self.place.roles = loaded_roles(self.path, self.base, self.dtype)
         return self.place.roles
 
-    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+    def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Generate a continuation of each request."""
         from llmrecipe.engine.generation import decode_ids, generate
         from llmrecipe.engine.sampling import Sampling
 
         sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed)
-        for first, part in chunks(asks, WAITING * self.batch):
+        for first, part in chunks(requests, WAITING * self.batch):
             prompts = [self._ids(ask) for ask in part]
             with self._as_judge() as off:
                 # Samples depend on the request alone, so a resumed run samples the same.
@@ -126,10 +126,10 @@ class Local(Judge):
             for offset, ids in enumerate(new):
                 yield first + offset, decode_ids(self.roles.tokenizer, ids)
 
-    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
+    def choose(self, requests: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
         """Yield the summed probabilities of the options' spellings."""
         spellings = [spell(self.roles.tokenizer, option) for option in options]
-        for first, part in chunks(asks, self.batch):
+        for first, part in chunks(requests, self.batch):
             prompts = [self._ids(ask) for ask in part]
             with self._as_judge() as off:
                 found = choose(self.roles, prompts, spellings, self._role, off)

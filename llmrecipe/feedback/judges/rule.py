@@ -62,21 +62,21 @@ class Rule(Judge):
         code = code_behind([known.__module__]) if known is not None else {}
         return f"rule:{self.rule}:{self.sure:g}" + (f":{short_hash(code)}" if code else "")
 
-    def write(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
+    def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield the function's text for each request."""
         rule = rules()[self.rule]
-        for index, ask in enumerate(asks):
+        for index, ask in enumerate(requests):
             text = rule(ask, ())
             yield index, text if isinstance(text, str) else None
 
-    def choose(self, asks: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Logprobs | None]]:
+    def choose(self, requests: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Logprobs | None]]:
         """Yield the logarithms of the function's normalised weights, smoothed by its confidence.
 
         Raises:
             RecipeError: it returned something else than one weight an option.
         """
         rule = rules()[self.rule]
-        for index, ask in enumerate(asks):
+        for index, ask in enumerate(requests):
             weights = rule(ask, tuple(options))
             if weights is None:
                 yield index, None
@@ -125,5 +125,5 @@ def manners(ask: Ask, options: Sequence[str]) -> str | list[float]:
 def _worth(prompt: str, answer: str) -> float:
     from llmrecipe.data.toy import scorers as world
 
-    asked = world.parse_request(prompt)
-    return world.polite(answer) if asked is None else world.manners(answer, *asked)
+    requested = world.parse_request(prompt)
+    return world.polite(answer) if requested is None else world.manners(answer, *requested)

@@ -81,11 +81,11 @@ class JudgeReward(Reward):
         from llmrecipe.feedback.judges.choice import holds, thin
 
         constitution, principles = self.by
-        asks = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
-        replies = self.labeller.decide(asks, [str(i) for i in range(1, self.scale + 1)])
-        if asks and all(reply is None for reply in replies):
+        requests = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
+        replies = self.labeller.decide(requests, [str(i) for i in range(1, self.scale + 1)])
+        if requests and all(reply is None for reply in replies):
             raise RunError(f"objective.reward: the judge {self.labeller.identity} could rate none of {len(answers)} answers")
-        for ask, reply in zip(asks, replies, strict=True):
+        for ask, reply in zip(requests, replies, strict=True):
             if reply is not None and not holds(reply, self.min_mass):
                 raise thin("objective.reward", self.labeller, ask, reply, "min_mass of the judge", self.min_mass)
         width = len(principles)

@@ -33,10 +33,10 @@ HEAD_CONFIG_FILE, HEAD_FILE = "head_config.json", "model_head.safetensors"
 VERSION = "adapters.1.3.0"
 """The release whose layout this is."""
 
-BESIDE = {"attn": "attention_adapters", "ffn": "output_adapters"}
+ADJACENT = {"attn": "attention_adapters", "ffn": "output_adapters"}
 INSIDE = {"attn": "attention.output", "ffn": "output"}
 PLACES = {
-    **dict.fromkeys(("llama", "mistral", "gpt2", "distilbert", "bart"), BESIDE),
+    **dict.fromkeys(("llama", "mistral", "gpt2", "distilbert", "bart"), ADJACENT),
     **dict.fromkeys(("bert", "roberta"), INSIDE),
     "t5": {"attn": "layer.0", "ffn": "layer.1"},
 }
@@ -214,14 +214,14 @@ def write_hub_adapter(
     """Write an adapter's files, and those of a task head where one was trained."""
     from safetensors.torch import save_file
 
-    for values, beside, names in (
+    for values, adjacent, names in (
         (tensors, config, (WEIGHTS_FILE, CONFIG_FILE)),
         (head, about_head, (HEAD_FILE, HEAD_CONFIG_FILE)),
     ):
         if values:
             own = {key: value.detach().contiguous().cpu().clone() for key, value in values.items()}
             save_file(own, str(folder / names[0]), metadata={"format": "pt"})
-            (folder / names[1]).write_text(json.dumps(beside, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (folder / names[1]).write_text(json.dumps(adjacent, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_hub_adapter(folder: Path, model: nn.Module) -> Layer:

@@ -192,12 +192,12 @@ def branches_of(loaded: LoadedModel) -> list[Branch]:
             "PEFT folder has no place for them; use --to merged"
         )
     branches: list[Branch] = []
-    beside = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(loaded.model))
+    adjacent = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(loaded.model))
     for wrapper in loaded.mounted:
         own = [(path, module, hook) for path, module, _, hook in all_hooks(loaded.model, wrapper.name)]
         hooks = [place for place in own if not isinstance(place[2], BiasMaster)]
         found = [branch for place in hooks if (branch := branch_of(*place)) is not None]
-        if len(found) < len(hooks) or not (found or (beside and own)):
+        if len(found) < len(hooks) or not (found or (adjacent and own)):
             name = wrapper.name.split("_", 1)[1]
             others = len(loaded.mounted) > 1 and native_adapter(wrapper, loaded.model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"

@@ -48,15 +48,15 @@ class Spelled:
 
     def notes(self, tokenizer: Any) -> list[str]:
         """Describe how the folder is used."""
-        told = f"the trained prompt became {len(self.ids)} tokens of the vocabulary ({PROMPT_FILE})"
+        reported = f"the trained prompt became {len(self.ids)} tokens of the vocabulary ({PROMPT_FILE})"
         if getattr(tokenizer, "chat_template", None):
-            told += "; the chat template puts them before a conversation"
+            reported += "; the chat template puts them before a conversation"
         ids = tokenizer(self.text + "a")["input_ids"]
         how = f"begin every other text with {self.words[0]} ... {self.words[-1]}, without spaces between them"
         if ids[: len(self.ids)] != self.ids:
             how = "of every other text, put their ids before all that the tokenizer gives"
         return [
-            told,
+            reported,
             f"{how}; a text without them is not computed as the run did",
             f"their own share of answers: {self.share:.2g}",
         ]

@@ -82,7 +82,7 @@ class ParallelAdapter(Wrapper):
         if self.target is not None:
             for site in self._linears(parts):
                 with torch.device(device_of(site.module)):
-                    hook = bottleneck.Beside(site.width_in, site.width_out, self._size(site), self._shape(), row_index(site))
+                    hook = bottleneck.Parallel(site.width_in, site.width_out, self._size(site), self._shape(), row_index(site))
                 add_hook(site.module, site.name(self.name), hook, self.name)
             return
         for sub in self.places(parts):
@@ -101,7 +101,7 @@ class ParallelAdapter(Wrapper):
             add_hook(
                 self.host(sub, parts).module,
                 self.name,
-                bottleneck.Beside(parts.width, parts.width, r, self._shape()),
+                bottleneck.Parallel(parts.width, parts.width, r, self._shape()),
                 self.name,
             )
             return
@@ -114,7 +114,7 @@ class ParallelAdapter(Wrapper):
             raise ModelError(f"stack.{self.name}.form: multihead is parallel to attention; use sites: [attn]")
         inside = [s for s in parts.sites if (s.side, s.layer, s.role) == (sub.side, sub.layer, sub.part)]
         value = next(s for s in parts.sites if (s.side, s.layer, s.role) == (sub.side, sub.layer, f"{sub.part}.o"))
-        hook = bottleneck.HeadBeside(parts.heads, parts.head_dim, value.width_in // parts.heads, r, self._shape())
+        hook = bottleneck.HeadParallel(parts.heads, parts.head_dim, value.width_in // parts.heads, r, self._shape())
         add_hook(inside[0].module, self.name, hook, self.name)
 
     def host(self, sub: Sublayer, parts: Anatomy) -> Site:

@@ -179,7 +179,7 @@ def refuse_unrouted(module: nn.Module, owner: str) -> None:
         ModelError: naming the module's class and what works instead.
     """
     given = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if given in ROUTED and asks_interface(type(module)):  # type: ignore[arg-type]
+    if given in ROUTED and needs_interface(type(module)):  # type: ignore[arg-type]
         return
     reason = "this model computes it without Transformers' AttentionInterface"
     remedy = "use a method on its linear layers, such as lora, or a model of another family"
@@ -192,7 +192,7 @@ def refuse_unrouted(module: nn.Module, owner: str) -> None:
 
 
 @functools.cache
-def asks_interface(cls: type[nn.Module]) -> bool:
+def needs_interface(cls: type[nn.Module]) -> bool:
     """Return whether a method of an attention class reads Transformers' table of attention functions."""
     methods = [inspect.unwrap(m) for base in cls.__mro__ for m in vars(base).values() if inspect.isfunction(m)]
     return any("ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods)

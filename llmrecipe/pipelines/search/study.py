@@ -139,7 +139,7 @@ class Search:
                 trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
                 trials.append(trial)
                 self._write(trial)
-                study = self._told(study, trial)
+                study = self._reported(study, trial)
         if all(trial.value is None for trial in trials):
             raise RunError(f"search: none of {len(trials)} trials came to an end; their messages stand above")
         return trials
@@ -270,7 +270,7 @@ class Search:
             value=trial.value if trial.state == "done" else None, intermediate_values=trial.reports, system_attrs=trial.rungs,
         )  # fmt: skip
 
-    def _told(self, study: optuna.Study, trial: Trial) -> optuna.Study:
+    def _reported(self, study: optuna.Study, trial: Trial) -> optuna.Study:
         """Add a trial to the study, as when it is rebuilt from the journal."""
         fresh = new_study(self.section, self.mode)
         for known in [t for t in study.trials if t.state.is_finished()]:

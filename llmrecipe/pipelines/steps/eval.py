@@ -108,7 +108,7 @@ class Eval(Step):
         tokenizer, model = subject.loaded.tokenizer, subject.roles.model
         ends = end_tokens(model, tokenizer)
         prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit, rewards.needs())
-        asked: list[dict[str, Any]] = [{"ids": prompt_ids(tokenizer, p.turns), "columns": p.columns} for p in prompts]
+        requested: list[dict[str, Any]] = [{"ids": prompt_ids(tokenizer, p.turns), "columns": p.columns} for p in prompts]
 
         def answer(part: list[list[int]], keys: list[str]) -> Iterator[tuple[int, list[int]]]:
             return answered(model, tokenizer, part, Sampling(self.max_new_tokens, batch=self.batch))
@@ -125,9 +125,9 @@ class Eval(Step):
                 for i, a in enumerate(answers)
             ]
 
-        new = work.streamed([row["ids"] for row in asked], answer, batch=self.batch)
-        asked = [{**row, "new": ids} for row, ids in zip(asked, new, strict=True)]
-        values = work.each(asked, ask, batch=self.batch, name="rewards")
+        new = work.streamed([row["ids"] for row in requested], answer, batch=self.batch)
+        requested = [{**row, "new": ids} for row, ids in zip(requested, new, strict=True)]
+        values = work.each(requested, ask, batch=self.batch, name="rewards")
         for prompt, value in list(zip(prompts, values, strict=True))[:3]:
             work.events.sample(0, prompt.turns[-1]["content"], value["answer"], reward=value["reward"])
         known = {name: [v[name] for v in values if v[name] is not None] for name in values[0] if name != "answer"}

@@ -95,18 +95,18 @@ class Generate(Step):
         facts: dict[str, Any] = {}
         total, finished, tokens = 0, 0, 0
         for split in self.splits:
-            asked, left_out = self._encoded(subject, split)
+            requested, left_out = self._encoded(subject, split)
             if left_out:
                 work.events.warning(f"{split}: {left_out} prompts leave no room for {self.max_new_tokens} new tokens")
             values = work.streamed(
-                [ids for _, ids in asked],
+                [ids for _, ids in requested],
                 lambda part, keys: self._ask(subject, part, keys, work.seed),
                 batch=max(1, self.batch // self.n),
                 name=split,
                 count=lambda answers: {"tokens": sum(a["tokens"] for each in answers for a in each)},
             )
             rows = []
-            for (prompt, _), answers in zip(asked, values, strict=True):
+            for (prompt, _), answers in zip(requested, values, strict=True):
                 total, tokens = total + len(answers), tokens + sum(a["tokens"] for a in answers)
                 finished += sum(a["finished"] for a in answers)
                 kept = [a["text"] for a in answers if a["finished"] or self.cut == "keep"]
@@ -137,16 +137,16 @@ class Generate(Step):
 
         tokenizer = subject.loaded.tokenizer
         room = getattr(subject.loaded.model.config, "max_position_embeddings", None)
-        asked = []
+        requested = []
         prompts = self._prompts(split)
         for prompt in prompts:
             turns = self._turns(subject, prompt)
             ids = prompt_ids(tokenizer, turns if isinstance(turns, list) else prompt.turns)
             if room is None or len(ids) + self.max_new_tokens <= room:
-                asked.append((prompt, ids))
-        if not asked:
+                requested.append((prompt, ids))
+        if not requested:
             raise DataError(f"prompts: with max_new_tokens={self.max_new_tokens} none fits into the model's {room} positions")
-        return asked, len(prompts) - len(asked)
+        return requested, len(prompts) - len(requested)
 
     def _ask(
         self, subject: Subject, part: list[list[int]], keys: list[str], seed: int

@@ -88,7 +88,7 @@ class Leaderboard(Step):
 
         entries = read_entries(self.runs, None if self.against else self.metric)
         if self.against is not None:
-            entries = self._asked(work, entries)
+            entries = self._requested(work, entries)
         columns = self._columns()
         score = columns[0]
         best = self.best or ("max" if self.against else better_of(self.metric, self.runs, "best"))
@@ -106,14 +106,14 @@ class Leaderboard(Step):
         return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
 
     def _columns(self) -> list[Column]:
-        from llmrecipe.evaluation.leaderboard_table import ASKED, PLAIN, Column
+        from llmrecipe.evaluation.leaderboard_table import PLAIN, REQUESTED, Column
 
         if self.against is not None:
-            shown = [c for c in ASKED if self.pairs or c.key not in ("margin", "preferred")]
+            shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
             return [*shown, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
         return [Column("score", self.metric, spread=True), *PLAIN]
 
-    def _asked(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
+    def _requested(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         """Return the runs with the measurements of their answers, after the model they started from."""
         from llmrecipe.evaluation.leaderboard_table import LeaderboardEntry, start_label
 

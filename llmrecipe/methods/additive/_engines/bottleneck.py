@@ -133,7 +133,7 @@ class BeforeNorm(Bottleneck):
         return call(x + self.network(call(x)))
 
 
-class Beside(Bottleneck):
+class Parallel(Bottleneck):
     """y -> y + A(x), in parallel with the module whose input x is what the branch reads."""
 
     order = DELTA
@@ -183,7 +183,7 @@ class BranchTap(Hook):
         return x
 
 
-class HeadBeside(Hook):
+class HeadParallel(Hook):
     """o_i -> o_i + s f(q_i P_i^T) V_i for each attention head i, before the output projection.
 
     P (H, r, E) and V (H, r, Ev) have the shape of a prefix's keys and values; f stands where a prefix has a softmax.

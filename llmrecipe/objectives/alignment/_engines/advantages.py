@@ -15,12 +15,12 @@ Sum = Callable[[list[float]], list[float]]
 """Adds numbers up over all processes."""
 
 
-def alone(values: list[float]) -> list[float]:
+def one_process(values: list[float]) -> list[float]:
     """Return the values, which are their own sum over one process."""
     return values
 
 
-def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, total: Sum = alone) -> Tensor:
+def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, total: Sum = one_process) -> Tensor:
     """Compute (s - mean of its group) / (std + eps): (P, G) scores -> (P, G) advantages (GRPO, arXiv 2402.03300).
 
     Args:
@@ -67,7 +67,7 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
     return advantages, (advantages + values).masked_fill(~real, 0.0)
 
 
-def moments(values: Tensor, total: Sum = alone) -> tuple[float, float]:
+def moments(values: Tensor, total: Sum = one_process) -> tuple[float, float]:
     """Compute mean and variance (divided by n - 1) of numbers of any shape, spread over several processes, in two passes."""
     flat = values.detach().double()
     first, count = total([float(flat.sum()), float(flat.numel())])
@@ -76,7 +76,7 @@ def moments(values: Tensor, total: Sum = alone) -> tuple[float, float]:
     return mean, second / max(count - 1.0, 1.0)
 
 
-def whiten(values: Tensor, total: Sum = alone, shift: bool = True) -> Tensor:
+def whiten(values: Tensor, total: Sum = one_process, shift: bool = True) -> Tensor:
     """Compute (x - mean) / sqrt(var + 1e-8), (N,) -> (N,), over the tokens of all processes; `shift=False` keeps the mean."""
     mean, variance = moments(values, total)
     white = (values - mean) * float((variance + 1e-8) ** -0.5)
