@@ -11,7 +11,8 @@ from llmrecipe.recipe.compose import Composition, compose
 
 def recipe_of(path: str, overrides: list[str]) -> Composition:
     """Return the recipe that an evaluation of a run or model follows: the run's own, or the defaults for a plain model."""
-    if run_folder(path) is None:
+    final = run_folder(path)
+    if final is None:
         return compose("base", [f"model.path={path}", *overrides])
     recipe = Path(path) / "recipe.yaml"
     if not recipe.is_file():
@@ -20,4 +21,8 @@ def recipe_of(path: str, overrides: list[str]) -> Composition:
         raise UserError(
             f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective"
         )
-    return compose(recipe, [f"model.path={path}", "model.continue=false", *overrides], foreign=True)
+    words = [f"model.path={path}", "model.continue=false"]
+    if (final / "model").is_dir():
+        # The run left a whole model: how its base was made (fresh weights, config values) is no longer needed to load it.
+        words += ["model.init=pretrained", "~model.config"]
+    return compose(recipe, [*words, *overrides], foreign=True)

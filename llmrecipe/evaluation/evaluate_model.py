@@ -20,7 +20,7 @@ from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
 from llmrecipe.runtime.processes import Runtime
-from llmrecipe.training.evaluate import Evaluation, evaluate
+from llmrecipe.training.evaluate import Evaluation, evaluate, rows_read
 
 
 @dataclass
@@ -139,7 +139,7 @@ def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
     """Compute metrics of token rows."""
     recipe = subject.composition.recipe
     evaluation = Evaluation(recipe.eval, recipe.batch.size, subject.objective, subject.roles, subject.runtime, _Silent())
-    return {"rows": float(len(data)), **evaluate(evaluation, data)}
+    return {"rows": float(rows_read(evaluation, data)), **evaluate(evaluation, data)}
 
 
 class _Silent:

@@ -82,10 +82,14 @@ def _gathered(evaluation: Evaluation, own: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.tensor(part, dtype=own.dtype) for part in evaluation.runtime.gather_json(own.tolist())])
 
 
+def rows_read(evaluation: Evaluation, data: Any) -> int:
+    """Return the number of rows an evaluation reads, by all processes together: any number of them measures the same rows."""
+    most = evaluation.section.batches
+    return len(data) if most is None else min(len(data), most * evaluation.batch_size)
+
+
 def _batches(evaluation: Evaluation, data: Any) -> Any:
     """Yield this process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
-    most = evaluation.section.batches  # of all processes together: any number of them measures the same rows
-    count = len(data) if most is None else min(len(data), most * evaluation.batch_size)
-    indices = list(range(count))[evaluation.runtime.rank :: evaluation.runtime.world]
+    indices = list(range(rows_read(evaluation, data)))[evaluation.runtime.rank :: evaluation.runtime.world]
     for part in evaluation.roles.split(evaluation.objective.evaluation_rows(data, indices)):
         yield evaluation.objective.collate(part, evaluation.roles)
