@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Field,
         Fraction,
         Literal,
+        LossMaskName,
         NonNegativeFloat,
         NonNegativeInt,
         OpenFraction,
@@ -39,14 +40,18 @@ if TYPE_CHECKING:
     from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
     from llmrecipe.data.token_report import Report
     from llmrecipe.data.tokenize.answers import encode_answers, encode_prompts
+    from llmrecipe.data.tokenize.chat_templates import ChatTemplate
     from llmrecipe.data.tokenize.encoder import Encoder, Item
+    from llmrecipe.data.tokenize.loss_mask import Encoded, LossMask
     from llmrecipe.data.tokenize.row_type import RowType
     from llmrecipe.data.tokenize.sequences import encode_sequences
+    from llmrecipe.data.tokenize.truncation import Limit, Truncation
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.feedback.judges.labeller import Ask, Judge
     from llmrecipe.feedback.judges.rule import judge_rule
     from llmrecipe.feedback.metric import Metric
     from llmrecipe.feedback.rewards.function import reward_function
+    from llmrecipe.interop.adapter_hub.hub_layout import HubLayout
     from llmrecipe.interop.merge_method import MergeMethod
     from llmrecipe.interop.peft.converters import peft_converter
     from llmrecipe.interop.peft.layout import Adapter, Branch
@@ -84,6 +89,7 @@ _HOMES = {
         "Field",
         "Fraction",
         "Literal",
+        "LossMaskName",
         "NonNegativeFloat",
         "NonNegativeInt",
         "OpenFraction",
@@ -117,12 +123,21 @@ _HOMES = {
         "encode_answers",
         "encode_prompts",
     ),
+    "llmrecipe.data.tokenize.chat_templates": ("ChatTemplate",),
     "llmrecipe.data.tokenize.encoder": (
         "Encoder",
         "Item",
     ),
+    "llmrecipe.data.tokenize.loss_mask": (
+        "Encoded",
+        "LossMask",
+    ),
     "llmrecipe.data.tokenize.row_type": ("RowType",),
     "llmrecipe.data.tokenize.sequences": ("encode_sequences",),
+    "llmrecipe.data.tokenize.truncation": (
+        "Limit",
+        "Truncation",
+    ),
     "llmrecipe.engine.role_models": ("Roles",),
     "llmrecipe.feedback.judges.labeller": (
         "Judge",
@@ -131,6 +146,7 @@ _HOMES = {
     "llmrecipe.feedback.judges.rule": ("judge_rule",),
     "llmrecipe.feedback.metric": ("Metric",),
     "llmrecipe.feedback.rewards.function": ("reward_function",),
+    "llmrecipe.interop.adapter_hub.hub_layout": ("HubLayout",),
     "llmrecipe.interop.merge_method": ("MergeMethod",),
     "llmrecipe.interop.peft.converters": ("peft_converter",),
     "llmrecipe.interop.peft.layout": (

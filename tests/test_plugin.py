@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,16 @@ from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RecipeError, UserError
 from llmrecipe.core.paths import PACKAGE
+from llmrecipe.data import prepare, tokenize_split
+from llmrecipe.data.tokenize.chat_templates import set_template
+from llmrecipe.interop.adapter_hub.hub_layout import hub_place
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merge_options import MergeConfig
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.models.family import part_names_of
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.jsonschema import json_schema
+from llmrecipe.recipe.schema import DataSection
 from tests.interop.saved_runs import VOCABULARY
 from tests.trainings import events, learned, train_recipe
 
@@ -35,21 +42,27 @@ NAMES = [
     "BadRow",
     "Batch",
     "Branch",
+    "ChatTemplate",
     "ClassVar",
     "Conversion",
     "DataError",
     "DataFormat",
+    "Encoded",
     "Encoder",
     "Family",
     "Field",
     "Fraction",
     "Hook",
+    "HubLayout",
     "Item",
     "Judge",
     "Largest",
     "Layer",
+    "Limit",
     "Literal",
     "Loss",
+    "LossMask",
+    "LossMaskName",
     "Measures",
     "MergeMethod",
     "Metric",
@@ -83,6 +96,7 @@ NAMES = [
     "Step",
     "TOKEN_METRICS",
     "Tracker",
+    "Truncation",
     "UserError",
     "Wrapper",
     "add_hook",
@@ -187,6 +201,54 @@ class Bloom(Family):
         top={"norm.final": "ln_f"},
         fused={"attn.qkv": "heads"},
     )
+''',
+    "every_other.py": '''
+from llmrecipe.plugin import ClassVar, LossMask, register
+
+
+@register
+class EveryOther(LossMask):
+    """The first, third, ... token after the prompt."""
+
+    turns_of_prompted: ClassVar[bool] = False
+
+    def spans(self, encoded):
+        return [(i, i + 1) for i in range(encoded.answer, len(encoded.ids), 2)]
+''',
+    "keep_end.py": '''
+from llmrecipe.plugin import Truncation, register
+
+
+@register
+class KeepEnd(Truncation):
+    """The beginning is cut off, whatever stands there."""
+
+    def sequence(self, ids, trained, limit, where, plain):
+        return [(ids[-limit.length :], [0, *trained[len(ids) - limit.length + 1 :]])]
+''',
+    "shouted.py": '''
+from llmrecipe.plugin import ChatTemplate, ClassVar, register
+
+
+@register
+class Shouted(ChatTemplate):
+    """Turns in capital letters."""
+
+    text: ClassVar[str] = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | upper + eos_token }}"
+        "{% endgeneration %}{% else %}{{ m['content'] | upper + ' ' }}{% endif %}{% endfor %}"
+    )
+''',
+    "bloom_places.py": '''
+from llmrecipe.plugin import ClassVar, HubLayout, register
+
+
+@register
+class BloomPlaces(HubLayout):
+    """Bloom."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("bloom",)
+    places: ClassVar[dict[str, str]] = {"attn": "attn_side", "ffn": "mlp_side"}
 ''',
     "first_only.py": '''
 from llmrecipe.plugin import ClassVar, MergeMethod, PositiveFloat, register
@@ -303,6 +365,68 @@ def test_a_row_type_makes_the_rows_of_an_objective(package: Path, tmp_path: Path
     assert events(run)[0]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_mask_a_truncation_and_a_template_make_token_rows(package: Path, tmp_path: Path) -> None:
+    registry.add_plugin("stranger")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "say it", "completion": "one two three"}) + "\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert set_template(tokenizer, "shouted") is not None
+    whole = tokenizer("SAY IT ONE TWO THREE" + tokenizer.eos_token, add_special_tokens=False).input_ids
+    prompt = tokenizer("SAY IT ", add_special_tokens=False).input_ids
+    start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    section = DataSection(path=str(path), cache=False)
+    row = one_row(section, tokenizer, "every_other")
+    assert row["ids"] == whole and row["trained"] == [int(i >= start and (i - start) % 2 == 0) for i in range(len(whole))]
+    cut = one_row(section.model_copy(update={"max_length": 4, "truncation": "keep_end"}), tokenizer, "completion")
+    assert cut["ids"] == whole[-4:] and cut["trained"] == [0, 1, 1, 1]
+    assert len(tokenize_split.plugin_code()) == 1, "token tables depend on the plugin's code"
+
+
+def one_row(section: DataSection, tokenizer: Any, mask: str) -> dict[str, Any]:
+    found = prepare(section, tokenizer, "dialogue", mask=mask, seed=0)
+    assert found is not None
+    (row,) = found
+    return row
+
+
+def test_the_names_a_recipe_may_hold_include_those_of_a_plugin(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused with the nearest spelling, accepted in a recipe that names the plugin, listed by schema and show."""
+    wrong = {
+        "objective.mask": ("every_othr", "loss_mask", "every_other"),
+        "data.truncation": ("keep_nd", "truncation", "keep_end"),
+        "data.format": ("crds", "format", "cards"),
+        "eval.metrics": ("[exact_mach]", "metric", "exact_match"),
+        "log.trackers": ("[wanb]", "tracker", "wandb"),
+    }
+    for key, (given, group, near) in wrong.items():
+        told = rf"{key}: there is no {group} '{given.strip('[]')}'; did you mean '{near}'\?"
+        with pytest.raises(RecipeError, match=told):
+            compose("sft_lora", ["plugins=[stranger]", f"{key}={given}"])
+    words = ["objective.mask=every_other", "data.truncation=keep_end", "data.format=cards"]
+    assert compose("sft_lora", ["plugins=[stranger]", *words]).recipe.data.truncation == "keep_end"
+    schema = json_schema()
+    options = schema["$defs"]["objective.sft"]["properties"]["mask"]["anyOf"][0]
+    assert {"every_other", "completion", "last"} < set(options["enum"])
+    assert "keep_end" in schema["$defs"]["DataSection"]["properties"]["truncation"]["anyOf"][0]["enum"]
+    assert "registered" not in json.dumps(schema)
+    assert command(["show", "data"]) == 0
+    assert "keep_end" in capsys.readouterr().out
+    forget(monkeypatch)
+    with pytest.raises(RecipeError, match="there is no loss_mask 'every_other'"):
+        compose("sft_lora", ["objective.mask=every_other"])
+
+
+def test_a_layout_of_a_plugin_says_where_the_hub_keeps_adapters(package: Path) -> None:
+    with pytest.raises(ModelError, match=r"adapter-hub's names for bloom are not known here \(bart, bert, "):
+        hub_place("bloom", "decoder", "ffn")
+    registry.add_plugin("stranger")
+    assert hub_place("bloom", "decoder", "ffn") == "mlp_side"
+    assert [hub_place("t5", side, "ffn") for side in ("encoder", "decoder")] == ["layer.1", "layer.2"]
+    assert [hub_place(kind, "decoder", "attn") for kind in ("gpt2", "roberta")] == ["attention_adapters", "attention.output"]
+
+
 def test_two_families_for_one_model_type_are_refused(package: Path) -> None:
     registry.add_plugin("stranger")
     other = (package / "bloom.py").read_text(encoding="utf-8")
@@ -315,6 +439,7 @@ def test_two_families_for_one_model_type_are_refused(package: Path) -> None:
 def test_the_lists_show_what_a_plugin_adds(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry.add_plugin("stranger")
     added = {"format": "cards", "row_type": "reversed_text", "family": "bloom", "merge_method": "first_only"}
+    added |= {"loss_mask": "every_other", "truncation": "keep_end", "chat_template": "shouted", "hub_layout": "bloom_places"}
     for group, name in added.items():
         assert command(["list", group]) == 0
         assert f"{name} " in capsys.readouterr().out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share from 0 to 1, both ends allowed."""
@@ -18,6 +18,22 @@ OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 """A share above 0, up to 1."""
+
+
+def registered(group: str, *others: str, open: bool = False) -> dict[str, JsonValue]:
+    """Return the mark of an option that names components of a group, for `Field(json_schema_extra=...)`.
+
+    A recipe is checked against the group, with the nearest spelling, and `show` and `schema` list its names.
+
+    Args:
+        others: further words the option may have.
+        open: it may have any other text too.
+    """
+    return {"registered": {"group": group, "others": list(others), "open": open}}
+
+
+LossMaskName = Annotated[str, Field(json_schema_extra=registered("loss_mask"))]
+"""The name of a loss mask."""
 
 
 class RefSync(BaseModel):
@@ -38,6 +54,7 @@ __all__ = [
     "Field",
     "Fraction",
     "Literal",
+    "LossMaskName",
     "NonNegativeFloat",
     "NonNegativeInt",
     "OpenFraction",

@@ -46,6 +46,10 @@ INTERFACES = {
     "Tracker": "tracker",
     "DataFormat": "format",
     "RowType": "row_type",
+    "LossMask": "loss_mask",
+    "Truncation": "truncation",
+    "ChatTemplate": "chat_template",
+    "HubLayout": "hub_layout",
     "Family": "family",
     "MergeMethod": "merge_method",
 }

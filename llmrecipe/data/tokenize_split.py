@@ -97,9 +97,13 @@ def build_table(
     return writer.finish({"key": key, "report": report.to_dict()})
 
 
+GROUPS = ("format", "row_type", "loss_mask", "truncation")
+"""Groups of components that decide token rows; a chat template is part of the tokenizer's fingerprint."""
+
+
 def plugin_code() -> dict[str, str]:
-    """Return a digest of each plugin that adds a data format or a row type."""
-    return code_behind(registry.spec(group, name).module for group in ("format", "row_type") for name in registry.names(group))
+    """Return a digest of each plugin that adds a component on which token rows depend."""
+    return code_behind(registry.spec(group, name).module for group in GROUPS for name in registry.names(group))
 
 
 def make_encoder(

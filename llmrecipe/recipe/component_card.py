@@ -10,6 +10,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, PRESET_GROUPS, all_recipes, presets
+from llmrecipe.recipe.registered_names import list_names
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.yaml_file import short
 
@@ -83,10 +84,13 @@ SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMa
 
 
 def _bounds(schema: dict[str, Any]) -> str:
+    list_names(schema)
     if "$ref" in schema:
         return "mapping"
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
+    if "enum" in schema.get("items", {}):
+        return f"list of {' | '.join(map(str, schema['items']['enum']))}"
     if "anyOf" in schema:
         return " | ".join(part for part in (_bounds(s) or str(s.get("type", "")) for s in schema["anyOf"]) if part)
     bounds = [f"{sign} {schema[key]:g}" for key, sign in SIGNS.items() if key in schema]

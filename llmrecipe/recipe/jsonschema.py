@@ -6,6 +6,7 @@ from typing import Any
 
 from llmrecipe.core import registry
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS
+from llmrecipe.recipe.registered_names import list_names
 from llmrecipe.recipe.schema import Recipe
 
 REFERENCE = {
@@ -54,7 +55,8 @@ def _component(spec: registry.Spec, definitions: dict[str, Any]) -> dict[str, An
 def _allow_references(schema: dict[str, Any]) -> None:
     """Let every option also be `${another.key}`."""
     for name, option in schema.get("properties", {}).items():
-        kept = {key: option.pop(key) for key in ("title", "description", "default") if key in option}
+        list_names(option)
+        kept = {key: option.pop(key) for key in ("title", "description", "default", "examples") if key in option}
         if option.get("type") == "string" and "enum" not in option:
             schema["properties"][name] = {**option, **kept}
         else:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from llmrecipe.core.option_types import registered
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -53,7 +55,11 @@ class TokenizerSection(Section):
     """The tokenizer, by default the model's own."""
 
     path: str | None = Field(None, description="Folder or hub name; default: the model's.")
-    chat_template: str | None = Field(None, description="Name of a built-in template, a file, or the Jinja text itself.")
+    chat_template: str | None = Field(
+        None,
+        description="Name of a built-in template (`llmrecipe list chat_template`), a file, or the Jinja text itself.",
+        json_schema_extra=registered("chat_template", "own", open=True),
+    )
     add_tokens: list[str] = Field(default_factory=list, description="Tokens to add; their embedding rows are trained.")
     pad_token: str | None = Field(None, description="Token used as padding where the tokenizer has none.")
     mask_token: str | None = Field(None, description="Token that stands for a hidden one; added where it does not exist.")
@@ -66,13 +72,17 @@ class DataSection(Section):
         None,
         description="File, folder with train/valid/test files, hub name, `builtin:NAME`, list, or {path: weight}.",
     )
-    format: str = Field("auto", description="Row format; `auto` detects and prints it.")
+    format: str = Field(
+        "auto", description="Row format; `auto` detects and prints it.", json_schema_extra=registered("format", "auto")
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
     validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
     test: str | Share | None = Field(None, description="Like validation; read once, after training.")
     max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
-    truncation: Literal["drop", "keep_start", "truncate_prompt_left", "split", "error"] = Field(
-        "drop", description="What happens to longer rows; `split` cuts plain text into consecutive rows."
+    truncation: str = Field(
+        "drop",
+        description="What happens to longer rows; `split` cuts plain text into consecutive rows.",
+        json_schema_extra=registered("truncation"),
     )
     packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")
     limit: PositiveInt | None = Field(None, description="Use this many training rows, drawn with the seed.")
@@ -117,7 +127,11 @@ class EvalSection(Section):
     min_delta: float = Field(0.0, ge=0.0, description="Smallest change that counts as improvement.")
     load_best: bool = Field(True, description="End with the best checkpoint's weights rather than the last.")
     test: bool = Field(True, description="Score the test split once at the end, if there is one.")
-    metrics: list[str] = Field(default_factory=list, description="Further metrics by name, such as exact_match or rouge_l.")
+    metrics: list[str] = Field(
+        default_factory=list,
+        description="Further metrics by name, such as exact_match or rouge_l.",
+        json_schema_extra=registered("metric"),
+    )
     samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
     max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
 
@@ -135,7 +149,9 @@ class LogSection(Section):
     every: PositiveInt = Field(1, description="Steps between step events.")
     live: Literal["auto", "on", "off"] = Field("auto", description="Live display when a person watches, plain lines otherwise.")
     trackers: list[str] = Field(
-        default_factory=list, description="Trackers to mirror events to (`llmrecipe list tracker`; each an optional extra)."
+        default_factory=list,
+        description="Trackers to mirror events to (`llmrecipe list tracker`; each an optional extra).",
+        json_schema_extra=registered("tracker"),
     )
 
 

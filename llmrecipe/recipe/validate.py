@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
 from llmrecipe.recipe.provenance import Origin, origin_of
+from llmrecipe.recipe.registered_names import unknown_names
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.stack_rules import Declared, refusals
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
@@ -77,11 +78,7 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
         mistakes += merge_mistakes(endless, translate(error, mapping, Recipe, ()))
     else:
         mistakes += endless
-    known = registry.names("tracker")
-    for name in recipe.log.trackers if recipe is not None else ():
-        if name not in known:
-            text = f"there is no tracker '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})"
-            mistakes.append(Mistake(("log", "trackers"), text))
+    mistakes += [Mistake(*found) for found in (unknown_names(recipe) if recipe is not None else ())]
     mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes
     if mistakes or recipe is None:
         raise RecipeError(report(mistakes, origins or {}))
@@ -117,8 +114,8 @@ def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = 
         model = spec.schema_model.model_validate_json(_json(options))
     except ValidationError as error:
         return dict(body), merge_mistakes(endless, translate(error, options, spec.schema_model, at, str(kind)))
-    if endless:
-        return dict(body), endless
+    if wrong := [*endless, *(Mistake(*found) for found in unknown_names(model, at))]:
+        return dict(body), wrong
     values = json.loads(model.model_dump_json(by_alias=True))
     return {"kind": kind, **{k: options.get(k, v) for k, v in values.items()}}, []
 

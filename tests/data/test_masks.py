@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.tokenize import loss_masks
-from llmrecipe.data.tokenize.chat_templates import CHATML
+from llmrecipe.data.templates.chatml import CHATML
+from llmrecipe.data.tokenize import assistant_turns
+from llmrecipe.data.tokenize.assistant_turns import common_prefix
 from llmrecipe.data.tokenize.encode import RowEncoder
-from llmrecipe.data.tokenize.loss_masks import common_prefix
 from llmrecipe.data.tokenize.special_tokens import Tokens
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, trained_text, turn
@@ -189,8 +189,8 @@ def test_boundaries_from_one_encoding_are_those_of_whole_prefixes(messages: list
     text = PREFIX_ONLY.replace("message['content']", "message['content'] | trim") if trims else PREFIX_ONLY
     tokens = Tokens(byte_tokenizer(MERGES, template=text))
     assert tokens.template is not None
-    plan = loss_masks._prefix_texts(tokens.template, loss_masks.Conversation(0, messages), False)
-    assert loss_masks._boundaries(tokens, [plan]) == loss_masks._boundaries_slow(tokens, [plan])
+    plan = assistant_turns._prefix_texts(tokens.template, assistant_turns.Conversation(0, messages), False)
+    assert assistant_turns._boundaries(tokens, [plan]) == assistant_turns._boundaries_slow(tokens, [plan])
 
 
 def test_rows_whose_roles_or_answers_are_unusable_are_dropped_by_reason() -> None:
@@ -227,5 +227,8 @@ def test_marks_and_prefixes_agree_on_real_conversations() -> None:
     assert marked == by_prefix and report.kept == len(lines) and report.ended_share == 1.0
     tokens = Tokens(tokenizer)
     assert tokens.template is not None
-    plans = [loss_masks._prefix_texts(tokens.template, loss_masks.Conversation(0, row["messages"]), False) for _, row, _ in raw]
-    assert loss_masks._boundaries(tokens, plans) == loss_masks._boundaries_slow(tokens, plans)
+    plans = [
+        assistant_turns._prefix_texts(tokens.template, assistant_turns.Conversation(0, row["messages"]), False)
+        for _, row, _ in raw
+    ]
+    assert assistant_turns._boundaries(tokens, plans) == assistant_turns._boundaries_slow(tokens, plans)

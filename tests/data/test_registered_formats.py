@@ -20,6 +20,7 @@ from llmrecipe.data.formats.data_format import Conversion, data_format, formats_
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.tokenize.encode import DECIDING
 from llmrecipe.data.tokenize.row_type import row_type
+from llmrecipe.data.tokenize_split import GROUPS
 from tests.data.toys import turn
 
 ORDER = {
@@ -69,7 +70,7 @@ def test_every_module_that_makes_token_rows_is_in_the_hash_of_the_code() -> None
     """What formats and row types import from `data` stands in a folder of the hash, or decides no token id."""
     harmless = {"llmrecipe.data.token_report", "llmrecipe.data.cache"}
     folders = tuple(f"llmrecipe.data.{name}." for name in DECIDING)
-    todo = [registry.spec(group, name).module for group in ("format", "row_type") for name in registry.names(group)]
+    todo = [registry.spec(group, name).module for group in GROUPS for name in registry.names(group)]
     seen: set[str] = set()
     while todo:
         module = todo.pop()

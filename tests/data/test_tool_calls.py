@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.core import registry
 from llmrecipe.data import prepare
 from llmrecipe.data.prepare import TokenData
-from llmrecipe.data.tokenize.chat_templates import BUILTIN, Template
+from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
@@ -19,7 +20,7 @@ HEAD = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% set f = c.fun
 TAIL = "{% endfor %}{% endfor %}"
 WANTED = '{"city": "Århus", "days": [1, 2]}'
 TEMPLATES = {
-    **{name: (text, f'"arguments": {WANTED}') for name, text in BUILTIN.items() if name != "alpaca"},
+    **{name: (registry.load_class("chat_template", name).text, f'"arguments": {WANTED}') for name in ("chatml", "plain")},
     "formats": (HEAD + "{{ f.arguments | tojson }}" + TAIL, WANTED),
     "joins": (HEAD + "{{ '<' + f.arguments + '>' }}" + TAIL, f"<{WANTED}>"),
     "joins behind": (HEAD + "{{ f.arguments + '>' }}" + TAIL, f"{WANTED}>"),

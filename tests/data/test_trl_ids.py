@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.data.tokenize.chat_templates import CHATML, set_template
+from llmrecipe.data.templates.chatml import CHATML
+from llmrecipe.data.tokenize.chat_templates import set_template
 from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, turn

@@ -10,7 +10,7 @@ import pytest
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.tokenize.encode import RowEncoder
-from llmrecipe.data.tokenize.truncation import Limit, fit_answers, fit_prompt, fit_sequence
+from llmrecipe.data.tokenize.truncation import Limit, fit_answers, fit_prompt, fit_sequence, truncation
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, trained_text, turn
 
@@ -24,10 +24,10 @@ def test_grid_of_pairs(policy: str, bos: int | None) -> None:
     for prompt_length, chosen_length, rejected_length, budget in itertools.product(LENGTHS, LENGTHS, LENGTHS, (6, 12, 40)):
         prompt = [1, *range(100, 99 + prompt_length)]
         chosen, rejected = list(range(200, 200 + chosen_length)), list(range(300, 300 + rejected_length))
-        limit = Limit(budget, policy, header=3, bos=bos)
+        limit = Limit(budget, header=3, bos=bos)
         fits = prompt_length + max(chosen_length, rejected_length) <= budget
         try:
-            kept, answers = fit_answers(prompt, [chosen, rejected], limit, "here")
+            kept, answers = fit_answers(prompt, [chosen, rejected], truncation(policy), limit, "here")
         except BadRow:
             assert not fits and (policy == "drop" or (policy == "keep_start" and prompt_length >= budget))
             continue
@@ -51,7 +51,7 @@ def test_grid_of_pairs(policy: str, bos: int | None) -> None:
 
 
 def test_one_answers_length_does_not_cut_the_other() -> None:
-    kept, (chosen, rejected) = fit_answers([1, 2, 3], [[4] * 20, [5, 6]], Limit(10, "keep_start"), "here")
+    kept, (chosen, rejected) = fit_answers([1, 2, 3], [[4] * 20, [5, 6]], truncation("keep_start"), Limit(10), "here")
     assert kept == [1, 2, 3] and rejected == [5, 6] and len(chosen) == 7
 
 
@@ -94,18 +94,18 @@ def test_keep_start_drops_rows_left_without_a_target() -> None:
 
 def test_split_keeps_every_token_of_plain_text() -> None:
     ids = list(range(25))
-    pieces = fit_sequence(ids, [0] + [1] * 24, Limit(10, "split"), "here", plain=True)
+    pieces = fit_sequence(ids, [0] + [1] * 24, truncation("split"), Limit(10), "here", plain=True)
     assert [piece[0] for piece in pieces] == [ids[:10], ids[10:20], ids[20:]]
     assert [sum(piece[1]) for piece in pieces] == [9, 9, 4]
     with pytest.raises(DataError, match="plain text only"):
-        fit_sequence(ids, [1] * 25, Limit(10, "split"), "here")
+        fit_sequence(ids, [1] * 25, truncation("split"), Limit(10), "here")
 
 
 @pytest.mark.parametrize("policy", ["keep_start", "split"])
 def test_prompts_never_lose_their_end(policy: str) -> None:
     with pytest.raises(DataError, match="would cut the end of a prompt"):
-        fit_prompt(list(range(20)), Limit(10, policy), "here")
-    assert fit_prompt(list(range(20)), Limit(10, "truncate_prompt_left", bos=0), "here") == [0, *range(11, 20)]
+        fit_prompt(list(range(20)), truncation(policy), Limit(10), "here")
+    assert fit_prompt(list(range(20)), truncation("truncate_prompt_left"), Limit(10, bos=0), "here") == [0, *range(11, 20)]
 
 
 def test_error_policy_names_the_row() -> None:

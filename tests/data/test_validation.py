@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
-from llmrecipe.data.tokenize.chat_templates import BUILTIN, CHATML, set_template, template_of, turn_end_tokens
+from llmrecipe.data.templates.chatml import CHATML
+from llmrecipe.data.tokenize.chat_templates import set_template, template_of, turn_end_tokens
 from llmrecipe.data.validation import warnings
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
@@ -114,7 +116,7 @@ def test_a_template_without_an_end_token_is_seen(tmp_path: Path) -> None:
     assert data.report.ended_share == 0.0
 
 
-@pytest.mark.parametrize("name", list(BUILTIN))
+@pytest.mark.parametrize("name", registry.names("chat_template"))
 @pytest.mark.parametrize("adds", [True, False])
 def test_built_in_templates_end_answers_and_carry_one_bos(tmp_path: Path, name: str, adds: bool) -> None:
     tokenizer = byte_tokenizer(adds_bos=adds, template=None)

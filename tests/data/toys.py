@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llmrecipe.data.tokenize.chat_templates import CHATML
+from llmrecipe.data.templates.chatml import CHATML
 
 PREFIX_ONLY = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 """chatml without marks: turns have to be found by token prefixes."""

@@ -87,5 +87,5 @@ def test_the_recipe_orders_held_out_pairs_and_its_control_does_not(tmp_path: Pat
     metric = "eval/rewards/accuracies"
     train_recipe(tmp_path / "run", "cpo_lora")
     assert events(tmp_path / "run", "evaluation")[-1][metric] >= 0.95
-    train_recipe(tmp_path / "control", "cpo_lora", *PAIRS_SWAPPED(tmp_path))
+    train_recipe(tmp_path / "control", "cpo_lora", *PAIRS_SWAPPED(tmp_path / "data"))
     assert events(tmp_path / "control", "evaluation")[-1][metric] <= 0.75

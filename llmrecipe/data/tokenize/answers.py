@@ -12,8 +12,8 @@ from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.assistant_turns import common_prefix
 from llmrecipe.data.tokenize.encoder import Encoder, Item
-from llmrecipe.data.tokenize.loss_masks import common_prefix
 from llmrecipe.data.tokenize.truncation import fit_answers, fit_prompt
 
 Columns = Callable[[dict[str, Any], Sequence[list[int]]], dict[str, Any]]
@@ -80,7 +80,7 @@ def _finish(
             raise BadRow("the prompt has no tokens")
         if not all(answers):
             raise BadRow("an answer has no tokens")
-        kept, answers = fit_answers(prompt[:start], answers, encoder.limit, item.where)
+        kept, answers = fit_answers(prompt[:start], answers, encoder.truncation, encoder.limit, item.where)
     except BadRow as bad:
         item.bad = bad
         return
@@ -112,7 +112,7 @@ def _keep_prompt(encoder: Encoder, item: Item, report: Report, ids: list[int]) -
     try:
         if not ids:
             raise BadRow("the prompt has no tokens")
-        kept = fit_prompt(ids, encoder.limit, item.where)
+        kept = fit_prompt(ids, encoder.truncation, encoder.limit, item.where)
     except BadRow as bad:
         item.bad = bad
         return

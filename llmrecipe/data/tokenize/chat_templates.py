@@ -13,9 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.core.registry import CONFIG
 from llmrecipe.data.formats.bad_row import BadRow
 
 if TYPE_CHECKING:
@@ -39,51 +43,21 @@ CALLS = (
     "{{ told.arguments if told.arguments is string else told.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}"
 )
 """Tool calls as JSON between tags, as in Hermes and Qwen models."""
-CHATML = (
-    BOS + "{% if tools %}{{ '<|im_start|>system\\nTools:\\n' }}{{ tools | tojson }}{{ '<|im_end|>\\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}" + CALLS + "{{ '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-PLAIN = (
-    BOS + "{% if tools %}{{ 'Tools:\\n' }}{{ tools | tojson }}{{ '\\n' }}{% endif %}"
-    "{% for message in messages %}{{ message['role'].capitalize() + ':\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}" + CALLS + "{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ message['content'] + '\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
-_INSTRUCTION = (
-    "{{ '"
-    + ALPACA_PROMPT_INPUT.replace("\n", "\\n")
-    .replace("{instruction}", "' + message.instruction + '")
-    .replace("{input}", "' + message.input + '")
-    .replace("### Response:\\n", "")
-    + "' }}"
-)
-_PLAIN_INSTRUCTION = (
-    "{{ '"
-    + ALPACA_PROMPT.replace("\n", "\\n").replace("{instruction}", "' + told + '").replace("### Response:\\n", "")
-    + "' }}"
-)
-ALPACA = (
-    BOS + "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ '### Response:\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% else %}{% set told = message.instruction or message['content'] %}"
-    "{% if message.input %}" + _INSTRUCTION + "{% else %}" + _PLAIN_INSTRUCTION + "{% endif %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-BUILTIN = {"chatml": CHATML, "plain": PLAIN, "alpaca": ALPACA}
-"""Built-in templates by name; all mark the assistant's text, and end each answer with a stop token."""
-
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KEY = "llmrecipe_template"
 """Key of the tokenizer's configuration that stores the name of a template."""
 PROBE = [{"role": "user", "content": "x"}]
+
+
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class ChatTemplate:
+    """A chat template by name. It marks the assistant's text with `{% generation %}` and ends each answer with a stop token."""
+
+    group: ClassVar[str] = "chat_template"
+    text: ClassVar[str]
+    """Jinja text; a leading `{{ bos_token }}` is left out where the tokenizer gives raw text no BOS either."""
+    tokens: ClassVar[tuple[str, ...]] = ()
+    """Texts that must each be one token of the tokenizer, such as `<|im_end|>`."""
 
 
 @dataclass(frozen=True)
@@ -201,18 +175,17 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
         return template_of(tokenizer)
     if value == "own":
         if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"tokenizer.chat_template: this tokenizer has no template of its own; use one of {', '.join(BUILTIN)}"
-            )
+            names = ", ".join(registry.names("chat_template"))
+            raise DataError(f"tokenizer.chat_template: this tokenizer has no template of its own; use one of {names}")
         name = "own"
-    elif value in BUILTIN:
+    elif value in registry.names("chat_template"):
         name, tokenizer.chat_template = value, _fit(tokenizer, value)
     elif "{" in value:
         name, tokenizer.chat_template = "text", value
     elif Path(value).is_file():
         name, tokenizer.chat_template = Path(value).name, Path(value).read_text(encoding="utf-8")
     else:
-        known = ["own", *BUILTIN]
+        known = ["own", *registry.names("chat_template")]
         raise DataError(
             f"tokenizer.chat_template: '{value}' is no built-in template{did_you_mean(value, known)} "
             f"(known: {', '.join(known)}), no file, and no Jinja text"
@@ -223,10 +196,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
 
 def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     """Return a built-in template for this tokenizer: with BOS only where raw text gets one too."""
-    text = BUILTIN[name]
-    unknown = [
-        t for t in ("<|im_start|>", "<|im_end|>") if t in text and len(tokenizer(t, add_special_tokens=False)["input_ids"]) != 1
-    ]
+    template: type[ChatTemplate] = registry.load_class("chat_template", name, "tokenizer.chat_template")
+    text = template.text
+    unknown = [token for token in template.tokens if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1]
     if unknown:
         raise DataError(
             f"tokenizer.chat_template={name}: {' and '.join(unknown)} is not one token of this tokenizer, so no answer "

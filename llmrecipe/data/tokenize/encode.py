@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from llmrecipe.recipe.schema import DataSection
 
-DECIDING = ("formats", "row_formats", "row_types", "tokenize")
+DECIDING = ("formats", "masks", "row_formats", "row_types", "templates", "tokenize", "truncations")
 """Folders of the modules that decide token ids and masks."""
 
 
@@ -34,7 +34,7 @@ class RowEncoder(Encoder):
     Args:
         tokenizer: with its chat template.
         rows: row type the objective needs.
-        mask: which tokens are trained (`data.tokenize.loss_masks`).
+        mask: name of the loss mask: which tokens are trained.
         data: the recipe's section; only `columns`, `max_length`, `truncation` and `system` are read.
         format_name: format of the source.
         base: folder image paths refer to.

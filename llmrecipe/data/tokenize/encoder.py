@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
-from llmrecipe.data.tokenize.loss_masks import MASKS
+from llmrecipe.data.tokenize.loss_mask import loss_mask
 from llmrecipe.data.tokenize.special_tokens import Tokens
-from llmrecipe.data.tokenize.truncation import Limit
+from llmrecipe.data.tokenize.truncation import Limit, truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,20 +40,19 @@ class Encoder:
 
     Args:
         tokenizer: with its chat template.
-        mask: which tokens are trained (`data.tokenize.loss_masks`).
+        mask: name of the loss mask: which tokens are trained.
         data: the recipe's section; only `max_length` and `truncation` are read.
 
     Raises:
-        DataError: there is no such mask.
+        RecipeError: there is no such mask or truncation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: str, data: DataSection) -> None:
-        if mask not in MASKS:
-            raise DataError(f"objective.mask: '{mask}' is unknown{did_you_mean(mask, MASKS)} (known: {', '.join(MASKS)})")
         self.tokens = Tokens(tokenizer)
-        self.mask = mask
-        header = self.tokens.header() if data.truncation == "truncate_prompt_left" else 0
-        self.limit = Limit(data.max_length, data.truncation, header, self.tokens.bos)
+        self.mask = loss_mask(mask)
+        self.truncation = truncation(data.truncation)
+        header = self.tokens.header() if self.truncation.keeps_header else 0
+        self.limit = Limit(data.max_length, header, self.tokens.bos)
         self._space: dict[int, bool] = {}
         self._talks = False
         self._turns = False

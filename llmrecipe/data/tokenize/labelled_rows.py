@@ -6,18 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
-from llmrecipe.data.tokenize.truncation import Limit
 
 LIST_COLUMNS = ("ids_a", "ids_b", "ids_c")
-
-
-def _check_policy(limit: Limit, where: str) -> None:
-    if limit.policy in ("truncate_prompt_left", "split"):
-        raise DataError(f"{where}: data.truncation={limit.policy} has no meaning for these rows; use drop, keep_start or error")
 
 
 def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None, cut: bool) -> Any:
@@ -33,7 +26,7 @@ def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None
 
 def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Encode one text, or two joined as the tokenizer does, with a label; keep_start shortens the longer of two texts."""
-    _check_policy(encoder.limit, items[0].where)
+    encoder.truncation.check_texts(items[0].where)
     for paired in (False, True):
         group = [item for item in items if ("text_b" in item.row) is paired]
         if not group:
@@ -49,8 +42,7 @@ def _keep_labelled(encoder: Encoder, item: Item, report: Report, ids: list[int],
     limit = encoder.limit
     if len(ids) > limit.length:
         try:
-            if limit.policy != "keep_start":
-                limit.refuse(len(ids), item.where)
+            encoder.truncation.shortens_texts(len(ids), limit, item.where)
         except BadRow as bad:
             item.bad = bad
             return
@@ -76,12 +68,12 @@ def _count_label(report: Report, label: Any) -> None:
 
 def encode_pairs(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Encode two or three texts, each on its own."""
-    _check_policy(encoder.limit, items[0].where)
+    encoder.truncation.check_texts(items[0].where)
     ids = iter(encoder.tokens.raw([text for item in items for text in item.row["texts"]]))
     for item in items:
         texts = [next(ids) for _ in item.row["texts"]]
         try:
-            kept = [_fit(encoder.limit, one, item.where, report) for one in texts]
+            kept = [_fit(encoder, one, item.where, report) for one in texts]
         except BadRow as bad:
             item.bad = bad
             continue
@@ -97,11 +89,11 @@ def encode_pairs(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         item.done.append({**done, "score": item.row["score"], "label": text_label})
 
 
-def _fit(limit: Limit, ids: list[int], where: str, report: Report) -> list[int]:
+def _fit(encoder: Encoder, ids: list[int], where: str, report: Report) -> list[int]:
+    limit = encoder.limit
     if len(ids) <= limit.length:
         return ids
-    if limit.policy != "keep_start":
-        limit.refuse(len(ids), where)
+    encoder.truncation.shortens_texts(len(ids), limit, where)
     report.truncated += 1
     report.tokens_lost += len(ids) - limit.length
     return ids[: limit.length]

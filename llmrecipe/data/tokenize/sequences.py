@@ -7,8 +7,9 @@ from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.assistant_turns import Conversation, Turns, common_prefix, find_turns, mask_bits
 from llmrecipe.data.tokenize.encoder import Encoder, Item
-from llmrecipe.data.tokenize.loss_masks import Conversation, Turns, common_prefix, find_turns, mask_bits
+from llmrecipe.data.tokenize.loss_mask import Encoded, Span
 from llmrecipe.data.tokenize.truncation import fit_sequence
 
 NO_TARGET = "no trained token"
@@ -21,7 +22,8 @@ def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report) ->
         groups[_kind(item.row)].append(item)
     if groups["text"]:
         for item, ids in zip(groups["text"], encoder.tokens.documents([i.row["text"] for i in groups["text"]])):
-            _finish(encoder, item, report, ids, mask_bits(len(ids), [(0, len(ids))]), plain=True)
+            whole = encoder.mask.spans(Encoded(ids, 0, [(0, len(ids))]))
+            _finish(encoder, item, report, ids, mask_bits(len(ids), whole), plain=True)
     for item in groups["tokens"]:
         labels = item.row["labels"]
         trained = [1] * len(item.row["input_ids"]) if labels is None else [int(label != -100) for label in labels]
@@ -30,7 +32,7 @@ def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report) ->
         _strings(encoder, groups["strings"], report)
     for name in ("prompted", "talks"):
         if groups[name]:
-            turns = encoder.mask != "all" and (name == "talks" or encoder.mask != "completion")
+            turns = encoder.mask.reads_turns and (name == "talks" or encoder.mask.turns_of_prompted)
             encoder.need_template(groups[name][0].where, turns)
             (_prompted if name == "prompted" else _talks)(encoder, groups[name], report)
 
@@ -54,18 +56,14 @@ def _strings(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
 
 
 def _split_at_prompt(
-    encoder: Encoder, item: Item, report: Report, prompt: list[int], ids: list[int], spans: Any = None
+    encoder: Encoder, item: Item, report: Report, prompt: list[int], ids: list[int], turns: Sequence[Span] | None = None
 ) -> None:
+    """Find where the completion starts, and train what the mask selects; without `turns` the completion is one."""
     start = common_prefix(prompt, ids)
     report.prompts += 1
     report.moved += start < len(prompt)
-    if encoder.mask == "all":
-        spans = [(0, len(ids))]
-    elif spans is None:
-        spans = [(start, len(ids))]
-    else:
-        spans = [(max(a, start), b) for a, b in spans if b > start]
-    _finish(encoder, item, report, ids, mask_bits(len(ids), spans))
+    after = [(start, len(ids))] if turns is None else [(max(a, start), b) for a, b in turns if b > start]
+    _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, start, after))))
 
 
 def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt: bool) -> str:
@@ -76,23 +74,24 @@ def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt
 
 def _prompted(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Encode prompt and completion as messages."""
+    by_turns = encoder.mask.reads_turns and encoder.mask.turns_of_prompted
     kept, prompts, wholes = [], [], []
     for item in items:
         try:
             prompts.append(_render(encoder, item, item.row["prompt"], True))
-            if encoder.mask in ("completion", "all"):
+            if not by_turns:
                 wholes.append(_render(encoder, item, item.row["prompt"] + item.row["completion"], False))
             kept.append(item)
         except BadRow as bad:
             item.bad = bad
             del prompts[len(kept) :]
     prompt_ids = encoder.tokens.rendered(prompts)
-    if encoder.mask in ("completion", "all"):
+    if not by_turns:
         for item, prompt, ids in zip(kept, prompt_ids, encoder.tokens.rendered(wholes)):
             _split_at_prompt(encoder, item, report, prompt, ids)
         return
     batch = [_conversation(n, item, item.row["prompt"] + item.row["completion"]) for n, item in enumerate(kept)]
-    turns = find_turns(encoder.tokens, batch, last_only=encoder.mask == "last")
+    turns = find_turns(encoder.tokens, batch, last_only=encoder.mask.last_only)
     for n, (item, prompt) in enumerate(zip(kept, prompt_ids)):
         found = turns[n]
         if isinstance(found, BadRow):
@@ -107,17 +106,18 @@ def _conversation(index: int, item: Item, messages: list[dict[str, Any]]) -> Con
 
 def _talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Encode conversations without a separate prompt."""
-    if encoder.mask == "all":
+    if not encoder.mask.reads_turns:
         _whole_talks(encoder, items, report)
         return
     batch = [_conversation(n, item, item.row["messages"]) for n, item in enumerate(items)]
-    turns = find_turns(encoder.tokens, batch, last_only=encoder.mask == "last")
+    turns = find_turns(encoder.tokens, batch, last_only=encoder.mask.last_only)
     for n, item in enumerate(items):
         found = turns[n]
         if isinstance(found, Turns):
             report.prompts += 1
             report.moved += found.moved
-            _finish(encoder, item, report, found.ids, mask_bits(len(found.ids), found.spans))
+            spans = encoder.mask.spans(Encoded(found.ids, None, found.spans))
+            _finish(encoder, item, report, found.ids, mask_bits(len(found.ids), spans))
         else:
             item.bad = found
 
@@ -131,19 +131,19 @@ def _whole_talks(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         except BadRow as bad:
             item.bad = bad
     for item, ids in zip(kept, encoder.tokens.rendered(texts)):
-        _finish(encoder, item, report, ids, mask_bits(len(ids), [(0, len(ids))]))
+        _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, None, []))))
 
 
 def _finish(encoder: Encoder, item: Item, report: Report, ids: list[int], trained: list[int], plain: bool = False) -> None:
     """Apply the length policy, count, and keep the row."""
     try:
-        pieces = fit_sequence(ids, trained, encoder.limit, item.where, plain)
+        pieces = fit_sequence(ids, trained, encoder.truncation, encoder.limit, item.where, plain)
     except BadRow as bad:
         item.bad = bad
         return
     kept = [piece for piece in pieces if 1 in piece[1]]
     if not kept:
-        why = "the part data.max_length leaves has none" if 1 in trained else f"mask '{encoder.mask}' selects nothing"
+        why = "the part data.max_length leaves has none" if 1 in trained else f"mask '{encoder.mask.name}' selects nothing"
         item.bad = BadRow(NO_TARGET, why, len(ids))
         return
     cut = len(ids) - sum(len(piece[0]) for piece in kept)

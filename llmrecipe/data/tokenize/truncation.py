@@ -1,51 +1,36 @@
-"""Truncation of rows longer than `max_length`.
+"""The interface of a truncation policy: what becomes of a row longer than `data.max_length`.
 
-| policy | what happens |
-|---|---|
-| drop | the row is left out and counted (default) |
-| keep_start | the end is cut off: an answer may lose its end token, which the report counts |
-| truncate_prompt_left | the prompt loses its beginning; BOS, the assistant's header and the answer stay |
-| split | plain text only: consecutive rows of `max_length` tokens |
-| error | the run stops at the row |
-
-A preference row keeps one prompt for both answers, and no policy leaves an answer empty.
+A preference row keeps one prompt for both answers, no policy leaves an answer empty, and the end of a prompt is never cut
+off, because the answer follows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
+from llmrecipe.core.registry import CONFIG
 from llmrecipe.data.formats.bad_row import BadRow
 
 TOO_LONG = "longer than data.max_length"
 NO_ROOM = "the prompt fills data.max_length"
+Piece = tuple[list[int], list[int]]
+"""Token ids, and a 0 or 1 for each: whether it is a target."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The length policy of a data set."""
+    """The length a policy fits rows into."""
 
     length: int
-    policy: str = "drop"
     header: int = 0
-    """Tokens of the assistant's header at the end of a prompt."""
+    """Tokens of the assistant's header at the end of a prompt; 0 where the policy does not keep it."""
     bos: int | None = None
-
-    def refuse(self, found: int, where: str) -> None:
-        """Drop the row or stop, for the policies that do not truncate.
-
-        Raises:
-            BadRow: policy drop.
-            DataError: policy error.
-        """
-        if self.policy == "error":
-            raise DataError(
-                f"{where}: the row has {found} tokens, data.max_length is {self.length} and data.truncation is error; "
-                "raise data.max_length or choose another data.truncation"
-            )
-        raise BadRow(TOO_LONG, f"{found} tokens, limit {self.length}", found)
 
     def prompt(self, ids: Sequence[int], room: int) -> list[int]:
         """Return the end of a prompt in at most `room` tokens, BOS kept where it had one."""
@@ -56,89 +41,98 @@ class Limit:
         return list(ids[len(ids) - room :])
 
 
+@pydantic_dataclass(config=CONFIG, kw_only=True)
+class Truncation:
+    """One policy, `data.truncation`. Its methods are called for rows that are too long; as they stand they leave them out."""
+
+    group: ClassVar[str] = "truncation"
+    keeps_header: ClassVar[bool] = False
+    """Whether it needs to know how long the assistant's header is (`Limit.header`)."""
+
+    @property
+    def name(self) -> str:
+        """Name the policy is registered under."""
+        return registry.name_of(type(self))
+
+    def refuse(self, found: int, limit: Limit, where: str) -> BadRow | DataError:
+        """Return why a row of `found` tokens is left out, or the error that stops the run at it."""
+        return BadRow(TOO_LONG, f"{found} tokens, limit {limit.length}", found)
+
+    def sequence(self, ids: list[int], trained: list[int], limit: Limit, where: str, plain: bool) -> list[Piece]:
+        """Return what is kept of one sequence.
+
+        Args:
+            plain: it is text, in which no prompt and no answer stands out.
+
+        Raises:
+            BadRow: the row is left out.
+            DataError: the policy has no meaning for it.
+        """
+        raise self.refuse(len(ids), limit, where)
+
+    def answers(
+        self, prompt: list[int], answers: Sequence[list[int]], limit: Limit, where: str
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return a prompt and its answers, each joined sequence within the limit.
+
+        Raises:
+            BadRow: the row is left out.
+            DataError: the policy has no meaning for it.
+        """
+        raise self.refuse(len(prompt) + max(map(len, answers)), limit, where)
+
+    def prompt(self, prompt: list[int], limit: Limit, where: str) -> list[int]:
+        """Return a prompt within the limit; its end stays, because the answer follows it.
+
+        Raises:
+            BadRow: the row is left out.
+            DataError: the policy has no meaning for it.
+        """
+        raise self.refuse(len(prompt), limit, where)
+
+    def check_texts(self, where: str) -> None:
+        """Refuse rows of texts with labels, which have neither prompt nor answer, where the policy needs those.
+
+        Raises:
+            DataError: the policy has no meaning for them.
+        """
+
+    def shortens_texts(self, found: int, limit: Limit, where: str) -> None:
+        """Pass if the end of a text with a label, or of the longer one of two, may be cut off.
+
+        Raises:
+            BadRow: the row is left out.
+            DataError: the policy has no meaning for it.
+        """
+        raise self.refuse(found, limit, where)
+
+
+def truncation(name: str) -> Truncation:
+    """Return the policy of that name.
+
+    Raises:
+        RecipeError: there is none; the message lists them.
+    """
+    found: Truncation = registry.load_class("truncation", name, "data.truncation")()
+    return found
+
+
 def fit_sequence(
-    ids: list[int], trained: list[int], limit: Limit, where: str, plain: bool = False
-) -> list[tuple[list[int], list[int]]]:
-    """Return one sequence within the limit; several where plain text is split.
-
-    Raises:
-        BadRow: the row is dropped.
-        DataError: policy error, or split on rows that are not plain text.
-    """
-    if len(ids) <= limit.length:
-        return [(ids, trained)]
-    if limit.policy == "split" and plain:
-        starts = range(0, len(ids), limit.length)
-        pieces = [(ids[s : s + limit.length], [0, *trained[s + 1 : s + limit.length]]) for s in starts]
-        return [piece for piece in pieces if len(piece[0]) > 1]
-    if limit.policy == "keep_start":
-        return [(ids[: limit.length], trained[: limit.length])]
-    if limit.policy == "truncate_prompt_left" and not plain:
-        return [_cut_left(ids, trained, limit)]
-    if limit.policy == "truncate_prompt_left":
-        return [(ids[: limit.length], trained[: limit.length])]
-    if limit.policy == "split":
-        raise DataError(f"{where}: data.truncation=split cuts plain text only; use drop, keep_start or truncate_prompt_left")
-    limit.refuse(len(ids), where)
-    raise AssertionError("refuse always raises")
+    ids: list[int], trained: list[int], policy: Truncation, limit: Limit, where: str, plain: bool = False
+) -> list[Piece]:
+    """Return one sequence within the limit; several where a policy cuts it up (see `Truncation.sequence`)."""
+    return [(ids, trained)] if len(ids) <= limit.length else policy.sequence(ids, trained, limit, where, plain)
 
 
-def _cut_left(ids: list[int], trained: list[int], limit: Limit) -> tuple[list[int], list[int]]:
-    """Keep the end; where the last answer alone is too long, keep its header and its beginning."""
-    bos = int(limit.bos is not None and ids[0] == limit.bos)
-    room = limit.length - bos
-    last = len(ids) - 1
-    while last > 0 and not trained[last]:
-        last -= 1
-    while last > 0 and trained[last - 1]:
-        last -= 1
-    start = min(len(ids) - room, max(last - max(limit.header, 1), bos))
-    kept = slice(start, start + room)
-    return ids[:bos] + ids[kept], [0] * (bos + 1) + trained[kept][1:]
-
-
-def fit_answers(prompt: list[int], answers: Sequence[list[int]], limit: Limit, where: str) -> tuple[list[int], list[list[int]]]:
-    """Return a prompt and its answers, each joined sequence within the limit.
-
-    Raises:
-        BadRow: the row is dropped.
-        DataError: policy error, or split.
-    """
-    longest = max(len(a) for a in answers)
-    if len(prompt) + longest <= limit.length:
+def fit_answers(
+    prompt: list[int], answers: Sequence[list[int]], policy: Truncation, limit: Limit, where: str
+) -> tuple[list[int], list[list[int]]]:
+    """Return a prompt and its answers, each joined sequence within the limit (see `Truncation.answers`)."""
+    if len(prompt) + max(map(len, answers)) <= limit.length:
         return prompt, list(answers)
-    if limit.policy == "keep_start":
-        if len(prompt) >= limit.length:
-            raise BadRow(NO_ROOM, f"{len(prompt)} tokens, limit {limit.length}", len(prompt) + longest)
-        return prompt, [a[: limit.length - len(prompt)] for a in answers]
-    if limit.policy == "truncate_prompt_left":
-        bos = int(limit.bos is not None and bool(prompt) and prompt[0] == limit.bos)
-        least = min(len(prompt), bos + max(limit.header, 1))
-        if least >= limit.length:
-            raise BadRow(NO_ROOM, f"the header alone has {least} tokens, limit {limit.length}")
-        kept = limit.prompt(prompt, max(limit.length - longest, least))
-        return kept, [a[: limit.length - len(kept)] for a in answers]
-    if limit.policy == "split":
-        raise DataError(f"{where}: data.truncation=split cuts plain text only; use drop, keep_start or truncate_prompt_left")
-    limit.refuse(len(prompt) + longest, where)
-    raise AssertionError("refuse always raises")
+    return policy.answers(prompt, answers, limit, where)
 
 
-def fit_prompt(prompt: list[int], limit: Limit, where: str) -> list[int]:
-    """Return a prompt within the limit; its end is never cut off, because the answer follows it.
-
-    Raises:
-        BadRow: the row is dropped.
-        DataError: policy error, or one that would cut the end.
-    """
-    if len(prompt) <= limit.length:
-        return prompt
-    if limit.policy == "truncate_prompt_left":
-        return limit.prompt(prompt, limit.length)
-    if limit.policy in ("keep_start", "split"):
-        raise DataError(
-            f"{where}: data.truncation={limit.policy} would cut the end of a prompt, where the answer starts; "
-            "use truncate_prompt_left or drop"
-        )
-    limit.refuse(len(prompt), where)
-    raise AssertionError("refuse always raises")
+def fit_prompt(prompt: list[int], policy: Truncation, limit: Limit, where: str) -> list[int]:
+    """Return a prompt within the limit (see `Truncation.prompt`)."""
+    return prompt if len(prompt) <= limit.length else policy.prompt(prompt, limit, where)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.interop.adapter_hub.hub_layout import hub_place
 from llmrecipe.methods.additive._engines.bottleneck import Bottleneck, Sublayer
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
@@ -33,14 +34,6 @@ HEAD_CONFIG_FILE, HEAD_FILE = "head_config.json", "model_head.safetensors"
 VERSION = "adapters.1.3.0"
 """The release whose layout this is."""
 
-ADJACENT = {"attn": "attention_adapters", "ffn": "output_adapters"}
-INSIDE = {"attn": "attention.output", "ffn": "output"}
-PLACES = {
-    **dict.fromkeys(("llama", "mistral", "gpt2", "distilbert", "bart"), ADJACENT),
-    **dict.fromkeys(("bert", "roberta"), INSIDE),
-    "t5": {"attn": "layer.0", "ffn": "layer.1"},
-}
-"""Family -> where the library keeps the adapters of a sublayer, below its block."""
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "swish", "tanh": "tanh", "identity": "linear"}
 LEAVES = {
     "adapter_down.0.weight": "down",
@@ -79,15 +72,10 @@ def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer
     Raises:
         ModelError: the library's names for this family are not known here.
     """
-    family = model.config.model_type
-    if family not in PLACES:
-        raise ModelError(f"adapter-hub's names for {family} are not known here ({', '.join(sorted(PLACES))} are)")
     parts = anatomy(model)
     found = []
     for sub in wrapper.places(parts):
-        place = PLACES[family][sub.part]
-        if family == "t5" and (sub.side, sub.part) == ("decoder", "ffn"):
-            place = "layer.2"
+        place = hub_place(model.config.model_type, sub.side, sub.part)
         found.append((sub, f"{wrapper.host(sub, parts).path}.{wrapper.name}", f"{sub.block.path}.{place}"))
     return found
 

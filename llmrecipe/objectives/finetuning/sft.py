@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from llmrecipe.core.option_types import Literal
+from llmrecipe.core.option_types import Literal, LossMaskName
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
@@ -26,7 +26,7 @@ class Sft(Objective):
     rows: ClassVar[str] = "dialogue"
     head: ClassVar[str] = "causal"
 
-    mask: Literal["completion", "assistant", "last", "all"] = "assistant"
+    mask: LossMaskName = "assistant"
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     loss_type: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or dynamic fine-tuning."""

@@ -1,11 +1,4 @@
-"""Loss masks: which tokens are targets, determined from token ids, never by searching text.
-
-| mask | trained |
-|---|---|
-| completion | what follows the prompt; in a conversation without a separate prompt, every assistant turn |
-| assistant | assistant turns (of the completion, where there is a prompt) |
-| last | the last assistant turn |
-| all | everything |
+"""Assistant turns of a conversation, found in its token ids, never by searching text.
 
 An assistant turn is found in one of two ways. A template with `{% generation %}` says which characters it generated;
 tokens that overlap them are the turn. Any other template is rendered up to each turn: the turn starts where the ids of
@@ -22,10 +15,8 @@ from typing import Any
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.tokenize.chat_templates import Template
+from llmrecipe.data.tokenize.loss_mask import Span
 from llmrecipe.data.tokenize.special_tokens import Ids, Tokens
-
-MASKS = ("completion", "assistant", "last", "all")
-Span = tuple[int, int]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
