@@ -62,7 +62,8 @@ def test_what_a_row_type_says_of_itself() -> None:
     types = [row_type(name) for name in registry.names("row_type")]
     assert {t.name for t in types if t.prompted} == {"choices", "dialogue", "preference", "prompt", "unpaired"}
     assert {t.name for t in types if t.numbered} == {"labelled", "pairs"}
-    assert {t.name: t.uncounted for t in types if t.uncounted} == {"labelled": ("type_ids",), "choices": ("choice_lengths",)}
+    uncounted = {t.name: t.uncounted for t in types if t.uncounted}
+    assert uncounted == {"labelled": ("type_ids",), "choices": ("choice_lengths",), "words": ("words",)}
     assert all(set(t.uncounted) <= set(t.lists) for t in types)
 
 

@@ -46,7 +46,7 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         words = [SPECIAL if word is None or token in tokens.special else word for token, word in zip(ids, found.word_ids(n))]
         try:
             # Cut together: the second list takes the place of a mask, whose first entry a split resets.
-            places = fit_sequence(list(range(len(ids))), [1] * len(ids), room, item.where, plain=True)
+            places = fit_sequence(list(range(len(ids))), [1] * len(ids), encoder.truncation, room, item.where, plain=True)
         except BadRow as bad:
             item.bad = bad
             continue
