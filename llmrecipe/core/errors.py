@@ -6,6 +6,7 @@ LlmRecipeError          1   a bug of llmrecipe: the traceback is saved
     ├── DataError       2   data: file and row, what was found, the shortest fix
     ├── ModelError      2   weights, tokenizer or anatomy
     └── RunError        2   a run directory, a checkpoint or the disk
+        └── ProofError  3   a run or `verify` failed its own proof
 Interrupted           130   Ctrl-C or SIGTERM, after a checkpoint was written
 """
 
@@ -41,6 +42,12 @@ class ModelError(UserError):
 
 class RunError(UserError):
     """A run directory or checkpoint that cannot be used, or a disk that cannot hold it."""
+
+
+class ProofError(RunError):
+    """What a run or `llmrecipe verify` measured of itself is not what it must be: nothing that follows can be trusted."""
+
+    exit_code = 3
 
 
 class Interrupted(LlmRecipeError):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrecipe.core.console import say
-from llmrecipe.core.errors import Interrupted, LlmRecipeError, RunError, UserError
+from llmrecipe.core.errors import Interrupted, LlmRecipeError, ProofError, RunError, UserError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.pipelines.subprocesses import Child, Children, Machine, execute, say_of
@@ -308,8 +308,9 @@ def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
         name = signal.Signals(-code).name
         why = " (the system ends processes this way when memory runs out)" if -code == signal.SIGKILL else ""
         raise RunError(f"stage {planned.name} was ended by {name}{why}; {go_on}")
-    if code == UserError.exit_code:
-        raise RunError(f"stage {planned.name} stopped: its message stands above. Once that is mended, {go_on}")
+    if code in (UserError.exit_code, ProofError.exit_code):
+        failed = ProofError if code == ProofError.exit_code else RunError
+        raise failed(f"stage {planned.name} stopped: its message stands above. Once that is mended, {go_on}")
     raise LlmRecipeError(f"stage {planned.name} ended with exit code {code} and is {state}: {planned.dir}")
 
 

@@ -73,7 +73,7 @@ def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
     """Return the `{kind, options}` mapping that builds the same wrapper again."""
     import dataclasses
 
-    values = {f.name: getattr(wrapper, f.name) for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
+    values = {f.name: vars(wrapper)[f.name] for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
     return {"kind": kind_name(wrapper), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.engine import packing, reference_model
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.reference_cache import ReferenceCache
@@ -70,11 +71,16 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
 
     recipe = composition.recipe
     parts = instantiate(recipe)
+    reads = KeyReads(key for key, origin in composition.origins.items() if origin.kind != "default")
+    for group, part in (("objective", parts.objective), ("optim", parts.optimizer), ("schedule", parts.schedule)):
+        reads.watch(part, group)
     check_objective(parts.objective, parts.wrappers)
     direction(recipe.eval, parts.objective)
     check_cuts(parts.optimizer, parts.wrappers)
     data, validation, labels = read_data(recipe, parts.objective, parts.wrappers)
     parts = replace(parts, wrappers=[w.for_tasks(data.tasks) for w in parts.wrappers])
+    for wrapper in parts.wrappers:
+        reads.watch(wrapper, "stack", wrapper.name)
     parts.objective.check(recipe, data)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
@@ -103,7 +109,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
             optimizer = None if stack.rule() is not None else optimizer_for(roles.model, parts.optimizer, stack)
         return RunState(
             composition, directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule, model, data,
-            validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)),
+            validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)), reads=reads,
         )  # fmt: skip
 
 

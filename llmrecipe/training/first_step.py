@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.errors import ProofError
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import is_head, own_tensors
 from llmrecipe.models.hooks.hook import all_hooks, recorded_calls
@@ -29,7 +29,7 @@ def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
     """Make an update, then refuse what it left unused; a skipped step proves nothing.
 
     Raises:
-        RunError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
+        ProofError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
     """
     # A compiled graph would be retraced for the watch, and its calls are not seen.
     watch: Any = contextlib.nullcontext() if run.recipe.model.compile else recorded_calls()
@@ -59,10 +59,10 @@ def finalize_first_step(run: RunState) -> None:
     """Refuse lifecycle hooks that did not run in the first step; stop looking for unused tensors where none are possible.
 
     Raises:
-        RunError: a hook a wrapper depends on never ran.
+        ProofError: a hook a wrapper depends on never ran.
     """
     if unfired := run.stack.unfired():
-        raise RunError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
+        raise ProofError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
     if not run.unused:
         run.roles.prepared = run.runtime.prepare(run.roles.engine)
 
@@ -79,15 +79,15 @@ def _judge(run: RunState, unreached: list[str]) -> None:
     """Raise for unused tensors of a wrapper or an objective; warn about base weights that train because everything does."""
     if not unreached:
         return
-    owners = {n: w.name for w in run.stack for n in {*own_tensors(run.model, w.name), *w.opened(run.model)}}
+    owners = {n: w.name for w in run.stack for n in owned(run, w)}
     _refuse(run, [(owners[n], n) for n in unreached if n in owners], "trained tensors that no gradient reached")
     heads = [n for n in unreached if n not in owners and is_head(run.model, n)]
     if heads:
-        raise RunError(f"step {run.progress.step + 1}: the objective trains a head it never reads: {_listed(heads)}")
+        raise ProofError(f"step {run.progress.step + 1}: the objective trains a head it never reads: {listed(heads)}")
     rest = [n for n in unreached if n not in owners]
     if rest:
         run.unread = frozenset(rest)
-        run.events.warning(f"{len(rest)} trained weights are not read by this objective and stay as they are: {_listed(rest)}")
+        run.events.warning(f"{len(rest)} trained weights are not read by this objective and stay as they are: {listed(rest)}")
 
 
 def _refuse(run: RunState, found: list[tuple[str, str]], what: str) -> None:
@@ -97,11 +97,17 @@ def _refuse(run: RunState, found: list[tuple[str, str]], what: str) -> None:
         return
     owner = wrong[0][0]
     names = [name for whose, name in wrong if whose == owner]
-    raise RunError(
-        f"stack.{owner}: step {run.progress.step + 1} left {what}: {_listed(names)}. They would silently do nothing; name only "
+    raise ProofError(
+        f"stack.{owner}: step {run.progress.step + 1} left {what}: {listed(names)}. They would silently do nothing; name only "
         f"modules this objective uses (stack.{owner}.target, or its layers), or take '{owner}' out of the stack"
     )
 
 
-def _listed(names: list[str]) -> str:
+def owned(run: RunState, wrapper: Wrapper) -> set[str]:
+    """Return the tensors a wrapper trains or holds: its own, and those it opens in the base."""
+    return {*own_tensors(run.model, wrapper.name), *wrapper.opened(run.model)}
+
+
+def listed(names: list[str]) -> str:
+    """Return names for a message, the first few of them."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

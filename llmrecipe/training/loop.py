@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmrecipe.core.errors import Interrupted
 from llmrecipe.methods._base.update_rule import backprop
-from llmrecipe.training import first_step
+from llmrecipe.training.first_update import FirstUpdate
 from llmrecipe.training.unchanged import UnchangedCheck
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ def train_loop(run: Run) -> None:
     """Train until `run.steps`; every line of the body happens once per optimizer step.
 
     Raises:
-        RunError: a loss was NaN or infinite (`run.on_nan: stop`), or the first step left a method's hooks or tensors unused.
+        RunError: a loss was NaN or infinite (`run.on_nan: stop`).
+        ProofError: the first update did not do what the recipe says (see `first_update`).
         Interrupted: a signal arrived; a checkpoint has been written.
     """
     rule = run.stack.rule() or backprop
     unchanged = UnchangedCheck(run)
     feed = run.feed()
+    first = FirstUpdate(run)
     owed = False
     if run.due_evaluation(run.progress.step, at_start=True):
         run.evaluate()
@@ -35,15 +37,15 @@ def train_loop(run: Run) -> None:
             feed = run.feed()
         micros = next(feed)
         run.set_learning_rate(step)
-        result = rule(run.step_context(), micros) if step != run.first_step else first_step.checked(rule, run, micros)
+        result = first.make(rule, micros) if first.pending else rule(run.step_context(), micros)
         if not result.finite:
             run.not_finite(result, micros)
         run.stack.after_step(run.model, step)
+        first.compare(result)
         run.zero_gradients()
         run.progress.advance(micros)
         run.objective.after_step(run.progress.step, result.metrics, run.roles)
-        if step == run.first_step:
-            first_step.finalize_first_step(run)
+        first.settle(result)
         run.report_step(result, micros, time.perf_counter() - started)
         unchanged.see(run, result.finite)
         if run.due_evaluation(run.progress.step) and run.evaluate():

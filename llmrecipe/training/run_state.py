@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data.collate import Batch
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack
@@ -77,6 +78,8 @@ class RunState:
     """Whether a step may leave trained tensors without a gradient; decided at the first step (see `first_step`)."""
     unread: frozenset[str] = frozenset()
     """Weights that train because everything does and that the objective does not read (see `first_step`)."""
+    reads: KeyReads = field(default_factory=KeyReads)
+    """Which options of the recipe have been read, until the first update."""
     signal: int | None = None
     """The signal that stops the run."""
 

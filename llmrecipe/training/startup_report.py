@@ -62,3 +62,13 @@ def run_facts(run: RunState) -> dict[str, Any]:
         "packed": run.roles.packing,
         "steps": run.steps,
     }
+
+
+def record_proof(run: RunState, facts: dict[str, Any]) -> None:
+    """Add what the run has proved of itself to `report.json`, under `proved` (main process only)."""
+    path = run.dir.path / "report.json"
+    if not run.runtime.is_main or not path.is_file():
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    known["proved"] = {**known.get("proved", {}), **facts}
+    path.write_text(json.dumps(known, indent=1, default=str) + "\n", encoding="utf-8")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.errors import ProofError
 from llmrecipe.methods._base.update_rule import MetricSums
+from llmrecipe.training.startup_report import record_proof
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
@@ -27,7 +28,7 @@ def check_step_zero(run: RunState) -> None:
     """Measure the first step's rows under the untrained policy, compare with the expected values, and write a `check` event.
 
     Raises:
-        RunError: a value is not what it must be.
+        ProofError: a value is not what it must be.
     """
     wanted = run.objective.step_zero() if same_policy(run) else {}
     facts = run.objective.facts(run.roles)
@@ -44,10 +45,11 @@ def check_step_zero(run: RunState) -> None:
         if name in measured and not abs(measured[name] - value) <= tolerance * max(1.0, abs(value))
     ]
     if wrong:
-        raise RunError(
+        raise ProofError(
             f"before the first step policy and reference are the same model, but {'; '.join(wrong)}. Something changes one of "
             "them between two scorings (dropout, noise, another reference); nothing was trained"
         )
+    record_proof(run, {"step_zero": {name: measured[name] for name in wanted if name in measured}})
 
 
 def same_policy(run: RunState) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmrecipe.training.checksum import named_checksums
+
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
 
@@ -18,7 +20,6 @@ UPDATES = 20
 """Updates after which a tensor must have changed by at least one bit; fewer in a shorter run."""
 SHOWN = 5
 """Names in a warning."""
-CHUNK = 1 << 22
 
 
 class UnchangedCheck:
@@ -28,7 +29,7 @@ class UnchangedCheck:
     """
 
     def __init__(self, run: RunState):
-        self.before = checksums(trained_tensors(run))
+        self.before = named_checksums(trained_tensors(run))
         self.updates = 0
         self.done = False
 
@@ -45,7 +46,7 @@ class UnchangedCheck:
         # One update proves nothing: methods that start at the base move one of two factors first.
         if self.updates < 2:
             return
-        now = checksums(trained_tensors(run))
+        now = named_checksums(trained_tensors(run))
         both = [name for name in now if name in self.before and name not in run.unread]
         moved = run.runtime.maximum(torch.tensor([float(now[name] != self.before[name]) for name in both])) if both else []
         still = [name for name, changed in zip(both, moved, strict=True) if not changed and not may_rest(run, name)]
@@ -66,29 +67,3 @@ def trained_tensors(run: RunState) -> dict[str, Tensor]:
 def may_rest(run: RunState, name: str) -> bool:
     """Return whether a wrapper declares that this tensor of its own may go unused."""
     return any(w.may_skip(name) for w in run.stack if f".{w.name}" in f".{name}" or name in w.opened(run.model))
-
-
-@torch.no_grad()
-def checksums(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return (64-bit checksum of the bits, sizes) of tensors, formed where they are and fetched in one transfer per device."""
-    found = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    values: dict[str, int] = {}
-    for device in {sum_.device for sum_ in found.values()}:
-        own = [name for name, sum_ in found.items() if sum_.device == device]
-        values |= dict(zip(own, torch.stack([found[name] for name in own]).tolist(), strict=True))
-    return {name: (values[name], *shapes[name]) for name in tensors}
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """Return sum_i (2 i + 1) m bits_i modulo 2^64, a 0-d int64 tensor; a constant shift of many entries shows, too."""
-    # A sharded tensor has its own part on each process.
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    flat = local.contiguous().view(-1).view(kind)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for first in range(0, flat.numel(), CHUNK):
-        part = flat[first : first + CHUNK].long()
-        place = torch.arange(first, first + part.numel(), device=flat.device)
-        total += (part * ((2 * place + 1) * 0x9E3779B97F4A7C1)).sum()
-    return total

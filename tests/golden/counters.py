@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from llmrecipe.training import first_update
 from tests.golden.runs import one_thread
 from tests.support import PeakBytes
 
@@ -86,6 +87,9 @@ def count(words: list[str]) -> dict[str, int]:
         patch.setattr(Run, "feed", lambda run: (counter.begin(), feed(run))[1])
         patch.setattr(Run, "due_evaluation", lambda run, step, at_start=False: False)
         patch.setattr(Run, "finish", lambda run: counter.end())
+        # Made once in a run, these are no cost of a step.
+        patch.setattr(first_update, "watched", lambda model: {})
+        patch.setattr(first_update.FirstUpdate, "compare", lambda first, result: None)
         try:
             train_recipe(Path(folder) / "run", words[0], *QUIET, *words[1:])
         finally:

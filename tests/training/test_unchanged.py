@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from llmrecipe.training.checksum import named_checksums as checksums
 from llmrecipe.training.run import Run
 from llmrecipe.training.startup_report import rows_text
-from llmrecipe.training.unchanged import UnchangedCheck, checksums
+from llmrecipe.training.unchanged import UnchangedCheck
 from tests.trainings import events, train_recipe
 
 SHORT = ["batch.size=1", "data.limit=8", "data.packing=off", "eval.at_start=false", "eval.load_best=false", "eval.batches=1"]

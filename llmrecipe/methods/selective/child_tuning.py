@@ -150,6 +150,10 @@ class ChildTuning(SparseMethod, Wrapper):
                 mask = bernoulli(f"{self.seed}:{step}:{name}", 0, parameter.numel(), self.p, parameter.device)
                 parameter.copy_(torch.where(mask.view_as(parameter), parameter, kept.pop(name)))
 
+    def may_skip(self, name: str) -> bool:
+        """Return whether the mask of f may keep every entry of a small tensor where it is."""
+        return self.variant == "f" and self.mask_target == "update"
+
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors in full for f; for d indices and values, and the tensors outside the scope."""
         return Wrapper.delta(self, model)

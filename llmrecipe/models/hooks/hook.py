@@ -64,6 +64,8 @@ class Hook(nn.Module):
     """Whether host and hook together are again one linear map, or one embedding table, of the same inputs."""
     tensor: str = "weight"
     """For a weight hook: the attribute of the host it changes."""
+    in_place: bool = False
+    """Whether it writes what it has learned into that tensor of the host, which is frozen itself."""
 
     def active(self) -> bool:
         """Return whether the hook takes part in the forward pass that is running."""

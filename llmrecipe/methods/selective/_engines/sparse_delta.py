@@ -159,6 +159,7 @@ class SparseDelta(Hook):
         self.source = weight.name
         self.expected = chosen.base
         self.mode: Mode = mode
+        self.in_place = mode == "inplace"
         self.kernel = "transient"
         self.writer = writer
         self.place = writer.last() + 1 if chosen.place is None else chosen.place
