@@ -127,7 +127,7 @@ class TokenStream:
             self._rows.sort(key=lambda row: places[0, row["source_row"]])
         else:
             Random(f"{self.seed} {self.epoch} {self._batches}").shuffle(self._rows)
-        if TWO_BOS in self.report.first or self.report.read >= CHECKED:
+        if TWO_BOS in self.report.first or self.report.unrendered or self.report.silent or self.report.read >= CHECKED:
             validation.check_report(self.report, self.data)
         return bool(raw)
 

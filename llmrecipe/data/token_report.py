@@ -47,6 +47,12 @@ class Report:
     equal: int = 0
     """Preference rows whose two answers are the same tokens."""
     labels: Counter[str] = field(default_factory=Counter)
+    unrendered: Counter[str] = field(default_factory=Counter)
+    """Field of conversations that the template does not render -> rows that have it."""
+    unlisted: int = 0
+    """Rows whose tool calls the template renders, but not their list of tools."""
+    silent: int = 0
+    """Rows with such fields that train an answer of nothing but its end token."""
 
     def drop(self, reason: str, where: str, detail: str = "", tokens: int = 0) -> None:
         """Count a dropped row."""
@@ -68,9 +74,11 @@ class Report:
             "ended",
             "endable",
             "equal",
+            "silent",
+            "unlisted",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("dropped", "bos", "eos", "labels"):
+        for name in ("dropped", "bos", "eos", "labels", "unrendered"):
             getattr(self, name).update(getattr(other, name))
         for reason, where in other.first.items():
             self.first.setdefault(reason, where)
@@ -108,7 +116,7 @@ class Report:
         """Return the report that `to_dict` wrote."""
         names = cls.__dataclass_fields__
         report = cls(**{k: v for k, v in values.items() if k in names})
-        report.dropped, report.labels = Counter(report.dropped), Counter(report.labels)
+        report.dropped, report.labels, report.unrendered = map(Counter, (report.dropped, report.labels, report.unrendered))
         report.bos = Counter({int(k): v for k, v in report.bos.items()})
         report.eos = Counter({int(k): v for k, v in report.eos.items()})
         return report

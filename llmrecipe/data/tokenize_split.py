@@ -73,6 +73,7 @@ def build_table(
             "part": [part.keep, draw],
             "folder": str(part.reader.base) if kind.reads_files else None,
             "code": code_version(),
+            **({"dropped": data.drop_fields} if data.drop_fields else {}),
             **({"task": task_field} if task_field else {}),
             **({"plugins": plugged} if plugged else {}),
             **({"needs": dict(needs)} if needs else {}),

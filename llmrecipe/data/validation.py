@@ -42,6 +42,7 @@ def check_report(report: Report, data: DataSection, split: str = "train") -> Non
             "one comes from the text or template, one from the tokenizer; remove it from the text, "
             "or name a template with tokenizer.chat_template"
         )
+    _check_fields(report)
     if not report.kept:
         raise DataError(f"{report.source}: none of the {report.read} rows can be used.\n{_reasons(report)}")
     if report.dropped_share > data.max_dropped:
@@ -60,6 +61,31 @@ def check_report(report: Report, data: DataSection, split: str = "train") -> Non
         )
 
 
+def _check_fields(report: Report) -> None:
+    """Stop where rows hold what no token of theirs says.
+
+    Raises:
+        DataError: a template does not render a field, or an answer is nothing but its end token for want of one.
+    """
+    if report.unrendered:
+        name, count = report.unrendered.most_common(1)[0]
+        where = report.first.get(f"unrendered {name}", report.source)
+        fields, template = ", ".join(report.unrendered), report.template.split(" (")[0]
+        who = "plain text, which no template renders," if template == "none" else f"the chat template '{template}'"
+        more = f" (with others, {fields})" if len(report.unrendered) > 1 else ""
+        raise DataError(
+            f"{where}: {who} has no place for '{name}', so {count} of {report.read} rows would lose it{more}. Name a template "
+            "that renders it (tokenizer.chat_template=own, chatml, plain, a file or Jinja text), or leave it out on purpose: "
+            f"data.drop_fields=[{fields}]"
+        )
+    if report.silent:
+        raise DataError(
+            f"{report.first.get('silent', report.source)}: in {report.silent} of {report.read} rows an answer would be trained "
+            "that is nothing but its end token, because the chat template leaves out what else the turn says; name a template "
+            "that renders it (tokenizer.chat_template), or take these rows out"
+        )
+
+
 def warnings(report: Report) -> list[str]:
     """Return warnings about the data that do not stop the run."""
     found = []
@@ -70,6 +96,11 @@ def warnings(report: Report) -> list[str]:
         )
     if report.equal:
         found.append(f"{report.equal} pairs have the same tokens as chosen and rejected; they teach nothing")
+    if report.unlisted:
+        found.append(
+            f"the chat template renders the tool calls of {report.unlisted} rows but not their list of tools, so the model "
+            "sees none when it answers"
+        )
     return found
 
 

@@ -90,6 +90,10 @@ class DataSection(Section):
     workers: NonNegativeInt = Field(0, description="Processes that tokenize; 0 picks one per core for large data.")
     cache: bool = Field(True, description="Keep token ids on disk, keyed by content.")
     system: str | None = Field(None, description="System message put before conversations that have none.")
+    drop_fields: list[str] = Field(
+        default_factory=list,
+        description="Fields of messages, and columns, to leave out where the chat template does not render them (name, tools).",
+    )
     max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
     max_moved: float = Field(
         0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."

@@ -1,9 +1,10 @@
-"""Conversations: role names, message lists, transcripts, and the part two conversations share."""
+"""Conversations: role names, message lists, parts of a message, transcripts, and the part two conversations share."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
@@ -74,8 +75,95 @@ def _message(entry: Any, column: str) -> Message:
     if role not in ROLES:
         raise BadRow(f"unknown role {role!r}", f"known roles: {', '.join(ROLES)}")
     message = {k: v for k, v in entry.items() if k not in ("role", "from", "value") and v is not None}
+    if isinstance(call := message.pop("function_call", None), dict):
+        message["tool_calls"] = [{"type": "function", "function": call}]
     content = entry.get("content", entry.get("value"))
+    if isinstance(content, list | dict):
+        content, more = join_parts(content if isinstance(content, list) else [content], column)
+        message |= {k: v for k, v in more.items() if k not in message}
     return {**message, "role": ROLES[role], "content": "" if content is None else content}
+
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which data sets and templates hold what a model thought before it answered."""
+FIELDS = ("tool_calls", *THOUGHTS, "name", "images", "audio", "videos")
+"""What a message may hold besides its role and content, and a template may leave out."""
+PARTS = {
+    "text": "text", "input_text": "text", "output_text": "text",
+    "thinking": "reasoning_content", "reasoning": "reasoning_content",
+    "image": "images", "image_url": "images", "input_image": "images",
+    "audio": "audio", "audio_url": "audio", "input_audio": "audio",
+    "video": "videos", "video_url": "videos",
+    "tool_use": "tool_calls", "tool_call": "tool_calls", "function": "tool_calls",
+}  # fmt: skip
+"""Type of a part of a message -> the field of the message that it is."""
+
+
+def join_parts(parts: list[Any], column: str) -> tuple[str, dict[str, Any]]:
+    """Read a content that is a list of parts: texts joined as they are, and the fields that all other parts become.
+
+    Examples:
+        >>> join_parts([{"type": "text", "text": "A harbour"}, {"type": "text", "text": " in snow."}], "messages")
+        ('A harbour in snow.', {})
+        >>> join_parts([{"type": "thinking", "thinking": "It is cold."}, "Snow."], "messages")
+        ('Snow.', {'reasoning_content': 'It is cold.'})
+
+    Raises:
+        BadRow: a part of no known type.
+    """
+    texts: list[str] = []
+    fields: dict[str, Any] = {}
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+        field = PARTS.get(kind) if isinstance(kind, str) else None
+        if field is None:
+            raise BadRow(f"'{column}' holds a part of a message of unknown type", f"{part!r:.80}; known: {', '.join(PARTS)}")
+        if field == "text":
+            texts.append(str(part.get("text") or ""))
+        elif field == "reasoning_content":
+            found = next((part[k] for k in (str(kind), "text", "content") if isinstance(part.get(k), str)), "")
+            fields[field] = fields.get(field, "") + found
+        else:
+            fields.setdefault(field, []).append(_call_of(part) if field == "tool_calls" else part)
+    return "".join(texts), fields
+
+
+def _call_of(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call written as a part of a message in the form of templates."""
+    if isinstance(part.get("function"), dict):
+        return part
+    arguments = part.get("arguments", part.get("input", {}))
+    return {"type": "function", "function": {"name": part.get("name", ""), "arguments": arguments}}
+
+
+def held_fields(messages: list[Message]) -> list[str]:
+    """Return those of `FIELDS` that some message has."""
+    return [name for name in FIELDS if any(message.get(name) for message in messages)]
+
+
+def without_field(messages: list[Message], name: str) -> list[Message]:
+    """Return the messages without one of their fields."""
+    return [{k: v for k, v in message.items() if k != name} for message in messages]
+
+
+def drop_fields(row: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """Return a raw row without some columns, and without these fields (or parts) in its messages."""
+    if not fields:
+        return row
+    return {name: _without(value, fields) for name, value in row.items() if name not in fields}
+
+
+def _without(value: Any, fields: Sequence[str]) -> Any:
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        kept = {k: v for k, v in value.items() if k not in fields}
+        for name in ("content", "value"):
+            if isinstance(parts := kept.get(name), list):
+                kept[name] = [p for p in parts if not (isinstance(p, dict) and PARTS.get(str(p.get("type"))) in fields)]
+        return kept
+    return [_without(one, fields) for one in value] if is_messages(value) else value
 
 
 def is_messages(value: Any) -> bool:
@@ -92,7 +180,7 @@ def has_senders(row: dict[str, Any]) -> bool:
 
 def says_nothing(message: Message) -> bool:
     """Return whether a message is an assistant turn without content, reasoning or tool call."""
-    return not any(message.get(key) for key in ("content", "tool_calls", "reasoning_content", "thinking"))
+    return not any(message.get(key) for key in ("content", *FIELDS) if key != "name")
 
 
 def tools_of(row: dict[str, Any]) -> list[Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_INPUT, BOS, ChatTemplate
+from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_INPUT, BOS, CALLS, THOUGHT, ChatTemplate
 
 _INSTRUCTION = (
     "{{ '"
@@ -21,9 +21,10 @@ _PLAIN_INSTRUCTION = (
     + "' }}"
 )
 ALPACA = (
-    BOS + "{% for message in messages %}"
+    BOS + "{% if tools %}{{ 'Tools:\\n' }}{{ tools | tojson }}{{ '\\n\\n' }}{% endif %}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ '### Response:\\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
+    "{{ '### Response:\\n' }}{% generation %}" + THOUGHT + "{{ message['content'] }}" + CALLS + "{{ eos_token }}"
+    "{% endgeneration %}{{ '\\n\\n' }}"
     "{% elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
     "{% else %}{% set instruction = message.instruction or message['content'] %}"
     "{% if message.input %}" + _INSTRUCTION + "{% else %}" + _PLAIN_INSTRUCTION + "{% endif %}"

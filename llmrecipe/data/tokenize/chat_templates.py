@@ -21,6 +21,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.registry import CONFIG
 from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.messages import THOUGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,11 @@ CALLS = (
     "{{ told.arguments if told.arguments is string else told.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}"
 )
 """Tool calls as JSON between tags, as in Hermes and Qwen models."""
+THOUGHT = (
+    "{% set thought = message.reasoning_content or message.thinking or message.reasoning %}"
+    "{% if thought %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}"
+)
+"""What was thought before the answer between tags, as in Qwen and DeepSeek models."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 KEY = "llmrecipe_template"
 """Key of the tokenizer's configuration that stores the name of a template."""
@@ -93,7 +99,7 @@ class Template:
 
     def _run(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
         """Render with the arguments of tool calls as objects; as JSON text where the template joins or prints them."""
-        bare = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        bare = _named_thoughts([{k: v for k, v in m.items() if v is not None} for m in messages], self.text)
         reported, arguments = _with_arguments(bare, as_text=False)
         try:
             found = self._render(reported, prompt, tools, kwargs, marked)
@@ -122,6 +128,21 @@ class Template:
             raise BadRow("the chat template refuses the conversation", f"{error}") from error
         texts, spans = found
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+
+
+def _named_thoughts(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return the messages with their thoughts under the name that a template reads; unchanged where it reads none."""
+    if not any(name in message for message in messages for name in THOUGHTS):
+        return messages
+    read = [name for name in THOUGHTS if re.search(rf"[.'\"]{name}\b", text)]
+
+    def named(message: dict[str, Any]) -> dict[str, Any]:
+        other = next((name for name in THOUGHTS if name in message), None)
+        if other is None or not read or any(name in message for name in read):
+            return message
+        return {**{k: v for k, v in message.items() if k != other}, read[0]: message[other]}
+
+    return [named(message) for message in messages]
 
 
 def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import map_columns
+from llmrecipe.data.formats.messages import drop_fields, held_fields
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
+from llmrecipe.data.tokenize.lost_fields import UNLISTED, conversations, lost_fields
 from llmrecipe.data.tokenize.row_type import row_type
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class RowEncoder(Encoder):
         tokenizer: with its chat template.
         rows: row type the objective needs.
         mask: name of the loss mask: which tokens are trained.
-        data: the recipe's section; only `columns`, `max_length`, `truncation` and `system` are read.
+        data: the recipe's section; only `columns`, `drop_fields`, `max_length`, `truncation` and `system` are read.
         format_name: format of the source.
         base: folder image paths refer to.
         task_field: column that names the task of a row; None where no method needs it.
@@ -60,6 +63,7 @@ class RowEncoder(Encoder):
         self.columns = {**data.columns, **(aliases or {})}
         self.task_field = task_field
         self.needs = dict(needs or {})
+        self.dropped = data.drop_fields
         template = self.tokens.template
         self.conversion = Conversion(rows, bool(template and template.named), template is not None, data.system, base)
         self.format = data_format(format_name)
@@ -75,7 +79,7 @@ class RowEncoder(Encoder):
         for index, row, where in raw:
             report.read += 1
             try:
-                named = map_columns(row, self.columns)
+                named = drop_fields(map_columns(row, self.columns), self.dropped)
                 task = self._task(named, row)
                 made = [Item(index, where, one, task=task) for one in self.format.convert(named, self.conversion)]
                 for item in made:
@@ -96,6 +100,7 @@ class RowEncoder(Encoder):
                     report.drop(item.bad.reason, item.where, item.bad.detail, item.bad.tokens)
                 lost.add(item.index)
                 continue
+            self._note_fields(item, report)
             for done in item.done:
                 report.kept += 1
                 done |= {"source_row": item.index, "task": item.task}
@@ -103,12 +108,35 @@ class RowEncoder(Encoder):
                     columns[name].append(done.get(name))
         return columns, report
 
+    def _note_fields(self, item: Item, report: Report) -> None:
+        """Count the fields that the template does not render, and answers of nothing but an end token in rows that have any."""
+        if not item.row.get("tools") and not any(map(held_fields, conversations(item.row))):
+            return
+        for name in lost_fields(self.tokens.template, item.row):
+            if name == UNLISTED:
+                report.unlisted += 1
+                continue
+            report.unrendered[name] += 1
+            report.first.setdefault(f"unrendered {name}", item.where)
+        if any(self.only_ends(answer) for done in item.done for answer in _answers(done)):
+            report.silent += 1
+            report.first.setdefault("silent", item.where)
+
     def _task(self, named: dict[str, Any], row: dict[str, Any]) -> str | None:
         """Return the name (or number) of a row's task; None where it has none or no method needs it."""
         if self.task_field is None:
             return None
         value = named.get(self.task_field, row.get(self.task_field))
         return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def _answers(done: dict[str, Any]) -> list[list[int]]:
+    """Return the trained sequences of a token row: runs of targets, or its answers."""
+    found = [done[name] for name in ("completion_ids", "chosen_ids", "rejected_ids") if done.get(name)]
+    if "trained" in done:
+        runs = groupby(zip(done["ids"], done["trained"]), key=lambda pair: pair[1])
+        found += [[token for token, _ in run] for flag, run in runs if flag]
+    return found
 
 
 @functools.cache

@@ -105,6 +105,10 @@ class Encoder:
             at -= 1
         return at >= 0 and answer[at] in self.tokens.ends
 
+    def only_ends(self, answer: Sequence[int]) -> bool:
+        """Return whether an answer is nothing but end tokens and white space."""
+        return all(token in self.tokens.ends or self._is_space(token) for token in answer)
+
     def _is_space(self, token: int) -> bool:
         if token not in self._space:
             self._space[token] = token not in self.tokens.special and self.tokens.is_space([token])
