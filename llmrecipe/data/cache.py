@@ -120,6 +120,8 @@ class TokenTable:
 
     def __init__(self, batches: Sequence[pa.RecordBatch], kind: RowType, facts: dict[str, Any]) -> None:
         self.kind, self.facts = kind, facts
+        self.content = ""
+        """Hash of the source's content."""
         self._batches = [_Batch(b) for b in batches if b.num_rows]
         self._starts = [0]
         for batch in self._batches:

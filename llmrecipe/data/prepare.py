@@ -74,6 +74,10 @@ class TokenData(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
+    def content(self) -> list[str]:
+        """Return the hash of each source's content, as it was read."""
+        return [table.content for table in self.tables]
+
     def column(self, name: str) -> list[Any]:
         """Return a whole stored column of texts, numbers or lists of numbers; None where a row has no value."""
         return [value for table in self.tables for value in table.column(name)]
@@ -225,3 +229,11 @@ def order(data: TokenData | StreamedRows, seed: int, epoch: int) -> np.ndarray |
         rows = [rng.permutation(np.arange(start, end)) for _ in range(rounds)]
         drawn[places] = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])[: len(places)]
     return drawn
+
+
+def source_hashes(data: DataSection, split: str) -> list[str] | None:
+    """Return the hash of each source's content without reading rows; None where the split does not exist or is unreadable."""
+    try:
+        return [part.reader.fingerprint() for part in open_split(data, split)]
+    except DataError:
+        return None

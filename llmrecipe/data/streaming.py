@@ -204,6 +204,10 @@ class StreamedRows(Sequence[Row]):
         readers = [part.reader for part in stream.parts]
         self._length = ENDLESS if any(isinstance(r, HubStream) for r in readers) else sum(map(len, readers))
 
+    def content(self) -> list[str]:
+        """Return the hash of each source's content."""
+        return [part.reader.fingerprint() for part in self.stream.parts]
+
     def column(self, name: str) -> list[Any]:
         """Return an empty list: rows of a stream are known one by one, as they are read."""
         return []

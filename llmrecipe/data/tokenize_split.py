@@ -64,9 +64,10 @@ def build_table(
     """
     kind = row_type(rows)
     plugged = plugin_code()
+    content = part.reader.fingerprint()
     key = table_key(
         {
-            "data": part.reader.fingerprint(),
+            "data": content,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "rows": [rows, mask, data.format, data.columns, data.system],
             "length": [data.max_length, data.truncation],
@@ -84,6 +85,7 @@ def build_table(
         found = open_table(folder, kind)
         if found is not None:
             found.facts["report"]["source"] = part.reader.name
+            found.content = content
             return found
     encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs)
     writer = TableWriter(kind, folder)
@@ -95,7 +97,9 @@ def build_table(
     except BaseException:
         writer.abandon()
         raise
-    return writer.finish({"key": key, "report": report.to_dict()})
+    made = writer.finish({"key": key, "report": report.to_dict()})
+    made.content = content
+    return made
 
 
 GROUPS = ("format", "row_type", "loss_mask", "truncation")

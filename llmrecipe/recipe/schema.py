@@ -145,6 +145,7 @@ class SaveSection(Section):
 
     every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at the end and on a signal.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept (in addition to the best one).")
+    end: bool = Field(True, description="Keep a checkpoint of the last step, from which `resume=RUN steps=MORE` continues.")
 
 
 class LogSection(Section):

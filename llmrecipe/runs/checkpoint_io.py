@@ -11,6 +11,7 @@ warning, for the newest one that is intact.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -224,6 +225,11 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     return SavedCheckpoint(path, int(match[2]), tensors, documents)
 
 
+def read_document(path: Path, stem: str) -> Any:
+    """Return one JSON document of an intact checkpoint."""
+    return json.loads((path / f"{stem}.json").read_text(encoding="utf-8"))
+
+
 def rotate(root: Path, keep: int, best: int | None = None) -> list[int]:
     """Delete all but the `keep` newest checkpoints and the best one; return the deleted steps."""
     known = steps(root)
@@ -236,6 +242,16 @@ def keep_only(root: Path, wanted: Container[int | None]) -> list[int]:
     for step in gone:
         delete(root / folder_name(step))
     return gone
+
+
+def best_after_end(root: Path) -> int | None:
+    """Return the step whose weights a run that continues from its end would return to, where they are not those of the end."""
+    for step, path in _candidates(root)[:1]:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            judge = read_document(path, "judge")
+            if read_document(path, "events")["end"] and judge["best"] is not None and judge["best_step"] != step:
+                return int(judge["best_step"])
+    return None
 
 
 def saved_structures(folder: Path) -> dict[str, Any] | None:

@@ -101,8 +101,11 @@ def write_stack(folder: Path, saved: SavedStack) -> None:
     (folder / STACK_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def read_stack(folder: Path) -> SavedStack:
+def read_stack(folder: Path, tensors: bool = True) -> SavedStack:
     """Read what `write_stack` wrote.
+
+    Args:
+        tensors: False leaves the layers' tensors out.
 
     Raises:
         RunError: a file is missing or unreadable.
@@ -112,7 +115,8 @@ def read_stack(folder: Path) -> SavedStack:
     try:
         content = yaml.safe_load((folder / STACK_FILE).read_text(encoding="utf-8"))
         layers = [
-            Layer(x["wrappers"], x["structures"], x["file"], load_file(str(folder / x["file"]))) for x in content["layers"]
+            Layer(x["wrappers"], x["structures"], x["file"], load_file(str(folder / x["file"])) if tensors else {})
+            for x in content["layers"]
         ]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise RunError(f"{folder}: not a finished adapter run: {error}") from error

@@ -7,16 +7,18 @@
     {"event": "warning", "step": 7, "message": "..."}
     {"event": "check", "step": 0, "loss": 0.6931, "loss/wanted": 0.6931, ...}
 
-Lines are flushed one by one. A resumed run truncates the file after the checkpoint it continues from, so each step occurs once.
-NaN and infinities, which JSON does not have, are written as null.
+Lines are flushed one by one. A checkpoint records how many lines there were before it; a resumed run keeps these and no others,
+so that each event occurs once. A damaged line is set aside: readers skip it with a warning, a resumed run moves it to
+`events.damaged`. NaN and infinities, which JSON does not have, are written as null.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,13 @@ from llmrecipe.runs.progress_display import Display, display
 from llmrecipe.runs.tracker import OpenTracker, numbers_of, open_trackers
 
 FILE = "events.jsonl"
+DAMAGED = "events.damaged"
+"""File of the lines that a resumed run has set aside."""
+TAIL = 1 << 16
+"""Bytes from the end of the file that are searched for the last step."""
 KINDS = ("step", "evaluation", "sample", "save", "warning", "check")
+
+logger = logging.getLogger("llmrecipe")
 
 
 class Events:
@@ -83,17 +91,35 @@ class Events:
         if self.screen is not None:
             self.screen.expect(steps)
 
-    def resume(self, step: int) -> None:
-        """Drop events after `step`: the run continues from the checkpoint of that step."""
+    def mark(self) -> int:
+        """Sync the file and return its number of lines, for a checkpoint (see `resume`); 0 on processes that do not report."""
+        if self.path is None or self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.path.read_bytes().count(b"\n")
+
+    def resume(self, step: int, lines: int | None = None, saved: str | None = None) -> None:
+        """Drop what was reported after a checkpoint: the run continues from there.
+
+        Args:
+            step: the checkpoint's; 0 where there is none.
+            lines: what `mark` returned for it; None for a checkpoint without it, where the step alone decides.
+            saved: path of the checkpoint, where its `save` event comes after these lines.
+        """
         self.last_step = step
         if self.path is None or self._file is None:
             return
         self._file.close()
-        truncate(self.path, step)
+        damaged = truncate(self.path, step, lines)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
         if self.screen is not None:
             for event in read_events(self.path):
                 self.screen.show(event, replay=True)
+        if saved is not None and lines is not None:
+            self._emit("save", step, {"path": saved}, replay=True)
+        if damaged:
+            self.warning(f"{FILE}: {damaged} damaged line{'s were' if damaged > 1 else ' was'} set aside in {DAMAGED}")
 
     def close(self) -> None:
         """Close the file, the display and the trackers; may be called twice."""
@@ -106,7 +132,7 @@ class Events:
             self._file.close()
             self._file = None
 
-    def _emit(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def _emit(self, kind: str, step: int, values: dict[str, Any], replay: bool = False) -> None:
         self.last_step = max(self.last_step, step)
         if self._file is None:
             return
@@ -117,7 +143,7 @@ class Events:
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error.strerror or error}; the last checkpoint is intact") from error
         if self.screen is not None:
-            self.screen.show(event)
+            self.screen.show(event, replay=replay)
         if kind in ("step", "evaluation"):
             for tracker in self.trackers:
                 tracker.log(numbers_of(event), step)
@@ -139,44 +165,83 @@ def plain(value: Any) -> Any:
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the events of a run (its folder, or the file), optionally of one kind; an incomplete last line is skipped.
+    """Return the events of a run (its folder, or the file), optionally of one kind.
+
+    A damaged line is skipped with a warning; an incomplete last line, which a running process is writing, silently.
 
     Raises:
-        RunError: there are no events, or a line in the middle is damaged.
+        RunError: there are no events.
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(f"{path} has no {FILE}: not a run directory, or the run has not begun")
-    return [event for event in _parse(file) if kind is None or event.get("event") == kind]
-
-
-def _parse(file: Path) -> Iterator[dict[str, Any]]:
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = file.read_bytes().split(b"\n")
+    found = []
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise RunError(f"{file}:{number}: this line is not JSON ({error})") from error
+        event = parse(line)
+        if event is None and line and number < len(lines):
+            logger.warning("%s:%d: this line is not an event; it is left out", file, number)
+        elif event is not None and (kind is None or event["event"] == kind):
+            found.append(event)
+    return found
 
 
-def truncate(path: Path, step: int, always: Container[str] = ()) -> None:
-    """Keep the events up to and including a step, in one atomic replacement.
+def parse(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line, or None for a line that is empty, cut or damaged.
+
+    Examples:
+        >>> parse(b'{"event": "step", "step": 1}'), parse(b'{"event": "st'), parse(b'{"event": "step", "step": null}')
+        ({'event': 'step', 'step': 1}, None, None)
+    """
+    try:
+        event = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int
+    return event if whole else None
+
+
+def last_step(folder: Path) -> int | None:
+    """Return the step of a run's last step event, or None; only the end of the file is read."""
+    try:
+        with open(folder / FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    events = (event for line in reversed(lines) if (event := parse(line)) is not None)
+    return next((int(event["step"]) for event in events if event["event"] == "step"), None)
+
+
+def truncate(path: Path, step: int, lines: int | None = None, always: Container[str] = ()) -> int:
+    """Keep the first lines of the file, in one atomic replacement, and none of a later step; set damaged ones aside.
 
     Args:
         path: `events.jsonl`.
         step: the last step whose events are kept.
+        lines: how many are kept; None keeps all up to and including the step.
         always: kinds of events that are kept whatever their step is.
+
+    Returns:
+        How many damaged lines were moved to `events.damaged`.
     """
     if not path.is_file():
-        return
-    kept = [e for e in _parse(path) if e.get("step", 0) <= step or e.get("event") in always]
+        return 0
+    content = path.read_bytes().split(b"\n")
+    complete, cut = content[:-1], content[-1]
+    first = [*complete, cut] if lines is None and parse(cut) else complete[:lines]
+    events = [(line, parse(line)) for line in first if line]
+    kept = [line for line, event in events if event is not None and (event["step"] <= step or event["event"] in always)]
+    damaged = [line for line, event in events if event is None]
+    if damaged:
+        with open(path.with_name(DAMAGED), "ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+            file.flush()
+            os.fsync(file.fileno())
     aside = path.with_name(f".{path.name}.writing")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(event, ensure_ascii=False) + "\n" for event in kept)
+    with open(aside, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    return len(damaged)

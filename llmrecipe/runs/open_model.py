@@ -46,10 +46,13 @@ class LoadedModel:
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
 
 
-def resolve_section(section: ModelSection) -> tuple[ModelSection, delta.SavedStack | None, Path | None]:
+def resolve_section(section: ModelSection, tensors: bool = True) -> tuple[ModelSection, delta.SavedStack | None, Path | None]:
     """Resolve a model section to (section of the base, saved stacks, folder that contains them).
 
     Rights in the section that a run has saved of its base are ignored: only those of the given section apply.
+
+    Args:
+        tensors: whether to read those of the saved stacks.
     """
     if is_adapter(section.path):
         adapters = {section.path: 1.0, **section.adapters}
@@ -60,7 +63,7 @@ def resolve_section(section: ModelSection) -> tuple[ModelSection, delta.SavedSta
         return section, None, None
     if (folder / "model" / "config.json").is_file():
         return section.model_copy(update={"path": str(folder / "model")}), None, folder
-    saved = delta.read_stack(folder)
+    saved = delta.read_stack(folder, tensors)
     own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
     base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": saved.base["path"]})
     return base, saved, folder

@@ -1,7 +1,8 @@
 """The run directory: the files of a run, and the lock that decides who may write to it.
 
     runs/<recipe>/<time>-<key>/
-        recipe.yaml (of a step step.yaml)  command.txt  environment.json  events.jsonl  status.json  checkpoints/  final/
+        recipe.yaml (of a step step.yaml)  command.txt  environment.json  identity.json  events.jsonl  status.json
+        checkpoints/  final/
 
 `status.json` says running, done, failed or interrupted. A lock on the file `lock`, held by the operating system for as long
 as the process lives, keeps a second writer out; a run whose status is `running` and whose lock is free was killed.
@@ -16,6 +17,8 @@ import platform
 import shlex
 import sys
 import time
+import uuid
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ from llmrecipe.core.errors import RunError, did_you_mean
 from llmrecipe.core.file_lock import hold, is_held
 from llmrecipe.core.redact import redact_text
 from llmrecipe.runs.durable import clear_leftovers, delete, unfinished_path, write_text
+from llmrecipe.runs.events import last_step
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -47,7 +51,9 @@ DESCRIPTIONS = ("recipe.yaml", "step.yaml")
 """Files that describe a run: a training's recipe, or a step's options."""
 BEST = "best"
 """Folder of the best weights, where a checkpoint holds trained tensors alone."""
-OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", "events.jsonl", "status.json", "lock")
+IDENTITY = "identity.json"
+"""File of the run's own name and of the fingerprints of what it is trained on (see `runs.identity`)."""
+OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", IDENTITY, "events.jsonl", "status.json", "lock")
 
 
 class RunDir:
@@ -123,11 +129,17 @@ class RunDir:
     def tidy(self) -> None:
         """Delete what a finished run does not need: its best weights, which are in `final/`, and leftovers of a kill.
 
-        Call when the status is `done`: until then a resume may need all of it. Only the main process deletes.
+        Best weights to which a run that continues from its end would return stay. Call when the status is `done`: until then
+        a resume may need all of it. Only the main process deletes.
         """
+        from llmrecipe.runs.checkpoint_io import best_after_end, keep_only
+
         if not self.main:
             return
-        if (self.path / BEST).exists():
+        wanted = best_after_end(self.path / "checkpoints") if (self.path / BEST).exists() else None
+        if wanted is not None:
+            keep_only(self.path / BEST, {wanted})
+        elif (self.path / BEST).exists():
             delete(self.path / BEST)
         clear_leftovers(self.path)
 
@@ -163,12 +175,39 @@ class RunDir:
         from llmrecipe.recipe.compose import to_yaml
 
         self.describe("recipe.yaml", to_yaml(composition.mapping))
+        self.identify({"run": uuid.uuid4().hex})
 
     def describe(self, name: str, text: str) -> None:
         """Record what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
         self.write(name, text)
         self.write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
         self.write("environment.json", json.dumps(environment(), indent=1) + "\n")
+
+    def redescribe(self, composition: Composition) -> None:
+        """Replace the recipe by the one the run continues under, and add the command that continues it to those before it."""
+        from llmrecipe.recipe.compose import to_yaml
+
+        kept = self.recipe().get("run") or {}
+        place = {key: kept[key] for key in ("dir", "root", "name") if key in kept}
+        mapping = {**composition.mapping, "run": {**composition.mapping["run"], **place}}
+        command = self.path / "command.txt"
+        before = command.read_text(encoding="utf-8") if command.is_file() else ""
+        self.write("command.txt", before + redact_text(shlex.join(sys.argv)) + "\n")
+        self.write("recipe.yaml", to_yaml(mapping))
+
+    def identity(self) -> dict[str, Any] | None:
+        """Return `identity.json`; empty where it is damaged, None where there is none."""
+        try:
+            value = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def identify(self, facts: Mapping[str, Any]) -> None:
+        """Write `identity.json`: the run's own name under `run`, and fingerprints."""
+        self.write(IDENTITY, json.dumps(facts, indent=1) + "\n")
 
     def recipe(self) -> dict[str, Any]:
         """Return the composed recipe (or the options of the step) of this run."""
@@ -199,6 +238,8 @@ class RunDir:
             value = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path}/status.json cannot be read: {error}") from error
+        if value.get("status") == "running" and "step" in value:
+            value["step"] = max(value["step"], last_step(self.path) or 0)
         if value.get("status") == "running" and self._lock is None and not self.locked():
             value |= {"status": "interrupted", "error": "the process was killed"}
         return value

@@ -31,9 +31,11 @@ from llmrecipe.runs.checkpoint_io import saved_structures
 from llmrecipe.runs.events import Events
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.processes import Runtime
+from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.read_rows import check_positions, read_data, test_rows
-from llmrecipe.training.run_state import RunState
+from llmrecipe.training.run_identity import identify
+from llmrecipe.training.run_state import Progress, RunState
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -92,8 +94,10 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
             ready_to_compile(runtime.device)
         directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)
     with abandoned(directory, runtime, resume):
+        changes = resume_rules.check(directory, composition, steps) if resume else {}
         folder = directory.path if runtime.is_main else None
         live, trackers = recipe.log.live, recipe.log.trackers
+        identity = identify(recipe, directory, data, validation) if runtime.is_main else None
         events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping)
         rows = planned_rows(recipe, parts.objective, data, validation, steps)
         scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
@@ -102,6 +106,8 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         model = build_model(recipe, parts.objective, stack, labels, resume)
         roles = build_roles(recipe, stack, model, runtime, scores)
         roles.data, roles.events = data, events
+        if identity is not None:
+            identity.tokenizer = model.tokenizer
         optimizer = None
         # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
         if any(p.requires_grad for p in roles.model.parameters()):
@@ -109,7 +115,8 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
             optimizer = None if stack.rule() is not None else optimizer_for(roles.model, parts.optimizer, stack)
         return RunState(
             composition, directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule, model, data,
-            validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)), reads=reads,
+            validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)), Progress(),
+            changes, identity, reads=reads,
         )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def train_loop(run: Run) -> None:
     owed = False
     if run.due_evaluation(run.progress.step, at_start=True):
         run.evaluate()
-    while run.progress.step < run.steps:
+    while run.progress.step < run.steps and not run.progress.ended:
         started = time.perf_counter()
         step = run.progress.step
         if run.stack.before_step(run.model, step):
@@ -49,6 +49,7 @@ def train_loop(run: Run) -> None:
         run.report_step(result, micros, time.perf_counter() - started)
         unchanged.see(run, result.finite)
         if run.due_evaluation(run.progress.step) and run.evaluate():
+            run.progress.ended = True
             break
         if run.stopping() and run.objective.at_boundary():
             run.save()
@@ -57,4 +58,5 @@ def train_loop(run: Run) -> None:
         if owed and run.objective.at_boundary():
             run.save()
             owed = False
+    run.save_end()
     run.finish()

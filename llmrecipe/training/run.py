@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,17 @@ from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
 from llmrecipe.runs.open_model import original
-from llmrecipe.training import build_run, finite_check, save_run
+from llmrecipe.training import build_run, finite_check, resume_rules, save_run
 from llmrecipe.training.build_run import abandoned, build_parts
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.run_state import RunState
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
+
+
+NOTED = 5.0
+"""Seconds after which `status.json` names a newer step."""
 
 
 class Run(RunState):
@@ -41,6 +46,7 @@ class Run(RunState):
                 # The freshly built model is the policy of step 0: score it before the learned weights are restored.
                 prepare_reference(run.objective, run.stack, run.loaded, run.roles, run.planned_rows())
                 save_run.restore(run)
+                resume_rules.record(run.dir, composition, run.changes)
         run.first_step = run.progress.step
         return run
 
@@ -116,7 +122,10 @@ class Run(RunState):
         finite_check.skip(self, text)
 
     def report_step(self, result: StepResult, micros: list[Batch], seconds: float) -> None:
-        """Write the step event."""
+        """Write the step event, and the step into `status.json` every few seconds."""
+        if time.monotonic() - self.noted > NOTED:
+            self.dir.status("running", step=self.progress.step)
+            self.noted = time.monotonic()
         if self.progress.step % self.recipe.log.every and self.progress.step != self.steps:
             return
         own = torch.tensor([sum(m.tokens for m in micros), self.progress.tokens], dtype=torch.float64)
@@ -175,6 +184,11 @@ class Run(RunState):
     def save(self) -> Path | None:
         """Write a checkpoint."""
         return save_run.save(self)
+
+    def save_end(self) -> None:
+        """Write the checkpoint of the end, from which a finished run can be continued; a run resumed at its end has it."""
+        if self.recipe.save.end and self.progress.step != self.first_step:
+            save_run.save(self, end=True)
 
     def finish(self) -> None:
         """Finish the run: best weights, test split, final folder, model card."""

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.models.pretrained import LanguageModel
     from llmrecipe.recipe.compose import Composition
+    from llmrecipe.runs.identity import Identity
     from llmrecipe.runs.open_model import LoadedModel
+    from llmrecipe.training.resume_rules import Changes
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Progress:
     """Steps that made no update because a loss or a gradient was not finite (`run.on_nan: skip`)."""
     skipped_lately: list[int] = field(default_factory=list)
     """Numbers of those among the last `finite_check.WINDOW` steps."""
+    ended: bool = False
+    """Whether the run has decided to end at this step (early stopping)."""
 
     def advance(self, micros: list[Batch]) -> None:
         """Count one more optimizer step."""
@@ -71,6 +75,10 @@ class RunState:
     """Optimizer steps of the whole run."""
     best: BestTracker
     progress: Progress = field(default_factory=Progress)
+    changes: Changes = field(default_factory=dict)
+    """What a resume changes in the run's recipe."""
+    identity: Identity | None = None
+    """What the run is made of; None on processes that do not write."""
     first_step: int = 0
     """Steps an earlier process had made."""
     learning_rate: float = 0.0
@@ -80,6 +88,8 @@ class RunState:
     """Weights that train because everything does and that the objective does not read (see `first_step`)."""
     reads: KeyReads = field(default_factory=KeyReads)
     """Which options of the recipe have been read, until the first update."""
+    noted: float = 0.0
+    """When `status.json` last named the step, on the clock of `time.monotonic`."""
     signal: int | None = None
     """The signal that stops the run."""
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.core.console import say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.collate import Batch
 from llmrecipe.models import task_heads
-from llmrecipe.recipe.rights import RIGHTS, without_rights
+from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checkpoint_io import (
     checkpoint_of,
@@ -30,16 +31,14 @@ from llmrecipe.runs.checkpoint_io import (
 )
 from llmrecipe.runs.durable import ASIDE, put_in_place, sync_tree
 from llmrecipe.runs.run_dir import BEST
-from llmrecipe.training import build_run, finite_check
+from llmrecipe.training import build_run, finite_check, run_identity
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
 from llmrecipe.training.read_rows import test_rows
+from llmrecipe.training.resume_rules import goes_on
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
-
-FIXED_ON_RESUME = ("model", "tokenizer", "data", "objective", "roles", "stack", "optim", "batch", "seed")
-"""Keys a resumed run may not change: another value would make the rest of the run a different experiment."""
 
 
 def peak_memory_mb() -> float:
@@ -50,8 +49,11 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def save(run: RunState) -> Path | None:
+def save(run: RunState, end: bool = False) -> Path | None:
     """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes.
+
+    Args:
+        end: the run ends here; the checkpoint is part of its end and no event of its own.
 
     Raises:
         RunError: a weight or the optimizer's state is not finite, or the disk is full.
@@ -69,6 +71,8 @@ def save(run: RunState) -> Path | None:
             "wrappers": {w.name: w.state() for w in run.stack},
             "structures": run.stack.structures(run.model),
             "reference": run.roles.cache.name,
+            "events": {"lines": run.events.mark(), "end": end},
+            "identity": run_identity.kept(run),
         }
         if run.roles.reference_moves or run.stack.learns_init():
             tensors["reference"] = run.stack.snapshot or {}
@@ -78,7 +82,9 @@ def save(run: RunState) -> Path | None:
         path = save_checkpoint(root, run.progress.step, tensors, documents)
         rotate(root, run.recipe.save.keep, run.best.best_step)
         forget_worse(run)
-        run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
+        if not end:
+            run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
+        run.dir.status("running", step=run.progress.step)
     run.runtime.barrier()
     return path
 
@@ -87,13 +93,15 @@ def restore(run: RunState) -> None:
     """Continue a run from its newest intact checkpoint, bit for bit.
 
     Raises:
-        RunError: the recipe changed in a way that would make it a different run, or the best weights so far are missing.
+        RunError: the reference is another one, or the best weights so far are missing.
     """
-    check_same(run)
     path = latest_checkpoint(run.dir.path / "checkpoints")
     if path is None:
+        say(f"{run.dir.path} was stopped before its first checkpoint: it starts again at step 1")
+        run.events.resume(0, lines=0)
         return
     saved = read_checkpoint(path)
+    known_before = run_identity.check(run, saved)
     if saved.documents.get("reference", run.roles.cache.name) != run.roles.cache.name:
         raise RunError(
             "resume: the reference is not the model it was (its weights, or those under the policy, have changed since the "
@@ -105,6 +113,7 @@ def restore(run: RunState) -> None:
     run.stack.set_trainable(run.model)
     for name, value in saved.documents["progress"].items():
         setattr(run.progress, name, value)
+    run.progress.ended = run.progress.ended and not goes_on(run.changes)
     known = run.best.load_state(saved.documents["judge"])
     run.objective.load_state(saved.documents["objective"])
     for wrapper in run.stack:
@@ -116,25 +125,13 @@ def restore(run: RunState) -> None:
         best_weights(run)
     states = saved.documents["random"]
     restore_random_state(states[min(run.runtime.rank, len(states) - 1)])
-    run.events.resume(run.progress.step)
+    before = saved.documents.get("events", {})
+    place = None if before.get("end") else str(path.relative_to(run.dir.path))
+    run.events.resume(run.progress.step, before.get("lines"), saved=place)
+    if not known_before:
+        run.events.warning("this run kept no fingerprints of its data, base, tokenizer and template; it does from here on")
     if not known:
         run.events.warning(f"{run.recipe.eval.monitor} judges from here on: what another metric found best is not kept")
-
-
-def check_same(run: RunState) -> None:
-    """Refuse a resume under another recipe.
-
-    Raises:
-        RunError: one of the fixed keys differs; both values are shown.
-    """
-    before = run.dir.recipe()
-    now = run.composition.mapping
-    # Rights are granted again on resume, and do not change what is learned.
-    before, now = ({**mapping, "model": without_rights(mapping.get("model") or {})} for mapping in (before, now))
-    changed = [key for key in FIXED_ON_RESUME if before.get(key) != now.get(key)]
-    if changed:
-        lines = "\n".join(f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}" for key in changed)
-        raise RunError(f"resume: these keys cannot change in a resumed run:\n{lines}\nStart a new run instead.")
 
 
 def save_best(run: RunState) -> None:
@@ -146,7 +143,8 @@ def save_best(run: RunState) -> None:
     finite_check.check_finite(run)
     if run.runtime.is_main:
         tensors = {"delta": run.stack.delta(run.model)}
-        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, {"judge": run.best.state()})
+        documents = {"judge": run.best.state(), "identity": {"run": run_identity.of(run).run}}
+        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, documents)
         forget_worse(run)
 
 
@@ -190,7 +188,9 @@ def load_best(run: RunState) -> bool:
     if not returns_to_best(run):
         return False
     run.runtime.barrier()
-    run.stack.restore(run.model, read_checkpoint(best_weights(run)).tensors["delta"])
+    saved = read_checkpoint(best_weights(run))
+    run_identity.check_owner(run, saved)
+    run.stack.restore(run.model, saved.tensors["delta"])
     return True
 
 

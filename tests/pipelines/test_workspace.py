@@ -155,3 +155,44 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_key_stands_for_content_not_for_the_order_of_names() -> None:
     assert json_hash({"a": 1, "b": 2}) == json_hash({"b": 2, "a": 1}) != json_hash({"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize("way", ["each", "streamed"])
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_events_of_a_step_are_there_once_wherever_it_was_stopped(way: str, stop: int, tmp_path: Path) -> None:
+    """As a step that starts again does it: events begin empty, and the journal gives those of the first start once more."""
+
+    def go(folder: Path, fail_at: int | None) -> list[str]:
+        (folder / "events.jsonl").unlink(missing_ok=True)
+        asked = 0
+
+        def values(part: list[int]) -> Iterator[int]:
+            nonlocal asked
+            for item in part:
+                if asked == fail_at:
+                    raise KeyboardInterrupt
+                asked += 1
+                yield 10 * item
+
+        def stream(part: list[int], keys: list[str]) -> Iterator[tuple[int, int]]:
+            yield from enumerate(values(part))
+
+        def total(found: Sequence[int]) -> dict[str, int]:
+            return {"total": sum(found)}
+
+        one = work(folder)
+        try:
+            if way == "each":
+                one.each(list(range(6)), lambda part, seed: list(values(part)), batch=2, count=total)
+            else:
+                one.streamed(list(range(6)), stream, batch=2, count=total)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            one.close()
+        return (folder / "events.jsonl").read_text().splitlines()
+
+    whole = go(tmp_path / "whole", None)
+    assert [json.loads(line)["total"] for line in whole] == [10, 50, 90]
+    assert go(tmp_path / "run", stop) != whole
+    assert go(tmp_path / "run", None) == whole

@@ -26,7 +26,10 @@ from llmrecipe.training.run import Run
 from llmrecipe.training.train import train
 from tests.trainings import learned, resume, train_recipe
 
-SHORT = ["steps=3", "batch.size=1", "data.limit=3", "eval.every=1", "eval.at_start=false", "save.every=2", "data.packing=off"]
+SHORT = [
+    "steps=3", "batch.size=1", "data.limit=3", "eval.every=1", "eval.at_start=false", "save.every=2", "save.end=false",
+    "data.packing=off",
+]  # fmt: skip
 LOSSES = {1: 1.0, 2: 2.0, 3: 3.0}
 """The run gets worse: its best weights are those of step 1."""
 CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")

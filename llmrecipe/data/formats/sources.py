@@ -87,6 +87,10 @@ class HubStream(Reader):
     def __init__(self, name: str, data: Any) -> None:
         self.name, self.data = name, data
 
+    def fingerprint(self) -> str:
+        """Return a hash of the name: the content of a stream is not known before it is read."""
+        return hashlib.sha256(self.name.encode()).hexdigest()
+
     def stream(self) -> Iterator[tuple[int, Row]]:
         """Yield rows in the order of the hub."""
         yield from ((index, without_fillers([row])[0]) for index, row in enumerate(self.data))

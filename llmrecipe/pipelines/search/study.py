@@ -47,8 +47,8 @@ from llmrecipe.runs.run_dir import RunDir
 if TYPE_CHECKING:
     import optuna
 
-OWN_WORDS = ("search=null", "eval.test=false")
-"""Overrides of every trial besides its point: it is no search, and it does not evaluate the test split."""
+OWN_WORDS = ("search=null", "eval.test=false", "save.end=false")
+"""Overrides of every trial besides its point: it is no search, does not evaluate the test split, and is not continued."""
 
 
 @dataclass
