@@ -6,8 +6,9 @@ find the file -> read it and what it extends -> Hydra merges components, presets
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -64,6 +65,7 @@ def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool 
 
     name, path, mapping, origins, notes, foreign = compose_mapping(recipe, list(overrides), foreign)
     name_variables(mapping)
+    _refuse_unnamed_plugins(mapping)
     return Composition(name, path, list(overrides), mapping, origins, validate(mapping, origins), notes, foreign)
 
 
@@ -131,6 +133,31 @@ def _open_plugins(chain: DefaultsChain, words: list[Word]) -> None:
         registry.add_plugin(package)
 
 
+def _refuse_unnamed_plugins(mapping: Mapping[str, Any]) -> None:
+    """Refuse a component of a plugin that the recipe does not name, though something earlier in this process has opened it.
+
+    In a process of its own the recipe would know no such component.
+
+    Raises:
+        RecipeError: naming the component's key and the package.
+    """
+    given = [point.value for point in entry_points(group="llmrecipe.plugins")]
+    named = {*given, *map(str, mapping.get("plugins") or [])}
+    stack = mapping.get("stack")
+    entries = {f"stack.{name}": body for name, body in stack.items()} if isinstance(stack, Mapping) else {}
+    bodies: dict[str, Any] = {group: mapping.get(group) for group in ("objective", "optim", "schedule")} | entries
+    for at, body in bodies.items():
+        kind, group = body.get("kind") if isinstance(body, Mapping) else None, at.partition(".")[0]
+        if not isinstance(kind, str) or kind not in registry.names(group):
+            continue
+        module = registry.spec(group, kind).module
+        package = next((name for name, _ in registry.plugins() if module.startswith(f"{name}.")), None)
+        if package is not None and package not in named:
+            raise RecipeError(
+                f"{at}: {kind} comes from the package '{package}', which this recipe does not name; add it: plugins=[{package}]"
+            )
+
+
 def _mark_choices(chain: DefaultsChain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:
     """Record that a component's `kind` comes from the defaults list or the override that chose it, not from its own file.
 
@@ -160,9 +187,13 @@ def _choice_origin(chain: DefaultsChain, words: list[Word], group: str) -> Origi
     return Origin("file", holder.source.path, holder.choices[group][1]) if holder else None
 
 
-@functools.cache
 def section_defaults() -> dict[str, Any]:
-    """Return every key outside components with its default."""
+    """Return every key outside components with its default, as fresh objects: a composition may change its own."""
+    return copy.deepcopy(_section_defaults())
+
+
+@functools.cache
+def _section_defaults() -> dict[str, Any]:
     return Recipe.model_validate({}).model_dump(mode="json", by_alias=True)
 
 

@@ -94,16 +94,20 @@ def _body(source: YamlFile) -> dict[str, Any]:
 
 
 def _publish_components(chain: DefaultsChain, words: list[str]) -> None:
-    """Put the components that are chosen anywhere into Hydra's ConfigStore (storing all would take 0.1 s)."""
+    """Put the components that are chosen anywhere into Hydra's ConfigStore (storing all would take 0.1 s).
+
+    The store outlives a composition: it is emptied first, and every group gets a member, or Hydra would not know the group and
+    refuse `stack=[]` unless an earlier composition had named a method.
+    """
     store = ConfigStore.instance()
     text = " ".join([*words, *(str(link.choices) for link in chain.links.values())])
     open_ended = any(
         "defaults" in read_yaml(path).value for group in PRESET_GROUPS for path in presets(group).values() if path.stem in text
     )
     for group in COMPONENT_GROUPS:
-        for name in registry.names(group):
-            if name not in text and not open_ended:
-                continue
+        store.repo.pop(group, None)
+        known = registry.names(group)
+        for name in [n for n in known if n in text or open_ended] or known[:1]:
             defaults = registry.spec(group, name).defaults()
             node = {name: defaults} if group == "stack" else defaults
             store.store(group=group, name=name, node=OmegaConf.create(node), provider="registry")
