@@ -139,8 +139,10 @@ def source_layout(part: Part, data: DataSection, rows: str) -> detect.DetectedFo
     name = part.reader.name
     if not first:
         raise DataError(f"{name}: there are no rows")
-    detect.check_mapping(data.columns, first[0][1], name)
-    return detect.detect([detect.map_columns(row, data.columns) for _, row in first], rows, data.format, name)
+    raw = [row for _, row in first]
+    detect.check_mapping(data.columns, raw[0], name, rows)
+    mapped = [detect.map_columns(row, data.columns) for row in raw]
+    return detect.detect(mapped, rows, data.format, name, data.columns, raw)
 
 
 Encoded = tuple["pa.RecordBatch", Report]

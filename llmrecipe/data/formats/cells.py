@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
@@ -48,6 +49,16 @@ def liked(row: Row) -> bool:
     if not isinstance(label, bool | int | str) or label not in TRUTHS:
         raise BadRow("'label' is neither true nor false", f"{row['label']!r:.80}")
     return TRUTHS[label]
+
+
+def is_judged(row: Row, others: Sequence[Sequence[str]]) -> bool:
+    """Tell whether a row says with true or false whether its answer is liked.
+
+    Args:
+        others: alternatives of the other columns that it must have.
+    """
+    judged = any(isinstance(row.get(name), bool) for name in ("label", "kto_tag"))
+    return judged and any(all(name in row for name in names if name != "label") for names in others)
 
 
 def label_of(row: Row) -> Any:

@@ -66,6 +66,10 @@ class DataFormat:
         """Tell whether a row with these columns is meant, where other formats have the same ones. By default it is."""
         return True
 
+    def claims(self, row: Row) -> bool:
+        """Tell whether a row is of this format beyond doubt, so that it must not be read as another type by fewer columns."""
+        return False
+
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the canonical rows of a raw row; columns have their wanted names.
 

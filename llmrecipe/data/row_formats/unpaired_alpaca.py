@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.formats.cells import liked
+from llmrecipe.data.formats.cells import is_judged, liked
 from llmrecipe.data.formats.conversations import from_alpaca
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
@@ -18,6 +18,10 @@ class UnpairedAlpaca(DataFormat):
     optional: ClassVar[tuple[str, ...]] = ("input",)
     becomes: ClassVar[dict[str, int]] = {"unpaired": 30}
     example: ClassVar[str] = '{"instruction": "Translate into French.", "input": "blue", "output": "bleu", "label": true}'
+
+    def claims(self, row: Row) -> bool:
+        """Claim rows with a true or false: an answer that is disliked must not be learned."""
+        return is_judged(row, self.columns)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the instruction as the prompt, the output as the answer that is judged."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.cells import liked
+from llmrecipe.data.formats.cells import is_judged, liked
 from llmrecipe.data.formats.conversations import from_messages
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
@@ -20,6 +20,10 @@ class UnpairedMessages(DataFormat):
     example: ClassVar[str] = (
         '{"messages": [{"role": "user", "content": "A colour?"}, {"role": "assistant", "content": "Blue."}], "label": true}'
     )
+
+    def claims(self, row: Row) -> bool:
+        """Claim rows with a true or false: an answer that is disliked must not be learned."""
+        return is_judged(row, self.columns)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the last turn as the answer that is judged, the others as its prompt."""

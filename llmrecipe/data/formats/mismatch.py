@@ -1,0 +1,106 @@
+"""What is said of rows that cannot become those an objective needs: what they are, who takes them, which mapping would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmrecipe.core import registry
+from llmrecipe.core.errors import did_you_mean
+from llmrecipe.data.formats.aliases import names_of
+from llmrecipe.data.formats.data_format import DataFormat, data_format
+from llmrecipe.data.tokenize.row_type import row_type
+
+Row = dict[str, Any]
+
+
+def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, other: DataFormat | None = None) -> str:
+    """Return the message for rows that cannot become a row type.
+
+    Args:
+        formats: those that can become it.
+        other: a format that the rows have beyond doubt, where their columns alone would do.
+    """
+    columns = ", ".join(row) or "(none)"
+    if other is not None:
+        return (
+            f"{where}: these are not {rows} rows. The columns {columns} are {other.summary}; {takers_of(other)}. To use "
+            f"them as {rows} rows all the same, name their format: data.format={_fitting(formats, row)}"
+        )
+    lines = [f"{where}: no {rows} row can be made of the columns {columns}."]
+    mapping = nearest_mapping(formats, row)
+    known = [one for one in _most_specific(row) if takers_of(one)]
+    if known and (not mapping or len(known[0].matches(row) or ()) > 1):
+        lines.append("They are " + ", or ".join(f"{one.summary}; {takers_of(one)}" for one in known) + ".")
+    for found in formats:
+        lines.append(f"  {found.name:<20} needs {' or '.join('+'.join(c) for c in found.columns[:3])}  ({found.summary})")
+    lines.append(
+        f"Nearest: {mapping_text(mapping)}"
+        if mapping
+        else "Map columns with data.columns='{wanted: column}', or name the format with data.format."
+    )
+    return "\n".join(lines)
+
+
+def mapping_text(mapping: Mapping[str, str]) -> str:
+    """Return a mapping of columns as a word of the command line."""
+    return "data.columns='{" + ", ".join(f"{wanted}: {column}" for wanted, column in mapping.items()) + "}'"
+
+
+def another_type(row: Row, rows: str) -> DataFormat | None:
+    """Return the format that claims a row, where it cannot become this row type and the row type would lose the column."""
+    if row_type(rows).keeps_columns:
+        return None
+    every = [data_format(name) for name in registry.names("format")]
+    return next((one for one in every if one.claims(row) and rows not in one.becomes), None)
+
+
+def takers_of(found: DataFormat) -> str:
+    """Say which objectives take the rows of a format; empty where none does."""
+    names = [n for n in registry.names("objective") if registry.spec("objective", n).facts.get("rows") in found.becomes]
+    if not names:
+        return ""
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+    return f"objective={listed} takes such rows"
+
+
+def _most_specific(row: Row) -> list[DataFormat]:
+    """Return the formats that a row has with the most of its columns, under their own names; exact ones first."""
+    fitting = [one for one in map(data_format, registry.names("format")) if one.matches(row) is not None and one.fits(row)]
+    most = max((len(one.matches(row) or ()) for one in fitting), default=0)
+    return sorted(
+        (one for one in fitting if len(one.matches(row) or ()) == most), key=lambda one: one.matches(row) != one.columns[0]
+    )
+
+
+def _fitting(formats: Sequence[DataFormat], row: Row) -> str:
+    return next((one.name for one in formats if one.matches(row) is not None), formats[0].name)
+
+
+def nearest_mapping(formats: Sequence[DataFormat], row: dict[str, Any]) -> dict[str, str]:
+    """Return the mapping that completes a format with columns of the row, fewest renames first."""
+    best: dict[str, str] = {}
+    for one in formats:
+        for columns in one.columns:
+            mapping: dict[str, str] = {}
+            for wanted in columns:
+                if wanted in row:
+                    continue
+                column = _similar(
+                    names_of(wanted, one), wanted, [c for c in row if c not in mapping.values() and c not in columns]
+                )
+                if column is None:
+                    break
+                mapping[wanted] = column
+            else:
+                best = mapping if not best or len(mapping) < len(best) else best
+    return best
+
+
+def _similar(synonyms: Sequence[str], wanted: str, columns: list[str]) -> str | None:
+    lowered = {c.lower(): c for c in columns}
+    for synonym in synonyms:
+        if synonym in lowered:
+            return lowered[synonym]
+    near = did_you_mean(wanted, lowered)
+    return lowered[near.split("'")[1]] if near else None
