@@ -2,13 +2,15 @@
 
 The key is a hash of what determines the token rows and of nothing else: the content of the data, the tokenizer with its
 template, the row type and mask, the length options, the split or sample, and the code that encodes. A table is written under
-a temporary name and then renamed, so a reader never sees half of one and two writers do not disturb each other.
+a temporary name and then renamed, so a reader never sees half of one and two writers do not disturb each other. Its checksums
+are verified when it is opened; a damaged table is removed and built again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.core.file_hashes import file_hash, sha256_of
+from llmrecipe.core.paths import cache_root
 from llmrecipe.data.tokenize.row_type import RowType
 
 if TYPE_CHECKING:
@@ -29,11 +33,7 @@ if TYPE_CHECKING:
 
 FILE, FACTS = "rows.arrow", "facts.json"
 
-
-def cache_root() -> Path:
-    """Return `$LLMRECIPE_CACHE`, or ~/.cache/llmrecipe."""
-    named = os.environ.get("LLMRECIPE_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "llmrecipe"
+logger = logging.getLogger("llmrecipe")
 
 
 def table_key(ingredients: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def keep_picture(content: bytes) -> Path:
     """Store bytes in a file of the cache, named by their hash, and return its path."""
     path = cache_root() / "pictures" / hashlib.sha256(content).hexdigest()
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         aside.write_bytes(content)
@@ -223,7 +223,8 @@ class TableWriter:
                 self.add(to_batch({name: [] for name in self.schema.names}, self.schema))
             self._file.close()
             self._file = None
-            (self._aside / FACTS).write_text(json.dumps(facts, ensure_ascii=False))
+            content = {"facts": facts, "facts_sha256": table_key(facts), "rows_sha256": file_hash(self._aside / FILE).sha256}
+            (self._aside / FACTS).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
             for name in (FILE, FACTS):
                 with (self._aside / name).open("rb") as file:
                     os.fsync(file.fileno())
@@ -232,10 +233,14 @@ class TableWriter:
             raise _no_room(self._aside, error) from error
         try:
             self._aside.rename(self.folder)
-        except OSError:  # another process was first; its table is the same
+        except OSError as error:  # another process was first; its table is the same
+            if (found := open_table(self.folder, self.kind)) is None:
+                self.abandon()
+                raise _no_room(self._aside, error) from error
             self.abandon()
+            return found
         found = open_table(self.folder, self.kind)
-        assert found is not None
+        assert found is not None, "a table that was just written is intact"
         return found
 
     def abandon(self) -> None:
@@ -260,15 +265,22 @@ def table_folder(key: str) -> Path:
 
 
 def open_table(folder: Path, kind: RowType) -> TokenTable | None:
-    """Open the table in a folder, memory-mapped; return None when there is none, or after removing an unreadable one."""
+    """Open the table in a folder, memory-mapped; return None when there is none, or after removing a damaged one."""
     import pyarrow as pa
 
-    if not (folder / FACTS).exists():
+    if not folder.exists():
         return None
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if "facts" not in content:  # one without checksums, of an older version
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        facts = content["facts"]
+        if table_key(facts) != content["facts_sha256"] or sha256_of(folder / FILE) != content["rows_sha256"]:
+            raise ValueError("its checksums differ")
         reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
         return TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
-    except (OSError, ValueError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        logger.warning("%s: this table of the token cache is damaged (%s); it is built again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -1,13 +1,15 @@
 """Reference log-probabilities, cached by row so that each row is scored once.
 
 A cache file is keyed by what the numbers depend on: token rows, reference weights, dtype and engine version. It is stored
-next to the token cache and only ever read under the same key.
+next to the token cache and only ever read under the same key. Its checksum is verified when it is read; the rows of a damaged
+file are scored again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import LlmRecipeError
+from llmrecipe.core.paths import cache_root
 from llmrecipe.data.collate import Batch
+
+logger = logging.getLogger("llmrecipe")
 
 VERSION = "1"
 """Changes when the log-prob engine changes what it computes."""
@@ -70,14 +75,22 @@ class ReferenceCache:
         index = sorted(self.known)
         tensors = {"keys": torch.tensor(index, dtype=torch.int64), "sums": torch.stack([self.known[i] for i in index])}
         aside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, str(aside))
+        save_file(tensors, str(aside), metadata={"sha256": weights_digest(tensors)})
         os.replace(aside, self.path)
 
     def _read(self, path: Path) -> None:
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
-        tensors = load_file(str(path))
-        self.known = {int(key): sums for key, sums in zip(tensors["keys"], tensors["sums"], strict=True)}
+        try:
+            with safe_open(str(path), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("keys", "sums")}
+                wanted = (file.metadata() or {}).get("sha256")
+            if wanted is not None and weights_digest(tensors) != wanted:
+                raise ValueError("its checksum differs")
+            self.known = {int(key): sums for key, sums in zip(tensors["keys"], tensors["sums"], strict=True)}
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning("%s: these reference scores are damaged (%s); they are computed again", path, error)
+            path.unlink(missing_ok=True)
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:
@@ -93,5 +106,4 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
 def cache_file(facts: dict[str, Any]) -> Path:
     """Return the file of numbers that depend on these facts and on the engine's version."""
     digest = hashlib.sha256(json.dumps({"version": VERSION, **facts}, sort_keys=True).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("LLMRECIPE_CACHE", Path.home() / ".cache" / "llmrecipe"))
-    return root / "reference" / f"{digest}.safetensors"
+    return cache_root() / "reference" / f"{digest}.safetensors"

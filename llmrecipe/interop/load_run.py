@@ -13,6 +13,7 @@ from llmrecipe.interop.verify_logits import HEADS, adapter_head
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
+from llmrecipe.runs.checksums import verify
 from llmrecipe.runs.open_model import LoadedModel, open_model
 from llmrecipe.runtime.caller_state import kept_for_caller
 
@@ -88,6 +89,7 @@ def head_of(folder: Path) -> str:
     """Return the head a finished run was trained with."""
     if (folder / delta.STACK_FILE).is_file():
         return delta.read_stack(folder).head
+    verify(folder, lambda name: name == "model/config.json")
     config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [""])[0]
     return next((head for ending, head in HEADS if name.endswith(ending)), "causal")

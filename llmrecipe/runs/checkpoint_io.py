@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.runs.checksums import FILE as CHECKSUMS
+from llmrecipe.runs.checksums import file_fault, read_checksums
 from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync
 
-CHECKSUMS = "checksums.json"
 NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers for an exhausted disk, quota or file size limit."""
@@ -156,19 +157,14 @@ def _write(path: Path, pieces: Iterator[bytes | memoryview] | Iterator[bytes]) -
 def fault(path: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None when every file exists and matches its checksum."""
     try:
-        listed = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        listed = read_checksums(path)
+        step = json.loads((path / CHECKSUMS).read_text(encoding="utf-8")).get("step")
+    except (OSError, ValueError) as error:
         return f"its {CHECKSUMS} cannot be read ({type(error).__name__})"
-    for name, expected in listed.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        with open(file, "rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} has changed since it was written"
-    return None
+    match = NAME.match(path.name)
+    if match is not None and step != int(match[2]):
+        return f"it is the checkpoint of step {step}"
+    return next((wrong for name, wanted in listed.items() if (wrong := file_fault(path / name, wanted)) is not None), None)
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:
@@ -219,7 +215,7 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     wrong = fault(path)
     if wrong is not None:
         raise RunError(f"the checkpoint {path} cannot be used: {wrong}")
-    files = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+    files = read_checksums(path)
     tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors")}
     documents = {Path(f).stem: json.loads((path / f).read_text(encoding="utf-8")) for f in files if f.endswith(".json")}
     return SavedCheckpoint(path, int(match[2]), tensors, documents)

@@ -25,6 +25,7 @@ from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
+from llmrecipe.runs.checksums import verify
 
 DELTA_FILE = "delta.safetensors"
 SAMPLE = 4096
@@ -108,12 +109,15 @@ def read_stack(folder: Path, tensors: bool = True) -> SavedStack:
         tensors: False leaves the layers' tensors out.
 
     Raises:
-        RunError: a file is missing or unreadable.
+        RunError: a file is missing, unreadable or not what was written.
     """
     from safetensors.torch import load_file
 
+    verify(folder, lambda name: name == STACK_FILE)
     try:
         content = yaml.safe_load((folder / STACK_FILE).read_text(encoding="utf-8"))
+        files = [x["file"] for x in content["layers"]] if tensors else []
+        verify(folder, lambda name: name in files)
         layers = [
             Layer(x["wrappers"], x["structures"], x["file"], load_file(str(folder / x["file"])) if tensors else {})
             for x in content["layers"]

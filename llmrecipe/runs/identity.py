@@ -18,11 +18,11 @@ from typing import Any
 
 from llmrecipe.core.background import Background
 from llmrecipe.core.errors import UserError
+from llmrecipe.core.file_hashes import FileHash, file_hash
 from llmrecipe.models.checkpoint_path import PICKLED, SAFE, STACK_FILE, locate, run_folder
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs import open_model
-from llmrecipe.runs.file_hashes import FileHash, file_hash
 
 PROBES = (
     "The 3 quick brown foxes' 1,024 jumps (over 0.5 lazy dogs) cost $12.75!\n\n\tdef f(x):\n\t    return x ** 2  # naïve café",

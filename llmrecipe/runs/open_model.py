@@ -11,11 +11,12 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
-from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
+from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
+from llmrecipe.runs.checksums import verify
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,6 +112,9 @@ def open_saved(
     from llmrecipe.models import new_token_rows, task_heads
     from llmrecipe.models.load import load_model, load_tokenizer
 
+    if folder is not None:
+        read = {STACK_FILE, *(layer.file for layer in saved.layers)} if saved is not None else set()
+        verify(folder, lambda name: name not in read)
     kwargs = dict(load_kwargs or {})
     bases = _base_wrappers(saved)
     for wrapper in bases:

@@ -29,6 +29,7 @@ from llmrecipe.runs.checkpoint_io import (
     save_checkpoint,
     steps,
 )
+from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.runs.durable import ASIDE, put_in_place, sync_tree
 from llmrecipe.runs.run_dir import BEST
 from llmrecipe.training import build_run, finite_check, run_identity
@@ -259,6 +260,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
             run.composition.name, run.loaded.section.path, run.objective, run.stack, run.model, rows, metrics
         )
         (aside / "README.md").write_text(about, encoding="utf-8")
+        write_checksums(aside)
         sync_tree(aside)
         put_in_place(aside, final)
     except OSError as error:

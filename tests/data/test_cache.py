@@ -167,3 +167,33 @@ def test_access_across_record_batches(tmp_path: Path, monkeypatch: Any) -> None:
     np.testing.assert_array_equal(data.lengths(), np.arange(2, 12))
     with pytest.raises(IndexError):
         data[10]
+
+
+@pytest.mark.parametrize("harm", ["a bit of the rows", "a number of the facts", "no facts", "no rows", "an older table"])
+def test_damage_of_any_kind_heals(harm: str, tmp_path: Path, own_cache: Path, encodings: list[str]) -> None:
+    path, section = write(tmp_path / "t.jsonl", TALKS), None
+    section = DataSection(path=str(path), format="messages")
+    first = prepare(section, byte_tokenizer(), "dialogue", seed=0)
+    assert first is not None
+    wanted = list(first)
+    (rows,) = own_cache.rglob(FILE)
+    facts = rows.with_name("facts.json")
+    content = json.loads(facts.read_text())
+    if harm == "a bit of the rows":
+        changed = bytearray(rows.read_bytes())
+        changed[len(changed) // 2] ^= 1
+        rows.write_bytes(changed)
+    elif harm == "a number of the facts":
+        content["facts"]["report"]["kept"] += 1
+        facts.write_text(json.dumps(content))
+    elif harm == "no facts":
+        facts.unlink()
+    elif harm == "no rows":
+        rows.unlink()
+    else:
+        facts.write_text(json.dumps(content["facts"]))
+    again = prepare(section, byte_tokenizer(), "dialogue", seed=0)
+    assert again is not None and list(again) == wanted and len(encodings) == 2
+    assert again.report.kept == len(wanted)
+    prepare(section, byte_tokenizer(), "dialogue", seed=0)
+    assert len(encodings) == 2, "the new table is intact"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -332,3 +333,21 @@ def test_no_pickle_is_written_or_read(tmp_path):
     for module in ("runs/checkpoint_io", "training/optimizer_state"):
         text = (ROOT / "llmrecipe" / f"{module}.py").read_text()
         assert "import pickle" not in text and "torch.load" not in text and "torch.save" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"files": []}', '{"files": {"delta.safetensors": null}}', '{"files": {"delta.safetensors": {"bytes": 1}}}',
+     '{"files": {"../x": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}', "\ud800"],
+)  # fmt: skip
+def test_damaged_checksums_are_a_damaged_checkpoint(text, tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    (tmp_path / "step-000002" / "checksums.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_used(tmp_path):
+    write(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000005")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"

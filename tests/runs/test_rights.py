@@ -65,6 +65,7 @@ class Planted:
         self.stored = yaml.safe_load((self.run / "final" / "stack.yaml").read_text())
         stack = {**self.stored, "base": {**self.stored["base"], "section": dict.fromkeys(RIGHTS, True)}}
         (self.run / "final" / "stack.yaml").write_text(yaml.safe_dump(stack))
+        (self.run / "final" / "checksums.json").unlink()
         assert self.ran()
 
     def ran(self) -> bool:

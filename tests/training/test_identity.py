@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from llmrecipe.core import file_hashes
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.file_hashes import FileHash, sha256_of
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.recipe.schema import ModelSection
-from llmrecipe.runs import file_hashes, identity
+from llmrecipe.runs import identity
 from llmrecipe.runs.checkpoint_io import save_checkpoint
 from llmrecipe.runs.events import read_events
-from llmrecipe.runs.file_hashes import FileHash, sha256_of
 from llmrecipe.runs.identity import base_hashes, changed, tokenizer_facts
 from llmrecipe.training.run import Run
 from tests.trainings import resume, stop_after, train_recipe

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmrecipe.data.cache import cache_root
+from llmrecipe.core.paths import cache_root
 
 BLOB = re.compile(r"[0-9a-f]{64}")
 
