@@ -30,6 +30,7 @@ from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.jsonschema import json_schema
 from llmrecipe.recipe.schema import DataSection
 from tests.interop.saved_runs import VOCABULARY
+from tests.pipelines import contract
 from tests.trainings import events, learned, train_recipe
 
 NAMES = [
@@ -250,6 +251,29 @@ class BloomPlaces(HubLayout):
     model_types: ClassVar[tuple[str, ...]] = ("bloom",)
     places: ClassVar[dict[str, str]] = {"attn": "attn_side", "ffn": "mlp_side"}
 ''',
+    "shortened.py": '''
+from llmrecipe.plugin import ClassVar, PositiveInt, Step, register
+
+
+@register
+class Shortened(Step):
+    """The first prompts of a set, answered with their first word."""
+
+    gives: ClassVar[str] = "rows"
+    needs: ClassVar[dict[str, str]] = {"prompts": "rows"}
+
+    prompts: str
+    """Rows with prompts."""
+    count: PositiveInt = 3
+    """Number of rows."""
+
+    def example(self):
+        return {"train": [{"prompt": "one two", "completion": "one"}] * self.count}
+
+    def run(self, work):
+        rows = self.example()["train"]
+        return {"rows": work.write(rows)}
+''',
     "first_only.py": '''
 from llmrecipe.plugin import ClassVar, MergeMethod, PositiveFloat, register
 
@@ -416,6 +440,23 @@ def test_the_names_a_recipe_may_hold_include_those_of_a_plugin(
     forget(monkeypatch)
     with pytest.raises(RecipeError, match="there is no loss_mask 'every_other'"):
         compose("sft_lora", ["objective.mask=every_other"])
+
+
+def test_a_step_of_a_plugin_keeps_the_promises_of_steps(package: Path, tmp_path: Path) -> None:
+    registry.add_plugin("stranger")
+    contract.test_options_are_explained_and_a_wrong_one_is_named("shortened", tmp_path)
+    contract.test_what_it_needs_are_options_and_what_it_gives_is_known("shortened")
+    (tmp_path / "dry").mkdir()
+    contract.test_a_dry_run_has_what_later_trainings_need("shortened", tmp_path / "dry")
+    contract.test_a_finished_step_is_reused("shortened", tmp_path)
+    path = package / "shortened.py"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"prompt": "one two", "completion": "one"', '"number": 1'), encoding="utf-8"
+    )
+    sys.modules.pop("stranger.shortened")
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(AssertionError, match="no row type can be made of the example rows"):
+        contract.test_a_dry_run_has_what_later_trainings_need("shortened", tmp_path / "wrong")
 
 
 def test_a_layout_of_a_plugin_says_where_the_hub_keeps_adapters(package: Path) -> None:

@@ -17,7 +17,7 @@ from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.row_type import row_type
-from llmrecipe.data.tokenize_split import build_table
+from llmrecipe.data.tokenize_split import build_table, plugin_code
 from llmrecipe.recipe.schema import DataSection
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def prepare(
             mask,
             seed,
             *([dict(needs)] if needs else []),
+            *([{"plugins": plugged}] if (plugged := plugin_code()) else []),
         ]
         stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks, needs=needs)
         return StreamedRows(stream, table_key({"stream": ingredients}))

@@ -23,7 +23,11 @@ def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks |
 
 
 def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
-    """Read training rows, validation rows (or None) and, for labelled rows, the label names."""
+    """Read training rows, validation rows (or None) and, for labelled rows, the label names.
+
+    Raises:
+        DataError: there are no training rows, or rows that cannot be used.
+    """
     from llmrecipe.data import prepare
 
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
@@ -31,10 +35,11 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
     needs = objective.columns()
     data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs)
-    labels = getattr(data, "labels", None)
+    assert data is not None, "only validation and test rows may be absent"
+    labels = data.labels
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
-        tasks=data.tasks if data is not None else None, needs=needs,
+        tasks=data.tasks, needs=needs,
     )  # fmt: skip
     return data, validation, labels
 

@@ -15,13 +15,14 @@ import pytest
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.paths import PACKAGE
-from llmrecipe.data import tokenize_split
+from llmrecipe.data import prepare, tokenize_split
 from llmrecipe.data.formats.data_format import Conversion, data_format, formats_of
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.tokenize.encode import DECIDING
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import GROUPS
-from tests.data.toys import turn
+from llmrecipe.recipe.schema import DataSection
+from tests.data.toys import byte_tokenizer, turn
 
 ORDER = {
     "text": ["text", "tokens"],
@@ -185,3 +186,20 @@ def test_the_command_line_lists_and_shows_formats_without_torch(words: list[str]
         assert all(name in done.stdout for name in registry.names("format"))
     if words[1] == "alpaca":
         assert "columns: instruction+output" in done.stdout and '"instruction": "Translate into French."' in done.stdout
+
+
+def test_the_key_of_streamed_rows_changes_with_the_code_of_a_plugged_format(package: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n', encoding="utf-8")
+
+    def key() -> str:
+        rows = prepare(DataSection(path=str(path), streaming=True), byte_tokenizer(), "text", seed=0)
+        assert rows is not None
+        return rows.key
+
+    plain = key()
+    (package / "cards.py").write_text(CARDS.replace("BECOMES", '"dialogue": 35'), encoding="utf-8")
+    registry._index.cache_clear()
+    first = key()
+    (package / "cards.py").write_text(CARDS.replace("BECOMES", '"dialogue": 45'), encoding="utf-8")
+    assert len({plain, first, key()}) == 3

@@ -146,5 +146,5 @@ def test_the_recipe_learns_and_its_control_does_not(tmp_path: Path) -> None:
     """The control trains on answers that belong to other questions."""
     train_recipe(tmp_path / "run", "vera")
     assert events(tmp_path / "run", "evaluation")[-1]["eval/loss"] <= 0.5
-    train_recipe(tmp_path / "control", "vera", *LISTS(tmp_path))
+    train_recipe(tmp_path / "control", "vera", *LISTS(tmp_path / "data"))
     assert events(tmp_path / "control", "evaluation")[-1]["eval/loss"] >= 0.9
