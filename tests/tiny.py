@@ -93,6 +93,11 @@ class Tokenizer:
     mask_token_id: int | None = 63
     all_special_ids: ClassVar[list[int]] = [0, 1, 2, 63]
 
+    def __call__(self, first: str, second: str | None = None, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """One or two texts of a single token between special tokens: <1> a <2>, or <1> a <2> b <2>."""
+        inner = [10] if second is None else [10, 2, 10]
+        return {"input_ids": [1, *inner, 2] if add_special_tokens else [10]}
+
     def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(64)}
 

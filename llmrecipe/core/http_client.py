@@ -6,11 +6,14 @@ environment, the user and password of an address.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
+import io
 import json
 import os
 import random
+import socket
 import threading
 import time
 import urllib.error
@@ -29,6 +32,80 @@ LONGEST_WAIT = 120.0
 """Longest wait in seconds before the next attempt, whatever the server requests."""
 
 
+LARGEST_REPLY = 64 << 20
+"""Bytes of the largest reply that is read."""
+
+
+class _Reader(io.RawIOBase):
+    """Reads a socket until a deadline: a timeout of the socket alone would start anew with each byte."""
+
+    def __init__(self, sock: socket.socket, deadline: float, timeout: float):
+        self.sock, self.deadline, self.timeout = sock, deadline, timeout
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer what has arrived."""
+        left = self.deadline - time.monotonic()
+        if left > 0:
+            self.sock.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                return self.sock.recv_into(buffer)
+        raise TimeoutError(f"no whole reply within {self.timeout:g} s")
+
+    def close(self) -> None:
+        """Close the socket."""
+        super().close()
+        self.sock.close()
+
+
+class _Socket:
+    """A socket whose reader has a deadline; the reader closes it."""
+
+    def __init__(self, sock: socket.socket, timeout: float):
+        self._sock, self._timeout, self._deadline = sock, timeout, time.monotonic() + timeout
+        self._read = False
+
+    def makefile(self, mode: str, *_: Any) -> io.BufferedReader:
+        """Return the reader."""
+        self._read = True
+        return io.BufferedReader(_Reader(self._sock, self._deadline, self._timeout))
+
+    def close(self) -> None:
+        """Close the socket where nobody reads it."""
+        if not self._read:
+            self._sock.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+class _Plain(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        self.sock: Any = _Socket(self.sock, float(self.timeout or LONGEST_WAIT))
+
+
+class _Secure(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        self.sock: Any = _Socket(self.sock, float(self.timeout or LONGEST_WAIT))
+
+
+class _Handler(urllib.request.HTTPHandler):
+    """Opens addresses with connections whose replies have a deadline."""
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Plain, request)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Secure, request)
+
+
 class _StayHere(urllib.request.HTTPRedirectHandler):
     """Refuses redirects: the token is for the given address and for no other."""
 
@@ -37,7 +114,7 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
         return
 
 
-OPENER = urllib.request.build_opener(_StayHere)
+OPENER = urllib.request.build_opener(_StayHere, _Handler, _SecureHandler)
 
 
 class Refused(RunError):
@@ -98,6 +175,7 @@ class Client:
     key_env: str | None = None
     """Environment variable with a bearer token."""
     timeout: float = 30.0
+    """Seconds to connect, and seconds for a whole reply."""
     retries: int = 4
     """Number of retries after a failure."""
     wait: float = 0.5
@@ -159,8 +237,10 @@ class Client:
             self.requests += 1
         request = urllib.request.Request(self.url.rstrip("/") + path if path else self.url, content, headers)
         with OPENER.open(request, timeout=self.timeout) as reply:
-            body: bytes = reply.read()
-            return body
+            body: bytes = reply.read(LARGEST_REPLY + 1)
+        if len(body) > LARGEST_REPLY:
+            raise RunError(f"{self.who} {self.url}: the reply is larger than {LARGEST_REPLY >> 20} MB: {body[:80]!r}")
+        return body
 
     def _wait_for_turn(self) -> None:
         """Wait until the rate allows one more request."""

@@ -55,6 +55,7 @@ class Engine(nn.Module):
         temperature: float = 1.0,
         critic: Critic | None = None,
         entropy_graph: bool = False,
+        heads: tuple[str, ...] = (),
     ) -> dict[str, Tensor]:
         """Run the model once over a batch.
 
@@ -66,6 +67,8 @@ class Engine(nn.Module):
             off: names of wrappers to disable, in addition to those the surrounding context disables.
             temperature: divides the logits of `logprobs`.
             entropy_graph: with `entropy`, give it its graph.
+            heads: with `logprobs`, also return (S, C) of these heads of the model, by name, on the state that each sequence
+                is pooled by (`extra["pool"]`, or the last token).
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -73,7 +76,9 @@ class Engine(nn.Module):
         """
         device = batch.input_ids.device.type
         with (
-            activate(dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic), off=off | current().off)),
+            activate(
+                dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic, heads), off=off | current().off)
+            ),
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
         ):
             if want == "scores":
@@ -88,6 +93,7 @@ class Engine(nn.Module):
                 return self.values(flat, batch, role)
             post = dataclasses.replace(self.post, temperature=temperature)
             out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph)
+            out |= {name: self.head_of(name)(flat[pooled(batch)]) for name in heads}
             if critic is None:
                 return out
             if critic.trunk == "own":
@@ -177,9 +183,11 @@ def pooled(batch: Batch) -> Tensor:
     return batch.extra.get("pool", batch.last)
 
 
-def read_rows(batch: Batch, want: str, critic: Critic | None = None) -> Tensor | None:
+def read_rows(batch: Batch, want: str, critic: Critic | None = None, heads: tuple[str, ...] = ()) -> Tensor | None:
     """Return sorted flat indices (M,) of the final states the requested tensor depends on; None where any may be used."""
     both = torch.cat([batch.source, batch.last])
     sources = both if critic is not None and critic.trunk != "own" else batch.source
+    if heads:
+        sources = torch.cat([sources, pooled(batch)])
     rows = {"logprobs": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)
     return None if rows is None else torch.unique(rows)

@@ -45,6 +45,8 @@ class Roles:
         """Wrappers disabled in the reference in addition to the run's own: mounted ones, where the base is the reference."""
         self.reference_moves = False
         """Whether the reference follows the policy, so that no score of it may be kept."""
+        self.max_length: int = 1024
+        """Most tokens of a sequence (`data.max_length`), for objectives that make their own."""
         self.seed: int = 0
         """The run's seed, for objectives that draw (masks, negatives)."""
         self.runtime: Any = None
@@ -103,10 +105,11 @@ class Roles:
         temperature: float = 1.0,
         critic: Critic | None = None,
         entropy_graph: bool = False,
+        heads: tuple[str, ...] = (),
     ) -> dict[str, Tensor]:
         """Run the trained model through the prepared module, so that ranks synchronise."""
         return self.prepared(
-            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph
+            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph, heads=heads
         )
 
     def reference(self, batch: Batch) -> Tensor:

@@ -66,7 +66,7 @@ def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
         engine, stack, loaded.tokenizer, runtime.device, packing_for(recipe.data.packing, engine, runtime.device),
         recipe.batch.micro, recipe.batch.tokens or micro_tokens(runtime.device),
     )  # fmt: skip
-    roles.seed = recipe.seed
+    roles.seed, roles.max_length = recipe.seed, recipe.data.max_length
     roles.reference_off = stepped_aside(loaded, parts.objective.reference_of())
     return Subject(composition, loaded, roles, parts.objective, runtime)
 

@@ -1,4 +1,4 @@
-"""Scalar heads of a model, one per role (reward, value), in addition to its language-model head.
+"""Further heads of a model, one per role (reward, value, next sentence), in addition to its language-model head.
 
 They are children of `model.task_head`, so one base in memory can serve as policy, value function and reward model, each with
 its own adapter and head, and the base's fingerprint is that of the plain model.
@@ -41,6 +41,39 @@ class ScalarHead(nn.Module):
             return self.gain * F.linear(h.to(wide), self.weight.to(wide)) + self.bias
 
 
+class PooledHead(nn.Module):
+    """W2 tanh(W1 h + b1) + b2 in float32 at least, (N, D) -> (N, C): the pooler and the outputs of BERT."""
+
+    def __init__(self, width: int, outputs: int, seed: int = 0, std: float = 0.02):
+        super().__init__()
+        self.dense, self.out = nn.Linear(width, width), nn.Linear(width, outputs)
+        draws = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in (self.dense, self.out):
+                layer.weight.normal_(0.0, std, generator=draws)
+                layer.bias.zero_()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the scores (N, C) of hidden states (N, D)."""
+        with torch.autocast(h.device.type, enabled=False):
+            weight = self.dense.weight
+            return self.out(torch.tanh(self.dense(h.to(torch.promote_types(weight.dtype, torch.float32)))))
+
+
+def add_pooled_head(model: Any, role: str, outputs: int, seed: int = 0) -> PooledHead:
+    """Add a trained head with a pooler and return it; an existing one (of the run that is continued) keeps its values."""
+    heads = _container(model)
+    if role not in heads:
+        width = int(model.config.get_text_config().hidden_size)
+        heads[role] = PooledHead(width, outputs, seed).to(model.get_input_embeddings().weight.device)
+    found = heads[role]
+    assert isinstance(found, PooledHead)
+    for parameter in found.parameters():
+        parameter.frozen_head = False  # type: ignore[attr-defined]
+        parameter.requires_grad_(True)
+    return found
+
+
 def add_head(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
     """Add a trained head for a role and return it; an existing one (of the run that is continued) keeps its values.
 
@@ -66,16 +99,23 @@ def mount_heads(model: Any, tensors: Mapping[str, Tensor]) -> None:
         if not name.startswith(f"{ATTRIBUTE}."):
             continue
         heads = _container(model) if heads is None else heads
-        _, role, part = name.split(".")
+        _, role, part = name.split(".", 2)
         if role not in heads:
-            heads[role] = ScalarHead(int(tensors[f"{ATTRIBUTE}.{role}.weight"].shape[1])).to(
-                model.get_input_embeddings().weight.device
-            )
+            heads[role] = _empty_head(tensors, role).to(model.get_input_embeddings().weight.device)
         head = heads[role]
         with torch.no_grad():
-            getattr(head, part).copy_(value)
-        head.weight.frozen_head = True  # type: ignore[union-attr]
-        head.weight.requires_grad_(False)
+            head.state_dict(keep_vars=True)[part].copy_(value)
+        for parameter in head.parameters():
+            parameter.frozen_head = True  # type: ignore[attr-defined]
+            parameter.requires_grad_(False)
+
+
+def _empty_head(tensors: Mapping[str, Tensor], role: str) -> nn.Module:
+    """Return a head of the kind and the size that a role's saved tensors have."""
+    own = {name.removeprefix(f"{ATTRIBUTE}.{role}."): value for name, value in tensors.items()}
+    if "weight" in own:
+        return ScalarHead(int(own["weight"].shape[1]))
+    return PooledHead(int(own["dense.weight"].shape[1]), int(own["out.weight"].shape[0]))
 
 
 def is_frozen(model: Any, name: str) -> bool:
@@ -84,7 +124,7 @@ def is_frozen(model: Any, name: str) -> bool:
     heads = getattr(model, ATTRIBUTE, None)
     if parts[0] != ATTRIBUTE or len(parts) == 1 or not isinstance(heads, nn.ModuleDict):
         return False
-    return bool(getattr(heads[parts[1]].weight, "frozen_head", False))
+    return all(getattr(parameter, "frozen_head", False) for parameter in heads[parts[1]].parameters())
 
 
 def head_roles(model: Any) -> list[str]:

@@ -151,7 +151,7 @@ def build_roles(recipe: Any, stack: Stack, model: open_model.LoadedModel, runtim
     tokens = batch.tokens or (None if batch.micro else packing.micro_tokens(device))
     roles = Roles(engine, stack, model.tokenizer, device, packed, batch.micro, tokens, scores)
     roles.runtime = runtime
-    roles.seed = recipe.seed
+    roles.seed, roles.max_length = recipe.seed, recipe.data.max_length
     return roles
 
 

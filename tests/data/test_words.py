@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,17 @@ def test_every_piece_of_a_split_document_has_its_own_special_tokens(tmp_path: Pa
 def test_a_length_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.max_length: 2 leaves no room"):
         rows(tokenizer("bpe"), tmp_path, "the harbour", max_length=2)
+
+
+def test_a_document_is_cut_into_its_sentences(tmp_path: Path) -> None:
+    own = tokenizer("bpe")
+    section = DataSection(path=str(tmp_path / "train.jsonl"), cache=False, max_length=8, validation=0)
+    text = 'The harbour was frozen! "Snow fell." the frozen\nsnowflakes'
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    (row,) = prepare(section, own, "sentences", mask="completion", split="train", seed=0)
+    assert sum(row["sentences"]) == len(row["ids"]) == len(row["words"]) > 8
+    start, spelled = 0, []
+    for length in row["sentences"]:
+        spelled.append(own.decode(row["ids"][start : start + length]).replace("[UNK]", "").strip())
+        start += length
+    assert len(spelled) == 4 and spelled[2].endswith("the frozen") and spelled[3] == "snowflakes"

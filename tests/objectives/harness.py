@@ -63,10 +63,16 @@ def document(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": [1, *ids(row, length), 2], "words": [-1, *range(length), -1]}
 
 
+def sentences(row: int, length: int) -> dict[str, Any]:
+    lengths = [2, *([3] * (1 + row % 3)), length]
+    return {"row": row, "ids": ids(row, sum(lengths)), "words": [*range(sum(lengths))], "sentences": lengths}
+
+
 MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
     "words": document,
+    "sentences": sentences,
     "preference": pair,
     "unpaired": feedback,
     "labelled": labelled,

@@ -110,7 +110,8 @@ def test_masks_follow_seed_epoch_and_row() -> None:
     roles = SimpleNamespace(seed=3, tokenizer=Tokenizer())
 
     def places(objective: Mlm, *where: Any) -> list[int]:
-        return objective._hide(row(*where), roles).places  # type: ignore[arg-type]
+        one = row(*where)
+        return objective.hide_tokens(one["ids"], one["words"], one, roles).places  # type: ignore[arg-type]
 
     moving, fixed = Mlm(), Mlm(dynamic=False)
     first = [places(moving, n, 40, 0) for n in range(8)]
@@ -191,7 +192,7 @@ def test_what_cannot_be_masked_is_refused() -> None:
     tokenizer = Tokenizer()
     tokenizer.mask_token_id = None
     with pytest.raises(ModelError, match=r"no mask token.*tokenizer\.mask_token=<mask>"):
-        Mlm()._hide(row(0, 9), SimpleNamespace(seed=0, tokenizer=tokenizer))  # type: ignore[arg-type]
+        Mlm().hide_tokens([1, 5, 2], [-1, 0, -1], row(0, 9), SimpleNamespace(seed=0, tokenizer=tokenizer))  # type: ignore[arg-type]
     headless = nn.Linear(2, 2)
     headless.config = SimpleNamespace(model_type="strange")  # type: ignore[assignment]
     with pytest.raises(ModelError, match=r"the head of 'strange' is not known"):

@@ -171,6 +171,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "tiny_model": Learns("eval/loss", 1.5, 3.0, mixed_talk),
     # The embedded model has read these stories: only fresh weights have something to learn.
     "clm": Learns("eval/loss", 2.3, 3.3, mixed_stories, ("model.init=random",)),
+    "nsp": Learns("eval/nll", 2.8, 3.3, mixed_stories),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
     # finetuning
     "sft": exact(0.95),

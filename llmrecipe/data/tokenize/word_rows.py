@@ -1,9 +1,11 @@
-"""Encoding of documents with the word of each token."""
+"""Encoding of documents with the word of each token, whole or cut into sentences."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
@@ -14,6 +16,8 @@ from llmrecipe.data.tokenize.truncation import fit_sequence
 
 SPECIAL = -1
 """Number of the word of a special token."""
+SENTENCE_END = re.compile(r"(?:[.!?]+[\"')\]»”’]*(?=\s)|[。！？]+[」』”’]*|\n)\s*")
+"""End of a sentence with the white space after it."""
 
 
 def frame(tokens: Tokens) -> tuple[list[int], list[int]]:
@@ -27,6 +31,23 @@ def frame(tokens: Tokens) -> tuple[list[int], list[int]]:
     return framed[:start], framed[start + len(bare) :]
 
 
+def pair_frame(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """Return the special tokens that the tokenizer writes before, between and after two texts.
+
+    Examples:
+        A BERT tokenizer gives ([CLS], [SEP], [SEP]).
+    """
+    bare, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a", "a")["input_ids"]
+    places = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
+    first, second = places[0], places[-1]
+    return framed[:first], framed[first + len(bare) : second], framed[second + len(bare) :]
+
+
+def _need_words(tokens: Tokens) -> None:
+    if not tokens.fast:
+        raise DataError("tokenizer: words are read from a fast tokenizer (tokenizer.json), and this one is a slow one")
+
+
 def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Fill `done` or `bad` of every item.
 
@@ -34,8 +55,7 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         DataError: the tokenizer is a slow one, which cannot say where words are.
     """
     tokens = encoder.tokens
-    if not tokens.fast:
-        raise DataError("tokenizer: words are read from a fast tokenizer (tokenizer.json), and this one is a slow one")
+    _need_words(tokens)
     before, after = frame(tokens)
     room = replace(encoder.limit, length=encoder.limit.length - len(before) - len(after))
     if room.length < 1:
@@ -64,3 +84,45 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
             report.trained += sum(words[i] != SPECIAL for i in part)
             report.longest = max(report.longest, len(row))
         encoder.note(report, item.done[0]["ids"], item.where)
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Return where the sentences of a text end, in characters, white space included.
+
+    Examples:
+        >>> sentence_ends('He said "stop." She left.')
+        [16, 25]
+    """
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return ends if ends and ends[-1] == len(text) else [*ends, len(text)]
+
+
+def encode_sentences(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Fill `done` or `bad` of every item: the tokens of a document, and how many belong to each of its sentences.
+
+    Raises:
+        DataError: the tokenizer is a slow one, which cannot say where words are.
+    """
+    tokens = encoder.tokens
+    _need_words(tokens)
+    texts = [item.row["text"] for item in items]
+    found = tokens.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for n, item in enumerate(items):
+        ids = list(found["input_ids"][n])
+        if not ids:
+            item.bad = BadRow("the text has no tokens")
+            continue
+        words = [SPECIAL if word is None or token in tokens.special else word for token, word in zip(ids, found.word_ids(n))]
+        lengths = [0]
+        ends = iter(sentence_ends(texts[n]))
+        end = next(ends)
+        for first, last in found["offset_mapping"][n]:
+            while max(first, last - 1) >= end:
+                end = next(ends)
+                lengths.append(0)
+            lengths[-1] += 1
+        item.done.append({"ids": ids, "words": words, "sentences": [length for length in lengths if length]})
+        report.tokens += len(ids)
+        report.trained += len(ids)
+        report.longest = max(report.longest, len(ids))
+        encoder.note(report, ids, item.where)

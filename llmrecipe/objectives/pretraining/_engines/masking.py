@@ -16,6 +16,7 @@ import torch
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.collate import Sequence as Tokens
 
 MASK, RANDOM, KEEP = 0, 1, 2
 """What stands in the place of a hidden token: the mask token, a random token, or the token itself."""
@@ -50,9 +51,9 @@ class Hidden:
     """The token id in the place of each."""
 
 
-def generator(seed: int, epoch: int | None, row: int) -> np.random.Generator:
-    """Return the random numbers of a row; an epoch of None is evaluation, whose masks never change."""
-    return np.random.default_rng([seed, 0 if epoch is None else 1 + epoch, row])
+def generator(seed: int, epoch: int | None, row: int, number: int = 0) -> np.random.Generator:
+    """Return the random numbers of a row's sequence; an epoch of None is evaluation, where they never change."""
+    return np.random.default_rng([seed, 0 if epoch is None else 1 + epoch, row, number])
 
 
 def hide(
@@ -115,22 +116,30 @@ def ordinary_tokens(tokenizer: Any) -> np.ndarray:
     return _ordinary[tokenizer]
 
 
-def masked_targets(batch: Batch, rows: Sequence[dict[str, Any]], hidden: Sequence[Hidden]) -> Batch:
+def corrupted(ids: Sequence[int], hidden: Hidden) -> Tokens:
+    """Return a sequence as the model reads it, nothing of it a target of the next-token kind."""
+    shown = list(ids)
+    for place, token in zip(hidden.places, hidden.shown, strict=True):
+        shown[place] = token
+    return Tokens(shown, [0] * len(shown), prompt=len(shown))
+
+
+def masked_targets(batch: Batch, rows: Sequence[Sequence[int]], hidden: Sequence[Hidden]) -> Batch:
     """Return a batch whose targets are the hidden tokens, each predicted by the state at its own place.
 
     `extra` gains one index tensor for each of `KINDS`: which of the N targets are of that kind.
 
     Args:
-        batch: rows laid out in this order, without targets.
-        rows: with the `ids` that were hidden.
+        batch: sequences laid out in this order, without targets.
+        rows: the tokens of each before any was hidden.
     """
     device = batch.last.device
     owner = [i for i, found in enumerate(hidden) for _ in found.places]
     places = [place for found in hidden for place in found.places]
-    lengths = torch.tensor([len(row["ids"]) for row in rows] or [1], device=device)
+    lengths = torch.tensor([len(ids) for ids in rows] or [1], device=device)
     sequence = torch.tensor(owner, dtype=torch.long, device=device)
     starts = batch.last - lengths + 1
-    target = [row["ids"][place] for row, found in zip(rows, hidden, strict=True) for place in found.places]
+    target = [ids[place] for ids, found in zip(rows, hidden, strict=True) for place in found.places]
     kinds = [kind for found in hidden for kind in found.kinds]
     of_kind = {
         name: torch.tensor([i for i, kind in enumerate(kinds) if kind == number], dtype=torch.long, device=device)
