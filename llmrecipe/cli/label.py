@@ -40,13 +40,19 @@ def verb(
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of the model's answers.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Of the answers, and of which one is shown first.")] = 0,
+    words: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="KEY=VALUE", help="Override for the model's recipe (model.dtype=...); may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose the better of two answers, key by key; writes preference rows, resumes where it stopped."""
     from llmrecipe.data.formats.answered_prompts import read_answered
     from llmrecipe.evaluation import human_labels
 
-    rows = source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed)
+    rows = (
+        source if prompts is None else answers_of(source, prompts, out, limit, temperature, max_new_tokens, seed, words or [])
+    )
     requested = human_labels.questions(read_answered(rows, "train", 2, limit, "ROWS_OR_MODEL"))
     judge = None if by is None else judge_of(by, constitution)
     name = labeller or (judge[0].identity.replace("/", "_") if judge is not None else user_name())
@@ -68,7 +74,14 @@ def verb(
 
 
 def answers_of(
-    model: str, prompts: str, out: Path, limit: int | None, temperature: float, max_new_tokens: int, seed: int
+    model: str,
+    prompts: str,
+    out: Path,
+    limit: int | None,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    overrides: list[str],
 ) -> str:
     """Return the folder with two answers of the model to each prompt, generating it once."""
     from llmrecipe.pipelines.steps.run_step import run_step
@@ -77,6 +90,7 @@ def answers_of(
 
     options: dict[str, Any] = {"model": model, "prompts": prompts, "n": 2, "temperature": temperature, "seed": seed}
     options |= {"max_new_tokens": max_new_tokens, **({"limit": limit} if limit else {})}
+    options |= {"words": overrides} if overrides else {}
     words = [as_word((key,), value) for key, value in options.items()]
     words += [as_word(("run", "dir"), str(out / "answers")), 'log.live="off"']
     kept, sys.stdout = sys.stdout, sys.stderr

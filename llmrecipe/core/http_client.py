@@ -37,7 +37,7 @@ LARGEST_REPLY = 64 << 20
 
 
 class _Reader(io.RawIOBase):
-    """Reads a socket until a deadline: a timeout of the socket alone would start anew with each byte."""
+    """Reads a socket until a deadline: a timeout of the socket alone would begin again with each byte."""
 
     def __init__(self, sock: socket.socket, deadline: float, timeout: float):
         self.sock, self.deadline, self.timeout = sock, deadline, timeout
@@ -74,7 +74,7 @@ class _Socket:
         return io.BufferedReader(_Reader(self._sock, self._deadline, self._timeout))
 
     def close(self) -> None:
-        """Close the socket where nobody reads it."""
+        """Close the socket unless a reader has it."""
         if not self._read:
             self._sock.close()
 

@@ -35,6 +35,9 @@ def registered(group: str, *others: str, open: bool = False) -> dict[str, JsonVa
 LossMaskName = Annotated[str, Field(json_schema_extra=registered("loss_mask"))]
 """The name of a loss mask."""
 
+Rank = Annotated[int, Field(gt=0, le=65536)]
+"""The inner width of an added module: a rank, a bottleneck, a number of virtual tokens."""
+
 
 class RefSync(BaseModel):
     """How a reference follows the policy: after every `steps` updates, reference <- alpha policy + (1 - alpha) reference."""
@@ -61,5 +64,6 @@ __all__ = [
     "PositiveFloat",
     "PositiveFraction",
     "PositiveInt",
+    "Rank",
     "RefSync",
 ]

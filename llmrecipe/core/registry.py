@@ -24,6 +24,7 @@ import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -31,6 +32,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core import option_types as vocabulary
 from llmrecipe.core.errors import LlmRecipeError, RecipeError, did_you_mean
+from llmrecipe.core.foreign import reading
 from llmrecipe.core.paths import PACKAGE
 
 INTERFACES = {
@@ -152,7 +154,8 @@ def add_plugin(package: str) -> None:
     """
     if any(name == package for name, _ in _plugins):
         return
-    found = importlib.util.find_spec(package)
+    with reading(f"plugins: '{package}' cannot be found", "name an installed package", RecipeError):
+        found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise RecipeError(f"plugins: no installed package is called '{package}'")
     _plugins.append((package, Path(next(iter(found.submodule_search_locations)))))
@@ -176,7 +179,7 @@ def import_marked(mark: str) -> None:
         for path in sorted(root.rglob("*.py")):
             if mark in path.read_text(encoding="utf-8"):
                 name = ".".join([package, *path.relative_to(root).with_suffix("").parts])
-                importlib.import_module(name.removesuffix(".__init__"))
+                _import(name.removesuffix(".__init__"))
 
 
 def _roots() -> list[tuple[str, Path]]:
@@ -300,7 +303,19 @@ def spec(group: str, name: str, where: str | None = None) -> Spec:
 def load_class(group: str, name: str, where: str | None = None) -> Any:
     """Import one component and return its class (its own type is known to the caller's group only)."""
     found = spec(group, name, where)
-    return getattr(importlib.import_module(found.module), found.class_name)
+    return getattr(_import(found.module), found.class_name)
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module of this package or of a plugin, whose own errors name it.
+
+    Raises:
+        RecipeError: a plugin cannot be imported.
+    """
+    if name.partition(".")[0] == "llmrecipe":
+        return importlib.import_module(name)
+    with reading(f"plugins: {name} cannot be imported", error=RecipeError):
+        return importlib.import_module(name)
 
 
 def find(name: str) -> list[Spec]:

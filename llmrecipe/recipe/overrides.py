@@ -20,7 +20,7 @@ from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.provenance import Origin, Origins, forget, leaves
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, presets
 from llmrecipe.recipe.renames import new_path, new_words
-from llmrecipe.recipe.yaml_file import KeyPath, dotted
+from llmrecipe.recipe.yaml_file import DEEPEST, KeyPath, dotted
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ def _word(text: str, reserved: tuple[str, ...]) -> Word:
         raise RecipeError(f"'{text}': an override is key=value, +key=value or ~key{near}; nothing was set")
     if bare.split("=")[0].split(".")[0] in reserved:
         raise RecipeError(f"'{text}': {bare.split('=')[0].split('.')[0]} cannot be set by an override")
+    if _depth(text) > DEEPEST:
+        raise RecipeError(f"'{text[:60]}...': nested deeper than {DEEPEST} levels")
     try:
         parsed = OverridesParser.create().parse_overrides([text])[0]
         sweep = parsed.is_sweep_override()
         value = None if sweep else _plain(parsed.value())
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, RecursionError, ValueError) as error:
         key = bare.split("=")[0]
         raise RecipeError(
             f"'{text}': this override cannot be read ({_syntax(text)}); quote a value with special characters: "
@@ -74,6 +76,15 @@ def _word(text: str, reserved: tuple[str, ...]) -> Word:
             f"'{text}': expected one value, got several; write a list as '{key}=[{given}]', or use `llmrecipe search`"
         )
     return _classify(text, parsed, value)
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets and braces of a word are nested."""
+    level = deepest = 0
+    for character in text:
+        level += (character in "[{(") - (character in "]})")
+        deepest = max(deepest, level)
+    return deepest
 
 
 def _classify(text: str, parsed: Override, value: Any) -> Word:

@@ -6,12 +6,13 @@ artefact (a run, a stored stack, an adapter, a model folder) may name a right, b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.recipe.provenance import Origins
+from llmrecipe.recipe.provenance import Origins, origin_of
 from llmrecipe.recipe.recipe_paths import packaged
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.schema import ModelSection
@@ -43,7 +44,10 @@ def is_artefact(path: Path) -> bool:
 
 def how_to_give(right: str) -> str:
     """Return how a user gives a right."""
-    return f"set model.{right}=true (a step takes 'words=[\"model.{right}=true\"]', llmrecipe.load {right}=True)"
+    return (
+        f"set model.{right}=true (a step takes 'words=[\"model.{right}=true\"]', a local judge '{right}: true', "
+        f"llmrecipe.load {right}=True)"
+    )
 
 
 def without_rights(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,8 +55,8 @@ def without_rights(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in RIGHTS}
 
 
-def rights_of(section: ModelSection) -> dict[str, bool]:
-    """Return the rights a model section has."""
+def rights_of(section: Any) -> dict[str, bool]:
+    """Return the rights a model section, or a component that opens a model, has."""
     return {name: True for name in RIGHTS if getattr(section, name)}
 
 
@@ -72,20 +76,32 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
     """
     from llmrecipe.recipe.provenance import schema_origin
 
-    model, files = mapping.get("model"), set(own)
+    files = set(own)
     notes: list[str] = []
-    if not isinstance(model, dict):
-        return notes
-    for name in RIGHTS:
-        at = ("model", name)
-        origin = origins.get(at)
-        if model.get(name) is False or (origin and (origin.kind == "override" or origin.file in files)):
+    for at, holder in _holders(mapping):
+        origin = origins.get(at) or origin_of(origins, at)
+        if holder[at[-1]] is False or (origin and (origin.kind == "override" or origin.file in files)):
             continue
         where = f" [{origin}]" if origin and origin.kind == "file" else ""
+        key = dotted(at)
         notes.append(
-            f"model.{name}: ignored, because the recipe that sets it is in a run or next to a model{where}; if it is needed "
-            f"and you trust the source, set it yourself: model.{name}=true"
+            f"{key}: ignored, because the recipe that sets it is in a run or next to a model{where}; if it is needed "
+            f"and you trust the source, set it yourself: {key}=true"
         )
-        model[name] = False
-        origins[at] = schema_origin(at)
+        holder[at[-1]] = False
+        if at in KEYS:
+            origins[at] = schema_origin(at)
     return notes
+
+
+def _holders(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield (key path of a right, the mapping that has it) at any depth: a judge inside a reward opens a model too."""
+    if isinstance(value, dict):
+        for key, inner in list(value.items()):
+            if key in RIGHTS:
+                yield (*at, key), value
+            else:
+                yield from _holders(inner, (*at, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _holders(inner, (*at, index))

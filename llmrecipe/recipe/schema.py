@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from llmrecipe.core.option_types import registered
 
@@ -95,6 +95,8 @@ class DataSection(Section):
         description="Fields of messages, and columns, to leave out where the chat template does not render them (name, tools).",
     )
     max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
+    max_line: PositiveInt = Field(1 << 26, description="Longest line of a file, in bytes.")
+    max_unpacked: PositiveInt = Field(1 << 30, description="Largest compressed file once unpacked, in bytes.")
     max_moved: float = Field(
         0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."
     )
@@ -160,12 +162,26 @@ class LogSection(Section):
     )
 
 
+def one_folder(name: str) -> str:
+    """Return a name that can be that of one folder, and of no folder above.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not name.strip() or name in (".", "..") or len(name) > 200 or any(c in "/\\" or ord(c) < 32 for c in name):
+        raise ValueError("a name of one folder, without / and \\ (run.root says where it is)")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(one_folder)]
+
+
 class RunSection(Section):
     """Where the run directory is."""
 
     dir: str | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
     root: str = Field("runs", description="Folder that contains run directories.")
-    name: str | None = Field(None, description="Name used in the path; default: the recipe's.")
+    name: FolderName | None = Field(None, description="Name used in the path; default: the recipe's.")
     parallel: PositiveInt = Field(1, description="Stages of a pipeline that may run at once, GPUs and cores divided.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
     max_skipped: Fraction = Field(
@@ -247,7 +263,9 @@ class Recipe(Section):
     log: LogSection = Field(default_factory=LogSection)
     run: RunSection = Field(default_factory=RunSection)
     seed: NonNegativeInt = 0
-    steps: PositiveInt | None = Field(None, description="Optimizer steps; takes precedence over epochs.")
+    steps: Annotated[PositiveInt, Field(le=10**9)] | None = Field(
+        None, description="Optimizer steps; takes precedence over epochs."
+    )
     epochs: PositiveFloat | None = Field(None, description="Passes over the training rows.")
     batch: BatchSection = Field(default_factory=BatchSection)
     search: SearchSection | None = None

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
@@ -51,7 +51,7 @@ class Buildable(Protocol):
 class Frame(Section):
     """What every step has in addition to its own options."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     run: RunSection = RunSection()
     log: LogSection = LogSection()
 

@@ -28,6 +28,8 @@ from llmrecipe.recipe.yaml_file import KeyPath, dotted
 SINGLE = ("objective", "optim", "schedule")
 """Groups a recipe has exactly one component of."""
 MISSING = "???"
+LARGEST = 2**53
+"""The least whole number that no option may have."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,18 @@ def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = 
 
 
 def nonfinite_values(value: Any, at: KeyPath = ()) -> list[Mistake]:
-    """Return a mistake for every NaN and infinity at any depth: no option allows them, not even a free-form one."""
+    """Return a mistake for every number that no option allows, at any depth, not even a free-form one.
+
+    These are NaN, infinity, and whole numbers of `LARGEST` and more, which libraries cannot hold.
+    """
     if isinstance(value, Mapping):
         return [mistake for key, inner in value.items() for mistake in nonfinite_values(inner, (*at, str(key)))]
     if isinstance(value, list | tuple):
         return [mistake for place, inner in enumerate(value) for mistake in nonfinite_values(inner, (*at, place))]
     if isinstance(value, float) and not math.isfinite(value):
         return [Mistake(at, f"must be a finite number; got {yaml_text(value)}")]
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return [Mistake(at, f"must be smaller than 2^53 ({LARGEST:,}); got {yaml_text(value)}")]
     return []
 
 

@@ -36,10 +36,38 @@ class YamlFile:
         return short(self.path)
 
 
+LARGEST = 16 << 20
+"""Bytes of the largest file that is read."""
+VALUES = 100_000
+"""Most values of one file, aliases written out."""
+DEEPEST = 64
+"""Deepest nesting."""
+SCALARS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null"))
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars."""
+    """SafeLoader with YAML 1.2 scalars, of bounded depth and size."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node, at most `DEEPEST` levels deep."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"nested deeper than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge `<<` keys, into at most `VALUES` entries."""
+        super().flatten_mapping(node)
+        if len(node.value) > VALUES:
+            raise yaml.YAMLError(_TOO_MANY)
+
+
+_TOO_MANY = f"more than {VALUES:,} values, with aliases (*name) and merges (<<) written out"
 
 
 def _resolve(tag: str, pattern: str, first: str) -> None:
@@ -84,6 +112,8 @@ def read_yaml(path: Path) -> YamlFile:
         RecipeError: the file cannot be read, is not YAML, repeats a key, or is not a mapping.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(f"{short(path)}: larger than {LARGEST >> 20} MB, too large for a recipe; is it a file of data?")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{short(path)}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
@@ -95,7 +125,7 @@ def read_yaml(path: Path) -> YamlFile:
             value = {} if node is None else _build(loader, node, (), lines, path)
         finally:
             loader.dispose()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(_yaml_message(path, text, error)) from error
     if not isinstance(value, dict):
         raise RecipeError(
@@ -107,9 +137,12 @@ def read_yaml(path: Path) -> YamlFile:
 def _build(
     loader: _Loader, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path, parents: tuple[yaml.Node, ...] = ()
 ) -> Any:
+    if len(lines) > VALUES or len(at) > DEEPEST:
+        raise yaml.YAMLError(_TOO_MANY if len(lines) > VALUES else f"nested deeper than {DEEPEST} levels")
     if any(node is parent for parent in parents):
         raise RecipeError(f"{short(path)}:{node.start_mark.line + 1}: this alias contains itself")
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+    known = SCALARS if isinstance(node, yaml.ScalarNode) else ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+    if node.tag not in known:
         raise RecipeError(f"{short(path)}:{node.start_mark.line + 1}: not valid YAML for a recipe: the tag {node.tag}")
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
@@ -117,7 +150,13 @@ def _build(
         inside = (*parents, node)
         return [_build(loader, child, (*at, index), lines, path, inside) for index, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except (ValueError, OverflowError, KeyError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise RecipeError(
+                f"{short(path)}:{node.start_mark.line + 1}: '{dotted(at)}': not a value of type {kind}: {node.value!r:.60}"
+            ) from error
     _refuse_repeated_keys(node, at, path)
     loader.flatten_mapping(node)
     mapping: dict[str, Any] = {}
@@ -141,15 +180,17 @@ def _refuse_repeated_keys(node: yaml.MappingNode, at: KeyPath, path: Path) -> No
         first[key.value] = line
 
 
-def _yaml_message(path: Path, text: str, error: yaml.YAMLError) -> str:
+def _yaml_message(path: Path, text: str, error: yaml.YAMLError | RecursionError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or str(error)
+    if isinstance(error, RecursionError):
+        problem = f"nested deeper than {DEEPEST} levels"
     if mark is None:
         return f"{short(path)}: not valid YAML: {problem}"
     rows = text.splitlines()
     row = rows[mark.line] if mark.line < len(rows) else ""
     hint = "; YAML indents with spaces, never tabs" if "\t" in row else ""
-    return f"{short(path)}:{mark.line + 1}: not valid YAML: {problem}{hint}\n    {row.strip()}"
+    return f"{short(path)}:{mark.line + 1}: not valid YAML: {problem}{hint}\n    {row.strip()[:200]}"
 
 
 class _Dumper(yaml.SafeDumper):

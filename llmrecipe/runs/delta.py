@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.core.foreign import reading
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.models import task_heads
@@ -114,23 +115,20 @@ def read_stack(folder: Path, tensors: bool = True) -> SavedStack:
     from safetensors.torch import load_file
 
     verify(folder, lambda name: name == STACK_FILE)
-    try:
+    with reading(f"{folder}: not a finished adapter run: {STACK_FILE}"):
         content = yaml.safe_load((folder / STACK_FILE).read_text(encoding="utf-8"))
-        files = [x["file"] for x in content["layers"]] if tensors else []
-        verify(folder, lambda name: name in files)
-        layers = [
-            Layer(x["wrappers"], x["structures"], x["file"], load_file(str(folder / x["file"])) if tensors else {})
-            for x in content["layers"]
-        ]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise RunError(f"{folder}: not a finished adapter run: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise RunError(f"{folder}: a tensor file is damaged: {error}") from error
-        raise
-    return SavedStack(
-        content["base"], layers, content.get("head", "causal"), content.get("labels"), content.get("objective", "")
-    )
+        base, listed = dict(content["base"]), [dict(layer) for layer in content["layers"]]
+        parts = [(dict(x["wrappers"]), dict(x["structures"]), str(x["file"])) for x in listed]
+    for _, _, name in parts:
+        if Path(name).name != name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{folder / STACK_FILE}: the layer '{name}' is outside of its folder; only files in it are read")
+    files = [name for _, _, name in parts] if tensors else []
+    verify(folder, lambda name: name in files)
+    layers = []
+    for wrappers, structures, name in parts:
+        with reading(f"{folder / name}: a tensor file is missing or damaged"):
+            layers.append(Layer(wrappers, structures, name, load_file(str(folder / name)) if tensors else {}))
+    return SavedStack(base, layers, content.get("head", "causal"), content.get("labels"), content.get("objective", ""))
 
 
 def mount_layer(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:

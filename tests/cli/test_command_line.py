@@ -137,7 +137,7 @@ def test_show_a_method_tells_its_options_papers_and_recipes(capsys: pytest.Captu
     assert run_command(["show", "lora", "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
     options = {option["name"]: option for option in card["options"]}
-    assert options["r"]["default"] == 8 and options["r"]["allowed"] == "integer > 0" and options["r"]["description"]
+    assert options["r"]["default"] == 8 and options["r"]["allowed"] == "integer > 0, <= 65536" and options["r"]["description"]
     assert "2106.09685" in card["papers"]
     assert {"sft_lora", "dpo_lora", "qlora"} <= set(card["recipes"])
     assert run_command(["show", "lora"]) == 0

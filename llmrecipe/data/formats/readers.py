@@ -14,12 +14,14 @@ import json
 import mmap
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.core.foreign import parse_json, reason_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +30,39 @@ Row = dict[str, Any]
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt", ".text")
 NUMERIC = frozenset({"label", "labels", "score", "margin", "input_ids"})
 """CSV columns whose type is inferred; every other column stays text, so that '007' keeps its zeros."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much a file may ask for: a small compressed file, or one without line ends, can fill any memory."""
+
+    unpacked: int = 1 << 30
+    """Bytes of a compressed file once unpacked (`data.max_unpacked`)."""
+    line: int = 1 << 26
+    """Bytes of one line (`data.max_line`)."""
+
+    def check_line(self, size: int, where: str) -> None:
+        """Refuse a line that is too long.
+
+        Raises:
+            DataError: it names the key that raises the bound.
+        """
+        if size > self.line:
+            raise DataError(f"{where}: a line of more than {self.line:,} bytes; data.max_line=BYTES allows longer ones")
+
+    def check_unpacked(self, size: int, path: Path) -> None:
+        """Refuse a compressed file that is too large.
+
+        Raises:
+            DataError: it names the key that raises the bound.
+        """
+        if size > self.unpacked:
+            raise DataError(
+                f"{path}: more than {self.unpacked:,} bytes once unpacked; if that is right, data.max_unpacked=BYTES allows it"
+            )
+
+
+BOUNDS = Bounds()
 
 
 class Reader:
@@ -69,7 +104,7 @@ def file_kind(path: Path) -> str:
     return Path(name).suffix
 
 
-def open_file(path: Path) -> Reader:
+def open_file(path: Path, bounds: Bounds = BOUNDS) -> Reader:
     """Return the reader for a file.
 
     Raises:
@@ -81,20 +116,23 @@ def open_file(path: Path) -> Reader:
     if not path.stat().st_size:
         raise DataError(f"{path}: the file is empty")
     if kind in (".jsonl", ".ndjson", ".json"):
-        data = _content(path)
+        data = _content(path, bounds)
         if kind == ".json" and bytes(data[:64]).lstrip()[:1] == b"[":
             return ListFile(path, data)
-        return LinesFile(path, data)
+        return LinesFile(path, data, bounds)
     if kind in (".txt", ".text"):
-        return TextFile(path, _content(path))
-    return TableFile(path, kind)
+        return TextFile(path, _content(path, bounds), bounds)
+    return TableFile(path, kind, bounds)
 
 
-def _content(path: Path) -> bytes | mmap.mmap:
+def _content(path: Path, bounds: Bounds = BOUNDS) -> bytes | mmap.mmap:
     """Return the bytes of a file, memory-mapped unless compressed."""
     if path.suffix.lower() == ".gz":
         try:
-            return gzip.decompress(path.read_bytes())
+            with gzip.open(path) as packed:
+                content = packed.read(bounds.unpacked + 1)
+            bounds.check_unpacked(len(content), path)
+            return content
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path}: the gzip file is damaged ({error}); download or write it again") from error
     with path.open("rb") as file:
@@ -122,8 +160,8 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 class LinesFile(Reader):
     """JSON lines: one object per line, blank lines allowed."""
 
-    def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
-        self.name, self.path, self.base, self.data = str(path), path, path.parent, data
+    def __init__(self, path: Path, data: bytes | mmap.mmap, bounds: Bounds = BOUNDS) -> None:
+        self.name, self.path, self.base, self.data, self.bounds = str(path), path, path.parent, data, bounds
         self._starts: np.ndarray | None = None
         self._lines: np.ndarray | None = None
 
@@ -132,6 +170,8 @@ class LinesFile(Reader):
         if self._starts is None or self._lines is None:
             self._starts = _line_starts(self.data)
             lengths = np.diff(self._starts)
+            if len(lengths) and int(lengths.max()) > self.bounds.line:
+                self.bounds.check_line(int(lengths.max()), f"{self.path}:{int(lengths.argmax()) + 1}")
             full = lengths > 8
             for i in np.flatnonzero(~full):
                 full[i] = bool(self.data[self._starts[i] : self._starts[i + 1]].strip())
@@ -153,10 +193,12 @@ class LinesFile(Reader):
     def _parse(self, data: bytes, line: int) -> Row:
         text = _decode(data, self.path, line)
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except json.JSONDecodeError as error:
             hint = "; the line was cut off, the file is incomplete" if error.pos >= len(text.rstrip()) else ""
             raise DataError(f"{self.path}:{line}: not valid JSON ({error.msg}, column {error.colno}){hint}") from error
+        except ValueError as error:
+            raise DataError(f"{self.path}:{line}: JSON that is not read: {error}") from error
         if not isinstance(row, dict):
             raise DataError(
                 f'{self.path}:{line}: a row must be an object like {{"text": "..."}}, this is a {type(row).__name__}'
@@ -172,7 +214,8 @@ class LinesFile(Reader):
         opener = gzip.open if self.path.suffix.lower() == ".gz" else open
         index = 0
         with opener(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(self.bounds.line + 1), b""), start=1):
+                self.bounds.check_line(len(line), f"{self.path}:{number}")
                 if line.strip():
                     yield index, self._parse(line, number)
                     index += 1
@@ -186,9 +229,9 @@ class ListFile(Reader):
         raw = bytes(data)
         self._hash = hashlib.sha256(raw).hexdigest()
         try:
-            self._rows: list[Row] = json.loads(raw)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            line = getattr(error, "lineno", None) or raw[: getattr(error, "start", 0)].count(b"\n") + 1
+            self._rows: list[Row] = parse_json(raw)
+        except ValueError as error:
+            line = getattr(error, "lineno", 1)
             raise DataError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})") from error
         bad = next((i for i, row in enumerate(self._rows) if not isinstance(row, dict)), None)
         if bad is not None:
@@ -209,13 +252,14 @@ class ListFile(Reader):
 class TextFile(Reader):
     """Plain text: rows are the blocks between blank lines, each as `{"text": block}`."""
 
-    def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
+    def __init__(self, path: Path, data: bytes | mmap.mmap, bounds: Bounds = BOUNDS) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
         self._hash = hashlib.sha256(data).hexdigest()
         self._blocks: list[tuple[int, str]] = []
         block: list[str] = []
         first = 1
         for number, line in enumerate([*io.BytesIO(data), b"\n"], start=1):
+            bounds.check_line(len(line), f"{path}:{number}")
             text = _decode(line, path, number).rstrip("\r\n")
             if text.strip():
                 first = first if block else number
@@ -243,9 +287,9 @@ class TextFile(Reader):
 class TableFile(Reader):
     """CSV, TSV, Parquet or Arrow, read with pyarrow."""
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, bounds: Bounds = BOUNDS) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
-        self.table = _read_table(path, kind)
+        self.table = _read_table(path, kind, bounds)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -275,12 +319,13 @@ def _filled(value: Any) -> Any:
     return value
 
 
-def _read_table(path: Path, kind: str) -> pa.Table:
+def _read_table(path: Path, kind: str, bounds: Bounds) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         if kind == ".parquet":
+            bounds.check_unpacked(_unpacked(parquet.read_metadata(path)), path)
             return parquet.read_table(path, memory_map=True)
         if kind in (".arrow", ".feather"):
             source = pa.memory_map(str(path))
@@ -289,17 +334,23 @@ def _read_table(path: Path, kind: str) -> pa.Table:
             except pa.ArrowInvalid:
                 source.seek(0)
                 return pa.ipc.open_stream(source).read_all()
-        return _read_csv(path, "\t" if kind == ".tsv" else ",")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({error}); write it again") from error
+        return _read_csv(path, "\t" if kind == ".tsv" else ",", bounds)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({reason_of(error)}); write it again") from error
 
 
-def _read_csv(path: Path, delimiter: str) -> pa.Table:
+def _unpacked(facts: Any) -> int:
+    """Return the bytes of a Parquet file's values in memory, at least: repeated values are stored once."""
+    groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+    return max(sum(int(group.total_byte_size) for group in groups), int(facts.num_rows) * int(facts.num_columns))
+
+
+def _read_csv(path: Path, delimiter: str, bounds: Bounds) -> pa.Table:
     """Read CSV with a header line; pyarrow's number of a damaged row becomes file:line."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
-    content = bytes(_content(path))
+    content = bytes(_content(path, bounds))
     header = next(csv.reader([_decode(content.split(b"\n", 1)[0], path, 1).rstrip("\r")], delimiter=delimiter))
     damaged: list[tuple[int, int, int]] = []
 

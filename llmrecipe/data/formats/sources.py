@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.core.foreign import reading
 from llmrecipe.core.paths import ASSETS
-from llmrecipe.data.formats.readers import Reader, Row, is_data_file, open_file, without_fillers
+from llmrecipe.data.formats.readers import Bounds, Reader, Row, is_data_file, open_file, without_fillers
 from llmrecipe.recipe.schema import DataSection
 
 BUILTIN = ASSETS / "data"
@@ -155,7 +156,7 @@ def open_split(data: DataSection, split: str) -> list[Part]:
         raise DataError(f"split '{split}' is unknown{did_you_mean(split, ALIASES)} (known: {', '.join(ALIASES)})")
     setting = None if split == "train" else getattr(data, split)
     if isinstance(setting, str):
-        reader = _open(setting, split, data.streaming, alone=True)
+        reader = _open(setting, split, data.streaming, True, bounds_of(data))
         if reader is None:
             raise DataError(f"data.{split}: {setting} has no {split} rows")
         return [Part(reader)]
@@ -165,7 +166,7 @@ def open_split(data: DataSection, split: str) -> list[Part]:
     wanted = "train" if split == "train" or setting is not None else split
     parts = []
     for name, weight in paths_of(data).items():
-        reader = _open(name, wanted, data.streaming and split == "train", alone=False)
+        reader = _open(name, wanted, data.streaming and split == "train", False, bounds_of(data))
         if reader is not None:
             parts.append(Part(reader, weight if split == "train" else None, interval))
     if not parts:
@@ -188,14 +189,19 @@ def _interval(data: DataSection, split: str) -> tuple[float, float] | None:
     return (start, start + share) if share else None
 
 
-def _open(name: str, split: str, streaming: bool, alone: bool) -> Reader | None:
+def bounds_of(data: DataSection) -> Bounds:
+    """Return how much the files of a recipe may ask for."""
+    return Bounds(data.max_unpacked, data.max_line)
+
+
+def _open(name: str, split: str, streaming: bool, alone: bool, bounds: Bounds) -> Reader | None:
     """Open the rows of one source for a split; `alone` means the source was named for this split."""
     path = place(name)
     if path is None:
         return _open_hub(name, split, streaming, alone)
     if path.is_dir():
-        return _open_folder(path, split, alone)
-    return open_file(path) if split == "train" or alone else None
+        return _open_folder(path, split, alone, bounds)
+    return open_file(path, bounds) if split == "train" or alone else None
 
 
 def place(name: str) -> Path | None:
@@ -228,7 +234,7 @@ def _near_file(path: Path) -> str:
     )
 
 
-def _open_folder(folder: Path, split: str, alone: bool) -> Reader | None:
+def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reader | None:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, split, alone)
     files = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if is_data_file(p))
@@ -244,9 +250,9 @@ def _open_folder(folder: Path, split: str, alone: bool) -> Reader | None:
             raise DataError(f"{folder}: no training file (train.jsonl, .csv, .parquet, ...); the folder contains {names}")
         return None
     chosen = [p for p in chosen if p.stat().st_size] or chosen
-    readers = [open_file(p) for p in chosen if p.stat().st_size]
+    readers = [open_file(p, bounds) for p in chosen if p.stat().st_size]
     if not readers:
-        return None if split != "train" else open_file(chosen[0])
+        return None if split != "train" else open_file(chosen[0], bounds)
     return readers[0] if len(readers) == 1 else JoinedReader(str(folder), readers)
 
 
@@ -259,7 +265,8 @@ def _split_of(path: Path) -> str | None:
 def _open_saved(folder: Path, split: str, alone: bool) -> Reader | None:
     from datasets import DatasetDict, load_from_disk
 
-    data = load_from_disk(str(folder))
+    with reading(f"data.path: {folder}", "write it again with save_to_disk", DataError):
+        data = load_from_disk(str(folder))
     if not isinstance(data, DatasetDict):
         return DatasetReader(str(folder), data) if split == "train" or alone else None
     name = next((alias for alias in ALIASES[split] if alias in data), None)

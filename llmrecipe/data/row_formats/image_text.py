@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
@@ -29,7 +28,11 @@ class ImageText(DataFormat):
             image = image.get("path")
         if not isinstance(image, str) or not image:
             raise BadRow("'image' is not a path", f"{image!r:.80}")
-        path = Path(image) if conversion.base is None else conversion.base / image
+        if conversion.base is None:
+            raise BadRow("'image' is a path, and these rows are in no folder", f"{image!r:.80}")
+        path = conversion.base / image
+        if not path.resolve().is_relative_to(conversion.base.resolve()):
+            raise BadRow("the image file is outside of the folder of its rows", f"{image!r:.80}")
         if not path.is_file():
             raise BadRow("the image file does not exist", str(path))
         return [{"image": str(path.resolve()), "text": filled_text(row, "text")}]

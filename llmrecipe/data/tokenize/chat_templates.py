@@ -19,7 +19,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, did_you_mean
+from llmrecipe.core.foreign import reading, reason_of
 from llmrecipe.core.registry import CONFIG
+from llmrecipe.core.time_limit import BoundError, bounded
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.messages import THOUGHTS
 
@@ -112,20 +114,27 @@ class Template:
         return self._render(_with_arguments(bare, as_text=True)[0], prompt, tools, kwargs, marked)
 
     def _render(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            found: Any = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.text,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=prompt,
-                **{**self.variables, **(kwargs or {})},
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise BadRow("the chat template refuses the conversation", f"{error}") from error
+            with bounded():
+                found: Any = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=marked,
+                    add_generation_prompt=prompt,
+                    **{**self.variables, **(kwargs or {})},
+                )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"tokenizer.chat_template ({self.name}), line {error.lineno}: not a Jinja template: {reason_of(error)}"
+            ) from error
+        except BoundError as error:
+            raise DataError(f"tokenizer.chat_template ({self.name}): {error} to render one conversation") from error
+        except Exception as error:  # a template runs code of its own, which may raise anything
+            raise BadRow("the chat template refuses the conversation", reason_of(error)) from error
         texts, spans = found
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
 
@@ -204,7 +213,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
     elif "{" in value:
         name, tokenizer.chat_template = "text", value
     elif Path(value).is_file():
-        name, tokenizer.chat_template = Path(value).name, Path(value).read_text(encoding="utf-8")
+        with reading(f"tokenizer.chat_template: {value}", "give a text file in UTF-8", DataError):
+            name, tokenizer.chat_template = Path(value).name, Path(value).read_text(encoding="utf-8")
     else:
         known = ["own", *registry.names("chat_template")]
         raise DataError(
@@ -259,5 +269,6 @@ def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
-    text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
+    with reading("the chat template refuses the conversation", error=DataError), bounded():
+        text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Leads, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
 from llmrecipe.feedback.judges.labeller import Ask, Judge, chunks, short_hash
+from llmrecipe.recipe.rights import rights_of
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -59,6 +60,10 @@ class Local(Judge):
     """Questions answered at once."""
     seed: NonNegativeInt = 0
     """Of texts that are sampled."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you opt in; never read from a run."""
+    allow_pickle: bool = False
+    """Read pickle weights (.bin). Off unless you opt in; never read from a run."""
 
     def check(self, where: str) -> None:
         """Refuse `base` without a path, and an unfinished run."""
@@ -108,7 +113,7 @@ class Local(Judge):
     def roles(self) -> Roles:
         """Return the model, loaded on first use."""
         if self.place.roles is None:
-            self.place.roles = loaded_roles(self.path, self.base, self.dtype)
+            self.place.roles = loaded_roles(self.path, self.base, self.dtype, rights_of(self))
         return self.place.roles
 
     def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
@@ -162,8 +167,12 @@ class Local(Judge):
             yield roles.reference_off if self.place.shared else frozenset()
 
 
-def loaded_roles(path: str, base: bool, dtype: str) -> Roles:
-    """Load a separate model, with the log-probability engine around it."""
+def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) -> Roles:
+    """Load a separate model, with the log-probability engine around it.
+
+    Args:
+        rights: what the recipe allows the model (see `recipe.rights`).
+    """
     import torch
 
     from llmrecipe.engine.forward import Engine
@@ -173,7 +182,7 @@ def loaded_roles(path: str, base: bool, dtype: str) -> Roles:
     from llmrecipe.recipe.schema import ModelSection, TokenizerSection
     from llmrecipe.runs.open_model import open_model, resolve_section
 
-    section = ModelSection.model_validate({"path": path, "dtype": dtype})
+    section = ModelSection.model_validate({"path": path, "dtype": dtype, **rights})
     loaded = open_model(
         resolve_section(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection()
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
+from llmrecipe.core.time_limit import compiled, within
 from llmrecipe.feedback.numbers import same_number
 from llmrecipe.objectives.reward_interface import Answer, Reward
 
@@ -43,7 +42,7 @@ class ExactMatch(Reward):
 
     def _right(self, text: str, wanted: str) -> bool:
         if self.extract is not None:
-            found = list(re.finditer(self.extract, text))
+            found = within(compiled(self.extract, "extract").finditer, text, "exact_match.extract")
             if not found:
                 return False
             groups = found[-1].groups()
@@ -52,15 +51,3 @@ class ExactMatch(Reward):
             return same_number(text, wanted)
         one_text, other_text = text.strip(), wanted.strip()
         return one_text.lower() == other_text.lower() if self.ignore_case else one_text == other_text
-
-
-def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """Compile a regular expression.
-
-    Raises:
-        RecipeError: it is not one.
-    """
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise RecipeError(f"{where}: not a regular expression: {error}; got {pattern!r}") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.option_types import Field
 from llmrecipe.core.registry import register
 from llmrecipe.objectives.reward_interface import Answer, Reward
@@ -43,7 +43,7 @@ class Format(Reward):
 
     def _parses(self, text: str) -> bool:
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except ValueError:
             return False
         return not self.json_keys or (isinstance(value, dict) and all(key in value for key in self.json_keys))

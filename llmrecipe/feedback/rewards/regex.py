@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
-from llmrecipe.feedback.rewards.exact_match import compiled
+from llmrecipe.core.time_limit import compiled, within
 from llmrecipe.objectives.reward_interface import Answer, Reward
 
 
 @register
 class Regex(Reward):
     """`found` where a regular expression matches the answer, `missing` elsewhere; a dot matches line ends too.
+
+    A pattern that takes longer than five seconds on one answer is an error.
 
     Its mean is the share of answers that match. With the phrases by which a model declines, that is its refusal rate: in an
     `eval` stage `reward: {refusals: {kind: regex, pattern: ["I (cannot|can't)", "as an AI"], ignore_case: true}}`.
@@ -45,6 +46,6 @@ class Regex(Reward):
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return `found` or `missing` for each answer."""
-        known = [re.compile(pattern, re.DOTALL | re.IGNORECASE * self.ignore_case) for pattern in self.patterns]
+        known = [compiled(pattern, "pattern", self.ignore_case, dot_all=True) for pattern in self.patterns]
         matches = [p.fullmatch if self.where == "whole" else p.search for p in known]
-        return [self.found if any(match(a.text) for match in matches) else self.missing for a in answers]
+        return [self.found if any(within(m, a.text, "regex.pattern") for m in matches) else self.missing for a in answers]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.time_limit import compiled, within
 from llmrecipe.interop.peft import additive_adapters, bias_adapters
 from llmrecipe.interop.peft.layout import PREFIX, Adapter, Branch, read_adapter_folder, target_of
 from llmrecipe.methods._engines.biases import every_bias
@@ -197,7 +198,11 @@ def _plain(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Te
 
 def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """Look a path up by PEFT's rule: the first pattern that matches the end of the path."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    where = "rank_pattern and alpha_pattern of the adapter"
+    for key, value in (patterns or {}).items():
+        if within(compiled(rf"(.*\.)?({key})$", where).match, path, where):
+            return value
+    return default
 
 
 def _lora(adapter: Adapter, model: nn.Module, folder: Path) -> tuple[list[Branch], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
+from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
@@ -43,7 +43,7 @@ class Adapter(Wrapper):
 
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     """Where adapters stand and what they read."""
-    r: PositiveInt | None = None
+    r: Rank | None = None
     """Width of the bottleneck; default the model's width over `reduction`."""
     reduction: PositiveInt = 16
     """Width of the model over the width of the bottleneck."""

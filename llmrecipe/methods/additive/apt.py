@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
+from llmrecipe.core.option_types import Literal, OpenFraction, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
@@ -37,7 +37,7 @@ class Apt(Wrapper):
 
     target: str = "attn"
     """Self-attention modules that get a prefix, with sides and ranges of layers."""
-    num_virtual_tokens: PositiveInt = 128
+    num_virtual_tokens: Rank = 128
     """Virtual tokens before the keys and values."""
     token_gate: Literal["input", "static", "off"] = "input"
     """Scores from the input, learned scores that are the same for every document, or none."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate, current
-from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
@@ -223,7 +223,7 @@ class Coda(Wrapper):
     identity: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
-    r: PositiveInt = 64
+    r: Rank = 64
     """Width of the adapters' bottleneck."""
     reduction: PositiveFloat = 4.0
     """Tokens over chosen tokens: k = ceil(n / reduction)."""

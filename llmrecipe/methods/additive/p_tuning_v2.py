@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
+from llmrecipe.core.option_types import Literal, OpenFraction, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import prefix_kv
@@ -31,11 +31,11 @@ class PTuningV2(Wrapper):
 
     target: str = "attn"
     """Attention modules that get a prefix, with sides and ranges of layers."""
-    num_virtual_tokens: PositiveInt = 128
+    num_virtual_tokens: Rank = 128
     """Virtual tokens before the keys and values; the paper chooses it for each task, 8 to 128."""
     reparam: Literal["flat", "mlp"] = "flat"
     """Train the columns themselves, or a small table and an MLP."""
-    hidden: PositiveInt = 512
+    hidden: Rank = 512
     """Width of the MLP."""
     dropout: OpenFraction = 0.1
     """Dropout on the columns while training."""

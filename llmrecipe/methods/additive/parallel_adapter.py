@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt
+from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
@@ -49,7 +49,7 @@ class ParallelAdapter(Wrapper):
     """One branch a sublayer, or one a head of attention."""
     input: Literal["normed", "residual"] = "normed"
     """What the branch reads in a pre-norm block."""
-    r: PositiveInt | None = None
+    r: Rank | None = None
     """Width of the bottleneck (of each head's where multihead); default the model's width over `reduction`."""
     reduction: PositiveInt = 2
     """Width of the model over the width of the bottleneck."""

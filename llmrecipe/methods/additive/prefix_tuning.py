@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt
+from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
@@ -37,11 +37,11 @@ class PrefixTuning(Wrapper):
 
     target: str = "attn"
     """Attention modules that get a prefix: attn (self-attention), cross, with sides and ranges of layers."""
-    num_virtual_tokens: PositiveInt = 30
+    num_virtual_tokens: Rank = 30
     """Virtual tokens before the keys and values."""
     reparam: Literal["mlp", "flat"] = "mlp"
     """What is trained: a small table and an MLP, or the columns themselves."""
-    hidden: PositiveInt = 512
+    hidden: Rank = 512
     """Width of the MLP."""
     width: PositiveInt | None = None
     """Width of the small table; the keys' width where null."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, PositiveInt
+from llmrecipe.core.option_types import Literal, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.additive._engines import prefix_kv, virtual_tokens
@@ -34,7 +34,7 @@ class PromptTuning(Wrapper):
         "its rows stand after a document's first token, where no text can put them; with position: prefix they become tokens"
     )
 
-    num_virtual_tokens: PositiveInt = 20
+    num_virtual_tokens: Rank = 20
     """Trained positions of each document."""
     init: Literal["vocab", "uniform", "normal", "text"] = "vocab"
     """Start: embeddings of random tokens, uniform in [-0.5, 0.5], standard normal, or the embeddings of `init_text`."""

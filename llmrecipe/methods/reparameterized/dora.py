@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
@@ -209,7 +209,7 @@ class Dora(Wrapper):
     """Sites whose weight is decomposed: linear layers and the embedding."""
     magnitude_only: str | None = None
     """Sites that train only their magnitudes; one that `target` names too gets no pair."""
-    r: PositiveInt = 8
+    r: Rank = 8
     """Rank of A and B."""
     alpha: PositiveFloat = 16.0
     """The branch is scaled by alpha / r."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.option_types import Literal, NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Literal, NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
@@ -92,7 +92,7 @@ class Dylora(Wrapper):
 
     target: str = "attn.q|v"
     """Linear sites that get a branch."""
-    r: PositiveInt = 8
+    r: Rank = 8
     """Largest rank."""
     r_min: PositiveInt = 1
     """Smallest rank."""
@@ -111,7 +111,7 @@ class Dylora(Wrapper):
     granularity: PositiveInt = 1
     """Ranks are drawn, and learn, in blocks of this many; r is a multiple of it. Ranks up to the first multiple that is not
     below r_min are one block."""
-    rank: PositiveInt | None = None
+    rank: Rank | None = None
     """Rank outside of training steps; None is r."""
     seed: NonNegativeInt = 0
     """Seed of the draws."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
+from llmrecipe.core.time_limit import compiled, within
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.methods._engines import initialization, low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
@@ -54,7 +54,7 @@ class Lora(Wrapper):
 
     target: str = "attn.q|v"
     """Sites that get a low-rank branch."""
-    r: PositiveInt = 8
+    r: Rank = 8
     """Rank of A and B."""
     alpha: PositiveFloat = 16.0
     """Scale of the branch: it is multiplied by alpha / r."""
@@ -196,7 +196,7 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str)
     Raises:
         RecipeError: two different patterns of one length match.
     """
-    hits = [key for key in patterns if re.search(rf"(?:^|\.)(?:{key})$", path)]
+    hits = [key for key in patterns if within(compiled(rf"(?:^|\.)(?:{key})$", where).search, path, where)]
     if not hits:
         return default
     longest = max(len(h) for h in hits)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.core.option_types import NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import NonNegativeInt, OpenFraction, PositiveFloat, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
@@ -105,7 +105,7 @@ class Vera(Wrapper):
 
     target: str = "attn.q|v"
     """Linear sites that are adapted."""
-    r: PositiveInt = 256
+    r: Rank = 256
     """Rank of A and B."""
     d_initial: PositiveFloat = 0.1
     """Initial value of d."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.core.option_types import Literal, OpenFraction, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Literal, OpenFraction, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.selective._engines.sparse_method import (
@@ -50,7 +50,7 @@ class Spt(SparseMethod, Wrapper):
     """Numbers that may train: a count from 1 on, or below 1 a share of the candidates."""
     structured: Literal["lora", "adapter"] = "lora"
     """What a sensitive matrix gets."""
-    r: PositiveInt = 8
+    r: Rank = 8
     """Rank of the LoRA, width of the adapter."""
     matrix_ratio: PositiveFloat = 10.0
     """A matrix becomes structured from P / matrix_ratio sensitive entries on."""

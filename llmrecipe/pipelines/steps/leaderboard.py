@@ -56,6 +56,8 @@ class Leaderboard(Step):
     """With `against`: longest answer in tokens."""
     max_length: PositiveInt = 256
     """With `against`: longest prompt, and longest pair, in tokens."""
+    words: list[str] = Field(default_factory=list)
+    """With `against`: words for the models' own recipes, such as runtime.device=cpu or model.trust_remote_code=true."""
     plot: bool = True
     """Also draw the plot."""
 
@@ -140,12 +142,12 @@ class Leaderboard(Step):
         config = HeadToHeadConfig(
             self.prompts, self.pairs, self.reward, self.n, self.max_new_tokens, self.max_length, self.split, self.limit, seed
         )
-        return HeadToHead(open_subject(self.against, []), config)
+        return HeadToHead(open_subject(self.against, self.words), config)
 
     def _facts(self, referee: Any, path: str) -> dict[str, float]:
         from llmrecipe.evaluation.evaluate_model import open_subject
 
-        return referee.baseline() if path == self.against else referee.measure(open_subject(path, []))
+        return referee.baseline() if path == self.against else referee.measure(open_subject(path, self.words))
 
     def _page(self, work: Work, rows: list[LeaderboardRow], columns: list[Column]) -> None:
         """Write the same as one self-contained page."""

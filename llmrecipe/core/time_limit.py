@@ -1,0 +1,112 @@
+"""Bounds on the time and memory of what data or a foreign artefact decides: regular expressions and templates.
+
+A pattern that somebody else wrote can take years on a short text, and so can a template. `within` stops a pattern by the
+timeout of the library `regex`, in every thread. `bounded` stops any Python code by an interval timer of the system and, on
+Linux, by a limit on its memory: in the main thread only, and not on Windows; elsewhere nothing bounds a template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.lazy import load_module
+
+if TYPE_CHECKING:
+    import regex
+
+SECONDS = 5.0
+"""Longest time of one pattern on one text, and of one rendering, in seconds."""
+MEMORY = 1 << 30
+"""Bytes by which the process may grow in one rendering."""
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(pattern: str, where: str, ignore_case: bool = False, dot_all: bool = False) -> regex.Pattern[str]:
+    """Compile a regular expression.
+
+    Args:
+        where: key path for the message.
+        dot_all: a dot matches line ends too.
+
+    Raises:
+        RecipeError: it is not one.
+    """
+    library = load_module("regex")
+    try:
+        found: regex.Pattern[str] = library.compile(pattern, library.DOTALL * dot_all | library.IGNORECASE * ignore_case)
+        return found
+    except (library.error, RecursionError, OverflowError, MemoryError) as error:
+        raise RecipeError(f"{where}: not a regular expression: {error}; got {pattern!r:.200}") from error
+
+
+def within(find: Callable[..., Any], text: str, where: str) -> Any:
+    """Return what a method of a compiled pattern finds in a text; a list where the method is `finditer`.
+
+    Raises:
+        RunError: it took longer than `SECONDS`.
+    """
+    try:
+        found = find(text, timeout=SECONDS)
+        return list(found) if find.__name__ == "finditer" else found
+    except TimeoutError as error:
+        raise RunError(
+            f"{where}: this pattern takes longer than {SECONDS:g} s on a text of {len(text):,} characters ({text!r:.80}); "
+            "repetitions inside repetitions, such as (a+)+, are the usual reason"
+        ) from error
+
+
+class BoundError(Exception):
+    """The code inside `bounded` used up its time or its memory."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+    """Stop the code inside after some seconds of this process's CPU time, or when it takes much more memory.
+
+    Raises:
+        BoundError: it does.
+    """
+    timer = getattr(signal, "ITIMER_VIRTUAL", None)
+    if timer is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise BoundError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        with _address_space(memory):
+            signal.setitimer(timer, seconds)
+            yield
+    except MemoryError as error:
+        raise BoundError(f"it takes more than {memory >> 20:,} MB of memory") from error
+    finally:
+        signal.setitimer(timer, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _address_space(more: int) -> Iterator[None]:
+    """Let the process grow by some bytes at most, where the system says how large it is (Linux)."""
+    try:
+        resource: Any = load_module("resource")
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError, ValueError, IndexError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * resource.getpagesize() + more
+    limit = wanted if soft == resource.RLIM_INFINITY else min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -1,0 +1,234 @@
+"""What a file, a server or a template can take is bounded, and every refusal says what was too much."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.core import http_client, time_limit
+from llmrecipe.core.errors import DataError, RecipeError, RunError
+from llmrecipe.core.http_client import Client
+from llmrecipe.core.time_limit import BoundError, bounded, compiled, within
+from llmrecipe.data.formats.readers import Bounds, open_file
+from llmrecipe.data.formats.sources import open_split
+from llmrecipe.data.tokenize.chat_templates import Template
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.overrides import parse_overrides
+from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.yaml_file import DEEPEST, read_yaml
+from tests.servers import server
+
+NINE = range(1, 12)
+YAML = {
+    "laughs": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in NINE), "aliases"),
+    "merges": (
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in NINE),
+        "aliases",
+    ),
+    "flow": ("a: " + "[" * 5000 + "]" * 5000, "deeper than 64"),
+    "block": ("a:\n" + "".join(" " * i + "-\n" for i in range(1, 99)), "deeper than 64"),
+    "chain": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 99)), "deeper than 64"),
+    "digits": ("n: " + "9" * 5000, "x.yaml:1: 'n': not a value of type int"),
+    "tag": ("n: 1\na: !!int abc", "x.yaml:2: 'a': not a value of type int: 'abc'"),
+    "binary": ("a: !!binary aGk=", "the tag tag:yaml.org,2002:binary"),
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_yaml_is_bounded(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(YAML[name][0])
+    with pytest.raises(RecipeError) as found:
+        read_yaml(path)
+    assert YAML[name][1] in str(found.value) and len(str(found.value)) < 500
+
+
+def test_yaml_within_the_bounds_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}\nd: " + "[" * (DEEPEST - 2) + "]" * (DEEPEST - 2))
+    value = read_yaml(path).value
+    assert value["b"] == {"x": [1, 2]} and value["c"] == {"x": [1, 2], "y": 3} and value["d"]
+    path.write_bytes(b"#" + b" " * (17 << 20))
+    with pytest.raises(RecipeError, match="larger than 16 MB"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("word", ["a=" + "[" * 500 + "]" * 500, "a=" + "{b:" * 90 + "1" + "}" * 90, "a=" + "9" * 6000])
+def test_overrides_are_bounded(word: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_overrides([word])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=99999999999999999999"], "seed: must be smaller than 2^53"),
+        (["steps=2000000000"], "steps: must be <= 1e+09"),
+        (["stack.lora.r=65537"], "stack.lora.r: must be <= 65536; got 65537"),
+        (["batch.size=18446744073709551616"], "batch.size: must be smaller than 2^53"),
+        (["model.config={x: [99999999999999999999]}"], "model.config.x.0: must be smaller than 2^53"),
+    ],
+)
+def test_numbers_are_bounded(words: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as found:
+        compose("sft_lora", words)
+    assert said in str(found.value)
+
+
+ROW = json.dumps({"text": "x"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": ' + "[" * 200 + "]" * 200 + "}", '{"text": ' + "[" * 10**5 + "}", '{"text": ' + "9" * 5000 + "}"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_json_rows_are_bounded(line: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{kind}"
+    path.write_text(f"{ROW}\n{line}\n" if kind == "jsonl" else f"[{ROW},\n{line}]")
+    with pytest.raises(DataError, match=r"nested deeper than 128|more than 4300 digits|not valid JSON") as found:
+        open_file(path).rows([0, 1])
+    assert str(path) in str(found.value) and len(str(found.value)) < 400
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path: Path) -> None:
+    """Compressed, without line ends, or one value repeated; each with the key that allows more."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    tight = Bounds(unpacked=1000, line=100)
+    packed = tmp_path / "x.jsonl.gz"
+    packed.write_bytes(gzip.compress(f"{ROW}\n".encode() * 100))
+    with pytest.raises(DataError, match=r"x.jsonl.gz: more than 1,000 bytes once unpacked; .*data.max_unpacked=BYTES"):
+        open_file(packed, tight)
+    assert len(open_file(packed, Bounds(unpacked=10**5))) == 100
+    table = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"text": ["x" * 50] * 10_000}), table)
+    with pytest.raises(DataError, match="once unpacked"):
+        open_file(table, tight)
+    long = {"jsonl": f"{ROW}\n" + json.dumps({"text": "x" * 200}), "txt": "a\n" + "x" * 200, "ndjson": "x" * 500}
+    for kind, text in long.items():
+        path = tmp_path / f"x.{kind}"
+        path.write_text(text)
+        number = 1 if kind == "ndjson" else 2
+        with pytest.raises(DataError, match=rf"x.{kind}:{number}: a line of more than 100 bytes; data.max_line=BYTES"):
+            open_file(path, tight).rows([0])
+        if kind == "jsonl":
+            with pytest.raises(DataError, match="a line of more than 100 bytes"):
+                list(open_file(path, tight).stream())
+
+
+def test_the_keys_reach_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "x" * 200}) + "\n")
+    assert len(open_split(DataSection(path=str(path)), "train")[0].reader) == 1
+    with pytest.raises(DataError, match="more than 50 bytes"):
+        len(open_split(DataSection(path=str(path), max_line=50), "train")[0].reader)
+
+
+def test_a_pattern_that_explodes_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limit, "SECONDS", 0.2)
+    bad = compiled(r"(?:x|x)*[yz]$", "here")
+    found: list[Any] = []
+
+    def try_it() -> None:
+        for find in (bad.search, bad.fullmatch, bad.finditer):
+            with pytest.raises(RunError, match=r"reward.pattern: this pattern takes longer than 0.2 s on a text of 60"):
+                within(find, "x" * 60, "reward.pattern")
+            found.append(find)
+
+    thread = threading.Thread(target=try_it)  # the timeout holds in every thread
+    thread.start()
+    thread.join()
+    assert len(found) == 3
+    assert within(compiled("a.c", "here", dot_all=True).search, "xa\nc", "here") and not within(
+        compiled("a.c", "here").search, "a\nc", "here"
+    )
+    with pytest.raises(RecipeError, match="here: not a regular expression"):
+        compiled("(", "here")
+
+
+def template(text: str) -> Template:
+    return Template("mine", text, named=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", r"longer than 0.1 s"),
+        ("{{ 'x' * 99999999999 }}", "more than 1,024 MB"),
+        ("{{ '%99999999999d' % 1 }}", "chat_template|refuses"),
+        ("{% if %}", r"\(mine\), line 1: not a Jinja template"),
+    ],
+)
+def test_a_template_is_bounded(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrecipe.data.tokenize.chat_templates.bounded", lambda: bounded(0.1))
+    with pytest.raises(Exception, match=said) as found:
+        template(text).render([{"role": "user", "content": "x"}])
+    assert type(found.value).__name__ in ("DataError", "BadRow")
+
+
+def test_a_template_that_fails_refuses_the_row() -> None:
+    from llmrecipe.data.formats.bad_row import BadRow
+
+    refusing = ("{{ 1 // 0 }}", "{{ messages[5].x.y }}", "{{ raise_exception('no') }}", "{{ 'a' + 1 }}", "{{ x() }}")
+    for text in refusing:
+        with pytest.raises(BadRow, match="refuses the conversation"):
+            template(text).render([{"role": "user", "content": "x"}])
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_bounds_end_with_the_block() -> None:
+    with pytest.raises(BoundError), bounded(0.05):
+        spin(5.0)
+    with bounded(0.05):
+        pass
+    spin(0.1)
+
+
+def test_a_reply_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "LARGEST_REPLY", 1000)
+    with server((200, b"x" * 5000)) as (url, asked), pytest.raises(RunError, match="larger than 0 MB"):
+        Client(url, "judge", "reply", retries=3).post({})
+    assert len(asked) == 1, "a retry would not help"
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+def test_a_reply_is_bounded_in_time(start: bytes) -> None:
+    """A byte now and then does not keep a request alive, neither in the headers nor in the body."""
+    import socket
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def drip() -> None:
+        caller, _ = listener.accept()
+        with caller:
+            caller.recv(65536)
+            caller.sendall(start)
+            while not over.wait(0.05):
+                try:
+                    caller.sendall(b"x")
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(RunError, match=r"no whole reply within 0.3 s"):
+            Client(f"http://127.0.0.1:{listener.getsockname()[1]}/", "judge", "reply", timeout=0.3, retries=0).post({})
+    finally:
+        over.set()
+        thread.join()
+        listener.close()
