@@ -122,9 +122,9 @@ class TokenTable:
         self.kind, self.facts = kind, facts
         self.content = ""
         """Hash of the source's content."""
-        self._batches = [_Batch(b) for b in batches if b.num_rows]
+        self.batches = [_Batch(b) for b in batches if b.num_rows]
         self._starts = [0]
-        for batch in self._batches:
+        for batch in self.batches:
             self._starts.append(self._starts[-1] + batch.rows)
 
     def __len__(self) -> int:
@@ -132,17 +132,17 @@ class TokenTable:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part = bisect_right(self._starts, index) - 1
-        return self._batches[part].row(index - self._starts[part])
+        return self.batches[part].row(index - self._starts[part])
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, over all its id columns, (rows,)."""
         names = [n for n in self.kind.lists if n not in self.kind.uncounted]
-        parts = [batch.lengths(names) for batch in self._batches]
+        parts = [batch.lengths(names) for batch in self.batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def column(self, name: str) -> list[Any]:
         """Return a whole column of texts, numbers or lists of numbers; None where a row has no value."""
-        return [value for batch in self._batches for value in batch.column(name)]
+        return [value for batch in self.batches for value in batch.column(name)]
 
 
 class _Batch:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+HIGHEST = "highest token id"
+
 
 @dataclass
 class Report:
@@ -47,6 +49,14 @@ class Report:
     equal: int = 0
     """Preference rows whose two answers are the same tokens."""
     labels: Counter[str] = field(default_factory=Counter)
+    unused: list[str] = field(default_factory=list)
+    """Columns of the source that nothing reads."""
+    highest: int = -1
+    """Largest token id; `first` has its place."""
+    overlap: int = 0
+    """Rows of the validation split whose tokens are those of a training row."""
+    compared: int = 0
+    """Rows of the validation split that were compared for that."""
     unrendered: Counter[str] = field(default_factory=Counter)
     """Field of conversations that the template does not render -> rows that have it."""
     unlisted: int = 0
@@ -82,6 +92,9 @@ class Report:
             getattr(self, name).update(getattr(other, name))
         for reason, where in other.first.items():
             self.first.setdefault(reason, where)
+        if other.highest > self.highest:
+            self.highest, self.first[HIGHEST] = other.highest, other.first.get(HIGHEST, other.source)
+        self.unused += [name for name in other.unused if name not in self.unused]
         self.longest = max(self.longest, other.longest)
         for name in ("source", "format", "template", "mask"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -128,6 +141,7 @@ class Report:
         out = [
             f"source: {self.source}",
             f"format: {self.format}" + (f" (columns: {mapping})" if mapping else ""),
+            *([f"columns not used: {', '.join(self.unused)}"] if self.unused else []),
             f"template: {self.template}",
             f"rows: {self.read} read, {self.kept} kept, {self.lost} dropped ({self.dropped_share:.1%})",
             *(f"  {count} x {reason}, first at {self.first.get(reason, '?')}" for reason, count in self.dropped.most_common()),
@@ -143,6 +157,8 @@ class Report:
             out.append("leading BOS tokens: " + _histogram(self.bos) + "; end tokens a row: " + _histogram(self.eos))
         if self.equal:
             out.append(f"pairs with equal answers: {self.equal}")
+        if self.compared:
+            out.append(f"validation rows that are also training rows: {self.overlap} of {self.compared}")
         if self.labels:
             out.append("labels: " + ", ".join(f"{k} x {v}" for k, v in self.labels.most_common(12)))
         return out

@@ -90,6 +90,7 @@ def build_table(
     encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs)
     writer = TableWriter(kind, folder)
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
+    report.unused = encoder.unused(row for _, row in islice(part.reader.stream(), SAMPLE))
     try:
         for batch, counted in _batches(encoder, part, draw, data.workers):
             writer.add(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.messages import MEDIA
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import TWO_BOS
 from llmrecipe.data.tokenize.sequences import NO_TARGET
@@ -72,6 +73,12 @@ def _check_fields(report: Report) -> None:
         where = report.first.get(f"unrendered {name}", report.source)
         fields, template = ", ".join(report.unrendered), report.template.split(" (")[0]
         who = "plain text, which no template renders," if template == "none" else f"the chat template '{template}'"
+        if name.lower() in MEDIA:
+            raise DataError(
+                f"{where}: {count} of {report.read} rows have something under '{name}', and this objective reads text alone, "
+                "so it would be lost. Use an objective that reads it (`llmrecipe list objective`), or leave it out on purpose: "
+                f"data.drop_fields=[{fields}]"
+            )
         more = f" (with others, {fields})" if len(report.unrendered) > 1 else ""
         raise DataError(
             f"{where}: {who} has no place for '{name}', so {count} of {report.read} rows would lose it{more}. Name a template "
@@ -96,6 +103,12 @@ def warnings(report: Report) -> list[str]:
         )
     if report.equal:
         found.append(f"{report.equal} pairs have the same tokens as chosen and rejected; they teach nothing")
+    if len(report.labels) == 1:
+        found.append(f"all rows have the label '{next(iter(report.labels))}': there is nothing to tell apart")
+    if report.overlap:
+        found.append(
+            f"{report.overlap} of {report.compared} validation rows are also training rows, so they measure what was memorised"
+        )
     if report.unlisted:
         found.append(
             f"the chat template renders the tool calls of {report.unlisted} rows but not their list of tools, so the model "

@@ -33,7 +33,7 @@ from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
-from llmrecipe.training.read_rows import check_positions, read_data, test_rows
+from llmrecipe.training.read_rows import check_model_fits, read_data, test_rows
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_state import Progress, RunState
 
@@ -87,7 +87,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     check_attention(recipe, parts.objective, parts.wrappers, labels)
-    check_positions(recipe, parts.objective, data, validation)
+    check_model_fits(recipe, parts.objective, data, validation, labels)
     runtime = Runtime.start(recipe.runtime)
     with abandoned(None, runtime, resume):
         if recipe.model.compile:

@@ -14,7 +14,7 @@ from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.training import build_run
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
-from llmrecipe.training.read_rows import check_positions, read_data
+from llmrecipe.training.read_rows import check_model_fits, read_data
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -75,7 +75,7 @@ def examine(composition: Composition) -> Findings:
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     model = build_run.on_meta(settings, parts.objective, stack, labels, device)
-    check_positions(settings, parts.objective, data, validation)
+    check_model_fits(settings, parts.objective, data, validation, labels)
     parts.objective.check(settings, data)
     steps = build_run.step_count(settings, len(data), parts.objective.updates())
     parts.schedule.check(steps)

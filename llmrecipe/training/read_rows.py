@@ -6,7 +6,9 @@ from typing import Any
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.tasks import Tasks, common
+from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.token_report import HIGHEST
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.runs import delta, open_model
 
@@ -41,6 +43,8 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
         tasks=data.tasks, needs=needs,
     )  # fmt: skip
+    if isinstance(data, TokenData) and isinstance(validation, TokenData):
+        data.report.overlap, data.report.compared = shared_rows(data, validation), len(validation)
     return data, validation, labels
 
 
@@ -55,6 +59,72 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
         label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
     )  # fmt: skip
+
+
+def check_model_fits(recipe: Any, objective: Any, data: Any, validation: Any, labels: list[str] | None) -> None:
+    """Refuse, before weights are read, rows that the model of the recipe cannot read, or labels it was not declared for.
+
+    Raises:
+        RecipeError: its vocabulary, its positions or its declared classes are contradicted by the data.
+    """
+    check_labels(recipe, labels)
+    check_vocabulary(recipe, data, validation)
+    check_positions(recipe, objective, data, validation)
+
+
+def check_labels(recipe: Any, labels: list[str] | None) -> None:
+    """Refuse labels that differ from those a recipe declares in `model.config`.
+
+    Raises:
+        RecipeError: other names, or another number of them.
+    """
+    config = recipe.model.config
+    if labels is None:
+        return
+    if (count := config.get("num_labels")) is not None and int(count) != len(labels):
+        raise RecipeError(
+            f"model.config.num_labels: {count} is declared, and the data has {len(labels)} ({', '.join(labels[:12])}); "
+            "leave the key out, or mend the data"
+        )
+    if (names := config.get("id2label")) is not None and {str(name) for name in dict(names).values()} != set(labels):
+        raise RecipeError(
+            f"model.config.id2label: {', '.join(map(str, dict(names).values()))} are declared, and the data has "
+            f"{', '.join(labels[:12])}; leave the key out, or mend the data"
+        )
+
+
+def check_vocabulary(recipe: Any, data: Any, validation: Any) -> None:
+    """Refuse token ids, of rows or of special tokens, for which the model has no embedding and none were added on purpose.
+
+    Raises:
+        RecipeError: it names the first such place, or the token.
+    """
+    from llmrecipe.models.load import load_config
+    from llmrecipe.models.vocabulary import vocabulary_size
+
+    base, saved, _ = open_model.resolve_section(recipe.model)
+    room = getattr(load_config(base).get_text_config(), "vocab_size", None)
+    if room is None:
+        return
+    tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
+    fresh = recipe.model.init == "random" and "vocab_size" not in recipe.model.config
+    if recipe.tokenizer.add_tokens or saved is not None or recipe.model.adapters or fresh:
+        room = max(room, vocabulary_size(tokenizer))
+    for rows in (data, validation):
+        if rows is not None and rows.report.highest >= room:
+            where = rows.report.first.get(HIGHEST, rows.report.source)
+            raise RecipeError(
+                f"{where}: token id {rows.report.highest}, and the model has rows for 0 to "
+                f"{room - 1}. These are the ids of another vocabulary (tokenizer.path, or input_ids made with another "
+                "tokenizer); tokens that are new on purpose are named by tokenizer.add_tokens"
+            )
+    for name, token in tokenizer.special_tokens_map.items():
+        ids = tokenizer.convert_tokens_to_ids([token] if isinstance(token, str) else list(token))
+        if max((i for i in ids if i is not None), default=0) >= room:
+            raise RecipeError(
+                f"tokenizer: its {name} {token} has the id {max(ids)}, and the model has rows for 0 to {room - 1}; name "
+                f"another (tokenizer.pad_token for padding), or add it on purpose: tokenizer.add_tokens=['{token}']"
+            )
 
 
 def check_positions(recipe: Any, objective: Any, data: Any, validation: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,22 @@ def liked(row: Row) -> bool:
     return TRUTHS[label]
 
 
+def number_of(row: Row, column: str) -> float:
+    """Return a cell as a number.
+
+    Raises:
+        BadRow: it is none, or not finite.
+    """
+    value = row[column]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise BadRow(f"'{column}' is not a finite number", f"{value!r:.80}")
+    return number
+
+
 def is_judged(row: Row, others: Sequence[Sequence[str]]) -> bool:
     """Tell whether a row says with true or false whether its answer is liked.
 
@@ -70,6 +87,9 @@ def label_of(row: Row) -> Any:
     label = row["label"]
     if label is None or not isinstance(label, bool | int | float | str | list):
         raise BadRow("'label' is missing", f"{label!r:.80}")
+    for one in label if isinstance(label, list) else [label]:
+        if isinstance(one, float) and not math.isfinite(one):
+            raise BadRow("'label' is not a finite number", f"{label!r:.80}")
     return int(label) if isinstance(label, bool) else label
 
 

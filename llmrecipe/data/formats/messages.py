@@ -88,6 +88,8 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Names under which data sets and templates hold what a model thought before it answered."""
 FIELDS = ("tool_calls", *THOUGHTS, "name", "images", "audio", "videos")
 """What a message may hold besides its role and content, and a template may leave out."""
+MEDIA = ("image", "images", "picture", "pictures", "audio", "audios", "video", "videos")
+"""Columns of what is no text."""
 PARTS = {
     "text": "text", "input_text": "text", "output_text": "text",
     "thinking": "reasoning_content", "reasoning": "reasoning_content",

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.cells import number_of
 from llmrecipe.data.formats.conversations import prompt_answers
 from llmrecipe.data.formats.data_format import Conversion, Row
 from llmrecipe.data.formats.dialogues import shared_turns, without_prompt
@@ -45,9 +46,9 @@ def _paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
             {**shared, "completion": pair["rejected"], "label": False},
         ]
     if row.get("margin") is not None:
-        pair["margin"] = float(row["margin"])
+        pair["margin"] = number_of(row, "margin")
     if soft is not None:
-        pair["p"] = float(soft)
+        pair["p"] = number_of(row, "p")
         if not 0.0 <= pair["p"] <= 1.0:
             raise BadRow("'p' is no probability that the chosen answer is the better one", f"{soft!r:.80}")
     return [pair]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.formats.cells import filled_text, label_of, pair_names
+from llmrecipe.data.formats.cells import filled_text, label_of, number_of, pair_names
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 
@@ -29,5 +29,5 @@ class LabelledPair(DataFormat):
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return both texts with their label."""
         first, second = pair_names(row)
-        value = label_of(row) if "label" in row else float(row["score"])
+        value = label_of(row) if "label" in row else number_of(row, "score")
         return [{"text": filled_text(row, first), "text_b": filled_text(row, second), "label": value}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.formats.cells import filled_text, label_of, pair_names
+from llmrecipe.data.formats.cells import filled_text, label_of, number_of, pair_names
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 
@@ -27,8 +27,6 @@ class Pairs(DataFormat):
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return both texts with their score and label."""
         names = ("anchor", "positive") if "anchor" in row else pair_names(row)
-        score = row.get("score")
+        score = None if row.get("score") is None else number_of(row, "score")
         label = label_of(row) if row.get("label") is not None else None
-        return [
-            {"texts": [filled_text(row, n) for n in names], "score": None if score is None else float(score), "label": label}
-        ]
+        return [{"texts": [filled_text(row, n) for n in names], "score": score, "label": label}]

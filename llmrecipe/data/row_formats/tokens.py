@@ -23,7 +23,7 @@ class TokenIds(DataFormat):
         ids, labels = row["input_ids"], row.get("labels")
         if isinstance(ids, str):
             ids = json.loads(ids)
-        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise BadRow("'input_ids' is not a list of token ids", f"{ids!r:.80}")
         if labels is not None and len(labels) != len(ids):
             raise BadRow("'labels' and 'input_ids' differ in length", f"{len(labels)} and {len(ids)}")

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import map_columns
-from llmrecipe.data.formats.messages import drop_fields, held_fields
-from llmrecipe.data.token_report import Report
+from llmrecipe.data.formats.messages import MEDIA, drop_fields, held_fields
+from llmrecipe.data.token_report import HIGHEST, Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.lost_fields import UNLISTED, conversations, lost_fields
 from llmrecipe.data.tokenize.row_type import row_type
@@ -79,6 +80,9 @@ class RowEncoder(Encoder):
         for index, row, where in raw:
             report.read += 1
             try:
+                for name in self._media(row):
+                    report.unrendered[name] += 1
+                    report.first.setdefault(f"unrendered {name}", where)
                 named = drop_fields(map_columns(row, self.columns), self.dropped)
                 task = self._task(named, row)
                 made = [Item(index, where, one, task=task) for one in self.format.convert(named, self.conversion)]
@@ -92,6 +96,7 @@ class RowEncoder(Encoder):
         if items:
             self.kind.encode(self, items, report)
         names = [*self.kind.lists, *self.kind.masks, *(n for n, _ in self.kind.scalars), "source_row"]
+        counted = [name for name in self.kind.lists if name not in self.kind.uncounted]
         columns: dict[str, list[Any]] = {name: [] for name in names}
         lost: set[int] = set()
         for item in items:
@@ -104,9 +109,40 @@ class RowEncoder(Encoder):
             for done in item.done:
                 report.kept += 1
                 done |= {"source_row": item.index, "task": item.task}
+                most = max((max(done[name]) for name in counted if done.get(name)), default=-1)
+                if most > report.highest:
+                    report.highest, report.first[HIGHEST] = most, item.where
                 for name in names:
                     columns[name].append(done.get(name))
         return columns, report
+
+    def unused(self, sample: Iterable[dict[str, Any]]) -> list[str]:
+        """Return the columns of some raw rows that change nothing in their canonical rows."""
+        if self.kind.keeps_columns:
+            return []
+        reads = {*self.columns.values(), *self.dropped, *self.needs, self.task_field}
+        same: dict[str, bool] = {}
+        for row in sample:
+            named = drop_fields(map_columns(row, self.columns), self.dropped)
+            whole = self._converted(named)
+            for name in row if whole is not None else ():
+                if name not in reads and same.get(name, True):
+                    same[name] = self._converted({k: v for k, v in named.items() if k != name}) == whole
+        return [name for name, unread in same.items() if unread]
+
+    def _converted(self, named: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Return the canonical rows of a row, or None where it has none."""
+        try:
+            return self.format.convert(named, self.conversion)
+        except (BadRow, DataError, KeyError, TypeError, AttributeError, ValueError, StopIteration):
+            return None
+
+    def _media(self, row: dict[str, Any]) -> list[str]:
+        """Return the columns of pictures, sound or video that a row fills and its row type does not read."""
+        if self.kind.reads_files:
+            return []
+        known = {*self.columns.values(), *self.dropped}
+        return [name for name in row if name.lower() in MEDIA and name not in known and row[name]]
 
     def _note_fields(self, item: Item, report: Report) -> None:
         """Count the fields that the template does not render, and answers of nothing but an end token in rows that have any."""

@@ -1,0 +1,113 @@
+"""Data that contradicts what is declared, or cannot mean what it seems to, is said before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmrecipe.core.errors import DataError, RecipeError
+from llmrecipe.data import TokenData, prepare
+from llmrecipe.data.overlap import shared_rows
+from llmrecipe.data.validation import warnings
+from llmrecipe.recipe.schema import DataSection
+from llmrecipe.training.dry_run import check
+from tests.data.toys import byte_tokenizer
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path, kind: str, split: str = "train", **data: Any) -> TokenData:
+    found = prepare(DataSection(path=str(path), cache=False, **data), byte_tokenizer(), kind, seed=0, split=split)
+    assert isinstance(found, TokenData)
+    return found
+
+
+def test_columns_that_change_nothing_are_named_in_one_line(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1.0, "id": 7, "source": "web"}
+    report = read(write(tmp_path / "a.jsonl", [row, {**row, "id": 8}]), "preference").report
+    assert report.unused == ["id", "source"] and "columns not used: id, source" in report.lines()
+    again = read(
+        write(tmp_path / "b.jsonl", [{"q": "p", "a": "c", "task": "t"}]), "dialogue", columns={"prompt": "q", "completion": "a"}
+    )
+    assert again.report.unused == ["task"]
+    assert read(write(tmp_path / "c.jsonl", [{"prompt": "p", "answer": "c"}]), "prompt").report.unused == []
+
+
+@pytest.mark.parametrize("kind", ["text", "labelled", "prompt"])
+@pytest.mark.parametrize("name", ["image", "audio", "videos"])
+def test_pictures_and_sound_under_a_text_objective_stop(tmp_path: Path, kind: str, name: str) -> None:
+    row = {"text": "a", "label": "x", "prompt": "p", name: ["f.bin"]}
+    path = write(tmp_path / "a.jsonl", [{**row, name: None}, row])
+    with pytest.raises(DataError, match=rf"a.jsonl:2: 1 of 2 rows have something under '{name}'.*data.drop_fields=\[{name}\]"):
+        read(path, kind)
+    assert len(read(path, kind, drop_fields=[name])) == 2
+
+
+@pytest.mark.parametrize(("kind", "row", "column"), [
+    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, "margin"),
+    ("pairs", {"text_a": "a", "text_b": "b"}, "score"),
+    ("labelled", {"text": "a"}, "label"), ("labelled", {"text_a": "a", "text_b": "b"}, "score"),
+    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, "p"),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_named_with_its_row(
+    tmp_path: Path, kind: str, row: dict[str, Any], column: str, value: float
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{**row, column: 0.5}, {**row, column: value}])
+    with pytest.raises(DataError, match=rf"1 x '{column}' is not a finite number, first at .*a.jsonl:2: {value}"):
+        read(path, kind)
+
+
+def test_one_class_only_is_a_warning(tmp_path: Path) -> None:
+    same = read(write(tmp_path / "a.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}]), "labelled")
+    assert warnings(same.report) == ["all rows have the label 'x': there is nothing to tell apart"]
+    liked = [{"prompt": "p", "completion": c, "label": True} for c in "ab"]
+    assert "the label 'true'" in warnings(read(write(tmp_path / "b.jsonl", liked), "unpaired").report)[0]
+
+
+def test_shared_rows_are_those_of_equal_tokens(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(97, 100, size=int(n)))) for n in rng.integers(1, 6, size=300)]
+    pairs = [{"prompt": t[:1], "chosen": t, "rejected": t[1:] + "z"} for t in texts]
+    first = read(write(tmp_path / "first.jsonl", pairs[:200]), "preference")
+    second = read(write(tmp_path / "second.jsonl", pairs[200:]), "preference")
+    assert 0 < shared_rows(first, second) == sum(t in texts[:200] for t in texts[200:]) < 100
+    moved = read(write(tmp_path / "m.jsonl", [{"prompt": "ab", "chosen": "c", "rejected": "d"}]), "preference")
+    other = read(write(tmp_path / "o.jsonl", [{"prompt": "a", "chosen": "bc", "rejected": "d"}]), "preference")
+    assert shared_rows(moved, other) == 0 and shared_rows(moved, moved) == 1
+
+
+def test_overlap_of_training_and_validation_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", [{"text": f"Row {i}."} for i in range(8)])
+    other = write(tmp_path / "other.jsonl", [{"text": f"Row {i}."} for i in range(6, 10)])
+    found = check("clm", [f"data.path={path}", f"data.validation={other}"])
+    assert (found.data["overlap"], found.data["compared"]) == (2, 4)
+
+
+def labelled(classes: int) -> list[dict[str, Any]]:
+    return [{"text": "a", "label": n % classes} for n in range(6)]
+
+
+@pytest.mark.parametrize(("recipe", "rows", "words", "message"), [
+    ("classify", labelled(3), ["model.config.num_labels=2"], r"num_labels: 2 .* has 3 \(0, 1, 2"),
+    ("classify", labelled(2), ["+model.config.id2label={0: yes, 1: no}"], r"id2label: yes, no .* 0, 1"),
+    ("clm", [{"input_ids": [5, 6]}, {"input_ids": [5, 931]}], [], r"rows.jsonl:2: token id 931, .* has rows for 0 to 930"),
+    ("clm", [{"text": "Snow."}], ["model.init=random", "model.config.vocab_size=100"], r"has rows for 0 to 99"),
+])  # fmt: skip
+def test_what_is_declared_and_contradicted_stops(
+    tmp_path: Path, recipe: str, rows: list[dict[str, Any]], words: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check(recipe, [f"data.path={write(tmp_path / 'rows.jsonl', rows)}", *words])
+
+
+def test_tokens_added_on_purpose_are_not_beyond_the_vocabulary(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "Snow <new>."}])
+    assert check("clm", [f"data.path={path}", "tokenizer.add_tokens=['<new>']"]).data["highest"] == 931
