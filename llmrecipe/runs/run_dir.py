@@ -141,7 +141,8 @@ class RunDir:
             keep_only(self.path / BEST, {wanted})
         elif (self.path / BEST).exists():
             delete(self.path / BEST)
-        clear_leftovers(self.path)
+        for folder in (self.path, self.path / "checkpoints"):
+            clear_leftovers(folder)
 
     def _claim(self) -> None:
         """Make sure that `run.dir` may be written: it is new, empty, or contains a run without checkpoints or result."""
