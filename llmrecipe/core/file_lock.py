@@ -7,6 +7,7 @@ machine holds the lock.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -67,8 +68,6 @@ def is_held(path: Path) -> bool:
 
 def _held(handle: TextIO, exclusive: bool) -> bool:
     """Try to lock an open file; return whether another process holds it."""
-    import fcntl
-
     try:
         fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:

@@ -29,6 +29,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
 
 from llmrecipe.core import option_types as vocabulary
 from llmrecipe.core.errors import LlmRecipeError, RecipeError, did_you_mean
@@ -131,8 +132,6 @@ def options(cls: T) -> T:
 
 def _plain(value: Any) -> Any:
     """Return the value of a default, also when it was written as `Field(default_factory=...)` or `Field(default, ...)`."""
-    from pydantic.fields import FieldInfo
-
     if isinstance(value, FieldInfo):
         return value.get_default(call_default_factory=True)
     return value

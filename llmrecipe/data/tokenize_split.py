@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -217,7 +218,6 @@ def _encode_in_worker(indices: range) -> Encoded:
 def _parallel(encoder: RowEncoder, part: Part, ranges: Sequence[range], processes: int) -> Iterator[Encoded]:
     """Encode in forked workers, which share the open file and the tokenizer and send back only record batches."""
     global _work
-    import multiprocessing
 
     _work = (encoder, part)
     try:

@@ -16,6 +16,7 @@ from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
 from llmrecipe.engine.reference_policy import PlannedRows, row_groups, score_all
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.runs.open_model import LoadedModel, is_adapter, open_model, run_folder, tokenizer_of
 
 
@@ -28,8 +29,6 @@ def check_path(path: str, allowed: tuple[str, ...]) -> None:
     Raises:
         RecipeError: naming what is allowed, and the nearest spelling.
     """
-    from llmrecipe.recipe.content_key import REFERENCE
-
     # The result of a stage that has not run yet is looked at when it has.
     if path in allowed or REFERENCE.fullmatch(path):
         return

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.data import order
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
 from llmrecipe.methods._base.method import Stage
 from llmrecipe.recipe.code_key import code_behind
@@ -110,8 +111,6 @@ def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Rol
 
 def row_groups(objective: Any, rows: PlannedRows) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each split, and of every step over all processes; one pass where rows are looked at one by one."""
-    from llmrecipe.data import order
-
     for split in rows.others():
         if split is not None:
             yield objective.evaluation_rows(split, list(range(len(split))))

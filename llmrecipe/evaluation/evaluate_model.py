@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from llmrecipe.core import registry
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
+from llmrecipe.data import prepare
+from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.streaming import StreamedRows
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import micro_tokens, packing_for
 from llmrecipe.engine.role_models import Roles
@@ -17,6 +20,7 @@ from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.interop.multi_adapter import mounted_tasks
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import run_folder
+from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
 from llmrecipe.runtime.processes import Runtime
@@ -83,8 +87,6 @@ def check_subject(path: str, overrides: list[str]) -> Composition:
     Raises:
         UserError: the path, the recipe or the tokenizer.
     """
-    from llmrecipe.models.load import load_tokenizer
-
     composition = recipe_of(path, overrides)
     base, _, _ = resolve_section(composition.recipe.model)
     load_tokenizer(base, composition.recipe.tokenizer)
@@ -114,14 +116,22 @@ def score_subject(subject: Subject, split: str = "validation") -> dict[str, floa
     return metrics_of(subject, token_rows(subject, split, mounted_tasks(subject.loaded.mounted)))
 
 
-def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> Any:
+class Rows(Protocol):
+    """Token rows by index."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        """Return one row."""
+
+
+def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData | StreamedRows:
     """Read token rows of a split of the data that a subject's recipe names.
 
     Raises:
         DataError: there is no such split.
     """
-    from llmrecipe.data import prepare
-
     recipe = subject.composition.recipe
     labels = getattr(subject.loaded.model.config, "label2id", None) if subject.objective.head == "classification" else None
     names = sorted(labels, key=labels.get) if labels else None
@@ -135,7 +145,7 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> Any:
     return data
 
 
-def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
+def metrics_of(subject: Subject, data: Rows) -> dict[str, float]:
     """Compute metrics of token rows."""
     recipe = subject.composition.recipe
     evaluation = Evaluation(recipe.eval, recipe.batch.size, subject.objective, subject.roles, subject.runtime, _Silent())
@@ -145,6 +155,6 @@ def metrics_of(subject: Subject, data: Any) -> dict[str, float]:
 class _Silent:
     """Events of an evaluation outside a run: samples are printed, nothing is written."""
 
-    def sample(self, step: int, prompt: str, answer: str, **facts: Any) -> None:
+    def sample(self, step: int, prompt: str, answer: str, **facts: object) -> None:
         """Print one answer."""
         say(f"{prompt!r} -> {answer!r}")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmrecipe.evaluation.evaluate_model import Rows
+
+from llmrecipe.core.errors import UserError
+from llmrecipe.core.forward_context import activate
+from llmrecipe.core.tasks import Tasks
 
 
 def is_folder_of_runs(path: str) -> bool:
@@ -28,7 +35,6 @@ def finished_runs(folder: Path) -> list[Path]:
 
 def score_runs(path: str, overrides: list[str], split: str) -> list[dict[str, Any]]:
     """Compute metrics of every finished run of a folder; for a run that cannot be scored the row says why."""
-    from llmrecipe.core.errors import UserError
     from llmrecipe.evaluation.evaluate_model import evaluate_path
 
     rows: list[dict[str, Any]] = []
@@ -51,8 +57,6 @@ def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: s
         ModelError: the runs do not share one base.
         DataError: a row names no adapter, or an unknown one.
     """
-    from llmrecipe.core.forward_context import activate
-    from llmrecipe.core.tasks import Tasks
     from llmrecipe.evaluation.evaluate_model import metrics_of, subject_of, token_rows
     from llmrecipe.evaluation.open_several import SCORED, open_several
 
@@ -82,7 +86,7 @@ def score_side_by_side(paths: list[str], overrides: list[str], split: str, by: s
 class TaskRows:
     """Some rows of a split, each with the number its task has in the model that holds the adapters (None: no tasks)."""
 
-    def __init__(self, data: Any, indices: list[int], tasks: list[int] | None):
+    def __init__(self, data: Rows, indices: list[int], tasks: list[int] | None):
         self.data, self.indices, self.tasks = data, indices, tasks
 
     def __len__(self) -> int:

@@ -92,7 +92,7 @@ class Labels:
         """Return the questions without a decision."""
         return [q for q in requested if q.key not in self.found]
 
-    def decide(self, question: Question, label: str, **facts: Any) -> None:
+    def decide(self, question: Question, label: str, **facts: object) -> None:
         """Record a decision: `first`, `second` (in the row's order, however they were shown), `tie` or `skip`."""
         assert label in CHOICES, label
         self._add({"question": question.key, "label": label, **facts})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.evaluation.leaderboard_table import FULL, Column, LeaderboardRow
@@ -60,7 +63,7 @@ def draw_plot(
         pyplot.close(figure)
 
 
-def _label(axis: Any, points: list[tuple[str, float, float]]) -> None:
+def _label(axis: Axes, points: list[tuple[str, float, float]]) -> None:
     """Draw names to the right of their points, moved down where they would overlap another one."""
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.data import prepare
 from llmrecipe.data.collate import Sequence as Tokens
 from llmrecipe.engine.generation import decode_ids, end_tokens, generate
 from llmrecipe.engine.sampling import Sampling
@@ -74,8 +75,6 @@ class HeadToHead:
         self.scores = self.score(self.answers)
 
     def _rows(self, path: str, kind: str, needs: dict[str, str] | None = None) -> list[dict[str, Any]]:
-        from llmrecipe.data import prepare
-
         a = self.config
         section = DataSection(path=path, max_length=a.max_length)
         data = prepare(section, self.base.loaded.tokenizer, kind, split=a.split, seed=0, unseal=True, needs=needs)

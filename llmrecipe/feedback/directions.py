@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.objectives.base import Objective
 
 if TYPE_CHECKING:
     from llmrecipe.objectives.base import Objective
@@ -46,8 +47,6 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
 
 def declares(objective: Objective) -> bool:
     """Return whether an objective declares its metrics; one that does not may report anything."""
-    from llmrecipe.objectives.base import Objective
-
     return type(objective).measures is not Objective.measures
 
 

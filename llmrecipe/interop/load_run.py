@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmrecipe.core.errors import RunError
+from llmrecipe.interop.multi_adapter import open_adapters
 from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.interop.verify_logits import HEADS, adapter_head
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
@@ -43,13 +46,9 @@ def load(
         RunError: the folder holds no finished run.
         ModelError: the base model is gone or is another one, or runs of a list stand on different bases.
     """
-    import torch
-
     found: Any
     rights = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if isinstance(run, list | tuple):
-        from llmrecipe.interop.multi_adapter import open_adapters
-
         found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype, rights=rights)
     else:
         found = open_run(str(getattr(run, "path", run)), dtype=dtype, rights=rights)

@@ -10,9 +10,12 @@ import torch
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merge_options import MergeConfig
+from llmrecipe.interop.peft.exporter import branches_of, head_tensors, saved_from, trained_biases
+from llmrecipe.interop.peft.importer import layer_of
 from llmrecipe.interop.peft.layout import Branch, concatenate_branches
 from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
+from llmrecipe.recipe.schema import TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, open_saved
 
@@ -33,9 +36,6 @@ def open_combination(
     for path, _ in parts:
         open_plugins_of(path)
     config.check()
-    from llmrecipe.interop.peft.exporter import branches_of, head_tensors, saved_from, trained_biases
-    from llmrecipe.interop.peft.importer import layer_of
-    from llmrecipe.recipe.schema import TokenizerSection
 
     first = open_run(parts[0][0], rights=rights)
     everything: list[tuple[Branch, float]] = []

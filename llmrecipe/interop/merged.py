@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.engine.generation import end_tokens
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
@@ -147,8 +148,6 @@ def kept_dtype(loaded: LoadedModel) -> torch.dtype:
 
 def write_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write weights, config, generation settings, tokenizer and template."""
-    from llmrecipe.engine.generation import end_tokens
-
     model: Any = loaded.model
     attention = model.config._attn_implementation
     generation = getattr(model, "generation_config", None)

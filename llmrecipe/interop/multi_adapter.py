@@ -21,6 +21,7 @@ from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.engine.generation import generate as generate_from
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.interop.verify_logits import adapter_head
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import own_tensors
@@ -243,8 +244,6 @@ def _source(path: str, name: str) -> Source:
         RunError, ModelError: no finished run, or one without an adapter.
     """
     if is_adapter(path):
-        from llmrecipe.interop.verify_logits import adapter_head
-
         base = adapter_base(path)
         return Source(name, path, base, delta.SavedStack({"path": base}, [], adapter_head(Path(path))), Path(path))
     folder = run_folder(path)

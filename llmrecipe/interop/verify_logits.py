@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.engine.sampling import Sampling
 
 GOLDEN_FILE = "golden.json"
 GOLDEN_PROMPT = "What is the capital of France?"
@@ -129,7 +130,6 @@ def golden(model: Any, tokenizer: Any, front: Sequence[int] = ()) -> dict[str, A
         front: tokens that the prompt begins with, where the chat template does not write them.
     """
     from llmrecipe.engine.generation import generate
-    from llmrecipe.engine.sampling import Sampling
 
     if not hasattr(model, "generate") or not model.can_generate():
         return None

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import checkpoint_contexts
+from llmrecipe.models import vocabulary
 from llmrecipe.models.checkpoint_path import locate, offline, unreachable
 from llmrecipe.models.resolve_class import (
     attention,
@@ -252,7 +254,6 @@ def prepare_for_training(model: LanguageModel, section: ModelSection) -> None:
     """
     if not section.gradient_checkpointing:
         return
-    from llmrecipe.core.forward_context import checkpoint_contexts
 
     options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if not getattr(model, "supports_gradient_checkpointing", False):
@@ -272,8 +273,6 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
         ModelError: no tokenizer there, or a padding token it does not have.
     """
     from transformers import AutoTokenizer
-
-    from llmrecipe.models import vocabulary
 
     path = tokenizer.path or model.path
     section = model.model_copy(update={"path": path, "init": "random"})

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.forward_context import activate, current
+from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.models.hooks.hook import Hook, hook_kind, hooks_of
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
 
 WORTH = 0.9
@@ -91,8 +92,6 @@ def _read_rows(model: nn.Module) -> list[str]:
 
 def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return modules of the last decoder block that work row by row and whose rows only the final state depends on."""
-    from llmrecipe.models.module_map import anatomy
-
     try:
         parts = anatomy(model)
     except ModelError:
@@ -134,8 +133,6 @@ def _rowwise(hook: Hook) -> bool:
 @torch.no_grad()
 def _same_where_read(model: nn.Module) -> bool:
     """Return whether a short pass gives the same final states with and without skipping, at the rows that are used."""
-    from llmrecipe.core.forward_context import Context
-
     device = next(model.parameters()).device
     vocabulary = int(pretrained(model).get_input_embeddings().num_embeddings)
     ids = (torch.arange(3, 11, device=device) % vocabulary)[None]

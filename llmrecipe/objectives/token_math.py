@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.data.collate import Batch, Sequence, pad
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures
 
@@ -70,8 +70,6 @@ def collate_tokens(rows: list[dict[str, Any]], roles: Roles) -> Batch:
 
 
 def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
-    from llmrecipe.data.collate import pad
-
     start = int(roles.model.config.decoder_start_token_id)
     decoder: list[Sequence] = []
     encoder: list[list[int]] = []

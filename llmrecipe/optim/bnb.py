@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RunError
@@ -19,7 +20,7 @@ SMALLEST = 4096
 """Tensors with fewer entries keep a 32-bit state: it costs almost nothing, and they suffer most from rounding."""
 
 
-def library() -> Any:
+def library() -> ModuleType:
     """Return bitsandbytes, imported without its advice on stderr.
 
     Raises:
@@ -32,10 +33,11 @@ def library() -> Any:
         raise RunError(
             f"optim: this optimizer is one of bitsandbytes, which cannot be imported here ({error}); use optim.kind=adamw"
         ) from error
-    return bitsandbytes
+    module: ModuleType = bitsandbytes
+    return module
 
 
-def bnb_optimizer(class_name: str, params: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+def bnb_optimizer(class_name: str, params: list[dict[str, Any]], **options: object) -> torch.optim.Optimizer:
     """Return a bitsandbytes optimizer; for a paged one on CPU, log one line saying that nothing is paged there."""
     optimizer = getattr(library().optim, class_name)(params, min_8bit_size=SMALLEST, **options)
     if getattr(optimizer, "is_paged", False) and all(p.device.type == "cpu" for g in params for p in g["params"]):

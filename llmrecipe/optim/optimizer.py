@@ -13,9 +13,9 @@ Weight decay follows one rule, shown by `explain` and `check` as a table:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -209,8 +209,12 @@ def joint_optimizer(parts: Sequence[torch.optim.Optimizer]) -> torch.optim.Optim
                 part.state = self.state
                 taken += size
 
+        @overload
+        def step(self, closure: None = None) -> None: ...
+        @overload
+        def step(self, closure: Callable[[], float]) -> float: ...
         @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
             loss = None if closure is None else torch.enable_grad()(closure)()
             for part in self.parts:
                 part.step()

@@ -20,16 +20,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import number, say
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, ProofError, RunError, UserError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
+from llmrecipe.pipelines.steps.workspace import SPLITS
 from llmrecipe.pipelines.subprocesses import Child, Children, Machine, execute, say_of
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.content_key import REFERENCE, each_text
 from llmrecipe.recipe.pipeline_plan import Plan, Planned, compose_stage, filled, for_check, plan
 from llmrecipe.recipe.step_spec import StepComposition
 from llmrecipe.runs.run_dir import RunDir, description, read_metrics
+from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -184,8 +186,6 @@ class Examples:
 
     def __call__(self, name: str) -> Path:
         """Return the folder of one step."""
-        from llmrecipe.pipelines.steps.workspace import SPLITS
-
         folder = self.folder / name
         planned = self.made[name]
         composition = planned.composition
@@ -315,9 +315,6 @@ def _judge(pipeline: Pipeline, planned: Planned, code: int) -> None:
 
 
 def _result(planned: Planned, how: str, seconds: float) -> Result:
-    from llmrecipe.core.console import number
-    from llmrecipe.runs.run_record import read_run
-
     record = read_run(planned.dir)
     if isinstance(planned.composition, StepComposition):
         numbers = [f"{k} {number(v)}" for k, v in read_metrics(planned.dir).items() if isinstance(v, int | float)]

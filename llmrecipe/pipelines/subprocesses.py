@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType
 
 from llmrecipe.core.console import say
 from llmrecipe.recipe.pipeline_plan import Planned
@@ -47,7 +47,7 @@ class Children:
     signal: int | None = None
     """The signal that stops the pipeline."""
 
-    def forward(self, number: int, frame: Any) -> None:
+    def forward(self, number: int, frame: FrameType | None) -> None:
         """Forward a signal to the stages; a second Ctrl-C stops them at once, as it does in a single run."""
         self.signal = number
         self._send(number)

@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.redact import name_variables
+from llmrecipe.recipe.builtin_data import drop_builtin
 from llmrecipe.recipe.inheritance import DefaultsChain
-from llmrecipe.recipe.provenance import Origin, Origins, leaves
+from llmrecipe.recipe.interpolation import escape, interpolate
+from llmrecipe.recipe.provenance import Origin, Origins, leaves, schema_origin
 from llmrecipe.recipe.recipe_paths import find_recipe
+from llmrecipe.recipe.registered_axes import fill
+from llmrecipe.recipe.renames import rename_in_place
+from llmrecipe.recipe.rights import withhold
 from llmrecipe.recipe.schema import Recipe
-from llmrecipe.recipe.yaml_file import short
+from llmrecipe.recipe.yaml_file import short, write_yaml
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.overrides import Word
@@ -76,13 +81,8 @@ def compose_mapping(
 
     The mapping is not validated yet.
     """
-    from llmrecipe.recipe.builtin_data import drop_builtin
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
-    from llmrecipe.recipe.interpolation import interpolate
     from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse_overrides
-    from llmrecipe.recipe.registered_axes import fill
-    from llmrecipe.recipe.renames import rename_in_place
-    from llmrecipe.recipe.rights import withhold
     from llmrecipe.recipe.stale_overrides import Cleaner
 
     path = find_recipe(recipe)
@@ -199,8 +199,6 @@ def _section_defaults() -> dict[str, Any]:
 
 def _complete(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     """Complete a mapping and its origins with the defaults of sections, in the order of the schema; unknown keys last."""
-    from llmrecipe.recipe.provenance import schema_origin
-
     whole: dict[str, Any] = {}
     for key, default in section_defaults().items():
         given = mapping.get(key, default)
@@ -228,7 +226,4 @@ def _store_name(path: Path, mapping: dict[str, Any], origins: Origins) -> str:
 
 def to_yaml(mapping: dict[str, Any]) -> str:
     """Return a composed mapping as text that reads back as the same recipe."""
-    from llmrecipe.recipe.interpolation import escape
-    from llmrecipe.recipe.yaml_file import write_yaml
-
     return write_yaml(escape(mapping))

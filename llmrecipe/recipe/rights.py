@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.recipe.provenance import Origins, origin_of
+from llmrecipe.recipe.provenance import Origins, origin_of, schema_origin
 from llmrecipe.recipe.recipe_paths import packaged
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
@@ -74,8 +74,6 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
     Returns:
         One line for every right that was removed.
     """
-    from llmrecipe.recipe.provenance import schema_origin
-
     files = set(own)
     notes: list[str] = []
     for at, holder in _holders(mapping):

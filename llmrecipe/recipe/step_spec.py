@@ -22,6 +22,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.redact import name_variables
 from llmrecipe.recipe.content_key import REFERENCE, content_key
+from llmrecipe.recipe.renames import new_words
 from llmrecipe.recipe.schema import LogSection, RunSection, Section
 
 GROUP = "step"
@@ -129,7 +130,6 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
         RecipeError: everything that is wrong, in one message.
     """
     from llmrecipe.recipe.overrides import parse_overrides
-    from llmrecipe.recipe.renames import new_words
     from llmrecipe.recipe.validate import check_component, report, translate
 
     registry.spec(GROUP, kind, "kind")

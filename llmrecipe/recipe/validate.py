@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
-from llmrecipe.recipe.provenance import Origin, origin_of
+from llmrecipe.recipe.provenance import Origin, leaves, origin_of
 from llmrecipe.recipe.registered_names import unknown_names
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.stack_rules import Declared, refusals
@@ -203,8 +203,6 @@ def _json(value: Any) -> str:
 
 
 def _unset(mapping: Mapping[str, Any]) -> list[Mistake]:
-    from llmrecipe.recipe.provenance import leaves
-
     text = "the recipe requires a value here; set it in a recipe or on the command line: KEY=VALUE"
     return [Mistake(key, text) for key, value in leaves(mapping) if value == MISSING]
 

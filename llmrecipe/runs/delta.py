@@ -7,6 +7,7 @@ those before it belong to the runs it continues, so a sequence such as sft -> dp
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -73,8 +74,6 @@ def fingerprint(model: nn.Module) -> str:
 
 def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
     """Return the `{kind, options}` mapping that builds the same wrapper again."""
-    import dataclasses
-
     values = {f.name: vars(wrapper)[f.name] for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
     return {"kind": kind_name(wrapper), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 

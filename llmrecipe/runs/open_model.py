@@ -11,11 +11,14 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
+from llmrecipe.models import new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
+from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
+from llmrecipe.runs.adapter_format import read_adapter
 from llmrecipe.runs.checksums import verify
 
 if TYPE_CHECKING:
@@ -109,7 +112,6 @@ def open_saved(
     continue_: bool = False,
 ) -> LoadedModel:
     """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
-    from llmrecipe.models import new_token_rows, task_heads
     from llmrecipe.models.load import load_model, load_tokenizer
 
     if folder is not None:
@@ -157,7 +159,6 @@ def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
     """Return the adapter folders a model section names, as layers."""
     if not section.adapters:
         return []
-    from llmrecipe.runs.adapter_format import read_adapter
 
     return [read_adapter(path, model, weight) for path, weight in section.adapters.items()]
 
@@ -175,8 +176,6 @@ def _base_wrappers(saved: delta.SavedStack | None) -> list[Wrapper]:
 
 def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
     """Return the tokenizer a model is loaded with, without reading weights."""
-    from llmrecipe.models.load import load_tokenizer
-
     base, _, folder = resolve_section(section)
     return load_tokenizer(base, own_tokenizer(tokenizer, folder))
 

@@ -307,7 +307,7 @@ def _fresh(parent: Path, key: str) -> Path:
 
 def _agreed(runtime: Runtime) -> Path:
     """Return the path the main process chose."""
-    answer = runtime.broadcast_json(None)
+    answer = runtime.broadcast_json(dict[str, str]())
     if "error" in answer:
         raise RunError(answer["error"])
     return Path(answer["path"])

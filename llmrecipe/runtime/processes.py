@@ -16,13 +16,15 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.schema import RuntimeSection
@@ -149,13 +151,14 @@ class Runtime:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.to(tensor.device)
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: T) -> T:
         """Return the main process's JSON value on every process."""
         if self.world == 1:
             return value
-        return json.loads(self._broadcast(json.dumps(value).encode() if self.is_main else b"", 0))
+        received: T = json.loads(self._broadcast(json.dumps(value).encode() if self.is_main else b"", 0))
+        return received
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_json(self, value: T) -> list[T]:
         """Return every process's JSON value, by rank, on every process."""
         if self.world == 1:
             return [value]

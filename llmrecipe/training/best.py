@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.feedback.directions import Direction
 
 
@@ -36,8 +37,6 @@ class BestTracker:
         Raises:
             RecipeError: the monitored metric does not exist.
         """
-        from llmrecipe.core.errors import RecipeError, did_you_mean
-
         name = self.section.monitor
         if name not in metrics:
             known = ", ".join(sorted(metrics))

@@ -24,6 +24,8 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models import new_token_rows
+from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
 from llmrecipe.runs import delta, open_model
@@ -171,8 +173,6 @@ def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None,
     Raises:
         UserError: the stack does not fit the model.
     """
-    from llmrecipe.models.load import skeleton
-
     base, saved, _ = open_model.resolve_section(recipe.model)
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
@@ -189,8 +189,6 @@ def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels
     Raises:
         ModelError: it names the wrapper and the class of attention (see `models.hooks.hook.refuse_unrouted`).
     """
-    from llmrecipe.models.load import may_bypass_attention
-
     base, _, _ = open_model.resolve_section(recipe.model)
     if may_bypass_attention(base, objective.head):
         on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
@@ -218,8 +216,6 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
     """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
     from transformers.utils import logging
 
-    from llmrecipe.models.load import prepare_for_training
-
     logging.disable_progress_bar()
     section = recipe.model
     if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):
@@ -238,8 +234,6 @@ def attach_stack(
     model: open_model.LoadedModel, stack: Stack, everything: bool, structures: dict[str, Any] | None = None
 ) -> None:
     """Attach the stack; the layer of a continued run gives its structures and initial values, also on resume."""
-    from llmrecipe.models import new_token_rows
-
     if everything:
         new_token_rows.fold_token_rows(model.model)
     if everything and model.mounted:

@@ -12,6 +12,8 @@ from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.optim.optimizer import parameter_groups
+from llmrecipe.runs.tracker import check_trackers
+from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.read_rows import check_model_fits, read_data
@@ -61,8 +63,6 @@ def check(recipe: str, overrides: list[str]) -> Findings:
 def examine(composition: Composition) -> Findings:
     """Build a composed recipe on the meta device; see `check`."""
     from llmrecipe.recipe.validate import instantiate
-    from llmrecipe.runs.tracker import check_trackers
-    from llmrecipe.runtime.processes import pick_device
 
     settings = composition.recipe
     parts = instantiate(settings)

@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.methods._engines.quantized import quantized
+from llmrecipe.models.hooks.hook import hooks_of
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import Optimizer
 
@@ -117,8 +120,6 @@ def delta_bytes(model: nn.Module, stack: Stack) -> int:
 
 def weight_bytes(model: nn.Module, stack: Stack) -> int:
     """Count the bytes of weights and buffers; wrappers that quantize report the size of their layers (`base_bytes`)."""
-    from llmrecipe.methods._engines.quantized import quantized
-
     packed = {id(module.weight) for _, module in quantized(model)}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in packed}
     dense = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -137,8 +138,6 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
 
 def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:
     """Count the elements kept for the backward pass by the formulas of this module; zero below the first trained block."""
-    from llmrecipe.models.module_map import anatomy
-
     parts = anatomy(model)
     blocks = _blocks(parts)
     embedded = any(p.requires_grad for s in parts.sites if s.role.startswith("embed") for p in s.module.parameters())
@@ -182,15 +181,12 @@ def _trains(site: Any) -> bool:
     weight = getattr(site.module, site.tensor or "weight", None)
     if isinstance(weight, Tensor) and weight.requires_grad:
         return True
-    from llmrecipe.models.hooks.hook import hooks_of
 
     return any(p.requires_grad for hook in hooks_of(site.module) for p in hook.parameters())
 
 
 def _ranks(sites: Iterable[Any]) -> int:
     """Sum what the hooks of a block keep besides their input: the projection on their smallest dimension."""
-    from llmrecipe.models.hooks.hook import hooks_of
-
     modules = {id(s.module): s.module for s in sites if s.role not in ("block", "attn", "mlp")}
     total = 0
     for module in modules.values():

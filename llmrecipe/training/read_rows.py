@@ -6,10 +6,14 @@ from typing import Any
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.tasks import Tasks, common
+from llmrecipe.data import prepare
 from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.prepare import TokenData
 from llmrecipe.data.token_report import HIGHEST
 from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.models import positions
+from llmrecipe.models.load import load_config, skeleton
+from llmrecipe.models.vocabulary import vocabulary_size
 from llmrecipe.runs import delta, open_model
 
 
@@ -30,8 +34,6 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     Raises:
         DataError: there are no training rows, or rows that cannot be used.
     """
-    from llmrecipe.data import prepare
-
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     mask = objective.loss_mask()
     tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
@@ -50,8 +52,6 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
 
 def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
     """Return the test split, or None: for its reference scores before step 0 and its single evaluation after the last."""
-    from llmrecipe.data import prepare
-
     if not recipe.eval.test:
         return None
     mask = objective.loss_mask()
@@ -99,9 +99,6 @@ def check_vocabulary(recipe: Any, data: Any, validation: Any) -> None:
     Raises:
         RecipeError: it names the first such place, or the token.
     """
-    from llmrecipe.models.load import load_config
-    from llmrecipe.models.vocabulary import vocabulary_size
-
     base, saved, _ = open_model.resolve_section(recipe.model)
     room = getattr(load_config(base).get_text_config(), "vocab_size", None)
     if room is None:
@@ -133,9 +130,6 @@ def check_positions(recipe: Any, objective: Any, data: Any, validation: Any) -> 
     Raises:
         RecipeError: it names `data.max_length` and the positions of the model.
     """
-    from llmrecipe.models import positions
-    from llmrecipe.models.load import load_config, skeleton
-
     base, _, _ = open_model.resolve_section(recipe.model)
     sampled = getattr(objective, "max_new_tokens", 0) if objective.rows == "prompt" else 0
     stated = positions.stated_positions(load_config(base))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.reference_policy import PlannedRows, prepare_reference
@@ -73,8 +74,6 @@ class Run(RunState):
         """Return what `calibrate` may use: training rows in a separate order."""
 
         def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
-            from llmrecipe.data import order
-
             size = rows or self.recipe.batch.size
             indices = order(self.data, self.recipe.seed + 1_000_003, 0)
             for i in range(n):

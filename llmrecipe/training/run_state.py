@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.key_reads import KeyReads
+from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack
@@ -115,8 +116,6 @@ class RunState:
 
     def order(self, epoch: int) -> Any:
         """Return the row indices of an epoch in training order."""
-        from llmrecipe.data import order
-
         if getattr(self, "_order_epoch", None) != epoch:
             self._order, self._order_epoch = order(self.data, self.recipe.seed, epoch), epoch
         return self._order

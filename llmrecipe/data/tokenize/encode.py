@@ -7,8 +7,10 @@ counted by reason in the report; what is wrong with the recipe or the template r
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import DataError
@@ -178,9 +180,6 @@ def _answers(done: dict[str, Any]) -> list[list[int]]:
 @functools.cache
 def code_version() -> str:
     """Return a hash of the modules that determine token ids and masks, and of the versions of the libraries that do."""
-    import hashlib
-    from pathlib import Path
-
     import tokenizers
     import transformers
 

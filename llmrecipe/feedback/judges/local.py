@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError, UserError
+from llmrecipe.core.forward_context import Context
 from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Leads, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
 from llmrecipe.feedback.judges.labeller import Ask, Judge, chunks, short_hash
+from llmrecipe.recipe.content_key import REFERENCE, content_key
 from llmrecipe.recipe.rights import rights_of
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -67,7 +71,6 @@ class Local(Judge):
 
     def check(self, where: str) -> None:
         """Refuse `base` without a path, and an unfinished run."""
-        from llmrecipe.recipe.content_key import REFERENCE
         from llmrecipe.runs.open_model import run_folder
 
         if self.base and not self.path:
@@ -91,8 +94,6 @@ class Local(Judge):
     @functools.cached_property
     def identity(self) -> str:
         """Return the model's name and a digest of its files and of everything its replies depend on."""
-        from llmrecipe.recipe.content_key import content_key
-
         weights = content_key({"model": {"path": self.path}}, {})
         name = self.path.rstrip("/").rpartition("/")[2] or "policy"
         return f"local:{name}:{short_hash(weights, self.base, self.dtype, self.temperature, self.max_new_tokens, self.seed)}"
@@ -147,8 +148,6 @@ class Local(Judge):
         return prompt_ids(self.roles.tokenizer, ask.turns)
 
     def _context(self, off: frozenset[str]) -> Any:
-        from llmrecipe.core.forward_context import Context
-
         return Context(role=self._role, off=off)
 
     @property
@@ -179,7 +178,6 @@ def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) 
     from llmrecipe.engine.packing import packing_for
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.methods._base.stack import Stack
-    from llmrecipe.recipe.schema import ModelSection, TokenizerSection
     from llmrecipe.runs.open_model import open_model, resolve_section
 
     section = ModelSection.model_validate({"path": path, "dtype": dtype, **rights})
@@ -230,8 +228,6 @@ def _edges(
     roles: Any, prompts: Sequence[Sequence[int]], steps: dict[Path, list[int]], role: str, off: frozenset[str]
 ) -> list[dict[tuple[Path, int], float]]:
     """Compute, for each prompt, log P(token | prompt, head) of every head and token of `steps`, in one forward pass."""
-    import dataclasses
-
     import torch
 
     from llmrecipe.data.collate import Sequence as Tokens

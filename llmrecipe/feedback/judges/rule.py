@@ -12,6 +12,7 @@ from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.option_types import Annotated, Field
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.labeller import Ask, Judge, Logprobs, short_hash
+from llmrecipe.recipe.code_key import code_behind
 
 RULES: dict[str, Callable[..., Any]] = {}
 
@@ -56,8 +57,6 @@ class Rule(Judge):
     @functools.cached_property
     def identity(self) -> str:
         """Return the function's name, its confidence, and a digest of its code where it comes from outside the package."""
-        from llmrecipe.recipe.code_key import code_behind
-
         known = rules().get(self.rule)
         code = code_behind([known.__module__]) if known is not None else {}
         return f"rule:{self.rule}:{self.sure:g}" + (f":{short_hash(code)}" if code else "")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.option_types import Annotated, ClassVar, Field, Fraction
 from llmrecipe.core.registry import register
+from llmrecipe.feedback.judges.choice import holds, thin
+from llmrecipe.feedback.judges.labeller import build_judge
 from llmrecipe.objectives.reward_interface import Answer, Reward
 
 if TYPE_CHECKING:
@@ -47,8 +49,6 @@ class JudgeReward(Reward):
     @functools.cached_property
     def labeller(self) -> Judge:
         """Hold the judge, ready once `open` was called."""
-        from llmrecipe.feedback.judges.labeller import build_judge
-
         return build_judge(self.judge, "objective.reward.judge.judge")
 
     @functools.cached_property
@@ -62,7 +62,6 @@ class JudgeReward(Reward):
     def check(self, columns: Sequence[str], where: str) -> None:
         """Run the judge's own check, and check the constitution and the principles."""
         from llmrecipe.feedback.judges.constitution import read_constitution
-        from llmrecipe.feedback.judges.labeller import build_judge
 
         build_judge(self.judge, f"{where}.judge").check(f"{where}.judge")
         made = read_constitution(self.constitution, f"{where}.constitution")
@@ -78,8 +77,6 @@ class JudgeReward(Reward):
         Raises:
             RunError: the judge could rate none of the answers, or said something else than a number.
         """
-        from llmrecipe.feedback.judges.choice import holds, thin
-
         constitution, principles = self.by
         requests = [constitution.ask_rating(c, a.prompt, a.text, self.scale, a.columns) for a in answers for c in principles]
         replies = self.labeller.decide(requests, [str(i) for i in range(1, self.scale + 1)])

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import ModelError, RecipeError, RunError
 from llmrecipe.core.option_types import Literal, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.objectives.reward_interface import Answer, Reward
+from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.recipe.rights import rights_of
 
 if TYPE_CHECKING:
@@ -52,9 +54,6 @@ class Model(Reward):
 
     def check(self, columns: Sequence[str], where: str) -> None:
         """Refuse a run that does not exist or is not finished."""
-        from llmrecipe.models.checkpoint_path import run_folder
-        from llmrecipe.recipe.content_key import REFERENCE
-
         if not self.path:
             raise RecipeError(f"{where}.path: must be given: the directory of a finished reward run (recipe=reward)")
         if REFERENCE.fullmatch(self.path):  # a stage of a pipeline that has not run yet

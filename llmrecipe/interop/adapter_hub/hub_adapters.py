@@ -24,9 +24,10 @@ from llmrecipe.interop.adapter_hub.hub_layout import hub_place
 from llmrecipe.methods.additive._engines.bottleneck import Bottleneck, Sublayer
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
+from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.runs.delta import Layer
+from llmrecipe.runs.delta import Layer, build_wrapper
 from llmrecipe.runs.open_model import LoadedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
@@ -128,8 +129,6 @@ def hub_files(loaded: LoadedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ModelError: the library cannot hold it.
     """
-    from llmrecipe.models.checkpoint_path import locate
-
     model: Any = loaded.model
     wrapper = _wrapper_of(loaded)
     name = wrapper.name.split("_", 1)[1]
@@ -189,8 +188,6 @@ def _numbers(model: Any) -> dict[tuple[str, int], int]:
 
 def head_config(loaded: LoadedModel) -> dict[str, Any]:
     """Return the library's configuration of a task head."""
-    from llmrecipe.models.checkpoint_path import locate
-
     config: Any = loaded.model.config
     labels = {"config": None, "name": None, "label2id": config.label2id, "num_labels": config.num_labels}
     return {**_about(loaded.model), **labels, "model_name": locate(loaded.section.path)[0]}
@@ -219,8 +216,6 @@ def read_hub_adapter(folder: Path, model: nn.Module) -> Layer:
         ModelError: its configuration has no counterpart here, or it does not fit the model.
     """
     from safetensors.torch import load_file
-
-    from llmrecipe.runs.delta import build_wrapper
 
     saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config, name = saved["config"], saved["name"]

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.interop.peft.layout import PREFIX, Adapter
+from llmrecipe.interop.peft.layout import PREFIX, Adapter, target_of
 from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods.additive._engines import prefix_kv, virtual_tokens
+from llmrecipe.methods.additive._engines.prefix_kv import host_of
+from llmrecipe.methods.additive.ia3 import ScaleInput, ScaleOutput
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
@@ -33,8 +36,6 @@ BEHIND = ("q", "k", "v", "qkv", "kv")
 
 def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     """Return the vectors by module; None where a task table, a key norm or fused experts are scaled."""
-    from llmrecipe.methods.additive.ia3 import ScaleInput, ScaleOutput
-
     vectors: dict[str, Tensor] = {}
     inner: set[str] = set()
     for path, module, _, hook in all_hooks(model, wrapper.name):
@@ -60,8 +61,6 @@ def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
 
 def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
     """Return the table of a decoder's self-attention; None where PEFT would compute something else with it."""
-    from llmrecipe.methods.additive._engines import prefix_kv
-
     parts = anatomy(model)
     tables = prefix_kv.tables_of(model, wrapper.name)
     if parts.encoder_decoder or len(tables) != 1 or list(tables[0].tables) != ["attn"]:
@@ -94,8 +93,6 @@ def _turned(model: Any, keys: Tensor, places: int) -> Tensor:
 
 def prompt_adapter(wrapper: PromptTuning, model: Any) -> Adapter | None:
     """Return the virtual tokens before every document; None for encoder-decoders, or virtual tokens after the first token."""
-    from llmrecipe.methods.additive._engines import virtual_tokens
-
     if wrapper.position != "prefix" or anatomy(model).encoder_decoder:
         return None
     _, rows = virtual_tokens.virtual_rows(model, wrapper.name)
@@ -122,8 +119,6 @@ def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
     Raises:
         ModelError: a module is unknown, or scaled on the other side than here.
     """
-    from llmrecipe.interop.peft.layout import target_of
-
     parts = anatomy(model)
     sites: list[Site] = []
     tensors: dict[str, Tensor] = {}
@@ -149,8 +144,6 @@ def read_virtual_tokens(adapter: Adapter, model: Any, where: str) -> Layer:
     Raises:
         ModelError: the model is an encoder-decoder pair, or the table was trained for another shape.
     """
-    from llmrecipe.methods.additive._engines.prefix_kv import host_of
-
     parts = anatomy(model)
     table = adapter.tensors[PROMPT].float()
     rest = {k.removeprefix(PREFIX): v for k, v in adapter.tensors.items() if k != PROMPT}

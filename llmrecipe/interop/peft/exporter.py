@@ -30,7 +30,9 @@ from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
+from llmrecipe.models.task_heads import is_head
 from llmrecipe.recipe.rights import RIGHTS
+from llmrecipe.recipe.schema import TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, open_saved
 
@@ -138,8 +140,6 @@ def saved_from(loaded: LoadedModel) -> delta.SavedStack:
 
 def reread(folder: Path, loaded: LoadedModel, saved: delta.SavedStack) -> nn.Module:
     """Load a fresh base, stored as in training, with the written adapter on top."""
-    from llmrecipe.recipe.schema import TokenizerSection
-
     section = loaded.section.model_copy(update={"adapters": {str(folder): 1.0}})
     return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
 
@@ -243,8 +243,6 @@ def branch_of(path: str, module: nn.Module, hook: nn.Module) -> Branch | None:
 
 def head_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return the task heads that were trained with the methods, as they are now."""
-    from llmrecipe.models.task_heads import is_head
-
     return {n: p.detach() for n, p in loaded.model.named_parameters() if is_head(loaded.model, n)}
 
 

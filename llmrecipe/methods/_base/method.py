@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from llmrecipe.core.errors import ModelError
 from llmrecipe.core.registry import CONFIG
 
 if TYPE_CHECKING:
@@ -222,8 +223,6 @@ class Wrapper:
         Raises:
             ModelError: the method cannot be folded (see `mergeable`).
         """
-        from llmrecipe.core.errors import ModelError
-
         raise ModelError(f"stack.{self.name}: {type(self).__name__} cannot be merged into the base weights")
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook, row_index
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
+from llmrecipe.models.task_heads import is_head
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -54,8 +55,6 @@ def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, s
     Args:
         pooler: whether the pooler's is among them.
     """
-    from llmrecipe.models.task_heads import is_head
-
     inside = {id(m) for _, _, _, hook in all_hooks(model) for m in hook.modules()}
     skipped = None if pooler else pooler_of(model)
     owners: dict[int, tuple[nn.Module, str]] = {}
@@ -105,8 +104,6 @@ def open_biases(model: nn.Module, owner: str, which: str, target: str, sites: li
     Raises:
         ModelError: there are none, or another wrapper of the stack trains one of them.
     """
-    from llmrecipe.models.hooks.hook import row_index
-
     if which == "none":
         return
     found: list[tuple[nn.Module, str, Tensor | None]]

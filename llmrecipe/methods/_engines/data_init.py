@@ -22,6 +22,7 @@ from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.method import Probe
@@ -238,8 +239,6 @@ def inputs(
         rows: rows of a batch; None for the recipe's.
         scaled: the inputs of one batch -> what is summed.
     """
-    from llmrecipe.models.module_map import anatomy
-
     crossed = {s.path for s in anatomy(model).sites if s.role in ("cross.k", "cross.v")}
     moments = {id(place.module): InputMoments() for place in places}
     world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)

@@ -13,6 +13,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.models.hooks.hook import add_hook, device_of
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.methods.additive._engines.bottleneck import Sublayer
@@ -80,8 +81,6 @@ class Adapter(Wrapper):
         Raises:
             ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
         """
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         for sub in self.places(parts):
             r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
@@ -138,8 +137,6 @@ class Adapter(Wrapper):
 
     def opened(self, model: nn.Module) -> set[str]:
         """Return the norms of the adapted blocks if `train_norms` is on."""
-        from llmrecipe.models.module_map import anatomy
-
         if not self.train_norms:
             return set()
         parts = anatomy(model)
@@ -148,8 +145,6 @@ class Adapter(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: 2 d r + r + d train an adapter; AdamW keeps 8 bytes for each."""
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         sizes = [bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes) for s in self.places(parts)]
         trained = sum(bottleneck.count(parts.width, parts.width, r, self._shape()) for r in sizes if r)

@@ -9,6 +9,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
 from llmrecipe.models.hooks.hook import add_hook
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,8 +55,6 @@ class Apt(Wrapper):
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add a table at each stack of blocks, scores at each block, a hook at each attention module."""
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         shift = self.positions == "shift"
         plan = prefix_kv.ColumnPlan(self.target, self.num_virtual_tokens, dropout=self.dropout, shift=shift)

@@ -20,6 +20,7 @@ from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_t
 from llmrecipe.models.attention import Attend, PickedTokens
 from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of
 from llmrecipe.models.kv_cache import prompts_of
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy
@@ -267,8 +268,6 @@ class Coda(Wrapper):
         Raises:
             ModelError: a decoder without `causal: prompt_only`, or one with `kv: selected`.
         """
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         roles = ROWS if self.kv == "all" else ROWS + KEYS
         for block in self._blocks(parts):
@@ -302,8 +301,6 @@ class Coda(Wrapper):
 
     def opened(self, model: nn.Module) -> set[str]:
         """Return the norms of the conditional blocks if `train_norms` is on."""
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         return bottleneck.norm_parameters(model, self._blocks(parts), parts) if self.train_norms else set()
 
@@ -313,8 +310,6 @@ class Coda(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: 2 d r + r + 2 d a block and its norms train; AdamW keeps 8 bytes for each."""
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         each = bottleneck.count(parts.width, parts.width, self.r, bottleneck.BottleneckShape()) + parts.width
         parameters = dict(model.named_parameters())

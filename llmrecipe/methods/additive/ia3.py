@@ -14,7 +14,8 @@ from llmrecipe.core.option_types import Field, Literal
 from llmrecipe.core.registry import register
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
-from llmrecipe.models.hooks.hook import SCALE, Hook, add_hook, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.hook import SCALE, Hook, add_hook, device_of, merge_hooks, own_tensors, row_index
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy
@@ -221,8 +222,6 @@ class Ia3(Wrapper):
         Raises:
             RecipeError: the tasks are `auto` and no rows were read.
         """
-        from llmrecipe.models.module_map import anatomy
-
         if self.tasks == "auto":
             raise RecipeError(f"stack.{self.name}.tasks: auto takes the names from training rows, and there are none here")
         parts = anatomy(model)
@@ -271,8 +270,6 @@ class Ia3(Wrapper):
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Return its own parameters with weight decay 0."""
-        from llmrecipe.models.hooks.hook import own_tensors
-
         return [ParamGroup(frozenset(own_tensors(model, self.name)), weight_decay=0.0)]
 
     def merge(self, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.models.hooks.hook import add_hook, device_of, row_index
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.methods.additive._engines.bottleneck import Sublayer
@@ -76,8 +77,6 @@ class ParallelAdapter(Wrapper):
         Raises:
             ModelError: a target without a weight matrix, or a multi-head branch on the feed-forward.
         """
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         if self.target is not None:
             for site in self._linears(parts):
@@ -145,8 +144,6 @@ class ParallelAdapter(Wrapper):
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms (see the class); AdamW keeps 8 bytes for each."""
-        from llmrecipe.models.module_map import anatomy
-
         parts, shape = anatomy(model), self._shape()
         if self.target is not None:
             trained = sum(bottleneck.count(s.width_in, s.width_out, self._size(s), shape) for s in self._linears(parts))

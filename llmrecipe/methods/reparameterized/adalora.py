@@ -16,6 +16,7 @@ from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import open_biases
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
 from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
+from llmrecipe.models.module_map import anatomy
 
 FACTORS = ("A", "E", "B")
 """Q (r, in), the singular values (r, 1), P (out, r)."""
@@ -194,8 +195,6 @@ class Adalora(Wrapper):
             RecipeError: the final rank is above the first one.
             ModelError: a site is not a linear layer.
         """
-        from llmrecipe.models.module_map import anatomy
-
         if self.target_r > self.init_r:
             raise RecipeError(
                 f"stack.{self.name}.target_r: {self.target_r} is larger than init_r={self.init_r}; ranks only fall"

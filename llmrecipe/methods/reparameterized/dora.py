@@ -20,6 +20,7 @@ from llmrecipe.methods._engines.dora_norm import Gain
 from llmrecipe.methods._engines.effective_weight import hooks_under, weight_below
 from llmrecipe.methods.reparameterized.lora import pattern_value
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, device_of, merge_hooks, row_index
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -234,8 +235,6 @@ class Dora(Wrapper):
         Raises:
             ModelError: a site is neither a linear layer nor an embedding, or one side of a tied pair.
         """
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         bare = parts.at(self.magnitude_only) if self.magnitude_only is not None else []
         for site in bare:

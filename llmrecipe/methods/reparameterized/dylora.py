@@ -17,6 +17,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,8 +124,6 @@ class Dylora(Wrapper):
             RecipeError: the ranks do not fit each other.
             ModelError: a site is not a linear layer.
         """
-        from llmrecipe.models.module_map import anatomy
-
         if self.r_min > self.r or (self.rank or 1) > self.r:
             name, value = ("r_min", self.r_min) if self.r_min > self.r else ("rank", self.rank)
             raise RecipeError(f"stack.{self.name}.{name}: {value} is larger than r={self.r}, the largest rank that is trained")

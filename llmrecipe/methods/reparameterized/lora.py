@@ -12,10 +12,11 @@ from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction,
 from llmrecipe.core.registry import register
 from llmrecipe.core.time_limit import compiled, within
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
-from llmrecipe.methods._engines import initialization, low_rank
+from llmrecipe.methods._engines import data_init, initialization, low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
 from llmrecipe.methods._engines.loftq_codes import Requantized, assign_codes
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, merge_hooks
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,8 +92,6 @@ class Lora(Wrapper):
             RecipeError: an option of a start that is not the one chosen.
             ModelError: a site cannot have the pair, its start, or a trained bias.
         """
-        from llmrecipe.models.module_map import anatomy
-
         if self.loftq_iter > 1 and self.init != "loftq":
             raise RecipeError(f"stack.{self.name}.loftq_iter: it is an option of init: loftq, and init is {self.init}")
         sites = anatomy(model).at(self.target)
@@ -132,8 +131,6 @@ class Lora(Wrapper):
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Run that initialization."""
         if self.calibrates():
-            from llmrecipe.methods._engines import data_init
-
             data_init.begin(model, self.name, self.init, probe, self.init_batches, self.eva_rho, self.loftq_iter)
 
     def starts_at_base(self) -> bool:

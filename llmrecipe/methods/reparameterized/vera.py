@@ -17,6 +17,7 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of, merge_hooks, row_index
 from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
+from llmrecipe.models.module_map import anatomy
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -120,8 +121,6 @@ class Vera(Wrapper):
         Raises:
             ModelError: a site is not a linear layer, or the seed gives other matrices than those of a saved delta.
         """
-        from llmrecipe.models.module_map import anatomy
-
         sites = anatomy(model).at(self.target)
         for site in sites:
             if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):

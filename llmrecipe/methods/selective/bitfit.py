@@ -15,6 +15,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, remove_hook, row_index
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -110,8 +111,6 @@ class Bitfit(Wrapper):
 
     def _sites(self, model: nn.Module) -> tuple[list[Site], list[Site]]:
         """Return chosen sites that have a bias, and chosen sites that lack one."""
-        from llmrecipe.models.module_map import anatomy
-
         roles = self._roles() | (set(WHOLE) if self.terms == "all" else set())
         wanted = [s for s in anatomy(model).sites if s.role in roles or ("norm." in roles and s.role.startswith("norm."))]
         whole = {s.path for s in wanted if s.rows is None}
@@ -164,8 +163,6 @@ class Bitfit(Wrapper):
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Yield counts by role; biases without effect are named as such."""
-        from llmrecipe.models.module_map import anatomy
-
         parts = anatomy(model)
         roles = {(s.path, s.name(self.name)): s.role for s in parts.sites}
         counts: Counter[str] = Counter()

@@ -12,7 +12,9 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.counter_rng import bernoulli
+from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,
@@ -104,8 +106,6 @@ class ChildTuning(SparseMethod, Wrapper):
         """Score the scope and choose its top p, for d."""
         if self.variant == "f":
             return
-        from llmrecipe.methods.selective._engines import selection
-        from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
         weights = candidates(model, self._scope())
         examples = self.num_samples or probe.rows

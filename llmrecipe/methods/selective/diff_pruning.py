@@ -8,7 +8,10 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
 from llmrecipe.methods.selective._engines.l0_phase import GatePhase
+from llmrecipe.methods.selective._engines.selection import top_k
+from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import attach_chosen, base_weights, chosen_from
 
 if TYPE_CHECKING:
@@ -86,8 +89,6 @@ class DiffPruning(GatePhase, Wrapper):
         Raises:
             ModelError: a tensor of the scope is quantized.
         """
-        from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
-
         if structure is not None and structure["phase"] == "fixed":
             attach_chosen(model, self.name, chosen_from(structure))
             return
@@ -109,9 +110,6 @@ class DiffPruning(GatePhase, Wrapper):
 
     def survivors(self, model: nn.Module, hooks: list[DiffGate], draw: str) -> dict[str, Selected]:
         """Return the largest |delta| of all entries together."""
-        from llmrecipe.methods.selective._engines.selection import top_k
-        from llmrecipe.methods.selective._engines.sparse_delta import Selected
-
         k = int(self.density * sum(hook.w.numel() for hook in hooks))
         if k < 1:
             raise ModelError(f"stack.{self.name}.density: {self.density} leaves no entry to train")

@@ -8,6 +8,9 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.counter_rng import uniform
+from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,
@@ -15,6 +18,7 @@ from llmrecipe.methods.selective._engines.sparse_method import (
     candidates,
     chosen_from,
 )
+from llmrecipe.models.task_heads import is_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,8 +87,6 @@ class Fishmask(SparseMethod, Wrapper):
         Raises:
             ModelError: nothing is left for the base.
         """
-        from llmrecipe.models.task_heads import is_head
-
         total = sum(w.numel for w in base_weights(model, self.scope).values())
         k = int(self.density * total)
         if self.budget == "with_head":
@@ -95,10 +97,6 @@ class Fishmask(SparseMethod, Wrapper):
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score, take the top k, add their hooks."""
-        from llmrecipe.methods.selective._engines import selection
-        from llmrecipe.methods.selective._engines.counter_rng import uniform
-        from llmrecipe.methods.selective._engines.sparse_delta import Selected
-
         targets = selection.sampled_targets(probe.engine, self.draws, self.seed) if self.sample_type == "expect" else None
 
         def scorer(group: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,12 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.option_types import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.counter_rng import uniform
+from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
 from llmrecipe.methods.selective._engines.l0_phase import GatePhase
 from llmrecipe.methods.selective._engines.sparse_method import attach_chosen, chosen_from
+from llmrecipe.methods.selective._engines.weight_groups import chosen_of, families, pick
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,8 +105,6 @@ class GroupMask(GatePhase, Wrapper):
             RecipeError: `remove` was set, or an option is set that this choice of `hard_l0` does not read.
             ModelError: not even one group fits the budget, or gates meet a quantized tensor.
         """
-        from llmrecipe.methods.selective._engines.weight_groups import families
-
         self._refuse()
         if structure is not None and structure.get("phase") != "l0":
             attach_chosen(model, self.name, chosen_from(structure))
@@ -123,8 +125,6 @@ class GroupMask(GatePhase, Wrapper):
                 raise RecipeError(f"stack.{self.name}.{key}: {given} has no effect: {why}; drop the key or change hard_l0")
 
     def _gate(self, model: nn.Module, found: list[GroupFamily]) -> None:
-        from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
-
         for family in found:
             first = None
             for member in family.members:
@@ -147,8 +147,6 @@ class GroupMask(GatePhase, Wrapper):
 
     def survivors(self, model: nn.Module, hooks: list[GroupGate], draw: str) -> dict[str, Selected]:
         """Return the groups with the largest delta^2."""
-        from llmrecipe.methods.selective._engines.weight_groups import families
-
         found = families(model, self.group, self.scope)
         differences = {hook.source: hook for hook in hooks}
         scores = [torch.zeros(f.count, dtype=torch.float64) for f in found]
@@ -159,8 +157,6 @@ class GroupMask(GatePhase, Wrapper):
 
     def plan(self, model: nn.Module) -> int:
         """Return the largest number of entries that will train."""
-        from llmrecipe.methods.selective._engines.weight_groups import families
-
         return self.budget(families(model, self.group, self.scope))
 
     def budget(self, found: list[GroupFamily]) -> int:
@@ -181,16 +177,12 @@ class GroupMask(GatePhase, Wrapper):
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score the groups, choose the best, add their hooks; `hard_l0` chooses later."""
-        from llmrecipe.methods.selective._engines.weight_groups import families
-
         if not self.hard_l0:
             found = families(model, self.group, self.scope)
             attach_chosen(model, self.name, self._best(found, self._scores(model, probe, found)))
 
     def _best(self, found: list[GroupFamily], scores: list[Tensor]) -> dict[str, Selected]:
         """Return the best groups within the budget; `scores` are (groups,) sums of each family."""
-        from llmrecipe.methods.selective._engines.weight_groups import chosen_of, pick
-
         if self.normalize == "mean":
             scores = [s / f.size for s, f in zip(scores, found, strict=True)]
         return chosen_of(found, pick(found, scores, self.budget(found), self.min_per_layer))
@@ -198,8 +190,6 @@ class GroupMask(GatePhase, Wrapper):
     def _scores(self, model: nn.Module, probe: Probe, found: list[GroupFamily]) -> list[Tensor]:
         """Return summed scores (groups,) of each family."""
         if self.score == "random":
-            from llmrecipe.methods.selective._engines.counter_rng import uniform
-
             # Times the size: chance decides between groups, not between sizes, once the mean is taken.
             return [uniform(f"{self.seed}:{f.name}", 0, f.count) * f.size for f in found]
         weights = {m.weight.name: m.weight for f in found for m in f.members}
@@ -216,8 +206,6 @@ class GroupMask(GatePhase, Wrapper):
         return totals
 
     def _entry_scores(self, model: nn.Module, probe: Probe, part: dict[str, Any]) -> dict[str, Tensor]:
-        from llmrecipe.methods.selective._engines import selection
-
         if self.score == "magnitude":
             if any(w.quantized for w in part.values()):
                 raise ModelError(f"stack.{self.name}.score: magnitude reads weights, and some are quantized; use fisher")

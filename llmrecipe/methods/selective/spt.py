@@ -9,6 +9,10 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Literal, OpenFraction, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
+from llmrecipe.methods._engines.low_rank import LowRank
+from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.selection import pattern
+from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,
@@ -16,7 +20,9 @@ from llmrecipe.methods.selective._engines.sparse_method import (
     chosen_from,
     sparse_hooks,
 )
+from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter, Tunable, add_structured, allocate
 from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,8 +93,6 @@ class Spt(SparseMethod, Wrapper):
 
     def _tunables(self, model: nn.Module) -> list[Tunable]:
         """Return candidates: matrices of projections, and the one-dimensional tensors of the blocks and the final norm."""
-        from llmrecipe.methods.selective._engines.spt_allocation import Tunable
-
         matrices = {id(site.module.weight): site for site in _projections(model)}
         found = []
         for name, weight in base_weights(model).items():
@@ -120,17 +124,12 @@ class Spt(SparseMethod, Wrapper):
 
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score the candidates, allocate the budget, add hooks for what was chosen."""
-        from llmrecipe.methods.selective._engines.selection import pattern
-        from llmrecipe.methods.selective._engines.spt_allocation import allocate
-
         tunables = self._tunables(model)
         scores = self._scores(model, probe, [t.name for t in tunables])
         keys = [pattern(scores[t.name]) for t in tunables]
         self._add_hooks(model, allocate(tunables, keys, self.limit(tunables), self.structured_only))
 
     def _scores(self, model: nn.Module, probe: Probe, names: list[str]) -> dict[str, Tensor]:
-        from llmrecipe.methods.selective._engines import selection
-
         weights = base_weights(model)
         rows = 1 if self.per_example else self.batch_size
         batches = self.num_batches * (self.batch_size if self.per_example else 1)
@@ -145,14 +144,10 @@ class Spt(SparseMethod, Wrapper):
         return found
 
     def _add_hooks(self, model: nn.Module, allocation: Allocation) -> None:
-        from llmrecipe.methods.selective._engines.sparse_delta import Selected
-
         self._modules(model, allocation.structured)
         attach_chosen(model, self.name, {name: Selected(idx) for name, idx in allocation.entries.items()})
 
     def _modules(self, model: nn.Module, paths: list[str]) -> None:
-        from llmrecipe.methods.selective._engines.spt_allocation import add_structured
-
         sites = {site.path: site for site in _projections(model)}
         for path in paths:
             add_structured(sites[path], self.name, self.structured, self.r, self.dropout)
@@ -162,9 +157,6 @@ class Spt(SparseMethod, Wrapper):
         return {"structured": self._structured(model), **super().structure(model)}
 
     def _structured(self, model: nn.Module) -> list[str]:
-        from llmrecipe.methods._engines.low_rank import LowRank
-        from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter
-
         return [path for path, _, _, p in all_hooks(model, self.name) if isinstance(p, LowRank | SequentialAdapter)]
 
     def merge(self, model: nn.Module) -> None:
@@ -202,6 +194,4 @@ class Spt(SparseMethod, Wrapper):
 
 
 def _projections(model: nn.Module) -> list[Site]:
-    from llmrecipe.models.module_map import anatomy
-
     return anatomy(model).at("all-linear")

@@ -14,6 +14,9 @@ from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Critic
 from llmrecipe.engine.role_models import Roles
+from llmrecipe.methods._base.method import Stage
+from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.models import task_heads
 from llmrecipe.objectives.alignment._engines.advantages import (
     clipped_policy_loss,
     clipped_share,
@@ -156,9 +159,6 @@ class Ppo(Sampled, Objective):
         Raises:
             RecipeError: it would sit on a base that the policy trains.
         """
-        from llmrecipe.methods._base.method import Stage
-        from llmrecipe.methods.reparameterized.lora import Lora
-
         frozen = any(w.stage is Stage.INJECT for w in stack) and not any(w.stage is Stage.SELECT for w in stack)
         if self.value == "adapter" and not frozen:
             raise RecipeError(
@@ -172,8 +172,6 @@ class Ppo(Sampled, Objective):
 
     def prepare_model(self, model: Any, seed: int) -> None:
         """Add the value head, initialised to zero."""
-        from llmrecipe.models import task_heads
-
         task_heads.add_head(model, "value", std=0.0, seed=seed)
 
     def critic(self, roles: Roles) -> Critic:

@@ -58,7 +58,7 @@ def choices_of(value: list[Any] | RangeSection) -> list[Any]:
     return [value.low, value.high] if isinstance(value, RangeSection) else list(value)
 
 
-def first(value: list[Any] | RangeSection) -> Any:
+def first(value: list[Any] | RangeSection) -> object:
     """Return the first value of a list or range."""
     return next(iter(choices_of(value)), None)
 

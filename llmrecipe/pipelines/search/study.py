@@ -43,6 +43,7 @@ from llmrecipe.recipe.validate import build_object
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir
+from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
     import optuna
@@ -188,8 +189,6 @@ class Search:
         return made
 
     def _curve(self, planned: Planned) -> list[tuple[int, float]]:
-        from llmrecipe.runs.run_record import read_run
-
         return read_run(planned.dir).curve(self.evaluation.monitor)
 
     def _value(self, planned: Planned) -> float:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.feedback.judges.constitution import sample_principles
+from llmrecipe.feedback.judges.feedback import Draft, judge_facts, revise_drafts
 from llmrecipe.pipelines.step import Row, Step
+from llmrecipe.pipelines.steps.judge_support import check_feedback, consult
 from llmrecipe.recipe.step_spec import unfinished
 
 if TYPE_CHECKING:
@@ -62,8 +65,6 @@ class Critique(Step):
 
     def check(self, where: str) -> None:
         """Refuse a judge, a constitution or answers that cannot work."""
-        from llmrecipe.pipelines.steps.judge_support import check_feedback
-
         check_feedback(self, USES, where)
         if not unfinished(self.answers):
             for split in self.splits:
@@ -84,9 +85,6 @@ class Critique(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Criticise and revise the answers of each split."""
-        from llmrecipe.feedback.judges.feedback import judge_facts
-        from llmrecipe.pipelines.steps.judge_support import consult
-
         judge, constitution, principles = consult(work, self.judge, self.constitution, self.principles, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
@@ -117,9 +115,6 @@ class Critique(Step):
         principles: Sequence[Principle],
     ) -> list[list[dict[str, Any]]]:
         """Compute the revisions of each answer, round by round, each {critique, revision, leak, principle}."""
-        from llmrecipe.feedback.judges.constitution import sample_principles
-        from llmrecipe.feedback.judges.feedback import Draft, revise_drafts
-
         done: list[list[dict[str, Any]]] = [[] for _ in answered]
         for number in range(1, self.revisions + 1):
             items: list[list[Any]] = [

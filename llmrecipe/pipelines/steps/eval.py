@@ -9,6 +9,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.pipelines.step import Step
 from llmrecipe.recipe.run_recipe import as_word
 from llmrecipe.recipe.step_spec import unfinished
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from llmrecipe.data.formats.prompts import Prompt
     from llmrecipe.evaluation.evaluate_model import Subject
     from llmrecipe.pipelines.steps.workspace import Work
+    from llmrecipe.recipe.schema import DataSection
 
 PREFIX = {"validation": "eval"}
 """Split -> its prefix in the metrics of a training."""
@@ -54,7 +56,6 @@ class Eval(Step):
     def check(self, where: str) -> None:
         """Refuse unknown metrics and rewards, and rows that no reward can score."""
         from llmrecipe.evaluation.evaluate_model import check_subject
-        from llmrecipe.objectives.reward_interface import Rewards
 
         for name in self.metrics:
             registry.spec("metric", name, f"{where}.metrics")
@@ -89,7 +90,7 @@ class Eval(Step):
             own["eval", "metrics"] = self.metrics
         return [*(as_word(key, value) for key, value in own.items()), *self.words]
 
-    def _prompts(self, data: Any, where: str, limit: int | None, needs: dict[str, str] | None = None) -> list[Prompt]:
+    def _prompts(self, data: DataSection, where: str, limit: int | None, needs: dict[str, str] | None = None) -> list[Prompt]:
         from llmrecipe.data.formats.prompts import read_prompts
 
         if data.path is None:
@@ -101,7 +102,6 @@ class Eval(Step):
         from llmrecipe.data.tokenize.chat_templates import prompt_ids
         from llmrecipe.engine.generation import answered, decode_ids, end_tokens
         from llmrecipe.engine.sampling import Sampling
-        from llmrecipe.objectives.reward_interface import Answer, Rewards
 
         rewards = Rewards(self.reward, "reward")
         rewards.open(subject.roles)

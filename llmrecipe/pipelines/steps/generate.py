@@ -167,6 +167,6 @@ class Generate(Step):
             if len(found[place]) == self.n:
                 yield place, [found[place][j] for j in range(self.n)]
 
-    def _row(self, prompt: Prompt, turns: Any, answers: list[str]) -> Row:
+    def _row(self, prompt: Prompt, turns: object, answers: list[str]) -> Row:
         answer = {"completion": answers[0]} if self.n == 1 else {"completions": answers}
         return {"prompt": turns, **answer, **prompt.columns}

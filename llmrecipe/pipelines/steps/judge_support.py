@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmrecipe.core.errors import DataError, RecipeError, did_you_mean
+from llmrecipe.evaluation.agreement import agreement
 
 if TYPE_CHECKING:
     from llmrecipe.data.formats.answered_prompts import Answered
@@ -14,11 +15,31 @@ if TYPE_CHECKING:
     from llmrecipe.pipelines.steps.workspace import Work
 
 
-def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
+class JudgedStep(Protocol):
+    """The options of a step that asks a judge by the principles of a constitution."""
+
+    @property
+    def judge(self) -> dict[str, Any]:
+        """Return who judges: {kind: ..., ...}."""
+
+    @property
+    def constitution(self) -> str:
+        """Return the name or file of the constitution."""
+
+    @property
+    def principles(self) -> list[str]:
+        """Return the ids of the principles to draw from."""
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Return the splits that are judged."""
+
+
+def check_feedback(step: JudgedStep, uses: Sequence[str], where: str) -> None:
     """Refuse a judge, a constitution or principles that cannot do what a step wants.
 
     Args:
-        step: has `judge`, `constitution`, `principles` and `splits`.
+        step: the one that asks the judge.
         uses: texts every principle must have.
 
     Raises:
@@ -37,7 +58,7 @@ def check_feedback(step: Any, uses: Sequence[str], where: str) -> None:
 
 
 def consult(
-    work: Work, body: Any, constitution: str, principles: Sequence[str], uses: Sequence[str]
+    work: Work, body: dict[str, Any], constitution: str, principles: Sequence[str], uses: Sequence[str]
 ) -> tuple[Judge, Constitution, list[Principle]]:
     """Return the judge of a step, with the replies cached in the step's folder, its constitution and principles."""
     from llmrecipe.feedback.judges.constitution import read_constitution
@@ -80,7 +101,6 @@ def agreement_facts(truth: str, split: str, labelled: Sequence[tuple[Answered, S
         truth: a judge rule, or a source of preference rows.
         labelled: (row, places of its two answers, p of the first) of each pair.
     """
-    from llmrecipe.evaluation.agreement import agreement
     from llmrecipe.feedback.judges.rule import rules
 
     ours: dict[Any, str] = {}

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.option_types import Annotated, ClassVar, Field, Fraction, Literal, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.feedback.judges.constitution import sample_principles
+from llmrecipe.feedback.judges.feedback import AnswerPair, compare_answers, judge_facts, label_metrics
 from llmrecipe.pipelines.step import Row, Step
+from llmrecipe.pipelines.steps.judge_support import agreement_facts, check_feedback, check_truth, consult
 from llmrecipe.recipe.step_spec import unfinished
 
 if TYPE_CHECKING:
@@ -80,8 +83,6 @@ class LabelAi(Step):
 
     def check(self, where: str) -> None:
         """Refuse a judge, a constitution, bounds or answers that cannot work."""
-        from llmrecipe.pipelines.steps.judge_support import check_feedback, check_truth
-
         check_feedback(self, USES, where)
         if self.clamp[0] > self.clamp[1] or self.clamp[0] + self.clamp[1] != 1.0:
             raise RecipeError(f"{where}.clamp: must be [c, 1 - c] with c <= 1/2, so that no side is favoured; got {self.clamp}")
@@ -106,9 +107,6 @@ class LabelAi(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Compare the answers of each split."""
-        from llmrecipe.feedback.judges.feedback import judge_facts, label_metrics
-        from llmrecipe.pipelines.steps.judge_support import agreement_facts, consult
-
         judge, constitution, principles = consult(work, self.judge, self.constitution, self.principles, USES)
         facts: dict[str, Any] = {"constitution": constitution.id}
         for split in self.splits:
@@ -156,9 +154,6 @@ class LabelAi(Step):
         constitution: Constitution,
         principles: Sequence[Principle],
     ) -> list[dict[str, Any] | None]:
-        from llmrecipe.feedback.judges.constitution import sample_principles
-        from llmrecipe.feedback.judges.feedback import AnswerPair, compare_answers, label_metrics
-
         def ask(part: list[list[int]], seed: int) -> list[Any]:
             pairs = [
                 AnswerPair(row.words, row.answers[first], row.answers[second], row.columns)

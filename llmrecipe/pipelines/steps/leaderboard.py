@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,28 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.evaluation.leaderboard_plot import draw_plot
+from llmrecipe.evaluation.leaderboard_table import (
+    PLAIN,
+    REQUESTED,
+    Column,
+    LeaderboardEntry,
+    as_json,
+    better_of,
+    cells,
+    markdown,
+    rank,
+    read_entries,
+    start_label,
+)
+from llmrecipe.objectives.reward_interface import Rewards
 from llmrecipe.pipelines.step import Step
 from llmrecipe.recipe.step_spec import unfinished
+from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
     from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardEntry, LeaderboardRow
+    from llmrecipe.evaluation.win_rate import HeadToHead
     from llmrecipe.pipelines.steps.workspace import Work
 
 
@@ -66,8 +84,6 @@ class Leaderboard(Step):
         if not self.runs:
             raise RecipeError(f'{where}.runs: names no run; write ["${{stage:x}}"]')
         if self.against is not None:
-            from llmrecipe.objectives.reward_interface import Rewards
-
             if self.prompts is None:
                 raise RecipeError(
                     f"{where}.prompts: no prompts are given for the models to answer; name a file or folder of prompts"
@@ -80,14 +96,10 @@ class Leaderboard(Step):
                 raise RunError(f"{where}.plot: needs matplotlib: pip install 'llmrecipe[plots]'; or set plot: false")
         for path in self.runs:
             if not unfinished(path):
-                from llmrecipe.runs.run_record import read_run
-
                 read_run(path)
 
     def run(self, work: Work) -> dict[str, Any]:
         """Read the runs (and sample their answers), write the files, print the table."""
-        from llmrecipe.evaluation.leaderboard_table import as_json, better_of, markdown, rank, read_entries
-
         entries = read_entries(self.runs, None if self.against else self.metric)
         if self.against is not None:
             entries = self._requested(work, entries)
@@ -100,16 +112,12 @@ class Leaderboard(Step):
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
         if self.plot:
-            from llmrecipe.evaluation.leaderboard_plot import draw_plot
-
             x = next(c for c in columns if c.key == ("kl" if self.against else "trained"))
             draw_plot(rows, x, score, work.path / "leaderboard.png", log=self.against is None)
         self._page(work, rows, columns)
         return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
 
     def _columns(self) -> list[Column]:
-        from llmrecipe.evaluation.leaderboard_table import PLAIN, REQUESTED, Column
-
         if self.against is not None:
             shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
             return [*shown, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
@@ -117,8 +125,6 @@ class Leaderboard(Step):
 
     def _requested(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         """Return the runs with the measurements of their answers, after the model they started from."""
-        from llmrecipe.evaluation.leaderboard_table import LeaderboardEntry, start_label
-
         assert self.against is not None
         referee: list[Any] = []
 
@@ -134,7 +140,7 @@ class Leaderboard(Step):
             *(LeaderboardEntry(e.label, e.family, e.seed, {**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True)),
         ]
 
-    def _head_to_head(self, seed: int) -> Any:
+    def _head_to_head(self, seed: int) -> HeadToHead:
         from llmrecipe.evaluation.evaluate_model import open_subject
         from llmrecipe.evaluation.win_rate import HeadToHead, HeadToHeadConfig
 
@@ -144,16 +150,13 @@ class Leaderboard(Step):
         )
         return HeadToHead(open_subject(self.against, self.words), config)
 
-    def _facts(self, referee: Any, path: str) -> dict[str, float]:
+    def _facts(self, referee: HeadToHead, path: str) -> dict[str, float]:
         from llmrecipe.evaluation.evaluate_model import open_subject
 
         return referee.baseline() if path == self.against else referee.measure(open_subject(path, self.words))
 
     def _page(self, work: Work, rows: list[LeaderboardRow], columns: list[Column]) -> None:
         """Write the same as one self-contained page."""
-        import base64
-
-        from llmrecipe.evaluation.leaderboard_table import cells
         from llmrecipe.runs.html_report import document, table
 
         picture = work.path / "leaderboard.png"

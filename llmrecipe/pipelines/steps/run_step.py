@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from types import FrameType
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.core.signals import handled_by
@@ -91,7 +91,7 @@ def taken(folder: RunDir, composition: StepComposition) -> str:
 def _signals() -> contextlib.AbstractContextManager[None]:
     """Let SIGTERM and SIGHUP stop a step as Ctrl-C does: at once, since every answer is on disk as soon as it arrives."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     return handled_by(stop)

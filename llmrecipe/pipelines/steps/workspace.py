@@ -123,7 +123,7 @@ class Work:
         since: list[Any] = []
         done = 0
 
-        def report(value: Any) -> None:
+        def report(value: object) -> None:
             nonlocal done
             since.append(value)
             done += 1

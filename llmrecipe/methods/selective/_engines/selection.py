@@ -13,6 +13,7 @@ square to a float32 buffer and lets it go, so the memory is the buffer (4 bytes 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -346,8 +347,6 @@ def sampled_targets(engine: Any, draws: int, seed: int) -> Callable[[Any], Itera
     generator = torch.Generator().manual_seed(seed)
 
     def variants(batch: Any) -> Iterator[tuple[Any, float]]:
-        import dataclasses
-
         labels = batch.extra.get("labels")
         if labels is not None and not batch.target.numel():
             with torch.no_grad():

@@ -24,7 +24,9 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
 )
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
 from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site_finder import widths
+from llmrecipe.models.task_heads import is_head
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
@@ -35,8 +37,6 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     Raises:
         ModelError: the scope names a part of a fused matrix or single experts.
     """
-    from llmrecipe.models.task_heads import is_head
-
     inside = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
     inside |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -76,7 +76,6 @@ def candidates(model: nn.Module, scope: str) -> dict[str, Weight]:
 def _in_scope(model: nn.Module, scope: str) -> set[int] | None:
     if scope == "all":
         return None
-    from llmrecipe.models.module_map import anatomy
 
     sites = anatomy(model).at("block" if scope == "blocks" else scope)
     for site in sites:

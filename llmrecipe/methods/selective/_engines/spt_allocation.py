@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.selection import counts_at, top_k
-from llmrecipe.models.hooks.hook import SERIAL, Hook, add_hook
+from llmrecipe.models.hooks.hook import SERIAL, Hook, add_hook, device_of
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -115,7 +115,6 @@ class SequentialAdapter(Hook):
 def add_structured(site: Site, owner: str, kind: str, r: int, dropout: float) -> None:
     """Add the structured module of a matrix at its site."""
     from llmrecipe.methods._engines import low_rank
-    from llmrecipe.models.hooks.hook import device_of
 
     if kind == "lora":
         hook = low_rank.low_rank_hook(site, r, 1.0, dropout)

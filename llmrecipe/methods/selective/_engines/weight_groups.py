@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.sparse_delta import Layout, Selected, Weight, is_conv1d
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
+from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -90,8 +91,6 @@ def families(model: nn.Module, kind: Kind, scope: str = "") -> list[GroupFamily]
 
 
 def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Iterator[GroupFamily]:
-    from llmrecipe.models.module_map import anatomy
-
     blocks = [s for s in anatomy(model).sites if s.role == "block"]
     at = {id(p): (s.path, s.layer) for s in blocks for p in s.module.parameters()}
     layers: dict[str, list[Member]] = {}
@@ -111,8 +110,6 @@ def _whole(model: nn.Module, kind: Kind, weights: Mapping[str, Weight]) -> Itera
 
 def _featured(model: nn.Module, kind: Kind, weights: Mapping[str, Weight], names: Mapping[int, str]) -> Iterator[GroupFamily]:
     """Return groups that are features of projections."""
-    from llmrecipe.models.module_map import anatomy
-
     parts = anatomy(model)
     sides: dict[tuple[str, int], dict[str, Site]] = {}
     for site in parts.sites:
