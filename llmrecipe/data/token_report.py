@@ -51,6 +51,10 @@ class Report:
     labels: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
     """Columns of the source that nothing reads."""
+    ignored: list[str] = field(default_factory=list)
+    """Files in the folder of the source that were not read."""
+    too_long: Counter[int] = field(default_factory=Counter)
+    """Length in tokens -> raw rows left out because of it."""
     highest: int = -1
     """Largest token id; `first` has its place."""
     overlap: int = 0
@@ -88,12 +92,13 @@ class Report:
             "unlisted",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("dropped", "bos", "eos", "labels", "unrendered"):
+        for name in ("dropped", "bos", "eos", "labels", "unrendered", "too_long"):
             getattr(self, name).update(getattr(other, name))
         for reason, where in other.first.items():
             self.first.setdefault(reason, where)
         if other.highest > self.highest:
             self.highest, self.first[HIGHEST] = other.highest, other.first.get(HIGHEST, other.source)
+        self.ignored += [name for name in other.ignored if name not in self.ignored]
         self.unused += [name for name in other.unused if name not in self.unused]
         self.longest = max(self.longest, other.longest)
         for name in ("source", "format", "template", "mask"):
@@ -131,6 +136,7 @@ class Report:
         report = cls(**{k: v for k, v in values.items() if k in names})
         report.dropped, report.labels, report.unrendered = map(Counter, (report.dropped, report.labels, report.unrendered))
         report.bos = Counter({int(k): v for k, v in report.bos.items()})
+        report.too_long = Counter({int(k): v for k, v in report.too_long.items()})
         report.eos = Counter({int(k): v for k, v in report.eos.items()})
         return report
 
@@ -139,7 +145,7 @@ class Report:
         mapping = ", ".join(f"{w} <- {c}" for w, c in self.mapping.items())
         share = f"{self.trained / self.tokens:.0%}" if self.tokens else "none"
         out = [
-            f"source: {self.source}",
+            f"source: {self.source}" + (f" (not read: {', '.join(self.ignored[:8])})" if self.ignored else ""),
             f"format: {self.format}" + (f" (columns: {mapping})" if mapping else ""),
             *([f"columns not used: {', '.join(self.unused)}"] if self.unused else []),
             f"template: {self.template}",

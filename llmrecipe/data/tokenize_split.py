@@ -85,12 +85,13 @@ def build_table(
     if folder is not None:
         found = open_table(folder, kind)
         if found is not None:
-            found.facts["report"]["source"] = part.reader.name
+            found.facts["report"] |= {"source": part.reader.name, "ignored": list(part.reader.ignored)}
             found.content = content
             return found
     encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs)
     writer = TableWriter(kind, folder)
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
+    report.ignored = list(part.reader.ignored)
     report.unused = encoder.unused(row for _, row in islice(part.reader.stream(), SAMPLE))
     try:
         for batch, counted in _batches(encoder, part, draw, data.workers):

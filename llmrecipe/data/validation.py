@@ -45,11 +45,11 @@ def check_report(report: Report, data: DataSection, split: str = "train") -> Non
         )
     _check_fields(report)
     if not report.kept:
-        raise DataError(f"{report.source}: none of the {report.read} rows can be used.\n{_reasons(report)}")
+        raise DataError(f"{report.source}: none of the {report.read} rows can be used.\n{_reasons(report, data)}")
     if report.dropped_share > data.max_dropped:
         raise DataError(
             f"{report.source}: {report.lost} of {report.read} rows ({report.dropped_share:.1%}) would be dropped, more than "
-            f"data.max_dropped={data.max_dropped:g}.\n{_reasons(report)}\n"
+            f"data.max_dropped={data.max_dropped:g}.\n{_reasons(report, data)}\n"
             f"To go on with the remaining {report.read - report.lost} rows, set data.max_dropped higher."
         )
     share = report.moved / report.prompts if report.prompts else 0.0
@@ -117,8 +117,23 @@ def warnings(report: Report) -> list[str]:
     return found
 
 
-def _reasons(report: Report) -> str:
+def _reasons(report: Report, data: DataSection) -> str:
     lines = []
     for reason, count in report.dropped.most_common(5):
         lines.append(f"  {count} x {reason}, first at {report.first.get(reason, '?')}: {FIXES.get(reason, DEFAULT_FIX)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_lengths(report, data)])
+
+
+def _lengths(report: Report, data: DataSection) -> list[str]:
+    """Propose the smallest length that keeps the share of dropped rows, and the one that drops none."""
+    if not report.too_long:
+        return []
+    longest, others = max(report.too_long), report.lost - sum(report.too_long.values())
+    allowed = int(data.max_dropped * report.read) - others
+    proposed = []
+    for length in sorted(report.too_long):
+        left = sum(count for found, count in report.too_long.items() if found > length)
+        if 0 < left <= allowed:
+            proposed.append(f"data.max_length={length} would drop {left} of {report.read} rows for their length")
+            break
+    return [f"  {'; '.join([*proposed, f'data.max_length={longest} none'])}"]

@@ -80,8 +80,8 @@ class DataSection(Section):
     test: str | Share | None = Field(None, description="Like validation; read once, after training.")
     max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
     truncation: str = Field(
-        "drop",
-        description="What happens to longer rows; `split` cuts plain text into consecutive rows.",
+        "auto",
+        description="What happens to longer rows; `auto` splits plain text into consecutive rows and leaves out others.",
         json_schema_extra=registered("truncation"),
     )
     packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")

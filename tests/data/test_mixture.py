@@ -66,7 +66,7 @@ def test_limit_is_a_seeded_draw_not_the_first_rows(tmp_path: Path) -> None:
 def test_limit_counts_rows_that_are_kept_and_encodes_little_more(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * (500 if i % 2 else 5) + str(i)}) + "\n" for i in range(400)))
-    data = read(path=str(path), limit=30, max_length=50, max_dropped=0.9)
+    data = read(path=str(path), limit=30, max_length=50, max_dropped=0.9, truncation="drop")
     assert len(data) == 30 and data.report.kept == 30
     assert data.report.read < 120 and data.report.read - data.report.lost == 30
 

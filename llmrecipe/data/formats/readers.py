@@ -1,4 +1,4 @@
-"""Reading one file: JSON lines, JSON, CSV, Parquet, Arrow, plain text; the first three also gzipped.
+"""Reading one file: JSON lines, JSON, CSV, Parquet, Arrow, plain text; each also packed with gzip or zip.
 
 Each reader has random access (`rows`), a length, a content hash and `where(i)`, the location for messages. A damaged file is
 an error that names file and line; nothing is skipped silently.
@@ -7,12 +7,10 @@ an error that names file and line; nothing is skipped silently.
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import json
 import mmap
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,12 @@ import numpy as np
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.foreign import parse_json, reason_of
+from llmrecipe.data.formats.file_content import EXTENSIONS, content_kind, content_of, suffix_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = dict[str, Any]
-EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt", ".text")
 NUMERIC = frozenset({"label", "labels", "score", "margin", "input_ids"})
 """CSV columns whose type is inferred; every other column stays text, so that '007' keeps its zeros."""
 
@@ -71,6 +69,8 @@ class Reader:
     name: str
     base: Path | None = None
     """Folder that relative paths inside rows refer to."""
+    ignored: Sequence[str] = ()
+    """Files beside it in its folder that hold no rows of the split."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -93,50 +93,27 @@ class Reader:
             yield index, self.rows([index])[0]
 
 
-def is_data_file(path: Path) -> bool:
-    """Return whether the extension is one that can be read."""
-    return file_kind(path) in EXTENSIONS
-
-
-def file_kind(path: Path) -> str:
-    """Return the extension that determines the reader, without `.gz`."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
 def open_file(path: Path, bounds: Bounds = BOUNDS) -> Reader:
-    """Return the reader for a file.
+    """Return the reader for a file, by its content (`data.formats.file_content`), and for text by its name.
 
     Raises:
-        DataError: unknown extension, empty or damaged file.
+        DataError: unknown kind, empty or damaged file.
     """
-    kind = file_kind(path)
-    if kind not in EXTENSIONS:
-        raise DataError(f"{path}: cannot read '{kind or 'no extension'}' files; known: {', '.join(EXTENSIONS)} (also .gz)")
     if not path.stat().st_size:
         raise DataError(f"{path}: the file is empty")
+    data, name = content_of(path, bounds)
+    kind = content_kind(data, suffix_kind(name))
+    if kind not in EXTENSIONS:
+        raise DataError(
+            f"{path}: cannot read '{kind or 'no extension'}' files; known: {', '.join(EXTENSIONS)} (also .gz, .zip)"
+        )
     if kind in (".jsonl", ".ndjson", ".json"):
-        data = _content(path, bounds)
         if kind == ".json" and bytes(data[:64]).lstrip()[:1] == b"[":
             return ListFile(path, data)
         return LinesFile(path, data, bounds)
     if kind in (".txt", ".text"):
-        return TextFile(path, _content(path, bounds), bounds)
-    return TableFile(path, kind, bounds)
-
-
-def _content(path: Path, bounds: Bounds = BOUNDS) -> bytes | mmap.mmap:
-    """Return the bytes of a file, memory-mapped unless compressed."""
-    if path.suffix.lower() == ".gz":
-        try:
-            with gzip.open(path) as packed:
-                content = packed.read(bounds.unpacked + 1)
-            bounds.check_unpacked(len(content), path)
-            return content
-        except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}: the gzip file is damaged ({error}); download or write it again") from error
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return TextFile(path, data, bounds)
+    return TableFile(path, kind, data, bounds)
 
 
 def _line_starts(data: bytes | mmap.mmap) -> np.ndarray:
@@ -211,9 +188,8 @@ class LinesFile(Reader):
 
     def stream(self) -> Iterator[tuple[int, Row]]:
         """Yield row after row."""
-        opener = gzip.open if self.path.suffix.lower() == ".gz" else open
         index = 0
-        with opener(self.path, "rb") as file:
+        with io.BytesIO(self.data) if isinstance(self.data, bytes) else self.path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(self.bounds.line + 1), b""), start=1):
                 self.bounds.check_line(len(line), f"{self.path}:{number}")
                 if line.strip():
@@ -287,9 +263,14 @@ class TextFile(Reader):
 class TableFile(Reader):
     """CSV, TSV, Parquet or Arrow, read with pyarrow."""
 
-    def __init__(self, path: Path, kind: str, bounds: Bounds = BOUNDS) -> None:
+    def __init__(self, path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds = BOUNDS) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
-        self.table = _read_table(path, kind, bounds)
+        self.table = _read_table(path, kind, data, bounds)
+        names = self.table.column_names
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise DataError(
+                f"{path}: the column '{twice[0]}' is there {names.count(twice[0])} times; rename or remove all but one"
+            )
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -319,22 +300,23 @@ def _filled(value: Any) -> Any:
     return value
 
 
-def _read_table(path: Path, kind: str, bounds: Bounds) -> pa.Table:
+def _read_table(path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         if kind == ".parquet":
-            bounds.check_unpacked(_unpacked(parquet.read_metadata(path)), path)
-            return parquet.read_table(path, memory_map=True)
+            place = pa.BufferReader(data) if isinstance(data, bytes) else path
+            bounds.check_unpacked(_unpacked(parquet.read_metadata(place)), path)
+            return parquet.ParquetFile(place, memory_map=True).read()
         if kind in (".arrow", ".feather"):
-            source = pa.memory_map(str(path))
+            source = pa.BufferReader(data) if isinstance(data, bytes) else pa.memory_map(str(path))
             try:
                 return pa.ipc.open_file(source).read_all()
             except pa.ArrowInvalid:
                 source.seek(0)
                 return pa.ipc.open_stream(source).read_all()
-        return _read_csv(path, "\t" if kind == ".tsv" else ",", bounds)
+        return _read_csv(path, bytes(data), kind)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({reason_of(error)}); write it again") from error
 
@@ -345,13 +327,17 @@ def _unpacked(facts: Any) -> int:
     return max(sum(int(group.total_byte_size) for group in groups), int(facts.num_rows) * int(facts.num_columns))
 
 
-def _read_csv(path: Path, delimiter: str, bounds: Bounds) -> pa.Table:
-    """Read CSV with a header line; pyarrow's number of a damaged row becomes file:line."""
+def _read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
+    """Read CSV with a header line, which tells the delimiter; pyarrow's number of a damaged row becomes file:line."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
-    content = bytes(_content(path, bounds))
-    header = next(csv.reader([_decode(content.split(b"\n", 1)[0], path, 1).rstrip("\r")], delimiter=delimiter))
+    first = _decode(content.split(b"\n", 1)[0], path, 1).rstrip("\r")
+    known = "\t" if kind == ".tsv" else ","
+    delimiter = next((mark for mark in (known, "\t", ";") if mark in first), known)
+    header = next(csv.reader([first], delimiter=delimiter))
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise DataError(f"{path}:1: the column '{twice}' is there {header.count(twice)} times; rename or remove all but one")
     damaged: list[tuple[int, int, int]] = []
 
     def note(row: arrow_csv.InvalidRow) -> str:

@@ -20,7 +20,8 @@ import numpy as np
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.foreign import reading
 from llmrecipe.core.paths import ASSETS
-from llmrecipe.data.formats.readers import Bounds, Reader, Row, is_data_file, open_file, without_fillers
+from llmrecipe.data.formats.file_content import is_data_file
+from llmrecipe.data.formats.readers import Bounds, Reader, Row, open_file, without_fillers
 from llmrecipe.recipe.schema import DataSection
 
 BUILTIN = ASSETS / "data"
@@ -237,7 +238,8 @@ def _near_file(path: Path) -> str:
 def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reader | None:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, split, alone)
-    files = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if is_data_file(p))
+    every = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if p.is_file())
+    files = [path for path in every if is_data_file(path)]
     found = {name: [p for p in files if _split_of(p) == name] for name in ALIASES}
     chosen = found[split]
     if not any(found.values()) and (split == "train" or alone):
@@ -253,7 +255,10 @@ def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reade
     readers = [open_file(p, bounds) for p in chosen if p.stat().st_size]
     if not readers:
         return None if split != "train" else open_file(chosen[0], bounds)
-    return readers[0] if len(readers) == 1 else JoinedReader(str(folder), readers)
+    reader = readers[0] if len(readers) == 1 else JoinedReader(str(folder), readers)
+    splits = {path for paths in found.values() for path in paths}
+    reader.ignored = [p.name for p in every if p not in {*chosen, *splits} and not p.name.startswith((".", "_"))]
+    return reader
 
 
 def _split_of(path: Path) -> str | None:

@@ -22,6 +22,7 @@ from llmrecipe.data.token_report import HIGHEST, Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.lost_fields import UNLISTED, conversations, lost_fields
 from llmrecipe.data.tokenize.row_type import row_type
+from llmrecipe.data.tokenize.truncation import TOO_LONG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,6 +106,8 @@ class RowEncoder(Encoder):
             if item.bad is not None:
                 if item.index not in lost:
                     report.drop(item.bad.reason, item.where, item.bad.detail, item.bad.tokens)
+                    if item.bad.reason == TOO_LONG:
+                        report.too_long[item.bad.tokens] += 1
                 lost.add(item.index)
                 continue
             self._note_fields(item, report)

@@ -136,3 +136,10 @@ def fit_answers(
 def fit_prompt(prompt: list[int], policy: Truncation, limit: Limit, where: str) -> list[int]:
     """Return a prompt within the limit (see `Truncation.prompt`)."""
     return prompt if len(prompt) <= limit.length else policy.prompt(prompt, limit, where)
+
+
+def split_plain(ids: list[int], trained: list[int], length: int) -> list[Piece]:
+    """Return consecutive pieces of plain text, of which the first token is no target; a piece of one token is left out."""
+    starts = range(0, len(ids), length)
+    pieces = [(ids[s : s + length], [0, *trained[s + 1 : s + length]]) for s in starts]
+    return [piece for piece in pieces if len(piece[0]) > 1]

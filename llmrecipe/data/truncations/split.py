@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.registry import register
-from llmrecipe.data.tokenize.truncation import Limit, Piece, Truncation
+from llmrecipe.data.tokenize.truncation import Limit, Piece, Truncation, split_plain
 
 
 @register
@@ -17,9 +17,7 @@ class Split(Truncation):
         """Return consecutive pieces, of which the first token is no target; a piece of one token is left out."""
         if not plain:
             raise self._plain_only(where)
-        starts = range(0, len(ids), limit.length)
-        pieces = [(ids[s : s + limit.length], [0, *trained[s + 1 : s + limit.length]]) for s in starts]
-        return [piece for piece in pieces if len(piece[0]) > 1]
+        return split_plain(ids, trained, limit.length)
 
     def answers(
         self, prompt: list[int], answers: Sequence[list[int]], limit: Limit, where: str

@@ -1,0 +1,144 @@
+"""Files are told by their content, and the defaults serve a first run on one's own files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from llmrecipe.core.errors import DataError
+from llmrecipe.data import TokenData, prepare
+from llmrecipe.data.formats.readers import open_file
+from llmrecipe.data.formats.sources import open_split
+from llmrecipe.recipe.schema import DataSection
+from tests.data.toys import byte_tokenizer
+
+ROWS = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def table() -> pa.Table:
+    return pa.table({"text": ["a", "b"], "label": [1, 2]})
+
+
+def parquet_bytes() -> bytes:
+    out = io.BytesIO()
+    parquet.write_table(table(), out)
+    return out.getvalue()
+
+
+def arrow_bytes(stream: bool) -> bytes:
+    out = io.BytesIO()
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(out, table().schema) as writer:
+        writer.write_table(table())
+    return out.getvalue()
+
+
+def zip_bytes(name: str, content: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr(name, content)
+        packed.writestr("README.md", "About these rows.")
+    return out.getvalue()
+
+
+CONTENTS = {
+    "parquet": parquet_bytes(), "arrow": arrow_bytes(False), "stream": arrow_bytes(True), "gzip": gzip.compress(LINES),
+    "gzipped parquet": gzip.compress(parquet_bytes()), "zip": zip_bytes("rows.jsonl", LINES),
+    "zipped csv": zip_bytes("rows.csv", b"text,label\na,1\nb,2\n"), "array": json.dumps(ROWS, indent=1).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet", ".gz", ".bin", ""])
+def test_content_decides_whatever_the_name(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(CONTENTS[kind])
+    reader = open_file(path)
+    assert reader.rows(range(len(reader))) == ROWS and [row for _, row in reader.stream()] == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".txt", "", ".gz"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_of_objects_are_rows_under_any_name_and_plain_text_stays_text(tmp_path: Path, suffix: str, packed: bool) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(LINES) if packed else LINES)
+    reader = open_file(path)
+    assert [row for _, row in reader.stream()] == ROWS
+    (tmp_path / "play.txt").write_text("[Exit, pursued by a bear.]\n\n{sic}\n")
+    assert len(open_file(tmp_path / "play.txt")) == 2
+
+
+@pytest.mark.parametrize(("mark", "name"), [("\t", "a.csv"), (";", "a.csv"), (",", "a.csv"), ("\t", "a.tsv")])
+def test_the_header_tells_the_delimiter(tmp_path: Path, mark: str, name: str) -> None:
+    (tmp_path / name).write_text(f"text{mark}label\na{mark}1\nb{mark}2\n")
+    assert open_file(tmp_path / name).rows([0, 1]) == ROWS
+
+
+def test_columns_that_stand_twice_stop(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label,text\na,1,b\n")
+    parquet.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(DataError, match=rf"{name}.*: the column 'text' is there 2 times"):
+            open_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"(\xb5/\xfd rest", "packed with zstd"), (zip_bytes("xl/workbook.xml", b"<x/>"), "a spreadsheet; save it as CSV"),
+    (b"PK\x03\x04 rest", "the zip file is damaged"),
+])  # fmt: skip
+def test_what_cannot_be_read_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_file(tmp_path / "a.jsonl")
+
+
+def read(path: Path, kind: str, **data: Any) -> TokenData:
+    found = prepare(DataSection(path=str(path), **data), byte_tokenizer(), kind, seed=0)
+    assert isinstance(found, TokenData)
+    return found
+
+
+def test_a_folder_is_read_without_what_is_no_data_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "part-1.jsonl").write_bytes(LINES)
+    (tmp_path / "part-2").write_bytes(parquet_bytes())
+    for name in ("README.md", "dataset_info.json", "requirements.txt", ".DS_Store"):
+        (tmp_path / name).write_text("{}")
+    for _ in range(2):  # read, then from the cache
+        data = read(tmp_path, "labelled")
+        assert len(data) == 4
+        assert data.report.lines()[0] == f"source: {tmp_path} (not read: README.md, dataset_info.json, requirements.txt)"
+    (tmp_path / "train.jsonl").write_bytes(LINES)
+    (part,) = open_split(DataSection(path=str(tmp_path)), "train")
+    assert len(part.reader) == 2 and "part-1.jsonl" in part.reader.ignored
+
+
+@pytest.mark.parametrize("kind", ["text", "dialogue"])
+def test_plain_text_is_split_by_default_and_answers_are_not(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghij")
+    data = read(tmp_path / "a.txt", kind, max_length=4)
+    assert [len(row["ids"]) for row in data] == [4, 4, 3] and data.report.tokens_lost == 0
+    (tmp_path / "b.jsonl").write_text('{"prompt": "abcdefgh", "completion": "ij"}\n')
+    with pytest.raises(DataError, match=r"1 x longer than data.max_length"):
+        read(tmp_path / "b.jsonl", "dialogue", max_length=4)
+
+
+def test_a_length_that_drops_too_much_proposes_those_that_do_not(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c" * n} for n in [3] * 15 + [8, 8, 8, 10, 20]]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"5 of 20 rows \(25.0%\)") as caught:
+        read(path, "dialogue", max_length=6, max_dropped=0.1)
+    assert "\n  data.max_length=10 would drop 2 of 20 rows for their length; data.max_length=22 none\n" in str(caught.value)
+    assert len(read(path, "dialogue", max_length=10, max_dropped=0.1)) == 18
+    with pytest.raises(DataError, match=r"\n  data.max_length=22 none\n"):
+        read(path, "dialogue", max_length=6, max_dropped=0.04)
