@@ -211,7 +211,9 @@ def state_of(planned: Planned) -> str:
     """Return done, running, failed or interrupted; new where there is nothing yet."""
     if not (planned.dir / "status.json").is_file() or description(planned.dir) is None:
         return "new"
-    return str(RunDir.open(planned.dir, write=False).read_status()["status"])
+    state = str(RunDir.open(planned.dir, write=False).read_status()["status"])
+    # A folder that lost its result is no result, whatever its status says.
+    return "interrupted" if state == "done" and not (planned.dir / "final").is_dir() else state
 
 
 def _tidy(planned: Planned) -> None:

@@ -125,11 +125,7 @@ def load_entry_points() -> None:
 
 def _open_plugins(chain: DefaultsChain, words: list[Word]) -> None:
     load_entry_points()
-    named = chain.plugins()
-    for word in words:
-        if word.key == ("plugins",) and isinstance(word.value, list):
-            named = [str(v) for v in word.value]
-    for package in named:
+    for package in _plugins(chain, words):
         registry.add_plugin(package)
 
 
@@ -156,6 +152,25 @@ def _refuse_unnamed_plugins(mapping: Mapping[str, Any]) -> None:
             raise RecipeError(
                 f"{at}: {kind} comes from the package '{package}', which this recipe does not name; add it: plugins=[{package}]"
             )
+
+
+def _plugins(chain: DefaultsChain, words: list[Word]) -> list[str]:
+    named = chain.plugins()
+    for word in words:
+        if word.key == ("plugins",) and isinstance(word.value, list):
+            named = [str(v) for v in word.value]
+    return named
+
+
+def plugins_of(recipe: str | Path, overrides: Sequence[str]) -> list[str]:
+    """Return the plugins that a recipe and its overrides name, without composing it.
+
+    Raises:
+        RecipeError: there is no such recipe, or an override cannot be read.
+    """
+    from llmrecipe.recipe.overrides import parse_overrides
+
+    return _plugins(DefaultsChain(find_recipe(recipe), False), parse_overrides(list(overrides)))
 
 
 def _mark_choices(chain: DefaultsChain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:

@@ -31,13 +31,13 @@ from typing import Any
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.builtin_data import notes_on_own_rows
 from llmrecipe.recipe.code_key import code_of
-from llmrecipe.recipe.compose import Composition, compose, section_defaults
+from llmrecipe.recipe.compose import Composition, compose, plugins_of, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
 from llmrecipe.recipe.matrix import AXIS
 from llmrecipe.recipe.pipeline_spec import WrittenStage, in_order, origin_text, parse_stages
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.rights import without_rights
-from llmrecipe.recipe.run_recipe import inherited_keys
+from llmrecipe.recipe.run_recipe import as_word, inherited_keys
 from llmrecipe.recipe.step_spec import StepComposition, compose_step, needs, result, unfinished
 from llmrecipe.recipe.yaml_file import dotted
 
@@ -151,8 +151,33 @@ def plan(pipeline: Composition) -> Plan:
     if mistakes:
         # Stages written out from one `matrix` share their mistakes.
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
+    made.notes.extend(_loose_ends(pipeline, made))
     made.notes.extend(notes_on_own_rows({s.name: s.mapping for s in made.stages}))
     return made
+
+
+def _loose_ends(pipeline: Composition, made: Plan) -> list[str]:
+    """Return a line for each result that nobody uses, and for each `with` of the command line that cuts a stage off."""
+    used = {name for planned in made.stages for name in planned.stage.inputs}
+    found = [
+        f"{s.name}: no later stage uses its result; ${{stage:{s.name}}} names it"
+        for s in made.stages[:-1]
+        if s.gives != "metrics" and s.name not in used
+    ]
+    replaced = [w for w in pipeline.overrides if re.match(r"\+*stages\.([\w.-]+)\.with=", w)]
+    if not replaced:
+        return found
+    written = parse_stages(compose(pipeline.path, [w for w in pipeline.overrides if w not in replaced]))
+    now = {planned.name: planned.stage.inputs for planned in made.stages}
+    for stage in written:
+        lost = [name for name in stage.inputs if name not in now.get(stage.name, stage.inputs)]
+        if lost:
+            key = dotted((*stage.at, "with"))
+            found.append(
+                f"{key}: the override replaces the whole list, and with it {', '.join(f'${{stage:{n}}}' for n in lost)}, which "
+                f"this stage was built on; repeat that word, or set single keys: {dotted(stage.at)}.KEY=VALUE"
+            )
+    return found
 
 
 def compose_stage(stage: WrittenStage) -> Composition | StepComposition:
@@ -162,13 +187,17 @@ def compose_stage(stage: WrittenStage) -> Composition | StepComposition:
         RecipeError: everything that is wrong with it.
     """
     make = compose_step if stage.step else compose
-    composition = make(stage.what, stage.words)
+    words = list(stage.words)
+    own = [] if stage.step or not stage.plugins else plugins_of(stage.what, words)
+    if not set(stage.plugins) <= set(own):
+        words.append(as_word(("plugins",), list(dict.fromkeys([*stage.plugins, *own]))))
+    composition = make(stage.what, words)
     if isinstance(composition, Composition) and composition.recipe.stages:
         raise RecipeError(f"recipe={stage.what} is itself a pipeline; name its stages here")
     frame = composition.frame if isinstance(composition, StepComposition) else composition.recipe
     if frame.run.dir is not None:
         raise RecipeError("run.dir: the pipeline chooses the folders of its stages; set run.root or run.dir of the pipeline")
-    return composition if stage.round == 1 else make(stage.what, [*stage.words, f"seed={frame.seed + stage.round - 1}"])
+    return composition if stage.round == 1 else make(stage.what, [*words, f"seed={frame.seed + stage.round - 1}"])
 
 
 def _wrong_inputs(stage: WrittenStage, composition: Composition | StepComposition, made: Plan) -> list[str]:

@@ -35,6 +35,8 @@ class WrittenStage:
     words: tuple[str, ...]
     round: int = 1
     step: bool = False
+    plugins: tuple[str, ...] = ()
+    """Plugins of the pipeline, which its stages know too."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ def parse_stages(pipeline: Composition) -> list[WrittenStage]:
     if mistakes:
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
     stages = [_renamed(s, lambda n: f"${{stage:{last.get(n, n)}}}") for s in stages]
+    stages = [dataclasses.replace(s, plugins=tuple(pipeline.recipe.plugins)) for s in stages]
     names = [s.name for s in stages]
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:

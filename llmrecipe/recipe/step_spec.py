@@ -5,8 +5,8 @@
 
     llmrecipe step generate model=runs/... prompts=builtin:prompts n=2 seed=3 run.dir=rows
 
-The fields of the registered class are the options; in addition there are `seed`, and on the command line the sections `run` and
-`log` of a recipe.
+The fields of the registered class are the options; in addition there are `seed` and `plugins`, and on the command line the
+sections `run` and `log` of a recipe.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Frame(Section):
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     run: RunSection = RunSection()
     log: LogSection = LogSection()
+    plugins: list[str] = []
 
 
 OWN = tuple(Frame.model_fields)
@@ -80,7 +81,7 @@ class StepComposition:
     @property
     def options(self) -> dict[str, Any]:
         """Return the step's own options."""
-        return {k: v for k, v in self.mapping.items() if k not in ("kind", "seed")}
+        return {k: v for k, v in self.mapping.items() if k not in ("kind", "seed", "plugins")}
 
     def key(self, keys: Mapping[str, str]) -> str:
         """Return the key of its result (see `content_key`).
@@ -132,7 +133,6 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
     from llmrecipe.recipe.overrides import parse_overrides
     from llmrecipe.recipe.validate import check_component, report, translate
 
-    registry.spec(GROUP, kind, "kind")
     tree: dict[str, Any] = {}
     for word in parse_overrides(list(words), reserved=("hydra", "resume")):
         node = tree
@@ -144,6 +144,9 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
         if word.delete:
             raise RecipeError(f"'{word.text}': a step has nothing to remove; leave the option out")
         node[str(word.key[-1])] = word.value
+    for package in tree.get("plugins") or [] if isinstance(tree.get("plugins"), list) else []:
+        registry.add_plugin(str(package))
+    registry.spec(GROUP, kind, "kind")
     frame = {k: tree.pop(k) for k in OWN if k in tree}
     notes: list[str] = []
     checked, mistakes = check_component(GROUP, new_words({"kind": kind, **tree}, notes), ())
@@ -156,7 +159,8 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
         raise RecipeError(report(mistakes, {}))
     options = {k: v for k, v in checked.items() if k != "kind"}
     name_variables(options)
-    return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **options}, made, notes)
+    named = {"plugins": made.plugins} if made.plugins else {}
+    return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **named, **options}, made, notes)
 
 
 def unfinished(value: Any) -> bool:

@@ -188,7 +188,7 @@ def judge_facts(judge: Judge) -> dict[str, Any]:
     """Return a judge's request counts, for the facts of a step."""
     count = judge.count
     facts: dict[str, Any] = {"judge": judge.identity, "asked": count.requested, "failures": count.failures}
-    how = ("by_logprobs", "by_votes", "stray_votes", "draws")
+    how = ("by_logprobs", "by_votes", "stray_votes", "draws", "logprob_requests", "vote_requests")
     facts |= {name: getattr(count, name) for name in how if getattr(count, name)}
     if count.prompt_tokens or count.completion_tokens:
         facts |= {"prompt_tokens": count.prompt_tokens, "completion_tokens": count.completion_tokens}

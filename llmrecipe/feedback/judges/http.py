@@ -27,7 +27,9 @@ BLANK = str.maketrans("\u2581\u0120\u010a", "  \n")
 UNDECIDED = 0.02
 """Probability of shared beginnings that is not worth another reply."""
 SILENT = 3
-"""Replies without log-probabilities, and none with them, after which a server is taken to give none."""
+"""Questions without log-probabilities, and none with them, after which a server is taken to give none."""
+PROBE = 20
+"""One question of this many requests log-probabilities of such a server all the same."""
 
 
 @register
@@ -39,7 +41,8 @@ class Http(Judge):
     way (1 and 10 after a reply of 9), up to `votes` further replies are drawn at temperature 1, until less than 2 % of the
     probability is undecided. A question whose reply has no log-probabilities is put to `votes` sampled answers instead, and
     log((n_i + 1) / (votes + K)) is taken of the n_i answers that begin with option i of K; so is every question once the
-    server refuses log-probabilities, or has left them out of its first three replies.
+    server refuses log-probabilities, or has left them out of its first three replies, but for one question in twenty, which
+    tries again.
 
     Requests go out concurrently, are repeated when the server is busy or a reply is malformed, and a question it refuses by
     itself (status 400 or 422) counts as a failure of that question alone. The key is read from the environment.
@@ -101,7 +104,7 @@ class Http(Judge):
 
     @functools.cached_property
     def _found(self) -> dict[str, Any]:
-        return {"vote": self.choices == "vote", "given": False, "silent": 0}
+        return {"vote": self.choices == "vote", "given": False, "silent": 0, "questions": 0}
 
     @property
     def identity(self) -> str:
@@ -127,12 +130,13 @@ class Http(Judge):
         yield from self._all(lambda ask: self._choice(ask, tuple(options)), requests)
 
     def _choice(self, ask: Ask, options: tuple[str, ...]) -> Choice | None:
-        if not self._found["vote"]:
+        if self._wants_logprobs():
             more = {"max_tokens": max(map(len, options)), "temperature": 0.0}
             reply = self._ask(ask, {**more, "logprobs": True, "top_logprobs": self.top_logprobs}, logprobs=True)
             read = Replies(options)
             if reply is not None and read.add(reply):
-                self._found["given"] = True
+                with self._lock:
+                    self._found.update(given=True, vote=False, silent=0)
                 return self._drawn(ask, read)
             if reply is None and not self._found["vote"]:
                 return None
@@ -142,6 +146,14 @@ class Http(Judge):
                 )
             self._without_logprobs()
         return self._vote(ask, options)
+
+    def _wants_logprobs(self) -> bool:
+        """Return whether the next question requests log-probabilities; one of `PROBE` does though the server gave none."""
+        if self.choices == "vote":
+            return False
+        with self._lock:
+            self._found["questions"] += 1
+            return not self._found["vote"] or self._found["questions"] % PROBE == 0
 
     def _drawn(self, ask: Ask, read: Replies) -> Choice:
         """Return the choice, with further replies where a listed token is a prefix of several options."""
@@ -172,6 +184,8 @@ class Http(Judge):
             key = ask.key(self.identity, f"vote {number}", options)
             text = self.cached(key)
             if text is None:
+                with self._lock:
+                    self.count.vote_requests += 1
                 reply = self._ask(ask, {"max_tokens": 8, "temperature": 1.0, "seed": number})
                 if reply is None:
                     return None
@@ -189,6 +203,8 @@ class Http(Judge):
     def _ask(self, ask: Ask, more: dict[str, Any], logprobs: bool = False) -> dict[str, Any] | None:
         """Return the parsed reply; None where the server refuses this request or never sends a readable reply."""
         body = {"model": self.model, "messages": [dict(t) for t in ask.turns], **more}
+        with self._lock:
+            self.count.logprob_requests += "logprobs" in more
         try:
             reply = json.loads(self.client.post(body, PATH))
         except Refused as error:
@@ -205,6 +221,7 @@ class Http(Judge):
             self.count.prompt_tokens += read
             self.count.completion_tokens += written
             self.count.cost += (read * self.price_in + written * self.price_out) / 1e6
+        self.keep_count()
         return reply
 
     def _all(self, one: Callable[[Ask], Any], requests: Sequence[Ask]) -> Iterator[tuple[int, Any]]:

@@ -12,7 +12,7 @@ import json
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -48,10 +48,10 @@ class Ask:
 
 @dataclass
 class Count:
-    """Request counts of a judge in this process."""
+    """Request counts of a judge: of this process and, with a memory on disk, of the earlier starts of the same work."""
 
     requested: int = 0
-    """Requests sent to the judge itself."""
+    """Requests that the judge itself answered or failed at."""
     remembered: int = 0
     """Requests answered from the cache."""
     failures: int = 0
@@ -64,10 +64,18 @@ class Count:
     """Votes that name no option."""
     draws: int = 0
     """Further replies that were drawn because a listed token begins several options."""
+    logprob_requests: int = 0
+    """Requests for replies with log-probabilities."""
+    vote_requests: int = 0
+    """Requests for replies that are read as votes."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
     """Cost of the tokens, by the prices given."""
+
+
+COUNT = "count"
+"""Key of the counts in a memory."""
 
 
 class Memory(Protocol):
@@ -136,8 +144,11 @@ class Judge:
         return Count()
 
     def use_cache(self, memory: Memory) -> None:
-        """Look replies up in a cache from here on, and add new ones as they arrive."""
+        """Look replies up in a cache from here on, and add new ones as they arrive; counts go on where the cache has some."""
         self.__dict__["_memory"] = memory
+        if COUNT in memory:
+            known = {f.name for f in fields(Count)}
+            self.__dict__["count"] = Count(**{k: v for k, v in memory[COUNT].items() if k in known})
 
     @functools.cached_property
     def _memory(self) -> Memory:
@@ -155,6 +166,13 @@ class Judge:
         """Cache a reply; may be called from several threads."""
         with self._lock:
             self._memory.add(key, reply)
+
+    def keep_count(self) -> None:
+        """Store the counts in a memory that outlasts the process; may be called from several threads."""
+        if isinstance(self._memory, Forgetful):
+            return
+        with self._lock:
+            self._memory.add(COUNT, asdict(self.count))
 
     def generate(self, requests: Sequence[Ask]) -> list[str | None]:
         """Return the judge's text for each request; None where it failed.
@@ -197,13 +215,14 @@ class Judge:
         keys = [ask.key(self.identity, how, options) for ask in requests]
         new = list(dict.fromkeys(k for k in keys if k not in self._memory))
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        self.count.requested += len(new)
         self.count.remembered += len(requests) - len(new)
         for index, reply in fresh([requests[first[key]] for key in new]) if new else ():
+            self.count.requested += 1
             if reply is None:
                 self.count.failures += 1
             else:
                 self.cache_reply(new[index], reply)
+            self.keep_count()
         return [self.cached(key) for key in keys]
 
 
