@@ -79,6 +79,10 @@ def _print(out: Console, card: dict[str, Any]) -> None:
         out.print(Text(f"paper: https://arxiv.org/abs/{paper}"))
     if card.get("file"):
         out.print(Text(f"source: {short(Path(card['file']))}{':' + str(card['line']) if card.get('line') else ''}", "dim"))
+    for part in card.get("parts", []):
+        out.print()
+        out.print(Text(part["name"], "bold"))
+        out.print(Text(part["doc"].strip()))
     if card.get("text"):
         out.print()
         out.print(Text(card["text"].rstrip()))

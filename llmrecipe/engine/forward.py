@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
+from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import head_chain
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Engine(nn.Module):
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
-            The requested tensors by name.
+            The requested tensors by name, and `auxiliary`, a scalar, where the model has a loss of its own.
         """
         device = batch.input_ids.device.type
         with (
@@ -82,23 +83,26 @@ class Engine(nn.Module):
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
         ):
             if want == "scores":
-                return {"scores": self.scores(batch)}
-            hidden = self.hidden(batch)
+                scores, auxiliary = self.scores(batch)
+                return _with({"scores": scores}, auxiliary)
+            hidden, auxiliary = self.states(batch)
             flat = hidden.reshape(-1, hidden.shape[-1])
             if want == "hidden":
-                return {"hidden": flat[batch.last]}
+                return _with({"hidden": flat[batch.last]}, auxiliary)
             if want == "reward":
-                return {"reward": self.head_of("reward")(flat[pooled(batch)]).squeeze(-1)}
+                return _with({"reward": self.head_of("reward")(flat[pooled(batch)]).squeeze(-1)}, auxiliary)
             if want == "values":
-                return self.values(flat, batch, role)
+                return _with(self.values(flat, batch, role), auxiliary)
             post = dataclasses.replace(self.post, temperature=temperature)
             out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph)
             out |= {name: self.head_of(name)(flat[pooled(batch)]) for name in heads}
-            if critic is None:
-                return out
-            if critic.trunk == "own":
-                return out | self.forward(batch, "values", critic.role, off=off | critic.off)
-            return out | self.values(flat.detach() if critic.trunk == "detached" else flat, batch, critic.role)
+            if critic is not None and critic.trunk == "own":
+                # The critic's pass is the second over the same tokens: the policy's loss of its own is the one that counts.
+                out = self.forward(batch, "values", critic.role, off=off | critic.off) | out
+                out.pop("auxiliary", None)
+            elif critic is not None:
+                out |= self.values(flat.detach() if critic.trunk == "detached" else flat, batch, critic.role)
+            return _with(out, auxiliary)
 
     def values(self, flat: Tensor, batch: Batch, role: str) -> dict[str, Tensor]:
         """Return a role's scalar of the state before each target (N,), and of each sequence's last state (S,)."""
@@ -124,8 +128,12 @@ class Engine(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states (R, T, D) of the backbone."""
+        return self.states(batch)[0]
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the last hidden states (R, T, D) of the backbone, and the loss the model itself adds, if any."""
         if self.is_pair_model:
-            return self._pair_hidden(batch)
+            return self._pair_states(batch)
         backbone = self.model.base_model
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
@@ -133,7 +141,8 @@ class Engine(nn.Module):
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
-        return self.traced(backbone)(**inputs).last_hidden_state
+        out = self.traced(backbone)(**inputs)
+        return out.last_hidden_state, auxiliary_loss(self.model.config, out, batch.attention_mask)
 
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
         """Return a part of the model to call: compiled for rows of any length where `compile` is on.
@@ -148,34 +157,44 @@ class Engine(nn.Module):
             found[id(trunk)] = torch.compile(trunk, dynamic=True)
         return found[id(trunk)]
 
-    def _pair_hidden(self, batch: Batch) -> Tensor:
-        """Return the decoder's hidden states (R, T, D); the encoder reads `encoder_ids`, the decoder the batch's rows."""
+    def _pair_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return `states` of the decoder; the encoder reads `encoder_ids`, the decoder the batch's rows."""
         model, mask = self.model, batch.extra["encoder_mask"]
         # The batch's own rows are the decoder's; their masks and positions do not hold for the encoder's rows.
         own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
         with activate(own):
             out = self.traced(model.get_encoder())(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
         decoder = self.traced(model.get_decoder())
-        return decoder(
+        answer = decoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             encoder_hidden_states=out.last_hidden_state,
             encoder_attention_mask=mask,
             use_cache=False,
-        ).last_hidden_state
+        )
+        own_loss = auxiliary_loss(model.config, answer, batch.attention_mask)
+        read_loss = auxiliary_loss(model.config, out, mask)
+        return answer.last_hidden_state, own_loss if read_loss is None or own_loss is None else own_loss + read_loss
 
-    def scores(self, batch: Batch) -> Tensor:
-        """Return a sequence head's logits (S, C): at the last real token in decoders, else by the family's own pooling."""
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return a sequence head's logits (S, C), and the loss the model itself adds, if any.
+
+        Decoders are read at the last real token, other families by their own pooling.
+        """
         head = getattr(self.model, "score", None)
         if isinstance(head, nn.Module):
-            hidden = self.hidden(batch)
+            hidden, auxiliary = self.states(batch)
             pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
             weight: Any = head.weight
-            return upcast(head(pooled.to(weight.dtype)))
+            return upcast(head(pooled.to(weight.dtype))), auxiliary
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        return upcast(self.traced(self.model)(**inputs).logits)
+        return upcast(self.traced(self.model)(**inputs).logits), None
+
+
+def _with(out: dict[str, Tensor], auxiliary: Tensor | None) -> dict[str, Tensor]:
+    return out if auxiliary is None else out | {"auxiliary": auxiliary}
 
 
 def pooled(batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ class Roles:
         """The training rows of the run."""
         self.events: Any = None
         """Where samples are shown; None without a run."""
+        self.auxiliary: list[Tensor] | None = None
+        """Losses of the model's own from the policy's passes, while they are collected."""
         self.others: dict[str, Any] = {}
         """Separate models by role name (a reward model, a judge); filled by the run."""
 
@@ -108,9 +111,22 @@ class Roles:
         heads: tuple[str, ...] = (),
     ) -> dict[str, Tensor]:
         """Run the trained model through the prepared module, so that ranks synchronise."""
-        return self.prepared(
+        out = self.prepared(
             batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph, heads=heads
         )
+        own = out.pop("auxiliary", None)
+        if own is not None and self.auxiliary is not None:
+            self.auxiliary.append(own)
+        return out
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """Collect the losses that the model itself adds to each pass of the policy: load balancing of a mixture."""
+        self.auxiliary = []
+        try:
+            yield self.auxiliary
+        finally:
+            self.auxiliary = None
 
     def reference(self, batch: Batch) -> Tensor:
         """Return the summed log-probabilities (S,) of each sequence's targets under the reference.

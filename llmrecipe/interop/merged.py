@@ -20,10 +20,12 @@ from llmrecipe.engine.generation import end_tokens
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
+from llmrecipe.interop.plain_family import as_plain_family
 from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
 from llmrecipe.runs.open_model import LoadedModel, merge_order
@@ -83,6 +85,7 @@ def export_merged(
     rows = None if prompt is None else prompt_tokens.detach_prompt(loaded, prompt)
     notes = fold_mounted(loaded, wide)
     spelled = None if rows is None else prompt_tokens.add_prompt_words(loaded, rows, wanted)
+    notes += name_plainly(loaded)
     with writing(target) as folder:
         write_model(loaded, folder, wide)
         front: list[int] = []
@@ -133,6 +136,18 @@ def fold_mounted(loaded: LoadedModel, dtype: torch.dtype) -> list[str]:
     if left:
         raise ModelError(f"export --to merged: parts of a method are left at {', '.join(left[:3])}")
     return notes
+
+
+def name_plainly(loaded: LoadedModel) -> list[str]:
+    """Turn a native model into one of Transformers' own families, where one has its parts; say what became of it."""
+    if loaded.model.config.model_type != NativeConfig.model_type:
+        return []
+    plain = as_plain_family(loaded.model)
+    if plain is None:
+        return ["its parts are those of no family of Transformers: the folder loads after `import llmrecipe.models.native`"]
+    plain.stored_dtype = loaded.model.stored_dtype
+    loaded.model = plain
+    return [f"written as {type(plain).__name__}: the same weights under the names of {plain.config.model_type}"]
 
 
 def dtype_of(model: Any) -> torch.dtype:

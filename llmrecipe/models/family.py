@@ -20,6 +20,8 @@ class Family:
     model_types: ClassVar[tuple[str, ...]]
     """Values of `config.model_type` of the text model."""
     parts: ClassVar[PartNames]
+    documents: ClassVar[tuple[str, ...]] = ()
+    """Source files whose docstrings explain the parts, relative to the family's own file; `show` prints them."""
 
 
 def part_names_of(model_type: str) -> PartNames | None:

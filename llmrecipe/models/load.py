@@ -18,6 +18,7 @@ from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.models import vocabulary
 from llmrecipe.models.checkpoint_path import locate, offline, unreachable
 from llmrecipe.models.resolve_class import (
+    CLASSIFIERS,
     attention,
     first_line,
     label_config,
@@ -66,7 +67,7 @@ def load_model(
     """Load a model for an objective, in evaluation mode, with attention routed through `models.attention`.
 
     Args:
-        rows_head: `causal`, `classification`, `masked` or `seq2seq`.
+        rows_head: `causal`, `classification`, `masked`, `seq2seq` or `image`.
         labels: class names of a classification head, in order of their ids.
         load_kwargs: arguments of quantizing wrappers (`quantization_config`).
         tokenizer: where it has more tokens than the model has rows, the embedding grows (see `vocabulary.fit`) and the new
@@ -84,7 +85,7 @@ def load_model(
 
     config = load_config(section)
     auto = model_class(config, rows_head)
-    if rows_head == "classification":
+    if rows_head in CLASSIFIERS:
         label_config(config, labels)
     backend = attention(section, _concrete(auto, config))
     dtype = resolve_dtype(section.dtype, config, device)
@@ -120,7 +121,7 @@ def skeleton(
 
     config = load_config(section)
     auto = model_class(config, rows_head)
-    if rows_head == "classification":
+    if rows_head in CLASSIFIERS:
         label_config(config, labels)
     backend = attention(section, _concrete(auto, config))
     with torch.device("meta"), quiet():
@@ -174,7 +175,7 @@ def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], ro
     fresh = set(info["missing_keys"]) | reshaped
 
     def is_head(key: str) -> bool:
-        return rows_head == "classification" and (not key.startswith(prefix) or any(f".{part}." in key for part in POOLERS))
+        return rows_head in CLASSIFIERS and (not key.startswith(prefix) or any(f".{part}." in key for part in POOLERS))
 
     def allowed(key: str) -> bool:
         return is_head(key) or any(fnmatch.fnmatchcase(key, p) for p in (*LEGACY, *section.allow_mismatch))

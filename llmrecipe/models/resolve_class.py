@@ -23,8 +23,11 @@ AUTO = {
     "classification": ("AutoModelForSequenceClassification", "a sequence classifier"),
     "masked": ("AutoModelForMaskedLM", "a masked language model"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
+    "image": ("AutoModelForImageClassification", "an image classifier"),
 }
 """Head an objective needs -> (Transformers class, description)."""
+CLASSIFIERS = ("classification", "image")
+"""Heads with one output a class: they follow the labels of the data and may be new."""
 
 
 @contextlib.contextmanager
@@ -161,8 +164,13 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
     is_encoder = fits["masked"] and not fits["seq2seq"] and not getattr(config, "is_decoder", False)
     fits["causal"] &= not config.is_encoder_decoder and not (is_encoder and "causal" not in _made_for(config))
     if config.model_type == "llmrecipe_native":
-        wanted = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "seq2seq"}[config.kind]
-        fits = {head: (head in (wanted, "classification") and wanted != "seq2seq") or head == wanted for head in AUTO}
+        heads = {
+            "decoder": ("causal", "classification"),
+            "encoder": ("masked", "classification"),
+            "encoder_decoder": ("seq2seq",),
+            "vision": ("image",),
+        }[config.kind]
+        fits = {head: head in heads for head in AUTO}
     if not fits[rows_head] and not getattr(config, "auto_map", None):
         able = ", ".join(head for head, fit in fits.items() if fit) or "none of the heads llmrecipe trains"
         raise ModelError(f"model.path: the objective needs {AUTO[rows_head][1]}, but '{config.model_type}' offers: {able}")

@@ -79,11 +79,14 @@ def fit(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
 
     New rows are initialized to the mean of the old ones, the same on every load, so that a run's base can be rebuilt. A tied
     head stays tied and the config gets the new size. Models with spare rows are left alone. Also sets the config's padding
-    token.
+    token. A model that reads no tokens is left as it is.
     """
     import torch
+    from torch import nn
 
     embed = model.get_input_embeddings()
+    if not isinstance(embed, nn.Embedding):
+        return 0
     rows, needed = int(embed.weight.shape[0]), vocabulary_size(tokenizer)
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -30,6 +30,8 @@ class Loss:
     """A sum, not a mean; the loop divides by the weight of the whole step."""
     metrics: dict[str, tuple[Any, float]] = field(default_factory=dict)
     """name -> (sum, count), reduced over micro-batches and ranks, then divided once; or a `Largest` or `Smallest` value."""
+    auxiliary: Tensor | float = 0.0
+    """What the model itself adds while training, in the unit of `total`; no part of the reported loss."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -40,7 +42,7 @@ class Objective:
     rows: ClassVar[str] = "dialogue"
     """Row type it reads (see llmrecipe.data)."""
     head: ClassVar[str] = "causal"
-    """Kind of model head: causal, classification, masked or seq2seq."""
+    """Kind of model head: causal, classification, masked, seq2seq or image."""
     roles: ClassVar[tuple[str, ...]] = ()
     """Auxiliary models besides the policy: reference, reward, value, judge, hypermodel."""
     differentiable: ClassVar[bool] = True
@@ -148,6 +150,20 @@ class Objective:
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of a micro-batch (`Loss.total`: a scalar tensor, ()), with its graph."""
         raise NotImplementedError
+
+    def training_loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Return `loss` with what the model adds of its own, weighted like the rows it comes from.
+
+        For a mixture of experts that is its load-balancing loss (`models.load_balance`), reported as `auxiliary_loss`; of
+        several passes over a micro-batch it is the mean. Micro-batches are balanced one by one.
+        """
+        with roles.collecting() as found:
+            loss = self.loss(batch, roles)
+        if not found:
+            return loss
+        weight = self.weight(batch)
+        added = sum(found[1:], found[0]) / len(found) * weight
+        return replace(loss, auxiliary=added, metrics={**loss.metrics, "auxiliary_loss": (added.detach(), weight)})
 
     def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a split that one process evaluates."""

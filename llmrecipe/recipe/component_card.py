@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,33 @@ def component_card(spec: registry.Spec) -> dict[str, Any]:
         "doc": spec.doc,
         "papers": spec.papers,
         "options": options,
-        "facts": {key: list(value) if isinstance(value, tuple) else value for key, value in spec.facts.items()},
+        "facts": {
+            key: list(value) if isinstance(value, tuple) else value for key, value in spec.facts.items() if key != DOCUMENTS
+        },
         "recipes": users(spec.group, spec.name) if spec.group in COMPONENT_GROUPS else [],
+        "parts": [part_card(spec, path) for path in _documents(spec)],
     }
+
+
+DOCUMENTS = "documents"
+"""Fact of a family: the source files that explain its parts."""
+
+
+def _documents(spec: registry.Spec) -> list[Path]:
+    return [(spec.path.parent / name).resolve() for name in spec.facts.get(DOCUMENTS) or ()]
+
+
+def part_card(spec: registry.Spec, path: Path) -> dict[str, Any]:
+    """Return what the docstring of a source file says about one part of a family, without importing it."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    papers = sorted(set(registry.ARXIV.findall(doc)))
+    return {"group": "part", "name": path.stem, "family": spec.name, "file": str(path), "line": 1, "doc": doc, "papers": papers}
+
+
+def part_cards(name: str) -> list[dict[str, Any]]:
+    """Return the card of every family's part of that name."""
+    families = [registry.spec("family", each) for each in registry.names("family")]
+    return [part_card(spec, path) for spec in families for path in _documents(spec) if path.stem == name]
 
 
 SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -150,7 +175,7 @@ def find_cards(name: str) -> list[dict[str, Any]]:
     """
     group, _, bare = name.rpartition(".")
     specs = [s for s in registry.find(bare) if not group or s.group == group]
-    cards = [component_card(spec) for spec in specs]
+    cards = [component_card(spec) for spec in specs] + part_cards(name)
     recipes = all_recipes()
     if name in recipes:
         cards.append(recipe_card(name, recipes[name]))

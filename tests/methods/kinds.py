@@ -18,8 +18,9 @@ from llmrecipe.methods._base.stack import Stack
 from tests.contract import KINDS, OPTIONS
 from tests.methods.additive.harness import fill, model_of
 
-FAMILIES = ("llama", "bert", "t5", "bart", "native-decoder", "native-encoder", "native-encoder_decoder")
-"""A decoder with grouped keys, a post-norm encoder, two encoder-decoders, and the seed's transformer in its three kinds."""
+FAMILIES = ("llama", "bert", "t5", "bart", "native-decoder", "native-encoder", "native-encoder_decoder", "native-mixture")
+"""A decoder with grouped keys, a post-norm encoder, two encoder-decoders, and the seed's transformer in three kinds and with
+experts."""
 GENERATE = tuple(f for f in FAMILIES if f not in ("bert", "native-encoder"))
 STAGES = {k: str(registry.spec("stack", k).facts.get("stage")).removeprefix("Stage.") for k in KINDS}
 CHANGES = [k for k in KINDS if STAGES[k] in ("INJECT", "SELECT", "None")]

@@ -1,4 +1,4 @@
-"""The native transformer: parity with Llama and GPT-2, causality, caches, padding, counts, gradients."""
+"""The native transformer: causality, caches, padding, counts, gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.native import (
@@ -19,7 +18,7 @@ from llmrecipe.models.native import (
     NativeForSeq2SeqLM,
     NativeForSequenceClassification,
 )
-from llmrecipe.models.native.parts import sinusoids
+from llmrecipe.models.native.parts.positional_encoding import sinusoids
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -40,6 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "original": {"positions": "sinusoidal", "norm": "layernorm", "pre_norm": False, "gated": False, "scale_embedding": True},
     "relative": {"positions": "relative", "gated": False, "hidden_act": "relu", "tie_word_embeddings": False},
     "none": {"positions": "none", "bias": True, "embed_norm": True},
+    "qwen3": {"head_dim": 16, "num_key_value_heads": 2, "qk_norm": True},
+    "mixture": {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 1, "shared_expert_gate": True},
+    "switch": {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False, "gated": False, "bias": True},
 }
 
 
@@ -59,49 +61,13 @@ def ids(rows: int = 2, columns: int = 9) -> torch.Tensor:
     return torch.randint(3, 64, (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
-def test_equals_llama() -> None:
-    ours = native("llama", tie_word_embeddings=False)
-    config = LlamaConfig(**SHAPE, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False)
-    theirs = LlamaForCausalLM(config).eval()
-    names = {"norm_attn": "input_layernorm", "norm_mlp": "post_attention_layernorm", "model.decoder.": "model."}
-    state = {}
-    for name, tensor in ours.state_dict().items():
-        for mine, yours in names.items():
-            name = name.replace(mine, yours)
-        state[name] = tensor
-    theirs.load_state_dict(state)
-    assert torch.allclose(ours(ids()).logits, theirs(ids()).logits, atol=1e-5)
-    labels = ids()
-    assert torch.allclose(ours(ids(), labels=labels).loss, theirs(ids(), labels=labels).loss, atol=1e-6)
-
-
-def test_equals_gpt2() -> None:
-    ours = native("gpt2")
-    config = GPT2Config(vocab_size=64, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=64)
-    theirs = GPT2LMHeadModel(config).eval()
-    mine = dict(ours.named_parameters())
-    with torch.no_grad():
-        theirs.transformer.wte.weight.copy_(mine["model.decoder.embed_tokens.weight"])
-        theirs.transformer.wpe.weight.copy_(mine["model.decoder.positions.weight"])
-        pairs: list[tuple[nn.Module, nn.Module]] = [(theirs.transformer.ln_f, ours.model.decoder.norm)]
-        for block, layer in zip(theirs.transformer.h, ours.model.decoder.layers, strict=True):
-            parts = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
-            block.attn.c_attn.weight.copy_(torch.cat([p.weight for p in parts]).T)
-            block.attn.c_attn.bias.copy_(torch.cat([p.bias for p in parts]))
-            pairs += [(block.ln_1, layer.norm_attn), (block.ln_2, layer.norm_mlp), (block.attn.c_proj, layer.self_attn.o_proj)]
-            pairs += [(block.mlp.c_fc, layer.mlp.up_proj), (block.mlp.c_proj, layer.mlp.down_proj)]
-        for theirs_part, our_part in pairs:
-            weight = our_part.weight
-            theirs_part.weight.copy_(weight.T if weight.dim() == 2 else weight)
-            theirs_part.bias.copy_(our_part.bias)
-    assert torch.allclose(ours(ids()).logits, theirs(ids()).logits, atol=1e-5)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_later_tokens_change_nothing_before_them(variant: str, backend: str) -> None:
     model = native(variant)
     model.set_attn_implementation(backend)
+    # Kernels that group tokens by expert round by the size of a group; this one takes each token by itself.
+    model.set_experts_implementation("batched_mm")
     x = ids(1, 10)
     y = x.clone()
     y[0, 6] = (y[0, 6] + 7) % 60 + 3
@@ -164,7 +130,9 @@ def test_closed_form_of_the_parameter_count(kind: str, variant: str) -> None:
 def test_first_loss_is_the_logarithm_of_the_vocabulary(variant: str) -> None:
     model = native(variant, scale=1.0)
     x = ids(8, 32)
-    assert model(x, labels=x).loss.item() == pytest.approx(math.log(64), rel=0.05)
+    out = model(x, labels=x)
+    own = model.config.router_aux_loss_coef * out.aux_loss if model.config.num_experts else 0.0
+    assert float(out.loss - own) == pytest.approx(math.log(64), rel=0.05)
 
 
 def test_residual_projections_start_smaller() -> None:
@@ -178,10 +146,14 @@ def test_residual_projections_start_smaller() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_in_float64(variant: str) -> None:
-    model = native(variant, hidden_size=8, intermediate_size=8, vocab_size=11, num_attention_heads=2, num_key_value_heads=1)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 3, "head_dim": 4, "vocab_size": 11}
+    model = native(variant, **sizes, num_attention_heads=2, num_key_value_heads=1)
     model = model.double()
+    model.set_experts_implementation("eager")
     x = torch.tensor([[3, 5, 7, 4]])
-    names = ["layers.1.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight", "layers.0.norm_attn.weight"]
+    inner = {"mixture": "experts.gate_up_proj", "switch": "experts.up_proj"}.get(variant, "up_proj.weight")
+    names = ["layers.1.self_attn.k_proj.weight", f"layers.0.mlp.{inner}", "layers.0.norm_attn.weight"]
+    names += ["layers.0.mlp.router.weight"] if model.config.num_experts else []
     parameters = dict(model.model.decoder.named_parameters())
     for name in names:
 
@@ -190,7 +162,7 @@ def test_gradients_in_float64(variant: str) -> None:
             return torch.func.functional_call(model, full, (x,), {"labels": x, "use_cache": False}).logits.logsumexp(-1).sum()
 
         value = parameters[name].detach().clone().requires_grad_()
-        assert torch.autograd.gradcheck(loss, (value,), atol=1e-4)
+        assert torch.autograd.gradcheck(loss, (value,), atol=1e-4, fast_mode=True)
 
 
 def test_sinusoids() -> None:

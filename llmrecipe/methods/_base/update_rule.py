@@ -160,7 +160,7 @@ class MetricSums:
 
 
 def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
-    """Update theta <- optimizer(gradient of sum(loss) / sum(weight) + penalty).
+    """Update theta <- optimizer(gradient of sum(loss + auxiliary) / sum(weight) + penalty).
 
     One denominator for the whole step: it is counted over all micro-batches and ranks before the first forward pass.
     Data-parallel wrappers average gradients over ranks, hence the factor `world`.
@@ -171,8 +171,8 @@ def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
     for index, micro in enumerate(micros):
         last = index == len(micros) - 1
         with context.runtime.sync(context.roles.prepared, last):
-            loss = context.objective.loss(micro, context.roles)
-            value = loss.total * (context.runtime.world / weight)
+            loss = context.objective.training_loss(micro, context.roles)
+            value = (loss.total + loss.auxiliary) * (context.runtime.world / weight)
             if last:
                 value = value + context.stack.penalty(context.model)
             value.backward()

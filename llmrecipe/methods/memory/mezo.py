@@ -232,10 +232,10 @@ class ZerothOrder:
     def _evaluate(self, context: StepContext, micros: list[Batch], scale: float) -> tuple[float, list[dict[str, Any]]]:
         """Return the summed loss of this process at theta + scale z."""
         self.mode.move(scale)
-        losses = [context.objective.loss(micro, context.roles) for micro in micros]
+        losses = [context.objective.training_loss(micro, context.roles) for micro in micros]
         if self.mode.include_missed():
             return self._evaluate(context, micros, scale)
-        return sum(float(loss.total) for loss in losses), [loss.metrics for loss in losses]
+        return sum(float(loss.total + loss.auxiliary) for loss in losses), [loss.metrics for loss in losses]
 
     # --- the update -------------------------------------------------------------------------------------------------
 

@@ -6,18 +6,39 @@ from typing import ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.models.family import Family
-from llmrecipe.models.part_names import ATTENTION, GATED, PartNames
+from llmrecipe.models.part_names import ATTENTION, GATED, MIXTURE, PartNames
 
 
 @register
 class Native(Family):
-    """The transformer of this package."""
+    """The transformer of this package: decoder, encoder, encoder-decoder or vision, put together from parts that YAML chooses.
+
+    `model=native` builds one from fresh weights; every value of `model.config` named below is a key of the recipe, as in
+    `model=native model.config.positions=learned model.config.norm=layernorm`. It is a Transformers model (generate, save,
+    from_pretrained, Auto classes), and `export --to merged` writes it as a plain Llama, Qwen3 or Mixtral where its parts are
+    theirs.
+
+    Letters: B rows, T tokens, D width (hidden_size), H heads, G key/value heads, E head size, F feed-forward width, V tokens of
+    the vocabulary.
+    """
 
     model_types: ClassVar[tuple[str, ...]] = ("llmrecipe_native",)
+    documents: ClassVar[tuple[str, ...]] = (
+        "../native/parts/embedding.py",
+        "../native/parts/patch_embedding.py",
+        "../native/parts/positional_encoding.py",
+        "../native/parts/self_attention.py",
+        "../native/parts/multi_head_attention.py",
+        "../native/parts/feed_forward.py",
+        "../native/parts/mixture_of_experts.py",
+        "../native/parts/layer_norm.py",
+        "../native/parts/add_norm.py",
+    )
     parts: ClassVar[PartNames] = PartNames(
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
         layer=ATTENTION
         | GATED
+        | MIXTURE
         | {
             "norm.attn": "norm_attn",
             "norm.mlp": "norm_mlp",
@@ -28,6 +49,6 @@ class Native(Family):
             "cross.o": "cross_attn.o_proj",
             "norm.cross": "norm_cross",
         },
-        top={"norm.final": "norm", "embed.position": "positions"},
+        top={"norm.final": "norm", "embed.position": "positions", "embed.type": "types", "norm.embed": "embed_norm"},
         pre_norm="pre_norm",
     )

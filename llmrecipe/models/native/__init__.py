@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -18,6 +19,7 @@ from transformers import (
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.native.heads import (
     NativeForCausalLM,
+    NativeForImageClassification,
     NativeForMaskedLM,
     NativeForSeq2SeqLM,
     NativeForSequenceClassification,
@@ -27,6 +29,7 @@ from llmrecipe.models.native.model import NativeModel
 AutoConfig.register(NativeConfig.model_type, NativeConfig, exist_ok=True)
 AutoModel.register(NativeConfig, NativeModel, exist_ok=True)
 AutoModelForCausalLM.register(NativeConfig, NativeForCausalLM, exist_ok=True)
+AutoModelForImageClassification.register(NativeConfig, NativeForImageClassification, exist_ok=True)
 AutoModelForMaskedLM.register(NativeConfig, NativeForMaskedLM, exist_ok=True)
 AutoModelForSeq2SeqLM.register(NativeConfig, NativeForSeq2SeqLM, exist_ok=True)
 AutoModelForSequenceClassification.register(NativeConfig, NativeForSequenceClassification, exist_ok=True)
@@ -34,6 +37,7 @@ AutoModelForSequenceClassification.register(NativeConfig, NativeForSequenceClass
 __all__ = [
     "NativeConfig",
     "NativeForCausalLM",
+    "NativeForImageClassification",
     "NativeForMaskedLM",
     "NativeForSeq2SeqLM",
     "NativeForSequenceClassification",

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-KINDS = ("decoder", "encoder", "encoder_decoder")
+KINDS = ("decoder", "encoder", "encoder_decoder", "vision")
 POSITIONS = ("rotary", "learned", "sinusoidal", "relative", "none")
 NORMS = ("rmsnorm", "layernorm")
 
@@ -17,7 +17,8 @@ class NativeConfig(PreTrainedConfig):
     """Configuration of a native transformer.
 
     The defaults are those of a Llama; `norm: layernorm, positions: learned, gated: false, bias: true, hidden_act: gelu_new`
-    is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative` a T5.
+    is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative` a T5;
+    `qk_norm: true` a Qwen3; `num_experts: 8` a Mixtral; `kind: vision` with GPT-2's norm, positions and feed-forward a ViT.
 
     Raises:
         ValueError: sizes or names that do not fit together.
@@ -27,7 +28,7 @@ class NativeConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     kind: str = "decoder"
-    """decoder (causal), encoder (bidirectional) or encoder_decoder."""
+    """decoder (causal), encoder (bidirectional), encoder_decoder, or vision (an encoder that reads patches of images)."""
     vocab_size: int = 1024
     hidden_size: int = 256
     intermediate_size: int | None = None
@@ -38,6 +39,8 @@ class NativeConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     """Number of key/value heads; fewer than num_attention_heads is grouped-query attention."""
     head_dim: int | None = None
+    qk_norm: bool = False
+    """Norm queries and keys of each head."""
     max_position_embeddings: int = 1024
     positions: str = "rotary"
     """rotary, learned, sinusoidal, relative (bucketed biases on the scores, which are then not scaled) or none."""
@@ -59,6 +62,25 @@ class NativeConfig(PreTrainedConfig):
     """down(act(gate x) * up x) instead of down(act(up x))."""
     bias: bool = False
     """Biases on linear layers."""
+    num_experts: int = 0
+    """Experts of a mixture in place of each feed-forward; 0 for none."""
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    """Width inside an expert; default: intermediate_size."""
+    norm_topk_prob: bool = True
+    """Let the weights of a token's experts sum to 1."""
+    num_shared_experts: int = 0
+    """Experts that every token uses besides its own."""
+    shared_expert_gate: bool = False
+    """Multiply the shared experts by a learned share of each token."""
+    output_router_logits: bool = True
+    """Add the load-balancing loss of a mixture to the training loss."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the load-balancing loss."""
+    image_size: int = 32
+    """Height and width of images, in pixels (kind: vision)."""
+    patch_size: int = 4
+    num_channels: int = 3
     dropout: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -89,33 +111,55 @@ class NativeConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             wide = 8 * self.hidden_size / 3 if self.gated else 4 * self.hidden_size
             self.intermediate_size = 8 * round(wide / 8)
+        self._check_mixture()
+        if self.kind == "vision":
+            if self.image_size % self.patch_size:
+                raise ValueError(f"image_size ({self.image_size}) is no multiple of patch_size ({self.patch_size})")
+            self.max_position_embeddings = 1 + (self.image_size // self.patch_size) ** 2
         super().__post_init__(**kwargs)
         self.is_encoder_decoder = self.kind == "encoder_decoder"
+
+    def _check_mixture(self) -> None:
+        # Transformers records what a config asks for, and a dense model has nothing to record.
+        self.output_router_logits = self.output_router_logits and self.num_experts > 0
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be from 1 to num_experts ({self.num_experts})"
+            )
+        for name in ("num_shared_experts", "shared_expert_gate"):
+            if getattr(self, name) and not self.num_experts:
+                raise ValueError(f"{name}: only a mixture has shared experts; set num_experts")
+        if self.shared_expert_gate and not self.num_shared_experts:
+            raise ValueError("shared_expert_gate: there are no shared experts; set num_shared_experts")
 
     def sizes(self) -> tuple[int, int, int]:
         """Return (E size of a head, G heads that hold keys and values, F width of the feed-forward), defaults filled in."""
         assert self.head_dim is not None and self.num_key_value_heads is not None and self.intermediate_size is not None
         return self.head_dim, self.num_key_value_heads, self.intermediate_size
 
-    def parameter_count(self, head: bool = True) -> int:
-        """Return the number of parameters of the language model of this kind in closed form.
+    def expert_width(self) -> int:
+        """Return the width inside one expert."""
+        return self.moe_intermediate_size or self.sizes()[2]
 
-        Embedding V D, attention D E (2 H + 2 G), feed-forward 2 D F or 3 D F, norms D each (2 D with a bias), and biases.
+    def parameter_count(self, head: bool = True) -> int:
+        """Return the number of parameters of the model of this kind in closed form.
+
+        Embedding V D (patches: C p^2 D + 2 D), attention D E (2 H + 2 G), feed-forward 2 D F or 3 D F, norms D each (2 D with a
+        bias), biases, and N experts of 2 D F_e or 3 D F_e with a router N D.
 
         Args:
-            head: with the output head (V D more where it is not tied).
+            head: with the output head: V D more where it is not tied; the classifier of images.
         """
         d, layers = self.hidden_size, self.num_hidden_layers
-        size, groups, f = self.sizes()
-        own, shared = self.num_attention_heads * size, groups * size
         norm = d if self.norm == "rmsnorm" else 2 * d
-        attention = 2 * d * own + 2 * d * shared + (own + 2 * shared + d if self.bias else 0)
-        forward = (3 if self.gated else 2) * d * f + ((f * (2 if self.gated else 1) + d) if self.bias else 0)
+        attention, forward = self._attention_count(), self._forward_count()
         sides = 2 if self.kind == "encoder_decoder" else 1
-        block = attention + forward + 2 * norm
-        stack = layers * block + (norm if self.pre_norm else 0) + (norm if self.embed_norm else 0)
+        stack = layers * (attention + forward + 2 * norm) + norm * (self.pre_norm + self.embed_norm)
         stack += self.max_position_embeddings * d if self.positions == "learned" else 0
         stack += self.relative_buckets * self.num_attention_heads if self.positions == "relative" else 0
+        if self.kind == "vision":
+            patches = self.num_channels * self.patch_size**2 * d + 2 * d
+            return patches + stack + ((d + 1) * len(self.id2label or {}) if head else 0)
         total = self.vocab_size * d + sides * stack + self.type_vocab_size * d * (1 if sides == 1 else 0)
         if sides == 2:
             total += layers * (attention + norm)
@@ -124,3 +168,21 @@ class NativeConfig(PreTrainedConfig):
             if self.kind == "encoder":
                 total += d * d + d + norm + self.vocab_size
         return total
+
+    def _attention_count(self) -> int:
+        d, (size, groups, _) = self.hidden_size, self.sizes()
+        own, shared = self.num_attention_heads * size, groups * size
+        normed = 2 * size * (1 if self.norm == "rmsnorm" else 2) if self.qk_norm else 0
+        return 2 * d * own + 2 * d * shared + (own + 2 * shared + d if self.bias else 0) + normed
+
+    def _forward_count(self) -> int:
+        d, matrices = self.hidden_size, 3 if self.gated else 2
+
+        def dense(width: int) -> int:
+            return matrices * d * width + (width * (matrices - 1) + d if self.bias else 0)
+
+        if not self.num_experts:
+            return dense(self.sizes()[2])
+        shared = dense(self.num_shared_experts * self.expert_width()) if self.num_shared_experts else 0
+        experts = self.num_experts * (matrices * d * self.expert_width() + d)
+        return experts + shared + (d if self.shared_expert_gate else 0)

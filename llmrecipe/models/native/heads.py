@@ -10,11 +10,18 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+    MaskedLMOutput,
+    MoeCausalLMOutputWithPast,
+    Seq2SeqLMOutput,
+)
 
+from llmrecipe.models.load_balance import auxiliary_loss, load_balancing_loss
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.native.model import NativeModel, NativePreTrainedModel
-from llmrecipe.models.native.parts import make_norm
+from llmrecipe.models.native.parts.layer_norm import make_norm
 
 
 def _expect(config: NativeConfig, kind: str, name: str) -> None:
@@ -51,8 +58,10 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Return logits (B, T, V), or those of the last `logits_to_keep` positions, and the mean loss where labels are given.
+
+        The loss of a mixture includes its load-balancing loss.
 
         Args:
             input_ids: (B, T), or `inputs_embeds` (B, T, D).
@@ -69,7 +78,15 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        shown = (logits, out.past_key_values, out.hidden_states, out.attentions)
+        router_logits = getattr(out, "router_logits", None)
+        if not router_logits:
+            return CausalLMOutputWithPast(loss, *shown)
+        balance = None
+        if loss is not None:
+            balance = load_balancing_loss(router_logits, self.config.num_experts_per_tok, attention_mask)
+            loss = loss + self.config.router_aux_loss_coef * balance
+        return MoeCausalLMOutputWithPast(loss, balance, *shown, router_logits)
 
 
 class NativeMaskedHead(nn.Module):
@@ -111,7 +128,11 @@ class NativeForMaskedLM(NativePreTrainedModel):
         """Return logits (B, T, V) for ids (B, T), and the mean loss over labels other than -100."""
         out = self.model(input_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            balance = auxiliary_loss(self.config, out, kwargs.get("attention_mask"))
+            loss = loss if balance is None else loss + balance
         return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -143,6 +164,12 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         first = labels.new_full((labels.shape[0], 1), start)
         return torch.cat((first, labels[:, :-1]), 1).masked_fill(torch.cat((first, labels[:, :-1]), 1) == -100, pad)
 
+    def _balance(self, out: Any, mask: Tensor | None, decoder_mask: Tensor | None) -> Tensor | float:
+        """Return the weighted load-balancing loss of both sides; zero without experts, or where the encoder ran before."""
+        sides = ((out.encoder_router_logits, mask), (out.decoder_router_logits, decoder_mask))
+        k, weight = self.config.num_experts_per_tok, self.config.router_aux_loss_coef
+        return weight * sum(load_balancing_loss(logits, k, own) for logits, own in sides if logits)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -156,7 +183,10 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         out = self.model(input_ids, decoder_input_ids=decoder_input_ids, **kwargs)
         logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            loss = loss + self._balance(out, kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask"))
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -168,3 +198,27 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
 
 class NativeForSequenceClassification(GenericForSequenceClassification, NativePreTrainedModel):
     """A linear classifier on the state of the last real token."""
+
+
+class NativeForImageClassification(NativePreTrainedModel):
+    """A linear classifier on the last state of the class token of a vision model."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: NativeConfig):
+        _expect(config, "vision", type(self).__name__)
+        super().__init__(config)
+        self.model = NativeModel(config)
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+        """Return logits (B, classes) for images (B, C, S, S), and the mean cross-entropy where labels (B,) are given."""
+        out = self.model(pixel_values=pixel_values, **kwargs)
+        logits = self.classifier(out.last_hidden_state[:, 0])
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            balance = auxiliary_loss(self.config, out)
+            loss = loss if balance is None else loss + balance
+        return ImageClassifierOutput(loss, logits, out.hidden_states, out.attentions)

@@ -11,20 +11,18 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqMoEModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from llmrecipe.models.native.config import NativeConfig
-from llmrecipe.models.native.parts import (
-    IntoResidual,
-    NativeAttention,
-    NativeLayer,
-    NativeRMSNorm,
-    NativeRotary,
-    RelativeBias,
-    make_norm,
-    sinusoids,
-)
+from llmrecipe.models.native.layer import NativeLayer
+from llmrecipe.models.native.parts.add_norm import IntoResidual
+from llmrecipe.models.native.parts.embedding import scaled, segment_embedding, token_embedding
+from llmrecipe.models.native.parts.layer_norm import NativeRMSNorm, make_norm
+from llmrecipe.models.native.parts.mixture_of_experts import GatedExperts, NativeRouter, PlainExperts
+from llmrecipe.models.native.parts.multi_head_attention import NativeAttention
+from llmrecipe.models.native.parts.patch_embedding import PatchEmbedding
+from llmrecipe.models.native.parts.positional_encoding import NativeRotary, RelativeBias, learned_positions, sinusoids
 
 
 class NativePreTrainedModel(PreTrainedModel):
@@ -43,17 +41,21 @@ class NativePreTrainedModel(PreTrainedModel):
         "hidden_states": NativeLayer,
         "attentions": OutputRecorder(NativeAttention, layer_name="self_attn", index=1),
         "cross_attentions": OutputRecorder(NativeAttention, layer_name="cross_attn", index=1),
+        "router_logits": OutputRecorder(NativeRouter, index=0),
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return that the kernel of the experts may be chosen; Transformers would look for them in this file."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize weights with N(0, std); with pre-norm, scale residual projections by 1/sqrt(2 L) against depth."""
         std = self.config.initializer_range
+        shrink = math.sqrt(2 * self.config.num_hidden_layers) if self.config.pre_norm else 1.0
         if isinstance(module, nn.Linear):
-            shrink = (
-                math.sqrt(2 * self.config.num_hidden_layers) if isinstance(module, IntoResidual) and self.config.pre_norm else 1
-            )
-            init.normal_(module.weight, std=std / shrink)
+            init.normal_(module.weight, std=std / shrink if isinstance(module, IntoResidual) else std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -65,8 +67,13 @@ class NativePreTrainedModel(PreTrainedModel):
             bias = getattr(module, "bias", None)
             if bias is not None:
                 init.zeros_(bias)
-        elif isinstance(module, RelativeBias):
+        elif isinstance(module, (RelativeBias, NativeRouter)):
             init.normal_(module.weight, std=std)
+        elif isinstance(module, (GatedExperts, PlainExperts)):
+            for name, tensor in module.named_parameters(recurse=False):
+                init.normal_(tensor, std=std / shrink if name == "down_proj" else std)
+        elif isinstance(module, PatchEmbedding):
+            init.normal_(module.class_token, std=std)
 
 
 class NativeStack(NativePreTrainedModel):
@@ -76,15 +83,12 @@ class NativeStack(NativePreTrainedModel):
         super().__init__(config)
         self.causal = side == "decoder"
         cross = self.causal and config.is_encoder_decoder
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.positions = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
-        )
-        self.types = (
-            nn.Embedding(config.type_vocab_size, config.hidden_size)
-            if config.type_vocab_size and not config.is_encoder_decoder
-            else None
-        )
+        if config.kind == "vision":
+            self.patches = PatchEmbedding(config)
+        else:
+            self.embed_tokens = token_embedding(config)
+        self.positions = learned_positions(config)
+        self.types = segment_embedding(config) if config.kind != "vision" else None
         self.rotary = NativeRotary(config) if config.positions == "rotary" else None
         self.relative = RelativeBias(config, self.causal) if config.positions == "relative" else None
         self.embed_norm = make_norm(config) if config.embed_norm else None
@@ -94,9 +98,23 @@ class NativeStack(NativePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, pixel_values: Tensor | None) -> Tensor:
+        """Return embeddings (B, T, D) without positions.
+
+        Raises:
+            ValueError: not exactly one kind of input, or one that this kind of model does not read.
+        """
+        name = "pixel_values" if self.config.kind == "vision" else "input_ids"
+        ids, other = (pixel_values, input_ids) if name == "pixel_values" else (input_ids, pixel_values)
+        if (ids is None) == (inputs_embeds is None) or other is not None:
+            raise ValueError(f"kind: {self.config.kind} reads exactly one of {name} and inputs_embeds")
+        if ids is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
+        return self.patches(ids) if name == "pixel_values" else self.embed_tokens(ids)
+
     def _embed(self, x: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.hidden_size)
+        x = scaled(x, self.config)
         if self.positions is not None:
             x = x + self.positions(position_ids)
         elif self.config.positions == "sinusoidal":
@@ -154,12 +172,11 @@ class NativeStack(NativePreTrainedModel):
         use_cache: bool | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Map ids (B, T) or embeddings (B, T, D) to states (B, T, D) and, for decoders, the cache."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        """Map ids (B, T), embeddings (B, T, D) or images to states (B, T, D) and, for decoders, the cache."""
+        x = self._inputs(input_ids, inputs_embeds, pixel_values)
         use_cache = self.causal and (self.config.use_cache if use_cache is None else use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -194,7 +211,7 @@ class NativeModel(NativePreTrainedModel):
     def __init__(self, config: NativeConfig):
         super().__init__(config)
         self.encoder = NativeStack(config, "encoder") if config.kind != "decoder" else None
-        self.decoder = NativeStack(config, "decoder") if config.kind != "encoder" else None
+        self.decoder = NativeStack(config, "decoder") if config.kind in ("decoder", "encoder_decoder") else None
         if self.encoder is not None and self.decoder is not None:
             # Both sides share one embedding, whether or not the head is tied to it as well.
             self.decoder.embed_tokens = self.encoder.embed_tokens
@@ -209,11 +226,14 @@ class NativeModel(NativePreTrainedModel):
         return stack
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.main.embed_tokens
+        """Return the token embedding, or the projection of patches."""
+        return self.main.patches.projection if self.config.kind == "vision" else self.main.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding on every side."""
+        """Replace the token embedding on every side, or the projection of patches."""
+        if self.config.kind == "vision":
+            self.main.patches.projection = value  # type: ignore[assignment]
+            return
         for stack in (self.encoder, self.decoder):
             if stack is not None:
                 stack.embed_tokens = value  # type: ignore[assignment]
@@ -259,10 +279,12 @@ class NativeModel(NativePreTrainedModel):
             encoder_attention_mask=attention_mask,
             **kwargs,
         )
-        return Seq2SeqModelOutput(
+        return Seq2SeqMoEModelOutput(
             last_hidden_state=out.last_hidden_state,
             past_key_values=out.past_key_values,
             decoder_hidden_states=out.hidden_states,
             decoder_attentions=out.attentions,
             encoder_last_hidden_state=states,
+            encoder_router_logits=getattr(encoder_outputs, "router_logits", None),
+            decoder_router_logits=getattr(out, "router_logits", None),
         )

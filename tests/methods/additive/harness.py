@@ -42,7 +42,7 @@ def model_of(family: str, seed: int = 0) -> nn.Module:
 
 
 def native(kind: str) -> nn.Module:
-    """The seed's transformer."""
+    """The seed's transformer: a kind, or `mixture`, a decoder with experts."""
     from llmrecipe.models.native import heads
     from llmrecipe.models.native.config import NativeConfig
 
@@ -54,14 +54,17 @@ def native(kind: str) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        kind=kind,
+        kind="decoder" if kind == "mixture" else kind,
+        **({"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 1} if kind == "mixture" else {}),
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
         decoder_start_token_id=1,
     )
     classes = {"decoder": "NativeForCausalLM", "encoder": "NativeForMaskedLM", "encoder_decoder": "NativeForSeq2SeqLM"}
-    return getattr(heads, classes[kind])(config)
+    model = getattr(heads, classes[config.kind])(config)
+    model.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    return model
 
 
 def logits(model: nn.Module, ids: Tensor = IDS, **more: object) -> Tensor:
