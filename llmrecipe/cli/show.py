@@ -29,7 +29,8 @@ def verb(
     name: Annotated[
         str,
         typer.Argument(
-            help="A method, objective, optimizer, schedule, recipe, preset or section.", autocompletion=complete_names
+            help="A method, objective, optimizer, schedule, recipe, preset, section or part of a model.",
+            autocompletion=complete_names,
         ),
     ],
     as_json: Json = False,

@@ -28,17 +28,17 @@ def load_balancing_loss(router_logits: Sequence[Tensor], k: int, mask: Tensor | 
         mask: (R, T') ones on real tokens. It ends where the rows end: with a cache it also covers earlier tokens, and where
             it is shorter the tokens in front of it are virtual ones of a method, which count.
     """
-    used, share, tokens = (torch.zeros((), device=router_logits[0].device) for _ in range(3))
-    for logits in router_logits:
-        flat = logits.reshape(-1, logits.shape[-1])
-        probabilities = flat.softmax(-1, dtype=torch.promote_types(flat.dtype, torch.float32))
-        weight = _weights(mask, flat)
-        chosen = probabilities.topk(k, -1).indices
-        count = probabilities.new_zeros(flat.shape[-1])
-        used = used + count.index_add(0, chosen.flatten(), weight.repeat_interleave(k).to(count.dtype))
+    layers = [logits.reshape(-1, logits.shape[-1]) for logits in router_logits]
+    experts = layers[0].shape[-1]
+    weight = _weights(mask, layers[0])
+    tokens = (weight.sum() * len(layers)).clamp(min=1)
+    each = weight.repeat_interleave(k)
+    used = share = torch.zeros(experts, device=weight.device)
+    for logits in layers:
+        probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        used = used.index_add(0, probabilities.topk(k, -1).indices.flatten(), each)
         share = share + weight.to(probabilities.dtype) @ probabilities
-        tokens = tokens + weight.sum()
-    return router_logits[0].shape[-1] * (used * share).sum() / tokens.clamp(min=1) ** 2
+    return experts * (used * share).sum() / tokens**2
 
 
 def _weights(mask: Tensor | None, flat: Tensor) -> Tensor:

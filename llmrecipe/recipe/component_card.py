@@ -99,10 +99,9 @@ def part_card(spec: registry.Spec, path: Path) -> dict[str, Any]:
     return {"group": "part", "name": path.stem, "family": spec.name, "file": str(path), "line": 1, "doc": doc, "papers": papers}
 
 
-def part_cards(name: str) -> list[dict[str, Any]]:
-    """Return the card of every family's part of that name."""
-    families = [registry.spec("family", each) for each in registry.names("family")]
-    return [part_card(spec, path) for spec in families for path in _documents(spec) if path.stem == name]
+def _parts() -> list[tuple[registry.Spec, Path]]:
+    families = [registry.spec("family", name) for name in registry.names("family")]
+    return [(spec, path) for spec in families for path in _documents(spec)]
 
 
 SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -175,7 +174,8 @@ def find_cards(name: str) -> list[dict[str, Any]]:
     """
     group, _, bare = name.rpartition(".")
     specs = [s for s in registry.find(bare) if not group or s.group == group]
-    cards = [component_card(spec) for spec in specs] + part_cards(name)
+    cards = [component_card(spec) for spec in specs]
+    cards += [part_card(spec, path) for spec, path in _parts() if path.stem == name]
     recipes = all_recipes()
     if name in recipes:
         cards.append(recipe_card(name, recipes[name]))
@@ -189,5 +189,5 @@ def find_cards(name: str) -> list[dict[str, Any]]:
     if cards:
         return cards
     known = [n for g in registry.groups() for n in registry.names(g)] + [*recipes, *Recipe.model_fields]
-    known += [n for g in PRESET_GROUPS for n in presets(g)]
+    known += [n for g in PRESET_GROUPS for n in presets(g)] + [path.stem for _, path in _parts()]
     raise RecipeError(f"show: nothing is called '{name}'{did_you_mean(name, known)}; `llmrecipe list` shows all names")

@@ -25,8 +25,9 @@ def test_presets_are_valid_and_safe(path: Path) -> None:
     assert section.path == "tiny" or section.path.startswith("./") or HUB_NAME.fullmatch(section.path)
 
 
-def test_native_preset_loads_with_the_embedded_tokenizer() -> None:
-    section = ModelSection(**yaml.safe_load((ROOT / "recipes" / "model" / "native.yaml").read_text(encoding="utf-8")))
+@pytest.mark.parametrize("name", ["native", "native_moe"])
+def test_native_presets_load_with_the_embedded_tokenizer(name: str) -> None:
+    section = ModelSection(**yaml.safe_load((ROOT / "recipes" / "model" / f"{name}.yaml").read_text(encoding="utf-8")))
     tokenizer = load_tokenizer(section, TokenizerSection())
     model = load_model(section, tokenizer=tokenizer)
     assert part_names_of(model.config.model_type) is not None

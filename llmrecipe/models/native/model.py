@@ -155,7 +155,7 @@ class NativeStack(NativePreTrainedModel):
         if columns > x.shape[1]:
             past = torch.arange(columns, device=x.device).expand(x.shape[0], -1)
             keys = past if mask is None or mask.dim() != 2 else (mask.long().cumsum(-1) - 1).clamp(min=0)
-        bias = self.relative(position_ids, keys).to(x.dtype)
+        bias = self.relative(*_once(position_ids, keys)).to(x.dtype)
         if found is None:
             return bias
         return bias.masked_fill(~found, torch.finfo(bias.dtype).min) if found.dtype == torch.bool else bias + found
@@ -203,6 +203,13 @@ class NativeStack(NativePreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=x, past_key_values=past_key_values if use_cache else None
         )
+
+
+def _once(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions (1, T) where all rows have the same, so that what depends on them is computed for one row."""
+    if torch.compiler.is_compiling() or not bool((queries == queries[:1]).all() and (keys == keys[:1]).all()):
+        return queries, keys
+    return queries[:1], keys[:1]
 
 
 class NativeModel(NativePreTrainedModel):

@@ -35,6 +35,6 @@ class PatchEmbedding(nn.Module):
         if tuple(pixel_values.shape[1:]) != self.shape:
             given, wanted = (" x ".join(map(str, shape)) for shape in (tuple(pixel_values.shape[1:]), self.shape))
             raise ValueError(f"pixel_values: images of {given}; this model reads {wanted} (channels x height x width)")
-        columns = nn.functional.unfold(pixel_values.to(self.projection.weight.dtype), self.size, stride=self.size)
-        patches = self.projection(columns.transpose(1, 2))
+        cut = pixel_values.to(self.projection.weight.dtype).unflatten(2, (-1, self.size)).unflatten(4, (-1, self.size))
+        patches = self.projection(cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         return torch.cat((self.class_token.to(patches.dtype).expand(len(patches), 1, -1), patches), 1)
