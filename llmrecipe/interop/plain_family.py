@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+
 from llmrecipe.models.native.config import NativeConfig
 
 NAMES = {
@@ -38,8 +40,6 @@ def as_plain_family(model: Any) -> Any | None:
     family = plain_family(config) if isinstance(config, NativeConfig) and head is not None else None
     if family is None:
         return None
-    import transformers
-
     cls = getattr(transformers, f"{family}{head}")
     plain = cls(getattr(transformers, f"{family}Config")(**_values(config))).to(model.dtype)
     state = {}
