@@ -34,12 +34,12 @@ def console(stderr: bool = False) -> Console:
     return Plain(width=width, highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """Return a value as it is written in a recipe."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Return a number as a person reads it: four digits, exponent for the tiny, separators for the large.
 
     Examples:
@@ -65,7 +65,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
     return "".join(BARS[min(len(BARS) - 1, int((m - low) / span * len(BARS)))] for m in means)
 
 
-def print_json(facts: Any) -> None:
+def print_json(facts: object) -> None:
     """Print facts as indented JSON on stdout."""
     print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
 

@@ -79,7 +79,7 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def _deeper(value: object, levels: int) -> bool:
     """Return whether a value is nested deeper than a number of levels."""
     layer: list[Any] = [value]
     for _ in range(levels):

@@ -68,7 +68,7 @@ class _Socket:
         self._sock, self._timeout, self._deadline = sock, timeout, time.monotonic() + timeout
         self._read = False
 
-    def makefile(self, mode: str, *_: Any) -> io.BufferedReader:
+    def makefile(self, mode: str, *_: object) -> io.BufferedReader:
         """Return the reader."""
         self._read = True
         return io.BufferedReader(_Reader(self._sock, self._deadline, self._timeout))
@@ -109,7 +109,7 @@ class _SecureHandler(urllib.request.HTTPSHandler):
 class _StayHere(urllib.request.HTTPRedirectHandler):
     """Refuses redirects: the token is for the given address and for no other."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: object) -> None:
         """Return None, which leaves the reply an HTTP error."""
         return
 
@@ -190,7 +190,7 @@ class Client:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _random: random.Random = field(default_factory=random.Random)
 
-    def post(self, body: Any, path: str = "") -> bytes:
+    def post(self, body: object, path: str = "") -> bytes:
         """Send one JSON body and return the reply.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from llmrecipe.core.errors import RunError
 
 
-def json_hash(value: Any) -> str:
+def json_hash(value: object) -> str:
     """Return a 16-hex-digit hash of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -58,7 +58,7 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
 
-    def add(self, key: str, value: Any) -> None:
+    def add(self, key: str, value: object) -> None:
         """Keep a value.
 
         Raises:

@@ -27,13 +27,13 @@ class KeyReads:
         self.watched: dict[tuple[str, ...], tuple[Any, type]] = {}
         self.read: set[tuple[str, ...]] = set()
 
-    def watch(self, component: Any, *where: str) -> None:
+    def watch(self, component: object, *where: str) -> None:
         """Record every read of an option of a component at this key path."""
         cls = type(component)
         options = fields_of(cls)
         read = self.read
 
-        def look_up(self: Any, name: str) -> Any:
+        def look_up(self: object, name: str) -> Any:
             if name in options and sys._getframe(1).f_globals.get("__name__", "").split(".")[0] not in COPIES:
                 read.add((*where, name))
             return object.__getattribute__(self, name)

@@ -34,7 +34,7 @@ def variable_of(text: str | None) -> str | None:
     return found[1] if found else None
 
 
-def name_variables(value: Any, key: str = "") -> None:
+def name_variables(value: object, key: str = "") -> None:
     """Remember every environment variable a recipe names."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -59,7 +59,7 @@ def redact_text(text: str) -> str:
     return text
 
 
-def redact(value: Any) -> Any:
+def redact(value: object) -> Any:
     """Return a JSON value without the values of named variables."""
     if isinstance(value, Mapping):
         return {k: redact(v) for k, v in value.items()}

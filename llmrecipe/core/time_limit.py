@@ -78,7 +78,7 @@ def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: object) -> None:
         raise BoundError(f"it takes longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGVTALRM, stop)

@@ -137,7 +137,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             yield flat.view(torch.uint8).numpy().data
 
 
-def _json(value: Any) -> Iterator[bytes]:
+def _json(value: object) -> Iterator[bytes]:
     yield (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 

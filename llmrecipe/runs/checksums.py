@@ -55,7 +55,7 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _is_hash(value: Any) -> bool:
+def _is_hash(value: object) -> bool:
     return isinstance(value, str) and BLOB.fullmatch(value) is not None
 
 

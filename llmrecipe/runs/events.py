@@ -62,15 +62,15 @@ class Events:
         self.trackers: list[OpenTracker] = open_trackers(trackers, folder, redact(config or {})) if folder is not None else []
         self._file = open(self.path, "a", encoding="utf-8") if self.path is not None else None  # noqa: SIM115 (see close)
 
-    def step(self, step: int, **values: Any) -> None:
+    def step(self, step: int, **values: object) -> None:
         """Report one optimizer step: loss, lr, grad_norm, tokens, tokens_per_s, peak_mem_mb and the objective's metrics."""
         self._emit("step", step, values)
 
-    def evaluation(self, step: int, **metrics: Any) -> None:
+    def evaluation(self, step: int, **metrics: object) -> None:
         """Report metrics of a split after `step` steps, named `eval/...` or `test/...`."""
         self._emit("evaluation", step, metrics)
 
-    def sample(self, step: int, prompt: str, answer: str, **facts: Any) -> None:
+    def sample(self, step: int, prompt: str, answer: str, **facts: object) -> None:
         """Report a generated answer."""
         self._emit("sample", step, {"prompt": prompt, "answer": answer, **facts})
 
@@ -82,7 +82,7 @@ class Events:
         """Report something the user should know; the run goes on."""
         self._emit("warning", self.last_step if step is None else step, {"message": message})
 
-    def check(self, step: int, **values: Any) -> None:
+    def check(self, step: int, **values: object) -> None:
         """Report what was verified or counted before the first step, each measured value with its expected one."""
         self._emit("check", step, values)
 
@@ -149,7 +149,7 @@ class Events:
                 tracker.log(numbers_of(event), step)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return a value as JSON: tensors and numpy numbers become Python's, numbers that JSON lacks become null."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()

@@ -113,7 +113,7 @@ def data_facts(splits: Mapping[str, Callable[[], list[str] | None]]) -> dict[str
     return {name: None if (parts := sources()) is None else _hash(parts) for name, sources in splits.items()}
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
 
 

@@ -217,7 +217,7 @@ class RunDir:
 
         return _unescape(renamed_file(read_yaml(description(self.path) or self.path / "recipe.yaml"), []).value)
 
-    def status(self, state: str, error: str | None = None, **facts: Any) -> None:
+    def status(self, state: str, error: str | None = None, **facts: object) -> None:
         """Write `status.json`: the state, the time, the error and further facts such as `step`."""
         if not self.main:
             return
@@ -275,7 +275,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _unescape(value: Any) -> Any:
+def _unescape(value: object) -> Any:
     """Return a nested value with `\\${` unescaped to `${`."""
     if isinstance(value, dict):
         return {k: _unescape(v) for k, v in value.items()}

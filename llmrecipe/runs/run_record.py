@@ -108,7 +108,7 @@ def check_metric(records: list[Record], metric: str) -> None:
         )
 
 
-def flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: object, at: str = "") -> dict[str, Any]:
     """Flatten nested mappings: key path with dots -> value."""
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in flat(item, f"{at}.{key}" if at else str(key)).items()}

@@ -191,7 +191,7 @@ def _exchange(words: str, reply: str) -> list[dict[str, str]]:
     return [_user(words), {"role": "assistant", "content": reply}]
 
 
-def sample_principles(principles: Sequence[Principle], count: int, *seed: Any) -> list[Principle]:
+def sample_principles(principles: Sequence[Principle], count: int, *seed: object) -> list[Principle]:
     """Sample `count` different principles (all where there are fewer), seeded by any JSON values."""
     rng = Random(short_hash(*seed))
     return rng.sample(list(principles), min(count, len(principles)))

@@ -85,14 +85,14 @@ class Memory(Protocol):
 
     def __getitem__(self, key: str) -> Any: ...
 
-    def add(self, key: str, value: Any) -> None:
+    def add(self, key: str, value: object) -> None:
         """Store a reply."""
 
 
 class Forgetful(dict[str, Any]):
     """A cache that lasts as long as its process."""
 
-    def add(self, key: str, value: Any) -> None:
+    def add(self, key: str, value: object) -> None:
         """Store a reply."""
         self[key] = value
 
@@ -162,7 +162,7 @@ class Judge:
         """Return the cached reply, or None."""
         return self._memory[key] if key in self._memory else None  # noqa: SIM401 (a memory has no get)
 
-    def cache_reply(self, key: str, reply: Any) -> None:
+    def cache_reply(self, key: str, reply: object) -> None:
         """Cache a reply; may be called from several threads."""
         with self._lock:
             self._memory.add(key, reply)
@@ -232,7 +232,7 @@ def _choice(reply: Choice | Logprobs | None) -> Choice | None:
     return Choice([max(value, LEAST) for value in reply], min(math.fsum(map(math.exp, reply)), 1.0))
 
 
-def build_judge(body: Any, where: str) -> Judge:
+def build_judge(body: object, where: str) -> Judge:
     """Build the judge of a mapping `{kind: NAME, option: value, ...}`, without running its own check.
 
     Raises:
@@ -249,7 +249,7 @@ def build_judge(body: Any, where: str) -> Judge:
     return build_object("judge", build_component("judge", body, where), where)
 
 
-def short_hash(*known: Any) -> str:
+def short_hash(*known: object) -> str:
     """Return an 8-hex-digit hash of JSON values."""
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
