@@ -200,6 +200,12 @@ def rename_tensor(name: str, names: Mapping[str, str]) -> str:
     return ".".join(parts)
 
 
+def differs(model: nn.Module, saved: SavedStack) -> bool:
+    """Return whether the base in memory is not, to the bit, the one a saved stack was trained on."""
+    wanted = saved.base.get("fingerprint")
+    return bool(wanted) and wanted != fingerprint(model)
+
+
 def check_base(model: nn.Module, saved: SavedStack, where: str, dtype: str = "auto") -> None:
     """Refuse to mount a delta on another base.
 

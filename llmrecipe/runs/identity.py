@@ -19,10 +19,11 @@ from typing import Any
 from llmrecipe.core.background import Background
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.file_hashes import FileHash, file_hash
-from llmrecipe.models.checkpoint_path import PICKLED, SAFE, STACK_FILE, locate, run_folder
+from llmrecipe.models.checkpoint_path import STACK_FILE, run_folder
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs import open_model
+from llmrecipe.runs.base_files import base_folder, weight_files
 
 PROBES = (
     "The 3 quick brown foxes' 1,024 jumps (over 0.5 lazy dogs) cost $12.75!\n\n\tdef f(x):\n\t    return x ** 2  # naïve café",
@@ -137,27 +138,9 @@ def base_files(section: ModelSection) -> dict[str, Path]:
     return found
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold the weights of a model folder."""
-    for index in (SAFE[1], PICKLED[1]):
-        if (folder / index).is_file() and not (folder / index.replace(".index.json", "")).is_file():
-            return [index, *sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))]
-    return [name for name in (SAFE[0], PICKLED[0]) if (folder / name).is_file()][:1]
-
-
 def folder_of(section: ModelSection) -> Path | None:
-    """Return the folder a section's base is read from: its own, or its snapshot in the hub's cache; None without one."""
-    base, _, _ = open_model.resolve_section(section, tensors=False)
-    try:
-        place, local = locate(base.path)
-    except UserError:
-        return None
-    if local:
-        return Path(place)
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(place, "config.json", revision=base.revision)
-    return Path(config).parent if isinstance(config, str) else None
+    """Return the folder that the base of a section is read from; None where there is none."""
+    return base_folder(open_model.resolve_section(section, tensors=False)[0])
 
 
 def named_files(mapping: Mapping[str, Any]) -> dict[str, FileHash]:

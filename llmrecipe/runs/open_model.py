@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
+from llmrecipe.methods._engines.quantized import dequantize_model
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
 from llmrecipe.models import new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, is_adapter, run_folder
@@ -17,14 +20,17 @@ from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
-from llmrecipe.runs import delta
+from llmrecipe.runs import base_storage, delta
 from llmrecipe.runs.adapter_format import read_adapter
+from llmrecipe.runs.base_files import same_base
 from llmrecipe.runs.checksums import verify
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llmrecipe.models.pretrained import LanguageModel
+
+logger = logging.getLogger("llmrecipe")
 
 
 @dataclass
@@ -79,13 +85,14 @@ def open_model(
     *,
     head: str = "causal",
     labels: list[str] | None = None,
-    load_kwargs: dict[str, Any] | None = None,
+    own: Sequence[Wrapper] = (),
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
 ) -> LoadedModel:
     """Load a model and mount the stacks of the run it comes from.
 
     Args:
+        own: wrappers of a stack that is to be attached, of which those that quantize the base act while it is loaded.
         options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
 
     Raises:
@@ -94,7 +101,7 @@ def open_model(
     base, saved, folder = resolve_section(section)
     return open_saved(
         base, saved, folder, tokenizer,
-        head=head, labels=labels, load_kwargs=load_kwargs, seed=seed, options=options, continue_=section.continue_,
+        head=head, labels=labels, own=own, seed=seed, options=options, continue_=section.continue_,
     )  # fmt: skip
 
 
@@ -106,7 +113,7 @@ def open_saved(
     *,
     head: str = "causal",
     labels: list[str] | None = None,
-    load_kwargs: dict[str, Any] | None = None,
+    own: Sequence[Wrapper] = (),
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
     continue_: bool = False,
@@ -117,24 +124,29 @@ def open_saved(
     if folder is not None:
         read = {STACK_FILE, *(layer.file for layer in saved.layers)} if saved is not None else set()
         verify(folder, lambda name: name not in read)
-    kwargs = dict(load_kwargs or {})
-    bases = _base_wrappers(saved)
-    for wrapper in bases:
-        kwargs |= wrapper.load_kwargs()
+    known = base_storage.storages(saved.layers if saved is not None else [])
+    wanted = base_storage.base_wrappers(own)
+    kwargs = {name: value for wrapper in (known[0] if known else wanted) for name, value in wrapper.load_kwargs().items()}
     if saved is not None and saved.labels and not labels and saved.head == head:
         labels = saved.labels
     text = load_tokenizer(base, own_tokenizer(tokenizer, folder))
     model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
-    for wrapper in bases:
-        wrapper.attach(model)
+    for index, wrappers in enumerate(known):
+        if index:
+            base_storage.convert(model, wrappers)
+        else:
+            for wrapper in wrappers:
+                wrapper.attach(model)
+    if saved is not None and folder is not None:
+        check_saved_base(model, base, saved, folder, restored=bool(known) or not wanted)
+    if known and wanted and not base_storage.alike(known[-1], wanted):
+        base_storage.convert(model, wanted)
     loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
         task_heads.read_heads(model, folder)
     loaded.head, loaded.labels = head, labels
-    loaded.quantized = [delta.kind_name(wrapper) for wrapper in bases]
+    loaded.quantized = [delta.kind_name(wrapper) for wrapper in (known[-1] if known else ())]
     layers = list(saved.layers) if saved is not None else []
-    if saved is not None:
-        delta.check_base(model, saved, str(folder), base.dtype)
     layers += imported(base, model)
     if continue_ and layers:
         loaded.continued = layers.pop()
@@ -163,15 +175,29 @@ def imported(section: ModelSection, model: nn.Module) -> list[delta.Layer]:
     return [read_adapter(path, model, weight) for path, weight in section.adapters.items()]
 
 
-def _base_wrappers(saved: delta.SavedStack | None) -> list[Wrapper]:
-    """Return the BASE wrappers (quantization) the saved stacks were trained on, each kind once."""
-    found: dict[str, Wrapper] = {}
-    for layer in saved.layers if saved else []:
-        for name, mapping in layer.wrappers.items():
-            wrapper = delta.build_wrapper(name, mapping)
-            if wrapper.stage is Stage.BASE:
-                found.setdefault(mapping["kind"], wrapper)
-    return list(found.values())
+def check_saved_base(model: nn.Module, base: ModelSection, saved: delta.SavedStack, folder: Path, restored: bool) -> None:
+    """Refuse to mount saved stacks on another base than the one they were trained on.
+
+    Two fingerprints are compared: that of the weights as they are stored, which are to the bit what was trained on, and, where
+    they are stored in another way, that of the files they come from.
+
+    Args:
+        restored: whether the base is stored as it was in training.
+
+    Raises:
+        ModelError: it is another base; or the same one, in another dtype.
+    """
+    trained = saved.base.get("section", {}).get("dtype", "auto")
+    if restored and not (delta.differs(model, saved) and base.dtype == trained == "auto" and same_base(base, folder)):
+        delta.check_base(model, saved, str(folder), base.dtype)
+        return
+    same = same_base(base, folder)
+    if same is False:
+        raise ModelError(f"{folder} was trained on another base model: the weights in {base.path} have other content")
+    if same is None:
+        logger.warning("%s keeps no hashes of its base, so it is not known whether %s is the same", folder, base.path)
+    else:
+        logger.info("%s: the same base, stored in another way than in training", folder)
 
 
 def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
@@ -210,19 +236,32 @@ def merge_order(loaded: LoadedModel) -> list[Wrapper]:
     return sorted(loaded.mounted, key=place)
 
 
+def check_mergeable(wrappers: Sequence[Wrapper]) -> None:
+    """Refuse to train every weight where one of the stacks below cannot be folded into the weights.
+
+    Raises:
+        ModelError: it names the method.
+    """
+    for wrapper in wrappers:
+        if not wrapper.mergeable:
+            name = wrapper.name.split("_", 1)[1] if wrapper.name.startswith("mounted") else wrapper.name
+            raise ModelError(
+                f"model.path: this run's '{name}' cannot be merged into the weights, so they cannot all be trained further; "
+                "add a stack, or set model.continue=true"
+            )
+
+
 def merge_mounted(loaded: LoadedModel) -> None:
     """Fold mounted stacks into the base weights, for runs that train every weight.
 
     Raises:
         ModelError: a mounted method cannot be folded.
     """
-    for wrapper in loaded.mounted:
-        if not wrapper.mergeable:
-            raise ModelError(
-                f"model.path: this run's '{wrapper.name.split('_', 1)[1]}' cannot be merged into the weights, so they cannot "
-                "all be trained further; add a stack, or set model.continue=true"
-            )
-    for wrapper in merge_order(loaded):
+    check_mergeable(loaded.mounted)
+    order = merge_order(loaded)
+    # Mounted stacks were fitted to the weights as they are stored, and merge into these.
+    dequantize_model(loaded.model)
+    for wrapper in order:
         wrapper.merge(loaded.model)
     loaded.merged = loaded.merged or bool(loaded.mounted)
     loaded.mounted, loaded.layers = [], []

@@ -28,7 +28,7 @@ from llmrecipe.models import new_token_rows
 from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
-from llmrecipe.runs import delta, open_model
+from llmrecipe.runs import base_storage, delta, open_model
 from llmrecipe.runs.checkpoint_io import saved_structures
 from llmrecipe.runs.events import Events
 from llmrecipe.runs.run_dir import RunDir
@@ -88,6 +88,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     parts.objective.check(recipe, data)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
+    check_chain(recipe, parts.wrappers)
     check_attention(recipe, parts.objective, parts.wrappers, labels)
     check_model_fits(recipe, parts.objective, data, validation, labels)
     runtime = Runtime.start(recipe.runtime)
@@ -176,11 +177,56 @@ def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None,
     base, saved, _ = open_model.resolve_section(recipe.model)
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
-    for index, layer in enumerate(saved.layers if saved else []):
+    layers = saved.layers if saved else []
+    if not everything_trains(stack):
+        for wrapper in base_storage.inherited(layers, stack.wrappers):
+            wrapper.attach(model)
+    for index, layer in enumerate(layers):
         delta.mount_layer(model, layer, index)
     objective.prepare_model(model, recipe.seed)
     stack.attach(model)
     return model
+
+
+def check_chain(recipe: Any, wrappers: list[Wrapper]) -> None:
+    """Refuse, before weights are read, a stack that cannot be trained on the run that `model.path` names.
+
+    Raises:
+        RecipeError: nothing to continue, another way of storing the base than a continued run has, or a stack that does not go
+            together with what is below it.
+        ModelError: all weights are to train, and what is mounted cannot be merged into them.
+    """
+    section = recipe.model
+    base, saved, _ = open_model.resolve_section(section, tensors=False)
+    layers = saved.layers if saved is not None else []
+    if section.continue_:
+        check_continue(section.path, layers, wrappers, adapters=bool(base.adapters))
+    elif layers:
+        base_storage.check_change(layers, wrappers, section.path)
+        below = [delta.build_wrapper(n, m) for layer in layers for n, m in layer.wrappers.items()]
+        if everything_trains(Stack(wrappers)):
+            open_model.check_mergeable([w for w in below if w.stage in (Stage.INJECT, Stage.SELECT)])
+        elif not base_storage.base_wrappers(wrappers):
+            Stack([*base_storage.inherited(layers, wrappers), *wrappers])
+
+
+def check_continue(path: str, layers: list[delta.Layer], wrappers: list[Wrapper], adapters: bool) -> None:
+    """Refuse `model.continue` where nothing can be continued, or where the base would be stored in another way."""
+    if adapters:
+        return
+    kept = [delta.build_wrapper(n, m) for n, m in layers[-1].wrappers.items()] if layers else []
+    if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in kept):
+        raise RecipeError(
+            f"model.continue: {path} has no adapter to continue: it is no finished run, or one that trained every weight; "
+            "leave model.continue out, and training starts from its weights"
+        )
+    before, now = base_storage.base_wrappers(kept), base_storage.base_wrappers(wrappers)
+    if not base_storage.alike(before, now):
+        wanted = ", ".join(delta.kind_name(w) for w in before) or "no quantization"
+        raise RecipeError(
+            f"model.continue: the base of {path} is stored with {wanted}, and its adapters were fitted to that; keep it, or "
+            "leave model.continue out to train a new stack on top"
+        )
 
 
 def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels: list[str] | None) -> None:
@@ -222,7 +268,7 @@ def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None
         # Full training keeps float32 master weights; autocast lowers the precision of the computation.
         section = section.model_copy(update={"dtype": "float32"})
     model = open_model.open_model(
-        section, recipe.tokenizer, head=objective.head, labels=labels, load_kwargs=stack.load_kwargs(), seed=recipe.seed
+        section, recipe.tokenizer, head=objective.head, labels=labels, own=stack.wrappers, seed=recipe.seed
     )
     if objective.head == "classification" and recipe.model.init == "random":
         model.model.new_heads = tuple(n for n in ("score", "classifier") if hasattr(model.model, n))

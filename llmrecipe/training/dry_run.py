@@ -74,6 +74,7 @@ def examine(composition: Composition) -> Findings:
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
+    build_run.check_chain(settings, parts.wrappers)
     model = build_run.on_meta(settings, parts.objective, stack, labels, device)
     check_model_fits(settings, parts.objective, data, validation, labels)
     parts.objective.check(settings, data)

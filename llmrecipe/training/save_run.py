@@ -31,7 +31,7 @@ from llmrecipe.runs.checkpoint_io import (
 )
 from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.runs.durable import ASIDE, put_in_place, sync_tree
-from llmrecipe.runs.run_dir import BEST
+from llmrecipe.runs.run_dir import BEST, IDENTITY
 from llmrecipe.training import build_run, finite_check, run_identity
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
@@ -260,6 +260,8 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
             run.composition.name, run.loaded.section.path, run.objective, run.stack, run.model, rows, metrics
         )
         (aside / "README.md").write_text(about, encoding="utf-8")
+        identity = {name: value for name, value in run_identity.kept(run).items() if name != "run"}
+        (aside / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
         write_checksums(aside)
         sync_tree(aside)
         put_in_place(aside, final)

@@ -66,7 +66,7 @@ def saved_run(
         TokenizerSection(),
         head=head,
         labels=labels,
-        load_kwargs=stack.load_kwargs(),
+        own=stack.wrappers,
     )
     prepare(loaded.model)
     stack.attach(loaded.model)

@@ -88,6 +88,8 @@ class Wrapper:
     """False for a rule that trains 16-bit weights as they are, without float32 copies."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Kinds that must be in the stack too."""
+    compute_options: ClassVar[tuple[str, ...]] = ()
+    """Options of a wrapper of stage BASE that do not change how the base is stored."""
     conflicts: ClassVar[dict[str, str]] = {}
     """Kind -> the one-line reason why it cannot share a stack with this one."""
     needs_gradients: ClassVar[str] = ""

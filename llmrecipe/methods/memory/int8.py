@@ -31,6 +31,7 @@ class Int8(Wrapper):
     stage: ClassVar[Stage] = Stage.BASE
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = False
+    compute_options: ClassVar[tuple[str, ...]] = ("threshold",)
     conflicts: ClassVar[dict[str, str]] = {
         "nf4": "both quantize the base weights; keep one",
         "smt": "it writes into base weights, and 8-bit codes cannot be trained",

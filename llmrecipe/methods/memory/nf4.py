@@ -45,6 +45,7 @@ class Nf4(Wrapper):
     stage: ClassVar[Stage] = Stage.BASE
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = False
+    compute_options: ClassVar[tuple[str, ...]] = ("compute_dtype",)
     conflicts: ClassVar[dict[str, str]] = {
         "int8": "both quantize the base weights; keep one",
         "smt": "it writes into base weights, and 4-bit codes cannot be trained",
