@@ -1,7 +1,7 @@
 """How the base of a chain of runs is stored: dense, in 8 bits or in 4, and how a run continues from another way of storing it.
 
 Each run of a chain may quantize its base in another way. An adapter was fitted to the weights as they were stored, so a change
-goes through these: dequantize, then quantize anew. Opening the chain goes the same way, step by step.
+goes through these: dequantize, then quantize again. Opening the chain goes the same way, step by step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def convert(model: nn.Module, wrappers: Sequence[Wrapper]) -> None:
         wrapper.attach(model)
 
 
-def inherited(layers: Sequence[delta.Layer], wrappers: Sequence[Wrapper]) -> list[Wrapper]:
+def storage_below(layers: Sequence[delta.Layer], wrappers: Sequence[Wrapper]) -> list[Wrapper]:
     """Return what stores the base where a stack is trained on saved ones: its own wrappers, else those of the last of them."""
     known = storages(layers)
     return base_wrappers(wrappers) or (known[-1] if known else [])

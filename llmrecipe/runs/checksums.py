@@ -92,7 +92,7 @@ def verify(folder: Path, used: Callable[[str], bool]) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        logger.warning("%s is damaged (%s), so what lies beside it cannot be verified", folder / FILE, error)
+        logger.warning("%s is damaged (%s), so the files it lists cannot be verified", folder / FILE, error)
         return
     for name, wanted in listed.items():
         if name not in FREE and used(name) and (wrong := file_fault(folder / name, wanted, remembered=True)) is not None:

@@ -97,7 +97,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
             ready_to_compile(runtime.device)
         directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)
     with abandoned(directory, runtime, resume):
-        changes = resume_rules.check(directory, composition, steps) if resume else {}
+        changes = resume_rules.check_resume(directory, composition, steps) if resume else {}
         folder = directory.path if runtime.is_main else None
         live, trackers = recipe.log.live, recipe.log.trackers
         identity = identify(recipe, directory, data, validation) if runtime.is_main else None
@@ -179,7 +179,7 @@ def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None,
     model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
     layers = saved.layers if saved else []
     if not everything_trains(stack):
-        for wrapper in base_storage.inherited(layers, stack.wrappers):
+        for wrapper in base_storage.storage_below(layers, stack.wrappers):
             wrapper.attach(model)
     for index, layer in enumerate(layers):
         delta.mount_layer(model, layer, index)
@@ -207,7 +207,7 @@ def check_chain(recipe: Any, wrappers: list[Wrapper]) -> None:
         if everything_trains(Stack(wrappers)):
             open_model.check_mergeable([w for w in below if w.stage in (Stage.INJECT, Stage.SELECT)])
         elif not base_storage.base_wrappers(wrappers):
-            Stack([*base_storage.inherited(layers, wrappers), *wrappers])
+            Stack([*base_storage.storage_below(layers, wrappers), *wrappers])
 
 
 def check_continue(path: str, layers: list[delta.Layer], wrappers: list[Wrapper], adapters: bool) -> None:

@@ -28,7 +28,7 @@ Changes = dict[KeyPath, tuple[Any, Any]]
 """Key -> (value of the run, value from here on)."""
 
 
-def differences(before: Mapping[str, Any], composition: Composition) -> Changes:
+def changes_of(before: Mapping[str, Any], composition: Composition) -> Changes:
     """Return the keys whose values differ between a run's recipe and a recipe it is to continue under.
 
     A key that the run's recipe does not have, written before that key existed, had its default. Rights are granted again on
@@ -44,7 +44,7 @@ def differences(before: Mapping[str, Any], composition: Composition) -> Changes:
     return found
 
 
-def check(directory: RunDir, composition: Composition, steps: int) -> Changes:
+def check_resume(directory: RunDir, composition: Composition, steps: int) -> Changes:
     """Return what a resume changes; nothing is loaded or written before this has passed.
 
     Args:
@@ -54,7 +54,7 @@ def check(directory: RunDir, composition: Composition, steps: int) -> Changes:
         RunError: a fixed key differs, the run is finished and nothing is left to do, its end has no checkpoint, or it has
             already made more steps.
     """
-    changes = differences(directory.recipe(), composition)
+    changes = changes_of(directory.recipe(), composition)
     fixed = {key: change for key, change in changes.items() if key[0] in FIXED}
     if fixed:
         lines = "\n".join(f"  {line}" for line in lines_of(fixed))

@@ -41,7 +41,7 @@ def kept(run: RunState) -> dict[str, Any]:
     return facts
 
 
-def check(run: RunState, saved: SavedCheckpoint) -> bool:
+def check_identity(run: RunState, saved: SavedCheckpoint) -> bool:
     """Refuse a checkpoint of another run, and a run whose data, base, tokenizer or template is not what it was.
 
     Returns:

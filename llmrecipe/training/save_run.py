@@ -102,7 +102,7 @@ def restore(run: RunState) -> None:
         run.events.resume(0, lines=0)
         return
     saved = read_checkpoint(path)
-    known_before = run_identity.check(run, saved)
+    known_before = run_identity.check_identity(run, saved)
     if saved.documents.get("reference", run.roles.cache.name) != run.roles.cache.name:
         raise RunError(
             "resume: the reference is not the model it was (its weights, or those under the policy, have changed since the "

@@ -45,7 +45,7 @@ CELLS: dict[str, list[str]] = {
 """Name (recipe and rows a step) -> recipe and options."""
 QUICK = ("sft 2x4", "sft_lora 8", "dora 8", "prefix_tuning 8", "dpo_lora 8", "kto_lora 8")
 """The cells of the fast suite."""
-QUIET = ["steps=1", "data.limit=64"]
+QUIET = ["steps=1", "data.limit=64", "save.end=false"]
 
 
 class Calls(TorchDispatchMode):
