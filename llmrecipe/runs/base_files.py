@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.file_hashes import sha256_of
 from llmrecipe.models.checkpoint_path import PICKLED, SAFE, locate
@@ -20,8 +22,6 @@ def base_folder(section: ModelSection) -> Path | None:
         return None
     if local:
         return Path(place)
-    from huggingface_hub import try_to_load_from_cache
-
     config = try_to_load_from_cache(place, "config.json", revision=section.revision)
     return Path(config).parent if isinstance(config, str) else None
 
