@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from llmrecipe.data.row_formats.squad import spans_of
 from llmrecipe.data.toy import generate, grammar
 
 
@@ -23,7 +24,7 @@ def asked(row: dict) -> str:
     return row.get("text") or row.get("anchor") or row["sentence1"]
 
 
-@pytest.mark.parametrize("name", generate.SETS)
+@pytest.mark.parametrize("name", [*generate.SETS, *generate.LATER])
 def test_committed_files_are_what_the_generator_writes(name: str, tmp_path):
     for path in generate.write_set(tmp_path, name, seed=0):
         assert path.read_bytes() == (generate.FOLDER / name / path.name).read_bytes(), (
@@ -123,3 +124,14 @@ def test_command_line(tmp_path, capsys):
     assert len(capsys.readouterr().out.split()) == 6
     assert len((tmp_path / "pretrain_talk" / "train.jsonl").read_text().splitlines()) == 50
     assert len((tmp_path / "sft" / "test.jsonl").read_text().splitlines()) == 5
+
+
+def test_every_answer_to_a_passage_is_the_one_sentence_of_it_about_what_is_asked():
+    for split in generate.SPLITS:
+        for row in read("passages", split):
+            (text,), (start,) = spans_of(row)
+            about = {"Where": " is in the ", "What colour": "The "}
+            mark = next(mark for begin, mark in about.items() if row["question"].startswith(begin))
+            assert [s for s in row["context"].removesuffix(".").split(". ") if mark in f"{s} "] == [text]
+            assert row["context"][start:].startswith(f"{text}.")
+            assert any(word in text.split() for word in row["question"].rstrip("?").split()[-2:])

@@ -134,6 +134,19 @@ def mixed_talk(folder: Path) -> list[str]:
     return [f"data.path=[{stories},{talk}]"]
 
 
+def other_spans(folder: Path) -> list[str]:
+    """Passages with any of their sentences as the answer, whatever the question is."""
+
+    def change(rows: list[Row], chance: random.Random) -> list[Row]:
+        def answered(row: Row) -> Row:
+            span = chance.choice(row["context"].removesuffix(".").split(". "))
+            return {**row, "answers": {"text": [span], "answer_start": [row["context"].index(span)]}}
+
+        return [answered(row) for row in rows]
+
+    return spoiled(folder, "passages", change)
+
+
 @reward_function
 def chance(text: str, prompt: str) -> float:
     """A reward that has nothing to do with the answer's worth."""
@@ -190,6 +203,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "classify": labelled(0.95),
     # Swapped pairs teach the worse answer.
     "choices": Learns("eval/rank_accuracy", 0.95, 0.75, PAIRS),
+    # The span that answers is found in the passage word for word; a control may answer with any of its three sentences.
+    "squad": Learns("eval/exact_match", 0.95, 0.55, other_spans),
     "search_lora": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_search_finds_a_rate_that_learns"),
     # additive
     "adapter": exact(0.85),

@@ -295,6 +295,17 @@ def row_triple(rng: Random) -> tuple[str, Row]:
     return row["anchor"], row
 
 
+def row_passage(rng: Random) -> tuple[str, Row]:
+    """Draw a passage of three facts, a question about the place or the colour, and the span that answers it, as in SQuAD."""
+    (one, two), thing = rng.sample(grammar.NAMES, 2), rng.choice(grammar.OBJECTS)
+    place, colour = f"{one} is in the {rng.choice(grammar.PLACES)}", f"The {thing} is {rng.choice(grammar.COLOURS)}"
+    spans = [place, colour, f"{two} likes {rng.choice(grammar.FOODS)}"]
+    context = " ".join(f"{span}." for span in rng.sample(spans, 3))
+    question, span = rng.choice([(f"Where is {one}?", place), (f"What colour is the {thing}?", colour)])
+    answers = {"text": [span], "answer_start": [context.index(span)]}
+    return f"{context} {question}", {"context": context, "question": question, "answers": answers}
+
+
 def row_text(rng: Random) -> tuple[str, Row]:
     """Draw raw text of the corpus: stories, and lists repeated two or three times, from which a model learns to copy."""
     if rng.random() < 0.5:
@@ -341,6 +352,7 @@ SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
 
 LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "comparisons": (row_comparison, (2400, 150, 150)),
+    "passages": (row_passage, (640, 100, 100)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 
