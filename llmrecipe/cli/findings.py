@@ -15,11 +15,14 @@ def show_findings(found: Findings) -> None:
     from rich.table import Table
 
     out = console()
-    size = f"{found.steps} steps, {found.rows} rows, {found.tokens_per_step} tokens a step"
+    tokens = "unknown" if found.tokens_per_step is None else str(found.tokens_per_step)
+    size = f"{found.steps} steps, {found.rows} rows, {tokens} tokens a step"
     out.print(f"{found.recipe}: {found.objective}, {size}")
     names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
     out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
-    out.print(f"parameters: {found.parameters:,}; trained: {found.trained:,} ({found.trained / max(found.parameters, 1):.2%})")
+    added = f", added: {found.added:,}" if found.added else ""
+    share = found.trained / max(found.parameters, 1)
+    out.print(f"parameters: {found.parameters:,}{added}; trained: {found.trained:,} ({share:.2%} of the base)")
     if found.groups:
         table = Table(*found.groups[0], box=None, header_style="bold")
         for row in found.groups:
@@ -27,6 +30,11 @@ def show_findings(found: Findings) -> None:
         out.print(table)
     out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
     out.print(f"saved: {found.delta_bytes / 2**20:.1f} MB of learned tensors a checkpoint")
-    out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
+    if found.seconds is None:
+        out.print("time: unknown; it depends on rows or answers that do not exist yet")
+    else:
+        out.print(f"time: about {found.seconds:.0f} s at this machine's float32 matmul rate, plus evaluation")
+    for warning in found.warnings:
+        out.print(f"warning: {warning}")
     for note in found.notes:
         out.print(f"note: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ import torch
 
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.feedback.directions import direction
-from llmrecipe.methods._base.stack import Stack, kind_name
+from llmrecipe.methods._base.stack import Stack, base_parameters, kind_name
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
+from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.read_rows import check_model_fits, read_data
 
@@ -31,19 +33,26 @@ class Findings:
     stack: list[dict[str, str]]
     """name, kind and stage of each wrapper in the order they act."""
     parameters: int
+    """Of the base model."""
+    added: int
+    """Parameters that the stack and new heads add to it, trained or not."""
     trained: int
     groups: list[dict[str, Any]]
     """Optimizer groups: what trains at which rate and decay."""
     steps: int
     rows: int
-    tokens_per_step: int
+    tokens_per_step: int | None
+    """None where it cannot be known: rows of a stream have not been read, answers have not been sampled."""
     memory_mb: dict[str, float]
     delta_bytes: int
     """Learned tensors of a checkpoint, without the optimizer's state."""
-    seconds: float
-    """A rough estimate: 6 floating-point operations per parameter and token at this machine's matmul rate."""
+    seconds: float | None
+    """A rough estimate: 6 floating-point operations per parameter and token at this machine's matmul rate; None where the
+    tokens of a step cannot be known."""
     data: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What the run may stumble over."""
 
 
 def check(recipe: str, overrides: list[str]) -> Findings:
@@ -84,9 +93,12 @@ def examine(composition: Composition) -> Findings:
     chosen = sum(w.memory(model).get("trainable", 0) for w in later)
     now = any(p.requires_grad for p in model.parameters())
     groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
-    mean = data.report.tokens / max(len(data), 1)
-    per_step = round(mean * settings.batch.size)
-    micro = min(per_step, settings.batch.tokens or micro_tokens(torch.device(device)))
+    # A pass over fewer rows than `batch.size`, or one that leaves a rest, reads fewer rows in a step.
+    rows = len(data) / max(1, math.ceil(len(data) / settings.batch.size))
+    known = not (settings.data.streaming or parts.objective.samples)
+    per_step = round(data.report.tokens / max(len(data), 1) * rows) if known else None
+    most = settings.batch.tokens or micro_tokens(torch.device(device))
+    micro = most if per_step is None else min(per_step, most)
     share = data.report.trained / max(data.report.tokens, 1)
     memory = estimate_memory(
         model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
@@ -94,6 +106,12 @@ def examine(composition: Composition) -> Findings:
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())
+    base = base_parameters(model)
+    warnings = [
+        *rank_warnings(model),
+        *memory_warnings(memory.total, device),
+        *weight_warnings(settings.model, model, parts.objective.head),
+    ]
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
     notes += [
         f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
@@ -102,9 +120,10 @@ def examine(composition: Composition) -> Findings:
     return Findings(
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],
-        total, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
+        base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
         _megabytes(memory), delta_bytes(model, stack),
-        6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
+        None if per_step is None else 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
+        warnings,
     )  # fmt: skip
 
 

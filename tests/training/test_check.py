@@ -32,7 +32,9 @@ def test_the_dry_run_counts_what_training_trains(recipe: str, tmp_path: Path) ->
     found = check(recipe, [])
     run = train_recipe(tmp_path, recipe, "steps=1", "data.limit=40", "batch.size=2", "eval.at_start=false", "eval.batches=1")
     assert found.trained == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    assert found.parameters == sum(p.numel() for p in run.model.parameters())
+    assert found.parameters + found.added == sum(p.numel() for p in run.model.parameters())
+    hooked = sum(p.numel() for n, p in run.model.named_parameters() if ".lora." in n)
+    assert found.added >= hooked and (found.added > 0) == (recipe != "sft")
 
 
 def test_a_target_that_matches_nothing_names_its_key_and_shows_the_anatomy() -> None:
