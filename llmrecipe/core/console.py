@@ -6,7 +6,9 @@ import itertools
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.printable import printable
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+T = TypeVar("T")
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -68,6 +71,16 @@ def sparkline(values: list[float], width: int = 60) -> str:
 def print_json(facts: object) -> None:
     """Print facts as indented JSON on stdout."""
     print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+
+
+def counted(items: Iterable[T], what: str, total: int, every: float = 5.0) -> Iterator[T]:
+    """Yield items, and print `what: 12 of 64` whenever `every` seconds have passed; nothing where `total` is 0."""
+    last = time.monotonic()
+    for number, item in enumerate(items):
+        if total and time.monotonic() - last >= every:
+            say(f"{what}: {number} of {total}")
+            last = time.monotonic()
+        yield item
 
 
 def say(line: str) -> None:

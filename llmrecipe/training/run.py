@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.core.console import counted
 from llmrecipe.core.errors import RunError
 from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
@@ -71,14 +73,24 @@ class Run(RunState):
             yield [{**self.data[int(i)], "epoch": epoch} for i in rows[self.runtime.rank :: self.runtime.world]]
 
     def probe(self) -> Probe:
-        """Return what `calibrate` may use: training rows in a separate order."""
+        """Return what `calibrate` may use: training rows in a separate order, each at most once in a pass."""
+
+        def capped(n: int, rows: int | None = None) -> int:
+            return min(n, math.ceil(len(self.data) / (rows or self.recipe.batch.size)))
+
+        def picked(n: int, rows: int | None = None) -> Iterator[list[dict[str, Any]]]:
+            size, count = rows or self.recipe.batch.size, capped(n, rows)
+            indices = order(self.data, self.recipe.seed + 1_000_003, 0)
+            for i in counted(range(count), "calibration", count if self.runtime.is_main else 0):
+                yield [self.data[int(j)] for j in indices[i * size : (i + 1) * size]]
 
         def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
-            size = rows or self.recipe.batch.size
-            indices = order(self.data, self.recipe.seed + 1_000_003, 0)
-            for i in range(n):
-                picked = [int(indices[(i * size + j) % len(indices)]) for j in range(min(size, len(indices)))]
-                yield self.objective.collate([self.data[j] for j in picked], self.roles)
+            for own in picked(n, rows):
+                yield self.objective.collate(own, self.roles)
+
+        def micros(n: int, rows: int | None = None) -> Iterator[list[Batch]]:
+            for own in picked(n, rows):
+                yield [self.objective.collate(part, self.roles) for part in self.roles.split(own)]
 
         def loss(batch: Batch) -> torch.Tensor:
             # Each process uses its own batches here, so none of them may wait for the others.
@@ -91,6 +103,7 @@ class Run(RunState):
         return Probe(
             batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps,
             engine=Engine(self.model), original=lambda: original(self.loaded, self.recipe.seed),
+            micros=micros, capped=capped,
         )  # fmt: skip
 
     # --- one step -------------------------------------------------------------------------------------------------

@@ -68,6 +68,24 @@ class Probe:
     """What answers for the model outside training: `engine(batch, want=...)`, without autocast."""
     original: Any = field(default=None)
     """`original() -> nn.Module`: a fresh copy of the base model, in the dtype it had before any quantization."""
+    micros: Any = field(default=None)
+    """`micros(n, rows) -> Iterator[list[Batch]]`: the same batches, each cut into micro-batches as a training step is."""
+    capped: Any = field(default=None)
+    """`capped(n, rows) -> int`: how many of n batches there are when no row is read twice."""
+
+    def groups(self, n: int, rows: int | None = None) -> Iterator[list[Any]]:
+        """Yield at most n batches as lists of micro-batches.
+
+        Args:
+            rows: rows of a batch; None for the recipe's.
+        """
+        if self.micros is not None:
+            return self.micros(n, rows)
+        return ([batch] for batch in self.batches(n, rows))
+
+    def count(self, n: int, rows: int | None = None) -> int:
+        """Return how many batches `groups` yields."""
+        return n if self.capped is None else self.capped(n, rows)
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)

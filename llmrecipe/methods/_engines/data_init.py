@@ -132,7 +132,7 @@ def _lora_ga(model: nn.Module, places: list[BranchPlace], probe: Probe, batches:
         totals = selection.score_entries(model, probe, weights, batches, rows=None, power="signed", reduction="mean")
     for place in places:
         name = names[id(place.module.weight)]
-        gradient = totals[name].reshape(weights[name].shape) / batches
+        gradient = totals[name].reshape(weights[name].shape) / probe.count(batches)
         gradient = place.rows(gradient.t() if is_transposed(place.module) else gradient)
         place.hook.start_at(*initialization.from_gradient(gradient, place.hook.A.shape[0]))
 
@@ -243,12 +243,11 @@ def inputs(
     moments = {id(place.module): InputMoments() for place in places}
     world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)
     with selection.mode(model, False), tapped(places, lambda key, x: moments[key].add(scaled(x))) as taps:
-        for index, batch in enumerate(probe.batches(batches, rows)):
-            if index % world != rank:
-                continue
-            for path, tap in taps.items():
-                tap.mask = batch.extra.get("encoder_mask") if path in crossed else None
-            probe.loss(batch)
+        for index, micros in enumerate(probe.groups(batches, rows)):
+            for batch in micros if index % world == rank else ():
+                for path, tap in taps.items():
+                    tap.mask = batch.extra.get("encoder_mask") if path in crossed else None
+                probe.loss(batch)
     if world > 1:
         for found in moments.values():
             found.gather(probe)

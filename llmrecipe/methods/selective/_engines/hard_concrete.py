@@ -6,7 +6,8 @@
     W'_i = W_i + z_j(i) w_i  with one gate for every group j of weights,  E ||delta||_0 = sum_j |j| P(z_j > 0)
 
 u is drawn by address (seed, step, tensor, position): the same in forward, recomputation and backward pass, on every process
-and for every micro-batch of a step, and never stored. Without gradients z is the gate at u = 1/2.
+and for every micro-batch of a step. The gates of entries and their slopes are formed once a step and kept until its update.
+Without gradients z is the gate at u = 1/2.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from llmrecipe.models.hooks.hook import DELTA, Hook
 if TYPE_CHECKING:
     from llmrecipe.methods.selective._engines.weight_groups import GroupFamily, Member
 
-CHUNK = 1 << 22
+
+def chunk_size(device: torch.device) -> int:
+    """Return how many entries are worked on at once: on a CPU as many as stay in its cache."""
+    return 1 << 16 if device.type == "cpu" else 1 << 22
 
 
 def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,9 @@ class Gated(Hook):
         """Return delta (entries,) for one draw of u."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Free what was formed for one step."""
+
     def merge(self, module: nn.Module) -> None:
         """Refuse: nothing has been pruned yet.
 
@@ -71,6 +78,8 @@ class DiffGate(Gated):
         start = 0.0 if alpha is None else alpha
         self.alpha = None if alpha is None else nn.Parameter(torch.full_like(self.w, start))
         self.group = nn.Parameter(self.w.new_full((), start)) if grouped and alpha is not None else None
+        self.formed: tuple[Any, Tensor, Tensor] | None = None
+        """What the gates of the running step were formed of, and (entries,) each of z and dz / d alpha."""
 
     def weight(self, value: Tensor) -> Tensor:
         """Return W + z w, summed in float32, of W's shape."""
@@ -79,6 +88,26 @@ class DiffGate(Gated):
     def uniforms(self, draw: str, first: int, count: int) -> Tensor:
         """Return u of some positions."""
         return uniform(f"{draw}:{self.source}", first, count, self.w.device)
+
+    @torch.no_grad()
+    def entry_gates(self, draw: str) -> tuple[Tensor, Tensor]:
+        """Return (z, dz / d alpha), (entries,) each, for one draw of u; formed once for all micro-batches of a step."""
+        assert self.alpha is not None, "without gates there is nothing to form"
+        state = (draw, self.alpha.data_ptr(), self.alpha._version)
+        if self.formed is None or self.formed[0] != state:
+            flat = self.alpha.detach().reshape(-1)
+            z, slope = torch.empty_like(flat), torch.empty_like(flat)
+            size = chunk_size(flat.device)
+            for first in range(0, flat.numel(), size):
+                part = slice(first, first + size)
+                own = flat[part]
+                z[part], slope[part] = gate(own, self.uniforms(draw, first, own.numel()), self.low, self.high)
+            self.formed = (state, z, slope)
+        return self.formed[1:]
+
+    def forget(self) -> None:
+        """Free the gates of the step."""
+        self.formed = None
 
     def group_gate(self, draw: str | None) -> tuple[Tensor, Tensor]:
         """Return (z_g, its derivative); ones and zeros without a group."""
@@ -95,9 +124,10 @@ class DiffGate(Gated):
         if self.alpha is None:
             return found
         flat = self.alpha.detach().view(-1)
-        for first in range(0, flat.numel(), CHUNK):
-            part = flat[first : first + CHUNK]
-            found[first : first + CHUNK] *= gate(part, self.uniforms(draw, first, part.numel()), self.low, self.high)[0]
+        size = chunk_size(flat.device)
+        for first in range(0, flat.numel(), size):
+            part = flat[first : first + size]
+            found[first : first + size] *= gate(part, self.uniforms(draw, first, part.numel()), self.low, self.high)[0]
         return found * self.group_gate(draw)[0]
 
     def expected(self, product: bool) -> Tensor:
@@ -189,13 +219,13 @@ class _Gated(torch.autograd.Function):
         shared = hook.group_gate(draw)[0]
         out = torch.empty_like(weight)
         target, base, flat = out.view(-1), weight.reshape(-1), w.reshape(-1)
-        for first in range(0, flat.numel(), CHUNK):
-            part = slice(first, first + CHUNK)
+        size = chunk_size(flat.device)
+        for first in range(0, flat.numel(), size):
+            part = slice(first, first + size)
             delta = flat[part]
             if alpha is not None:
-                delta = (
-                    delta * gate(alpha.view(-1)[part], _u(hook, draw, first, delta.numel()), hook.low, hook.high)[0] * shared
-                )
+                delta = delta * _gates(hook, draw, alpha, part)[0]
+                delta = delta if group is None else delta.mul_(shared)
             target[part] = (base[part].to(w.dtype) + delta).to(weight.dtype)
         return out
 
@@ -210,19 +240,27 @@ class _Gated(torch.autograd.Function):
         shared, slope = hook.group_gate(ctx.draw)
         dw, da = torch.empty_like(w), torch.empty_like(alpha)
         of_group = torch.zeros((), dtype=torch.float64, device=w.device)
-        for first in range(0, g.numel(), CHUNK):
-            part = slice(first, first + CHUNK)
+        size = chunk_size(g.device)
+        for first in range(0, g.numel(), size):
+            part = slice(first, first + size)
             chunk, value = g[part].to(w.dtype), w.view(-1)[part]
-            z, dz = gate(alpha.view(-1)[part], _u(hook, ctx.draw, first, chunk.numel()), hook.low, hook.high)
-            dw.view(-1)[part] = chunk * z * shared
-            da.view(-1)[part] = chunk * value * dz * shared
-            of_group += (chunk * value * z).sum(dtype=torch.float64)
+            z, dz = _gates(hook, ctx.draw, alpha, part)
+            torch.mul(chunk, z, out=dw.view(-1)[part])
+            torch.mul(chunk * value, dz, out=da.view(-1)[part])
+            if group is not None:
+                of_group += (chunk * value * z).sum(dtype=torch.float64)
+                dw.view(-1)[part] *= shared
+                da.view(-1)[part] *= shared
         dg = None if group is None else (of_group * slope).to(group.dtype)
         return below, dw, da, dg, None, None
 
 
-def _u(hook: DiffGate, draw: str | None, first: int, count: int) -> Tensor | None:
-    return None if draw is None else hook.uniforms(draw, first, count)
+def _gates(hook: DiffGate, draw: str | None, alpha: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Return (z, dz / d alpha) of some entries: those of the step, or at u = 1/2."""
+    if draw is None:
+        return gate(alpha.view(-1)[part], None, hook.low, hook.high)
+    z, slope = hook.entry_gates(draw)
+    return z[part], slope[part]
 
 
 class _Expected(torch.autograd.Function):

@@ -76,6 +76,12 @@ class GatePhase(SparseMethod):
         self.prune(model)
         return True
 
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Free what was formed for the step."""
+        for hook in self.gates(model):
+            hook.forget()
+        super().after_step(model, step)
+
     @torch.no_grad()
     def prune(self, model: nn.Module) -> None:
         """Keep the survivors of one draw and go on from their w, with z = 1."""

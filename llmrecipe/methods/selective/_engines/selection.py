@@ -42,6 +42,8 @@ class Scores:
             kind = torch.float64 if weight.value.dtype == torch.float64 else torch.float32
             where = weight.value.device if device == "auto" else torch.device(device)
             self.totals[name] = torch.zeros(weight.numel, dtype=kind, device=where)
+        self.accumulates = False
+        """Whether the gradient of an example comes in several parts (micro-batches)."""
         self.pending: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}
 
@@ -49,7 +51,8 @@ class Scores:
         """Add part of an example's gradient of one tensor; of one used twice (tied, chunked head) parts are summed first."""
         total = self.totals[name]
         flat = grad.detach().reshape(-1).to(total.dtype)
-        if self.calls[name] > 1:
+        # A sum of gradients needs no pause; a power is taken of the whole.
+        if (self.accumulates or self.calls[name] > 1) and (self.power != "signed" or self.clip is not None):
             kept = self.pending.get(name)
             self.pending[name] = flat.clone() if kept is None else kept.add_(flat)
         else:
@@ -217,16 +220,21 @@ def score_entries(
     scores = Scores(weights, power, device, clip)
     world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)
     with mode(model, training), frozen(model), watching(weights, scores):
-        for index, batch in enumerate(probe.batches(examples, rows)):
+        for index, micros in enumerate(probe.groups(examples, rows)):
             if index % world != rank:
                 continue
-            for variant, share in targets(batch) if targets else ((batch, 1.0),):
-                factor = probe.weight(variant) if reduction == "sum" and probe.weight is not None else 1.0
-                # The power is taken of the gradient, so a probability enters as its root under squares.
-                factor *= share**0.5 if power == "square" else share
-                if factor:
-                    (probe.loss(variant) * factor).backward()
-                scores.finish()
+            scores.accumulates = len(micros) > 1
+            weights_of = [probe.weight(m) for m in micros] if probe.weight is not None else [1.0] * len(micros)
+            whole = 1.0 if reduction == "sum" else max(sum(weights_of), 1e-12)
+            for micro, weight in zip(micros, weights_of, strict=True):
+                for variant, share in targets(micro) if targets else ((micro, 1.0),):
+                    # The power is taken of the gradient, so a probability enters as its root under squares.
+                    factor = weight / whole * (share**0.5 if power == "square" else share)
+                    if factor:
+                        (probe.loss(variant) * factor).backward()
+                    if targets:
+                        scores.finish()
+            scores.finish()
     if world > 1:
         for name, total in scores.totals.items():
             scores.totals[name] = probe.world.sum(total.double()).to(total)
