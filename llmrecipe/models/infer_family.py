@@ -1,7 +1,8 @@
 """Inference of the names of parts from module names, for models of no registered family.
 
-Block lists are the outermost lists of similar modules that contain attention; roles follow from the usual names of projections.
-A fused projection found this way is available as a whole only: which of its rows are queries does not follow from a name.
+Block lists are the outermost lists of similar modules, some of which contain attention; roles follow from the usual names of
+projections. A fused projection found this way is available as a whole only: which of its rows are queries does not follow from
+a name.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _block_lists(model: nn.Module) -> dict[str, str]:
         inside = any(path.startswith(outer + ".") for outer, _ in lists)
         if not isinstance(module, nn.ModuleList) or inside or not len(module) or SKIPPED.search(path):
             continue
-        if len({type(block) for block in module}) == 1 and any(map(_has_attention, module)):
+        if _alike(module) and any(map(_has_attention, module)):
             lists.append((path, module))
     if not lists:
         return {}
@@ -100,6 +101,13 @@ def _block_lists(model: nn.Module) -> dict[str, str]:
     path = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
     causal = "CausalLM" in type(model).__name__ or not re.search(r"\bencoder\b", path)
     return {"decoder" if causal else "encoder": path}
+
+
+def _alike(blocks: nn.ModuleList) -> bool:
+    """Return whether modules are blocks of one stack: of one class, or, in hybrids, with a part of the same name in each."""
+    if len({type(block) for block in blocks}) == 1:
+        return True
+    return bool(set.intersection(*({name for name, _ in block.named_children()} for block in blocks)))
 
 
 def _has_attention(block: nn.Module) -> bool:

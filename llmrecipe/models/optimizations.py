@@ -14,6 +14,7 @@ Each is tested on the given model when it is installed, and removed where the re
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 import shutil
@@ -167,6 +168,9 @@ def _plain_norm(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or "forward" in module.__dict__:
         return False
     if set(module._parameters) != {"weight"} or list(module.children()):
+        return False
+    # A norm with a further input, such as a gate, computes something else when it is given one.
+    if len(inspect.signature(type(module).forward).parameters) != 2:
         return False
     if weight.dtype != torch.float32 and (not weight.is_floating_point() or weight.device.type == "cpu"):
         return False

@@ -49,7 +49,8 @@ def build_anatomy(model: nn.Module, by_hand: dict[str, str] | None = None) -> An
 def _lost(model: nn.Module, what: str) -> str:
     family = pretrained(model).config.model_type
     return (
-        f"{family}: cannot find {what} by its module names. Name the parts in the recipe, for example\n"
+        f"{family}: cannot find {what} by its module names, which this method needs; stack=[] trains the whole model without. "
+        "Name the parts in the recipe, for example\n"
         "model:\n  anatomy: {layers: model.blocks, attn: attention, attn.q: attention.query, attn.v: attention.value, "
         "mlp: ffn, mlp.down: ffn.out}"
     )

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.hooks.hook import hooks_of
 from llmrecipe.models.module_map import anatomy
@@ -137,8 +138,14 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
 
 
 def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:
-    """Count the elements kept for the backward pass by the formulas of this module; zero below the first trained block."""
-    parts = anatomy(model)
+    """Count the elements kept for the backward pass by the formulas of this module; zero below the first trained block.
+
+    A model whose parts cannot be found is counted by its linear layers: inputs and outputs of each.
+    """
+    try:
+        parts = anatomy(model)
+    except ModelError:
+        return tokens * _linear_elements(model)
     blocks = _blocks(parts)
     embedded = any(p.requires_grad for s in parts.sites if s.role.startswith("embed") for p in s.module.parameters())
     kept, reached = [], embedded
@@ -150,6 +157,11 @@ def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = Fal
     if checkpointing and kept:
         return tokens * (len(kept) * parts.width + max(kept))
     return tokens * (sum(kept) + (parts.width if kept else 0))
+
+
+def _linear_elements(model: nn.Module) -> int:
+    """Count the elements per token that the linear layers of any model read and write."""
+    return sum(sum(module.weight.shape) for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def _blocks(parts: Anatomy) -> list[list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.compatibility import pairs
 from tests.contract import FAMILY, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
 from tests.methods.additive.harness import fill, model_of
+from tests.methods.kinds import probe_of as probe_of_model
 from tests.methods.kinds import put, refresh, slopes, wide_norms, wrapper_of
 from tests.tiny import Tokenizer, tiny_model
 
@@ -152,6 +154,29 @@ def test_both_parts_of_a_pair_on_an_encoder(first: str, second: str, order: str,
         wide_norms(monkeypatch, made.model)
         slope, wanted = slopes(made)
         assert wanted > 0.5 and slope == pytest.approx(wanted, rel=1e-5)
+
+
+FORWARD = sorted({a if b == "mezo" else b for a, b in LEGAL if "mezo" in (a, b)} - {"mezo"})
+"""Kinds that share a stack with the rule that trains by forward passes."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "ia3" else pytest.mark.slow) for k in FORWARD])
+def test_a_pair_with_a_rule_without_gradients_moves_what_the_other_trains(kind: str, tmp_path: Path) -> None:
+    from tests.methods.memory.mezo_support import Next, make_run
+
+    quantizes = str(registry.spec("stack", kind).facts.get("stage")).endswith("BASE")
+    if quantizes:
+        pytest.skip("quantized while it is loaded: see the recipes of the family")
+    model = model_of(FAMILY.get(kind, "llama"))
+    if kind in FAMILY:
+        pytest.skip("made for encoders, which have no next token")
+    run = make_run(model, tmp_path, (wrapper_of(kind, "one"),), run={"objective": Next()}, eps=1e-2)
+    run.learning_rate = 1e-3
+    run.stack.calibrate(model, probe_of_model(model, Engine(model)))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    result = run.step([torch.tensor([[3, 9, 4, 33, 7, 20, 2]])])
+    moved = [n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])]
+    assert result.finite and moved and all(p.grad is None for p in model.parameters())
 
 
 def test_the_table_on_the_command_line_is_this_one(capsys: pytest.CaptureFixture[str]) -> None:
