@@ -229,6 +229,50 @@ def pad(
     )
 
 
+def cut(batch: Batch, first: int, last: int) -> Batch:
+    """Return the sequences first <= s < last of a batch whose sequences have no parents, in the layout of the batch.
+
+    Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept.
+    """
+    width = batch.input_ids.shape[1]
+    prompts = batch.prompt_lengths
+    if batch.layout is not None:
+        segments = batch.layout.segments[first:last]
+        top, left, right = 0, segments[0].start, segments[-1].start + segments[-1].length
+        layout = Layout(tuple(replace(s, start=s.start - left) for s in segments), 1, right - left)
+        rows = slice(None)
+    else:
+        assert batch.attention_mask is not None, "rows that are not packed have a mask"
+        rows, top, layout = slice(first, last), first, None
+        real = batch.attention_mask[rows].any(0).nonzero()
+        left, right = int(real[0]), int(real[-1]) + 1
+
+    def moved(places: Tensor) -> Tensor:
+        return (places // width - top) * (right - left) + places % width - left
+
+    def shown(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows, left:right]
+
+    mask = shown(batch.attention_mask)
+    own = (batch.sequence >= first) & (batch.sequence < last)
+    types = {k: v[rows, left:right] for k, v in batch.extra.items() if k == "token_type_ids"}
+    return Batch(
+        input_ids=batch.input_ids[rows, left:right],
+        position_ids=batch.position_ids[rows, left:right],
+        attention_mask=mask,
+        layout=layout,
+        source=moved(batch.source[own]),
+        target=batch.target[own],
+        sequence=batch.sequence[own] - first,
+        sequences=last - first,
+        last=moved(batch.last[first:last]),
+        task_ids=shown(batch.task_ids),
+        prompt_lengths=None if prompts is None or layout is not None else prompts[rows],
+        tokens=right - left if mask is None else int(mask.sum()),
+        extra=types,
+    )
+
+
 def _targets(
     s: Sequence, index: int, start: int, before: int | None, source: list[int], target: list[int], owner: list[int]
 ) -> None:
@@ -239,3 +283,8 @@ def _targets(
         source.append(previous)
         target.append(token)
         owner.append(index)
+
+
+def row_key(*parts: list[int]) -> int:
+    """Return a 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
+    return hash(tuple(tuple(p) for p in parts))

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from llmrecipe.core.forward_context import activate, current
-from llmrecipe.data.collate import Batch
+from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
+from llmrecipe.data.collate import Batch, cut
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
+from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import head_chain
 
@@ -57,11 +59,13 @@ class Engine(nn.Module):
         critic: Critic | None = None,
         entropy_graph: bool = False,
         heads: tuple[str, ...] = (),
+        pool: Pool | None = None,
     ) -> dict[str, Tensor]:
         """Run the model once over a batch.
 
         Args:
-            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `values` (N,)
+            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `states`
+                (R, T, D) those of all tokens; `pooled` (S, D) one vector a sequence (see `pool`); `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
             role: which hooks take part (see `Context.role`).
@@ -70,6 +74,7 @@ class Engine(nn.Module):
             entropy_graph: with `entropy`, give it its graph.
             heads: with `logprobs`, also return (S, C) of these heads of the model, by name, on the state that each sequence
                 is pooled by (`extra["pool"]`, or the last token).
+            pool: with `pooled`, from which states and through which head; default the last token's.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -85,7 +90,12 @@ class Engine(nn.Module):
             if want == "scores":
                 scores, auxiliary = self.scores(batch)
                 return _with({"scores": scores}, auxiliary)
+            if want == "pooled":
+                vectors, auxiliary = self.pooled(batch, pool or Pool(), role)
+                return _with({"pooled": vectors}, auxiliary)
             hidden, auxiliary = self.states(batch)
+            if want == "states":
+                return _with({"states": hidden}, auxiliary)
             flat = hidden.reshape(-1, hidden.shape[-1])
             if want == "hidden":
                 return _with({"hidden": flat[batch.last]}, auxiliary)
@@ -134,6 +144,11 @@ class Engine(nn.Module):
         """Return the last hidden states (R, T, D) of the backbone, and the loss the model itself adds, if any."""
         if self.is_pair_model:
             return self._pair_states(batch)
+        layers, auxiliary = self._layers(batch, (-1,))
+        return layers[0], auxiliary
+
+    def _layers(self, batch: Batch, places: tuple[int, ...]) -> tuple[list[Tensor], Tensor | None]:
+        """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any."""
         backbone = self.model.base_model
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
@@ -141,8 +156,42 @@ class Engine(nn.Module):
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
+        last = places == (-1,)
+        if not last:
+            inputs["output_hidden_states"] = True
         out = self.traced(backbone)(**inputs)
-        return out.last_hidden_state, auxiliary_loss(self.model.config, out, batch.attention_mask)
+        layers = [out.last_hidden_state] if last else [out.hidden_states[place] for place in places]
+        return layers, auxiliary_loss(self.model.config, out, batch.attention_mask)
+
+    def pooled(self, batch: Batch, pool: Pool, role: str = "policy") -> tuple[Tensor, Tensor | None]:
+        """Return one vector a sequence, (S, D), and the loss the model itself adds, if any.
+
+        Where `pool` has cuts, chunks are computed one by one and again in the backward pass. They are compared with one
+        another, so all vectors exist before the first gradient does; the second pass replays the random states of the first, so
+        its dropout is the same and the gradient that of one large batch. The model's own loss is the mean over their tokens.
+        """
+        if not pool.cuts:
+            return self._pooled(batch, pool)
+        vectors: list[Tensor] = []
+        total: Tensor | None = None
+        for first, last in pool.chunks(batch.sequences):
+            part = cut(batch, first, last)
+            with activate(dataclasses.replace(part.context(role), off=current().off)):
+                if torch.is_grad_enabled():
+                    again: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+                    found, own = checkpoint(self._pooled, part, pool, **again)
+                else:
+                    found, own = self._pooled(part, pool)
+            vectors.append(found)
+            if own is not None:
+                own = own * (part.tokens / batch.tokens)
+                total = own if total is None else total + own
+        return torch.cat(vectors), total
+
+    def _pooled(self, batch: Batch, pool: Pool) -> tuple[Tensor, Tensor | None]:
+        layers, auxiliary = self._layers(batch, LAYERS[pool.kind])
+        vectors = pool_states(batch, layers, pool.kind)
+        return vectors if pool.head is None else self.head_of(pool.head)(vectors), auxiliary
 
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
         """Return a part of the model to call: compiled for rows of any length where `compile` is on.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Critic, Engine
+from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.methods._base.stack import Stack
 
@@ -109,11 +110,13 @@ class Roles:
         critic: Critic | None = None,
         entropy_graph: bool = False,
         heads: tuple[str, ...] = (),
+        pool: Pool | None = None,
     ) -> dict[str, Tensor]:
         """Run the trained model through the prepared module, so that ranks synchronise."""
         out = self.prepared(
-            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph, heads=heads
-        )
+            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph,
+            heads=heads, pool=pool,
+        )  # fmt: skip
         own = out.pop("auxiliary", None)
         if own is not None and self.auxiliary is not None:
             self.auxiliary.append(own)
@@ -156,6 +159,20 @@ class Roles:
             return values
         return self.runtime.sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
+    def gather_rows(self, values: Tensor) -> tuple[Tensor, int]:
+        """Join tensors (R, ...) of all processes, with their gradients; also return where this process's own rows begin."""
+        return (values, 0) if self.runtime is None else self.runtime.gather_rows(values)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Compute without the other processes, which need not do the same: the bare engine, and no reductions."""
+        kept = self.prepared, self.runtime
+        self.prepared, self.runtime = self.engine, None
+        try:
+            yield
+        finally:
+            self.prepared, self.runtime = kept
+
     @property
     def rank(self) -> int:
         """Return the index of this process."""
@@ -172,7 +189,7 @@ class Roles:
 
 def row_tokens(row: dict[str, Any]) -> int:
     """Return the number of tokens of a token row, over all its id lists."""
-    return sum(len(v) for k, v in row.items() if k == "ids" or k.endswith("_ids"))
+    return sum(len(v) for k, v in row.items() if v and (k == "ids" or k.startswith("ids_") or k.endswith("_ids")))
 
 
 @dataclasses.dataclass

@@ -19,6 +19,7 @@ from llmrecipe.models import vocabulary
 from llmrecipe.models.checkpoint_path import locate, offline, unreachable
 from llmrecipe.models.resolve_class import (
     CLASSIFIERS,
+    STATES,
     attention,
     first_line,
     label_config,
@@ -67,7 +68,8 @@ def load_model(
     """Load a model for an objective, in evaluation mode, with attention routed through `models.attention`.
 
     Args:
-        rows_head: `causal`, `classification`, `masked`, `seq2seq` or `image`.
+        rows_head: `causal`, `classification`, `masked`, `seq2seq`, `image`, or `states`: no head is read, so it may be new or
+            missing.
         labels: class names of a classification head, in order of their ids.
         load_kwargs: arguments of quantizing wrappers (`quantization_config`).
         tokenizer: where it has more tokens than the model has rows, the embedding grows (see `vocabulary.fit`) and the new
@@ -175,7 +177,8 @@ def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], ro
     fresh = set(info["missing_keys"]) | reshaped
 
     def is_head(key: str) -> bool:
-        return rows_head in CLASSIFIERS and (not key.startswith(prefix) or any(f".{part}." in key for part in POOLERS))
+        pooler = any(f".{part}." in f".{key}" for part in POOLERS)
+        return rows_head in (*CLASSIFIERS, STATES) and (not key.startswith(prefix) or pooler)
 
     def allowed(key: str) -> bool:
         return is_head(key) or any(fnmatch.fnmatchcase(key, p) for p in (*LEGACY, *section.allow_mismatch))

@@ -28,6 +28,8 @@ AUTO = {
 """Head an objective needs -> (Transformers class, description)."""
 CLASSIFIERS = ("classification", "image")
 """Heads with one output a class: they follow the labels of the data and may be new."""
+STATES = "states"
+"""What an objective needs that reads hidden states alone: a decoder or an encoder, with the head of its language model."""
 
 
 @contextlib.contextmanager
@@ -157,8 +159,33 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
     """Return the Auto class for a head, after checking that the family has one."""
     import transformers
 
+    if rows_head == STATES:
+        rows_head = language_head(config)
     if rows_head not in AUTO:
-        raise ModelError(f"there is no model head '{rows_head}' (known: {', '.join(AUTO)})")
+        raise ModelError(f"there is no model head '{rows_head}' (known: {', '.join([*AUTO, STATES])})")
+    fits = _fitting_heads(config)
+    if not fits[rows_head] and not getattr(config, "auto_map", None):
+        able = ", ".join(head for head, fit in fits.items() if fit) or "none of the heads llmrecipe trains"
+        raise ModelError(f"model.path: the objective needs {AUTO[rows_head][1]}, but '{config.model_type}' offers: {able}")
+    return getattr(transformers, AUTO[rows_head][0])
+
+
+def language_head(config: PreTrainedConfig) -> str:
+    """Return the head of a model that reads one text: `causal` of a decoder, `masked` of an encoder.
+
+    Raises:
+        ModelError: the family is neither.
+    """
+    fits, own = _fitting_heads(config), getattr(config, "auto_map", None) or {}
+    for head in ("causal", "masked"):
+        if fits[head] or AUTO[head][0] in own:
+            return head
+    raise ModelError(f"model.path: the objective needs a decoder or an encoder, and '{config.model_type}' is neither")
+
+
+def _fitting_heads(config: PreTrainedConfig) -> dict[str, bool]:
+    import transformers
+
     fits = {head: type(config) in getattr(transformers, name)._model_mapping for head, (name, _) in AUTO.items()}
     # Encoders and encoder-decoders also have a causal class, which would leave out or misuse half of the checkpoint.
     is_encoder = fits["masked"] and not fits["seq2seq"] and not getattr(config, "is_decoder", False)
@@ -171,10 +198,7 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
             "vision": ("image",),
         }[config.kind]
         fits = {head: head in heads for head in AUTO}
-    if not fits[rows_head] and not getattr(config, "auto_map", None):
-        able = ", ".join(head for head, fit in fits.items() if fit) or "none of the heads llmrecipe trains"
-        raise ModelError(f"model.path: the objective needs {AUTO[rows_head][1]}, but '{config.model_type}' offers: {able}")
-    return getattr(transformers, AUTO[rows_head][0])
+    return fits
 
 
 def _made_for(config: PreTrainedConfig) -> str:

@@ -1,4 +1,4 @@
-"""Further heads of a model, one per role (reward, value, next sentence), in addition to its language-model head.
+"""Further heads of a model, one per role (reward, value, next sentence, pool), in addition to its language-model head.
 
 They are children of `model.task_head`, so one base in memory can serve as policy, value function and reward model, each with
 its own adapter and head, and the base's fingerprint is that of the plain model.
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llmrecipe.models.masked_heads import head_chain
 
 ATTRIBUTE = "task_head"
 FILE = "heads.safetensors"
@@ -68,10 +70,46 @@ def add_pooled_head(model: Any, role: str, outputs: int, seed: int = 0) -> Poole
         heads[role] = PooledHead(width, outputs, seed).to(model.get_input_embeddings().weight.device)
     found = heads[role]
     assert isinstance(found, PooledHead)
-    for parameter in found.parameters():
-        parameter.frozen_head = False  # type: ignore[attr-defined]
-        parameter.requires_grad_(True)
+    _set_frozen(found, False)
     return found
+
+
+class DenseHead(nn.Module):
+    """tanh(W h + b) in float32 at least, (N, D) -> (N, D). W is normal, b zero at the start."""
+
+    def __init__(self, width: int, std: float = 0.0, seed: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) * std)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the vectors (N, D) of hidden states (N, D)."""
+        with torch.autocast(h.device.type, enabled=False):
+            wide = torch.promote_types(h.dtype, torch.float32)
+            return torch.tanh(F.linear(h.to(wide), self.weight.to(wide), self.bias.to(wide)))
+
+
+def add_dense_head(model: Any, role: str, seed: int = 0) -> DenseHead:
+    """Add a trained dense head for a role and return it; an existing one (of the run that is continued) keeps its values.
+
+    W is drawn with the deviation of the family's own layers (`initializer_range`, 0.02 where it has none).
+    """
+    heads = _container(model)
+    config = model.config.get_text_config()
+    if role not in heads:
+        std = float(getattr(config, "initializer_range", None) or 0.02)
+        head = DenseHead(int(config.hidden_size), std, seed)
+        heads[role] = head.to(model.get_input_embeddings().weight.device)
+    found = heads[role]
+    assert isinstance(found, DenseHead)
+    _set_frozen(found, False)
+    return found
+
+
+def _set_frozen(head: nn.Module, frozen: bool) -> None:
+    for parameter in head.parameters():
+        parameter.frozen_head = frozen  # type: ignore[attr-defined]
+        parameter.requires_grad_(not frozen)
 
 
 def add_head(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
@@ -87,8 +125,7 @@ def add_head(model: Any, role: str, std: float | None = None, seed: int = 0) -> 
         heads[role] = ScalarHead(width, (width + 1) ** -0.5 if std is None else std, seed).to(place)
     found = heads[role]
     assert isinstance(found, ScalarHead)
-    found.weight.frozen_head = False  # type: ignore[attr-defined]
-    found.weight.requires_grad_(True)
+    _set_frozen(found, False)
     return found
 
 
@@ -105,16 +142,15 @@ def mount_heads(model: Any, tensors: Mapping[str, Tensor]) -> None:
         head = heads[role]
         with torch.no_grad():
             head.state_dict(keep_vars=True)[part].copy_(value)
-        for parameter in head.parameters():
-            parameter.frozen_head = True  # type: ignore[attr-defined]
-            parameter.requires_grad_(False)
+        _set_frozen(head, True)
 
 
 def _empty_head(tensors: Mapping[str, Tensor], role: str) -> nn.Module:
-    """Return a head of the kind and the size that a role's saved tensors have."""
+    """Return a head of the kind and the size that a role's saved tensors have; only a scalar head has a gain."""
     own = {name.removeprefix(f"{ATTRIBUTE}.{role}."): value for name, value in tensors.items()}
     if "weight" in own:
-        return ScalarHead(int(own["weight"].shape[1]))
+        width = int(own["weight"].shape[1])
+        return ScalarHead(width) if "gain" in own else DenseHead(width)
     return PooledHead(int(own["dense.weight"].shape[1]), int(own["out.weight"].shape[0]))
 
 
@@ -156,8 +192,8 @@ def read_heads(model: Any, folder: Path) -> None:
 
 
 def without_language_head(model: Any) -> None:
-    """Exclude an untied language-model head from training: an objective on hidden states gives it no gradient."""
-    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    """Exclude a language-model head from training, save what it shares with the embedding: hidden states get by without it."""
+    head, embed = head_chain(model) or model.get_output_embeddings(), model.get_input_embeddings()
     tied = {id(p) for p in embed.parameters()} if embed is not None else set()
     for parameter in _parameters(head):
         if id(parameter) not in tied:

@@ -42,7 +42,7 @@ class Objective:
     rows: ClassVar[str] = "dialogue"
     """Row type it reads (see llmrecipe.data)."""
     head: ClassVar[str] = "causal"
-    """Kind of model head: causal, classification, masked, seq2seq or image."""
+    """Kind of model head: causal, classification, masked, seq2seq or image; or states, for a text model without its head."""
     roles: ClassVar[tuple[str, ...]] = ()
     """Auxiliary models besides the policy: reference, reward, value, judge, hypermodel."""
     differentiable: ClassVar[bool] = True

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
 
@@ -151,6 +152,22 @@ class Runtime:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.to(tensor.device)
 
+    def gather_rows(self, values: Tensor) -> tuple[Tensor, int]:
+        """Join tensors (R, ...) of all processes by rank; R may differ, and gradients of every process flow back.
+
+        Every process must call it and back-propagate through what it returns, or none.
+
+        Returns:
+            The joined tensor, and the row where this process's own values begin.
+        """
+        if self.world == 1:
+            return values, 0
+        counts = torch.zeros(self.world, dtype=torch.int64, device=values.device)
+        counts[self.rank] = values.shape[0]
+        sizes = self.sum(counts).tolist()
+        start = sum(sizes[: self.rank])
+        return _Gathered.apply(values, sizes, start), start
+
     def broadcast_json(self, value: T) -> T:
         """Return the main process's JSON value on every process."""
         if self.world == 1:
@@ -198,6 +215,31 @@ class Runtime:
             # accelerate keeps its state in the process; the next run in this process starts clean.
             AcceleratorState._reset_state(reset_partial_state=False)
             PartialState._reset_state()
+
+
+class _OwnRows(FunctionCtx):
+    own: slice
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of all processes; the gradient of a process's own rows is the sum of what all processes send back to them."""
+
+    @staticmethod
+    def forward(ctx: _OwnRows, values: Tensor, sizes: list[int], start: int) -> Tensor:
+        """Join values (R, ...) of every process; shorter ones are filled up for the transport."""
+        ctx.own = slice(start, start + values.shape[0])
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
+        padded[: values.shape[0]] = values
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: _OwnRows, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Add up the gradients of all processes and return those of the own rows."""
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.own], None, None
 
 
 def pick_device(wanted: str) -> str:

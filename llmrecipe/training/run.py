@@ -94,11 +94,8 @@ class Run(RunState):
 
         def loss(batch: Batch) -> torch.Tensor:
             # Each process uses its own batches here, so none of them may wait for the others.
-            prepared, self.roles.prepared = self.roles.prepared, self.roles.engine
-            try:
+            with self.roles.alone():
                 return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
-            finally:
-                self.roles.prepared = prepared
 
         return Probe(
             batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps,

@@ -33,7 +33,7 @@ ORDER = {
     "choices": ["choices", "preference", "preference_implicit"],
     "prompt": ["messages", "sharegpt", "alpaca", "preference_implicit", "prompt"],
     "labelled": ["labelled", "labelled_pair"],
-    "pairs": ["triples", "pairs"],
+    "pairs": ["triples", "pairs", "text"],
     "multimodal": ["image_text"],
 }
 """Row type -> formats in the order in which they are tried."""

@@ -68,6 +68,11 @@ def sentences(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": ids(row, sum(lengths)), "words": [*range(sum(lengths))], "sentences": lengths}
 
 
+def triple(row: int, length: int) -> dict[str, Any]:
+    texts = {"ids_a": ids(row, length), "ids_b": ids(row, length + 1, 5), "ids_c": ids(row, 1 + length % 4, 11)}
+    return {"row": row, **texts, "score": None, "label": None}
+
+
 MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
@@ -78,6 +83,7 @@ MAKERS = {
     "labelled": labelled,
     "choices": question,
     "prompt": prompt,
+    "pairs": triple,
 }
 """Row type -> its token rows; a plugin's objective that reads another type adds its maker here."""
 OBJECTIVES = registry.names("objective")

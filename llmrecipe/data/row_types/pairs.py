@@ -14,15 +14,19 @@ from llmrecipe.data.tokenize.row_type import RowType
 
 @register
 class Pairs(RowType):
-    """Two or three texts, each a sequence of its own, with a score or a label if any.
+    """One to three texts, each a sequence of its own, with a score or a label if any.
 
-    Canonical row: texts, score, label. Token row: ids_a, ids_b (+ ids_c), score, label (JSON text).
+    Canonical row: texts, score, label; or text alone. Token row: ids_a (+ ids_b, + ids_c), score, label (JSON text).
     """
 
     lists: ClassVar[tuple[str, ...]] = ("ids_a", "ids_b", "ids_c")
     scalars: ClassVar[tuple[tuple[str, str], ...]] = (("score", "float64"), ("label", "string"))
     numbered: ClassVar[bool] = True
+    takes: ClassVar[dict[str, int]] = {"text": 30}
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
         """Encode each text on its own."""
+        for item in items:
+            if "texts" not in item.row:
+                item.row = {"texts": [item.row["text"]], "score": None, "label": None}
         encode_pairs(encoder, items, report)

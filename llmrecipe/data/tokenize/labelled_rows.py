@@ -67,7 +67,7 @@ def _count_label(report: Report, label: Any) -> None:
 
 
 def encode_pairs(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Encode two or three texts, each on its own."""
+    """Encode one to three texts, each on its own."""
     encoder.truncation.check_texts(items[0].where)
     ids = iter(encoder.tokens.raw([text for item in items for text in item.row["texts"]]))
     for item in items:

@@ -14,7 +14,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | choices | prompt, choices (the right one first) | prompt_ids, choice_ids (of all choices), choice_lengths |
 | prompt | prompt, columns | prompt_ids, columns (JSON text of the other columns) |
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
-| pairs | texts (two or three), score, label | ids_a, ids_b (+ ids_c), score, label |
+| pairs | texts (two or three), score, label; or text | ids_a (+ ids_b, + ids_c), score, label |
 | multimodal | image, text | ids, trained, image (a path) |
 
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.option_types import Literal, PositiveFloat, RefSync
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.data.collate import Batch, Sequence, row_key
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.mismatched import (
     divergences,
@@ -21,7 +21,6 @@ from llmrecipe.objectives.alignment._engines.mismatched import (
     reference_point,
     with_others,
 )
-from llmrecipe.objectives.alignment._engines.pairs import row_key
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
 from llmrecipe.objectives.base import Loss, Measures, Objective
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.data.collate import Batch, Sequence, row_key
 from llmrecipe.engine.role_models import Roles
-from llmrecipe.objectives.alignment._engines.pairs import row_key
 
 
 def others(prompts: list[list[int]], answers: list[list[int]]) -> list[int | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.data.collate import Batch, Sequence, row_key
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Measures
 
@@ -86,11 +86,6 @@ def collate_pairs(
     batch = roles.layout(sequences, [r["row"] for r in rows], extra)
     keys = tuple(row_key(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows)
     return dataclasses.replace(batch, keys=keys)
-
-
-def row_key(*parts: list[int]) -> int:
-    """Return a 64-bit digest of token ids; hashes of integer tuples are the same in every process."""
-    return hash(tuple(tuple(p) for p in parts))
 
 
 def pair_count(batch: Batch) -> int:
