@@ -5,6 +5,7 @@ Everything here is checked again where it is used; nothing later relies on it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,15 +38,25 @@ def composed(recipe: str | Path, overrides: list[str]) -> Composition:
     return composition
 
 
-def resumed(run: str) -> str:
-    """Return the recipe of a run to be continued.
+def resumed(run: str) -> tuple[str, str]:
+    """Return (recipe, directory) of a run to be continued, after going to the folder it was started in.
+
+    Paths in the recipe and in overrides are relative to that folder, wherever the command is given.
 
     Raises:
         RunError: the folder is not a run directory.
     """
-    from llmrecipe.runs.run_dir import RunDir
+    from llmrecipe.core.console import say
+    from llmrecipe.runs.run_dir import RunDir, started_in
 
-    return str(RunDir.open(run, write=False).path / "recipe.yaml")
+    path = RunDir.open(run, write=False).path
+    place = started_in(path)
+    if place is None or place.resolve() == Path.cwd().resolve():
+        return str(path / "recipe.yaml"), run
+    path = path.absolute()
+    os.chdir(place)
+    say(f"continuing in {place}, where the run was started")
+    return str(path / "recipe.yaml"), str(path)
 
 
 def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:

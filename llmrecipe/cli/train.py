@@ -13,7 +13,11 @@ def verb(words: Words = None) -> None:
     request = sort_words(words)
     from llmrecipe.cli.early_checks import composed, resumed
 
-    recipe = request.recipe or (resumed(request.resume) if request.resume else need_recipe(request, "train"))
+    run_dir = request.resume
+    if request.recipe is None and run_dir is not None:
+        recipe, run_dir = resumed(run_dir)
+    else:
+        recipe = need_recipe(request, "train")
     composition = composed(recipe, request.overrides)
     if composition.recipe.stages:
         from llmrecipe.cli.pipeline import run_pipeline
@@ -24,6 +28,6 @@ def verb(words: Words = None) -> None:
         print(note)
     from llmrecipe.training.train import train
 
-    run = train(composition, request.resume)
+    run = train(composition, run_dir)
     if run.runtime.is_main:
         print(f"done: {run.dir.path}")

@@ -23,7 +23,7 @@ from llmrecipe.engine.generation import generate as generate_from
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.interop.verify_logits import adapter_head
 from llmrecipe.methods._base.method import Stage, Wrapper
-from llmrecipe.models.checkpoint_path import adapter_base, is_adapter, run_folder
+from llmrecipe.models.checkpoint_path import adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -251,7 +251,7 @@ def _source(path: str, name: str) -> Source:
         what = "is no finished run" if folder is None else "trained every weight, so it has no adapter"
         raise ModelError(f"{path} {what}; only adapters of one base can stand side by side")
     saved = delta.read_stack(folder)
-    return Source(name, path, str(saved.base["path"]), saved, folder)
+    return Source(name, path, find_base(saved.base, folder), saved, folder)
 
 
 def _check_alike(sources: Sequence[Source]) -> None:

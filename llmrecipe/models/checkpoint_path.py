@@ -10,7 +10,9 @@ import json
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from llmrecipe.core.errors import ModelError, RunError, did_you_mean
@@ -49,6 +51,55 @@ def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
         )
         raise ModelError(f"{key}: there is no folder {path}{near}")
     return path, False
+
+
+def describe_base(path: str, folder: Path) -> dict[str, Any]:
+    """Return how a result names its base, so that it opens from any folder and after a move.
+
+    A folder is named by its absolute path and by the one relative to the result; a hub name is marked as one.
+
+    Args:
+        folder: of the result.
+    """
+    place, local = locate(path)
+    if path == "tiny":
+        return {"path": path}
+    if not local:
+        return {"path": path, "hub": True}
+    return {"path": str(Path(place).absolute()), "relative": os.path.relpath(Path(place).absolute(), folder.absolute())}
+
+
+def find_base(base: Mapping[str, Any], folder: Path) -> str:
+    """Return the path of the base that a result names (see `describe_base`).
+
+    A relative path of an older result is looked for in every folder above it.
+
+    Raises:
+        ModelError: the folder is in neither place; or a hub model that is not in the cache has the name of a folder here.
+    """
+    path = str(base["path"])
+    if base.get("hub") and Path(path).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(path, "config.json", revision=(base.get("section") or {}).get("revision"))
+        if isinstance(config, str):
+            return str(Path(config).parent)
+        raise ModelError(
+            f"model.path: {folder} stands on the hub model '{path}', which is not in the cache, and here is a folder of that "
+            "name; give the command in another folder"
+        )
+    if "relative" in base:
+        near = Path(os.path.normpath(folder.absolute() / str(base["relative"])))
+        if found := next((place for place in (Path(path), near) if place.is_dir()), None):
+            return str(found)
+        raise ModelError(
+            f"model.path: the base of {folder} is gone: there is neither {path} nor {near}. Put it back, or write its new "
+            f"place into {folder / STACK_FILE} (base: path) and delete checksums.json there"
+        )
+    if path != "tiny" and not Path(path).expanduser().is_absolute() and not Path(path).is_dir():
+        above = (place / path for place in folder.absolute().parents)
+        return next((str(place) for place in above if (place / "config.json").is_file()), path)
+    return path
 
 
 def run_folder(path: str) -> Path | None:

@@ -15,7 +15,7 @@ from llmrecipe.methods._engines.loftq_codes import finalize_codes
 from llmrecipe.methods._engines.quantized import dequantize_model
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
 from llmrecipe.models import new_token_rows, task_heads
-from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, is_adapter, run_folder
+from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.rights import without_rights
@@ -75,7 +75,7 @@ def resolve_section(section: ModelSection, tensors: bool = True) -> tuple[ModelS
         return section.model_copy(update={"path": str(folder / "model")}), None, folder
     saved = delta.read_stack(folder, tensors)
     own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
-    base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": saved.base["path"]})
+    base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": find_base(saved.base, folder)})
     return base, saved, folder
 
 

@@ -182,7 +182,9 @@ class RunDir:
         """Record what is run (one of `DESCRIPTIONS`), by which command and in which environment."""
         self.write(name, text)
         self.write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
-        self.write("environment.json", json.dumps(environment(), indent=1) + "\n")
+        here, run = Path.cwd(), self.path.absolute()
+        folder = {"absolute": str(here), "relative": os.path.relpath(here, run), "run": str(run)}
+        self.write("environment.json", json.dumps({**environment(), "folder": folder}, indent=1) + "\n")
 
     def redescribe(self, composition: Composition) -> None:
         """Replace the recipe by the one the run continues under, and add the command that continues it to those before it."""
@@ -262,6 +264,20 @@ class RunDir:
             write_text(path, text)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def started_in(path: Path) -> Path | None:
+    """Return the folder a run was started in, to which paths in its recipe are relative; None where that is not known.
+
+    Of a run that was moved, it is the folder in the same place relative to it, where there is one.
+    """
+    try:
+        kept = json.loads((path / "environment.json").read_text(encoding="utf-8"))["folder"]
+        then, near, run = Path(kept["absolute"]), Path(os.path.normpath(path.absolute() / kept["relative"])), kept["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    places = (then, near) if str(path.absolute()) == run else (near, then)
+    return next((place for place in places if place.is_dir()), None)
 
 
 def description(path: Path) -> Path | None:

@@ -17,6 +17,7 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.collate import Batch
 from llmrecipe.models import task_heads
+from llmrecipe.models.checkpoint_path import describe_base
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checkpoint_io import (
@@ -310,7 +311,7 @@ def saved_of(run: RunState) -> delta.SavedStack:
     )
     section = run.loaded.section
     base = {
-        "path": section.path,
+        **describe_base(section.path, run.dir.path / "final"),
         "fingerprint": run.loaded.base_fingerprint,
         "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS}),
     }
