@@ -177,9 +177,10 @@ def language_head(config: PreTrainedConfig) -> str:
         ModelError: the family is neither.
     """
     fits, own = _fitting_heads(config), getattr(config, "auto_map", None) or {}
-    for head in ("causal", "masked"):
-        if fits[head] or AUTO[head][0] in own:
-            return head
+    if not config.is_encoder_decoder:
+        for head in ("causal", "masked"):
+            if fits[head] or AUTO[head][0] in own:
+                return head
     raise ModelError(f"model.path: the objective needs a decoder or an encoder, and '{config.model_type}' is neither")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -186,6 +187,29 @@ def test_a_trained_classifier_keeps_its_head_unless_the_classes_differ(folder: P
     assert same.config.id2label == {0: "no", 1: "yes"}  # the checkpoint's order, not the data's
     wider = load_model(section(tmp_path / "classifier"), rows_head="classification", labels=["a", "b", "c"])
     assert wider.new_heads == ("score",) and wider.score.weight.shape == (3, 32)
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForMaskedLM"])
+def test_states_are_loaded_from_an_encoder_with_or_without_its_head(kind: str, tmp_path: Path) -> None:
+    """A sentence encoder comes without the head of its language model, and with a pooler that only classifiers read."""
+    whole = tiny("bert")
+    saved = whole if kind != "AutoModel" else transformers.AutoModel.from_config(whole.config)
+    saved.save_pretrained(tmp_path)
+    model = load_model(section(tmp_path), rows_head="states")
+    assert bool(model.new_heads) is (kind == "AutoModel")
+    backbone = saved if kind == "AutoModel" else saved.base_model
+    wanted = backbone.eval()(input_ids=ids()).last_hidden_state
+    torch.testing.assert_close(model.base_model(input_ids=ids()).last_hidden_state, wanted)
+
+
+def test_states_are_those_of_a_decoder_or_an_encoder(folder: Path, tmp_path: Path) -> None:
+    assert type(load_model(section(folder), rows_head="states")).__name__ == "LlamaForCausalLM"
+    tiny("bart").save_pretrained(tmp_path / "bart")
+    with pytest.raises(ModelError, match="needs a decoder or an encoder, and 'bart' is neither"):
+        load_model(section(tmp_path / "bart"), rows_head="states")
+    rewrite(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(ModelError, match="missing from the checkpoint"):
+        load_model(section(folder), rows_head="states")
 
 
 def test_an_encoder_gets_a_pooler_and_a_classifier(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.data import prepare
 from llmrecipe.data.collate import Sequence, cut, pack, pad
 from llmrecipe.engine import forward
 from llmrecipe.engine.forward import Engine
@@ -23,6 +24,8 @@ from llmrecipe.models import task_heads
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, Comparison, Vectors, compare
 from llmrecipe.objectives.pretraining.contrastive import Contrastive
+from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
+from llmrecipe.runs.open_model import tokenizer_of
 from tests.objectives.harness import triple
 from tests.objectives.rollouts import Numbers
 from tests.tiny import tiny_masked_model, tiny_model
@@ -341,6 +344,25 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"no dropout.*model\.config"):
         unsupervised.start(roles_for(encoder(unsupervised)))
     unsupervised.start(roles_for(encoder(unsupervised, hidden_dropout_prob=0.1)))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        ("builtin:stories", {"loss_type": "infonce"}, r"rows of 2 texts, and row 0 has 1; .*positives=dropout"),
+        ("builtin:pairs", {}, r"rows of 3 texts, and row 0 has 2; objective\.mining=semi_hard"),
+        ("builtin:pairs", {"loss_type": "infonce"}, r"objective\.min_score: rows have scores"),
+    ],
+)
+def test_rows_without_what_is_compared_are_refused_before_weights_load(data: str, options: dict[str, Any], words: str) -> None:
+    """Texts become pairs of one text, a row for each."""
+    section = DataSection(path=data, max_length=64, truncation="keep_start", limit=8)
+    tokenizer = tokenizer_of(ModelSection(path="tiny"), TokenizerSection())
+    rows = prepare(section, tokenizer, "pairs", mask="completion", split="train", seed=0)
+    assert len(rows) == 8 and bool(rows[0].get("ids_b")) is (data == "builtin:pairs")
+    with pytest.raises(RecipeError, match=words):
+        Contrastive(**options).check(None, rows)
+    Contrastive(loss_type="infonce", positives="dropout").check(None, rows)
 
 
 def test_chunks_hold_so_many_texts_and_tokens() -> None:
