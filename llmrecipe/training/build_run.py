@@ -16,6 +16,7 @@ from torch import nn
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.key_reads import KeyReads
+from llmrecipe.data.tokenize.chat_templates import keep_trained_template
 from llmrecipe.engine import packing, reference_model
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.reference_cache import ReferenceCache
@@ -107,6 +108,8 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         seed_everything(recipe.seed)
         stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
         model = build_model(recipe, parts.objective, stack, labels, resume)
+        if parts.objective.head in ("causal", "seq2seq"):
+            keep_trained_template(model.tokenizer, data.report.template, data.report.format)
         roles = build_roles(recipe, stack, model, runtime, scores)
         roles.data, roles.events = data, events
         if identity is not None:

@@ -84,12 +84,12 @@ def check_labels(recipe: Any, labels: list[str] | None) -> None:
     if (count := config.get("num_labels")) is not None and int(count) != len(labels):
         raise RecipeError(
             f"model.config.num_labels: {count} is declared, and the data has {len(labels)} ({', '.join(labels[:12])}); "
-            "leave the key out, or mend the data"
+            "leave the key out, or correct the data"
         )
     if (names := config.get("id2label")) is not None and {str(name) for name in dict(names).values()} != set(labels):
         raise RecipeError(
             f"model.config.id2label: {', '.join(map(str, dict(names).values()))} are declared, and the data has "
-            f"{', '.join(labels[:12])}; leave the key out, or mend the data"
+            f"{', '.join(labels[:12])}; leave the key out, or correct the data"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes rather than by its name: tables, packed files, JSON under any suffix."""
+"""What a file is, by its first bytes rather than by its name: tables, packed files, JSON under any suffix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"
 PACKED = {b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z"}
 """First bytes -> what packed a file that is not unpacked here."""
 NOT_ROWS = ("dataset_info", "dataset_infos", "dataset_dict", "state", "config", "package", "requirements", "license", "readme")
-"""Stems of files that lie beside data and hold no rows."""
+"""Stems of files that accompany data and hold no rows."""
 
 
 def suffix_kind(name: str) -> str:

@@ -70,7 +70,7 @@ class Reader:
     base: Path | None = None
     """Folder that relative paths inside rows refer to."""
     ignored: Sequence[str] = ()
-    """Files beside it in its folder that hold no rows of the split."""
+    """Other files of its folder that hold no rows of the split."""
 
     def __len__(self) -> int:
         raise NotImplementedError

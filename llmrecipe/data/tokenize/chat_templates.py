@@ -184,11 +184,12 @@ def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
     """Return the template of a tokenizer, or None."""
     text = getattr(tokenizer, "chat_template", None)
+    name = getattr(tokenizer, "init_kwargs", {}).get(KEY)
     if isinstance(text, dict):
-        text = text.get("default")
+        text = text.get("own" if name == "raw" else "default")
     if not text:
         return None
-    name = getattr(tokenizer, "init_kwargs", {}).get(KEY)
+    name = None if name == "raw" else name
     return Template(name or "own", text, named=name is not None, variables=dict(tokenizer.special_tokens_map))
 
 
@@ -208,6 +209,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
             names = ", ".join(registry.names("chat_template"))
             raise DataError(f"tokenizer.chat_template: this tokenizer has no template of its own; use one of {names}")
         name = "own"
+        tokenizer.chat_template = kept.text if (kept := template_of(tokenizer)) is not None else tokenizer.chat_template
     elif value in registry.names("chat_template"):
         name, tokenizer.chat_template = value, _fit(tokenizer, value)
     elif "{" in value:
@@ -223,6 +225,39 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
         )
     tokenizer.init_kwargs[KEY] = name
     return template_of(tokenizer)
+
+
+RAW = BOS + "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+"""The template of a model that was trained on raw text: the contents alone, so that servers prompt it as it was trained."""
+
+
+def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, formats: str) -> None:
+    """Store in a tokenizer how the rows of a run were rendered, so that everything that prompts the run prompts it alike.
+
+    Raw text replaces the template by `RAW` and keeps the tokenizer's own under that name, for later training on conversations.
+    Rows in the form of Stanford Alpaca get the built-in template that writes it.
+
+    Args:
+        trained: `Report.template` of the training rows.
+        formats: `Report.format` of them.
+    """
+    template = template_of(tokenizer)
+    if not trained.startswith("none") or "+" in trained:
+        if is_prompted_raw(tokenizer) and template is not None and trained:
+            tokenizer.chat_template = template.text
+            tokenizer.init_kwargs.pop(KEY, None)
+        return
+    if formats == "alpaca" and tokenizer.eos_token is not None:
+        set_template(tokenizer, "alpaca")
+    elif template is not None and formats != "tokens":
+        adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = {"default": RAW if adds else RAW.removeprefix(BOS), "own": template.text}
+        tokenizer.init_kwargs[KEY] = "raw"
+
+
+def is_prompted_raw(tokenizer: Any) -> bool:
+    """Return whether prompts of this tokenizer's model are raw text: it has no template, or was trained without it."""
+    return not tokenizer.chat_template or getattr(tokenizer, "init_kwargs", {}).get(KEY) == "raw"
 
 
 def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:

@@ -80,7 +80,9 @@ class Encoder:
         if self._talks and template is not None:
             how = "{% generation %} marks" if self._turns and template.marks and self.tokens.fast else "token prefixes"
             return f"{template.name} (boundaries from {how})"
-        return "none (raw text)" if template is None else "none (raw text; tokenizer.chat_template=own would wrap it)"
+        if template is None:
+            return "none (raw text)"
+        return "none (raw text: prompt and completion are rendered where tokenizer.chat_template names a template, such as own)"
 
     def note(self, report: Report, ids: Sequence[int], where: str, answers: Sequence[Sequence[int]] = ()) -> None:
         """Count the start and the end tokens of one sequence and whether its answers end."""

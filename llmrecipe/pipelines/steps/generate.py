@@ -126,7 +126,9 @@ class Generate(Step):
 
     def _turns(self, subject: Subject, prompt: Prompt) -> str | list[dict[str, Any]]:
         """Return the prompt as the model received it: messages where a template renders it."""
-        if not subject.loaded.tokenizer.chat_template:
+        from llmrecipe.data.tokenize.chat_templates import is_prompted_raw
+
+        if is_prompted_raw(subject.loaded.tokenizer):
             return prompt.prompt
         has_system = prompt.turns[0]["role"] in ("system", "developer")
         return prompt.turns if has_system or not self.system else [{"role": "system", "content": self.system}, *prompt.turns]

@@ -1,0 +1,115 @@
+"""A run is prompted as it was trained: raw text raw, Alpaca's form in that form, conversations by their template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe import load
+from llmrecipe.core.errors import DataError
+from llmrecipe.data import TokenData, prepare
+from llmrecipe.data.tokenize.chat_templates import is_prompted_raw, keep_trained_template, prompt_ids, set_template, template_of
+from llmrecipe.engine.sampling import Sampling
+from llmrecipe.evaluation.chat import Chat
+from llmrecipe.interop.merged import export_merged
+from llmrecipe.recipe.schema import DataSection
+from tests.data.toys import byte_tokenizer, turn
+from tests.trainings import train_recipe
+
+TEXT = "Name a colour."
+ROWS: dict[str, dict[str, Any]] = {
+    "strings": {"prompt": TEXT, "completion": " Blue."},
+    "alpaca": {"instruction": TEXT, "output": "Blue."},
+    "messages": {"messages": [turn("user", TEXT), turn("assistant", "Blue.")]},
+}
+
+
+def write(folder: Path, row: dict[str, Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 4)
+    return path
+
+
+def prepared(path: Path, tokenizer: Any) -> TokenData:
+    found = prepare(DataSection(path=str(path), cache=False), tokenizer, "dialogue", seed=0)
+    assert isinstance(found, TokenData)
+    return found
+
+
+def prompt_of(row: dict[str, Any]) -> list[int]:
+    return [i for i, trained in zip(row["ids"], row["trained"]) if not trained]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_tokens_of_a_prompt_in_training_are_those_of_the_saved_tokenizer(tmp_path: Path, kind: str, adds_bos: bool) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = byte_tokenizer(adds_bos=adds_bos, **({"template": None} if kind == "alpaca" else {}))
+    data = prepared(write(tmp_path, ROWS[kind]), tokenizer)
+    keep_trained_template(tokenizer, data.report.template, data.report.format)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    served = saved.apply_chat_template([turn("user", TEXT)], add_generation_prompt=True)["input_ids"]
+    assert served == prompt_ids(saved, [turn("user", TEXT)]) == prompt_of(data[0])[: len(served)]
+    assert len(prompt_of(data[0])) - len(served) in (0, 1)  # a template may write a line break after the last turn
+    assert is_prompted_raw(saved) is (kind == "strings")
+
+
+def test_conversations_after_raw_text_are_rendered_by_the_model_s_own_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    own, before = template_of(tokenizer), list(prepared(write(tmp_path, ROWS["messages"]), tokenizer))
+    raw = prepared(write(tmp_path, ROWS["strings"]), tokenizer).report
+    keep_trained_template(tokenizer, raw.template, raw.format)
+    again = prepared(write(tmp_path, ROWS["messages"]), tokenizer)
+    assert list(again) == before and template_of(tokenizer) == own
+    path = write(tmp_path, ROWS["strings"])
+    assert prepared(path, tokenizer)[0] == prepared(path, byte_tokenizer())[0]
+    keep_trained_template(tokenizer, again.report.template, again.report.format)
+    assert not is_prompted_raw(tokenizer) and template_of(tokenizer) == own
+
+
+def test_a_named_template_makes_alpaca_and_prompt_completion_one_and_the_rule_is_printed(
+    tmp_path: Path,
+) -> None:
+    strings = {**ROWS["strings"], "completion": "Blue."}
+    raw = prepared(write(tmp_path, strings), byte_tokenizer()).report
+    assert any("are rendered where tokenizer.chat_template names a template, such as own" in line for line in raw.lines())
+    tokenizer = byte_tokenizer()
+    set_template(tokenizer, "own")
+    first, second = (prepared(write(tmp_path, row), tokenizer) for row in (ROWS["alpaca"], strings))
+    assert first[0]["ids"] == second[0]["ids"] and first.report.template.startswith("own")
+
+
+def test_chat_load_and_export_of_a_run_on_raw_text(tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS["strings"])
+    run = train_recipe(
+        tmp_path / "run", "sft_lora", f"data.path={path}", "steps=1", "batch.size=2", "eval.at_start=false", "save.every=null"
+    )
+    _, tokenizer = load(run.dir.path)
+    expected = prompt_of(run.data[0])
+    assert prompt_ids(tokenizer, [turn("user", TEXT)]) == expected and tokenizer.decode(expected[1:]) == TEXT
+    chat = Chat.open([str(run.dir.path)], [], Sampling(4, 0.0))
+    assert chat.prompt_ids([turn("user", TEXT)]) == expected
+    from transformers import AutoTokenizer
+
+    export_merged(run.dir.path, tmp_path / "merged")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert exported.apply_chat_template([turn("user", TEXT)], add_generation_prompt=True)["input_ids"] == expected
+
+
+def test_own_is_not_the_raw_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    own = template_of(tokenizer)
+    assert own is not None
+    keep_trained_template(tokenizer, "none (raw text)", "prompt_completion")
+    named = set_template(tokenizer, "own")
+    assert named is not None and named.text == own.text and named.named and not is_prompted_raw(tokenizer)
+    bare = byte_tokenizer(template=None)
+    keep_trained_template(bare, "none (raw text)", "prompt_completion")
+    assert bare.chat_template is None
+    with pytest.raises(DataError, match="has no template of its own"):
+        set_template(bare, "own")
