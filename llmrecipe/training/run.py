@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.core.console import counted
+from llmrecipe.core.console import counted, say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
@@ -81,6 +81,8 @@ class Run(RunState):
         def picked(n: int, rows: int | None = None) -> Iterator[list[dict[str, Any]]]:
             size, count = rows or self.recipe.batch.size, capped(n, rows)
             indices = order(self.data, self.recipe.seed + 1_000_003, 0)
+            if count < n and self.runtime.is_main:
+                say(f"calibration: {n} batches of {size} rows were requested and the data fill {count}; no row is read twice")
             for i in counted(range(count), "calibration", count if self.runtime.is_main else 0):
                 yield [self.data[int(j)] for j in indices[i * size : (i + 1) * size]]
 

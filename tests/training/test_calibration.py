@@ -44,13 +44,15 @@ def test_scores_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
                 torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
 
 
-def test_each_row_is_read_at_most_once_and_the_last_batch_is_short(tmp_path: Path) -> None:
+def test_each_row_is_read_at_most_once_and_the_last_batch_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     probe = opened(tmp_path / "run").probe()
     for size, rows, wanted in ((None, 100, [6, 6]), (5, 100, [5, 5, 2]), (1, 100, [1] * 12), (5, 2, [5, 5])):
         batches = list(probe.batches(rows, size))
         assert [len(b.rows) for b in batches] == wanted
         seen = [row for b in batches for row in b.rows]
         assert len(seen) == len(set(seen)) and probe.count(rows, size) == len(wanted)
+        said = f"{rows} batches of {size or 6} rows were requested and the data fill {len(wanted)}"
+        assert (said in capsys.readouterr().out) == (len(wanted) < rows)
         assert [row for micros in probe.groups(rows, size) for m in micros for row in m.rows] == seen
 
 
