@@ -85,7 +85,7 @@ def answers_of(
 ) -> str:
     """Return the folder with two answers of the model to each prompt, generating it once."""
     from llmrecipe.pipelines.steps.run_step import run_step
-    from llmrecipe.recipe.run_recipe import as_word
+    from llmrecipe.recipe.overrides import as_word
     from llmrecipe.recipe.step_spec import compose_step
 
     options: dict[str, Any] = {"model": model, "prompts": prompts, "n": 2, "temperature": temperature, "seed": seed}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -55,12 +55,13 @@ class Composition:
     """Whether one of its files belongs to an artefact that is being opened (see `recipe.rights`)."""
 
 
-def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool = False) -> Composition:
+def compose(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, foreign: bool = False) -> Composition:
     """Compose and validate a recipe.
 
     Args:
         recipe: a name in the search path (`dpo_lora`, `alignment/dpo_lora`), a YAML file, or a run directory.
-        overrides: such as `optim.lr=1e-4`, `stack=[nf4,lora]`, `~stack.lora`.
+        overrides: words such as `optim.lr=1e-4`, `stack=[nf4,lora]`, `~stack.lora`, or a mapping of keys to values such as
+            `{"optim.lr": 1e-4, "stack": ["nf4", "lora"]}`.
         foreign: the recipe belongs to an artefact that is being opened; a file in a run or a model folder always does.
 
     Raises:
@@ -68,10 +69,28 @@ def compose(recipe: str | Path, overrides: Sequence[str] = (), *, foreign: bool 
     """
     from llmrecipe.recipe.validate import validate
 
-    name, path, mapping, origins, notes, foreign = compose_mapping(recipe, list(overrides), foreign)
+    words = words_of(overrides)
+    name, path, mapping, origins, notes, foreign = compose_mapping(recipe, words, foreign)
     name_variables(mapping)
     _refuse_unnamed_plugins(mapping)
-    return Composition(name, path, list(overrides), mapping, origins, validate(mapping, origins), notes, foreign)
+    return Composition(name, path, words, mapping, origins, validate(mapping, origins), notes, foreign)
+
+
+def words_of(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return overrides as words of the command line.
+
+    Raises:
+        RecipeError: they are neither a list of words nor a mapping of keys to values.
+    """
+    from llmrecipe.recipe.overrides import as_word
+
+    given: list[Any] = list(overrides) if isinstance(overrides, Iterable) else []
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable) or not all(isinstance(key, str) for key in given):
+        raise RecipeError(
+            "compose: overrides are a list of words such as ['optim.lr=1e-4', 'stack=[nf4,lora]'], or a mapping such as "
+            f"{{'optim.lr': 1e-4, 'stack': ['nf4', 'lora']}}; got {overrides!r:.80}"
+        )
+    return [as_word((key,), overrides[key]) for key in given] if isinstance(overrides, Mapping) else given
 
 
 def compose_mapping(

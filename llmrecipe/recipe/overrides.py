@@ -8,6 +8,9 @@ merged into it.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,3 +219,31 @@ def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
 def chosen(words: list[Word]) -> dict[str, Word]:
     """Map each group to the last override that chose it."""
     return {str(word.key[0]): word for word in words if word.choice}
+
+
+QUOTED = re.compile(r'(\\*)("|\Z)')
+
+
+SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")
+"""Characters that Hydra reads in an unquoted key of a mapping."""
+
+
+def as_word(key: KeyPath, value: Any) -> str:
+    """Return a value as an override of the command line."""
+    return f"{dotted(key)}={word_text(value)}"
+
+
+def word_text(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if isinstance(value, str):
+        # Backslashes count double where a quote follows, and only there.
+        return '"' + QUOTED.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(word_text, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{SPECIAL.sub(_escaped, str(k))}: {word_text(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "\\" + found[0]

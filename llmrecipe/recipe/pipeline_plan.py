@@ -34,10 +34,11 @@ from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, plugins_of, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE, content_key, each_text
 from llmrecipe.recipe.matrix import AXIS
+from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.pipeline_spec import WrittenStage, in_order, origin_text, parse_stages
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.rights import without_rights
-from llmrecipe.recipe.run_recipe import as_word, inherited_keys
+from llmrecipe.recipe.run_recipe import inherited_keys
 from llmrecipe.recipe.step_spec import StepComposition, compose_step, needs, result, unfinished
 from llmrecipe.recipe.yaml_file import dotted
 

@@ -13,8 +13,9 @@ from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.compose import Composition, section_defaults
 from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.recipe.matrix import expand
+from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.provenance import leaves, origin_of
-from llmrecipe.recipe.run_recipe import as_word, inherited
+from llmrecipe.recipe.run_recipe import inherited
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 NAME = re.compile(r"[A-Za-z_][\w-]*")

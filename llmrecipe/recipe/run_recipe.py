@@ -6,18 +6,14 @@ elsewhere.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from llmrecipe.core.errors import did_you_mean
 from llmrecipe.recipe.compose import Composition, section_defaults
+from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
-QUOTED = re.compile(r'(\\*)("|\Z)')
-SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")
-"""Characters that Hydra reads in an unquoted key of a mapping."""
 COMPONENTS = ("objective", "optim", "schedule")
 INHERITABLE = tuple(k for k in section_defaults() if k not in ("stages", "search", "plugins", "run", "stack", "roles"))
 """Keys of a recipe that a stage may inherit. Its stack and its roles are its own."""
@@ -74,24 +70,3 @@ def section_words(pipeline: Composition, key: str) -> list[str]:
 def _is_set(pipeline: Composition, key: KeyPath) -> bool:
     """Return whether a file or an override set the value, or one below it."""
     return any(k[: len(key)] == key and origin.kind != "default" for k, origin in pipeline.origins.items())
-
-
-def as_word(key: KeyPath, value: Any) -> str:
-    """Return a value as an override of the command line."""
-    return f"{dotted(key)}={word_text(value)}"
-
-
-def word_text(value: Any) -> str:
-    """Return a value as it is written on the command line."""
-    if isinstance(value, str):
-        # Backslashes count double where a quote follows, and only there.
-        return '"' + QUOTED.sub(lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
-    if isinstance(value, list):
-        return "[" + ", ".join(map(word_text, value)) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{SPECIAL.sub(_escaped, str(k))}: {word_text(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return "\\" + found[0]

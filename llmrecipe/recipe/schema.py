@@ -145,7 +145,9 @@ class EvalSection(Section):
 class SaveSection(Section):
     """Checkpoints."""
 
-    every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at the end and on a signal.")
+    every: PositiveInt | None = Field(
+        None, description="Steps between checkpoints; default: every five minutes, and on a signal."
+    )
     keep: PositiveInt = Field(2, description="Newest checkpoints kept (in addition to the best one).")
     end: bool = Field(True, description="Keep a checkpoint of the last step, from which `resume=RUN steps=MORE` continues.")
 

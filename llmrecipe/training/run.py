@@ -33,6 +33,12 @@ NOTED = 5.0
 """Seconds after which `status.json` names a newer step."""
 
 
+SAVE_SECONDS = 300.0
+"""Seconds between two checkpoints where the recipe gives no `save.every`: what a kill costs at most, and a step."""
+SAVE_SHARE = 20.0
+"""Least seconds between them for each second that one takes."""
+
+
 class Run(RunState):
     """One run, ready for the loop."""
 
@@ -167,7 +173,12 @@ class Run(RunState):
     def due_save(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps."""
         every = self.recipe.save.every
-        return every is not None and step % every == 0 and step < self.steps
+        if step >= self.steps or every is not None:
+            return every is not None and step % every == 0 and step < self.steps
+        # Without `save.every` the clock of the main process decides; a checkpoint that takes long is written less often.
+        pause = max(SAVE_SECONDS, SAVE_SHARE * self.save_cost)
+        due = self.runtime.is_main and time.monotonic() - self.saved_at > pause
+        return bool(float(self.runtime.sum(torch.tensor([float(due)], dtype=torch.float64))) > 0)
 
     def stopping(self) -> bool:
         """Return whether any process received a signal to stop."""
@@ -194,7 +205,11 @@ class Run(RunState):
 
     def save(self) -> Path | None:
         """Write a checkpoint."""
-        return save_run.save(self)
+        started = time.monotonic()
+        path = save_run.save(self)
+        self.saved_at = time.monotonic()
+        self.save_cost = self.saved_at - started
+        return path
 
     def save_end(self) -> None:
         """Write the checkpoint of the end, from which a finished run can be continued; a run resumed at its end has it."""

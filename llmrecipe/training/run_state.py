@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,10 @@ class RunState:
     """Which options of the recipe have been read, until the first update."""
     noted: float = 0.0
     """When `status.json` last named the step, on the clock of `time.monotonic`."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """Time of the newest checkpoint, or of the start; in seconds, of this process's clock."""
+    save_cost: float = 0.0
+    """Seconds that the newest checkpoint took."""
     signal: int | None = None
     """The signal that stops the run."""
 

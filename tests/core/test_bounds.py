@@ -15,7 +15,8 @@ from llmrecipe.core import http_client, time_limit
 from llmrecipe.core.errors import DataError, RecipeError, RunError
 from llmrecipe.core.http_client import Client
 from llmrecipe.core.time_limit import BoundError, bounded, compiled, within
-from llmrecipe.data.formats.readers import Bounds, open_file
+from llmrecipe.data.formats.bounds import Bounds
+from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.formats.sources import open_split
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.recipe.compose import compose

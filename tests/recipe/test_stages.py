@@ -15,9 +15,9 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key, local_files
 from llmrecipe.recipe.overrides import parse_overrides as parse_words
+from llmrecipe.recipe.overrides import word_text
 from llmrecipe.recipe.pipeline_plan import Plan, for_check, in_order, plan, refuse_stages
 from llmrecipe.recipe.pipeline_spec import parse_stages
-from llmrecipe.recipe.run_recipe import word_text
 
 Project = Callable[..., Path]
 ROWS = '{"prompt": "a", "completion": "b"}\n'

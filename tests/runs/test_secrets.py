@@ -16,7 +16,7 @@ from llmrecipe.core.http_client import check_address
 from llmrecipe.core.redact import name_variables, redact, redact_text
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.recipe.compose import compose, to_yaml
-from llmrecipe.recipe.run_recipe import as_word
+from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.step_spec import compose_step
 from llmrecipe.runs.run_dir import RunDir
 from tests.servers import server

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmrecipe.core.errors import DataError
 
 if TYPE_CHECKING:
-    from llmrecipe.data.formats.readers import Bounds
+    from llmrecipe.data.formats.bounds import Bounds
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt", ".text")
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"

@@ -20,8 +20,9 @@ import numpy as np
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.foreign import reading
 from llmrecipe.core.paths import ASSETS
+from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.file_content import is_data_file
-from llmrecipe.data.formats.readers import Bounds, Reader, Row, open_file, without_fillers
+from llmrecipe.data.formats.readers import Reader, Row, open_file, without_fillers
 from llmrecipe.recipe.schema import DataSection
 
 BUILTIN = ASSETS / "data"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import Composition, compose
-from llmrecipe.recipe.run_recipe import as_word
+from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.schema import RangeSection, SearchSection
 
 if TYPE_CHECKING:

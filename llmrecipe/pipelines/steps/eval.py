@@ -11,7 +11,7 @@ from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.pipelines.step import Step
-from llmrecipe.recipe.run_recipe import as_word
+from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.step_spec import unfinished
 
 if TYPE_CHECKING:
