@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from llmrecipe.data.tokenize.sequences import encode_sequences
     from llmrecipe.data.tokenize.truncation import Limit, Truncation
     from llmrecipe.engine.role_models import Roles
+    from llmrecipe.evaluation.verify.bench import Bench
+    from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
     from llmrecipe.feedback.judges.labeller import Ask, Judge
     from llmrecipe.feedback.judges.rule import judge_rule
     from llmrecipe.feedback.metric import Metric
@@ -139,6 +141,12 @@ _HOMES = {
         "Truncation",
     ),
     "llmrecipe.engine.role_models": ("Roles",),
+    "llmrecipe.evaluation.verify.bench": ("Bench",),
+    "llmrecipe.evaluation.verify.verification": (
+        "Measured",
+        "NotApplicable",
+        "Verification",
+    ),
     "llmrecipe.feedback.judges.labeller": (
         "Judge",
         "Ask",

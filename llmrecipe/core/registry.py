@@ -55,6 +55,7 @@ INTERFACES = {
     "HubLayout": "hub_layout",
     "Family": "family",
     "MergeMethod": "merge_method",
+    "Verification": "verification",
 }
 """Interface a component inherits -> the group its name is registered in."""
 

@@ -9,7 +9,9 @@ The checkpoint's generation settings are overridden, not merged: without a tempe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +47,32 @@ def generate(
     return answers
 
 
+@dataclass(frozen=True)
+class RecordedAnswer:
+    """A generated answer with the log-probabilities its decoder had."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    """One per token, at temperature 1."""
+    task: int | None = None
+
+
+_recording: list[RecordedAnswer] | None = None
+
+
+@contextlib.contextmanager
+def recorded_answers() -> Iterator[list[RecordedAnswer]]:
+    """Collect, in the list that is yielded, every answer generated inside the context by the cached decoder."""
+    global _recording
+    found: list[RecordedAnswer] = []
+    _recording = found
+    try:
+        yield found
+    finally:
+        _recording = None
+
+
 @torch.no_grad()
 def answered(
     model: LanguageModel,
@@ -70,7 +98,12 @@ def answered(
     requests = [PendingPrompt(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
     try:
         if kv_cache.fresh(model) is not None:
-            yield from decode_continuously(RunningBatch(model, tokenizer, sampling, picker, ends, context), requests)
+            picker.seen = None if _recording is None else {}
+            for i, tokens in decode_continuously(RunningBatch(model, tokenizer, sampling, picker, ends, context), requests):
+                if _recording is not None and picker.seen is not None:
+                    task = None if tasks is None else tasks[i]
+                    _recording.append(RecordedAnswer(list(prompts[i]), list(tokens), picker.seen[i], task))
+                yield i, tokens
             return
         for first in range(0, len(requests), sampling.batch):
             part = requests[first : first + sampling.batch]

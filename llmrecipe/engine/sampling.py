@@ -44,6 +44,8 @@ class Picker:
         from transformers.generation import logits_process as known
 
         self.greedy = sampling.temperature <= 0
+        self.seen: dict[int, list[float]] | None = None
+        """Answer -> log-probability of each of its tokens before any warping; None where nobody reads them."""
         self.uniform = torch.empty(0)
         """(answers, max_new_tokens) u in float64; empty where nothing is drawn."""
         self.warpers = known.LogitsProcessorList()
@@ -66,8 +68,14 @@ class Picker:
             answers: which answer each row is.
             at: how many tokens it has.
         """
-        if self.greedy:
-            return logits.argmax(-1)
+        tokens = logits.argmax(-1) if self.greedy else self._drawn(logits, answers, at)
+        if self.seen is not None:
+            sure = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            for answer, value in zip(answers, sure.tolist(), strict=True):
+                self.seen.setdefault(answer, []).append(value)
+        return tokens
+
+    def _drawn(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
         scores = self.warpers(torch.empty(0), logits.to(torch.promote_types(logits.dtype, torch.float32)))  # type: ignore[arg-type]
         cumulative = scores.double().softmax(-1).cumsum(-1)
         u = self.uniform[list(answers), list(at)].to(logits.device)[:, None]

@@ -13,12 +13,14 @@ Each is tested on the given model when it is installed, and removed where the re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import os
 import shutil
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,6 +59,27 @@ def speed_up(model: nn.Module) -> list[str]:
     if rows:
         done.append(f"last block: {', '.join(rows)} only where a state is used")
     return done
+
+
+@contextlib.contextmanager
+def without_speed_ups(model: nn.Module) -> Iterator[None]:
+    """Compute inside the context as the stock modules do; what `speed_up` installed comes back afterwards."""
+    replaced = (_norm_forward, _read_rows_forward)
+    kept = [
+        (module, forward)
+        for module in model.modules()
+        if getattr(forward := module.__dict__.get("forward"), "__func__", None) in replaced
+    ]
+    try:
+        for module, _ in kept:
+            inner = module.__dict__.get("_every_row")
+            del module.__dict__["forward"]
+            if inner is not None:
+                module.__dict__["forward"] = inner
+        yield
+    finally:
+        for module, forward in kept:
+            module.__dict__["forward"] = forward
 
 
 def ready_to_compile(device: torch.device) -> None:

@@ -1,0 +1,71 @@
+"""`llmrecipe verify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.core.console import print_json
+
+if TYPE_CHECKING:
+    from llmrecipe.evaluation.verify.verify_subject import Line
+
+PANEL = "Train"
+ORDER = 3
+
+
+def verb(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_RUN_OR_EXPORT",
+            help="A recipe (name, file or recipe=NAME), a run directory, or a folder that `export` wrote.",
+        ),
+    ],
+    words: Words = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Run of an exported folder; default: the folder it lies in.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove a recipe, a run or an export: layouts, stock forward, files, merging, generation, template, resume.
+
+    Trains four steps in a temporary folder. Exit code 3 where a comparison fails.
+    """
+    from llmrecipe.core.errors import RecipeError
+
+    more, overrides = runs_and_overrides(words)
+    if more:
+        raise RecipeError(f"llmrecipe verify: one subject at a time; '{more[0]}' is another")
+    from llmrecipe.evaluation.verify.verify_subject import verify_subject
+
+    lines = []
+    for line in verify_subject(subject.removeprefix("recipe="), overrides, run):
+        lines.append(line)
+        if not as_json:
+            print(f"{line.check}: {line.result}", flush=True)
+    failed = [line for line in lines if line.result == "failed"]
+    if as_json:
+        print_json({"subject": subject, "passed": not failed, "lines": [line.facts() for line in lines]})
+    else:
+        show_lines(lines)
+    if failed:
+        raise typer.Exit(3)
+
+
+def show_lines(lines: list[Line]) -> None:
+    """Print what was compared, the largest difference and its bound, one row per verification."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmrecipe.core.console import console, number
+
+    table = Table("check", "result", "difference", "bound", "compared", box=None, header_style="bold")
+    for line in lines:
+        colour = {"ok": "green", "failed": "red"}.get(line.result, "yellow")
+        text = line.compared.rstrip(".") + (f": {line.reason}" if line.reason else "")
+        result = Text(line.result, style=colour)
+        table.add_row(Text(line.check), result, number(line.difference), number(line.bound), Text(text))
+    console().print(table)

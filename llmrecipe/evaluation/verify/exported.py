@@ -1,0 +1,113 @@
+"""An exported folder and the run it was made from, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from llmrecipe.core.errors import ProofError, RunError
+from llmrecipe.evaluation.verify.bench import largest
+from llmrecipe.evaluation.verify.verification import Measured
+from llmrecipe.interop.verify_logits import GOLDEN_FILE
+from llmrecipe.models.checkpoint_path import is_adapter, run_folder
+
+ROUNDING = {"F64": 1e-6, "F32": 1e-6, "BF16": 2.0**-7, "F16": 2.0**-9}
+"""Dtype in a safetensors file -> largest difference of a tensor that passes, as a share of its largest value."""
+
+
+def is_export(subject: str) -> bool:
+    """Return whether a path is a folder that `export` writes: an adapter, or a model with its golden answer."""
+    folder = Path(subject)
+    if run_folder(subject) is not None:
+        return False
+    return is_adapter(subject) or ((folder / "config.json").is_file() and (folder / GOLDEN_FILE).is_file())
+
+
+def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[Callable[[], Measured]]:
+    """Yield the comparisons of an exported folder with what its run exports anew.
+
+    Raises:
+        RunError: no run is given, and the folder does not lie in one; or words were given, which an export has none of.
+    """
+    if words:
+        raise RunError(f"'{words[0]}': an exported folder is compared as it is; no overrides count here")
+    source = run or str(folder.resolve().parent)
+    if run_folder(source) is None:
+        raise RunError(f"{folder} is an exported folder, and {source} is not the run it was made from; name it: --run RUN")
+    aside = Path(tempfile.mkdtemp(prefix="llmrecipe-verify-"))
+    try:
+        export_again(folder, source, aside / "again")
+        yield lambda: compare_tensors(aside / "again", folder)
+        yield lambda: compare_template(aside / "again", folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def export_again(folder: Path, run: str, out: Path) -> None:
+    """Export a run in the format and dtype of a folder."""
+    if is_adapter(str(folder)):
+        from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
+
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        (export_peft if "peft_type" in config else export_adapter_hub)(run, out)
+        return
+    from llmrecipe.interop.merged import export_merged
+
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
+    export_merged(run, out, dtype=str(kind).removeprefix("torch."))
+
+
+def compare_tensors(wanted: Path, found: Path) -> Measured:
+    """Compare the tensors of two folders, each with its own largest value.
+
+    Raises:
+        ProofError: one holds other tensors, or other shapes.
+    """
+    ours, theirs = dict(tensors_in(wanted)), dict(tensors_in(found))
+    text = f"{len(ours)} tensors of the folder = those its run exports"
+    if other := sorted(set(ours) ^ set(theirs)):
+        side = "the folder lacks" if other[0] in ours else "only the folder has"
+        raise ProofError(f"{text}: {side} {other[0]} ({len(other)} names differ); was it exported with other options?")
+    worst, culprit, limit = 0.0, "", min(ROUNDING.values())
+    for name, (value, kind) in ours.items():
+        other_value = theirs[name][0]
+        if value.shape != other_value.shape:
+            raise ProofError(f"{text}: {name} is {tuple(other_value.shape)} in the folder and {tuple(value.shape)} in its run")
+        apart, _ = largest({name: value}, {name: other_value})
+        bound = ROUNDING.get(kind, 0.0)
+        if not apart <= bound and not apart <= worst:
+            worst, culprit, limit = apart, name, bound
+    return Measured(text, worst, limit, culprit)
+
+
+def tensors_in(folder: Path) -> Iterator[tuple[str, tuple[Tensor, str]]]:
+    """Yield (name, (tensor, dtype in the file)) of every safetensors file of a folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, (file.get_tensor(name), str(file.get_slice(name).get_dtype()))
+
+
+def compare_template(wanted: Path, found: Path) -> Measured:
+    """Compare chat template and token ids of the golden prompt.
+
+    Raises:
+        ProofError: they differ.
+    """
+    text = "golden prompt and answer of the folder = those of its run"
+    golden = [json.loads((f / GOLDEN_FILE).read_text(encoding="utf-8")) for f in (wanted, found) if (f / GOLDEN_FILE).is_file()]
+    asked: list[Any] = [{k: v for k, v in one.items() if k != "prompt"} for one in golden]
+    if len(asked) == 2 and asked[0] != asked[1]:
+        key = next(k for k in asked[0] if asked[0][k] != asked[1].get(k))
+        raise ProofError(f"{text}: {key} is {asked[1].get(key)} in the folder and {asked[0][key]} in its run")
+    templates = [t.read_text(encoding="utf-8") if (t := f / "chat_template.jinja").is_file() else "" for f in (wanted, found)]
+    if templates[0] != templates[1]:
+        raise ProofError(f"{text}: the folder's chat template is not the one of its run")
+    return Measured(text, 0.0, 0.0)
