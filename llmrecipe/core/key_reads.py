@@ -62,10 +62,18 @@ class KeyReads:
         return {"set": len(every), "read": sum(key in self.read for key in every)}
 
     def unread(self) -> list[str]:
-        """Return the options that were not read, and that no code of their component or its package reads later."""
-        left = [key for key in self.options() if key not in self.read]
+        """Return the options that were not read, and that no code of their component or its package reads later.
+
+        A value that is the default says nothing: the recipe that a run keeps holds every default.
+        """
+        left = [key for key in self.options() if key not in self.read and not self._is_default(key)]
         free = sorted({".".join(key) for key in self.given if key[0] in UNREAD and len(key) > 1})
         return free + [".".join(key) for key in left if not mentioned(key[-1], self.watched[key[:-1]][1])]
+
+    def _is_default(self, key: tuple[str, ...]) -> bool:
+        component, cls = self.watched[key[:-1]]
+        field = getattr(cls, "__pydantic_fields__", {}).get(key[-1])
+        return field is not None and vars(component)[key[-1]] == field.get_default(call_default_factory=True)
 
 
 def fields_of(cls: type) -> frozenset[str]:
@@ -74,7 +82,12 @@ def fields_of(cls: type) -> frozenset[str]:
 
 
 def mentioned(name: str, cls: type) -> bool:
-    """Return whether the source of a class, of what it inherits or, of a plugin, of its package reads an attribute."""
+    """Return whether the source of a class, of what it inherits or, of a plugin, of its package reads an attribute.
+
+    Every option of a component of this package is read somewhere; a rule may do without some of the optimizer's.
+    """
+    if cls.__module__.startswith("llmrecipe."):
+        return True
     pattern = re.compile(rf"\.{name}\b(?!\s*=[^=])|[\"']{name}[\"']")
     return any(pattern.search(path.read_text(encoding="utf-8", errors="replace")) for path in _sources(cls))
 

@@ -309,6 +309,20 @@ def test_an_option_counts_as_read_when_it_is_read_or_when_code_of_its_class_can_
     assert type(options) is Options
 
 
+def test_a_value_that_is_the_default_need_not_be_read() -> None:
+    """The recipe that a run keeps, and that a resume reads, holds every option."""
+    reads = KeyReads([("stack", "mine", "forgot" + "ten")])
+    reads.watch(Options(name="mine", **{"forgot" + "ten": 3}), "stack", "mine")
+    assert reads.unread() == [] and reads.count() == {"set": 1, "read": 0}
+
+
+@pytest.mark.slow
+def test_a_rule_that_does_without_an_option_of_the_optimizer_goes_on_after_a_resume(tmp_path: Path) -> None:
+    stop_after(1, tmp_path / "run", "mezo", *SHORT[:-1], "schedule=constant", "optim.clip=0.5")
+    resume(tmp_path / "run")
+    assert len(events(tmp_path / "run")) == 2
+
+
 def test_what_the_recipe_does_not_set_need_not_be_read() -> None:
     options = Options(name="mine")
     reads = KeyReads()

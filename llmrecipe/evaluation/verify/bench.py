@@ -125,7 +125,7 @@ def short_words(composition: Composition, folder: Path) -> list[str]:
 def largest(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, str]:
     """Return the largest difference of tensors by name, as a share of the largest value of all, and where it is."""
     names = sorted({*wanted, *found})
-    scale = max((float(t.abs().max()) for t in wanted.values() if t.numel()), default=0.0) or 1.0
+    scale = max((float(t.double().abs().max()) for t in wanted.values() if t.numel()), default=0.0) or 1.0
     worst, where = 0.0, ""
     for name in names:
         if name not in wanted or name not in found:
