@@ -10,7 +10,7 @@ from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
 from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
-    from llmrecipe.evaluation.verify.verify_subject import Line
+    from llmrecipe.evaluation.verify.verify_subject import CheckResult
 
 PANEL = "Train"
 ORDER = 3
@@ -26,7 +26,7 @@ def verb(
     ],
     words: Words = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="RUN", help="Run of an exported folder; default: the folder it lies in.")
+        str | None, typer.Option("--run", metavar="RUN", help="Run of an exported folder; default: the folder above it.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +55,7 @@ def verb(
         raise typer.Exit(3)
 
 
-def show_lines(lines: list[Line]) -> None:
+def show_lines(lines: list[CheckResult]) -> None:
     """Print what was compared, the largest difference and its bound, one row per verification."""
     from rich.table import Table
     from rich.text import Text

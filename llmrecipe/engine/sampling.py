@@ -45,7 +45,7 @@ class Picker:
 
         self.greedy = sampling.temperature <= 0
         self.seen: dict[int, list[float]] | None = None
-        """Answer -> log-probability of each of its tokens before any warping; None where nobody reads them."""
+        """Answer -> log-probability of each of its tokens before any warping; None unless they are recorded."""
         self.uniform = torch.empty(0)
         """(answers, max_new_tokens) u in float64; empty where nothing is drawn."""
         self.warpers = known.LogitsProcessorList()

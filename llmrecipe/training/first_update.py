@@ -87,7 +87,7 @@ class FirstUpdate:
         self.before.clear()
         self.seconds += time.perf_counter() - started
 
-    def settle(self, result: StepResult) -> None:
+    def finalize(self, result: StepResult) -> None:
         """Finish the first update: lifecycle hooks and options of the recipe, then the report.
 
         Raises:

@@ -45,7 +45,7 @@ def train_loop(run: Run) -> None:
         run.zero_gradients()
         run.progress.advance(micros)
         run.objective.after_step(run.progress.step, result.metrics, run.roles)
-        first.settle(result)
+        first.finalize(result)
         run.report_step(result, micros, time.perf_counter() - started)
         unchanged.see(run, result.finite)
         if run.due_evaluation(run.progress.step) and run.evaluate():

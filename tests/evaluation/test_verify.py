@@ -22,7 +22,7 @@ from llmrecipe.engine import role_models
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.checks import cached_generation
 from llmrecipe.evaluation.verify.documents import documents_of
-from llmrecipe.evaluation.verify.verify_subject import Line, bench_of, judged, verifications, verify_subject
+from llmrecipe.evaluation.verify.verify_subject import CheckResult, bench_of, judged, verifications, verify_subject
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.hooks.hook import add_hook
@@ -46,11 +46,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench_of("sft_lora", ["data.limit=64"], tmp_path_factory.mktemp("bench"))
 
 
-def line(name: str, bench: Bench) -> Line:
+def line(name: str, bench: Bench) -> CheckResult:
     return judged(name, lambda: CHECKS[name].measure(bench))
 
 
-def failed(lines: Iterator[Line]) -> Line:
+def failed(lines: Iterator[CheckResult]) -> CheckResult:
     """The first line that is not ok."""
     return next(one for one in lines if one.result == "failed")
 
@@ -136,8 +136,8 @@ def test_a_frozen_tensor_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_key_that_nothing_reads(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["verify", "recipe=sft_lora", "+roles.reward.path=x", "data.limit=64", "--json"]) == 3
-    told = json.loads(capsys.readouterr().out)
-    assert told["passed"] is False and "roles.reward.path" in told["lines"][0]["reason"]
+    given = json.loads(capsys.readouterr().out)
+    assert given["passed"] is False and "roles.reward.path" in given["lines"][0]["reason"]
 
 
 def test_packed_rows_that_see_each_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,8 +230,8 @@ def test_a_merged_export_with_one_tensor_off(bench: Bench, tmp_path: Path, capsy
     save_file(tensors, str(weights), {"format": "pt"})
     capsys.readouterr()
     assert command(["verify", str(folder), "--run", run, "--json"]) == 3
-    told = json.loads(capsys.readouterr().out)["lines"][0]
-    assert (told["result"], told["reason"]) == ("failed", name) and told["difference"] > told["bound"]
+    given = json.loads(capsys.readouterr().out)["lines"][0]
+    assert (given["result"], given["reason"]) == ("failed", name) and given["difference"] > given["bound"]
 
 
 def test_an_export_whose_run_is_unknown_asks_for_it(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

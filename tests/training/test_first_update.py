@@ -226,7 +226,7 @@ def test_a_step_below_the_rounding_of_the_weights_proves_nothing() -> None:
 def test_a_skipped_step_is_not_the_first_update() -> None:
     model = Statistics()
     first = proof(run_of(model, torch.optim.SGD(model.trained.parameters(), lr=0.1)), lambda: model.table.add_(1), finite=False)
-    first.settle(StepResult(0.0, finite=False))
+    first.finalize(StepResult(0.0, finite=False))
     assert first.pending and not first.facts
 
 

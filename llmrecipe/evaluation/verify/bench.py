@@ -36,7 +36,7 @@ class Bench:
     """A temporary folder."""
     finished: Path | None = None
     """The run directory that is verified; None for a recipe."""
-    told: Composition | None = None
+    given: Composition | None = None
     """The recipe as it is, without the words of the short training."""
 
     @property

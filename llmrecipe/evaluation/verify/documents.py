@@ -8,7 +8,7 @@ from llmrecipe.data.collate import Batch, Sequence
 
 
 @dataclass
-class Document:
+class BatchText:
     """One sequence with everything before it."""
 
     ids: list[int]
@@ -26,13 +26,13 @@ class Document:
         return Sequence(self.ids, trained, prompt=self.prompt, task=self.task)
 
 
-def documents_of(batch: Batch) -> list[Document]:
+def documents_of(batch: Batch) -> list[BatchText]:
     """Return the documents of a batch; a shared prompt stands at the beginning of each document that continues it."""
     found = _packed(batch) if batch.layout is not None else _padded(batch)
     return [document for document in found if document.places]
 
 
-def _packed(batch: Batch) -> list[Document]:
+def _packed(batch: Batch) -> list[BatchText]:
     assert batch.layout is not None, "padded rows have none"
     segments, ids = batch.layout.segments, batch.input_ids[0].tolist()
     tasks = None if batch.task_ids is None else batch.task_ids[0].tolist()
@@ -41,7 +41,7 @@ def _packed(batch: Batch) -> list[Document]:
         own = ids[segment.start : segment.start + segment.length]
         parent = None if segment.parent is None else segments[segment.parent]
         before = [] if parent is None else ids[parent.start : parent.start + parent.length]
-        found.append(Document([*before, *own], len(before) + segment.prompt, tasks[segment.start] if tasks else 0))
+        found.append(BatchText([*before, *own], len(before) + segment.prompt, tasks[segment.start] if tasks else 0))
     sources, owners = batch.source.tolist(), batch.sequence.tolist()
     for index, (column, owner) in enumerate(zip(sources, owners, strict=True)):
         segment = segments[owner]
@@ -55,7 +55,7 @@ def _packed(batch: Batch) -> list[Document]:
     return found
 
 
-def _padded(batch: Batch) -> list[Document]:
+def _padded(batch: Batch) -> list[BatchText]:
     assert batch.attention_mask is not None, "packed rows have none"
     rows, width = batch.input_ids.tolist(), batch.input_ids.shape[1]
     firsts = batch.attention_mask.argmax(1).tolist()
@@ -63,7 +63,7 @@ def _padded(batch: Batch) -> list[Document]:
     prompts = [0] * len(rows) if batch.prompt_lengths is None else batch.prompt_lengths.tolist()
     tasks = [0] * len(rows) if batch.task_ids is None else batch.task_ids[:, 0].tolist()
     found = [
-        Document(row[first : first + length], prompt, task)
+        BatchText(row[first : first + length], prompt, task)
         for row, first, length, prompt, task in zip(rows, firsts, lengths, prompts, tasks, strict=True)
     ]
     for index, flat in enumerate(batch.source.tolist()):

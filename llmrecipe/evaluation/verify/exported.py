@@ -15,6 +15,8 @@ from torch import Tensor
 from llmrecipe.core.errors import ProofError, RunError
 from llmrecipe.evaluation.verify.bench import largest
 from llmrecipe.evaluation.verify.verification import Measured
+from llmrecipe.interop.merged import export_merged
+from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
 from llmrecipe.interop.verify_logits import GOLDEN_FILE
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 
@@ -31,10 +33,10 @@ def is_export(subject: str) -> bool:
 
 
 def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[Callable[[], Measured]]:
-    """Yield the comparisons of an exported folder with what its run exports anew.
+    """Yield the comparisons of an exported folder with a new export of its run.
 
     Raises:
-        RunError: no run is given, and the folder does not lie in one; or words were given, which an export has none of.
+        RunError: no run is given, and the folder is in none; or words were given, which an export has none of.
     """
     if words:
         raise RunError(f"'{words[0]}': an exported folder is compared as it is; no overrides count here")
@@ -53,13 +55,9 @@ def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[
 def export_again(folder: Path, run: str, out: Path) -> None:
     """Export a run in the format and dtype of a folder."""
     if is_adapter(str(folder)):
-        from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
-
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         (export_peft if "peft_type" in config else export_adapter_hub)(run, out)
         return
-    from llmrecipe.interop.merged import export_merged
-
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
     export_merged(run, out, dtype=str(kind).removeprefix("torch."))
 
@@ -103,10 +101,10 @@ def compare_template(wanted: Path, found: Path) -> Measured:
     """
     text = "golden prompt and answer of the folder = those of its run"
     golden = [json.loads((f / GOLDEN_FILE).read_text(encoding="utf-8")) for f in (wanted, found) if (f / GOLDEN_FILE).is_file()]
-    asked: list[Any] = [{k: v for k, v in one.items() if k != "prompt"} for one in golden]
-    if len(asked) == 2 and asked[0] != asked[1]:
-        key = next(k for k in asked[0] if asked[0][k] != asked[1].get(k))
-        raise ProofError(f"{text}: {key} is {asked[1].get(key)} in the folder and {asked[0][key]} in its run")
+    golden_facts: list[Any] = [{k: v for k, v in one.items() if k != "prompt"} for one in golden]
+    if len(golden_facts) == 2 and golden_facts[0] != golden_facts[1]:
+        key = next(k for k in golden_facts[0] if golden_facts[0][k] != golden_facts[1].get(k))
+        raise ProofError(f"{text}: {key} is {golden_facts[1].get(key)} in the folder and {golden_facts[0][key]} in its run")
     templates = [t.read_text(encoding="utf-8") if (t := f / "chat_template.jinja").is_file() else "" for f in (wanted, found)]
     if templates[0] != templates[1]:
         raise ProofError(f"{text}: the folder's chat template is not the one of its run")

@@ -21,7 +21,7 @@ from llmrecipe.recipe.pipeline_plan import refuse_stages
 
 
 @dataclass(frozen=True)
-class Line:
+class CheckResult:
     """What one verification found."""
 
     check: str
@@ -38,12 +38,12 @@ class Line:
         return asdict(self)
 
 
-def verify_subject(subject: str, overrides: list[str], run: str | None = None) -> Iterator[Line]:
+def verify_subject(subject: str, overrides: list[str], run: str | None = None) -> Iterator[CheckResult]:
     """Yield a line per verification, as each ends.
 
     Args:
         subject: a recipe (name or file), a run directory, or a folder that `export` wrote.
-        run: of an exported folder, the run it was made from; default the folder it lies in.
+        run: of an exported folder, the run it was made from; default the folder above it.
 
     Raises:
         UserError: the subject cannot be trained or opened at all.
@@ -70,34 +70,34 @@ def verifications() -> list[tuple[str, Verification]]:
     return sorted(found, key=lambda pair: (pair[1].order, pair[0]))
 
 
-def judged(name: str, measure: Callable[[], Measured]) -> Line:
+def judged(name: str, measure: Callable[[], Measured]) -> CheckResult:
     """Run a verification and return its line."""
     about = registry.spec("verification", name).summary if name in registry.names("verification") else ""
     try:
         found = measure()
     except NotApplicable as why:
-        return Line(name, "not applicable", about, reason=str(why))
+        return CheckResult(name, "not applicable", about, reason=str(why))
     except ProofError as error:
-        return Line(name, "failed", about, reason=str(error))
+        return CheckResult(name, "failed", about, reason=str(error))
     if found.passes:
-        return Line(name, "ok", found.compared, found.difference, found.bound)
-    return Line(name, "failed", found.compared, found.difference, found.bound, found.culprit)
+        return CheckResult(name, "ok", found.compared, found.difference, found.bound)
+    return CheckResult(name, "failed", found.compared, found.difference, found.bound, found.culprit)
 
 
 def bench_of(subject: str, overrides: list[str], folder: Path) -> Bench:
     """Return the bench of a recipe, or of a run: its recipe on its own weights, its adapters trained further."""
     finished = run_folder(subject)
     if finished is None:
-        told = compose(subject, overrides)
-        refuse_stages(told.mapping)
-        return Bench(compose(subject, [*overrides, *short_words(told, folder)]), folder, None, told)
-    told = _told(subject, overrides)
+        given = compose(subject, overrides)
+        refuse_stages(given.mapping)
+        return Bench(compose(subject, [*overrides, *short_words(given, folder)]), folder, None, given)
+    given = _given(subject, overrides)
     further = (finished / STACK_FILE).is_file()
-    words = [*overrides, f"model.continue={str(further).lower()}", *short_words(told, folder)]
-    return Bench(recipe_of(subject, words), folder, Path(subject), told)
+    words = [*overrides, f"model.continue={str(further).lower()}", *short_words(given, folder)]
+    return Bench(recipe_of(subject, words), folder, Path(subject), given)
 
 
-def _told(run: str, overrides: list[str]) -> Composition:
+def _given(run: str, overrides: list[str]) -> Composition:
     """Return the recipe a run was trained with, on the model it started from."""
     path = Path(run) / "recipe.yaml"
     return compose(path if path.is_file() else Path(run).parent / "recipe.yaml", overrides, foreign=True)

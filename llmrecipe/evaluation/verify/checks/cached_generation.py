@@ -21,7 +21,7 @@ NEW = 8
 class CachedGeneration(Verification):
     """log p of every generated token under the cached decoder = log p under the policy that reads the whole text.
 
-    Objectives that sample are asked for their own answers, so a sampler with other weights than the policy's shows.
+    Objectives that sample give their own answers, so a sampler with other weights than the policy's shows.
     """
 
     order: ClassVar[int] = 50

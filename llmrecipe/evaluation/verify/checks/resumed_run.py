@@ -7,6 +7,7 @@ import io
 import shutil
 from typing import ClassVar
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmrecipe.core.registry import register
@@ -40,8 +41,6 @@ class ResumedRun(Verification):
 
 def weights_in(run: str) -> dict[str, Tensor]:
     """Return the tensors a finished run left."""
-    from safetensors.torch import load_file
-
     folder = run_folder(run)
     assert folder is not None, "the run has finished"
     return {n: t for path in sorted(folder.rglob("*.safetensors")) for n, t in load_file(str(path)).items()}

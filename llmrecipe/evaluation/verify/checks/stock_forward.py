@@ -11,7 +11,7 @@ from llmrecipe.core.forward_context import activate
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, pad
 from llmrecipe.evaluation.verify.bench import Bench, largest
-from llmrecipe.evaluation.verify.documents import Document, documents_of
+from llmrecipe.evaluation.verify.documents import BatchText, documents_of
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
 from llmrecipe.models.optimizations import without_speed_ups
 
@@ -93,19 +93,19 @@ def _pull(values: Tensor, wanted: bool) -> None:
         (values * _weights(values.detach())).sum().backward()
 
 
-def whole_documents(micro: Batch) -> list[Document]:
+def whole_documents(micro: Batch) -> list[BatchText]:
     """Return one document per sequence of a batch without token targets."""
     lasts = micro.last.tolist()
     if micro.layout is not None:
         ids = micro.input_ids[0].tolist()
-        return [Document(ids[s.start : s.start + s.length], s.prompt) for s in micro.layout.segments]
+        return [BatchText(ids[s.start : s.start + s.length], s.prompt) for s in micro.layout.segments]
     width = micro.input_ids.shape[1]
     assert micro.attention_mask is not None, "padded rows have a mask"
     firsts = micro.attention_mask.argmax(1).tolist()
-    return [Document(micro.input_ids[last // width, firsts[last // width] : last % width + 1].tolist(), 0) for last in lasts]
+    return [BatchText(micro.input_ids[last // width, firsts[last // width] : last % width + 1].tolist(), 0) for last in lasts]
 
 
-def _plain_logits(bench: Bench, document: Document) -> Tensor:
+def _plain_logits(bench: Bench, document: BatchText) -> Tensor:
     """Return the logits of Transformers' own forward on one document, without anything that makes it faster."""
     run = bench.run
     batch = pad([document.sequence()], run.roles.pad_id).to(run.roles.device)
