@@ -28,11 +28,12 @@ class TemplateTokens(Verification):
 
     def measure(self, bench: Bench) -> Measured:
         """Encode one dialogue as training does, with the recipe's tokenizer, and as `chat` does, with that of the run."""
-        assert bench.run is not None, "the short training comes first"
         recipe = (bench.given or bench.composition).recipe
         training = tokenizer_of(recipe.model, recipe.tokenizer)
         if not training.chat_template:
             raise NotApplicable("the recipe's tokenizer has no chat template")
+        if bench.run.data.report.template.startswith("none"):
+            raise NotApplicable("the training rows are raw text, without a template")
         folder = run_folder(str(bench.finished or bench.directory))
         assert folder is not None, "a finished run has a final folder"
         serving = tokenizer_of(recipe.model, TokenizerSection(path=str(folder)))
