@@ -53,14 +53,14 @@ def _weights(mask: Tensor | None, flat: Tensor) -> Tensor:
 
 
 def auxiliary_loss(config: Any, outputs: Any, mask: Tensor | None = None) -> Tensor | None:
-    """Return the load-balancing loss of a pass times its weight; None where the model asks for none.
+    """Return the load-balancing loss of a pass times its weight; None where the model requires none.
 
     Args:
         outputs: what the backbone returned.
         mask: (R, T) ones on real tokens.
 
     Raises:
-        ModelError: the config asks for it and the backbone recorded no router logits.
+        ModelError: the config requires it and the backbone recorded no router logits.
     """
     text = config.get_text_config()
     weight, k = getattr(text, "router_aux_loss_coef", 0.0), getattr(text, "num_experts_per_tok", None)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.core.errors import ModelError, UserError
+from llmrecipe.models.native import NativeConfig
+from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.recipe_paths import all_recipes
 from llmrecipe.training.dry_run import check
 from tests.trainings import train_recipe
@@ -18,8 +20,6 @@ RUNNABLE = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_every_recipe_can_be_built(name: str) -> None:
-    from llmrecipe.recipe.compose import compose
-
     recipe = compose(name).recipe
     if recipe.stages or recipe.search:
         pytest.skip("a pipeline or search: its stages are checked by their own tests")
@@ -35,6 +35,20 @@ def test_the_dry_run_counts_what_training_trains(recipe: str, tmp_path: Path) ->
     assert found.parameters + found.added == sum(p.numel() for p in run.model.parameters())
     hooked = sum(p.numel() for n, p in run.model.named_parameters() if ".lora." in n)
     assert found.added >= hooked and (found.added > 0) == (recipe != "sft")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("clm", ["model=native"]),
+        ("clm", ["model=native_moe"]),
+        ("mlm", ["model=native", "model.config.kind=encoder", "model.config.num_experts=3"]),
+    ],
+)
+def test_the_native_transformer_has_the_parameters_of_its_closed_form(recipe: str, words: list[str]) -> None:
+    words = [*words, "model.config.vocab_size=1100", "data.limit=40"]
+    config = compose(recipe, words).recipe.model.config
+    assert check(recipe, words).parameters == NativeConfig(**config).parameter_count()
 
 
 def test_a_target_that_matches_nothing_names_its_key_and_shows_the_anatomy() -> None:

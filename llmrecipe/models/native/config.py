@@ -120,7 +120,7 @@ class NativeConfig(PreTrainedConfig):
         self.is_encoder_decoder = self.kind == "encoder_decoder"
 
     def _check_mixture(self) -> None:
-        # Transformers records what a config asks for, and a dense model has nothing to record.
+        # Transformers records what a config requires, and a dense model has nothing to record.
         self.output_router_logits = self.output_router_logits and self.num_experts > 0
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(

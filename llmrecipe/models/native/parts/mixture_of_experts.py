@@ -3,6 +3,7 @@
     p = softmax(W_r x)                                  W_r in R^(N, D), in float32 or wider
     y = sum_{e in top-k(p)} w_e expert_e(x) + shared(x)       w = p_e, or p_e / sum_{top-k} p with `norm_topk_prob`
 
+With k = 1 that sum would make every weight 1, and the router would learn nothing from the task: set `norm_topk_prob: false`.
 Each expert is a feed-forward (plain or gated) of width F_e, without biases. `num_shared_experts` of them see every token:
 one feed-forward of width n F_e, times sigmoid(w_s x) with `shared_expert_gate`.
 
