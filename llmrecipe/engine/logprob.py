@@ -59,7 +59,8 @@ class Post:
             scale = float(text.logit_scale)
         if getattr(text, "logits_scaling", None):
             scale = 1.0 / float(text.logits_scaling)
-        if getattr(text, "model_type", "") == "t5" and getattr(text, "tie_word_embeddings", False):
+        # T5 ties its head whatever `tie_word_embeddings` of a checkpoint says; that value became this one.
+        if getattr(text, "scale_decoder_outputs", False):
             scale = float(text.d_model) ** -0.5
         return Post(scale, getattr(text, "final_logit_softcapping", None))
 

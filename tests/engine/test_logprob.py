@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from llmrecipe.data.collate import Sequence, pad
 from llmrecipe.engine import logprob
+from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.logprob import Post, token_logprobs
+from tests.models.configs import tiny
 
 
 def reference(hidden: torch.Tensor, target: torch.Tensor, head: nn.Linear, post: Post) -> torch.Tensor:
@@ -74,3 +77,15 @@ def test_no_targets_give_a_zero_that_is_attached_to_the_graph() -> None:
     assert out["logprobs"].shape == (0,)
     out["logprobs"].sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("tied", [None, True, False])
+def test_logits_of_t5_are_scaled_where_transformers_scales_them(tied: bool | None) -> None:
+    """Checkpoints that say tie_word_embeddings: false (T5 1.1, Flan) have logits without the factor 1 / sqrt(D)."""
+    model = tiny("t5", **({} if tied is None else {"tie_word_embeddings": tied}))
+    source, ids = torch.tensor([[5, 9, 3, 2]]), [0, 7, 11, 4]
+    batch = pad([Sequence(ids, [0, 1, 1, 1])], 0, extra={"encoder_ids": source, "encoder_mask": torch.ones_like(source)})
+    wanted = model(input_ids=source, decoder_input_ids=torch.tensor([ids])).logits.log_softmax(-1)[0, [0, 1, 2], [7, 11, 4]]
+    got = Engine(model).eval()(batch)["logprobs"]
+    assert model.config.scale_decoder_outputs == (tied is not False)
+    assert torch.allclose(got, wanted, atol=1e-5)
