@@ -100,7 +100,11 @@ def read_json(path: Path, what: str = "", remedy: str = "", error: type[UserErro
         UserError: of the class given: it cannot be read, is not JSON, or holds something else.
     """
     with reading(f"{what}{': ' if what else ''}{path}", remedy, error):
-        value = parse_json(path.read_bytes())
+        content = path.read_bytes()
+        try:
+            value = parse_json(content)
+        except ValueError as wrong:
+            raise ValueError(f"not valid JSON: {wrong}") from wrong
         if not isinstance(value, kind):
             raise ValueError(f"must hold a JSON {'object' if kind is dict else kind.__name__}, not {type(value).__name__}")
     return value

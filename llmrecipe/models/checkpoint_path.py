@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from llmrecipe.core.errors import ModelError, RunError, did_you_mean
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.models.weight_headers import read_header
 from llmrecipe.recipe.rights import how_to_give
@@ -127,7 +128,7 @@ def adapter_base(path: str) -> str:
     Raises:
         ModelError: it names none.
     """
-    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(path) / "adapter_config.json", "model.path", "save the adapter again", ModelError)
     base = config.get("base_model_name_or_path") or config.get("model_name")
     if not base:
         raise ModelError(
@@ -176,10 +177,7 @@ def check_folder(folder: Path, allow_pickle: bool = False, weights: bool = True,
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         raise ModelError(f"{key}: {folder} is not a model folder: it has no config.json{_what_else(folder, names)}")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{key}: {folder}/config.json is not valid JSON: {error}") from error
+    read_json(folder / "config.json", key, "download or save the model again", ModelError)
     if not weights:
         return
     if "model.safetensors" in names:

@@ -295,7 +295,7 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
                     else {"revision": None if tokenizer.path else model.revision, "local_files_only": reason is not None}
                 ),
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain Exception, and its readers whatever a damaged file leads to
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"tokenizer.path: the tokenizer of {path} comes with its own Python code, which is not run unless you opt in; "

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RunError, did_you_mean
 from llmrecipe.core.file_lock import hold, is_held
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.runs.durable import clear_leftovers, delete, unfinished_path, write_text
 from llmrecipe.runs.events import last_step
@@ -237,10 +238,11 @@ class RunDir:
         Raises:
             RunError: the file cannot be read.
         """
-        try:
-            value = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path}/status.json cannot be read: {error}") from error
+        value: dict[str, Any] = read_json(self.path / "status.json", "the state of the run cannot be read")
+        if value.get("status") not in STATES:
+            raise RunError(
+                f"{self.path}/status.json: 'status' must be one of {', '.join(STATES)}; got {value.get('status')!r:.60}"
+            )
         if value.get("status") == "running" and "step" in value:
             value["step"] = max(value["step"], last_step(self.path) or 0)
         if value.get("status") == "running" and self._lock is None and not self.locked():
@@ -288,7 +290,7 @@ def description(path: Path) -> Path | None:
 def read_metrics(path: Path) -> dict[str, Any]:
     """Return `final/metrics.json` of a finished training or step; empty where there is none."""
     file = path / "final" / "metrics.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, "the metrics of the run cannot be read") if file.is_file() else {}
 
 
 def _unescape(value: object) -> Any:

@@ -271,7 +271,7 @@ def broken(folder: Path, how: str) -> None:
         ("rubbish", "not a readable safetensors file"),
         ("gguf", "GGUF file is for inference and cannot be trained"),
         ("none", "no weights .* model.init=random"),
-        ("json", "config.json is not valid JSON"),
+        ("json", "config.json: not valid JSON"),
         ("adapter", "it is a PEFT adapter"),
         ("inner", "did you mean .*final"),
         ("shard", "lacks model-1.safetensors"),
