@@ -13,12 +13,17 @@ from llmrecipe.core.console import print_json
 PANEL = "Use"
 ORDER = 4
 
-FORMATS = ("merged", "peft", "adapter_hub")
+FORMATS = ("merged", "peft", "adapter_hub", "sentence_transformers")
 
 
 def verb(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="merged: a Transformers folder; peft, adapter_hub: adapter folders.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="merged: a Transformers folder; peft, adapter_hub: adapter folders; sentence_transformers: an encoder."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/<format>.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps that of the base.")] = "auto",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of a method trained for several (dylora).")] = None,
@@ -81,6 +86,12 @@ def verb(
         from llmrecipe.interop.merged import export_merged
 
         done = export_merged(run, out, dtype=dtype, bound=bound, options=options, loaded=loaded, rights=rights)
+    elif to == "sentence_transformers":
+        from llmrecipe.interop.sentence_transformers_folder import export_sentence_transformers
+
+        if loaded is not None:
+            raise UserError("--add: a text encoder is exported alone; --to merged takes several runs")
+        done = export_sentence_transformers(run, out, dtype=dtype, bound=bound, rights=rights)
     elif to == "adapter_hub":
         from llmrecipe.interop.peft.exporter import export_adapter_hub
 

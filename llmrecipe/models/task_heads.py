@@ -19,6 +19,8 @@ from llmrecipe.models.masked_heads import head_chain
 ATTRIBUTE = "task_head"
 FILE = "heads.safetensors"
 """File next to a whole model's folder, which other programs load too and which therefore has no scalar head."""
+POOLING_FILE = "pooling.json"
+"""File next to a finished model that gives one vector a text: how its states are pooled."""
 
 
 class ScalarHead(nn.Module):

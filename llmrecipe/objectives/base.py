@@ -101,6 +101,10 @@ class Objective:
         """Return JSON facts for the run's report: what was counted or chosen from the data."""
         return {}
 
+    def documents(self, roles: Roles) -> dict[str, dict[str, Any]]:
+        """Return file name -> JSON content that the finished model is stored with: how its states are to be read."""
+        return {}
+
     def measures(self) -> Measures:
         """Return every metric that `evaluate` and `finish_evaluation` may report besides `loss`, and its better direction.
 

@@ -263,6 +263,8 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         (aside / "README.md").write_text(about, encoding="utf-8")
         identity = {name: value for name, value in run_identity.kept(run).items() if name != "run"}
         (aside / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        for name, content in run.objective.documents(run.roles).items():
+            (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         write_checksums(aside)
         sync_tree(aside)
         put_in_place(aside, final)

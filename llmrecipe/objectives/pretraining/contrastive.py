@@ -152,6 +152,11 @@ class Contrastive(Objective):
         kind = self.pool_of(roles.model)
         return {"pool": kind, "mlp": self._has_mlp(kind), "normalize": self.normalized}
 
+    def documents(self, roles: Roles) -> dict[str, dict[str, Any]]:
+        """Return how a text becomes a vector when the model is used."""
+        used = self.facts(roles) | {"max_length": roles.max_length}
+        return {task_heads.POOLING_FILE: used | {"mlp": used["mlp"] and not self.mlp_only_train}}
+
     @property
     def normalized(self) -> bool:
         """Whether vectors are scaled to length 1."""

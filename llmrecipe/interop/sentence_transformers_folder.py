@@ -1,0 +1,158 @@
+"""Export of a text encoder as a folder that the sentence-transformers library loads.
+
+The folder is a pipeline, named in `modules.json`: the backbone, which Transformers loads alone, a pooling
+(`1_Pooling/config.json`), then a dense layer and a scaling to length 1 where the run has them. Before the folder is in place
+the backbone is loaded by Transformers, and the steps of the pipeline must give the vectors of the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
+
+from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.interop import verify_logits
+from llmrecipe.interop.load_run import open_run
+from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason, target_folder, widen, writing
+from llmrecipe.methods._engines.quantized import quantized
+from llmrecipe.models.checkpoint_path import run_folder
+from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.resolve_class import quiet
+from llmrecipe.models.task_heads import ATTRIBUTE, POOLING_FILE
+
+NAME = "sentence_transformers"
+MODES = {"cls": "pooling_mode_cls_token", "avg": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+"""Pooling -> its switch in `1_Pooling/config.json`."""
+OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+HEAD = "pool"
+
+
+def export_sentence_transformers(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    bound: float | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Exported:
+    """Write a run of `contrastive` as a sentence-transformers folder; arguments as in `merged.export_merged`.
+
+    Raises:
+        ModelError: the library has no such pooling, a method cannot be folded, or the vectors moved.
+        RunError: the run does not say how it pools, the folder exists, or the disk is full.
+    """
+    target = target_folder(run, out, NAME)
+    pooling = pooling_of(run)
+    loaded = open_run(str(run), rights=rights)
+    for wrapper in loaded.mounted:
+        if not wrapper.mergeable:
+            name = wrapper.name.split("_", 1)[1]
+            raise ModelError(f"export --to {NAME}: '{name}' cannot be folded into the weights: {reason(wrapper)}")
+    model = loaded.model
+    wide = kept_dtype(loaded) if dtype == "auto" else getattr(torch, dtype)
+    if not any(quantized(model)):
+        widen(model, wide)
+    ids = verify_logits.probe_ids(model, loaded.tokenizer)
+    head = getattr(model, ATTRIBUTE)[HEAD] if pooling["mlp"] else None
+    wanted = _vectors(model.base_model, ids, pooling, None if head is None else (head.weight, head.bias))
+    notes = fold_mounted(loaded, wide)
+    if model.config.model_type == NativeConfig.model_type:
+        notes.append("a native transformer: the folder loads after `import llmrecipe.models.native`")
+    with writing(target) as folder:
+        _write_backbone(loaded.model, folder, wide)
+        loaded.tokenizer.save_pretrained(folder)
+        _write_pipeline(folder, pooling, int(model.config.get_text_config().hidden_size), head)
+        with quiet():
+            plain = AutoModel.from_pretrained(folder, dtype=wide)
+        dense = None
+        if head is not None:
+            saved = load_file(folder / "2_Dense" / "model.safetensors")
+            dense = (saved["linear.weight"], saved["linear.bias"])
+        difference = verify_logits.compare_logits(wanted, _vectors(plain, ids, pooling, dense), wide, bound)
+        verify_logits.demand(difference, "the exported encoder", "dtype=float32 rounds less; --bound allows more.")
+    return Exported(target, difference, notes)
+
+
+def pooling_of(run: str | Path) -> dict[str, Any]:
+    """Return how a finished run pools: `pool`, `mlp`, `normalize` and `max_length`.
+
+    Raises:
+        RunError: it does not say so.
+        ModelError: the library has no such pooling.
+    """
+    folder = run_folder(str(run))
+    if folder is None or not (folder / POOLING_FILE).is_file():
+        raise RunError(f"export --to {NAME}: {run} does not pool its states; runs of objective=contrastive do")
+    found: dict[str, Any] = json.loads((folder / POOLING_FILE).read_text(encoding="utf-8"))
+    if found["pool"] not in MODES:
+        raise ModelError(
+            f"export --to {NAME}: objective.pool={found['pool']} has no counterpart in that library, which has "
+            f"{', '.join(MODES)}; `llmrecipe.load(run)` uses it as it is"
+        )
+    return found
+
+
+@torch.no_grad()
+def _vectors(backbone: Any, ids: Tensor, pooling: Mapping[str, Any], dense: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return what the pipeline computes, (R, D), text by text and without dropout, from ids (R, T)."""
+    backbone.eval()
+    rows = []
+    for row in ids.split(1):
+        h = backbone(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0].float()
+        rows.append({"cls": h[0], "last": h[-1]}.get(pooling["pool"], h.mean(0)))
+    z = torch.stack(rows)
+    if dense is not None:
+        z = torch.tanh(F.linear(z, dense[0].float(), dense[1].float()))
+    return F.normalize(z, dim=-1) if pooling["normalize"] else z
+
+
+def _write_backbone(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    backbone = model.base_model
+    # The stock name, so that the folder loads where this package is not installed.
+    attention = backbone.config._attn_implementation or ""
+    backbone.config._attn_implementation_internal = attention.removeprefix("llmrecipe_") or None
+    backbone.to(dtype)
+    backbone.config.dtype = dtype
+    with quiet():
+        backbone.save_pretrained(folder)
+
+
+def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: Any) -> None:
+    modes = {name: name == MODES[pooling["pool"]] for name in (*MODES.values(), *OTHER_MODES)}
+    steps: list[tuple[str, dict[str, Any] | None]] = [
+        ("Transformer", None),
+        ("Pooling", {"word_embedding_dimension": width, **modes, "include_prompt": True}),
+    ]
+    if head is not None:
+        tanh = "torch.nn.modules.activation.Tanh"
+        steps.append(("Dense", {"in_features": width, "out_features": width, "bias": True, "activation_function": tanh}))
+    if pooling["normalize"]:
+        steps.append(("Normalize", None))
+    modules = []
+    for place, (name, config) in enumerate(steps):
+        path = f"{place}_{name}" if place else ""
+        modules.append({"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{name}"})
+        if place:
+            (folder / path).mkdir()
+        if config is not None:
+            _write_json(folder / path / "config.json", config)
+        if name == "Dense":
+            tensors = {"linear.weight": head.weight, "linear.bias": head.bias}
+            save_file({k: v.detach().float().contiguous() for k, v in tensors.items()}, folder / path / "model.safetensors")
+    _write_json(folder / "modules.json", modules)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling["max_length"], "do_lower_case": False})
+    similarity = "cosine" if pooling["normalize"] else "euclidean"
+    facts: dict[str, Any] = {"__version__": {}, "prompts": {}, "default_prompt_name": None, "similarity_fn_name": similarity}
+    _write_json(folder / "config_sentence_transformers.json", facts)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
