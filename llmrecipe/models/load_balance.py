@@ -26,7 +26,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], k: int, mask: Tensor | 
         router_logits: for each layer z (R * T, N), or (R, T, N).
         k: experts of one token.
         mask: (R, T') ones on real tokens. It ends where the rows end: with a cache it also covers earlier tokens, and where
-            it is shorter the tokens in front of it are virtual ones of a method, which count.
+            it is shorter the tokens before it are virtual ones of a method, which count.
     """
     layers = [logits.reshape(-1, logits.shape[-1]) for logits in router_logits]
     experts = layers[0].shape[-1]
