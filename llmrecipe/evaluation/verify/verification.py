@@ -12,9 +12,6 @@ from llmrecipe.core.registry import CONFIG
 if TYPE_CHECKING:
     from llmrecipe.evaluation.verify.bench import Bench
 
-BOUND, COARSE = 1e-3, 5e-2
-"""Largest difference that passes, as a share of the largest value: in float32, and where values have 8 to 11 bits."""
-
 
 class NotApplicable(Exception):
     """The comparison has no meaning for this recipe; the text says why."""
