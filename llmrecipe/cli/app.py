@@ -128,7 +128,8 @@ def _other(error: Exception, arguments: list[str]) -> int:
     if callable(show):
         context = getattr(error, "ctx", None)
         where = getattr(context, "command_path", "llmrecipe")
-        complain(f"{show()}\nTry '{where} --help' for help.")
+        hint = _as_word(str(getattr(error, "option_name", "") or ""))
+        complain(f"{show()}{hint}\nTry '{where} --help' for help.")
         return UserError.exit_code
     code = getattr(error, "exit_code", None)
     if isinstance(code, int) and not isinstance(error, LlmRecipeError):
@@ -144,6 +145,31 @@ def _other(error: Exception, arguments: list[str]) -> int:
     saved = f"\nThe traceback is in {path}\n{REPORT}" if path else "\n" + "".join(traceback.format_exception(error))
     complain(f"This is a bug of llmrecipe, not of your input: {type(error).__name__}: {error}{saved}", title="Bug")
     return LlmRecipeError.exit_code
+
+
+FLAGS = {
+    "learning_rate": "optim.lr",
+    "lr": "optim.lr",
+    "batch_size": "batch.size",
+    "per_device_train_batch_size": "batch.micro",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "output_dir": "run.dir",
+    "model": "model.path",
+    "model_name_or_path": "model.path",
+}
+"""Flags of other trainers -> the key of a recipe."""
+
+
+def _as_word(flag: str) -> str:
+    """Return how a recipe's key that was given as a flag is written, or an empty string for any other flag."""
+    from llmrecipe.recipe.compose import section_defaults
+
+    name = flag.lstrip("-").replace("-", "_").partition("=")[0]
+    sections = section_defaults()
+    known = {key: key for key, value in sections.items() if not isinstance(value, dict)}
+    key = FLAGS.get(name) or known.get(name) or (name if name.partition(".")[0] in sections and "." in name else None)
+    return f"\nKeys of a recipe are words without dashes: {key}=VALUE" if key else ""
 
 
 def _save_traceback(error: Exception, arguments: list[str]) -> Path | None:
