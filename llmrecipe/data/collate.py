@@ -229,7 +229,7 @@ def pad(
     )
 
 
-def cut(batch: Batch, first: int, last: int) -> Batch:
+def part_of_batch(batch: Batch, first: int, last: int) -> Batch:
     """Return the sequences first <= s < last of a batch whose sequences have no parents, in the layout of the batch.
 
     Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
-from llmrecipe.data.collate import Batch, cut
+from llmrecipe.data.collate import Batch, part_of_batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.models.load_balance import auxiliary_loss
@@ -175,7 +175,7 @@ class Engine(nn.Module):
         vectors: list[Tensor] = []
         total: Tensor | None = None
         for first, last in pool.chunks(batch.sequences):
-            part = cut(batch, first, last)
+            part = part_of_batch(batch, first, last)
             with activate(dataclasses.replace(part.context(role), off=current().off)):
                 if torch.is_grad_enabled():
                     again: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}

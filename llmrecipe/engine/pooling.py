@@ -67,7 +67,7 @@ def pool_states(batch: Batch, layers: Sequence[Tensor], kind: str) -> Tensor:
     flat = wide.reshape(-1, wide.shape[-1])
     if kind == "last":
         return flat[batch.last]
-    places, owner = tokens_of(batch)
+    places, owner = real_tokens(batch)
     if kind == "cls":
         starts = torch.ones_like(owner, dtype=torch.bool)
         starts[1:] = owner[1:] != owner[:-1]
@@ -76,7 +76,7 @@ def pool_states(batch: Batch, layers: Sequence[Tensor], kind: str) -> Tensor:
     return sums / torch.bincount(owner, minlength=batch.sequences).unsqueeze(-1)
 
 
-def tokens_of(batch: Batch) -> tuple[Tensor, Tensor]:
+def real_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the flat index (M,) of every real token and the sequence (M,) it belongs to; sequences have no parents."""
     device = batch.input_ids.device
     if batch.layout is None:

@@ -77,7 +77,7 @@ def compose(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (
 
 
 def words_of(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """Return overrides as words of the command line.
+    """Return overrides as override words.
 
     Raises:
         RecipeError: they are neither a list of words nor a mapping of keys to values.

@@ -12,7 +12,7 @@ from llmrecipe.core.errors import did_you_mean
 from llmrecipe.recipe.yaml_file import KeyPath
 
 
-def names_of(mark: dict[str, Any]) -> list[str]:
+def allowed_names(mark: dict[str, Any]) -> list[str]:
     """Return the words that an option with this mark may have, those of plugins included."""
     return [*mark["others"], *registry.names(mark["group"])]
 
@@ -26,7 +26,7 @@ def unknown_names(model: BaseModel, at: KeyPath = ()) -> Iterator[tuple[KeyPath,
         if isinstance(value, BaseModel):
             yield from unknown_names(value, key)
         elif mark is not None and not mark["open"] and value is not None:
-            known = names_of(mark)
+            known = allowed_names(mark)
             for word in [value] if isinstance(value, str) else value:
                 if word not in known:
                     near = did_you_mean(word, known)
@@ -38,7 +38,7 @@ def list_names(schema: dict[str, Any]) -> None:
     mark = schema.pop("registered", None)
     if mark is None:
         return
-    names = names_of(mark)
+    names = allowed_names(mark)
     if mark["open"]:
         schema["examples"] = names
     elif schema.get("type") == "array":

@@ -29,7 +29,7 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
         device = tensor.device
         if device not in weights:
             weights[device] = _weights(CHUNK.get(device.type, CHUNK_ELSEWHERE)).to(device)
-        found.append(_checksum(words_of(tensor), weights[device]))
+        found.append(_checksum(integer_view(tensor), weights[device]))
     sums = torch.zeros(len(found), dtype=torch.int64)
     for device in weights:
         places = [i for i, value in enumerate(found) if value.device == device]
@@ -43,7 +43,7 @@ def named_checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]
     return {name: (value, *tensor.shape) for (name, tensor), value in zip(tensors.items(), sums, strict=True)}
 
 
-def words_of(tensor: Tensor) -> Tensor:
+def integer_view(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor as a flat view of integers: of 64 bits where size and alignment allow."""
     # A sharded tensor has its own part on each process.
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor

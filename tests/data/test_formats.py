@@ -107,7 +107,7 @@ def test_a_pair_becomes_two_unpaired_rows() -> None:
             {"prompt": "p", "chosen": "c", "rejected": "r", "p": 1.2},
             "'p' is no probability that the chosen answer is the better one",
         ),
-        ("image_text", {"image": "no/such.png", "text": "t"}, "the image file does not exist"),
+        ("image_text", {"image": "no/such.png", "text": "t"}, "'image' is a path, and these rows are in no folder"),
     ],
 )
 def test_bad_rows_have_a_reason(name: str, row: dict[str, Any], reason: str) -> None:

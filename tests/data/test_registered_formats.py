@@ -64,7 +64,12 @@ def test_what_a_row_type_says_of_itself() -> None:
     assert {t.name for t in types if t.prompted} == {"choices", "dialogue", "preference", "prompt", "unpaired"}
     assert {t.name for t in types if t.numbered} == {"labelled", "pairs"}
     uncounted = {t.name: t.uncounted for t in types if t.uncounted}
-    assert uncounted == {"labelled": ("type_ids",), "choices": ("choice_lengths",), "words": ("words",)}
+    assert uncounted == {
+        "labelled": ("type_ids",),
+        "choices": ("choice_lengths",),
+        "words": ("words",),
+        "sentences": ("words", "sentences"),
+    }
     assert all(set(t.uncounted) <= set(t.lists) for t in types)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data import prepare
-from llmrecipe.data.collate import Sequence, cut, pack, pad
+from llmrecipe.data.collate import Sequence, pack, pad, part_of_batch
 from llmrecipe.engine import forward
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.pooling import LAYERS, Pool, chunk_cuts
@@ -179,7 +179,7 @@ def test_the_layer_behind_cls_is_in_training_only() -> None:
 def test_a_part_of_a_batch_is_the_batch_of_its_sequences() -> None:
     sequences = [Sequence(row["ids_a"], [0, *[1] * (len(row["ids_a"]) - 1)], prompt=1) for row in ROWS]
     for lay in (pack, lambda s: pad(s, 0), lambda s: pad(s, 0, "left")):
-        found, wanted = cut(lay(sequences), 1, 4), lay(sequences[1:4])
+        found, wanted = part_of_batch(lay(sequences), 1, 4), lay(sequences[1:4])
         for name in ("input_ids", "position_ids", "attention_mask", "source", "target", "sequence", "last", "prompt_lengths"):
             one, other = getattr(found, name), getattr(wanted, name)
             assert (one is None and other is None) or torch.equal(one, other), name

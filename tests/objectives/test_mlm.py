@@ -15,7 +15,7 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.objectives.pretraining._engines.masking import KEEP, MASK, RANDOM, Plan, generator, hide
+from llmrecipe.objectives.pretraining._engines.masking import KEEP, MASK, RANDOM, MaskPlan, generator, hide
 from llmrecipe.objectives.pretraining.mlm import Mlm
 from tests.tiny import tiny_masked_model
 
@@ -46,8 +46,8 @@ def row(number: int, length: int, epoch: int | None = None) -> dict[str, Any]:
     return found if epoch is None else {**found, "epoch": epoch}
 
 
-def plan(**options: Any) -> Plan:
-    return Plan(**{"prob": 0.15, "mask": 0.8, "random": 0.1, "exact": True, "unit": "token", "most": None, **options})
+def plan(**options: Any) -> MaskPlan:
+    return MaskPlan(**{"prob": 0.15, "mask": 0.8, "random": 0.1, "exact": True, "unit": "token", "most": None, **options})
 
 
 def hidden(number: int, length: int, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.attention import install_attention
-from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, pairs_of
+from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, make_pairs
 from llmrecipe.objectives.pretraining.nsp import Nsp
 from tests.tiny import Tokenizer, tiny_config, tiny_masked_model
 
@@ -44,7 +44,7 @@ def made(documents: list[Document], epochs: int = 1, **options: Any) -> list[tup
         (n, pair)
         for epoch in range(epochs)
         for n, one in enumerate(documents)
-        for pair in pairs_of(one, plan(**options), np.random.default_rng([epoch, n]), lambda k: documents[k % len(documents)])
+        for pair in make_pairs(one, plan(**options), np.random.default_rng([epoch, n]), lambda k: documents[k % len(documents)])
     ]
 
 

@@ -20,7 +20,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.training.checksum import CHUNK, checksums, words_of
+from llmrecipe.training.checksum import CHUNK, checksums, integer_view
 from llmrecipe.training.first_update import FirstUpdate
 from tests.runtime.test_processes import start
 from tests.support import PeakBytes
@@ -90,7 +90,7 @@ def test_opposite_changes_do_not_cancel_and_a_transposed_matrix_is_read_where_it
     moved = torch.tensor([1e-3, -1e-3]).repeat(32)
     assert checksums([zeros])[0] != checksums([moved])[0]
     matrix = torch.randn(6, 10)
-    assert words_of(matrix.t()).data_ptr() == matrix.data_ptr()
+    assert integer_view(matrix.t()).data_ptr() == matrix.data_ptr()
     assert checksums([matrix.t()]) == checksums([matrix])
     assert checksums([matrix[:, ::2]]) != checksums([matrix[:, 1::2]]), "a view with gaps"
 

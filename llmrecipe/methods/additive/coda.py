@@ -15,7 +15,7 @@ from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt, Ran
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
-from llmrecipe.methods.additive._engines.prefix_kv import tokens_of
+from llmrecipe.methods.additive._engines.prefix_kv import stack_input
 from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_top_k
 from llmrecipe.models.attention import Attend, PickedTokens
 from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of
@@ -187,11 +187,11 @@ class KnowRows(Hook):
         context = current()
         if context.layout is not None:
             return call(**inputs)
-        shape = tokens_of(inputs).shape[:2]
+        shape = stack_input(inputs).shape[:2]
         given = inputs.get("attention_mask")
         mask = given if isinstance(given, Tensor) and given.dim() == 2 else context.attention_mask
         fits = mask is not None and mask.shape == shape
-        real = mask.bool() if fits else torch.ones(shape, dtype=torch.bool, device=tokens_of(inputs).device)  # type: ignore[union-attr]
+        real = mask.bool() if fits else torch.ones(shape, dtype=torch.bool, device=stack_input(inputs).device)  # type: ignore[union-attr]
         prompt = prompts_of(inputs, context.prompt_lengths, real)
         with activate(dataclasses.replace(context, attention_mask=mask, prompt_lengths=prompt)):
             return call(**inputs)

@@ -22,7 +22,7 @@ from llmrecipe.models import task_heads
 from llmrecipe.models.resolve_class import language_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
-from llmrecipe.objectives.pretraining._engines.comparison import Candidates, Compared, Comparison, Vectors, compare
+from llmrecipe.objectives.pretraining._engines.comparison import Candidates, ComparedAnchors, Comparison, Vectors, compare
 
 TEXTS = ("ids_a", "ids_b", "ids_c")
 HEAD = "pool"
@@ -244,7 +244,7 @@ class Contrastive(Objective):
             name: extra[name] for name in ("keys", "hard", "paired")
         })  # fmt: skip
 
-    def _compared(self, own: Vectors, others: Candidates, chosen: Tensor) -> Compared:
+    def _compared(self, own: Vectors, others: Candidates, chosen: Tensor) -> ComparedAnchors:
         """Return loss and nearness of the chosen anchors (indices of rows) among all candidates."""
         how = Comparison(
             self.loss_type, self.margin, self.distance, self.mining or "all", self.temperature, self.hard_negative_weight

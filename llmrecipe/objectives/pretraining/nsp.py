@@ -21,7 +21,7 @@ from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRICS, MaskedTokens, masked_metrics
 from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, generator, masked_targets
-from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, pairs_of
+from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, make_pairs
 from llmrecipe.objectives.token_math import negative_log_likelihood
 
 HEAD = "nsp"
@@ -156,7 +156,7 @@ class Nsp(MaskedTokens, Objective):
         def other(number: int) -> Document:
             return as_document(split[number % len(split)])
 
-        return pairs_of(as_document(row), plan, generator(roles.seed, row.get("epoch"), row["row"]), other)
+        return make_pairs(as_document(row), plan, generator(roles.seed, row.get("epoch"), row["row"]), other)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class JudgedStep(Protocol):
-    """The options of a step that asks a judge by the principles of a constitution."""
+    """The options of a step that consults a judge by the principles of a constitution."""
 
     @property
     def judge(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def check_feedback(step: JudgedStep, uses: Sequence[str], where: str) -> None:
     """Refuse a judge, a constitution or principles that cannot do what a step wants.
 
     Args:
-        step: the one that asks the judge.
+        step: the one that consults the judge.
         uses: texts every principle must have.
 
     Raises:

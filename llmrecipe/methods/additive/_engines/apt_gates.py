@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
-from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of, tokens_of
+from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of, stack_input
 from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.models.kv_cache import cached, carried, prompts_of
 from llmrecipe.models.module_map import anatomy
@@ -87,7 +87,7 @@ class BlockScores(Hook):
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """Run the block with its factor lambda alpha in the context."""
         made = shared_of(self.owner)
-        factor = self.token_scores(made.facts, tokens_of(inputs))
+        factor = self.token_scores(made.facts, stack_input(inputs))
         if hasattr(self, "scale"):
             factor = self.scale * factor
         shared = {**current().shared, self.owner: dataclasses.replace(made, factor=factor)}
@@ -135,7 +135,7 @@ class ColumnsGate(Hook):
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """Run the attention module with its gate in the context."""
-        x = tokens_of(inputs)
+        x = stack_input(inputs)
         made = shared_of(self.owner)
         g = torch.sigmoid(x.to(self.gate.dtype) @ self.gate + self.bias)
         if self.pool == "token":
@@ -171,7 +171,7 @@ def attach_gated(model: nn.Module, name: str, plan: ColumnPlan, structure: dict[
 
 def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
     """Return a mask of the tokens a summary averages: (S, T) for a packed row, (R, T) for padded ones."""
-    tokens = tokens_of(inputs)
+    tokens = stack_input(inputs)
     if context.layout is not None:
         return _summarised_packed(summary, context.layout, tokens.device)
     rows, columns = tokens.shape[:2]

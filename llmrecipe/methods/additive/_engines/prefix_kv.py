@@ -195,7 +195,7 @@ def shared_of(owner: str) -> Made:
 # --- positions and caches --------------------------------------------------------------------------------------------
 
 
-def tokens_of(inputs: dict[str, Any]) -> Tensor:
+def stack_input(inputs: dict[str, Any]) -> Tensor:
     """Return the ids (R, T) or embeddings (R, T, D) a stack reads."""
     for name in ("input_ids", "inputs_embeds", "hidden_states"):
         if inputs.get(name) is not None:
@@ -208,7 +208,7 @@ def positions(inputs: dict[str, Any], offset: int = 0) -> Tensor:
     given = inputs.get("position_ids")
     if given is not None:
         return given
-    tokens = tokens_of(inputs)
+    tokens = stack_input(inputs)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + offset

@@ -1,4 +1,4 @@
-"""Anchors beside their positives, and all texts of a step as candidates of each of them.
+"""Anchors with their positives, and all texts of a step as candidates of each of them.
 
 Letters: B rows, C hard negatives, A anchors, M candidates, D width.
 """
@@ -92,7 +92,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedAnchors:
     """Anchors among their candidates."""
 
     losses: Tensor
@@ -109,14 +109,14 @@ class Compared:
         return ranks(self.nearness.detach(), self.own, self.barred)
 
 
-def compare(v: Vectors, others: Candidates, chosen: Tensor, how: Comparison) -> Compared:
+def compare(v: Vectors, others: Candidates, chosen: Tensor, how: Comparison) -> ComparedAnchors:
     """Return losses and nearness of the chosen anchors, (A,) indices of rows, among all candidates."""
     own = others.first + chosen
     a, keys_a, keys_b = v.a[chosen], v.keys_a[chosen], v.keys_b[chosen]
     barred = contrast.barred_candidates(keys_a, keys_b, others.keys_bc, own)
     if how.loss_type == "triplet":
         table = contrast.distance_table(a, others.bc, how.distance)
-        return Compared(contrast.mined_triplet(table, own, barred, how.margin, how.mining), -table, own, barred)
+        return ComparedAnchors(contrast.mined_triplet(table, own, barred, how.margin, how.mining), -table, own, barred)
     logits = a @ others.bc.T / how.temperature
     weighted = logits
     if how.hard_negative_weight:
@@ -129,4 +129,4 @@ def compare(v: Vectors, others: Candidates, chosen: Tensor, how: Comparison) -> 
     if others.a is not None and others.keys_a is not None:
         back = contrast.barred_candidates(keys_b, keys_a, others.keys_a, own)
         losses = (losses + contrast.infonce(v.b[chosen] @ others.a.T / how.temperature, own, back)) / 2.0
-    return Compared(losses, logits, own, barred)
+    return ComparedAnchors(losses, logits, own, barred)

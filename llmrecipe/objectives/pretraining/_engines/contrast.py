@@ -16,7 +16,7 @@ from llmrecipe.engine.logprob import upcast
 
 
 def distances(x: Tensor, y: Tensor, kind: str) -> Tensor:
-    """Return the distance of every row of x (A, D) from the row of y (A, D) beside it, (A,).
+    """Return the distance of every row of x (A, D) from its row of y (A, D), (A,).
 
     `euclidean` is torch's `pairwise_distance`, which has a gradient where the rows are equal.
     """

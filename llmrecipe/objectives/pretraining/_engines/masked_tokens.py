@@ -11,7 +11,15 @@ from llmrecipe.core.option_types import Fraction, Literal, PositiveFraction, Pos
 from llmrecipe.core.registry import options
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Measures
-from llmrecipe.objectives.pretraining._engines.masking import KINDS, Hidden, Plan, generator, hide, mask_token, ordinary_tokens
+from llmrecipe.objectives.pretraining._engines.masking import (
+    KINDS,
+    Hidden,
+    MaskPlan,
+    generator,
+    hide,
+    mask_token,
+    ordinary_tokens,
+)
 from llmrecipe.objectives.token_math import TOKEN_METRICS
 
 MASKED_METRICS: Measures = {**TOKEN_METRICS, **{f"accuracy/{kind}": "max" for kind in KINDS}}
@@ -58,7 +66,7 @@ class MaskedTokens:
             row: the token row it was made from, with `row` and, in training, `epoch`.
             number: of the sequence among those of the row.
         """
-        plan = Plan(self.prob, self.mask, self.random, self.select == "exact", self.unit, self.max_predictions)
+        plan = MaskPlan(self.prob, self.mask, self.random, self.select == "exact", self.unit, self.max_predictions)
         epoch = row.get("epoch")
         draws = generator(roles.seed, 0 if epoch is not None and not self.dynamic else epoch, row["row"], number)
         return hide(plan, words, ids, draws, mask_token(roles.tokenizer), ordinary_tokens(roles.tokenizer))

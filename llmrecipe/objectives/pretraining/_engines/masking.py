@@ -26,7 +26,7 @@ SPAN_GEOMETRIC, LONGEST_SPAN = 0.2, 10
 
 
 @dataclass(frozen=True)
-class Plan:
+class MaskPlan:
     """How tokens are chosen and replaced."""
 
     prob: float
@@ -57,7 +57,7 @@ def generator(seed: int, epoch: int | None, row: int, number: int = 0) -> np.ran
 
 
 def hide(
-    plan: Plan, words: Sequence[int], ids: Sequence[int], draws: np.random.Generator, mask_id: int, pool: np.ndarray
+    plan: MaskPlan, words: Sequence[int], ids: Sequence[int], draws: np.random.Generator, mask_id: int, pool: np.ndarray
 ) -> Hidden:
     """Choose the hidden tokens of a row and what stands in their place.
 
@@ -175,7 +175,7 @@ def _within(groups: list[list[int]], budget: int, draws: np.random.Generator) ->
     return chosen or [min(order, key=len)]
 
 
-def _independent(groups: list[list[int]], plan: Plan, draws: np.random.Generator) -> list[list[int]]:
+def _independent(groups: list[list[int]], plan: MaskPlan, draws: np.random.Generator) -> list[list[int]]:
     """Take each group with the probability, at least one of them, at most `plan.most` tokens."""
     taken = draws.random(len(groups)) < plan.prob
     chosen = [group for group, one in zip(groups, taken, strict=True) if one]

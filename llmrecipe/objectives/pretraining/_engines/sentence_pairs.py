@@ -59,7 +59,7 @@ class PairPlan:
     """other_doc, same_doc or swap."""
 
 
-def pairs_of(document: Document, plan: PairPlan, draws: np.random.Generator, other: Callable[[int], Document]) -> list[Pair]:
+def make_pairs(document: Document, plan: PairPlan, draws: np.random.Generator, other: Callable[[int], Document]) -> list[Pair]:
     """Return the pairs of a document.
 
     Sentences are gathered up to a target length (`room`, or with probability `short_prob` a random shorter one); the first
