@@ -3,7 +3,7 @@
 The key is a hash of what determines the token rows and of nothing else: the content of the data, the tokenizer with its
 template, the row type and mask, the length options, the split or sample, and the code that encodes. A table is written under
 a temporary name and then renamed, so a reader never sees half of one and two writers do not disturb each other. Its checksums
-are verified when it is opened; a damaged table is removed and built again.
+are verified when it is opened; a damaged table is removed and built again. Old tables are removed when a new one is written.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from llmrecipe.core.cache_sweep import LOCK, UNFINISHED, mark_used, sweep
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.file_hashes import file_hash, sha256_of
+from llmrecipe.core.file_lock import hold
 from llmrecipe.core.paths import cache_root
 from llmrecipe.data.tokenize.row_type import RowType
 
@@ -195,8 +197,9 @@ class TableWriter:
     def __init__(self, kind: RowType, folder: Path | None) -> None:
         self.kind, self.folder, self.schema = kind, folder, schema_of(kind)
         self.batches: list[pa.RecordBatch] = []
-        self._aside = None if folder is None else folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+        self._aside = None if folder is None else folder.with_name(f"{folder.name}.{uuid.uuid4().hex}{UNFINISHED}")
         self._file: Any = None
+        self._lock: TextIO | None = None
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Append a batch."""
@@ -208,6 +211,7 @@ class TableWriter:
         try:
             if self._file is None:
                 self._aside.mkdir(parents=True)
+                self._lock = hold(self._aside / LOCK, f"{self._aside}: another process writes it")
                 self._file = pa.ipc.new_file(str(self._aside / FILE), self.schema)
             self._file.write_batch(batch)
         except OSError as error:
@@ -228,6 +232,7 @@ class TableWriter:
             for name in (FILE, FACTS):
                 with (self._aside / name).open("rb") as file:
                     os.fsync(file.fileno())
+            self._unlock()
         except OSError as error:
             self.abandon()
             raise _no_room(self._aside, error) from error
@@ -249,7 +254,14 @@ class TableWriter:
             self._file.close()
             self._file = None
         if self._aside is not None:
+            self._unlock()
             shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        if self._lock is not None and self._aside is not None:
+            (self._aside / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
 
 
 def _no_room(place: Path, error: OSError) -> DataError:
@@ -262,6 +274,11 @@ def _no_room(place: Path, error: OSError) -> DataError:
 def table_folder(key: str) -> Path:
     """Return the folder of the table of a key."""
     return cache_root() / "tokens" / key[:2] / key
+
+
+def sweep_tables() -> list[Path]:
+    """Remove tables unused for long or beyond the size of the cache, and what killed processes left; return them."""
+    return sweep((cache_root() / "tokens").glob("*/*"))
 
 
 def open_table(folder: Path, kind: RowType) -> TokenTable | None:
@@ -278,6 +295,7 @@ def open_table(folder: Path, kind: RowType) -> TokenTable | None:
         facts = content["facts"]
         if table_key(facts) != content["facts_sha256"] or sha256_of(folder / FILE) != content["rows_sha256"]:
             raise ValueError("its checksums differ")
+        mark_used(folder)
         reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
         return TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

@@ -19,6 +19,7 @@ from llmrecipe.data.cache import (
     TokenTable,
     open_table,
     schema_of,
+    sweep_tables,
     table_folder,
     table_key,
     to_batch,
@@ -102,6 +103,8 @@ def build_table(
         raise
     made = writer.finish({"key": key, "report": report.to_dict()})
     made.content = content
+    if folder is not None:
+        sweep_tables()
     return made
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llmrecipe.core.cache_sweep import sweep
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare, tokenize_split
 from llmrecipe.data.cache import FILE, TableWriter, open_table, schema_of, to_batch
@@ -197,3 +200,41 @@ def test_damage_of_any_kind_heals(harm: str, tmp_path: Path, own_cache: Path, en
     assert again.report.kept == len(wanted)
     prepare(section, byte_tokenizer(), "dialogue", seed=0)
     assert len(encodings) == 2, "the new table is intact"
+
+
+def aged(folder: Path, days: float) -> None:
+    """Set the times of a folder and of all it holds back."""
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (time.time() - days * 86_400,) * 2)
+
+
+def test_a_new_table_makes_old_ones_and_those_of_killed_writers_go(tmp_path: Path, own_cache: Path) -> None:
+    columns = {"ids": [[1, 2]], "trained": [[0, 1]], "source_row": [0]}
+    kind, tokens = row_type("text"), own_cache / "tokens" / "ab"
+    writers = {name: TableWriter(kind, tokens / name) for name in ("old", "used", "alive", "killed", "young")}
+    for writer in writers.values():
+        writer.add(to_batch(columns, schema_of(kind)))
+    for name in ("old", "used"):
+        writers[name].finish({"key": name, "report": {}})
+        aged(tokens / name, 31)
+    assert open_table(tokens / "used", kind) is not None
+    for name in ("killed", "young"):
+        handle = writers[name]._lock
+        assert handle is not None
+        handle.close()
+    for folder in (*tokens.glob("alive*"), *tokens.glob("killed*")):
+        aged(folder, 1.1)
+    prepare(DataSection(path=str(write(tmp_path / "a.jsonl", TALKS))), byte_tokenizer(), "dialogue", seed=0)
+    assert sorted(path.name.split(".")[0] for path in tokens.iterdir()) == ["alive", "used", "young"]
+    assert len(writers["alive"].finish({"key": "alive", "report": {}})) == 1
+    assert sorted(path.name for path in (tokens / "alive").iterdir()) == ["facts.json", FILE]
+
+
+def test_beyond_its_size_a_cache_loses_what_was_unused_for_longest_but_nothing_of_today(tmp_path: Path) -> None:
+    for name, days in {"a": 3.0, "b": 2.0, "c": 1.5, "today": 0.5}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_bytes(bytes(100))
+        aged(tmp_path / name, days)
+    assert [path.name for path in sweep(tmp_path.iterdir(), room=250)] == ["a", "b"]
+    assert [path.name for path in sweep(tmp_path.iterdir(), room=50)] == ["c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["today"]
