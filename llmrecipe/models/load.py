@@ -30,7 +30,7 @@ from llmrecipe.models.resolve_class import (
     resolve_dtype,
     with_code,
 )
-from llmrecipe.models.weight_headers import stored_dtype
+from llmrecipe.models.weight_headers import headers, stored_dtype
 from llmrecipe.recipe.rights import how_to_give
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
@@ -128,8 +128,16 @@ def skeleton(
     backend = attention(section, _concrete(auto, config))
     with torch.device("meta"), quiet():
         model = _from_config(section, auto, config, resolve_dtype(section.dtype, config, device), backend)
-    model.new_heads = ()
+    model.new_heads = _heads_without_weights(section, model) if rows_head in CLASSIFIERS else ()
     return _finish(model.eval(), section, backend, tokenizer)
+
+
+def _heads_without_weights(section: ModelSection, model: LanguageModel) -> tuple[str, ...]:
+    """Return the classifiers of a model whose weights its checkpoint does not hold, as far as the headers tell."""
+    heads = [name for name in ("score", "classifier") if hasattr(model, name)]
+    place, local = locate(section.path) if section.init == "pretrained" else ("", False)
+    stored = headers(Path(place)) if local else {}
+    return tuple(head for head in heads if not any(name.startswith(f"{head}.") for name in stored))
 
 
 def _from_config(section: ModelSection, auto: Any, config: PreTrainedConfig, dtype: torch.dtype, backend: str) -> Any:

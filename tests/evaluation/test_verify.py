@@ -208,6 +208,9 @@ def test_files_that_do_not_hold_what_was_trained(bench: Bench, tmp_path: Path) -
     tensors = load_file(str(delta))
     name = next(n for n in tensors if n.endswith(".B"))
     save_file({**tensors, name: tensors[name] + 0.1}, str(delta))
+    found = line("saved_model", other)
+    assert found.result == "failed" and "delta.safetensors has changed since it was written" in found.reason
+    (delta.parent / "checksums.json").unlink()
     assert line("saved_model", other).result == "failed"
 
 

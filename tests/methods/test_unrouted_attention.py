@@ -54,7 +54,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 def words(family: str, kind: str) -> list[str]:
     """Overrides of a recipe: a random model of the family under one wrapper."""
     shape = {k: v for k, v in UNROUTED[family][1].items() if k not in ("vocab_size", "max_position_embeddings")}
-    shape |= {"vocab_size": 512} | ({"max_position_embeddings": 512} if "n_positions" not in shape else {})
+    shape |= {"vocab_size": 1024} | ({"max_position_embeddings": 512} if "n_positions" not in shape else {})
     config = [f"model.config.{k}={str(v).replace(' ', '')}" for k, v in {"model_type": family, **shape}.items()]
     options = [f"stack.{kind}.{k}={str(v).replace(' ', '')}".replace("'", "") for k, v in WRAPPERS[kind].items()]
     return [f"stack=[{kind}]", "model.init=random", *config, *options, "data.limit=8", "data.cache=false"]

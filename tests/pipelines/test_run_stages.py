@@ -138,7 +138,7 @@ stages:
 
 def finish(planned: Planned) -> None:
     """Leave what a finished training leaves."""
-    planned.dir.mkdir(parents=True)
+    (planned.dir / "final").mkdir(parents=True)
     (planned.dir / "recipe.yaml").write_text("{}", encoding="utf-8")
     (planned.dir / "status.json").write_text('{"status": "done"}', encoding="utf-8")
     (planned.dir / "events.jsonl").write_text('{"event": "step", "step": 2, "loss": 1.0}\n', encoding="utf-8")

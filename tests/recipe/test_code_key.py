@@ -158,11 +158,13 @@ def pipeline(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return package
 
 
-def test_only_the_stages_that_use_a_plugin_have_another_folder(pipeline: Path) -> None:
-    before = {s.name: s.key for s in plan(compose("two.yaml")).stages}
+def test_only_the_stages_that_open_a_plugin_have_another_folder(pipeline: Path) -> None:
+    """The plugins of a pipeline are opened by all of its stages, those of a stage's recipe by that stage alone."""
+    Path("one.yaml").write_text(PIPELINE.replace("plugins: [keyed_plugin]\n", ""), encoding="utf-8")
+    before = {(name, s.name): s.key for name in ("one.yaml", "two.yaml") for s in plan(compose(name)).stages}
     (pipeline / "words.py").write_text("GOOD = (7,)\n", encoding="utf-8")
-    after = {s.name: s.key for s in plan(compose("two.yaml")).stages}
-    assert after["first"] == before["first"] and after["second"] != before["second"]
+    after = {(name, s.name): s.key for name in ("one.yaml", "two.yaml") for s in plan(compose(name)).stages}
+    assert [key for key in before if after[key] == before[key]] == [("one.yaml", "first")]
 
 
 def test_code_changed_on_the_way_is_not_run_under_the_old_key(pipeline: Path) -> None:

@@ -75,13 +75,13 @@ def test_no_pass_of_a_calibration_is_larger_than_one_of_training(
 ) -> None:
     run = opened(tmp_path / "run", *words, *more, recipe=recipe)
     sizes: list[tuple[int, int]] = []
-    original = Engine.hidden
+    original = Engine.states
 
     def watched(self: Engine, batch: Any) -> Any:
         sizes.append((batch.input_ids.shape[0], batch.tokens))
         return original(self, batch)
 
-    monkeypatch.setattr(Engine, "hidden", watched)
+    monkeypatch.setattr(Engine, "states", watched)
     run.stack.calibrate(run.model, run.probe())
     rows, tokens = max(r for r, _ in sizes), max(t for _, t in sizes)
     assert len(sizes) >= 3 and sum(r for r, _ in sizes) % 6 == 0

@@ -58,7 +58,9 @@ def opened_and_exported(folder: Path, export: Callable[[Path], Any], *options: s
         model, _ = load(folder, device="cpu")
         torch.testing.assert_close(model(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5)
     done = export(folder)
-    assert done.difference.largest < 1e-3 * done.difference.scale
+    # A merged folder has the dtype the base is stored in, which rounds its weights.
+    stored = done.difference.bound if export is export_merged else 1e-3
+    assert done.difference.largest < stored * done.difference.scale
 
 
 @pytest.mark.parametrize("init", ["loftq", "eva", *(pytest.param(i, marks=pytest.mark.slow) for i in ("corda", "lora_ga"))])

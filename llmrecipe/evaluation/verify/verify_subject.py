@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core import registry
-from llmrecipe.core.errors import ProofError
+from llmrecipe.core.errors import ProofError, RunError
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.evaluation.verify.bench import Bench, short_words
 from llmrecipe.evaluation.verify.exported import compare_export, is_export
@@ -77,7 +77,7 @@ def judged(name: str, measure: Callable[[], Measured]) -> CheckResult:
         found = measure()
     except NotApplicable as why:
         return CheckResult(name, "not applicable", about, reason=str(why))
-    except ProofError as error:
+    except (ProofError, RunError) as error:
         return CheckResult(name, "failed", about, reason=str(error))
     if found.passes:
         return CheckResult(name, "ok", found.compared, found.difference, found.bound)

@@ -18,7 +18,6 @@ from llmrecipe.feedback.judges.choice import Leads, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
 from llmrecipe.feedback.judges.labeller import Ask, Judge, chunks, short_hash
 from llmrecipe.recipe.content_key import REFERENCE, content_key
-from llmrecipe.recipe.rights import rights_of
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
@@ -114,7 +113,8 @@ class Local(Judge):
     def roles(self) -> Roles:
         """Return the model, loaded on first use."""
         if self.place.roles is None:
-            self.place.roles = loaded_roles(self.path, self.base, self.dtype, rights_of(self))
+            rights = {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+            self.place.roles = loaded_roles(self.path, self.base, self.dtype, rights)
         return self.place.roles
 
     def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:

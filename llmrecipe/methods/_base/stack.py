@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,11 +239,15 @@ class Stack:
 
 
 def base_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model without what was added to it: hooks, shared modules, scalar heads of roles."""
+    """Count the parameters of a model without what was added to it: hooks, shared modules, new heads."""
     added = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
     added |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
-    named = model.named_parameters()
-    return sum(p.numel() for name, p in named if id(p) not in added and not name.startswith(f"{task_heads.ATTRIBUTE}."))
+    heads = (task_heads.ATTRIBUTE, *getattr(model, "new_heads", ()))
+    return sum(p.numel() for name, p in model.named_parameters() if id(p) not in added and not _inside(name, heads))
+
+
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 @contextlib.contextmanager

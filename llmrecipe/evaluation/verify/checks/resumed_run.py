@@ -15,6 +15,7 @@ from llmrecipe.evaluation.verify.bench import HALF, STEPS, Bench, largest
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.recipe.compose import compose
+from llmrecipe.runs.checkpoint_io import keep_only, steps
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.training.train import train
 
@@ -28,10 +29,12 @@ class ResumedRun(Verification):
     def measure(self, bench: Bench) -> Measured:
         """Continue a copy of the short training from its checkpoint and compare what `final/` holds."""
         whole = bench.run.dir.path
-        if not any((whole / "checkpoints").glob("step-*")):
+        if HALF not in steps(whole / "checkpoints"):
             raise NotApplicable("the objective allows no checkpoint inside so short a run")
         parts = bench.folder / "resumed"
         shutil.copytree(whole, parts, ignore=shutil.ignore_patterns("final", "lock"))
+        # The checkpoint of the end would leave nothing to continue.
+        keep_only(parts / "checkpoints", {HALF})
         RunDir(parts).status("interrupted", step=HALF)
         with contextlib.redirect_stdout(io.StringIO()):
             train(compose(parts / "recipe.yaml"), parts)
