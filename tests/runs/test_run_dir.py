@@ -154,3 +154,15 @@ def test_only_the_main_process_writes(tmp_path):
         RunDir.create(composition(dir=str(tmp_path / "out")), runtime)
     with pytest.raises(RunError, match="another process"):
         RunDir.create(composition(), SimpleNamespace(is_main=False, broadcast_json=lambda value: told[1]))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_run_directory_follows_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        run = RunDir.create(composition(root=str(tmp_path)))
+    finally:
+        os.umask(before)
+    modes = {path: (path.is_dir(), path.stat().st_mode & 0o777) for path in (run.path, *run.path.rglob("*"))}
+    assert len(modes) > 3
+    assert {path.name: mode for path, (folder, mode) in modes.items() if mode != (0o777 if folder else 0o666) & ~mask} == {}
