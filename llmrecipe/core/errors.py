@@ -57,7 +57,7 @@ class Interrupted(LlmRecipeError):
 
 
 def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | None = None) -> str:
-    """Return `; did you mean 'x'?` for the nearest known spelling, or an empty string when nothing is near.
+    """Return `; did you mean 'x'?` for the nearest other spelling known, or an empty string when nothing is near.
 
     One typing error (a letter added, missing, wrong, or two swapped) counts as near even in words too short for a similarity
     ratio; so do half a word and a dash instead of an underscore. A choice whose meaning begins with the word is preferred to a
@@ -74,7 +74,7 @@ def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | 
         >>> did_you_mean("xyz", ["lora"])
         ''
     """
-    choices = list(known)
+    choices = [choice for choice in known if choice != word]
     plain = word.lower().replace("-", "_")
     words = sorted((c for c in choices if plain in c.split("_")), key=len)
     near = [c for c in choices if c == plain] or (words if len(plain) < 3 else [])

@@ -7,7 +7,6 @@ torch except `instantiate`.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
+from llmrecipe.recipe.key_hints import component_as_section, elsewhere
 from llmrecipe.recipe.provenance import Origin, leaves, origin_of
 from llmrecipe.recipe.registered_names import unknown_names
 from llmrecipe.recipe.schema import Recipe, Section
@@ -61,14 +61,15 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
     unset = {m.key for m in mistakes}
     checked = dict(mapping)
     for group in SINGLE:
-        body, found = check_component(group, mapping.get(group), (group,))
+        body, found = check_component(group, mapping.get(group), (group,), recipe=mapping)
         checked[group] = body
         mistakes += found
     stack = mapping.get("stack", {})
     if isinstance(stack, Mapping):
         checked["stack"] = {}
         for name, entry in stack.items():
-            body, found = check_component("stack", entry, ("stack", str(name)), others=[str(n) for n in stack if n != name])
+            others = [str(n) for n in stack if n != name]
+            body, found = check_component("stack", entry, ("stack", str(name)), others, mapping)
             checked["stack"][name] = body
             mistakes += found
         mistakes += check_stack(stack)
@@ -77,7 +78,7 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
     try:
         recipe = Recipe.model_validate_json(_json(checked))
     except ValidationError as error:
-        mistakes += merge_mistakes(endless, translate(error, mapping, Recipe, ()))
+        mistakes += merge_mistakes(endless, translate(error, mapping, Recipe, (), recipe=mapping))
     else:
         mistakes += endless
     mistakes += [Mistake(*found) for found in (unknown_names(recipe) if recipe is not None else ())]
@@ -99,8 +100,15 @@ def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str
     return checked
 
 
-def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = ()) -> tuple[dict[str, Any], list[Mistake]]:
-    """Return the options of a component with defaults filled in, and what is wrong with them."""
+def check_component(
+    group: str, body: Any, at: KeyPath, others: Sequence[str] = (), recipe: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], list[Mistake]]:
+    """Return the options of a component with defaults filled in, and what is wrong with them.
+
+    Args:
+        others: names of the other entries of the stack.
+        recipe: what the component is part of, for hints.
+    """
     if not isinstance(body, Mapping):
         return {}, [Mistake(at, f"must be a mapping with a kind, such as {{kind: {_example(group)}}}; got {yaml_text(body)}")]
     kind = body.get("kind")
@@ -115,7 +123,7 @@ def check_component(group: str, body: Any, at: KeyPath, others: Sequence[str] = 
     try:
         model = spec.schema_model.model_validate_json(_json(options))
     except ValidationError as error:
-        return dict(body), merge_mistakes(endless, translate(error, options, spec.schema_model, at, str(kind)))
+        return dict(body), merge_mistakes(endless, translate(error, options, spec.schema_model, at, str(kind), recipe))
     if wrong := [*endless, *(Mistake(*found) for found in unknown_names(model, at))]:
         return dict(body), wrong
     values = json.loads(model.model_dump_json(by_alias=True))
@@ -223,7 +231,12 @@ def report(mistakes: list[Mistake], origins: Mapping[KeyPath, Origin]) -> str:
 
 
 def translate(
-    error: ValidationError, given: Mapping[str, Any], model: type[BaseModel], at: KeyPath, owner: str = ""
+    error: ValidationError,
+    given: Mapping[str, Any],
+    model: type[BaseModel],
+    at: KeyPath,
+    owner: str = "",
+    recipe: Mapping[str, Any] | None = None,
 ) -> list[Mistake]:
     """Translate Pydantic's errors into this project's messages; the branches of a union become one line."""
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
@@ -234,7 +247,7 @@ def translate(
     for key, details in grouped.items():
         unknown = next((d for d in details if d["type"] in ("extra_forbidden", "unexpected_keyword_argument")), None)
         if unknown is not None:
-            mistakes.append(Mistake((*at, *key), _unknown_key(model, key, owner or dotted((*at, *key[:-1])))))
+            mistakes.append(Mistake((*at, *key), _unknown_key(model, at, key, owner, recipe or {})))
         elif details[0]["type"] in ("missing", "missing_keyword_only_argument"):
             mistakes.append(Mistake((*at, *key), f"must be given; {owner or 'it'} has no default for it"))
         else:
@@ -270,44 +283,20 @@ def _value_at(given: Any, key: KeyPath) -> Any:
     return given
 
 
-def _unknown_key(model: type[BaseModel], key: KeyPath, owner: str) -> str:
-    name = str(key[-1])
+def _unknown_key(model: type[BaseModel], at: KeyPath, key: KeyPath, owner: str, recipe: Mapping[str, Any]) -> str:
+    name, place, owner = str(key[-1]), (*at, *key), owner or dotted((*at, *key[:-1]))
     for part in key[:-1]:
         field = model.model_fields.get(str(part))
         kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
         model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     known = [field.alias or n for n, field in model.model_fields.items()]
     meanings = {field.alias or n: field.description or "" for n, field in model.model_fields.items()}
-    hint = did_you_mean(name, known, meanings) or _elsewhere(name)
+    misplaced = component_as_section(name, recipe.get(name), recipe) if model is Recipe else ""
+    hint = misplaced or did_you_mean(name, known, meanings) or (elsewhere(name, place, recipe) if recipe else "")
     if model is Recipe:
         return f"a recipe has no key '{name}'{hint}" + ("" if hint else f" (keys: {', '.join(known)})")
     noun = "option" if not issubclass(model, Section) else "key"
     return f"{owner} has no {noun} '{name}'{hint}" + ("" if hint else f" ({noun}s: {', '.join(known) or 'none'})")
-
-
-@functools.cache
-def _homes() -> dict[str, str]:
-    """Return key -> its key path, for keys that are written in the wrong section."""
-    found: dict[str, str] = {}
-    for section, field in Recipe.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            for name, option in inner.model_fields.items():
-                found.setdefault(option.alias or name, f"{section}.{option.alias or name}")
-        else:
-            found[section] = section
-    return found
-
-
-def _elsewhere(name: str) -> str:
-    places = [home] if (home := _homes().get(name)) else []
-    for group in SINGLE:
-        kinds = [kind for kind in registry.names(group) if name in registry.spec(group, kind).options]
-        if kinds:
-            places.append(f"{group}.{name}")
-    methods = [kind for kind in registry.names("stack") if name in registry.spec("stack", kind).options]
-    places += [f"stack.{methods[0]}.{name}"] if methods else []
-    return f"; did you mean '{places[0]}'?" if places else ""
 
 
 TYPES = {

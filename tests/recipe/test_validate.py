@@ -230,3 +230,29 @@ def test_build_component_fills_defaults_and_names_the_path() -> None:
         build_component("stack", {"kind": "lora", "rr": 2}, "stack.x")
     with pytest.raises(RecipeError, match=r"stack\.x\.kind: there is no stack 'lorra'; did you mean 'lora'\?"):
         build_component("stack", {"kind": "lorra"}, "stack.x")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("lora.r=8", "; did you mean 'stack.lora.r=8'?"),
+        ("adamw.lr=0.5", "; did you mean 'optim.lr=0.5'?"),
+        ("lora=3", "; its options are written stack.lora.OPTION=VALUE"),
+        ("vera.r=4", "; vera is chosen by stack=[lora, vera], and its options are written stack.vera.OPTION=VALUE"),
+        ("dpo.beta=1", "; dpo is chosen by objective=dpo, and its options are written objective.OPTION=VALUE"),
+        ("r=8", "; did you mean 'stack.lora.r'?"),
+        ("objective.alpha=2", "; did you mean 'stack.lora.alpha'?"),
+        ("objective.label_smoothing=0.1", "; it is an option of the objective "),
+        ("objective.beta=1", "; it is an option of the objective cpo, dpo, "),
+    ],
+)
+def test_a_key_at_the_wrong_place_is_answered_from_the_components_of_the_recipe(word: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        compose("sft_lora", [word])
+    assert hint in str(caught.value)
+    assert f"did you mean '{word.partition('=')[0]}'" not in str(caught.value)
+
+
+def test_no_suggestion_is_the_word_itself() -> None:
+    assert did_you_mean("beta", ["beta"]) == ""
+    assert did_you_mean("beta", ["beta", "betas"]) == "; did you mean 'betas'?"

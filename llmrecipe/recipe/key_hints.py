@@ -1,0 +1,73 @@
+"""What to write instead of a key that is unknown where it stands."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from llmrecipe.core import registry
+from llmrecipe.recipe.overrides import as_word
+from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS
+from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.yaml_file import KeyPath, dotted
+
+
+def component_as_section(name: str, value: Any, recipe: Mapping[str, Any]) -> str:
+    """Return the hint for a component's name used as a section, as in `lora.r=8`; an empty string for any other name."""
+    places = _components(recipe)
+    at = next((place for place, kind in places.items() if name in (place[-1] if place[0] == "stack" else kind, kind)), None)
+    if at is None:
+        group = next((g for g in COMPONENT_GROUPS if name in registry.names(g)), None)
+        if group is None:
+            return ""
+        names = [str(place[1]) for place in places if place[0] == "stack"]
+        choice = f"stack=[{', '.join([*names, name])}]" if group == "stack" else f"{group}={name}"
+        at = ("stack", name) if group == "stack" else (group,)
+        return f"; {name} is chosen by {choice}, and its options are written {dotted(at)}.OPTION=VALUE"
+    if isinstance(value, Mapping) and value:
+        return f"; did you mean '{' '.join(as_word((*at, *key), inner) for key, inner in leaves(value))}'?"
+    return f"; its options are written {dotted(at)}.OPTION=VALUE"
+
+
+def elsewhere(name: str, at: KeyPath, recipe: Mapping[str, Any]) -> str:
+    """Return where a recipe has an option of this name: in a section, in one of its components, else in another component.
+
+    Args:
+        at: where the option was given; it is never suggested.
+    """
+    kinds = {place: registry.spec(place[0], kind) for place, kind in _components(recipe).items()}
+    places = [_homes()[name]] if name in _homes() else []
+    places += [dotted((*place, name)) for place, spec in kinds.items() if name in spec.options]
+    places = [place for place in places if place != dotted(at)]
+    if places:
+        return f"; did you mean '{places[0]}'?"
+    for group in sorted(COMPONENT_GROUPS, key=lambda group: group != at[0]):
+        owners = [kind for kind in registry.names(group) if name in registry.spec(group, kind).options]
+        if owners:
+            return f"; it is an option of the {group} {', '.join(owners[:4])}{', ...' if len(owners) > 4 else ''}"
+    return ""
+
+
+def _components(recipe: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """Return (group,) or (stack, entry) -> kind, for every known component of a recipe."""
+    stack = recipe.get("stack")
+    bodies: dict[tuple[str, ...], Any] = {(group,): recipe.get(group) for group in COMPONENT_GROUPS if group != "stack"}
+    bodies |= {("stack", str(name)): body for name, body in (stack.items() if isinstance(stack, Mapping) else ())}
+    kinds = {place: str(body.get("kind")) for place, body in bodies.items() if isinstance(body, Mapping)}
+    return {place: kind for place, kind in kinds.items() if kind in registry.names(place[0])}
+
+
+@functools.cache
+def _homes() -> dict[str, str]:
+    """Return key -> its key path, for keys that are written in the wrong section."""
+    found: dict[str, str] = {}
+    for section, field in Recipe.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            for name, option in inner.model_fields.items():
+                found.setdefault(option.alias or name, f"{section}.{option.alias or name}")
+        else:
+            found[section] = section
+    return found
