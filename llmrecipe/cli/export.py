@@ -61,6 +61,7 @@ def verb(
     from llmrecipe.core.errors import UserError, did_you_mean
     from llmrecipe.interop.merge_options import MergeConfig
     from llmrecipe.interop.run_plugins import open_plugins_of
+    from llmrecipe.runs.durable import share_as_folder
 
     for key, value, allowed in (
         ("--to", to, FORMATS),
@@ -102,6 +103,7 @@ def verb(
         done = export_peft(
             run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, loaded=loaded, rights=rights
         )
+    share_as_folder(done.path)
     if as_json:
         print_json(done.facts())
         return

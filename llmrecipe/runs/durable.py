@@ -50,6 +50,14 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def share_as_folder(folder: Path) -> None:
+    """Give every file of a folder the permissions that the umask gave the folder; safetensors writes for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def put_in_place(aside: Path, target: Path) -> None:
     """Rename a synced folder to its final name; the one it replaces stays valid until then."""
     replaced = target.with_name(f"{REPLACED}{target.name}")

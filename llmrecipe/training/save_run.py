@@ -31,7 +31,7 @@ from llmrecipe.runs.checkpoint_io import (
     steps,
 )
 from llmrecipe.runs.checksums import write_checksums
-from llmrecipe.runs.durable import ASIDE, put_in_place, sync_tree
+from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tree
 from llmrecipe.runs.run_dir import BEST, IDENTITY
 from llmrecipe.training import build_run, finite_check, run_identity
 from llmrecipe.training.evaluate import evaluate
@@ -266,6 +266,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         for name, content in run.objective.documents(run.roles).items():
             (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         write_checksums(aside)
+        share_as_folder(aside)
         sync_tree(aside)
         put_in_place(aside, final)
     except OSError as error:

@@ -194,3 +194,14 @@ def test_only_bests_that_nothing_returns_to_are_deleted(tmp_path: Path) -> None:
     rotate(tmp_path / "checkpoints", keep=1)
     save_run.forget_worse(run)
     assert steps(tmp_path / "best") == [3, 4]
+
+
+@pytest.mark.parametrize("recipe", ["sft_lora", "sft"])
+def test_every_file_of_a_finished_model_has_the_permissions_of_the_umask(recipe: str, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        train_recipe(tmp_path, recipe, *SHORT, "steps=1", "eval.every=null", "save.every=null")
+    finally:
+        os.umask(before)
+    files = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "final").rglob("*") if path.is_file()}
+    assert len(files) > 4 and set(files.values()) == {"0o640"}, files
