@@ -64,7 +64,7 @@ class Batch:
     keys: tuple[int, ...] = ()
     """A digest of each row's tokens, for what is cached by content (reference log-probabilities)."""
     tokens: int = 0
-    """Real tokens the model reads."""
+    """Real tokens the model reads; none where a process without rows reads a filler to take part in a step."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What the objective needs in addition to tokens: labels, margins, advantages, encoder inputs."""
 
@@ -120,6 +120,7 @@ def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor]
     The first token of a sequence without parent has nothing before it and is never a target; the first token of a child is
     predicted from its parent's last token.
     """
+    real = bool(sequences)
     sequences = list(sequences) or [Sequence([0], [0])]
     starts: list[int] = []
     offsets: list[int] = []
@@ -156,7 +157,7 @@ def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor]
         last=torch.tensor(last, dtype=torch.long),
         task_ids=torch.tensor([tasks]) if _tasks(sequences) else None,
         rows=tuple(rows),
-        tokens=columns,
+        tokens=columns if real else 0,
         extra=extra or {},
     )
 
@@ -174,6 +175,7 @@ def pad(
     Args:
         columns: width of the rows; default the longest.
     """
+    real = bool(sequences)
     sequences = list(sequences) or [Sequence([0], [0])]
     parents = {s.parent for s in sequences if s.parent is not None}
     leaves = [i for i in range(len(sequences)) if i not in parents]
@@ -224,7 +226,7 @@ def pad(
         task_ids=tasks if _tasks(sequences) else None,
         prompt_lengths=torch.tensor(prompts, dtype=torch.long),
         rows=tuple(rows),
-        tokens=int(mask.sum()),
+        tokens=int(mask.sum()) if real else 0,
         extra=extra or {},
     )
 

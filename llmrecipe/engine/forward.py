@@ -184,7 +184,7 @@ class Engine(nn.Module):
                     found, own = self._pooled(part, pool)
             vectors.append(found)
             if own is not None:
-                own = own * (part.tokens / batch.tokens)
+                own = own * (part.tokens / max(batch.tokens, 1))
                 total = own if total is None else total + own
         return torch.cat(vectors), total
 

@@ -117,3 +117,9 @@ def test_packed_gradients_equal_padded_gradients() -> None:
         grads.append({n: p.grad for n, p in model.named_parameters()})
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-10, rtol=1e-8)
+
+
+def test_the_filler_of_a_process_without_rows_is_no_token_it_read() -> None:
+    assert [pack([]).tokens, pad([], 0).tokens, pad([], 0, columns=4).tokens] == [0, 0, 0]
+    assert pack([]).input_ids.shape == (1, 1), "the model still reads something, so that the process takes part in the step"
+    assert [pack([Sequence([0], [0])]).tokens, pad([Sequence([0], [0])], 0).tokens] == [1, 1]
