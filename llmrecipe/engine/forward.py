@@ -20,7 +20,7 @@ from llmrecipe.data.collate import Batch, part_of_batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.models.load_balance import auxiliary_loss
-from llmrecipe.models.masked_heads import head_chain
+from llmrecipe.models.masked_heads import language_head_of
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -122,7 +122,7 @@ class Engine(nn.Module):
     @property
     def head(self) -> nn.Module:
         """Return the module that maps hidden states (..., D) to logits (..., V)."""
-        return head_chain(self.model) or self.model.get_output_embeddings()
+        return language_head_of(self.model)
 
     def head_of(self, role: str) -> nn.Module:
         """Return a role's own scalar head, stored under `task_head` of the model."""

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,8 +243,16 @@ def _finish(model: LanguageModel, section: ModelSection, backend: str, tokenizer
 
 
 def routes_attention(cls: type, backend: str) -> bool:
-    """Whether the loader routes a class through `models.attention`; packed rows and attention hooks work where it does."""
-    return bool(getattr(cls, "_supports_attention_backend", False)) and backend in ("sdpa", "eager")
+    """Whether the loader routes a class through `models.attention`; packed rows and attention hooks work where it does.
+
+    Most encoder-decoders of Transformers do not claim to take other backends, though they ask its table of attention functions
+    like the rest. Their rows are never packed, and a hook is refused at each module that does not ask, so they are routed.
+    """
+    if backend not in ("sdpa", "eager"):
+        return False
+    asks = hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") and getattr(cls, "_supports_sdpa", False)
+    pair = getattr(getattr(cls, "config_class", None), "is_encoder_decoder", False)
+    return bool(getattr(cls, "_supports_attention_backend", False) or (asks and pair is True))
 
 
 def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 
@@ -33,6 +33,27 @@ def head_chain(model: nn.Module) -> nn.Module | None:
         if len(parts) == len(chain):
             return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     return None
+
+
+class BiasedHead(nn.Module):
+    """A head (..., D) -> (..., V) and the bias (1, V) that its model adds to the logits outside of it (BART, Marian)."""
+
+    def __init__(self, head: nn.Module, bias: Tensor):
+        super().__init__()
+        self.head = head
+        self.bias = bias
+        self.out_features = bias.shape[-1]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the logits of states."""
+        return self.head(states) + self.bias[0]
+
+
+def language_head_of(model: LanguageModel) -> nn.Module:
+    """Return the module that maps states (..., D) to the logits (..., V) of a language model."""
+    head = head_chain(model) or model.get_output_embeddings()
+    bias = getattr(model, "final_logits_bias", None)
+    return head if bias is None else BiasedHead(head, bias)
 
 
 def check_masked_head(model: LanguageModel) -> None:

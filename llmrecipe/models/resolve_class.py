@@ -159,8 +159,7 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
     """Return the Auto class for a head, after checking that the family has one."""
     import transformers
 
-    if rows_head == STATES:
-        rows_head = language_head(config)
+    rows_head = family_head(config, rows_head)
     if rows_head not in AUTO:
         raise ModelError(f"there is no model head '{rows_head}' (known: {', '.join([*AUTO, STATES])})")
     fits = _fitting_heads(config)
@@ -168,6 +167,16 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
         able = ", ".join(head for head, fit in fits.items() if fit) or "none of the heads llmrecipe trains"
         raise ModelError(f"model.path: the objective needs {AUTO[rows_head][1]}, but '{config.model_type}' offers: {able}")
     return getattr(transformers, AUTO[rows_head][0])
+
+
+def family_head(config: PreTrainedConfig, rows_head: str) -> str:
+    """Return the head that a family has in the place of one an objective needs.
+
+    `causal` is `seq2seq` of an encoder-decoder, which answers a prompt too: the encoder reads it. `states` is `language_head`.
+    """
+    if rows_head == STATES:
+        return language_head(config)
+    return "seq2seq" if rows_head == "causal" and config.is_encoder_decoder else rows_head
 
 
 def language_head(config: PreTrainedConfig) -> str:

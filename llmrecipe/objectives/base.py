@@ -43,6 +43,8 @@ class Objective:
     """Row type it reads (see llmrecipe.data)."""
     head: ClassVar[str] = "causal"
     """Kind of model head: causal, classification, masked, seq2seq or image; or states, for a text model without its head."""
+    encoder_decoders: ClassVar[bool] = False
+    """Whether it trains encoder-decoders in the place of decoders, too: the encoder reads the prompt, the decoder answers."""
     roles: ClassVar[tuple[str, ...]] = ()
     """Auxiliary models besides the policy: reference, reward, value, judge, hypermodel."""
     differentiable: ClassVar[bool] = True

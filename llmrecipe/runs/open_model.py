@@ -18,6 +18,7 @@ from llmrecipe.models import new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_tokenizer
+from llmrecipe.models.resolve_class import family_head
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import base_storage, delta
@@ -144,7 +145,7 @@ def open_saved(
     loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
         task_heads.read_heads(model, folder)
-    loaded.head, loaded.labels = head, labels
+    loaded.head, loaded.labels = family_head(model.config, head) if head == "causal" else head, labels
     loaded.quantized = [delta.kind_name(wrapper) for wrapper in (known[-1] if known else ())]
     layers = list(saved.layers) if saved is not None else []
     layers += imported(base, model)

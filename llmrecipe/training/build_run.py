@@ -36,7 +36,7 @@ from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
-from llmrecipe.training.read_rows import check_model_fits, read_data, test_rows
+from llmrecipe.training.read_rows import check_family, check_model_fits, read_data, test_rows
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_state import Progress, RunState
 
@@ -82,6 +82,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     check_objective(parts.objective, parts.wrappers)
     direction(recipe.eval, parts.objective)
     check_cuts(parts.optimizer, parts.wrappers)
+    check_family(recipe, parts.objective)
     data, validation, labels = read_data(recipe, parts.objective, parts.wrappers)
     parts = replace(parts, wrappers=[w.for_tasks(data.tasks) for w in parts.wrappers])
     for wrapper in parts.wrappers:

@@ -18,7 +18,7 @@ from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
 from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
-from llmrecipe.training.read_rows import check_model_fits, read_data
+from llmrecipe.training.read_rows import check_family, check_model_fits, read_data
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -80,6 +80,7 @@ def examine(composition: Composition) -> Findings:
     direction(settings.eval, parts.objective)
     build_run.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
+    check_family(settings, parts.objective)
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])

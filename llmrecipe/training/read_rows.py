@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.registry import names, spec
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
 from llmrecipe.data.overlap import shared_rows
@@ -59,6 +60,33 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
         label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
     )  # fmt: skip
+
+
+def check_family(recipe: Any, objective: Any) -> None:
+    """Refuse, before rows are read, an encoder-decoder whose sides the objective cannot use.
+
+    Raises:
+        RecipeError: it trains decoders only, or leaves the encoder nothing to read; or the model has no first decoder token.
+    """
+    config = load_config(open_model.resolve_section(recipe.model)[0])
+    if not config.is_encoder_decoder or objective.head not in ("causal", "seq2seq"):
+        return
+    kind = delta.kind_name(objective)
+    if objective.head == "causal" and not objective.encoder_decoders:
+        able = ", ".join(name for name in names("objective") if spec("objective", name).facts.get("encoder_decoders"))
+        raise RecipeError(
+            f"model.path: '{config.model_type}' is an encoder-decoder, and objective={kind} trains decoders only; "
+            f"objectives that train both: {able}"
+        )
+    if objective.loss_mask() == "all":
+        raise RecipeError(
+            f"objective.mask: all leaves the encoder of '{config.model_type}' nothing to read; use assistant or completion"
+        )
+    if getattr(config, "decoder_start_token_id", None) is None:
+        raise RecipeError(
+            f"model.config.decoder_start_token_id: '{config.model_type}' states no token that its decoder starts with; "
+            "give its id (a T5 starts with its padding token)"
+        )
 
 
 def check_model_fits(recipe: Any, objective: Any, data: Any, validation: Any, labels: list[str] | None) -> None:

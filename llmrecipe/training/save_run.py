@@ -319,4 +319,4 @@ def saved_of(run: RunState) -> delta.SavedStack:
         "section": section.model_dump(exclude_defaults=True, exclude={"path", "continue_", "adapters", *RIGHTS}),
     }
     labels = getattr(run.data, "labels", None)
-    return delta.SavedStack(base, [*layers, own], run.objective.head, labels, delta.kind_name(run.objective))
+    return delta.SavedStack(base, [*layers, own], run.loaded.head, labels, delta.kind_name(run.objective))

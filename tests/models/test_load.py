@@ -222,8 +222,7 @@ def test_an_encoder_gets_a_pooler_and_a_classifier(tmp_path: Path) -> None:
     ("family", "head", "message"),
     [
         ("bert", "causal", "needs a causal language model, but 'bert' offers: classification, masked"),
-        ("t5", "causal", "offers: classification, seq2seq"),
-        ("bart", "causal", "seq2seq"),
+        ("t5", "masked", "offers: classification, seq2seq"),
         ("llama", "masked", "needs a masked language model, but 'llama' offers: causal, classification"),
         ("llama", "seq2seq", "needs an encoder-decoder"),
     ],

@@ -61,6 +61,7 @@ class Choices(Objective):
 
     rows: ClassVar[str] = "choices"
     head: ClassVar[str] = "causal"
+    encoder_decoders: ClassVar[bool] = True
 
     unlikelihood_weight: NonNegativeFloat = 1.0
     """Factor u of the unlikelihood of wrong answers."""

@@ -25,6 +25,7 @@ class Sft(Objective):
 
     rows: ClassVar[str] = "dialogue"
     head: ClassVar[str] = "causal"
+    encoder_decoders: ClassVar[bool] = True
 
     mask: LossMaskName = "assistant"
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
