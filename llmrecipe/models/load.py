@@ -250,9 +250,9 @@ def routes_attention(cls: type, backend: str) -> bool:
     """
     if backend not in ("sdpa", "eager"):
         return False
-    asks = hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") and getattr(cls, "_supports_sdpa", False)
+    interface = hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") and getattr(cls, "_supports_sdpa", False)
     pair = getattr(getattr(cls, "config_class", None), "is_encoder_decoder", False)
-    return bool(getattr(cls, "_supports_attention_backend", False) or (asks and pair is True))
+    return bool(getattr(cls, "_supports_attention_backend", False) or (interface and pair is True))
 
 
 def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:
