@@ -87,8 +87,9 @@ class Bench:
             run.objective.load_state(state)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the token rows of the probe batch."""
-        return [self.run.data[i] for i in range(min(ROWS, len(self.run.data)))]
+        """Return the token rows of the probe batch: the first that were trained on, which any reference has scored."""
+        count = min(ROWS, len(self.run.data), STEPS * self.run.recipe.batch.size)
+        return [self.run.data[int(i)] for i in self.run.order(0)[:count]]
 
     def micros(self, run: Run) -> list[Batch]:
         """Return the micro-batches of the probe rows; call inside `probing`."""

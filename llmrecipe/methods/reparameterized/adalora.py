@@ -334,6 +334,10 @@ class Adalora(Wrapper):
         """Set W <- W + s P diag(l) Q, b <- the trained b."""
         merge_hooks(model, self.name)
 
+    def may_skip(self, name: str) -> bool:
+        """Return whether it is the E of a module: it stays zero where the budget leaves the module no triplet."""
+        return name.endswith(".E")
+
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: r (in + out + 1) a site and biases train; importances are two numbers an entry."""
         scored = sum(p.numel() for hook in self._hooks(model).values() for p in hook.parameters())

@@ -11,7 +11,7 @@ from llmrecipe.core.forward_context import activate
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, pad
 from llmrecipe.evaluation.verify.bench import Bench, largest
-from llmrecipe.evaluation.verify.documents import BatchText, documents_of
+from llmrecipe.evaluation.verify.documents import BatchText, documents_of, segment_rows
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
 from llmrecipe.models.optimizations import without_speed_ups
 
@@ -99,10 +99,14 @@ def whole_documents(micro: Batch) -> list[BatchText]:
     if micro.layout is not None:
         ids = micro.input_ids[0].tolist()
         return [BatchText(ids[s.start : s.start + s.length], s.prompt) for s in micro.layout.segments]
-    width = micro.input_ids.shape[1]
+    width, kinds = micro.input_ids.shape[1], segment_rows(micro)
     assert micro.attention_mask is not None, "padded rows have a mask"
     firsts = micro.attention_mask.argmax(1).tolist()
-    return [BatchText(micro.input_ids[last // width, firsts[last // width] : last % width + 1].tolist(), 0) for last in lasts]
+    found = []
+    for last in lasts:
+        row, span = last // width, slice(firsts[last // width], last % width + 1)
+        found.append(BatchText(micro.input_ids[row, span].tolist(), 0, segments=None if kinds is None else kinds[row][span]))
+    return found
 
 
 def _plain_logits(bench: Bench, document: BatchText) -> Tensor:
@@ -115,4 +119,7 @@ def _plain_logits(bench: Bench, document: BatchText) -> Tensor:
         run.roles.device.type, dtype=engine.autocast or torch.bfloat16, enabled=engine.autocast is not None
     )
     with without_speed_ups(model), activate(batch.context()), autocast:
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        more = (
+            {} if document.segments is None else {"token_type_ids": torch.tensor([document.segments], device=run.roles.device)}
+        )
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits
