@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+from llmrecipe.core.console import say_aside
 
 T = TypeVar("T")
 
@@ -30,9 +33,17 @@ class Background(Generic[T]):
         except Exception as error:
             self._error = error
 
-    def value(self) -> T:
-        """Wait for the value and return it, or raise what the function raised."""
-        self._thread.join()
+    def value(self, waiting: str = "", every: float = 5.0) -> T:
+        """Wait for the value and return it, or raise what the function raised.
+
+        Args:
+            waiting: what the user reads every few seconds meanwhile; nothing by default.
+        """
+        started = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(every if waiting else None)
+            if self._thread.is_alive():
+                say_aside(f"{waiting}: {time.monotonic() - started:.0f} s so far")
         if self._error is not None:
             raise self._error
         return self._found[0]

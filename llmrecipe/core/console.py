@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -83,6 +84,26 @@ def counted(items: Iterable[T], what: str, total: int, every: float = 5.0) -> It
         yield item
 
 
+class Pace:
+    """Says on stderr how far something long has come, whenever `every` seconds have passed; only in the main process."""
+
+    def __init__(self, what: str, total: int, every: float = 5.0) -> None:
+        self.what, self.total, self.every = what, total, every
+        self._last = time.monotonic()
+
+    def at(self, done: int) -> None:
+        """Print `what: 12 of 64` where it is time."""
+        if time.monotonic() - self._last >= self.every:
+            say_aside(f"{self.what}: {done:,} of {self.total:,}")
+            self._last = time.monotonic()
+
+
 def say(line: str) -> None:
     """Print one line at once, printable, also into a pipe."""
     print(printable(line), flush=True)
+
+
+def say_aside(line: str) -> None:
+    """Print one line at once on stderr, so that JSON on stdout stays whole; only in the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(line), file=sys.stderr, flush=True)

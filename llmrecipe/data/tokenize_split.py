@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core import registry
+from llmrecipe.core.console import Pace
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.cache import (
     TableWriter,
@@ -94,10 +95,12 @@ def build_table(
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
     report.ignored = list(part.reader.ignored)
     report.unused = encoder.unused(row for _, row in islice(part.reader.stream(), SAMPLE))
+    pace = Pace(f"tokenising {part.reader.name}", draw[0] if draw is not None else len(part.reader))
     try:
         for batch, counted in _batches(encoder, part, draw, data.workers):
             writer.add(batch)
             report.merge(counted)
+            pace.at(report.read if draw is None else report.kept)
     except BaseException:
         writer.abandon()
         raise

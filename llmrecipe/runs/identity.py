@@ -66,14 +66,20 @@ class Identity:
         self._files = Background(lambda: named_files(named))
         # The files of a hub model are known once it is loaded; their names in the cache are their hashes.
         is_there = folder_of(section) is not None
-        self._base = Background(lambda: base_hashes(section)).value if is_there else lambda: base_hashes(section)
+        base = Background(lambda: base_hashes(section)) if is_there else None
+        self._base = lambda: base_hashes(section) if base is None else base.value(f"{section.path}: hashing the weights")
 
     def facts(self) -> dict[str, Any]:
         """Wait for the hashes and return everything."""
         if not self._facts:
-            files = {"base": self._base(), "files": self._files.value()}
+            files = {"base": self._base(), "files": self._files.value("hashing the files of the recipe")}
             known = {part: {name: found.remember() for name, found in hashes.items()} for part, hashes in files.items()}
-            self._facts = {"run": self.run, "data": self._data.value(), **known, **tokenizer_facts(self.tokenizer)}
+            self._facts = {
+                "run": self.run,
+                "data": self._data.value("hashing the data"),
+                **known,
+                **tokenizer_facts(self.tokenizer),
+            }
         return self._facts
 
 

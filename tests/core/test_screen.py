@@ -9,12 +9,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmrecipe.core import file_lock
+from llmrecipe.core.background import Background
 from llmrecipe.core.console import console
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import as_user_error, parse_json, read_json, reading
@@ -201,3 +203,13 @@ def test_errors_of_other_libraries_get_a_place_and_keep_their_reason() -> None:
     assert "memory is not enough" in str(as_user_error(MemoryError()))
     assert str(as_user_error(PermissionError(13, "Permission denied", "/x"))) == "/x: Permission denied"
     assert as_user_error(ZeroDivisionError()) is None
+
+
+def test_waiting_for_a_background_thread_is_said_on_stderr_and_only_where_it_lasts(capsys: pytest.CaptureFixture[str]) -> None:
+    go_on = threading.Event()
+    slow = Background(lambda: go_on.wait(10))
+    threading.Timer(0.12, go_on.set).start()
+    assert slow.value("hashing the weights", every=0.05) is True
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("hashing the weights: 0 s so far\n")
+    assert Background(lambda: 3).value("hashing the weights") == 3 and capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -238,3 +239,15 @@ def test_beyond_its_size_a_cache_loses_what_was_unused_for_longest_but_nothing_o
     assert [path.name for path in sweep(tmp_path.iterdir(), room=250)] == ["a", "b"]
     assert [path.name for path in sweep(tmp_path.iterdir(), room=50)] == ["c"]
     assert [path.name for path in tmp_path.iterdir()] == ["today"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_long_tokenising_shows_how_far_it_is(rank: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(tokenize_split, "BATCH", 4)
+    monkeypatch.setattr(tokenize_split, "Pace", functools.partial(tokenize_split.Pace, every=0.0))
+    prepare(DataSection(path=str(write(tmp_path / "a.jsonl", TALKS))), byte_tokenizer(), "dialogue", seed=0)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("tokenising")]
+    counts = [line.rpartition(": ")[2] for line in lines if "a.jsonl" in line]
+    assert counts == (["4 of 6", "6 of 6"] if rank == "0" else []) and "tokenising" not in shown.out
