@@ -144,6 +144,7 @@ def test_metrics_score_what_transformers_generates(tmp_path: Path) -> None:
 TRAIN: dict[str, list[str]] = {
     "lora": ["stack.lora.target=attn.q|v"],
     "bitfit": ["stack.bitfit.missing=add_zero"],
+    "fishmask": [],
     "ia3": [],
     "adapter": [],
     "mezo": [],
