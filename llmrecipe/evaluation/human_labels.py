@@ -34,6 +34,7 @@ from llmrecipe.feedback.judges.constitution import Constitution, Principle, samp
 from llmrecipe.feedback.judges.feedback import AnswerPair, compare_answers
 from llmrecipe.feedback.judges.labeller import Judge, short_hash
 from llmrecipe.recipe.renames import new_name
+from llmrecipe.runs.durable import unfinished_path
 
 CHOICES = ("first", "second", "tie", "skip")
 NAME = re.compile(r"[\w][\w .:@+-]*")
@@ -126,7 +127,7 @@ class Labels:
             if entry is not None and entry["label"] in ("first", "second"):
                 rows.append(self._row(question, entry))
         path = self.folder / f"{self.labeller}.jsonl"
-        aside = path.with_name(f".{path.name}.writing")
+        aside = unfinished_path(path)
         try:
             aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             os.replace(aside, path)

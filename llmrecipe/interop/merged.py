@@ -28,6 +28,7 @@ from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
+from llmrecipe.runs.durable import ASIDE
 from llmrecipe.runs.open_model import LoadedModel, merge_order
 
 
@@ -203,7 +204,7 @@ class writing:
 
     def __init__(self, target: Path):
         self.target = target
-        self.aside = target.parent / f".writing-{target.name}"
+        self.aside = target.parent / f"{ASIDE}{target.name}"
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.aside, ignore_errors=True)

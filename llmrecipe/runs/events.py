@@ -24,6 +24,7 @@ from typing import Any
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.redact import redact
+from llmrecipe.runs.durable import unfinished_path
 from llmrecipe.runs.progress_display import Display, display
 from llmrecipe.runs.tracker import OpenTracker, numbers_of, open_trackers
 
@@ -238,7 +239,7 @@ def truncate(path: Path, step: int, lines: int | None = None, always: Container[
             file.writelines(line + b"\n" for line in damaged)
             file.flush()
             os.fsync(file.fileno())
-    aside = path.with_name(f".{path.name}.writing")
+    aside = unfinished_path(path)
     with open(aside, "wb") as file:
         file.writelines(line + b"\n" for line in kept)
         file.flush()

@@ -125,10 +125,7 @@ class Cpo(Objective):
         """Return (preference loss summed over pairs, NLL summed over chosen tokens, metrics)."""
         t = roles.policy(batch)["logprobs"]
         scores = policy_scores(batch, roles, t)
-        chosen, rejected = scores.chosen, scores.rejected
-        if self.loss_type == "ipo":
-            chosen = chosen / scores.chosen_tokens.clamp_min(1.0)
-            rejected = rejected / scores.rejected_tokens.clamp_min(1.0)
+        chosen, rejected = scores.token_means() if self.loss_type == "ipo" else (scores.chosen, scores.rejected)
         nll, tokens = answer_nll(batch, t)
         metrics = {
             **implicit_reward_metrics(self.beta * chosen, self.beta * rejected),

@@ -109,8 +109,7 @@ class Orpo(Objective):
     def _parts(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor, dict[str, tuple[Any, float]]]:
         logprobs = roles.policy(batch)["logprobs"]
         scores = policy_scores(batch, roles, logprobs)
-        chosen = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
-        rejected = scores.rejected / scores.rejected_tokens.clamp_min(1.0)
+        chosen, rejected = scores.token_means()
         nll, tokens = answer_nll(batch, logprobs)
         count = float(chosen.shape[0])
         ratio = log_odds_ratio(chosen.detach(), rejected.detach())

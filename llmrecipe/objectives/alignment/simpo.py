@@ -80,7 +80,6 @@ class Simpo(Objective):
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of the pairs."""
         scores = policy_scores(batch, roles)
-        chosen = scores.chosen / scores.chosen_tokens.clamp_min(1.0)
-        rejected = scores.rejected / scores.rejected_tokens.clamp_min(1.0)
+        chosen, rejected = scores.token_means()
         metrics = {**implicit_reward_metrics(self.beta * chosen, self.beta * rejected), **logp_metrics(scores)}
         return Loss(torch.sum(simpo_loss(chosen, rejected, self.beta, self.gamma, self.label_smoothing)), metrics)

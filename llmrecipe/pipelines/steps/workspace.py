@@ -20,7 +20,7 @@ from llmrecipe.core.errors import LlmRecipeError, RunError
 from llmrecipe.core.journal import Journal, json_hash
 from llmrecipe.core.redact import redact_text
 from llmrecipe.recipe.renames import old_names
-from llmrecipe.runs.durable import sync
+from llmrecipe.runs.durable import sync, unfinished_path
 from llmrecipe.runs.events import Events, plain
 from llmrecipe.runs.run_dir import RunDir
 
@@ -150,7 +150,7 @@ class Work:
             RunError: the disk refuses them.
         """
         path = self.path / SPLITS[split]
-        aside = path.with_name(f".{path.name}.writing")
+        aside = unfinished_path(path)
         count = 0
         try:
             with open(aside, "w", encoding="utf-8") as file:

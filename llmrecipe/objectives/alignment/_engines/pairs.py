@@ -27,6 +27,10 @@ class PairScores:
     """(P,) number of answer tokens."""
     rejected_tokens: Tensor
 
+    def token_means(self) -> tuple[Tensor, Tensor]:
+        """Return the mean log-probability of a token of each chosen (P,) and each rejected answer (P,)."""
+        return self.chosen / self.chosen_tokens.clamp_min(1.0), self.rejected / self.rejected_tokens.clamp_min(1.0)
+
 
 def refuse_soft(data: Any, why: str) -> None:
     """Refuse rows whose `p` is a soft label.
