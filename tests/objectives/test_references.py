@@ -229,7 +229,7 @@ def test_a_finished_run_is_a_reference_and_resume_notices_another_one(tmp_path: 
     stop_after(2, tmp_path / "swapped", "dpo_lora", *words)
     (tmp_path / "sft").rename(tmp_path / "away")
     (tmp_path / "another").rename(tmp_path / "sft")
-    with pytest.raises(RunError, match="resume: the reference is not the model it was"):
+    with pytest.raises(RunError, match=r"has changed:\n  the file sft/.* has other content"):
         resume(tmp_path / "swapped")
 
 
