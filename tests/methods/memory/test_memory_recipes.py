@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmrecipe.methods.memory._engines.replay import entries
+from tests.trainings import resume, stop_after
 
 pytestmark = pytest.mark.slow
 
@@ -40,16 +41,11 @@ def test_qlora_evaluates_inside_training_and_its_adapter_loads_on_the_quantized_
     ("recipe", "extra"), [("mezo", ["model.dtype=bfloat16"]), ("mezo_lora", ["stack.mezo.optimizer=adam"])]
 )
 def test_mezo_resumes_to_the_bit(tmp_path, recipe: str, extra: list[str]) -> None:
-    from llmrecipe import compose
-    from llmrecipe.training.train import train
-
     common = ["steps=4", "eval.load_best=false", "batch.size=4", *extra]
     whole = run(recipe, tmp_path / "whole", *common)
     part = tmp_path / "part"
-    run(recipe, part, *common, "save.every=2")
-    (checkpoint,) = (part / "checkpoints").glob("step-*2")
-    assert checkpoint.is_dir()
-    again = train(compose(str(part / "recipe.yaml"), []), resume=part)
+    stop_after(2, part, recipe, "eval.at_start=false", "eval.test=false", *common)
+    again = resume(part)
     assert again.first_step == 2 and again.progress.step == 4
     for (name, p), (_, q) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
