@@ -1,6 +1,8 @@
 """Optimizations that do not change results: skipping unused computations of a stock model, and fused kernels.
 
-`speed_up(model)` replaces `forward` on instances, never on classes, and calls the `forward` that was there before.
+`speed_up(model)` replaces `forward` on instances, never on classes, and calls the `forward` that was there before. Each has
+one place among the hooks of its module, whichever came first: rows are selected outside them, norms are computed inside.
+A run whose method adds hooks later therefore computes as it does after a resume, when they are there from the start.
 
 - Unused rows. After the last block only the rows whose states are scored matter (the answer's, in fine-tuning), and apart from
   its keys and values that block works row by row. Its query and output projections and its feed-forward therefore run on
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import Context, activate, current
-from llmrecipe.models.hooks.hook import Hook, hook_kind, hooks_of
+from llmrecipe.models.hooks.hook import BELOW_OUTERMOST, Hook, hook_kind, hooks_of
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
 
@@ -53,7 +55,8 @@ def speed_up(model: nn.Module) -> list[str]:
     norms = [m for m in model.modules() if _plain_norm(m)]
     if norms:
         for module in norms:
-            module.forward = types.MethodType(_norm_forward, module)
+            slot = "_inner_forward" if "_inner_forward" in module.__dict__ else "forward"
+            object.__setattr__(module, slot, types.MethodType(_norm_forward, module))
         done.append(f"{len(norms)} root-mean-square norms in one call each")
     rows = _read_rows(model)
     if rows:
@@ -66,20 +69,22 @@ def without_speed_ups(model: nn.Module) -> Iterator[None]:
     """Compute inside the context as the stock modules do; what `speed_up` installed comes back afterwards."""
     replaced = (_norm_forward, _read_rows_forward)
     kept = [
-        (module, forward)
+        (module, slot, forward)
         for module in model.modules()
-        if getattr(forward := module.__dict__.get("forward"), "__func__", None) in replaced
+        for slot in ("forward", "_inner_forward")
+        if getattr(forward := module.__dict__.get(slot), "__func__", None) in replaced
     ]
     try:
-        for module, _ in kept:
-            inner = module.__dict__.get("_every_row")
-            del module.__dict__["forward"]
-            if inner is not None:
-                module.__dict__["forward"] = inner
+        for module, slot, _ in kept:
+            inner = module.__dict__.get(BELOW_OUTERMOST) if slot == "forward" else None
+            if inner is None and slot == "forward":
+                del module.__dict__[slot]
+            else:
+                module.__dict__[slot] = inner
         yield
     finally:
-        for module, forward in kept:
-            module.__dict__["forward"] = forward
+        for module, slot, forward in kept:
+            module.__dict__[slot] = forward
 
 
 def ready_to_compile(device: torch.device) -> None:
@@ -101,12 +106,12 @@ def _read_rows(model: nn.Module) -> list[str]:
     """Make the last block skip unused rows; return the roles that do."""
     found = _row_modules(model)
     for _, module in found:
-        if "_every_row" not in module.__dict__:
-            object.__setattr__(module, "_every_row", module.__dict__.get("forward"))
+        if BELOW_OUTERMOST not in module.__dict__:
+            object.__setattr__(module, BELOW_OUTERMOST, module.__dict__.get("forward"))
             module.forward = types.MethodType(_read_rows_forward, module)
     if found and not _same_where_read(model):
         for _, module in found:
-            kept = module.__dict__.pop("_every_row")
+            kept = module.__dict__.pop(BELOW_OUTERMOST)
             module.__dict__.pop("forward")
             if kept is not None:
                 module.forward = kept
@@ -131,7 +136,7 @@ def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _read_rows_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Compute y[read] = f(x[read]), (..., D) -> (..., D'), zero elsewhere; all rows where `Context.read` is unknown."""
-    inner = self.__dict__["_every_row"] or types.MethodType(type(self).forward, self)
+    inner = self.__dict__[BELOW_OUTERMOST] or types.MethodType(type(self).forward, self)
     context = current()
     if context.read is None or kwargs or len(args) != 1 or not _fits(self, args[0], context.positions, context.read):
         return inner(*args, **kwargs)
@@ -186,11 +191,14 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _plain_norm(module: nn.Module) -> bool:
-    """Return whether a module is w * x / sqrt(mean(x^2) + eps) and nothing else, tested on seeded rows."""
+    """Return whether a module below its hooks is w * x / sqrt(mean(x^2) + eps) and nothing else, tested on seeded rows."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or "forward" in module.__dict__:
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return False
-    if set(module._parameters) != {"weight"} or list(module.children()):
+    hooked = "_inner_forward" in module.__dict__
+    if module.__dict__.get("_inner_forward" if hooked else "forward") is not None:
+        return False
+    if set(module._parameters) != {"weight"} or len(list(module.children())) != len(hooks_of(module)):
         return False
     # A norm with a further input, such as a gate, computes something else when it is given one.
     if len(inspect.signature(type(module).forward).parameters) != 2:
@@ -200,7 +208,7 @@ def _plain_norm(module: nn.Module) -> bool:
     seeded = torch.Generator().manual_seed(0)
     x = (torch.randn(1, 5, weight.shape[0], generator=seeded) * 3).to(weight)
     try:
-        return same(module(x), F.rms_norm(x, weight.shape, weight, eps))
+        return same(type(module).forward(module, x), F.rms_norm(x, weight.shape, weight, eps))
     except (TypeError, ValueError, RuntimeError):
         return False
 

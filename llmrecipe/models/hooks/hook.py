@@ -43,6 +43,9 @@ ROWS, DELTA, SCALE, SERIAL, EDIT = -10, 0, 10, 20, 30
 
 KINDS = ("before", "after", "wrap_forward", "weight", "attention", "wrap_module")
 
+BELOW_OUTERMOST = "_below_outermost"
+"""Attribute of a module whose `forward` was replaced by one that stays outside the hooks: what that one calls, or None."""
+
 ROUTED: set[str] = set()
 """Names in Transformers of attention functions that call attention hooks (see `models.attention.install`)."""
 
@@ -166,9 +169,23 @@ def add_hook(module: nn.Module, name: str, hook: Hook, owner: str) -> Hook:
     module._hook_names = tuple(hooks)  # type: ignore[assignment]
     if hook_kind(hook) != "attention" and "_inner_forward" not in module.__dict__:
         # accelerate and bitsandbytes may already have replaced `forward` on the instance; keep what is there.
-        object.__setattr__(module, "_inner_forward", module.__dict__.get("forward"))
-        module.forward = types.MethodType(_hooked_forward, module)
+        object.__setattr__(module, "_inner_forward", module.__dict__.get(_slot(module)))
+        _replace_forward(module, types.MethodType(_hooked_forward, module))
     return hook
+
+
+def _slot(module: nn.Module) -> str:
+    """Return the attribute that holds the forward hooks belong to: below a replacement that stays outermost, or `forward`."""
+    return BELOW_OUTERMOST if BELOW_OUTERMOST in module.__dict__ else "forward"
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Replace a module's forward on the instance, under whatever stays outermost; None restores that of its class."""
+    slot = _slot(module)
+    if forward is None and slot == "forward":
+        module.__dict__.pop(slot, None)
+    else:
+        object.__setattr__(module, slot, forward)
 
 
 def refuse_unrouted(module: nn.Module, owner: str) -> None:
@@ -204,11 +221,9 @@ def remove_hook(module: nn.Module, name: str) -> None:
     """Remove a hook; removing the last one restores the module's own forward."""
     delattr(module, name)
     module._hook_names = tuple(n for n in module._hook_names if n != name)  # type: ignore[assignment,union-attr]
-    if not any(hook_kind(getattr(module, n)) != "attention" for n in module._hook_names):  # type: ignore[union-attr]
-        inner = module.__dict__.pop("_inner_forward", None)
-        module.__dict__.pop("forward", None)
-        if inner is not None:
-            module.forward = inner
+    left = any(hook_kind(getattr(module, n)) != "attention" for n in module._hook_names)  # type: ignore[union-attr]
+    if not left and "_inner_forward" in module.__dict__:
+        _replace_forward(module, module.__dict__.pop("_inner_forward"))
 
 
 def hooks_of(module: nn.Module, kind: str | None = None, active: bool = False) -> list[Hook]:
