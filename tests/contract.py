@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "p_tuning_v2": {"num_virtual_tokens": 4},
     "prompt_tuning": {"num_virtual_tokens": 4},
     "apt": {"num_virtual_tokens": 4, "summary": "first"},
+    "mam": {"num_virtual_tokens": 4, "hidden": 8, "r": 8},
+    "llm_adapters": {"r": 8},
 }
 """Options a kind needs on a model this small."""
 BEFORE_MERGE: dict[str, dict[str, Any]] = {"diff_pruning": {"l0_steps": 2}}
@@ -77,10 +79,6 @@ class Subject:
     stack: Stack
     roles: Roles
     objective: Any
-
-    @property
-    def wrapper(self) -> Any:
-        return self.stack.wrappers[0]
 
     def batch(self) -> Batch:
         return self.objective.collate(ROWS, self.roles)
@@ -170,7 +168,7 @@ def test_step_zero_is_the_base_or_the_wrapper_says_it_is_not(kind: str) -> None:
     base = Subject(tiny_model(), Stack([]), None, Sft())  # type: ignore[arg-type]
     base.roles = Roles(Engine(base.model), base.stack, Tokenizer(), torch.device("cpu"), True)
     same = torch.allclose(outputs(subject), outputs(base), atol=2e-5, rtol=1e-5)
-    assert same == bool(subject.wrapper.identity)
+    assert same == all(wrapper.starts_at_base() for wrapper in subject.stack)
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
@@ -193,7 +191,7 @@ def test_only_what_is_declared_moves_and_all_of_it_has_gradients(kind: str) -> N
     dead = trained - seen
     # A key bias without positions after it shifts all logits of a query alike; nothing else may be without gradient.
     assert not dead, f"trained but never touched by a gradient in three steps: {sorted(dead)[:5]}"
-    if subject.wrapper.stage is Stage.INJECT:
+    if all(wrapper.stage is Stage.INJECT for wrapper in subject.stack):
         now = dict(subject.model.named_parameters())
         assert all(torch.equal(now[n], value) for n, value in frozen.items())
 
@@ -228,12 +226,15 @@ def test_merging_keeps_the_outputs_or_is_refused(kind: str) -> None:
     subject = build(kind, **BEFORE_MERGE.get(kind, {}))
     run_steps(subject)
     wanted = outputs(subject)
-    if not subject.wrapper.mergeable:
+    fixed = [wrapper for wrapper in subject.stack if not wrapper.merges()]
+    for wrapper in fixed:
         with pytest.raises(ModelError):
-            subject.wrapper.merge(subject.model)
+            wrapper.merge(subject.model)
+    if fixed:
         assert torch.equal(outputs(subject), wanted)
         return
-    subject.wrapper.merge(subject.model)
+    for wrapper in subject.stack:
+        wrapper.merge(subject.model)
     plain = Stack([])
     merged = Subject(subject.model, plain, Roles(Engine(subject.model), plain, Tokenizer(), torch.device("cpu"), True), Sft())
     torch.testing.assert_close(outputs(merged), wanted, atol=5e-5, rtol=1e-4)

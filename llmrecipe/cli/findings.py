@@ -20,6 +20,8 @@ def show_findings(found: Findings) -> None:
     out.print(f"{found.recipe}: {found.objective}, {size}")
     names = [f"{w['name']} ({w['kind']}, {w['stage'].lower()})" for w in found.stack]
     out.print("stack: " + (" -> ".join(names) or "none, every weight trains"))
+    for line in found.hybrids:
+        out.print(line, soft_wrap=True)
     added = f", added: {found.added:,}" if found.added else ""
     share = found.trained / max(found.parameters, 1)
     out.print(f"parameters: {found.parameters:,}{added}; trained: {found.trained:,} ({share:.2%} of the base)")

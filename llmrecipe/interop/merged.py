@@ -72,7 +72,7 @@ def export_merged(
     target = target_folder(run, out, "merged")
     loaded = loaded or open_run(str(run), options=options, rights=rights)
     for wrapper in loaded.mounted:
-        if not wrapper.mergeable and wrapper.as_tokens(loaded.model) is None:
+        if not wrapper.merges() and wrapper.as_tokens(loaded.model) is None:
             raise ModelError(
                 f"export --to merged: '{wrapper.name.split('_', 1)[1]}' cannot be folded into the weights: {reason(wrapper)}. "
                 "`llmrecipe.load(run)` and `llmrecipe chat` use it as it is"

@@ -53,7 +53,7 @@ def export_sentence_transformers(
     pooling = pooling_of(run)
     loaded = open_run(str(run), rights=rights)
     for wrapper in loaded.mounted:
-        if not wrapper.mergeable:
+        if not wrapper.merges():
             name = wrapper.name.split("_", 1)[1]
             raise ModelError(f"export --to {NAME}: '{name}' cannot be folded into the weights: {reason(wrapper)}")
     model = loaded.model

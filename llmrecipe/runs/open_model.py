@@ -244,7 +244,7 @@ def check_mergeable(wrappers: Sequence[Wrapper]) -> None:
         ModelError: it names the method.
     """
     for wrapper in wrappers:
-        if not wrapper.mergeable:
+        if not wrapper.merges():
             name = wrapper.name.split("_", 1)[1] if wrapper.name.startswith("mounted") else wrapper.name
             raise ModelError(
                 f"model.path: this run's '{name}' cannot be merged into the weights, so they cannot all be trained further; "

@@ -32,6 +32,8 @@ class Findings:
     objective: str
     stack: list[dict[str, str]]
     """name, kind and stage of each wrapper in the order they act."""
+    hybrids: list[str]
+    """What each hybrid stands for, as lines of YAML."""
     parameters: int
     """Of the base model."""
     added: int
@@ -120,7 +122,7 @@ def examine(composition: Composition) -> Findings:
     ]
     return Findings(
         composition.name, kind_name(parts.objective),
-        [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack],
+        [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),
         base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
         _megabytes(memory), delta_bytes(model, stack),
         None if per_step is None else 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,

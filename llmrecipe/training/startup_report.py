@@ -25,6 +25,7 @@ def announce(run: RunState) -> None:
     trained = facts["trained"]
     lines = [
         *report.lines(),
+        *run.stack.written_out(),
         f"model: {run.loaded.section.path}, {facts['base_parameters']:,} parameters; trained: {trained['parameters']:,} "
         f"in {trained['tensors']} tensors ({', '.join(f'{k} x{v}' for k, v in list(trained['kinds'].items())[:8])})",
         f"run: {run.steps} steps of {rows_text(len(run.data), run.recipe.batch.size)}, "

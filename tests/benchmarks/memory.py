@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,6 @@ def measured(kind: str) -> dict[str, Any]:
     base = model(kind)
     bare = shape(base)
     made = put(base, wrapper_of(kind, **OPTIONS.get(kind, {})))
-    wrapper = made.stack.wrappers[0]
     made.stack.before_step(made.model, 0)
     activations = held(made.model)
     trained = made.trained()
@@ -88,7 +88,9 @@ def measured(kind: str) -> dict[str, Any]:
     for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    facts = wrapper.memory(made.model)
+    facts: Counter[str] = Counter()
+    for part in made.stack:
+        facts.update(part.memory(made.model))
     numbers = sum(p.numel() for p in trained.values())
     indices = facts.get("index_bytes", 0)
     # AdamW counts its steps in a number of its own for each tensor.
@@ -98,7 +100,7 @@ def measured(kind: str) -> dict[str, Any]:
     return {
         "method": kind,
         "formula": words,
-        "gives": count(wrapper, bare) if count else None,
+        "gives": count(wrapper_of(kind, **OPTIONS.get(kind, {})), bare) if count else None,
         "trained": numbers,
         "indices": indices // 4,
         "16 and 4 bytes": 16 * numbers + indices,

@@ -89,6 +89,8 @@ FORMULAS: dict[str, tuple[str, Count]] = {
     "lora": ("L r (d + q + d + k)", pairs),
     "dylora": ("L r (d + q + d + k)", pairs),
     "dora": ("L r (d + q + d + k) + L (q + k)", lambda w, s: pairs(w, s) + s.L * (s.q + s.k)),
+    "mam": ("prefix_tuning + L (2 d r + r + d)", lambda w, s: prefix_mlp(w, s) + s.L * (2 * s.d * w.r + w.r + s.d)),
+    "llm_adapters": ("2 L d r", lambda w, s: 2 * s.L * s.d * w.r),
     "adalora": ("sum over linears of r (in + out + 1)", lambda w, s: s.L * sum(w.init_r * (i + o + 1) for i, o in s.linears)),
 }
 """Kinds whose number follows from shapes alone; group_mask and spt fill a budget."""

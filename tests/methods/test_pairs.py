@@ -64,8 +64,9 @@ def together(first: str, second: str, **exact: dict[str, object]) -> Subject:
 
 def parts(subject: Subject, name: str) -> set[str]:
     """Trained tensors a wrapper owns or opened."""
-    wrapper = next(w for w in subject.stack if w.name == name)
-    return (set(own_tensors(subject.model, name)) | wrapper.opened(subject.model)) & set(subject.trained())
+    named = [w for w in subject.stack if w.name == name]
+    own = {n for w in named for n in (*own_tensors(subject.model, w.name), *w.opened(subject.model))}
+    return own & set(subject.trained())
 
 
 @pytest.mark.slow

@@ -230,6 +230,9 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "dora": exact(0.95),
     "dylora": exact(0.85),
     "adalora": exact(),
+    # hybrid
+    "mam": labelled(0.85),
+    "llm_adapters": copied(0.45),
     # memory
     "qlora": exact(0.95),
     # Forward passes alone learn how an answer goes, not yet which: their control has answers that go nowhere.

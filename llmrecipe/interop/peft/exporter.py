@@ -203,7 +203,7 @@ def branches_of(loaded: LoadedModel) -> list[Branch]:
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
             raise ModelError(
                 f"export --to peft: {why} ('{name}')"
-                + ("; use --to merged" if wrapper.mergeable else "; llmrecipe.load(run) uses it as it is")
+                + ("; use --to merged" if wrapper.merges() else "; llmrecipe.load(run) uses it as it is")
             )
         branches += found
     return branches

@@ -68,7 +68,7 @@ def wrapper_of(loaded: LoadedModel) -> Any:
     Raises:
         ModelError: there are two, or the head is tied in a way that has no room for tokens that are only read.
     """
-    found = [w for w in loaded.mounted if not w.mergeable and w.as_tokens(loaded.model) is not None]
+    found = [w for w in loaded.mounted if not w.merges() and w.as_tokens(loaded.model) is not None]
     if len(found) > 1:
         names = " and ".join(f"'{w.name.split('_', 1)[1]}'" for w in found)
         raise ModelError(f"export --to merged: {names} stand before one text; only one prompt can become tokens")

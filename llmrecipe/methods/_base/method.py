@@ -237,6 +237,10 @@ class Wrapper:
         """
         return False
 
+    def merges(self) -> bool:
+        """Return whether `merge` is possible; where `mergeable` depends on an option, the option decides here."""
+        return self.mergeable
+
     def merge(self, model: nn.Module) -> None:
         """Fold the method into the base weights and remove its hooks.
 

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError
 from llmrecipe.core.forward_context import activate, current
-from llmrecipe.core.registry import name_of
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.fp32_master import raise_to_master
@@ -35,6 +36,8 @@ class Stack:
         self.wrappers = sorted(named, key=lambda w: w.stage)
         self.fired: Counter[str] = Counter()
         self.snapshot: dict[str, Tensor] | None = None
+        self.hybrids: dict[str, list[Wrapper]] = {}
+        """Name of each hybrid -> the wrappers it was replaced by when it was attached."""
         check_legal(self.wrappers)
 
     def __iter__(self) -> Iterator[Wrapper]:
@@ -51,7 +54,13 @@ class Stack:
 
     def attach(self, model: nn.Module, structures: Mapping[str, dict[str, Any]] | None = None) -> None:
         """Expand hybrids, attach every wrapper in order and set what trains."""
-        expanded = [part for wrapper in self.wrappers for part in wrapper.expand(model)]
+        expanded: list[Wrapper] = []
+        for wrapper in self.wrappers:
+            with _named(wrapper):
+                parts = wrapper.expand(model)
+            if parts != [wrapper]:
+                self.hybrids[wrapper.name] = parts
+            expanded += parts
         self.wrappers = sorted(expanded, key=lambda w: w.stage)
         check_legal(self.wrappers)
         for wrapper in self.wrappers:
@@ -61,6 +70,16 @@ class Stack:
                 for _, _, _, hook in all_hooks(model, wrapper.name):
                     hook.roles = frozenset({wrapper.role})
         self.set_trainable(model)
+
+    def written_out(self) -> list[str]:
+        """Return the lines of YAML that stand, in a recipe's `stack`, for each hybrid of an attached stack."""
+        lines = []
+        for name, parts in self.hybrids.items():
+            lines.append(f"stack.{name} stands for")
+            for part in parts:
+                text = yaml.safe_dump(changed_options(part), default_flow_style=True, sort_keys=False, width=10**9)
+                lines.append(f"  {part.name}: {text.strip()}")
+        return lines
 
     def set_trainable(self, model: nn.Module) -> None:
         """Set which parameters train.
@@ -280,4 +299,12 @@ def check_legal(wrappers: list[Wrapper]) -> None:
 
 def kind_name(wrapper: Wrapper) -> str:
     """Return the registered name of a wrapper: the stem of its file."""
-    return name_of(type(wrapper))
+    return registry.name_of(type(wrapper))
+
+
+def changed_options(wrapper: Wrapper) -> dict[str, Any]:
+    """Return the kind of a wrapper and the options that differ from their defaults, as a recipe would give them."""
+    kind = kind_name(wrapper)
+    values = {f.name: getattr(wrapper, f.name) for f in dataclasses.fields(wrapper) if f.name not in ("name", "role")}
+    defaults = registry.spec("stack", kind).defaults()
+    return {"kind": kind, **{k: v for k, v in values.items() if v != defaults.get(k, ...)}}

@@ -26,7 +26,7 @@ class MergedModel(Verification):
         assert bench.run is not None, "the short training comes first"
         loaded = open_run(str(bench.directory))
         for wrapper in loaded.mounted:
-            if not wrapper.mergeable and wrapper.as_tokens(loaded.model) is None:
+            if not wrapper.merges() and wrapper.as_tokens(loaded.model) is None:
                 raise NotApplicable(f"{wrapper.name.split('_', 1)[1]} cannot be folded: {reason(wrapper)}")
         try:
             done = export_merged(bench.directory, bench.folder / "merged", bound=ANY, dtype="float32", loaded=loaded)
