@@ -90,6 +90,10 @@ FORMULAS: dict[str, tuple[str, Count]] = {
     "dylora": ("L r (d + q + d + k)", pairs),
     "dora": ("L r (d + q + d + k) + L (q + k)", lambda w, s: pairs(w, s) + s.L * (s.q + s.k)),
     "mam": ("prefix_tuning + L (2 d r + r + d)", lambda w, s: prefix_mlp(w, s) + s.L * (2 * s.d * w.r + w.r + s.d)),
+    "unipelt": (
+        "lora + prefix_tuning + L (2 d b + b + d) + 4 L (d + 1)",
+        lambda w, s: pairs(w, s) + prefix_mlp(w, s) + s.L * ((2 * s.d + 1) * (s.d // w.reduction) + s.d) + 4 * s.L * (s.d + 1),
+    ),
     "llm_adapters": ("2 L d r", lambda w, s: 2 * s.L * s.d * w.r),
     "adalora": ("sum over linears of r (in + out + 1)", lambda w, s: s.L * sum(w.init_r * (i + o + 1) for i, o in s.linears)),
 }

@@ -233,6 +233,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # hybrid
     "mam": labelled(0.85),
     "llm_adapters": copied(0.45),
+    "unipelt": labelled(0.85),
     # memory
     "qlora": exact(0.95),
     # Forward passes alone learn how an answer goes, not yet which: their control has answers that go nowhere.

@@ -86,6 +86,8 @@ def _why_not(wrapper: Any) -> str | None:
     if isinstance(wrapper, Adapter):
         if wrapper.ln_before or wrapper.ln_after:
             return "its bottlenecks have norms of their own"
+        if wrapper.gate != "none":
+            return "its adapters have gates"
         if wrapper.cross_attention:
             return "it comes after cross-attention"
         return "it trained norms of the base" if wrapper.train_norms else None

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.peft.layout import PREFIX, Adapter, target_of
 from llmrecipe.methods._base.method import Wrapper
+from llmrecipe.methods._engines.documents import host_of
 from llmrecipe.methods.additive._engines import prefix_kv, virtual_tokens
-from llmrecipe.methods.additive._engines.prefix_kv import host_of
 from llmrecipe.methods.additive.ia3 import ScaleInput, ScaleOutput
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.models.hooks.hook import all_hooks
@@ -67,7 +67,8 @@ def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
         return None
     hook: Any = tables[0]
     table: Any = hook.tables["attn"]
-    if len(table.shapes) != parts.layers or hasattr(table, "gate") or not (hook.shift or parts.rope):
+    gated = hasattr(table, "gate") or getattr(wrapper, "gate", "none") != "none"
+    if len(table.shapes) != parts.layers or gated or not (hook.shift or parts.rope):
         return None
     with torch.no_grad():
         columns = table.cut(table.table())

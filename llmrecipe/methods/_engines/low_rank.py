@@ -258,7 +258,12 @@ def init_low_rank(hook: Hook) -> None:
         return
     if not isinstance(hook, LowRank | LowRankExperts):
         raise TypeError(type(hook).__name__)
-    # Each expert is a matrix of its own: the fan is that of the last axis.
-    bound = math.sqrt(6.0 / (6.0 * hook.A.shape[-1]))
-    nn.init.uniform_(hook.A, -bound, bound)
-    nn.init.zeros_(hook.B)
+    start_pair(hook.A, hook.B)
+
+
+@torch.no_grad()
+def start_pair(A: Tensor, B: Tensor) -> None:
+    """Fill A Kaiming-uniform(a = sqrt 5), B with zeros; each expert is a matrix of its own, whose fan is the last axis."""
+    bound = math.sqrt(6.0 / (6.0 * A.shape[-1]))
+    nn.init.uniform_(A, -bound, bound)
+    nn.init.zeros_(B)

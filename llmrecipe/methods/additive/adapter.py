@@ -11,6 +11,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._engines.input_gate import InputGate, gate_means, prepare_gates
 from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.models.hooks.hook import add_hook, device_of
 from llmrecipe.models.module_map import anatomy
@@ -33,6 +34,8 @@ class Adapter(Wrapper):
     model; `init: houlsby` and `bert` are near-identity initializations. Mixtures are adapted after the sum of their
     experts. Sandwich-norm blocks (Gemma): y is the output of the norm that follows the sublayer. Not mergeable: A is no
     linear map.
+
+    `gate` multiplies A(z) by g = sigmoid(w z + b), for hybrids such as UniPELT; d + 1 more train an adapter.
 
     Papers: Parameter-Efficient Transfer Learning for NLP (arXiv 1902.00751); AdapterFusion, placement (arXiv 2005.00247).
     Departures: zero start of W_u and frozen norms by default (Houlsby et al. train norms: `train_norms: true`); y is read
@@ -74,6 +77,10 @@ class Adapter(Wrapper):
     """Start: exact identity, N(0, 0.01^2) cut at two deviations, or N(0, 0.02^2)."""
     train_norms: bool = False
     """Also train the norms of the adapted blocks."""
+    gate: Literal["none", "token", "mean"] = "none"
+    """A gate sigmoid(w z + b) of what the adapter reads: a token's own, or a document's mean (UniPELT)."""
+    gate_input: Literal["normed", "raw"] = "normed"
+    """Whether the gate reads z / rms(z) where z is no norm's output; the stream of a pre-norm block grows with its depth."""
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
         """Add an adapter after every chosen sublayer.
@@ -82,14 +89,24 @@ class Adapter(Wrapper):
             ModelError: pfeiffer on a model whose feed-forward shares the residual of attention, or on attention.
         """
         parts = anatomy(model)
-        for sub in self.places(parts):
+        places = [s for s in self.places(parts) if bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes)]
+        prepare_gates(model, self.name, self.gate, [sub.block for sub in places])
+        for sub in places:
             r = bottleneck.size_of(sub, parts.width, self.r, self.reduction, self.sizes)
-            if not r:
-                continue
             with torch.device(device_of(sub.block.module)):
-                kind = bottleneck.Behind if self.placement == "houlsby" or parts.pre_norm else bottleneck.BeforeNorm
-                hook = kind(parts.width, parts.width, r, self._shape())
+                hook = self._hook(parts, r)
             add_hook(self.host(sub, parts).module, self.name, hook, self.name)
+
+    def _hook(self, parts: Anatomy, r: int) -> bottleneck.Bottleneck:
+        behind = self.placement == "houlsby" or parts.pre_norm
+        if self.gate == "none":
+            return (bottleneck.Behind if behind else bottleneck.BeforeNorm)(parts.width, parts.width, r, self._shape())
+        gate = InputGate(parts.width, self.gate, self.name, normalized=behind and self.gate_input == "normed")
+        return (bottleneck.GatedBehind if behind else bottleneck.GatedBeforeNorm)(parts.width, r, self._shape(), gate)
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean gate of the last forward pass, where there are gates."""
+        return gate_means(model, self.name) if self.gate != "none" else {}
 
     def host(self, sub: Sublayer, parts: Anatomy) -> Site:
         """Return where the adapter acts: at y, at the end of a pre-norm block (x + y), or at the final norm of a post-norm one.
@@ -147,7 +164,8 @@ class Adapter(Wrapper):
         """Return closed forms: 2 d r + r + d train an adapter; AdamW keeps 8 bytes for each."""
         parts = anatomy(model)
         sizes = [bottleneck.size_of(s, parts.width, self.r, self.reduction, self.sizes) for s in self.places(parts)]
-        trained = sum(bottleneck.count(parts.width, parts.width, r, self._shape()) for r in sizes if r)
+        gate = (parts.width + 1) * (self.gate != "none")
+        trained = sum(bottleneck.count(parts.width, parts.width, r, self._shape()) + gate for r in sizes if r)
         parameters = dict(model.named_parameters())
         trained += sum(parameters[name].numel() for name in self.opened(model))
         return {"trainable": trained, "optimizer_bytes": 8 * trained, "gradient_bytes": 4 * trained}

@@ -76,6 +76,10 @@ class PrefixTuning(Wrapper):
         else:
             apt_gates.attach_gated(model, self.name, self.plan(), structure, self.gate)
 
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean gate of the last forward pass, where there are gates."""
+        return apt_gates.column_gates(model, self.name) if self.gate != "none" else {}
+
     def calibrates(self) -> bool:
         """Return whether the columns are initialized from a text."""
         return self.init == "text"

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, PositiveFloat, PositiveInt, Rank
+from llmrecipe.core.option_types import (
+    Annotated,
+    Field,
+    Literal,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    Rank,
+)
 from llmrecipe.core.registry import register
 from llmrecipe.core.time_limit import compiled, within
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.methods._engines import data_init, initialization, low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
+from llmrecipe.methods._engines.gated_low_rank import GateShares
+from llmrecipe.methods._engines.input_gate import gate_means, prepare_gates
 from llmrecipe.methods._engines.loftq_codes import Requantized, assign_codes
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, merge_hooks
 from llmrecipe.models.module_map import anatomy
@@ -40,6 +51,9 @@ class Lora(Wrapper):
     (triplets of W times the inputs' second moments: the first adapt fast, the last keep what the model knows), lora_ga
     (singular vectors of the gradient). The last five look at data before step 0 (`init_batches`), loftq at the dense weights,
     which are loaded once more for it.
+
+    `gate` puts a factor in the place of alpha / r (`token`, `mean`): y = W x + g B A x, g = sigmoid(w x + b), for hybrids such
+    as UniPELT; a branch whose factor depends on the input is not mergeable and has no PEFT form.
 
     Paper: LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685); scaling: A Rank Stabilization Scaling Factor
     for Fine-Tuning with LoRA (arXiv 2312.03732); init: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), MiCA (arXiv
@@ -78,6 +92,12 @@ class Lora(Wrapper):
     """Rank by site path: regular expressions matched against the end of the module path."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Alpha by site path, like rank_pattern."""
+    sizes: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Rank by layer number, instead of r; 0 leaves a layer out."""
+    gate: Literal["none", "token", "mean"] = "none"
+    """A gate sigmoid(w x + b) of the layer's input in the place of alpha / r: a token's own, or a document's mean (UniPELT)."""
+    gate_share: Literal["per_module", "per_layer"] = "per_module"
+    """Whether each branch has a gate of its own, or the branches of a layer have one together."""
     lr_ratio: PositiveFloat = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
     lora_bias: bool = False
@@ -94,11 +114,14 @@ class Lora(Wrapper):
         """
         if self.loftq_iter > 1 and self.init != "loftq":
             raise RecipeError(f"stack.{self.name}.loftq_iter: it is an option of init: loftq, and init is {self.init}")
-        sites = anatomy(model).at(self.target)
+        sites = [site for site in anatomy(model).at(self.target) if self.sizes.get(str(site.layer), 1)]
+        if self.gate != "none":
+            self._attach_gated(model, sites)
+            return
         tied = _tied(model, sites)
         ranks = (structure or {}).get("ranks", {})
         for site in sites:
-            r = pattern_value(self.rank_pattern, site.path, self.r, f"stack.{self.name}.rank_pattern")
+            r = self._rank(site)
             initialization.check_init(site, self.init, r)
             alpha = pattern_value(self.alpha_pattern, site.path, self.alpha, f"stack.{self.name}.alpha_pattern")
             scale = alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -114,6 +137,33 @@ class Lora(Wrapper):
         if self.loftq_iter > 1:
             assign_codes(sites, self.name, "loftq_iter")
         open_biases(model, self.name, self.bias, self.target, sites, "lora_bias=true gives the branches biases of their own")
+
+    def _rank(self, site: Site) -> int:
+        given = self.sizes.get(str(site.layer), self.r)
+        return int(pattern_value(self.rank_pattern, site.path, given, f"stack.{self.name}.rank_pattern"))
+
+    def _attach_gated(self, model: nn.Module, sites: list[Site]) -> None:
+        """Add a pair behind a gate at every site.
+
+        Raises:
+            RecipeError: an option that a gated pair does not have.
+        """
+        plain = {"init": "default", "lora_bias": False, "bias": "none", "use_rslora": False, "alpha_pattern": {}}
+        for option, wanted in plain.items():
+            if getattr(self, option) != wanted:
+                raise RecipeError(f"stack.{self.name}.{option}: a gated branch has none; leave it out, or set gate: none")
+        prepare_gates(model, self.name, self.gate, sites)
+        shares = GateShares(self.name, self.gate, self.gate_share == "per_layer")
+        for site in sites:
+            add_hook(site.module, site.name(self.name), shares.hook(site, self._rank(site), self.dropout), self.name)
+
+    def merges(self) -> bool:
+        """Return whether the branch is a fixed change of W: without a gate."""
+        return self.gate == "none"
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean gate of the last forward pass, where there are gates."""
+        return gate_means(model, self.name) if self.gate != "none" else {}
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Return the ranks that eva chose, by site."""
@@ -158,9 +208,11 @@ class Lora(Wrapper):
         A host without a bias is given one at zero where its config has a flag for it.
 
         Raises:
-            ModelError: one side of a tied pair is adapted alone, so that merging would change the other side too; or a branch
-                has a bias and its host can have none.
+            ModelError: the branches have gates; one side of a tied pair is adapted alone, so that merging would change the
+                other side too; or a branch has a bias and its host can have none.
         """
+        if not self.merges():
+            super().merge(model)
         found = all_hooks(model, self.name)
         hooks = {path: hook for path, _, _, hook in found if not isinstance(hook, BiasMaster | Requantized)}
         shared = _shared_weights(model)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from llmrecipe.core.forward_context import Context, Layout, Segment, activate
 from llmrecipe.data.collate import Sequence
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods.additive._engines.apt_gates import BlockScores, summarised
+from llmrecipe.methods._engines.documents import summarised
+from llmrecipe.methods.additive._engines.apt_gates import BlockScores
 from llmrecipe.methods.additive._engines.prefix_kv import tables_of
 from llmrecipe.methods.additive.apt import Apt
 from llmrecipe.methods.additive.p_tuning_v2 import PTuningV2

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.forward_context import Context, Layout, activate, current
-from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of, stack_input
-from llmrecipe.models.hooks.hook import Hook, add_hook
-from llmrecipe.models.kv_cache import cached, carried, prompts_of
+from llmrecipe.core.forward_context import activate, current
+from llmrecipe.methods._engines.documents import stack_input, summarised
+from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of
+from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
+from llmrecipe.models.kv_cache import cached, carried
 from llmrecipe.models.module_map import anatomy
 
 Scores = dict[int, Tensor]
@@ -132,12 +133,15 @@ class ColumnsGate(Hook):
         self.pool = pool
         self.gate = nn.Parameter(torch.randn(width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(()))
+        self.last: Tensor | None = None
+        """Mean of the last gates, for a report; a tensor, so that nothing waits for it."""
 
     def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
         """Run the attention module with its gate in the context."""
         x = stack_input(inputs)
         made = shared_of(self.owner)
         g = torch.sigmoid(x.to(self.gate.dtype) @ self.gate + self.bias)
+        self.last = g.detach().mean()
         if self.pool == "token":
             made = dataclasses.replace(made, scale=g[:, None, :, None])
         else:
@@ -146,6 +150,12 @@ class ColumnsGate(Hook):
             made = dataclasses.replace(made, factor=((weights * rows).sum(1) / weights.sum(1))[:, None])
         with activate(dataclasses.replace(current(), shared={**current().shared, self.owner: made})):
             return call(**inputs)
+
+
+def column_gates(model: nn.Module, name: str) -> dict[str, float]:
+    """Return the mean of a wrapper's gates in the last forward pass, for its metrics."""
+    seen = [hook.last for _, _, _, hook in all_hooks(model, name) if isinstance(hook, ColumnsGate) and hook.last is not None]
+    return {"gate": float(torch.stack(seen).mean())} if seen else {}
 
 
 class GatedTables(ScoredTables):
@@ -167,39 +177,3 @@ def attach_gated(model: nn.Module, name: str, plan: ColumnPlan, structure: dict[
                 raise RecipeError(f"stack.{name}.gate: a mean over {site.path}'s input reads tokens to come; use gate: token")
             hook = ColumnsGate(site.width_in, pool).to(next(model.parameters()).device)
             add_hook(site.module, f"{name}__gate", hook, name)
-
-
-def summarised(summary: str, context: Context, inputs: dict[str, Any]) -> Tensor:
-    """Return a mask of the tokens a summary averages: (S, T) for a packed row, (R, T) for padded ones."""
-    tokens = stack_input(inputs)
-    if context.layout is not None:
-        return _summarised_packed(summary, context.layout, tokens.device)
-    rows, columns = tokens.shape[:2]
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        mask = context.attention_mask
-    if mask is None or mask.shape != (rows, columns):
-        mask = torch.ones(rows, columns, dtype=torch.long, device=tokens.device)
-    real = mask != 0
-    count = real.long().cumsum(1)
-    most = count.new_ones(rows)
-    if summary == "all":
-        most = count[:, -1]
-    elif summary == "prompt_mean":
-        prompt = prompts_of(inputs, context.prompt_lengths, real)
-        most = most if prompt is None else prompt.clamp(min=1)
-    return real & (count <= most[:, None])
-
-
-def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Tensor:
-    key = ("summary", summary)
-    if key not in layout.cache:
-        chosen = torch.zeros(len(layout.segments), layout.columns, dtype=torch.bool)
-        for index, segment in enumerate(layout.segments):
-            while segment.parent is not None and summary != "all":
-                segment = layout.segments[segment.parent]
-            whole = segment.length if summary == "all" else 1
-            count = max(1, segment.prompt) if summary == "prompt_mean" else whole
-            chosen[index, segment.start : segment.start + count] = True
-        layout.cache[key] = chosen.to(device)
-    return layout.cache[key]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._engines.input_gate import InputGate
 from llmrecipe.models.hooks.hook import DELTA, SERIAL, Hook
 
 if TYPE_CHECKING:
@@ -131,6 +132,33 @@ class BeforeNorm(Bottleneck):
     def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply the same norm twice, (..., d) -> (..., d): once for the adapter to read, once for the result."""
         return call(x + self.network(call(x)))
+
+
+class GatedBehind(Behind):
+    """y -> y + g(y) A(y)."""
+
+    def __init__(self, width: int, r: int, shape: BottleneckShape, gate: InputGate):
+        super().__init__(width, width, r, shape)
+        self.gate = gate
+        self.rowwise = gate.pool == "token"  # type: ignore[misc]
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the adapted output (..., d)."""
+        return y + self.gate(y) * self.network(y)
+
+
+class GatedBeforeNorm(BeforeNorm):
+    """u -> LN(u + g(LN(u)) A(LN(u)))."""
+
+    def __init__(self, width: int, r: int, shape: BottleneckShape, gate: InputGate):
+        super().__init__(width, width, r, shape)
+        self.gate = gate
+        self.rowwise = gate.pool == "token"  # type: ignore[misc]
+
+    def wrap_forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply the same norm twice, (..., d) -> (..., d); gate and adapter read its first result."""
+        u = call(x)
+        return call(x + self.gate(u) * self.network(u))
 
 
 class Parallel(Bottleneck):

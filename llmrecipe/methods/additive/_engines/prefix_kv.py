@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
+from llmrecipe.methods._engines.documents import host_of, stack_input
 from llmrecipe.models.attention import Prefix
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted, remove_hook
 from llmrecipe.models.kv_cache import cached
@@ -195,14 +196,6 @@ def shared_of(owner: str) -> Made:
 # --- positions and caches --------------------------------------------------------------------------------------------
 
 
-def stack_input(inputs: dict[str, Any]) -> Tensor:
-    """Return the ids (R, T) or embeddings (R, T, D) a stack reads."""
-    for name in ("input_ids", "inputs_embeds", "hidden_states"):
-        if inputs.get(name) is not None:
-            return inputs[name]
-    raise ModelError("the model was called without input_ids or inputs_embeds")
-
-
 def positions(inputs: dict[str, Any], offset: int = 0) -> Tensor:
     """Return position ids (R | 1, T) of a call: those given, else counted from the mask as Transformers' generation does."""
     given = inputs.get("position_ids")
@@ -221,17 +214,6 @@ def takes_positions(host: nn.Module) -> bool:
 
 
 # --- building --------------------------------------------------------------------------------------------------------
-
-
-def host_of(model: nn.Module, side: str) -> nn.Module:
-    """Return the module that turns ids into the states of one stack of blocks: the innermost one every pass goes through."""
-    path = next(s.path for s in anatomy(model).sites if s.role == "block" and s.side == side)
-    while path:
-        path = path.rpartition(".")[0]
-        host = model.get_submodule(path)
-        if not isinstance(host, nn.ModuleList) and "input_ids" in inspect.signature(type(host).forward).parameters:
-            break
-    return host
 
 
 def shape_of(site: Site, model: nn.Module) -> KeyValueShape:
