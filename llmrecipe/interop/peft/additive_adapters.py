@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.peft.layout import PREFIX, Adapter, target_of
 from llmrecipe.methods._base.method import Wrapper
-from llmrecipe.methods._engines.documents import host_of
+from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods.additive._engines import prefix_kv, virtual_tokens
 from llmrecipe.methods.additive.ia3 import ScaleInput, ScaleOutput
 from llmrecipe.methods.additive.prompt_tuning import PromptTuning

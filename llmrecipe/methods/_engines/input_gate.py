@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
-from llmrecipe.methods._engines.documents import host_of, summarised
+from llmrecipe.methods._engines.document_tokens import host_of, summarised
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
 from llmrecipe.models.module_map import anatomy
 

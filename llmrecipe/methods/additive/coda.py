@@ -14,7 +14,7 @@ from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
-from llmrecipe.methods._engines.documents import stack_input
+from llmrecipe.methods._engines.document_tokens import stack_input
 from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_top_k
 from llmrecipe.models.attention import Attend, PickedTokens

@@ -102,5 +102,13 @@ class PrefixTuning(Wrapper):
         prefix_kv.drop_mlp(model, self.name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Return closed forms: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) train for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv."""
-        return prefix_kv.memory(model, self.name)
+        """Return closed forms: P d_p + c (d_p + 1) + 2 L d_kv (c + 1) train for mlp, 2 L P d_kv for flat; kept: 2 L P d_kv.
+
+        Gates are d + 1 more an attention, trained and kept.
+        """
+        facts = prefix_kv.memory(model, self.name)
+        if self.gate == "none":
+            return facts
+        gates = apt_gates.gate_count(model, self.name)
+        extra = {"trainable": gates, "optimizer_bytes": 8 * gates, "gradient_bytes": 4 * gates, "kept": gates}
+        return {key: value + extra[key] for key, value in facts.items()}

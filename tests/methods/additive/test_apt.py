@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmrecipe.core.forward_context import Context, Layout, Segment, activate
 from llmrecipe.data.collate import Sequence
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods._engines.documents import summarised
+from llmrecipe.methods._engines.document_tokens import summarised
 from llmrecipe.methods.additive._engines.apt_gates import BlockScores
 from llmrecipe.methods.additive._engines.prefix_kv import tables_of
 from llmrecipe.methods.additive.apt import Apt

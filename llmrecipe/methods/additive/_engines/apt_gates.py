@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import activate, current
-from llmrecipe.methods._engines.documents import stack_input, summarised
+from llmrecipe.methods._engines.document_tokens import stack_input, summarised
 from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
 from llmrecipe.models.kv_cache import cached, carried
@@ -156,6 +156,12 @@ def column_gates(model: nn.Module, name: str) -> dict[str, float]:
     """Return the mean of a wrapper's gates in the last forward pass, for its metrics."""
     seen = [hook.last for _, _, _, hook in all_hooks(model, name) if isinstance(hook, ColumnsGate) and hook.last is not None]
     return {"gate": float(torch.stack(seen).mean())} if seen else {}
+
+
+def gate_count(model: nn.Module, name: str) -> int:
+    """Return how many numbers the gates of a wrapper's columns have."""
+    gates = [hook for _, _, _, hook in all_hooks(model, name) if isinstance(hook, ColumnsGate)]
+    return sum(p.numel() for hook in gates for p in hook.parameters())
 
 
 class GatedTables(ScoredTables):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
-from llmrecipe.methods._engines.documents import host_of
+from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods.additive._engines.prefix_kv import cached, positions, takes_positions
 from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
 from llmrecipe.models.module_map import anatomy
