@@ -59,7 +59,7 @@ FAMILY: dict[str, str] = {"coda": "bert"}
 KINDS = registry.names("stack")
 TRAINED = [k for k in KINDS if registry.spec("stack", k).facts.get("stage") in ("Stage.INJECT", "Stage.SELECT", None)]
 CAUSAL = [k for k in TRAINED if k not in FAMILY]
-READS_PROMPTS: dict[str, dict[str, Any]] = {"coda": {}, "apt": {"summary": "prompt_mean"}}
+READS_PROMPTS: dict[str, dict[str, Any]] = {"coda": {}, "apt": {"summary": "prompt_mean"}, "loreft": {}, "direft": {}}
 """Kinds whose output depends on where a prompt ends, and options under which it does."""
 ROWS = [
     {"row": 0, "ids": [1, 5, 6, 7, 8, 9, 2], "trained": [0, 0, 0, 1, 1, 1, 1]},
@@ -364,18 +364,16 @@ class NoEnd(Tokenizer):
     eos_token_id = 63
 
 
+@torch.no_grad()
 def _greedy(subject: Subject, prompt: list[int], steps: int) -> list[int]:
-    """Greedy decoding by a whole forward pass a token."""
-    from llmrecipe.engine.generation import generate
-    from llmrecipe.engine.sampling import Sampling
+    """Greedy decoding by a whole forward pass a token, without a cache; the prompt stays the prompt."""
+    from llmrecipe.core.forward_context import Context, activate
 
     out: list[int] = []
-    for _ in range(steps):
-        # One new token at a time, each from a fresh cache: what is cached can play no part.
-        new = generate(subject.model, Tokenizer(), [prompt + out], Sampling(1))[0]
-        out += new
-        if new[-1] == Tokenizer.eos_token_id:
-            break
+    while len(out) < steps and out[-1:] != [Tokenizer.eos_token_id]:
+        ids = torch.tensor([prompt + out])
+        with activate(Context(attention_mask=torch.ones_like(ids), prompt_lengths=torch.tensor([len(prompt)]))):
+            out.append(int(subject.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
     return out
 
 

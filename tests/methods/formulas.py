@@ -86,6 +86,8 @@ FORMULAS: dict[str, tuple[str, Count]] = {
     "fishmask": ("floor(density N)", lambda w, s: int(w.density * s.N)),
     "child_tuning": ("floor(p B) + N - B", lambda w, s: int(w.p * s.B) + s.N - s.B),
     "diff_pruning": ("2 N + G while gates train", lambda w, s: 2 * s.N + s.G),
+    "loreft": ("L (2 r d + r)", lambda w, s: s.L * (2 * w.r * s.d + w.r)),
+    "direft": ("L (2 r d + r)", lambda w, s: s.L * (2 * w.r * s.d + w.r)),
     "lora": ("L r (d + q + d + k)", pairs),
     "dylora": ("L r (d + q + d + k)", pairs),
     "dora": ("L r (d + q + d + k) + L (q + k)", lambda w, s: pairs(w, s) + s.L * (s.q + s.k)),

@@ -236,6 +236,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "unipelt": labelled(0.85),
     # memory
     "qlora": exact(0.95),
+    "loreft": copied(0.6),
+    "direft": copied(0.77),
     # Forward passes alone learn how an answer goes, not yet which: their control has answers that go nowhere.
     "mezo": Learns("eval/loss", 2.7, 3.2, mixed_answers),
     "mezo_lora": Learns("eval/loss", 2.7, 3.2, mixed_answers),

@@ -1,0 +1,127 @@
+"""Which tokens are the first n and the last m of each document's prompt, worked out once a forward pass.
+
+Of a prompt of P real tokens the first min(n, P // 2) and the last min(m, P // 2) are taken, so no token is both. Padding,
+virtual tokens of other methods and generated tokens are never counted. A prompt is the one a batch marks off, a shared parent
+of packed segments, or what generation reads into an empty cache; in an encoder it is the document. A pass that continues a
+cache has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Layout, activate, current
+from llmrecipe.methods._engines.document_tokens import stack_input
+from llmrecipe.methods.additive._engines.virtual_tokens import Where
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.kv_cache import cached, prompts_of
+
+
+@dataclass(frozen=True)
+class EditedTokens:
+    """Tokens of one side of their prompts."""
+
+    index: Tensor
+    """(M,) flat into R * T, ascending."""
+    slot: Tensor
+    """(M,) distance from that end of the prompt: 0 for its first token, or for its last."""
+
+
+@dataclass(frozen=True)
+class PromptEnds:
+    """The edited tokens of a pass."""
+
+    first: EditedTokens
+    last: EditedTokens
+
+
+def ends_of(place: Tensor, prompt: Tensor, n: int, m: int) -> PromptEnds:
+    """Return the first n and last m tokens of prompts, each at most half of its prompt.
+
+    Args:
+        place: (R, T) place of each token in its document; negative for tokens that do not count.
+        prompt: (R, T) length of the prompt of each token's document.
+    """
+    half = prompt // 2
+    back = prompt - 1 - place
+    inside = (place >= 0) & (back >= 0)
+    found = []
+    for distance, most in ((place, n), (back, m)):
+        index = (inside & (distance < half.clamp(max=most))).flatten().nonzero().squeeze(1)
+        found.append(EditedTokens(index, distance.flatten()[index]))
+    return PromptEnds(*found)
+
+
+class PromptEndsOfPass(Hook):
+    """At a stack of blocks: the ends of the prompts of every pass, for the hooks at its blocks."""
+
+    def __init__(self, n: int, m: int, encoder: bool):
+        super().__init__()
+        self.n, self.m, self.encoder = n, m, encoder
+
+    def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Run the stack with the ends in its context; None where no token has a prompt."""
+        context = current()
+        if context.layout is not None:
+            ends: PromptEnds | None = self._packed(context.layout, stack_input(inputs).device)
+        else:
+            ends = self._padded(inputs)
+        with activate(dataclasses.replace(context, shared={**context.shared, self.owner: ends})):
+            return call(**inputs)
+
+    def _padded(self, inputs: dict[str, Any]) -> PromptEnds | None:
+        tokens, context = stack_input(inputs), current()
+        shape = tokens.shape[:2]
+        if cached(inputs):
+            return None
+        given = inputs.get("attention_mask")
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else context.attention_mask
+        real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        if mask is not None and mask.shape == shape:
+            real = mask.bool()
+        prompt = real.sum(1) if self.encoder else prompts_of(inputs, context.prompt_lengths, real)
+        if prompt is None:
+            return None
+        virtual = _virtual(tokens)
+        if virtual is not None:
+            # They stand in the prompt, and both lengths and masks count them.
+            prompt = prompt - virtual.expand(shape).sum(1)
+            real = real & ~virtual
+        place = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        return ends_of(place, prompt[:, None].to(place.device).expand(shape), self.n, self.m)
+
+    def _packed(self, layout: Layout, device: torch.device) -> PromptEnds:
+        key = ("prompt_ends", self.owner, self.n, self.m, self.encoder, device)
+        if key not in layout.cache:
+            place, prompt = (torch.full((layout.rows, layout.columns), fill, dtype=torch.long) for fill in (-1, 0))
+            virtual = _virtual(place)
+            parents = {s.parent for s in layout.segments if s.parent is not None}
+            for i, segment in enumerate(layout.segments):
+                if segment.parent is not None and segment.prompt and not self.encoder:
+                    raise ModelError(
+                        f"stack.{self.owner}: the ends of a prompt that is shared only in part by packed rows are not in one "
+                        "place; set data.packing=off"
+                    )
+                length = segment.length if self.encoder or i in parents else segment.prompt
+                here = (segment.row, slice(segment.start, segment.start + length))
+                real = torch.ones(length, dtype=torch.bool)
+                if virtual is not None:
+                    real = ~virtual.expand(layout.rows, -1)[here].cpu()
+                place[here] = (real.long().cumsum(0) - 1).masked_fill(~real, -1)
+                prompt[here] = int(real.sum())
+            layout.cache[key] = ends_of(place.to(device), prompt.to(device), self.n, self.m)
+        return layout.cache[key]
+
+
+def _virtual(tokens: Tensor) -> Tensor | None:
+    """Return which columns (1 | R, T) are virtual tokens of other methods."""
+    found = [w.virtual_token >= 0 for w in current().shared.values() if isinstance(w, Where)]
+    fitting = [v for v in found if v.shape[1] == tokens.shape[1]]
+    return torch.stack([v.expand(tokens.shape[0], -1) for v in fitting]).any(0).to(tokens.device) if fitting else None
