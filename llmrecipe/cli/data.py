@@ -77,7 +77,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.data.tokenize.row_type import row_type
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
-    from llmrecipe.runs.open_model import resolve_section
+    from llmrecipe.runs.open_model import own_tokenizer, resolve_section
     from llmrecipe.training.read_rows import tasks_of
 
     kind = str(recipe.objective["kind"])
@@ -86,10 +86,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     default = spec.options["mask"].default if "mask" in spec.options else spec.facts.get("mask")
     mask = recipe.objective.get("mask") or default or "completion"
     base, saved, folder = resolve_section(recipe.model)
-    section = recipe.tokenizer
-    if folder is not None and section.path is None and (folder / "tokenizer_config.json").is_file():
-        section = section.model_copy(update={"path": str(folder)})
-    tokenizer = load_tokenizer(base, section)
+    tokenizer = load_tokenizer(base, own_tokenizer(recipe.tokenizer, folder))
     whole = recipe.data.model_copy(update={"streaming": False})
     labels = None
     parts = instantiate(recipe)

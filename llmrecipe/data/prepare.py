@@ -160,7 +160,8 @@ def prepare(
         return None
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
     field = tasks.field if tasks is not None else None
-    tables = [build_table(part, data, tokenizer, rows, mask, draw, field, needs) for part, draw in zip(parts, draws)]
+    stride = None if split == "train" else data.stride or max(data.max_length - 1, 1)
+    tables = [build_table(part, data, tokenizer, rows, mask, draw, field, needs, stride) for part, draw in zip(parts, draws)]
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))

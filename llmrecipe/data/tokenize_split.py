@@ -57,6 +57,7 @@ def build_table(
     draw: Draw | None = None,
     task_field: str | None = None,
     needs: Mapping[str, str] | None = None,
+    stride: int | None = None,
 ) -> TokenTable:
     """Build the token table of one source.
 
@@ -64,6 +65,7 @@ def build_table(
         draw: (count, seed): keep `count` rows drawn with the seed instead of all.
         task_field: column that names the task of a row, where the stack has per-task parameters.
         needs: column that every prompt row must have -> key path of what reads it.
+        stride: tokens by which rows of a text that is cut up move on (see `Limit.stride`).
     """
     kind = row_type(rows)
     plugged = plugin_code()
@@ -73,7 +75,7 @@ def build_table(
             "data": content,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "rows": [rows, mask, data.format, data.columns, data.system],
-            "length": [data.max_length, data.truncation],
+            "length": [data.max_length, data.truncation, *([stride] if stride else [])],
             "part": [part.keep, draw],
             "folder": str(part.reader.base) if kind.reads_files else None,
             "code": code_version(),
@@ -90,7 +92,7 @@ def build_table(
             found.facts["report"] |= {"source": part.reader.name, "ignored": list(part.reader.ignored)}
             found.content = content
             return found
-    encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs)
+    encoder = make_encoder(part, data, tokenizer, rows, mask, task_field, needs, stride)
     writer = TableWriter(kind, folder)
     report = Report(source=part.reader.name, format=encoder.format.name, mapping=encoder.columns, mask=mask)
     report.ignored = list(part.reader.ignored)
@@ -128,6 +130,7 @@ def make_encoder(
     mask: str,
     task_field: str | None = None,
     needs: Mapping[str, str] | None = None,
+    stride: int | None = None,
 ) -> RowEncoder:
     """Detect the source's format and make its encoder.
 
@@ -135,7 +138,7 @@ def make_encoder(
         DataError: no rows, or columns that fit no format.
     """
     found = source_layout(part, data, rows)
-    return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases, needs)
+    return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases, needs, stride)
 
 
 def source_layout(part: Part, data: DataSection, rows: str) -> detect.DetectedFormat:

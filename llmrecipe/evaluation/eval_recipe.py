@@ -21,7 +21,8 @@ def recipe_of(path: str, overrides: list[str]) -> Composition:
         raise UserError(
             f"{path}: the run has no recipe.yaml, so it does not say what to evaluate; give data.path and objective"
         )
-    words = [f"model.path={path}", "model.continue=false"]
+    # The run's folder holds its tokenizer, trained or not.
+    words = [f"model.path={path}", "model.continue=false", "tokenizer.train=null"]
     if (final / "model").is_dir():
         # The run left a whole model: how its base was made (fresh weights, config values) is no longer needed to load it.
         words += ["model.init=pretrained", "~model.config"]

@@ -295,6 +295,10 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
     """
     from transformers import AutoTokenizer
 
+    if tokenizer.train is not None:
+        from llmrecipe.models.tokenizer_training import trained_tokenizer
+
+        tokenizer = tokenizer.model_copy(update={"path": str(trained_tokenizer(tokenizer.train))})
     path = tokenizer.path or model.path
     section = model.model_copy(update={"path": path, "init": "random"})
     place, local = locate(path, "tokenizer.path" if tokenizer.path else "model.path")

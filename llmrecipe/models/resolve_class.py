@@ -91,7 +91,8 @@ def _blank(kind: str) -> PreTrainedConfig:
 
 
 def _check_keys(changes: dict[str, Any], config: PreTrainedConfig) -> None:
-    known = {*config.to_dict(), *getattr(config, "attribute_map", {}), "hidden_size", "vocab_size"}
+    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
+    known = {*config.to_dict(), *getattr(config, "attribute_map", {}), "hidden_size", "vocab_size", *ids}
     for name in changes:
         if name not in known and not hasattr(config, name):
             raise ModelError(f"model.config.{name}: {config.model_type} has no such value{did_you_mean(name, known)}")

@@ -45,6 +45,8 @@ class Objective:
     """Kind of model head: causal, classification, masked, seq2seq or image; or states, for a text model without its head."""
     encoder_decoders: ClassVar[bool] = False
     """Whether it trains encoder-decoders in the place of decoders, too: the encoder reads the prompt, the decoder answers."""
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    """Roles of special tokens (eos, mask, sep, cls) that a tokenizer trained for it must have."""
     roles: ClassVar[tuple[str, ...]] = ()
     """Auxiliary models besides the policy: reference, reward, value, judge, hypermodel."""
     differentiable: ClassVar[bool] = True

@@ -93,6 +93,11 @@ def token_loss(batch: Batch, roles: Roles, kind: str = "nll") -> Loss:
     """Compute the summed loss of a batch's targets, with accuracy and the plain negative log-likelihood as metrics."""
     out = roles.policy(batch)
     logprobs = out["logprobs"]
-    count = float(logprobs.numel())
     total = dynamic_fine_tuning(logprobs) if kind == "dft" else negative_log_likelihood(logprobs)
-    return Loss(total, {"nll": (-logprobs.detach().sum(), count), "accuracy": (out["correct"].sum(), count)})
+    return Loss(total, token_metrics(out))
+
+
+def token_metrics(out: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
+    """Return the metrics of the targets of a batch, (sum, count) each, from what the engine computed."""
+    count = float(out["logprobs"].numel())
+    return {"nll": (-out["logprobs"].detach().sum(), count), "accuracy": (out["correct"].sum(), count)}

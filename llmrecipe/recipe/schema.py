@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    model_validator,
+)
 
 from llmrecipe.core.option_types import registered
 
@@ -51,6 +61,47 @@ class ModelSection(Section):
     continue_: bool = Field(False, alias="continue", description="With a run directory: train its own adapters further.")
 
 
+class SpecialTokensSection(Section):
+    """The special tokens of a trained tokenizer by role, numbered in this order; null leaves a role out."""
+
+    pad: str | None = Field("<pad>", description="Padding.")
+    bos: str | None = Field("<bos>", description="Start of a document.")
+    eos: str | None = Field("<eos>", description="End of a document.")
+    unk: str | None = Field(None, description="Characters outside the vocabulary; wordpiece has <unk> where this is null.")
+    mask: str | None = Field("<mask>", description="Stands for a hidden token.")
+    sep: str | None = Field("<sep>", description="Between two texts; with `cls` also after the last one.")
+    cls: str | None = Field(None, description="Start of a text whose first state is read (BERT), in the place of `bos`.")
+    extra: list[str] = Field(default_factory=list, description="Further ones: marks of a chat template, of removed spans.")
+
+
+class TokenizerTrainingSection(Section):
+    """A tokenizer made from the training rows before anything else; the vocabulary of a model from nothing follows."""
+
+    algorithm: Literal["bpe", "unigram", "wordpiece"] = Field(
+        "bpe",
+        description="bpe and unigram work on bytes, so no text is unknown and none is changed; wordpiece on words, as BERT.",
+    )
+    vocab_size: PositiveInt = Field(description="Tokens in the vocabulary, special ones included.")
+    special: SpecialTokensSection = Field(default_factory=SpecialTokensSection)
+    rows: PositiveInt | None = Field(None, description="Read this many rows of each source, evenly spaced; default: all.")
+    replace: bool = Field(
+        False, description="Also with trained weights, whose embedding rows then stand for other tokens than they learned."
+    )
+    _data: DataSection | None = PrivateAttr(None)
+    _kind: str = PrivateAttr("text")
+
+    def bound(self, data: DataSection, kind: str) -> TokenizerTrainingSection:
+        """Return the section with the rows it is to read and the row type that the objective makes of them."""
+        bound = self.model_copy()
+        bound._data, bound._kind = data, kind
+        return bound
+
+    def source(self) -> tuple[DataSection, str]:
+        """Return the data section of the recipe and the row type; a validated recipe has bound them."""
+        assert self._data is not None, "recipe.validate binds the data"
+        return self._data, self._kind
+
+
 class TokenizerSection(Section):
     """The tokenizer, by default the model's own."""
 
@@ -63,6 +114,9 @@ class TokenizerSection(Section):
     add_tokens: list[str] = Field(default_factory=list, description="Tokens to add; their embedding rows are trained.")
     pad_token: str | None = Field(None, description="Token used as padding where the tokenizer has none.")
     mask_token: str | None = Field(None, description="Token that stands for a hidden one; added where it does not exist.")
+    train: TokenizerTrainingSection | None = Field(
+        None, description="Train one on the training rows: {vocab_size: 8192, algorithm: bpe, special: {...}}."
+    )
 
 
 class DataSection(Section):
@@ -83,6 +137,11 @@ class DataSection(Section):
         "auto",
         description="What happens to longer rows; `auto` splits plain text into consecutive rows and leaves out others.",
         json_schema_extra=registered("truncation"),
+    )
+    stride: PositiveInt | None = Field(
+        None,
+        description="Validation and test read a long text in windows of max_length that move on by this many tokens and "
+        "predict each token once; smaller gives more context. Default: windows share one token.",
     )
     packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")
     limit: PositiveInt | None = Field(None, description="Use this many training rows, drawn with the seed.")

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
+from llmrecipe.recipe import trained_tokenizer
 from llmrecipe.recipe.key_hints import component_as_section, elsewhere
 from llmrecipe.recipe.provenance import Origin, leaves, origin_of
 from llmrecipe.recipe.registered_names import unknown_names
@@ -82,10 +83,12 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
     else:
         mistakes += endless
     mistakes += [Mistake(*found) for found in (unknown_names(recipe) if recipe is not None else ())]
+    if recipe is not None and not mistakes:
+        mistakes += [Mistake(*found) for found in trained_tokenizer.mistakes(recipe)]
     mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes
     if mistakes or recipe is None:
         raise RecipeError(report(mistakes, origins or {}))
-    return recipe
+    return trained_tokenizer.bind(recipe)
 
 
 def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -208,8 +208,9 @@ def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
 
 
 def own_tokenizer(tokenizer: TokenizerSection, folder: Path | None) -> TokenizerSection:
-    """Return the section with the tokenizer in a run's folder, unless the recipe names another."""
-    if folder is not None and tokenizer.path is None and (folder / "tokenizer_config.json").is_file():
+    """Return the section with the tokenizer in a run's folder, unless the recipe names or trains another."""
+    own = tokenizer.path is not None or tokenizer.train is not None
+    if folder is not None and not own and (folder / "tokenizer_config.json").is_file():
         return tokenizer.model_copy(update={"path": str(folder)})
     return tokenizer
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
 from llmrecipe.methods._base.stack import base_parameters, kind_name
+from llmrecipe.models.tokenizer_training import training_facts
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
@@ -23,9 +24,13 @@ def announce(run: RunState) -> None:
     (run.dir.path / "report.json").write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
     report = run.data.report
     trained = facts["trained"]
+    tokenizer = facts.get("tokenizer")
+    if tokenizer is not None and run.first_step == 0:
+        run.events.check(step=0, **{f"tokenizer/{name}": value for name, value in tokenizer.items()})
     lines = [
         *report.lines(),
         *run.stack.written_out(),
+        *([tokenizer_text(tokenizer)] if tokenizer is not None else []),
         f"model: {run.loaded.section.path}, {facts['base_parameters']:,} parameters; trained: {trained['parameters']:,} "
         f"in {trained['tensors']} tensors ({', '.join(f'{k} x{v}' for k, v in list(trained['kinds'].items())[:8])})",
         f"run: {run.steps} steps of {rows_text(len(run.data), run.recipe.batch.size)}, "
@@ -45,12 +50,22 @@ def rows_text(rows: int, size: int) -> str:
     return f"at most {text}" if rows > size and rows % size else text
 
 
+def tokenizer_text(facts: dict[str, Any]) -> str:
+    """Return what a trained tokenizer does with held-out text, in one line."""
+    return (
+        f"tokenizer: {facts['algorithm']} of {facts['vocab_size']:,} tokens, trained on {facts['trained_bytes']:,} bytes; "
+        f"{facts['tried_on']} texts: {facts['bytes_per_token'] or 0:.2f} bytes a token, "
+        f"{facts['round_trip'] or 0:.1%} come back unchanged"
+    )
+
+
 def run_facts(run: RunState) -> dict[str, Any]:
     """Return data report, stack and trained tensors as JSON."""
     trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     kinds = Counter(".".join(part for part in n.split(".")[-3:] if not part.isdigit()) for n in trained)
     return {
         "data": run.data.report.to_dict(),
+        **({"tokenizer": training_facts(train)} if (train := run.recipe.tokenizer.train) is not None else {}),
         "stack": {w.name: kind_name(w) for w in run.stack},
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "base_parameters": base_parameters(run.model),

@@ -48,6 +48,7 @@ class RowEncoder(Encoder):
         task_field: column that names the task of a row; None where no method needs it.
         aliases: columns recognised by their names (`data.formats.aliases`), in addition to the recipe's own mapping.
         needs: column that every prompt row must have -> key path of what reads it.
+        stride: tokens by which rows of a text that is cut up move on (see `Limit.stride`).
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class RowEncoder(Encoder):
         task_field: str | None = None,
         aliases: Mapping[str, str] | None = None,
         needs: Mapping[str, str] | None = None,
+        stride: int | None = None,
     ) -> None:
-        super().__init__(tokenizer, mask, data)
+        super().__init__(tokenizer, mask, data, stride)
         self.kind = row_type(rows)
         self.columns = {**data.columns, **(aliases or {})}
         self.task_field = task_field

@@ -42,17 +42,18 @@ class Encoder:
         tokenizer: with its chat template.
         mask: name of the loss mask: which tokens are trained.
         data: the recipe's section; only `max_length` and `truncation` are read.
+        stride: tokens by which rows of a text that is cut up move on (see `Limit.stride`).
 
     Raises:
         RecipeError: there is no such mask or truncation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: str, data: DataSection) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask: str, data: DataSection, stride: int | None = None) -> None:
         self.tokens = Tokens(tokenizer)
         self.mask = loss_mask(mask)
         self.truncation = truncation(data.truncation)
         header = self.tokens.header() if self.truncation.keeps_header else 0
-        self.limit = Limit(data.max_length, header, self.tokens.bos)
+        self.limit = Limit(data.max_length, header, self.tokens.bos, stride)
         self._space: dict[int, bool] = {}
         self._talks = False
         self._turns = False

@@ -6,7 +6,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 
 | type | canonical row | token row |
 |---|---|---|
-| text | text, or input_ids (+ labels) | ids, trained |
+| text | text, or input_ids (+ labels) | ids, trained, bytes, words |
 | dialogue | messages, or prompt + completion, or text, or input_ids | ids, trained |
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
@@ -46,7 +46,7 @@ class RowType:
     masks: ClassVar[tuple[str, ...]] = ()
     """Columns of 0/1 per token."""
     scalars: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """(column, Arrow type: string, float64 or bool)."""
+    """(column, Arrow type: string, float64, int64 or bool)."""
     uncounted: ClassVar[tuple[str, ...]] = ()
     """Those of `lists` that do not count as tokens of the row's length."""
     takes: ClassVar[dict[str, int]] = {}

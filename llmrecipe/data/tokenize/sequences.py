@@ -10,20 +10,28 @@ from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.assistant_turns import Conversation, Turns, common_prefix, find_turns, mask_bits
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.loss_mask import Encoded, Span
+from llmrecipe.data.tokenize.text_size import TextSize
 from llmrecipe.data.tokenize.truncation import fit_sequence
 
 NO_TARGET = "no trained token"
 
 
-def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    """Fill `done` or `bad` of every item."""
+def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report, measured: bool = False) -> None:
+    """Fill `done` or `bad` of every item.
+
+    Args:
+        measured: rows of raw text also get the bytes and words of it that their targets stand for.
+    """
     groups: dict[str, list[Item]] = {"text": [], "tokens": [], "strings": [], "prompted": [], "talks": []}
     for item in items:
         groups[_kind(item.row)].append(item)
     if groups["text"]:
-        for item, ids in zip(groups["text"], encoder.tokens.documents([i.row["text"] for i in groups["text"]])):
+        documents, encodings = encoder.tokens.document_encodings([i.row["text"] for i in groups["text"]])
+        for number, (item, ids) in enumerate(zip(groups["text"], documents)):
             whole = encoder.mask.spans(Encoded(ids, 0, [(0, len(ids))]))
-            _finish(encoder, item, report, ids, mask_bits(len(ids), whole), plain=True)
+            framed = bool(ids) and ids[0] == encoder.tokens.bos
+            size = TextSize(item.row["text"], len(ids), encodings and encodings[number], framed) if measured else None
+            _finish(encoder, item, report, ids, mask_bits(len(ids), whole), plain=True, size=size)
     for item in groups["tokens"]:
         labels = item.row["labels"]
         trained = [1] * len(item.row["input_ids"]) if labels is None else [int(label != -100) for label in labels]
@@ -134,10 +142,20 @@ def _whole_talks(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, None, []))))
 
 
-def _finish(encoder: Encoder, item: Item, report: Report, ids: list[int], trained: list[int], plain: bool = False) -> None:
+def _finish(
+    encoder: Encoder,
+    item: Item,
+    report: Report,
+    ids: list[int],
+    trained: list[int],
+    plain: bool = False,
+    size: TextSize | None = None,
+) -> None:
     """Apply the length policy, count, and keep the row."""
+    # A text whose rows are to be measured is cut by place rather than by token.
+    tokens = ids if size is None else list(range(len(ids)))
     try:
-        pieces = fit_sequence(ids, trained, encoder.truncation, encoder.limit, item.where, plain)
+        pieces = fit_sequence(tokens, trained, encoder.truncation, encoder.limit, item.where, plain)
     except BadRow as bad:
         item.bad = bad
         return
@@ -150,10 +168,11 @@ def _finish(encoder: Encoder, item: Item, report: Report, ids: list[int], traine
     report.truncated += cut > 0
     report.tokens_lost += max(cut, 0)
     report.longest = max(report.longest, *(len(piece[0]) for piece in kept))
-    for piece_ids, piece_trained in kept:
-        report.tokens += len(piece_ids)
+    for piece, piece_trained in kept:
+        report.tokens += len(piece)
         report.trained += sum(piece_trained)
-        item.done.append({"ids": piece_ids, "trained": piece_trained, "image": item.row.get("image")})
-    last_ids, last_trained = kept[-1]
+        row = {"ids": piece if size is None else [ids[i] for i in piece], "trained": piece_trained}
+        item.done.append({**row, "image": item.row.get("image"), **(size.of(piece, piece_trained) if size else {})})
+    last_ids, last_trained = item.done[-1]["ids"], kept[-1][1]
     final = len(last_trained) - 1 - last_trained[::-1].index(1)
-    encoder.note(report, kept[0][0], item.where, [last_ids[: final + 1]])
+    encoder.note(report, item.done[0]["ids"], item.where, [last_ids[: final + 1]])

@@ -54,10 +54,19 @@ class Tokens:
 
     def documents(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of complete raw texts: the end token's text is appended where it is missing."""
-        found = self.raw([t if not self.eos_text or t.endswith(self.eos_text) else t + self.eos_text for t in texts])
-        if not self.adds_eos:
-            return found
-        return [ids[:-1] if ids[-2:] == [self.eos, self.eos] else ids for ids in found]
+        return self.document_encodings(texts)[0]
+
+    def document_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Any] | None]:
+        """Return the ids of complete raw texts, and a fast tokenizer's encodings, which have each token's place in its text."""
+        if not texts:
+            return [], None
+        encoded = self._encode(
+            [t if not self.eos_text or t.endswith(self.eos_text) else t + self.eos_text for t in texts], True
+        )
+        found: list[Ids] = encoded["input_ids"]
+        if self.adds_eos:
+            found = [ids[:-1] if ids[-2:] == [self.eos, self.eos] else ids for ids in found]
+        return found, encoded.encodings
 
     def rendered(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of rendered templates: nothing is added."""

@@ -31,6 +31,9 @@ class Limit:
     header: int = 0
     """Tokens of the assistant's header at the end of a prompt; 0 where the policy does not keep it."""
     bos: int | None = None
+    stride: int | None = None
+    """Tokens by which each row of a text that is cut up moves on, every token but the first predicted once; None: rows do not
+    overlap, and the first token of each is no target."""
 
     def prompt(self, ids: Sequence[int], room: int) -> list[int]:
         """Return the end of a prompt in at most `room` tokens, BOS kept where it had one."""
@@ -138,8 +141,21 @@ def fit_prompt(prompt: list[int], policy: Truncation, limit: Limit, where: str) 
     return prompt if len(prompt) <= limit.length else policy.prompt(prompt, limit, where)
 
 
-def split_plain(ids: list[int], trained: list[int], length: int) -> list[Piece]:
-    """Return consecutive pieces of plain text, of which the first token is no target; a piece of one token is left out."""
-    starts = range(0, len(ids), length)
-    pieces = [(ids[s : s + length], [0, *trained[s + 1 : s + length]]) for s in starts]
-    return [piece for piece in pieces if len(piece[0]) > 1]
+def split_plain(ids: list[int], trained: list[int], limit: Limit) -> list[Piece]:
+    """Return consecutive pieces of plain text.
+
+    Without a stride pieces do not overlap; the first token of each is no target, and a piece of one token is left out. With
+    one, pieces of `limit.length` tokens move on by `limit.stride`: what an earlier piece has predicted is context in the next,
+    so that every target of the text is predicted once, after at least `length - stride` tokens.
+    """
+    length = limit.length
+    if limit.stride is None:
+        starts = range(0, len(ids), length)
+        pieces = [(ids[s : s + length], [0, *trained[s + 1 : s + length]]) for s in starts]
+        return [piece for piece in pieces if len(piece[0]) > 1]
+    found = [(ids[:length], trained[:length])]
+    for known in range(length, len(ids), limit.stride):
+        end = min(known + limit.stride, len(ids))
+        start = max(end - length, 0)
+        found.append((ids[start:end], [0] * (known - start) + trained[known:end]))
+    return found

@@ -57,7 +57,7 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
     tokens = encoder.tokens
     _need_words(tokens)
     before, after = frame(tokens)
-    room = replace(encoder.limit, length=encoder.limit.length - len(before) - len(after))
+    room = replace(encoder.limit, length=encoder.limit.length - len(before) - len(after), stride=None)
     if room.length < 1:
         raise DataError(f"data.max_length: {encoder.limit.length} leaves no room for a token next to the special tokens")
     found = tokens.tokenizer([item.row["text"] for item in items], add_special_tokens=False, verbose=False)

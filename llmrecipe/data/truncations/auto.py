@@ -14,4 +14,4 @@ class Auto(Truncation):
         """Return the pieces of plain text; leave others out."""
         if not plain:
             raise self.refuse(len(ids), limit, where)
-        return split_plain(ids, trained, limit.length)
+        return split_plain(ids, trained, limit)

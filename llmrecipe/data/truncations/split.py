@@ -14,10 +14,10 @@ class Split(Truncation):
     """Plain text becomes consecutive rows of `max_length` tokens; other rows are refused."""
 
     def sequence(self, ids: list[int], trained: list[int], limit: Limit, where: str, plain: bool) -> list[Piece]:
-        """Return consecutive pieces, of which the first token is no target; a piece of one token is left out."""
+        """Return consecutive pieces (see `split_plain`)."""
         if not plain:
             raise self._plain_only(where)
-        return split_plain(ids, trained, limit.length)
+        return split_plain(ids, trained, limit)
 
     def answers(
         self, prompt: list[int], answers: Sequence[list[int]], limit: Limit, where: str

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
+
+import torch
 
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
-from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, token_loss
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, token_loss, token_metrics
+
+SIZES = ("bytes", "words")
+"""Columns of token rows: how much text their targets stand for."""
+UNKNOWN = -1
+WORD = "nll_per_word"
 
 
 @register
@@ -18,24 +26,50 @@ class Clm(Objective):
     Documents start with the tokenizer's beginning token where it has one and end with the end token, both predicted except
     the very first. N counts predicted tokens over the whole optimizer step. Perplexity is exp(L) over the whole set.
 
+    Evaluation also divides by the text that the targets stand for, which does not depend on the tokenizer: bits per byte
+    -(1/B) sum_t log2 P(x_t | x_<t), B the bytes in UTF-8; byte and word perplexity are exp of the sum over bytes and over the
+    words between white space. A document longer than a row is read in windows that predict each token once (`data.stride`).
+
     Source: next-token prediction as in GPT-2; shift and counting as in the transformers loss for causal models.
     """
 
     rows: ClassVar[str] = "text"
     head: ClassVar[str] = "causal"
+    special_tokens: ClassVar[tuple[str, ...]] = ("eos",)
 
     def loss_mask(self) -> str:
         """Train on every token."""
         return "all"
 
     def measures(self) -> Measures:
-        """Return the metrics of the predicted tokens."""
-        return TOKEN_METRICS
+        """Return the metrics of the predicted tokens, and of the text they stand for."""
+        return {**TOKEN_METRICS, "bits_per_byte": "min", "byte_perplexity": "min", "word_perplexity": "min"}
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay documents out for one forward pass."""
-        return collate_tokens(rows, roles)
+        sizes = {name: torch.tensor([float(row.get(name, UNKNOWN)) for row in rows], dtype=torch.float64) for name in SIZES}
+        return collate_tokens(rows, roles).with_extra(**sizes)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed negative log-likelihood."""
         return token_loss(batch, roles)
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Return loss and token metrics, and the negative log-likelihood over the bytes and words of rows of known size."""
+        out = roles.policy(batch)
+        nll = -out["logprobs"].detach()
+        found = {"loss": (nll.sum(), self.weight(batch)), **token_metrics(out)}
+        # Rows of ready-made token ids stand for text of unknown size. A batch without rows still has one sequence, a filler.
+        sizes = {name: batch.extra[name] for name in SIZES}
+        by_row = batch.sum_by_sequence(nll.double())[: len(sizes["bytes"])]
+        known = float(by_row[sizes["bytes"] >= 0].sum())
+        total = {name: float(values.clamp(min=0).sum()) for name, values in sizes.items()}
+        return {**found, "bits_per_byte": (known / math.log(2.0), total["bytes"]), WORD: (known, total["words"])}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Return the perplexities of bytes and words, where the text is known."""
+        word = sums.pop(WORD)
+        if math.isnan(sums["bits_per_byte"]):
+            del sums["bits_per_byte"]
+            return {}
+        return {"byte_perplexity": 2.0 ** sums["bits_per_byte"], "word_perplexity": math.exp(min(word, 700.0))}

@@ -33,6 +33,7 @@ class Mlm(MaskedTokens, Objective):
 
     rows: ClassVar[str] = "words"
     head: ClassVar[str] = "masked"
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
 
     def check(self, recipe: Any, data: Any) -> None:
         """Refuse shares that exceed one."""

@@ -54,6 +54,7 @@ class Nsp(MaskedTokens, Objective):
 
     rows: ClassVar[str] = "sentences"
     head: ClassVar[str] = "masked"
+    special_tokens: ClassVar[tuple[str, ...]] = ("sep",)
 
     p_random: Fraction = 0.5
     """Probability that B does not follow A."""
