@@ -194,7 +194,7 @@ def _trains(site: Any) -> bool:
     if isinstance(weight, Tensor) and weight.requires_grad:
         return True
 
-    return any(p.requires_grad for hook in hooks_of(site.module) for p in hook.parameters())
+    return any(p.requires_grad for hook in hooks_of(site.module) if hook.keeps_input for p in hook.parameters())
 
 
 def _ranks(sites: Iterable[Any]) -> int:

@@ -88,6 +88,7 @@ FORMULAS: dict[str, tuple[str, Count]] = {
     "diff_pruning": ("2 N + G while gates train", lambda w, s: 2 * s.N + s.G),
     "loreft": ("L (2 r d + r)", lambda w, s: s.L * (2 * w.r * s.d + w.r)),
     "direft": ("L (2 r d + r)", lambda w, s: s.L * (2 * w.r * s.d + w.r)),
+    "lora_fa": ("sum over linears of r out", lambda w, s: s.L * w.r * sum(o for _, o in s.linears)),
     "lora": ("L r (d + q + d + k)", pairs),
     "dylora": ("L r (d + q + d + k)", pairs),
     "dora": ("L r (d + q + d + k) + L (q + k)", lambda w, s: pairs(w, s) + s.L * (s.q + s.k)),

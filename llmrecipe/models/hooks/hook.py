@@ -65,6 +65,8 @@ class Hook(nn.Module):
     subset of a batch's rows (see `models.optimizations`)."""
     weightlike: ClassVar[bool] = False
     """Whether host and hook together are again one linear map, or one embedding table, of the same inputs."""
+    keeps_input: ClassVar[bool] = True
+    """Whether the backward pass of what it trains needs its host's whole input."""
     tensor: str = "weight"
     """For a weight hook: the attribute of the host it changes."""
     in_place: bool = False
