@@ -55,17 +55,39 @@ def reading(what: str, remedy: str = "", error: type[UserError] = RunError) -> I
         raise error(f"{what}: {reason_of(foreign)}{f'; {remedy}' if remedy else ''}") from foreign
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of bounded depth.
+class DuplicateKey(ValueError):
+    """An object of a JSON text holds a key more than once, so that one of its values would be lost."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON text; the hook that makes a parser refuse a repeated key.
 
     Raises:
-        ValueError: it is not JSON (a `json.JSONDecodeError`), is nested too deeply, or holds a number of thousands of digits.
+        DuplicateKey: naming the key.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise DuplicateKey(f"the key {twice!r:.80} is there {keys.count(twice)} times in one object")
+    return found
+
+
+def parse_json(text: str | bytes, unique: bool = False) -> Any:
+    """Parse JSON of bounded depth.
+
+    Args:
+        unique: refuse an object that holds a key more than once; the last value would win in silence.
+
+    Raises:
+        ValueError: it is not JSON (a `json.JSONDecodeError`), is nested too deeply, holds a number of thousands of digits, or
+            repeats a key (`DuplicateKey`).
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once if unique else None)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, DuplicateKey):
         raise
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None

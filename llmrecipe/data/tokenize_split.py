@@ -153,7 +153,7 @@ def source_layout(part: Part, data: DataSection, rows: str) -> detect.DetectedFo
         raise DataError(f"{name}: there are no rows")
     raw = [row for _, row in first]
     detect.check_mapping(data.columns, raw[0], name, rows)
-    mapped = [detect.map_columns(row, data.columns) for row in raw]
+    mapped = [detect.map_columns(row, data.columns, sample=True) for row in raw]
     return detect.detect(mapped, rows, data.format, name, data.columns, raw)
 
 

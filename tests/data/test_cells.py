@@ -53,6 +53,20 @@ def test_a_csv_file_with_json_text_gives_the_tokens_of_the_jsonl_file(rows: str,
     assert tokens(tmp_path / "a.csv", rows) == tokens(tmp_path / "a.jsonl", rows)
 
 
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_json_text_that_repeats_a_key_is_named(column: str, tmp_path: Path) -> None:
+    """The last value would win: the row is dropped and counted with the key, the first row of a file as well as any other."""
+    good = json.dumps([U, A] if column == "messages" else [U])
+    bad = good.replace('"content": "2+2?"', '"content": "2+2?", "content": "3+3?"')
+    assert bad != good
+    more = {} if column == "messages" else {"completion": "4"}
+    rows = [{column: text, **more} for text in (bad, good, good, good)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = prepare(DataSection(path=str(tmp_path), cache=False, max_dropped=0.5), byte_tokenizer(), "dialogue", seed=0)
+    assert isinstance(found, TokenData) and len(found) == 3
+    assert found.report.dropped == {f"'{column}' is JSON text in which a key is repeated": 1}
+
+
 def test_text_that_only_looks_like_a_list_stays_text() -> None:
     for row in ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[Ann] hi", "completion": "[]"}):
         assert map_columns(row, {}) == row

@@ -92,6 +92,24 @@ def test_columns_that_stand_twice_stop(tmp_path: Path) -> None:
             open_file(tmp_path / name)
 
 
+ONCE = '{"text": "a", "more": {"k": 1}}'
+TWICE = ['{"text": "a", "text": "b"}', '{"text": "a", "more": [{"k": 1, "l": 2, "k": 3}]}']
+
+
+@pytest.mark.parametrize(("row", "key"), zip(TWICE, "text k".split(), strict=True))
+def test_a_key_that_stands_twice_in_a_row_stops_with_its_line(row: str, key: str, tmp_path: Path) -> None:
+    """JSON lines, also read as a stream, an array over several lines, and a packed file."""
+    (tmp_path / "a.jsonl").write_text(f"{ONCE}\n\n{row}\n{ONCE}\n")
+    (tmp_path / "a.json").write_text(f"[\n{ONCE},\n{row},\n{ONCE}]\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for name in ("a.jsonl", "a.json", "b.jsonl.gz"):
+        message = rf"{name}:3: the key '{key}' is there 2 times in one object; keep one, or rename the others"
+        with pytest.raises(DataError, match=message):
+            open_file(tmp_path / name).rows(range(3))
+        with pytest.raises(DataError, match=message):
+            list(open_file(tmp_path / name).stream())
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (b"(\xb5/\xfd rest", "packed with zstd"), (zip_bytes("xl/workbook.xml", b"<x/>"), "a spreadsheet; save it as CSV"),
     (b"PK\x03\x04 rest", "the zip file is damaged"),

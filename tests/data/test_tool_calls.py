@@ -10,6 +10,7 @@ import pytest
 
 from llmrecipe.core import registry
 from llmrecipe.data import prepare
+from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.prepare import TokenData
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.recipe.schema import DataSection
@@ -49,6 +50,14 @@ def test_arguments_that_are_no_json_object_are_left_alone() -> None:
     for given in ("Oslo", "[1]", '{"city": '):
         message = {**turn("assistant", ""), "tool_calls": [{"function": {"name": "f", "arguments": given}}]}
         assert template.render([message]) == given
+
+
+def test_arguments_that_repeat_a_key_are_refused() -> None:
+    call = {"function": {"name": "f", "arguments": '{"city": "Oslo", "city": "Rome"}'}}
+    template = Template("chatml", TEMPLATES["chatml"][0], named=True)
+    with pytest.raises(BadRow, match="the arguments of a tool call repeat a key") as bad:
+        template.render([turn("user", "a"), {"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert "'city' is there 2 times" in bad.value.detail
 
 
 def test_tool_args_json_text() -> None:

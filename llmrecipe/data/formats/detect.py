@@ -33,13 +33,20 @@ class DetectedFormat:
         return self.format.convert(map_columns(row, self.aliases), conversion)
 
 
-def map_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """Return the row under the recipe's mapping {wanted: column in the file}, lists in JSON text parsed."""
+def map_columns(row: dict[str, Any], columns: dict[str, str], sample: bool = False) -> dict[str, Any]:
+    """Return the row under the recipe's mapping {wanted: column in the file}, lists in JSON text parsed.
+
+    Args:
+        sample: see `read_cells`.
+
+    Raises:
+        BadRow: JSON text of the row repeats a key.
+    """
     if not columns:
-        return read_cells(row)
+        return read_cells(row, sample)
     moved = set(columns.values())
     kept = {k: v for k, v in row.items() if k not in moved or k in columns}
-    return read_cells({**kept, **{w: row.get(c) for w, c in columns.items()}})
+    return read_cells({**kept, **{w: row.get(c) for w, c in columns.items()}}, sample)
 
 
 def check_mapping(columns: dict[str, str], row: dict[str, Any], where: str, rows: str) -> None:
@@ -61,7 +68,7 @@ def _right_mapping(columns: dict[str, str], sample: Sequence[dict[str, Any]], ro
     turned = {column: wanted for wanted, column in columns.items()}
     if turned and all(wanted in sample[0] for wanted in columns):
         with contextlib.suppress(DataError):
-            detect([map_columns(row, turned) for row in sample], rows, "auto", "")
+            detect([map_columns(row, turned, sample=True) for row in sample], rows, "auto", "")
             return f"; it is written the other way round, {{wanted: column in the file}}: {mapping_text(turned)}"
     with contextlib.suppress(DataError):
         aliases = detect(sample, rows, "auto", "").aliases

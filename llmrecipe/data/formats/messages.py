@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from llmrecipe.core.foreign import DuplicateKey, parse_json
 from llmrecipe.data.formats.bad_row import BadRow
 
 Message = dict[str, Any]
@@ -39,16 +39,25 @@ SIDES = ("prompt", "completion", "chosen", "rejected")
 """Columns that contain text or messages."""
 
 
-def read_cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Parse lists and mappings given as JSON text, as in a CSV cell; other text stays as it is."""
+def read_cells(row: dict[str, Any], sample: bool = False) -> dict[str, Any]:
+    """Parse lists and mappings given as JSON text, as in a CSV cell; other text stays as it is.
+
+    Args:
+        sample: the row only shows what a source holds: a fault of its own is left for the place where rows are counted.
+
+    Raises:
+        BadRow: an object in such a text repeats a key.
+    """
     read: dict[str, Any] = {}
     for name in (*LIST_CELLS, *SIDES):
         text = row.get(name)
         if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
             continue
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = parse_json(text, unique=not sample)
+        except DuplicateKey as error:
+            raise BadRow(f"'{name}' is JSON text in which a key is repeated", str(error)) from error
+        except ValueError:
             continue
         if isinstance(value, list | dict) if name in LIST_CELLS else is_messages(value):
             read[name] = value
@@ -190,8 +199,8 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+            tools = parse_json(tools, unique=True) if tools.strip() else None
+        except ValueError as error:
             raise BadRow("'tools' is not valid JSON", str(error)) from error
     return tools or None
 

@@ -63,9 +63,9 @@ def read_prompts(
                 return found
             if not part.chosen(row):
                 continue
-            row = detect.map_columns(row, data.columns)
-            shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
             try:
+                row = detect.map_columns(row, data.columns)
+                shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
                 made = [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True))]
                 for one in made:
                     need_columns(one.columns, needs or {})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.core.foreign import parse_json, reason_of
+from llmrecipe.core.foreign import DuplicateKey, once, parse_json, reason_of
 from llmrecipe.data.formats.bounds import BOUNDS, Bounds
 from llmrecipe.data.formats.file_content import EXTENSIONS, content_kind, content_of, suffix_kind
 
@@ -137,10 +137,12 @@ class LinesFile(Reader):
     def _parse(self, data: bytes, line: int) -> Row:
         text = _decode(data, self.path, line)
         try:
-            row = parse_json(text)
+            row = parse_json(text, unique=True)
         except json.JSONDecodeError as error:
             hint = "; the line was cut off, the file is incomplete" if error.pos >= len(text.rstrip()) else ""
             raise DataError(f"{self.path}:{line}: not valid JSON ({error.msg}, column {error.colno}){hint}") from error
+        except DuplicateKey as error:
+            raise DataError(f"{self.path}:{line}: {error}; keep one, or rename the others") from error
         except ValueError as error:
             raise DataError(f"{self.path}:{line}: JSON that is not read: {error}") from error
         if not isinstance(row, dict):
@@ -172,7 +174,9 @@ class ListFile(Reader):
         raw = bytes(data)
         self._hash = hashlib.sha256(raw).hexdigest()
         try:
-            self._rows: list[Row] = parse_json(raw)
+            self._rows: list[Row] = parse_json(raw, unique=True)
+        except DuplicateKey as error:
+            raise DataError(f"{path}:{_line_of_duplicate(raw)}: {error}; keep one, or rename the others") from error
         except ValueError as error:
             line = getattr(error, "lineno", 1)
             raise DataError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})") from error
@@ -190,6 +194,19 @@ class ListFile(Reader):
     def fingerprint(self) -> str:
         """Return a hash of the text."""
         return self._hash
+
+
+def _line_of_duplicate(raw: bytes) -> int:
+    """Return the line at which the first row of a JSON array begins in which a key is repeated."""
+    text = raw.decode("utf-8-sig")
+    decoder = json.JSONDecoder(object_pairs_hook=once)
+    at = text.index("[") + 1
+    try:
+        while True:
+            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+            at = decoder.raw_decode(text, at)[1]
+    except ValueError:
+        return text.count("\n", 0, at) + 1
 
 
 class TextFile(Reader):

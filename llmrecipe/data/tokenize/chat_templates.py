@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, did_you_mean
-from llmrecipe.core.foreign import reading, reason_of
+from llmrecipe.core.foreign import DuplicateKey, parse_json, reading, reason_of
 from llmrecipe.core.registry import CONFIG
 from llmrecipe.core.time_limit import BoundError, bounded
 from llmrecipe.data.formats.bad_row import BadRow
@@ -166,8 +166,10 @@ def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list
         given = call.get("arguments")
         if isinstance(given, str):
             try:
-                given = json.loads(given)
-            except (ValueError, RecursionError):
+                given = parse_json(given, unique=True)
+            except DuplicateKey as error:
+                raise BadRow("the arguments of a tool call repeat a key", str(error)) from error
+            except ValueError:
                 return call
         if not isinstance(given, dict):
             return call

@@ -130,7 +130,7 @@ class RowEncoder(Encoder):
         reads = {*self.columns.values(), *self.dropped, *self.needs, self.task_field}
         same: dict[str, bool] = {}
         for row in sample:
-            named = drop_fields(map_columns(row, self.columns), self.dropped)
+            named = drop_fields(map_columns(row, self.columns, sample=True), self.dropped)
             whole = self._converted(named)
             for name in row if whole is not None else ():
                 if name not in reads and same.get(name, True):
