@@ -14,8 +14,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmrecipe.core.console import Pace
 from llmrecipe.core.paths import cache_root
 
+CHUNK = 1 << 24
+"""Bytes read at a time."""
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,8 +43,32 @@ class FileHash:
         return self.sha256
 
 
-def file_hash(path: Path) -> FileHash:
+def digest(path: Path, doing: str = "") -> str:
+    """Return the SHA-256 of a file's content in hex, computed.
+
+    Args:
+        doing: what the user reads every few seconds meanwhile, with the file's name and megabytes; nothing by default.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    total = hashlib.sha256()
+    done = 0
+    pace = Pace(f"{doing} {path.name}, megabytes", os.stat(path).st_size >> 20) if doing else None
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(CHUNK):
+            total.update(part)
+            done += len(part)
+            if pace is not None:
+                pace.at(done >> 20)
+    return total.hexdigest()
+
+
+def file_hash(path: Path, doing: str = "") -> FileHash:
     """Return the hash of a file; nothing is written, so that a background thread may call it.
+
+    Args:
+        doing: see `digest`; leave it out in the background.
 
     Raises:
         OSError: it cannot be read.
@@ -55,17 +82,16 @@ def file_hash(path: Path) -> FileHash:
         kept = json.loads(_note(stamp[0]).read_text(encoding="utf-8"))
         if kept["file"] == [*stamp] and BLOB.fullmatch(kept["sha256"]):
             return FileHash(str(kept["sha256"]))
-    with open(real, "rb") as file:
-        return FileHash(hashlib.file_digest(file, "sha256").hexdigest(), stamp)
+    return FileHash(digest(real, doing), stamp)
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hex, and remember it.
+    """Return the SHA-256 of a file's content in hex, say how far it is meanwhile, and remember it.
 
     Raises:
         OSError: it cannot be read.
     """
-    return file_hash(path).remember()
+    return file_hash(path, "verifying").remember()
 
 
 def _note(path: str) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmrecipe.core.errors import LlmRecipeError
 from llmrecipe.core.paths import cache_root
 from llmrecipe.data.collate import Batch
+from llmrecipe.runs.durable import follow_folder
 
 logger = logging.getLogger("llmrecipe")
 
@@ -76,6 +77,7 @@ class ReferenceCache:
         tensors = {"keys": torch.tensor(index, dtype=torch.int64), "sums": torch.stack([self.known[i] for i in index])}
         aside = self.path.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, str(aside), metadata={"sha256": weights_digest(tensors)})
+        follow_folder(aside, self.path.parent)
         os.replace(aside, self.path)
 
     def _read(self, path: Path) -> None:

@@ -8,7 +8,6 @@ was one, and is used as it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.core.file_hashes import BLOB, sha256_of
+from llmrecipe.core.file_hashes import BLOB, digest, sha256_of
 
 FILE = "checksums.json"
 LARGE = 1 << 26
@@ -31,9 +30,8 @@ def write_checksums(folder: Path) -> None:
     """Write `checksums.json` for every file below a folder."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+        found = digest(path, "hashing")
+        files[path.relative_to(folder).as_posix()] = {"sha256": found, "bytes": path.stat().st_size}
     (folder / FILE).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -70,11 +68,7 @@ def file_fault(file: Path, wanted: dict[str, Any], remembered: bool = False) -> 
     size = file.stat().st_size
     if size != wanted["bytes"]:
         return f"{file.name} has {size} bytes instead of {wanted['bytes']}"
-    if remembered and size >= LARGE:
-        found = sha256_of(file)
-    else:
-        with open(file, "rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = sha256_of(file) if remembered and size >= LARGE else digest(file, "verifying")
     return None if found == wanted["sha256"] else f"{file.name} has changed since it was written"
 
 

@@ -52,10 +52,14 @@ def write_text(path: Path, text: str) -> None:
 
 def share_as_folder(folder: Path) -> None:
     """Give every file of a folder the permissions that the umask gave the folder; safetensors writes for the owner alone."""
-    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(mode)
+            follow_folder(path, folder)
+
+
+def follow_folder(path: Path, folder: Path) -> None:
+    """Give a file the permissions that the umask gave a folder."""
+    path.chmod(folder.stat().st_mode & 0o666)
 
 
 def put_in_place(aside: Path, target: Path) -> None:

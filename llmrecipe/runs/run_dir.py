@@ -10,6 +10,7 @@ as the process lives, keeps a second writer out; a run whose status is `running`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -145,6 +146,13 @@ class RunDir:
         for folder in (self.path, self.path / "checkpoints"):
             clear_leftovers(folder)
 
+    def _tidy_again(self) -> None:
+        """Delete what a kill between the end of the run and the end of its `tidy` left, where the folder may be written."""
+        with contextlib.suppress(RunError, OSError):
+            self.lock()
+            self.tidy()
+        self.unlock()
+
     def _claim(self) -> None:
         """Make sure that `run.dir` may be written: it is new, empty, or contains a run without checkpoints or result."""
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -153,6 +161,7 @@ class RunDir:
             raise RunError(f"run.dir: {self.path} exists and is not a run directory; choose a new folder")
         state = self.read_status()["status"] if (self.path / "status.json").is_file() else "interrupted"
         if state == "done":
+            self._tidy_again()
             raise RunError(f"run.dir: {self.path} contains a finished run; choose another folder, or delete it")
         self.lock()
         if self.path.joinpath("checkpoints").exists() or self.path.joinpath("final").exists():

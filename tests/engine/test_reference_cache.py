@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,16 @@ def test_scores_come_back(tmp_path: Path) -> None:
     filled(tmp_path / "scores.safetensors")
     found = ReferenceCache(tmp_path / "scores.safetensors").get(rows(-5, 3))
     assert found is not None and found.tolist() == [-3.5, -4.0, -1.0, -2.0]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_scores_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        filled(tmp_path / "cache" / "scores.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache" / "scores.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("harm", ["bit", "cut", "empty", "other tensors"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from llmrecipe import load
+from llmrecipe.core import file_hashes
 from llmrecipe.core.errors import RunError
 from llmrecipe.runs import checksums
-from llmrecipe.runs.checksums import verify, write_checksums
+from llmrecipe.runs.checksums import read_checksums, verify, write_checksums
 from llmrecipe.runs.run_dir import RunDir
 from tests.trainings import train_recipe
 
@@ -80,3 +83,19 @@ def test_a_large_file_is_read_once_and_again_when_it_changed(tmp_path: Path, mon
     flip(tmp_path / "weights")
     with pytest.raises(RunError, match="weights has changed"):
         verify(tmp_path, lambda name: name == "weights")
+
+
+def test_reading_a_large_file_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, in megabytes; the hash is that of the whole file, also where the last part is short."""
+    monkeypatch.setattr(file_hashes, "Pace", functools.partial(file_hashes.Pace, every=0.0))
+    monkeypatch.setattr(file_hashes, "CHUNK", 1 << 20)
+    content = bytes(range(256)) * (10 << 10) + b"end"
+    (tmp_path / "model.safetensors").write_bytes(content)
+    write_checksums(tmp_path)
+    assert read_checksums(tmp_path)["model.safetensors"]["sha256"] == hashlib.sha256(content).hexdigest()
+    verify(tmp_path, lambda name: True)
+    shown = capsys.readouterr()
+    lines = [f"{doing} model.safetensors, megabytes: {n} of 2" for doing in ("hashing", "verifying") for n in (1, 2, 2)]
+    assert [line for line in shown.err.splitlines() if "model.safetensors" in line] == lines and shown.out == ""

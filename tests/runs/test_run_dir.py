@@ -59,6 +59,27 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "out" / "recipe.yaml").read_bytes() == before
 
 
+def test_what_a_kill_after_the_end_left_is_deleted_when_the_command_is_given_again(tmp_path):
+    target = tmp_path / "out"
+    run = RunDir.create(composition(dir=str(target)))
+    (target / "final").mkdir()
+    run.status("done")
+    run.unlock()
+    for left in (".writing-best", "checkpoints/.writing-step-000004"):
+        (target / left).mkdir(parents=True)
+        (target / left / "delta.safetensors").write_bytes(b"x")
+    with pytest.raises(RunError, match="contains a finished run"):
+        RunDir.create(composition(dir=str(target)))
+    assert sorted(p.name for p in target.iterdir() if p.is_dir()) == ["checkpoints", "final"]
+    assert not list((target / "checkpoints").iterdir())
+    (target / ".writing-best").mkdir()
+    holder = RunDir.open(target)
+    with pytest.raises(RunError, match="contains a finished run"):
+        RunDir.create(composition(dir=str(target)))
+    assert (target / ".writing-best").is_dir(), "somebody else is writing to the run"
+    holder.unlock()
+
+
 def test_an_interrupted_run_with_checkpoints_is_to_be_resumed(tmp_path):
     target = tmp_path / "out"
     run = RunDir.create(composition(dir=str(target)))
