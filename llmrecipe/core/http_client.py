@@ -21,10 +21,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.redact import HIDDEN, name_variable, redact_text, variable_of
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Status codes of a server that may succeed on a later attempt."""
@@ -46,7 +50,7 @@ class _Reader(io.RawIOBase):
         """Return True."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         """Read into a buffer what has arrived."""
         left = self.deadline - time.monotonic()
         if left > 0:
@@ -78,7 +82,7 @@ class _Socket:
         if not self._read:
             self._sock.close()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._sock, name)
 
 

@@ -55,7 +55,7 @@ class Journal:
     def __len__(self) -> int:
         return len(self._values)
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> object:
         return self._values[key]
 
     def add(self, key: str, value: object) -> None:

@@ -33,7 +33,7 @@ class KeyReads:
         options = fields_of(cls)
         read = self.read
 
-        def look_up(self: object, name: str) -> Any:
+        def look_up(self: object, name: str) -> object:
             if name in options and sys._getframe(1).f_globals.get("__name__", "").split(".")[0] not in COPIES:
                 read.add((*where, name))
             return object.__getattribute__(self, name)

@@ -59,10 +59,14 @@ def redact_text(text: str) -> str:
     return text
 
 
-def redact(value: object) -> Any:
-    """Return a JSON value without the values of named variables."""
+def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON mapping without the values of named variables."""
+    return {key: _redact(value) for key, value in mapping.items()}
+
+
+def _redact(value: object) -> object:
     if isinstance(value, Mapping):
-        return {k: redact(v) for k, v in value.items()}
+        return redact(value)
     if isinstance(value, list | tuple):
-        return [redact(v) for v in value]
+        return [_redact(v) for v in value]
     return redact_text(value) if isinstance(value, str) else value

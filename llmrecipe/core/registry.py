@@ -131,7 +131,7 @@ def options(cls: T) -> T:
     return pydantic_dataclass(cls, config=CONFIG, kw_only=True)  # type: ignore[return-value]
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """Return the value of a default, also when it was written as `Field(default_factory=...)` or `Field(default, ...)`."""
     if isinstance(value, FieldInfo):
         return value.get_default(call_default_factory=True)

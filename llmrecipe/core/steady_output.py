@@ -6,8 +6,8 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator
+from typing import TextIO, cast
 
 
 def open_streams() -> None:
@@ -41,7 +41,7 @@ class Steady:
                 self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         """Write lines, or drop them."""
         for line in lines:
             self.write(line)
@@ -57,7 +57,7 @@ class Steady:
             return self._stream.isatty()
         return False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
@@ -72,10 +72,9 @@ def steady_output() -> Iterator[None]:
         sys.stdout, sys.stderr = kept
 
 
-def _steady(stream: Any) -> Any:
-    if stream is None or isinstance(stream, Steady):
-        return stream
-    return Steady(stream)
+def _steady(stream: TextIO) -> TextIO:
+    # Either may be missing, as under pythonw.
+    return stream if stream is None or isinstance(stream, Steady) else cast(TextIO, Steady(stream))
 
 
 def let_go(stream: TextIO | None) -> OSError | None:

@@ -13,13 +13,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.lazy import load_module
 
 if TYPE_CHECKING:
     import regex
+
+T = TypeVar("T")
 
 SECONDS = 5.0
 """Longest time of one pattern on one text, and of one rendering, in seconds."""
@@ -46,20 +48,28 @@ def compiled(pattern: str, where: str, ignore_case: bool = False, dot_all: bool 
         raise RecipeError(f"{where}: not a regular expression: {error}; got {pattern!r:.200}") from error
 
 
-def within(find: Callable[..., Any], text: str, where: str) -> Any:
-    """Return what a method of a compiled pattern finds in a text; a list where the method is `finditer`.
+def within(find: Callable[..., T], text: str, where: str) -> T:
+    """Return what a method of a compiled pattern finds in a text: `search`, `match`, `fullmatch` or `findall`.
 
     Raises:
         RunError: it took longer than `SECONDS`.
     """
     try:
-        found = find(text, timeout=SECONDS)
-        return list(found) if find.__name__ == "finditer" else found
+        return find(text, timeout=SECONDS)
     except TimeoutError as error:
         raise RunError(
             f"{where}: this pattern takes longer than {SECONDS:g} s on a text of {len(text):,} characters ({text!r:.80}); "
             "repetitions inside repetitions, such as (a+)+, are the usual reason"
         ) from error
+
+
+def matches(pattern: regex.Pattern[str], text: str, where: str) -> list[regex.Match[str]]:
+    """Return every match of a compiled pattern in a text.
+
+    Raises:
+        RunError: they took longer than `SECONDS`.
+    """
+    return within(lambda text, timeout: list(pattern.finditer(text, timeout=timeout)), text, where)
 
 
 class BoundError(Exception):

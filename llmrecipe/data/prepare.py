@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+
+
+class Rows(Protocol):
+    """Token rows by index."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __getitem__(self, index: int, /) -> Row:
+        """Return one row."""
 
 
 class TokenData(Sequence[Row]):
@@ -101,6 +111,10 @@ class TokenData(Sequence[Row]):
         return [self[i]["source_row"] for i in range(len(self))]
 
 
+SplitRows = TokenData | StreamedRows
+"""The rows of a split, all of them known or read as they come."""
+
+
 def prepare(
     data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
@@ -113,7 +127,7 @@ def prepare(
     unseal: bool = False,
     tasks: Tasks | None = None,
     needs: Mapping[str, str] | None = None,
-) -> TokenData | StreamedRows | None:
+) -> SplitRows | None:
     """Return the token rows of a split, from the cache where possible.
 
     Args:
@@ -210,7 +224,7 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     return list(given)
 
 
-def order(data: TokenData | StreamedRows, seed: int, epoch: int) -> np.ndarray | range:
+def order(data: SplitRows, seed: int, epoch: int) -> np.ndarray | range:
     """Return row indices of one epoch, shuffled by (seed, epoch); a stream shuffles itself, so its order is kept.
 
     Without weights it is a permutation. With weights it has as many entries as there are rows; each is drawn from source i

@@ -26,6 +26,9 @@ from llmrecipe.engine.sampling import Picker, Sampling
 from llmrecipe.models import kv_cache
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.models.kv_cache import RowCache
     from llmrecipe.models.pretrained import LanguageModel
 
 FREE = 4
@@ -75,8 +78,17 @@ class RunningBatch:
         ends: tokens that end an answer.
     """
 
+    cache: RowCache
+    """Keys and values of the rows; there from the first admission on."""
+
     def __init__(
-        self, model: LanguageModel, tokenizer: Any, sampling: Sampling, picker: Picker, ends: Sequence[int], context: Context
+        self,
+        model: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        picker: Picker,
+        ends: Sequence[int],
+        context: Context,
     ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.picker, self.ends, self.context = picker, frozenset(ends), context
@@ -85,7 +97,6 @@ class RunningBatch:
         self.reads_positions = "position_ids" in takes
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.rows: list[DecodingRow] = []
-        self.cache: Any = None
         self.columns = 0
 
     def admit(self, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
@@ -93,6 +104,7 @@ class RunningBatch:
         different = list(dict.fromkeys((a.ids, a.task) for a in requests))
         ids, own = open_prompts(self.model, self.tokenizer, [PendingPrompt(0, *each) for each in different], self.context)
         cache, width = kv_cache.fresh(self.model), ids.shape[1]
+        assert cache is not None, "the model's cache has rows that can leave and join"
         logits = self._forward(ids, cache, [width - len(prompt) for prompt, _ in different], own, first=True)
         copies = torch.tensor([different.index((a.ids, a.task)) for a in requests], device=self.device)
         if len(different) < len(requests):
@@ -107,7 +119,7 @@ class RunningBatch:
         if going:
             self._join([rows[i] for i in going], cache, width)
 
-    def _join(self, rows: list[DecodingRow], cache: Any, width: int) -> None:
+    def _join(self, rows: list[DecodingRow], cache: RowCache, width: int) -> None:
         if self.rows:
             wide = max(width, self.columns)
             for group, own in ((self.rows, self.columns), (rows, width)):
@@ -142,7 +154,7 @@ class RunningBatch:
             for row in self.rows:
                 row.start -= dead
 
-    def _forward(self, ids: Tensor, cache: Any, starts: list[int], own: Context, first: bool) -> Tensor:
+    def _forward(self, ids: Tensor, cache: RowCache, starts: list[int], own: Context, first: bool) -> Tensor:
         """Return logits (R, V) at the last column."""
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self.last_only}
         mask = own.attention_mask
@@ -175,7 +187,7 @@ class RunningBatch:
 
 
 def open_prompts(
-    model: LanguageModel, tokenizer: Any, requests: Sequence[PendingPrompt], context: Context
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[PendingPrompt], context: Context
 ) -> tuple[Tensor, Context]:
     """Return padded ids (R, T) of prompts and the context of the pass over them."""
     ids, mask = padded(model, [a.ids for a in requests], pad_token(tokenizer), next(model.parameters()).device)
@@ -188,7 +200,7 @@ def _context(context: Context, mask: Tensor, requests: Sequence[PendingPrompt]) 
     return replace(context, attention_mask=mask, prompt_lengths=lengths, task_ids=tasks)
 
 
-def pad_token(tokenizer: Any) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that fills the rows of a batch; it is never read."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,12 +22,14 @@ from llmrecipe.engine.sampling import Picker, PickerProcessor, Sampling
 from llmrecipe.models import kv_cache
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmrecipe.models.pretrained import LanguageModel
 
 
 def generate(
     model: LanguageModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     context: Context | None = None,
@@ -76,7 +78,7 @@ def recorded_answers() -> Iterator[list[RecordedAnswer]]:
 @torch.no_grad()
 def answered(
     model: LanguageModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     context: Context | None = None,
@@ -115,7 +117,7 @@ def answered(
 
 def _batch(
     model: LanguageModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[PendingPrompt],
     sampling: Sampling,
     picker: Picker,
@@ -149,7 +151,7 @@ def _batch(
     return [_cut(row, ends) for row in new.tolist()]
 
 
-def end_tokens(model: LanguageModel, tokenizer: Any) -> list[int]:
+def end_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: the tokenizer's, and those the checkpoint's generation settings name."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
@@ -163,12 +165,12 @@ def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids
 
 
-def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Decode token ids without special tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def prompt_and_reference(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
+def prompt_and_reference(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
     """Return a token row's prompt and its right answer as text; of a dialogue, its last trained run and what precedes it."""
     if "prompt_ids" in row:
         right = row["choice_ids"][: row["choice_lengths"][0]] if "choice_ids" in row else []

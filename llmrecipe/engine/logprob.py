@@ -15,13 +15,18 @@ Two implementations give the same numbers:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import hooks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 CHUNK_BYTES = 16 << 20
 """Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
@@ -51,9 +56,9 @@ class Post:
         return (1.0 - (z * self.temperature / self.cap) ** 2) * scale
 
     @staticmethod
-    def of(config: Any) -> Post:
+    def of(config: PreTrainedConfig) -> Post:
         """Read a family's logit scaling from its config."""
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         scale = 1.0
         if getattr(text, "logit_scale", None) and getattr(text, "model_type", "") in ("cohere", "cohere2"):
             scale = float(text.logit_scale)
@@ -136,7 +141,7 @@ def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool, gra
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, post: Post, entropy: bool
+        ctx: AutogradContext, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, post: Post, entropy: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = ctx.needs_input_grad[0]
         slope = torch.empty_like(hidden) if needs else None
@@ -174,6 +179,6 @@ class _FrozenHead(torch.autograd.Function):
         return t, correct, ent
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor, *_: object) -> tuple[Any, ...]:
         (slope,) = ctx.saved_tensors
         return grad[:, None].to(slope.dtype) * slope, None, None, None, None, None

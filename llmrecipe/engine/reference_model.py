@@ -7,17 +7,21 @@ rows, so a second run on the same rows finds them there.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
-from llmrecipe.engine.reference_policy import PlannedRows, row_groups, score_all
+from llmrecipe.engine.reference_policy import PlannedRows, ScoredObjective, row_groups, score_all
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.runs.open_model import LoadedModel, is_adapter, open_model, run_folder, tokenizer_of
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import Recipe
 
 
 def check_path(path: str, allowed: tuple[str, ...]) -> None:
@@ -43,7 +47,7 @@ def check_path(path: str, allowed: tuple[str, ...]) -> None:
     )
 
 
-def scored(recipe: Any, objective: Any, rows: PlannedRows, device: torch.device) -> ReferenceCache:
+def scored(recipe: Recipe, objective: ScoredObjective, rows: PlannedRows, device: torch.device) -> ReferenceCache:
     """Score every row of a run under the model in the reference's folder; return an empty cache where the reference is named.
 
     Raises:
@@ -66,7 +70,14 @@ def scored(recipe: Any, objective: Any, rows: PlannedRows, device: torch.device)
     return cache
 
 
-def _score(model: LoadedModel, groups: Any, recipe: Any, objective: Any, rows: str, device: torch.device) -> ReferenceCache:
+def _score(
+    model: LoadedModel,
+    groups: Iterable[list[dict[str, Any]]],
+    recipe: Recipe,
+    objective: ScoredObjective,
+    rows: str,
+    device: torch.device,
+) -> ReferenceCache:
     from llmrecipe.engine.forward import Engine
     from llmrecipe.engine.packing import micro_tokens, packing_for
     from llmrecipe.engine.role_models import Roles

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,8 @@ from llmrecipe.recipe.code_key import code_behind
 from llmrecipe.runs import delta
 
 if TYPE_CHECKING:
+    from llmrecipe.data.collate import Batch
+    from llmrecipe.data.prepare import Rows, SplitRows
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.methods._base.stack import Stack
     from llmrecipe.runs.open_model import LoadedModel
@@ -28,20 +31,40 @@ SMALL = 0.1
 """Up to this share of the model the trained tensors are kept twice; beyond it all rows are scored before step 0."""
 
 
+class ScoredObjective(Protocol):
+    """What the engine needs of an objective whose rows a reference scores (see the interface `Objective`)."""
+
+    head: ClassVar[str]
+    pairs_rows: ClassVar[bool]
+    samples: ClassVar[bool]
+
+    def reference_of(self) -> str:
+        """Return which policy the reference is."""
+
+    def reference_moves(self) -> bool:
+        """Return whether the reference follows the policy."""
+
+    def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
+        """Yield the batches whose reference log-probabilities the rows of one step need."""
+
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
+        """Return the rows of a split that one process evaluates."""
+
+
 @dataclass(frozen=True)
 class PlannedRows:
     """The rows a run will read."""
 
-    train: Any
+    train: SplitRows
     """Training rows; `train.key` stands for their content."""
-    others: Callable[[], list[Any]]
+    others: Callable[[], list[SplitRows | None]]
     """Prepares the other splits that will be scored; None among them where there is none."""
     steps: int
     batch_size: int
     seed: int
 
 
-def prepare_reference(objective: Any, stack: Stack, loaded: LoadedModel, roles: Roles, rows: PlannedRows) -> None:
+def prepare_reference(objective: ScoredObjective, stack: Stack, loaded: LoadedModel, roles: Roles, rows: PlannedRows) -> None:
     """Make the policy of step 0 available for the whole run. Call with the model as step 0 has it.
 
     Stacks that can be disabled need nothing. Of a small trained part a snapshot is kept and swapped in. Where most weights
@@ -97,7 +120,7 @@ def base_names(stack: Stack, loaded: LoadedModel) -> frozenset[str] | None:
 
 
 @torch.no_grad()
-def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Roles) -> None:
+def score_all(groups: Iterable[list[dict[str, Any]]], objective: ScoredObjective, roles: Roles) -> None:
     """Score all rows of some groups into the roles' cache, save it, and use it in place of the model from then on."""
     cache = roles.cache
     with roles.evaluating():
@@ -109,7 +132,7 @@ def score_all(groups: Iterable[list[dict[str, Any]]], objective: Any, roles: Rol
     cache.save()
 
 
-def row_groups(objective: Any, rows: PlannedRows) -> Iterator[list[dict[str, Any]]]:
+def row_groups(objective: ScoredObjective, rows: PlannedRows) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each split, and of every step over all processes; one pass where rows are looked at one by one."""
     for split in rows.others():
         if split is not None:
@@ -117,7 +140,7 @@ def row_groups(objective: Any, rows: PlannedRows) -> Iterator[list[dict[str, Any
     data, size = rows.train, rows.batch_size
     per_epoch = max(1, math.ceil(len(data) / size))
     last = rows.steps if objective.pairs_rows else min(rows.steps, per_epoch)
-    indices: Any = ()
+    indices: np.ndarray | range = range(0)
     for step in range(last):
         epoch, at = divmod(step, per_epoch)
         indices = order(data, rows.seed, epoch) if at == 0 else indices

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.methods._base.stack import Stack
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmrecipe.models.pretrained import LanguageModel
+
+T = TypeVar("T")
 
 
 class Roles:
@@ -27,7 +32,7 @@ class Roles:
         self,
         engine: Engine,
         stack: Stack,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         packing: bool,
         micro_rows: int | None = None,
@@ -73,7 +78,7 @@ class Roles:
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
 
     def layout(
-        self, sequences: list[Sequence], rows: Any = (), extra: dict[str, Tensor] | None = None, packed: bool = True
+        self, sequences: list[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor] | None = None, packed: bool = True
     ) -> Batch:
         """Lay sequences out as a batch on the device, packed where the attention backend can isolate documents.
 
@@ -178,11 +183,11 @@ class Roles:
         """Return the index of this process."""
         return 0 if self.runtime is None else int(self.runtime.rank)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Return every process's JSON value, by rank."""
         return [value] if self.runtime is None else self.runtime.gather_json(value)
 
-    def evaluating(self) -> Any:
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Return a context with the engine in eval mode; the former mode is restored on exit."""
         return _EvalMode(self.engine)
 
@@ -201,5 +206,5 @@ class _EvalMode:
         self.was = self.module.training
         self.module.eval()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.module.train(self.was)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from llmrecipe.core import registry
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import prepare
-from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.prepare import Rows, TokenData
 from llmrecipe.data.streaming import StreamedRows
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import micro_tokens, packing_for
@@ -114,16 +114,6 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
 def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
     """Compute metrics of a loaded run or model; see `evaluate_path`."""
     return metrics_of(subject, token_rows(subject, split, mounted_tasks(subject.loaded.mounted)))
-
-
-class Rows(Protocol):
-    """Token rows by index."""
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        """Return one row."""
 
 
 def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData | StreamedRows:

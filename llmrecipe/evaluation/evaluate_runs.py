@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmrecipe.evaluation.evaluate_model import Rows
+    from llmrecipe.data.prepare import Rows
 
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.forward_context import activate

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.file_lock import hold
@@ -83,7 +83,7 @@ class Labels:
         """Keys of the decisions in force, oldest first."""
         self.found: dict[str, dict[str, Any]] = {}
         for number in range(len(self.journal)):
-            self._apply(self.journal[str(number)])
+            self._apply(cast(dict[str, Any], self.journal[str(number)]))
 
     def swapped(self, question: Question) -> bool:
         """Return whether the second answer is shown first."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmrecipe.core import registry
 from llmrecipe.engine.generation import decode_ids, generate, prompt_and_reference
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import Rows
 
-def answer_rows(data: Any, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
+
+def answer_rows(data: Rows, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
     """Generate answers and return prompt, reference and generated answer of some rows."""
     rows = [data[i] for i in indices]
     pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,9 +21,25 @@ from llmrecipe.runs.open_model import LoadedModel, open_model
 from llmrecipe.runtime.caller_state import kept_for_caller
 
 
+class HasPath(Protocol):
+    """Anything with a folder, such as a `RunDir`."""
+
+    @property
+    def path(self) -> Path:
+        """Return the folder."""
+
+
+RunLike = str | Path | HasPath
+
+
 @kept_for_caller()
 def load(
-    run: Any, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, allow_pickle: bool = False
+    run: RunLike | Sequence[RunLike],
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[Any, Any]:
     """Load the model and tokenizer of a finished run, ready for `model.generate` and `model(input_ids=...)`.
 

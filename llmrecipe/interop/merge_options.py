@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from llmrecipe.interop.merge_method import MergeMethod
+
 
 FLAGS = ("density", "sign")
 """Options of merge methods that have a flag of their own."""
@@ -66,7 +70,7 @@ class MergeConfig:
                 f"combine.{key}: {detail['msg']}; `llmrecipe show merge_method.{self.kind}` has the options"
             ) from None
 
-    def method(self) -> Any:
+    def method(self) -> MergeMethod:
         """Return the merge method with its options."""
         return registry.load_class("merge_method", self.kind)(**self._given())
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,12 @@ from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
 from llmrecipe.runs.durable import ASIDE
 from llmrecipe.runs.open_model import LoadedModel, merge_order
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from llmrecipe.methods._base.method import Wrapper
+    from llmrecipe.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,12 @@ def export_merged(
     return Exported(target, difference, notes)
 
 
-def reason(wrapper: Any) -> str:
+def reason(wrapper: Wrapper) -> str:
     """Return why a method cannot be folded, as its class says (`unmergeable`)."""
     return getattr(wrapper, "unmergeable", "") or "its effect is not a fixed change of the base weights"
 
 
-def widen(model: Any, dtype: torch.dtype) -> None:
+def widen(model: LanguageModel, dtype: torch.dtype) -> None:
     """Cast a model to `dtype` where that is wider, so that a run's changes are added before anything is rounded."""
     if dtype.itemsize > dtype_of(model).itemsize:
         model.to(dtype)
@@ -151,7 +157,7 @@ def name_plainly(loaded: LoadedModel) -> list[str]:
     return [f"written as {type(plain).__name__}: the same weights under the names of {plain.config.model_type}"]
 
 
-def dtype_of(model: Any) -> torch.dtype:
+def dtype_of(model: LanguageModel) -> torch.dtype:
     """Return the dtype of a model's embedding."""
     return model.get_input_embeddings().weight.dtype
 
@@ -214,7 +220,7 @@ class writing:
             raise RunError(f"cannot write {self.target}: {error.strerror or error}") from error
         return self.aside
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             if self.target.exists():
                 self.target.rmdir()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, imported, open_saved
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutput
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class Adapters(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         adapters: Sequence[str] | None = None,
-        **inputs: Any,
-    ) -> Any:
+        **inputs: object,
+    ) -> CausalLMOutput:
         """Return logits (R, T, V) of rows, each under its own adapter.
 
         Args:
@@ -129,7 +132,7 @@ class Adapters(nn.Module):
 
         count = input_ids.shape[0]
         names = self._names(adapters, count)
-        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}
+        whole: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}
         logits: list[Tensor] = []
         order: list[int] = []
         for off, rows, tasks in self.groups(names):

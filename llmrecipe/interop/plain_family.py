@@ -5,11 +5,15 @@ The weights are the same tensors under other names, so the folder loads where th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from llmrecipe.models.native.config import NativeConfig
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 NAMES = {
     "norm_attn": "input_layernorm",
@@ -33,7 +37,7 @@ def plain_family(config: NativeConfig) -> str | None:
     return "Mixtral" if plain_experts and not config.bias and not config.qk_norm else None
 
 
-def as_plain_family(model: Any) -> Any | None:
+def as_plain_family(model: LanguageModel) -> LanguageModel | None:
     """Return a model of Transformers' own with the weights of a native one; None where no family has its parts."""
     config = model.config
     head = next((name for name in HEADS if type(model).__name__ == f"Native{name}"), None)

@@ -19,6 +19,7 @@ def open_plugins_of(path: str) -> None:
     folder = run_folder(path)
     for recipe in [] if folder is None else [folder / "recipe.yaml", folder.parent / "recipe.yaml"]:
         composed = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        for package in (composed.get("plugins") or []) if isinstance(composed, dict) else []:
+        named = composed.get("plugins") if isinstance(composed, dict) else None
+        for package in named if isinstance(named, list) else []:
             if isinstance(package, str) and is_installed(package):
                 registry.add_plugin(package)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,13 @@ from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason,
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
-from llmrecipe.models.task_heads import ATTRIBUTE, POOLING_FILE
+from llmrecipe.models.task_heads import ATTRIBUTE, POOLING_FILE, DenseHead
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 NAME = "sentence_transformers"
 MODES = {"cls": "pooling_mode_cls_token", "avg": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
@@ -62,7 +67,7 @@ def export_sentence_transformers(
         widen(model, wide)
     ids = verify_logits.probe_ids(model, loaded.tokenizer)
     head = getattr(model, ATTRIBUTE)[HEAD] if pooling["mlp"] else None
-    wanted = _vectors(model.base_model, ids, pooling, None if head is None else (head.weight, head.bias))
+    wanted = _vectors(pretrained(model.base_model), ids, pooling, None if head is None else (head.weight, head.bias))
     notes = fold_mounted(loaded, wide)
     if model.config.model_type == NativeConfig.model_type:
         notes.append("a native transformer: the folder loads after `import llmrecipe.models.native`")
@@ -101,7 +106,7 @@ def pooling_of(run: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _vectors(backbone: Any, ids: Tensor, pooling: Mapping[str, Any], dense: tuple[Tensor, Tensor] | None) -> Tensor:
+def _vectors(backbone: LanguageModel, ids: Tensor, pooling: Mapping[str, Any], dense: tuple[Tensor, Tensor] | None) -> Tensor:
     """Return what the pipeline computes, (R, D), text by text and without dropout, from ids (R, T)."""
     backbone.eval()
     rows = []
@@ -114,8 +119,8 @@ def _vectors(backbone: Any, ids: Tensor, pooling: Mapping[str, Any], dense: tupl
     return F.normalize(z, dim=-1) if pooling["normalize"] else z
 
 
-def _write_backbone(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    backbone = model.base_model
+def _write_backbone(model: LanguageModel, folder: Path, dtype: torch.dtype) -> None:
+    backbone = pretrained(model.base_model)
     # The stock name, so that the folder loads where this package is not installed.
     attention = backbone.config._attn_implementation or ""
     backbone.config._attn_implementation_internal = attention.removeprefix("llmrecipe_") or None
@@ -125,7 +130,7 @@ def _write_backbone(model: Any, folder: Path, dtype: torch.dtype) -> None:
         backbone.save_pretrained(folder)
 
 
-def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: Any) -> None:
+def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: DenseHead | None) -> None:
     modes = {name: name == MODES[pooling["pool"]] for name in (*MODES.values(), *OTHER_MODES)}
     steps: list[tuple[str, dict[str, Any] | None]] = [
         ("Transformer", None),
@@ -144,7 +149,7 @@ def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: 
             (folder / path).mkdir()
         if config is not None:
             _write_json(folder / path / "config.json", config)
-        if name == "Dense":
+        if name == "Dense" and head is not None:
             tensors = {"linear.weight": head.weight, "linear.bias": head.bias}
             save_file({k: v.detach().float().contiguous() for k, v in tensors.items()}, folder / path / "model.safetensors")
     _write_json(folder / "modules.json", modules)
@@ -154,5 +159,5 @@ def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: 
     _write_json(folder / "config_sentence_transformers.json", facts)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -6,13 +6,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 GOLDEN_FILE = "golden.json"
 GOLDEN_PROMPT = "What is the capital of France?"
@@ -45,7 +51,7 @@ class Difference:
         return f"largest logit difference {self.largest:.3g}, mean {self.mean:.3g}, at logits up to {self.scale:.3g}"
 
 
-def probe_ids(model: Any, tokenizer: Any) -> Tensor:
+def probe_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return seeded token ids (ROWS, TOKENS), the golden prompt at the start of the first row; special tokens included."""
     size = int(model.get_input_embeddings().num_embeddings)
     ids = torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(20))
@@ -114,7 +120,7 @@ def demand(difference: Difference, what: str, advice: str) -> None:
         )
 
 
-def golden_ids(tokenizer: Any) -> list[int]:
+def golden_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return token ids of the golden prompt, under the chat template where there is one."""
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": GOLDEN_PROMPT}]
@@ -123,7 +129,7 @@ def golden_ids(tokenizer: Any) -> list[int]:
     return list(tokenizer(GOLDEN_PROMPT)["input_ids"])
 
 
-def golden(model: Any, tokenizer: Any, front: Sequence[int] = ()) -> dict[str, Any] | None:
+def golden(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, front: Sequence[int] = ()) -> dict[str, Any] | None:
     """Return the golden prompt with its greedy answer; None for a model that does not generate.
 
     Args:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.forward_context import Layout, current
-from llmrecipe.models.hooks.hook import ROUTED, hooks_of, note_called
+from llmrecipe.models.hooks.hook import ROUTED, Hook, hooks_of, note_called
 from llmrecipe.models.pretrained import pretrained
 
 
@@ -73,7 +73,7 @@ def install_attention(model: nn.Module, backend: str) -> str:
         ALL_ATTENTION_FUNCTIONS.register(name, _attention(backend))
         stock_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
 
-        def mask(*args: Any, **kwargs: Any) -> Any:
+        def mask(*args: object, **kwargs: object) -> Tensor | None:
             # Packed rows have their layout in the context; a T x T mask would only undo the saving.
             return None if current().layout is not None else stock_mask(*args, **kwargs)
 
@@ -85,7 +85,7 @@ def install_attention(model: nn.Module, backend: str) -> str:
 
 def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
         layout = current().layout
         hooks = hooks_of(module, "attention", active=True)
@@ -122,9 +122,9 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attention
 
 
-def _wrap(hook: Any, call: Attend) -> Attend:
+def _wrap(hook: Hook, call: Attend) -> Attend:
     def wrapped(q: Tensor, k: Tensor, v: Tensor, *outer: Prefix, picked: PickedTokens | None = None) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor, *own: Prefix, **more: Any) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, *own: Prefix, **more: object) -> Tensor:
             return call(q, k, v, *outer, *own, **{"picked": picked, **more})
 
         return hook.attention(attend, q, k, v)

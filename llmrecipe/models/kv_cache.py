@@ -13,7 +13,8 @@ passes belongs into `carried(cache)`: it is reordered with the rows.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,29 @@ Carried = dict[str, dict[Any, Tensor]]
 """Wrapper's name -> any key -> tensor (R, ...), one entry per row."""
 
 
-def fresh(model: nn.Module) -> Any | None:
+class CacheLayer(Protocol):
+    """What is used of one layer of a `DynamicCache`."""
+
+    is_initialized: bool
+    """Whether it has keys of its own."""
+    keys: Tensor
+    """(R, H, K, E)."""
+    values: Tensor
+
+    def get_seq_length(self) -> int:
+        """Return the columns that went through it."""
+
+
+class RowCache(Protocol):
+    """What is used of a `DynamicCache` whose rows can be removed and added."""
+
+    layers: list[CacheLayer]
+    carried: Carried
+    """What methods store for each row (see `carried`)."""
+    reorder_cache: Callable[[Tensor], None]
+
+
+def fresh(model: nn.Module) -> RowCache | None:
     """Return an empty `DynamicCache`, or None where rows cannot be removed and added.
 
     That is so for an encoder-decoder, for states that are not columns (recurrent layers), for chunks counted from the first
@@ -40,7 +63,8 @@ def fresh(model: nn.Module) -> Any | None:
     if "chunked_attention" in (getattr(own, "layer_types", None) or ()):
         return None
     cache = DynamicCache(config=own)
-    return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return cast("RowCache", cache) if plain else None
 
 
 def cached(inputs: dict[str, Any]) -> int:
@@ -79,7 +103,7 @@ def sharded(model: nn.Module) -> bool:
     return is_deepspeed_zero3_enabled() or any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
 
 
-def carried(cache: Any) -> Carried:
+def carried(cache: RowCache) -> Carried:
     """Return what methods store for each row of a cache; it is reordered with the rows."""
     if "carried" not in cache.__dict__:
         cache.carried = {}
@@ -95,13 +119,13 @@ def carried(cache: Any) -> Carried:
     return cache.carried
 
 
-def keep_rows(cache: Any, rows: Tensor) -> None:
+def keep_rows(cache: RowCache, rows: Tensor) -> None:
     """Keep these rows, in this order; a row may be named several times."""
     carried(cache)
     cache.reorder_cache(rows)
 
 
-def drop_columns(cache: Any, columns: int) -> None:
+def drop_columns(cache: RowCache, columns: int) -> None:
     """Cut off the first `columns` columns."""
     for layer in _filled(cache):
         left = cache_columns(layer) - columns
@@ -110,7 +134,7 @@ def drop_columns(cache: Any, columns: int) -> None:
         _note(layer, left)
 
 
-def join(first: Any, second: Any) -> None:
+def join(first: RowCache, second: RowCache) -> None:
     """Append the rows of the second cache to the first."""
     for a, b in zip(_filled(first), _filled(second), strict=True):
         columns, kept = max(cache_columns(a), cache_columns(b)), max(a.keys.shape[2], b.keys.shape[2])
@@ -123,12 +147,12 @@ def join(first: Any, second: Any) -> None:
             own[key] = torch.cat((value, more[name][key]))
 
 
-def cache_columns(layer: Any) -> int:
+def cache_columns(layer: CacheLayer) -> int:
     """Return C, the number of columns that went through a layer and were not cut off."""
     return int(layer.get_seq_length())
 
 
-def _filled(cache: Any) -> list[Any]:
+def _filled(cache: RowCache) -> list[CacheLayer]:
     """Return the layers with keys of their own; others may read those of an earlier layer."""
     return [layer for layer in cache.layers if layer.is_initialized]
 
@@ -138,7 +162,7 @@ def _wide(x: Tensor, columns: int) -> Tensor:
     return F.pad(x, (0, 0, columns - x.shape[2], 0))
 
 
-def _note(layer: Any, columns: int) -> None:
+def _note(layer: CacheLayer, columns: int) -> None:
     """Set the column count of a layer that does not keep every column."""
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = columns

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import checkpoint_contexts
@@ -38,6 +38,7 @@ from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     from llmrecipe.models.pretrained import LanguageModel
 
@@ -141,7 +142,9 @@ def _heads_without_weights(section: ModelSection, model: LanguageModel) -> tuple
     return tuple(head for head in heads if not any(name.startswith(f"{head}.") for name in stored))
 
 
-def _from_config(section: ModelSection, auto: Any, config: PreTrainedConfig, dtype: torch.dtype, backend: str) -> Any:
+def _from_config(
+    section: ModelSection, auto: type[_BaseAutoModelClass], config: PreTrainedConfig, dtype: torch.dtype, backend: str
+) -> LanguageModel:
     """Build a model without its weights; whether its code may run is always passed, else Transformers prompts on the terminal.
 
     Raises:
@@ -156,13 +159,19 @@ def _from_config(section: ModelSection, auto: Any, config: PreTrainedConfig, dty
         raise own_code(section) from error
 
 
-def _concrete(auto: Any, config: PreTrainedConfig) -> type:
-    found = auto._model_mapping.get(type(config), object)
+def _concrete(auto: type[_BaseAutoModelClass], config: PreTrainedConfig) -> type:
+    found = cast(Any, auto)._model_mapping.get(type(config), object)
     return found[0] if isinstance(found, tuple) else found
 
 
 def _pretrained(
-    section: ModelSection, auto: Any, config: PreTrainedConfig, rows_head: str, dtype: Any, backend: str, extra: dict[str, Any]
+    section: ModelSection,
+    auto: type[_BaseAutoModelClass],
+    config: PreTrainedConfig,
+    rows_head: str,
+    dtype: torch.dtype,
+    backend: str,
+    extra: dict[str, Any],
 ) -> LanguageModel:
     kwargs: dict[str, Any] = {
         "config": config,
@@ -222,7 +231,9 @@ def _pattern(key: str) -> str:
     return key.rpartition(".")[0] + ".*" if "." in key else key
 
 
-def _finish(model: LanguageModel, section: ModelSection, backend: str, tokenizer: Any) -> LanguageModel:
+def _finish(
+    model: LanguageModel, section: ModelSection, backend: str, tokenizer: PreTrainedTokenizerBase | None
+) -> LanguageModel:
     from llmrecipe.models import new_token_rows, vocabulary
     from llmrecipe.models.attention import install_attention
     from llmrecipe.models.module_map import name_by_hand

@@ -11,12 +11,15 @@ Any family takes part whose backbone returns `router_logits` and whose config sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], k: int, mask: Tensor | None = None) -> Tensor:
@@ -52,7 +55,7 @@ def _weights(mask: Tensor | None, flat: Tensor) -> Tensor:
     return by_row.flatten()
 
 
-def auxiliary_loss(config: Any, outputs: Any, mask: Tensor | None = None) -> Tensor | None:
+def auxiliary_loss(config: PreTrainedConfig, outputs: object, mask: Tensor | None = None) -> Tensor | None:
     """Return the load-balancing loss of a pass times its weight; None where the model requires none.
 
     Args:

@@ -52,6 +52,7 @@ class BiasedHead(nn.Module):
 def language_head_of(model: LanguageModel) -> nn.Module:
     """Return the module that maps states (..., D) to the logits (..., V) of a language model."""
     head = head_chain(model) or model.get_output_embeddings()
+    assert head is not None, "a language model has a head"
     bias = getattr(model, "final_logits_bias", None)
     return head if bias is None else BiasedHead(head, bias)
 

@@ -10,12 +10,16 @@ would have the size of the vocabulary. Folding adds D to W.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 NAME = "new_rows"
 """Child name of the hooks, on the embedding and on the head."""
@@ -61,7 +65,7 @@ class HeadRows(Hook):
             rows += self.difference.to(rows.dtype)
 
 
-def add_token_rows(model: Any, count: int) -> None:
+def add_token_rows(model: LanguageModel, count: int) -> None:
     """Add separate trainable rows for the last `count` tokens; they are listed in `model.new_heads`."""
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     first = embed.weight.shape[0] - count
@@ -81,12 +85,13 @@ def add_token_rows(model: Any, count: int) -> None:
     model.new_heads = (*getattr(model, "new_heads", ()), *homes)
 
 
-def fold_token_rows(model: Any) -> int:
+def fold_token_rows(model: LanguageModel) -> int:
     """Add the learned differences to the weights and remove the hooks; return the number of hooks.
 
     Runs that train every weight, merged exports and runs built on a finished one do this first.
     """
-    found = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(module, NAME)]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [module for module in ends if module is not None and hasattr(module, NAME)]
     for module in found:
         getattr(module, NAME).merge(module)
     for module in found:

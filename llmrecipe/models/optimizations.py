@@ -23,7 +23,7 @@ import os
 import shutil
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -134,19 +134,20 @@ def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(site.role, site.module) for site in wanted]
 
 
-def _read_rows_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _read_rows_forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     """Compute y[read] = f(x[read]), (..., D) -> (..., D'), zero elsewhere; all rows where `Context.read` is unknown."""
     inner = self.__dict__[BELOW_OUTERMOST] or types.MethodType(type(self).forward, self)
     context = current()
     if context.read is None or kwargs or len(args) != 1 or not _fits(self, args[0], context.positions, context.read):
         return inner(*args, **kwargs)
-    x, rows = args[0], context.read
+    x: Any = args[0]
+    rows = context.read
     y = inner(x.reshape(-1, x.shape[-1]).index_select(0, rows)[None])
     flat = y.new_zeros(x.shape[0] * x.shape[1], y.shape[-1])
     return flat.index_copy(0, rows, y[0]).view(*x.shape[:-1], -1)
 
 
-def _fits(module: nn.Module, x: Any, positions: Tensor | None, rows: Tensor) -> bool:
+def _fits(module: nn.Module, x: object, positions: Tensor | None, rows: Tensor) -> bool:
     """Return whether `x` has one row per token, few of them used, and no hook inside depends on the place of its rows."""
     if not isinstance(x, Tensor) or x.dim() != 3 or positions is None or x.shape[:2] != positions.shape:
         return False
@@ -185,7 +186,14 @@ def _same_where_read(model: nn.Module) -> bool:
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+class _Norm(Protocol):
+    """What an RMS norm of Transformers holds."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+
+def _norm_forward(self: _Norm, hidden_states: Tensor) -> Tensor:
     return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 if TYPE_CHECKING:
-    from typing import Self
-
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     class LanguageModel(PreTrainedModel):
@@ -25,19 +23,19 @@ if TYPE_CHECKING:
         new_heads: tuple[str, ...]
         """Paths of modules whose weights no checkpoint held."""
 
-        def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        def to(self, *args: object, **kwargs: object) -> Self:  # type: ignore[override]
             """Move or cast the model in place."""
 
         def get_input_embeddings(self) -> nn.Embedding:
             """Return the embedding of tokens."""
 
-        def get_output_embeddings(self) -> Any:
+        def get_output_embeddings(self) -> nn.Linear | None:
             """Return the head that scores tokens, or None where the model has none."""
 
-        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, Any]:
             """Return the arguments of the next forward pass of a generation."""
 
-        def generate(self, *args: Any, **kwargs: Any) -> Any:
+        def generate(self, *args: object, **kwargs: object) -> Tensor:
             """Return the token ids of prompts with their answers."""
 
 

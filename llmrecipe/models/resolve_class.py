@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.errors import ModelError, did_you_mean
 from llmrecipe.core.lazy import is_installed
@@ -17,6 +17,9 @@ from llmrecipe.recipe.schema import ModelSection
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+T = TypeVar("T")
 
 AUTO = {
     "causal": ("AutoModelForCausalLM", "a causal language model"),
@@ -111,7 +114,7 @@ def own_code(section: ModelSection) -> ModelError:
     )
 
 
-def with_code(section: ModelSection, load: Any, what: str) -> Any:
+def with_code(section: ModelSection, load: Callable[..., T], what: str) -> T:
     """Call a `from_pretrained`, turning hub and remote-code failures into messages that say what to do."""
     place, local = locate(section.path)
     if local:
@@ -156,7 +159,7 @@ def resolve_dtype(dtype: str, config: PreTrainedConfig, device: str = "cpu") -> 
     return getattr(torch, dtype)
 
 
-def model_class(config: PreTrainedConfig, rows_head: str) -> Any:
+def model_class(config: PreTrainedConfig, rows_head: str) -> type[_BaseAutoModelClass]:
     """Return the Auto class for a head, after checking that the family has one."""
     import transformers
 

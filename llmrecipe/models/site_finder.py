@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
 
@@ -14,6 +14,10 @@ from llmrecipe.models.infer_family import infer, is_rotary
 from llmrecipe.models.part_names import PartNames
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up"), "attn.kv": ("attn.k", "attn.v")}
 """Fused role -> the roles its outputs consist of, in order."""
@@ -56,10 +60,17 @@ def _lost(model: nn.Module, what: str) -> str:
     )
 
 
+class _Sizes(Protocol):
+    """What the config of every family says."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+
 class _Shape:
     """Head sizes from a config, under whatever names the family uses."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: _Sizes):
         self.width: int = config.hidden_size
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
@@ -132,14 +143,18 @@ def find_module(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
     return None
 
 
-def widths(module: Any, default: int) -> tuple[int, int, bool]:
+def _whole(module: nn.Module, name: str) -> int:
+    return int(cast(int, getattr(module, name)))
+
+
+def widths(module: nn.Module, default: int) -> tuple[int, int, bool]:
     """Return (features in, features out, stored transposed) of a module; 4-bit layers have logical sizes as attributes."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features), False
+        return _whole(module, "in_features"), _whole(module, "out_features"), False
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim, True
     if hasattr(module, "nx") and hasattr(module, "nf"):
-        return int(module.nx), int(module.nf), True
+        return _whole(module, "nx"), _whole(module, "nf"), True
     weight = getattr(module, "weight", None)
     if weight is not None and weight.dim() == 2:
         return weight.shape[1], weight.shape[0], False
@@ -220,11 +235,13 @@ def _head(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _flag(rule: bool | str, config: Any) -> bool:
+def _flag(rule: bool | str, config: object) -> bool:
     return bool(getattr(config, rule, False)) if isinstance(rule, str) else rule
 
 
-def _summary(model: nn.Module, config: Any, family: PartNames, source: str, sites: list[Site], shape: _Shape) -> Anatomy:
+def _summary(
+    model: nn.Module, config: PreTrainedConfig, family: PartNames, source: str, sites: list[Site], shape: _Shape
+) -> Anatomy:
     main = "decoder" if any(s.role == "block" and s.side == "decoder" for s in sites) else "encoder"
     attention = next(s.module for s in sites if s.role == "attn" and s.side == main)
     down = [s for s in sites if s.role == "mlp.down"] or [s for s in sites if s.tensor == "down_proj"]

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.models.masked_heads import head_chain
+from llmrecipe.models.pretrained import pretrained
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 ATTRIBUTE = "task_head"
 FILE = "heads.safetensors"
@@ -64,7 +69,7 @@ class PooledHead(nn.Module):
             return self.out(torch.tanh(self.dense(h.to(torch.promote_types(weight.dtype, torch.float32)))))
 
 
-def add_pooled_head(model: Any, role: str, outputs: int, seed: int = 0) -> PooledHead:
+def add_pooled_head(model: LanguageModel, role: str, outputs: int, seed: int = 0) -> PooledHead:
     """Add a trained head with a pooler and return it; an existing one (of the run that is continued) keeps its values."""
     heads = _container(model)
     if role not in heads:
@@ -91,7 +96,7 @@ class DenseHead(nn.Module):
             return torch.tanh(F.linear(h.to(wide), self.weight.to(wide), self.bias.to(wide)))
 
 
-def add_dense_head(model: Any, role: str, seed: int = 0) -> DenseHead:
+def add_dense_head(model: LanguageModel, role: str, seed: int = 0) -> DenseHead:
     """Add a trained dense head for a role and return it; an existing one (of the run that is continued) keeps its values.
 
     W is drawn with the deviation of the family's own layers (`initializer_range`, 0.02 where it has none).
@@ -114,7 +119,7 @@ def _set_frozen(head: nn.Module, frozen: bool) -> None:
         parameter.requires_grad_(not frozen)
 
 
-def add_head(model: Any, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
+def add_head(model: LanguageModel, role: str, std: float | None = None, seed: int = 0) -> ScalarHead:
     """Add a trained head for a role and return it; an existing one (of the run that is continued) keeps its values.
 
     Args:
@@ -131,7 +136,7 @@ def add_head(model: Any, role: str, std: float | None = None, seed: int = 0) -> 
     return found
 
 
-def mount_heads(model: Any, tensors: Mapping[str, Tensor]) -> None:
+def mount_heads(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Mount frozen heads with the values of a saved run (names `task_head.<role>.weight` and so on); leave others alone."""
     heads = None
     for name, value in tensors.items():
@@ -140,7 +145,7 @@ def mount_heads(model: Any, tensors: Mapping[str, Tensor]) -> None:
         heads = _container(model) if heads is None else heads
         _, role, part = name.split(".", 2)
         if role not in heads:
-            heads[role] = _empty_head(tensors, role).to(model.get_input_embeddings().weight.device)
+            heads[role] = _empty_head(tensors, role).to(pretrained(model).get_input_embeddings().weight.device)
         head = heads[role]
         with torch.no_grad():
             head.state_dict(keep_vars=True)[part].copy_(value)
@@ -156,7 +161,7 @@ def _empty_head(tensors: Mapping[str, Tensor], role: str) -> nn.Module:
     return PooledHead(int(own["dense.weight"].shape[1]), int(own["out.weight"].shape[0]))
 
 
-def is_frozen(model: Any, name: str) -> bool:
+def is_frozen(model: nn.Module, name: str) -> bool:
     """Return whether a tensor or module belongs to a head that came with a mounted run."""
     parts = name.split(".")
     heads = getattr(model, ATTRIBUTE, None)
@@ -165,7 +170,7 @@ def is_frozen(model: Any, name: str) -> bool:
     return all(getattr(parameter, "frozen_head", False) for parameter in heads[parts[1]].parameters())
 
 
-def head_roles(model: Any) -> list[str]:
+def head_roles(model: LanguageModel) -> list[str]:
     """Return the roles that have a head."""
     heads = getattr(model, ATTRIBUTE, None)
     return list(heads) if isinstance(heads, nn.ModuleDict) else []
@@ -185,7 +190,7 @@ def write_heads(tensors: Mapping[str, Tensor], folder: Path) -> None:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, str(folder / FILE))
 
 
-def read_heads(model: Any, folder: Path) -> None:
+def read_heads(model: LanguageModel, folder: Path) -> None:
     """Mount the heads saved next to a whole model, if there are any."""
     from safetensors.torch import load_file
 
@@ -193,7 +198,7 @@ def read_heads(model: Any, folder: Path) -> None:
         mount_heads(model, load_file(str(folder / FILE)))
 
 
-def without_language_head(model: Any) -> None:
+def without_language_head(model: LanguageModel) -> None:
     """Exclude a language-model head from training, save what it shares with the embedding: hidden states get by without it."""
     head, embed = head_chain(model) or model.get_output_embeddings(), model.get_input_embeddings()
     tied = {id(p) for p in embed.parameters()} if embed is not None else set()
@@ -206,7 +211,7 @@ def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
     return module.parameters() if module is not None else ()
 
 
-def _container(model: Any) -> nn.ModuleDict:
+def _container(model: nn.Module) -> nn.ModuleDict:
     if not isinstance(getattr(model, ATTRIBUTE, None), nn.ModuleDict):
         setattr(model, ATTRIBUTE, nn.ModuleDict())
     return getattr(model, ATTRIBUTE)

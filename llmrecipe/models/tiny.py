@@ -54,7 +54,7 @@ def texts(files: list[Path]) -> Iterator[str]:
                 yield from _strings(json.loads(line))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     """Yield the strings inside a row, except role names."""
     if isinstance(value, str):
         yield value

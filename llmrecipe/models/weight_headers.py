@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 100 * 2**20
@@ -70,7 +71,7 @@ def headers(folder: Path) -> dict[str, Header]:
     return {name: Header(str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
 
 
-def stored_dtype(config: Any, folder: Path | None) -> torch.dtype | None:
+def stored_dtype(config: PreTrainedConfig, folder: Path | None) -> torch.dtype | None:
     """Return the dtype a checkpoint is stored in: what its config says, else that of most of its entries; None if unknown."""
     import torch
 

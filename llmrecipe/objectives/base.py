@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmrecipe.data.collate import Batch
+    from llmrecipe.data.prepare import Rows, SplitRows
     from llmrecipe.engine.role_models import Roles
+    from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.runs.open_model import LoadedModel
 
 
 Measures = Mapping[str, Literal["min", "max"] | None]
@@ -66,14 +70,14 @@ class Objective:
         """Column that every prompt row must hold besides its prompt -> key path of what reads it."""
         return {}
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse a recipe this objective cannot run on these training rows.
 
         Raises:
             RecipeError: naming the key to change.
         """
 
-    def prepare_roles(self, loaded: Any, frozen: bool) -> None:
+    def prepare_roles(self, loaded: LoadedModel, frozen: bool) -> None:
         """Mount the finished models of other roles on the policy's freshly loaded base, before the stack is attached.
 
         Args:
@@ -138,7 +142,7 @@ class Objective:
         """Return the loss denominator, what the sum of losses is divided by: the number of supervised tokens by default."""
         return float(batch.target.numel())
 
-    def prepare_model(self, model: Any, seed: int) -> None:
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add the heads the objective trains to a freshly loaded model; called before the stack is attached."""
 
     def finish(self, roles: Roles) -> None:
@@ -173,7 +177,7 @@ class Objective:
         added = sum(found[1:], found[0]) / len(found) * weight
         return replace(loss, auxiliary=added, metrics={**loss.metrics, "auxiliary_loss": (added.detach(), weight)})
 
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a split that one process evaluates."""
         return [data[i] for i in indices]
 

@@ -174,7 +174,7 @@ class Rewards:
         return sum(weight * score for weight, score in given)
 
 
-def _number(score: Any, answer: Answer, where: str) -> float | None:
+def _number(score: object, answer: Answer, where: str) -> float | None:
     """Return a score as a float; None stays.
 
     Raises:
@@ -196,7 +196,7 @@ def _number(score: Any, answer: Answer, where: str) -> float | None:
     return number
 
 
-def _part(name: str, body: Any, where: str) -> tuple[Reward, float]:
+def _part(name: str, body: object, where: str) -> tuple[Reward, float]:
     from llmrecipe.recipe.validate import build_component
 
     if body is None:

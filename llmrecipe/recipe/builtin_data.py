@@ -22,9 +22,9 @@ SOURCES: tuple[KeyPath, ...] = (("data",), ("prompts",), ("pairs",))
 """Options of a step that name rows."""
 
 
-def is_builtin(path: Any) -> bool:
+def is_builtin(path: object) -> bool:
     """Return whether every source of a `data.path` is a built-in set."""
-    names = [path] if isinstance(path, str) else list(path or ())
+    names = [path] if isinstance(path, str) else list(path) if isinstance(path, list | tuple | Mapping) else []
     return bool(names) and all(str(name).startswith(PREFIX) for name in names)
 
 
@@ -77,7 +77,7 @@ def _sources(mapping: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
             yield from ((key, name) for name in _names(value))
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: object) -> list[str]:
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
 
 
@@ -104,17 +104,17 @@ def _meant_for_builtin(origin: Origin, chain: DefaultsChain) -> bool:
     return is_builtin(_path_seen_by(link, chain) if link else _path_in(read_yaml(origin.file).value))
 
 
-def _path_seen_by(link: Link, chain: DefaultsChain) -> Any:
+def _path_seen_by(link: Link, chain: DefaultsChain) -> object:
     """Return the `data.path` of a file: its own, its preset's, or that of what it extends."""
     found = _path_in(link.source.value.get("data"))
     preset = link.choices.get("data", (None, 0))[0]
-    if found is None and preset in presets("data"):
+    if found is None and isinstance(preset, str) and preset in presets("data"):
         found = _path_in(read_yaml(presets("data")[preset]).value)
     above = (_path_seen_by(chain.links[name], chain) for name in reversed(link.extends))
     return found if found is not None else next((path for path in above if path is not None), None)
 
 
-def _path_in(section: Any) -> Any:
+def _path_in(section: object) -> object:
     return section.get("path") if isinstance(section, dict) else None
 
 

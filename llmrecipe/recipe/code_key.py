@@ -53,7 +53,7 @@ def code_behind(modules: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _words(value: Any) -> Iterator[str]:
+def _words(value: object) -> Iterator[str]:
     """Yield every key and string of a nested mapping."""
     if isinstance(value, Mapping):
         for key, inner in value.items():

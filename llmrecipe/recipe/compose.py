@@ -157,7 +157,8 @@ def _refuse_unnamed_plugins(mapping: Mapping[str, Any]) -> None:
         RecipeError: naming the component's key and the package.
     """
     given = [point.value for point in entry_points(group="llmrecipe.plugins")]
-    named = {*given, *map(str, mapping.get("plugins") or [])}
+    listed = mapping.get("plugins")
+    named = {*given, *(map(str, listed) if isinstance(listed, list) else ())}
     stack = mapping.get("stack")
     entries = {f"stack.{name}": body for name, body in stack.items()} if isinstance(stack, Mapping) else {}
     bodies: dict[str, Any] = {group: mapping.get(group) for group in ("objective", "optim", "schedule")} | entries

@@ -71,7 +71,7 @@ def local_files(mapping: Mapping[str, Any], paths: Collection[str] = PATHS) -> l
     return sorted(found.items())
 
 
-def _strings(value: Any) -> list[str]:
+def _strings(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, str) and len(v) < 1024 and "${" not in v]
 
@@ -92,10 +92,14 @@ def _stamp(path: Path) -> str:
     return f"{path.name} {facts.st_size} {facts.st_mtime_ns}"
 
 
-def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Return nested mappings and lists with a function applied to every string."""
+def each_text(mapping: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return a mapping with a function applied to every string in it, at any depth."""
+    return {key: _each_text(value, change) for key, value in mapping.items()}
+
+
+def _each_text(value: object, change: Callable[[str], str]) -> object:
     if isinstance(value, Mapping):
-        return {k: each_text(v, change) for k, v in value.items()}
+        return each_text(value, change)
     if isinstance(value, list):
-        return [each_text(v, change) for v in value]
+        return [_each_text(v, change) for v in value]
     return change(value) if isinstance(value, str) else value

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
-from llmrecipe.recipe.inheritance import DefaultsChain
+from llmrecipe.recipe.inheritance import Choice, DefaultsChain
 from llmrecipe.recipe.interpolation import check_file
 from llmrecipe.recipe.provenance import Origin, Origins, leaves
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, PRESET_GROUPS, presets
@@ -197,7 +197,7 @@ def _mark_file(origins: Origins, source: YamlFile, body: dict[str, Any], at: tup
             origins[(*at, *key)] = Origin("file", source.path, line)
 
 
-def refused_choices(group: str, choice: Any, where: str) -> list[str]:
+def refused_choices(group: str, choice: Choice, where: str) -> list[str]:
     """Return a message for every unknown component or preset of a choice: what exists, and the nearest spelling."""
     known = {*presets(group), *(registry.names(group) if group in COMPONENT_GROUPS else ())}
     listed = ", ".join(sorted(known)) or "none"

@@ -18,6 +18,9 @@ from llmrecipe.recipe.renames import renamed_file
 from llmrecipe.recipe.rights import is_artefact
 from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 
+Choice = str | list[str] | None
+"""What a defaults list chooses for a group: one name, for `stack` a list of names, or nothing."""
+
 
 @dataclass
 class Link:
@@ -28,7 +31,7 @@ class Link:
     source: YamlFile
     extends: list[str] = field(default_factory=list)
     """Ids of the recipes it extends, in order."""
-    choices: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    choices: dict[str, tuple[Choice, int]] = field(default_factory=dict)
     """Group -> (what the file's own defaults list chooses, line)."""
     defaults: list[Any] = field(default_factory=list)
     """The defaults list for Hydra; `DefaultsChain.place` completes it."""
@@ -154,7 +157,7 @@ class DefaultsChain:
             raise RecipeError(f"{where}: there is no recipe '{word}' to extend{did_you_mean(word, ['base', *all_recipes()])}")
         return found.resolve()
 
-    def choice(self, link_id: str, group: str) -> Any:
+    def choice(self, link_id: str, group: str) -> Choice:
         """Return what a file, together with everything it extends, chooses for a group."""
         holder = self.holder(link_id, group)
         return holder.choices[group][0] if holder else None
@@ -187,7 +190,7 @@ def _line(source: YamlFile, index: int) -> int:
     return source.lines.get(("defaults", index), source.lines.get(("defaults",), 1))
 
 
-def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Any]:
+def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Choice]:
     word, choice = next(iter(entry.items()))
     group = word.removeprefix("override ").strip().strip("/")
     if group not in GROUPS:

@@ -5,9 +5,10 @@ variable that holds it, `${oc.env:NAME}`, which stays as it is until the secret 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
@@ -37,7 +38,7 @@ def interpolate(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     config = OmegaConf.create(shielded)
     for key, text in texts:
         try:
-            _value(config, key)
+            _resolve(config, key)
         except (OmegaConfBaseException, RecursionError) as error:
             reason = (
                 "names itself in a circle"
@@ -46,18 +47,18 @@ def interpolate(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
             )
             raise RecipeError(f"{dotted(key)}: {text} {reason}{_at(origins, key)}") from error
     resolved = OmegaConf.to_container(config, resolve=True)
-    whole: dict[str, Any] = _each(resolved, lambda text, key: text.replace("\0", "${").replace("\1", "}"))
-    return whole
+    assert isinstance(resolved, dict)
+    return _each(resolved, lambda text, key: text.replace("\0", "${").replace("\1", "}"))
 
 
-def _value(config: Any, key: KeyPath) -> Any:
-    node = config
+def _resolve(config: DictConfig | ListConfig, key: KeyPath) -> None:
+    """Read a value, which raises what is wrong with its interpolation."""
+    node: Any = config
     for part in key:
         node = node[part]
-    return node
 
 
-def _texts(value: Any, at: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+def _texts(value: object, at: KeyPath = ()) -> list[tuple[KeyPath, str]]:
     found: list[tuple[KeyPath, str]] = []
     for key, leaf in leaves(value, at):
         if isinstance(leaf, str):
@@ -68,16 +69,20 @@ def _texts(value: Any, at: KeyPath = ()) -> list[tuple[KeyPath, str]]:
     return found
 
 
-def _each(value: Any, change: Any, key: str = "") -> Any:
-    """Return a nested value with a function of (text, key) applied to every string."""
+def _each(mapping: Mapping[Any, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """Return a mapping with a function of (text, key) applied to every string in it, at any depth."""
+    return {key: _each_in(value, change, str(key)) for key, value in mapping.items()}
+
+
+def _each_in(value: object, change: Callable[[str, str], str], key: str = "") -> object:
     if isinstance(value, dict):
-        return {k: _each(v, change, str(k)) for k, v in value.items()}
+        return _each(value, change)
     if isinstance(value, list):
-        return [_each(v, change) for v in value]
+        return [_each_in(v, change) for v in value]
     return change(value, key) if isinstance(value, str) else value
 
 
-def _stays(piece: re.Match[str], key: Any) -> bool:
+def _stays(piece: re.Match[str], key: object) -> bool:
     """Return whether an interpolation is written as it is: a stage's result, or the variable of a secret."""
     return bool(STAGE.match(piece[1].strip())) or (key == SECRET and variable_of(piece[0]) is not None)
 
@@ -93,7 +98,7 @@ def _refuse(mapping: dict[str, Any], key: KeyPath, text: str) -> tuple[str, KeyP
     return None
 
 
-def _syntax(text: str, key: Any) -> str | None:
+def _syntax(text: str, key: object) -> str | None:
     """Return what is wrong with the syntax of the interpolations of a text under a key, or None."""
     for match in PIECE.finditer(text):
         inside = match[1].strip()
@@ -138,6 +143,6 @@ def _at(origins: Origins, key: KeyPath) -> str:
     return f" [{origin}]" if origin else ""
 
 
-def escape(value: Any) -> Any:
+def escape(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Invert `interpolate` for writing a mapping: escape plain `${` with a backslash; stages and variables stay."""
-    return _each(value, lambda text, key: PIECE.sub(lambda m: m[0] if _stays(m, key) else "\\" + m[0], text))
+    return _each(mapping, lambda text, key: PIECE.sub(lambda m: m[0] if _stays(m, key) else "\\" + m[0], text))

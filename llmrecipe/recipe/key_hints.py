@@ -14,7 +14,7 @@ from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 
-def component_as_section(name: str, value: Any, recipe: Mapping[str, Any]) -> str:
+def component_as_section(name: str, value: object, recipe: Mapping[str, Any]) -> str:
     """Return the hint for a component's name used as a section, as in `lora.r=8`; an empty string for any other name."""
     places = _components(recipe)
     at = next((place for place, kind in places.items() if name in (place[-1] if place[0] == "stack" else kind, kind)), None)

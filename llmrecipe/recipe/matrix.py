@@ -68,7 +68,7 @@ def expand(section: Mapping[str, Any]) -> Expanded:
     return found
 
 
-def _wrong(matrix: Any, at: KeyPath) -> list[Mistake]:
+def _wrong(matrix: object, at: KeyPath) -> list[Mistake]:
     """Return what is wrong with the form of a `matrix`."""
     if not isinstance(matrix, Mapping) or not matrix:
         return [(at, f"{dotted(at)}: must be a mapping such as {{seed: [0, 1, 2]}}; got {matrix!r}")]
@@ -109,19 +109,27 @@ def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, dict[str, Any
     return made
 
 
-def _merged(below: Any, above: Any) -> Any:
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two bodies: mappings key by key, lists (`with`) concatenated, for anything else the second one."""
+    return {**below, **{k: _both(below[k], v) if k in below else v for k, v in above.items()}}
+
+
+def _both(below: object, above: object) -> object:
     if isinstance(below, Mapping) and isinstance(above, Mapping):
-        return {**below, **{k: _merged(below[k], v) if k in below else v for k, v in above.items()}}
+        return _merged(below, above)
     return [*below, *above] if isinstance(below, list) and isinstance(above, list) else above
 
 
-def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
+def _filled(body: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Return a body with the values of its axes filled in."""
+    return {k: _filled_in(v, chosen) for k, v in body.items()}
+
+
+def _filled_in(value: object, chosen: Mapping[str, Any]) -> object:
     if isinstance(value, Mapping):
-        return {k: _filled(v, chosen) for k, v in value.items()}
+        return _filled(value, chosen)
     if isinstance(value, list):
-        return [_filled(v, chosen) for v in value]
+        return [_filled_in(v, chosen) for v in value]
     if not isinstance(value, str):
         return value
     whole = AXIS.fullmatch(value)
@@ -130,7 +138,7 @@ def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
     return AXIS.sub(lambda m: str(chosen.get(m[1], m[0])), value)
 
 
-def _unknown(value: Any, axes: list[str], at: KeyPath) -> list[Mistake]:
+def _unknown(value: object, axes: list[str], at: KeyPath) -> list[Mistake]:
     """Return a mistake for each axis that is named but does not exist."""
     if isinstance(value, Mapping):
         return [m for k, v in value.items() for m in _unknown(v, axes, (*at, str(k)))]
@@ -141,13 +149,13 @@ def _unknown(value: Any, axes: list[str], at: KeyPath) -> list[Mistake]:
     return [(at, f"{dotted(at)}: ${{matrix:{n}}}: there is no axis '{n}'{did_you_mean(n, axes)}; {has}") for n in named]
 
 
-def _gathered(value: Any, members: Mapping[str, list[str]]) -> Any:
+def _gathered(value: object, members: Mapping[str, list[str]]) -> object:
     """Return a body in which a list item `${stage:x}` is replaced by all stages that x was expanded to."""
     if isinstance(value, Mapping):
         return {k: _gathered(v, members) for k, v in value.items()}
     if not isinstance(value, list):
         return value
-    items: list[Any] = []
+    items: list[object] = []
     for item in value:
         whole = REFERENCE.fullmatch(item) if isinstance(item, str) else None
         if whole and whole[1] in members:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.provenance import Origin, Origins, forget, leaves
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, presets
-from llmrecipe.recipe.renames import new_path, new_words
+from llmrecipe.recipe.renames import new_path, new_value
 from llmrecipe.recipe.yaml_file import DEEPEST, KeyPath, dotted
 
 
@@ -90,7 +90,7 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _classify(text: str, parsed: Override, value: Any) -> Word:
+def _classify(text: str, parsed: Override, value: object) -> Word:
     name = parsed.get_key_element().lstrip("+~")
     key: KeyPath = tuple(name.replace("/", ".").split("."))
     if name not in GROUPS:
@@ -121,7 +121,7 @@ def _syntax(text: str) -> str:
     return "an unclosed quote" if text.count("'") % 2 or text.count('"') % 2 else "a character reserved by Hydra's grammar"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, dict):
@@ -135,11 +135,11 @@ def hydra_words(words: list[Word]) -> list[str]:
     return [f"{group}={_choice_text(word.value)}" for group, word in last.items() if not _is_preset(group, word.value)]
 
 
-def _is_preset(group: str, value: Any) -> bool:
+def _is_preset(group: str, value: object) -> bool:
     return isinstance(value, str) and value in presets(group)
 
 
-def _choice_text(value: Any) -> str:
+def _choice_text(value: object) -> str:
     return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
 
 
@@ -182,7 +182,7 @@ def _renamed(word: Word, mapping: dict[str, Any], notes: list[str]) -> Word:
     key = new_path(word.key, mapping)
     if key != word.key:
         notes.append(f"{dotted(word.key)} is called {dotted(key)}")
-    return dataclasses.replace(word, key=key, value=new_words(word.value, notes, key))
+    return dataclasses.replace(word, key=key, value=new_value(word.value, notes, key))
 
 
 def _choose(word: Word, mapping: dict[str, Any], origins: Origins) -> None:
@@ -228,12 +228,12 @@ SPECIAL = re.compile(r"[\\()\[\]{}:=, \t]")
 """Characters that Hydra reads in an unquoted key of a mapping."""
 
 
-def as_word(key: KeyPath, value: Any) -> str:
+def as_word(key: KeyPath, value: object) -> str:
     """Return a value as an override of the command line."""
     return f"{dotted(key)}={word_text(value)}"
 
 
-def word_text(value: Any) -> str:
+def word_text(value: object) -> str:
     """Return a value as it is written on the command line."""
     if isinstance(value, str):
         # Backslashes count double where a quote follows, and only there.

@@ -278,7 +278,7 @@ def _with_examples(data: dict[str, Any], made: Plan, done: set[str], example: Ca
         wanted = example is not None and name not in done and made[name].gives == "rows"
         return str(example(name)) if wanted and example is not None else filled(reference, made, done)
 
-    filled_in: dict[str, Any] = each_text(data, lambda text: REFERENCE.sub(folder, text))
+    filled_in = each_text(data, lambda text: REFERENCE.sub(folder, text))
     return filled_in
 
 

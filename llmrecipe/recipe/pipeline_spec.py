@@ -62,6 +62,7 @@ def parse_stages(pipeline: Composition) -> list[WrittenStage]:
         mistakes += [f"{text}{origin_text(pipeline, key)}" for key, text in wrong]
         if wrong:
             continue
+        assert isinstance(body, Mapping)
         if "rounds" in body:
             unrolled, ends, wrong = _rounds(name, body, at)
             mistakes += [f"{text}{origin_text(pipeline, key)}" for key, text in wrong]
@@ -116,7 +117,7 @@ def in_order(stages: list[WrittenStage], pipeline: Composition) -> list[WrittenS
     return list(done.values())
 
 
-def _wrong(name: str, body: Any, at: KeyPath, inner: bool = False) -> list[tuple[KeyPath, str]]:
+def _wrong(name: str, body: object, at: KeyPath, inner: bool = False) -> list[tuple[KeyPath, str]]:
     """Return what is wrong with the form of one stage."""
     if not NAME.fullmatch(name):
         return [(at, f"{dotted(at)}: a stage's name is letters, digits, _ and -, and starts with a letter")]

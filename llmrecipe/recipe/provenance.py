@@ -31,7 +31,7 @@ class Origin:
 Origins = dict[KeyPath, Origin]
 
 
-def leaves(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def leaves(value: object, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Yield key path and value of everything in nested mappings that is not itself a non-empty mapping."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():

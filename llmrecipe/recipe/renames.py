@@ -15,6 +15,9 @@ from typing import Any
 from llmrecipe.recipe.provenance import Origins
 from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
 
+Above = tuple[object, ...]
+"""The values that contain a value, from the whole recipe down to the one that holds it."""
+
 
 @dataclass(frozen=True)
 class Rename:
@@ -41,31 +44,37 @@ SPACE = ("search", "space")
 """The mapping whose keys are themselves key paths of the recipe."""
 
 
-def new_words(value: Any, notes: list[str], at: KeyPath = ()) -> Any:
-    """Return a mapping of a recipe in new words.
+def new_words(mapping: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Return a whole recipe in new words.
 
     Where it holds both words of one thing, the old one was set last and is merged into the new one.
 
     Args:
-        value: a whole recipe, or what stands at the key path `at`.
         notes: gains one line for each old word.
     """
-    return _new_words(value, notes, at, ())
+    return _new_words(mapping, notes, (), ())
 
 
-def _new_words(value: Any, notes: list[str], at: KeyPath, above: tuple[Any, ...]) -> Any:
+def new_value(value: object, notes: list[str], at: KeyPath) -> object:
+    """Return what stands at a key path of a recipe in new words; `notes` as in `new_words`."""
+    return _new_value(value, notes, at, ())
+
+
+def _new_value(value: object, notes: list[str], at: KeyPath, above: Above) -> object:
     if isinstance(value, list):
-        return [_new_words(item, notes, (*at, place), (*above, value)) for place, item in enumerate(value)]
+        return [_new_value(item, notes, (*at, place), (*above, value)) for place, item in enumerate(value)]
     if isinstance(value, str) and at[:1] == ("stages",):
         return _new_references(value, notes, at)
-    if not isinstance(value, Mapping):
-        return value
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        name = _renamed(key, at, value, above)
+    return _new_words(value, notes, at, above) if isinstance(value, Mapping) else value
+
+
+def _new_words(mapping: Mapping[Any, Any], notes: list[str], at: KeyPath, above: Above) -> dict[Any, Any]:
+    found: dict[str | int, object] = {}
+    for key, inner in mapping.items():
+        name = _renamed(key, at, mapping, above)
         if name != key:
             notes.append(f"{dotted((*at, key))} is called {dotted((*at, name))}")
-        made = _new_words(inner, notes, (*at, name), (*above, value))
+        made = _new_value(inner, notes, (*at, name), (*above, mapping))
         found[name] = _merged(found[name], made) if name != key and name in found else found.get(name, made)
     return found
 
@@ -121,24 +130,27 @@ def rename_in_place(mapping: dict[str, Any], origins: Origins, notes: list[str])
         mapping.update(made)
 
 
-def first_words(value: Any) -> Any:
+def first_words(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of components under their first names, so that the key of a result does not change with a word."""
-    return _first_words(value, (), ())
+    return _first_words(mapping, (), ())
 
 
-def _first_words(value: Any, at: KeyPath, above: tuple[Any, ...]) -> Any:
+def _first_words(mapping: Mapping[Any, Any], at: KeyPath, above: Above) -> dict[Any, Any]:
+    inside = (*above, mapping)
+    return {_first(key, at, mapping, above): _first_words_in(inner, (*at, key), inside) for key, inner in mapping.items()}
+
+
+def _first_words_in(value: object, at: KeyPath, above: Above) -> object:
     if isinstance(value, list):
-        return [_first_words(item, (*at, place), (*above, value)) for place, item in enumerate(value)]
-    if not isinstance(value, Mapping):
-        return value
-    return {_first(key, at, value, above): _first_words(inner, (*at, key), (*above, value)) for key, inner in value.items()}
+        return [_first_words_in(item, (*at, place), (*above, value)) for place, item in enumerate(value)]
+    return _first_words(value, at, above) if isinstance(value, Mapping) else value
 
 
-Renaming = Callable[[Any, KeyPath, Any, tuple[Any, ...]], Any]
+Renaming = Callable[[str | int, KeyPath, object, Above], str | int]
 """(key, path of the mapping that holds it, that mapping, the mappings above from the outermost) -> the other word."""
 
 
-def _renamed(key: Any, at: KeyPath, holder: Any, above: tuple[Any, ...] = ()) -> Any:
+def _renamed(key: str | int, at: KeyPath, holder: object, above: Above = ()) -> str | int:
     """Return the new word of a key."""
     if _is_space(at, above) and isinstance(key, str):
         return dotted(_renamed_path(tuple(key.split(".")), above[-2], _renamed))
@@ -151,21 +163,21 @@ def _renamed(key: Any, at: KeyPath, holder: Any, above: tuple[Any, ...] = ()) ->
     return key
 
 
-def _first(key: Any, at: KeyPath, holder: Any, above: tuple[Any, ...] = ()) -> Any:
+def _first(key: str | int, at: KeyPath, holder: object, above: Above = ()) -> str | int:
     """Return the first word of an option."""
     if _is_space(at, above) and isinstance(key, str):
         return dotted(_renamed_path(tuple(key.split(".")), above[-2], _first))
     return next((r.old for r in RENAMES if key == r.new and _describes(holder, at, r.options_of)), key)
 
 
-def _is_space(at: KeyPath, above: tuple[Any, ...]) -> bool:
+def _is_space(at: KeyPath, above: Above) -> bool:
     """Return whether the keys of a mapping are key paths of the recipe two mappings above."""
     return at[-2:] == SPACE and len(above) > 1
 
 
-def _renamed_path(key: KeyPath, mapping: Any, renamed: Renaming) -> KeyPath:
+def _renamed_path(key: KeyPath, mapping: object, renamed: Renaming) -> KeyPath:
     node: Any = mapping
-    above: tuple[Any, ...] = ()
+    above: Above = ()
     made: list[str | int] = []
     for part in key:
         name = renamed(part, tuple(made), node, above)
@@ -178,7 +190,7 @@ def _renamed_path(key: KeyPath, mapping: Any, renamed: Renaming) -> KeyPath:
     return tuple(made)
 
 
-def _describes(holder: Any, at: Sequence[str | int], kinds: tuple[str, ...]) -> bool:
+def _describes(holder: object, at: Sequence[str | int], kinds: tuple[str, ...]) -> bool:
     """Return whether a mapping describes one of some components: by its `kind`, or as a reward by the reward's name."""
     kind = holder.get("kind") if isinstance(holder, Mapping) else None
     if kind is None and len(at) > 1 and at[-2] == "reward":
@@ -195,7 +207,7 @@ def _new_references(text: str, notes: list[str], at: KeyPath) -> str:
     return text
 
 
-def _merged(below: Any, above: Any) -> Any:
+def _merged(below: object, above: object) -> object:
     if isinstance(below, Mapping) and isinstance(above, Mapping):
         return {**below, **{k: _merged(below[k], v) if k in below else v for k, v in above.items()}}
     return above

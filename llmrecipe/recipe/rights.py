@@ -55,8 +55,8 @@ def without_rights(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in RIGHTS}
 
 
-def rights_of(section: Any) -> dict[str, bool]:
-    """Return the rights a model section, or a component that opens a model, has."""
+def rights_of(section: ModelSection) -> dict[str, bool]:
+    """Return the rights a model section has."""
     return {name: True for name in RIGHTS if getattr(section, name)}
 
 
@@ -92,7 +92,7 @@ def withhold(mapping: dict[str, Any], origins: Origins, own: Iterable[Path]) -> 
     return notes
 
 
-def _holders(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def _holders(value: object, at: KeyPath = ()) -> Iterator[tuple[KeyPath, dict[Any, Any]]]:
     """Yield (key path of a right, the mapping that has it) at any depth: a judge inside a reward opens a model too."""
     if isinstance(value, dict):
         for key, inner in list(value.items()):

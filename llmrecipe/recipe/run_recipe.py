@@ -7,7 +7,6 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from llmrecipe.core.errors import did_you_mean
 from llmrecipe.recipe.compose import Composition, section_defaults
@@ -19,7 +18,7 @@ INHERITABLE = tuple(k for k in section_defaults() if k not in ("stages", "search
 """Keys of a recipe that a stage may inherit. Its stack and its roles are its own."""
 
 
-def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[tuple[KeyPath, str]]]:
+def inherited(body: object, pipeline: Composition, at: KeyPath) -> tuple[object, list[tuple[KeyPath, str]]]:
     """Return a stage's body with overrides for what it inherits placed before its own, and the mistakes.
 
     Args:
@@ -50,7 +49,7 @@ def inherited(body: Any, pipeline: Composition, at: KeyPath) -> tuple[Any, list[
     return {**rest, "with": [*words, *own]} if isinstance(own, list) else rest, []
 
 
-def inherited_keys(section: Any) -> set[str]:
+def inherited_keys(section: object) -> set[str]:
     """Return every key that any stage inherits."""
     if not isinstance(section, Mapping):
         return set()

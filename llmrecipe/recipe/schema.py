@@ -286,7 +286,7 @@ class SearchSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _flat(cls, given: Any) -> Any:
+    def _flat(cls, given: object) -> object:
         """Flatten `optim: {lr: ...}` in the space to `optim.lr: ...`."""
         if not isinstance(given, dict) or not isinstance(given.get("space"), dict):
             return given

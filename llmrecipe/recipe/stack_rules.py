@@ -8,9 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 from llmrecipe.core.registry import Spec, name_of
+
+
+class Built(Protocol):
+    """What a stack rule reads of a built wrapper, in addition to what its class declares (see the interface `Wrapper`)."""
+
+    @property
+    def name(self) -> str:
+        """Return its key in the stack."""
+
+    @classmethod
+    def reads_gradients(cls) -> bool:
+        """Return whether the method acts on gradients."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Declared:
         return cls._of(name, spec.name, {key: spec.facts.get(key) for key in FACTS})
 
     @classmethod
-    def of_wrapper(cls, wrapper: Any) -> Declared:
+    def of_wrapper(cls, wrapper: Built) -> Declared:
         """Return what the class of a built wrapper declares."""
         kind = type(wrapper)
         found = {key: getattr(kind, key, None) for key in FACTS}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrecipe.core import registry
-from llmrecipe.recipe.inheritance import DefaultsChain
+from llmrecipe.recipe.inheritance import Choice, DefaultsChain
 from llmrecipe.recipe.overrides import Word, chosen
 from llmrecipe.recipe.provenance import Origin, Origins, forget, origin_of
 from llmrecipe.recipe.recipe_paths import presets
@@ -63,7 +63,7 @@ class Cleaner:
     def _below(self, at: KeyPath) -> list[Origin]:
         return [o for key, o in self.origins.items() if key[: len(at)] == at]
 
-    def _left_behind(self, name: str, entry: Any) -> bool:
+    def _left_behind(self, name: str, entry: object) -> bool:
         """Return whether a stack entry is left over from a method that an override, or an inheriting recipe, removed."""
         word = self.choices.get("stack")
         below = self._below(("stack", name))
@@ -75,7 +75,7 @@ class Cleaner:
             return False
         return any(name in (self._believed(o, "stack") or []) for o in below)
 
-    def _believed(self, origin: Origin, group: str) -> Any:
+    def _believed(self, origin: Origin, group: str) -> Choice:
         """Return the group's choice as seen by the file that set a value."""
         link = next((k for k in self.chain.links.values() if k.source.path == origin.file), None)
         return self.chain.choice(link.id, group) if link else None

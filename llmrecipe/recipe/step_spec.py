@@ -31,7 +31,7 @@ RESULTS = ("model", "rows", "metrics")
 
 
 class Buildable(Protocol):
-    """What the recipe layer needs of a built step (see the interface `Step`)."""
+    """What the recipe layer needs of a built step (see the interface `Step`); whoever runs it knows the whole of it."""
 
     def check(self, where: str) -> None:
         """Refuse what would stop it, before anything starts."""
@@ -44,9 +44,6 @@ class Buildable(Protocol):
 
     def model_section(self) -> Mapping[str, Any]:
         """Return the `model` section that its result is based on."""
-
-    def run(self, work: Any) -> dict[str, Any]:
-        """Run the step and return its metrics."""
 
 
 class Frame(Section):
@@ -163,6 +160,6 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
     return StepComposition(kind, list(words), {"kind": kind, "seed": made.seed, **named, **options}, made, notes)
 
 
-def unfinished(value: Any) -> bool:
+def unfinished(value: object) -> bool:
     """Return whether a text names the result of an unfinished stage (`${stage:x}`)."""
     return isinstance(value, str) and REFERENCE.search(value) is not None

@@ -104,7 +104,7 @@ def build_component(group: str, body: Mapping[str, Any], where: str) -> dict[str
 
 
 def check_component(
-    group: str, body: Any, at: KeyPath, others: Sequence[str] = (), recipe: Mapping[str, Any] | None = None
+    group: str, body: object, at: KeyPath, others: Sequence[str] = (), recipe: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], list[Mistake]]:
     """Return the options of a component with defaults filled in, and what is wrong with them.
 
@@ -133,7 +133,7 @@ def check_component(
     return {"kind": kind, **{k: options.get(k, v) for k, v in values.items()}}, []
 
 
-def nonfinite_values(value: Any, at: KeyPath = ()) -> list[Mistake]:
+def nonfinite_values(value: object, at: KeyPath = ()) -> list[Mistake]:
     """Return a mistake for every number that no option allows, at any depth, not even a free-form one.
 
     These are NaN, infinity, and whole numbers of `LARGEST` and more, which libraries cannot hold.
@@ -190,7 +190,7 @@ def instantiate(recipe: Recipe) -> Parts:
     return Parts(single["objective"], wrappers, single["optim"], single["schedule"])
 
 
-def build_object(group: str, body: Mapping[str, Any], where: str, **extra: Any) -> Any:
+def build_object(group: str, body: Mapping[str, Any], where: str, **extra: object) -> Any:
     """Build the object of one component from its validated options.
 
     Raises:
@@ -209,7 +209,7 @@ def build_object(group: str, body: Mapping[str, Any], where: str, **extra: Any) 
         raise RecipeError(report(translate(error, options, type(checked), at, kind), {})) from error
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, default=str)
 
 
@@ -262,9 +262,9 @@ def translate(
     return mistakes
 
 
-def _given_path(detail: ErrorDetails, given: Any) -> KeyPath:
+def _given_path(detail: ErrorDetails, given: Mapping[str, Any]) -> KeyPath:
     """Return the part of an error's location that exists in the given value; the rest names branches of a union."""
-    node = given
+    node: Any = given
     path: list[str | int] = []
     for part in detail["loc"]:
         if isinstance(node, Mapping) and str(part) in node:
@@ -280,10 +280,11 @@ def _given_path(detail: ErrorDetails, given: Any) -> KeyPath:
     return tuple(path)
 
 
-def _value_at(given: Any, key: KeyPath) -> Any:
+def _value_at(given: Mapping[str, Any], key: KeyPath) -> object:
+    node: Any = given
     for part in key:
-        given = given[part]
-    return given
+        node = node[part]
+    return node
 
 
 def _unknown_key(model: type[BaseModel], at: KeyPath, key: KeyPath, owner: str, recipe: Mapping[str, Any]) -> str:
@@ -341,7 +342,7 @@ def _wanted(detail: ErrorDetails) -> str:
     return detail["msg"][0].lower() + detail["msg"][1:]
 
 
-def _hint(details: list[ErrorDetails], value: Any) -> str:
+def _hint(details: list[ErrorDetails], value: object) -> str:
     """Return a hint at what the user most likely meant."""
     kinds = {d["type"] for d in details}
     for detail in details:
@@ -372,7 +373,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def yaml_text(value: Any) -> str:
+def yaml_text(value: object) -> str:
     """Return a given value as it looks in YAML, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose a node, at most `DEEPEST` levels deep."""
         self.depth += 1
         if self.depth > DEEPEST:
@@ -136,7 +136,7 @@ def read_yaml(path: Path) -> YamlFile:
 
 def _build(
     loader: _Loader, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path, parents: tuple[yaml.Node, ...] = ()
-) -> Any:
+) -> object:
     if len(lines) > VALUES or len(at) > DEEPEST:
         raise yaml.YAMLError(_TOO_MANY if len(lines) > VALUES else f"nested deeper than {DEEPEST} levels")
     if any(node is parent for parent in parents):
@@ -196,7 +196,7 @@ def _yaml_message(path: Path, text: str, error: yaml.YAMLError | RecursionError)
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes every string that the reader above, or a YAML 1.1 reader, would parse as another type."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 

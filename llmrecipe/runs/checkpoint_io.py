@@ -221,7 +221,7 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     return SavedCheckpoint(path, int(match[2]), tensors, documents)
 
 
-def read_document(path: Path, stem: str) -> Any:
+def read_document(path: Path, stem: str) -> dict[str, Any]:
     """Return one JSON document of an intact checkpoint."""
     return json.loads((path / f"{stem}.json").read_text(encoding="utf-8"))
 

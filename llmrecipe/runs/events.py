@@ -150,7 +150,7 @@ class Events:
                 tracker.log(numbers_of(event), step)
 
 
-def plain(value: object) -> Any:
+def plain(value: object) -> object:
     """Return a value as JSON: tensors and numpy numbers become Python's, numbers that JSON lacks become null."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.background import Background
 from llmrecipe.core.errors import UserError
@@ -24,6 +24,10 @@ from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs import open_model
 from llmrecipe.runs.base_files import base_folder, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 PROBES = (
     "The 3 quick brown foxes' 1,024 jumps (over 0.5 lazy dogs) cost $12.75!\n\n\tdef f(x):\n\t    return x ** 2  # naïve café",
@@ -103,7 +107,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
     """Return hashes of what a tokenizer does and of its chat template; they do not depend on the library's file format."""
     ids = [tokenizer.encode(text, add_special_tokens=special) for text in PROBES for special in (False, True)]
     words = [sorted(tokenizer.get_vocab().items()), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}, ids]

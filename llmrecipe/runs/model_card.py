@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.methods._base.stack import kind_name
+from llmrecipe.methods._base.stack import Stack, kind_name
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def model_card(name: str, base: str, objective: Any, stack: Any, model: nn.Module, data: str, metrics: dict[str, Any]) -> str:
+def model_card(
+    name: str, base: str, objective: object, stack: Stack, model: nn.Module, data: str, metrics: dict[str, Any]
+) -> str:
     """Return Markdown: what was trained from what, how, and what it scored.
 
     Args:

@@ -28,6 +28,7 @@ from llmrecipe.runs.checksums import verify
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.models.pretrained import LanguageModel
 
@@ -39,7 +40,7 @@ class LoadedModel:
     """A loaded model with what it was built from."""
 
     model: LanguageModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     section: ModelSection
     """The section that loaded the base weights."""
     layers: list[delta.Layer] = field(default_factory=list)
@@ -201,7 +202,7 @@ def check_saved_base(model: nn.Module, base: ModelSection, saved: delta.SavedSta
         logger.info("%s: the same base, stored in another way than in training", folder)
 
 
-def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> Any:
+def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> PreTrainedTokenizerBase:
     """Return the tokenizer a model is loaded with, without reading weights."""
     base, _, folder = resolve_section(section)
     return load_tokenizer(base, own_tokenizer(tokenizer, folder))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llmrecipe.core.console import number, sparkline
 from llmrecipe.core.printable import message_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 HIDDEN = {"event", "step", "tokens", "path"}
 """Keys that the table does not show."""
@@ -104,7 +108,7 @@ class Panel:
             self.console.print(f"step {event['step']}  {event_text(event)}", markup=False)
         self.live.update(self.render())
 
-    def render(self) -> Any:
+    def render(self) -> RenderableType:
         """Return the current panel."""
         from rich.console import Group
         from rich.panel import Panel as Box

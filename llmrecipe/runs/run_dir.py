@@ -302,12 +302,16 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return read_json(file, "the metrics of the run cannot be read") if file.is_file() else {}
 
 
-def _unescape(value: object) -> Any:
-    """Return a nested value with `\\${` unescaped to `${`."""
+def _unescape(mapping: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping with `\\${` unescaped to `${` in every string."""
+    return {key: _unescape_in(value) for key, value in mapping.items()}
+
+
+def _unescape_in(value: object) -> object:
     if isinstance(value, dict):
-        return {k: _unescape(v) for k, v in value.items()}
+        return _unescape(value)
     if isinstance(value, list):
-        return [_unescape(v) for v in value]
+        return [_unescape_in(v) for v in value]
     return value.replace("\\${", "${") if isinstance(value, str) else value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -12,6 +12,9 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.lazy import is_installed
 from llmrecipe.core.registry import CONFIG
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 class OpenTracker:
@@ -29,7 +32,7 @@ class OpenTracker:
 class ModuleTracker(OpenTracker):
     """A library whose module itself is the run: `log(numbers, step=)` and `finish()`."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: ModuleType):
         self.module = module
 
     def log(self, numbers: dict[str, float], step: int) -> None:

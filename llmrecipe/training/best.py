@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.feedback.directions import Direction
+
+if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import EvalSection
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class BestTracker:
     evaluations in a row without improvement.
     """
 
-    def __init__(self, section: Any, mode: Direction):
+    def __init__(self, section: EvalSection, mode: Direction):
         self.section, self.mode = section, mode
         self.best: float | None = None
         self.best_step = 0

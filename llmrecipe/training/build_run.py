@@ -41,7 +41,10 @@ from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_state import Progress, RunState
 
 if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.compose import Composition
+    from llmrecipe.recipe.schema import Recipe
 
 
 def seed_everything(seed: int) -> None:
@@ -128,7 +131,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
 
 
 def build_model(
-    recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, resume: Path | None
+    recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, resume: Path | None
 ) -> open_model.LoadedModel:
     """Load the model of a recipe and attach its stack.
 
@@ -144,7 +147,7 @@ def build_model(
     return model
 
 
-def build_roles(recipe: Any, stack: Stack, model: open_model.LoadedModel, runtime: Runtime, scores: ReferenceCache) -> Roles:
+def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, runtime: Runtime, scores: ReferenceCache) -> Roles:
     """Put the model on its device and wrap it in the engine, as the objective sees it.
 
     Args:
@@ -162,7 +165,7 @@ def build_roles(recipe: Any, stack: Stack, model: open_model.LoadedModel, runtim
     return roles
 
 
-def check_objective(objective: Any, wrappers: list[Any]) -> None:
+def check_objective(objective: Objective, wrappers: list[Any]) -> None:
     """Refuse an objective without gradients under a rule that needs them.
 
     Raises:
@@ -172,7 +175,7 @@ def check_objective(objective: Any, wrappers: list[Any]) -> None:
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
 
 
-def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None, device: str) -> nn.Module:
+def on_meta(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, device: str) -> nn.Module:
     """Build the model of a recipe on the meta device, with the stacks below it and its own attached.
 
     Raises:
@@ -192,7 +195,7 @@ def on_meta(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None,
     return model
 
 
-def check_chain(recipe: Any, wrappers: list[Wrapper]) -> None:
+def check_chain(recipe: Recipe, wrappers: list[Wrapper]) -> None:
     """Refuse, before weights are read, a stack that cannot be trained on the run that `model.path` names.
 
     Raises:
@@ -233,7 +236,7 @@ def check_continue(path: str, layers: list[delta.Layer], wrappers: list[Wrapper]
         )
 
 
-def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels: list[str] | None) -> None:
+def check_attention(recipe: Recipe, objective: Objective, wrappers: list[Wrapper], labels: list[str] | None) -> None:
     """Refuse, before weights are read, a stack that changes attention in a model that does not let it.
 
     Raises:
@@ -244,7 +247,9 @@ def check_attention(recipe: Any, objective: Any, wrappers: list[Wrapper], labels
         on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
 
 
-def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps: int) -> PlannedRows:
+def planned_rows(
+    recipe: Recipe, objective: Objective, data: SplitRows, validation: SplitRows | None, steps: int
+) -> PlannedRows:
     """Return the rows a run will read, for scoring before its first step."""
 
     def others() -> list[Any]:
@@ -254,7 +259,7 @@ def planned_rows(recipe: Any, objective: Any, data: Any, validation: Any, steps:
     return PlannedRows(data, others, steps, recipe.batch.size, recipe.seed)
 
 
-def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
+def step_count(recipe: Recipe, rows: int, updates: int = 1) -> int:
     """Return the optimizer steps of the run: `steps`, or those of the passes over the rows, `updates` for each batch."""
     if recipe.steps is not None:
         return recipe.steps
@@ -262,7 +267,7 @@ def step_count(recipe: Any, rows: int, updates: int = 1) -> int:
     return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch)) * updates
 
 
-def open_for(recipe: Any, objective: Any, stack: Stack, labels: list[str] | None) -> open_model.LoadedModel:
+def open_for(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None) -> open_model.LoadedModel:
     """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
     from transformers.utils import logging
 

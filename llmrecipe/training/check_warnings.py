@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,15 @@ from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.load import LEGACY
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.task_heads import ATTRIBUTE
 from llmrecipe.models.weight_headers import headers
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.open_model import resolve_section
+
+if TYPE_CHECKING:
+    pass
+
 
 SHOWN = 3
 """Names in a warning."""
@@ -73,7 +78,7 @@ def memory_warnings(total: int, device: str) -> Iterator[str]:
         )
 
 
-def weight_warnings(section: ModelSection, model: Any, rows_head: str) -> Iterator[str]:
+def weight_warnings(section: ModelSection, model: nn.Module, rows_head: str) -> Iterator[str]:
     """Yield what the headers of a checkpoint say of tensors with other shapes, or of tensors that are missing.
 
     Only folders of safetensors are looked at. A checkpoint that also holds names this model does not have is converted while it
@@ -89,10 +94,11 @@ def weight_warnings(section: ModelSection, model: Any, rows_head: str) -> Iterat
     stored = {name: header.shape for name, header in headers(Path(place)).items()} if local else {}
     if not stored:
         return
-    wanted = base_shapes(model)
-    prefix = f"{model.base_model_prefix}."
+    wanted, whole = base_shapes(model), pretrained(model)
+    prefix = f"{whole.base_model_prefix}."
     stored = {_own_name(name, wanted, prefix): shape for name, shape in stored.items()}
-    vocabulary = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if hasattr(m, "weight")}
+    ends = (whole.get_input_embeddings(), whole.get_output_embeddings())
+    vocabulary = {id(m.weight) for m in ends if m is not None and hasattr(m, "weight")}
     skipped = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in vocabulary}
 
     def allowed(name: str) -> bool:

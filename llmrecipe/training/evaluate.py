@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -14,23 +15,36 @@ from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.generated_answers import answer_rows, score_answers
 from llmrecipe.methods._base.update_rule import MetricSums
 
+if TYPE_CHECKING:
+    from llmrecipe.data.collate import Batch
+    from llmrecipe.data.prepare import Rows
+    from llmrecipe.engine.role_models import Roles
+    from llmrecipe.objectives.base import Objective
+    from llmrecipe.recipe.schema import EvalSection
+    from llmrecipe.runtime.processes import Runtime
+
+
+class Samples(Protocol):
+    """Where an evaluation shows samples of answers: the events of a run, or the terminal."""
+
+    def sample(self, step: int, prompt: str, answer: str, **facts: object) -> None:
+        """Report a generated answer."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation needs."""
 
-    section: Any
-    """The recipe's `eval`."""
+    section: EvalSection
     batch_size: int
-    objective: Any
-    roles: Any
-    runtime: Any
-    events: Any
-    """Where samples of answers go."""
+    objective: Objective
+    roles: Roles
+    runtime: Runtime
+    events: Samples
     step: int = 0
 
 
-def evaluate(evaluation: Evaluation, data: Any) -> dict[str, float]:
+def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
     """Compute metrics of a split: sums over all its rows and all processes, divided once.
 
     The result does not depend on the evaluation batch size, padding or the number of processes; random states are put back,
@@ -56,7 +70,7 @@ def evaluate(evaluation: Evaluation, data: Any) -> dict[str, float]:
     return metrics
 
 
-def generated(evaluation: Evaluation, data: Any) -> dict[str, float]:
+def generated(evaluation: Evaluation, data: Rows) -> dict[str, float]:
     """Compute text metrics of greedily generated answers (`eval.metrics`), and record a few as samples (`eval.samples`).
 
     The rows are divided among the processes; every process generates its own share.
@@ -82,13 +96,13 @@ def _gathered(evaluation: Evaluation, own: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.tensor(part, dtype=own.dtype) for part in evaluation.runtime.gather_json(own.tolist())])
 
 
-def rows_read(evaluation: Evaluation, data: Any) -> int:
+def rows_read(evaluation: Evaluation, data: Rows) -> int:
     """Return the number of rows an evaluation reads, by all processes together: any number of them measures the same rows."""
     most = evaluation.section.batches
     return len(data) if most is None else min(len(data), most * evaluation.batch_size)
 
 
-def _batches(evaluation: Evaluation, data: Any) -> Any:
+def _batches(evaluation: Evaluation, data: Rows) -> Iterator[Batch]:
     """Yield this process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
     indices = list(range(rows_read(evaluation, data)))[evaluation.runtime.rank :: evaluation.runtime.world]
     for part in evaluation.roles.split(evaluation.objective.evaluation_rows(data, indices)):

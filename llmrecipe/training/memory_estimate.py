@@ -35,6 +35,7 @@ from llmrecipe.optim.optimizer import Optimizer
 if TYPE_CHECKING:
     from llmrecipe.methods._base.stack import Stack
     from llmrecipe.models.anatomy import Anatomy
+    from llmrecipe.models.site import Site
 
 INPUTS = {
     "attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "attn.qkv": "attn", "attn.kv": "attn",
@@ -188,7 +189,7 @@ def _block_elements(model: nn.Module, parts: Anatomy, sites: list[Any]) -> int:
     return elements + _ranks(sites)
 
 
-def _trains(site: Any) -> bool:
+def _trains(site: Site) -> bool:
     """Whether a linear layer needs its input in the backward pass: its weight, or a hook on it, trains."""
     weight = getattr(site.module, site.tensor or "weight", None)
     if isinstance(weight, Tensor) and weight.requires_grad:
@@ -260,7 +261,7 @@ def retained_bytes(loss: Tensor, exclude: Iterable[Tensor] = ()) -> int:
     return sum(sizes.values())
 
 
-def _tensors_of(node: Any) -> list[Tensor]:
+def _tensors_of(node: torch.autograd.graph.Node) -> list[Tensor]:
     """Collect the tensors of a node of the graph: its saved variables, and tensors in its own attributes."""
     found: list[Tensor] = []
     for name in dir(node):
@@ -270,7 +271,7 @@ def _tensors_of(node: Any) -> list[Tensor]:
     return found
 
 
-def _collect(value: Any, found: list[Tensor]) -> None:
+def _collect(value: object, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, dict):

@@ -71,7 +71,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
                 _restore_parameter(optimizer, index, position, parameter, by_name[name])
 
 
-def _restore_parameter(optimizer: Any, index: int, position: int, parameter: Tensor, saved: dict[str, Any]) -> None:
+def _restore_parameter(
+    optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor, saved: dict[str, Any]
+) -> None:
     if hasattr(optimizer, "init_state"):
         # bitsandbytes allocates its own buffers (paged memory, shared code books); fill those.
         optimizer.init_state(optimizer.param_groups[index], parameter, index, position)
@@ -135,7 +137,7 @@ def _text(array: np.ndarray[Any, Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
-def _array(text: str, dtype: Any) -> np.ndarray[Any, Any]:
+def _array(text: str, dtype: type[np.generic]) -> np.ndarray[Any, Any]:
     return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
 
 
@@ -143,7 +145,7 @@ def _bytes(text: str) -> Tensor:
     return torch.from_numpy(_array(text, np.uint8))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Convert NumPy's state with its arrays and numbers to JSON values."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}

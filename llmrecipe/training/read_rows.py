@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.registry import names, spec
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
 from llmrecipe.data.overlap import shared_rows
-from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.prepare import SplitRows, TokenData
 from llmrecipe.data.token_report import HIGHEST
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.models import positions
 from llmrecipe.models.load import load_config, skeleton
 from llmrecipe.models.vocabulary import vocabulary_size
 from llmrecipe.runs import delta, open_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.objectives.base import Objective
+    from llmrecipe.recipe.schema import Recipe
 
 
 def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks | None:
@@ -29,7 +35,7 @@ def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks |
     return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
 
 
-def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
+def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
     """Read training rows, validation rows (or None) and, for labelled rows, the label names.
 
     Raises:
@@ -51,7 +57,7 @@ def read_data(recipe: Any, objective: Any, wrappers: list[Wrapper]) -> tuple[Any
     return data, validation, labels
 
 
-def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
+def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: PreTrainedTokenizerBase) -> SplitRows | None:
     """Return the test split, or None: for its reference scores before step 0 and its single evaluation after the last."""
     if not recipe.eval.test:
         return None
@@ -62,7 +68,7 @@ def test_rows(recipe: Any, objective: Any, data: Any, tokenizer: Any) -> Any:
     )  # fmt: skip
 
 
-def check_family(recipe: Any, objective: Any) -> None:
+def check_family(recipe: Recipe, objective: Objective) -> None:
     """Refuse, before rows are read, an encoder-decoder whose sides the objective cannot use.
 
     Raises:
@@ -89,7 +95,9 @@ def check_family(recipe: Any, objective: Any) -> None:
         )
 
 
-def check_model_fits(recipe: Any, objective: Any, data: Any, validation: Any, labels: list[str] | None) -> None:
+def check_model_fits(
+    recipe: Recipe, objective: Objective, data: SplitRows, validation: SplitRows | None, labels: list[str] | None
+) -> None:
     """Refuse, before weights are read, rows that the model of the recipe cannot read, or labels it was not declared for.
 
     Raises:
@@ -100,7 +108,7 @@ def check_model_fits(recipe: Any, objective: Any, data: Any, validation: Any, la
     check_positions(recipe, objective, data, validation)
 
 
-def check_labels(recipe: Any, labels: list[str] | None) -> None:
+def check_labels(recipe: Recipe, labels: list[str] | None) -> None:
     """Refuse labels that differ from those a recipe declares in `model.config`.
 
     Raises:
@@ -121,7 +129,7 @@ def check_labels(recipe: Any, labels: list[str] | None) -> None:
         )
 
 
-def check_vocabulary(recipe: Any, data: Any, validation: Any) -> None:
+def check_vocabulary(recipe: Recipe, data: SplitRows, validation: SplitRows | None) -> None:
     """Refuse token ids, of rows or of special tokens, for which the model has no embedding and none were added on purpose.
 
     Raises:
@@ -144,15 +152,16 @@ def check_vocabulary(recipe: Any, data: Any, validation: Any) -> None:
                 "tokenizer); tokens that are new on purpose are named by tokenizer.add_tokens"
             )
     for name, token in tokenizer.special_tokens_map.items():
-        ids = tokenizer.convert_tokens_to_ids([token] if isinstance(token, str) else list(token))
-        if max((i for i in ids if i is not None), default=0) >= room:
+        ids = [tokenizer.convert_tokens_to_ids(one) for one in ([token] if isinstance(token, str) else token)]
+        highest = max((i for i in ids if isinstance(i, int)), default=0)
+        if highest >= room:
             raise RecipeError(
-                f"tokenizer: its {name} {token} has the id {max(ids)}, and the model has rows for 0 to {room - 1}; name "
+                f"tokenizer: its {name} {token} has the id {highest}, and the model has rows for 0 to {room - 1}; name "
                 f"another (tokenizer.pad_token for padding), or add it on purpose: tokenizer.add_tokens=['{token}']"
             )
 
 
-def check_positions(recipe: Any, objective: Any, data: Any, validation: Any) -> None:
+def check_positions(recipe: Recipe, objective: Objective, data: SplitRows, validation: SplitRows | None) -> None:
     """Refuse, before weights are read, rows that are longer than a model with learned positions can read.
 
     Raises:

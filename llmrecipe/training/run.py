@@ -187,6 +187,7 @@ class Run(RunState):
 
     def evaluate(self) -> bool:
         """Evaluate on the validation split; return True when early stopping applies."""
+        assert self.validation is not None, "none is due without validation rows"
         metrics = evaluate(self.evaluation(), self.validation)
         verdict = self.best.see(self.progress.step, {f"eval/{k}": v for k, v in metrics.items()})
         self.events.evaluation(step=self.progress.step, **{f"eval/{k}": v for k, v in metrics.items()})

@@ -6,16 +6,17 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.data.prepare import source_hashes
+from llmrecipe.data.prepare import SplitRows, source_hashes
 from llmrecipe.runs.identity import Identity, changed
 
 if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import Recipe
     from llmrecipe.runs.checkpoint_io import SavedCheckpoint
     from llmrecipe.runs.run_dir import RunDir
     from llmrecipe.training.run_state import RunState
 
 
-def identify(recipe: Any, directory: RunDir, data: Any, validation: Any) -> Identity:
+def identify(recipe: Recipe, directory: RunDir, data: SplitRows, validation: SplitRows | None) -> Identity:
     """Begin to compute the fingerprints of a run."""
     known = directory.identity() or {}
     splits = {
@@ -51,7 +52,7 @@ def check_identity(run: RunState, saved: SavedCheckpoint) -> bool:
         RunError: it names everything that changed.
     """
     check_owner(run, saved)
-    facts = {}
+    facts: dict[str, Any] = {}
     if run.runtime.is_main:
         before = saved.documents.get("identity") or {}
         before = before if "base" in before else run.dir.identity() or {}

@@ -19,11 +19,20 @@ from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
 
 if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.data.prepare import SplitRows
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.compose import Composition
+    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.runs.events import Events
     from llmrecipe.runs.identity import Identity
     from llmrecipe.runs.open_model import LoadedModel
+    from llmrecipe.runs.run_dir import RunDir
+    from llmrecipe.runtime.processes import Runtime
     from llmrecipe.training.resume_rules import Changes
 
 
@@ -55,20 +64,20 @@ class RunState:
     """A run's parts and its progress."""
 
     composition: Composition
-    dir: Any
+    dir: RunDir
     """The run directory."""
-    runtime: Any
+    runtime: Runtime
     """Processes and devices."""
-    events: Any
-    objective: Any
+    events: Events
+    objective: Objective
     stack: Stack
     optim: Any
     """The optimizer's options."""
     schedule: Any
     loaded: LoadedModel
-    data: Any
+    data: SplitRows
     """Training rows."""
-    validation: Any
+    validation: SplitRows | None
     """Validation rows; None without any."""
     roles: Roles
     optimizer: torch.optim.Optimizer | None
@@ -100,7 +109,7 @@ class RunState:
     """The signal that stops the run."""
 
     @property
-    def recipe(self) -> Any:
+    def recipe(self) -> Recipe:
         """Return the validated recipe."""
         return self.composition.recipe
 
@@ -110,7 +119,7 @@ class RunState:
         return self.roles.model
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer."""
         return self.loaded.tokenizer
 
@@ -119,7 +128,7 @@ class RunState:
         """Return the number of row batches in one pass; the last one may be short."""
         return max(1, math.ceil(len(self.data) / self.recipe.batch.size))
 
-    def order(self, epoch: int) -> Any:
+    def order(self, epoch: int) -> np.ndarray | range:
         """Return the row indices of an epoch in training order."""
         if getattr(self, "_order_epoch", None) != epoch:
             self._order, self._order_epoch = order(self.data, self.recipe.seed, epoch), epoch

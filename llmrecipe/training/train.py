@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError
 from llmrecipe.core.signals import handled_by
@@ -19,6 +19,8 @@ from llmrecipe.training.run import Run
 from llmrecipe.training.startup_report import announce
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from llmrecipe.recipe.compose import Composition
 
 
@@ -80,7 +82,7 @@ def before_first_step(run: Run) -> None:
 def _signals(run: Run) -> contextlib.AbstractContextManager[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP make the loop write a checkpoint and stop; a second Ctrl-C stops at once."""
 
-    def ask(number: int, frame: Any) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         if run.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.signal = number

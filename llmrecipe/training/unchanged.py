@@ -48,7 +48,9 @@ class UnchangedCheck:
             return
         now = named_checksums(trained_tensors(run))
         both = [name for name in now if name in self.before and name not in run.unread]
-        moved = run.runtime.maximum(torch.tensor([float(now[name] != self.before[name]) for name in both])) if both else []
+        moved: torch.Tensor | list[float] = (
+            run.runtime.maximum(torch.tensor([float(now[name] != self.before[name]) for name in both])) if both else []
+        )
         still = [name for name, changed in zip(both, moved, strict=True) if not changed and not may_rest(run, name)]
         if still:
             named = ", ".join(still[:SHOWN]) + (f" and {len(still) - SHOWN} more" if len(still) > SHOWN else "")

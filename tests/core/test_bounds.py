@@ -14,7 +14,7 @@ import pytest
 from llmrecipe.core import http_client, time_limit
 from llmrecipe.core.errors import DataError, RecipeError, RunError
 from llmrecipe.core.http_client import Client
-from llmrecipe.core.time_limit import BoundError, bounded, compiled, within
+from llmrecipe.core.time_limit import BoundError, bounded, compiled, matches, within
 from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.formats.sources import open_split
@@ -139,10 +139,11 @@ def test_a_pattern_that_explodes_is_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     found: list[Any] = []
 
     def try_it() -> None:
-        for find in (bad.search, bad.fullmatch, bad.finditer):
+        searches = [lambda text, where, find=find: within(find, text, where) for find in (bad.search, bad.fullmatch)]
+        for search in (*searches, lambda text, where: matches(bad, text, where)):
             with pytest.raises(RunError, match=r"reward.pattern: this pattern takes longer than 0.2 s on a text of 60"):
-                within(find, "x" * 60, "reward.pattern")
-            found.append(find)
+                search("x" * 60, "reward.pattern")
+            found.append(search)
 
     thread = threading.Thread(target=try_it)  # the timeout holds in every thread
     thread.start()

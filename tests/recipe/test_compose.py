@@ -232,6 +232,8 @@ def test_a_mapping_given_for_a_section_adds_to_it(project: Project) -> None:
         ("data=5", "takes one name"),
         ("data.path=null data", "data.path"),
         ("stack.lora=5", "must be a mapping"),
+        ("data.path=5", "data.path: must be text or a list or a mapping; got 5 [override data.path=5]"),
+        ("plugins=5", "plugins: must be a list; got 5 [override plugins=5]"),
         ("seed=${nope", "do not match"),
         ("seed='${oc.env:HOME}'", "is not allowed"),
         ("seed='${seed}'", "circle"),

@@ -137,7 +137,7 @@ def _candidates(wanted: str, row: Row, columns: Sequence[str], found: DataFormat
     return [c for c, value in row.items() if c not in columns and normal_name(c) in (wanted, *names) and _holds(wanted, value)]
 
 
-def _holds(wanted: str, value: Any) -> bool:
+def _holds(wanted: str, value: object) -> bool:
     if wanted in LISTS:
         return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
     if wanted in ("label", "score", "image"):

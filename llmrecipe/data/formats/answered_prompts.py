@@ -72,7 +72,7 @@ def _answered(row: dict[str, Any], least: int, at: str) -> Answered:
     return Answered(prompt, answers, {k: v for k, v in row.items() if k not in ANSWERS})
 
 
-def answer_text(value: Any) -> str | None:
+def answer_text(value: object) -> str | None:
     """Return the text of an answer that is text or messages; None where it is neither."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")

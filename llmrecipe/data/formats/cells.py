@@ -78,7 +78,7 @@ def is_judged(row: Row, others: Sequence[Sequence[str]]) -> bool:
     return judged and any(all(name in row for name in names if name != "label") for names in others)
 
 
-def label_of(row: Row) -> Any:
+def label_of(row: Row) -> int | float | str | list[Any]:
     """Return the label of a row.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmrecipe.core.foreign import DuplicateKey, parse_json
 from llmrecipe.data.formats.bad_row import BadRow
@@ -64,7 +64,7 @@ def read_cells(row: dict[str, Any], sample: bool = False) -> dict[str, Any]:
     return {**row, **read} if read else row
 
 
-def messages_of(value: Any, column: str) -> list[Message]:
+def messages_of(value: object, column: str) -> list[Message]:
     """Return a list of `{role, content}` from either spelling (`role`/`content` or `from`/`value`).
 
     Raises:
@@ -77,7 +77,7 @@ def messages_of(value: Any, column: str) -> list[Message]:
     return [_message(entry, column) for entry in value]
 
 
-def _message(entry: Any, column: str) -> Message:
+def _message(entry: object, column: str) -> Message:
     if not isinstance(entry, dict):
         raise BadRow(f"'{column}' holds something that is not a message", f"{entry!r:.80}")
     role = entry.get("role", entry.get("from"))
@@ -167,7 +167,7 @@ def drop_fields(row: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     return {name: _without(value, fields) for name, value in row.items() if name not in fields}
 
 
-def _without(value: Any, fields: Sequence[str]) -> Any:
+def _without(value: object, fields: Sequence[str]) -> object:
     if isinstance(value, dict) and ("role" in value or "from" in value):
         kept = {k: v for k, v in value.items() if k not in fields}
         for name in ("content", "value"):
@@ -177,7 +177,7 @@ def _without(value: Any, fields: Sequence[str]) -> Any:
     return [_without(one, fields) for one in value] if is_messages(value) else value
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: object) -> TypeGuard[list[dict[str, Any]]]:
     """Return whether a value looks like a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
 
@@ -205,7 +205,7 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
     return tools or None
 
 
-def is_transcript(text: Any) -> bool:
+def is_transcript(text: object) -> TypeGuard[str]:
     """Return whether a string is a `\\n\\nHuman: ... \\n\\nAssistant: ...` transcript."""
     return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 

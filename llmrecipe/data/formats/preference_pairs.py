@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.cells import number_of
@@ -54,7 +52,7 @@ def _paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
     return [pair]
 
 
-def _from_dialogues(row: Row, chosen: Any, rejected: Any, conversion: Conversion) -> list[Row]:
+def _from_dialogues(row: Row, chosen: object, rejected: object, conversion: Conversion) -> list[Row]:
     if is_transcript(chosen) and is_transcript(rejected):
         if conversion.template:
             chosen, rejected = parse_transcript(chosen), parse_transcript(rejected)

@@ -24,6 +24,7 @@ from llmrecipe.data.formats.file_content import EXTENSIONS, content_kind, conten
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow.parquet import FileMetaData
 
 Row = dict[str, Any]
 NUMERIC = frozenset({"label", "labels", "score", "margin", "input_ids"})
@@ -276,7 +277,7 @@ def without_fillers(rows: list[Row]) -> list[Row]:
     return [{name: _filled(value) for name, value in row.items()} for row in rows]
 
 
-def _filled(value: Any) -> Any:
+def _filled(value: object) -> object:
     if isinstance(value, dict):
         return {k: _filled(v) for k, v in value.items() if v is not None}
     if isinstance(value, list) and isinstance(next((v for v in value if v is not None), None), dict | list):
@@ -305,7 +306,7 @@ def _read_table(path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds) 
         raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({reason_of(error)}); write it again") from error
 
 
-def _unpacked(facts: Any) -> int:
+def _unpacked(facts: FileMetaData) -> int:
     """Return the bytes of a Parquet file's values in memory, at least: repeated values are stored once."""
     groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
     return max(sum(int(group.total_byte_size) for group in groups), int(facts.num_rows) * int(facts.num_columns))

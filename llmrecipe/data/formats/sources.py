@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.file_content import is_data_file
 from llmrecipe.data.formats.readers import Reader, Row, open_file, without_fillers
 from llmrecipe.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
 
 BUILTIN = ASSETS / "data"
 ALIASES = {
@@ -68,7 +72,7 @@ class JoinedReader(Reader):
 class DatasetReader(Reader):
     """A `datasets` data set: from the hub, or a folder written by `save_to_disk`."""
 
-    def __init__(self, name: str, data: Any) -> None:
+    def __init__(self, name: str, data: Dataset) -> None:
         self.name, self.data = name, data
 
     def __len__(self) -> int:
@@ -87,7 +91,7 @@ class DatasetReader(Reader):
 class HubStream(Reader):
     """A streamed hub data set; only `stream` works."""
 
-    def __init__(self, name: str, data: Any) -> None:
+    def __init__(self, name: str, data: IterableDataset) -> None:
         self.name, self.data = name, data
 
     def fingerprint(self) -> str:

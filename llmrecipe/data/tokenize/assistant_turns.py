@@ -10,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.data.tokenize.loss_mask import Span
 from llmrecipe.data.tokenize.special_tokens import Ids, Tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+Place = tuple[int, int, int]
+"""Index of a token, and where its characters begin and end."""
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -83,7 +89,7 @@ def _by_marks(tokens: Tokens, template: Template, batch: Sequence[Conversation],
     return found
 
 
-def _overlap(encoding: Any, span: Span) -> Span:
+def _overlap(encoding: Encoding, span: Span) -> Span:
     """Return the token range that overlaps a character span."""
     start, end = span
     if start >= end:
@@ -92,7 +98,8 @@ def _overlap(encoding: Any, span: Span) -> Span:
     if first is None or last is None:  # a character the tokenizer leaves out
         inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > start]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:  # further bytes of the last character
+    # Further bytes of the last character.
+    while last + 1 < len(encoding) and (place := encoding.token_to_chars(last + 1)) is not None and place[0] < end:
         last += 1
     return (first, last + 1)
 
@@ -146,9 +153,14 @@ def _boundaries(tokens: Tokens, plans: Sequence[tuple[str, list[tuple[str, str]]
     """
     found: list[Boundaries] = []
     for (full, turns), ids, encoding in zip(plans, *tokens.rendered_encodings([full for full, _ in plans])):
-        places = [(0, 0, 0)] + [(i, *encoding.token_to_chars(i)) for i, token in enumerate(ids) if token in tokens.special]
+        places: list[Place] = [(0, 0, 0)]
+        for i, token in enumerate(ids):
+            if token in tokens.special and (characters := encoding.token_to_chars(i)) is not None:
+                places.append((i, *characters))
 
-        def boundary(prefix: str, ids: Ids = ids, full: str = full, places: Any = places) -> tuple[int, int]:
+        def boundary(
+            prefix: str, ids: Ids = ids, full: str = full, places: list[tuple[int, int, int]] = places
+        ) -> tuple[int, int]:
             if prefix == full:
                 return len(ids), len(ids)
             if not full.startswith(prefix):  # a header that is not in the whole: nothing can be reused

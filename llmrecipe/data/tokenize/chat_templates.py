@@ -28,6 +28,10 @@ from llmrecipe.data.formats.messages import THOUGHTS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tools = list[Any] | None
+"""The tools a conversation may call, in the JSON that templates read."""
+Variables = Mapping[str, Any] | None
+"""Further variables of a template."""
 ALPACA_PROMPT_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -85,7 +89,13 @@ class Template:
         """Return whether the template marks generated text with `{% generation %}`."""
         return bool(GENERATION.search(self.text))
 
-    def render(self, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None, kwargs: Any = None) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool = False,
+        tools: Tools = None,
+        kwargs: Variables = None,
+    ) -> str:
         """Render a conversation as text; `prompt` ends it with the header of the assistant's turn.
 
         Raises:
@@ -94,12 +104,19 @@ class Template:
         return self._run(messages, prompt, tools, kwargs, marked=False)[0]
 
     def render_marked(
-        self, messages: list[dict[str, Any]], tools: Any = None, kwargs: Any = None
+        self, messages: list[dict[str, Any]], tools: Tools = None, kwargs: Variables = None
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render a conversation as text, and return it with the character spans the assistant generated."""
         return self._run(messages, False, tools, kwargs, marked=True)
 
-    def _run(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _run(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool,
+        tools: Tools,
+        kwargs: Variables,
+        marked: bool,
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Render with the arguments of tool calls as objects; as JSON text where the template joins or prints them."""
         bare = _named_thoughts([{k: v for k, v in m.items() if v is not None} for m in messages], self.text)
         reported, arguments = _with_arguments(bare, as_text=False)
@@ -113,7 +130,14 @@ class Template:
                 return found
         return self._render(_with_arguments(bare, as_text=True)[0], prompt, tools, kwargs, marked)
 
-    def _render(self, messages: Any, prompt: bool, tools: Any, kwargs: Any, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool,
+        tools: Tools,
+        kwargs: Variables,
+        marked: bool,
+    ) -> tuple[str, list[tuple[int, int]]]:
         from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -158,7 +182,7 @@ def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> tuple[list
     """Return the messages with the arguments of all tool calls as objects, or as JSON text; and these arguments."""
     found: list[dict[str, Any]] = []
 
-    def call_of(call: Any) -> Any:
+    def call_of(call: object) -> object:
         if not isinstance(call, dict):
             return call
         if isinstance(call.get("function"), dict):
@@ -257,7 +281,7 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
         tokenizer.init_kwargs[KEY] = "raw"
 
 
-def is_prompted_raw(tokenizer: Any) -> bool:
+def is_prompted_raw(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether prompts of this tokenizer's model are raw text: it has no template, or was trained without it."""
     return not tokenizer.chat_template or getattr(tokenizer, "init_kwargs", {}).get(KEY) == "raw"
 
@@ -302,7 +326,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
 
 
-def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+
 LIST_COLUMNS = ("ids_a", "ids_b", "ids_c")
 
 
-def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None, cut: bool) -> Any:
-    return encoder.tokens.tokenizer(
+def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None, cut: bool) -> BatchEncoding:
+    found: BatchEncoding = encoder.tokens.tokenizer(
         list(first),
         None if second is None else list(second),
         return_attention_mask=False,
@@ -22,6 +26,7 @@ def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None
         max_length=encoder.limit.length if cut else None,
         verbose=False,
     )
+    return found
 
 
 def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
@@ -61,7 +66,7 @@ def _keep_labelled(encoder: Encoder, item: Item, report: Report, ids: list[int],
     item.done.append({"ids": ids, "type_ids": types, "label": json.dumps(item.row["label"], ensure_ascii=False)})
 
 
-def _count_label(report: Report, label: Any) -> None:
+def _count_label(report: Report, label: object) -> None:
     for one in label if isinstance(label, list) else [label]:
         report.labels[str(one)] += 1
 

@@ -7,6 +7,7 @@ answer, say) does not lose it, and one that renders the calls of a row may leave
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
@@ -53,7 +54,7 @@ def lost_fields(template: Template | None, row: dict[str, Any]) -> list[str]:
     return lost
 
 
-def _equal(template: Template, first: tuple[Any, Any], second: tuple[Any, Any], kwargs: Any) -> bool:
+def _equal(template: Template, first: tuple[Any, Any], second: tuple[Any, Any], kwargs: Mapping[str, Any] | None) -> bool:
     """Return whether two pairs of (messages, tools) give one text; a template that refuses one of them reads the field."""
     try:
         return template.render(first[0], False, first[1], kwargs) == template.render(second[0], False, second[1], kwargs)

@@ -7,12 +7,13 @@ without would lose it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmrecipe.data.tokenize.chat_templates import PROBE, Template, special_ids, template_of, turn_end_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from tokenizers import Encoding
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Ids = list[int]
 
@@ -33,8 +34,8 @@ class Tokens:
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self._tails: dict[str, Ids] = {}
 
-    def _encode(self, texts: Sequence[str], special: bool, offsets: bool = False) -> Any:
-        return self.tokenizer(
+    def _encode(self, texts: Sequence[str], special: bool, offsets: bool = False) -> BatchEncoding:
+        found: BatchEncoding = self.tokenizer(
             list(texts),
             add_special_tokens=special,
             return_attention_mask=False,
@@ -42,6 +43,7 @@ class Tokens:
             return_offsets_mapping=offsets,
             verbose=False,
         )
+        return found
 
     def raw(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of raw texts, with the special tokens the tokenizer adds."""
@@ -72,9 +74,10 @@ class Tokens:
         """Return the ids of rendered templates: nothing is added."""
         return self._encode(texts, special=False)["input_ids"] if texts else []
 
-    def rendered_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Any]]:
+    def rendered_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Encoding]]:
         """Return the ids of rendered templates, with the library's encodings, which have each token's place in the text."""
         found = self._encode(texts, special=False)
+        assert found.encodings is not None, "only fast tokenizers have places"
         return found["input_ids"], found.encodings
 
     def tail(self, text: str) -> Ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
@@ -13,6 +13,10 @@ from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.special_tokens import Tokens
 from llmrecipe.data.tokenize.truncation import fit_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 SPECIAL = -1
 """Number of the word of a special token."""
@@ -31,7 +35,7 @@ def frame(tokens: Tokens) -> tuple[list[int], list[int]]:
     return framed[:start], framed[start + len(bare) :]
 
 
-def pair_frame(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+def pair_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
     """Return the special tokens that the tokenizer writes before, between and after two texts.
 
     Examples:

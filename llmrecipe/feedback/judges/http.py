@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, cast
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.http_client import Client, Refused, Unreadable, check_address
@@ -182,7 +182,7 @@ class Http(Judge):
         texts: list[str] = []
         for number in range(self.votes):
             key = ask.key(self.identity, f"vote {number}", options)
-            text = self.cached(key)
+            text = cast(str | None, self.cached(key))
             if text is None:
                 with self._lock:
                     self.count.vote_requests += 1

@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -83,7 +83,7 @@ class Memory(Protocol):
 
     def __contains__(self, key: str) -> bool: ...
 
-    def __getitem__(self, key: str) -> Any: ...
+    def __getitem__(self, key: str) -> object: ...
 
     def add(self, key: str, value: object) -> None:
         """Store a reply."""
@@ -148,7 +148,7 @@ class Judge:
         self.__dict__["_memory"] = memory
         if COUNT in memory:
             known = {f.name for f in fields(Count)}
-            self.__dict__["count"] = Count(**{k: v for k, v in memory[COUNT].items() if k in known})
+            self.__dict__["count"] = Count(**{k: v for k, v in cast(dict[str, int], memory[COUNT]).items() if k in known})
 
     @functools.cached_property
     def _memory(self) -> Memory:
@@ -158,7 +158,7 @@ class Judge:
     def _lock(self) -> threading.Lock:
         return threading.Lock()
 
-    def cached(self, key: str) -> Any:
+    def cached(self, key: str) -> object:
         """Return the cached reply, or None."""
         return self._memory[key] if key in self._memory else None  # noqa: SIM401 (a memory has no get)
 
@@ -211,7 +211,13 @@ class Judge:
         """
         return [None if choice is None else choice.logprobs for choice in self.decide(requests, options)]
 
-    def _through_memory(self, how: str, requests: Sequence[Ask], options: tuple[str, ...], fresh: Any) -> list[Any]:
+    def _through_memory(
+        self,
+        how: str,
+        requests: Sequence[Ask],
+        options: tuple[str, ...],
+        fresh: Callable[[Sequence[Ask]], Iterator[tuple[int, object]]],
+    ) -> list[Any]:
         keys = [ask.key(self.identity, how, options) for ask in requests]
         new = list(dict.fromkeys(k for k in keys if k not in self._memory))
         first = {key: i for i, key in reversed(list(enumerate(keys)))}

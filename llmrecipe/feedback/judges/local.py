@@ -21,6 +21,8 @@ from llmrecipe.recipe.content_key import REFERENCE, content_key
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmrecipe.engine.role_models import Roles
 
 WAITING = 4
@@ -147,7 +149,7 @@ class Local(Judge):
 
         return prompt_ids(self.roles.tokenizer, ask.turns)
 
-    def _context(self, off: frozenset[str]) -> Any:
+    def _context(self, off: frozenset[str]) -> Context:
         return Context(role=self._role, off=off)
 
     @property
@@ -190,7 +192,7 @@ def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) 
     return Roles(engine, Stack([]), loaded.tokenizer, device, packing_for("auto", engine, device))
 
 
-def spell(tokenizer: Any, option: str) -> set[Path]:
+def spell(tokenizer: PreTrainedTokenizerBase, option: str) -> set[Path]:
     """Return token ids of an option with and without a leading space, and of the word as one entry of the vocabulary."""
     found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (option, f" {option}")}
     single = tokenizer.get_vocab().get(option)
@@ -198,7 +200,7 @@ def spell(tokenizer: Any, option: str) -> set[Path]:
 
 
 def choose(
-    roles: Any, prompts: Sequence[Sequence[int]], spellings: Sequence[set[Path]], role: str, off: frozenset[str]
+    roles: Roles, prompts: Sequence[Sequence[int]], spellings: Sequence[set[Path]], role: str, off: frozenset[str]
 ) -> list[Choice]:
     """Compute the choice that each prompt's answer begins with (see `choice`), from all tokens of all spellings, in float64."""
     paths = sorted({path for option in spellings for path in option})
@@ -225,7 +227,7 @@ def leads_of(spellings: Sequence[set[Path]]) -> Leads:
 
 
 def _edges(
-    roles: Any, prompts: Sequence[Sequence[int]], steps: dict[Path, list[int]], role: str, off: frozenset[str]
+    roles: Roles, prompts: Sequence[Sequence[int]], steps: dict[Path, list[int]], role: str, off: frozenset[str]
 ) -> list[dict[tuple[Path, int], float]]:
     """Compute, for each prompt, log P(token | prompt, head) of every head and token of `steps`, in one forward pass."""
     import torch

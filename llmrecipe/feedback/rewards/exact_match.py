@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
-from llmrecipe.core.time_limit import compiled, within
+from llmrecipe.core.time_limit import compiled, matches
 from llmrecipe.feedback.numbers import same_number
 from llmrecipe.objectives.reward_interface import Answer, Reward
 
@@ -42,7 +42,7 @@ class ExactMatch(Reward):
 
     def _right(self, text: str, wanted: str) -> bool:
         if self.extract is not None:
-            found = within(compiled(self.extract, "extract").finditer, text, "exact_match.extract")
+            found = matches(compiled(self.extract, "extract"), text, "exact_match.extract")
             if not found:
                 return False
             groups = found[-1].groups()

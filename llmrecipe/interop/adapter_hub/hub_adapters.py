@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,13 @@ from llmrecipe.methods.additive.parallel_adapter import ParallelAdapter
 from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.runs.delta import Layer, build_wrapper
 from llmrecipe.runs.open_model import LoadedModel
+
+if TYPE_CHECKING:
+    from llmrecipe.methods._base.method import Wrapper
+
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG_FILE, HEAD_FILE = "head_config.json", "model_head.safetensors"
@@ -67,7 +72,7 @@ def is_hub(folder: str | Path) -> bool:
     return "peft_type" not in config and isinstance(config.get("config"), dict)
 
 
-def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer, str, str]]:
+def homes(model: nn.Module, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer, str, str]]:
     """Return (sublayer, path of our hook, stem of the library's names) for every site of a wrapper.
 
     Raises:
@@ -76,12 +81,12 @@ def homes(model: Any, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer
     parts = anatomy(model)
     found = []
     for sub in wrapper.places(parts):
-        place = hub_place(model.config.model_type, sub.side, sub.part)
+        place = hub_place(pretrained(model).config.model_type, sub.side, sub.part)
         found.append((sub, f"{wrapper.host(sub, parts).path}.{wrapper.name}", f"{sub.block.path}.{place}"))
     return found
 
 
-def _why_not(wrapper: Any) -> str | None:
+def _why_not(wrapper: Wrapper) -> str | None:
     """Return what of a wrapper the library's configurations cannot express."""
     if isinstance(wrapper, Adapter):
         if wrapper.ln_before or wrapper.ln_after:
@@ -172,17 +177,17 @@ def hub_files(loaded: LoadedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"config": config, "name": name, **_about(model), "model_name": locate(loaded.section.path)[0]}, tensors
 
 
-def _about(model: Any) -> dict[str, Any]:
+def _about(model: nn.Module) -> dict[str, Any]:
     family = type(model).__name__
     return {
         "hidden_size": anatomy(model).width,
         "model_class": family,
-        "model_type": model.config.model_type,
+        "model_type": pretrained(model).config.model_type,
         "version": VERSION,
     }
 
 
-def _numbers(model: Any) -> dict[tuple[str, int], int]:
+def _numbers(model: nn.Module) -> dict[tuple[str, int], int]:
     """Map (side, layer) to the library's number of the block: the encoder's first, then the decoder's."""
     blocks = [(s.side, int(s.layer or 0)) for s in anatomy(model).sites if s.role == "block"]
     return {place: n for n, place in enumerate(sorted(blocks, key=lambda b: (b[0] != "encoder", b[1])))}

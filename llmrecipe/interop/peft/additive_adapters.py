@@ -59,7 +59,7 @@ def ia3_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     return Adapter(config, {f"{PREFIX}{path}.ia3_l": value for path, value in vectors.items()})
 
 
-def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
+def prefix_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
     """Return the table of a decoder's self-attention; None where PEFT would compute something else with it."""
     parts = anatomy(model)
     tables = prefix_kv.tables_of(model, wrapper.name)
@@ -81,7 +81,7 @@ def prefix_adapter(wrapper: Wrapper, model: Any) -> Adapter | None:
     return Adapter(config, {PROMPT: flat.detach()})
 
 
-def _turned(model: Any, keys: Tensor, places: int) -> Tensor:
+def _turned(model: nn.Module, keys: Tensor, places: int) -> Tensor:
     """Rotate keys k (1, G, P, E) to their places with the model's own rotary module."""
     rotary = next(m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "forward"))
     where = torch.full((1, keys.shape[2]), places, device=keys.device)
@@ -92,7 +92,7 @@ def _turned(model: Any, keys: Tensor, places: int) -> Tensor:
     return torch.cat([turning * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None], rest], -1)
 
 
-def prompt_adapter(wrapper: PromptTuning, model: Any) -> Adapter | None:
+def prompt_adapter(wrapper: PromptTuning, model: nn.Module) -> Adapter | None:
     """Return the virtual tokens before every document; None for encoder-decoders, or virtual tokens after the first token."""
     if wrapper.position != "prefix" or anatomy(model).encoder_decoder:
         return None
@@ -101,7 +101,7 @@ def prompt_adapter(wrapper: PromptTuning, model: Any) -> Adapter | None:
     return Adapter(config | {"prompt_tuning_init": "RANDOM"}, {PROMPT: rows.embeddings.detach()})
 
 
-def _prompt_config(model: Any, kind: str, count: int) -> dict[str, Any]:
+def _prompt_config(model: nn.Module, kind: str, count: int) -> dict[str, Any]:
     parts = anatomy(model)
     return {
         "peft_type": kind,
@@ -139,7 +139,7 @@ def read_ia3(adapter: Adapter, model: nn.Module, where: str) -> Layer:
     return Layer({"ia3": {"kind": "ia3", "target": target_of(sites, parts)}}, {}, tensors=tensors)
 
 
-def read_virtual_tokens(adapter: Adapter, model: Any, where: str) -> Layer:
+def read_virtual_tokens(adapter: Adapter, model: nn.Module, where: str) -> Layer:
     """Read a prefix or prompt folder as a layer.
 
     Raises:

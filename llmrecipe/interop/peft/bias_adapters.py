@@ -85,7 +85,8 @@ def read_biases(adapter: Adapter, model: nn.Module, where: str) -> Layer:
         elif norm and tensor == "bias":
             found[path] = value.float()
         elif norm:
-            if not torch.equal(_module(model, path, where).weight.detach().float(), value.float()):
+            scale = _module(model, path, where).get_parameter("weight")
+            if not torch.equal(scale.detach().float(), value.float()):
                 raise ModelError(f"{where}: it trained the scale of {path} as well, which has no counterpart here")
         else:
             rest[name.replace(".modules_to_save.", ".")] = value
@@ -96,7 +97,7 @@ def read_biases(adapter: Adapter, model: nn.Module, where: str) -> Layer:
     return Layer({"bitfit": options}, {}, tensors={**tensors, **rest})
 
 
-def _module(model: nn.Module, path: str, where: str) -> Any:
+def _module(model: nn.Module, path: str, where: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.runs.delta import Layer
+
+T = TypeVar("T")
 
 FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<part>A|B|B\.bias|E|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 REFUSED = {
@@ -196,7 +199,7 @@ def _plain(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Te
     return factors, rest
 
 
-def _pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+def _pattern(patterns: Mapping[str, T] | None, path: str, default: T) -> T:
     """Look a path up by PEFT's rule: the first pattern that matches the end of the path."""
     where = "rank_pattern and alpha_pattern of the adapter"
     for key, value in (patterns or {}).items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.models import vocabulary
 from llmrecipe.models.hooks.hook import all_hooks, remove_hook
 from llmrecipe.runs.open_model import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrecipe.methods._base.method import Wrapper
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 PROMPT_FILE = "prompt.json"
 
@@ -46,7 +53,7 @@ class Spelled:
         found = {"text": self.text, "ids": self.ids, "place": "before all tokens of a text, special ones included"}
         (folder / PROMPT_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    def notes(self, tokenizer: Any) -> list[str]:
+    def notes(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Describe how the folder is used."""
         reported = f"the trained prompt became {len(self.ids)} tokens of the vocabulary ({PROMPT_FILE})"
         if getattr(tokenizer, "chat_template", None):
@@ -62,7 +69,7 @@ class Spelled:
         ]
 
 
-def wrapper_of(loaded: LoadedModel) -> Any:
+def wrapper_of(loaded: LoadedModel) -> Wrapper | None:
     """Return the only mounted wrapper whose prompt can be written as tokens; None where there is none.
 
     Raises:
@@ -80,17 +87,18 @@ def wrapper_of(loaded: LoadedModel) -> Any:
     return found[0] if found else None
 
 
-def _tied(model: Any) -> bool:
+def _tied(model: LanguageModel) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def detach_prompt(loaded: LoadedModel, wrapper: Any) -> Tensor:
+def detach_prompt(loaded: LoadedModel, wrapper: Wrapper) -> Tensor:
     """Read the embedding rows (P, D) of a prompt's tokens and remove its virtual tokens.
 
     They are in the space of the embedding's output, so a family's scale inside the embedding is divided out.
     """
     rows = wrapper.as_tokens(loaded.model)
+    assert rows is not None, "`wrapper_of` looked"
     for _, module, name, _ in list(all_hooks(loaded.model, wrapper.name)):
         remove_hook(module, name)
     loaded.mounted.remove(wrapper)
@@ -114,12 +122,12 @@ def add_prompt_words(loaded: LoadedModel, rows: Tensor, logits: Tensor) -> Spell
             words.append(f"<prompt_{number}>")
         number += 1
     vocabulary.add_tokens(tokenizer, words)
-    ids = tokenizer.convert_tokens_to_ids(words)
+    ids = cast("list[int]", tokenizer.convert_tokens_to_ids(words))
     _prepend(tokenizer, "".join(words))
     tied = _tied(model)
     vocabulary.fit(model, tokenizer)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if tied:
+    if tied and head is not None:
         head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     embed.weight[ids] = rows.to(embed.weight)
@@ -133,7 +141,7 @@ def add_prompt_words(loaded: LoadedModel, rows: Tensor, logits: Tensor) -> Spell
     return Spelled(words, ids, len(ids) * float(likely[least].exp()))
 
 
-def _prepend(tokenizer: Any, text: str) -> None:
+def _prepend(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Have every chat template begin with a text."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):

@@ -297,9 +297,9 @@ def check_legal(wrappers: list[Wrapper]) -> None:
             wrapper.check_stack(wrappers)
 
 
-def kind_name(wrapper: Wrapper) -> str:
-    """Return the registered name of a wrapper: the stem of its file."""
-    return registry.name_of(type(wrapper))
+def kind_name(component: object) -> str:
+    """Return the registered name of a component: the stem of its file."""
+    return registry.name_of(type(component))
 
 
 def changed_options(wrapper: Wrapper) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Processes(Protocol):
     def maximum(self, tensor: Tensor) -> Tensor:
         """Return the elementwise maximum of a tensor over all processes."""
 
-    def sync(self, module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which gradients are reduced over processes only for the last micro-batch."""
 
 
@@ -46,7 +46,7 @@ class LifecycleHooks(Protocol):
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Let methods change gradients."""
 
-    def stepping(self, model: nn.Module, optimizer: Any) -> contextlib.AbstractContextManager[Any]:
+    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
         """Return a context around the optimizer's own step."""
 
     def groups(self, model: nn.Module) -> list[Any]:

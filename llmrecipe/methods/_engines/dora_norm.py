@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.methods._engines.effective_weight import hooks_under, state_below, weight_below
+from llmrecipe.models.autograd_context import AutogradContext
 
 INVERTIBLE = 2.0**-4
 """|g| from which on y - b still has the digits of v - b."""
@@ -32,12 +33,12 @@ class Rescaled(torch.autograd.Function):
         return y if bias is None else y.sub_(more * bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the result for the backward pass; v is free as soon as nothing else refers to it."""
         ctx.save_for_backward(output, *inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dL/dv = g dL/dy, dL/dg = sum dL/dy (y - b) / g, dL/db = (1 - g) sum dL/dy, twice differentiable."""
         y, gain, bias = ctx.saved_tensors
         more, tokens = (gain - 1).to(y.dtype), tuple(range(y.dim() - 1))

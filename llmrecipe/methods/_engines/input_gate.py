@@ -8,8 +8,8 @@ sees them all. Gates are float32 whatever the base. Paper: UniPELT (arXiv 2110.0
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
+
+T = TypeVar("T")
 
 
 class InputGate(nn.Module):
@@ -71,7 +73,7 @@ class DocumentTokens:
 class DocumentTokensHook(Hook):
     """At a stack of blocks: the tokens of each document, for the gates inside."""
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the stack with the tokens of its documents in the context."""
         context = current()
         facts = DocumentTokens(summarised("all", context, inputs), context.layout is not None)

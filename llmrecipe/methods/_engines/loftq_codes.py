@@ -17,6 +17,8 @@ from llmrecipe.methods._engines.quantized import bits_of, dense_weight
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
     from llmrecipe.models.site import Site
 
 SCALE_BLOCK = 256
@@ -63,13 +65,13 @@ class Requantized(Hook):
         wanted = weight.to(self.codes.device, torch.float32).contiguous()
         self._take(*quantize_4bit(wanted, blocksize=self.block, compress_statistics=self.nested, quant_type=self.levels))
 
-    def _take(self, packed: Tensor, state: Any) -> None:
+    def _take(self, packed: Tensor, state: QuantState) -> None:
         inner = [state.state2.absmax, state.offset.reshape(1)] if self.nested else []
         parts = [t.contiguous().view(torch.uint8) for t in (*inner, state.absmax)]
         self.codes.copy_(packed.contiguous().view(torch.uint8).flatten())
         self.scales.copy_(torch.cat(parts))
 
-    def _state(self, dtype: torch.dtype) -> Any:
+    def _state(self, dtype: torch.dtype) -> QuantState:
         """Return what the library needs to read the codes."""
         from bitsandbytes.functional import QuantState
 

@@ -9,13 +9,17 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.pretrained import pretrained
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
 
 HEADS = ("lm_head", "embed_out", "cls", "score", "classifier", "task_head")
 """Output and task heads by their names: never quantized, small and either trained or the source of every logit."""
@@ -32,7 +36,7 @@ _LIBRARY_STATE = (
 )
 
 
-def layers() -> Any:
+def layers() -> ModuleType:
     """Import the module with the quantized layers.
 
     Raises:
@@ -119,9 +123,23 @@ def _is_dense(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _carry(old: Any, new: Any) -> nn.Module:
-    new.bias = None if old.bias is None else nn.Parameter(old.bias.data, requires_grad=False)
-    new.source_cls = type(old)
+class _Linear(Protocol):
+    """What is set on linear layers of any class: torch's, Transformers' Conv1D, and the quantized ones."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+    nf: int
+    nx: int
+    source_cls: type[nn.Module]
+    """The class of the dense layer that a quantized one came from."""
+
+
+def _carry(old: nn.Module, new: nn.Module) -> nn.Module:
+    given, made = cast(_Linear, old), cast(_Linear, new)
+    made.bias = None if given.bias is None else nn.Parameter(given.bias.data, requires_grad=False)
+    made.source_cls = type(old)
     return new.train(old.training)
 
 
@@ -180,8 +198,8 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
     return next(plain, torch.float32)
 
 
-def _densify(module: Any, dtype: torch.dtype) -> None:
-    weight = dense_weight(module, dtype)
+def _densify(module: nn.Module, dtype: torch.dtype) -> None:
+    weight, layer = dense_weight(module, dtype), cast(_Linear, module)
     source = module.__dict__.get("source_cls", nn.Linear)
     for name in _LIBRARY_STATE:
         module.__dict__.pop(name, None)
@@ -189,12 +207,12 @@ def _densify(module: Any, dtype: torch.dtype) -> None:
     # The object stays: its hooks and all references to the module stay valid.
     module.__class__ = source
     if source.__name__ == "Conv1D":
-        module.nf, module.nx = weight.shape
-        del module.in_features, module.out_features
+        layer.nf, layer.nx = weight.shape
+        del layer.in_features, layer.out_features
         weight = weight.t().contiguous()
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        module.bias.data = module.bias.data.to(dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
 
 
 def _forget_quantization(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from llmrecipe.models.module_map import anatomy
 if TYPE_CHECKING:
     from llmrecipe.models.anatomy import Anatomy
     from llmrecipe.models.site import Site
+
+T = TypeVar("T")
 
 ROWS = ("attn.q", "attn.q_a", "attn.o", "mlp", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down")
 """Roles that compute chosen tokens only."""
@@ -182,7 +184,7 @@ class KnowRows(Hook):
     (see `kv_cache.prompts_of`).
     """
 
-    def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the stack under that context."""
         context = current()
         if context.layout is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmrecipe.models.site import Site
+
+T = TypeVar("T")
 
 
 @register
@@ -239,7 +242,7 @@ def structure_key(site: Site) -> str:
     return f"{site.path}{site.name('')}"
 
 
-def pattern_value(patterns: dict[str, Any], path: str, default: Any, where: str) -> Any:
+def pattern_value(patterns: Mapping[str, T], path: str, default: T, where: str) -> T:
     """Return the value of the most specific (longest) pattern that matches the end of a path.
 
     Raises:

@@ -26,7 +26,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from llmrecipe.models.hooks.shared_module import remove_shared, shared_modules
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
+
+T = TypeVar("T")
 
 ROWS, DELTA, SCALE, SERIAL, EDIT = -10, 0, 10, 20, 30
 """Values of `Hook.order`. ROWS: a `wrap_module` hook that changes rows is outside those that count their columns."""
@@ -101,7 +103,7 @@ class Hook(nn.Module):
         """Return the attention output (R, Hq, T, Ev); `attend(q, k, v, *prefixes)` computes it without this hook."""
         raise NotImplementedError
 
-    def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Return what the host returns; `call(**inputs)` computes it without this hook."""
         raise NotImplementedError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -90,7 +88,7 @@ class NativeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         for name, value, allowed in (
             ("kind", self.kind, KINDS),
             ("positions", self.positions, POSITIONS),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     MoeCausalLMOutputWithPast,
     Seq2SeqLMOutput,
+    Seq2SeqMoEModelOutput,
 )
 
 from llmrecipe.models.load_balance import auxiliary_loss, load_balancing_loss
@@ -57,7 +58,7 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Return logits (B, T, V), or those of the last `logits_to_keep` positions, and the mean loss where labels are given.
 
@@ -124,14 +125,14 @@ class NativeForMaskedLM(NativePreTrainedModel):
         """Replace the module that maps states to vocabulary logits."""
         self.lm_head.decoder = new_embeddings
 
-    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> MaskedLMOutput:
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: object) -> MaskedLMOutput:
         """Return logits (B, T, V) for ids (B, T), and the mean loss over labels other than -100."""
         out = self.model(input_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-            balance = auxiliary_loss(self.config, out, kwargs.get("attention_mask"))
+            balance = auxiliary_loss(self.config, out, cast("Tensor | None", kwargs.get("attention_mask")))
             loss = loss if balance is None else loss + balance
         return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
@@ -148,11 +149,11 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+    def get_encoder(self, *args: object, **kwargs: object) -> nn.Module | None:
         """Return the bidirectional stack."""
         return self.model.encoder
 
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+    def get_decoder(self, *args: object, **kwargs: object) -> nn.Module | None:
         """Return the causal stack."""
         return self.model.decoder
 
@@ -164,7 +165,7 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         first = labels.new_full((labels.shape[0], 1), start)
         return torch.cat((first, labels[:, :-1]), 1).masked_fill(torch.cat((first, labels[:, :-1]), 1) == -100, pad)
 
-    def _balance(self, out: Any, mask: Tensor | None, decoder_mask: Tensor | None) -> Tensor | float:
+    def _balance(self, out: Seq2SeqMoEModelOutput, mask: Tensor | None, decoder_mask: Tensor | None) -> Tensor | float:
         """Return the weighted load-balancing loss of both sides; zero without experts, or where the encoder ran before."""
         sides = ((out.encoder_router_logits, mask), (out.decoder_router_logits, decoder_mask))
         k, weight = self.config.num_experts_per_tok, self.config.router_aux_loss_coef
@@ -176,7 +177,7 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Seq2SeqLMOutput:
         """Return logits (B, T, V) of the decoder for source ids (B, S), and the mean loss over labels other than -100."""
         if decoder_input_ids is None and labels is not None:
@@ -186,7 +187,8 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-            loss = loss + self._balance(out, kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask"))
+            masks = [cast("Tensor | None", kwargs.get(name)) for name in ("attention_mask", "decoder_attention_mask")]
+            loss = loss + self._balance(out, *masks)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -212,7 +214,9 @@ class NativeForImageClassification(NativePreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
         self.post_init()
 
-    def forward(self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: object
+    ) -> ImageClassifierOutput:
         """Return logits (B, classes) for images (B, C, S, S), and the mean cross-entropy where labels (B,) are given."""
         out = self.model(pixel_values=pixel_values, **kwargs)
         logits = self.classifier(out.last_hidden_state[:, 0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -39,7 +37,7 @@ class NativeLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         states: Tensor | None = None,
         states_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Apply the block, (B, T, D) -> (B, T, D)."""
 

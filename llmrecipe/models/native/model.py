@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqMoEModelOutput
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from llmrecipe.models.native.config import NativeConfig
@@ -131,7 +132,7 @@ class NativeStack(NativePreTrainedModel):
             return counted[:, -columns:]
         return (torch.arange(columns, device=x.device) + seen).expand(rows, -1)
 
-    def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Any:
+    def _mask(self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, packed: bool) -> Tensor | None:
         found: Any
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         # Positions that restart indicate packed documents to the mask builder; they are passed only if the caller gave them.
@@ -173,7 +174,7 @@ class NativeStack(NativePreTrainedModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Map ids (B, T), embeddings (B, T, D) or images to states (B, T, D) and, for decoders, the cache."""
         x = self._inputs(input_ids, inputs_embeds, pixel_values)
@@ -245,11 +246,11 @@ class NativeModel(NativePreTrainedModel):
             if stack is not None:
                 stack.embed_tokens = value  # type: ignore[assignment]
 
-    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+    def get_encoder(self, *args: object, **kwargs: object) -> nn.Module | None:
         """Return the bidirectional stack."""
         return self.encoder
 
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+    def get_decoder(self, *args: object, **kwargs: object) -> nn.Module | None:
         """Return the causal stack."""
         return self.decoder
 
@@ -259,14 +260,14 @@ class NativeModel(NativePreTrainedModel):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
+        encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> ModelOutput:
         """Return the states of the last stack, (B, T, D)."""
         if position_ids is not None:
             kwargs["position_ids"] = position_ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,10 @@ from llmrecipe.objectives.alignment._engines.pairs import (
     share_tokens,
 )
 from llmrecipe.objectives.base import Loss, Measures, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 def cpo_loss(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str = "sigmoid", smoothing: float = 0.0) -> Tensor:
@@ -82,7 +86,7 @@ class Cpo(Objective):
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels, for `sigmoid`."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ from llmrecipe.objectives.alignment._engines.pairs import (
 )
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
 from llmrecipe.objectives.base import Loss, Measures, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
+
 
 SEPARATE = ("nca", "apo_zero", "apo_down", "sppo")
 """Losses that depend on each answer's reward, not only on the difference."""
@@ -115,7 +120,7 @@ class Dpo(Objective):
     nll_coef: NonNegativeFloat = 0.0
     """Weight of the token-mean negative log-likelihood of the chosen answers."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse a label smoothing for which the loss is not defined, and invalid references.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,10 @@ from llmrecipe.objectives.alignment._engines.rollout import (
 )
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 @register
@@ -80,11 +84,11 @@ class Grpo(Sampled, Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    def plan(self, **own: Any) -> RolloutPlan:
+    def plan(self, **own: object) -> RolloutPlan:
         """Return the rollout plan: several answers to each prompt."""
         return super().plan(answers=self.answers, **own)
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse groups of fewer than two answers, and rows that the rewards cannot score.
 
         Raises:

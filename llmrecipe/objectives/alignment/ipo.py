@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +24,10 @@ from llmrecipe.objectives.alignment._engines.pairs import (
 )
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
 from llmrecipe.objectives.base import Loss, Measures, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -79,7 +83,7 @@ class Ipo(Objective):
     ref_sync: RefSync | None = None
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse invalid references and rows with soft labels.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from llmrecipe.objectives.alignment._engines.mismatched import (
 )
 from llmrecipe.objectives.alignment._engines.references import check_reference, follow
 from llmrecipe.objectives.base import Loss, Measures, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.recipe.schema import Recipe
+
 
 BALANCED = (1.0, 4.0 / 3.0)
 """Range the paper advises for (weight x rows) of the desirable over that of the undesirable answers."""
@@ -88,7 +93,7 @@ class Kto(Objective):
     ref_sync: RefSync | None = None
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse steps of a single row, whose mismatched pair would be its own, and invalid references.
 
         Raises:
@@ -202,7 +207,7 @@ class Kto(Objective):
         }
         return Loss(total, metrics)
 
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return rows with mismatched pairs from the whole split, so that no layout of the evaluation changes them."""
         paired = with_others([data[i] for i in range(len(data))])
         return [paired[i] for i in indices]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +26,10 @@ from llmrecipe.objectives.alignment._engines.pairs import (
 )
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.token_math import log1mexp
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ class Orpo(Objective):
     nll_on: Literal["all", "completion"] = "all"
     """Tokens of the likelihood term: prompt and chosen answer, or the chosen answer."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.
 
         Raises:

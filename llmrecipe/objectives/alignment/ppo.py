@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ from llmrecipe.objectives.alignment._engines.kl import KlController, kl_estimate
 from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Sample, ratio_metrics, rollout_metrics, with_metrics
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
+
 
 FACTS = ("explained_variance", "returns_std")
 """Facts of a whole rollout, the same for each of its answers."""
@@ -130,7 +136,7 @@ class Ppo(Sampled, Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    def plan(self, **own: Any) -> RolloutPlan:
+    def plan(self, **own: object) -> RolloutPlan:
         """Return the rollout plan: one answer to each prompt, always with its divergence, values, advantages and returns."""
         return super().plan(reference=True, token_names=TOKENS, number_names=NUMBERS, critic=self.critic, **own)
 
@@ -141,7 +147,7 @@ class Ppo(Sampled, Objective):
 
     # --- before the first step ------------------------------------------------------------------------------------
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse options that contradict each other, and rows that the rewards cannot score.
 
         Raises:
@@ -170,7 +176,7 @@ class Ppo(Sampled, Objective):
         options: dict[str, Any] = {"target": self.value_target, "r": self.value_rank, "alpha": 2.0 * self.value_rank}
         return [Lora(name="critic", role="value", **options)]
 
-    def prepare_model(self, model: Any, seed: int) -> None:
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add the value head, initialised to zero."""
         task_heads.add_head(model, "value", std=0.0, seed=seed)
 

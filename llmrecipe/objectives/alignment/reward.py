@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
 from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, pair_count, split_pairs
 from llmrecipe.objectives.base import Loss, Measures, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
 
 SAMPLE = 512
 """Number of training rows whose scores determine the normalisation."""
@@ -86,7 +90,7 @@ class Reward(Objective):
     normalise: Literal["none", "zscore", "demo_bias"] = "zscore"
     """Gain and bias stored with the finished run; training itself uses raw scores."""
 
-    def prepare_model(self, model: Any, seed: int) -> None:
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add a reward head; the language-model head gets no gradient and is not trained."""
         task_heads.add_head(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
         task_heads.without_language_head(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -22,6 +22,10 @@ from llmrecipe.objectives.alignment._engines.rollout import (
 )
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 @register
@@ -67,11 +71,11 @@ class Rloo(Sampled, Objective):
     show: NonNegativeInt = 2
     """Answers of each rollout written to the events, with their scores."""
 
-    def plan(self, **own: Any) -> RolloutPlan:
+    def plan(self, **own: object) -> RolloutPlan:
         """Return the rollout plan: several answers to each prompt."""
         return super().plan(answers=self.answers, token_names=(), number_names=("advantages",), **own)
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse groups of fewer than two answers, and rows that the rewards cannot score.
 
         Raises:

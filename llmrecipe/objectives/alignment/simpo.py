@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from llmrecipe.objectives.alignment._engines.pairs import (
     refuse_soft,
 )
 from llmrecipe.objectives.base import Loss, Measures, Objective
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float, smoothing: float = 0.0) -> Tensor:
@@ -57,7 +61,7 @@ class Simpo(Objective):
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.token_math import collate_tokens, log1mexp
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 def unlikelihood(logprobs: Tensor, floor: float = 0.0) -> Tensor:
@@ -70,7 +74,7 @@ class Choices(Objective):
     unlikelihood_floor: NonNegativeFloat = 0.0
     """Added inside the logarithm of the unlikelihood, which bounds it."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse rows among which none has a wrong answer.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence, row_key
-from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.prepare import Rows, SplitRows, TokenData
 from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
@@ -23,6 +23,11 @@ from llmrecipe.models.resolve_class import language_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, ComparedAnchors, Comparison, Vectors, compare
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
+
 
 TEXTS = ("ids_a", "ids_b", "ids_c")
 HEAD = "pool"
@@ -92,7 +97,7 @@ class Contrastive(Objective):
         """Whether a row is compared with the other rows of its step."""
         return self.loss_type == "infonce" or self.mining is not None
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse options that contradict each other and rows without the texts they need."""
         if self.loss_type == "triplet" and (self.positives == "dropout" or self.symmetric):
             key = "positives: dropout" if self.positives == "dropout" else "symmetric: true"
@@ -129,7 +134,7 @@ class Contrastive(Objective):
                 "rows of one label, or write triples of an anchor, a positive and a negative"
             )
 
-    def prepare_model(self, model: Any, seed: int) -> None:
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add the layer behind the pooled states; the head of the language model gets no gradient and is not trained."""
         kind = self.pool_of(model)
         if kind == "cls" and language_head(model.config) == "causal":
@@ -140,7 +145,7 @@ class Contrastive(Objective):
             task_heads.add_dense_head(model, HEAD, seed)
         task_heads.without_language_head(model)
 
-    def pool_of(self, model: Any) -> str:
+    def pool_of(self, model: LanguageModel) -> str:
         """Return how states are pooled: as set, or by the kind of the model."""
         return self.pool or ("last" if language_head(model.config) == "causal" else "cls")
 
@@ -193,7 +198,7 @@ class Contrastive(Objective):
         for rows in source:
             yield [self.collate(rows, roles)]
 
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a split; second texts are read in evaluation even where training makes its own positives."""
         return [{**data[i], "whole": True} for i in indices]
 

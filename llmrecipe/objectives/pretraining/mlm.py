@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
@@ -12,6 +12,11 @@ from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRICS, MaskedTokens, masked_metrics
 from llmrecipe.objectives.pretraining._engines.masking import corrupted, masked_targets
 from llmrecipe.objectives.token_math import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
 
 
 @register
@@ -35,11 +40,11 @@ class Mlm(MaskedTokens, Objective):
     head: ClassVar[str] = "masked"
     special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse shares that exceed one."""
         self.check_shares()
 
-    def prepare_model(self, model: Any, seed: int) -> None:
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Refuse a model whose head is not known as one of a masked language model."""
         check_masked_head(model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,12 @@ from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRI
 from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, generator, masked_targets
 from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, make_pairs
 from llmrecipe.objectives.token_math import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
+
 
 HEAD = "nsp"
 SPLIT = "split"
@@ -69,7 +75,7 @@ class Nsp(MaskedTokens, Objective):
     weight_nsp: PositiveFloat = 1.0
     """Weight of this term next to that of the hidden tokens."""
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse data that have no negatives."""
         self.check_shares()
         if self.negatives == "other_doc" and data is not None and len(data) < 2:
@@ -78,7 +84,7 @@ class Nsp(MaskedTokens, Objective):
                 "documents (one row each), or set objective.negatives=same_doc or swap"
             )
 
-    def prepare_model(self, model: Any, seed: int) -> None:
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add the pooler and the two outputs."""
         check_masked_head(model)
         task_heads.add_pooled_head(model, HEAD, 2, seed)
@@ -100,7 +106,7 @@ class Nsp(MaskedTokens, Objective):
 
     # --- pairs ----------------------------------------------------------------------------------------------------
 
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows with the split they belong to, in which the partners of its documents are."""
         return [{**data[i], SPLIT: data} for i in indices]
 

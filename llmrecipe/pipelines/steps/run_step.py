@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from types import FrameType
+from typing import cast
 
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, RunError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
+from llmrecipe.pipelines.step import Step
 from llmrecipe.pipelines.steps.workspace import Work
 from llmrecipe.recipe.compose import to_yaml
 from llmrecipe.recipe.provenance import leaves
@@ -31,7 +33,7 @@ def run_step(composition: StepComposition) -> RunDir:
         for text in value if isinstance(value, list) else [value]:
             if unfinished(text):
                 raise RunError(f"{dotted(key)}: {text} is the result of a stage, and only a recipe with `stages` has stages")
-    step = composition.build()
+    step = cast(Step, composition.build())
     folder = RunDir(composition.dir)
     if taken(folder, composition) == "done":
         return folder

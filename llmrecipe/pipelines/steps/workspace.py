@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from llmrecipe.core.errors import LlmRecipeError, RunError
 from llmrecipe.core.journal import Journal, json_hash
@@ -90,8 +90,9 @@ class Work:
                     raise LlmRecipeError(f"{name}: {len(answers)} answers to {len(part)} items")
                 journal.add(key, answers)
             # Also where the journal had them: the events of an earlier start were dropped, see `run_step.run`.
-            self.events.step(start + len(part), **(count(journal[key]) if count else {}))
-            values += journal[key]
+            kept = cast(list[Any], journal[key])
+            self.events.step(start + len(part), **(count(kept) if count else {}))
+            values += kept
         return values
 
     def streamed(

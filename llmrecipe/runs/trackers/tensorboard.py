@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.lazy import load_module
 from llmrecipe.core.registry import register
 from llmrecipe.runs.tracker import OpenTracker, Tracker
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class Writer(OpenTracker):
     """A summary writer."""
 
-    def __init__(self, writer: Any):
+    def __init__(self, writer: SummaryWriter):
         self.writer = writer
 
     def log(self, numbers: dict[str, float], step: int) -> None:

@@ -12,8 +12,9 @@ generation the scores of the first pass stay with the cache and move with its ro
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, Pref
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
 from llmrecipe.models.kv_cache import cached, carried
 from llmrecipe.models.module_map import anatomy
+
+T = TypeVar("T")
 
 Scores = dict[int, Tensor]
 """alpha (R, P) by layer."""
@@ -57,11 +60,11 @@ class ScoredTables(PrefixTables):
             facts = Facts(tokens, current().layout is not None, kept)
         return dataclasses.replace(super().make(inputs), facts=facts)
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the stack; a cache it returns keeps the scores."""
         facts: list[Facts] = []
 
-        def noting(**changed: Any) -> Any:
+        def noting(**changed: object) -> T:
             facts.append(shared_of(self.owner).facts)
             return call(**changed)
 
@@ -85,7 +88,7 @@ class BlockScores(Hook):
         if layer_gate:
             self.scale = nn.Parameter(torch.ones(()))
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the block with its factor lambda alpha in the context."""
         made = shared_of(self.owner)
         factor = self.token_scores(made.facts, stack_input(inputs))
@@ -136,7 +139,7 @@ class ColumnsGate(Hook):
         self.last: Tensor | None = None
         """Mean of the last gates, for a report; a tensor, so that nothing waits for it."""
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the attention module with its gate in the context."""
         x = stack_input(inputs)
         made = shared_of(self.owner)

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,15 @@ from llmrecipe.models.attention import Prefix
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted, remove_hook
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
 from llmrecipe.models.vocabulary import position_offset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
 
 HEAD_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
 """What families call the size of a key in their attention modules."""
@@ -150,7 +158,7 @@ class PrefixTables(Hook):
         gates: dict[str, Any] = {role: table.gate for role, table in self.tables.items() if hasattr(table, "gate")}
         return Made({role: table() for role, table in self.tables.items()}, gates)
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the host's forward with its columns in the context."""
         context = current()
         made = self.make(inputs)
@@ -167,7 +175,7 @@ class PrefixColumns(Hook):
         super().__init__()
         self.role, self.index = role, index
 
-    def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute attention (R, H, T, Ev) over the columns and everything else."""
         made = shared_of(self.owner)
         keys, values = made.columns[self.role][self.index]
@@ -326,14 +334,14 @@ class Recorder(Hook):
         super().__init__()
         self.seen: tuple[Tensor, Tensor] | None = None
 
-    def attention(self, attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute attention (R, H, T, Ev) without columns."""
         self.seen = (k.detach(), v.detach())
         return attend(q, k, v)
 
 
 @torch.no_grad()
-def start_from_text(model: Any, name: str, plan: ColumnPlan, tokenizer: Any, text: str) -> None:
+def start_from_text(model: nn.Module, name: str, plan: ColumnPlan, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Fill flat tables with the keys and values the frozen model computes for a text, repeated or cut to P tokens.
 
     With rotary positions the text stands at -P .. -1 (`free`) or 0 .. P-1 (`shift`), so that the prefix is exactly that text
@@ -360,7 +368,7 @@ def start_from_text(model: Any, name: str, plan: ColumnPlan, tokenizer: Any, tex
             place = torch.arange(start, start + plan.virtual_tokens, device=device)[None]
             host = host_of(model, sites[0].side)
             inputs = {"position_ids": place + position_offset(host)} if takes_positions(host) else {}
-            model.base_model(input_ids=torch.tensor([ids], device=device), **inputs)
+            pretrained(model).base_model(input_ids=torch.tensor([ids], device=device), **inputs)
         (hook,) = tables_of(model, name)
         (table,) = hook.tables.values()
         seen = [r.seen for r in recorders if isinstance(r, Recorder) and r.seen is not None]
@@ -371,7 +379,7 @@ def start_from_text(model: Any, name: str, plan: ColumnPlan, tokenizer: Any, tex
         model.train(was)
 
 
-def text_ids(tokenizer: Any, text: str, count: int, name: str) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int, name: str) -> list[int]:
     """Return token ids of a text, repeated or cut to `count`.
 
     Raises:

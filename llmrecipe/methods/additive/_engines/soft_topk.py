@@ -7,11 +7,13 @@ Letters: G groups (sequences), L their longest, k how many are chosen in each. T
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from llmrecipe.models.autograd_context import AutogradContext
 
 FAR = -1e9
 """Score of places that do not exist."""
@@ -31,9 +33,13 @@ def soft_top_k(scores: Tensor, k: Tensor, exists: Tensor, eps: float) -> Tensor:
     return _SoftTopK.apply(scores, k, exists, eps)
 
 
+class _SoftTopKContext(AutogradContext, Protocol):
+    eps: float
+
+
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, k: Tensor, exists: Tensor, eps: float) -> Tensor:
+    def forward(ctx: _SoftTopKContext, scores: Tensor, k: Tensor, exists: Tensor, eps: float) -> Tensor:
         s = scores.masked_fill(~exists, FAR)
         ranked, order = s.sort(dim=1, descending=True, stable=True)
         z = ranked / eps
@@ -57,7 +63,7 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _SoftTopKContext, grad: Tensor) -> tuple[Tensor, None, None, None]:
         free, left = ctx.saved_tensors
         weighted = free * grad
         return (weighted - free * weighted.sum(1, keepdim=True) / left.clamp_min(1.0)) / ctx.eps, None, None, None

@@ -12,8 +12,9 @@ and move positions on.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.vocabulary import position_offset
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ class VirtualTokens(Hook):
         self.keep = keep
         """Whether the virtual tokens' states stay, for a decoder to read."""
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the backbone over rows with virtual tokens."""
         ids = inputs.get("input_ids")
         if ids is None:
@@ -232,7 +238,7 @@ class VirtualTokenMask(Hook):
         super().__init__()
         self.virtual_tokens, self.behind = virtual_tokens, behind
 
-    def wrap_module(self, call: Any, inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the decoder with a mask as wide as the encoder's states."""
         mask, states = inputs.get("encoder_attention_mask"), inputs.get("encoder_hidden_states")
         if mask is None or states is None or states.shape[1] < mask.shape[-1] + self.virtual_tokens:
@@ -241,14 +247,16 @@ class VirtualTokenMask(Hook):
         return call(**{**inputs, "encoder_attention_mask": opened.fill(mask, mask.new_ones(1, self.virtual_tokens))})
 
 
-def _closed(out: Any, opened: Opening) -> Any:
+def _closed(out: T, opened: Opening) -> T:
     """Return a backbone's output without the virtual tokens."""
     if isinstance(out, tuple):
-        return (opened.close(out[0]), *out[1:])
-    out.last_hidden_state = opened.close(out.last_hidden_state)
+        return cast(T, (opened.close(out[0]), *out[1:]))
+    whole = cast("BaseModelOutput", out)
+    assert whole.last_hidden_state is not None
+    whole.last_hidden_state = opened.close(whole.last_hidden_state)
     states = getattr(out, "hidden_states", None)
     if states is not None:
-        out.hidden_states = tuple(opened.close(h) for h in states)
+        whole.hidden_states = tuple(opened.close(h) for h in states)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llmrecipe.core.registry import name_of
 from llmrecipe.models.module_map import anatomy
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 W = TypeVar("W", bound="Wrapper")
 
 
-def part_of(hybrid: Wrapper, kind: type[W], **options: Any) -> W:
+def part_of(hybrid: Wrapper, kind: type[W], **options: object) -> W:
     """Build one part of a hybrid, called HYBRID_KIND and of the same role."""
     return kind(name=f"{hybrid.name}_{name_of(kind)}", role=hybrid.role, **options)
 

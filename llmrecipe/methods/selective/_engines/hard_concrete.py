@@ -13,7 +13,7 @@ Without gradients z is the gate at u = 1/2.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.counter_rng import uniform
 from llmrecipe.methods.selective._engines.sparse_delta import Weight
+from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import DELTA, Hook
 
 if TYPE_CHECKING:
@@ -206,12 +207,23 @@ class GateTied(Hook):
         """Refuse, as the first user does."""
 
 
+class _GatedContext(AutogradContext, Protocol):
+    hook: DiffGate
+    draw: str | None
+
+
 class _Gated(torch.autograd.Function):
     """W + z w; z is formed again from its address in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, hook: DiffGate, sample: bool
+        ctx: _GatedContext,
+        weight: Tensor,
+        w: Tensor,
+        alpha: Tensor | None,
+        group: Tensor | None,
+        hook: DiffGate,
+        sample: bool,
     ) -> Tensor:
         draw = hook.draw if sample else None
         ctx.hook, ctx.draw = hook, draw
@@ -230,7 +242,7 @@ class _Gated(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _GatedContext, grad: Tensor) -> tuple[Any, ...]:
         w, alpha, group = ctx.saved_tensors
         hook = ctx.hook
         g = grad.reshape(-1)
@@ -263,17 +275,21 @@ def _gates(hook: DiffGate, draw: str | None, alpha: Tensor, part: slice) -> tupl
     return z[part], slope[part]
 
 
+class _ExpectedContext(AutogradContext, Protocol):
+    shift: float
+
+
 class _Expected(torch.autograd.Function):
     """sum sigma(alpha - shift), without keeping the probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, shift: float) -> Tensor:
+    def forward(ctx: _ExpectedContext, alpha: Tensor, shift: float) -> Tensor:
         ctx.save_for_backward(alpha)
         ctx.shift = shift
         return torch.sigmoid(alpha - shift).sum(dtype=torch.float64).to(alpha.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _ExpectedContext, grad: Tensor) -> tuple[Any, ...]:
         (alpha,) = ctx.saved_tensors
         p = torch.sigmoid(alpha - ctx.shift)
         return grad * p * (1 - p), None

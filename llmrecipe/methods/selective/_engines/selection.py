@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import activate
 from llmrecipe.methods.selective._engines.sparse_delta import Weight
+from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
 
 if TYPE_CHECKING:
+    from llmrecipe.data.collate import Batch
     from llmrecipe.methods._base.method import Probe
 
 Power = Literal["square", "absolute", "signed"]
@@ -77,16 +79,21 @@ class Scores:
             total.add_(flat.abs_())
 
 
+class _WatchContext(AutogradContext, Protocol):
+    scores: Scores
+    name: str
+
+
 class _Watch(torch.autograd.Function):
     """W -> W; its gradient goes to the scores and no further."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, anchor: Tensor, scores: Scores, name: str) -> Tensor:
+    def forward(ctx: _WatchContext, weight: Tensor, anchor: Tensor, scores: Scores, name: str) -> Tensor:
         ctx.scores, ctx.name = scores, name
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _WatchContext, grad: Tensor) -> tuple[Any, ...]:
         ctx.scores.seen(ctx.name, grad)
         return None, None, None, None
 
@@ -95,13 +102,13 @@ class _WatchLinear(torch.autograd.Function):
     """y -> y at a quantized linear; dW = G^T X with respect to the dequantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, anchor: Tensor, scores: Scores, name: str) -> Tensor:
+    def forward(ctx: _WatchContext, x: Tensor, y: Tensor, anchor: Tensor, scores: Scores, name: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.scores, ctx.name = scores, name
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _WatchContext, grad: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         ctx.scores.seen(ctx.name, g.float().t() @ x.reshape(-1, x.shape[-1]).float())
@@ -350,11 +357,24 @@ def _at(values: Tensor, idx: Tensor | None, wanted: Tensor) -> Tensor:
     return values[wanted] if idx is None else values[torch.searchsorted(idx, wanted)]
 
 
-def sampled_targets(engine: Any, draws: int, seed: int) -> Callable[[Any], Iterator[tuple[Any, float]]]:
+class Answering(Protocol):
+    """What is used of the engine that answers for a model (see `Probe.engine`)."""
+
+    head: nn.Module
+    post: Callable[[Tensor], Tensor]
+
+    def __call__(self, batch: Batch, want: str) -> dict[str, Tensor]:
+        """Return what is wanted of a batch."""
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the states (R, T, D) that the head reads."""
+
+
+def sampled_targets(engine: Answering, draws: int, seed: int) -> Callable[[Batch], Iterator[tuple[Batch, float]]]:
     """Sample y from the model instead of the data: tokens from language models, all classes of classifiers by probability."""
     generator = torch.Generator().manual_seed(seed)
 
-    def variants(batch: Any) -> Iterator[tuple[Any, float]]:
+    def variants(batch: Batch) -> Iterator[tuple[Batch, float]]:
         labels = batch.extra.get("labels")
         if labels is not None and not batch.target.numel():
             with torch.no_grad():

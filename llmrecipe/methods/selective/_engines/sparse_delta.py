@@ -20,13 +20,14 @@ Kernels of the gradient
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.sparse_kernels import Layout, embedding_gradient, product_gradient, selected_shape
+from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import Hook
 
 Mode = Literal["inplace", "vector", "term"]
@@ -299,20 +300,32 @@ class SparseGradient(Hook):
         """Do nothing: there is nothing of its own to fold."""
 
 
+class _TransientContext(AutogradContext, Protocol):
+    layout: Layout
+    dtype: torch.dtype
+
+
 class _Transient(torch.autograd.Function):
     """W -> W; the dense dW of the layer is gathered, and dropped unless W itself needs it."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, idx: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: _TransientContext, weight: Tensor, values: Tensor, idx: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(idx)
         ctx.layout, ctx.dtype = layout, values.dtype
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _TransientContext, grad: Tensor) -> tuple[Any, ...]:
         # A second selection of the tensor, or a pass that scores it, waits for W.
         below = grad if ctx.needs_input_grad[0] else None
         return below, gather_selected(grad, ctx.layout, ctx.saved_tensors[0]).to(ctx.dtype), None, None
+
+
+class _DirectContext(AutogradContext, Protocol):
+    hook: SparseDelta
+    kind: str
+    padding: int | None
+    cut: bool
 
 
 class _Direct(torch.autograd.Function):
@@ -320,7 +333,14 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, hook: SparseDelta, kind: str, padding: int | None
+        ctx: _DirectContext,
+        x: Tensor,
+        y: Tensor,
+        values: Tensor,
+        idx: Tensor,
+        hook: SparseDelta,
+        kind: str,
+        padding: int | None,
     ) -> Tensor:
         ctx.cut = hook.layout == ("columns" if kind == "linear" else "rows") and kind != "embedding"
         # Where the selection is on the input's side, only those features are kept for the backward pass.
@@ -329,7 +349,7 @@ class _Direct(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _DirectContext, grad: Tensor) -> tuple[Any, ...]:
         x, idx = ctx.saved_tensors
         hook, g = ctx.hook, grad.reshape(-1, grad.shape[-1])
         if ctx.kind == "embedding":
@@ -341,11 +361,15 @@ class _Direct(torch.autograd.Function):
         return None, grad, found, None, None, None, None
 
 
+class _TermContext(AutogradContext, Protocol):
+    hook: SparseDelta
+
+
 class _Term(torch.autograd.Function):
     """y + S x for a sparse S (o, i); the product runs in the dtype of the values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, hook: SparseDelta) -> Tensor:
+    def forward(ctx: _TermContext, x: Tensor, y: Tensor, values: Tensor, idx: Tensor, hook: SparseDelta) -> Tensor:
         ctx.save_for_backward(x, values, idx)
         ctx.hook = hook
         flat = x.reshape(-1, x.shape[-1]).to(values.dtype)
@@ -353,7 +377,7 @@ class _Term(torch.autograd.Function):
         return (y.to(values.dtype) + added.view(y.shape)).to(y.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _TermContext, grad: Tensor) -> tuple[Any, ...]:
         x, values, idx = ctx.saved_tensors
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         gx = None

@@ -51,7 +51,7 @@ class NativeAttention(nn.Module):
         angles: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         states: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, D) to (B, T, D) and, from backends that return them, the attention weights.
 

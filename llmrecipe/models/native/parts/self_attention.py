@@ -10,8 +10,6 @@ Paper: Attention Is All You Need (arXiv 1706.03762), section 3.2.1.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention of queries (B, H, T, E) over keys and values (B, G, S, E); return (B, T, H, E) and the weights."""
     groups = query.shape[1] // key.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.collate import Batch, Sequence, row_key
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Measures
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class PairScores:
         return self.chosen / self.chosen_tokens.clamp_min(1.0), self.rejected / self.rejected_tokens.clamp_min(1.0)
 
 
-def refuse_soft(data: Any, why: str) -> None:
+def refuse_soft(data: SplitRows, why: str) -> None:
     """Refuse rows whose `p` is a soft label.
 
     Args:

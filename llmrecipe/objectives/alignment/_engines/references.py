@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
@@ -12,8 +12,11 @@ from llmrecipe.engine.reference_model import check_path
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.method import Stage
 
+if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import Recipe
 
-def check_reference(recipe: Any, reference: str, sync: RefSync | None, allowed: tuple[str, ...] = NAMED) -> None:
+
+def check_reference(recipe: Recipe, reference: str, sync: RefSync | None, allowed: tuple[str, ...] = NAMED) -> None:
     """Refuse a reference that does not exist, and one that cannot follow the policy.
 
     A reference moves in weight space, so the policy must train weights of its own base: where the reference is the base with

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from llmrecipe.methods._base.update_rule import Largest, Smallest
 from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import Rows, SplitRows
+
 
 HELD_OUT = "held_out"
 """Key that marks rows of an evaluation, whose answers are sampled at another temperature and from a fixed seed."""
@@ -272,12 +276,12 @@ def _or_nan(score: float | None) -> float:
     return math.nan if score is None else score
 
 
-def held_out(data: Any, indices: list[int]) -> list[dict[str, Any]]:
+def held_out(data: Rows, indices: list[int]) -> list[dict[str, Any]]:
     """Return rows of an evaluation, marked as such."""
     return [{**data[i], HELD_OUT: True} for i in indices]
 
 
-def check_rewards(rewards: Rewards, data: Any) -> None:
+def check_rewards(rewards: Rewards, data: SplitRows) -> None:
     """Refuse rows that the rewards cannot score.
 
     Raises:

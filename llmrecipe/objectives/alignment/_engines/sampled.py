@@ -19,7 +19,10 @@ from llmrecipe.objectives.base import Measures
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
+    from llmrecipe.data.prepare import Rows, SplitRows
     from llmrecipe.engine.role_models import Roles
+    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.runs.open_model import LoadedModel
 
 
 class Sampled:
@@ -37,7 +40,7 @@ class Sampled:
         generation_batch: int
         show: int
 
-    def plan(self, **own: Any) -> RolloutPlan:
+    def plan(self, **own: object) -> RolloutPlan:
         """Return how rollouts are sampled: the options, and the settings of this objective alone."""
         options: dict[str, Any] = {
             "temperature": self.temperature,
@@ -61,7 +64,7 @@ class Sampled:
         """Name what the rewards read."""
         return self.live.rewards.needs() if self.reward else {}
 
-    def check(self, recipe: Any, data: Any) -> None:
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse rows that the rewards cannot score.
 
         Raises:
@@ -69,7 +72,7 @@ class Sampled:
         """
         check_rewards(self.live.rewards, data)
 
-    def prepare_roles(self, loaded: Any, frozen: bool) -> None:
+    def prepare_roles(self, loaded: LoadedModel, frozen: bool) -> None:
         """Mount reward models on the policy's base."""
         self.live.rewards.prepare(loaded, frozen)
 
@@ -117,7 +120,7 @@ class Sampled:
         """
         return micros
 
-    def evaluation_rows(self, data: Any, indices: list[int]) -> list[dict[str, Any]]:
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return held-out prompts, to be answered at `eval_temperature`."""
         return held_out(data, indices)
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel
 
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
+
+
 ROLE = "reward"
 TOKENS = 8192
 """Most padded tokens scored in one forward pass."""
@@ -31,7 +35,12 @@ TOKENS = 8192
 
 @torch.no_grad()
 def score_sequences(
-    model: Any, sequences: Seq[Seq[int]], *, role: str = "policy", off: frozenset[str] = frozenset(), tokens: int = TOKENS
+    model: LanguageModel | Engine,
+    sequences: Seq[Seq[int]],
+    *,
+    role: str = "policy",
+    off: frozenset[str] = frozenset(),
+    tokens: int = TOKENS,
 ) -> Tensor:
     """Compute normalised scores gain * s + bias of whole sequences (prompt and answer), (S,) float32 on the CPU, in order.
 

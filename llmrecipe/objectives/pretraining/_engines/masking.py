@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,6 +17,10 @@ import torch
 from llmrecipe.core.errors import ModelError
 from llmrecipe.data.collate import Batch
 from llmrecipe.data.collate import Sequence as Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 MASK, RANDOM, KEEP = 0, 1, 2
 """What stands in the place of a hidden token: the mask token, a random token, or the token itself."""
@@ -91,7 +95,7 @@ def hide(
     return Hidden(places, kinds, shown)
 
 
-def mask_token(tokenizer: Any) -> int:
+def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the mask token.
 
     Raises:
@@ -108,7 +112,7 @@ def mask_token(tokenizer: Any) -> int:
 _ordinary: WeakKeyDictionary[Any, np.ndarray] = WeakKeyDictionary()
 
 
-def ordinary_tokens(tokenizer: Any) -> np.ndarray:
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Return the ids (P,) of all tokens that are not special."""
     if tokenizer not in _ordinary:
         special = set(tokenizer.all_special_ids)
