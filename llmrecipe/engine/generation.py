@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import GenerationConfig
 
 from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.engine.continuous_batching import PendingPrompt, RunningBatch, decode_continuously, open_prompts, pad_token
@@ -125,8 +126,6 @@ def _batch(
     context: Context,
 ) -> list[list[int]]:
     """Decode one padded batch with the model's own `generate`, which runs until the longest answer ends."""
-    from transformers import GenerationConfig
-
     ids, own = open_prompts(model, tokenizer, requests, context)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llmrecipe.core.errors import LlmRecipeError
@@ -70,7 +72,6 @@ class ReferenceCache:
         """Write the cache to a temporary file and move it into place."""
         if self.path is None or not self.misses:
             return
-        from safetensors.torch import save_file
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         index = sorted(self.known)
@@ -81,8 +82,6 @@ class ReferenceCache:
         os.replace(aside, self.path)
 
     def _read(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(str(path), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("keys", "sums")}

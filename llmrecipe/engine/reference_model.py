@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
+from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.packing import micro_tokens, packing_for
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
 from llmrecipe.engine.reference_policy import PlannedRows, ScoredObjective, row_groups, score_all
+from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.runs.open_model import LoadedModel, is_adapter, open_model, run_folder, tokenizer_of
@@ -78,10 +81,6 @@ def _score(
     rows: str,
     device: torch.device,
 ) -> ReferenceCache:
-    from llmrecipe.engine.forward import Engine
-    from llmrecipe.engine.packing import micro_tokens, packing_for
-    from llmrecipe.engine.role_models import Roles
-
     weights = weights_digest({**dict(model.model.named_parameters()), **dict(model.model.named_buffers())})
     cache = ReferenceCache(cache_file({"model": weights, "data": rows}))
     model.model.to(device)

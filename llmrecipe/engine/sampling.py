@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.generation import logits_process as known
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class Picker:
     """
 
     def __init__(self, sampling: Sampling, keys: Sequence[int | str]):
-        from transformers.generation import logits_process as known
-
         self.greedy = sampling.temperature <= 0
         self.seen: dict[int, list[float]] | None = None
         """Answer -> log-probability of each of its tokens before any warping; None unless they are recorded."""

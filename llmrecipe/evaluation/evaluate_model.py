@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.utils import logging
+
 from llmrecipe.core import registry
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import DataError
@@ -22,6 +24,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.compose import Composition
+from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.evaluate import Evaluation, evaluate, rows_read
@@ -44,8 +47,6 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     Raises:
         UserError: the path, the recipe or the weights do not fit.
     """
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     composition = recipe_of(path, overrides)
     options = chosen_again(composition) if run_folder(path) is not None else {}
@@ -56,8 +57,6 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
 
 def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
     """Combine a loaded model with a recipe's objective and data."""
-    from llmrecipe.recipe.validate import instantiate
-
     # The run's stack is part of the model it left; nothing is stacked on top of it here.
     composition = dataclasses.replace(composition, recipe=composition.recipe.model_copy(update={"stack": {}}))
     recipe = composition.recipe

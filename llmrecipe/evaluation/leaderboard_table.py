@@ -17,6 +17,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.console import number
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.feedback.directions import Direction, direction_of
+from llmrecipe.recipe.validate import build_object
 from llmrecipe.runs.run_record import Record, flat, read_run
 
 NOT_A_WAY = ("run", "log", "save", "seed")
@@ -185,8 +186,6 @@ def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
     Raises:
         RecipeError: nothing is declared, or the runs' objectives disagree.
     """
-    from llmrecipe.recipe.validate import build_object
-
     recipes = [read_run(path).recipe for path in paths]
     named = [r.get("eval", {}).get("metrics", ()) for r in recipes]
     found = {

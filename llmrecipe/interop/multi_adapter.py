@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from llmrecipe.core.errors import ModelError, did_you_mean
 from llmrecipe.core.forward_context import Context, activate
@@ -128,8 +129,6 @@ class Adapters(nn.Module):
         Raises:
             ModelError: an adapter is unknown, or there is not one name a row.
         """
-        from transformers.modeling_outputs import CausalLMOutput
-
         count = input_ids.shape[0]
         names = self._names(adapters, count)
         whole: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -135,8 +136,6 @@ def golden(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, front: Sequ
     Args:
         front: tokens that the prompt begins with, where the chat template does not write them.
     """
-    from llmrecipe.engine.generation import generate
-
     if not hasattr(model, "generate") or not model.can_generate():
         return None
     prompt = golden_ids(tokenizer)

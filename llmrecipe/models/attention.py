@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmrecipe.core.forward_context import Layout, current
 from llmrecipe.models.hooks.hook import ROUTED, Hook, hooks_of, note_called
@@ -63,9 +65,6 @@ Attend = Callable[..., Tensor]
 
 def install_attention(model: nn.Module, backend: str) -> str:
     """Route a model's attention through this module; return the name it has in Transformers."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if backend == "sdpa" and not getattr(model, "_supports_sdpa", True):
         backend = "eager"
     name = f"llmrecipe_{backend}"
@@ -133,8 +132,6 @@ def _wrap(hook: Hook, call: Attend) -> Attend:
 
 
 def _stock(backend: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if backend == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[backend]

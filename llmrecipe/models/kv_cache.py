@@ -19,6 +19,9 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 Carried = dict[str, dict[Any, Tensor]]
 """Wrapper's name -> any key -> tensor (R, ...), one entry per row."""
@@ -52,8 +55,6 @@ def fresh(model: nn.Module) -> RowCache | None:
     That is so for an encoder-decoder, for states that are not columns (recurrent layers), for chunks counted from the first
     column, and for weights sharded over processes, which must all run the same passes.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     config: Any = model.config
     if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or sharded(model):
         return None
@@ -97,9 +98,6 @@ def prompts_of(inputs: dict[str, Any], given: Tensor | None, real: Tensor) -> Te
 
 def sharded(model: nn.Module) -> bool:
     """Return whether each process has only a shard of each weight."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
     return is_deepspeed_zero3_enabled() or any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules())
 
 

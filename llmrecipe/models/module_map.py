@@ -8,6 +8,7 @@ from torch import nn
 
 from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.site import Site
+from llmrecipe.models.site_finder import build_anatomy
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -21,7 +22,6 @@ def anatomy(model: nn.Module) -> Anatomy:
     kept = model.__dict__.get("_llmrecipe_anatomy")
     if isinstance(kept, Anatomy) and _current(model, kept.sites):
         return kept
-    from llmrecipe.models.site_finder import build_anatomy
 
     fresh = build_anatomy(model, model.__dict__.get("_llmrecipe_anatomy_names"))
     model.__dict__["_llmrecipe_anatomy"] = fresh

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrecipe.models.masked_heads import head_chain
@@ -184,16 +185,12 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 def write_heads(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Save heads next to a whole model; nothing is written where there are none."""
-    from safetensors.torch import save_file
-
     if tensors:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, str(folder / FILE))
 
 
 def read_heads(model: LanguageModel, folder: Path) -> None:
     """Mount the heads saved next to a whole model, if there are any."""
-    from safetensors.torch import load_file
-
     if (folder / FILE).is_file():
         mount_heads(model, load_file(str(folder / FILE)))
 

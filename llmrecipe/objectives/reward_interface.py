@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.registry import CONFIG
+from llmrecipe.recipe.validate import build_component
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -197,8 +198,6 @@ def _number(score: object, answer: Answer, where: str) -> float | None:
 
 
 def _part(name: str, body: object, where: str) -> tuple[Reward, float]:
-    from llmrecipe.recipe.validate import build_component
-
     if body is None:
         body = {}
     if not isinstance(body, Mapping):

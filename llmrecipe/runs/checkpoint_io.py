@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
@@ -207,8 +208,6 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     Raises:
         RunError: it is not a checkpoint, or a file is missing, cut short or changed.
     """
-    from safetensors.torch import load_file
-
     match = NAME.match(path.name)
     if match is None or not path.is_dir():
         raise RunError(f"{path} is not a checkpoint folder (expected a name such as {folder_name(200)})")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrecipe.core import registry
@@ -86,8 +87,6 @@ def build_wrapper(name: str, mapping: Mapping[str, Any]) -> Wrapper:
 
 def write_stack(folder: Path, saved: SavedStack) -> None:
     """Write `stack.yaml` and one safetensors file per layer."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     for layer in saved.layers:
         save_file({k: v.detach().contiguous().cpu().clone() for k, v in layer.tensors.items()}, str(folder / layer.file))
@@ -111,8 +110,6 @@ def read_stack(folder: Path, tensors: bool = True) -> SavedStack:
     Raises:
         RunError: a file is missing, unreadable or not what was written.
     """
-    from safetensors.torch import load_file
-
     verify(folder, lambda name: name == STACK_FILE)
     with reading(f"{folder}: not a finished adapter run: {STACK_FILE}"):
         content = yaml.safe_load((folder / STACK_FILE).read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from llmrecipe.methods.selective._engines.sparse_method import finalize_selectio
 from llmrecipe.models import new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
-from llmrecipe.models.load import load_tokenizer
+from llmrecipe.models.load import load_model, load_tokenizer
 from llmrecipe.models.resolve_class import family_head
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -121,8 +121,6 @@ def open_saved(
     continue_: bool = False,
 ) -> LoadedModel:
     """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
-    from llmrecipe.models.load import load_model, load_tokenizer
-
     if folder is not None:
         read = {STACK_FILE, *(layer.file for layer in saved.layers)} if saved is not None else set()
         verify(folder, lambda name: name not in read)
@@ -162,8 +160,6 @@ def open_saved(
 
 def original(loaded: LoadedModel, seed: int) -> nn.Module:
     """Load the base of a loaded model once more, without quantization and without what is mounted on it."""
-    from llmrecipe.models.load import load_model
-
     return load_model(
         loaded.section, rows_head=loaded.head, labels=loaded.labels, tokenizer=loaded.tokenizer, seed=seed
     ).requires_grad_(False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.key_reads import KeyReads
@@ -29,6 +30,7 @@ from llmrecipe.models import new_token_rows
 from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
+from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import base_storage, delta, open_model
 from llmrecipe.runs.checkpoint_io import saved_structures
 from llmrecipe.runs.events import Events
@@ -75,8 +77,6 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     Args:
         resume: the directory of a run to continue; None makes a new one.
     """
-    from llmrecipe.recipe.validate import instantiate
-
     recipe = composition.recipe
     parts = instantiate(recipe)
     reads = KeyReads(key for key, origin in composition.origins.items() if origin.kind != "default")
@@ -269,8 +269,6 @@ def step_count(recipe: Recipe, rows: int, updates: int = 1) -> int:
 
 def open_for(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None) -> open_model.LoadedModel:
     """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     section = recipe.model
     if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):

@@ -13,6 +13,9 @@ from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack, base_parameters, kind_name
 from llmrecipe.optim.optimizer import parameter_groups
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.pipeline_plan import refuse_stages
+from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
@@ -63,9 +66,6 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     Raises:
         UserError: everything that would stop the run before its first step, except what only the weights can tell.
     """
-    from llmrecipe.recipe.compose import compose
-    from llmrecipe.recipe.pipeline_plan import refuse_stages
-
     composition = compose(recipe, overrides)
     refuse_stages(composition.mapping)
     return examine(composition)
@@ -73,8 +73,6 @@ def check(recipe: str, overrides: list[str]) -> Findings:
 
 def examine(composition: Composition) -> Findings:
     """Build a composed recipe on the meta device; see `check`."""
-    from llmrecipe.recipe.validate import instantiate
-
     settings = composition.recipe
     parts = instantiate(settings)
     check_trackers(settings.log.trackers)

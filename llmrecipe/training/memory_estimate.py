@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.engine.logprob import chunk_rows
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.hooks.hook import hooks_of
 from llmrecipe.models.module_map import anatomy
@@ -130,8 +131,6 @@ def weight_bytes(model: nn.Module, stack: Stack) -> int:
 
 def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
     """Count the bytes of three float32 tensors per chunk of logits (values, probabilities, gradient) and of hidden states."""
-    from llmrecipe.engine.logprob import chunk_rows
-
     config = pretrained(model).config.get_text_config()
     vocabulary = int(config.vocab_size)
     chunk = min(targets, chunk_rows(vocabulary))

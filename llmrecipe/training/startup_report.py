@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
+from llmrecipe.data import validation
 from llmrecipe.methods._base.stack import base_parameters, kind_name
 from llmrecipe.models.tokenizer_training import training_facts
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 def announce(run: RunState) -> None:
     """Print the facts of the run (main process only) and write them to `report.json`."""
-    from llmrecipe.data import validation
-
     if not run.runtime.is_main:
         return
     facts = run_facts(run)

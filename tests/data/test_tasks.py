@@ -10,8 +10,8 @@ import pytest
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
-from llmrecipe.models import load
 from llmrecipe.recipe.schema import DataSection
+from llmrecipe.runs import open_model
 from tests.data.toys import byte_tokenizer
 from tests.trainings import train_recipe
 
@@ -88,7 +88,7 @@ def test_an_unknown_task_stops_the_run_before_weights_are_read(tmp_path: Path, m
     def unreachable(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(load, "load_model", unreachable)
+    monkeypatch.setattr(open_model, "load_model", unreachable)
     path = write(tmp_path / "train.jsonl", ["yes", "noo"] * 8)
     with pytest.raises(DataError, match=r"'noo'.*did you mean 'no'"):
         train_recipe(tmp_path / "run", "ia3", f"data.path={path}", "stack.ia3.tasks=[no,yes]")

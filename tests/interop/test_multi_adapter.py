@@ -137,7 +137,7 @@ def test_what_cannot_stand_side_by_side_is_refused_with_the_reason(tmp_path: Pat
 def test_the_base_is_checked_before_weights_are_read(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_run(tmp_path / "one", base, Lora(name="lora"))
     saved_run(tmp_path / "far", base_folder(tmp_path / "b", seed=5), Lora(name="lora"))
-    monkeypatch.setattr("llmrecipe.models.load.load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("llmrecipe.runs.open_model.load_model", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(ModelError, match="another base"):
         load([tmp_path / "one", tmp_path / "far"])
 

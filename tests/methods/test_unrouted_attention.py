@@ -17,6 +17,7 @@ from llmrecipe.models import load
 from llmrecipe.models.attention import install_attention
 from llmrecipe.models.hooks.hook import all_hooks, hook_kind
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.runs import open_model
 from llmrecipe.training.dry_run import check
 from tests.models.configs import FAMILIES, GROUPED, tiny
 
@@ -85,7 +86,7 @@ def test_train_refuses_it_before_weights_and_leaves_no_folder(
     def reads(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(load, "load_model", reads)
+    monkeypatch.setattr(open_model, "load_model", reads)
     code = app.run_command(["train", "recipe=sft_lora", *words(family, "apt"), f"run.dir={tmp_path / 'run'}"])
     assert code == 2 and UNROUTED[family][0] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
@@ -204,8 +205,6 @@ def write_hub_adapter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], about_head: dict[str, Any], head: dict[str, Tensor]
 ) -> None:
     """Write an adapter's files, and those of a task head where one was trained."""
-    from safetensors.torch import save_file
-
     for values, adjacent, names in (
         (tensors, config, (WEIGHTS_FILE, CONFIG_FILE)),
         (head, about_head, (HEAD_FILE, HEAD_CONFIG_FILE)),
@@ -222,8 +221,6 @@ def read_hub_adapter(folder: Path, model: nn.Module) -> Layer:
     Raises:
         ModelError: its configuration has no counterpart here, or it does not fit the model.
     """
-    from safetensors.torch import load_file
-
     saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config, name = saved["config"], saved["name"]
     if not (folder / WEIGHTS_FILE).is_file():

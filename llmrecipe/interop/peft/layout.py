@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
@@ -222,8 +223,6 @@ def _tensors(branch: Branch, branches: list[Branch]) -> dict[str, Tensor]:
 
 def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
     """Write both files."""
-    from safetensors.torch import save_file
-
     tensors = {k: v.detach().contiguous().cpu().clone() for k, v in adapter.tensors.items()}
     save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     text = json.dumps(adapter.config, indent=2, sort_keys=True)
@@ -236,8 +235,6 @@ def read_adapter_folder(folder: Path) -> Adapter:
     Raises:
         ModelError: a file is missing, damaged, or holds pickled weights.
     """
-    from safetensors.torch import load_file
-
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.registry import CONFIG
+from llmrecipe.models.hooks.hook import own_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -255,16 +257,12 @@ class Wrapper:
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors that hold what was learned; by default the wrapper's own and those it trains in the base."""
-        from llmrecipe.models.hooks.hook import own_tensors
-
         names = set(own_tensors(model, self.name)) | self.opened(model)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {name: state[name].detach() for name in sorted(names)}
 
     def restore(self, model: nn.Module, delta: dict[str, Tensor]) -> None:
         """Put a saved delta back into an attached model, bit for bit."""
-        import torch
-
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, value in delta.items():
@@ -283,8 +281,6 @@ class Wrapper:
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Yield (what, how many parameters) lines shown at start: its own tensors that train."""
-        from llmrecipe.models.hooks.hook import own_tensors
-
         parameters, frozen = dict(model.named_parameters()), self.frozen(model)
         for name in own_tensors(model, self.name):
             if name in parameters and name not in frozen:

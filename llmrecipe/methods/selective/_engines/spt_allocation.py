@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods.selective._engines.selection import counts_at, top_k
 from llmrecipe.models.hooks.hook import SERIAL, Hook, add_hook, device_of
 
@@ -114,8 +115,6 @@ class SequentialAdapter(Hook):
 
 def add_structured(site: Site, owner: str, kind: str, r: int, dropout: float) -> None:
     """Add the structured module of a matrix at its site."""
-    from llmrecipe.methods._engines import low_rank
-
     if kind == "lora":
         hook = low_rank.low_rank_hook(site, r, 1.0, dropout)
         low_rank.init_low_rank(hook)
