@@ -64,7 +64,7 @@ def _rows(part: Part, most: int | None) -> Iterator[dict[str, Any]]:
     yield from (row for i in range(most) for row in part.reader.rows([i * count // most]) if part.chosen(row))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     """Yield the strings inside a canonical row, except those that are no text."""
     if isinstance(value, str):
         if value:

@@ -176,7 +176,7 @@ def _train(train: TokenizerTrainingSection, texts: Texts) -> tuple[PreTrainedTok
     return tokenizer, read
 
 
-def _byte_level(model: Any) -> Tokenizer:
+def _byte_level(model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -218,7 +218,7 @@ def _unigram(size: int, special: list[str], roles: dict[str, str], texts: Texts)
 def _wordpiece(size: int, special: list[str], roles: dict[str, str], texts: Texts) -> Tokenizer:
     """WordPiece as BERT has it, cased: words split at white space and punctuation, pieces inside a word begin with ##."""
 
-    def blank(model: Any) -> Tokenizer:
+    def blank(model: models.Model) -> Tokenizer:
         made = Tokenizer(model)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=False)

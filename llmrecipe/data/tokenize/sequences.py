@@ -30,7 +30,8 @@ def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report, me
         for number, (item, ids) in enumerate(zip(groups["text"], documents)):
             whole = encoder.mask.spans(Encoded(ids, 0, [(0, len(ids))]))
             framed = bool(ids) and ids[0] == encoder.tokens.bos
-            size = TextSize(item.row["text"], len(ids), encodings and encodings[number], framed) if measured else None
+            encoding = encodings[number] if encodings else None
+            size = TextSize(item.row["text"], len(ids), encoding, framed) if measured else None
             _finish(encoder, item, report, ids, mask_bits(len(ids), whole), plain=True, size=size)
     for item in groups["tokens"]:
         labels = item.row["labels"]

@@ -58,7 +58,7 @@ class Tokens:
         """Return the ids of complete raw texts: the end token's text is appended where it is missing."""
         return self.document_encodings(texts)[0]
 
-    def document_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Any] | None]:
+    def document_encodings(self, texts: Sequence[str]) -> tuple[list[Ids], list[Encoding] | None]:
         """Return the ids of complete raw texts, and a fast tokenizer's encodings, which have each token's place in its text."""
         if not texts:
             return [], None

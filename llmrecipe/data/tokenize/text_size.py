@@ -8,7 +8,10 @@ token counts for nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 
 class TextSize:
@@ -20,7 +23,7 @@ class TextSize:
         framed: whether the first token is a start token, which is no text.
     """
 
-    def __init__(self, text: str, count: int, encoding: Any | None, framed: bool) -> None:
+    def __init__(self, text: str, count: int, encoding: Encoding | None, framed: bool) -> None:
         self.text, self.count, self.encoding, self.framed = text, count, encoding, framed
 
     def of(self, places: Sequence[int], trained: Sequence[int]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, Rank
@@ -56,7 +57,7 @@ class Direft(Wrapper):
     init: Literal["default", "identity"] = "default"
     """identity: start at the base model."""
 
-    def check_stack(self, wrappers: Any) -> None:
+    def check_stack(self, wrappers: Sequence[Wrapper]) -> None:
         """Refuse positions that name no token."""
         positions_of(self.positions, f"stack.{self.name}.positions")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
@@ -63,7 +64,7 @@ class Loreft(Wrapper):
     init: Literal["default", "identity"] = "default"
     """identity: start at the base model."""
 
-    def check_stack(self, wrappers: Any) -> None:
+    def check_stack(self, wrappers: Sequence[Wrapper]) -> None:
         """Refuse an identity start of a variant that has none, and positions that name no token."""
         positions_of(self.positions, f"stack.{self.name}.positions")
         if self.init == "identity" and self.variant == "consreft":

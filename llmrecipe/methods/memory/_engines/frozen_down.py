@@ -8,13 +8,14 @@ Saved for the backward pass: u, and A and B by reference. Dropout costs nothing 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmrecipe.methods._engines.low_rank import LowRank
+from llmrecipe.models.autograd_context import AutogradContext
 
 Side = Literal["rank", "input"]
 DAMPING = 1e-8
@@ -28,12 +29,26 @@ def drawn_mask(x: Tensor, rate: float, seed: int) -> Tensor:
     return kept.to(x.dtype) / (1.0 - rate)
 
 
+class _FrozenDownContext(AutogradContext, Protocol):
+    scale: float
+    drop: tuple[Side, float, int]
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class _FrozenDown(torch.autograd.Function):
     """(x, y, A, B) -> y + s (x A^T) B^T."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, rows: Tensor | None, scale: float, drop: tuple[Side, float, int]
+        ctx: _FrozenDownContext,
+        x: Tensor,
+        y: Tensor,
+        A: Tensor,
+        B: Tensor,
+        rows: Tensor | None,
+        scale: float,
+        drop: tuple[Side, float, int],
     ) -> Tensor:
         side, rate, seed = drop
         if rate and side == "input":
@@ -49,7 +64,7 @@ class _FrozenDown(torch.autograd.Function):
         return flat.index_add(-1, rows, (u @ up * scale).to(y.dtype)).view(y.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _FrozenDownContext, grad: Tensor) -> tuple[Any, ...]:
         u, A, B, rows = ctx.saved_tensors
         side, rate, seed = ctx.drop
         g = grad.reshape(-1, grad.shape[-1])
@@ -71,8 +86,17 @@ class FrozenDown(LowRank):
 
     keeps_input: ClassVar[bool] = False
 
-    def __init__(self, *sizes: Any, side: Side = "rank", **more: Any):
-        super().__init__(*sizes, **more)
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        rows: Tensor | None = None,
+        side: Side = "rank",
+    ):
+        super().__init__(width_in, width_out, r, scale, dropout, rows)
         self.side: Side = side
         self.inverse: tuple[int, int, Tensor] | None = None
 

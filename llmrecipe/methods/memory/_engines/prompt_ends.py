@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from llmrecipe.methods._engines.document_tokens import stack_input
 from llmrecipe.methods.additive._engines.virtual_tokens import Where
 from llmrecipe.models.hooks.hook import Hook
 from llmrecipe.models.kv_cache import cached, prompts_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class PromptEndsOfPass(Hook):
         super().__init__()
         self.n, self.m, self.encoder = n, m, encoder
 
-    def wrap_module(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the stack with the ends in its context; None where no token has a prompt."""
         context = current()
         if context.layout is not None:
