@@ -19,16 +19,14 @@ def random_bits(address: str, first: int, count: int, device: torch.device | str
     Args:
         address: what the numbers belong to: seed, step, tensor name.
     """
-    words = hashlib.sha256(address.encode()).digest()
-    low, high = int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little")
-    index = torch.arange(first, first + count, device=device, dtype=torch.int64)
-    x = _mix((index & WORD) ^ low)
-    return _mix((x + high + (index >> 32) * 0x9E3779B1) & WORD)
+    return _words(address, first, count, device).long().bitwise_and_(WORD)
 
 
 def uniform(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Return uniform numbers strictly between 0 and 1, float64 in steps of 2^-32."""
-    return (random_bits(address, first, count, device).double() + 0.5) / 2.0**32
+    # With its first bit turned, a word read as a signed number is 2^31 below what it is without a sign.
+    signed = _words(address, first, count, device).bitwise_xor_(-(2**31))
+    return signed.double().add_(2.0**31 + 0.5).mul_(2.0**-32)
 
 
 def bernoulli(address: str, first: int, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
@@ -36,10 +34,32 @@ def bernoulli(address: str, first: int, count: int, p: float, device: torch.devi
     return random_bits(address, first, count, device) < int(p * 2**32)
 
 
+def _words(address: str, first: int, count: int, device: torch.device | str) -> Tensor:
+    """Return the bits as int32, whose products wrap: half the memory of int64, and processors multiply many at once."""
+    words = hashlib.sha256(address.encode()).digest()
+    low, high = int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little")
+    parts = []
+    while count:
+        # The upper half of a position is the same for 2^32 of them.
+        size = min(count, (first | WORD) + 1 - first)
+        x = torch.arange(size, device=device, dtype=torch.int32).add_(_signed(first)).bitwise_xor_(_signed(low))
+        parts.append(_mix(_mix(x).add_(_signed(high + (first >> 32) * 0x9E3779B1))))
+        first, count = first + size, count - size
+    return parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0, device=device, dtype=torch.int32)])
+
+
+def _signed(word: int) -> int:
+    """Return the signed number with the last 32 bits of a number."""
+    return (word + 2**31 & WORD) - 2**31
+
+
 def _mix(x: Tensor) -> Tensor:
-    """Mix 32 bits held in int64, so that each bit depends on all (the constants of the public-domain hash `lowbias32`)."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & WORD
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & WORD
-    return x ^ (x >> 16)
+    """Mix int32 in place, so that each bit depends on all (the constants of the public-domain hash `lowbias32`)."""
+    shifted = torch.empty_like(x)
+    for right, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        # A shift of signed numbers brings copies of the first bit, which are masked away.
+        torch.bitwise_right_shift(x, right, out=shifted).bitwise_and_(WORD >> right)
+        x.bitwise_xor_(shifted)
+        if factor != 1:
+            x.mul_(_signed(factor))
+    return x
