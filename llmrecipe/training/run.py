@@ -200,7 +200,7 @@ class Run(RunState):
         if self.stack.rule() is None:
             self.optimizer = build_run.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
         self.roles.prepared = self.runtime.prepare(self.roles.engine, self.unused)
-        if self.progress.step:
+        if self.progress.step and self.stack.reshaped:
             # Weights saved as the best belong to another set of tensors and could not be restored.
             self.best = self.fresh_best()
 

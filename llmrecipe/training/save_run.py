@@ -112,7 +112,6 @@ def restore(run: RunState) -> None:
     if run.stack.snapshot is not None and saved.tensors.get("reference"):
         run.stack.snapshot = {n: v.to(run.roles.device) for n, v in saved.tensors["reference"].items()}
     run.stack.restore(run.model, saved.tensors["delta"])
-    run.stack.set_trainable(run.model)
     for name, value in saved.documents["progress"].items():
         setattr(run.progress, name, value)
     run.progress.ended = run.progress.ended and not goes_on(run.changes)
@@ -120,6 +119,7 @@ def restore(run: RunState) -> None:
     run.objective.load_state(saved.documents["objective"])
     for wrapper in run.stack:
         wrapper.load_state(saved.documents["wrappers"].get(wrapper.name, {}))
+    run.stack.set_trainable(run.model)
     if run.optimizer is not None:
         run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack)
         restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"])

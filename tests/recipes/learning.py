@@ -237,6 +237,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # memory
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),
+    "freeze": copied(0.55),
     "loreft": copied(0.6),
     "direft": copied(0.77),
     # Forward passes alone learn how an answer goes, not yet which: their control has answers that go nowhere.

@@ -32,7 +32,9 @@ class Stage(enum.IntEnum):
     """Adds modules at sites; the base is frozen."""
     SELECT = 2
     """Opens base parameters, or entries of them."""
-    RULE = 3
+    FREEZE = 3
+    """Lets part of what the others train rest."""
+    RULE = 4
     """Replaces how one update is made."""
 
 
@@ -227,6 +229,13 @@ class Wrapper:
 
     def opened(self, model: nn.Module) -> set[str]:
         """Return names of base parameters a SELECT wrapper trains."""
+        return set()
+
+    def resting(self, model: nn.Module) -> set[str]:
+        """Return names of parameters, of any wrapper or of the base, that do not train for now.
+
+        They stay part of what is saved. Where the set changes, `before_step` returns True.
+        """
         return set()
 
     def may_skip(self, name: str) -> bool:

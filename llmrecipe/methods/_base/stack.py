@@ -36,6 +36,8 @@ class Stack:
         self.wrappers = sorted(named, key=lambda w: w.stage)
         self.fired: Counter[str] = Counter()
         self.snapshot: dict[str, Tensor] | None = None
+        self.reshaped = False
+        """Whether the last change of the trained set also changed which tensors are saved."""
         self.hybrids: dict[str, list[Wrapper]] = {}
         """Name of each hybrid -> the wrappers it was replaced by when it was attached."""
         check_legal(self.wrappers)
@@ -82,26 +84,38 @@ class Stack:
         return lines
 
     def set_trainable(self, model: nn.Module) -> None:
-        """Set which parameters train.
+        """Set which parameters train: `trainable`, without what rests for now."""
+        opened = self._opened(model)
+        for name, parameter in list(model.named_parameters()):
+            if name in opened and _can_train(parameter):
+                raise_to_master(model, parameter)
+        names = self.trainable(model) - {name for wrapper in self.wrappers for name in wrapper.resting(model)}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
 
-        An empty stack, or one with only RULE wrappers, trains everything; INJECT and SELECT wrappers freeze the base;
-        injected tensors train unless their wrapper declares them frozen; SELECT wrappers open what they name; quantized
-        weights never train; a new task head always trains.
+    def trainable(self, model: nn.Module) -> set[str]:
+        """Return the names of the parameters that train at some time of the run.
+
+        An empty stack, or one with only RULE and FREEZE wrappers, trains everything; INJECT and SELECT wrappers freeze the
+        base; injected tensors train unless their wrapper declares them frozen; SELECT wrappers open what they name;
+        quantized weights never train; a new task head always trains.
         """
-        changes = [w for w in self.wrappers if w.stage in (Stage.INJECT, Stage.SELECT)]
-        trained: set[str] = set()
-        opened: set[str] = set()
+        changes = self._changes()
+        trained = self._opened(model)
         for wrapper in changes:
             trained |= set(own_tensors(model, wrapper.name)) - wrapper.frozen(model)
-            opened |= wrapper.opened(model)
-        trained |= opened
-        for name, parameter in list(model.named_parameters()):
-            can = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
-            everything = not changes and not getattr(parameter, "frozen_base", False)
-            if can and name in opened:
-                raise_to_master(model, parameter)
-            everything = everything and not task_heads.is_frozen(model, name)
-            parameter.requires_grad_(can and (everything or name in trained or is_head(model, name)))
+        found: set[str] = set()
+        for name, parameter in model.named_parameters():
+            everything = not changes and not getattr(parameter, "frozen_base", False) and not task_heads.is_frozen(model, name)
+            if _can_train(parameter) and (everything or name in trained or is_head(model, name)):
+                found.add(name)
+        return found
+
+    def _changes(self) -> list[Wrapper]:
+        return [w for w in self.wrappers if w.stage in (Stage.INJECT, Stage.SELECT)]
+
+    def _opened(self, model: nn.Module) -> set[str]:
+        return {name for wrapper in self._changes() for name in wrapper.opened(model)}
 
     # --- hooks of the loop ----------------------------------------------------------------------------------------
 
@@ -122,13 +136,15 @@ class Stack:
 
     def before_step(self, model: nn.Module, step: int) -> bool:
         """Return True when a wrapper changed the set of trained tensors."""
-        changed = False
-        for wrapper in self.wrappers:
-            changed = bool(wrapper.before_step(model, step)) or changed
-            self._mark(wrapper, "before_step")
+        changed = [wrapper for wrapper in self.wrappers if self._prepares(wrapper, model, step)]
+        self.reshaped = any(wrapper.stage is not Stage.FREEZE for wrapper in changed)
         if changed:
             self.set_trainable(model)
-        return changed
+        return bool(changed)
+
+    def _prepares(self, wrapper: Wrapper, model: nn.Module, step: int) -> bool:
+        self._mark(wrapper, "before_step")
+        return bool(wrapper.before_step(model, step))
 
     def cuts(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
         """Return every wrapper's shortened tensors."""
@@ -187,9 +203,10 @@ class Stack:
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what training changed: all wrappers' deltas and task heads, or all weights when everything trains."""
-        if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in self.wrappers):
+        if not self._changes():
+            names = self.trainable(model)
             facts = {n: b for n, b in model.named_buffers() if n.startswith("task_head.") and is_head(model, n)}
-            return {**{n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, **facts}
+            return {**{n: p.detach() for n, p in model.named_parameters() if n in names}, **facts}
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         tensors: dict[str, Tensor] = {n: v.detach() for n, v in state.items() if is_head(model, n)}
         for wrapper in self.wrappers:
@@ -229,7 +246,8 @@ class Stack:
 
     def snapshot_trained(self, model: nn.Module) -> None:
         """Keep a copy of everything that trains: the reference from then on."""
-        self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        names = self.trainable(model)
+        self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
 
     @torch.no_grad()
     def mix_reference(self, model: nn.Module, alpha: float) -> None:
@@ -295,6 +313,10 @@ def check_legal(wrappers: list[Wrapper]) -> None:
     for wrapper in wrappers:
         with _named(wrapper):
             wrapper.check_stack(wrappers)
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and not hasattr(parameter, "quant_state")
 
 
 def kind_name(component: object) -> str:
