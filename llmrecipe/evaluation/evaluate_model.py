@@ -26,7 +26,7 @@ from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
-from llmrecipe.runtime.processes import Runtime
+from llmrecipe.runtime.processes import Runtime, pick_device
 from llmrecipe.training.evaluate import Evaluation, evaluate, rows_read
 
 
@@ -52,7 +52,9 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     options = chosen_again(composition) if run_folder(path) is not None else {}
     recipe = composition.recipe
     head = registry.load_class("objective", str(recipe.objective["kind"])).head
-    return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
+    device = pick_device(recipe.runtime.device)
+    model = open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options, device=device)
+    return subject_of(composition, model)
 
 
 def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:

@@ -41,7 +41,9 @@ class ModelSection(Section):
         default_factory=dict, description="Config values to set (with init=random: `model_type` and sizes, no path needed)."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Dtype of frozen weights and of the computation; trained tensors stay float32."
+        "auto",
+        description="Dtype of frozen weights and of the computation; trained tensors stay float32. `auto`: float32 on a CPU, "
+        "else the checkpoint's own.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="Attention backend.")
     gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")

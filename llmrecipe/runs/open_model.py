@@ -90,10 +90,12 @@ def open_model(
     own: Sequence[Wrapper] = (),
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load a model and mount the stacks of the run it comes from.
 
     Args:
+        device: kind of the device it will compute on, which decides what `model.dtype: auto` means.
         own: wrappers of a stack that is to be attached, of which those that quantize the base act while it is loaded.
         options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
 
@@ -103,7 +105,7 @@ def open_model(
     base, saved, folder = resolve_section(section)
     return open_saved(
         base, saved, folder, tokenizer,
-        head=head, labels=labels, own=own, seed=seed, options=options, continue_=section.continue_,
+        head=head, labels=labels, own=own, seed=seed, options=options, continue_=section.continue_, device=device,
     )  # fmt: skip
 
 
@@ -119,6 +121,7 @@ def open_saved(
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
     continue_: bool = False,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
     if folder is not None:
@@ -130,7 +133,7 @@ def open_saved(
     if saved is not None and saved.labels and not labels and saved.head == head:
         labels = saved.labels
     text = load_tokenizer(base, own_tokenizer(tokenizer, folder))
-    model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
+    model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, device=device, seed=seed)
     for index, wrappers in enumerate(known):
         if index:
             base_storage.convert(model, wrappers)
