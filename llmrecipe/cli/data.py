@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from llmrecipe.data.prepare import TokenData
+    from llmrecipe.data.token_data import TokenData
     from llmrecipe.recipe.schema import Recipe
 
 PANEL = "Look"

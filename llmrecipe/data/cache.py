@@ -124,6 +124,8 @@ class TokenTable:
         self.kind, self.facts = kind, facts
         self.content = ""
         """Hash of the source's content."""
+        self.folder: Path | None = None
+        """Where it is kept; None in memory."""
         self.batches = [_Batch(b) for b in batches if b.num_rows]
         self._starts = [0]
         for batch in self.batches:
@@ -297,8 +299,10 @@ def open_table(folder: Path, kind: RowType) -> TokenTable | None:
             raise ValueError("its checksums differ")
         mark_used(folder)
         reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
-        return TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
+        table = TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         logger.warning("%s: this table of the token cache is damaged (%s); it is built again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    table.folder = folder
+    return table

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmrecipe.data.prepare import TokenData
+    from llmrecipe.data.token_data import TokenData
 
 PARTS = ("ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "choice_ids", "ids_a", "ids_b", "ids_c")
 ANSWERS = ("completion_ids", "chosen_ids", "rejected_ids", "choice_ids")

@@ -13,8 +13,9 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import prepare
-from llmrecipe.data.prepare import Rows, TokenData
+from llmrecipe.data.prepare import Rows
 from llmrecipe.data.streaming import StreamedRows
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import micro_tokens, packing_for
 from llmrecipe.engine.role_models import Roles

@@ -52,13 +52,20 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(near, close, far)
 
 
-def sequences_of(rows: list[dict[str, Any]]) -> list[Sequence]:
-    """Convert token rows with `ids` and `trained` to sequences; the prompt ends at the first trained token."""
+def sequences_of(rows: list[dict[str, Any]], apart: bool = False) -> list[Sequence]:
+    """Convert token rows with `ids` and `trained` to sequences; the prompt ends at the first trained token.
+
+    Args:
+        apart: a row of several documents (`data.blocks`) gives a sequence for each.
+    """
     found: list[Sequence] = []
     for row in rows:
-        trained = row["trained"]
-        first = next((i for i, t in enumerate(trained) if t), len(trained))
-        found.append(Sequence(row["ids"], trained, prompt=first, task=int(row.get("task", 0))))
+        start = 0
+        for length in row["documents"] if apart and "documents" in row else [len(row["ids"])]:
+            trained = row["trained"][start : start + length]
+            first = next((i for i, t in enumerate(trained) if t), len(trained))
+            found.append(Sequence(row["ids"][start : start + length], trained, prompt=first, task=int(row.get("task", 0))))
+            start += length
     return found
 
 
@@ -66,7 +73,7 @@ def collate_tokens(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     """Lay rows out for one forward pass; encoder-decoder models read the prompt and predict the rest."""
     if roles.engine.is_pair_model:
         return _pair_batch(rows, roles)
-    return roles.layout(sequences_of(rows), [row["row"] for row in rows])
+    return roles.layout(sequences_of(rows, apart=roles.packing), [row["row"] for row in rows])
 
 
 def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:

@@ -140,6 +140,11 @@ class DataSection(Section):
         description="What happens to longer rows; `auto` splits plain text into consecutive rows and leaves out others.",
         json_schema_extra=registered("truncation"),
     )
+    blocks: bool = Field(
+        False,
+        description="Training rows of plain text have max_length tokens each, cut from all documents laid end to end; weights "
+        "of sources then count tokens. With packing=off tokens also see what is before their document.",
+    )
     stride: PositiveInt | None = Field(
         None,
         description="Validation and test read a long text in windows of max_length that move on by this many tokens and "

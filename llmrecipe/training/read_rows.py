@@ -9,7 +9,8 @@ from llmrecipe.core.registry import names, spec
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
 from llmrecipe.data.overlap import shared_rows
-from llmrecipe.data.prepare import SplitRows, TokenData
+from llmrecipe.data.prepare import SplitRows
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.token_report import HIGHEST
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.models import positions

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.core.file_hashes import sha256_of
 from llmrecipe.core.foreign import DuplicateKey, once, parse_json, reason_of
 from llmrecipe.data.formats.bounds import BOUNDS, Bounds
 from llmrecipe.data.formats.file_content import EXTENSIONS, content_kind, content_of, suffix_kind
@@ -153,7 +154,9 @@ class LinesFile(Reader):
         return row
 
     def fingerprint(self) -> str:
-        """Return a hash of the text."""
+        """Return a hash of the text; that of a file which is no archive is remembered, so a large one is read for it once."""
+        if isinstance(self.data, mmap.mmap):
+            return sha256_of(self.path)
         return hashlib.sha256(self.data).hexdigest()
 
     def stream(self) -> Iterator[tuple[int, Row]]:
@@ -268,8 +271,7 @@ class TableFile(Reader):
 
     def fingerprint(self) -> str:
         """Return a hash of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path)
 
 
 def without_fillers(rows: list[Row]) -> list[Row]:
