@@ -1,6 +1,6 @@
 """Documents laid end to end and cut into rows of one length (`data.blocks`), read from the memory-mapped token tables.
 
-A table keeps whole documents, so one table serves every length, and a row is sliced out of its buffers when it is asked for:
+A table keeps whole documents, so one table serves every length, and a row is sliced out of its buffers when it is read:
 what is in memory grows with the number of record batches, not with the corpus.
 """
 
