@@ -10,7 +10,6 @@ import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -101,12 +100,8 @@ class BlockData(TokenData):
         self.report.longest = min(max(map(len, self.strips), default=0), length)
         self.report.blocks = int(self.starts[-1])
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= at < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def read(self, at: int) -> Row:
+        """Return the row of a running number that exists, sliced out of its table."""
         source = int(np.searchsorted(self.starts, at, side="right")) - 1
         strip = self.strips[source]
         begin = (at - int(self.starts[source])) * (self.length - 1)

@@ -51,6 +51,10 @@ class TokenData(Sequence[Row]):
         at = int(index) + (len(self) if index < 0 else 0)
         if not 0 <= at < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        return self.read(at)
+
+    def read(self, at: int) -> Row:
+        """Return the row of a running number that exists."""
         part = int(np.searchsorted(self.starts, at, side="right")) - 1 if len(self.tables) > 1 else 0
         row = self.tables[part][at - int(self.starts[part])]
         if isinstance(row.get("label"), str):
