@@ -64,7 +64,6 @@ class _Sizes(Protocol):
     """What the config of every family says."""
 
     hidden_size: int
-    num_attention_heads: int
 
 
 class _Shape:
@@ -72,7 +71,8 @@ class _Shape:
 
     def __init__(self, config: _Sizes):
         self.width: int = config.hidden_size
-        self.heads: int = config.num_attention_heads
+        # Recurrent families without heads, such as RWKV, compute over the whole width.
+        self.heads: int = getattr(config, "num_attention_heads", None) or 1
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.nope: int = getattr(config, "qk_nope_head_dim", None) or 0
         self.value_dim: int = getattr(config, "v_head_dim", None) or 0
