@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+    from llmrecipe.data.features.table import FeatureTable
+
 FILE, FACTS = "rows.arrow", "facts.json"
 
 logger = logging.getLogger("llmrecipe")
@@ -123,9 +125,11 @@ class TokenTable:
     def __init__(self, batches: Sequence[pa.RecordBatch], kind: RowType, facts: dict[str, Any]) -> None:
         self.kind, self.facts = kind, facts
         self.content = ""
-        """Hash of the source's content."""
+        """Hash of the source's content, of the files its rows name too."""
         self.folder: Path | None = None
         """Where it is kept; None in memory."""
+        self.features: FeatureTable | None = None
+        """The files its rows name, prepared; None where rows name none."""
         self.batches = [_Batch(b) for b in batches if b.num_rows]
         self._starts = [0]
         for batch in self.batches:
@@ -136,7 +140,10 @@ class TokenTable:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part = bisect_right(self._starts, index) - 1
-        return self.batches[part].row(index - self._starts[part])
+        row = self.batches[part].row(index - self._starts[part])
+        if self.features is not None:
+            row["features"] = self.features.of(row["features"])
+        return row
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, over all its id columns, (rows,)."""

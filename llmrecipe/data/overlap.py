@@ -19,7 +19,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shared_rows(first: TokenData, second: TokenData) -> int:
-    """Count the rows of the second split whose tokens are those of a row of the first.
+    """Count the rows of the second split whose tokens (and files) are those of a row of the first.
 
     Hashes of the first are gone through in parts and kept with its tables, so that a large split is read for them once.
     """
@@ -36,7 +36,8 @@ def shared_rows(first: TokenData, second: TokenData) -> int:
 
 def row_hashes(table: TokenTable) -> np.ndarray:
     """Return one number per row, (rows,), from the file next to a table where there is one; it is written otherwise."""
-    place = None if table.folder is None else table.folder / HASHES
+    # Files that rows name may change while the table of tokens stays.
+    place = None if table.folder is None or table.features is not None else table.folder / HASHES
     if place is not None:
         with contextlib.suppress(OSError, ValueError):
             kept: np.ndarray = np.load(place, mmap_mode="r")
@@ -70,6 +71,10 @@ def _hashes(table: TokenTable) -> np.ndarray:
             sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])
             total += _mix(sums[offsets[1:] - offsets[0]] - sums[offsets[:-1] - offsets[0]] + np.uint64(number))
         parts.append(total)
+    if table.features is not None and parts:
+        digests = [table.features.digest(path) for path in table.column("features")]
+        hashes: np.ndarray = np.concatenate(parts) + _mix(np.array(digests, dtype=np.uint64))
+        return hashes
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
 
 

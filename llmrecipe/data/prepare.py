@@ -14,6 +14,8 @@ from llmrecipe.core.tasks import Tasks, natural
 from llmrecipe.data import validation
 from llmrecipe.data.blocks import WHOLE, BlockData, check_blocks
 from llmrecipe.data.cache import TokenTable, table_key, tokenizer_fingerprint
+from llmrecipe.data.features.read_file import FeatureReader
+from llmrecipe.data.features.table import feature_table
 from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
 from llmrecipe.data.token_data import TokenData
@@ -52,6 +54,7 @@ def prepare(
     unseal: bool = False,
     tasks: Tasks | None = None,
     needs: Mapping[str, str] | None = None,
+    reader: FeatureReader | None = None,
 ) -> SplitRows | None:
     """Return the token rows of a split, from the cache where possible.
 
@@ -66,6 +69,7 @@ def prepare(
         tasks: the tasks with separate parameters; without names, those of the training rows (then in `TokenData.tasks`).
         unseal: must be True for the test split; only the one final test passes it.
         needs: column that every prompt row must hold -> key path of what reads it; rows without it are dropped and counted.
+        reader: how files that rows name are read; without one they stay paths.
 
     Returns:
         The rows, or None where the recipe has no validation (or test) split. With `data.streaming`, training rows are
@@ -82,6 +86,8 @@ def prepare(
     blocks = data.blocks and split == "train"
     if blocks:
         check_blocks(data, rows)
+    if data.streaming and row_type(rows).reads_files:
+        raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
     if data.streaming and split == "train":
         ingredients = [
             data.model_dump(mode="json"),
@@ -105,6 +111,9 @@ def prepare(
     stride = None if split == "train" else data.stride or max(data.max_length - 1, 1)
     cut = data.model_copy(update={"max_length": WHOLE}) if blocks else data
     tables = [build_table(part, cut, tokenizer, rows, mask, draw, field, needs, stride) for part, draw in zip(parts, draws)]
+    if reader is not None and row_type(rows).reads_files:
+        for part, table in zip(parts, tables):
+            _read_files(table, part, reader, data.cache)
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
@@ -114,7 +123,8 @@ def prepare(
         raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")
     weights = [part.weight for part in parts]
     weighted = None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
-    joined = "".join([*(t.facts["key"] for t in tables), json.dumps(weighted)])
+    files = [t.features.key for t in tables if t.features is not None]
+    joined = "".join([*(t.facts["key"] for t in tables), *files, json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
     if blocks:
         return BlockData(tables, weighted, key, report, data.max_length)
@@ -122,6 +132,13 @@ def prepare(
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
+
+
+def _read_files(table: TokenTable, part: Part, reader: FeatureReader, cached: bool) -> None:
+    """Prepare the files that the rows of a table name."""
+    places = zip(table.column("features"), table.column("source_row"))
+    table.features = feature_table(((path, part.reader.where(row)) for path, row in places), reader, cached, part.reader.name)
+    table.content = hashlib.sha256(f"{table.content} {''.join(table.features.contents)}".encode()).hexdigest()
 
 
 def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[int, int] | None]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data.cache import TokenTable
+from llmrecipe.data.features.read_file import FeatureReader
 from llmrecipe.data.token_report import Report
 
 Row = dict[str, Any]
@@ -74,6 +75,11 @@ class TokenData(Sequence[Row]):
     def column(self, name: str) -> list[Any]:
         """Return a whole stored column of texts, numbers or lists of numbers; None where a row has no value."""
         return [value for table in self.tables for value in table.column(name)]
+
+    @property
+    def reader(self) -> FeatureReader | None:
+        """How the files that rows name were read; None where they name none."""
+        return self.tables[0].features.reader if self.tables and self.tables[0].features is not None else None
 
     def label(self, text: str) -> int | float | list[int]:
         """Return a stored label (JSON text) as a class index, a list of them, or a number."""

@@ -21,6 +21,7 @@ from llmrecipe.engine.logprob import Post, token_logprobs, upcast
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
+from llmrecipe.models.task_heads import FEATURES
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -150,10 +151,8 @@ class Engine(nn.Module):
     def _layers(self, batch: Batch, places: tuple[int, ...]) -> tuple[list[Tensor], Tensor | None]:
         """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any."""
         backbone = self.model.base_model
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs = self._inputs(batch)
         inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
-        if "token_type_ids" in batch.extra:
-            inputs["token_type_ids"] = batch.extra["token_type_ids"]
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
         last = places == (-1,)
@@ -236,10 +235,28 @@ class Engine(nn.Module):
             pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
             weight: Any = head.weight
             return upcast(head(pooled.to(weight.dtype))), auxiliary
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return upcast(self.traced(self.model)(**self._inputs(batch)).logits), None
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return what the model reads: pictures, or tokens with features in some of their places."""
+        if batch.pixels is not None:
+            return {"pixel_values": batch.pixels.to(self.model.dtype)}
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        return upcast(self.traced(self.model)(**inputs).logits), None
+        if batch.slots is None:
+            return inputs | {"input_ids": batch.input_ids}
+        embedded = self.model.get_input_embeddings()(batch.input_ids)
+        vectors = self.head_of(FEATURES)(batch.slots.values, batch.slots.number).to(embedded.dtype)
+        return inputs | {"inputs_embeds": embedded.flatten(0, 1).index_copy(0, batch.slots.index, vectors).view_as(embedded)}
+
+    def train(self, mode: bool = True) -> Engine:
+        """Set training mode; batch normalization keeps to its running statistics, so that no row depends on its neighbours."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
 
 def _with(out: dict[str, Tensor], auxiliary: Tensor | None) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 ATTRIBUTE = "task_head"
+FEATURES = "features"
+"""Role of the head that turns features (patches, regions, frames) into inputs of a text model."""
 FILE = "heads.safetensors"
 """File next to a whole model's folder, which other programs load too and which therefore has no scalar head."""
 POOLING_FILE = "pooling.json"
@@ -193,6 +195,13 @@ def read_heads(model: LanguageModel, folder: Path) -> None:
     """Mount the heads saved next to a whole model, if there are any."""
     if (folder / FILE).is_file():
         mount_heads(model, load_file(str(folder / FILE)))
+
+
+def freeze_below_head(model: LanguageModel) -> None:
+    """Exclude everything but the head of a classifier from training, where no wrapper of a stack says what trains."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{model.base_model_prefix}."):
+            parameter.frozen_base = True  # type: ignore[attr-defined]
 
 
 def without_language_head(model: LanguageModel) -> None:

@@ -121,6 +121,16 @@ class TokenizerSection(Section):
     )
 
 
+class ProcessorSection(Section):
+    """The image processor of objectives that read pictures, by default the model's own."""
+
+    path: str | None = Field(None, description="Folder or hub name with a preprocessor_config.json; default: the model's.")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values to set, such as size or image_mean; with `image_processor_type` (ViTImageProcessor) a new one.",
+    )
+
+
 class DataSection(Section):
     """Where rows come from and how they become tokens."""
 
@@ -163,6 +173,7 @@ class DataSection(Section):
     max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
     max_line: PositiveInt = Field(1 << 26, description="Longest line of a file, in bytes.")
     max_unpacked: PositiveInt = Field(1 << 30, description="Largest compressed file once unpacked, in bytes.")
+    max_pixels: PositiveInt = Field(1 << 26, description="Largest picture, in pixels.")
     max_moved: float = Field(
         0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."
     )
@@ -319,6 +330,7 @@ class Recipe(Section):
 
     model: ModelSection = Field(default_factory=ModelSection)
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    processor: ProcessorSection = Field(default_factory=ProcessorSection)
     data: DataSection = Field(default_factory=DataSection)
     objective: dict[str, Any] = Field(default_factory=dict)
     roles: dict[str, Any] = Field(default_factory=dict)

@@ -14,13 +14,13 @@ from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
 from llmrecipe.methods._engines.quantized import dequantize_model
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
-from llmrecipe.models import new_token_rows, task_heads
+from llmrecipe.models import image_processor, new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_model, load_tokenizer
 from llmrecipe.models.resolve_class import family_head
 from llmrecipe.recipe.rights import without_rights
-from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.recipe.schema import ModelSection, ProcessorSection, TokenizerSection
 from llmrecipe.runs import base_storage, delta
 from llmrecipe.runs.adapter_format import read_adapter
 from llmrecipe.runs.base_files import same_base
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from llmrecipe.models.image_processor import ImageProcessor
     from llmrecipe.models.pretrained import LanguageModel
 
 logger = logging.getLogger("llmrecipe")
@@ -56,6 +57,8 @@ class LoadedModel:
     """Head and labels it was loaded with (see `load_model`)."""
     continued: delta.Layer | None = None
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
+    processor: ImageProcessor | None = None
+    """The image processor in the folder of the run; None where its rows have no pictures."""
 
 
 def resolve_section(section: ModelSection, tensors: bool = True) -> tuple[ModelSection, delta.SavedStack | None, Path | None]:
@@ -147,6 +150,8 @@ def open_saved(
     loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
         task_heads.read_heads(model, folder)
+        if (folder / image_processor.FILE).is_file():
+            loaded.processor = image_processor.load_processor(base, ProcessorSection(path=str(folder)), model.config)
     loaded.head, loaded.labels = family_head(model.config, head) if head == "causal" else head, labels
     loaded.quantized = [delta.kind_name(wrapper) for wrapper in (known[-1] if known else ())]
     layers = list(saved.layers) if saved is not None else []

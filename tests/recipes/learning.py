@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from llmrecipe.core.registry import PACKAGE
 from llmrecipe.feedback.rewards.function import reward_function
 
@@ -76,6 +78,25 @@ def permuted(name: str, column: str) -> Spoil:
         return [{**row, column: value} for row, value in zip(rows, values, strict=True)]
 
     return lambda folder: spoiled(folder, name, change)
+
+
+def shuffled_pictures(column: str) -> Spoil:
+    """Every training picture gets the column of another one."""
+
+    def spoil(folder: Path) -> list[str]:
+        folder.mkdir(parents=True)
+        for split in ("train", "valid", "test"):
+            table = pa.ipc.open_file(str(DATA / "pictures" / f"{split}.arrow")).read_all()
+            if split == "train":
+                values = table.column(column).to_pylist()
+                random.Random(0).shuffle(values)
+                place = table.schema.get_field_index(column)
+                table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+            with pa.ipc.new_file(str(folder / f"{split}.arrow"), table.schema) as file:
+                file.write_table(table)
+        return [f"data.path={folder}"]
+
+    return spoil
 
 
 def swapped(name: str) -> Spoil:
@@ -203,6 +224,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # finetuning
     "sft": exact(0.95),
     "classify": labelled(0.95),
+    "image_classification": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
     # Swapped pairs teach the worse answer.
     "choices": Learns("eval/rank_accuracy", 0.95, 0.75, PAIRS),
     # The span that answers is found in the passage word for word; a control may answer with any of its three sentences.

@@ -64,10 +64,14 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
     room = replace(encoder.limit, length=encoder.limit.length - len(before) - len(after), stride=None)
     if room.length < 1:
         raise DataError(f"data.max_length: {encoder.limit.length} leaves no room for a token next to the special tokens")
-    found = tokens.tokenizer([item.row["text"] for item in items], add_special_tokens=False, verbose=False)
+    found = tokens.tokenizer(
+        [item.row["text"] for item in items], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     for n, item in enumerate(items):
         ids = list(found["input_ids"][n])
         words = [SPECIAL if word is None or token in tokens.special else word for token, word in zip(ids, found.word_ids(n))]
+        named = item.row.get("attributes")
+        marks = None if named is None else tokens_of_words(item.row["text"], named, found["offset_mapping"][n])
         try:
             # Cut together: the second list takes the place of a mask, whose first entry a split resets.
             places = fit_sequence(list(range(len(ids))), [1] * len(ids), encoder.truncation, room, item.where, plain=True)
@@ -83,11 +87,23 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
         report.tokens_lost += lost
         for part in kept:
             row = [*before, *(ids[i] for i in part), *after]
-            item.done.append({"ids": row, "words": [SPECIAL] * len(before) + [words[i] for i in part] + [SPECIAL] * len(after)})
+            own = [SPECIAL] * len(before) + [words[i] for i in part] + [SPECIAL] * len(after)
+            marked = None if marks is None else [0] * len(before) + [marks[i] for i in part] + [0] * len(after)
+            item.done.append({"ids": row, "words": own, "attribute": marked, "features": item.row.get("features")})
             report.tokens += len(row)
             report.trained += sum(words[i] != SPECIAL for i in part)
             report.longest = max(report.longest, len(row))
         encoder.note(report, item.done[0]["ids"], item.where)
+
+
+def tokens_of_words(text: str, words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Return 1 for each token that holds a character of one of the words, wherever it stands whole in the text.
+
+    Args:
+        offsets: first character and the one after the last of each token.
+    """
+    spans = [match.span() for word in words for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)]
+    return [int(any(first < end and start < last for start, end in spans)) for first, last in offsets]
 
 
 def sentence_ends(text: str) -> list[int]:

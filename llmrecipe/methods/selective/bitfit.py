@@ -16,6 +16,7 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, remove_hook, row_index
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.site_finder import is_convolutional
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -65,7 +66,8 @@ class Bitfit(Wrapper):
     feed-forward (norms only with `add_norm_bias`); they merge where the family has config flags for them (Llama), else the
     adapter stays separate from the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all
     logits of a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it
-    acts. PEFT folders hold biases of linear layers (BEFT) or of LayerNorms (LN tuning), not both.
+    acts. Convolutional networks (ResNet) train the biases they have. PEFT folders hold biases of linear layers (BEFT) or of
+    LayerNorms (LN tuning), not both.
 
     Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199).
     Departures: names are matched by role, not by substring, and the pooler's bias is a choice of its own.
@@ -112,6 +114,8 @@ class Bitfit(Wrapper):
     def _sites(self, model: nn.Module) -> tuple[list[Site], list[Site]]:
         """Return chosen sites that have a bias, and chosen sites that lack one."""
         roles = self._roles() | (set(WHOLE) if self.terms == "all" else set())
+        if self.terms == "all" and is_convolutional(model):
+            return [], []
         wanted = [s for s in anatomy(model).sites if s.role in roles or ("norm." in roles and s.role.startswith("norm."))]
         whole = {s.path for s in wanted if s.rows is None}
         wanted = [s for s in wanted if s.rows is None or s.path not in whole]
@@ -142,7 +146,8 @@ class Bitfit(Wrapper):
                 f"{', '.join(f'{role} x{n}' for role, n in there.items()) or 'no site'}. Set "
                 f"stack.{self.name}.missing=add_zero to add zero biases, or missing=existing_only to train those that exist"
             )
-        if not have and not (lack and self.missing == "add_zero"):
+        some = bool(have) or (self.terms == "all" and bool(every_bias(model)))
+        if not some and not (lack and self.missing == "add_zero"):
             raise ModelError(
                 f"stack.{self.name}: none of the requested biases exists in this model ({len(lack)} projections lack one); "
                 f"set stack.{self.name}.missing=add_zero"
