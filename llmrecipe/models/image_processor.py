@@ -43,7 +43,7 @@ class ImageProcessor:
         import numpy as np
 
         given: Any = picture if self.mode == "RGB" else np.asarray(picture)[None]
-        more = {} if self.mode == "RGB" else {"input_data_format": "channels_first"}
+        more: dict[str, Any] = {} if self.mode == "RGB" else {"input_data_format": "channels_first"}
         found = np.asarray(self.processor(images=given, return_tensors="np", **more)["pixel_values"])
         if found.ndim != 4 or len(found) != 1:
             raise ValueError(f"{type(self.processor).__name__} gives an array of shape {found.shape}, not one picture")
