@@ -292,8 +292,28 @@ class SearchSection(Section):
     space: dict[str, list[Any] | RangeSection] = Field(
         default_factory=dict, description="Key of the recipe -> values to choose from, or {low, high, log, step}."
     )
-    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="How the next trial is chosen; grid tries everything.")
-    trials: PositiveInt = Field(20, description="Trials; a grid has as many as it has points.")
+    sampler: Literal["tpe", "gp", "nsga2", "random", "grid", "stepwise"] = Field(
+        "tpe",
+        description="How the next trial is chosen: densities, a Gaussian process, evolution, by chance; grid tries everything; "
+        "stepwise fixes one key after the other, each at the value that is best on average.",
+    )
+    against: list[Literal["parameters", "memory", "seconds"]] = Field(
+        default_factory=list,
+        description="Costs to make small while eval.monitor gets better: numbers a run leaves, peak MB, seconds of its steps.",
+    )
+    pick: Literal["best", "knee"] = Field(
+        "best", description="Trial of the front that becomes searched.yaml: the best score, or the bend of score over cost."
+    )
+    limits: dict[Literal["parameters", "memory", "seconds"], PositiveInt | PositiveFloat] = Field(
+        default_factory=dict, description="Largest cost of the trial that is picked."
+    )
+    start: list[dict[str, Any]] = Field(
+        default_factory=list, description="Points that are tried first, such as designs made by hand."
+    )
+    samples: PositiveInt = Field(
+        4, description="Trials stepwise makes for each value of a key, with the keys after it drawn by chance."
+    )
+    trials: PositiveInt = Field(20, description="Trials; grid and stepwise have as many as they need.")
     seeds: list[NonNegativeInt] = Field(
         default_factory=list, description="Seeds each trial is run with; its value is their mean. Default: the recipe's seed."
     )
