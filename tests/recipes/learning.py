@@ -288,9 +288,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
-    "s4_design": ShownBy(
-        "tests/pipelines/test_search_costs.py::test_the_design_space_procedure_of_s4_finds_a_planted_design"
-    ),
+    "s4_design": ShownBy("tests/pipelines/test_search_costs.py::test_the_design_space_procedure_of_s4_finds_a_planted_design"),
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_preference_model_teaches_what_its_labels_say"),
     "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_a_judge_teach_its_preferences"),

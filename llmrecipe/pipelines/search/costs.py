@@ -60,7 +60,7 @@ def _left(folder: Path) -> int:
     return int(json.loads(report.read_text(encoding="utf-8"))["trained"]["parameters"])
 
 
-def within(trials: Sequence[Trial], limits: Mapping[Any, float]) -> list[Trial]:
+def within_limits(trials: Sequence[Trial], limits: Mapping[Any, float]) -> list[Trial]:
     """Return the trials that cost no more than the limits.
 
     Raises:

@@ -287,7 +287,7 @@ class Search:
         done = [t for t in tried if t.state == "done" and t.value is not None]
         if not done:
             raise RunError("search: no trial came to an end that was not pruned")
-        allowed = costs.within(done, self.section.limits)
+        allowed = costs.within_limits(done, self.section.limits)
         if self.section.pick == "knee":
             return costs.knee(costs.front(allowed, self._losses), self._losses)
         return min(allowed, key=self._losses)
