@@ -125,21 +125,17 @@ class S4(Wrapper):
         def sizes(letter: str) -> dict[str, int]:
             return {str(layer): own.get(letter, 0) for layer, own in plan.items()}
 
-        def named(kind: type[Any], **options: Any) -> Wrapper:
-            part: Wrapper = part_of(self, kind, side, **options)
-            return part
-
         at = f"{side}." if side else ""
         only: dict[str, Any] = {"side": side} if side else {}
         made: list[Wrapper] = []
         used = {letter for own in plan.values() for letter in own}
         if "A" in used:
-            made.append(named(Adapter, placement="pfeiffer", sizes=sizes("A"), **only))
+            made.append(part_of(self, Adapter, side, placement="pfeiffer", sizes=sizes("A"), **only))
         if "L" in used:
-            made.append(named(Lora, target=f"{at}attn.q|v", sizes=sizes("L")))
+            made.append(part_of(self, Lora, side, target=f"{at}attn.q|v", sizes=sizes("L")))
         if "P" in used:
-            made.append(named(PrefixTuning, target=f"{at}attn", reparam="flat", sizes=sizes("P")))
+            made.append(part_of(self, PrefixTuning, side, target=f"{at}attn", reparam="flat", sizes=sizes("P")))
         if "B" in used:
             layers = "|".join(str(layer) for layer, own in plan.items() if "B" in own)
-            made.append(named(Bitfit, missing="add_zero", layers=f"{at}{layers}"))
+            made.append(part_of(self, Bitfit, side, missing="add_zero", layers=f"{at}{layers}"))
         return made
