@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apt": {"num_virtual_tokens": 4, "summary": "first"},
     "mam": {"num_virtual_tokens": 4, "hidden": 8, "r": 8},
     "llm_adapters": {"r": 8},
+    "s4": {"budget": 4000.0},
     "unipelt": {"num_virtual_tokens": 4, "hidden": 8, "r": 4, "reduction": 4},
 }
 """Options a kind needs on a model this small."""

@@ -84,6 +84,20 @@ def tiny_masked_model(family: str = "llmrecipe_native", std: float = 0.2, **more
     return model.eval()
 
 
+def tiny_vision_model(**more: Any) -> nn.Module:
+    """A random native vision encoder for pictures of 8 x 8 pixels and three classes."""
+    from llmrecipe.models.native import NativeConfig, NativeForImageClassification
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
+    model = NativeForImageClassification(NativeConfig(kind="vision", image_size=8, patch_size=4, **shape, **more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    install_attention(model, "sdpa")
+    return model.eval()
+
+
 class Tokenizer:
     """Just enough of a tokenizer for collation: 64 tokens, the first three and the mask special."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from llmrecipe.data.prepare import TokenData
+    from llmrecipe.data.token_data import TokenData
     from llmrecipe.recipe.schema import Recipe
 
 PANEL = "Look"
@@ -78,7 +78,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.runs.open_model import own_tokenizer, resolve_section
-    from llmrecipe.training.read_rows import tasks_of
+    from llmrecipe.training.read_rows import feature_reader, tasks_of
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")
@@ -97,7 +97,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
             labels, tasks = training.labels, training.tasks
     data = prepare(
         whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels, tasks=tasks,
-        needs=parts.objective.columns(),
+        needs=parts.objective.columns(), reader=feature_reader(recipe, parts.objective),
     )  # fmt: skip
     if not isinstance(data, TokenData):
         raise DataError(f"this recipe has no {split} split; set data.{split} to a file or a share")
@@ -141,12 +141,16 @@ def _row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, each: boo
     from rich.text import Text
 
     from llmrecipe.data import preview
+    from llmrecipe.data.features.table import Features
 
     text = Text(f"\n[{row['row']}] ", "bold")
     text.append(f"source row {row['source_row']}", "dim")
-    for name in ("label", "score", "margin", "image", "columns"):
+    for name in ("label", "score", "margin", "columns"):
         if name in row:
             text.append(printable(f"  {name}: {row[name]}"), "cyan")
+    if isinstance(row.get("features"), Features):
+        shape = " x ".join(map(str, row["features"].shape))
+        text.append(printable(f"  {row['features'].path} ({shape})"), "cyan")
     tokens = 0
     for name, parts in preview.pieces(row, tokenizer, each).items():
         text.append("\n" if name == "ids" else f"\n{name.removesuffix('_ids').removeprefix('ids_')}: ", "bold")

@@ -8,7 +8,8 @@ from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words
 from llmrecipe.core.console import console, number, print_json
 
 if TYPE_CHECKING:
-    from llmrecipe.pipelines.search.study import Search, Trial
+    from llmrecipe.pipelines.search.study import Search
+    from llmrecipe.pipelines.search.trial import Trial
 
 PANEL = "Train"
 ORDER = 4
@@ -50,13 +51,17 @@ def show_trials(search: Search, trials: list[Trial]) -> None:
 
     from llmrecipe.pipelines.search.display import ranked
 
-    keys = list(search.section.space)
+    keys, against = list(search.section.space), search.section.against
+    front = {trial.number for trial in search.front(trials)} if against else set()
     several = len(search.seeds) > 1
-    shown = Table("trial", *keys, search.evaluation.monitor, *(["std"] if several else []), "", box=None, header_style="bold")
+    names = [*keys, search.evaluation.monitor, *(["std"] if several else []), *against]
+    shown = Table("trial", *names, "", box=None, header_style="bold")
     for trial in ranked(search, trials)[:SHOWN]:
         cells = [number(trial.point[k]) for k in keys]
         spread = [number(trial.spread)] if several else []
-        shown.add_row(str(trial.number), *cells, number(trial.value), *spread, "" if trial.state == "done" else trial.state)
+        spent = [number(trial.costs.get(cost)) for cost in against]
+        state = trial.state if trial.state != "done" else "front" if trial.number in front else ""
+        shown.add_row(str(trial.number), *cells, number(trial.value), *spread, *spent, state)
     out = console()
     out.print(f"{search.composition.name}: {len(trials)} trials in {search.folder}", soft_wrap=True)
     out.print(shown)

@@ -4,8 +4,9 @@
 """
 
 from llmrecipe.data.formats.sources import has_split
-from llmrecipe.data.prepare import TokenData, order, prepare
+from llmrecipe.data.prepare import order, prepare
 from llmrecipe.data.streaming import StreamedRows, TokenStream
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.token_report import Report
 
 __all__ = ["Report", "StreamedRows", "TokenData", "TokenStream", "has_split", "order", "prepare"]

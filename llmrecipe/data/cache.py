@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+    from llmrecipe.data.features.table import FeatureTable
+
 FILE, FACTS = "rows.arrow", "facts.json"
 
 logger = logging.getLogger("llmrecipe")
@@ -123,7 +125,11 @@ class TokenTable:
     def __init__(self, batches: Sequence[pa.RecordBatch], kind: RowType, facts: dict[str, Any]) -> None:
         self.kind, self.facts = kind, facts
         self.content = ""
-        """Hash of the source's content."""
+        """Hash of the source's content, of the files its rows name too."""
+        self.folder: Path | None = None
+        """Where it is kept; None in memory."""
+        self.features: FeatureTable | None = None
+        """The files its rows name, prepared; None where rows name none."""
         self.batches = [_Batch(b) for b in batches if b.num_rows]
         self._starts = [0]
         for batch in self.batches:
@@ -134,7 +140,10 @@ class TokenTable:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part = bisect_right(self._starts, index) - 1
-        return self.batches[part].row(index - self._starts[part])
+        row = self.batches[part].row(index - self._starts[part])
+        if self.features is not None:
+            row["features"] = self.features.of(row["features"])
+        return row
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, over all its id columns, (rows,)."""
@@ -297,8 +306,10 @@ def open_table(folder: Path, kind: RowType) -> TokenTable | None:
             raise ValueError("its checksums differ")
         mark_used(folder)
         reader = pa.ipc.open_file(pa.memory_map(str(folder / FILE)))
-        return TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
+        table = TokenTable([reader.get_batch(i) for i in range(reader.num_record_batches)], kind, facts)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         logger.warning("%s: this table of the token cache is damaged (%s); it is built again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    table.folder = folder
+    return table

@@ -10,12 +10,30 @@ depend on the layout.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from llmrecipe.core.forward_context import Context, Layout, Segment
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Places of a batch that hold features instead of tokens: patches of pictures, regions, frames."""
+
+    values: Tensor
+    """(M, W) the vector of each."""
+    index: Tensor
+    """(M,) its place in the flattened (R*T) inputs."""
+    number: Tensor
+    """(M,) its place among the features of its sequence, from 0."""
+    sequence: Tensor
+    """(M,) index of the sequence it belongs to."""
+
+    def to(self, device: torch.device | str) -> Slots:
+        """Return the same places on a device."""
+        return Slots(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,13 @@ class Sequence:
     """Number of leading tokens that belong to the prompt."""
     task: int = 0
     """Task of a mixed-task batch."""
+    features: Tensor | None = None
+    """(m, W) vectors that are read before the tokens, without a position among them; only without parent and children."""
+
+    @property
+    def slots(self) -> int:
+        """Number of places of its features."""
+        return 0 if self.features is None else len(self.features)
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,11 @@ class Batch:
     keys: tuple[int, ...] = ()
     """A digest of each row's tokens, for what is cached by content (reference log-probabilities)."""
     tokens: int = 0
-    """Real tokens the model reads; none where a process without rows reads a filler to take part in a step."""
+    """Real tokens and features the model reads; none where a process without rows reads a filler to take part in a step."""
+    slots: Slots | None = None
+    """Places whose inputs are features; the ids there are fillers."""
+    pixels: Tensor | None = None
+    """(S, C, H, W) pictures, for models that read them themselves; the ids are fillers then, one for each state."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What the objective needs in addition to tokens: labels, margins, advantages, encoder inputs."""
 
@@ -72,6 +101,7 @@ class Batch:
         """Return the same batch on a device."""
         if torch.device(device).type == "cpu" and self.input_ids.device.type == "cpu":
             return self
+        slots = None if self.slots is None else self.slots.to(device)
         names = (
             "input_ids",
             "position_ids",
@@ -82,9 +112,10 @@ class Batch:
             "last",
             "task_ids",
             "prompt_lengths",
+            "pixels",
         )
         moved = {n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None}
-        return replace(self, **moved, extra={k: v.to(device) for k, v in self.extra.items()})
+        return replace(self, **moved, slots=slots, extra={k: v.to(device) for k, v in self.extra.items()})
 
     def context(self, role: str = "policy") -> Context:
         """Return the context of a forward pass over this batch."""
@@ -114,6 +145,19 @@ def _tasks(sequences: Seq[Sequence]) -> bool:
     return any(s.task for s in sequences)
 
 
+def _slots(sequences: Seq[Sequence], firsts: Seq[int]) -> Slots | None:
+    """Return the places of features; `firsts` has the flat index of the first column of each sequence."""
+    holding = [(i, s.features, firsts[i]) for i, s in enumerate(sequences) if s.features is not None and s.slots]
+    if not holding:
+        return None
+    return Slots(
+        values=torch.cat([values for _, values, _ in holding]),
+        index=torch.cat([torch.arange(first, first + len(values)) for _, values, first in holding]),
+        number=torch.cat([torch.arange(len(values)) for _, values, _ in holding]),
+        sequence=torch.cat([torch.full((len(values),), i) for i, values, _ in holding]),
+    )
+
+
 def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor] | None = None) -> Batch:
     """Concatenate sequences in one row, R = 1.
 
@@ -137,13 +181,16 @@ def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor]
         offset = 0 if s.parent is None else offsets[s.parent] + len(sequences[s.parent].ids)
         starts.append(start)
         offsets.append(offset)
-        segments.append(Segment(0, start, len(s.ids), s.parent, s.prompt))
+        length = s.slots + len(s.ids)
+        segments.append(Segment(0, start, length, s.parent, s.slots + s.prompt))
         before = None if s.parent is None else starts[s.parent] + len(sequences[s.parent].ids) - 1
-        _targets(s, index, start, before, source, target, owner)
+        _targets(s, index, start + s.slots, before, source, target, owner)
+        ids.extend([0] * s.slots)
         ids.extend(s.ids)
+        positions.extend([0] * s.slots)
         positions.extend(range(offset, offset + len(s.ids)))
-        tasks.extend([s.task] * len(s.ids))
-        last.append(start + len(s.ids) - 1)
+        tasks.extend([s.task] * length)
+        last.append(start + length - 1)
     columns = len(ids)
     return Batch(
         input_ids=torch.tensor([ids], dtype=torch.long),
@@ -158,6 +205,7 @@ def pack(sequences: Seq[Sequence], rows: Seq[int] = (), extra: dict[str, Tensor]
         task_ids=torch.tensor([tasks]) if _tasks(sequences) else None,
         rows=tuple(rows),
         tokens=columns if real else 0,
+        slots=_slots(sequences, starts),
         extra=extra or {},
     )
 
@@ -180,8 +228,10 @@ def pad(
     parents = {s.parent for s in sequences if s.parent is not None}
     leaves = [i for i in range(len(sequences)) if i not in parents]
     full: list[list[int]] = [
-        [*(sequences[s.parent].ids if s.parent is not None else ()), *s.ids] for s in (sequences[i] for i in leaves)
+        [*([pad_id] * s.slots), *(sequences[s.parent].ids if s.parent is not None else ()), *s.ids]
+        for s in (sequences[i] for i in leaves)
     ]
+    firsts = [0] * len(sequences)
     width = max(columns or 0, max(len(r) for r in full))
     shape = (len(leaves), width)
     ids = torch.full(shape, pad_id, dtype=torch.long)
@@ -198,10 +248,11 @@ def pad(
         first = 0 if side == "right" else width - len(tokens)
         ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         mask[row, first : first + len(tokens)] = 1
-        positions[row, first : first + len(tokens)] = torch.arange(len(tokens))
         s = sequences[leaf]
+        positions[row, first + s.slots : first + len(tokens)] = torch.arange(len(tokens) - s.slots)
         tasks[row] = s.task
-        start, before, shared = row * width + first, None, 0
+        firsts[leaf] = row * width + first
+        start, before, shared = firsts[leaf] + s.slots, None, 0
         if s.parent is not None:
             parent = sequences[s.parent]
             shared = len(parent.ids)
@@ -211,8 +262,8 @@ def pad(
                 last[s.parent] = start + shared - 1
             before = start + shared - 1
         _targets(s, leaf, start + shared, before, source, target, owner)
-        last[leaf] = start + len(tokens) - 1
-        prompts.append(shared + s.prompt)
+        last[leaf] = firsts[leaf] + len(tokens) - 1
+        prompts.append(s.slots + shared + s.prompt)
     return Batch(
         input_ids=ids,
         position_ids=positions,
@@ -227,6 +278,35 @@ def pad(
         prompt_lengths=torch.tensor(prompts, dtype=torch.long),
         rows=tuple(rows),
         tokens=int(mask.sum()) if real else 0,
+        slots=_slots(sequences, firsts),
+        extra=extra or {},
+    )
+
+
+def picture_batch(
+    pixels: Tensor, states: int, rows: Seq[int] = (), extra: dict[str, Tensor] | None = None, real: bool = True
+) -> Batch:
+    """Lay out pictures for a model that reads them itself, one row each, without tokens and without targets.
+
+    Args:
+        pixels: (S, C, H, W)
+        states: states the model makes of a picture.
+        real: False for the filler of a process without rows.
+    """
+    count, none = len(pixels), torch.zeros(0, dtype=torch.long)
+    return Batch(
+        input_ids=torch.zeros(count, states, dtype=torch.long),
+        position_ids=torch.arange(states).expand(count, -1),
+        attention_mask=torch.ones(count, states, dtype=torch.long),
+        layout=None,
+        source=none,
+        target=none,
+        sequence=none,
+        sequences=count,
+        last=torch.arange(1, count + 1) * states - 1,
+        rows=tuple(rows),
+        tokens=count * states if real else 0,
+        pixels=pixels,
         extra=extra or {},
     )
 
@@ -234,7 +314,8 @@ def pad(
 def part_of_batch(batch: Batch, first: int, last: int) -> Batch:
     """Return the sequences first <= s < last of a batch whose sequences have no parents, in the layout of the batch.
 
-    Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept.
+    Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept. The
+    batch has no features.
     """
     width = batch.input_ids.shape[1]
     prompts = batch.prompt_lengths

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from llmrecipe.data.cache import TokenTable
-    from llmrecipe.data.prepare import TokenData
+    from llmrecipe.data.token_data import TokenData
 
+HASHES = "hashes.npy"
+PART = 1 << 16
+"""Hashes that are looked up at once."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shared_rows(first: TokenData, second: TokenData) -> int:
-    """Count the rows of the second split whose tokens are those of a row of the first."""
-    known = np.unique(np.concatenate([_hashes(table) for table in first.tables]))
-    return sum(int(np.isin(_hashes(table), known).sum()) for table in second.tables)
+    """Count the rows of the second split whose tokens (and files) are those of a row of the first.
+
+    Hashes of the first are gone through in parts and kept with its tables, so that a large split is read for them once.
+    """
+    wanted, counts = np.unique(np.concatenate([row_hashes(table) for table in second.tables]), return_counts=True)
+    found = np.zeros(len(wanted), dtype=bool)
+    for table in first.tables:
+        hashes = row_hashes(table)
+        for start in range(0, len(hashes) if len(wanted) else 0, PART):
+            part = hashes[start : start + PART]
+            places = np.minimum(np.searchsorted(wanted, part), len(wanted) - 1)
+            found[places[wanted[places] == part]] = True
+    return int(counts[found].sum())
+
+
+def row_hashes(table: TokenTable) -> np.ndarray:
+    """Return one number per row, (rows,), from the file next to a table where there is one; it is written otherwise."""
+    # Files that rows name may change while the table of tokens stays.
+    place = None if table.folder is None or table.features is not None else table.folder / HASHES
+    if place is not None:
+        with contextlib.suppress(OSError, ValueError):
+            kept: np.ndarray = np.load(place, mmap_mode="r")
+            if kept.shape == (len(table),) and kept.dtype == np.uint64:
+                return kept
+    hashes = _hashes(table)
+    if place is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is only read
+            aside = place.with_name(f"{HASHES}.{os.getpid()}")
+            with aside.open("wb") as file:
+                np.save(file, hashes)
+            aside.replace(place)
+    return hashes
 
 
 def _hashes(table: TokenTable) -> np.ndarray:
@@ -37,6 +71,10 @@ def _hashes(table: TokenTable) -> np.ndarray:
             sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])
             total += _mix(sums[offsets[1:] - offsets[0]] - sums[offsets[:-1] - offsets[0]] + np.uint64(number))
         parts.append(total)
+    if table.features is not None and parts:
+        digests = [table.features.digest(path) for path in table.column("features")]
+        hashes: np.ndarray = np.concatenate(parts) + _mix(np.array(digests, dtype=np.uint64))
+        return hashes
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
 
 

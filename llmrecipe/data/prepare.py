@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks, natural
 from llmrecipe.data import validation
+from llmrecipe.data.blocks import WHOLE, BlockData, check_blocks
 from llmrecipe.data.cache import TokenTable, table_key, tokenizer_fingerprint
+from llmrecipe.data.features.read_file import FeatureReader
+from llmrecipe.data.features.table import feature_table
 from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import build_table, plugin_code
@@ -23,8 +27,6 @@ from llmrecipe.recipe.schema import DataSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-
 
 class Rows(Protocol):
     """Token rows by index."""
@@ -32,83 +34,8 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """Return how many there are."""
 
-    def __getitem__(self, index: int, /) -> Row:
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
         """Return one row."""
-
-
-class TokenData(Sequence[Row]):
-    """Token rows of a split, read from memory-mapped tables.
-
-    `data[i]` is a dict of Python lists and scalars (`data.tokenize.row_type` has the columns) with `row` = i. `labels` are the
-    class names in the order of their ids; None where labels are real numbers or there are none. `tasks` are the tasks for which
-    the stack has separate parameters, if any.
-    """
-
-    def __init__(
-        self,
-        tables: Sequence[TokenTable],
-        weights: Sequence[float] | None,
-        key: str,
-        report: Report,
-        labels: Sequence[str] | None,
-        tasks: Tasks | None = None,
-    ) -> None:
-        self.tables, self.weights, self.key, self.report = list(tables), weights, key, report
-        self.labels = None if labels is None else list(labels)
-        self.tasks = tasks
-        self._numbers = {name: i for i, name in enumerate(labels or ())}
-        self.starts = np.cumsum([0, *map(len, self.tables)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= at < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        part = int(np.searchsorted(self.starts, at, side="right")) - 1 if len(self.tables) > 1 else 0
-        row = self.tables[part][at - int(self.starts[part])]
-        if isinstance(row.get("label"), str):
-            row["label"] = self.label(row["label"])
-        if self.tasks is not None:
-            row["task"] = self.tasks.number(row.get("task"), self.report.source)
-        row["row"] = at
-        return row
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self[i] for i in range(len(self)))
-
-    def content(self) -> list[str]:
-        """Return the hash of each source's content, as it was read."""
-        return [table.content for table in self.tables]
-
-    def column(self, name: str) -> list[Any]:
-        """Return a whole stored column of texts, numbers or lists of numbers; None where a row has no value."""
-        return [value for table in self.tables for value in table.column(name)]
-
-    def label(self, text: str) -> int | float | list[int]:
-        """Return a stored label (JSON text) as a class index, a list of them, or a number."""
-        value = json.loads(text)
-        if self.labels is None:
-            number: int | float = value
-            return number
-        if isinstance(value, list):
-            return [self._numbers[str(one)] for one in value]
-        return self._numbers[str(value)]
-
-    def lengths(self) -> np.ndarray:
-        """Return the total number of tokens of each row, (rows,)."""
-        return np.concatenate([t.lengths() for t in self.tables])
-
-    def source_rows(self) -> list[int]:
-        """Index of the raw row each token row was made from."""
-        return [self[i]["source_row"] for i in range(len(self))]
 
 
 SplitRows = TokenData | StreamedRows
@@ -127,6 +54,7 @@ def prepare(
     unseal: bool = False,
     tasks: Tasks | None = None,
     needs: Mapping[str, str] | None = None,
+    reader: FeatureReader | None = None,
 ) -> SplitRows | None:
     """Return the token rows of a split, from the cache where possible.
 
@@ -141,6 +69,7 @@ def prepare(
         tasks: the tasks with separate parameters; without names, those of the training rows (then in `TokenData.tasks`).
         unseal: must be True for the test split; only the one final test passes it.
         needs: column that every prompt row must hold -> key path of what reads it; rows without it are dropped and counted.
+        reader: how files that rows name are read; without one they stay paths.
 
     Returns:
         The rows, or None where the recipe has no validation (or test) split. With `data.streaming`, training rows are
@@ -154,6 +83,11 @@ def prepare(
         raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
     if tasks is not None and "task" not in dict(row_type(rows).scalars):
         raise DataError(f"the stack has per-task parameters, but {rows} rows have no task; train on prompts with answers")
+    blocks = data.blocks and split == "train"
+    if blocks:
+        check_blocks(data, rows)
+    if data.streaming and row_type(rows).reads_files:
+        raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
     if data.streaming and split == "train":
         ingredients = [
             data.model_dump(mode="json"),
@@ -175,7 +109,11 @@ def prepare(
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
     field = tasks.field if tasks is not None else None
     stride = None if split == "train" else data.stride or max(data.max_length - 1, 1)
-    tables = [build_table(part, data, tokenizer, rows, mask, draw, field, needs, stride) for part, draw in zip(parts, draws)]
+    cut = data.model_copy(update={"max_length": WHOLE}) if blocks else data
+    tables = [build_table(part, cut, tokenizer, rows, mask, draw, field, needs, stride) for part, draw in zip(parts, draws)]
+    if reader is not None and row_type(rows).reads_files:
+        for part, table in zip(parts, tables):
+            _read_files(table, part, reader, data.cache)
     report = Report()
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
@@ -185,12 +123,22 @@ def prepare(
         raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")
     weights = [part.weight for part in parts]
     weighted = None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
-    joined = "".join([*(t.facts["key"] for t in tables), json.dumps(weighted)])
+    files = [t.features.key for t in tables if t.features is not None]
+    joined = "".join([*(t.facts["key"] for t in tables), *files, json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
+    if blocks:
+        return BlockData(tables, weighted, key, report, data.max_length)
     labels = _labels(tables, label_map, split, report.source) if row_type(rows).numbered else None
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
+
+
+def _read_files(table: TokenTable, part: Part, reader: FeatureReader, cached: bool) -> None:
+    """Prepare the files that the rows of a table name."""
+    places = zip(table.column("features"), table.column("source_row"))
+    table.features = feature_table(((path, part.reader.where(row)) for path, row in places), reader, cached, part.reader.name)
+    table.content = hashlib.sha256(f"{table.content} {''.join(table.features.contents)}".encode()).hexdigest()
 
 
 def _draws(data: DataSection, parts: Sequence[Part], seed: int) -> list[tuple[int, int] | None]:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmrecipe.data.features.table import Features
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmrecipe.data.prepare import TokenData
+    from llmrecipe.data.token_data import TokenData
 
 PARTS = ("ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "choice_ids", "ids_a", "ids_b", "ids_c")
 ANSWERS = ("completion_ids", "chosen_ids", "rejected_ids", "choice_ids")
@@ -53,6 +55,8 @@ def row_facts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
         for name, parts in pieces(row, tokenizer, each=True).items()
     }
     rest = {k: v for k, v in row.items() if k not in PARTS and k not in ("trained", "type_ids")}
+    if isinstance(rest.get("features"), Features):
+        rest["features"] = {"file": rest["features"].path, "shape": [*rest["features"].shape]}
     return {**rest, "tokens": tokens}
 
 

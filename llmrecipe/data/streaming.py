@@ -198,6 +198,8 @@ class StreamedRows(Sequence[Row]):
 
     labels: list[str] | None = None
     weights: list[float] | None = None
+    reader: None = None
+    """Rows of a stream name no files."""
 
     def __init__(self, stream: TokenStream, key: str) -> None:
         self.stream, self.key, self.tasks = stream, key, stream.tasks

@@ -53,6 +53,8 @@ class Report:
     """Columns of the source that nothing reads."""
     ignored: list[str] = field(default_factory=list)
     """Files in the folder of the source that were not read."""
+    blocks: int = 0
+    """Rows cut from documents laid end to end; 0 where rows are documents or parts of them."""
     too_long: Counter[int] = field(default_factory=Counter)
     """Length in tokens -> raw rows left out because of it."""
     highest: int = -1
@@ -153,6 +155,8 @@ class Report:
             *(f"  {count} x {reason}, first at {self.first.get(reason, '?')}" for reason, count in self.dropped.most_common()),
             f"tokens: {self.tokens}, longest row {self.longest}, trained {self.trained} ({share}), lost {self.tokens_lost}",
         ]
+        if self.blocks:
+            out.append(f"blocks: {self.blocks} rows of {self.longest} tokens, cut from the documents laid end to end")
         if self.truncated:
             out.append(f"truncated: {self.truncated} rows")
         if self.ended_share is not None:

@@ -69,7 +69,7 @@ def build_table(
     """
     kind = row_type(rows)
     plugged = plugin_code()
-    content = part.reader.fingerprint()
+    content = part.reader.fingerprint(remember=data.cache)
     key = table_key(
         {
             "data": content,

@@ -7,7 +7,6 @@ model, so every rank's gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,9 @@ from llmrecipe.core.forward_context import activate, checkpoint_contexts, curren
 from llmrecipe.data.collate import Batch, part_of_batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
-from llmrecipe.engine.vector_decoder import causal_mask, decoding, encoder_rows, mount_decoder
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
+from llmrecipe.models.task_heads import FEATURES
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -66,8 +65,7 @@ class Engine(nn.Module):
         """Run the model once over a batch.
 
         Args:
-            want: `logprobs` (N,) of the batch's targets; `decoded` the same, the model decoding a vector that it
-                pools from the rows in `extra["encoder_ids"]`; `hidden` (S, D) the state of each sequence's last token; `states`
+            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `states`
                 (R, T, D) those of all tokens; `pooled` (S, D) one vector a sequence (see `pool`); `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
@@ -77,7 +75,7 @@ class Engine(nn.Module):
             entropy_graph: with `entropy`, give it its graph.
             heads: with `logprobs`, also return (S, C) of these heads of the model, by name, on the state that each sequence
                 is pooled by (`extra["pool"]`, or the last token).
-            pool: with `pooled` and `decoded`, from which states and through which head; default the last token's.
+            pool: with `pooled`, from which states and through which head; default the last token's.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -96,7 +94,7 @@ class Engine(nn.Module):
             if want == "pooled":
                 vectors, auxiliary = self.pooled(batch, pool or Pool(), role)
                 return _with({"pooled": vectors}, auxiliary)
-            hidden, auxiliary = self.decoded(batch, pool or Pool()) if want == "decoded" else self.states(batch)
+            hidden, auxiliary = self.states(batch)
             if want == "states":
                 return _with({"states": hidden}, auxiliary)
             flat = hidden.reshape(-1, hidden.shape[-1])
@@ -150,21 +148,11 @@ class Engine(nn.Module):
         layers, auxiliary = self._layers(batch, (-1,))
         return layers[0], auxiliary
 
-    def _layers(self, batch: Batch, places: tuple[int, ...], mask: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any.
-
-        Args:
-            mask: which tokens attend to which, (R, 1, T, T); default: as the model has it.
-        """
+    def _layers(self, batch: Batch, places: tuple[int, ...]) -> tuple[list[Tensor], Tensor | None]:
+        """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any."""
         backbone = self.model.base_model
-        seen = batch.attention_mask if mask is None else mask
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": seen}
+        inputs = self._inputs(batch)
         inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
-        if "token_type_ids" in batch.extra:
-            inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        if "embedding_noise" in batch.extra:
-            embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
-            inputs["inputs_embeds"] = embeddings + batch.extra["embedding_noise"].to(embeddings.dtype)
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
         last = places == (-1,)
@@ -203,26 +191,6 @@ class Engine(nn.Module):
         layers, auxiliary = self._layers(batch, LAYERS[pool.kind])
         vectors = pool_states(batch, layers, pool.kind)
         return vectors if pool.head is None else self.head_of(pool.head)(vectors), auxiliary
-
-    def decoded(self, batch: Batch, pool: Pool) -> tuple[Tensor, Tensor | None]:
-        """Return the states (R, T, D) of an encoder that runs as the decoder of a vector, and the loss the model itself adds.
-
-        The vector is pooled from its states of other rows; the same layers then read the batch's rows, each token those before
-        it, with the cross-attention of the head that `pool` names.
-        """
-        rows = encoder_rows(batch)
-        with activate(
-            dataclasses.replace(current(), attention_mask=rows.attention_mask, positions=rows.position_ids, read=None)
-        ):
-            layers, own = self._layers(rows, LAYERS[pool.kind])
-        head: Any = self.head_of(pool.head or "")
-        mount_decoder(self.model)
-        added = head(pool_states(rows, layers, pool.kind))
-        steps = [functools.partial(head.add, layer, c=c) for layer, c in enumerate(added)]
-        assert batch.attention_mask is not None, "rows that are decoded are padded"
-        with activate(decoding(steps)):
-            states, auxiliary = self._layers(batch, (-1,), causal_mask(batch.attention_mask))
-        return states[0], auxiliary if own is None or auxiliary is None else own + auxiliary
 
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
         """Return a part of the model to call: compiled for rows of any length where `compile` is on.
@@ -267,10 +235,28 @@ class Engine(nn.Module):
             pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
             weight: Any = head.weight
             return upcast(head(pooled.to(weight.dtype))), auxiliary
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return upcast(self.traced(self.model)(**self._inputs(batch)).logits), None
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return what the model reads: pictures, or tokens with features in some of their places."""
+        if batch.pixels is not None:
+            return {"pixel_values": batch.pixels.to(self.model.dtype)}
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        return upcast(self.traced(self.model)(**inputs).logits), None
+        if batch.slots is None:
+            return inputs | {"input_ids": batch.input_ids}
+        embedded = self.model.get_input_embeddings()(batch.input_ids)
+        vectors = self.head_of(FEATURES)(batch.slots.values, batch.slots.number).to(embedded.dtype)
+        return inputs | {"inputs_embeds": embedded.flatten(0, 1).index_copy(0, batch.slots.index, vectors).view_as(embedded)}
+
+    def train(self, mode: bool = True) -> Engine:
+        """Set training mode; batch normalization keeps to its running statistics, so that no row depends on its neighbours."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
 
 def _with(out: dict[str, Tensor], auxiliary: Tensor | None) -> dict[str, Tensor]:

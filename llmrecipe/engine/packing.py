@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.collate import Sequence, pack
 from llmrecipe.engine.forward import Engine
+from llmrecipe.models.vocabulary import input_embedding
 
 MICRO_TOKENS = {"cpu": 512}
 """Most tokens of a micro-batch by device, where the recipe does not say: twice as many win a CPU 1 % in float32 and 6 % in
@@ -37,12 +39,13 @@ def packing_for(wanted: str, engine: Engine, device: torch.device) -> bool:
 @torch.no_grad()
 def isolates(engine: Engine, device: torch.device) -> bool:
     """Return whether two documents packed into one row give the hidden states of separate passes."""
-    if engine.is_pair_model:
+    embedding = input_embedding(engine.model)
+    if engine.is_pair_model or not isinstance(embedding, nn.Embedding):
         return False
     was = engine.training
     engine.eval()
     try:
-        vocabulary = int(engine.model.get_input_embeddings().num_embeddings)
+        vocabulary = embedding.num_embeddings
         first = Sequence([i % vocabulary for i in range(3, 9)], [0] * 6)
         second = Sequence([i % vocabulary for i in range(11, 16)], [0] * 5)
         both = engine.hidden_of(pack([first, second]).to(device))[0].float()

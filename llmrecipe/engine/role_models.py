@@ -193,8 +193,9 @@ class Roles:
 
 
 def row_tokens(row: dict[str, Any]) -> int:
-    """Return the number of tokens of a token row, over all its id lists."""
-    return sum(len(v) for k, v in row.items() if v and (k == "ids" or k.startswith("ids_") or k.endswith("_ids")))
+    """Return the number of places of a token row in the model's input, over all its id lists and its features."""
+    slots = row["features"].slots if "features" in row else 0
+    return slots + sum(len(v) for k, v in row.items() if v and (k == "ids" or k.startswith("ids_") or k.endswith("_ids")))
 
 
 @dataclasses.dataclass

@@ -13,8 +13,9 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import prepare
-from llmrecipe.data.prepare import Rows, TokenData
+from llmrecipe.data.prepare import Rows
 from llmrecipe.data.streaming import StreamedRows
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import micro_tokens, packing_for
 from llmrecipe.engine.role_models import Roles
@@ -23,11 +24,13 @@ from llmrecipe.interop.multi_adapter import mounted_tasks
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.load import load_tokenizer
+from llmrecipe.models.resolve_class import CLASSIFIERS
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
-from llmrecipe.runtime.processes import Runtime
+from llmrecipe.runtime.processes import Runtime, pick_device
 from llmrecipe.training.evaluate import Evaluation, evaluate, rows_read
+from llmrecipe.training.read_rows import feature_reader
 
 
 @dataclass
@@ -52,7 +55,9 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     options = chosen_again(composition) if run_folder(path) is not None else {}
     recipe = composition.recipe
     head = registry.load_class("objective", str(recipe.objective["kind"])).head
-    return subject_of(composition, open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options))
+    device = pick_device(recipe.runtime.device)
+    model = open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options, device=device)
+    return subject_of(composition, model)
 
 
 def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
@@ -122,12 +127,13 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData |
         DataError: there is no such split.
     """
     recipe = subject.composition.recipe
-    labels = getattr(subject.loaded.model.config, "label2id", None) if subject.objective.head == "classification" else None
+    labels = getattr(subject.loaded.model.config, "label2id", None) if subject.objective.head in CLASSIFIERS else None
     names = sorted(labels, key=labels.get) if labels else None
     mask = subject.objective.loss_mask()
     data = prepare(
         recipe.data, subject.loaded.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
         label_map=names, unseal=split == "test", tasks=tasks, needs=subject.objective.columns(),
+        reader=feature_reader(recipe, subject.objective),
     )  # fmt: skip
     if data is None:
         raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")

@@ -51,7 +51,7 @@ def load(
     Args:
         run: a run directory, its `final` folder, a PEFT adapter folder, anything with a `path` (`run.dir`), or a list of them.
         device: where to put the model; default: a GPU where there is one.
-        dtype: of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
+        dtype: of the frozen weights: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, else the checkpoint's own.
         trust_remote_code: run Python code that comes with the base model.
         allow_pickle: read pickle weights of the base model.
 
@@ -64,12 +64,14 @@ def load(
     """
     found: Any
     rights = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = torch.device(where).type
     if isinstance(run, list | tuple):
-        found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype, rights=rights)
+        found = open_adapters([str(getattr(one, "path", one)) for one in run], dtype=dtype, rights=rights, device=kind)
     else:
-        found = open_run(str(getattr(run, "path", run)), dtype=dtype, rights=rights)
+        found = open_run(str(getattr(run, "path", run)), dtype=dtype, rights=rights, device=kind)
     model, tokenizer = (found if isinstance(run, list | tuple) else found.model), found.tokenizer
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(where)
     model.requires_grad_(False)
     return model.eval(), tokenizer
 
@@ -80,10 +82,12 @@ def open_run(
     dtype: str = "auto",
     options: dict[str, dict[str, Any]] | None = None,
     rights: Mapping[str, bool] | None = None,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load a finished run's model with its stacks mounted, for the head it was trained with.
 
     Args:
+        device: kind of the device it will compute on, which decides what `dtype: auto` means.
         options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
         rights: what the person who opens it allows its base (see `recipe.rights`).
 
@@ -93,11 +97,11 @@ def open_run(
     open_plugins_of(path)
     section = ModelSection.model_validate({"path": path, "dtype": dtype, **(rights or {})})
     if is_adapter(path):
-        return open_model(section, TokenizerSection(), head=adapter_head(Path(path)))
+        return open_model(section, TokenizerSection(), head=adapter_head(Path(path)), device=device)
     folder = run_folder(path)
     if folder is None:
         raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
-    return open_model(section, TokenizerSection(), head=head_of(folder), options=options)
+    return open_model(section, TokenizerSection(), head=head_of(folder), options=options, device=device)
 
 
 def head_of(folder: Path) -> str:

@@ -28,6 +28,7 @@ from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
+from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.runs.durable import ASIDE
 from llmrecipe.runs.open_model import LoadedModel, merge_order
 
@@ -87,7 +88,7 @@ def export_merged(
     wide = kept_dtype(loaded) if dtype == "auto" else getattr(torch, dtype)
     if not any(quantized(loaded.model)):
         widen(loaded.model, wide)
-    ids = verify_logits.probe_ids(loaded.model, loaded.tokenizer)
+    ids = verify_logits.probe_inputs(loaded.model, loaded.tokenizer)
     wanted = verify_logits.logits_of(loaded.model, ids)
     rows = None if prompt is None else prompt_tokens.detach_prompt(loaded, prompt)
     notes = fold_mounted(loaded, wide)
@@ -159,7 +160,8 @@ def name_plainly(loaded: LoadedModel) -> list[str]:
 
 def dtype_of(model: LanguageModel) -> torch.dtype:
     """Return the dtype of a model's embedding."""
-    return model.get_input_embeddings().weight.dtype
+    weight = getattr(input_embedding(model), "weight", None)
+    return (next(model.parameters()) if weight is None else weight).dtype
 
 
 def kept_dtype(loaded: LoadedModel) -> torch.dtype:
@@ -187,6 +189,8 @@ def write_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     with quiet():
         model.save_pretrained(folder, state_dict=state)
     loaded.tokenizer.save_pretrained(folder)
+    if loaded.processor is not None:
+        loaded.processor.save(folder)
 
 
 def target_folder(run: str | Path, out: str | Path | None, name: str) -> Path:

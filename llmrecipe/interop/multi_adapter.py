@@ -177,6 +177,7 @@ def open_adapters(
     dtype: str = "auto",
     options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     rights: Mapping[str, bool] | None = None,
+    device: str = "cpu",
 ) -> Adapters:
     """Load several runs, or PEFT adapter folders, side by side on their common base.
 
@@ -186,6 +187,7 @@ def open_adapters(
     Args:
         options: path -> wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
         rights: what the person who opens them allows their base (see `recipe.rights`).
+        device: see `open_run`.
 
     Raises:
         RunError: a folder holds no finished run.
@@ -199,7 +201,7 @@ def open_adapters(
     kept = without_rights(first.saved.base.get("section", {}))
     section = ModelSection(**{**kept, "path": first.base, **own, **(rights or {})})
     plain = delta.without_injected(first.saved)
-    loaded = open_saved(section, plain, first.folder, TokenizerSection(), head=first.saved.head)
+    loaded = open_saved(section, plain, first.folder, TokenizerSection(), head=first.saved.head, device=device)
     loaded.layers = []
     for source in sources:
         if is_adapter(source.path):

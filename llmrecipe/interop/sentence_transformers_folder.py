@@ -65,7 +65,7 @@ def export_sentence_transformers(
     wide = kept_dtype(loaded) if dtype == "auto" else getattr(torch, dtype)
     if not any(quantized(model)):
         widen(model, wide)
-    ids = verify_logits.probe_ids(model, loaded.tokenizer)
+    ids = verify_logits.probe_inputs(model, loaded.tokenizer)
     head = getattr(model, ATTRIBUTE)[HEAD] if pooling["mlp"] else None
     wanted = _vectors(pretrained(model.base_model), ids, pooling, None if head is None else (head.weight, head.bias))
     notes = fold_mounted(loaded, wide)

@@ -26,6 +26,8 @@ GOLDEN_PROMPT = "What is the capital of France?"
 BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference that passes, as a share of the largest logit, by the dtype of the exported weights."""
 ROWS, TOKENS = 3, 24
+PIXELS = 64
+"""Side of a probe's pictures for models that read any size."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,16 @@ class Difference:
         return f"largest logit difference {self.largest:.3g}, mean {self.mean:.3g}, at logits up to {self.scale:.3g}"
 
 
-def probe_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return seeded token ids (ROWS, TOKENS), the golden prompt at the start of the first row; special tokens included."""
+def probe_inputs(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return seeded inputs of a model: token ids (ROWS, TOKENS), special tokens included, or pictures (ROWS, C, S, S).
+
+    The golden prompt is at the start of the first row of tokens.
+    """
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", None) or PIXELS
+        high, wide = size if isinstance(size, list | tuple) else (size, size)
+        shape = (ROWS, int(model.config.num_channels), int(high), int(wide))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(20))
     size = int(model.get_input_embeddings().num_embeddings)
     ids = torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(20))
     prompt = torch.tensor(golden_ids(tokenizer)[:TOKENS])
@@ -67,14 +77,18 @@ def probe_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> Tenso
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tensor:
-    """Return float32 logits (R, T, V) on the CPU, dropout off; row by row, so that no family needs a padding token.
+    """Return float32 logits (R, T, V), or (R, classes), on the CPU, dropout off; row by row, so that no family needs padding.
 
     Args:
+        ids: tokens (R, T), or pictures (R, C, H, W).
         front: tokens before every row, whose own logits are left out.
     """
     model.eval()
     device = next(model.parameters()).device
     ids = ids.to(device)
+    if ids.is_floating_point():
+        dtype = next(model.parameters()).dtype
+        return torch.cat([model(pixel_values=row.to(dtype)).logits.float().cpu() for row in ids.split(1)])
     more = torch.tensor([list(front)], dtype=ids.dtype, device=device)
     rows = []
     for row in ids.split(1):
@@ -164,5 +178,10 @@ def adapter_head(folder: Path) -> str:
     return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
 
 
-HEADS = (("ForSequenceClassification", "classification"), ("ForMaskedLM", "masked"), ("ForConditionalGeneration", "seq2seq"))
+HEADS = (
+    ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "image"),
+    ("ForMaskedLM", "masked"),
+    ("ForConditionalGeneration", "seq2seq"),
+)
 """End of an architecture's name -> the head an objective requests from the loader; anything else is causal."""

@@ -38,11 +38,11 @@ NORMS: tuple[tuple[str, str], ...] = (
     ("norm.cross", r"encoder_attn_layer_norm|crossattention\.output\.LayerNorm|norm_cross"),
     (
         "norm.mlp",
-        r"post_attention_(layer_?)?norm|ffn_norm|ln_2|ln2|norm2|mlp_norm|final_layer_norm|output\.LayerNorm|output_layer_norm",
+        r"post_attention_(layer_?)?norm|layernorm_after|ffn_norm|ln_2|ln2|norm2|mlp_norm|final_layer_norm|output\.LayerNorm|output_layer_norm",
     ),
     (
         "norm.attn",
-        r"input_layernorm|attention_norm|attn_norm|ln_1|ln1|norm1|(self_attn|sa)_layer_norm|attention\.output\.LayerNorm",
+        r"input_layernorm|layernorm_before|attention_norm|attn_norm|ln_1|ln1|norm1|(self_attn|sa)_layer_norm|attention\.output\.LayerNorm",
     ),
 )
 SANDWICH = {
@@ -50,7 +50,7 @@ SANDWICH = {
     "post_attention_layernorm": "norm.attn_post",
     "post_feedforward_layernorm": "norm.mlp_post",
 }
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layernorm")
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "^embeddings.position_embeddings")
 SKIPPED = re.compile(r"vision|visual|audio|image|speech", re.IGNORECASE)
 

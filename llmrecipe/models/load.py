@@ -247,7 +247,7 @@ def _finish(
     if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
         new_token_rows.add_token_rows(model, count)
     # A config that says tied for weights that are not, or the other way round, would change the model when it is reloaded.
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embed, head = vocabulary.input_embedding(model), model.get_output_embeddings()
     if head is not None and embed is not None and hasattr(model.config, "tie_word_embeddings"):
         model.config.tie_word_embeddings = getattr(head, "weight", None) is getattr(embed, "weight", None)
     return model

@@ -10,10 +10,11 @@ from torch import nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.family import part_names_of
-from llmrecipe.models.infer_family import infer, is_rotary
+from llmrecipe.models.infer_family import ATTENTION, infer, is_rotary
 from llmrecipe.models.part_names import PartNames
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site import Site
+from llmrecipe.models.vocabulary import input_embedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -50,6 +51,13 @@ def build_anatomy(model: nn.Module, by_hand: dict[str, str] | None = None) -> An
     return _summary(model, config, family, source, sites, shape)
 
 
+def is_convolutional(model: nn.Module) -> bool:
+    """Return whether a model reads pictures and has no attention, so that its parts have no roles."""
+    return getattr(model, "main_input_name", "") == "pixel_values" and not any(
+        ATTENTION.search(path) for path, _ in model.named_modules()
+    )
+
+
 def _lost(model: nn.Module, what: str) -> str:
     family = pretrained(model).config.model_type
     return (
@@ -64,7 +72,6 @@ class _Sizes(Protocol):
     """What the config of every family says."""
 
     hidden_size: int
-    num_attention_heads: int
 
 
 class _Shape:
@@ -72,7 +79,8 @@ class _Shape:
 
     def __init__(self, config: _Sizes):
         self.width: int = config.hidden_size
-        self.heads: int = config.num_attention_heads
+        # Recurrent families without heads, such as RWKV, compute over the whole width.
+        self.heads: int = getattr(config, "num_attention_heads", None) or 1
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.nope: int = getattr(config, "qk_nope_head_dim", None) or 0
         self.value_dim: int = getattr(config, "v_head_dim", None) or 0
@@ -204,7 +212,7 @@ def _top_sites(model: nn.Module, family: PartNames, stacks: dict[str, str], shap
     def site(role: str, side: str, module: nn.Module) -> Site:
         return Site(paths[id(module)], role, None, module, side, *widths(module, shape.width))
 
-    embed = pretrained(model).get_input_embeddings()
+    embed = input_embedding(model)
     if embed is not None and id(embed) in paths:
         yield site("embed", main, embed)
     for side, path in stacks.items():

@@ -97,7 +97,7 @@ def try_on(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> dict[str
 def _key(train: TokenizerTrainingSection, data: DataSection, kind: str, splits: Sequence[Sequence[Part]]) -> str:
     return table_key(
         {
-            "data": [[(part.reader.fingerprint(), part.keep) for part in parts] for parts in splits],
+            "data": [[(part.reader.fingerprint(remember=True), part.keep) for part in parts] for parts in splits],
             "read": [kind, data.format, data.columns, data.drop_fields, data.system],
             "train": train.model_dump(mode="json", exclude={"replace"}),
             "code": [tokenizers.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()],

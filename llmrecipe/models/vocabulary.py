@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError, did_you_mean
+from llmrecipe.models.pretrained import pretrained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,6 +75,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the module that embeds what a model reads: tokens, patches; None where it has none (convolutional networks)."""
+    try:
+        return pretrained(model).get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def fit(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Grow the embedding (and head) to the tokenizer's vocabulary; return the number of new rows.
 
@@ -84,7 +93,7 @@ def fit(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
     import torch
     from torch import nn
 
-    embed = model.get_input_embeddings()
+    embed = input_embedding(model)
     if not isinstance(embed, nn.Embedding):
         return 0
     rows, needed = int(embed.weight.shape[0]), vocabulary_size(tokenizer)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core.registry import CONFIG
+from llmrecipe.models.image_processor import places
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
     from llmrecipe.data.collate import Batch
     from llmrecipe.data.prepare import Rows, SplitRows
@@ -46,8 +48,7 @@ class Objective:
     rows: ClassVar[str] = "dialogue"
     """Row type it reads (see llmrecipe.data)."""
     head: ClassVar[str] = "causal"
-    """Kind of model head: causal, classification, masked, seq2seq or image; states, for a text model without its head; or
-    language, for whichever of causal, masked and seq2seq the model has."""
+    """Kind of model head: causal, classification, masked, seq2seq or image; or states, for a text model without its head."""
     encoder_decoders: ClassVar[bool] = False
     """Whether it trains encoder-decoders in the place of decoders, too: the encoder reads the prompt, the decoder answers."""
     special_tokens: ClassVar[tuple[str, ...]] = ()
@@ -70,6 +71,15 @@ class Objective:
     def columns(self) -> Mapping[str, str]:
         """Column that every prompt row must hold besides its prompt -> key path of what reads it."""
         return {}
+
+    def slots(self, config: PreTrainedConfig, shape: tuple[int, ...]) -> int:
+        """Return how many places of the model's input the features of a row take, where rows name pictures or feature files.
+
+        Args:
+            config: of the model.
+            shape: (C, H, W) of a picture, (m, d) of vectors.
+        """
+        return places(config, shape)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse a recipe this objective cannot run on these training rows.

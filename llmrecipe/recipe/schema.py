@@ -41,7 +41,9 @@ class ModelSection(Section):
         default_factory=dict, description="Config values to set (with init=random: `model_type` and sizes, no path needed)."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Dtype of frozen weights and of the computation; trained tensors stay float32."
+        "auto",
+        description="Dtype of frozen weights and of the computation; trained tensors stay float32. `auto`: float32 on a CPU, "
+        "else the checkpoint's own.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="Attention backend.")
     gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
@@ -119,6 +121,16 @@ class TokenizerSection(Section):
     )
 
 
+class ProcessorSection(Section):
+    """The image processor of objectives that read pictures, by default the model's own."""
+
+    path: str | None = Field(None, description="Folder or hub name with a preprocessor_config.json; default: the model's.")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values to set, such as size or image_mean; with `image_processor_type` (ViTImageProcessor) a new one.",
+    )
+
+
 class DataSection(Section):
     """Where rows come from and how they become tokens."""
 
@@ -138,6 +150,11 @@ class DataSection(Section):
         description="What happens to longer rows; `auto` splits plain text into consecutive rows and leaves out others.",
         json_schema_extra=registered("truncation"),
     )
+    blocks: bool = Field(
+        False,
+        description="Training rows of plain text have max_length tokens each, cut from all documents laid end to end; weights "
+        "of sources then count tokens. With packing=off tokens also see what is before their document.",
+    )
     stride: PositiveInt | None = Field(
         None,
         description="Validation and test read a long text in windows of max_length that move on by this many tokens and "
@@ -156,6 +173,7 @@ class DataSection(Section):
     max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
     max_line: PositiveInt = Field(1 << 26, description="Longest line of a file, in bytes.")
     max_unpacked: PositiveInt = Field(1 << 30, description="Largest compressed file once unpacked, in bytes.")
+    max_pixels: PositiveInt = Field(1 << 26, description="Largest picture, in pixels.")
     max_moved: float = Field(
         0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."
     )
@@ -274,8 +292,28 @@ class SearchSection(Section):
     space: dict[str, list[Any] | RangeSection] = Field(
         default_factory=dict, description="Key of the recipe -> values to choose from, or {low, high, log, step}."
     )
-    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="How the next trial is chosen; grid tries everything.")
-    trials: PositiveInt = Field(20, description="Trials; a grid has as many as it has points.")
+    sampler: Literal["tpe", "gp", "nsga2", "random", "grid", "stepwise"] = Field(
+        "tpe",
+        description="How the next trial is chosen: densities, a Gaussian process, evolution, by chance; grid tries everything; "
+        "stepwise fixes one key after the other, each at the value that is best on average.",
+    )
+    against: list[Literal["parameters", "memory", "seconds"]] = Field(
+        default_factory=list,
+        description="Costs to make small while eval.monitor gets better: numbers a run leaves, peak MB, seconds of its steps.",
+    )
+    pick: Literal["best", "knee"] = Field(
+        "best", description="Trial of the front that becomes searched.yaml: the best score, or the bend of score over cost."
+    )
+    limits: dict[Literal["parameters", "memory", "seconds"], PositiveInt | PositiveFloat] = Field(
+        default_factory=dict, description="Largest cost of the trial that is picked."
+    )
+    start: list[dict[str, Any]] = Field(
+        default_factory=list, description="Points that are tried first, such as designs made by hand."
+    )
+    samples: PositiveInt = Field(
+        4, description="Trials stepwise makes for each value of a key, with the keys after it drawn by chance."
+    )
+    trials: PositiveInt = Field(20, description="Trials; grid and stepwise have as many as they need.")
     seeds: list[NonNegativeInt] = Field(
         default_factory=list, description="Seeds each trial is run with; its value is their mean. Default: the recipe's seed."
     )
@@ -312,6 +350,7 @@ class Recipe(Section):
 
     model: ModelSection = Field(default_factory=ModelSection)
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    processor: ProcessorSection = Field(default_factory=ProcessorSection)
     data: DataSection = Field(default_factory=DataSection)
     objective: dict[str, Any] = Field(default_factory=dict)
     roles: dict[str, Any] = Field(default_factory=dict)

@@ -14,13 +14,13 @@ from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
 from llmrecipe.methods._engines.quantized import dequantize_model
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
-from llmrecipe.models import new_token_rows, task_heads
+from llmrecipe.models import image_processor, new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_model, load_tokenizer
-from llmrecipe.models.resolve_class import STATES, family_head
+from llmrecipe.models.resolve_class import family_head
 from llmrecipe.recipe.rights import without_rights
-from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.recipe.schema import ModelSection, ProcessorSection, TokenizerSection
 from llmrecipe.runs import base_storage, delta
 from llmrecipe.runs.adapter_format import read_adapter
 from llmrecipe.runs.base_files import same_base
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from llmrecipe.models.image_processor import ImageProcessor
     from llmrecipe.models.pretrained import LanguageModel
 
 logger = logging.getLogger("llmrecipe")
@@ -56,6 +57,8 @@ class LoadedModel:
     """Head and labels it was loaded with (see `load_model`)."""
     continued: delta.Layer | None = None
     """With `model.continue`: the run's own last layer, to be trained further rather than mounted."""
+    processor: ImageProcessor | None = None
+    """The image processor in the folder of the run; None where its rows have no pictures."""
 
 
 def resolve_section(section: ModelSection, tensors: bool = True) -> tuple[ModelSection, delta.SavedStack | None, Path | None]:
@@ -90,10 +93,12 @@ def open_model(
     own: Sequence[Wrapper] = (),
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load a model and mount the stacks of the run it comes from.
 
     Args:
+        device: kind of the device it will compute on, which decides what `model.dtype: auto` means.
         own: wrappers of a stack that is to be attached, of which those that quantize the base act while it is loaded.
         options: wrapper name -> options that may differ on a finished run (see `Wrapper.adjustable`).
 
@@ -103,7 +108,7 @@ def open_model(
     base, saved, folder = resolve_section(section)
     return open_saved(
         base, saved, folder, tokenizer,
-        head=head, labels=labels, own=own, seed=seed, options=options, continue_=section.continue_,
+        head=head, labels=labels, own=own, seed=seed, options=options, continue_=section.continue_, device=device,
     )  # fmt: skip
 
 
@@ -119,6 +124,7 @@ def open_saved(
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
     continue_: bool = False,
+    device: str = "cpu",
 ) -> LoadedModel:
     """Load base weights and mount saved stacks, then PEFT adapters, on them; see `open_model`."""
     if folder is not None:
@@ -130,7 +136,7 @@ def open_saved(
     if saved is not None and saved.labels and not labels and saved.head == head:
         labels = saved.labels
     text = load_tokenizer(base, own_tokenizer(tokenizer, folder))
-    model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, seed=seed)
+    model = load_model(base, rows_head=head, labels=labels, load_kwargs=kwargs, tokenizer=text, device=device, seed=seed)
     for index, wrappers in enumerate(known):
         if index:
             base_storage.convert(model, wrappers)
@@ -144,7 +150,9 @@ def open_saved(
     loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
         task_heads.read_heads(model, folder)
-    loaded.head, loaded.labels = head if head == STATES else family_head(model.config, head), labels
+        if (folder / image_processor.FILE).is_file():
+            loaded.processor = image_processor.load_processor(base, ProcessorSection(path=str(folder)), model.config)
+    loaded.head, loaded.labels = family_head(model.config, head) if head == "causal" else head, labels
     loaded.quantized = [delta.kind_name(wrapper) for wrapper in (known[-1] if known else ())]
     layers = list(saved.layers) if saved is not None else []
     layers += imported(base, model)

@@ -29,6 +29,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import new_token_rows
 from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
+from llmrecipe.models.resolve_class import CLASSIFIERS
 from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import base_storage, delta, open_model
@@ -111,7 +112,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
         seed_everything(recipe.seed)
         stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
-        model = build_model(recipe, parts.objective, stack, labels, resume)
+        model = build_model(recipe, parts.objective, stack, labels, resume, runtime.device.type)
         if parts.objective.head in ("causal", "seq2seq"):
             keep_trained_template(model.tokenizer, data.report.template, data.report.format)
         roles = build_roles(recipe, stack, model, runtime, scores)
@@ -131,15 +132,16 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
 
 
 def build_model(
-    recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, resume: Path | None
+    recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, resume: Path | None, device: str
 ) -> open_model.LoadedModel:
     """Load the model of a recipe and attach its stack.
 
     Args:
+        device: kind of the device it will train on.
         labels: class names of a classification head.
         resume: a run directory whose newest checkpoint gives the structures (ranks, masks) of the stack.
     """
-    model = open_for(recipe, objective, stack, labels)
+    model = open_for(recipe, objective, stack, labels, device)
     objective.prepare_roles(model, base_is_frozen(stack))
     objective.prepare_model(model.model, recipe.seed)
     seed_everything(recipe.seed)
@@ -156,7 +158,8 @@ def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, run
     device, batch = runtime.device, recipe.batch
     model.model.to(device)
     speed_up(model.model)
-    engine = Engine(model.model, autocast_of(recipe.model.dtype, stack), recipe.model.compile)
+    dtype = compute_dtype(recipe.model.dtype, model.model.stored_dtype, device.type)
+    engine = Engine(model.model, autocast_of(dtype, stack), recipe.model.compile)
     packed = packing.packing_for(recipe.data.packing, engine, device)
     tokens = batch.tokens or (None if batch.micro else packing.micro_tokens(device))
     roles = Roles(engine, stack, model.tokenizer, device, packed, batch.micro, tokens, scores)
@@ -267,17 +270,21 @@ def step_count(recipe: Recipe, rows: int, updates: int = 1) -> int:
     return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch)) * updates
 
 
-def open_for(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None) -> open_model.LoadedModel:
+def open_for(
+    recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, device: str
+) -> open_model.LoadedModel:
     """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
     logging.disable_progress_bar()
     section = recipe.model
-    if everything_trains(stack) and all(w.masters for w in stack) and section.dtype in ("bfloat16", "float16"):
+    if everything_trains(stack) and all(w.masters for w in stack):
         # Full training keeps float32 master weights; autocast lowers the precision of the computation.
-        section = section.model_copy(update={"dtype": "float32"})
+        device = "cpu" if section.dtype == "auto" else device
+        if section.dtype in ("bfloat16", "float16"):
+            section = section.model_copy(update={"dtype": "float32"})
     model = open_model.open_model(
-        section, recipe.tokenizer, head=objective.head, labels=labels, own=stack.wrappers, seed=recipe.seed
+        section, recipe.tokenizer, head=objective.head, labels=labels, own=stack.wrappers, seed=recipe.seed, device=device
     )
-    if objective.head == "classification" and recipe.model.init == "random":
+    if objective.head in CLASSIFIERS and recipe.model.init == "random":
         model.model.new_heads = tuple(n for n in ("score", "classifier") if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
     return model
@@ -335,6 +342,13 @@ def everything_trains(stack: Stack) -> bool:
 def base_is_frozen(stack: Stack) -> bool:
     """Return whether nothing in the stack changes a weight of the base."""
     return not everything_trains(stack) and not any(w.stage is Stage.SELECT for w in stack)
+
+
+def compute_dtype(named: str, stored: torch.dtype, device: str) -> str:
+    """Return the dtype that a model computes in: `auto` is the checkpoint's own, on a CPU float32."""
+    if named != "auto":
+        return named
+    return "float32" if device == "cpu" else str(stored).removeprefix("torch.")
 
 
 def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:

@@ -18,7 +18,9 @@ from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.load import LEGACY
 from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.resolve_class import CLASSIFIERS
 from llmrecipe.models.task_heads import ATTRIBUTE
+from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.models.weight_headers import headers
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.open_model import resolve_section
@@ -97,12 +99,12 @@ def weight_warnings(section: ModelSection, model: nn.Module, rows_head: str) -> 
     wanted, whole = base_shapes(model), pretrained(model)
     prefix = f"{whole.base_model_prefix}."
     stored = {_own_name(name, wanted, prefix): shape for name, shape in stored.items()}
-    ends = (whole.get_input_embeddings(), whole.get_output_embeddings())
+    ends = (input_embedding(whole), whole.get_output_embeddings())
     vocabulary = {id(m.weight) for m in ends if m is not None and hasattr(m, "weight")}
     skipped = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in vocabulary}
 
     def allowed(name: str) -> bool:
-        head = rows_head == "classification" and (not name.startswith(prefix) or ".pooler." in name)
+        head = rows_head in CLASSIFIERS and (not name.startswith(prefix) or ".pooler." in name)
         return head or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*LEGACY, *section.allow_mismatch))
 
     other = [n for n, s in stored.items() if n in wanted and wanted[n] != s and n not in skipped and not allowed(n)]

@@ -12,6 +12,7 @@ import torch
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack, base_parameters, kind_name
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import refuse_stages
@@ -103,7 +104,7 @@ def examine(composition: Composition) -> Findings:
     share = data.report.trained / max(data.report.tokens, 1)
     memory = estimate_memory(
         model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
-        activation_bytes=2 if settings.model.dtype in ("bfloat16", "float16") else 4,
+        activation_bytes=pretrained(model).dtype.itemsize,
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
     total = sum(p.numel() for p in model.parameters())

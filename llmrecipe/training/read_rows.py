@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.registry import names, spec
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
+from llmrecipe.data.features.read_file import FeatureReader
 from llmrecipe.data.overlap import shared_rows
-from llmrecipe.data.prepare import SplitRows, TokenData
+from llmrecipe.data.prepare import SplitRows
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.token_report import HIGHEST
+from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.models import positions
+from llmrecipe.models.image_processor import load_processor
 from llmrecipe.models.load import load_config, skeleton
-from llmrecipe.models.resolve_class import LANGUAGE
 from llmrecipe.models.vocabulary import vocabulary_size
 from llmrecipe.runs import delta, open_model
 
@@ -36,6 +40,23 @@ def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks |
     return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
 
 
+def feature_reader(recipe: Recipe, objective: Objective) -> FeatureReader | None:
+    """Return how the files that rows name are read; None for objectives whose rows name none.
+
+    Raises:
+        ModelError: the recipe names no image processor that exists.
+    """
+    if not row_type(objective.rows).reads_files:
+        return None
+    base, _, folder = open_model.resolve_section(recipe.model, tensors=False)
+    config = load_config(base)
+    processor = load_processor(base, recipe.processor, config, folder)
+    return FeatureReader(
+        processor, processor.fingerprint, partial(objective.slots, config), processor.save, processor.mode,
+        recipe.data.max_pixels, recipe.data.max_unpacked,
+    )  # fmt: skip
+
+
 def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> tuple[Any, Any, list[str] | None]:
     """Read training rows, validation rows (or None) and, for labelled rows, the label names.
 
@@ -46,12 +67,16 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     mask = objective.loss_mask()
     tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
     needs = objective.columns()
-    data = prepare(recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs)
+    reader = feature_reader(recipe, objective)
+    data = prepare(
+        recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs,
+        reader=reader,
+    )  # fmt: skip
     assert data is not None, "only validation and test rows may be absent"
     labels = data.labels
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
-        tasks=data.tasks, needs=needs,
+        tasks=data.tasks, needs=needs, reader=reader,
     )  # fmt: skip
     if isinstance(data, TokenData) and isinstance(validation, TokenData):
         data.report.overlap, data.report.compared = shared_rows(data, validation), len(validation)
@@ -66,6 +91,7 @@ def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: 
     return prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
         label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
+        reader=data.reader,
     )  # fmt: skip
 
 
@@ -76,7 +102,7 @@ def check_family(recipe: Recipe, objective: Objective) -> None:
         RecipeError: it trains decoders only, or leaves the encoder nothing to read; or the model has no first decoder token.
     """
     config = load_config(open_model.resolve_section(recipe.model)[0])
-    if not config.is_encoder_decoder or objective.head not in ("causal", "seq2seq", LANGUAGE):
+    if not config.is_encoder_decoder or objective.head not in ("causal", "seq2seq"):
         return
     kind = delta.kind_name(objective)
     if objective.head == "causal" and not objective.encoder_decoders:

@@ -255,6 +255,8 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         else:
             delta.write_stack(aside, saved_of(run))
         run.tokenizer.save_pretrained(aside)
+        if run.data.reader is not None:
+            run.data.reader.save(aside)
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         rows = f"{run.recipe.data.path} ({len(run.data):,} rows)"
         about = model_card.model_card(
@@ -291,6 +293,8 @@ def save_whole(run: RunState, folder: Path) -> None:
     finally:
         run.model.config._attn_implementation_internal = attention
     run.tokenizer.save_pretrained(folder)
+    if run.data.reader is not None:
+        run.data.reader.save(folder)
 
 
 def saved_of(run: RunState) -> delta.SavedStack:

@@ -15,7 +15,7 @@ from llmrecipe.data import prepare
 from llmrecipe.data.formats.aliases import ALIASES, normal_name
 from llmrecipe.data.formats.data_format import data_format
 from llmrecipe.data.formats.detect import detect
-from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 

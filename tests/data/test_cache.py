@@ -135,7 +135,7 @@ def test_a_damaged_table_is_built_again(tmp_path: Path, own_cache: Path, encodin
 
 
 def test_two_writers_of_one_key_do_not_disturb_each_other(tmp_path: Path) -> None:
-    kind = row_type("text")
+    kind = row_type("tokens")
     columns = {"ids": [[1, 2]], "trained": [[0, 1]], "source_row": [0]}
     first, second = TableWriter(kind, tmp_path / "t" / "key"), TableWriter(kind, tmp_path / "t" / "key")
     for writer in (first, second):
@@ -211,7 +211,7 @@ def aged(folder: Path, days: float) -> None:
 
 def test_a_new_table_makes_old_ones_and_those_of_killed_writers_go(tmp_path: Path, own_cache: Path) -> None:
     columns = {"ids": [[1, 2]], "trained": [[0, 1]], "source_row": [0]}
-    kind, tokens = row_type("text"), own_cache / "tokens" / "ab"
+    kind, tokens = row_type("tokens"), own_cache / "tokens" / "ab"
     writers = {name: TableWriter(kind, tokens / name) for name in ("old", "used", "alive", "killed", "young")}
     for writer in writers.values():
         writer.add(to_batch(columns, schema_of(kind)))

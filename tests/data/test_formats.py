@@ -291,7 +291,7 @@ def test_pictures(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(b"png")
     path = save(tmp_path, "jsonl", [{"image": "p.png", "text": "a cat"}])
     found = prepare(DataSection(path=str(path)), byte_tokenizer(), "multimodal", seed=0)
-    assert found is not None and Path(found[0]["image"]).read_bytes() == b"png"
+    assert found is not None and Path(found[0]["features"]).read_bytes() == b"png"
     held = save(tmp_path, "parquet", [{"image": {"bytes": b"held", "path": None}, "text": "a cat"}])
     found = prepare(DataSection(path=str(held)), byte_tokenizer(), "multimodal", seed=0)
-    assert found is not None and Path(found[0]["image"]).read_bytes() == b"held"
+    assert found is not None and Path(found[0]["features"]).read_bytes() == b"held"

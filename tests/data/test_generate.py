@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from random import Random
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from llmrecipe.data.row_formats.squad import spans_of
-from llmrecipe.data.toy import generate, grammar
+from llmrecipe.data.toy import generate, grammar, pictures
 
 
 def read(name: str, split: str) -> list[dict]:
@@ -30,6 +33,26 @@ def test_committed_files_are_what_the_generator_writes(name: str, tmp_path):
         assert path.read_bytes() == (generate.FOLDER / name / path.name).read_bytes(), (
             "run python -m llmrecipe.data.toy.generate"
         )
+
+
+def test_committed_pictures_are_what_the_generator_draws():
+    """Pixel for pixel; no combination of words, radius and place is in two splits, and the sentence names what is drawn."""
+    from PIL import Image
+
+    places: dict[tuple, str] = {}
+    for split, drawn in pictures.picture_rows().items():
+        table = pa.ipc.open_file(str(pictures.FOLDER / f"{split}.arrow")).read_all()
+        kept = table.to_pylist()
+        assert len(kept) == len(drawn) == pictures.SIZES[split]
+        for one, other in zip(kept, drawn):
+            held, made = (np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in (one, other))
+            assert np.array_equal(held, made), "run python -m llmrecipe.data.toy.pictures"
+            assert {k: v for k, v in one.items() if k != "image"} == {k: v for k, v in other.items() if k != "image"}
+            thing = (held != held[0, 0]).any(-1)
+            colour = pictures.COLOURS[one["attributes"][1]]
+            assert (held[thing] == colour).all() and all(word in one["text"] for word in one["attributes"])
+            assert (thing[:16].sum() > thing[16:].sum()) == (one["attributes"][3] == "high")
+            assert places.setdefault((colour, thing.tobytes()), split) == split
 
 
 def test_another_seed_gives_other_rows(tmp_path):

@@ -26,7 +26,6 @@ from tests.data.toys import byte_tokenizer, turn
 
 ORDER = {
     "text": ["text", "tokens"],
-    "structured_text": ["outliers", "text"],
     "dialogue": ["messages", "sharegpt", "prompt_completion", "alpaca", "tokens", "text"],
     "tokens": ["tokens"],
     "preference": ["preference", "preference_implicit"],
@@ -36,6 +35,8 @@ ORDER = {
     "labelled": ["labelled", "labelled_pair"],
     "pairs": ["triples", "pairs", "text"],
     "multimodal": ["image_text"],
+    "pictured_words": ["image_text"],
+    "labelled_images": ["image_label"],
 }
 """Row type -> formats in the order in which they are tried."""
 EVERY = [(rows, name) for rows, names in ORDER.items() for name in names]
@@ -63,13 +64,13 @@ def test_the_example_of_a_format_is_found_by_its_columns_and_becomes_every_row_t
 def test_what_a_row_type_says_of_itself() -> None:
     types = [row_type(name) for name in registry.names("row_type")]
     assert {t.name for t in types if t.prompted} == {"choices", "dialogue", "preference", "prompt", "unpaired"}
-    assert {t.name for t in types if t.numbered} == {"labelled", "pairs"}
+    assert {t.name for t in types if t.numbered} == {"labelled", "labelled_images", "pairs"}
     uncounted = {t.name: t.uncounted for t in types if t.uncounted}
     assert uncounted == {
         "labelled": ("type_ids",),
         "choices": ("choice_lengths",),
         "words": ("words",),
-        "structured_text": ("words", "sentences"),
+        "pictured_words": ("words",),
         "sentences": ("words", "sentences"),
     }
     assert all(set(t.uncounted) <= set(t.lists) for t in types)

@@ -11,7 +11,7 @@ import pytest
 from llmrecipe.core import registry
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn

@@ -12,7 +12,7 @@ from llmrecipe.data import prepare
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import detect
-from llmrecipe.data.prepare import TokenData
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared

@@ -182,7 +182,8 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_search_asks_the_same_place(tmp_path: Path) -> None:
     from llmrecipe.pipelines.search.display import ranked
-    from llmrecipe.pipelines.search.study import Search, Trial
+    from llmrecipe.pipelines.search.study import Search
+    from llmrecipe.pipelines.search.trial import Trial
 
     for monitor, best in (("eval/accuracy", 1), ("eval/loss", 0)):
         words = ["search.space.optim.lr=[1e-3, 1e-2]", f"eval.monitor={monitor}", f"run.dir={tmp_path}"]

@@ -32,6 +32,7 @@ def bias_free(model: nn.Module) -> bool:
 REFUSED: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
     "coda": (no_encoder, "causal: prompt_only"),
     "bitfit": (bias_free, "missing=add_zero"),
+    "s4": (lambda _: True, "budget"),
 }
 """Kind -> on which models its defaults are refused, and the option that the refusal names."""
 

@@ -34,8 +34,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | MAMBA
     | {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 32},
 }
+NO_POSITIONS = {name: value for name, value in HEADS.items() if name != "max_position_embeddings"}
+SHARED = HEADS | {"num_hidden_layers": 4, "num_key_value_heads": 4, "layers_block_type": ["mamba", "hybrid"] * 2}
+"""Families whose attention block is one, shared by several layers."""
+CONFIGS |= {
+    "falcon_mamba": SMALL | {"state_size": 4},
+    "rwkv": SMALL | {"attention_hidden_size": 32, "intermediate_size": 48, "context_length": 64},
+    "xlstm": SMALL | {"num_heads": 2, "num_blocks": 2, "chunk_size": 8},
+    "zamba": SHARED | {"n_mamba_heads": 2, "mamba_d_state": 4, "use_mamba_kernels": False, "attention_hidden_size": 64},
+    "zamba2": SHARED | {"n_mamba_heads": 8, "mamba_headdim": 8, "mamba_d_state": 4, "mamba_ngroups": 1, "chunk_size": 8},
+    "recurrent_gemma": NO_POSITIONS
+    | {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"], "head_dim": 8},
+}
+WITHOUT_SITES = ("mamba", "falcon_mamba", "rwkv", "xlstm", "zamba", "zamba2", "recurrent_gemma")
 WITH_ATTENTION = ("jamba", "bamba", "lfm2", "granitemoehybrid")
-QUICK = ("mamba", "jamba", "bamba")
+QUICK = ("mamba", "jamba", "bamba", "rwkv")
 
 
 def some(names: tuple[str, ...] | dict[str, Any]) -> list[Any]:
@@ -86,10 +99,11 @@ def test_a_hybrid_takes_lora_where_it_has_the_sites(family: str) -> None:
     assert len(grads) == 3 and all(g is not None and bool(g.any()) for g in grads.values())
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix_tuning", "adapter", "ia3"])
-def test_without_attention_a_method_is_refused_by_a_sentence(kind: str) -> None:
-    model = fresh("mamba")
+@pytest.mark.parametrize("family", some(WITHOUT_SITES))
+@pytest.mark.parametrize("kind", ["lora", "prefix_tuning", "adapter", "ia3", "spt"])
+def test_without_known_sites_a_method_is_refused_by_a_sentence(kind: str, family: str) -> None:
+    model = fresh(family)
     options = {"num_virtual_tokens": 2} if kind == "prefix_tuning" else {}
-    with pytest.raises(ModelError, match=rf"stack\.{kind}: mamba: cannot find .*stack=\[\] trains the whole model"):
+    with pytest.raises(ModelError, match=rf"stack\.{kind}: {family}: cannot find .*stack=\[\] trains the whole model"):
         Stack([registry.load_class("stack", kind)(name=kind, **options)]).attach(model)
     assert not list(all_hooks(model))

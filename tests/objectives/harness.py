@@ -21,7 +21,8 @@ from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run import Run
 from tests.objectives.rollouts import REWARD, Numbers
-from tests.tiny import tiny_masked_model, tiny_model
+from tests.pictures import held_picture
+from tests.tiny import tiny_masked_model, tiny_model, tiny_vision_model
 
 LENGTHS = [2, 9, 4, 7, 3, 11, 5, 6]
 
@@ -63,10 +64,6 @@ def document(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": [1, *ids(row, length), 2], "words": [-1, *range(length), -1]}
 
 
-def noisy_document(row: int, length: int) -> dict[str, Any]:
-    return {**document(row, length), "sentences": [-1, *(i // 3 for i in range(length)), -1], "outlier": None}
-
-
 def sentences(row: int, length: int) -> dict[str, Any]:
     lengths = [2, *([3] * (1 + row % 3)), length]
     return {"row": row, "ids": ids(row, sum(lengths)), "words": [*range(sum(lengths))], "sentences": lengths}
@@ -77,15 +74,19 @@ def triple(row: int, length: int) -> dict[str, Any]:
     return {"row": row, **texts, "score": None, "label": None}
 
 
+def labelled_image(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "features": held_picture(row), "label": row % 3}
+
+
 MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
     "words": document,
-    "structured_text": noisy_document,
     "sentences": sentences,
     "preference": pair,
     "unpaired": feedback,
     "labelled": labelled,
+    "labelled_images": labelled_image,
     "choices": question,
     "prompt": prompt,
     "pairs": triple,
@@ -117,7 +118,7 @@ def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:
 
 def model_for(objective: Any) -> nn.Module:
     """A small model with the heads of an objective."""
-    model = tiny_model() if objective.head != "masked" else tiny_masked_model()
+    model = {"masked": tiny_masked_model, "image": tiny_vision_model}.get(objective.head, tiny_model)()
     if objective.head == "classification":
         torch.manual_seed(3)
         model.score = nn.Linear(32, 3, bias=False)

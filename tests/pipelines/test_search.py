@@ -14,7 +14,8 @@ from llmrecipe.core.errors import Interrupted, RecipeError, RunError
 from llmrecipe.pipelines.run_stages import Pipeline, Result
 from llmrecipe.pipelines.search import study
 from llmrecipe.pipelines.search.space import grid_points, point_of, point_words
-from llmrecipe.pipelines.search.study import Search, Trial
+from llmrecipe.pipelines.search.study import Search
+from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import Planned
 

@@ -65,7 +65,7 @@ def test_a_picture_is_in_the_folder_of_its_rows(image: str, tmp_path: Path) -> N
     with pytest.raises(BadRow, match="outside of the folder of its rows"):
         ImageText().convert({"image": image, "text": "t"}, Conversion("multimodal", base=folder))
     (row,) = ImageText().convert({"image": "in/../in/own.png", "text": "t"}, Conversion("multimodal", base=folder))
-    assert row["image"] == str((folder / "in" / "own.png").resolve())
+    assert row["features"] == str((folder / "in" / "own.png").resolve())
     with pytest.raises(BadRow, match="in no folder"):
         ImageText().convert({"image": "in/own.png", "text": "t"}, Conversion("multimodal", base=None))
 

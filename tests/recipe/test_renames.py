@@ -11,7 +11,8 @@ import pytest
 from llmrecipe.cli import app
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.pipelines.search.study import Search, Trial
+from llmrecipe.pipelines.search.study import Search
+from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.pipelines.steps.workspace import Work
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.content_key import content_key

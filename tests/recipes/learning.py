@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from llmrecipe.core.registry import PACKAGE
 from llmrecipe.feedback.rewards.function import reward_function
 
@@ -78,6 +80,25 @@ def permuted(name: str, column: str) -> Spoil:
     return lambda folder: spoiled(folder, name, change)
 
 
+def shuffled_pictures(column: str) -> Spoil:
+    """Every training picture gets the column of another one."""
+
+    def spoil(folder: Path) -> list[str]:
+        folder.mkdir(parents=True)
+        for split in ("train", "valid", "test"):
+            table = pa.ipc.open_file(str(DATA / "pictures" / f"{split}.arrow")).read_all()
+            if split == "train":
+                values = table.column(column).to_pylist()
+                random.Random(0).shuffle(values)
+                place = table.schema.get_field_index(column)
+                table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+            with pa.ipc.new_file(str(folder / f"{split}.arrow"), table.schema) as file:
+                file.write_table(table)
+        return [f"data.path={folder}"]
+
+    return spoil
+
+
 def swapped(name: str) -> Spoil:
     """The better and the worse answer change places in a random half of the pairs."""
 
@@ -108,16 +129,6 @@ def mixed_stories(folder: Path) -> list[str]:
     return spoiled(folder, "stories", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
 
 
-def mixed_labelled(folder: Path) -> list[str]:
-    """Labelled remarks with their words out of order."""
-    return spoiled(folder, "classify", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
-
-
-def mixed_remarks(folder: Path) -> list[str]:
-    """Training texts that are no more in order than the outliers are."""
-    return spoiled(folder, "outliers", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
-
-
 def mixed_sentences(folder: Path) -> list[str]:
     """Stories whose sentences come from all of them, so that none follows another."""
 
@@ -142,11 +153,6 @@ def mixed_talk(folder: Path) -> list[str]:
 
     talk = spoiled(folder / "chat", "chat", change)[0].removeprefix("data.path=")
     return [f"data.path=[{stories},{talk}]"]
-
-
-def nothing_left(folder: Path) -> list[str]:
-    """Noise that removes every token, so that there is nothing to restore a text from."""
-    return ["objective.delete=1.0"]
 
 
 def other_spans(folder: Path) -> list[str]:
@@ -213,16 +219,12 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "clm": Learns("eval/loss", 2.3, 3.3, mixed_stories, ("model.init=random",)),
     "nsp": Learns("eval/nsp/auc", 0.8, 0.6, mixed_sentences),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
-    # What the noise left is copied; where it leaves nothing, remarks are written by heart.
-    "dae": Learns("eval/loss", 0.7, 1.2, nothing_left, (), (("eval/accuracy/copied", 0.9, 1.0),)),
-    "outliers": Learns("eval/outlier/auc", 0.95, 0.8, mixed_remarks),
-    "t5_spans": Learns("eval/loss", 2.2, 2.8, mixed_stories),
-    "tsdae": Learns("eval/loss", 1.35, 2.0, mixed_labelled),
     # Fresh weights find 2 % of the texts; trained on the positives of other rows they give every text one vector.
     "contrastive": Learns("eval/recall@1", 0.9, 0.1, permuted("triples", "positive")),
     # finetuning
     "sft": exact(0.95),
     "classify": labelled(0.95),
+    "image_classification": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
     # Swapped pairs teach the worse answer.
     "choices": Learns("eval/rank_accuracy", 0.95, 0.75, PAIRS),
     # The span that answers is found in the passage word for word; a control may answer with any of its three sentences.
@@ -254,6 +256,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "mam": labelled(0.85),
     "llm_adapters": copied(0.45),
     "unipelt": labelled(0.85),
+    "s4": labelled(0.85),
     # memory
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),
@@ -284,8 +287,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # pipelines
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
-    "dae_sft": ShownBy("tests/recipes/test_pipelines_learn.py::test_denoising_first_helps_over_three_seeds"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
+    "s4_design": ShownBy("tests/pipelines/test_search_costs.py::test_the_design_space_procedure_of_s4_finds_a_planted_design"),
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_preference_model_teaches_what_its_labels_say"),
     "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_a_judge_teach_its_preferences"),

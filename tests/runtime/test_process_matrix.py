@@ -94,7 +94,7 @@ def without_dropout(kind: str) -> list[str]:
 
 WRAPPERS = {kind: [*words_of(kind), *without_dropout(kind)] for kind in KINDS}
 LORA = ["stack=[lora]", "stack.lora.r=4"]
-LIMIT = {"classification": ["data.limit=34"]}
+LIMIT = {"classification": ["data.limit=34"], "image_classification": ["data.limit=34"]}
 """Rows without which a label would be missing."""
 SAMPLED = ["objective.answers=2", "objective.max_new_tokens=6", "objective.epochs=1", "objective.minibatches=1"]
 """Short rollouts; one minibatch, because each process deals its own prompts into minibatches."""

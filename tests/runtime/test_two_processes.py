@@ -83,3 +83,22 @@ def test_ktos_reference_point_belongs_to_the_step_over_both_processes(tmp_path: 
 def test_a_process_without_rows_takes_part(tmp_path: Path) -> None:
     """Nine rows: the last batch of an epoch has one row, so the second process trains an empty micro-batch."""
     compare(tmp_path, "recipe=sft_lora", "data.limit=9")
+
+
+@pytest.mark.slow
+def test_a_run_over_blocks_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    # Ten documents in rows of 16 tokens are some sixty rows; the run stops after 16 of them, in the middle of the only source.
+    words = ["recipe=clm", "data.blocks=true", "data.max_length=16", "save.every=2", "optim.lr=1e-4", "schedule=constant"]
+    run(tmp_path / "whole", 1, *words)
+    run(tmp_path / "parts", 1, *words, "steps=2")
+    verb = ["launch", "--nproc", "2", f"resume={tmp_path / 'parts'}", "steps=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LLMRECIPE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmrecipe", *verb], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for a, b in zip(curve(tmp_path / "whole"), curve(tmp_path / "parts"), strict=True):
+        assert a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-5)
+    ours, theirs = learned(tmp_path / "whole"), learned(tmp_path / "parts")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=5e-5, rtol=1e-3)

@@ -21,6 +21,7 @@ STACKS = {
     "everything": ["sft"],
     "bitfit": ["sft", "stack=[bitfit]", "stack.bitfit.missing=add_zero"],
     "mezo": ["mezo"],
+    "rows across documents": ["clm", "data.blocks=true", "data.max_length=16"],
 }
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.core.file_hashes import file_hash
 from llmrecipe.core.foreign import DuplicateKey, once, parse_json, reason_of
 from llmrecipe.data.formats.bounds import BOUNDS, Bounds
 from llmrecipe.data.formats.file_content import EXTENSIONS, content_kind, content_of, suffix_kind
@@ -51,14 +52,23 @@ class Reader:
         """Return the location of a row, for messages."""
         return f"{self.name} row {index + 1}"
 
-    def fingerprint(self) -> str:
-        """Return a hash of the content."""
+    def fingerprint(self, remember: bool = False) -> str:
+        """Return a hash of the content.
+
+        Args:
+            remember: keep that of a file in the cache, so that the next start need not read all of it.
+        """
         raise NotImplementedError
 
     def stream(self) -> Iterator[tuple[int, Row]]:
         """Yield rows one after the other, without reading the whole file first where the format allows it."""
         for index in range(len(self)):
             yield index, self.rows([index])[0]
+
+
+def _file_hash(path: Path, remember: bool) -> str:
+    found = file_hash(path)
+    return found.remember() if remember else found.sha256
 
 
 def open_file(path: Path, bounds: Bounds = BOUNDS) -> Reader:
@@ -152,8 +162,10 @@ class LinesFile(Reader):
             )
         return row
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the text."""
+        if isinstance(self.data, mmap.mmap):
+            return _file_hash(self.path, remember)
         return hashlib.sha256(self.data).hexdigest()
 
     def stream(self) -> Iterator[tuple[int, Row]]:
@@ -192,7 +204,7 @@ class ListFile(Reader):
         """Return the objects at these indices."""
         return [self._rows[i] for i in indices]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the text."""
         return self._hash
 
@@ -240,7 +252,7 @@ class TextFile(Reader):
         """Return the blocks at these indices."""
         return [{"text": self._blocks[i][1]} for i in indices]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the text."""
         return self._hash
 
@@ -266,10 +278,9 @@ class TableFile(Reader):
             return without_fillers(self.table.slice(indices.start, len(indices)).to_pylist())
         return without_fillers(self.table.take(list(indices)).to_pylist())
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_hash(self.path, remember)
 
 
 def without_fillers(rows: list[Row]) -> list[Row]:

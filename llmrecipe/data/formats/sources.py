@@ -64,9 +64,9 @@ class JoinedReader(Reader):
         """Return rows from any shard."""
         return [reader.rows([local])[0] for reader, local in map(self._find, indices)]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash over the shards."""
-        return hashlib.sha256("".join(r.fingerprint() for r in self.readers).encode()).hexdigest()
+        return hashlib.sha256("".join(r.fingerprint(remember) for r in self.readers).encode()).hexdigest()
 
 
 class DatasetReader(Reader):
@@ -83,7 +83,7 @@ class DatasetReader(Reader):
         part = self.data[list(indices)]
         return without_fillers([dict(zip(part, values)) for values in zip(*part.values())])
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the library's own content fingerprint and the split's size."""
         return hashlib.sha256(f"{self.name}|{self.data._fingerprint}|{len(self.data)}".encode()).hexdigest()
 
@@ -94,7 +94,7 @@ class HubStream(Reader):
     def __init__(self, name: str, data: IterableDataset) -> None:
         self.name, self.data = name, data
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the name: the content of a stream is not known before it is read."""
         return hashlib.sha256(self.name.encode()).hexdigest()
 

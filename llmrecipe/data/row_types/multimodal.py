@@ -16,12 +16,12 @@ from llmrecipe.data.tokenize.sequences import encode_sequences
 class Multimodal(RowType):
     """Pictures with their text.
 
-    Canonical row: image, text. Token row: ids, trained, image (a path).
+    Canonical row: features (a path), text. Token row: ids, trained, features.
     """
 
     lists: ClassVar[tuple[str, ...]] = ("ids",)
     masks: ClassVar[tuple[str, ...]] = ("trained",)
-    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("image", "string"),)
+    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("features", "string"),)
     reads_files: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:

@@ -7,7 +7,6 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | type | canonical row | token row |
 |---|---|---|
 | text | text, or input_ids (+ labels) | ids, trained, bytes, words |
-| structured_text | text (+ outlier) | ids, words, sentences, outlier |
 | dialogue | messages, or prompt + completion, or text, or input_ids | ids, trained |
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
@@ -16,10 +15,13 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | prompt | prompt, columns | prompt_ids, columns (JSON text of the other columns) |
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
 | pairs | texts (two or three), score, label; or text | ids_a (+ ids_b, + ids_c), score, label |
-| multimodal | image, text | ids, trained, image (a path) |
+| multimodal | features (a path), text | ids, trained, features |
+| pictured_words | features (a path), text (+ attributes) | ids, words (+ attribute), features |
+| labelled_images | features (a path), label | features, label |
 
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
-dialogue rows of a recipe whose stack has per-task parameters have `task` too: stored by name, returned as its index.
+dialogue rows of a recipe whose stack has per-task parameters have `task` too: stored by name, returned as its index. `features`
+is stored as a path and returned as `data.features.table.Features`.
 `trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.
 """
 

@@ -173,7 +173,7 @@ def _finish(
         report.tokens += len(piece)
         report.trained += sum(piece_trained)
         row = {"ids": piece if size is None else [ids[i] for i in piece], "trained": piece_trained}
-        item.done.append({**row, "image": item.row.get("image"), **(size.of(piece, piece_trained) if size else {})})
+        item.done.append({**row, "features": item.row.get("features"), **(size.of(piece, piece_trained) if size else {})})
     last_ids, last_trained = item.done[-1]["ids"], kept[-1][1]
     final = len(last_trained) - 1 - last_trained[::-1].index(1)
     encoder.note(report, item.done[0]["ids"], item.where, [last_ids[: final + 1]])

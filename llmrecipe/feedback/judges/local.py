@@ -183,10 +183,9 @@ def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) 
     from llmrecipe.runs.open_model import open_model, resolve_section
 
     section = ModelSection.model_validate({"path": path, "dtype": dtype, **rights})
-    loaded = open_model(
-        resolve_section(section)[0].model_copy(update={"adapters": {}}) if base else section, TokenizerSection()
-    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = resolve_section(section)[0].model_copy(update={"adapters": {}}) if base else section
+    loaded = open_model(named, TokenizerSection(), device=device.type)
     loaded.model.to(device).requires_grad_(False)
     engine = Engine(loaded.model).eval()
     return Roles(engine, Stack([]), loaded.tokenizer, device, packing_for("auto", engine, device))

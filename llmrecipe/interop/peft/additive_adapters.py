@@ -67,8 +67,8 @@ def prefix_adapter(wrapper: Wrapper, model: nn.Module) -> Adapter | None:
         return None
     hook: Any = tables[0]
     table: Any = hook.tables["attn"]
-    gated = hasattr(table, "gate") or getattr(wrapper, "gate", "none") != "none"
-    if len(table.shapes) != parts.layers or gated or not (hook.shift or parts.rope):
+    other = hasattr(table, "gate") or table.uneven or getattr(wrapper, "gate", "none") != "none"
+    if len(table.shapes) != parts.layers or other or not (hook.shift or parts.rope):
         return None
     with torch.no_grad():
         columns = table.cut(table.table())

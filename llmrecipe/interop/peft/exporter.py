@@ -85,7 +85,7 @@ def verified(target: Path, loaded: LoadedModel, write: Callable[[Path], None], b
         RunError: the disk is full.
     """
     saved = saved_from(loaded)
-    ids = verify_logits.probe_ids(loaded.model, loaded.tokenizer)
+    ids = verify_logits.probe_inputs(loaded.model, loaded.tokenizer)
     wanted = verify_logits.logits_of(loaded.model, ids)
     answer = verify_logits.golden(loaded.model, loaded.tokenizer)
     wide = dtype_of(loaded.model)

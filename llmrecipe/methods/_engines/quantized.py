@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.vocabulary import input_embedding
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -191,9 +192,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of the model's unquantized base weights."""
-    embeddings = pretrained(model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embeddings is not None:
-        return embeddings.weight.dtype
+    embeddings = input_embedding(model) if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embeddings, "weight", None)
+    if weight is not None:
+        return weight.dtype
     plain = (p.dtype for p in model.parameters() if p.is_floating_point() and not hasattr(p, "quant_state"))
     return next(plain, torch.float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, OpenFraction, Rank
+from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import prefix_kv
@@ -33,6 +33,8 @@ class PTuningV2(Wrapper):
     """Attention modules that get a prefix, with sides and ranges of layers."""
     num_virtual_tokens: Rank = 128
     """Virtual tokens before the keys and values; the paper chooses it for each task, 8 to 128."""
+    sizes: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Virtual tokens by layer number, instead of `num_virtual_tokens`; 0 leaves a layer out."""
     reparam: Literal["flat", "mlp"] = "flat"
     """Train the columns themselves, or a small table and an MLP."""
     hidden: Rank = 512
@@ -51,6 +53,7 @@ class PTuningV2(Wrapper):
             self.hidden,
             dropout=self.dropout,
             shift=self.positions == "shift",
+            sizes=self.sizes,
         )
         prefix_kv.attach_prefix(model, self.name, plan, structure)
 

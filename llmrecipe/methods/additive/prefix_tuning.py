@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, OpenFraction, PositiveInt, Rank
+from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
@@ -55,6 +55,8 @@ class PrefixTuning(Wrapper):
     """Where documents start: at 0, or after the prefix."""
     gate_init: Literal["open", "closed"] = "open"
     """`closed` starts at the base model."""
+    sizes: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Virtual tokens by layer number, instead of `num_virtual_tokens`; 0 leaves a layer out."""
     gate: Literal["none", "token", "mean"] = "none"
     """A gate sigmoid(w x + b) of the attention's input on keys and values: each query's own, or a document's mean (UniPELT)."""
 
@@ -66,7 +68,7 @@ class PrefixTuning(Wrapper):
         """Return the options as the shared code reads them."""
         return prefix_kv.ColumnPlan(
             self.target, self.num_virtual_tokens, self.reparam, self.hidden, self.width, self.dropout, self.init,
-            self.positions == "shift", self.gate_init == "closed",
+            self.positions == "shift", self.gate_init == "closed", self.sizes,
         )  # fmt: skip
 
     def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import Literal, OpenFraction, PositiveFloat, Rank
 from llmrecipe.core.registry import register
@@ -62,7 +62,8 @@ class LlmAdapters(Wrapper):
             return [part_of(self, Lora, target=target, r=rank, alpha=self.alpha, dropout=self.dropout)]
         if self.method == "prefix":
             return [part_of(self, PrefixTuning, num_virtual_tokens=self.num_virtual_tokens)]
-        shape = {"r": self.r or 256, "activation": "tanh", "bias": False, "scale": self.scale, "init": self.init}
+        shape: dict[str, Any] = {"r": self.r or 256, "activation": "tanh", "bias": False}
+        shape |= {"scale": self.scale, "init": self.init}
         if self.method == "series":
             return [part_of(self, Adapter, placement="houlsby", sublayers=["ffn"], **shape)]
         if self.granularity == "linear":

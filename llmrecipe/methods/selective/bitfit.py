@@ -16,6 +16,7 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, remove_hook, row_index
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.site_finder import is_convolutional
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -65,7 +66,8 @@ class Bitfit(Wrapper):
     feed-forward (norms only with `add_norm_bias`); they merge where the family has config flags for them (Llama), else the
     adapter stays separate from the model. Without position in the keys (BERT, GPT-2) the key bias adds one constant to all
     logits of a query and changes nothing: it is counted, for parity, and reported as without effect. With rotary positions it
-    acts. PEFT folders hold biases of linear layers (BEFT) or of LayerNorms (LN tuning), not both.
+    acts. Convolutional networks (ResNet) train the biases they have. PEFT folders hold biases of linear layers (BEFT) or of
+    LayerNorms (LN tuning), not both.
 
     Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199).
     Departures: names are matched by role, not by substring, and the pooler's bias is a choice of its own.
@@ -78,6 +80,8 @@ class Bitfit(Wrapper):
     """Which biases train: all of the model, or those of some projections and norms."""
     missing: Literal["error", "add_zero", "existing_only"] = "error"
     """What to do where a projection has no bias: refuse, add one at zero, or train the biases that exist."""
+    layers: str = "*"
+    """Blocks whose biases train: a range such as `6:`, with a side where there are two: `encoder.6:`; * adds those outside."""
     add_norm_bias: bool = False
     """With add_zero: norms without a bias (RMSNorm) get one too."""
     pooler: Literal["auto", "train", "freeze"] = "auto"
@@ -88,7 +92,7 @@ class Bitfit(Wrapper):
         have, lack = self._sites(model)
         self._refuse(model, have, lack)
         if self.terms == "all":
-            for module, tensor in every_bias(model, pooler=self.pooler != "freeze"):
+            for module, tensor in self._every(model):
                 train_bias(module, self.name if tensor == "bias" else f"{self.name}__{tensor}", self.name, None, tensor)
         else:
             for site in have:
@@ -99,6 +103,32 @@ class Bitfit(Wrapper):
         if self.missing == "add_zero":
             for site in lack:
                 self._add(site)
+
+    def _every(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Return (module, tensor name) of every bias in the chosen layers."""
+        found = every_bias(model, pooler=self.pooler != "freeze")
+        if self.layers == "*":
+            return found
+        inside = {id(module) for block in self._blocks(model) for module in block.module.modules()}
+        return [place for place in found if id(place[0]) in inside]
+
+    def _blocks(self, model: nn.Module) -> list[Site]:
+        side, _, layers = self.layers.rpartition(".")
+        return anatomy(model).at(f"{side}.layers.{layers}.block" if side else f"layers.{layers}.block")
+
+    def costs(self, model: nn.Module) -> dict[tuple[str, int], int]:
+        """Return how many numbers `terms: all` trains in each block, by side and layer."""
+        _, lack = self._sites(model)
+        blocks = self._blocks(model)
+        places = {id(m): (b.side, int(b.layer or 0)) for b in blocks for m in b.module.modules()}
+        found = {(b.side, int(b.layer or 0)): 0 for b in blocks}
+        for module, tensor in every_bias(model):
+            if id(module) in places:
+                found[places[id(module)]] += getattr(module, tensor).numel()
+        for site in lack if self.missing == "add_zero" else ():
+            if id(site.module) in places:
+                found[places[id(site.module)]] += site.width_out
+        return found
 
     def _add(self, site: Site) -> None:
         weight = next(p for p in site.module.parameters())
@@ -112,10 +142,15 @@ class Bitfit(Wrapper):
     def _sites(self, model: nn.Module) -> tuple[list[Site], list[Site]]:
         """Return chosen sites that have a bias, and chosen sites that lack one."""
         roles = self._roles() | (set(WHOLE) if self.terms == "all" else set())
+        if self.terms == "all" and is_convolutional(model):
+            return [], []
         wanted = [s for s in anatomy(model).sites if s.role in roles or ("norm." in roles and s.role.startswith("norm."))]
         whole = {s.path for s in wanted if s.rows is None}
         wanted = [s for s in wanted if s.rows is None or s.path not in whole]
         wanted = list({s.key: s for s in wanted}.values())
+        if self.layers != "*":
+            blocks = {(b.side, b.layer) for b in self._blocks(model)}
+            wanted = [s for s in wanted if (s.side, s.layer) in blocks]
         have = [s for s in wanted if isinstance(getattr(s.module, "bias", None), nn.Parameter)]
         lack = [s for s in wanted if getattr(s.module, "bias", None) is None]
         if not self.add_norm_bias:
@@ -142,7 +177,8 @@ class Bitfit(Wrapper):
                 f"{', '.join(f'{role} x{n}' for role, n in there.items()) or 'no site'}. Set "
                 f"stack.{self.name}.missing=add_zero to add zero biases, or missing=existing_only to train those that exist"
             )
-        if not have and not (lack and self.missing == "add_zero"):
+        some = bool(have) or (self.terms == "all" and bool(every_bias(model)))
+        if not some and not (lack and self.missing == "add_zero"):
             raise ModelError(
                 f"stack.{self.name}: none of the requested biases exists in this model ({len(lack)} projections lack one); "
                 f"set stack.{self.name}.missing=add_zero"

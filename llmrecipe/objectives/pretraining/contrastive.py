@@ -15,7 +15,8 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence, row_key
-from llmrecipe.data.prepare import Rows, SplitRows, TokenData
+from llmrecipe.data.prepare import Rows, SplitRows
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads

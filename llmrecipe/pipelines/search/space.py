@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError
@@ -15,13 +15,22 @@ from llmrecipe.recipe.schema import RangeSection, SearchSection
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+STEPS = {"grid": "a grid", "stepwise": "a stepwise search"}
+
 MOST = 100_000
 """Points of the largest grid."""
 
 
 def point_words(point: Mapping[str, Any]) -> list[str]:
-    """Return the overrides that set a point."""
-    return [as_word(tuple(key.split(".")), value) for key, value in point.items()]
+    """Return the overrides that set a point, without options of methods that are not in the stack it chooses."""
+    chosen = point.get("stack")
+    return [as_word(tuple(key.split(".")), value) for key, value in point.items() if chosen is None or applies(key, chosen)]
+
+
+def applies(key: str, stack: Sequence[str]) -> bool:
+    """Return whether a key means something under a chosen list of methods."""
+    section, _, rest = key.partition(".")
+    return section != "stack" or not rest or rest.partition(".")[0] in stack
 
 
 def check_space(recipe: str, words: list[str], section: SearchSection) -> None:
@@ -33,24 +42,58 @@ def check_space(recipe: str, words: list[str], section: SearchSection) -> None:
     if not section.space:
         raise RecipeError("search.space: names nothing to try; write {optim.lr: {low: 1e-5, high: 1e-3, log: true}}")
     mistakes = []
-    if section.sampler == "grid":
+    if section.sampler in ("grid", "stepwise"):
         mistakes += [
-            f"search.space.{key}: a grid needs a list of values or a range with a step"
+            f"search.space.{key}: {STEPS[section.sampler]} needs a list of values or a range with a step"
             for key, value in section.space.items()
             if isinstance(value, RangeSection) and value.step is None
         ]
-    base = {key: first(value) for key, value in section.space.items()}
     for key, value in section.space.items():
         if not choices_of(value):
             mistakes.append(f"search.space.{key}: the list of values is empty")
             continue
+        base = {key: first(value) for key, value in section.space.items()}
+        stacks = choices_of(section.space.get("stack", []))
+        if stacks:
+            having = [stack for stack in stacks if applies(key, stack)]
+            if not having:
+                mistakes.append(f"search.space.{key}: no list of methods of search.space.stack has it")
+                continue
+            base["stack"] = having[0]
         for choice in choices_of(value):
             try:
                 compose(recipe, [*words, *point_words({**base, key: choice})])
             except RecipeError as error:
                 mistakes += [f"search.space.{key}: {choice!r}: {line}" for line in str(error).split("\n")]
+    mistakes += _other_keys(section)
     if mistakes:
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
+
+
+def _other_keys(section: SearchSection) -> list[str]:
+    """Return what is wrong with `start`, `limits` and `pick`."""
+    found = []
+    if section.start and section.sampler in ("grid", "stepwise"):
+        found.append(f"search.start: {section.sampler} says itself what is tried; leave it out, or take another sampler")
+    for number, point in enumerate(section.start):
+        where = f"search.start.{number}"
+        if set(point) != set(section.space):
+            found.append(
+                f"{where}: must give every key of search.space, {', '.join(section.space)}; it gives {', '.join(point)}"
+            )
+            continue
+        for key, value in section.space.items():
+            inside = point[key] in value if isinstance(value, list) else value.low <= point[key] <= value.high
+            if not inside:
+                found.append(f"{where}.{key}: {point[key]!r} is not in search.space.{key}")
+    found += [
+        f"search.limits.{cost}: it is measured where search.against names it; add it there"
+        for cost in section.limits
+        if cost not in section.against
+    ]
+    if section.pick == "knee" and not section.against:
+        found.append("search.pick: a knee is where score bends over a cost; name one in search.against, or use pick: best")
+    return found
 
 
 def choices_of(value: list[Any] | RangeSection) -> list[Any]:
@@ -69,11 +112,16 @@ def grid_points(section: SearchSection) -> list[dict[str, Any]]:
     Raises:
         RecipeError: there are too many.
     """
-    axes = {key: _values(value) for key, value in section.space.items()}
+    axes = axes_values(section)
     size = math.prod(len(values) for values in axes.values())
     if size > MOST:
         raise RecipeError(f"search.space: the grid has {size} points; at most {MOST} are tried")
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def axes_values(section: SearchSection) -> dict[str, list[Any]]:
+    """Return every value of each key."""
+    return {key: _values(value) for key, value in section.space.items()}
 
 
 def _values(value: list[Any] | RangeSection) -> list[Any]:
@@ -111,6 +159,11 @@ def point_of(section: SearchSection, drawn: Mapping[str, Any]) -> dict[str, Any]
         else:
             found[key] = chosen
     return found
+
+
+def drawn_of(section: SearchSection, point: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the recipe's values to what Optuna samples: numbers of choices, values of ranges."""
+    return {key: v.index(point[key]) if isinstance(v, list) else point[key] for key, v in section.space.items()}
 
 
 def axes_of(composition: Composition) -> SearchSection:

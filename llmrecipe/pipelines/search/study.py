@@ -4,11 +4,13 @@
         trials.jsonl        one line a finished trial: number, point, value of each seed, state
         <number>-<key>/     the run of a trial and a seed
         searched.yaml       the best trial as a plain recipe
-        search.png          values over trials and over each key of the space
+        pareto/             with `against`: every trial that no other beats in score and costs, as a plain recipe
+        search.png          values over trials and over each key of the space, and the front
 
 The sampler of trial k is seeded by (seed, k) and knows the trials before it, so a resumed search samples the same points as an
 uninterrupted one. The value of a trial is the best value of `eval.monitor` on the validation split, or the last one where
-`eval.load_best` is off, averaged over `seeds`. Trials never read the test split.
+`eval.load_best` is off, averaged over `seeds`. Trials never read the test split. Costs (`against`) are made small at the same
+time: then the result is a front, and `pick` and `limits` choose one of it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import shlex
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,8 @@ from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.feedback.directions import Direction, direction
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
-from llmrecipe.pipelines.search import space
+from llmrecipe.pipelines.search import costs, space, stepwise
+from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.pipelines.subprocesses import Children, Machine
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
@@ -50,33 +53,6 @@ if TYPE_CHECKING:
 
 OWN_WORDS = ("search=null", "eval.test=false", "save.end=false")
 """Overrides of every trial besides its point: it is no search, does not evaluate the test split, and is not continued."""
-
-
-@dataclass
-class Trial:
-    """One point that was tried."""
-
-    number: int
-    point: dict[str, Any]
-    values: list[float] = field(default_factory=list)
-    """The monitored metric of each seed's run."""
-    state: str = "done"
-    """done, pruned or failed."""
-    dirs: list[str] = field(default_factory=list)
-    reports: dict[int, float] = field(default_factory=dict)
-    """Step -> the monitored metric of the first seed, as the pruner saw it."""
-    rungs: dict[str, float] = field(default_factory=dict)
-    """Record of the pruner: the value with which the trial passed each rung."""
-
-    @property
-    def value(self) -> float | None:
-        """Return the mean over the seeds."""
-        return statistics.fmean(self.values) if self.values else None
-
-    @property
-    def spread(self) -> float | None:
-        """Return the standard deviation over the seeds."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 class Search:
@@ -101,6 +77,8 @@ class Search:
         """
         from llmrecipe.training.dry_run import examine
 
+        if self.section.prune != "off" and self.section.against:
+            raise RecipeError("search.prune: a trial that is behind in score may be ahead in cost; set search.prune=off")
         if self.section.prune != "off" and self.evaluation.every is None:
             raise RecipeError("search.prune: compares trials at their evaluations; set eval.every, or search.prune=off")
         space.check_space(self.recipe, [*self.base, *OWN_WORDS], self.section)
@@ -127,13 +105,19 @@ class Search:
         """
         study = new_study(self.section, self.mode)
         points = space.grid_points(self.section) if self.section.sampler == "grid" else None
+        stepped = self.section.sampler == "stepwise"
+        count = stepwise.size(self.section) if stepped else len(points) if points is not None else self.section.trials
         trials = self._journal()
         for trial in trials:
             study.add_trial(self._known(trial))
         with handled_by(self.pipeline.children.forward):
-            for number in range(len(trials), len(points) if points is not None else self.section.trials):
+            for number in range(len(trials), count):
+                if points is None and number < len(self.section.start):
+                    study.enqueue_trial(space.drawn_of(self.section, self.section.start[number]))
                 drawn = sample_trial(study, self.section, number)
                 point = points[number] if points is not None else space.point_of(self.section, drawn.params)
+                if stepped:
+                    point = stepwise.point(self.section, trials, number, self._losses)
                 say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
                 trial = self._try(number, point, drawn)
                 noted = study.trials[drawn.number].system_attrs
@@ -150,6 +134,7 @@ class Search:
     def _try(self, number: int, point: dict[str, Any], drawn: optuna.Trial) -> Trial:
         """Run a point with each seed."""
         trial = Trial(number, point)
+        spent: list[dict[str, float]] = []
         for seed in self.seeds:
             planned = self._planned(number, point, seed)
             trial.dirs.append(str(planned.dir))
@@ -168,6 +153,8 @@ class Search:
                 trial.state, trial.values = "pruned", [list(trial.reports.values())[-1]]
                 return trial
             trial.values.append(self._value(planned))
+            spent.append(costs.costs_of(planned.dir, self.section.against))
+        trial.costs = {key: statistics.fmean(cost[key] for cost in spent) for key in self.section.against}
         return trial
 
     def _planned(self, number: int, point: dict[str, Any], seed: int) -> Planned:
@@ -243,7 +230,10 @@ class Search:
 
     def _head(self) -> dict[str, Any]:
         """Return what the trials of a journal have in common; the number of trials may grow."""
-        section = self.section.model_dump(mode="json", exclude={"trials"})
+        section = self.section.model_dump(mode="json", exclude={"trials", "pick", "limits"})
+        section = {key: value for key, value in section.items() if value or key not in ("against", "start")}
+        if self.section.sampler != "stepwise":
+            del section["samples"]
         first = first_words({**self.composition.mapping, "search": section})["search"]
         return {"search": first, "recipe": content_key(compose(self.recipe, [*self.base, *OWN_WORDS]).mapping, {})}
 
@@ -261,12 +251,11 @@ class Search:
         from optuna.trial import TrialState, create_trial
 
         states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-        drawn = {}
-        for key, value in self.section.space.items():
-            drawn[key] = value.index(trial.point[key]) if isinstance(value, list) else trial.point[key]
+        drawn = space.drawn_of(self.section, trial.point)
+        values = [trial.value or 0.0, *(trial.costs[key] for key in self.section.against)] if trial.state == "done" else None
         return create_trial(
-            params=drawn, distributions=space.distributions(self.section), state=states[trial.state],
-            value=trial.value if trial.state == "done" else None, intermediate_values=trial.reports, system_attrs=trial.rungs,
+            params=drawn, distributions=space.distributions(self.section), state=states[trial.state], values=values,
+            intermediate_values=trial.reports, system_attrs=trial.rungs,
         )  # fmt: skip
 
     def _reported(self, study: optuna.Study, trial: Trial) -> optuna.Study:
@@ -277,24 +266,58 @@ class Search:
         fresh.add_trial(self._known(trial))
         return fresh
 
-    def best(self, trials: list[Trial]) -> Trial:
-        """Return the best trial."""
+    def front(self, trials: list[Trial]) -> list[Trial]:
+        """Return the trials that no other beats in score and in every cost, the cheapest first."""
         done = [t for t in trials if t.state == "done" and t.value is not None]
+        return costs.front(done, self._losses)
+
+    def _losses(self, trial: Trial) -> tuple[float, ...]:
+        """Return score and costs of a trial as numbers that are to be small."""
+        score = statistics.fmean(trial.values) * (1 if self.mode == "min" else -1)
+        return (score, *(trial.costs[key] for key in self.section.against))
+
+    def best(self, trials: list[Trial]) -> Trial:
+        """Return the trial that `pick` and `limits` choose; of a stepwise search, one that has every key fixed.
+
+        Raises:
+            RunError: no trial completed, or none within the limits.
+        """
+        stepped = self.section.sampler == "stepwise"
+        tried = stepwise.finalists(self.section, trials) if stepped else trials
+        done = [t for t in tried if t.state == "done" and t.value is not None]
         if not done:
             raise RunError("search: no trial came to an end that was not pruned")
-        choose = min if self.mode == "min" else max
-        return choose(done, key=lambda trial: statistics.fmean(trial.values))
+        allowed = costs.within_limits(done, self.section.limits)
+        if self.section.pick == "knee":
+            return costs.knee(costs.front(allowed, self._losses), self._losses)
+        return min(allowed, key=self._losses)
 
     def write_best(self, best: Trial, trials: list[Trial]) -> Path:
-        """Write `searched.yaml`: the recipe with the best point set."""
-        composition = compose(self.recipe, [*self.base, "search=null", *space.point_words(best.point)])
-        head = (
-            f"# {self.composition.name} with the best of {len(trials)} trials: {self.evaluation.monitor} {best.value:.6g}\n"
-            f"#   {', '.join(f'{k}={v}' for k, v in best.point.items())}\n"
-        )
+        """Write `searched.yaml`, the recipe with the best point set, and one for each trial of the front."""
+        about = f"the best of {len(trials)} trials"
+        if self.section.against:
+            front = self.front(trials)
+            folder = self.folder / "pareto"
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("*.yaml"):
+                old.unlink()
+            for trial in front:
+                spent = "-".join(f"{key}_{trial.costs[key]:.6g}" for key in self.section.against)
+                name = f"{spent}-{self.evaluation.monitor.rpartition('/')[2]}_{trial.value:.4g}-{trial.number}.yaml"
+                self._write_point(folder / name, trial, f"a trial on the front of {len(trials)}")
+            about = f"one of {len(front)} trials on the front of {len(trials)}"
         path = self.folder / "searched.yaml"
-        write_text(path, head + to_yaml(composition.mapping))
+        self._write_point(path, best, about)
         return path
+
+    def _write_point(self, path: Path, trial: Trial, about: str) -> None:
+        composition = compose(self.recipe, [*self.base, "search=null", *space.point_words(trial.point)])
+        spent = "".join(f", {key} {value:.6g}" for key, value in trial.costs.items())
+        head = (
+            f"# {self.composition.name} with {about}: {self.evaluation.monitor} {trial.value:.6g}{spent}\n"
+            f"#   {', '.join(f'{k}={v}' for k, v in trial.point.items())}\n"
+        )
+        write_text(path, head + to_yaml(composition.mapping))
 
 
 def new_study(section: SearchSection, mode: str) -> optuna.Study:
@@ -313,7 +336,9 @@ def new_study(section: SearchSection, mode: str) -> optuna.Study:
         "halving": optuna.pruners.SuccessiveHalvingPruner,
         "median": optuna.pruners.MedianPruner,
     }
-    return optuna.create_study(direction="minimize" if mode == "min" else "maximize", pruner=pruners[section.prune]())
+    better = optuna.study.StudyDirection
+    directions = [better.MINIMIZE if mode == "min" else better.MAXIMIZE, *(better.MINIMIZE for _ in section.against)]
+    return optuna.create_study(directions=directions, pruner=pruners[section.prune]())
 
 
 def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
@@ -322,8 +347,12 @@ def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> op
     import optuna
 
     seed = int(np.random.SeedSequence([section.seed, number]).generate_state(1)[0])
-    kind = optuna.samplers.TPESampler if section.sampler == "tpe" else optuna.samplers.RandomSampler
-    study.sampler = kind(seed=seed)
+    samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+        "tpe": optuna.samplers.TPESampler,
+        "gp": optuna.samplers.GPSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+    }
+    study.sampler = samplers.get(section.sampler, optuna.samplers.RandomSampler)(seed=seed)
     return study.ask(space.distributions(section))
 
 

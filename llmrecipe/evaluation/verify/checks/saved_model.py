@@ -22,7 +22,7 @@ class SavedModel(Verification):
     def measure(self, bench: Bench) -> Measured:
         """Compare logits on seeded tokens."""
         run = bench.run
-        ids = verify_logits.probe_ids(run.model, run.tokenizer)
+        ids = verify_logits.probe_inputs(run.model, run.tokenizer)
         wanted = verify_logits.logits_of(run.model, ids)
         loaded = open_run(str(bench.directory))
         loaded.model.to(run.roles.device)

@@ -14,6 +14,7 @@ from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.documents import BatchText, documents_of, segment_rows
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
 from llmrecipe.models.optimizations import without_speed_ups
+from llmrecipe.models.resolve_class import CLASSIFIERS
 
 
 @register
@@ -28,7 +29,7 @@ class StockForward(Verification):
             if run.roles.engine.is_pair_model:
                 raise NotApplicable("an encoder-decoder reads two texts a row; its layouts are compared above")
             micros = bench.micros(run)
-            if bench.run.objective.head == "classification":
+            if bench.run.objective.head in CLASSIFIERS:
                 return self._scores(bench, micros)
             micros = [m for m in micros if m.target.numel()]
             if not micros:
@@ -72,7 +73,10 @@ class StockForward(Verification):
             found[str(number)] = values.detach()
         gradients.append(bench.gradients())
         for number, micro in enumerate(micros):
-            rows = [_plain_logits(bench, document)[0] for document in whole_documents(micro)]
+            if micro.pixels is not None:
+                rows = [_plain_scores(bench, picture[None])[0] for picture in micro.pixels]
+            else:
+                rows = [_plain_logits(bench, document)[0] for document in whole_documents(micro)]
             values = torch.stack(rows).float()
             _pull(values, bench.by_gradient)
             wanted[str(number)] = values.detach()
@@ -107,6 +111,16 @@ def whole_documents(micro: Batch) -> list[BatchText]:
         row, span = last // width, slice(firsts[last // width], last % width + 1)
         found.append(BatchText(micro.input_ids[row, span].tolist(), 0, segments=None if kinds is None else kinds[row][span]))
     return found
+
+
+def _plain_scores(bench: Bench, pixels: Tensor) -> Tensor:
+    """Return the logits (S, C) of Transformers' own forward on pictures (S, C, H, W)."""
+    engine = bench.run.roles.engine
+    device = bench.run.roles.device.type
+    autocast = torch.autocast(device, dtype=engine.autocast or torch.bfloat16, enabled=engine.autocast is not None)
+    with without_speed_ups(bench.run.model), autocast:
+        model: Any = bench.run.model
+        return model(pixel_values=pixels.to(model.dtype)).logits
 
 
 def _plain_logits(bench: Bench, document: BatchText) -> Tensor:

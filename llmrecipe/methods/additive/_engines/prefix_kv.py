@@ -11,6 +11,7 @@ never enter a key/value cache: every step of a generation prepends them again.
     table    M (P, sum_l G (E + Ev)), layer-major [K_0, V_0, K_1, V_1, ...]: as PEFT and the P-tuning v2 code lay it out
     flat     M is the parameter
     mlp      M = W_2 tanh(W_1 X + b_1) + b_2 with X (P, d_p); `drop_mlp` keeps M alone, exactly
+    sizes    layers have P_l columns of their own: a flat table is then one vector, layer after layer, an MLP's is cut to size
     closed   the columns have their own softmax and join as out + g softmax(q K^T) V with g = 0 at the start
 
 Papers: Prefix-Tuning (arXiv 2101.00190), P-Tuning v2 (arXiv 2110.07602); the closed start: LLaMA-Adapter (arXiv 2303.16199).
@@ -20,8 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -62,6 +63,12 @@ class ColumnPlan:
     init: str = "random"
     shift: bool = False
     closed: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Virtual tokens by layer number; 0 leaves a layer out."""
+
+    def size(self, site: Site) -> int:
+        """Return the virtual tokens of an attention module."""
+        return self.sizes.get(str(site.layer), self.virtual_tokens)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class KeyValueShape:
     heads: int
     key: int
     value: int
+    virtual_tokens: int
 
     @property
     def width(self) -> int:
@@ -87,21 +95,27 @@ class Table(nn.Module):
 
     def __init__(self, plan: ColumnPlan, shapes: list[KeyValueShape], reparam: str):
         super().__init__()
-        self.shapes, self.virtual_tokens, self.rate = shapes, plan.virtual_tokens, plan.dropout
+        self.shapes, self.rate = shapes, plan.dropout
+        self.virtual_tokens, self.uneven = max(s.virtual_tokens for s in shapes), bool(plan.sizes)
         width = sum(s.width for s in shapes)
         if reparam == "flat":
-            start = torch.zeros(plan.virtual_tokens, width) if plan.init == "zero" else torch.randn(plan.virtual_tokens, width)
-            self.flat = nn.Parameter(start)
+            form = (self.kept,) if self.uneven else (self.virtual_tokens, width)
+            self.flat = nn.Parameter(torch.zeros(form) if plan.init == "zero" else torch.randn(form))
         else:
             small = plan.width or shapes[0].heads * shapes[0].key
-            self.small = nn.Parameter(torch.randn(plan.virtual_tokens, small))
+            self.small = nn.Parameter(torch.randn(self.virtual_tokens, small))
             self.inner = nn.Linear(small, plan.hidden)
             self.outer = nn.Linear(plan.hidden, width)
         if plan.closed:
             self.gate = nn.Parameter(torch.zeros(len(shapes)))
 
+    @property
+    def kept(self) -> int:
+        """Return the numbers of all columns."""
+        return sum(s.virtual_tokens * s.width for s in self.shapes)
+
     def table(self) -> Tensor:
-        """Return M (P, W)."""
+        """Return M (P, W), or the columns of uneven layers one after the other, (sum_l P_l W_l)."""
         return self.flat if hasattr(self, "flat") else self.outer(torch.tanh(self.inner(self.small)))
 
     def forward(self) -> Columns:
@@ -109,24 +123,28 @@ class Table(nn.Module):
         return self.cut(F.dropout(self.table(), self.rate, self.training))
 
     def cut(self, table: Tensor) -> Columns:
-        """Cut M (P, W) into keys (1, G, P, E) and values (1, G, P, Ev) of each layer."""
+        """Cut M into keys (1, G, P, E) and values (1, G, P, Ev) of each layer."""
         sizes = [n for s in self.shapes for n in (s.heads * s.key, s.heads * s.value)]
+        rows = [s.virtual_tokens for s in self.shapes for _ in range(2)]
         heads = [s.heads for s in self.shapes for _ in range(2)]
-        parts = [
-            p.view(self.virtual_tokens, g, -1).transpose(0, 1)[None] for p, g in zip(table.split(sizes, 1), heads, strict=True)
-        ]
+        if table.dim() == 1:
+            halves = table.split([p * n for p, n in zip(rows, sizes, strict=True)])
+        else:
+            halves = [h[:p] for h, p in zip(table.split(sizes, 1), rows, strict=True)] if self.uneven else table.split(sizes, 1)
+        parts = [h.view(p, g, -1).transpose(0, 1)[None] for h, p, g in zip(halves, rows, heads, strict=True)]
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def join(self, columns: Columns) -> Tensor:
         """Invert `cut`."""
-        parts = [part[0].transpose(0, 1).reshape(self.virtual_tokens, -1) for pair in columns for part in pair]
-        return torch.cat(parts, 1)
+        parts = [part[0].transpose(0, 1).flatten(1) for pair in columns for part in pair]
+        return torch.cat([part.flatten() for part in parts]) if self.uneven else torch.cat(parts, 1)
 
     @torch.no_grad()
     def drop_mlp(self) -> None:
         """Keep M and drop the MLP that made it."""
         if not hasattr(self, "flat"):
-            flat = self.table().detach().clone()
+            flat = self.table().detach()
+            flat = (self.join(self.cut(flat)) if self.uneven else flat).clone()
             del self.small, self.inner, self.outer
             self.flat = nn.Parameter(flat)
 
@@ -224,7 +242,7 @@ def takes_positions(host: nn.Module) -> bool:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def shape_of(site: Site, model: nn.Module) -> KeyValueShape:
+def shape_of(site: Site, model: nn.Module, virtual_tokens: int) -> KeyValueShape:
     """Return the key and value shape of an attention module, from its own attributes or the model's.
 
     Raises:
@@ -242,7 +260,7 @@ def shape_of(site: Site, model: nn.Module) -> KeyValueShape:
     size = next((n for name in HEAD_SIZES if (n := getattr(module, name, None))), None)
     key = int(size or parts.head_dim)
     value_size = int(getattr(module, "v_head_dim", None) or key)
-    return KeyValueShape(value.width_out // value_size, key, value_size)
+    return KeyValueShape(value.width_out // value_size, key, value_size, virtual_tokens)
 
 
 def attention_sites(model: nn.Module, target: str, name: str) -> dict[str, dict[str, list[Site]]]:
@@ -281,20 +299,30 @@ def attach_prefix(
     reparam = (structure or {}).get("reparam", plan.reparam)
     if plan.reparam == "mlp" and plan.init != "random":
         raise RecipeError(f"stack.{name}.init: '{plan.init}' needs reparam: flat; nothing inverts the MLP")
+    if plan.sizes and (plan.shift or plan.init == "text"):
+        option = "positions: shift" if plan.shift else "init: text"
+        raise RecipeError(f"stack.{name}.sizes: {option} needs as many virtual tokens in every layer; leave sizes out")
     made: list[tuple[PrefixTables, dict[str, list[Site]]]] = []
-    for side, roles in attention_sites(model, plan.target, name).items():
+    for side, every in attention_sites(model, plan.target, name).items():
+        roles = {role: chosen for role, sites in every.items() if (chosen := [s for s in sites if plan.size(s)])}
+        if not roles:
+            continue
         host = host_of(model, side)
         if plan.shift and not takes_positions(host):
             raise RecipeError(
                 f"stack.{name}.positions: {type(host).__name__} counts columns and takes no position ids; use positions: free"
             )
-        tables = {role: Table(plan, [shape_of(s, model) for s in sites], reparam) for role, sites in roles.items()}
+        tables = {
+            role: Table(plan, [shape_of(s, model, plan.size(s)) for s in sites], reparam) for role, sites in roles.items()
+        }
         hook = tables_hook(tables, plan.virtual_tokens, plan.shift, position_offset(host))
         add_hook(host, name, hook.to(next(model.parameters()).device), name)
         for role, sites in roles.items():
             for index, site in enumerate(sites):
                 add_hook(site.module, name, PrefixColumns(role, index), name)
         made.append((hook, roles))
+    if not made:
+        raise RecipeError(f"stack.{name}.sizes: every layer of '{plan.target}' has size 0, so there is no prefix")
     return made
 
 
@@ -320,7 +348,7 @@ def memory(model: nn.Module, name: str) -> dict[str, int]:
     """Return trained numbers, AdamW's bytes for them, and the numbers kept after training."""
     parameters = [p for hook in tables_of(model, name) for p in hook.parameters()]
     count = sum(p.numel() for p in parameters)
-    kept = sum(hook.virtual_tokens * s.width for hook in tables_of(model, name) for t in hook.tables.values() for s in t.shapes)  # type: ignore[union-attr]
+    kept = sum(t.kept for hook in tables_of(model, name) for t in hook.tables.values())  # type: ignore[misc]
     return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "kept": kept}
 
 

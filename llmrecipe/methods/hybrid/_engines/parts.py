@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 W = TypeVar("W", bound="Wrapper")
 
 
-def part_of(hybrid: Wrapper, kind: type[W], **options: object) -> W:
-    """Build one part of a hybrid, called HYBRID_KIND and of the same role."""
-    return kind(name=f"{hybrid.name}_{name_of(kind)}", role=hybrid.role, **options)
+def part_of(hybrid: Wrapper, kind: type[W], stack: str = "", **options: object) -> W:
+    """Build one part of a hybrid, called HYBRID_KIND, or HYBRID_STACK_KIND for one stack of blocks, and of the same role."""
+    name = "_".join(filter(None, (hybrid.name, stack, name_of(kind))))
+    return kind(name=name, role=hybrid.role, **options)
 
 
 def attention_target(model: nn.Module) -> str:

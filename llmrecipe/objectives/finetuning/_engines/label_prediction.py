@@ -1,0 +1,116 @@
+"""Options and mathematics of objectives that predict the labels of whole rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Literal, OpenFraction
+from llmrecipe.core.registry import options, spec
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.logprob import upcast
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.models import task_heads
+from llmrecipe.objectives.base import Loss, Measures
+from llmrecipe.recipe.stack_rules import Declared
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
+
+
+def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Compute -sum_i log softmax(scores_i)[y_i], a scalar, with label smoothing; scores (S, C), labels (S,)."""
+    return F.cross_entropy(upcast(scores), labels, reduction="sum", label_smoothing=smoothing)
+
+
+def macro_f1(predicted: Tensor, gold: Tensor) -> float:
+    """Return the unweighted mean of per-class F1 over the classes in gold or prediction; an undefined F1 counts as 0.
+
+    Args:
+        predicted: (S,) class of each sequence.
+        gold: (S,) its label.
+    """
+    scores: list[float] = []
+    for label in torch.cat((predicted, gold)).unique().tolist():
+        hit = int(((predicted == label) & (gold == label)).sum())
+        wrong = int((predicted == label).sum()) + int((gold == label).sum())
+        scores.append(2.0 * hit / wrong if wrong else 0.0)
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+@options
+class LabelPrediction:
+    """Mixin for an `Objective` that predicts labels; its batches hold them under `labels`, its engine gives `scores`."""
+
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    """Kind of labels: one class, several classes at once, or a number."""
+    label_smoothing: OpenFraction = 0.0
+    """Share of the target spread over all classes."""
+    head_only: bool = False
+    """Train the head alone (linear probing); everything below stays as it is."""
+
+    def labels_of(self, rows: list[dict[str, Any]]) -> Tensor:
+        """Return the labels of rows, (S,), or (S, C) for several labels each."""
+        kind = torch.long if self.problem == "single_label" else torch.float32
+        return torch.tensor([r["label"] for r in rows], dtype=kind)
+
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
+        """Refuse to train the head alone under a stack that trains more."""
+        kinds = {name: Declared.of_spec(name, spec("stack", str(mapping["kind"]))) for name, mapping in recipe.stack.items()}
+        more = [name for name, declared in kinds.items() if not declared.is_rule]
+        if self.head_only and more:
+            raise RecipeError(
+                f"objective.head_only: the stack [{', '.join(more)}] trains more than the head; leave one of the two out"
+            )
+
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
+        """Keep all but the head as it is, where the head trains alone."""
+        if self.head_only:
+            task_heads.freeze_below_head(model)
+
+    def measures(self) -> Measures:
+        """Return the error or the accuracies, depending on the kind of labels."""
+        if self.problem == "regression":
+            return {"absolute_error": "min"}
+        return {"accuracy": "max", "macro_f1": "max"} if self.problem == "single_label" else {"accuracy": "max"}
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of sequences, the loss denominator."""
+        return float(batch.extra["labels"].shape[0])
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Return the summed loss of the labels."""
+        scores = roles.policy(batch, want="scores")["scores"]
+        labels = batch.extra["labels"]
+        count = float(labels.shape[0])
+        if not count:
+            return Loss(scores.sum() * 0.0, {"accuracy": (0.0, 0.0)})
+        if self.problem == "regression":
+            total = ((scores.squeeze(-1) - labels) ** 2).sum()
+            return Loss(total, {"absolute_error": ((scores.squeeze(-1) - labels).abs().sum(), count)})
+        if self.problem == "multi_label":
+            total = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(-1).sum()
+            right = ((scores > 0) == (labels > 0.5)).all(-1).float().sum()
+            return Loss(total, {"accuracy": (right, count)})
+        total = cross_entropy(scores, labels, self.label_smoothing)
+        return Loss(total, {"accuracy": ((scores.argmax(-1) == labels).float().sum(), count)})
+
+    def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """Return predictions (S,) and gold labels (S,), for metrics of the whole set."""
+        if self.problem != "single_label":
+            return {}
+        with torch.no_grad():
+            scores = roles.policy(batch, want="scores")["scores"]
+        return {"predicted": scores.argmax(-1).cpu(), "gold": batch.extra["labels"].cpu()}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
+        """Compute macro F1 over the gathered predictions."""
+        if "gold" not in tensors:
+            return {}
+        return {"macro_f1": macro_f1(tensors["predicted"], tensors["gold"])}

@@ -1,0 +1,46 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from llmrecipe.core.registry import register
+from llmrecipe.data.collate import Batch, picture_batch
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Objective
+from llmrecipe.objectives.finetuning._engines.label_prediction import LabelPrediction
+
+
+@register
+class ImageClassification(LabelPrediction, Objective):
+    """Image classification: L = -(1/n) sum_i log softmax(f(x_i))[y_i], x the picture as the model's image processor gives it.
+
+    The model reads the picture itself: a vision transformer (`model=native_vit`, ViT, DeiT, Swin, ...) or a convolutional
+    network (ResNet, ConvNeXt, ...) of Transformers, with the pooling and the head of its family; the head is new where the
+    labels are. `stack=[bitfit]` trains the biases, `head_only` the head alone. Batch normalization keeps to the statistics
+    it was loaded with, in training too, so a picture's loss depends on no other picture. `problem` and metrics are those of
+    `classification`.
+
+    Papers: An Image is Worth 16x16 Words (arXiv 2010.11929); Deep Residual Learning (arXiv 1512.03385).
+    """
+
+    rows: ClassVar[str] = "labelled_images"
+    head: ClassVar[str] = "image"
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Stack the pictures with their labels, (S,), or (S, C) for several labels each."""
+        labels = self.labels_of(rows)
+        if not rows:
+            return self._filler(roles, labels)
+        pixels = torch.stack([torch.from_numpy(row["features"].load()) for row in rows])
+        states = rows[0]["features"].slots
+        return picture_batch(pixels, states, [row["row"] for row in rows], {"labels": labels}).to(roles.device)
+
+    def _filler(self, roles: Roles, labels: torch.Tensor) -> Batch:
+        """Return a batch of one picture without a label, for a process that has no rows of a step."""
+        assert roles.data is not None, "a process without rows is one of a run"
+        features = roles.data[0]["features"]
+        pixels = torch.zeros(1, *features.shape)
+        return picture_batch(pixels, features.slots, extra={"labels": labels}, real=False).to(roles.device)
