@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fishmask": {"density": 0.05, "num_samples": 4},
     "child_tuning": {"variant": "d"},
     "spt": {"num_batches": 2},
+    "smt": {"block": 8, "budget": 0.05, "warmup_steps": 2},
     "group_mask": {"num_samples": 4},
     "adapter": {"r": 8},
     "coda": {"r": 4, "reduction": 2.0, "eps": 1.0, "causal": "prompt_only"},

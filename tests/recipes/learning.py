@@ -260,6 +260,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # memory
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),
+    "smt": exact(),
     "freeze": copied(0.55),
     "loreft": copied(0.6),
     "direft": copied(0.77),

@@ -31,19 +31,29 @@ if TYPE_CHECKING:
     from llmrecipe.methods._base.method import Probe
 
 Power = Literal["square", "absolute", "signed"]
+Fold = Callable[[str, Tensor], Tensor]
+"""(name, flat powers of a tensor's gradient) -> the fewer numbers of it that are added up."""
 OWNER = "selection_scores"
 
 
 class Scores:
     """Accumulated scores of tensors, flat, float32 (float64 for float64 weights)."""
 
-    def __init__(self, weights: Mapping[str, Weight], power: Power, device: str = "auto", clip: float | None = None):
-        self.power, self.clip = power, clip
+    def __init__(
+        self,
+        weights: Mapping[str, Weight],
+        power: Power,
+        device: str = "auto",
+        clip: float | None = None,
+        fold: Fold | None = None,
+    ):
+        self.power, self.clip, self.fold = power, clip, fold
         self.totals = {}
         for name, weight in weights.items():
             kind = torch.float64 if weight.value.dtype == torch.float64 else torch.float32
             where = weight.value.device if device == "auto" else torch.device(device)
-            self.totals[name] = torch.zeros(weight.numel, dtype=kind, device=where)
+            size = weight.numel if fold is None else fold(name, torch.empty(weight.numel, device="meta")).numel()
+            self.totals[name] = torch.zeros(size, dtype=kind, device=where)
         self.accumulates = False
         """Whether the gradient of an example comes in several parts (micro-batches)."""
         self.pending: dict[str, Tensor] = {}
@@ -51,26 +61,30 @@ class Scores:
 
     def seen(self, name: str, grad: Tensor) -> None:
         """Add part of an example's gradient of one tensor; of one used twice (tied, chunked head) parts are summed first."""
-        total = self.totals[name]
-        flat = grad.detach().reshape(-1).to(total.dtype)
+        flat = grad.detach().reshape(-1).to(self.totals[name].dtype)
         # A sum of gradients needs no pause; a power is taken of the whole.
         if (self.accumulates or self.calls[name] > 1) and (self.power != "signed" or self.clip is not None):
             kept = self.pending.get(name)
             self.pending[name] = flat.clone() if kept is None else kept.add_(flat)
         else:
-            self._add(total, flat)
+            self._add(name, flat)
 
     def finish(self) -> None:
         """Finish an example."""
         for name, flat in self.pending.items():
-            self._add(self.totals[name], flat)
+            self._add(name, flat)
         self.pending.clear()
         self.calls.clear()
 
-    def _add(self, total: Tensor, flat: Tensor) -> None:
-        flat = flat.to(total.device)
+    def _add(self, name: str, flat: Tensor) -> None:
+        total = self.totals[name]
         if self.clip is not None:
             flat = flat * (self.clip / (flat.norm() + 1e-6)).clamp_max(1.0)
+        if self.fold is not None:
+            powers = flat.square() if self.power == "square" else flat.abs() if self.power == "absolute" else flat
+            total.add_(self.fold(name, powers).to(total.device))
+            return
+        flat = flat.to(total.device)
         if self.power == "square":
             total.addcmul_(flat, flat)
         elif self.power == "signed":
@@ -206,6 +220,7 @@ def score_entries(
     training: bool = False,
     device: str = "auto",
     clip: float | None = None,
+    fold: Fold | None = None,
     targets: Callable[[Any], Iterator[tuple[Any, float]]] | None = None,
 ) -> dict[str, Tensor]:
     """Score every entry of some tensors.
@@ -216,15 +231,16 @@ def score_entries(
         reduction: `sum` scores log p(y|x), `mean` the mean loss, which would weigh an example of T targets by 1 / T^2.
         training: dropout on.
         clip: largest norm of one tensor's gradient before the power is taken.
+        fold: adds up parts of each tensor, such as blocks, so that no buffer of its size is needed.
         targets: batch -> batches with other targets and their weights, where y is an expectation.
 
     Returns:
-        name -> flat scores.
+        name -> flat scores, folded where `fold` is given.
 
     Raises:
         ModelError: no gradient reached any of the tensors.
     """
-    scores = Scores(weights, power, device, clip)
+    scores = Scores(weights, power, device, clip, fold)
     world, rank = getattr(probe.world, "world", 1), getattr(probe.world, "rank", 0)
     with mode(model, training), frozen(model), watching(weights, scores):
         for index, micros in enumerate(probe.groups(examples, rows)):

@@ -2,9 +2,10 @@
 
     W' = W + scatter(values, idx)      d L / d values_j = sum_m G[m, r_j] X[m, c_j]
 
-`idx` names the entries (sorted flat indices), the rows or the columns of a stored tensor; `values` is their trained float32
-delta, zero at the start. Optimizer state, gradients and checkpoints have the size of `values`, and an entry that was not
-selected cannot move: it is no parameter of anything. Letters: M tokens, G (M, out) gradient of a layer's output, X (M, in).
+`idx` names the entries (sorted flat indices), the rows, the columns or the blocks of a stored tensor; `values` is their
+trained float32 delta, zero at the start. Optimizer state, gradients and checkpoints have the size of `values`, and an entry
+that was not selected cannot move: it is no parameter of anything. Letters: M tokens, G (M, out) gradient of a layer's output,
+X (M, in).
 
 Modes
     inplace   W[idx] <- W_0[idx] + values whenever `values` changed; W_0[idx] is kept, so switching off is exact to the bit
@@ -13,6 +14,7 @@ Modes
 
 Kernels of the gradient
     direct      entries: chunks of (G[:, r] * X[:, c]).sum(0); rows and columns: G[:, rows]^T X and G^T X[:, columns];
+                blocks: G[:, a]^T X[:, b] for each chosen (a, b), with a copy of the columns of X that any block reads;
                 embeddings: gradients summed by token id, at the tokens of the batch only
     transient   the layer's whole dW, gathered and dropped at once: dense selections, 3-D experts, anything that is no linear
 """
@@ -26,7 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.methods.selective._engines.sparse_kernels import Layout, embedding_gradient, product_gradient, selected_shape
+from llmrecipe.methods.selective._engines.blocks import (
+    block_gradient,
+    block_size,
+    kept_features,
+)
+from llmrecipe.methods.selective._engines.sparse_kernels import (
+    Layout,
+    embedding_gradient,
+    gather_selected,
+    product_gradient,
+    put,
+    selected_shape,
+)
 from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import Hook
 
@@ -66,7 +80,7 @@ class Selected:
     """What is selected of one tensor."""
 
     idx: Tensor
-    """Sorted: flat indices of entries, or indices of rows or columns of the stored tensor."""
+    """Sorted: flat indices of entries, or indices of rows, columns or blocks of the stored tensor."""
     layout: Layout = "entries"
     base: str = ""
     """Digest of the base's numbers there, where a saved selection knows it."""
@@ -77,21 +91,6 @@ class Selected:
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether the weight is stored (in, out), as GPT-2 does."""
     return type(module).__name__ == "Conv1D"
-
-
-def gather_selected(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
-    """Return a copy of the selected numbers of a tensor."""
-    if layout == "entries":
-        return weight.reshape(-1).index_select(0, idx)
-    return weight.index_select(0 if layout == "rows" else weight.dim() - 1, idx)
-
-
-def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
-    """Overwrite the selected numbers of a tensor."""
-    if layout == "entries":
-        weight.view(-1).index_copy_(0, idx.long(), new)
-    else:
-        weight.index_copy_(0 if layout == "rows" else weight.dim() - 1, idx.long(), new)
 
 
 @dataclass
@@ -344,7 +343,11 @@ class _Direct(torch.autograd.Function):
     ) -> Tensor:
         ctx.cut = hook.layout == ("columns" if kind == "linear" else "rows") and kind != "embedding"
         # Where the selection is on the input's side, only those features are kept for the backward pass.
-        ctx.save_for_backward(x.index_select(-1, idx) if ctx.cut else x, idx)
+        if size := block_size(hook.layout):
+            kept = kept_features(x, idx, hook.shape, size, kind == "conv1d")
+        else:
+            kept = x.index_select(-1, idx) if ctx.cut else x
+        ctx.save_for_backward(kept, idx)
         ctx.hook, ctx.kind, ctx.padding = hook, kind, padding
         return y.view_as(y)
 
@@ -354,6 +357,8 @@ class _Direct(torch.autograd.Function):
         hook, g = ctx.hook, grad.reshape(-1, grad.shape[-1])
         if ctx.kind == "embedding":
             found = embedding_gradient(x.reshape(-1), g, idx, hook.layout, hook.shape, hook.values.dtype, ctx.padding)
+        elif size := block_size(hook.layout):
+            found = block_gradient(x, g, idx, hook.shape, size, ctx.kind == "conv1d", hook.values.dtype)
         else:
             x = x.reshape(-1, x.shape[-1])
             a, b = (x, g) if ctx.kind == "conv1d" else (g, x)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Layout = Literal["entries", "rows", "columns"]
+from llmrecipe.methods.selective._engines.blocks import (
+    block_size,
+    gather_blocks,
+    put_blocks,
+)
+
+Layout = str
+"""`entries`, `rows`, `columns`, or `blocks l` for square blocks of l x l numbers (see `blocks`)."""
 
 CHUNK = 1 << 21
 """Numbers in one chunk of gathered products."""
@@ -15,6 +20,8 @@ CHUNK = 1 << 21
 
 def selected_shape(shape: tuple[int, ...], layout: Layout, count: int) -> tuple[int, ...]:
     """Return the shape of the trained values of a selection."""
+    if size := block_size(layout):
+        return count, size, size
     return {"entries": (count,), "rows": (count, *shape[1:]), "columns": (*shape[:-1], count)}[layout]
 
 
@@ -62,3 +69,22 @@ def embedding_gradient(
     else:
         found[hit] = summed[near[hit], idx[hit].long() % shape[1]]
     return found
+
+
+def gather_selected(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
+    """Return a copy of the selected numbers of a tensor."""
+    if layout == "entries":
+        return weight.reshape(-1).index_select(0, idx)
+    if size := block_size(layout):
+        return gather_blocks(weight, idx, size)
+    return weight.index_select(0 if layout == "rows" else weight.dim() - 1, idx)
+
+
+def put(weight: Tensor, layout: Layout, idx: Tensor, new: Tensor) -> None:
+    """Overwrite the selected numbers of a tensor."""
+    if layout == "entries":
+        weight.view(-1).index_copy_(0, idx.long(), new)
+    elif size := block_size(layout):
+        put_blocks(weight, idx, size, new)
+    else:
+        weight.index_copy_(0 if layout == "rows" else weight.dim() - 1, idx.long(), new)

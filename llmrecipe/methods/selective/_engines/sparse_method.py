@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines.blocks import block_size
 from llmrecipe.methods.selective._engines.sparse_delta import (
     DIRECT_BELOW,
     Mode,
@@ -19,9 +20,9 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
     SparseGradient,
     SparseTied,
     Weight,
-    gather_selected,
     is_conv1d,
 )
+from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.module_map import anatomy
@@ -119,6 +120,8 @@ def _attach_one(weight: Weight, selection: Selected, owner: str, force_term: boo
     linear = type(module) is nn.Linear and len(weight.shape) == 2
     if weight.quantized or (force_term and linear):
         mode: Mode = "term"
+        if block_size(selection.layout):
+            raise ModelError(f"stack.{owner}: {weight.name} is quantized; blocks train in dense weights only")
     else:
         mode = "vector" if len(weight.shape) == 1 else "inplace"
     writer = next((p.writer for p in _sparse_hooks(module) if p.tensor == tensor and p.mode == "inplace"), SelectionWriter())
