@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from llmrecipe.core.errors import RecipeError
+from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.interop.load_run import open_run
@@ -215,3 +216,46 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(family: str, tmp_path: Path) 
     assert curve(tmp_path / "part") == curve(tmp_path / "whole")
     whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_branch_at_an_embedding_that_is_never_called_is_refused(kind: str, family: str) -> None:
+    """T5 and BART lend one weight to two embeddings; the native model calls the one it has."""
+    model = pair_model(family)
+    stack = Stack([registry.load_class("stack", kind)(name=kind, target="embed")])
+    if family == "native":
+        stack.attach(model)
+        return
+    with pytest.raises(ModelError, match=rf"stack\.{kind}: (model\.)?shared only lends its weight .* leave embed out of"):
+        stack.attach(model)
+
+
+WRAPPERS = {
+    "lora": "lora.target=all-linear",
+    "ia3": "",
+    "adapter": "",
+    "bitfit": "bitfit.missing=add_zero",
+    "fishmask": "fishmask.num_samples=2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "bart", "native"])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_choices_trains_with_wrappers(kind: str, family: str, tmp_path: Path) -> None:
+    """Two steps, stopped in between and resumed to the bit; the run opens with the logits it ended with."""
+    more = [f"stack=[{kind}]", *(f"stack.{word}" for word in WRAPPERS[kind].split()), "optim.lr=1e-2"]
+    given = words(family, tmp_path, *more)
+    run = train_recipe(tmp_path / "whole", "choices", *given)
+    stop_after(1, tmp_path / "parts", "choices", *given)
+    resume(tmp_path / "parts")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert learned(tmp_path / "parts").keys() == learned(tmp_path / "whole").keys()
+    ids = torch.tensor([[5, 9, 3, 44]])
+    with torch.no_grad():
+        ended = run.model.eval()(input_ids=ids, decoder_input_ids=ids).logits
+        opened = open_run(str(tmp_path / "parts")).model(input_ids=ids, decoder_input_ids=ids).logits
+        before = pair_model(family)(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(opened, ended, rtol=1e-6, atol=1e-6)
+    assert float((ended - before).abs().max()) > 1e-4

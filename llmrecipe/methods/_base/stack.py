@@ -13,13 +13,14 @@ import yaml
 from torch import Tensor, nn
 
 from llmrecipe.core import registry
-from llmrecipe.core.errors import RecipeError, UserError
+from llmrecipe.core.errors import ModelError, RecipeError, UserError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.fp32_master import raise_to_master
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.recipe.stack_rules import Declared, refusals
 
@@ -55,7 +56,11 @@ class Stack:
         return merged
 
     def attach(self, model: nn.Module, structures: Mapping[str, dict[str, Any]] | None = None) -> None:
-        """Expand hybrids, attach every wrapper in order and set what trains."""
+        """Expand hybrids, attach every wrapper in order and set what trains.
+
+        Raises:
+            ModelError: a wrapper does not fit the model, or would act at an embedding that is never called.
+        """
         expanded: list[Wrapper] = []
         for wrapper in self.wrappers:
             with _named(wrapper):
@@ -68,6 +73,7 @@ class Stack:
         for wrapper in self.wrappers:
             with _named(wrapper):
                 wrapper.attach(model, (structures or {}).get(wrapper.name))
+            _refuse_idle(model, wrapper.name)
             if wrapper.role:
                 for _, _, _, hook in all_hooks(model, wrapper.name):
                     hook.roles = frozenset({wrapper.role})
@@ -285,6 +291,18 @@ def base_parameters(model: nn.Module) -> int:
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _refuse_idle(model: nn.Module, name: str) -> None:
+    """Refuse hooks at an embedding that only lends its weight: they would be saved as learned and do nothing."""
+    idle = idle_embedding(model)
+    path = next((path for path, module, _, _ in all_hooks(model, name) if module is idle), None)
+    if path is not None:
+        raise ModelError(
+            f"stack.{name}: {path} only lends its weight to the embeddings of encoder and decoder and is never called, so that "
+            f"what is added to it would do nothing; leave embed out of stack.{name}.target, or train entries of the weight "
+            "itself with a method such as fishmask"
+        )
 
 
 @contextlib.contextmanager

@@ -25,20 +25,10 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
 from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
 from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
 from llmrecipe.models.task_heads import is_head
-
-
-def _idle_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the embedding of an encoder-decoder that only lends its weight to those of both sides, and is never called."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    whole = pretrained(model).get_input_embeddings()
-    sides = [pretrained(side).get_input_embeddings() for side in (model.get_encoder(), model.get_decoder())]  # type: ignore[operator]
-    lent = all(side is not whole and side.weight is whole.weight for side in sides)
-    return whole if lent else None
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
@@ -52,7 +42,7 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     inside = {id(p) for _, _, _, hook in all_hooks(model) for p in hook.parameters()}
     inside |= {id(p) for _, shared in shared_modules(model) for p in shared.parameters()}
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    idle = _idle_embedding(model)
+    idle = idle_embedding(model)
     for module in model.modules():
         for tensor, value in module._parameters.items():
             if value is not None and module is not idle:
