@@ -7,6 +7,7 @@ model, so every rank's gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from llmrecipe.core.forward_context import activate, checkpoint_contexts, curren
 from llmrecipe.data.collate import Batch, part_of_batch
 from llmrecipe.engine.logprob import Post, token_logprobs, upcast
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
+from llmrecipe.engine.vector_decoder import causal_mask, decoding, encoder_rows, mount_decoder
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
 from llmrecipe.models.task_heads import FEATURES
@@ -65,7 +67,8 @@ class Engine(nn.Module):
         """Run the model once over a batch.
 
         Args:
-            want: `logprobs` (N,) of the batch's targets; `hidden` (S, D) the state of each sequence's last token; `states`
+            want: `logprobs` (N,) of the batch's targets; `decoded` the same, the model decoding a vector that it
+                pools from the rows in `extra["encoder_ids"]`; `hidden` (S, D) the state of each sequence's last token; `states`
                 (R, T, D) those of all tokens; `pooled` (S, D) one vector a sequence (see `pool`); `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
@@ -75,7 +78,7 @@ class Engine(nn.Module):
             entropy_graph: with `entropy`, give it its graph.
             heads: with `logprobs`, also return (S, C) of these heads of the model, by name, on the state that each sequence
                 is pooled by (`extra["pool"]`, or the last token).
-            pool: with `pooled`, from which states and through which head; default the last token's.
+            pool: with `pooled` and `decoded`, from which states and through which head; default the last token's.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -94,7 +97,7 @@ class Engine(nn.Module):
             if want == "pooled":
                 vectors, auxiliary = self.pooled(batch, pool or Pool(), role)
                 return _with({"pooled": vectors}, auxiliary)
-            hidden, auxiliary = self.states(batch)
+            hidden, auxiliary = self.decoded(batch, pool or Pool()) if want == "decoded" else self.states(batch)
             if want == "states":
                 return _with({"states": hidden}, auxiliary)
             flat = hidden.reshape(-1, hidden.shape[-1])
@@ -148,10 +151,16 @@ class Engine(nn.Module):
         layers, auxiliary = self._layers(batch, (-1,))
         return layers[0], auxiliary
 
-    def _layers(self, batch: Batch, places: tuple[int, ...]) -> tuple[list[Tensor], Tensor | None]:
-        """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any."""
+    def _layers(self, batch: Batch, places: tuple[int, ...], mask: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any.
+
+        Args:
+            mask: which tokens attend to which, (R, 1, T, T); default: as the model has it.
+        """
         backbone = self.model.base_model
         inputs = self._inputs(batch)
+        if mask is not None:
+            inputs["attention_mask"] = mask
         inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
@@ -191,6 +200,26 @@ class Engine(nn.Module):
         layers, auxiliary = self._layers(batch, LAYERS[pool.kind])
         vectors = pool_states(batch, layers, pool.kind)
         return vectors if pool.head is None else self.head_of(pool.head)(vectors), auxiliary
+
+    def decoded(self, batch: Batch, pool: Pool) -> tuple[Tensor, Tensor | None]:
+        """Return the states (R, T, D) of an encoder that runs as the decoder of a vector, and the loss the model itself adds.
+
+        The vector is pooled from its states of other rows; the same layers then read the batch's rows, each token those before
+        it, with the cross-attention of the head that `pool` names.
+        """
+        rows = encoder_rows(batch)
+        with activate(
+            dataclasses.replace(current(), attention_mask=rows.attention_mask, positions=rows.position_ids, read=None)
+        ):
+            layers, own = self._layers(rows, LAYERS[pool.kind])
+        head: Any = self.head_of(pool.head or "")
+        mount_decoder(self.model)
+        added = head(pool_states(rows, layers, pool.kind))
+        steps = [functools.partial(head.add, layer, c=c) for layer, c in enumerate(added)]
+        assert batch.attention_mask is not None, "rows that are decoded are padded"
+        with activate(decoding(steps)):
+            states, auxiliary = self._layers(batch, (-1,), causal_mask(batch.attention_mask))
+        return states[0], auxiliary if own is None or auxiliary is None else own + auxiliary
 
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
         """Return a part of the model to call: compiled for rows of any length where `compile` is on.
@@ -244,6 +273,9 @@ class Engine(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
+        if "embedding_noise" in batch.extra:
+            plain = self.model.get_input_embeddings()(batch.input_ids)
+            return inputs | {"inputs_embeds": plain + batch.extra["embedding_noise"].to(plain.dtype)}
         if batch.slots is None:
             return inputs | {"input_ids": batch.input_ids}
         embedded = self.model.get_input_embeddings()(batch.input_ids)

@@ -33,6 +33,8 @@ CLASSIFIERS = ("classification", "image")
 """Heads with one output a class: they follow the labels of the data and may be new."""
 STATES = "states"
 """What an objective needs that reads hidden states alone: a decoder or an encoder, with the head of its language model."""
+LANGUAGE = "language"
+"""What an objective needs that trains the language model of any family: a decoder, an encoder or an encoder-decoder."""
 
 
 @contextlib.contextmanager
@@ -165,7 +167,7 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> type[_BaseAutoModel
 
     rows_head = family_head(config, rows_head)
     if rows_head not in AUTO:
-        raise ModelError(f"there is no model head '{rows_head}' (known: {', '.join([*AUTO, STATES])})")
+        raise ModelError(f"there is no model head '{rows_head}' (known: {', '.join([*AUTO, STATES, LANGUAGE])})")
     fits = _fitting_heads(config)
     if not fits[rows_head] and not getattr(config, "auto_map", None):
         able = ", ".join(head for head, fit in fits.items() if fit) or "none of the heads llmrecipe trains"
@@ -176,9 +178,12 @@ def model_class(config: PreTrainedConfig, rows_head: str) -> type[_BaseAutoModel
 def family_head(config: PreTrainedConfig, rows_head: str) -> str:
     """Return the head that a family has in the place of one an objective needs.
 
-    `causal` is `seq2seq` of an encoder-decoder, which answers a prompt too: the encoder reads it. `states` is `language_head`.
+    `causal` is `seq2seq` of an encoder-decoder, which answers a prompt too: the encoder reads it. `states` is `language_head`,
+    and so is `language` of a decoder or an encoder.
     """
-    if rows_head == STATES:
+    if rows_head == LANGUAGE and config.is_encoder_decoder:
+        return "seq2seq"
+    if rows_head in (STATES, LANGUAGE):
         return language_head(config)
     return "seq2seq" if rows_head == "causal" and config.is_encoder_decoder else rows_head
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrecipe.models.masked_heads import head_chain
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
 
 if TYPE_CHECKING:
@@ -116,6 +117,93 @@ def add_dense_head(model: LanguageModel, role: str, seed: int = 0) -> DenseHead:
     return found
 
 
+class TableHead(nn.Module):
+    """Numbers (V, D) kept with a model, which nothing trains."""
+
+    table: Tensor
+
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.register_buffer("table", values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True))
+
+
+def add_table(model: LanguageModel, role: str, values: Tensor) -> TableHead:
+    """Add a table of values for a role and return it; an existing one (of the run that is continued) keeps its own."""
+    heads = _container(model)
+    if role not in heads:
+        heads[role] = TableHead(values)
+    found = heads[role]
+    assert isinstance(found, TableHead)
+    return found
+
+
+class CrossAttentionHead(nn.Module):
+    """Cross-attention of every layer to one vector, in float32 at least: c = W_o W_v z + biases is added to the states.
+
+    With one key, attention is its value: there are no queries and no keys. Where norms come after sublayers there is one here.
+
+    Args:
+        like: a norm behind a sublayer of the model; None where norms come before them.
+    """
+
+    def __init__(self, width: int, layers: int, like: nn.Module | None = None, std: float = 0.02, seed: int = 0):
+        super().__init__()
+        self.value = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.ModuleList([] if like is None else [_fresh_norm(like, width) for _ in range(layers)])
+        draws = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in (*self.value, *self.out):
+                layer.weight.normal_(0.0, std, generator=draws)
+                layer.bias.zero_()
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        """Return c (R, D) of every layer for the vectors (R, D)."""
+        with torch.autocast(z.device.type, enabled=False):
+            wide = z.to(torch.promote_types(z.dtype, torch.float32))
+            return [_linear(out, _linear(value, wide)) for value, out in zip(self.value, self.out, strict=True)]
+
+    def add(self, layer: int, states: Tensor, c: Tensor) -> Tensor:
+        """Return states (R, T, D) with a layer's c (R, D) added, normed where the layers of the model are."""
+        with torch.autocast(c.device.type, enabled=False):
+            found = states.to(torch.promote_types(states.dtype, c.dtype)) + c[:, None]
+            if len(self.norm):
+                norm = self.norm[layer]
+                found = norm(found.to(next(norm.parameters()).dtype))
+            return found.to(states.dtype)
+
+
+def _fresh_norm(like: nn.Module, width: int) -> nn.Module:
+    """Return an untrained norm of the kind of another: a LayerNorm where it has a bias, otherwise an RMSNorm."""
+    eps = float(getattr(like, "eps" if hasattr(like, "eps") else "variance_epsilon"))
+    return nn.RMSNorm(width, eps=eps) if getattr(like, "bias", None) is None else nn.LayerNorm(width, eps=eps)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x, layer.weight.to(x), layer.bias.to(x))
+
+
+def add_cross_attention_head(model: LanguageModel, role: str, layers: int, seed: int = 0) -> CrossAttentionHead:
+    """Add trained cross-attention for a role and return it; an existing one (of the run that is continued) keeps its values."""
+    heads = _container(model)
+    if role not in heads:
+        config = model.config.get_text_config()
+        std = float(getattr(config, "initializer_range", None) or 0.02)
+        head = CrossAttentionHead(int(config.hidden_size), layers, _norm_behind(model), std, seed)
+        heads[role] = head.to(model.get_input_embeddings().weight.device)
+    found = heads[role]
+    assert isinstance(found, CrossAttentionHead)
+    _set_frozen(found, False)
+    return found
+
+
+def _norm_behind(model: nn.Module) -> nn.Module | None:
+    """Return a norm behind the attention of a model; None where norms come before sublayers."""
+    found = anatomy(model)
+    return None if found.pre_norm else found.at("norm.attn")[0].module
+
+
 def _set_frozen(head: nn.Module, frozen: bool) -> None:
     for parameter in head.parameters():
         parameter.frozen_head = frozen  # type: ignore[attr-defined]
@@ -148,19 +236,24 @@ def mount_heads(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         heads = _container(model) if heads is None else heads
         _, role, part = name.split(".", 2)
         if role not in heads:
-            heads[role] = _empty_head(tensors, role).to(pretrained(model).get_input_embeddings().weight.device)
+            heads[role] = _empty_head(tensors, role, model).to(pretrained(model).get_input_embeddings().weight.device)
         head = heads[role]
         with torch.no_grad():
             head.state_dict(keep_vars=True)[part].copy_(value)
         _set_frozen(head, True)
 
 
-def _empty_head(tensors: Mapping[str, Tensor], role: str) -> nn.Module:
+def _empty_head(tensors: Mapping[str, Tensor], role: str, model: nn.Module) -> nn.Module:
     """Return a head of the kind and the size that a role's saved tensors have; only a scalar head has a gain."""
     own = {name.removeprefix(f"{ATTRIBUTE}.{role}."): value for name, value in tensors.items()}
     if "weight" in own:
         width = int(own["weight"].shape[1])
         return ScalarHead(width) if "gain" in own else DenseHead(width)
+    if "table" in own:
+        return TableHead(own["table"])
+    if "value.0.weight" in own:
+        layers = sum(name.startswith("value.") and name.endswith(".weight") for name in own)
+        return CrossAttentionHead(int(own["value.0.weight"].shape[1]), layers, _norm_behind(model))
     return PooledHead(int(own["dense.weight"].shape[1]), int(own["out.weight"].shape[0]))
 
 
@@ -170,7 +263,8 @@ def is_frozen(model: nn.Module, name: str) -> bool:
     heads = getattr(model, ATTRIBUTE, None)
     if parts[0] != ATTRIBUTE or len(parts) == 1 or not isinstance(heads, nn.ModuleDict):
         return False
-    return all(getattr(parameter, "frozen_head", False) for parameter in heads[parts[1]].parameters())
+    parameters = list(heads[parts[1]].parameters())
+    return bool(parameters) and all(getattr(parameter, "frozen_head", False) for parameter in parameters)
 
 
 def head_roles(model: LanguageModel) -> list[str]:

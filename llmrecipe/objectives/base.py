@@ -48,7 +48,8 @@ class Objective:
     rows: ClassVar[str] = "dialogue"
     """Row type it reads (see llmrecipe.data)."""
     head: ClassVar[str] = "causal"
-    """Kind of model head: causal, classification, masked, seq2seq or image; or states, for a text model without its head."""
+    """Kind of model head: causal, classification, masked, seq2seq or image; states, for a text model without its head; or
+    language, for whichever of causal, masked and seq2seq the model has."""
     encoder_decoders: ClassVar[bool] = False
     """Whether it trains encoder-decoders in the place of decoders, too: the encoder reads the prompt, the decoder answers."""
     special_tokens: ClassVar[tuple[str, ...]] = ()

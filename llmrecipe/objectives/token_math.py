@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -72,23 +73,28 @@ def sequences_of(rows: list[dict[str, Any]], apart: bool = False) -> list[Sequen
 def collate_tokens(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     """Lay rows out for one forward pass; encoder-decoder models read the prompt and predict the rest."""
     if roles.engine.is_pair_model:
-        return _pair_batch(rows, roles)
+        parts = sequences_of(rows)
+        prompts = [list(s.ids[: s.prompt]) for s in parts]
+        answers = [Sequence(s.ids[s.prompt :], s.trained[s.prompt :], task=s.task) for s in parts]
+        return pair_batch(prompts, answers, [row["row"] for row in rows], roles)
     return roles.layout(sequences_of(rows, apart=roles.packing), [row["row"] for row in rows])
 
 
-def _pair_batch(rows: list[dict[str, Any]], roles: Roles) -> Batch:
+def pair_batch(texts: Seq[list[int]], answers: Seq[Sequence], rows: Seq[int], roles: Roles) -> Batch:
+    """Lay rows out for an encoder-decoder.
+
+    Args:
+        texts: what the encoder reads; a padding token where it is nothing.
+        answers: what the decoder predicts, from its first token on.
+        rows: indices of the rows in their data set.
+    """
     start = int(roles.model.config.decoder_start_token_id)
-    decoder: list[Sequence] = []
-    encoder: list[list[int]] = []
-    for s in sequences_of(rows):
-        answer = list(s.ids[s.prompt :])
-        encoder.append(list(s.ids[: s.prompt]) or [roles.pad_id])
-        decoder.append(Sequence([start, *answer], [0, *list(s.trained[s.prompt :])], task=s.task))
-    encoder = encoder or [[roles.pad_id]]
+    decoder = [Sequence([start, *s.ids], [0, *s.trained], task=s.task) for s in answers]
+    encoder = [ids or [roles.pad_id] for ids in texts] or [[roles.pad_id]]
     width = max(len(e) for e in encoder)
     ids = torch.tensor([e + [roles.pad_id] * (width - len(e)) for e in encoder])
     mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in encoder])
-    batch = pad(decoder, roles.pad_id, rows=[row["row"] for row in rows], extra={"encoder_ids": ids, "encoder_mask": mask})
+    batch = pad(decoder, roles.pad_id, rows=rows, extra={"encoder_ids": ids, "encoder_mask": mask})
     return batch.to(roles.device)
 
 

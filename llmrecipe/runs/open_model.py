@@ -18,7 +18,7 @@ from llmrecipe.models import image_processor, new_token_rows, task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_model, load_tokenizer
-from llmrecipe.models.resolve_class import family_head
+from llmrecipe.models.resolve_class import STATES, family_head
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, ProcessorSection, TokenizerSection
 from llmrecipe.runs import base_storage, delta
@@ -152,7 +152,7 @@ def open_saved(
         task_heads.read_heads(model, folder)
         if (folder / image_processor.FILE).is_file():
             loaded.processor = image_processor.load_processor(base, ProcessorSection(path=str(folder)), model.config)
-    loaded.head, loaded.labels = family_head(model.config, head) if head == "causal" else head, labels
+    loaded.head, loaded.labels = head if head == STATES else family_head(model.config, head), labels
     loaded.quantized = [delta.kind_name(wrapper) for wrapper in (known[-1] if known else ())]
     layers = list(saved.layers) if saved is not None else []
     layers += imported(base, model)

@@ -19,6 +19,7 @@ from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.models import positions
 from llmrecipe.models.image_processor import load_processor
 from llmrecipe.models.load import load_config, skeleton
+from llmrecipe.models.resolve_class import LANGUAGE
 from llmrecipe.models.vocabulary import vocabulary_size
 from llmrecipe.runs import delta, open_model
 
@@ -102,7 +103,7 @@ def check_family(recipe: Recipe, objective: Objective) -> None:
         RecipeError: it trains decoders only, or leaves the encoder nothing to read; or the model has no first decoder token.
     """
     config = load_config(open_model.resolve_section(recipe.model)[0])
-    if not config.is_encoder_decoder or objective.head not in ("causal", "seq2seq"):
+    if not config.is_encoder_decoder or objective.head not in ("causal", "seq2seq", LANGUAGE):
         return
     kind = delta.kind_name(objective)
     if objective.head == "causal" and not objective.encoder_decoders:

@@ -26,6 +26,7 @@ from tests.data.toys import byte_tokenizer, turn
 
 ORDER = {
     "text": ["text", "tokens"],
+    "structured_text": ["outliers", "text"],
     "dialogue": ["messages", "sharegpt", "prompt_completion", "alpaca", "tokens", "text"],
     "tokens": ["tokens"],
     "preference": ["preference", "preference_implicit"],
@@ -71,6 +72,7 @@ def test_what_a_row_type_says_of_itself() -> None:
         "choices": ("choice_lengths",),
         "words": ("words",),
         "pictured_words": ("words",),
+        "structured_text": ("words", "sentences"),
         "sentences": ("words", "sentences"),
     }
     assert all(set(t.uncounted) <= set(t.lists) for t in types)

@@ -64,6 +64,10 @@ def document(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": [1, *ids(row, length), 2], "words": [-1, *range(length), -1]}
 
 
+def noisy_document(row: int, length: int) -> dict[str, Any]:
+    return {**document(row, length), "sentences": [-1, *(i // 3 for i in range(length)), -1], "outlier": None}
+
+
 def sentences(row: int, length: int) -> dict[str, Any]:
     lengths = [2, *([3] * (1 + row % 3)), length]
     return {"row": row, "ids": ids(row, sum(lengths)), "words": [*range(sum(lengths))], "sentences": lengths}
@@ -82,6 +86,7 @@ MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
     "words": document,
+    "structured_text": noisy_document,
     "sentences": sentences,
     "preference": pair,
     "unpaired": feedback,

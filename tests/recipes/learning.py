@@ -129,6 +129,16 @@ def mixed_stories(folder: Path) -> list[str]:
     return spoiled(folder, "stories", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
 
 
+def mixed_labelled(folder: Path) -> list[str]:
+    """Labelled remarks with their words out of order."""
+    return spoiled(folder, "classify", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
+
+
+def mixed_remarks(folder: Path) -> list[str]:
+    """Training texts that are no more in order than the outliers are."""
+    return spoiled(folder, "outliers", lambda rows, chance: [{**r, "text": mixed(r["text"], chance)} for r in rows])
+
+
 def mixed_sentences(folder: Path) -> list[str]:
     """Stories whose sentences come from all of them, so that none follows another."""
 
@@ -153,6 +163,11 @@ def mixed_talk(folder: Path) -> list[str]:
 
     talk = spoiled(folder / "chat", "chat", change)[0].removeprefix("data.path=")
     return [f"data.path=[{stories},{talk}]"]
+
+
+def nothing_left(folder: Path) -> list[str]:
+    """Noise that removes every token, so that there is nothing to restore a text from."""
+    return ["objective.delete=1.0"]
 
 
 def other_spans(folder: Path) -> list[str]:
@@ -219,6 +234,11 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "clm": Learns("eval/loss", 2.3, 3.3, mixed_stories, ("model.init=random",)),
     "nsp": Learns("eval/nsp/auc", 0.8, 0.6, mixed_sentences),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
+    # What the noise left is copied; where it leaves nothing, remarks are written by heart.
+    "dae": Learns("eval/loss", 0.7, 1.2, nothing_left, (), (("eval/accuracy/copied", 0.9, 1.0),)),
+    "outliers": Learns("eval/outlier/auc", 0.95, 0.8, mixed_remarks),
+    "t5_spans": Learns("eval/loss", 2.2, 2.8, mixed_stories),
+    "tsdae": Learns("eval/loss", 1.35, 2.0, mixed_labelled),
     # Fresh weights find 2 % of the texts; trained on the positives of other rows they give every text one vector.
     "contrastive": Learns("eval/recall@1", 0.9, 0.1, permuted("triples", "positive")),
     # finetuning
@@ -288,6 +308,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # pipelines
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
+    "dae_sft": ShownBy("tests/recipes/test_pipelines_learn.py::test_denoising_first_helps_over_three_seeds"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
     "s4_design": ShownBy("tests/pipelines/test_search_costs.py::test_the_design_space_procedure_of_s4_finds_a_planted_design"),
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),

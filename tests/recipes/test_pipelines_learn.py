@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,19 @@ def test_objectives_of_the_board_learn(place: Path) -> None:
     # One objective alone goes by the name of its stack.
     (nothing,) = (r for name, r in scores(stages("alignment_leaderboard", *words, *control)["board"]).items() if name != "sft")
     assert nothing["win_rate"] <= 0.6
+
+
+@inside
+def test_denoising_first_helps_over_three_seeds(place: Path) -> None:
+    """In the same steps a pretrained model has the lower loss on held-out rows; one whose encoder read nothing gains less."""
+    made = stages("dae_sft", "~stages.after_pretext", "~stages.from_scratch")
+
+    def losses(stage: str, runs: dict[str, Path]) -> list[float]:
+        return [metrics(runs[f"{stage}-{seed}"])["test/loss"] for seed in range(3)]
+
+    fresh, pretrained = losses("fresh", made), losses("pretrained", made)
+    gains = [a - b for a, b in zip(fresh, pretrained, strict=True)]
+    mean, error = statistics.mean(gains), statistics.stdev(gains) / 3**0.5
+    assert mean - 4.3 * error > 0.0  # the 95 % interval of three pairs
+    control = stages("dae_sft", "~stages.after_pretext", "~stages.from_scratch", "stages.pretext.objective.delete=1.0")
+    assert statistics.mean(losses("pretrained", control)) > statistics.mean(pretrained) + 0.1

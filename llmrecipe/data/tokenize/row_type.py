@@ -7,6 +7,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | type | canonical row | token row |
 |---|---|---|
 | text | text, or input_ids (+ labels) | ids, trained, bytes, words |
+| structured_text | text (+ outlier) | ids, words, sentences, outlier |
 | dialogue | messages, or prompt + completion, or text, or input_ids | ids, trained |
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -52,8 +53,11 @@ def _need_words(tokens: Tokens) -> None:
         raise DataError("tokenizer: words are read from a fast tokenizer (tokenizer.json), and this one is a slow one")
 
 
-def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+def encode_words(encoder: Encoder, items: Sequence[Item], report: Report, sentences: bool = False) -> None:
     """Fill `done` or `bad` of every item.
+
+    Args:
+        sentences: also number the sentence of each token.
 
     Raises:
         DataError: the tokenizer is a slow one, which cannot say where words are.
@@ -64,14 +68,14 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
     room = replace(encoder.limit, length=encoder.limit.length - len(before) - len(after), stride=None)
     if room.length < 1:
         raise DataError(f"data.max_length: {encoder.limit.length} leaves no room for a token next to the special tokens")
-    found = tokens.tokenizer(
-        [item.row["text"] for item in items], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    texts = [item.row["text"] for item in items]
+    found = tokens.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for n, item in enumerate(items):
         ids = list(found["input_ids"][n])
         words = [SPECIAL if word is None or token in tokens.special else word for token, word in zip(ids, found.word_ids(n))]
-        named = item.row.get("attributes")
-        marks = None if named is None else tokens_of_words(item.row["text"], named, found["offset_mapping"][n])
+        named, offsets = item.row.get("attributes"), found["offset_mapping"][n]
+        marks = None if named is None else tokens_of_words(texts[n], named, offsets)
+        numbers = sentence_numbers(texts[n], offsets) if sentences else []
         try:
             # Cut together: the second list takes the place of a mask, whose first entry a split resets.
             places = fit_sequence(list(range(len(ids))), [1] * len(ids), encoder.truncation, room, item.where, plain=True)
@@ -90,6 +94,8 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
             own = [SPECIAL] * len(before) + [words[i] for i in part] + [SPECIAL] * len(after)
             marked = None if marks is None else [0] * len(before) + [marks[i] for i in part] + [0] * len(after)
             item.done.append({"ids": row, "words": own, "attribute": marked, "features": item.row.get("features")})
+            if sentences:
+                item.done[-1]["sentences"] = [SPECIAL] * len(before) + [numbers[i] for i in part] + [SPECIAL] * len(after)
             report.tokens += len(row)
             report.trained += sum(words[i] != SPECIAL for i in part)
             report.longest = max(report.longest, len(row))
@@ -117,6 +123,18 @@ def sentence_ends(text: str) -> list[int]:
     return ends if ends and ends[-1] == len(text) else [*ends, len(text)]
 
 
+def sentence_numbers(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the number of the sentence that each token of a text ends in, from the characters (first, last) of each."""
+    ends = iter(sentence_ends(text))
+    end, number = next(ends), 0
+    found = []
+    for first, last in offsets:
+        while max(first, last - 1) >= end:
+            end, number = next(ends), number + 1
+        found.append(number)
+    return found
+
+
 def encode_sentences(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Fill `done` or `bad` of every item: the tokens of a document, and how many belong to each of its sentences.
 
@@ -133,15 +151,8 @@ def encode_sentences(encoder: Encoder, items: Sequence[Item], report: Report) ->
             item.bad = BadRow("the text has no tokens")
             continue
         words = [SPECIAL if word is None or token in tokens.special else word for token, word in zip(ids, found.word_ids(n))]
-        lengths = [0]
-        ends = iter(sentence_ends(texts[n]))
-        end = next(ends)
-        for first, last in found["offset_mapping"][n]:
-            while max(first, last - 1) >= end:
-                end = next(ends)
-                lengths.append(0)
-            lengths[-1] += 1
-        item.done.append({"ids": ids, "words": words, "sentences": [length for length in lengths if length]})
+        lengths = Counter(sentence_numbers(texts[n], found["offset_mapping"][n]))
+        item.done.append({"ids": ids, "words": words, "sentences": list(lengths.values())})
         report.tokens += len(ids)
         report.trained += len(ids)
         report.longest = max(report.longest, len(ids))

@@ -268,6 +268,14 @@ def row_classify(rng: Random) -> tuple[str, Row]:
     return text, {"text": text, "label": label}
 
 
+def row_outlier(rng: Random) -> tuple[str, Row]:
+    """Draw a remark; in valid and test every second one is an outlier, whose words are out of order."""
+    text = row_classify(rng)[0]
+    outlier = split_of(text) != "train" and rng.random() < 0.5
+    words = text.removesuffix(".").split()
+    return text, {"text": f"{' '.join(rng.sample(words, len(words)))}." if outlier else text, "outlier": outlier}
+
+
 def _remark(rng: Random, thing: str, good: bool) -> str:
     """Draw a good or bad word about a thing, said directly or with `not`."""
     turned = rng.random() < 0.3
@@ -353,6 +361,7 @@ SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
 LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "comparisons": (row_comparison, (2400, 150, 150)),
     "passages": (row_passage, (640, 100, 100)),
+    "outliers": (row_outlier, (960, 120, 120)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 

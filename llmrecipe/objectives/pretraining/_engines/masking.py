@@ -137,24 +137,34 @@ def masked_targets(batch: Batch, rows: Sequence[Sequence[int]], hidden: Sequence
         batch: sequences laid out in this order, without targets.
         rows: the tokens of each before any was hidden.
     """
-    device = batch.last.device
-    owner = [i for i, found in enumerate(hidden) for _ in found.places]
-    places = [place for found in hidden for place in found.places]
-    lengths = torch.tensor([len(ids) for ids in rows] or [1], device=device)
-    sequence = torch.tensor(owner, dtype=torch.long, device=device)
-    starts = batch.last - lengths + 1
-    target = [ids[place] for ids, found in zip(rows, hidden, strict=True) for place in found.places]
     kinds = [kind for found in hidden for kind in found.kinds]
     of_kind = {
-        name: torch.tensor([i for i, kind in enumerate(kinds) if kind == number], dtype=torch.long, device=device)
+        name: torch.tensor([i for i, kind in enumerate(kinds) if kind == number], dtype=torch.long, device=batch.last.device)
         for name, number in KINDS.items()
     }
+    return at_own_places(batch, rows, [found.places for found in hidden]).with_extra(**of_kind)
+
+
+def at_own_places(batch: Batch, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> Batch:
+    """Return a batch whose targets are tokens of its rows, each predicted by the state at its own place.
+
+    Args:
+        batch: sequences laid out in this order, as long as the rows, without targets.
+        rows: the tokens of each.
+        places: which of them are targets.
+    """
+    device = batch.last.device
+    lengths = torch.tensor([len(ids) for ids in rows] or [1], device=device)
+    owner = [i for i, found in enumerate(places) for _ in found]
+    sequence = torch.tensor(owner, dtype=torch.long, device=device)
+    starts = batch.last - lengths + 1
+    offsets = torch.tensor([place for found in places for place in found], dtype=torch.long, device=device)
+    target = [ids[place] for ids, found in zip(rows, places, strict=True) for place in found]
     return replace(
         batch,
-        source=starts[sequence] + torch.tensor(places, dtype=torch.long, device=device),
+        source=starts[sequence] + offsets,
         target=torch.tensor(target, dtype=torch.long, device=device),
         sequence=sequence,
-        extra={**batch.extra, **of_kind},
     )
 
 
