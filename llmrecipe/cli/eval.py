@@ -65,9 +65,11 @@ def verb(
         return
     from rich.table import Table
 
-    table = Table("metric", "value", box=None, header_style="bold")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.6g}")
+    from llmrecipe.core.score_intervals import LEVEL, with_ends
+
+    table = Table("metric", "value", f"{LEVEL:.0%} interval", box=None, header_style="bold")
+    for name, (value, ends) in with_ends(metrics).items():
+        table.add_row(name, f"{value:.6g}", "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}")
     console().print(table)
 
 
@@ -75,8 +77,11 @@ def show_scores(rows: list[dict[str, Any]]) -> None:
     """Print scores as a table, one row per run."""
     from rich.table import Table
 
-    names = list(dict.fromkeys(k for row in rows for k in row))
+    from llmrecipe.core.score_intervals import shown
+
+    texts = [shown(row, lambda v: f"{v:.6g}" if isinstance(v, float) else str(v)) for row in rows]
+    names = list(dict.fromkeys(k for row in texts for k in row))
     table = Table(*names, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(f"{v:.6g}" if isinstance(v := row.get(n, ""), float) else str(v) for n in names))
+    for row in texts:
+        table.add_row(*(row.get(n, "") for n in names))
     console().print(table)

@@ -65,7 +65,8 @@ def prepare(
         mask: completion, assistant, last or all.
         split: train, validation or test.
         seed: decides which rows `data.limit` draws; token rows do not depend on it.
-        label_map: `labels` of the training rows, so that every split numbers them alike.
+        label_map: `labels` of the training rows, so that every split numbers them alike, or the names an objective gives
+            them. A whole number that is no name stands for the name at this place.
         tasks: the tasks with separate parameters; without names, those of the training rows (then in `TokenData.tasks`).
         unseal: must be True for the test split; only the one final test passes it.
         needs: column that every prompt row must hold -> key path of what reads it; rows without it are dropped and counted.
@@ -128,7 +129,7 @@ def prepare(
     key = hashlib.sha256(joined.encode()).hexdigest()
     if blocks:
         return BlockData(tables, weighted, key, report, data.max_length)
-    labels = _labels(tables, label_map, split, report.source) if row_type(rows).numbered else None
+    labels = _labels(tables, label_map, split, report.source) if row_type(rows).numbered else label_map
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
@@ -163,7 +164,10 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     if given is None:
         real = not flat or any(isinstance(v, float) for v in flat)
         return None if real else sorted({str(v) for v in flat}, key=natural)
-    unknown = sorted({str(v) for v in flat} - set(given), key=natural)
+    # Whole numbers stand for names only where no name is itself a number, as those of training rows may be.
+    stand = all(isinstance(v, int) for v in flat) and not any(name.removeprefix("-").isdigit() for name in given)
+    known = {*given, *map(str, range(len(given)))} if stand else set(given)
+    unknown = sorted({str(v) for v in flat} - known, key=natural)
     if unknown:
         raise DataError(
             f"{source}: the {split} rows have labels the training rows lack: {', '.join(unknown[:8])} "

@@ -88,8 +88,12 @@ class TokenData(Sequence[Row]):
             number: int | float = value
             return number
         if isinstance(value, list):
-            return [self._numbers[str(one)] for one in value]
-        return self._numbers[str(value)]
+            return [self._number(one) for one in value]
+        return self._number(value)
+
+    def _number(self, label: str | int) -> int:
+        """Return the class index of a label: the place of its name, or the number that stands for one."""
+        return self._numbers[str(label)] if str(label) in self._numbers else int(label)
 
     def lengths(self) -> np.ndarray:
         """Return the total number of tokens of each row, (rows,)."""

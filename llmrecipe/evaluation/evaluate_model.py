@@ -143,7 +143,15 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData |
 def metrics_of(subject: Subject, data: Rows) -> dict[str, float]:
     """Compute metrics of token rows."""
     recipe = subject.composition.recipe
-    evaluation = Evaluation(recipe.eval, recipe.batch.size, subject.objective, subject.roles, subject.runtime, _Silent())
+    evaluation = Evaluation(
+        recipe.eval,
+        recipe.batch.size,
+        subject.objective,
+        subject.roles,
+        subject.runtime,
+        _Silent(),
+        samples=recipe.eval.bootstrap,
+    )
     return {"rows": float(rows_read(evaluation, data)), **evaluate(evaluation, data)}
 
 

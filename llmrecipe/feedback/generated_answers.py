@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmrecipe.core import registry
 from llmrecipe.engine.generation import decode_ids, generate, prompt_and_reference
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.feedback.metric import Metric
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows
@@ -25,11 +27,28 @@ def answer_rows(data: Rows, roles: Roles, indices: list[int], sampling: Sampling
     ]
 
 
-def score_answers(rows: list[dict[str, str]], names: list[str]) -> dict[str, float]:
-    """Compute the mean of each named metric over answered rows.
+def score_answers(rows: list[dict[str, str]], names: list[str]) -> dict[str, Scored]:
+    """Score answered rows by each named metric.
 
     Raises:
         RecipeError: a metric is unknown.
     """
-    metrics = {name: registry.load_class("metric", name, "eval.metrics")() for name in names}
-    return {name: sum(m.score(r["answer"], r["reference"]) for r in rows) / max(len(rows), 1) for name, m in metrics.items()}
+    found = {}
+    for name in names:
+        metric = registry.load_class("metric", name, "eval.metrics")()
+        found[name] = Scored(metric, [metric.statistics(r["answer"], r["reference"]) for r in rows])
+    return found
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One metric of some rows."""
+
+    metric: Metric
+    rows: list[list[float]]
+    """The statistics of each row."""
+
+    @property
+    def value(self) -> float:
+        """Return the score of all rows together; 0 where there are none."""
+        return self.metric.total([sum(column) for column in zip(*self.rows, strict=True)]) if self.rows else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -29,6 +30,17 @@ class Metric:
     def score(self, prediction: str, reference: str) -> float:
         """Score a prediction against its reference."""
         raise NotImplementedError
+
+    def statistics(self, prediction: str, reference: str) -> list[float]:
+        """Return the numbers of one row, (K,), whose sums over rows `total` reads: the score and 1 for a mean over rows.
+
+        A score of a whole corpus (BLEU) has its own: what it counts.
+        """
+        return [self.score(prediction, reference), 1.0]
+
+    def total(self, sums: Sequence[float]) -> float:
+        """Return the score of several rows from the sums of their statistics, (K,); 0 where there are none."""
+        return sums[0] / sums[1] if sums[1] else 0.0
 
 
 def normalise(text: str, lower: bool = False, articles: bool = False, punctuation: bool = False) -> str:

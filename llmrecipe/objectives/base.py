@@ -62,12 +62,22 @@ class Objective:
     """Whether dropout stays on while training; comparisons with a reference switch it off."""
     pairs_rows: ClassVar[bool] = False
     """Whether a row's reference log-probabilities depend on the other rows of its step (mismatched pairs)."""
+    resampled: ClassVar[bool] = False
+    """Whether `finish_evaluation` gives estimates of a population, with one entry a row in the tensors of `collect`: an
+    interval of them comes from rows drawn again."""
     samples: ClassVar[bool] = False
     """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
 
     def loss_mask(self) -> str:
         """Return the name of the loss mask: which tokens of a row the data layer marks as trained."""
         return "completion"
+
+    def label_names(self) -> list[str] | None:
+        """Return the names of the outputs of the head, in order; None where they are the labels of the training rows.
+
+        Labels that are whole numbers stand for these names.
+        """
+        return None
 
     def columns(self) -> Mapping[str, str]:
         """Column that every prompt row must hold besides its prompt -> key path of what reads it."""

@@ -215,6 +215,11 @@ class EvalSection(Section):
         description="Further metrics by name, such as exact_match or rouge_l.",
         json_schema_extra=registered("metric"),
     )
+    bootstrap: NonNegativeInt = Field(
+        1000,
+        description="How often the rows of the test split, and of `llmrecipe eval`, are drawn again for the 95 % interval of "
+        "each score; rows are then read one at a time. 0: no intervals.",
+    )
     samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
     max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from llmrecipe.core.console import number
+from llmrecipe.core.score_intervals import shown
 from llmrecipe.runs.run_record import Record
 
 STYLE = """
@@ -71,8 +72,9 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 
 def _events(events: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(k for e in events for k in e if k != "event"))
-    return table([columns, *([number(e[c]) if c in e else "" for c in columns] for e in events)])
+    texts = [shown({k: v for k, v in e.items() if k != "event"}, number) for e in events]
+    columns = list(dict.fromkeys(k for row in texts for k in row))
+    return table([columns, *([row.get(c, "") for c in columns] for row in texts)])
 
 
 def svg(metric: str, curve: list[tuple[int, float]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.core.score_intervals import shown
 from llmrecipe.methods._base.stack import Stack, kind_name
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def model_card(
     methods = ", ".join(f"{w.name} ({kind_name(w)})" for w in stack) or "none: every weight was trained"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    values = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in metrics.items()}
+    values = shown(metrics, lambda value: f"{value:.6g}" if isinstance(value, float) else str(value))
     rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
     return (
         f"# {name}\n\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llmrecipe.core.console import number, sparkline
 from llmrecipe.core.printable import message_text
+from llmrecipe.core.score_intervals import shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,7 +76,8 @@ def event_text(event: dict[str, Any]) -> str:
         return f"saved {event['path']}"
     if kind == "sample":
         return message_text(f"sample: {event['prompt']!r} -> {event['answer']!r}")
-    pairs = message_text("  ".join(f"{k} {number(v)}" for k, v in event.items() if k not in HIDDEN))
+    values = shown({k: v for k, v in event.items() if k not in HIDDEN}, number)
+    pairs = message_text("  ".join(f"{k} {v}" for k, v in values.items()))
     return pairs if kind == "step" else f"{kind}: {pairs}"
 
 
@@ -117,9 +119,9 @@ class Panel:
 
         table = Table(box=None, pad_edge=False, show_header=False)
         for kind, values in self.newest.items():
-            for start in range(0, len(values), 4):
-                part = list(values.items())[start : start + 4]
-                cells = [Text.assemble((f"{k} ", "dim"), (number(v), "bold")) for k, v in part]
+            texts = list(shown(values, number).items())
+            for start in range(0, len(texts), 4):
+                cells = [Text.assemble((f"{k} ", "dim"), (v, "bold")) for k, v in texts[start : start + 4]]
                 table.add_row(Text(kind if start == 0 else "", style="cyan"), *cells)
         curve = Text(sparkline(self.losses), style="green")
         if self.losses:

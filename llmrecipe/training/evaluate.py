@@ -6,14 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
-from llmrecipe.feedback.generated_answers import answer_rows, score_answers
-from llmrecipe.methods._base.update_rule import MetricSums
+from llmrecipe.feedback.generated_answers import Scored, answer_rows, score_answers
+from llmrecipe.methods._base.update_rule import Largest, MetricSums, Smallest
+from llmrecipe.training.intervals import RowScores
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.schema import EvalSection
     from llmrecipe.runtime.processes import Runtime
+
+T = TypeVar("T")
 
 
 class Samples(Protocol):
@@ -42,35 +46,73 @@ class Evaluation:
     runtime: Runtime
     events: Samples
     step: int = 0
+    samples: int = 0
+    """How often rows are drawn again for the intervals of the scores; 0 for none."""
+
+    @property
+    def row_by_row(self) -> bool:
+        """Return whether rows are read one at a time: for intervals, where no answers are sampled, which takes batches."""
+        return bool(self.samples) and not self.objective.samples
 
 
 def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
     """Compute metrics of a split: sums over all its rows and all processes, divided once.
 
     The result does not depend on the evaluation batch size, padding or the number of processes; random states are put back,
-    so a run with evaluations trains exactly as one without.
+    so a run with evaluations trains exactly as one without. With `samples`, rows are read one at a time, and every score has an
+    interval (`training.intervals`).
     """
+    objective, roles = evaluation.objective, evaluation.roles
     state = torch.get_rng_state()
     sums = MetricSums()
     gathered: dict[str, list[torch.Tensor]] = defaultdict(list)
+    single: list[dict[str, list[float]]] = []
     try:
-        with evaluation.roles.evaluating(), torch.no_grad():
-            for batch in _batches(evaluation, data):
-                sums.add(evaluation.objective.evaluate(batch, evaluation.roles))
-                for name, tensor in evaluation.objective.collect(batch, evaluation.roles).items():
+        with roles.evaluating(), torch.no_grad():
+            for part, batch in _batches(evaluation, data):
+                found = objective.evaluate(batch, roles)
+                sums.add(found)
+                if evaluation.row_by_row and part:
+                    plain = {n: e for n, e in found.items() if not isinstance(e, Largest | Smallest)}
+                    single.append({n: [float(value), float(count)] for n, (value, count) in plain.items()})
+                for name, tensor in objective.collect(batch, roles).items():
                     gathered[name].append(tensor)
     finally:
         torch.set_rng_state(state)
     metrics = sums.mean(evaluation.runtime)
     tensors = {n: _gathered(evaluation, torch.cat(gathered[n])) for n in sorted(gathered)}
-    metrics |= evaluation.objective.finish_evaluation(metrics, tensors)
-    metrics |= generated(evaluation, data)
-    if "nll" in metrics:
-        metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
+    scores = RowScores(evaluation.samples, roles.seed)
+    if evaluation.row_by_row:
+        rows = _in_order(evaluation.runtime.gather_json(single))
+        scores.statistics = {n: np.array([row[n] for row in rows]) for n in metrics if rows and all(n in row for row in rows)}
+        scores.tensors = {n: _rows_in_order(t, evaluation.runtime.world) for n, t in tensors.items()}
+    metrics |= objective.finish_evaluation(metrics, tensors)
+    for name, scored in generated(evaluation, data).items():
+        metrics[name] = scored.value
+        if scored.rows:
+            scores.statistics[name], scores.totals[name] = np.array(scored.rows), scored.metric.total
+    if evaluation.samples:
+        metrics |= scores.intervals(objective.finish_evaluation if objective.resampled else None)
+    for name in ("nll", "nll/low", "nll/high"):
+        if name in metrics:
+            metrics[name.replace("nll", "perplexity")] = math.exp(min(metrics[name], 700.0))
     return metrics
 
 
-def generated(evaluation: Evaluation, data: Rows) -> dict[str, float]:
+def _in_order(parts: list[list[T]]) -> list[T]:
+    """Return the rows of all processes in the order of the split, of which each process has every `world`-th."""
+    return [part[i] for i in range(max(map(len, parts), default=0)) for part in parts if i < len(part)]
+
+
+def _rows_in_order(joined: torch.Tensor, world: int) -> torch.Tensor:
+    """Return tensors that were joined process after process, (R, ...), in the order of the split."""
+    whole = list(range(len(joined)))
+    parts = [whole[rank::world] for rank in range(world)]
+    places = torch.tensor([place for part in parts for place in part], dtype=torch.long)
+    return joined[torch.argsort(places)]
+
+
+def generated(evaluation: Evaluation, data: Rows) -> dict[str, Scored]:
     """Compute text metrics of greedily generated answers (`eval.metrics`), and record a few as samples (`eval.samples`).
 
     The rows are divided among the processes; every process generates its own share.
@@ -102,8 +144,13 @@ def rows_read(evaluation: Evaluation, data: Rows) -> int:
     return len(data) if most is None else min(len(data), most * evaluation.batch_size)
 
 
-def _batches(evaluation: Evaluation, data: Rows) -> Iterator[Batch]:
-    """Yield this process's share of a split in order, in micro-batches; every process gets at least one (possibly empty)."""
+def _batches(evaluation: Evaluation, data: Rows) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
+    """Yield this process's share of a split in order, in micro-batches with their rows.
+
+    Every process gets at least one (possibly empty).
+    """
     indices = list(range(rows_read(evaluation, data)))[evaluation.runtime.rank :: evaluation.runtime.world]
-    for part in evaluation.roles.split(evaluation.objective.evaluation_rows(data, indices)):
-        yield evaluation.objective.collate(part, evaluation.roles)
+    rows = evaluation.objective.evaluation_rows(data, indices)
+    parts = ([[row] for row in rows] or [[]]) if evaluation.row_by_row else evaluation.roles.split(rows)
+    for part in parts:
+        yield part, evaluation.objective.collate(part, evaluation.roles)

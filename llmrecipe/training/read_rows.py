@@ -70,11 +70,11 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     needs = objective.columns()
     reader = feature_reader(recipe, objective)
     data = prepare(
-        recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks, needs=needs,
-        reader=reader,
+        recipe.data, tokenizer, objective.rows, mask=mask, split="train", seed=recipe.seed,
+        label_map=objective.label_names(), tasks=tasks, needs=needs, reader=reader,
     )  # fmt: skip
     assert data is not None, "only validation and test rows may be absent"
-    labels = data.labels
+    labels = data.labels or objective.label_names()
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
         tasks=data.tasks, needs=needs, reader=reader,

@@ -7,7 +7,7 @@ import json
 import resource
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +233,7 @@ def score_test(run: RunState) -> dict[str, float]:
     test = test_rows(run.recipe, run.objective, run.data, run.tokenizer)
     if test is None:
         return {}
-    metrics = evaluate(run.evaluation(), test)
+    metrics = evaluate(replace(run.evaluation(), samples=run.recipe.eval.bootstrap), test)
     run.events.evaluation(step=run.progress.step, **{f"test/{k}": v for k, v in metrics.items()})
     return metrics
 

@@ -25,7 +25,7 @@ from tests.trainings import learned, train_recipe
 
 REWARD = {"reward": {"length": {}, "exact_match": {}}}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "classification": [{"problem": p} for p in ("single_label", "multi_label", "regression")],
+    "classification": [{"problem": p} for p in ("single_label", "multi_label")],
     "dpo": [{}, {"nll_coef": 0.5}],
     "ipo": [{}, {"loss_type": "sigmoid_reg"}],
     "grpo": [REWARD],
@@ -56,7 +56,8 @@ def test_every_text_metric_has_a_direction(name: str) -> None:
         ({"kind": "sft"}, "eval/accuracy", "max"),
         ({"kind": "clm"}, "eval/perplexity", "min"),
         ({"kind": "classification"}, "eval/macro_f1", "max"),
-        ({"kind": "classification", "problem": "regression"}, "eval/absolute_error", "min"),
+        ({"kind": "regression"}, "eval/absolute_error", "min"),
+        ({"kind": "regression"}, "eval/spearman", "max"),
         ({"kind": "choices"}, "eval/rank_accuracy/sum", "max"),
         ({"kind": "dpo"}, "eval/rewards/accuracies", "max"),
         ({"kind": "reward"}, "eval/calibration_error", "min"),

@@ -50,6 +50,10 @@ def labelled(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": ids(row, length), "label": row % 3}
 
 
+def scored(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "ids": ids(row, length), "score": 0.5 * (row % 5)}
+
+
 def question(row: int, length: int) -> dict[str, Any]:
     choices = [[*ids(row, 1 + (length + i) % 4, 5 + i), 2] for i in range(1 + row % 3)]
     flat = [token for choice in choices for token in choice]
@@ -92,6 +96,7 @@ MAKERS = {
     "unpaired": feedback,
     "labelled": labelled,
     "labelled_images": labelled_image,
+    "scored": scored,
     "choices": question,
     "prompt": prompt,
     "pairs": triple,
@@ -126,7 +131,7 @@ def model_for(objective: Any) -> nn.Module:
     model = {"masked": tiny_masked_model, "image": tiny_vision_model}.get(objective.head, tiny_model)()
     if objective.head == "classification":
         torch.manual_seed(3)
-        model.score = nn.Linear(32, 3, bias=False)
+        model.score = nn.Linear(32, len(objective.label_names() or "abc"), bias=False)
     objective.prepare_model(model, 5)
     return model
 

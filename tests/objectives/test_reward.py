@@ -20,7 +20,8 @@ from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models import task_heads
 from llmrecipe.models.optimizations import speed_up
 from llmrecipe.objectives.alignment._engines.scoring import add_reward, score_sequences
-from llmrecipe.objectives.alignment.reward import Reward, calibration_error, correlation, normalisation, reward_loss
+from llmrecipe.objectives.alignment.reward import Reward, calibration_error, normalisation, reward_loss
+from llmrecipe.objectives.correlations import correlation
 from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import open_model
 from tests.data.toys import byte_tokenizer

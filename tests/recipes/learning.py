@@ -245,6 +245,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "sft": exact(0.95),
     "classify": labelled(0.95),
     "image_classification": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
+    # Numbers of other pairs leave nothing to rank by.
+    "regression": Learns("eval/spearman", 0.9, 0.4, permuted("ratings", "score")),
     # Swapped pairs teach the worse answer.
     "choices": Learns("eval/rank_accuracy", 0.95, 0.75, PAIRS),
     # The span that answers is found in the passage word for word; a control may answer with any of its three sentences.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,38 @@ def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None
 
 def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Encode one text, or two joined as the tokenizer does, with a label; keep_start shortens the longer of two texts."""
+    encode_texts(encoder, items, report)
+    for item in items:
+        for row in item.done:
+            _count_label(report, item.row["label"])
+            row["label"] = json.dumps(item.row["label"], ensure_ascii=False)
+
+
+def encode_scored(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Encode one text, or two joined as the tokenizer does, with a number."""
+    for item in items:
+        label = item.row["label"]
+        if isinstance(label, list) or not math.isfinite(number := _number(label)):
+            item.bad = BadRow("'label' is not a number", f"{label!r:.80}")
+            continue
+        item.row = {**item.row, "label": number}
+    encode_texts(encoder, [item for item in items if item.bad is None], report)
+    for item in items:
+        for row in item.done:
+            row["score"] = item.row["label"]
+
+
+def _number(value: str | float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def encode_texts(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
+    """Encode one text, or two joined as the tokenizer does; keep_start shortens the longer of two."""
+    if not items:
+        return
     encoder.truncation.check_texts(items[0].where)
     for paired in (False, True):
         group = [item for item in items if ("text_b" in item.row) is paired]
@@ -40,10 +73,10 @@ def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> 
         found = _encode(encoder, [i.row["text"] for i in group], second, cut=False)
         types = found.get("token_type_ids")
         for n, item in enumerate(group):
-            _keep_labelled(encoder, item, report, found["input_ids"][n], types[n] if types else None)
+            _keep_text(encoder, item, report, found["input_ids"][n], types[n] if types else None)
 
 
-def _keep_labelled(encoder: Encoder, item: Item, report: Report, ids: list[int], types: list[int] | None) -> None:
+def _keep_text(encoder: Encoder, item: Item, report: Report, ids: list[int], types: list[int] | None) -> None:
     limit = encoder.limit
     if len(ids) > limit.length:
         try:
@@ -62,8 +95,7 @@ def _keep_labelled(encoder: Encoder, item: Item, report: Report, ids: list[int],
     report.tokens += len(ids)
     report.longest = max(report.longest, len(ids))
     encoder.note(report, ids, item.where)
-    _count_label(report, item.row["label"])
-    item.done.append({"ids": ids, "type_ids": types, "label": json.dumps(item.row["label"], ensure_ascii=False)})
+    item.done.append({"ids": ids, "type_ids": types})
 
 
 def _count_label(report: Report, label: object) -> None:

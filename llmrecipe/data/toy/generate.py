@@ -314,6 +314,32 @@ def row_passage(rng: Random) -> tuple[str, Row]:
     return f"{context} {question}", {"context": context, "question": question, "answers": answers}
 
 
+def row_rating(rng: Random) -> tuple[str, Row]:
+    """Draw two remarks and by how much the first is the kinder one, from -1 to 1; a colour is neither kind nor unkind."""
+    worth = [rng.choice([-1, 0, 1]) for _ in range(2)]
+    texts = []
+    for name, thing, value in zip(rng.sample(grammar.NAMES, 2), rng.sample(WORDS, 2), worth):
+        said = _remark(rng, thing, value > 0) if value else f"the {thing} was {rng.choice(grammar.COLOURS)}"
+        texts.append(f"{name} said {said}.")
+    return " ".join(texts), {"sentence1": texts[0], "sentence2": texts[1], "score": (worth[0] - worth[1]) / 2}
+
+
+def row_tags(rng: Random) -> tuple[str, Row]:
+    """Draw an event as words with their tags: a person, a place, and a thing with the colour that stands before it."""
+    slots = grammar.event(rng)
+    form = rng.choice(grammar.EVENTS)
+    kinds = {"name": "B-PERSON", "place": "B-PLACE", "thing": "B-THING", "colour": "O"}
+    if "{colour} {thing}" in form:
+        kinds |= {"colour": "B-THING", "thing": "I-THING"}
+    words: list[str] = []
+    tags: list[str] = []
+    for word in form.replace(",", " ,").replace(".", " .").split():
+        slot = word.strip("{}")
+        words.append(slots.get(slot, word))
+        tags.append(kinds.get(slot, "O"))
+    return " ".join(words), {"tokens": words, "ner_tags": tags}
+
+
 def row_text(rng: Random) -> tuple[str, Row]:
     """Draw raw text of the corpus: stories, and lists repeated two or three times, from which a model learns to copy."""
     if rng.random() < 0.5:
@@ -362,6 +388,8 @@ LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "comparisons": (row_comparison, (2400, 150, 150)),
     "passages": (row_passage, (640, 100, 100)),
     "outliers": (row_outlier, (960, 120, 120)),
+    "ratings": (row_rating, (1200, 150, 150)),
+    "tags": (row_tags, (640, 100, 100)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 

@@ -16,6 +16,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
 from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, pair_count, split_pairs
 from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.correlations import correlation
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -48,13 +49,6 @@ def calibration_error(d: Tensor, bins: int = BINS) -> float:
     place = ((sure - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     gaps = [float(abs(sure[place == b].mean() - right[place == b].mean()) * (place == b).sum()) for b in place.unique()]
     return sum(gaps) / max(d.numel(), 1)
-
-
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Compute Pearson's correlation of x and y, (N,) each; 0 where one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(x.norm() * y.norm())
-    return float((x * y).sum()) / scale if scale else 0.0
 
 
 @register

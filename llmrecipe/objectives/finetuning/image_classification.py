@@ -28,10 +28,11 @@ class ImageClassification(LabelPrediction, Objective):
 
     rows: ClassVar[str] = "labelled_images"
     head: ClassVar[str] = "image"
+    resampled: ClassVar[bool] = True
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Stack the pictures with their labels, (S,), or (S, C) for several labels each."""
-        labels = self.labels_of(rows)
+        labels = self.labels_of(rows, roles)
         if not rows:
             return self._filler(roles, labels)
         pixels = torch.stack([torch.from_numpy(row["features"].load()) for row in rows])

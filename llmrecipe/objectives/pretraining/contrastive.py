@@ -22,6 +22,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
 from llmrecipe.models.resolve_class import language_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.correlations import rank_correlation
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, ComparedAnchors, Comparison, Vectors, compare
 
@@ -320,7 +321,7 @@ class Contrastive(Objective):
         if bool(known.any()):
             cosine = self.loss_type == "infonce" or self.distance == "cosine"
             near = F.cosine_similarity(v.a, v.b) if cosine else -contrast.distances(v.a, v.b, self.distance)
-            found["spearman"] = embedding_metrics.rank_correlation(near[known], tensors["score"][known])
+            found["spearman"] = rank_correlation(near[known], tensors["score"][known])
         return found
 
     def _losses_of(self, v: Vectors) -> dict[str, float]:

@@ -48,20 +48,35 @@ def macro_f1(predicted: Tensor, gold: Tensor) -> float:
 class LabelPrediction:
     """Mixin for an `Objective` that predicts labels; its batches hold them under `labels`, its engine gives `scores`."""
 
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
-    """Kind of labels: one class, several classes at once, or a number."""
+    problem: Literal["single_label", "multi_label"] = "single_label"
+    """Kind of labels: one class, or several classes at once (numbers are for objective=regression)."""
     label_smoothing: OpenFraction = 0.0
     """Share of the target spread over all classes."""
     head_only: bool = False
     """Train the head alone (linear probing); everything below stays as it is."""
 
-    def labels_of(self, rows: list[dict[str, Any]]) -> Tensor:
-        """Return the labels of rows, (S,), or (S, C) for several labels each."""
-        kind = torch.long if self.problem == "single_label" else torch.float32
-        return torch.tensor([r["label"] for r in rows], dtype=kind)
+    def labels_of(self, rows: list[dict[str, Any]], roles: Roles) -> Tensor:
+        """Return the labels of rows, (S,), or a 0 or 1 for each class, (S, C)."""
+        if self.problem == "single_label":
+            return torch.tensor([r["label"] for r in rows], dtype=torch.long)
+        labels = torch.zeros(len(rows), int(roles.model.config.num_labels))
+        for i, row in enumerate(rows):
+            labels[i, row["label"]] = 1.0
+        return labels
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse to train the head alone under a stack that trains more."""
+        """Refuse labels of another kind than `problem` says, and to train the head alone under a stack that trains more."""
+        if data.labels is None:
+            raise RecipeError(
+                "objective: it needs classes, and the labels of the training rows are real numbers; "
+                "objective=regression predicts numbers"
+            )
+        listed = any(text.startswith("[") for text in set(data.column("label")))
+        if listed and self.problem == "single_label":
+            raise RecipeError(
+                "objective.problem: single_label is one class a row, and rows have lists of labels; set "
+                "objective.problem=multi_label"
+            )
         kinds = {name: Declared.of_spec(name, spec("stack", str(mapping["kind"]))) for name, mapping in recipe.stack.items()}
         more = [name for name, declared in kinds.items() if not declared.is_rule]
         if self.head_only and more:
@@ -75,10 +90,8 @@ class LabelPrediction:
             task_heads.freeze_below_head(model)
 
     def measures(self) -> Measures:
-        """Return the error or the accuracies, depending on the kind of labels."""
-        if self.problem == "regression":
-            return {"absolute_error": "min"}
-        return {"accuracy": "max", "macro_f1": "max"} if self.problem == "single_label" else {"accuracy": "max"}
+        """Return the accuracy and macro F1."""
+        return {"accuracy": "max", "macro_f1": "max"}
 
     def weight(self, batch: Batch) -> float:
         """Return the number of sequences, the loss denominator."""
@@ -91,9 +104,6 @@ class LabelPrediction:
         count = float(labels.shape[0])
         if not count:
             return Loss(scores.sum() * 0.0, {"accuracy": (0.0, 0.0)})
-        if self.problem == "regression":
-            total = ((scores.squeeze(-1) - labels) ** 2).sum()
-            return Loss(total, {"absolute_error": ((scores.squeeze(-1) - labels).abs().sum(), count)})
         if self.problem == "multi_label":
             total = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(-1).sum()
             right = ((scores > 0) == (labels > 0.5)).all(-1).float().sum()
@@ -102,15 +112,17 @@ class LabelPrediction:
         return Loss(total, {"accuracy": ((scores.argmax(-1) == labels).float().sum(), count)})
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Return predictions (S,) and gold labels (S,), for metrics of the whole set."""
-        if self.problem != "single_label":
-            return {}
+        """Return predictions and gold labels, both (S,), or a 0 or 1 for each class, (S, C), for metrics of the whole set."""
+        labels = batch.extra["labels"]
         with torch.no_grad():
-            scores = roles.policy(batch, want="scores")["scores"]
-        return {"predicted": scores.argmax(-1).cpu(), "gold": batch.extra["labels"].cpu()}
+            scores = roles.policy(batch, want="scores")["scores"][: labels.shape[0]]
+        predicted = scores.argmax(-1) if self.problem == "single_label" else (scores > 0).long()
+        return {"predicted": predicted.cpu(), "gold": labels.long().cpu()}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
         """Compute macro F1 over the gathered predictions."""
-        if "gold" not in tensors:
-            return {}
-        return {"macro_f1": macro_f1(tensors["predicted"], tensors["gold"])}
+        predicted, gold = tensors["predicted"], tensors["gold"]
+        if self.problem == "single_label":
+            return {"macro_f1": macro_f1(predicted, gold)}
+        hits, wrong = (predicted & gold).sum(0), predicted.sum(0) + gold.sum(0)
+        return {"macro_f1": float(torch.where(wrong > 0, 2.0 * hits / wrong.clamp_min(1), 0.0).mean())}

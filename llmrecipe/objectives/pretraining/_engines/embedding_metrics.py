@@ -9,7 +9,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 
 BLOCK = 512
@@ -59,10 +58,3 @@ def effective_rank(z: Tensor) -> float:
         return 0.0
     p = values / values.sum()
     return math.exp(-float(torch.special.xlogy(p, p).sum()))
-
-
-def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Return Spearman's correlation of x and y, (N,) each; 0 where one of them is constant."""
-    if len(x) < 2 or bool((x == x[0]).all()) or bool((y == y[0]).all()):
-        return 0.0
-    return float(spearmanr(x.numpy(), y.numpy()).statistic)

@@ -1,0 +1,37 @@
+"""Scores with the ends of their confidence interval: how metrics hold them, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+LEVEL = 0.95
+ENDS = ("low", "high")
+"""What the names of a score's interval end in: `accuracy/low`, `accuracy/high`."""
+Ends = tuple[float, float]
+
+
+def with_ends(metrics: Mapping[str, object]) -> dict[str, tuple[object, Ends | None]]:
+    """Return each score with the ends of its interval, if it has one.
+
+    Examples:
+        >>> with_ends({"accuracy": 0.9, "accuracy/low": 0.8, "accuracy/high": 1.0, "rows": 20.0})
+        {'accuracy': (0.9, (0.8, 1.0)), 'rows': (20.0, None)}
+    """
+    known: dict[str, Ends] = {}
+    for name in metrics:
+        low, high = (metrics.get(f"{name}/{end}") for end in ENDS)
+        if isinstance(low, int | float) and isinstance(high, int | float):
+            known[name] = (float(low), float(high))
+    hidden = {f"{name}/{end}" for name in known for end in ENDS}
+    return {name: (value, known.get(name)) for name, value in metrics.items() if name not in hidden}
+
+
+def shown(metrics: Mapping[str, object], text: Callable[[object], str]) -> dict[str, str]:
+    """Return each score as text, followed by the ends of its interval in brackets.
+
+    Examples:
+        >>> shown({"accuracy": 0.9, "accuracy/low": 0.8, "accuracy/high": 1.0}, str)
+        {'accuracy': '0.9 [0.8, 1.0]'}
+    """
+    found = with_ends(metrics)
+    return {n: text(v) if ends is None else f"{text(v)} [{text(ends[0])}, {text(ends[1])}]" for n, (v, ends) in found.items()}
