@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.data import prepare
 from llmrecipe.engine.role_models import Roles
+from llmrecipe.interop.load_run import open_run
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.pretraining.dae import Dae
 from llmrecipe.recipe.schema import DataSection
@@ -22,7 +24,7 @@ from llmrecipe.training.dry_run import check
 from tests.data.toys import byte_tokenizer
 from tests.objectives.test_encoder_decoder import pair_model
 from tests.tiny import Tokenizer, roles_for, tiny_masked_model, tiny_model
-from tests.trainings import QUIET
+from tests.trainings import QUIET, curve, learned, resume, stop_after, train_recipe
 
 FORMS: dict[str, dict[str, Any]] = {
     "bart": {},
@@ -230,3 +232,22 @@ def test_a_tokenizer_without_a_mask_is_refused() -> None:
     with pytest.raises(ModelError, match=r"no mask token.*tokenizer\.mask_token=<mask>"):
         Dae().check_tokens("seq2seq", bare, 9)
     Dae(mask_ratio=0.0, delete=0.3).check_tokens("seq2seq", bare, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["bart", "t5"])
+def test_a_resumed_run_is_the_whole_one_to_the_bit_and_opens_in_transformers(form: str, tmp_path: Path) -> None:
+    words = [*QUIET, "steps=4", f"objective.form={form}", "batch.size=8", "eval.at_start=false"]
+    train_recipe(tmp_path / "whole", "dae", *words)
+    stop_after(2, tmp_path / "part", "dae", *words)
+    resume(tmp_path / "part")
+    assert curve(tmp_path / "part") == curve(tmp_path / "whole")
+    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
+    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "whole" / "final" / "model").eval()
+    opened = open_run(str(tmp_path / "whole"))
+    assert opened.head == "seq2seq"
+    ids = torch.tensor([[1, 60, 70, 2]])
+    with torch.no_grad():
+        found, wanted = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (opened.model, stock))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -235,7 +235,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "nsp": Learns("eval/nsp/auc", 0.8, 0.6, mixed_sentences),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
     # What the noise left is copied; where it leaves nothing, remarks are written by heart.
-    "dae": Learns("eval/loss", 0.7, 1.2, nothing_left, (), (("eval/accuracy/copied", 0.9, 1.0),)),
+    "dae": Learns("eval/loss", 0.7, 1.0, nothing_left, (), (("eval/accuracy/copied", 0.9, 1.0),)),
     "outliers": Learns("eval/outlier/auc", 0.95, 0.8, mixed_remarks),
     "t5_spans": Learns("eval/loss", 2.2, 2.8, mixed_stories),
     "tsdae": Learns("eval/loss", 1.35, 2.0, mixed_labelled),
