@@ -12,9 +12,16 @@ from llmrecipe import load
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.tokenize.chat_templates import is_prompted_raw, keep_trained_template, prompt_ids, set_template, template_of
+from llmrecipe.engine import generation
+from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.chat import Chat
+from llmrecipe.evaluation.evaluate_model import evaluate_path
+from llmrecipe.feedback import generated_answers
+from llmrecipe.feedback.judges.labeller import Ask
+from llmrecipe.feedback.judges.local import Local
 from llmrecipe.interop.merged import export_merged
+from llmrecipe.interop.peft.exporter import export_peft
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.trainings import train_recipe
@@ -99,6 +106,39 @@ def test_chat_load_and_export_of_a_run_on_raw_text(tmp_path: Path) -> None:
     export_merged(run.dir.path, tmp_path / "merged")
     exported = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert exported.apply_chat_template([turn("user", TEXT)], add_generation_prompt=True)["input_ids"] == expected
+
+
+def test_metrics_eval_judges_and_adapters_of_a_run_on_raw_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gives the model the raw prompt, although the model that was trained has a template of its own."""
+    path = write(tmp_path, ROWS["strings"])
+    given: list[list[int]] = []
+
+    def recorded(model: Any, tokenizer: Any, prompts: list[list[int]], *more: Any, **named: Any) -> list[list[int]]:
+        given.extend(prompts)
+        return generate(model, tokenizer, prompts, *more, **named)
+
+    monkeypatch.setattr(generated_answers, "generate", recorded)
+    words = [f"data.path={path}", f"data.validation={path}", "eval.metrics=[exact_match]", "eval.max_new_tokens=2"]
+    run = train_recipe(
+        tmp_path / "run", "sft_lora", *words, "steps=1", "batch.size=2", "eval.at_start=false", "save.every=null"
+    )
+    expected = prompt_of(run.data[0])
+    assert run.tokenizer.decode(expected[1:]) == TEXT and len(given) == 4 and all(ids == expected for ids in given)
+    given.clear()
+    assert "exact_match" in str(evaluate_path(str(run.dir.path), []))
+    assert len(given) == 4 and all(ids == expected for ids in given)
+    export_peft(run.dir.path, tmp_path / "adapter")
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert exported.apply_chat_template([turn("user", TEXT)], add_generation_prompt=True)["input_ids"] == expected
+    monkeypatch.setattr(generation, "generate", recorded)
+    given.clear()
+    for place in (run.dir.path, tmp_path / "adapter"):
+        judge = Local(path=str(place), max_new_tokens=2)
+        judge.open()
+        assert len(list(judge.write([Ask((turn("user", TEXT),))]))) == 1
+    assert given == [expected, expected]
 
 
 def test_own_is_not_the_raw_template(tmp_path: Path) -> None:
