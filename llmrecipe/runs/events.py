@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Events:
         self.last_step = 0
         self.screen: Display | None = display(live, steps) if folder is not None else None
         self.trackers: list[OpenTracker] = open_trackers(trackers, folder, redact(config or {})) if folder is not None else []
+        self._kept: Counter[str] = Counter()
         self._file = open(self.path, "a", encoding="utf-8") if self.path is not None else None  # noqa: SIM115 (see close)
 
     def step(self, step: int, **values: object) -> None:
@@ -80,8 +82,17 @@ class Events:
         self._emit("save", step, {"path": path})
 
     def warning(self, message: str, step: int | None = None) -> None:
-        """Report something the user should know; the run goes on."""
+        """Report something the user should know; the run goes on. One that `keep_warnings` found is not reported again."""
+        shown = redact({"message": message})["message"]
+        if self._kept[shown]:
+            self._kept[shown] -= 1
+            return
         self._emit("warning", self.last_step if step is None else step, {"message": message})
+
+    def keep_warnings(self) -> None:
+        """Note the warnings of an earlier start, which work that begins anew would report once more."""
+        if self.path is not None:
+            self._kept = Counter(str(event["message"]) for event in read_events(self.path, "warning"))
 
     def check(self, step: int, **values: object) -> None:
         """Report what was verified or counted before the first step, each measured value with its expected one."""

@@ -20,7 +20,7 @@ from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
-from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
+from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, unread_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.read_rows import check_family, check_model_fits, read_data
 
@@ -113,6 +113,7 @@ def examine(composition: Composition) -> Findings:
         *rank_warnings(model),
         *memory_warnings(memory.total, device),
         *weight_warnings(settings.model, model, parts.objective.head),
+        *unread_warnings(settings.roles),
     ]
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
     notes += [

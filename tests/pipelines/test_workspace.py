@@ -74,6 +74,25 @@ def test_a_stopped_step_asks_only_what_is_missing_and_ends_alike(tmp_path: Path)
     assert work(tmp_path / "stopped").each(items, asker := Asker(), batch=3) == whole and asker.requested == []
 
 
+def test_a_step_that_begins_anew_repeats_no_warning(tmp_path: Path) -> None:
+    """Each is kept and stands once; one more of the same text, or another, is news."""
+    first = work(tmp_path)
+    for text in ("two prompts are too long", "the judge was slow", "two prompts are too long"):
+        first.events.warning(text)
+    first.events.step(3, asked=1)
+    first.close()
+    truncate(tmp_path / "events.jsonl", -1, always=("warning",))
+    again = work(tmp_path)
+    for text in ("two prompts are too long", "two prompts are too long", "the judge is gone", "two prompts are too long"):
+        again.events.warning(text)
+    again.close()
+    found = [event["message"] for event in read_events(tmp_path)]
+    assert found == [
+        "two prompts are too long", "the judge was slow", "two prompts are too long", "the judge is gone",
+        "two prompts are too long",
+    ]  # fmt: skip
+
+
 def test_answers_that_were_kept_are_reported_again_in_the_order_they_came(tmp_path: Path) -> None:
     def ask(items: list[int], keys: list[str]) -> Iterator[tuple[int, int]]:
         for place in reversed(range(len(items))):

@@ -43,6 +43,7 @@ class Work:
         self.dir, self.seed = dir, seed
         self.path = dir.path
         self.events = Events(dir.path, live)
+        self.events.keep_warnings()
         self._journals: dict[str, Journal] = {}
 
     def journal(self, name: str = "answers") -> Journal:
