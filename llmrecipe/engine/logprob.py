@@ -8,8 +8,8 @@ Two implementations give the same numbers:
 
 - a frozen plain head: d t_n / d h_n = (onehot(y_n) - softmax(z_n)) post'(z_n) W is formed in the forward pass, chunk by
   chunk, and only that (N, D) tensor is kept; the backward pass multiplies it by the incoming gradient. Exact for any loss.
-- any other head (trained, adapted, quantized): the head module is called on each chunk and the chunk is recomputed in the
-  backward pass.
+- any other head (trained, adapted, quantized): the head module is called on each chunk, and of several chunks each is
+  recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def token_logprobs(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = chunk_rows(head_width(head))
     for h, y in zip(hidden.split(size), target.split(size), strict=True):
-        if torch.is_grad_enabled():
+        # The logits of a single chunk exist at once either way, so computing them twice would save nothing.
+        if torch.is_grad_enabled() and hidden.shape[0] > size:
             parts.append(checkpoint(_chunk, h, y, head, post, entropy, entropy_graph, use_reentrant=False))
         else:
             parts.append(_chunk(h, y, head, post, entropy, entropy_graph))

@@ -239,6 +239,11 @@ class LogSection(Section):
 
     every: PositiveInt = Field(1, description="Steps between step events.")
     live: Literal["auto", "on", "off"] = Field("auto", description="Live display when a person watches, plain lines otherwise.")
+    mfu: Literal["auto", "measure", "off"] = Field(
+        "auto",
+        description="Model FLOPs utilisation in step events: where the peak of the device is known, elsewhere too against a "
+        "matrix product timed before the first step (`measure`), or not at all.",
+    )
     trackers: list[str] = Field(
         default_factory=list,
         description="Trackers to mirror events to (`llmrecipe list tracker`; each an optional extra).",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
 from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, unread_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
+from llmrecipe.training.model_flops import matmul_rate
 from llmrecipe.training.read_rows import check_family, check_model_fits, read_data
 
 if TYPE_CHECKING:
@@ -132,14 +132,3 @@ def examine(composition: Composition) -> Findings:
 
 def _megabytes(memory: Estimate) -> dict[str, float]:
     return {name: round(size / 2**20, 1) for name, size in [*memory.rows(), ("total", memory.total)]}
-
-
-def matmul_rate(device: str) -> float:
-    """Measure the floating-point operations per second of a float32 matrix product, in a few milliseconds."""
-    a = torch.randn(512, 512, device=device)
-    a @ a
-    started, rounds = time.perf_counter(), 5
-    for _ in range(rounds):
-        b = a @ a
-    float(b[0, 0])
-    return rounds * 2 * 512**3 / max(time.perf_counter() - started, 1e-9)

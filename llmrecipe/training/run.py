@@ -145,8 +145,9 @@ class Run(RunState):
             self.noted = time.monotonic()
         if self.progress.step % self.recipe.log.every and self.progress.step != self.steps:
             return
-        own = torch.tensor([sum(m.tokens for m in micros), self.progress.tokens], dtype=torch.float64)
-        tokens, total = self.runtime.sum(own).tolist()
+        work = self.flops.step(micros) if self.flops is not None else 0.0
+        own = torch.tensor([sum(m.tokens for m in micros), self.progress.tokens, work], dtype=torch.float64)
+        tokens, total, work = self.runtime.sum(own).tolist()
         self.events.step(
             step=self.progress.step,
             loss=result.loss,
@@ -155,9 +156,19 @@ class Run(RunState):
             tokens=int(total),
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             peak_mem_mb=save_run.peak_memory_mb(),
+            **self.utilisation(work, seconds),
             **result.metrics,
             **self.stack.metrics(self.model),
         )
+
+    def utilisation(self, work: float, seconds: float) -> dict[str, float]:
+        """Return the share of the devices' peak that a step's work, in FLOP over all processes, makes of its time.
+
+        Nothing where the peak or the work is not known.
+        """
+        if self.flops is None:
+            return {}
+        return {"mfu": round(work / (max(seconds, 1e-9) * self.flops.peak * self.runtime.world), 4)}
 
     # --- what is due ----------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmrecipe.runs.open_model import LoadedModel
     from llmrecipe.runs.run_dir import RunDir
     from llmrecipe.runtime.processes import Runtime
+    from llmrecipe.training.model_flops import ModelFlops
     from llmrecipe.training.resume_rules import Changes
 
 
@@ -105,6 +106,8 @@ class RunState:
     """Time of the newest checkpoint, or of the start; in seconds, of this process's clock."""
     save_cost: float = 0.0
     """Seconds that the newest checkpoint took."""
+    flops: ModelFlops | None = None
+    """What utilisation is computed from; None where it is not known."""
     signal: int | None = None
     """The signal that stops the run."""
 

@@ -26,6 +26,8 @@ def announce(run: RunState) -> None:
     tokenizer = facts.get("tokenizer")
     if tokenizer is not None and run.first_step == 0:
         run.events.check(step=0, **{f"tokenizer/{name}": value for name, value in tokenizer.items()})
+    if run.flops is not None and run.first_step == 0:
+        run.events.check(step=0, peak_flops=run.flops.peak, peak_flops_source=run.flops.source)
     lines = [
         *report.lines(),
         *run.stack.written_out(),

@@ -15,6 +15,7 @@ from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.runtime.caller_state import kept_for_caller, one_training
 from llmrecipe.training import step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
+from llmrecipe.training.model_flops import model_flops
 from llmrecipe.training.run import Run
 from llmrecipe.training.startup_report import announce
 
@@ -73,6 +74,7 @@ def before_first_step(run: Run) -> None:
         run.stack.calibrate(run.model, run.probe())
         run.rebuild()
         prepare_reference(run.objective, run.stack, run.loaded, run.roles, run.planned_rows())
+    run.flops = model_flops(run.recipe, run.objective, run.roles)
     announce(run)
     run.objective.start(run.roles)
     if run.first_step == 0:

@@ -233,6 +233,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # The embedded model has read these stories: only fresh weights have something to learn.
     "clm": Learns("eval/loss", 2.3, 3.3, mixed_stories, ("model.init=random",)),
     "nsp": Learns("eval/nsp/auc", 0.8, 0.6, mixed_sentences),
+    "clm_from_nothing": Learns("eval/bits_per_byte", 0.7, 1.3, mixed_stories),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
     # What the noise left is copied; where it leaves nothing, remarks are written by heart.
     "dae": Learns("eval/loss", 0.7, 1.0, nothing_left, (), (("eval/accuracy/copied", 0.9, 1.0),)),
