@@ -20,6 +20,7 @@ svg{background:#f6f8fa}polyline{fill:none;stroke:#0969da;stroke-width:1.5}text{f
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}pre,svg{background:#161b22}h2{border-color:#30363d}}
 """
 WIDTH, HEIGHT, EDGE = 300, 140, 34
+FRAME = ' stroke="#cf222e" stroke-width="2"'
 POINTS = 400
 """Most points of one curve; longer ones are subsampled."""
 
@@ -35,6 +36,11 @@ def page(record: Record, environment: dict[str, Any], command: str, recipe: str)
     ]
     curves = "".join(svg(metric, record.curve(metric)) for metric in record.metrics())
     parts += ["<h2>Curves</h2>", f'<div class="curves">{curves}</div>' if curves else "<p>No steps yet.</p>"]
+    if grids := _grids(record):
+        parts += [
+            "<h2>Choices</h2>",
+            f'<div class="curves">{"".join(grid(title, made) for title, made in grids.items())}</div>',
+        ]
     if record.evaluations:
         parts += ["<h2>Evaluations</h2>", _events(record.evaluations)]
     if record.samples:
@@ -97,4 +103,31 @@ def svg(metric: str, curve: list[tuple[int, float]]) -> str:
         f'<text x="2" y="14">{number(high)}</text><text x="2" y="{HEIGHT - 18}">{number(low)}</text>'
         f'<text x="{EDGE}" y="{HEIGHT - 4}">{first}</text><text x="{WIDTH - 40}" y="{HEIGHT - 4}">{last}</text></svg>'
         f"<figcaption>{name}: {number(curve[0][1])} &rarr; {number(curve[-1][1])}</figcaption></figure>"
+    )
+
+
+def _grids(record: Record) -> dict[str, dict[str, Any]]:
+    path = record.path / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("grids", {}) if path.is_file() else {}
+
+
+def grid(title: str, made: dict[str, Any]) -> str:
+    """Return a table of numbers as SVG: the larger a number, the darker its cell; marked cells have a frame."""
+    side, values = 14, made["values"]
+    high = max((v for row in values for v in row), default=0.0) or 1.0
+    width, height = EDGE + side * max(map(len, values)), 16 + side * len(values)
+    cells = "".join(
+        f'<rect x="{EDGE + side * j}" y="{side * i}" width="{side - 1}" height="{side - 1}" fill="#0969da" '
+        f'fill-opacity="{max(v, 0.0) / high:.2f}"{FRAME if j in made["marked"][i] else ""}>'
+        f"<title>{made['rows']} {i}, {made['columns']} {j}: {number(v)}</title></rect>"
+        for i, row in enumerate(values)
+        for j, v in enumerate(row)
+    )
+    labels = "".join(f'<text x="2" y="{side * i + 11}">{i}</text>' for i in range(len(values)))
+    name = html.escape(title)
+    return (
+        f'<figure><svg width="{width}" height="{height}" role="img" aria-label="{name}">{cells}{labels}'
+        f'<text x="{EDGE}" y="{height - 4}">{html.escape(made["columns"])}s</text></svg>'
+        f"<figcaption>{name}: {html.escape(made['rows'])}s down, {html.escape(made['columns'])}s across, "
+        f"largest {number(high)}; framed ones train</figcaption></figure>"
     )

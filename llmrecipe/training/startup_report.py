@@ -68,6 +68,7 @@ def run_facts(run: RunState) -> dict[str, Any]:
         "data": run.data.report.to_dict(),
         **({"tokenizer": training_facts(train)} if (train := run.recipe.tokenizer.train) is not None else {}),
         "stack": {w.name: kind_name(w) for w in run.stack},
+        "grids": {f"{w.name}: {title}": made for w in run.stack for title, made in w.grids(run.model).items()},
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "base_parameters": base_parameters(run.model),
         "trained": {

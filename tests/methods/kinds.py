@@ -15,7 +15,7 @@ from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
-from tests.contract import KINDS, OPTIONS
+from tests.contract import KINDS, MIXTURES, OPTIONS
 from tests.methods.additive.harness import fill, model_of
 
 FAMILIES = ("llama", "bert", "t5", "bart", "native-decoder", "native-encoder", "native-encoder_decoder", "native-mixture")
@@ -41,6 +41,7 @@ def matrix(kinds: list[str], families: tuple[str, ...]) -> list[Any]:
         pytest.param(kind, family, id=f"{kind}-{family}", marks=() if (i + j) % len(families) == 0 else pytest.mark.slow)
         for i, kind in enumerate(kinds)
         for j, family in enumerate(families)
+        if kind not in MIXTURES or family.endswith("mixture")
     ]
 
 

@@ -29,8 +29,14 @@ def bias_free(model: nn.Module) -> bool:
     return any(isinstance(s.module, nn.Linear) and s.module.bias is None for s in parts)
 
 
+def dense(model: nn.Module) -> bool:
+    """Whether it has no experts."""
+    return not any(s.role == "experts" for s in anatomy(model).sites)
+
+
 REFUSED: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
     "coda": (no_encoder, "causal: prompt_only"),
+    "esft": (dense, "no mixture of experts"),
     "bitfit": (bias_free, "missing=add_zero"),
     "s4": (lambda _: True, "budget"),
 }

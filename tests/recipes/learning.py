@@ -284,6 +284,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),
     "smt": exact(),
+    # Fresh experts between frozen fresh layers learn which word comes next; the control has answers that go nowhere.
+    "esft": Learns("eval/accuracy", 0.55, 0.35, mixed_answers),
     "freeze": copied(0.55),
     "loreft": copied(0.6),
     "direft": copied(0.77),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmrecipe.core import registry
-from tests.contract import KINDS, OPTIONS
+from tests.contract import KINDS, MIXTURES, OPTIONS
 from tests.methods.kinds import BASES
 from tests.support import ROOT
 from tests.trainings import curve, events
@@ -31,7 +31,7 @@ def words_of(kind: str) -> list[str]:
     """An SFT run under a wrapper; what trains nothing by itself carries LoRA."""
     stack = [kind, "lora"] if kind in BASES else [kind]
     options = [f"stack.{kind}.{key}={str(value).lower()}" for key, value in OPTIONS.get(kind, {}).items()]
-    return ["sft", f"stack=[{','.join(stack)}]", *options]
+    return ["sft", *(["model=native_moe"] if kind in MIXTURES else []), f"stack=[{','.join(stack)}]", *options]
 
 
 def results(cases: dict[str, list[str]], folder: Path, processes: int) -> None:

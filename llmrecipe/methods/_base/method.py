@@ -284,6 +284,14 @@ class Wrapper:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
 
+    def grids(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return tables of numbers that a run's report draws as pictures, by title.
+
+        Each has `rows` and `columns` (what they are), `values` (a list of rows), and `marked` (columns drawn with a frame, a
+        list for each row).
+        """
+        return {}
+
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
         return {}

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -264,10 +265,21 @@ def _hooked_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     call = functools.partial(_forward_with, self, hooks, inner) if others else inner
     if wrappers and args:
         names = [n for n in inspect.signature(type(self).forward).parameters if n != "self"]
+        call = _by_position(call, names[: len(args)])
         args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     for hook in reversed(wrappers):
         call = _with_inputs(hook, call)
     return call(*args, **kwargs)
+
+
+def _by_position(call: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """Return a call by name that passes on by position what came so: an expert kernel may have other names than its host."""
+
+    def called(**inputs: Any) -> Any:
+        kept = list(itertools.takewhile(inputs.__contains__, names))
+        return call(*[inputs.pop(name) for name in kept], **inputs)
+
+    return called
 
 
 def _with_inputs(hook: Hook, call: Callable[..., Any]) -> Callable[..., Any]:
