@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apt": {"num_virtual_tokens": 4, "summary": "first"},
     "mam": {"num_virtual_tokens": 4, "hidden": 8, "r": 8},
     "llm_adapters": {"r": 8},
+    "autopeft": {"adapter": 3, "parallel_adapter": 2, "prefix_tuning": 3, "hidden": 8},
     "s4": {"budget": 4000.0},
     "unipelt": {"num_virtual_tokens": 4, "hidden": 8, "r": 4, "reduction": 4},
 }

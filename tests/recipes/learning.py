@@ -280,6 +280,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "llm_adapters": copied(0.45),
     "unipelt": labelled(0.85),
     "s4": labelled(0.85),
+    "autopeft": labelled(0.8),
     # memory
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),

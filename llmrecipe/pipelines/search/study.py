@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 OWN_WORDS = ("search=null", "eval.test=false", "save.end=false")
 """Overrides of every trial besides its point: it is no search, does not evaluate the test split, and is not continued."""
 
+NOT_BEGUN = 3
+"""Runs that could not begin after which a search without any result stops."""
+
 
 class Search:
     """One search in its folder."""
@@ -66,6 +69,7 @@ class Search:
         self.folder = Path(run.dir) if run.dir is not None else Path(run.root) / f"{run.name or composition.name}-search"
         command = shlex.join(["llmrecipe", "search", f"recipe={recipe}", *words])
         self.pipeline = Pipeline(Plan(composition.name, self.folder), command, Children(Machine(1, (), 1)))
+        self.one_came_to_an_end, self.not_begun = False, 0
         own = ("run", "search")
         self.base = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] not in own]
 
@@ -108,6 +112,7 @@ class Search:
         stepped = self.section.sampler == "stepwise"
         count = stepwise.size(self.section) if stepped else len(points) if points is not None else self.section.trials
         trials = self._journal()
+        self.one_came_to_an_end = any(trial.state == "done" for trial in trials)
         for trial in trials:
             study.add_trial(self._known(trial))
         with handled_by(self.pipeline.children.forward):
@@ -123,6 +128,7 @@ class Search:
                 noted = study.trials[drawn.number].system_attrs
                 trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
                 trials.append(trial)
+                self.one_came_to_an_end |= trial.state == "done"
                 self._write(trial)
                 study = self._reported(study, trial)
         if all(trial.value is None for trial in trials):
@@ -142,7 +148,9 @@ class Search:
             try:
                 how = run_stage(self.pipeline, planned, enough).how
             except RunError as error:
-                if state_of(planned) != "failed":
+                # A point whose run cannot begin fails alone; where nothing else has run either, the cause is not the point.
+                self.not_begun += state_of(planned) != "failed"
+                if self.not_begun >= NOT_BEGUN and not self.one_came_to_an_end:
                     raise
                 say(f"trial {number} failed: {error}")
                 trial.state = "failed"
