@@ -71,7 +71,8 @@ class Engine(nn.Module):
                 pools from the rows in `extra["encoder_ids"]`; `hidden` (S, D) the state of each sequence's last token; `states`
                 (R, T, D) those of all tokens; `pooled` (S, D) one vector a sequence (see `pool`); `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
-                head; `reward` (S,) of the reward head at each sequence's last token (or where `extra["pool"]` points).
+                head; `token_scores` (R, T, C) of a head that reads every token; `reward` (S,) of the reward head at each
+                sequence's last token (or where `extra["pool"]` points).
             role: which hooks take part (see `Context.role`).
             off: names of wrappers to disable, in addition to those the surrounding context disables.
             temperature: divides the logits of `logprobs`.
@@ -94,6 +95,9 @@ class Engine(nn.Module):
             if want == "scores":
                 scores, auxiliary = self.scores(batch)
                 return _with({"scores": scores}, auxiliary)
+            if want == "token_scores":
+                scores, auxiliary = self.token_scores(batch)
+                return _with({"token_scores": scores}, auxiliary)
             if want == "pooled":
                 vectors, auxiliary = self.pooled(batch, pool or Pool(), role)
                 return _with({"pooled": vectors}, auxiliary)
@@ -265,6 +269,17 @@ class Engine(nn.Module):
             weight: Any = head.weight
             return upcast(head(pooled.to(weight.dtype))), auxiliary
         return upcast(self.traced(self.model)(**self._inputs(batch)).logits), None
+
+    def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return a token head's logits (R, T, C), and the loss the model itself adds, if any."""
+        head = getattr(self.model, "score", None)
+        if isinstance(head, nn.Module):
+            hidden, auxiliary = self.states(batch)
+            dropped = self.model.dropout(hidden) if hasattr(self.model, "dropout") else hidden
+            weight: Any = head.weight
+            return upcast(head(dropped.to(weight.dtype))), auxiliary
+        places = batch.position_ids + getattr(self.model, "position_offset", 0)
+        return upcast(self.traced(self.model)(**self._inputs(batch), position_ids=places).logits), None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the model reads: pictures, or tokens with features in some of their places."""

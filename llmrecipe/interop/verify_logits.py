@@ -175,12 +175,13 @@ def adapter_head(folder: Path) -> str:
     if config.get("model_class"):
         return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
     kind = config.get("task_type")
-    return {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
+    return {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
 
 
 HEADS = (
     ("ForSequenceClassification", "classification"),
     ("ForImageClassification", "image"),
+    ("ForTokenClassification", "token_classification"),
     ("ForMaskedLM", "masked"),
     ("ForConditionalGeneration", "seq2seq"),
 )

@@ -27,9 +27,10 @@ AUTO = {
     "masked": ("AutoModelForMaskedLM", "a masked language model"),
     "seq2seq": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     "image": ("AutoModelForImageClassification", "an image classifier"),
+    "token_classification": ("AutoModelForTokenClassification", "a token classifier"),
 }
 """Head an objective needs -> (Transformers class, description)."""
-CLASSIFIERS = ("classification", "image")
+CLASSIFIERS = ("classification", "image", "token_classification")
 """Heads with one output a class: they follow the labels of the data and may be new."""
 STATES = "states"
 """What an objective needs that reads hidden states alone: a decoder or an encoder, with the head of its language model."""
@@ -211,8 +212,8 @@ def _fitting_heads(config: PreTrainedConfig) -> dict[str, bool]:
     fits["causal"] &= not config.is_encoder_decoder and not (is_encoder and "causal" not in _made_for(config))
     if config.model_type == "llmrecipe_native":
         heads = {
-            "decoder": ("causal", "classification"),
-            "encoder": ("masked", "classification"),
+            "decoder": ("causal", "classification", "token_classification"),
+            "encoder": ("masked", "classification", "token_classification"),
             "encoder_decoder": ("seq2seq",),
             "vision": ("image",),
         }[config.kind]

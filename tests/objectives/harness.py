@@ -54,6 +54,11 @@ def scored(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "ids": ids(row, length), "score": 0.5 * (row % 5)}
 
 
+def tagged(row: int, length: int) -> dict[str, Any]:
+    words = [-1, *(i // 2 for i in range(length - 1))]
+    return {"row": row, "ids": ids(row, length), "words": words, "label": [(row + i) % 3 for i in range(max(words) + 1)]}
+
+
 def question(row: int, length: int) -> dict[str, Any]:
     choices = [[*ids(row, 1 + (length + i) % 4, 5 + i), 2] for i in range(1 + row % 3)]
     flat = [token for choice in choices for token in choice]
@@ -97,6 +102,7 @@ MAKERS = {
     "labelled": labelled,
     "labelled_images": labelled_image,
     "scored": scored,
+    "tagged": tagged,
     "choices": question,
     "prompt": prompt,
     "pairs": triple,
@@ -129,7 +135,7 @@ def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:
 def model_for(objective: Any) -> nn.Module:
     """A small model with the heads of an objective."""
     model = {"masked": tiny_masked_model, "image": tiny_vision_model}.get(objective.head, tiny_model)()
-    if objective.head == "classification":
+    if objective.head in ("classification", "token_classification"):
         torch.manual_seed(3)
         model.score = nn.Linear(32, len(objective.label_names() or "abc"), bias=False)
     objective.prepare_model(model, 5)

@@ -183,6 +183,11 @@ def other_spans(folder: Path) -> list[str]:
     return spoiled(folder, "passages", change)
 
 
+def mixed_tags(folder: Path) -> list[str]:
+    """Sentences with their tags out of order."""
+    return spoiled(folder, "tags", lambda rows, c: [{**r, "ner_tags": c.sample(r["ner_tags"], len(r["tokens"]))} for r in rows])
+
+
 @reward_function
 def chance(text: str, prompt: str) -> float:
     """A reward that has nothing to do with the answer's worth."""
@@ -246,6 +251,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "sft": exact(0.95),
     "classify": labelled(0.95),
     "image_classification": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
+    # Tags out of order: what stays is how often each is.
+    "token_classification": Learns("eval/f1", 0.95, 0.3, mixed_tags),
     # Numbers of other pairs leave nothing to rank by.
     "regression": Learns("eval/spearman", 0.9, 0.4, permuted("ratings", "score")),
     # Swapped pairs teach the worse answer.

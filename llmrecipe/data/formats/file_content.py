@@ -15,7 +15,7 @@ from llmrecipe.core.errors import DataError
 if TYPE_CHECKING:
     from llmrecipe.data.formats.bounds import Bounds
 
-EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt", ".text")
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt", ".text", ".conll")
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
 MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
 """First bytes -> kind: Parquet, an Arrow file, an Arrow stream."""

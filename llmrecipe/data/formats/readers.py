@@ -91,6 +91,8 @@ def open_file(path: Path, bounds: Bounds = BOUNDS) -> Reader:
         return LinesFile(path, data, bounds)
     if kind in (".txt", ".text"):
         return TextFile(path, data, bounds)
+    if kind == ".conll":
+        return WordsFile(path, data, bounds)
     return TableFile(path, kind, data, bounds)
 
 
@@ -255,6 +257,30 @@ class TextFile(Reader):
     def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the text."""
         return self._hash
+
+
+class WordsFile(TextFile):
+    """CoNLL's columns: a word a line, its tag in the last column, blank lines between sentences.
+
+    Rows are `{"tokens": [...], "tags": [...]}`; lines that begin with `-DOCSTART-` or `#` are left out.
+    """
+
+    def __init__(self, path: Path, data: bytes | mmap.mmap, bounds: Bounds = BOUNDS) -> None:
+        super().__init__(path, data, bounds)
+        kept = [(first, self._lines(block)) for first, block in self._blocks]
+        self._blocks = [(first, "\n".join(lines)) for first, lines in kept if lines]
+        for first, lines in kept:
+            if bare := next((line for line in lines if len(line.split()) < 2), None):
+                raise DataError(f"{path}:{first}: '{bare:.40}' has no tag; each line holds a word and, last, its tag")
+
+    @staticmethod
+    def _lines(block: str) -> list[str]:
+        return [line for line in block.split("\n") if not line.startswith(("-DOCSTART-", "#"))]
+
+    def rows(self, indices: Sequence[int] | range) -> list[Row]:
+        """Return the sentences at these indices."""
+        found = [[line.split() for line in self._blocks[i][1].split("\n")] for i in indices]
+        return [{"tokens": [cells[0] for cells in words], "tags": [cells[-1] for cells in words]} for words in found]
 
 
 class TableFile(Reader):

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from llmrecipe.models.native.config import NativeConfig
@@ -23,6 +24,7 @@ from llmrecipe.models.native.heads import (
     NativeForMaskedLM,
     NativeForSeq2SeqLM,
     NativeForSequenceClassification,
+    NativeForTokenClassification,
 )
 from llmrecipe.models.native.model import NativeModel
 
@@ -33,6 +35,7 @@ AutoModelForImageClassification.register(NativeConfig, NativeForImageClassificat
 AutoModelForMaskedLM.register(NativeConfig, NativeForMaskedLM, exist_ok=True)
 AutoModelForSeq2SeqLM.register(NativeConfig, NativeForSeq2SeqLM, exist_ok=True)
 AutoModelForSequenceClassification.register(NativeConfig, NativeForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(NativeConfig, NativeForTokenClassification, exist_ok=True)
 
 __all__ = [
     "NativeConfig",
@@ -41,5 +44,6 @@ __all__ = [
     "NativeForMaskedLM",
     "NativeForSeq2SeqLM",
     "NativeForSequenceClassification",
+    "NativeForTokenClassification",
     "NativeModel",
 ]

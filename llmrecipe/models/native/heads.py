@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ImageClassifierOutput,
@@ -200,6 +200,10 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
 
 class NativeForSequenceClassification(GenericForSequenceClassification, NativePreTrainedModel):
     """A linear classifier on the state of the last real token."""
+
+
+class NativeForTokenClassification(GenericForTokenClassification, NativePreTrainedModel):
+    """A linear classifier on the state of each token."""
 
 
 class NativeForImageClassification(NativePreTrainedModel):

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmrecipe.core.forward_context import activate
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, pad
+from llmrecipe.engine.pooling import real_tokens
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.documents import BatchText, documents_of, segment_rows
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
@@ -65,10 +66,10 @@ class StockForward(Verification):
         return found
 
     def _scores(self, bench: Bench, micros: list[Batch]) -> Measured:
-        run, wanted, found = bench.run, {}, {}
+        wanted, found = {}, {}
         gradients: list[dict[str, Tensor]] = []
         for number, micro in enumerate(micros):
-            values = run.roles.engine(micro, want="scores")["scores"]
+            values = self._engine_scores(bench, micro)
             _pull(values, bench.by_gradient)
             found[str(number)] = values.detach()
         gradients.append(bench.gradients())
@@ -77,7 +78,8 @@ class StockForward(Verification):
                 rows = [_plain_scores(bench, picture[None])[0] for picture in micro.pixels]
             else:
                 rows = [_plain_logits(bench, document)[0] for document in whole_documents(micro)]
-            values = torch.stack(rows).float()
+            # A head that reads every token gives (T, C) of each document, any other (C,).
+            values = (torch.cat if rows[0].dim() == 2 else torch.stack)(rows).float()
             _pull(values, bench.by_gradient)
             wanted[str(number)] = values.detach()
         gradients.append(bench.gradients())
@@ -85,6 +87,14 @@ class StockForward(Verification):
         slope, name = largest(gradients[1], gradients[0])
         worst = (slope, f"gradient of {name}") if not slope <= apart else (apart, f"batch {where}")
         return Measured("class scores and gradients of the engine = of the stock forward", worst[0], bench.bound, worst[1])
+
+    def _engine_scores(self, bench: Bench, micro: Batch) -> Tensor:
+        """Return the engine's scores (S, C), or (M, C) of every real token where the head reads them all."""
+        roles = bench.run.roles
+        if bench.run.objective.head != "token_classification":
+            return roles.engine(micro, want="scores")["scores"]
+        values = roles.engine(micro, want="token_scores")["token_scores"]
+        return values.reshape(-1, values.shape[-1])[real_tokens(micro)[0]]
 
 
 def _weights(values: Tensor) -> Tensor:
