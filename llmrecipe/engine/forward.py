@@ -275,7 +275,8 @@ class Engine(nn.Module):
         head = getattr(self.model, "score", None)
         if isinstance(head, nn.Module):
             hidden, auxiliary = self.states(batch)
-            dropped = self.model.dropout(hidden) if hasattr(self.model, "dropout") else hidden
+            dropout: Any = getattr(self.model, "dropout", None)
+            dropped = hidden if dropout is None else dropout(hidden)
             weight: Any = head.weight
             return upcast(head(dropped.to(weight.dtype))), auxiliary
         places = batch.position_ids + getattr(self.model, "position_offset", 0)
