@@ -69,3 +69,23 @@ def test_twice_the_tokens_are_better_than_once_and_than_a_trigram(seed: int, mea
     trigram = Trigram(as_bytes("train"), END).bits(held_out) / sum(len(d) - 2 for d in held_out)
     assert measured(seed, 2) < trigram
     assert measured(seed, 2) < measured(seed, 1)
+
+
+@pytest.mark.slow
+def test_seven_times_the_tokens_are_better_than_a_trigram_of_the_same_tokens(tmp_path: Path) -> None:
+    data = shared("data", "text_shakespeare")
+    longer = [
+        "model.config.hidden_size=128",
+        "model.config.dropout=0.1",
+        "optim.lr=3e-3",
+        "optim.weight_decay=0.1",
+        "steps=2200",
+    ]
+    run = train_recipe(tmp_path, "clm", *WORDS, *longer, f"data.path={data}", "eval.every=800")
+    texts = {
+        split: [json.loads(line)["text"] for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for split in ("train", "valid")
+    }
+    tokens = {split: [[*run.tokenizer(t)["input_ids"], run.tokenizer.eos_token_id] for t in texts[split]] for split in texts}
+    bits = Trigram(tokens["train"], len(run.tokenizer)).bits(tokens["valid"])
+    assert events(tmp_path, "evaluation")[-1]["eval/bits_per_byte"] < bits / sum(len(t.encode()) for t in texts["valid"])
