@@ -39,7 +39,7 @@ def page(record: Record, environment: dict[str, Any], command: str, recipe: str)
     if grids := _grids(record):
         parts += [
             "<h2>Choices</h2>",
-            f'<div class="curves">{"".join(grid(title, made) for title, made in grids.items())}</div>',
+            f'<div class="curves">{"".join(grid_svg(title, made) for title, made in grids.items())}</div>',
         ]
     if record.evaluations:
         parts += ["<h2>Evaluations</h2>", _events(record.evaluations)]
@@ -111,7 +111,7 @@ def _grids(record: Record) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")).get("grids", {}) if path.is_file() else {}
 
 
-def grid(title: str, made: dict[str, Any]) -> str:
+def grid_svg(title: str, made: dict[str, Any]) -> str:
     """Return a table of numbers as SVG: the larger a number, the darker its cell; marked cells have a frame."""
     side, values = 14, made["values"]
     high = max((v for row in values for v in row), default=0.0) or 1.0

@@ -229,13 +229,13 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_the_picture_shows_every_expert_and_frames_the_chosen_ones() -> None:
-    from llmrecipe.runs.html_report import grid
+    from llmrecipe.runs.html_report import grid_svg
 
     model, _, wrapper = tuned(score="gate")
     (title, made), *_ = wrapper.grids(model).items()
     assert title == "gate score" and [len(row) for row in made["values"]] == [8, 8]
     assert made["marked"] == [hook.chosen.tolist() for hook in hooks(model).values()]
-    text = grid("esft: gate score", made)
+    text = grid_svg("esft: gate score", made)
     assert text.count("<rect") == 16 and text.count("stroke=") == sum(map(len, made["marked"]))
     assert "layer 1, expert 7" in text
     assert next(d for d, _ in wrapper.describe(model)).startswith("model.layers.0.mlp.experts: experts ")
