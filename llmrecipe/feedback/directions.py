@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.lazy import is_installed
 from llmrecipe.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
             raise RecipeError(
                 f"eval.metrics: {name} scores generated answers, and rows of type {objective.rows} have no prompt to answer"
             )
-        found[name] = registry.load_class("metric", name, "eval.metrics").direction
+        metric = registry.load_class("metric", name, "eval.metrics")
+        if metric.library and not is_installed(metric.library):
+            raise RecipeError(
+                f"eval.metrics: {name} is computed by {metric.library}, which is not installed; "
+                "pip install 'llmrecipe[metrics]'"
+            )
+        found[name] = metric.direction
     return found
 
 

@@ -24,6 +24,8 @@ class Metric:
     """Whether a small (an error rate) or a large mean is better."""
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """Least and largest score; the better end is that of an answer equal to its reference."""
+    library: ClassVar[str] = ""
+    """Optional library that computes it (the extra `metrics`)."""
     example: ClassVar[tuple[str, str, float]]
     """A prediction, a reference and the score by hand."""
 

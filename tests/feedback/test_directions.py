@@ -12,6 +12,7 @@ import torch
 from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.lazy import is_installed
 from llmrecipe.feedback.directions import declares, direction, direction_of, measured
 from llmrecipe.objectives.base import Objective
 from llmrecipe.objectives.finetuning.sft import Sft
@@ -45,8 +46,13 @@ def test_every_objective_declares_what_it_reports(name: str, options: dict[str, 
 
 @pytest.mark.parametrize("name", registry.names("metric"))
 def test_every_text_metric_has_a_direction(name: str) -> None:
-    assert registry.load_class("metric", name).direction in ("min", "max")
-    assert measured(Sft(), [name])[name] == "max"
+    metric = registry.load_class("metric", name)
+    assert metric.direction in ("min", "max")
+    if metric.library and not is_installed(metric.library):
+        with pytest.raises(RecipeError, match=rf"{name} is computed by {metric.library}.*llmrecipe\[metrics\]"):
+            measured(Sft(), [name])
+    else:
+        assert measured(Sft(), [name])[name] == "max"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""JSON validity."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from llmrecipe.core.foreign import parse_json
+from llmrecipe.core.registry import register
+from llmrecipe.feedback.metric import Metric
+
+
+@register
+class JsonValid(Metric):
+    """JSON validity: 1 where the prediction is one JSON value with nothing but white space around it, else 0."""
+
+    example: ClassVar[tuple[str, str, float]] = ('{"a": [1, 2]}', '{"b": null}', 1.0)
+
+    def score(self, prediction: str, reference: str) -> float:
+        """Return 1 where the prediction parses; the reference is not read."""
+        try:
+            parse_json(prediction)
+        except ValueError:
+            return 0.0
+        return 1.0

@@ -1,0 +1,62 @@
+"""Metrics of corpora and of JSON, and the reward for answers that keep to their source."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.feedback.generated_answers import score_answers
+from llmrecipe.feedback.metrics.json_equal import equal_values
+from llmrecipe.feedback.rewards.grounded import Grounded, claims_of
+from llmrecipe.objectives.reward_interface import Answer
+
+
+def answered(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"prompt": "", "answer": ours, "reference": theirs} for ours, theirs in pairs]
+
+
+def test_corpus_scores_are_sacrebleus_on_the_same_predictions() -> None:
+    """Counts are added up over rows: neither is the mean of the rows' scores."""
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    chance = random.Random(0)
+    words = ["the", "red", "hen", "sat", "in", "a", "barn", ",", "and", "it", "was", "not", "green", "."]
+    pairs = [(" ".join(chance.choices(words, k=9)), " ".join(chance.choices(words, k=8))) for _ in range(12)]
+    pairs += [("the red hen sat in the barn", "the red hen sat in a barn"), ("", "nothing")]
+    found = score_answers(answered(pairs), ["bleu", "chrf"])
+    ours, theirs = [p for p, _ in pairs], [[r for _, r in pairs]]
+    assert found["bleu"].value == pytest.approx(metrics.BLEU().corpus_score(ours, theirs).score, abs=1e-9)
+    assert found["chrf"].value == pytest.approx(metrics.CHRF().corpus_score(ours, theirs).score, abs=1e-9)
+    mean = sum(found["bleu"].metric.score(p, r) for p, r in pairs) / len(pairs)
+    assert abs(mean - found["bleu"].value) > 1
+
+
+def test_json_is_compared_as_values() -> None:
+    assert equal_values({"a": [1, {"b": None}]}, {"a": [1.0, {"b": None}]})
+    assert not equal_values({"a": True}, {"a": 1}) and not equal_values([1, 2], [2, 1]) and not equal_values({"a": 1}, {})
+    found = score_answers(
+        answered([('{"a": 1}', '{"a":1}'), ("{a: 1}", '{"a":1}'), ("[]", "{}")]), ["json_equal", "json_valid"]
+    )
+    assert found["json_equal"].value == pytest.approx(1 / 3) and found["json_valid"].value == pytest.approx(2 / 3)
+
+
+def test_claims_by_hand() -> None:
+    text = 'On Monday Ann-Marie Lee of Oslo sold 3 hens for 1,200.50. She said: "a fair price". Bo agreed.'
+    assert claims_of(text) == ["3", "1,200.50", "Monday Ann-Marie Lee", "Oslo", "a fair price"]
+    assert claims_of("It was quiet.") == [] and claims_of(text, names=False, quotes=False) == ["3", "1,200.50"]
+
+
+def test_the_share_of_claims_in_the_source_is_the_score() -> None:
+    source = "Ann Lee of  Oslo sold 312 hens."
+    reward = Grounded()
+
+    def score(text: str, given: Grounded = reward) -> float:
+        return given.score([Answer("12 asked", text, {"source": source}, [1], [2], True)])[0]
+
+    assert score("We know that Ann Lee sold 312 of them in oslo.") == 1.0
+    assert score("We know that Ann Lee sold 12.") == 0.5, "12 does not occur in 312"
+    assert score("We know that Bo Lee sold 12.") == 0.0 and score("Nothing is known.") == 1.0
+    assert score("We know that Ann Lee sold 12.", Grounded(prompt=True)) == 1.0
+    with pytest.raises(RecipeError, match="looks for nothing"):
+        Grounded(numbers=False, names=False, quotes=False).check(["source"], "objective.reward.grounded")
