@@ -23,6 +23,10 @@ class Held:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    @property
+    def key(self) -> str:
+        return self.array.tobytes().hex()[:64]
+
     def load(self) -> np.ndarray:
         return self.array.copy()
 

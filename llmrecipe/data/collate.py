@@ -26,14 +26,24 @@ class Slots:
     """(M, W) the vector of each."""
     index: Tensor
     """(M,) its place in the flattened (R*T) inputs."""
-    number: Tensor
-    """(M,) its place among the features of its sequence, from 0."""
+    place: Tensor
+    """(M, 2) where it was: row and column of a patch, number of a frame and 0."""
     sequence: Tensor
     """(M,) index of the sequence it belongs to."""
 
     def to(self, device: torch.device | str) -> Slots:
         """Return the same places on a device."""
         return Slots(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class FeatureVectors:
+    """The features of a sequence."""
+
+    values: Tensor
+    """(m, W)"""
+    places: Tensor
+    """(m, 2) row and column of a patch, number of a frame and 0."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,13 @@ class Sequence:
     """Number of leading tokens that belong to the prompt."""
     task: int = 0
     """Task of a mixed-task batch."""
-    features: Tensor | None = None
-    """(m, W) vectors that are read before the tokens, without a position among them; only without parent and children."""
+    features: FeatureVectors | None = None
+    """What is read before the tokens, without a position among them; only without parent and children."""
 
     @property
     def slots(self) -> int:
         """Number of places of its features."""
-        return 0 if self.features is None else len(self.features)
+        return 0 if self.features is None else len(self.features.values)
 
 
 @dataclass(frozen=True)
@@ -151,10 +161,10 @@ def _slots(sequences: Seq[Sequence], firsts: Seq[int]) -> Slots | None:
     if not holding:
         return None
     return Slots(
-        values=torch.cat([values for _, values, _ in holding]),
-        index=torch.cat([torch.arange(first, first + len(values)) for _, values, first in holding]),
-        number=torch.cat([torch.arange(len(values)) for _, values, _ in holding]),
-        sequence=torch.cat([torch.full((len(values),), i) for i, values, _ in holding]),
+        values=torch.cat([own.values for _, own, _ in holding]),
+        index=torch.cat([torch.arange(first, first + len(own.values)) for _, own, first in holding]),
+        place=torch.cat([own.places for _, own, _ in holding]),
+        sequence=torch.cat([torch.full((len(own.values),), i) for i, own, _ in holding]),
     )
 
 

@@ -201,6 +201,10 @@ class StreamedRows(Sequence[Row]):
     reader: None = None
     """Rows of a stream name no files."""
 
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Return nothing: rows of a stream name no files."""
+        return set()
+
     def __init__(self, stream: TokenStream, key: str) -> None:
         self.stream, self.key, self.tasks = stream, key, stream.tasks
         readers = [part.reader for part in stream.parts]

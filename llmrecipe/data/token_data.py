@@ -76,6 +76,10 @@ class TokenData(Sequence[Row]):
         """Return a whole stored column of texts, numbers or lists of numbers; None where a row has no value."""
         return [value for table in self.tables for value in table.column(name)]
 
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Return the shapes of the arrays that the files of the rows hold."""
+        return {shape for table in self.tables if table.features is not None for shape in table.features.shapes}
+
     @property
     def reader(self) -> FeatureReader | None:
         """How the files that rows name were read; None where they name none."""

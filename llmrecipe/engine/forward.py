@@ -295,7 +295,7 @@ class Engine(nn.Module):
         if batch.slots is None:
             return inputs | {"input_ids": batch.input_ids}
         embedded = self.model.get_input_embeddings()(batch.input_ids)
-        vectors = self.head_of(FEATURES)(batch.slots.values, batch.slots.number).to(embedded.dtype)
+        vectors = self.head_of(FEATURES)(batch.slots.values, batch.slots.place).to(embedded.dtype)
         return inputs | {"inputs_embeds": embedded.flatten(0, 1).index_copy(0, batch.slots.index, vectors).view_as(embedded)}
 
     def train(self, mode: bool = True) -> Engine:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmrecipe.core.errors import ModelError
+from llmrecipe.models.feature_head import FORMS, GEOMETRY, FeatureHead
 from llmrecipe.models.masked_heads import head_chain
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
@@ -198,6 +200,33 @@ def add_cross_attention_head(model: LanguageModel, role: str, layers: int, seed:
     return found
 
 
+def add_feature_head(model: LanguageModel, form: str, width: int | None, seed: int = 0) -> FeatureHead:
+    """Add the trained head that turns features into inputs and return it; an existing one keeps its values.
+
+    Args:
+        form, width: see `FeatureHead`.
+
+    Raises:
+        ModelError: the existing one reads other features.
+    """
+    heads = _container(model)
+    config = model.config.get_text_config()
+    if FEATURES not in heads:
+        assert width is not None, "the width is the recipe's or the data's"
+        std = float(getattr(config, "initializer_range", None) or 0.02)
+        head = FeatureHead(form, width, int(config.hidden_size), seed, std)
+        heads[FEATURES] = head.to(model.get_input_embeddings().weight.device)
+    found = heads[FEATURES]
+    assert isinstance(found, FeatureHead)
+    if found.form != form or width not in (None, found.width):
+        raise ModelError(
+            f"model.path: the run reads {found.form} features of {found.width} numbers, the recipe gives {form} features of "
+            f"{width}; use the same objective.features, patch and processor"
+        )
+    _set_frozen(found, False)
+    return found
+
+
 def _norm_behind(model: nn.Module) -> nn.Module | None:
     """Return a norm behind the attention of a model; None where norms come before sublayers."""
     found = anatomy(model)
@@ -245,7 +274,12 @@ def mount_heads(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _empty_head(tensors: Mapping[str, Tensor], role: str, model: nn.Module) -> nn.Module:
     """Return a head of the kind and the size that a role's saved tensors have; only a scalar head has a gain."""
-    own = {name.removeprefix(f"{ATTRIBUTE}.{role}."): value for name, value in tensors.items()}
+    inside = f"{ATTRIBUTE}.{role}."
+    own = {name.removeprefix(inside): value for name, value in tensors.items() if name.startswith(inside)}
+    form = next((form for form in FORMS if f"{form}.weight" in own), None)
+    if form is not None:
+        hidden, width = own[f"{form}.weight"].shape
+        return FeatureHead(form, int(width) + (GEOMETRY if form == "region" else 0), int(hidden))
     if "weight" in own:
         width = int(own["weight"].shape[1])
         return ScalarHead(width) if "gain" in own else DenseHead(width)

@@ -86,9 +86,9 @@ def examine(composition: Composition) -> Findings:
     wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     build_run.check_chain(settings, parts.wrappers)
+    parts.objective.check(settings, data)
     model = build_run.on_meta(settings, parts.objective, stack, labels, device)
     check_model_fits(settings, parts.objective, data, validation, labels)
-    parts.objective.check(settings, data)
     steps = build_run.step_count(settings, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     later = [w for w in stack if w.calibrates()]

@@ -18,7 +18,7 @@ from llmrecipe.models.native import (
     NativeForSeq2SeqLM,
     NativeForSequenceClassification,
 )
-from llmrecipe.models.native.parts.positional_encoding import sinusoids
+from llmrecipe.models.sinusoids import sinusoids
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,

@@ -91,6 +91,10 @@ def labelled_image(row: int, length: int) -> dict[str, Any]:
     return {"row": row, "features": held_picture(row), "label": row % 3}
 
 
+def pictured(row: int, length: int) -> dict[str, Any]:
+    return {**document(row, length), "features": held_picture(row), "attribute": [0, 1, *([0] * (length - 1)), 0]}
+
+
 MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
@@ -103,6 +107,7 @@ MAKERS = {
     "labelled_images": labelled_image,
     "scored": scored,
     "tagged": tagged,
+    "pictured_words": pictured,
     "choices": question,
     "prompt": prompt,
     "pairs": triple,
@@ -120,11 +125,16 @@ STACKS: dict[str, dict[str, Any]] = {
 """Wrapper -> options on the small model; `full` is none."""
 
 
+SHAPES: dict[str, dict[str, Any]] = {"mmlm": {"patch": 4, "feature_width": 48}}
+"""Options that follow from the data in a run."""
+
+
 def objective_of(name: str) -> Any:
     """An objective with its defaults, and short rollouts judged by a function where it samples."""
     wanted: dict[str, Any] = {"reward": REWARD, "answers": 2, "max_new_tokens": 5, "epochs": 1, "minibatches": 1}
     options = registry.spec("objective", name).options
-    return registry.load_class("objective", name)(**{k: v for k, v in wanted.items() if name in SAMPLED and k in options})
+    found = {k: v for k, v in wanted.items() if name in SAMPLED and k in options} | SHAPES.get(name, {})
+    return registry.load_class("objective", name)(**found)
 
 
 def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:

@@ -54,6 +54,11 @@ class Features:
         """File they come from."""
         return self.table.paths[self.index]
 
+    @property
+    def key(self) -> str:
+        """Hash of the file's content."""
+        return self.table.contents[self.index]
+
     def load(self) -> np.ndarray:
         """Return the float32 array: (C, H, W) of a picture, (m, d) of vectors."""
         start, shape = int(self.table.starts[self.index]), self.shape

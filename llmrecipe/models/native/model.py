@@ -23,7 +23,8 @@ from llmrecipe.models.native.parts.layer_norm import NativeRMSNorm, make_norm
 from llmrecipe.models.native.parts.mixture_of_experts import GatedExperts, NativeRouter, PlainExperts
 from llmrecipe.models.native.parts.multi_head_attention import NativeAttention
 from llmrecipe.models.native.parts.patch_embedding import PatchEmbedding
-from llmrecipe.models.native.parts.positional_encoding import NativeRotary, RelativeBias, learned_positions, sinusoids
+from llmrecipe.models.native.parts.positional_encoding import NativeRotary, RelativeBias, learned_positions
+from llmrecipe.models.sinusoids import sinusoids
 
 
 class NativePreTrainedModel(PreTrainedModel):

@@ -23,13 +23,6 @@ from torch import Tensor, nn
 from llmrecipe.models.native.config import NativeConfig
 
 
-def sinusoids(position_ids: Tensor, width: int) -> Tensor:
-    """Map positions (B, T) to (B, T, D): sines in the even dimensions, cosines in the odd ones."""
-    steps = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32)
-    angles = position_ids[..., None].float() / 10000.0 ** (steps / width)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., :width]
-
-
 def learned_positions(config: NativeConfig) -> nn.Embedding | None:
     """Return the table P, or None where positions are not learned."""
     return nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
