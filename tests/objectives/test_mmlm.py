@@ -25,7 +25,6 @@ from llmrecipe.objectives.pretraining._engines.views import vectors_of, views_of
 from llmrecipe.objectives.pretraining.mmlm import Mmlm
 from tests.objectives.harness import document
 from tests.pictures import held_picture, held_vectors, save_rows
-from tests.support import shared
 from tests.tiny import Tokenizer, tiny_masked_model
 from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
@@ -226,9 +225,8 @@ def test_a_run_goes_on_to_the_bit_and_eval_finds_its_head(tmp_path: Path) -> Non
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     kept = events(tmp_path / "whole", "evaluation")[-1]
     again = evaluate_path(str(tmp_path / "whole"), ["eval.batches=1", "data.cache=false"])
-    assert {k: v for k, v in again.items() if k != "rows"} == pytest.approx(
-        {k.removeprefix("eval/"): v for k, v in kept.items() if k.startswith("eval/")}, abs=1e-6
-    )
+    names = ("loss", "nll/removed", "nll/shuffled", "accuracy", "gain/removed", "gain/shuffled")
+    assert [again[name] for name in names] == pytest.approx([kept[f"eval/{name}"] for name in names], abs=1e-6)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole" / "final" / "model")
     state = run.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -250,20 +248,3 @@ def test_files_of_frames_and_of_regions_train(tmp_path: Path) -> None:
         run = train_recipe(tmp_path / f"run_{form}", "mmlm", *SMALL[1:3], SMALL[-1], *words)
         assert run.model.task_head["features"].width == (5 if form == "frame" else 12)
         assert len(curve(tmp_path / f"run_{form}")) == 2
-
-
-@pytest.mark.slow
-def test_pictures_of_emoji_help(tmp_path: Path) -> None:
-    """Held-out names: a hidden token is likelier with its picture than without, by more than two standard errors."""
-    data = shared("data", "image_emoji")
-    words = ["objective.target_words=any", "objective.prob=0.3", f"data.path={data}", "epochs=40"]
-    run = train_recipe(tmp_path, "mmlm", *words)
-    gains = []
-    with run.roles.evaluating(), torch.no_grad():
-        for i in range(len(run.validation)):
-            own, removed, _ = views_of(run.validation, i)
-            batches = [run.objective.collate([one], run.roles) for one in (own, removed)]
-            with_it, without = (-float(run.roles.policy(batch)["logprobs"].mean()) for batch in batches)
-            gains.append(without - with_it)
-    mean, error = np.mean(gains), np.std(gains, ddof=1) / len(gains) ** 0.5
-    assert mean > 2 * error, (mean, error)

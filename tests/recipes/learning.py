@@ -240,6 +240,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "nsp": Learns("eval/nsp/auc", 0.8, 0.6, mixed_sentences),
     "clm_from_nothing": Learns("eval/bits_per_byte", 0.7, 1.3, mixed_stories),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
+    # Words that only the picture decides: 0.35 by chance.
+    "mmlm": Learns("eval/accuracy", 0.8, 0.45, shuffled_pictures("image")),
     # What the noise left is copied; where it leaves nothing, remarks are written by heart.
     "dae": Learns("eval/loss", 0.7, 1.0, nothing_left, (), (("eval/accuracy/copied", 0.9, 1.0),)),
     "outliers": Learns("eval/outlier/auc", 0.95, 0.8, mixed_remarks),
