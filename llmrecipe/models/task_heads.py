@@ -6,7 +6,7 @@ its own adapter and head, and the base's fingerprint is that of the plain model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -336,13 +336,16 @@ def without_language_head(model: LanguageModel) -> None:
     """Exclude a language-model head from training, save what it shares with the embedding: hidden states get by without it."""
     head, embed = head_chain(model) or model.get_output_embeddings(), model.get_input_embeddings()
     tied = {id(p) for p in embed.parameters()} if embed is not None else set()
-    for parameter in _parameters(head):
-        if id(parameter) not in tied:
-            parameter.frozen_base = True  # type: ignore[attr-defined]
+    for module in head.modules() if head is not None else ():
+        module.frozen_base = True  # type: ignore[assignment]
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in tied:
+                parameter.frozen_base = True  # type: ignore[attr-defined]
 
 
-def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
-    return module.parameters() if module is not None else ()
+def excluded(part: nn.Module | nn.Parameter) -> bool:
+    """Return whether the objective excluded a weight of the base from training, or a module that its losses do not call."""
+    return getattr(part, "frozen_base", False)
 
 
 def _container(model: nn.Module) -> nn.ModuleDict:

@@ -112,7 +112,7 @@ class Stack:
             trained |= set(own_tensors(model, wrapper.name)) - wrapper.frozen(model)
         found: set[str] = set()
         for name, parameter in model.named_parameters():
-            everything = not changes and not getattr(parameter, "frozen_base", False) and not task_heads.is_frozen(model, name)
+            everything = not changes and not task_heads.excluded(parameter) and not task_heads.is_frozen(model, name)
             if _can_train(parameter) and (everything or name in trained or is_head(model, name)):
                 found.add(name)
         return found

@@ -16,7 +16,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook, row_index
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
-from llmrecipe.models.task_heads import is_head
+from llmrecipe.models.task_heads import excluded, is_head
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -50,7 +50,7 @@ class BiasMaster(Hook):
 
 
 def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, str]]:
-    """Yield (module, tensor name) of every bias of the base, once, at the module that applies it.
+    """Return (module, tensor name) of every bias the base has and the objective uses, once, at the module that applies it.
 
     Args:
         pooler: whether the pooler's is among them.
@@ -63,7 +63,7 @@ def every_bias(model: nn.Module, pooler: bool = True) -> list[tuple[nn.Module, s
             continue
         for tensor, value in module._parameters.items():
             # A container may only hold a second name of its child's bias (BERT's prediction head): the later owner applies it.
-            if value is not None and tensor.endswith("bias"):
+            if value is not None and tensor.endswith("bias") and not excluded(value):
                 owners[id(value)] = (module, tensor)
     return list(owners.values())
 

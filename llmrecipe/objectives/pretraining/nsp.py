@@ -177,7 +177,9 @@ class Nsp(MaskedTokens, Objective):
         terms, metrics = self._terms(batch, out)
         total = terms["nsp"] * (self.weight_nsp if self.with_mlm else 1.0)
         if self.with_mlm:
-            total = total + terms["mlm"] * batch.extra["scale"]
+            # A batch outside a step, of a calibration for one, is a step of its own.
+            own = self.weight(batch) / max(float(batch.target.numel()), 1.0)
+            total = total + terms["mlm"] * batch.extra.get("scale", own)
         return Loss(total, metrics)
 
     def _terms(self, batch: Batch, out: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Any, float]]]:

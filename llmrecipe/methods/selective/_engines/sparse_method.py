@@ -28,13 +28,14 @@ from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site_finder import widths
-from llmrecipe.models.task_heads import is_head
+from llmrecipe.models.task_heads import excluded, is_head
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     """Return every tensor of the base a method may select from, by parameter name, in model order.
 
-    Tied tensors appear once, under their first name. Injected modules and new task heads are left out.
+    Tied tensors appear once, under their first name. Injected modules, new task heads and what the objective excludes are left
+    out.
 
     Raises:
         ModelError: the scope names a part of a fused matrix or single experts.
@@ -45,12 +46,12 @@ def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:
     idle = idle_embedding(model)
     for module in model.modules():
         for tensor, value in module._parameters.items():
-            if value is not None and module is not idle:
+            if value is not None and module is not idle and not excluded(module):
                 owners.setdefault(id(value), []).append((module, tensor))
     wanted = _in_scope(model, scope)
     found: dict[str, Weight] = {}
     for name, value in model.named_parameters():
-        if id(value) in inside or is_head(model, name) or (wanted is not None and id(value) not in wanted):
+        if id(value) in inside or is_head(model, name) or excluded(value) or (wanted is not None and id(value) not in wanted):
             continue
         users = tuple(owners[id(value)])
         quantized = not value.is_floating_point() or hasattr(value, "quant_state")

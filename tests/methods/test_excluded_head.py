@@ -1,0 +1,27 @@
+"""A language-model head that an objective leaves uncalled: no wrapper selects from it or trains its biases."""
+
+from __future__ import annotations
+
+from transformers import BertConfig, BertForMaskedLM
+
+from llmrecipe.methods._engines.biases import every_bias
+from llmrecipe.methods.selective._engines.sparse_method import base_weights
+from llmrecipe.models.task_heads import without_language_head
+
+
+def test_a_head_that_is_not_called_lends_neither_weights_nor_biases_to_the_wrappers() -> None:
+    """BERT's decoder shares its matrix with the embedding, which stays, at the embedding alone."""
+    shape = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(**shape))
+    head = {id(module) for module in model.cls.modules()}
+    embedding = "bert.embeddings.word_embeddings.weight"
+    before = base_weights(model)
+    assert {id(module) for module, _ in before[embedding].users} & head
+    assert any(name.startswith("cls.") for name in before)
+    assert any(id(module) in head for module, _ in every_bias(model))
+
+    without_language_head(model)
+    after = base_weights(model)
+    assert set(before) - set(after) == {name for name in before if name.startswith("cls.")}
+    assert [module for module, _ in after[embedding].users] == [model.bert.embeddings.word_embeddings]
+    assert not any(id(module) in head for module, _ in every_bias(model))
