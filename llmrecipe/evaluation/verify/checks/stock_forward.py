@@ -32,6 +32,8 @@ class StockForward(Verification):
             micros = bench.micros(run)
             if bench.run.objective.head in CLASSIFIERS:
                 return self._scores(bench, micros)
+            if any(m.slots is not None for m in micros):
+                raise NotApplicable("features enter through a head of their own; the layouts are compared above")
             micros = [m for m in micros if m.target.numel()]
             if not micros:
                 raise NotApplicable("the objective has no token targets")
