@@ -16,12 +16,12 @@ def test_a_head_that_is_not_called_lends_neither_weights_nor_biases_to_the_wrapp
     head = {id(module) for module in model.cls.modules()}
     embedding = "bert.embeddings.word_embeddings.weight"
     before = base_weights(model)
-    assert {id(module) for module, _ in before[embedding].users} & head
+    assert {id(module) for module, _ in before[embedding].owners} & head
     assert any(name.startswith("cls.") for name in before)
     assert any(id(module) in head for module, _ in every_bias(model))
 
     without_language_head(model)
     after = base_weights(model)
     assert set(before) - set(after) == {name for name in before if name.startswith("cls.")}
-    assert [module for module, _ in after[embedding].users] == [model.bert.embeddings.word_embeddings]
+    assert [module for module, _ in after[embedding].owners] == [model.bert.embeddings.word_embeddings]
     assert not any(id(module) in head for module, _ in every_bias(model))
