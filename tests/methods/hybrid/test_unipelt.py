@@ -266,7 +266,7 @@ def test_no_export_leaves_a_gate_out(part: str, tmp_path: Path) -> None:
     from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
 
     options = {"lora": "", "prefix_tuning": ", positions: shift", "adapter": ", placement: pfeiffer"}[part]
-    stack = f"stack={{w: {{kind: {part}, gate: token{options}}}}}"
+    stack = f"+stack.w={{kind: {part}, gate: token{options}}}"
     train_recipe(tmp_path / "run", "sft", stack, "steps=1", "eval.at_start=false", "eval.batches=1")
     for export in (export_peft, export_merged, export_adapter_hub):
         with pytest.raises(ModelError, match=r"\bw\b"):
