@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,12 +97,14 @@ class Esft(Wrapper):
         most = probe.count(self.n_tokens, 1)
         try:
             with mode(model, False):
+                read = 0
                 for index, micros in enumerate(probe.groups(most, 1)):
-                    if index % world != rank:
-                        continue
-                    for micro in micros:
-                        probe.loss(micro)
-                    if sums.tokens >= math.ceil(self.n_tokens / world):
+                    if index % world == rank:
+                        for micro in micros:
+                            probe.loss(micro)
+                    # Every process counts all rows, so that the choice is made from the same ones however many there are.
+                    read += sum(micro.tokens for micro in micros)
+                    if read >= self.n_tokens:
                         break
         finally:
             for handle in handles:
