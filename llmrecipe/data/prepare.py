@@ -12,12 +12,12 @@ import numpy as np
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks, natural
 from llmrecipe.data import validation
-from llmrecipe.data.blocks import WHOLE, BlockData, check_blocks
 from llmrecipe.data.cache import TokenTable, table_key, tokenizer_fingerprint
 from llmrecipe.data.features.read_file import FeatureReader
 from llmrecipe.data.features.table import feature_table
 from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
+from llmrecipe.data.token_blocks import WHOLE, BlockData, check_blocks
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.row_type import row_type

@@ -90,7 +90,7 @@ class Events:
         self._emit("warning", self.last_step if step is None else step, {"message": message})
 
     def keep_warnings(self) -> None:
-        """Note the warnings of an earlier start, which work that begins anew would report once more."""
+        """Note the warnings of an earlier start, which work that starts again would report once more."""
         if self.path is not None:
             self._kept = Counter(str(event["message"]) for event in read_events(self.path, "warning"))
 

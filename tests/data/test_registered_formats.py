@@ -65,10 +65,12 @@ def test_the_example_of_a_format_is_found_by_its_columns_and_becomes_every_row_t
 def test_what_a_row_type_says_of_itself() -> None:
     types = [row_type(name) for name in registry.names("row_type")]
     assert {t.name for t in types if t.prompted} == {"choices", "dialogue", "preference", "prompt", "unpaired"}
-    assert {t.name for t in types if t.numbered} == {"labelled", "labelled_images", "pairs"}
+    assert {t.name for t in types if t.numbered} == {"labelled", "labelled_images", "pairs", "tagged"}
     uncounted = {t.name: t.uncounted for t in types if t.uncounted}
     assert uncounted == {
         "labelled": ("type_ids",),
+        "scored": ("type_ids",),
+        "tagged": ("words",),
         "choices": ("choice_lengths",),
         "words": ("words",),
         "pictured_words": ("words",),

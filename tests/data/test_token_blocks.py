@@ -14,8 +14,8 @@ import torch
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, order, prepare
-from llmrecipe.data.blocks import BlockData
 from llmrecipe.data.overlap import HASHES, shared_rows
+from llmrecipe.data.token_blocks import BlockData
 from llmrecipe.objectives.pretraining.clm import Clm
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer
