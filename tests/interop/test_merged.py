@@ -19,7 +19,7 @@ from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.models import task_heads
 from llmrecipe.models.weight_headers import DTYPES, headers
-from tests.contract import OPTIONS
+from tests.contract import MIXTURES, OPTIONS
 from tests.interop.saved_runs import base_folder, hooks, saved_run
 from tests.methods.kinds import CHANGES
 from tests.support import shared
@@ -110,7 +110,7 @@ def _drop(model: torch.nn.Module, owner: str) -> None:
 
 def test_what_cannot_be_folded_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"))
-    monkeypatch.setattr(Lora, "mergeable", False)
+    monkeypatch.setattr(Lora, "merges", lambda self: False)
     monkeypatch.setattr(merged, "write_model", lambda *_: pytest.fail("written"))
     with pytest.raises(ModelError, match="'lora' cannot be folded"):
         export_merged(tmp_path / "run")
@@ -150,7 +150,7 @@ def test_a_bfloat16_base_written_in_float32_keeps_the_whole_change(tmp_path: Pat
     assert done.difference.largest <= 1e-5 * done.difference.scale
 
 
-MERGEABLE = [k for k in CHANGES if registry.spec("stack", k).facts.get("mergeable")]
+MERGEABLE = [k for k in CHANGES if registry.spec("stack", k).facts.get("mergeable") and k not in MIXTURES]
 ADDED = {"bitfit": ".bias"}
 """Ending of what a method adds to the architecture itself, with its flag in the config."""
 

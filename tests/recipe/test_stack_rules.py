@@ -16,7 +16,7 @@ from llmrecipe.recipe.stack_rules import Declared, refusals
 from llmrecipe.recipe.validate import check_stack
 
 KINDS = registry.names("stack")
-GREEDY = ["adalora", "child_tuning", "diff_pruning", "fishmask", "group_mask", "spt"]
+GREEDY = ["adalora", "child_tuning", "diff_pruning", "fishmask", "group_mask", "smt", "spt"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -28,7 +28,10 @@ def test_what_the_source_declares_is_what_the_class_declares(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_method_that_works_on_gradients_says_so(kind: str) -> None:
     cls = registry.load_class("stack", kind)
-    assert bool(cls.needs_gradients) or cls.after_backward is Wrapper.after_backward
+    assert bool(cls.needs_gradients) == cls.reads_gradients()
+    # Where only an option reads gradients, the stack asks the built wrapper.
+    if cls.after_backward is not Wrapper.after_backward and not cls.needs_gradients:
+        assert cls.check_stack is not Wrapper.check_stack
 
 
 def test_pairs_of_a_gradient_method_and_mezo_are_refused_by_table_recipe_and_run() -> None:

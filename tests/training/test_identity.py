@@ -183,8 +183,8 @@ def test_no_step_waits_for_a_hash_and_a_checkpoint_does(tmp_path: Path, monkeypa
 
 def test_a_hash_is_computed_once_and_again_when_the_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read = tmp_path / "weights", []
-    original = hashlib.file_digest
-    monkeypatch.setattr(file_hashes.hashlib, "file_digest", lambda *a: (read.append(a), original(*a))[1])
+    original = file_hashes.digest
+    monkeypatch.setattr(file_hashes, "digest", lambda *a: (read.append(a), original(*a))[1])
     path.write_bytes(b"one")
     for _ in range(2):
         assert sha256_of(path) == hashlib.sha256(b"one").hexdigest()

@@ -14,12 +14,14 @@ from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.training.memory_estimate import delta_bytes, estimate_memory, optimizer_bytes
+from tests.contract import MIXTURES
 from tests.methods.additive.harness import model_of
 from tests.methods.formulas import FORMULAS, shape
 from tests.methods.kinds import BASES, CHANGES, Cell, put, wrapper_of
 
-BOUNDED = ("group_mask", "spt")
-"""Kinds whose groups or modules fill a budget up to the next one that does not fit."""
+BOUNDED = ("group_mask", "smt", "spt")
+"""Kinds whose groups, blocks or modules fill a budget up to the next one that does not fit."""
+DENSE = [k for k in CHANGES if k not in MIXTURES]
 ADAMW = registry.load_class("optim", "adamw")()
 
 
@@ -50,7 +52,7 @@ def stepped(made: Cell) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", pytest.param("t5", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", DENSE)
 def test_counts_and_bytes_are_known_before_a_weight_is_read(kind: str, family: str, tmp_path) -> None:
     model, planned = skeleton(kind, family)
     facts = costs(planned, model)

@@ -60,6 +60,8 @@ class Clm(Objective):
         nll = -out["logprobs"].detach()
         found = {"loss": (nll.sum(), self.weight(batch)), **token_metrics(out)}
         # Rows of ready-made token ids stand for text of unknown size. A batch without rows still has one sequence, a filler.
+        if not set(SIZES) <= set(batch.extra):
+            return found
         sizes = {name: batch.extra[name] for name in SIZES}
         by_row = batch.sum_by_sequence(nll.double())[: len(sizes["bytes"])]
         known = float(by_row[sizes["bytes"] >= 0].sum())
@@ -68,8 +70,8 @@ class Clm(Objective):
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return the perplexities of bytes and words, where the text is known."""
-        word = sums.pop(WORD)
-        if math.isnan(sums["bits_per_byte"]):
-            del sums["bits_per_byte"]
+        word, bits = sums.pop(WORD, math.nan), sums.get("bits_per_byte", math.nan)
+        if math.isnan(bits):
+            sums.pop("bits_per_byte", None)
             return {}
-        return {"byte_perplexity": 2.0 ** sums["bits_per_byte"], "word_perplexity": math.exp(min(word, 700.0))}
+        return {"byte_perplexity": 2.0**bits, "word_perplexity": math.exp(min(word, 700.0))}

@@ -66,6 +66,12 @@ class LabelPrediction:
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse labels of another kind than `problem` says, and to train the head alone under a stack that trains more."""
+        kinds = {name: Declared.of_spec(name, spec("stack", str(mapping["kind"]))) for name, mapping in recipe.stack.items()}
+        more = [name for name, declared in kinds.items() if not declared.is_rule]
+        if self.head_only and more:
+            raise RecipeError(
+                f"objective.head_only: the stack [{', '.join(more)}] trains more than the head; leave one of the two out"
+            )
         if data.labels is None:
             raise RecipeError(
                 "objective: it needs classes, and the labels of the training rows are real numbers; "
@@ -76,12 +82,6 @@ class LabelPrediction:
             raise RecipeError(
                 "objective.problem: single_label is one class a row, and rows have lists of labels; set "
                 "objective.problem=multi_label"
-            )
-        kinds = {name: Declared.of_spec(name, spec("stack", str(mapping["kind"]))) for name, mapping in recipe.stack.items()}
-        more = [name for name, declared in kinds.items() if not declared.is_rule]
-        if self.head_only and more:
-            raise RecipeError(
-                f"objective.head_only: the stack [{', '.join(more)}] trains more than the head; leave one of the two out"
             )
 
     def prepare_model(self, model: LanguageModel, seed: int) -> None:
