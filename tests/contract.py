@@ -28,10 +28,12 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.method import Probe, Stage
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment.dpo import Dpo
+from llmrecipe.objectives.finetuning.image_classification import ImageClassification
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.training import build_run
-from tests.tiny import Tokenizer, tiny_model
+from tests.pictures import held_picture
+from tests.tiny import Tokenizer, tiny_model, tiny_vision_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bitfit": {"missing": "add_zero"},
@@ -63,8 +65,17 @@ FAMILY: dict[str, str] = {"coda": "bert", "esft": "native-mixture"}
 MIXTURES = ("esft",)
 """Kinds that need experts."""
 KINDS = registry.names("stack")
-TRAINED = [k for k in KINDS if registry.spec("stack", k).facts.get("stage") in ("Stage.INJECT", "Stage.SELECT", None)]
+IMAGES = [k for k in KINDS if registry.spec("stack", k).facts.get("modality") == "images"]
+"""Kinds for models that read pictures."""
+TRAINED = [
+    k
+    for k in KINDS
+    if registry.spec("stack", k).facts.get("stage") in ("Stage.INJECT", "Stage.SELECT", None) and k not in IMAGES
+]
+"""Kinds that train on models that read text."""
 CAUSAL = [k for k in TRAINED if k not in FAMILY]
+ANY = [*CAUSAL, *IMAGES]
+"""Kinds on the model each is made for."""
 READS_PROMPTS: dict[str, dict[str, Any]] = {"coda": {}, "apt": {"summary": "prompt_mean"}, "loreft": {}, "direft": {}}
 """Kinds whose output depends on where a prompt ends, and options under which it does."""
 ROWS = [
@@ -72,6 +83,7 @@ ROWS = [
     {"row": 1, "ids": [1, 12, 13, 2], "trained": [0, 0, 1, 1]},
     {"row": 2, "ids": [1, 20, 21, 22, 23, 24, 25, 26, 2], "trained": [0, 0, 0, 0, 1, 1, 1, 1, 1]},
 ]
+PICTURES: list[dict[str, Any]] = [{"row": i, "features": held_picture(i), "label": i} for i in range(3)]
 PAIRS = [
     {"row": 0, "prompt_ids": [1, 5, 6, 7], "chosen_ids": [8, 9, 10, 2], "rejected_ids": [11, 2]},
     {"row": 1, "prompt_ids": [1, 12], "chosen_ids": [13, 2], "rejected_ids": [14, 15, 16, 2]},
@@ -88,7 +100,10 @@ class Subject:
     objective: Any
 
     def batch(self) -> Batch:
-        return self.objective.collate(ROWS, self.roles)
+        return self.objective.collate(self.rows(), self.roles)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return PICTURES if isinstance(self.objective, ImageClassification) else ROWS
 
     def loss(self) -> torch.Tensor:
         batch = self.batch()
@@ -111,26 +126,38 @@ class Subject:
 def build(kind: str, packing: bool = True, calibrate: bool = True, family: str | None = None, **options: Any) -> Subject:
     """A subject; data-dependent choices are made on the rows above."""
     torch.manual_seed(0)
-    model = tiny_model(family or FAMILY.get(kind, "llama"))
+    model = bare_model(kind, family)
     wrapper = registry.load_class("stack", kind)(name=kind, **{**OPTIONS.get(kind, {}), **options})
     stack = Stack([wrapper])
     torch.manual_seed(1)
     stack.attach(model)
-    roles = Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), packing)
-    subject = Subject(model, stack, roles, Sft())
+    subject = subject_of(kind, model, stack, packing)
     if calibrate:
         subject.stack.calibrate(model, probe_of(subject))
-    roles.engine.eval()
+    subject.roles.engine.eval()
     return subject
+
+
+def bare_model(kind: str, family: str | None = None) -> nn.Module:
+    """A tiny model of the family, or of the modality, that a kind is made for."""
+    torch.manual_seed(0)
+    return tiny_vision_model(positions="learned") if kind in IMAGES else tiny_model(family or FAMILY.get(kind, "llama"))
+
+
+def subject_of(kind: str, model: nn.Module, stack: Stack, packing: bool = True) -> Subject:
+    """A model under a stack with the objective of its modality."""
+    objective = ImageClassification() if kind in IMAGES else Sft()
+    return Subject(model, stack, Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), packing), objective)
 
 
 def probe_of(subject: Subject) -> Probe:
     """A probe over the rows above."""
 
     def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
-        size = rows or len(ROWS)
+        given = subject.rows()
+        size = rows or len(given)
         for i in range(n):
-            yield subject.objective.collate([ROWS[(i * size + j) % len(ROWS)] for j in range(size)], subject.roles)
+            yield subject.objective.collate([given[(i * size + j) % len(given)] for j in range(size)], subject.roles)
 
     def loss(batch: Batch) -> torch.Tensor:
         return subject.objective.loss(batch, subject.roles).total / max(subject.objective.weight(batch), 1e-12)
@@ -144,8 +171,9 @@ def optimizer_of(subject: Subject, decay: float = 0.1) -> torch.optim.Optimizer:
 
 
 def outputs(subject: Subject) -> torch.Tensor:
+    want = "scores" if isinstance(subject.objective, ImageClassification) else "logprobs"
     with torch.no_grad():
-        return subject.roles.engine(subject.batch())["logprobs"]
+        return subject.roles.engine(subject.batch(), want=want)[want]
 
 
 def run_steps(subject: Subject, steps: int = 3) -> list[float]:
@@ -168,17 +196,15 @@ def test_documentation_names_formula_and_source(kind: str) -> None:
     assert all(option.doc for option in spec.options.values()), "an option is not explained"
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", ANY)
 def test_step_zero_is_the_base_or_the_wrapper_says_it_is_not(kind: str) -> None:
     subject = build(kind)
-    torch.manual_seed(0)
-    base = Subject(tiny_model(), Stack([]), None, Sft())  # type: ignore[arg-type]
-    base.roles = Roles(Engine(base.model), base.stack, Tokenizer(), torch.device("cpu"), True)
+    base = subject_of(kind, bare_model(kind), Stack([]))
     same = torch.allclose(outputs(subject), outputs(base), atol=2e-5, rtol=1e-5)
     assert same == all(wrapper.starts_at_base() for wrapper in subject.stack)
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", ANY)
 def test_only_what_is_declared_moves_and_all_of_it_has_gradients(kind: str) -> None:
     subject = build(kind)
     trained = set(subject.trained())
@@ -203,12 +229,12 @@ def test_only_what_is_declared_moves_and_all_of_it_has_gradients(kind: str) -> N
         assert all(torch.equal(now[n], value) for n, value in frozen.items())
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", ANY)
 def test_trained_tensors_are_float32(kind: str) -> None:
     assert {p.dtype for p in build(kind).trained().values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", ANY)
 def test_a_saved_delta_gives_the_same_model_bit_for_bit(kind: str) -> None:
     subject = build(kind)
     run_steps(subject)
@@ -216,19 +242,18 @@ def test_a_saved_delta_gives_the_same_model_bit_for_bit(kind: str) -> None:
     delta = {n: t.clone() for n, t in subject.stack.delta(subject.model).items()}
     states = [copy.deepcopy(w.state()) for w in subject.stack]
     wanted = outputs(subject)
-    torch.manual_seed(0)
-    model = tiny_model()
+    model = bare_model(kind)
     stack = Stack([registry.load_class("stack", kind)(name=kind, **OPTIONS.get(kind, {}))])
     torch.manual_seed(99)
     stack.attach(model, structures)
     stack.restore(model, delta)
     for wrapper, state in zip(stack, states, strict=True):
         wrapper.load_state(state)
-    again = Subject(model.eval(), stack, Roles(Engine(model), stack, Tokenizer(), torch.device("cpu"), True), Sft())
+    again = subject_of(kind, model.eval(), stack)
     assert torch.equal(outputs(again), wanted)
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", ANY)
 def test_merging_keeps_the_outputs_or_is_refused(kind: str) -> None:
     subject = build(kind, **BEFORE_MERGE.get(kind, {}))
     run_steps(subject)
@@ -242,8 +267,7 @@ def test_merging_keeps_the_outputs_or_is_refused(kind: str) -> None:
         return
     for wrapper in subject.stack:
         wrapper.merge(subject.model)
-    plain = Stack([])
-    merged = Subject(subject.model, plain, Roles(Engine(subject.model), plain, Tokenizer(), torch.device("cpu"), True), Sft())
+    merged = subject_of(kind, subject.model, Stack([]))
     torch.testing.assert_close(outputs(merged), wanted, atol=5e-5, rtol=1e-4)
 
 
@@ -278,7 +302,7 @@ def test_packed_rows_give_the_padded_gradients(kind: str) -> None:
         torch.testing.assert_close(grad, grads[1][name], atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", ANY)
 def test_checkpointing_changes_no_gradient(kind: str) -> None:
     from llmrecipe.models.load import prepare_for_training
     from llmrecipe.recipe.schema import ModelSection

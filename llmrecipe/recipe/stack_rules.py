@@ -40,6 +40,8 @@ class Declared:
     """What it does with gradients, where it cannot do without."""
     conflicts: Mapping[str, str] = field(default_factory=dict)
     """Kind -> why it cannot share a stack with this one."""
+    modality: str = ""
+    """What a model must read for it; empty where anything will do."""
     requires: Sequence[str] = ()
     """Kinds that must be in the stack too."""
 
@@ -67,6 +69,7 @@ class Declared:
             bool(facts["gradient_free"]),
             str(facts["needs_gradients"] or ""),
             facts["conflicts"] if isinstance(facts["conflicts"], Mapping) else {},
+            str(facts["modality"] or ""),
             tuple(facts["requires"] or ()),
         )
 
@@ -74,12 +77,14 @@ class Declared:
         """Return why this one cannot share a stack with another one; None where nothing it declares forbids it."""
         if other.kind in self.conflicts:
             return self.conflicts[other.kind]
+        if self.modality and other.modality and self.modality != other.modality:
+            return f"{self.kind} is for models that read {self.modality}, {other.kind} for models that read {other.modality}"
         if self.needs_gradients and other.gradient_free:
             return f"{self.kind} {self.needs_gradients}, and {other.kind} makes none"
         return None
 
 
-FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "requires")
+FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "modality", "requires")
 """Class attributes that are read."""
 
 

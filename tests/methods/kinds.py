@@ -15,7 +15,7 @@ from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
-from tests.contract import KINDS, MIXTURES, OPTIONS
+from tests.contract import IMAGES, KINDS, MIXTURES, OPTIONS
 from tests.methods.additive.harness import fill, model_of
 
 FAMILIES = ("llama", "bert", "t5", "bart", "native-decoder", "native-encoder", "native-encoder_decoder", "native-mixture")
@@ -23,8 +23,8 @@ FAMILIES = ("llama", "bert", "t5", "bart", "native-decoder", "native-encoder", "
 experts."""
 GENERATE = tuple(f for f in FAMILIES if f not in ("bert", "native-encoder"))
 STAGES = {k: str(registry.spec("stack", k).facts.get("stage")).removeprefix("Stage.") for k in KINDS}
-CHANGES = [k for k in KINDS if STAGES[k] in ("INJECT", "SELECT", "None")]
-"""Wrappers that bring or open what trains."""
+CHANGES = [k for k in KINDS if STAGES[k] in ("INJECT", "SELECT", "None") and k not in IMAGES]
+"""Wrappers that bring or open what trains in models that read text."""
 BASES = [k for k in KINDS if STAGES[k] == "BASE"]
 EXACT: dict[str, dict[str, Any]] = {"dora": {"detach_norm": False}, "diff_pruning": {"alpha_init": 0.5, "alpha_lr_scale": 1.0}}
 """Options under which the backward pass is the derivative of the forward one: DoRA treats its norm as a constant, and gates of

@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
     "esft": (dense, "no mixture of experts"),
     "bitfit": (bias_free, "missing=add_zero"),
     "s4": (lambda _: True, "budget"),
+    "vpt": (lambda _: True, "images, and this one reads text; use prompt_tuning .* or prefix_tuning"),
 }
 """Kind -> on which models its defaults are refused, and the option that the refusal names."""
 

@@ -20,14 +20,15 @@ from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.compatibility import pairs
-from tests.contract import FAMILY, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
+from tests.contract import FAMILY, IMAGES, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
 from tests.methods.additive.harness import fill, model_of
 from tests.methods.kinds import probe_of as probe_of_model
 from tests.methods.kinds import put, refresh, slopes, wide_norms, wrapper_of
 from tests.tiny import Tokenizer, tiny_model
 
 ALL = pairs()
-LEGAL = [(p.first, p.second) for p in ALL if p.reason is None]
+LEGAL = [(p.first, p.second) for p in ALL if p.reason is None and not {p.first, p.second} & {*IMAGES}]
+"""Pairs that train on models that read text."""
 # What quantizes or replaces the update is covered by its own tests; here both parts are trained by gradients.
 RULES = {n for n in registry.names("stack") if str(registry.spec("stack", n).facts.get("stage")).endswith("RULE")}
 GRADIENT = [(a, b) for a, b in LEGAL if not {a, b} & RULES and a not in FAMILY and b not in FAMILY]

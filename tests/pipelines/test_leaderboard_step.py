@@ -116,8 +116,8 @@ def test_every_method_that_trains_few_parameters_is_on_the_board() -> None:
     shown = {kind for s in stages for kind in chosen(s.what, "stack") or ["full"]}
     families = ("additive", "selective", "reparameterized")
     known = {n for n in registry.names("stack") if registry.spec("stack", n).family in families}
-    # CoDA skips blocks of encoders; the recipe's head says how it joins in.
-    assert shown == known - {"coda"} | {"full"}
+    # CoDA skips blocks of encoders; the recipe's head says how it joins in. Visual prompts have no place in a model of text.
+    assert shown == known - {"coda", "vpt"} | {"full"}
     budget = {"steps=60", "batch.size=16", 'data.path="builtin:classify"', "objective=classification"}
     assert all(budget < set(s.words) for s in stages)
 

@@ -269,6 +269,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "prompt_tuning": copied(0.55),
     "p_tuning_v2": labelled(0.85),
     "apt": labelled(0.85),
+    "vpt": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
     "ia3": copied(0.6),
     "ia3_tfew": Learns("eval/rank_accuracy", 0.85, 0.75, PAIRS),
     "coda": copied(0.45),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmrecipe.core import registry
-from tests.contract import KINDS, MIXTURES, OPTIONS
+from tests.contract import IMAGES, KINDS, MIXTURES, OPTIONS
 from tests.methods.kinds import BASES
 from tests.support import ROOT
 from tests.trainings import curve, events
@@ -25,12 +25,16 @@ LAUNCH = (
 )
 SECONDS = 60
 """A run of two steps with two saves that takes longer on one core each hangs somewhere."""
+LIMIT = {"classification": ["data.limit=34"], "image_classification": ["data.limit=34"]}
+"""Rows without which a label would be missing."""
 
 
 def words_of(kind: str) -> list[str]:
-    """An SFT run under a wrapper; what trains nothing by itself carries LoRA."""
+    """An SFT run, or one on pictures, under a wrapper; what trains nothing by itself carries LoRA."""
     stack = [kind, "lora"] if kind in BASES else [kind]
     options = [f"stack.{kind}.{key}={str(value).lower()}" for key, value in OPTIONS.get(kind, {}).items()]
+    if kind in IMAGES:
+        return ["image_classification", f"stack=[{kind}]", *LIMIT["image_classification"], *options]
     return ["sft", *(["model=native_moe"] if kind in MIXTURES else []), f"stack=[{','.join(stack)}]", *options]
 
 
@@ -94,8 +98,6 @@ def without_dropout(kind: str) -> list[str]:
 
 WRAPPERS = {kind: [*words_of(kind), *without_dropout(kind)] for kind in KINDS}
 LORA = ["stack=[lora]", "stack.lora.r=4"]
-LIMIT = {"classification": ["data.limit=34"], "image_classification": ["data.limit=34"]}
-"""Rows without which a label would be missing."""
 SAMPLED = ["objective.answers=2", "objective.max_new_tokens=6", "objective.epochs=1", "objective.minibatches=1"]
 """Short rollouts; one minibatch, because each process deals its own prompts into minibatches."""
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract import KINDS
+from llmrecipe.core import registry
+from tests.contract import IMAGES, KINDS
 from tests.runtime.test_process_matrix import LIMIT, OBJECTIVES, sampled, words_of
 from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
@@ -29,6 +30,7 @@ CELLS = [
     pytest.param(name, kind, id=f"{name}-{kind}", marks=() if f"{name}-{kind}" in SAMPLE else pytest.mark.slow)
     for name in OBJECTIVES
     for kind in KINDS
+    if kind not in IMAGES or registry.spec("objective", name).facts.get("head") == "image"
 ]
 
 

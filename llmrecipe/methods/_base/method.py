@@ -112,6 +112,10 @@ class Wrapper:
     """Kinds that must be in the stack too."""
     compute_options: ClassVar[tuple[str, ...]] = ()
     """Options of a wrapper of stage BASE that do not change how the base is stored."""
+    modality: ClassVar[str] = ""
+    """What a model must read for the method to have a place in it, `text` or `images`; empty where either will do."""
+    otherwise: ClassVar[str] = ""
+    """What to use on a model of another modality, as the end of a message."""
     conflicts: ClassVar[dict[str, str]] = {}
     """Kind -> the one-line reason why it cannot share a stack with this one."""
     needs_gradients: ClassVar[str] = ""

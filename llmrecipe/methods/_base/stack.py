@@ -71,6 +71,7 @@ class Stack:
         self.wrappers = sorted(expanded, key=lambda w: w.stage)
         check_legal(self.wrappers)
         for wrapper in self.wrappers:
+            _refuse_modality(model, wrapper)
             with _named(wrapper):
                 wrapper.attach(model, (structures or {}).get(wrapper.name))
             _refuse_idle(model, wrapper.name)
@@ -291,6 +292,21 @@ def base_parameters(model: nn.Module) -> int:
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _refuse_modality(model: nn.Module, wrapper: Wrapper) -> None:
+    """Refuse a wrapper that is made for what this model does not read.
+
+    Raises:
+        ModelError: naming both, and what to use instead.
+    """
+    reads = "images" if getattr(model, "main_input_name", "") == "pixel_values" else "text"
+    if wrapper.modality and wrapper.modality != reads:
+        kind = registry.name_of(type(wrapper))
+        raise ModelError(
+            f"stack.{wrapper.name}: {kind} is for models that read {wrapper.modality}, and this one reads {reads}; "
+            f"{wrapper.otherwise}"
+        )
 
 
 def _refuse_idle(model: nn.Module, name: str) -> None:

@@ -30,6 +30,8 @@ class PromptTuning(Wrapper):
 
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt"
     unmergeable: ClassVar[str] = (
         "its rows stand after a document's first token, where no text can put them; with position: prefix they become tokens"
     )
