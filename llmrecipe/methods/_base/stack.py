@@ -22,6 +22,7 @@ from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.task_heads import is_head
+from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.recipe.stack_rules import Declared, refusals
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Stack:
         """
         expanded: list[Wrapper] = []
         for wrapper in self.wrappers:
+            _refuse_modality(model, wrapper)
             with _named(wrapper):
                 parts = wrapper.expand(model)
             if parts != [wrapper]:
@@ -300,7 +302,9 @@ def _refuse_modality(model: nn.Module, wrapper: Wrapper) -> None:
     Raises:
         ModelError: naming both, and what to use instead.
     """
-    reads = "images" if getattr(model, "main_input_name", "") == "pixel_values" else "text"
+    # A model that answers questions about images may name them first; it embeds tokens all the same.
+    pictures = getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(input_embedding(model), nn.Embedding)
+    reads = "images" if pictures else "text"
     if wrapper.modality and wrapper.modality != reads:
         kind = registry.name_of(type(wrapper))
         raise ModelError(

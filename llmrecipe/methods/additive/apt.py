@@ -33,6 +33,8 @@ class Apt(Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt or prefix_tuning"
     identity: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its columns enter the softmax of attention; no weight holds them"
 

@@ -223,6 +223,8 @@ class Coda(Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt or lora"
     identity: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 

@@ -41,6 +41,8 @@ class Unipelt(Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt or mam"
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 

@@ -41,6 +41,8 @@ class Loreft(Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.INJECT
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt or lora"
     identity: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "it edits some tokens and not others; no weight can hold it"

@@ -19,15 +19,16 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods.additive.prompt_tuning import PromptTuning
 from llmrecipe.methods.additive.vpt import Vpt
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.recipe.compatibility import pairs
+from tests.contract import KINDS, OPTIONS, TRAINED
 from tests.tiny import tiny_model, tiny_vision_model
 from tests.trainings import curve, learned, resume, stop_after, train_recipe
 
@@ -43,6 +44,7 @@ CLASSES: dict[str, Any] = {
     "deit": DeiTForImageClassification,
     "dinov2": Dinov2ForImageClassification,
 }
+PAIRS = [p for p in pairs() if "vpt" in (p.first, p.second) and p.first != p.second and p.reason is None]
 DEPTHS = ("shallow", "deep")
 
 
@@ -176,10 +178,28 @@ def test_models_without_a_place_for_prompts_are_refused() -> None:
     ):
         with pytest.raises(ModelError, match=rf"stack\.mine: .*{words}"):
             Stack([Vpt(name="mine")]).attach(model)
-    with pytest.raises(ModelError, match=r"stack\.mine: prompt_tuning is for models that read text.*reads images; use vpt"):
-        Stack([PromptTuning(name="mine")]).attach(vision("native"))
     table = {frozenset((p.first, p.second)): p.reason for p in pairs()}
     assert "read text" in str(table[frozenset(("vpt", "prompt_tuning"))]) and table[frozenset(("vpt", "lora"))] is None
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if registry.spec("stack", k).facts.get("modality") == "text"])
+def test_methods_that_read_tokens_are_refused_on_pictures(kind: str) -> None:
+    with pytest.raises(ModelError, match=rf"stack\.mine: {kind} is for models that read text, .* reads images; use vpt"):
+        Stack([registry.load_class("stack", kind)(name="mine")]).attach(vision("native"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted({p.first if p.second == "vpt" else p.second for p in PAIRS} & {*TRAINED} - {"esft"}))
+def test_both_parts_of_a_legal_pair_have_gradients(kind: str) -> None:
+    model = vision("native").float()
+    other = registry.load_class("stack", kind)(name="other", **OPTIONS.get(kind, {}))
+    stack = Stack([other, Vpt(name="vpt", num_virtual_tokens=P)])
+    stack.attach(model)
+    F.cross_entropy(model(pixel_values=PIXELS.float()).logits, LABELS).backward()
+    touched = {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert {n for n, _ in prompts(model)} <= touched
+    # A choice from data has not been made here, so what it would train is not open.
+    assert other.calibrates() or touched - {n for n, _ in prompts(model)} - {"classifier.weight", "classifier.bias"}
 
 
 SMALL = [
