@@ -157,7 +157,7 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     """Return class names in the order of their ids; None where labels are real numbers.
 
     Raises:
-        DataError: the split has labels the training rows lack.
+        DataError: the split has labels the training rows lack, or training rows have some that the objective does not name.
     """
     values = [json.loads(text) for table in tables for text in {*table.column("label")} if text is not None]
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
@@ -168,6 +168,11 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
     stand = all(isinstance(v, int) for v in flat) and not any(name.removeprefix("-").isdigit() for name in given)
     known = {*given, *map(str, range(len(given)))} if stand else set(given)
     unknown = sorted({str(v) for v in flat} - known, key=natural)
+    if unknown and split == "train":
+        raise DataError(
+            f"{source}: the rows have labels that are not among those of the objective: {', '.join(unknown[:8])} "
+            f"(named: {', '.join(list(given)[:20])}); add them to objective.tags in their order, or take these rows out"
+        )
     if unknown:
         raise DataError(
             f"{source}: the {split} rows have labels the training rows lack: {', '.join(unknown[:8])} "

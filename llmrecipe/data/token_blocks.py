@@ -95,9 +95,15 @@ class BlockData(TokenData):
         super().__init__(tables, weights, f"{key}/{length}", copy.deepcopy(report), None)
         self.length = length
         self.strips = [TokenStrip(table) for table in tables]
+        tokens = max(map(len, self.strips), default=0)
+        if 0 < tokens < length:
+            raise DataError(
+                f"data.max_length: blocks of {length} tokens cannot be cut from training rows of {tokens} tokens altogether; "
+                f"set data.max_length={max(tokens, 2)} or less, or data.blocks=false"
+            )
         counts = [max(-(-(len(strip) - 1) // (length - 1)), 0) for strip in self.strips]
         self.starts = np.cumsum([0, *counts])
-        self.report.longest = min(max(map(len, self.strips), default=0), length)
+        self.report.longest = min(tokens, length)
         self.report.blocks = int(self.starts[-1])
 
     def read(self, at: int) -> Row:

@@ -246,6 +246,8 @@ def translate(
     for detail in error.errors():
         key = _given_path(detail, given)
         grouped.setdefault(key, []).append(detail)
+    # A mapping or list that one branch of a union reads to its depths is no text, as the other branches want it to be.
+    grouped = {key: found for key, found in grouped.items() if not any(_inside(other, key) for other in grouped)}
     mistakes: list[Mistake] = []
     for key, details in grouped.items():
         unknown = next((d for d in details if d["type"] in ("extra_forbidden", "unexpected_keyword_argument")), None)
@@ -273,11 +275,14 @@ def _given_path(detail: ErrorDetails, given: Mapping[str, Any]) -> KeyPath:
         elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[part]
             path.append(part)
-        else:
-            if detail["type"].startswith("missing"):
-                path.append(part)
+        elif detail["type"].startswith("missing"):
+            path.append(part)
             break
     return tuple(path)
+
+
+def _inside(path: KeyPath, outer: KeyPath) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
 
 
 def _value_at(given: Mapping[str, Any], key: KeyPath) -> object:
@@ -325,6 +330,12 @@ BOUNDS = {
     "less_than": ("lt", "<"),
     "less_than_equal": ("le", "<="),
 }
+LENGTHS = {
+    "too_short": ("a list", "min_length", "at least"),
+    "too_long": ("a list", "max_length", "at most"),
+    "string_too_short": ("text", "min_length", "length at least"),
+    "string_too_long": ("text", "max_length", "length at most"),
+}
 
 
 def _wanted(detail: ErrorDetails) -> str:
@@ -334,7 +345,13 @@ def _wanted(detail: ErrorDetails) -> str:
         name, sign = BOUNDS[kind]
         return f"{sign} {context[name]:g}"
     if kind in ("literal_error", "enum"):
-        return f"one of {context['expected']}".replace(" or ", ", ")
+        expected = str(context["expected"]).replace(" or ", ", ")
+        return f"one of {expected}" if ", " in expected else expected
+    if kind == "string_pattern_mismatch":
+        return f"text that matches {context['pattern']}"
+    if kind in LENGTHS:
+        what, name, bound = LENGTHS[kind]
+        return f"{what} of {bound} {context[name]}"
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", detail["msg"]))
     if kind in TYPES:

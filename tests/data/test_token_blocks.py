@@ -147,3 +147,12 @@ def test_rows_in_both_splits_are_counted_from_kept_hashes(tmp_path: Path, monkey
 def test_refusals(words: dict[str, Any], rows: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=says):
         read(rows, path=source(tmp_path / "a.jsonl", ["abc"]), blocks=True, **words)
+
+
+def test_blocks_longer_than_the_training_rows_are_refused(tmp_path: Path) -> None:
+    path = source(tmp_path / "a.jsonl", ["abc", "d"])  # 5 + 3 tokens
+    assert read(path=path, max_length=8, blocks=True).lengths().tolist() == [8]
+    with pytest.raises(
+        DataError, match=r"data\.max_length: blocks of 9 tokens .* of 8 tokens altogether; set data\.max_length=8"
+    ):
+        read(path=path, max_length=9, blocks=True)

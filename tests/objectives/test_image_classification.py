@@ -206,3 +206,11 @@ def test_a_resnet_under_bitfit_trains_biases_and_head_alone(tmp_path: Path) -> N
     moved = learned(tmp_path / "run")
     assert moved and all(name.startswith("classifier.") or "bias" in name for name in moved)
     assert run.data[0]["features"].shape == (3, 8, 8)
+
+
+def test_pictures_of_a_size_without_positions_are_refused_before_weights_load() -> None:
+    from llmrecipe.core.errors import RecipeError
+    from llmrecipe.training.dry_run import check
+
+    with pytest.raises(RecipeError, match=r"processor\.config\.size: .* 33 x 33 pixels, and this model reads 32 x 32"):
+        check("image_classification", ["data.limit=8", "processor.config.size={height: 33, width: 33}"])

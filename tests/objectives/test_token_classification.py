@@ -148,9 +148,21 @@ def test_what_is_no_tagging_is_refused_by_name(tmp_path: Path) -> None:
         ({"tokens": ["a", " "], "tags": ["O", "O"]}, "empty word"),
         ({"tokens": ["a"], "tags": [True]}, "another kind"),
         ({"tokens": "a b", "tags": ["O"]}, "not a list"),
+        ({"tokens": [], "tags": []}, "'tokens' is empty"),
     ):
         with pytest.raises(BadRow, match=wanted):
             convert(row, Conversion("tagged"))
     (tmp_path / "bad.conll").write_text("Ann B-P\nLee\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"bad.conll:1: 'Lee' has no tag"):
         open_file(tmp_path / "bad.conll")
+
+
+def test_names_of_tags_that_do_not_fit_the_rows_are_refused(tmp_path: Path) -> None:
+    from llmrecipe.core.errors import UserError
+    from llmrecipe.training.dry_run import check
+
+    (tmp_path / "rows.jsonl").write_text('{"tokens": ["a", "b"], "ner_tags": [0, 1]}\n' * 4, encoding="utf-8")
+    with pytest.raises(UserError, match=r"not among those of the objective: 1 \(named: O\); add them to objective\.tags"):
+        check("token_classification", [f"data.path={tmp_path / 'rows.jsonl'}", "objective.tags=[O]"])
+    with pytest.raises(UserError, match=r"objective\.tags: 'O' is named more than once"):
+        check("token_classification", ["objective.tags=[O,O]"])

@@ -256,3 +256,22 @@ def test_a_key_at_the_wrong_place_is_answered_from_the_components_of_the_recipe(
 def test_no_suggestion_is_the_word_itself() -> None:
     assert did_you_mean("beta", ["beta"]) == ""
     assert did_you_mean("beta", ["beta", "betas"]) == "; did you mean 'betas'?"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "message"),
+    [
+        ("s4", "stack.s4.assign={G1: [X]}", "stack.s4.assign.G1.0: must be one of 'A', 'P', 'B', 'L'; got 'X'"),
+        ("s4", "stack.s4.assign={G5: [A]}", "stack.s4.assign.G5: must be one of 'G1', 'G2', 'G3', 'G4'; got 'G5'"),
+        ("mam", "stack.mam.scale=learn", "stack.mam.scale: must be a number or 'learned'; got 'learn'"),
+        (
+            "loreft",
+            "stack.loreft.positions=g7",
+            r"stack.loreft.positions: must be text that matches ^(f\d+(\+l\d+)?|l\d+)$; got 'g7'",
+        ),
+    ],
+)
+def test_a_wrong_value_inside_a_union_is_named_at_its_own_place(recipe: str, word: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        compose(recipe, [word])
+    assert message in str(error.value) and "or one of 'A'" not in str(error.value)

@@ -30,8 +30,10 @@ class Tagged(DataFormat):
             raise BadRow("there are no words with tags", f"columns: {', '.join(row)}")
         words, tags = (row[name] for name in names)
         for name, values, kinds in ((names[0], words, (str,)), (names[1], tags, (str, int))):
-            if not isinstance(values, list) or not values:
+            if not isinstance(values, list):
                 raise BadRow(f"'{name}' is not a list", f"{values!r:.80}")
+            if not values:
+                raise BadRow(f"'{name}' is empty")
             if (bad := next((v for v in values if isinstance(v, bool) or not isinstance(v, kinds)), None)) is not None:
                 raise BadRow(f"'{name}' has an entry of another kind", f"{bad!r:.80}")
         if len(words) != len(tags):

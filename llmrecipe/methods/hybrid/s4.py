@@ -81,6 +81,13 @@ class S4(Wrapper):
         letters = {place: chosen[group] for row in rows for place, group in zip(row, self._grouping(len(row)), strict=True)}
         trained = [place for row in rows for place in row if letters[place]]
         if not trained:
+            if self.tuned == []:
+                raise RecipeError(f"stack.{self.name}.tuned: no group is named, so nothing would train; null takes all four")
+            if self.tuned is not None:
+                named = ", ".join(self.tuned)
+                raise RecipeError(
+                    f"stack.{self.name}.tuned: {named} has no layer of this model with a strategy; name other groups"
+                )
             raise RecipeError(f"stack.{self.name}.assign: no group of this model has a strategy")
         limits = dict(zip(trained, design_space.shares(len(trained), budget, self.allocation), strict=True))
         costs = self._costs(model)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Literal, PositiveFraction, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
@@ -65,9 +66,14 @@ class Esft(Wrapper):
         """Add the copies of a saved choice; a fresh one is made by `calibrate`.
 
         Raises:
-            ModelError: the model has no mixture with fused experts.
+            ModelError: the model has no mixture with fused experts, or fewer experts than each layer is to train.
         """
         found = mixtures(model)
+        count = min(sites[0].experts for sites in found.values())
+        if self.min_per_layer > count:
+            raise ModelError(
+                f"stack.{self.name}.min_per_layer: must be <= {count}, the experts of a layer; got {self.min_per_layer}"
+            )
         if structure is not None:
             add_chosen(model, self.name, {path: structure["experts"].get(path, []) for path in found})
 

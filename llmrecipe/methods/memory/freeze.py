@@ -104,8 +104,18 @@ class Freeze(Wrapper):
     def _resting_blocks(self, model: nn.Module) -> set[int]:
         count = len(blocks_of(model))
         if self.mode == "static":
-            return set(range(count // 2)) if self.layers is None else blocks_of(model).of(self.layers)
+            return set(range(count // 2)) if self.layers is None else self._named_blocks(model, self.layers)
         return set() if self._norms.active is None else set(range(count)) - set(self._norms.active)
+
+    def _named_blocks(self, model: nn.Module, layers: str) -> set[int]:
+        blocks = blocks_of(model)
+        try:
+            return blocks.of(layers)
+        except ModelError as error:
+            raise ModelError(
+                f"stack.{self.name}.layers: {layers!r} names no block; this model has {len(blocks)} of them, counted from 0 in "
+                "each side; write one as '3', several as '3|5', a range without its end as '0:8'"
+            ) from error
 
     def resting(self, model: nn.Module) -> set[str]:
         """Return every parameter of a block at rest; the embedding's too, unless the lowest block trains."""

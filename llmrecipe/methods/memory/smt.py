@@ -88,10 +88,15 @@ class Smt(SparseMethod, Wrapper):
         """Put a saved selection in its place; a fresh one is made by `calibrate`.
 
         Raises:
-            ModelError: the target has no matrix that can train.
+            ModelError: the target has no matrix that can train, or fewer numbers than the budget.
         """
         if structure is None:
-            self._linear(base_weights(model, self.target))
+            numbers = sum(w.numel for w in self._linear(base_weights(model, self.target)).values())
+            if self.threshold is None and self._count(model) > numbers:
+                raise ModelError(
+                    f"stack.{self.name}.budget: {self.budget:g} stands for {self._count(model):,} numbers, and the matrices of "
+                    f"'{self.target}' have {numbers:,}; lower it, or name more matrices in stack.{self.name}.target"
+                )
         else:
             attach_chosen(model, self.name, chosen_from(structure))
 

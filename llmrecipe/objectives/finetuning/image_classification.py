@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, picture_batch
 from llmrecipe.engine.role_models import Roles
+from llmrecipe.models.load import load_config
 from llmrecipe.objectives.base import Objective
 from llmrecipe.objectives.finetuning._engines.label_prediction import LabelPrediction
+from llmrecipe.runs.open_model import resolve_section
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
+
+ONE_SIZE = ("llmrecipe_native", "vit", "deit")
+"""Model types with one learned position for each patch of a picture of `image_size`; others read pictures of any size."""
 
 
 @register
@@ -29,6 +39,21 @@ class ImageClassification(LabelPrediction, Objective):
     rows: ClassVar[str] = "labelled_images"
     head: ClassVar[str] = "image"
     resampled: ClassVar[bool] = True
+
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
+        """Refuse what no prediction of labels can be, and pictures of a size for which the model has no positions."""
+        super().check(recipe, data)
+        config = load_config(resolve_section(recipe.model)[0])
+        if config.model_type not in ONE_SIZE:
+            return
+        side = config.image_size
+        size = (side, side) if isinstance(side, int) else tuple(side)
+        other = next((shape for shape in sorted(data.shapes()) if shape[1:] != size), None)
+        if other is not None:
+            raise RecipeError(
+                f"processor.config.size: pictures are prepared as {other[1]} x {other[2]} pixels, and this model reads "
+                f"{size[0]} x {size[1]}; set 'processor.config.size={{height: {size[0]}, width: {size[1]}}}', or leave it out"
+            )
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Stack the pictures with their labels, (S,), or (S, C) for several labels each."""

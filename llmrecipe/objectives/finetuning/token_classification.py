@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Field, Literal
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence
@@ -45,7 +46,13 @@ class TokenClassification(Objective):
     """Names of tags that rows give as numbers, in order."""
 
     def label_names(self) -> list[str] | None:
-        """Return the names of the tags, where they are given."""
+        """Return the names of the tags, where they are given.
+
+        Raises:
+            RecipeError: a name is there more than once.
+        """
+        if (twice := next((tag for tag in self.tags if self.tags.count(tag) > 1), None)) is not None:
+            raise RecipeError(f"objective.tags: '{twice}' is named more than once; a tag's number is its place in the list")
         return self.tags or None
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:

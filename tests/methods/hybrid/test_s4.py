@@ -123,7 +123,9 @@ def test_options_of_the_space() -> None:
     for options, told in (
         ({"grouping": [1, 1, 1, 1]}, "grouping: needs four numbers that add up to 2 layers"),
         ({"assign": {"G2": ["A"]}}, "assign: no group of this model has a strategy"),
-        ({"budget": 300.0}, r"budget: 150 numbers a layer do not pay for A, L"),
+        ({"tuned": []}, "tuned: no group is named"),
+        ({"tuned": ["G2"]}, "tuned: G2 has no layer of this model"),
+        ({"budget": 300.0}, r"budget: 150 numbers a layer are too few for A, L"),
     ):
         with pytest.raises(RecipeError, match=rf"stack\.s4\.{told}"):
             on("llama", [S4(name="s4", **{"budget": 1100.0, **options})])

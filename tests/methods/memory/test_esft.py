@@ -221,6 +221,8 @@ def test_files_checkpointing_and_an_empty_expert() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"stack\.esft: this model has no mixture of experts"):
         Stack([Esft(name="esft")]).attach(tiny_model())
+    with pytest.raises(UserError, match=r"stack\.esft\.min_per_layer: must be <= \d+, the experts of a layer; got 99"):
+        Stack([Esft(name="esft", min_per_layer=99)]).attach(mixture("olmoe"))
     model = mixture("olmoe")
     stack = Stack([Lora(name="lora", target="experts"), Esft(name="esft")])
     stack.attach(model)

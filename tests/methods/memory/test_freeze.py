@@ -197,7 +197,9 @@ def test_dynamic_measures_the_norms_it_chooses_by(score: str) -> None:
 @pytest.mark.parametrize(
     ("family", "wrappers", "message"),
     [
-        ("llama", [Freeze(name="f", layers="7")], "matches nothing"),
+        ("llama", [Freeze(name="f", layers="7")], r"stack\.f\.layers: '7' names no block; this model has 2"),
+        ("llama", [Freeze(name="f", layers="")], r"stack\.f\.layers: '' names no block"),
+        ("llama", [Freeze(name="f", layers="a:b")], r"stack\.f\.layers: 'a:b' names no block"),
         ("llama", [Freeze(name="f", mode="dynamic", layers="0")], r"stack\.f\.layers"),
         ("llama", [Freeze(name="f", mode="dynamic", active=3)], "at most 2 can train"),
         ("llama", [Freeze(name="f", mode="dynamic"), Mezo(name="mezo")], r"stack\.f\.score: grad_norm works on gradients"),

@@ -273,6 +273,7 @@ def test_a_share_is_one_of_all_matrices_of_the_model(granularity: str) -> None:
         ({"granularity": "channel", "reduce": "stream"}, r"stack\.smt\.reduce"),
         ({"target": "embed"}, "is no linear layer"),
         ({"budget": 0.0001}, "smallest unit has 64"),
+        ({"budget": 1e9}, r"stack\.smt\.budget: 1e\+09 stands for 1,000,000,000 numbers, and the matrices of"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

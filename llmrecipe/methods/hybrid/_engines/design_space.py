@@ -82,7 +82,7 @@ def solve(letters: Sequence[str], budget: int, costs: LayerCosts, where: str) ->
     if rest < 0 or any(size < 1 for size in sizes.values()):
         least = biases + len(sized) * max((costs.units[a] + costs.fixed.get(a, 0) for a in sized), default=0)
         raise RecipeError(
-            f"{where}: {budget} numbers a layer do not pay for {', '.join(letters)}, which need at least {least}; raise it"
+            f"{where}: {budget} numbers a layer are too few for {', '.join(letters)}, which need at least {least}; raise it"
         )
     left = rest - sum(costs.fixed.get(a, 0) + costs.units[a] * n for a, n in sizes.items())
     for letter in sorted(sized, key=lambda a: -costs.units[a]):
