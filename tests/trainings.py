@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llmrecipe.core.errors import Interrupted
@@ -60,3 +62,15 @@ def learned(folder: Path) -> dict[str, Any]:
     final = folder / "final"
     path = final / "delta.safetensors"
     return load_file(str(path if path.exists() else final / "model" / "model.safetensors"))
+
+
+def resumes_to_the_bit(folder: Path, recipe: str, words: Sequence[str], at: int) -> Run:
+    """Train once without a stop (`folder/whole`, returned) and once with one (`folder/parts`): curves and tensors are equal."""
+    run = train_recipe(folder / "whole", recipe, *words)
+    stop_after(at, folder / "parts", recipe, *words)
+    resume(folder / "parts")
+    assert curve(folder / "parts") == curve(folder / "whole")
+    whole, parts = learned(folder / "whole"), learned(folder / "parts")
+    assert whole and whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    return run

@@ -24,7 +24,7 @@ from llmrecipe.training.dry_run import check
 from tests.data.toys import byte_tokenizer
 from tests.objectives.test_encoder_decoder import pair_model
 from tests.tiny import Tokenizer, roles_for, tiny_masked_model, tiny_model
-from tests.trainings import QUIET, curve, learned, resume, stop_after, train_recipe
+from tests.trainings import QUIET, resumes_to_the_bit
 
 FORMS: dict[str, dict[str, Any]] = {
     "bart": {},
@@ -238,12 +238,7 @@ def test_a_tokenizer_without_a_mask_is_refused() -> None:
 @pytest.mark.parametrize("form", ["bart", "t5"])
 def test_a_resumed_run_is_the_whole_one_to_the_bit_and_opens_in_transformers(form: str, tmp_path: Path) -> None:
     words = [*QUIET, "steps=4", f"objective.form={form}", "batch.size=8", "eval.at_start=false"]
-    train_recipe(tmp_path / "whole", "dae", *words)
-    stop_after(2, tmp_path / "part", "dae", *words)
-    resume(tmp_path / "part")
-    assert curve(tmp_path / "part") == curve(tmp_path / "whole")
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+    resumes_to_the_bit(tmp_path, "dae", words, 2)
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "whole" / "final" / "model").eval()
     opened = open_run(str(tmp_path / "whole"))
     assert opened.head == "seq2seq"

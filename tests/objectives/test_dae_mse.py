@@ -17,7 +17,7 @@ from llmrecipe.objectives.pretraining.dae import HEAD, Dae
 from llmrecipe.training.dry_run import check
 from tests.objectives.test_dae import ROWS, roles_of, row
 from tests.tiny import tiny_masked_model
-from tests.trainings import QUIET, curve, learned, resume, stop_after, train_recipe
+from tests.trainings import QUIET, learned, resumes_to_the_bit
 
 
 def setting(**options: Any) -> tuple[Any, Dae]:
@@ -147,11 +147,8 @@ def test_what_the_forms_of_an_encoder_refuse(words: list[str], message: str) -> 
 def test_a_resumed_run_is_the_whole_one_to_the_bit(form: str, tmp_path: Any) -> None:
     words = [*QUIET, "steps=4", "model.config.kind=encoder", f"objective.form={form}", "batch.size=8", "eval.at_start=false"]
     words += ["objective.target=ema"] if form == "mse" else []
-    train_recipe(tmp_path / "whole", "dae", *words)
-    stop_after(2, tmp_path / "part", "dae", *words)
-    resume(tmp_path / "part")
-    assert curve(tmp_path / "part") == curve(tmp_path / "whole")
-    runs = tmp_path / "whole", tmp_path / "part"
+    resumes_to_the_bit(tmp_path, "dae", words, 2)
+    runs = tmp_path / "whole", tmp_path / "parts"
     whole, part = ({**learned(run), **load_file(run / "final" / task_heads.FILE)} for run in runs)
     kept = f"{embedding_target.HEAD}.table" if form == "mse" else f"{HEAD}.value.0.weight"
     assert f"{task_heads.ATTRIBUTE}.{kept}" in whole

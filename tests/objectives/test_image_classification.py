@@ -28,7 +28,7 @@ from llmrecipe.objectives.finetuning.image_classification import ImageClassifica
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import ModelSection, ProcessorSection
 from tests.pictures import held_picture, save_picture, save_rows
-from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, events, learned, resumes_to_the_bit, train_recipe
 
 SHAPES: dict[str, Any] = {
     "vit": ViTConfig(
@@ -159,12 +159,8 @@ def test_a_run_leaves_a_folder_that_transformers_opens_and_goes_on_to_the_bit(tm
     """Processor and model from the folder alone give the logits of the run; the learned weights do not depend on a stop."""
     from PIL import Image
 
-    run = train_recipe(tmp_path / "whole", "image_classification", *SMALL)
-    stop_after(2, tmp_path / "parts", "image_classification", *SMALL)
-    resume(tmp_path / "parts")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 4
-    one, other = learned(tmp_path / "whole"), learned(tmp_path / "parts")
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    run = resumes_to_the_bit(tmp_path, "image_classification", SMALL, 2)
+    assert len(curve(tmp_path / "whole")) == 4
     folder = tmp_path / "whole" / "final" / "model"
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     prepared = AutoImageProcessor.from_pretrained(folder, backend="pil")

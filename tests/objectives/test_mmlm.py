@@ -26,7 +26,7 @@ from llmrecipe.objectives.pretraining.mmlm import Mmlm
 from tests.objectives.harness import document
 from tests.pictures import held_picture, held_vectors, save_rows
 from tests.tiny import Tokenizer, tiny_masked_model
-from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, events, resumes_to_the_bit, train_recipe
 
 WIDTH = 6
 
@@ -217,12 +217,8 @@ SMALL = [
 
 def test_a_run_goes_on_to_the_bit_and_eval_finds_its_head(tmp_path: Path) -> None:
     """The head of features is part of what is saved, and the encoder is a folder that Transformers opens."""
-    run = train_recipe(tmp_path / "whole", "mmlm", *SMALL)
-    stop_after(2, tmp_path / "parts", "mmlm", *SMALL)
-    resume(tmp_path / "parts")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 4
-    one, other = learned(tmp_path / "whole"), learned(tmp_path / "parts")
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    run = resumes_to_the_bit(tmp_path, "mmlm", SMALL, 2)
+    assert len(curve(tmp_path / "whole")) == 4
     kept = events(tmp_path / "whole", "evaluation")[-1]
     again = evaluate_path(str(tmp_path / "whole"), ["eval.batches=1", "data.cache=false"])
     names = ("loss", "nll/removed", "nll/shuffled", "accuracy", "gain/removed", "gain/shuffled")

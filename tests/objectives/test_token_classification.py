@@ -20,7 +20,7 @@ from llmrecipe.objectives.finetuning._engines.entities import entities_of, has_p
 from llmrecipe.objectives.finetuning.token_classification import TokenClassification
 from tests.objectives.harness import rows_of
 from tests.tiny import Tokenizer, tiny_config
-from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, events, resumes_to_the_bit, train_recipe
 
 
 @pytest.mark.parametrize("subwords", ["first", "all"])
@@ -104,12 +104,7 @@ def test_evaluation_counts_whole_entities_over_the_set() -> None:
 
 def test_a_run_learns_and_resumes_to_the_bit(tmp_path: Path) -> None:
     words = ["steps=4", "batch.size=8", "data.limit=64", "eval.batches=1", "stack=[lora]"]
-    train_recipe(tmp_path / "whole", "token_classification", *words)
-    stop_after(2, tmp_path / "parts", "token_classification", *words)
-    resume(tmp_path / "parts")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    ours, theirs = learned(tmp_path / "parts"), learned(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    resumes_to_the_bit(tmp_path, "token_classification", words, 2)
     first, last = events(tmp_path / "whole", "evaluation")[0], events(tmp_path / "whole", "evaluation")[-1]
     assert last["eval/loss"] < first["eval/loss"] and {"eval/f1", "eval/precision", "eval/recall"} <= last.keys()
 

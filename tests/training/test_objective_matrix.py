@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from llmrecipe.core import registry
 from tests.contract import IMAGES, KINDS
 from tests.runtime.test_process_matrix import LIMIT, OBJECTIVES, sampled, words_of
-from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, events, resumes_to_the_bit
 
 SHORT = ["steps=2", "batch.size=3", "batch.micro=2", "data.limit=6", "data.max_length=64", "eval.batches=1", "eval.every=null"]
 START: dict[str, dict[str, float]] = {
@@ -47,18 +46,11 @@ def measured(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "kind"), CELLS)
 def test_it_starts_where_it_must_trains_and_resumes_to_the_bit(name: str, kind: str, tmp_path: Path) -> None:
     recipe, words = OBJECTIVES[name][0], options_of(name, kind)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_recipe(whole, recipe, *words)
-    check = measured(whole)
+    resumes_to_the_bit(tmp_path, recipe, words, 1)
+    check = measured(tmp_path / "whole")
     for key, value in START.get(name, {}).items():
         assert check[key] == pytest.approx(value, rel=2e-3, abs=2e-3), key
         assert check[f"{key}/wanted"] == pytest.approx(value, abs=1e-6)
-    points = curve(whole)
+    points = curve(tmp_path / "whole")
     assert [step for step, *_ in points] == [1, 2]
     assert all(math.isfinite(loss) for _, loss, *_ in points)
-    stop_after(1, parts, recipe, *words)
-    resume(parts)
-    assert curve(parts) == points
-    ours, theirs = learned(parts), learned(whole)
-    assert ours.keys() == theirs.keys() and ours
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)

@@ -30,7 +30,7 @@ from llmrecipe.models.module_map import anatomy
 from llmrecipe.recipe.compatibility import pairs
 from tests.contract import KINDS, OPTIONS, TRAINED
 from tests.tiny import tiny_model, tiny_vision_model
-from tests.trainings import curve, learned, resume, stop_after, train_recipe
+from tests.trainings import curve, learned, resumes_to_the_bit
 
 P, D, L, PATCH = 3, 16, 3, 4
 VIT: dict[str, Any] = {
@@ -210,13 +210,10 @@ SMALL = [
 
 def test_a_run_goes_on_to_the_bit_and_is_saved_as_what_it_learned(tmp_path: Path) -> None:
     """Prompts and head alone; loaded again they give the run's logits; no folder of merged weights."""
-    run = train_recipe(tmp_path / "whole", "vpt", *SMALL)
-    stop_after(2, tmp_path / "parts", "vpt", *SMALL)
-    resume(tmp_path / "parts")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 4
-    one, other = learned(tmp_path / "whole"), learned(tmp_path / "parts")
+    run = resumes_to_the_bit(tmp_path, "vpt", SMALL, 2)
+    assert len(curve(tmp_path / "whole")) == 4
+    one = learned(tmp_path / "whole")
     assert {name.split(".")[-2] for name in one} == {"vpt", "classifier"} and len(one) == 4
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
     opened = open_run(str(tmp_path / "whole"))
     pixels = torch.stack([torch.from_numpy(run.validation[i]["features"].load()) for i in range(3)])
     with torch.no_grad():

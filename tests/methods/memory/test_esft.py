@@ -28,7 +28,7 @@ from llmrecipe.training.memory_estimate import optimizer_bytes, retained_bytes, 
 from tests.methods.additive.harness import model_of
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
-from tests.trainings import learned, resume, stop_after, train_recipe
+from tests.trainings import resumes_to_the_bit
 
 IDS = torch.arange(3, 43).view(2, 20)
 MIXED = {
@@ -249,9 +249,5 @@ def test_a_resumed_run_is_the_whole_run_and_its_report_has_the_picture(tmp_path:
     from llmrecipe.runs.run_record import read_run
 
     words = ["steps=6", "epochs=null", "batch.size=4", "stack.esft.n_tokens=500", "eval.at_start=false", "save.every=3"]
-    train_recipe(tmp_path / "whole", "esft", *words)
-    stop_after(4, tmp_path / "part", "esft", *words)
-    resume(tmp_path / "part")
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys() and all(torch.equal(v, part[n]) for n, v in whole.items())
+    resumes_to_the_bit(tmp_path, "esft", words, 4)
     assert "layer 3, expert 7" in page(read_run(tmp_path / "whole"), {}, "", "")

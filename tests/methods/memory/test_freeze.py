@@ -25,7 +25,7 @@ from llmrecipe.training.memory_estimate import optimizer_bytes, retained_bytes, 
 from tests.methods.additive.harness import attached, fill, model_of
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
-from tests.trainings import events, learned, train_recipe
+from tests.trainings import events, resumes_to_the_bit
 
 IDS = torch.arange(3, 43).view(2, 20)
 TOKENS, D, WIDE, R = 40, 32, 48, 4
@@ -235,15 +235,9 @@ DYNAMIC = ["stack.freeze.mode=dynamic", "stack.freeze.interval=2", "stack.freeze
 @pytest.mark.parametrize("score", ["random", "grad_norm"])
 @pytest.mark.parametrize("stack", ["[lora_fa,freeze]", "[freeze]"])
 def test_a_resumed_run_chooses_and_learns_what_the_whole_run_does(tmp_path: Path, stack: str, score: str) -> None:
-    from tests.trainings import resume, stop_after
-
     words = [f"stack={stack}", *DYNAMIC, f"stack.freeze.score={score}", "stack.freeze.seed=3", "steps=8", "epochs=null"]
     words += ["batch.size=4", "eval.at_start=false", "save.every=5"]
-    train_recipe(tmp_path / "whole", "freeze", *words)
-    stop_after(5, tmp_path / "part", "freeze", *words)
-    resume(tmp_path / "part")
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys() and all(torch.equal(v, part[n]) for n, v in whole.items())
+    resumes_to_the_bit(tmp_path, "freeze", words, 5)
     lowest = [e["freeze/lowest_training"] for e in events(tmp_path / "whole")]
-    assert lowest == [e["freeze/lowest_training"] for e in events(tmp_path / "part")]
+    assert lowest == [e["freeze/lowest_training"] for e in events(tmp_path / "parts")]
     assert score == "grad_norm" or len(set(lowest)) > 1

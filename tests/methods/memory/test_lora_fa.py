@@ -23,7 +23,7 @@ from tests.interop.saved_runs import base_folder, saved_run
 from tests.methods.additive.harness import attached, fill
 from tests.methods.twins import next_token_loss, side_by_side
 from tests.tiny import tiny_model
-from tests.trainings import learned, train_recipe
+from tests.trainings import learned, resumes_to_the_bit
 
 N, IN, OUT, R = 128, 512, 512, 8
 
@@ -298,12 +298,6 @@ def test_peft_loads_the_folder_with_a_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_with_dropout_is_the_whole_run(tmp_path: Path) -> None:
-    from tests.trainings import resume, stop_after
-
     words = ["steps=6", "epochs=null", "batch.size=4", "stack.lora_fa.dropout=0.2", "eval.at_start=false", "save.every=3"]
-    train_recipe(tmp_path / "whole", "lora_fa", *words)
-    stop_after(4, tmp_path / "part", "lora_fa", *words)
-    resume(tmp_path / "part")
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys() and all(torch.equal(v, part[n]) for n, v in whole.items())
-    assert {n.rpartition(".")[2] for n in whole} == {"A", "B"}
+    resumes_to_the_bit(tmp_path, "lora_fa", words, 4)
+    assert {n.rpartition(".")[2] for n in learned(tmp_path / "whole")} == {"A", "B"}

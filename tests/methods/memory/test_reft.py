@@ -22,7 +22,7 @@ from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.training.memory_estimate import retained_bytes, saved_bytes
 from tests.methods.additive.harness import attached, fill, model_of, survives_a_round_trip
 from tests.tiny import tiny_model
-from tests.trainings import learned, train_recipe
+from tests.trainings import resumes_to_the_bit
 
 VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     **{v: (Loreft, {"variant": v}) for v in ("loreft", "noreft", "consreft", "lobireft", "linear")},
@@ -295,11 +295,5 @@ def test_virtual_tokens_of_another_method_are_not_counted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["loreft", "direft"])
 def test_a_resumed_run_with_dropout_is_the_whole_run(tmp_path: Path, recipe: str) -> None:
-    from tests.trainings import resume, stop_after
-
     words = ["steps=6", "epochs=null", "batch.size=4", f"stack.{recipe}.dropout=0.2", "eval.at_start=false", "save.every=3"]
-    train_recipe(tmp_path / "whole", recipe, *words)
-    stop_after(4, tmp_path / "part", recipe, *words)
-    resume(tmp_path / "part")
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys() and all(torch.equal(v, part[n]) for n, v in whole.items())
+    resumes_to_the_bit(tmp_path, recipe, words, 4)

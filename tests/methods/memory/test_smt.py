@@ -24,7 +24,7 @@ from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.training.memory_estimate import optimizer_bytes, retained_bytes, saved_bytes
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
-from tests.trainings import learned, train_recipe
+from tests.trainings import resumes_to_the_bit
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 2]])
 
@@ -321,12 +321,6 @@ def test_chosen_blocks_come_nearer_to_a_teacher_than_random_ones_of_the_same_num
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["block", "channel"])
 def test_a_resumed_run_is_the_whole_run(tmp_path: Path, granularity: str) -> None:
-    from tests.trainings import resume, stop_after
-
     words = ["steps=6", "epochs=null", "batch.size=4", f"stack.smt.granularity={granularity}", "stack.smt.warmup_steps=3"]
     words += ["eval.at_start=false", "save.every=3"]
-    train_recipe(tmp_path / "whole", "smt", *words)
-    stop_after(4, tmp_path / "part", "smt", *words)
-    resume(tmp_path / "part")
-    whole, part = learned(tmp_path / "whole"), learned(tmp_path / "part")
-    assert whole.keys() == part.keys() and all(torch.equal(v, part[n]) for n, v in whole.items())
+    resumes_to_the_bit(tmp_path, "smt", words, 4)
