@@ -25,8 +25,6 @@ from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize.truncation import TOO_LONG
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.recipe.schema import DataSection

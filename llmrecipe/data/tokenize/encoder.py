@@ -101,6 +101,20 @@ class Encoder:
             report.endable += 1
             report.ended += self.ends(answer)
 
+    def shortens(self, ids: Sequence[int], where: str, report: Report) -> bool:
+        """Return whether a text is to be cut to the longest length, and count what it loses.
+
+        Raises:
+            BadRow: it is too long, and the truncation drops such rows.
+        """
+        lost = len(ids) - self.limit.length
+        if lost <= 0:
+            return False
+        self.truncation.shortens_texts(len(ids), self.limit, where)
+        report.truncated += 1
+        report.tokens_lost += lost
+        return True
+
     def ends(self, answer: Sequence[int]) -> bool:
         """Return whether the last token that is not white space is an end token."""
         at = len(answer) - 1

@@ -77,17 +77,14 @@ def encode_texts(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
 
 
 def _keep_text(encoder: Encoder, item: Item, report: Report, ids: list[int], types: list[int] | None) -> None:
-    limit = encoder.limit
-    if len(ids) > limit.length:
-        try:
-            encoder.truncation.shortens_texts(len(ids), limit, item.where)
-        except BadRow as bad:
-            item.bad = bad
-            return
+    try:
+        shortened = encoder.shortens(ids, item.where, report)
+    except BadRow as bad:
+        item.bad = bad
+        return
+    if shortened:
         second = [item.row["text_b"]] if "text_b" in item.row else None
         cut = _encode(encoder, [item.row["text"]], second, cut=True)
-        report.truncated += 1
-        report.tokens_lost += len(ids) - limit.length
         ids, types = cut["input_ids"][0], cut["token_type_ids"][0] if types else None
     if not ids:
         item.bad = BadRow("the text has no tokens")
@@ -127,10 +124,4 @@ def encode_pairs(encoder: Encoder, items: Sequence[Item], report: Report) -> Non
 
 
 def _fit(encoder: Encoder, ids: list[int], where: str, report: Report) -> list[int]:
-    limit = encoder.limit
-    if len(ids) <= limit.length:
-        return ids
-    encoder.truncation.shortens_texts(len(ids), limit, where)
-    report.truncated += 1
-    report.tokens_lost += len(ids) - limit.length
-    return ids[: limit.length]
+    return ids[: encoder.limit.length] if encoder.shortens(ids, where, report) else ids

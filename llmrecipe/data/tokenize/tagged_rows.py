@@ -54,14 +54,12 @@ def encode_tagged(encoder: Encoder, items: Sequence[Item], report: Report) -> No
     for n, item in enumerate(items):
         words, tags = item.row["words"], item.row["tags"]
         ids, owners = list(found["input_ids"][n]), words_of_tokens(words, found["offset_mapping"][n])
-        if len(ids) > limit.length:
-            try:
-                encoder.truncation.shortens_texts(len(ids), limit, item.where)
-            except BadRow as bad:
-                item.bad = bad
-                continue
-            report.truncated += 1
-            report.tokens_lost += len(ids) - limit.length
+        try:
+            shortened = encoder.shortens(ids, item.where, report)
+        except BadRow as bad:
+            item.bad = bad
+            continue
+        if shortened:
             cut = tokens.tokenizer(
                 texts[n], return_offsets_mapping=True, truncation=True, max_length=limit.length, verbose=False
             )

@@ -19,8 +19,9 @@ an orthonormal M, stays orthonormal however M moves, weight decay included, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import current
-from llmrecipe.methods._base.method import ParamGroup
+from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, Rank
+from llmrecipe.core.registry import options
+from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
 from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods._engines.low_rank import wide
 from llmrecipe.methods.memory._engines.prompt_ends import EditedTokens, PromptEnds, PromptEndsOfPass
@@ -233,32 +236,86 @@ def edited_blocks(model: nn.Module, target: str, name: str) -> list[Site]:
     return sites
 
 
-def attach_edits(model: nn.Module, name: str, target: str, plan: EditPlan) -> None:
-    """Add an edit at every block of a target, and what finds the prompts at the module that runs the blocks."""
-    sites = edited_blocks(model, target, name)
-    width = anatomy(model).width
-    for side in dict.fromkeys(s.side for s in sites):
-        encoder = side == "encoder"
-        add_hook(host_of(model, side), f"{name}__prompts", PromptEndsOfPass(plan.first, plan.last, encoder), name)
-    for site in sites:
-        with torch.device(device_of(site.module)):
-            hook = EditHook(plan, width)
-        add_hook(site.module, name, hook, name)
+@options
+class StateEdits:
+    """Mixin for a `Wrapper` that edits the residual stream; `variant` names the formula of an edit."""
 
+    stage: ClassVar[Stage] = Stage.INJECT
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt or lora"
+    identity: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "it edits some tokens and not others; no weight can hold it"
 
-def edit_groups(model: nn.Module, name: str) -> list[ParamGroup]:
-    """Return every orthonormal R with weight decay 0: its length has no effect, so there is nothing to decay."""
-    names = {
-        f"{path}.{child}.{side}.R"
-        for path, _, child, hook in all_hooks(model, name)
-        if isinstance(hook, EditHook)
-        for side in hook.plan.sides()
-        if hook.plan.formula in ORTHONORMAL
-    }
-    return [ParamGroup(frozenset(names), weight_decay=0.0)] if names else []
+    if TYPE_CHECKING:
+        name: str
 
+        @property
+        def variant(self) -> str:
+            """Return the formula."""
 
-def edit_memory(model: nn.Module, name: str, target: str, plan: EditPlan) -> dict[str, int]:
-    """Return closed forms: AdamW keeps 8 bytes for each number that trains."""
-    count: Any = plan.count(anatomy(model).width) * len(edited_blocks(model, target, name))
-    return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
+    target: str = "block"
+    """Blocks whose output is edited, such as `layers.3|9|18|24.block`."""
+    r: Rank = 8
+    """Rank of the edit."""
+    positions: Annotated[str, Field(pattern=r"^(f\d+(\+l\d+)?|l\d+)$")] = "f7+l7"
+    """Edited tokens: the first n and the last m of each prompt."""
+    share_weights: bool = True
+    """One edit a block for both ends of the prompt; false: one for each."""
+    activation: Literal["identity", "relu", "gelu", "silu", "tanh"] = "identity"
+    """Applied to what the learned projection of h gives, its bias included."""
+    dropout: OpenFraction = 0.0
+    """Dropout while training."""
+    dropout_on: Literal["edit", "output"] = "edit"
+    """What is dropped: what the edit adds, or the whole edited state."""
+    init: Literal["default", "identity"] = "default"
+    """identity: start at the base model."""
+
+    def check_stack(self, wrappers: Sequence[Wrapper]) -> None:
+        """Refuse positions that name no token."""
+        positions_of(self.positions, f"stack.{self.name}.positions")
+
+    def starts_at_base(self) -> bool:
+        """Return whether step 0 is the base model."""
+        return self.init == "identity"
+
+    def plan(self) -> EditPlan:
+        """Return the edit."""
+        first, last = positions_of(self.positions, f"stack.{self.name}.positions")
+        shared = self.share_weights or self.variant == "offset"
+        output, identity = self.dropout_on == "output", self.init == "identity"
+        return EditPlan(self.variant, self.r, first, last, shared, self.activation, self.dropout, output, identity)
+
+    def attach(self, model: nn.Module, structure: dict[str, Any] | None = None) -> None:
+        """Add an edit at every block of `target`, and what finds the prompts at the module that runs the blocks.
+
+        Raises:
+            RecipeError: the target names something else than blocks that read a prompt.
+            ModelError: the rank is larger than the width of a state.
+        """
+        plan = self.plan()
+        sites = edited_blocks(model, self.target, self.name)
+        width = anatomy(model).width
+        for side in dict.fromkeys(s.side for s in sites):
+            ends = PromptEndsOfPass(plan.first, plan.last, side == "encoder")
+            add_hook(host_of(model, side), f"{self.name}__prompts", ends, self.name)
+        for site in sites:
+            with torch.device(device_of(site.module)):
+                hook = EditHook(plan, width)
+            add_hook(site.module, self.name, hook, self.name)
+
+    def groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Return every orthonormal R with weight decay 0: its length has no effect, so there is nothing to decay."""
+        names = {
+            f"{path}.{child}.{side}.R"
+            for path, _, child, hook in all_hooks(model, self.name)
+            if isinstance(hook, EditHook)
+            for side in hook.plan.sides()
+            if hook.plan.formula in ORTHONORMAL
+        }
+        return [ParamGroup(frozenset(names), weight_decay=0.0)] if names else []
+
+    def memory(self, model: nn.Module) -> dict[str, int]:
+        """Return closed forms: 2 r d + r numbers an edit, (n + m) d for offsets; AdamW keeps 8 bytes for each."""
+        count = self.plan().count(anatomy(model).width) * len(edited_blocks(model, self.target, self.name))
+        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count}
