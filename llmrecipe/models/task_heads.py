@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -343,7 +343,7 @@ def without_language_head(model: LanguageModel) -> None:
                 parameter.frozen_base = True  # type: ignore[attr-defined]
 
 
-def excluded(part: nn.Module | nn.Parameter) -> bool:
+def excluded(part: nn.Module | Tensor | None) -> bool:
     """Return whether the objective excluded a weight of the base from training, or a module that its losses do not call."""
     return getattr(part, "frozen_base", False)
 
@@ -355,8 +355,21 @@ def _container(model: nn.Module) -> nn.ModuleDict:
 
 
 def is_head(model: nn.Module, name: str) -> bool:
-    """Return whether a tensor or module belongs to a new task head: the loader's, or a role's scalar head."""
+    """Return whether a tensor or module belongs to a new task head: the loader's, or a role's scalar head.
+
+    A head that the objective excluded is none, though its weights may be new (an encoder stored without a language-model head).
+    """
     if is_frozen(model, name):
         return False
     new = ("task_head", *getattr(model, "new_heads", ()))
-    return any(name == head or name.startswith(f"{head}.") for head in new)
+    return any(name == head or name.startswith(f"{head}.") for head in new) and not _is_excluded(model, name)
+
+
+def _is_excluded(model: nn.Module, name: str) -> bool:
+    """Return whether a tensor or module, or a module that it is in, is excluded from training."""
+    part: Any = model
+    for step in name.split("."):
+        part = getattr(part, step, None)
+        if excluded(part):
+            return True
+    return False
