@@ -323,6 +323,38 @@ def test_evaluation_ranks_among_the_whole_split(positives: str) -> None:
         assert "recall@1" not in results[0], "low scores are no positives"
 
 
+def test_v_measure_by_hand() -> None:
+    """Two tight clusters: the labels that are theirs, labels across them, and one label in both (h = 1, c as sums of logs)."""
+    z = torch.tensor([[0.0, 1.0], [0.1, 1.0], [5.0, 0.0], [5.1, 0.0]], dtype=torch.float64)
+    assert embedding_metrics.v_measure(z, torch.tensor([3.0, 3.0, 0.0, 0.0])) == pytest.approx(1.0)
+    assert embedding_metrics.v_measure(z, torch.tensor([0.0, 1.0, 0.0, 1.0])) == pytest.approx(0.0, abs=1e-12)
+    # Clusters 3 and 1, labels 2 and 2: H(C) = log 2, H(K) = 0.562, I = log 2 - 0.75 H(1/3), H(1/3) = 0.637.
+    skewed = torch.tensor([[0.0, 1.0], [0.1, 1.0], [0.2, 1.0], [5.0, 0.0]], dtype=torch.float64)
+    shared = math.log(2) - 0.75 * -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
+    h, c = shared / math.log(2), shared / -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert embedding_metrics.v_measure(skewed, torch.tensor([0.0, 0.0, 1.0, 1.0])) == pytest.approx(2 * h * c / (h + c))
+
+
+def test_labels_of_single_texts_are_classes_to_be_found() -> None:
+    section = DataSection(path="builtin:classify", max_length=64, truncation="keep_start", limit=12)
+    data = prepare(section, tokenizer_of(ModelSection(path="tiny"), TokenizerSection()), "pairs", mask="completion",
+                   split="train", seed=0)  # fmt: skip
+    rows = [data[i] for i in range(12)]
+    assert data.labels is not None and len(data.labels) > 1 and all(isinstance(row["label"], int) for row in rows)
+    objective = Contrastive(loss_type="infonce", positives="dropout", pool="avg")
+    objective.check(None, data)
+    model = encoder(objective, vocab_size=2000).eval()
+    found = objective.collect(
+        objective.collate(objective.evaluation_rows(rows, list(range(12))), roles_for(model)), roles_for(model)
+    )
+    assert found["label"].tolist() == [row["label"] for row in rows]
+    # Whatever the model says, vectors that are their labels are found.
+    found["a"] = found["b"] = F.one_hot(found["label"].long(), found["a"].shape[1]).double() + 0.01 * found["a"]
+    assert objective.finish_evaluation({}, found)["v_measure"] == pytest.approx(1.0)
+    paired = [{**row, "label": 1} for row in PAIRS]
+    assert objective.collect(objective.collate(paired, roles_for(model)), roles_for(model))["label"].isnan().all()
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
 | scored | text (+ text_b), label (a number) | ids (+ type_ids), score |
 | tagged | words, tags | ids, words (of each token), label (a class index a word) |
-| pairs | texts (two or three), score, label; or text | ids_a (+ ids_b, + ids_c), score, label |
+| pairs | texts (two or three), score, label; or text (+ label) | ids_a (+ ids_b, + ids_c), score, label |
 | multimodal | features (a path), text | ids, trained, features |
 | pictured_words | features (a path), text (+ attributes) | ids, words (+ attribute), features |
 | labelled_images | features (a path), label | features, label |

@@ -51,7 +51,8 @@ class Contrastive(Objective):
     embedded `chunk` at a time, and again in the backward pass, which gives the gradient of one large batch.
 
     Rows with a score (STS) are positives from `min_score` on; the others lend their texts as negatives. Evaluation ranks the
-    right text among those of the whole split. Behind `pool: cls` stands tanh(W h + b), in training only (`mlp_only_train`).
+    right text among those of the whole split, and finds the classes of labelled texts by k-means (`v_measure`). Behind
+    `pool: cls` stands tanh(W h + b), in training only (`mlp_only_train`).
 
     Departures: SimCSE counts equal texts of a batch as negatives, and divides the gradient by the number of processes.
 
@@ -185,8 +186,13 @@ class Contrastive(Objective):
             )
 
     def measures(self) -> Measures:
-        """Return what is found among the texts of a split, how the vectors lie, and the agreement with scores."""
-        found: Measures = {**{f"recall@{k}": "max" for k in embedding_metrics.RECALLS}, "mrr": "max", "spearman": "max"}
+        """Return what is found among the texts of a split, how the vectors lie, and the agreement with scores and labels."""
+        found: Measures = {
+            **{f"recall@{k}": "max" for k in embedding_metrics.RECALLS},
+            "mrr": "max",
+            "spearman": "max",
+            "v_measure": "max",
+        }
         lie: Measures = {"alignment": "min", "uniformity": "min", "effective_rank": "max", "norm": None}
         return {**found, **lie, "accuracy": "max", "active": "min"}
 
@@ -224,6 +230,7 @@ class Contrastive(Objective):
             "keys": torch.tensor([row_key(list(ids)) for ids in texts], dtype=torch.long),
             "hard": torch.tensor(hard, dtype=torch.long),
             "score": torch.tensor(scores, dtype=torch.float64),
+            "label": torch.tensor([_class_of(row) for row in rows], dtype=torch.float64),
             "paired": torch.tensor(paired, dtype=torch.bool),
             "cuts": torch.tensor(cuts, dtype=torch.long),
         }
@@ -292,7 +299,7 @@ class Contrastive(Objective):
         return {}
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Return the vectors (R, D) of first, second and third texts (NaN where there is none), their digests and scores."""
+        """Return vectors (R, D) of first, second and third texts (NaN where there is none), digests, scores and labels."""
         extra = batch.extra
         count, hard = extra["paired"].shape[0], extra["hard"]
         z = self._embed(batch, roles).detach().double()
@@ -301,7 +308,7 @@ class Contrastive(Objective):
         keys[:2] = extra["keys"][: 2 * count].reshape(2, count)
         keys[2, hard] = extra["keys"][2 * count :]
         found = {"a": z[:count], "b": z[count : 2 * count], "c": third, "keys": keys.T}
-        return {k: v.cpu() for k, v in {**found, "score": extra["score"], "paired": extra["paired"]}.items()}
+        return {k: v.cpu() for k, v in {**found, **{k: extra[k] for k in ("score", "label", "paired")}}.items()}
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
         """Compute loss and metrics of a split: every text is a candidate of every anchor."""
@@ -322,6 +329,9 @@ class Contrastive(Objective):
             cosine = self.loss_type == "infonce" or self.distance == "cosine"
             near = F.cosine_similarity(v.a, v.b) if cosine else -contrast.distances(v.a, v.b, self.distance)
             found["spearman"] = rank_correlation(near[known], tensors["score"][known])
+        known = ~tensors["label"].isnan()
+        if len(tensors["label"][known].unique()) > 1:
+            found["v_measure"] = embedding_metrics.v_measure(v.a[known], tensors["label"][known])
         return found
 
     def _losses_of(self, v: Vectors) -> dict[str, float]:
@@ -349,3 +359,9 @@ class Contrastive(Objective):
         places = torch.cat([self._compared(v, others, part).ranks() for part in v.blocks()])
         found |= embedding_metrics.retrieval(places)
         return found | {"alignment": float(embedding_metrics.alignment(v.a, v.b)[v.paired].mean())}
+
+
+def _class_of(row: dict[str, Any]) -> float:
+    """Return the class of a text that stands alone; NaN where it has none, or several."""
+    label = row.get("label")
+    return float(label) if isinstance(label, int) and not row.get("ids_b") else math.nan
