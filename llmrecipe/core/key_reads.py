@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-UNREAD = ("roles",)
-"""Sections of a recipe that nothing reads, so that whatever they hold is unread."""
+from llmrecipe.core.errors import ProofError
+
 COPIES = ("dataclasses", "pydantic")
 """Modules whose reads are copies, not uses."""
 
@@ -67,13 +67,26 @@ class KeyReads:
         A value that is the default says nothing: the recipe that a run keeps holds every default.
         """
         left = [key for key in self.options() if key not in self.read and not self._is_default(key)]
-        free = sorted({".".join(key) for key in self.given if key[0] in UNREAD and len(key) > 1})
-        return free + [".".join(key) for key in left if not mentioned(key[-1], self.watched[key[:-1]][1])]
+        return [".".join(key) for key in left if not mentioned(key[-1], self.watched[key[:-1]][1])]
 
     def _is_default(self, key: tuple[str, ...]) -> bool:
         component, cls = self.watched[key[:-1]]
         field = getattr(cls, "__pydantic_fields__", {}).get(key[-1])
         return field is not None and vars(component)[key[-1]] == field.get_default(call_default_factory=True)
+
+
+def refuse_unread(keys: Iterable[str]) -> None:
+    """Refuse keys that nothing reads.
+
+    Raises:
+        ProofError: there are any; it names them.
+    """
+    if found := sorted(keys):
+        them = "it" if len(found) == 1 else "them"
+        raise ProofError(
+            f"{', '.join(found)}: the recipe sets {them} and nothing reads {them}, so the run would silently ignore {them}; "
+            f"leave the key out, or correct the component that declares it"
+        )
 
 
 def fields_of(cls: type) -> frozenset[str]:

@@ -39,7 +39,7 @@ from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
-from llmrecipe.training.read_rows import check_family, check_model_fits, read_data, test_rows
+from llmrecipe.training.read_rows import check_family, check_model_fits, check_sections, read_data, test_rows
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_state import Progress, RunState
 
@@ -83,6 +83,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     reads = KeyReads(key for key, origin in composition.origins.items() if origin.kind != "default")
     for group, part in (("objective", parts.objective), ("optim", parts.optimizer), ("schedule", parts.schedule)):
         reads.watch(part, group)
+    check_sections(recipe)
     check_objective(parts.objective, parts.wrappers)
     direction(recipe.eval, parts.objective)
     check_cuts(parts.optimizer, parts.wrappers)

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,7 @@ from llmrecipe.models.resolve_class import CLASSIFIERS
 from llmrecipe.models.task_heads import ATTRIBUTE
 from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.models.weight_headers import headers
-from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.schema import ModelSection
-from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs.open_model import resolve_section
 
 if TYPE_CHECKING:
@@ -51,16 +49,6 @@ def rank_warnings(model: nn.Module) -> Iterator[str]:
             f"stack.{owner}: rank {rank} at {len(sites)} site{'s' if len(sites) > 1 else ''} is more than the smaller side of "
             f"the matrix, {smaller} at {path}: rank {smaller} reaches every change there is"
         )
-
-
-def unread_warnings(roles: Mapping[str, object]) -> Iterator[str]:
-    """Yield a warning for each key below `roles`, a section that nothing reads."""
-    for key, _ in leaves({"roles": roles}):
-        if len(key) > 1:
-            yield (
-                f"{dotted(key)}: nothing reads it, so that a run would stop at its first update; leave it out (components name "
-                "the models they need themselves, such as objective.reference)"
-            )
 
 
 def machine_bytes(device: str) -> int | None:

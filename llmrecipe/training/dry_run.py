@@ -19,10 +19,10 @@ from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
-from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, unread_warnings, weight_warnings
+from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
-from llmrecipe.training.read_rows import check_family, check_model_fits, read_data
+from llmrecipe.training.read_rows import check_family, check_model_fits, check_sections, read_data
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -76,6 +76,7 @@ def examine(composition: Composition) -> Findings:
     """Build a composed recipe on the meta device; see `check`."""
     settings = composition.recipe
     parts = instantiate(settings)
+    check_sections(settings)
     check_trackers(settings.log.trackers)
     build_run.check_objective(parts.objective, parts.wrappers)
     direction(settings.eval, parts.objective)
@@ -113,7 +114,6 @@ def examine(composition: Composition) -> Findings:
         *rank_warnings(model),
         *memory_warnings(memory.total, device),
         *weight_warnings(settings.model, model, parts.objective.head),
-        *unread_warnings(settings.roles),
     ]
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
     notes += [

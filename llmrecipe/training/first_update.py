@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ProofError
+from llmrecipe.core.key_reads import refuse_unread
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
@@ -99,12 +100,7 @@ class FirstUpdate:
         started = time.perf_counter()
         reads = self.run.reads
         self.facts["keys"] = reads.count()
-        if unread := reads.unread():
-            raise ProofError(
-                f"{', '.join(unread)}: the recipe sets {'it' if len(unread) == 1 else 'them'} and nothing reads "
-                f"{'it' if len(unread) == 1 else 'them'}, so the run would silently ignore "
-                f"{'it' if len(unread) == 1 else 'them'}; leave the key out, or correct the component that declares it"
-            )
+        refuse_unread(reads.unread())
         reads.stop()
         self.pending = False
         self.seconds += time.perf_counter() - started

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.key_reads import refuse_unread
 from llmrecipe.core.registry import names, spec
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
@@ -21,6 +22,8 @@ from llmrecipe.models.image_processor import load_processor
 from llmrecipe.models.load import load_config, skeleton
 from llmrecipe.models.resolve_class import LANGUAGE
 from llmrecipe.models.vocabulary import vocabulary_size
+from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs import delta, open_model
 
 if TYPE_CHECKING:
@@ -94,6 +97,15 @@ def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: 
         label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
         reader=data.reader,
     )  # fmt: skip
+
+
+def check_sections(recipe: Recipe) -> None:
+    """Refuse whatever stands below `roles`, a section that nothing reads: components name the models they need themselves.
+
+    Raises:
+        ProofError: it holds a key.
+    """
+    refuse_unread(dotted(key) for key, _ in leaves({"roles": recipe.roles}) if len(key) > 1)
 
 
 def check_family(recipe: Recipe, objective: Objective) -> None:

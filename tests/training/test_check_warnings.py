@@ -90,12 +90,6 @@ def test_a_checkpoint_under_other_names_is_not_accused(tmp_path: Path) -> None:
     assert list(weight_warnings(section, meta(section), "causal")) == []
 
 
-def test_a_section_that_nothing_reads_is_named() -> None:
-    found = check("sft_lora", ["+roles.reward.path=x", "+roles.value=1", "data.limit=8"]).warnings
-    assert [line.split(":")[0] for line in found if "nothing reads it" in line] == ["roles.reward.path", "roles.value"]
-    assert not [line for line in check("sft_lora", ["data.limit=8"]).warnings if "roles" in line]
-
-
 def test_base_and_added_parameters_are_counted_apart() -> None:
     model = with_lora("attn.q", 3)
     assert base_parameters(model) == base_parameters(tiny_model()) == sum(p.numel() for p in tiny_model().parameters())

@@ -21,6 +21,7 @@ from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.training.checksum import CHUNK, checksums, integer_view
+from llmrecipe.training.dry_run import check
 from llmrecipe.training.first_update import FirstUpdate
 from tests.runtime.test_processes import start
 from tests.support import PeakBytes
@@ -371,6 +372,11 @@ def test_a_key_nothing_reads_stops_the_run(idle_package: None, tmp_path: Path, c
     assert not events(tmp_path / "run")
 
 
-def test_a_section_nothing_reads_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ProofError, match=r"roles\.reward\.path: the recipe sets it and nothing reads it"):
-        train_recipe(tmp_path / "run", "sft_lora", *SHORT, "+roles.reward.path=somewhere")
+def test_a_section_nothing_reads_is_refused_before_there_is_a_run(tmp_path: Path) -> None:
+    """By `check` and `train` in the same words, whatever the weights are."""
+    words = [*SHORT, "+roles.value=1", "+roles.reward.path=x", "model.path=/nowhere/at/all"]
+    with pytest.raises(ProofError, match=r"roles\.reward\.path, roles\.value: the recipe sets them and nothing reads") as one:
+        check("sft_lora", words)
+    with pytest.raises(ProofError) as other:
+        train_recipe(tmp_path / "run", "sft_lora", *words)
+    assert str(one.value) == str(other.value) and not (tmp_path / "run").exists()
