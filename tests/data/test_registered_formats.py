@@ -34,7 +34,7 @@ ORDER = {
     "choices": ["choices", "preference", "preference_implicit"],
     "prompt": ["messages", "sharegpt", "alpaca", "preference_implicit", "prompt"],
     "labelled": ["labelled", "labelled_pair"],
-    "pairs": ["triples", "pairs", "text"],
+    "pairs": ["triples", "pairs", "labelled", "text"],
     "multimodal": ["image_text"],
     "pictured_words": ["image_text"],
     "labelled_images": ["image_label"],
