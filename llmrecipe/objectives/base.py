@@ -143,6 +143,10 @@ class Objective:
         """
         return {}
 
+    def measured_columns(self) -> Mapping[str, str]:
+        """Return metric -> column of the token rows without which no evaluation reports it."""
+        return {}
+
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Build one micro-batch from token rows. No rows give a batch without targets."""
         raise NotImplementedError

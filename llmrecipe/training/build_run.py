@@ -39,7 +39,7 @@ from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
-from llmrecipe.training.read_rows import check_family, check_model_fits, check_sections, read_data, test_rows
+from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data, test_rows
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_state import Progress, RunState
 
@@ -93,6 +93,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     for wrapper in parts.wrappers:
         reads.watch(wrapper, "stack", wrapper.name)
     parts.objective.check(recipe, data)
+    check_monitor(recipe, parts.objective, validation)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     check_chain(recipe, parts.wrappers)

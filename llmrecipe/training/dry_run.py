@@ -22,7 +22,7 @@ from llmrecipe.training import build_run
 from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
-from llmrecipe.training.read_rows import check_family, check_model_fits, check_sections, read_data
+from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -88,6 +88,7 @@ def examine(composition: Composition) -> Findings:
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     build_run.check_chain(settings, parts.wrappers)
     parts.objective.check(settings, data)
+    check_monitor(settings, parts.objective, validation)
     model = build_run.on_meta(settings, parts.objective, stack, labels, device)
     check_model_fits(settings, parts.objective, data, validation, labels)
     steps = build_run.step_count(settings, len(data), parts.objective.updates())

@@ -87,6 +87,22 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     return data, validation, labels
 
 
+def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | None) -> None:
+    """Refuse to watch a metric that is computed from a column which no validation row has.
+
+    Raises:
+        RecipeError: it names `eval.monitor` and the column.
+    """
+    metric = recipe.eval.monitor.removeprefix("eval/")
+    column = objective.measured_columns().get(metric)
+    if column is None or not isinstance(validation, TokenData) or any(value is not None for value in validation.column(column)):
+        return
+    raise RecipeError(
+        f"eval.monitor: eval/{metric} is computed from the column '{column}', which no row of {validation.report.source} has; "
+        "add it to the validation rows, or watch another metric, such as eval.monitor=eval/loss"
+    )
+
+
 def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: PreTrainedTokenizerBase) -> SplitRows | None:
     """Return the test split, or None: for its reference scores before step 0 and its single evaluation after the last."""
     if not recipe.eval.test:

@@ -210,7 +210,7 @@ def test_rows_know_their_sentences_and_outliers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["objective.form=t5", "objective.delete=0.1"], r"objective\.delete: belongs to objective\.form=bart"),
+        (["objective.form=t5", "objective.delete=0.1"], r"objective\.delete: 0\.1 is not read with objective\.form=t5"),
         (["model.config.kind=encoder", "objective.form=t5"], r"objective\.form: t5: an encoder has no decoder"),
         (["model.config.kind=encoder", "objective.permute_sentences=0.5"], r"objective\.permute_sentences: moves tokens"),
         (["model.config.kind=encoder", "objective.layout=seq2seq"], r"objective\.layout: seq2seq needs an encoder-decoder"),

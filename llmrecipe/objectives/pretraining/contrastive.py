@@ -25,6 +25,7 @@ from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import rank_correlation
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, ComparedAnchors, Comparison, Vectors, compare
+from llmrecipe.objectives.unread_options import refuse_unread
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 
 
 TEXTS = ("ids_a", "ids_b", "ids_c")
+LOSSES = {
+    **dict.fromkeys(("margin", "distance"), ("triplet",)),
+    **dict.fromkeys(("temperature", "hard_negative_weight"), ("infonce",)),
+}
+"""Option -> losses that read it."""
 HEAD = "pool"
 """Role of the head behind a pooled first token."""
 
@@ -101,12 +107,14 @@ class Contrastive(Objective):
         return self.loss_type == "infonce" or self.mining is not None
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse options that contradict each other and rows without the texts they need."""
+        """Refuse options that contradict each other or are not read, and rows without the texts they need."""
         if self.loss_type == "triplet" and (self.positives == "dropout" or self.symmetric):
             key = "positives: dropout" if self.positives == "dropout" else "symmetric: true"
             raise RecipeError(f"objective.{key}: compares a text with all others, which is objective.loss_type=infonce")
         if self.loss_type == "infonce" and self.mining is not None:
             raise RecipeError("objective.mining: chooses negatives of the triplet loss; infonce compares with all of them")
+        refuse_unread(self, "loss_type", LOSSES)
+        refuse_unread(self, "positives", {"min_score": ("pairs",), "hard_negative_weight": ("pairs",)})
         if recipe is not None and self.whole_step and recipe.batch.size < 2:
             raise RecipeError("batch.size: 1: negatives are the other texts of a step; use at least 2")
         if isinstance(data, TokenData) and len(data):
@@ -195,6 +203,10 @@ class Contrastive(Objective):
         }
         lie: Measures = {"alignment": "min", "uniformity": "min", "effective_rank": "max", "norm": None}
         return {**found, **lie, "accuracy": "max", "active": "min"}
+
+    def measured_columns(self) -> dict[str, str]:
+        """Return that people's scores and labels are compared with where rows have them."""
+        return {"spearman": "score", "v_measure": "label"}
 
     # --- batches --------------------------------------------------------------------------------------------------
 

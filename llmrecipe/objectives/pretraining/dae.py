@@ -23,9 +23,10 @@ from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.models.resolve_class import LANGUAGE, family_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines import embedding_target
-from llmrecipe.objectives.pretraining._engines.denoising import Denoising, NoisedRow
+from llmrecipe.objectives.pretraining._engines.denoising import FORMS, Denoising, NoisedRow
 from llmrecipe.objectives.pretraining._engines.masking import at_own_places, generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS, pair_batch
+from llmrecipe.objectives.unread_options import refuse_unread
 from llmrecipe.runs.open_model import resolve_section, tokenizer_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Dae(Denoising, Objective):
     # --- before weights are read ----------------------------------------------------------------------------------
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse noise that the model cannot undo, a tokenizer without its tokens, and rows that are too long with it."""
+        """Refuse options of other forms, noise that the model cannot undo, an unfit tokenizer, and rows too long."""
+        refuse_unread(self, "form", FORMS)
         base = resolve_section(recipe.model)[0]
         config = load_config(base)
         kind = family_head(config, LANGUAGE)
@@ -164,6 +166,10 @@ class Dae(Denoising, Objective):
         if self.form == "mse":
             return {"accuracy": "max", "loss/copy": None, "target_variance": None, **common}
         return {**TOKEN_METRICS, **common}
+
+    def measured_columns(self) -> dict[str, str]:
+        """Return that outliers are ranked where rows say which they are."""
+        return {"outlier/auc": "outlier"}
 
     def facts(self, roles: Roles) -> dict[str, Any]:
         """Return the form and its noises."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRI
 from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, generator, masked_targets
 from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, make_pairs
 from llmrecipe.objectives.token_math import negative_log_likelihood
+from llmrecipe.objectives.unread_options import refuse_unread
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows, SplitRows
@@ -76,7 +78,9 @@ class Nsp(MaskedTokens, Objective):
     """Weight of this term next to that of the hidden tokens."""
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse data that have no negatives."""
+        """Refuse options that are not read, and data that have no negatives."""
+        masking = {field.name for field in fields(MaskedTokens)}  # type: ignore[arg-type]
+        refuse_unread(self, "with_mlm", dict.fromkeys((*masking, "weight_nsp"), (True,)))
         self.check_shares()
         if self.negatives == "other_doc" and data is not None and len(data) < 2:
             raise RecipeError(

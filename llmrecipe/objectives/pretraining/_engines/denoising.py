@@ -25,6 +25,18 @@ SHARES = ("mask_ratio", "mask_tokens", "delete", "insert", "permute_sentences", 
 MOVING = ("mask_ratio", "delete", "insert", "permute_sentences", "rotate")
 """Noises after which a token is no longer at its own place."""
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
+FORMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(SHARES, ("bart", "mse", "tsdae")),
+    **dict.fromkeys(("poisson", "replace_length"), ("bart", "tsdae")),
+    "mask_random": ("bart", "mse", "tsdae"),
+    **dict.fromkeys(("noise_density", "mean_span"), ("t5",)),
+    "loss_on": ("bart", "mse"),
+    "compat": ("bart",),
+    "layout": ("bart", "t5"),
+    "pool": ("tsdae",),
+    **dict.fromkeys(("target", "sigma"), ("mse",)),
+}
+"""Option -> forms that read it."""
 FULL_STOP, WORD_START = ".", "\u0120"
 """A full stop in a byte-level BPE, whose words begin with the other one."""
 
@@ -102,28 +114,16 @@ class Denoising:
         Raises:
             RecipeError: it names the option.
         """
-        given = [name for name in SHARES if getattr(self, name)]
-        if self.form == "t5":
-            if given or self.compat != "none":
-                raise RecipeError(
-                    f"objective.{(given or ['compat'])[0]}: belongs to objective.form=bart; spans of t5 are "
-                    "objective.noise_density and objective.mean_span"
-                )
-            if kind == "masked":
-                raise RecipeError(
-                    "objective.form: t5: an encoder has no decoder to write the spans with; use objective.form=bart (masks, "
-                    "each predicted at its place), or an encoder-decoder"
-                )
-        if self.form == "tsdae":
-            if kind != "masked":
-                raise RecipeError(
-                    "objective.form: tsdae: its decoder is the encoder itself with cross-attention, so it trains encoders "
-                    "(BERT, or model.config.kind=encoder); use objective.form=bart for a model with a decoder"
-                )
-            if self.loss_on == "corrupted":
-                raise RecipeError(
-                    "objective.loss_on: corrupted: the decoder of tsdae sees no token of the text, so all are lost"
-                )
+        if self.form == "t5" and kind == "masked":
+            raise RecipeError(
+                "objective.form: t5: an encoder has no decoder to write the spans with; use objective.form=bart (masks, "
+                "each predicted at its place), or an encoder-decoder"
+            )
+        if self.form == "tsdae" and kind != "masked":
+            raise RecipeError(
+                "objective.form: tsdae: its decoder is the encoder itself with cross-attention, so it trains encoders "
+                "(BERT, or model.config.kind=encoder); use objective.form=bart for a model with a decoder"
+            )
         if self.form == "mse" and kind != "masked":
             raise RecipeError(
                 "objective.form: mse: compares each state with the embedding at its place, which needs an encoder (BERT, or "
