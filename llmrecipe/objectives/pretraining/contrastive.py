@@ -25,7 +25,7 @@ from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import rank_correlation
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, ComparedAnchors, Comparison, Vectors, compare
-from llmrecipe.objectives.unread_options import refuse_unread
+from llmrecipe.objectives.unused_options import refuse_unused
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -113,8 +113,8 @@ class Contrastive(Objective):
             raise RecipeError(f"objective.{key}: compares a text with all others, which is objective.loss_type=infonce")
         if self.loss_type == "infonce" and self.mining is not None:
             raise RecipeError("objective.mining: chooses negatives of the triplet loss; infonce compares with all of them")
-        refuse_unread(self, "loss_type", LOSSES)
-        refuse_unread(self, "positives", {"min_score": ("pairs",), "hard_negative_weight": ("pairs",)})
+        refuse_unused(self, "loss_type", LOSSES)
+        refuse_unused(self, "positives", {"min_score": ("pairs",), "hard_negative_weight": ("pairs",)})
         if recipe is not None and self.whole_step and recipe.batch.size < 2:
             raise RecipeError("batch.size: 1: negatives are the other texts of a step; use at least 2")
         if isinstance(data, TokenData) and len(data):

@@ -26,7 +26,7 @@ from llmrecipe.objectives.pretraining._engines import embedding_target
 from llmrecipe.objectives.pretraining._engines.denoising import FORMS, Denoising, NoisedRow
 from llmrecipe.objectives.pretraining._engines.masking import at_own_places, generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS, pair_batch
-from llmrecipe.objectives.unread_options import refuse_unread
+from llmrecipe.objectives.unused_options import refuse_unused
 from llmrecipe.runs.open_model import resolve_section, tokenizer_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Dae(Denoising, Objective):
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse options of other forms, noise that the model cannot undo, an unfit tokenizer, and rows too long."""
-        refuse_unread(self, "form", FORMS)
+        refuse_unused(self, "form", FORMS)
         base = resolve_section(recipe.model)[0]
         config = load_config(base)
         kind = family_head(config, LANGUAGE)

@@ -24,7 +24,7 @@ from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRI
 from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, generator, masked_targets
 from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, make_pairs
 from llmrecipe.objectives.token_math import negative_log_likelihood
-from llmrecipe.objectives.unread_options import refuse_unread
+from llmrecipe.objectives.unused_options import refuse_unused
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows, SplitRows
@@ -80,7 +80,7 @@ class Nsp(MaskedTokens, Objective):
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse options that are not read, and data that have no negatives."""
         masking = {field.name for field in fields(MaskedTokens)}  # type: ignore[arg-type]
-        refuse_unread(self, "with_mlm", dict.fromkeys((*masking, "weight_nsp"), (True,)))
+        refuse_unused(self, "with_mlm", dict.fromkeys((*masking, "weight_nsp"), (True,)))
         self.check_shares()
         if self.negatives == "other_doc" and data is not None and len(data) < 2:
             raise RecipeError(

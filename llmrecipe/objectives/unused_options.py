@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llmrecipe.objectives.base import Objective
 
 
-def refuse_unread(objective: Objective, choice: str, readers: Mapping[str, Iterable[object]]) -> None:
+def refuse_unused(objective: Objective, choice: str, readers: Mapping[str, Iterable[object]]) -> None:
     """Refuse options that differ from their defaults although nothing reads them.
 
     Args:
