@@ -246,3 +246,25 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit_and_opens_in_transformers(for
     with torch.no_grad():
         found, wanted = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (opened.model, stock))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_one_length_share_a_micro_batch_where_they_are_padded() -> None:
+    """Short and long texts in turn: without padding in micro-batches of two, and the same sum over the step."""
+    rows = [row(number, length) for number, length in enumerate((24, 6, 24, 6))]
+    model, objective = pair_model("native").double(), Dae(form="bart", mask_ratio=0.0, permute_sentences=0.0, mask_tokens=0.3)
+    roles = roles_of(model)
+    totals = []
+    for micro in (4, 2):
+        roles.micro_rows = micro
+        (micros,) = list(objective.batches(iter([rows]), roles))
+        totals.append(sum(float(objective.loss(batch, roles).total) for batch in micros))
+    assert [batch.rows for batch in micros] == [(1, 3), (0, 2)]
+    for batch in micros:
+        for mask in (batch.attention_mask, batch.extra["encoder_mask"]):
+            assert mask is not None and bool(mask.all()), "no padding on either side"
+    assert totals[1] == pytest.approx(totals[0], rel=1e-9)
+    packed = roles_of(tiny_model(), packing=True)
+    packed.micro_rows = 2
+    assert [batch.rows for batch in next(objective.batches(iter([rows]), packed))] == [(0, 1), (2, 3)], (
+        "packed rows stay in order"
+    )

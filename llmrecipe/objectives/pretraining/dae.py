@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence, pad
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.pooling import Pool
-from llmrecipe.engine.role_models import Roles
+from llmrecipe.engine.role_models import Roles, row_tokens
 from llmrecipe.engine.vector_decoder import decoder_sites, unmount_decoder
 from llmrecipe.models import positions, task_heads
 from llmrecipe.models.load import load_config, skeleton
@@ -182,6 +183,11 @@ class Dae(Denoising, Objective):
         return family_head(roles.model.config, LANGUAGE)
 
     # --- batches --------------------------------------------------------------------------------------------------
+
+    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step; where rows are padded, those of one micro-batch are of about one length."""
+        padded = self.form == "tsdae" or not roles.packing
+        yield from super().batches((sorted(rows, key=row_tokens) if padded else rows for rows in source), roles)
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Add noise to the rows and lay them out as the model reads them."""
