@@ -84,6 +84,21 @@ def tiny_masked_model(family: str = "llmrecipe_native", std: float = 0.2, **more
     return model.eval()
 
 
+def tiny_span_model(family: str = "llama", std: float = 0.2, **more: Any) -> nn.Module:
+    """A random model with a head of spans whose weights are large enough for differences to show."""
+    from transformers import AutoModelForQuestionAnswering
+
+    torch.manual_seed(0)
+    model = AutoModelForQuestionAnswering.from_config(tiny_config(family, **more))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name.lower():
+                parameter.normal_(std=std)
+    install_attention(model, "sdpa")
+    model.position_offset = position_offset(model)
+    return model.eval()
+
+
 def tiny_vision_model(**more: Any) -> nn.Module:
     """A random native vision encoder for pictures of 8 x 8 pixels and three classes."""
     from llmrecipe.models.native import NativeConfig, NativeForImageClassification

@@ -104,6 +104,8 @@ class Batch:
     """Places whose inputs are features; the ids there are fillers."""
     pixels: Tensor | None = None
     """(S, C, H, W) pictures, for models that read them themselves; the ids are fillers then, one for each state."""
+    texts: tuple[tuple[str, ...], ...] = ()
+    """Texts of each row that answers are taken from and compared with."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What the objective needs in addition to tokens: labels, margins, advantages, encoder inputs."""
 
@@ -141,6 +143,10 @@ class Batch:
     def with_extra(self, **tensors: Tensor) -> Batch:
         """Return the same batch with more tensors for the objective."""
         return replace(self, extra={**self.extra, **tensors})
+
+    def with_texts(self, texts: tuple[tuple[str, ...], ...]) -> Batch:
+        """Return the same batch with the texts of its rows."""
+        return replace(self, texts=texts)
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """Sum per-target values (N,) by sequence, giving (S,)."""

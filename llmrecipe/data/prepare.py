@@ -109,7 +109,7 @@ def prepare(
         return None
     draws = _draws(data, parts, seed) if split == "train" and data.limit else [None] * len(parts)
     field = tasks.field if tasks is not None else None
-    stride = None if split == "train" else data.stride or max(data.max_length - 1, 1)
+    stride = _stride(data, rows, split)
     cut = data.model_copy(update={"max_length": WHOLE}) if blocks else data
     tables = [build_table(part, cut, tokenizer, rows, mask, draw, field, needs, stride) for part, draw in zip(parts, draws)]
     if reader is not None and row_type(rows).reads_files:
@@ -133,6 +133,13 @@ def prepare(
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
+
+
+def _stride(data: DataSection, rows: str, split: str) -> int | None:
+    """Return by how many tokens the rows of a long text move on (see `Limit.stride`)."""
+    if row_type(rows).windowed:
+        return data.stride
+    return None if split == "train" else data.stride or max(data.max_length - 1, 1)
 
 
 def _read_files(table: TokenTable, part: Part, reader: FeatureReader, cached: bool) -> None:

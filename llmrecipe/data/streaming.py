@@ -66,9 +66,11 @@ class TokenStream:
         if tasks is not None and tasks.names is None:
             raise DataError("data.streaming: rows are not known beforehand, so the names of their tasks must be listed (tasks)")
         self.data, self.seed, self.buffer, self.tasks = data, seed, buffer, tasks
+        stride = data.stride if row_type(rows).windowed else None
         self.parts: list[Part] = open_split(data, "train")
         self.encoders: list[RowEncoder] = [
-            make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None, needs) for part in self.parts
+            make_encoder(part, data, tokenizer, rows, mask, tasks.field if tasks else None, needs, stride)
+            for part in self.parts
         ]
         self.report = Report(source=" + ".join(p.reader.name for p in self.parts), mask=mask)
         for encoder in self.encoders:

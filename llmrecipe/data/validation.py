@@ -6,6 +6,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.messages import MEDIA
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import TWO_BOS
+from llmrecipe.data.tokenize.passage_rows import NO_PASSAGE
 from llmrecipe.data.tokenize.sequences import NO_TARGET
 from llmrecipe.data.tokenize.truncation import NO_ROOM, TOO_LONG
 from llmrecipe.recipe.schema import DataSection
@@ -13,6 +14,7 @@ from llmrecipe.recipe.schema import DataSection
 FIXES = {
     TOO_LONG: "raise data.max_length, or set data.truncation (split for plain text, keep_start, truncate_prompt_left)",
     NO_ROOM: "raise data.max_length, or set data.truncation=truncate_prompt_left",
+    NO_PASSAGE: "raise data.max_length, or shorten the questions",
     NO_TARGET: "check objective.mask and the roles of the rows, or raise data.max_length",
     "the chat template refuses the conversation": "fix the rows, or set tokenizer.chat_template to one that accepts them",
 }

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GenericForQuestionAnswering
 
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
 from llmrecipe.data.collate import Batch, part_of_batch
@@ -271,8 +272,12 @@ class Engine(nn.Module):
         return upcast(self.traced(self.model)(**self._inputs(batch)).logits), None
 
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return a token head's logits (R, T, C), and the loss the model itself adds, if any."""
-        head = getattr(self.model, "score", None)
+        """Return a token head's logits (R, T, C), and the loss the model itself adds, if any.
+
+        A head of spans has two of them: the token as the first and as the last one of an answer.
+        """
+        spans = isinstance(self.model, GenericForQuestionAnswering)
+        head = getattr(self.model, "qa_outputs" if spans else "score", None)
         if isinstance(head, nn.Module):
             hidden, auxiliary = self.states(batch)
             dropout: Any = getattr(self.model, "dropout", None)
@@ -280,7 +285,7 @@ class Engine(nn.Module):
             weight: Any = head.weight
             return upcast(head(dropped.to(weight.dtype))), auxiliary
         places = batch.position_ids + getattr(self.model, "position_offset", 0)
-        return upcast(self.traced(self.model)(**self._inputs(batch), position_ids=places).logits), None
+        return upcast(token_logits(self.traced(self.model)(**self._inputs(batch), position_ids=places))), None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the model reads: pictures, or tokens with features in some of their places."""
@@ -305,6 +310,11 @@ class Engine(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+
+def token_logits(out: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits (R, T, C) of a model's output; of a head of spans the start and the end."""
+    return torch.stack((out["start_logits"], out["end_logits"]), -1) if "start_logits" in out else out["logits"]
 
 
 def _with(out: dict[str, Tensor], auxiliary: Tensor | None) -> dict[str, Tensor]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core.registry import CONFIG
-
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -43,14 +38,3 @@ class Metric:
     def total(self, sums: Sequence[float]) -> float:
         """Return the score of several rows from the sums of their statistics, (K,); 0 where there are none."""
         return sums[0] / sums[1] if sums[1] else 0.0
-
-
-def normalise(text: str, lower: bool = False, articles: bool = False, punctuation: bool = False) -> str:
-    """Strip, and on request lower-case, drop articles, drop punctuation; runs of white space become one space."""
-    if lower:
-        text = text.lower()
-    if punctuation:
-        text = text.translate(PUNCTUATION)
-    if articles:
-        text = ARTICLES.sub(" ", text)
-    return " ".join(text.split())

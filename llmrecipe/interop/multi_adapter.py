@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from llmrecipe.core.errors import ModelError, did_you_mean
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.core.tasks import Tasks, common
+from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.generation import generate as generate_from
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.interop.verify_logits import adapter_head
@@ -143,7 +144,7 @@ class Adapters(nn.Module):
             }
             task_ids = None if tasks is None else torch.tensor(tasks, device=input_ids.device)[:, None]
             with activate(Context(off=off, task_ids=task_ids, attention_mask=part.get("attention_mask"))):
-                logits.append(self.model(**part).logits)
+                logits.append(token_logits(self.model(**part)))
             order += rows
         back = torch.tensor(order, device=input_ids.device).argsort()
         return CausalLMOutput(logits=torch.cat(logits)[back])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
 
@@ -96,7 +97,7 @@ def logits_of(model: nn.Module, ids: Tensor, front: Sequence[int] = ()) -> Tenso
         inputs: dict[str, Tensor] = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
         if getattr(model.config, "is_encoder_decoder", False) and "Classification" not in type(model).__name__:
             inputs["decoder_input_ids"] = row[:, : TOKENS // 2]
-        logits = model(**inputs).logits.float().cpu()
+        logits = token_logits(model(**inputs)).float().cpu()
         own = logits.dim() == 3 and "decoder_input_ids" not in inputs
         rows.append(logits[:, len(front) :] if own else logits)
     return torch.cat(rows)
@@ -175,13 +176,21 @@ def adapter_head(folder: Path) -> str:
     if config.get("model_class"):
         return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
     kind = config.get("task_type")
-    return {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(kind, "causal")
+    return TASK_HEADS.get(kind, "causal")
 
 
+TASK_HEADS = {
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "token_classification",
+    "QUESTION_ANS": "question_answering",
+    "SEQ_2_SEQ_LM": "seq2seq",
+}
+"""PEFT's name of a task -> the head an objective requests from the loader; anything else is causal."""
 HEADS = (
     ("ForSequenceClassification", "classification"),
     ("ForImageClassification", "image"),
     ("ForTokenClassification", "token_classification"),
+    ("ForQuestionAnswering", "question_answering"),
     ("ForMaskedLM", "masked"),
     ("ForConditionalGeneration", "seq2seq"),
 )

@@ -19,16 +19,18 @@ from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.models import vocabulary
 from llmrecipe.models.checkpoint_path import locate, offline, unreachable
 from llmrecipe.models.resolve_class import (
-    CLASSIFIERS,
+    HEAD_MODULES,
+    NEW_HEADS,
+    SPANS,
     STATES,
     attention,
     first_line,
-    label_config,
     load_config,
     model_class,
     own_code,
     quiet,
     resolve_dtype,
+    set_head_outputs,
     with_code,
 )
 from llmrecipe.models.weight_headers import headers, stored_dtype
@@ -89,8 +91,7 @@ def load_model(
 
     config = load_config(section)
     auto = model_class(config, rows_head)
-    if rows_head in CLASSIFIERS:
-        label_config(config, labels)
+    set_head_outputs(config, rows_head, labels)
     backend = attention(section, _concrete(auto, config))
     dtype = resolve_dtype(section.dtype, config, device)
     stored = None
@@ -125,18 +126,17 @@ def skeleton(
 
     config = load_config(section)
     auto = model_class(config, rows_head)
-    if rows_head in CLASSIFIERS:
-        label_config(config, labels)
+    set_head_outputs(config, rows_head, labels)
     backend = attention(section, _concrete(auto, config))
     with torch.device("meta"), quiet():
         model = _from_config(section, auto, config, resolve_dtype(section.dtype, config, device), backend)
-    model.new_heads = _heads_without_weights(section, model) if rows_head in CLASSIFIERS else ()
+    model.new_heads = _heads_without_weights(section, model) if rows_head in NEW_HEADS else ()
     return _finish(model.eval(), section, backend, tokenizer)
 
 
 def _heads_without_weights(section: ModelSection, model: LanguageModel) -> tuple[str, ...]:
     """Return the classifiers of a model whose weights its checkpoint does not hold, as far as the headers tell."""
-    heads = [name for name in ("score", "classifier") if hasattr(model, name)]
+    heads = [name for name in HEAD_MODULES if hasattr(model, name)]
     place, local = locate(section.path) if section.init == "pretrained" else ("", False)
     stored = headers(Path(place)) if local else {}
     return tuple(head for head in heads if not any(name.startswith(f"{head}.") for name in stored))
@@ -183,9 +183,28 @@ def _pretrained(
         "output_loading_info": True,
         **extra,
     }
+    renamed = backbone_names(_concrete(auto, config), config) if rows_head == SPANS else {}
+    if renamed:
+        kwargs["key_mapping"] = {rf"^{theirs}\.": f"{own}." for theirs, own in renamed.items()}
     model, info = with_code(section, lambda **place: auto.from_pretrained(**place, **kwargs), "weights")
+    if renamed:
+        # What was renamed for reading is written under the names of this class, which its own reader expects.
+        mapped = set(kwargs["key_mapping"])
+        model._weight_conversions = [c for c in model._weight_conversions if not mapped & {*c.source_patterns}]
     _judge(section, model, info, rows_head)
     return model
+
+
+def backbone_names(cls: type, config: PreTrainedConfig) -> dict[str, str]:
+    """Return the name of the backbone in checkpoints of the family -> its name in a class that has another; empty otherwise.
+
+    Many decoders with a head of spans keep theirs under `transformer`, where the family's checkpoints have `model`.
+    """
+    from transformers import MODEL_MAPPING
+
+    stock = getattr(MODEL_MAPPING.get(type(config), None), "base_model_prefix", "")
+    own = getattr(cls, "base_model_prefix", "")
+    return {stock: own} if stock and own and stock != own else {}
 
 
 def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], rows_head: str) -> None:
@@ -196,7 +215,7 @@ def _judge(section: ModelSection, model: LanguageModel, info: dict[str, Any], ro
 
     def is_head(key: str) -> bool:
         pooler = any(f".{part}." in f".{key}" for part in POOLERS)
-        return rows_head in (*CLASSIFIERS, STATES) and (not key.startswith(prefix) or pooler)
+        return rows_head in (*NEW_HEADS, STATES) and (not key.startswith(prefix) or pooler)
 
     def allowed(key: str) -> bool:
         return is_head(key) or any(fnmatch.fnmatchcase(key, p) for p in (*LEGACY, *section.allow_mismatch))

@@ -28,10 +28,17 @@ AUTO = {
     "seq2seq": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     "image": ("AutoModelForImageClassification", "an image classifier"),
     "token_classification": ("AutoModelForTokenClassification", "a token classifier"),
+    "question_answering": ("AutoModelForQuestionAnswering", "a model that marks spans"),
 }
 """Head an objective needs -> (Transformers class, description)."""
 CLASSIFIERS = ("classification", "image", "token_classification")
 """Heads with one output a class: they follow the labels of the data and may be new."""
+SPANS = "question_answering"
+"""The head with two outputs a token, the scores of being the first and the last one of a span; it may be new."""
+NEW_HEADS = (*CLASSIFIERS, SPANS)
+"""Heads that a checkpoint may lack."""
+HEAD_MODULES = ("score", "classifier", "qa_outputs")
+"""What the families call them."""
 STATES = "states"
 """What an objective needs that reads hidden states alone: a decoder or an encoder, with the head of its language model."""
 LANGUAGE = "language"
@@ -210,10 +217,12 @@ def _fitting_heads(config: PreTrainedConfig) -> dict[str, bool]:
     # Encoders and encoder-decoders also have a causal class, which would leave out or misuse half of the checkpoint.
     is_encoder = fits["masked"] and not fits["seq2seq"] and not getattr(config, "is_decoder", False)
     fits["causal"] &= not config.is_encoder_decoder and not (is_encoder and "causal" not in _made_for(config))
+    # Spans are marked in the text that is read, and an encoder-decoder's head stands on the one that is written.
+    fits[SPANS] &= not config.is_encoder_decoder
     if config.model_type == "llmrecipe_native":
         heads = {
-            "decoder": ("causal", "classification", "token_classification"),
-            "encoder": ("masked", "classification", "token_classification"),
+            "decoder": ("causal", "classification", "token_classification", SPANS),
+            "encoder": ("masked", "classification", "token_classification", SPANS),
             "encoder_decoder": ("seq2seq",),
             "vision": ("image",),
         }[config.kind]
@@ -245,6 +254,14 @@ def attention(section: ModelSection, model_class: type) -> str:
         if not getattr(model_class, "_supports_flash_attn", False):
             raise ModelError(f"model.attention: {model_class.__name__} has no flash attention; use sdpa or auto")
     return section.attention
+
+
+def set_head_outputs(config: PreTrainedConfig, rows_head: str, labels: list[str] | None) -> None:
+    """Write into the config how many outputs the head has: one a label of a classifier, a first and a last of spans."""
+    if rows_head in CLASSIFIERS:
+        label_config(config, labels)
+    elif rows_head == SPANS and config.num_labels != 2:
+        config.num_labels = 2
 
 
 def label_config(config: PreTrainedConfig, labels: list[str] | None) -> None:

@@ -236,7 +236,7 @@ def _head(model: nn.Module) -> nn.Module | None:
     head = pretrained(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None:
         return head
-    for name in ("score", "classifier", "classification_head"):
+    for name in ("score", "classifier", "classification_head", "qa_outputs"):
         found = getattr(model, name, None)
         if isinstance(found, nn.Module):
             return found

@@ -158,7 +158,8 @@ class DataSection(Section):
     stride: PositiveInt | None = Field(
         None,
         description="Validation and test read a long text in windows of max_length that move on by this many tokens and "
-        "predict each token once; smaller gives more context. Default: windows share one token.",
+        "predict each token once; smaller gives more context. Default: windows share one token. Passages of questions are read "
+        "so in every split; default: windows move on by half of what they hold.",
     )
     packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")
     limit: PositiveInt | None = Field(None, description="Use this many training rows, drawn with the seed.")

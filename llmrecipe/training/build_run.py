@@ -29,7 +29,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import new_token_rows
 from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
-from llmrecipe.models.resolve_class import CLASSIFIERS
+from llmrecipe.models.resolve_class import HEAD_MODULES, NEW_HEADS
 from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import base_storage, delta, open_model
@@ -286,8 +286,8 @@ def open_for(
     model = open_model.open_model(
         section, recipe.tokenizer, head=objective.head, labels=labels, own=stack.wrappers, seed=recipe.seed, device=device
     )
-    if objective.head in CLASSIFIERS and recipe.model.init == "random":
-        model.model.new_heads = tuple(n for n in ("score", "classifier") if hasattr(model.model, n))
+    if objective.head in NEW_HEADS and recipe.model.init == "random":
+        model.model.new_heads = tuple(n for n in HEAD_MODULES if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
     return model
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
-from llmrecipe.models.load import LEGACY
+from llmrecipe.models.load import LEGACY, backbone_names
 from llmrecipe.models.pretrained import pretrained
-from llmrecipe.models.resolve_class import CLASSIFIERS
+from llmrecipe.models.resolve_class import NEW_HEADS
 from llmrecipe.models.task_heads import ATTRIBUTE
 from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.models.weight_headers import headers
@@ -98,13 +98,14 @@ def weight_warnings(section: ModelSection, model: nn.Module, rows_head: str) -> 
         return
     wanted, whole = base_shapes(model), pretrained(model)
     prefix = f"{whole.base_model_prefix}."
-    stored = {_own_name(name, wanted, prefix): shape for name, shape in stored.items()}
+    renamed = backbone_names(type(whole), whole.config)
+    stored = {_own_name(name, wanted, prefix, renamed): shape for name, shape in stored.items()}
     ends = (input_embedding(whole), whole.get_output_embeddings())
     vocabulary = {id(m.weight) for m in ends if m is not None and hasattr(m, "weight")}
     skipped = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in vocabulary}
 
     def allowed(name: str) -> bool:
-        head = rows_head in CLASSIFIERS and (not name.startswith(prefix) or ".pooler." in name)
+        head = rows_head in NEW_HEADS and (not name.startswith(prefix) or ".pooler." in name)
         return head or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*LEGACY, *section.allow_mismatch))
 
     other = [n for n, s in stored.items() if n in wanted and wanted[n] != s and n not in skipped and not allowed(n)]
@@ -130,10 +131,17 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in state.items() if id(t) not in added and not n.startswith(f"{ATTRIBUTE}.")}
 
 
-def _own_name(name: str, wanted: dict[str, tuple[int, ...]], prefix: str) -> str:
-    """Return a stored name as the model spells it: checkpoints of a backbone lack its prefix, or have one too many."""
+def _own_name(name: str, wanted: dict[str, tuple[int, ...]], prefix: str, renamed: dict[str, str]) -> str:
+    """Return a stored name as the model spells it: checkpoints of a backbone lack its prefix, or have one too many.
+
+    Args:
+        renamed: name of the backbone in checkpoints -> its name in the model, where they differ.
+    """
     if name in wanted:
         return name
+    first, _, rest = name.partition(".")
+    if first in renamed:
+        return f"{renamed[first]}.{rest}"
     return next((other for other in (prefix + name, name.removeprefix(prefix)) if other in wanted), name)
 
 

@@ -71,6 +71,7 @@ def test_what_a_row_type_says_of_itself() -> None:
         "labelled": ("type_ids",),
         "scored": ("type_ids",),
         "tagged": ("words",),
+        "passages": ("type_ids", "windows", "begins", "ends", "starts", "stops", "nulls"),
         "choices": ("choice_lengths",),
         "words": ("words",),
         "pictured_words": ("words",),

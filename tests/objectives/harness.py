@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run import Run
 from tests.objectives.rollouts import REWARD, Numbers
 from tests.pictures import held_picture
-from tests.tiny import tiny_masked_model, tiny_model, tiny_vision_model
+from tests.tiny import tiny_masked_model, tiny_model, tiny_span_model, tiny_vision_model
 
 LENGTHS = [2, 9, 4, 7, 3, 11, 5, 6]
 
@@ -57,6 +58,29 @@ def scored(row: int, length: int) -> dict[str, Any]:
 def tagged(row: int, length: int) -> dict[str, Any]:
     words = [-1, *(i // 2 for i in range(length - 1))]
     return {"row": row, "ids": ids(row, length), "words": words, "label": [(row + i) % 3 for i in range(max(words) + 1)]}
+
+
+def passage(row: int, length: int) -> dict[str, Any]:
+    """A passage of one to three windows: two tokens of the question, those of the passage, the end token."""
+    count = 1 + row % 3
+    windows = [[*ids(row + 3 * w, 2, 9), *ids(row + w, length), 2] for w in range(count)]
+    text = " ".join(f"w{i}" for i in range(length))
+    spans = [(-1, -1), (-1, -1), *((3 * i, 3 * i + 2) for i in range(length)), (-1, -1)]
+    null = length + 2
+    starts = [2 + row % length if w == row % count else null for w in range(count)]
+    stops = [min(s + 1, null - 1) if s < null else null for s in starts]
+    return {
+        "row": row,
+        "ids": [token for window in windows for token in window],
+        "windows": [length + 3] * count,
+        "begins": [a for a, _ in spans] * count,
+        "ends": [b for _, b in spans] * count,
+        "starts": starts,
+        "stops": stops,
+        "nulls": [null] * count,
+        "answers": json.dumps(text.split()[:1]),
+        "context": text,
+    }
 
 
 def question(row: int, length: int) -> dict[str, Any]:
@@ -107,6 +131,7 @@ MAKERS = {
     "labelled_images": labelled_image,
     "scored": scored,
     "tagged": tagged,
+    "passages": passage,
     "pictured_words": pictured,
     "choices": question,
     "prompt": prompt,
@@ -144,7 +169,8 @@ def rows_of(objective: Any, count: int = len(LENGTHS)) -> list[dict[str, Any]]:
 
 def model_for(objective: Any) -> nn.Module:
     """A small model with the heads of an objective."""
-    model = {"masked": tiny_masked_model, "image": tiny_vision_model}.get(objective.head, tiny_model)()
+    makers = {"masked": tiny_masked_model, "image": tiny_vision_model, "question_answering": tiny_span_model}
+    model = makers.get(objective.head, tiny_model)()
     if objective.head in ("classification", "token_classification"):
         torch.manual_seed(3)
         model.score = nn.Linear(32, len(objective.label_names() or "abc"), bias=False)

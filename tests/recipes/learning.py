@@ -261,6 +261,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "choices": Learns("eval/rank_accuracy", 0.95, 0.75, PAIRS),
     # The span that answers is found in the passage word for word; a control may answer with any of its three sentences.
     "squad": Learns("eval/exact_match", 0.95, 0.55, other_spans),
+    # The same passages, with a head that marks the span.
+    "extractive_qa": Learns("eval/exact_match", 0.95, 0.55, other_spans),
     "search_lora": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_search_finds_a_rate_that_learns"),
     # additive
     "adapter": exact(0.85),

@@ -44,7 +44,7 @@ class Squad(DataFormat):
     """
 
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("context", "question", "answers"),)
-    becomes: ClassVar[dict[str, int]] = {"dialogue": 25, "prompt": 25}
+    becomes: ClassVar[dict[str, int]] = {"dialogue": 25, "prompt": 25, "passages": 10}
     example: ClassVar[str] = (
         '{"context": "Oslo is in Norway.", "question": "Where is Oslo?", "answers": {"text": ["Norway"], "answer_start": [11]}}'
     )
@@ -52,6 +52,9 @@ class Squad(DataFormat):
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return passage and question as the prompt, the first span as the answer."""
         texts, starts = spans_of(row)
+        if conversion.rows == "passages":
+            answers = {"text": texts, "answer_start": starts}
+            return [{"question": filled_text(row, "question"), "context": filled_text(row, "context"), "answers": answers}]
         prompt = f"{filled_text(row, 'context')}\n\n{filled_text(row, 'question')}"
         if conversion.rows == "prompt":
             rest = {k: v for k, v in row.items() if k != "answers"}

@@ -17,6 +17,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
 | scored | text (+ text_b), label (a number) | ids (+ type_ids), score |
 | tagged | words, tags | ids, words (of each token), label (a class index a word) |
+| passages | question, context, answers | ids (of all windows), windows, begins, ends, starts, stops, nulls, answers, context |
 | pairs | texts (two or three), score, label; or text (+ label) | ids_a (+ ids_b, + ids_c), score, label |
 | multimodal | features (a path), text | ids, trained, features |
 | pictured_words | features (a path), text (+ attributes) | ids, words (+ attribute), features |
@@ -63,6 +64,8 @@ class RowType:
     """Whether `label` is a class, numbered over all training rows."""
     keeps_columns: ClassVar[bool] = False
     """Whether the other columns of a raw row are kept."""
+    windowed: ClassVar[bool] = False
+    """Whether a long text is read in overlapping windows in every split; `Limit.stride` is then the recipe's own value."""
     reads_files: ClassVar[bool] = False
     """Whether rows name files next to their source, so that the same rows elsewhere are other rows."""
 

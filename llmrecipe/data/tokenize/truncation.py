@@ -33,7 +33,7 @@ class Limit:
     bos: int | None = None
     stride: int | None = None
     """Tokens by which each row of a text that is cut up moves on, every token but the first predicted once; None: rows do not
-    overlap, and the first token of each is no target."""
+    overlap, and the first token of each is no target. Windows of a passage move on by it, by half of their room where None."""
 
     def prompt(self, ids: Sequence[int], room: int) -> list[int]:
         """Return the end of a prompt in at most `room` tokens, BOS kept where it had one."""
@@ -102,6 +102,15 @@ class Truncation:
 
     def shortens_texts(self, found: int, limit: Limit, where: str) -> None:
         """Pass if the end of a text with a label, or of the longer one of two, may be cut off.
+
+        Raises:
+            BadRow: the row is left out.
+            DataError: the policy has no meaning for it.
+        """
+        raise self.refuse(found, limit, where)
+
+    def reads_windows(self, found: int, limit: Limit, where: str) -> None:
+        """Pass if a passage that is too long may be read in overlapping windows.
 
         Raises:
             BadRow: the row is left out.

@@ -36,3 +36,10 @@ class KeepStart(Truncation):
 
     def shortens_texts(self, found: int, limit: Limit, where: str) -> None:
         """Allow it."""
+
+    def reads_windows(self, found: int, limit: Limit, where: str) -> None:
+        """Refuse: no part of a passage is cut off."""
+        raise DataError(
+            f"{where}: data.truncation=keep_start has no meaning for passages, which are read in windows; "
+            "use auto, drop or error"
+        )

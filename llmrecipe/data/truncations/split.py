@@ -36,5 +36,8 @@ class Split(Truncation):
         """Refuse rows that have one label as a whole."""
         raise DataError(f"{where}: data.truncation=split has no meaning for these rows; use drop, keep_start or error")
 
+    def reads_windows(self, found: int, limit: Limit, where: str) -> None:
+        """Allow it."""
+
     def _plain_only(self, where: str) -> DataError:
         return DataError(f"{where}: data.truncation=split cuts plain text only; use drop, keep_start or truncate_prompt_left")

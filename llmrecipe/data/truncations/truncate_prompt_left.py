@@ -52,3 +52,10 @@ class TruncatePromptLeft(Truncation):
         raise DataError(
             f"{where}: data.truncation=truncate_prompt_left has no meaning for these rows; use drop, keep_start or error"
         )
+
+    def reads_windows(self, found: int, limit: Limit, where: str) -> None:
+        """Refuse: no part of a passage is cut off."""
+        raise DataError(
+            f"{where}: data.truncation=truncate_prompt_left has no meaning for passages, which are read in windows; "
+            "use auto, drop or error"
+        )

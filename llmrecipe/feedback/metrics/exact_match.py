@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from llmrecipe.core.answer_match import normalise
 from llmrecipe.core.registry import register
-from llmrecipe.feedback.metric import Metric, normalise
+from llmrecipe.feedback.metric import Metric
 
 
 @register

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import ClassVar
 
+from llmrecipe.core.answer_match import word_f1
 from llmrecipe.core.registry import register
-from llmrecipe.feedback.metric import Metric, normalise
+from llmrecipe.feedback.metric import Metric
 
 
 @register
@@ -20,9 +20,4 @@ class TokenF1(Metric):
 
     def score(self, prediction: str, reference: str) -> float:
         """Compute F = 2 P R / (P + R)."""
-        ours = normalise(prediction, True, True, True).split()
-        theirs = normalise(reference, True, True, True).split()
-        if not ours or not theirs:
-            return float(ours == theirs)
-        common = sum((Counter(ours) & Counter(theirs)).values())
-        return 2.0 * common / (len(ours) + len(theirs))
+        return word_f1(prediction, reference)

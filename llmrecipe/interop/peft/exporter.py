@@ -36,7 +36,13 @@ from llmrecipe.recipe.schema import TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, open_saved
 
-TASKS = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
+TASKS = {
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "causal": "CAUSAL_LM",
+}
 
 
 def export_peft(

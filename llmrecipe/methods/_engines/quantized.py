@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-HEADS = ("lm_head", "embed_out", "cls", "score", "classifier", "task_head")
+HEADS = ("lm_head", "embed_out", "cls", "score", "classifier", "qa_outputs", "task_head")
 """Output and task heads by their names: never quantized, small and either trained or the source of every logit."""
 
 _LIBRARY_STATE = (

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -22,6 +23,7 @@ from llmrecipe.models.native.heads import (
     NativeForCausalLM,
     NativeForImageClassification,
     NativeForMaskedLM,
+    NativeForQuestionAnswering,
     NativeForSeq2SeqLM,
     NativeForSequenceClassification,
     NativeForTokenClassification,
@@ -33,6 +35,7 @@ AutoModel.register(NativeConfig, NativeModel, exist_ok=True)
 AutoModelForCausalLM.register(NativeConfig, NativeForCausalLM, exist_ok=True)
 AutoModelForImageClassification.register(NativeConfig, NativeForImageClassification, exist_ok=True)
 AutoModelForMaskedLM.register(NativeConfig, NativeForMaskedLM, exist_ok=True)
+AutoModelForQuestionAnswering.register(NativeConfig, NativeForQuestionAnswering, exist_ok=True)
 AutoModelForSeq2SeqLM.register(NativeConfig, NativeForSeq2SeqLM, exist_ok=True)
 AutoModelForSequenceClassification.register(NativeConfig, NativeForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(NativeConfig, NativeForTokenClassification, exist_ok=True)
@@ -42,6 +45,7 @@ __all__ = [
     "NativeForCausalLM",
     "NativeForImageClassification",
     "NativeForMaskedLM",
+    "NativeForQuestionAnswering",
     "NativeForSeq2SeqLM",
     "NativeForSequenceClassification",
     "NativeForTokenClassification",

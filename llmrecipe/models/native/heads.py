@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ImageClassifierOutput,
@@ -204,6 +208,18 @@ class NativeForSequenceClassification(GenericForSequenceClassification, NativePr
 
 class NativeForTokenClassification(GenericForTokenClassification, NativePreTrainedModel):
     """A linear classifier on the state of each token."""
+
+
+class NativeForQuestionAnswering(GenericForQuestionAnswering, NativePreTrainedModel):
+    """Linear scores of each token as the first and as the last one of an answer."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.model.set_input_embeddings(value)
 
 
 class NativeForImageClassification(NativePreTrainedModel):

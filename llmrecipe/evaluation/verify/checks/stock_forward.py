@@ -10,12 +10,13 @@ from torch import Tensor
 from llmrecipe.core.forward_context import activate
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, pad
+from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.pooling import real_tokens
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.documents import BatchText, documents_of, segment_rows
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
 from llmrecipe.models.optimizations import without_speed_ups
-from llmrecipe.models.resolve_class import CLASSIFIERS
+from llmrecipe.models.resolve_class import NEW_HEADS, SPANS
 
 
 @register
@@ -30,7 +31,7 @@ class StockForward(Verification):
             if run.roles.engine.is_pair_model:
                 raise NotApplicable("an encoder-decoder reads two texts a row; its layouts are compared above")
             micros = bench.micros(run)
-            if bench.run.objective.head in CLASSIFIERS:
+            if bench.run.objective.head in NEW_HEADS:
                 return self._scores(bench, micros)
             if any(m.slots is not None for m in micros):
                 raise NotApplicable("features enter through a head of their own; the layouts are compared above")
@@ -93,7 +94,7 @@ class StockForward(Verification):
     def _engine_scores(self, bench: Bench, micro: Batch) -> Tensor:
         """Return the engine's scores (S, C), or (M, C) of every real token where the head reads them all."""
         roles = bench.run.roles
-        if bench.run.objective.head != "token_classification":
+        if bench.run.objective.head not in ("token_classification", SPANS):
             return roles.engine(micro, want="scores")["scores"]
         values = roles.engine(micro, want="token_scores")["token_scores"]
         return values.reshape(-1, values.shape[-1])[real_tokens(micro)[0]]
@@ -148,4 +149,4 @@ def _plain_logits(bench: Bench, document: BatchText) -> Tensor:
         more = (
             {} if document.segments is None else {"token_type_ids": torch.tensor([document.segments], device=run.roles.device)}
         )
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits
+        return token_logits(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more))
