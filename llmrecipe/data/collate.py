@@ -372,6 +372,29 @@ def part_of_batch(batch: Batch, first: int, last: int) -> Batch:
     )
 
 
+def sequences_in(batch: Batch) -> list[Sequence]:
+    """Return the sequences that a batch was laid out from, whichever the layout: tokens and targets, in their order.
+
+    They have no parents and no features.
+    """
+    width = batch.input_ids.shape[1]
+    if batch.layout is not None:
+        spans = [(0, segment.start, segment.length) for segment in batch.layout.segments]
+    else:
+        assert batch.attention_mask is not None, "rows that are not packed have a mask"
+        starts, lengths = batch.attention_mask.argmax(1).tolist(), batch.attention_mask.sum(1).tolist()
+        spans = [(row, start, length) for row, (start, length) in enumerate(zip(starts, lengths, strict=True))]
+    trained = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
+    trained[batch.source.cpu() + 1] = 1
+    ids, trained = batch.input_ids.cpu(), trained.view(-1, width)
+    found = []
+    for row, start, length in spans:
+        marks = trained[row, start : start + length].tolist()
+        prompt = marks.index(1) if 1 in marks else length
+        found.append(Sequence(ids[row, start : start + length].tolist(), marks, prompt=prompt))
+    return found
+
+
 def _targets(
     s: Sequence, index: int, start: int, before: int | None, source: list[int], target: list[int], owner: list[int]
 ) -> None:

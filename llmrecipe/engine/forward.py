@@ -19,7 +19,7 @@ from transformers.modeling_layers import GenericForQuestionAnswering
 
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
 from llmrecipe.data.collate import Batch, part_of_batch
-from llmrecipe.engine.logprob import Post, token_logprobs, upcast
+from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.engine.vector_decoder import causal_mask, decoding, encoder_rows, mount_decoder
 from llmrecipe.models.load_balance import auxiliary_loss
@@ -64,6 +64,7 @@ class Engine(nn.Module):
         entropy_graph: bool = False,
         heads: tuple[str, ...] = (),
         pool: Pool | None = None,
+        compare: Comparison | None = None,
     ) -> dict[str, Tensor]:
         """Run the model once over a batch.
 
@@ -81,6 +82,7 @@ class Engine(nn.Module):
             heads: with `logprobs`, also return (S, C) of these heads of the model, by name, on the state that each sequence
                 is pooled by (`extra["pool"]`, or the last token).
             pool: with `pooled` and `decoded`, from which states and through which head; default the last token's.
+            compare: with `logprobs`, return what it makes of the logits of the targets, chunk by chunk, instead.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -113,6 +115,8 @@ class Engine(nn.Module):
             if want == "values":
                 return _with(self.values(flat, batch, role), auxiliary)
             post = dataclasses.replace(self.post, temperature=temperature)
+            if compare is not None:
+                return _with(compared(flat[batch.source], self.head, post, compare), auxiliary)
             out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph)
             out |= {name: self.head_of(name)(flat[pooled(batch)]) for name in heads}
             if critic is not None and critic.trunk == "own":

@@ -14,6 +14,7 @@ Two implementations give the same numbers:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,42 @@ def token_logprobs(
             parts.append(_chunk(h, y, head, post, entropy, entropy_graph))
     t, correct, ent = (torch.cat(p) for p in zip(*parts, strict=True))
     return {"logprobs": t, "correct": correct, "entropy": ent}
+
+
+Comparison = Callable[[Tensor, slice], dict[str, Tensor]]
+"""Makes values (n,) by name of the float32 logits (n, V) of some of the N scored positions, and of which these are."""
+
+
+NOTHING = "nothing"
+"""Name of the one entry, (0,) with a graph, that a comparison of no positions gives."""
+
+
+def compared(hidden: Tensor, head: nn.Module, post: Post, compare: Comparison) -> dict[str, Tensor]:
+    """Return what a comparison makes of the logits of all positions, (N,) by name, with its graph.
+
+    Logits exist for one chunk at a time; of several chunks each is computed again in the backward pass.
+
+    Args:
+        hidden: (N, D) states that predict the targets.
+        head: module (N, D) -> (N, V).
+    """
+
+    def chunk(h: Tensor, rows: slice) -> dict[str, Tensor]:
+        return compare(post(upcast(head(h))), rows)
+
+    count, size = hidden.shape[0], chunk_rows(head_width(head))
+    if not count:
+        # A micro-batch without targets still takes part in the backward pass of every rank.
+        zero = upcast(hidden.sum()) * 0.0
+        return {NOTHING: zero.expand(0)}
+    parts: list[dict[str, Tensor]] = []
+    for first in range(0, count, size):
+        rows = slice(first, min(first + size, count))
+        if torch.is_grad_enabled() and count > size:
+            parts.append(checkpoint(chunk, hidden[rows], rows, use_reentrant=False))
+        else:
+            parts.append(chunk(hidden[rows], rows))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def head_width(head: nn.Module) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -69,29 +70,40 @@ class ReferenceCache:
             self.known[key] = values.clone()
 
     def save(self) -> None:
-        """Write the cache to a temporary file and move it into place."""
+        """Write the cache to its file."""
         if self.path is None or not self.misses:
             return
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         index = sorted(self.known)
         tensors = {"keys": torch.tensor(index, dtype=torch.int64), "sums": torch.stack([self.known[i] for i in index])}
-        aside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, str(aside), metadata={"sha256": weights_digest(tensors)})
-        follow_folder(aside, self.path.parent)
-        os.replace(aside, self.path)
+        write_scores(self.path, tensors)
 
     def _read(self, path: Path) -> None:
-        try:
-            with safe_open(str(path), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("keys", "sums")}
-                wanted = (file.metadata() or {}).get("sha256")
-            if wanted is not None and weights_digest(tensors) != wanted:
-                raise ValueError("its checksum differs")
-            self.known = {int(key): sums for key, sums in zip(tensors["keys"], tensors["sums"], strict=True)}
-        except (OSError, ValueError, SafetensorError) as error:
-            logger.warning("%s: these reference scores are damaged (%s); they are computed again", path, error)
-            path.unlink(missing_ok=True)
+        tensors = read_scores(path, ("keys", "sums"))
+        self.known = {int(key): sums for key, sums in zip(tensors["keys"], tensors["sums"], strict=True)} if tensors else {}
+
+
+def write_scores(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors with their checksum to a temporary file and move it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, str(aside), metadata={"sha256": weights_digest(tensors)})
+    follow_folder(aside, path.parent)
+    os.replace(aside, path)
+
+
+def read_scores(path: Path, names: Seq[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file of `write_scores`; of a damaged one nothing, and the file is removed."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+            wanted = (file.metadata() or {}).get("sha256")
+        if wanted is not None and weights_digest(tensors) != wanted:
+            raise ValueError("its checksum differs")
+    except (OSError, ValueError, SafetensorError) as error:
+        logger.warning("%s: these reference scores are damaged (%s); they are computed again", path, error)
+        path.unlink(missing_ok=True)
+        return {}
+    return tensors
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Critic, Engine
+from llmrecipe.engine.logprob import Comparison
 from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.methods._base.stack import Stack
@@ -116,11 +117,12 @@ class Roles:
         entropy_graph: bool = False,
         heads: tuple[str, ...] = (),
         pool: Pool | None = None,
+        compare: Comparison | None = None,
     ) -> dict[str, Tensor]:
         """Run the trained model through the prepared module, so that ranks synchronise."""
         out = self.prepared(
             batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph,
-            heads=heads, pool=pool,
+            heads=heads, pool=pool, compare=compare,
         )  # fmt: skip
         own = out.pop("auxiliary", None)
         if own is not None and self.auxiliary is not None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from llmrecipe.data.collate import Batch
     from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.engine.reference_policy import PlannedRows
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.models.pretrained import LanguageModel
     from llmrecipe.recipe.schema import Recipe
@@ -97,6 +98,13 @@ class Objective:
 
         Raises:
             RecipeError: naming the key to change.
+        """
+
+    def prepare_rows(self, recipe: Recipe, rows: PlannedRows, device: torch.device) -> None:
+        """Compute what another model says of every row of a run, before the policy is loaded, so that one model is in memory.
+
+        Args:
+            device: where the run computes.
         """
 
     def prepare_roles(self, loaded: LoadedModel, frozen: bool) -> None:

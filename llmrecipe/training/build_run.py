@@ -112,6 +112,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping)
         rows = planned_rows(recipe, parts.objective, data, validation, steps)
         scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
+        parts.objective.prepare_rows(recipe, rows, runtime.device)
         seed_everything(recipe.seed)
         stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
         model = build_model(recipe, parts.objective, stack, labels, resume, runtime.device.type)

@@ -16,6 +16,7 @@ from llmrecipe.core import registry
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
+from llmrecipe.engine.teacher import Teacher
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import Largest, Smallest, StepContext, StepResult, backprop
 from llmrecipe.recipe.schema import RuntimeSection
@@ -202,6 +203,8 @@ class Case:
         model.double().train()
         stack.snapshot_reference(model)
         self.roles = Roles(Engine(model), stack, Numbers(), torch.device("cpu"), self.packing, self.micro)
+        if "teacher" in self.objective.roles:
+            self.roles.others["teacher"] = Teacher(tiny_model(seed=9).double(), Numbers(), torch.device("cpu"))
         self.rows = rows_of(self.objective)
         self.roles.data = self.rows
         self.objective.start(self.roles)

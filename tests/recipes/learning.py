@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from llmrecipe.core.registry import PACKAGE
 from llmrecipe.feedback.rewards.function import reward_function
+from llmrecipe.models.tiny import FOLDER
 
 DATA = PACKAGE / "assets" / "data"
 Row = dict[str, Any]
@@ -199,6 +200,16 @@ def by_chance(folder: Path) -> list[str]:
     return ["objective.reward.rule.weight=0.0", "+objective.reward.chance={kind: function, function: chance}"]
 
 
+def fresh_teacher(folder: Path) -> list[str]:
+    """A teacher of the embedded model's shape and tokenizer that has learned nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(FOLDER).save_pretrained(folder)
+    return [f"objective.teacher={folder}"]
+
+
 LISTS, LABELS = permuted("sft", "completion"), permuted("classify", "label")
 PAIRS, SINGLES, COMPARISONS = swapped("preference"), permuted("unpaired", "label"), swapped("comparisons")
 
@@ -263,6 +274,9 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "squad": Learns("eval/exact_match", 0.95, 0.55, other_spans),
     # The same passages, with a head that marks the span.
     "extractive_qa": Learns("eval/exact_match", 0.95, 0.55, other_spans),
+    # A student of fresh weights has the teacher alone to learn from: no token of the rows is in the loss.
+    "distill": Learns("eval/nll", 2.3, 4.0, fresh_teacher),
+    "gkd": Learns("eval/nll", 2.5, 4.0, fresh_teacher),
     "search_lora": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_search_finds_a_rate_that_learns"),
     # additive
     "adapter": exact(0.85),

@@ -1,0 +1,241 @@
+"""What objectives of a student and a teacher share: the teacher, its stored tokens, the comparison of logits."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.http_client import check_address
+from llmrecipe.data.collate import Batch, sequences_in
+from llmrecipe.data.collate import Sequence as Targets
+from llmrecipe.engine.logprob import NOTHING, Comparison
+from llmrecipe.engine.reference_cache import cache_file
+from llmrecipe.engine.reference_policy import PlannedRows, row_groups
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.engine.teacher import Teacher, TopCache, TopTeacher, TopTokens, aligned, open_teacher, same_vocabulary
+from llmrecipe.engine.teacher_server import TeacherServer
+from llmrecipe.objectives.base import Loss, Measures
+from llmrecipe.objectives.divergences import divergence, on_top_tokens, sorted_distance
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, sequences_of
+from llmrecipe.recipe.content_key import REFERENCE
+from llmrecipe.recipe.rights import rights_of
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.runs.open_model import tokenizer_of
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.runs.open_model import LoadedModel
+
+ROLE = "teacher"
+NAMES = ("divergence", "nll", "correct", "agreement")
+"""Values of every target."""
+
+
+class Distilled:
+    """Mixin for an `Objective` that compares a student's distributions with a teacher's; it defines its own options."""
+
+    if TYPE_CHECKING:
+        teacher: str
+        teacher_model: str
+        key_env: str | None
+        mask: str
+        divergence: str
+        beta: float
+        temperature: float
+        squared: bool
+        nll_coef: float
+        top_k: int | None
+        samples: ClassVar[bool]
+        pairs_rows: ClassVar[bool]
+        head: ClassVar[str]
+        rows: ClassVar[str]
+
+        def reference_of(self) -> str: ...
+        def reference_moves(self) -> bool: ...
+        def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]: ...
+        def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]: ...
+
+    @functools.cached_property
+    def live(self) -> dict[str, Any]:
+        """Hold what is found while running: the rights of the recipe, the stored tokens."""
+        return {"rights": {}, "cache": TopCache()}
+
+    @property
+    def served(self) -> bool:
+        """Return whether the teacher is a server."""
+        return self.teacher.startswith(("http://", "https://"))
+
+    def loss_mask(self) -> str:
+        """Train on what the option says."""
+        return self.mask
+
+    def measures(self) -> Measures:
+        """Return the divergence, the metrics of the supervised tokens, and how often both models find one token likeliest."""
+        return {**TOKEN_METRICS, "divergence": "min", "agreement": "max"}
+
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
+        """Refuse a teacher that is missing, or whose distributions cannot be compared with the student's.
+
+        Raises:
+            RecipeError: naming the key to change.
+            ModelError: the vocabularies differ.
+        """
+        self.live["rights"] = rights_of(recipe.model)
+        if not self.teacher:
+            raise RecipeError("objective.teacher: must be given: the folder, run, hub name or server address of the teacher")
+        if self.divergence == "uld" and (self.top_k is not None or self.served):
+            raise RecipeError("objective.divergence: uld sorts whole distributions; use it without top_k, and no server")
+        if self.served:
+            self._check_server()
+        elif not REFERENCE.fullmatch(self.teacher) and self.divergence != "uld":
+            theirs = tokenizer_of(self._section(), TokenizerSection())
+            same_vocabulary(theirs, tokenizer_of(recipe.model, recipe.tokenizer), self.teacher)
+
+    def _check_server(self) -> None:
+        check_address(self.teacher, None, self.key_env, "objective.teacher")
+        if not self.teacher_model:
+            raise RecipeError("objective.teacher_model: must be given: the name of the model on the teacher's server")
+        if self.top_k is None:
+            raise RecipeError("objective.top_k: a server gives its likeliest tokens alone; say how many, such as 20")
+        if self.temperature != 1.0:
+            raise RecipeError(f"objective.temperature: a server gives probabilities at 1; got {self.temperature}")
+
+    def _section(self) -> ModelSection:
+        return ModelSection(path=self.teacher, **self.live["rights"])
+
+    def open(self, device: torch.device) -> Teacher | TeacherServer:
+        """Load the teacher, or return the connection to its server."""
+        if self.served:
+            return TeacherServer(self.teacher, self.teacher_model, self.key_env)
+        with torch.random.fork_rng():
+            # Loading a model may draw random numbers; the run's own stream must not depend on when that happens.
+            return open_teacher(self._section(), device)
+
+    def teacher_of(self, roles: Roles) -> Teacher | TeacherServer:
+        """Return the teacher, opened on first use.
+
+        Raises:
+            ModelError: its vocabulary is not the student's.
+        """
+        if ROLE not in roles.others:
+            roles.others[ROLE] = opened = self.open(roles.device)
+            if isinstance(opened, Teacher) and self.divergence != "uld":
+                same_vocabulary(opened.tokenizer, roles.tokenizer, self.teacher)
+        found: Teacher | TeacherServer = roles.others[ROLE]
+        return found
+
+    def prepare_rows(self, recipe: Recipe, rows: PlannedRows, device: torch.device) -> None:
+        """Store the teacher's likeliest tokens of every row, and let go of it."""
+        if self.top_k is None or self.samples:
+            return
+        teacher = self.open(device)
+        where = {"url": self.teacher, "name": self.teacher_model}
+        facts = {"model": teacher.digest()} if isinstance(teacher, Teacher) else where
+        path = cache_file({**facts, "data": rows.train.key, "top": self.top_k, "temperature": self.temperature})
+        self.live["cache"] = cache = TopCache(path)
+        size = recipe.batch.micro or 16
+        for group in row_groups(self, rows):
+            for first in range(0, len(group), size):
+                cache.get(sequences_of(group[first : first + size], apart=True), teacher, self.top_k, self.temperature)
+        cache.save()
+        del teacher
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def prepare_roles(self, loaded: LoadedModel, frozen: bool) -> None:
+        """Keep the rights that the recipe gives to the models it opens."""
+        self.live["rights"] = rights_of(loaded.section)
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Lay dialogues out for one forward pass."""
+        return collate_tokens(rows, roles)
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Return the summed divergence of the supervised tokens, with the cross-entropy in its weight."""
+        out = roles.policy(batch, compare=self.comparison(batch, roles))
+        if NOTHING in out:
+            return Loss(out[NOTHING].sum(), dict.fromkeys(("divergence", "nll", "accuracy", "agreement"), (0.0, 0.0)))
+        count = float(out["nll"].numel())
+        total = out["divergence"].sum()
+        if self.nll_coef:
+            total = total + self.nll_coef * out["nll"].sum()
+        sums = {name: out[name].detach().sum() for name in NAMES}
+        sums["accuracy"] = sums.pop("correct")
+        return Loss(total, {name: (value, count) for name, value in sums.items()})
+
+    def comparison(self, batch: Batch, roles: Roles) -> Comparison:
+        """Return what compares the student's logits of a micro-batch with the teacher's, chunk by chunk."""
+        against = self._against(batch, roles)
+        factor = self.temperature**2 if self.squared else 1.0
+
+        def compare(z: Tensor, rows: slice) -> dict[str, Tensor]:
+            y = batch.target[rows]
+            found, best = against(z / self.temperature, rows)
+            log_q = z.log_softmax(-1)
+            with torch.no_grad():
+                guess = z.argmax(-1)
+            return {
+                "divergence": factor * found,
+                "nll": -log_q.gather(-1, y[:, None]).squeeze(-1),
+                "correct": (guess == y).float(),
+                "agreement": (guess == best).float(),
+            }
+
+        return compare
+
+    def _against(self, batch: Batch, roles: Roles) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+        """Return what makes of tempered logits (n, V) and their rows the divergence and the teacher's best token, (n,)."""
+        if self.top_k is not None:
+            top = self._top(batch, roles)
+            return lambda z, rows: self._to_top(z, top.ids[rows], top.logprobs[rows])
+        teacher = self.teacher_of(roles)
+        assert isinstance(teacher, Teacher), "a server needs top_k"
+        if self.divergence == "uld":
+            states, place = aligned(batch, teacher, roles.tokenizer)
+            return lambda z, rows: self._sorted(z, states, place[rows], teacher)
+        own = teacher.states(batch)
+        return lambda z, rows: self._to_all(z, teacher.logits(own[rows]).to(z.dtype) / self.temperature)
+
+    def _top(self, batch: Batch, roles: Roles) -> TopTokens:
+        assert self.top_k is not None, "only then tokens are kept"
+        lazy = _Lazy(lambda: self.teacher_of(roles))
+        # What the policy writes never comes again, so nothing of it is kept.
+        cache = TopCache() if self.samples else self.live["cache"]
+        top = cache.get(sequences_in(batch), lazy, self.top_k, self.temperature)
+        return TopTokens(top.ids.to(roles.device), top.logprobs.to(roles.device))
+
+    def _to_all(self, z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        width = min(z.shape[-1], other.shape[-1])
+        log_p, log_q = other[:, :width].log_softmax(-1), z[:, :width].log_softmax(-1)
+        return divergence(log_p, log_q, self.divergence, self.beta), log_p.argmax(-1)
+
+    def _to_top(self, z: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, log_q = on_top_tokens(z.log_softmax(-1), ids, logprobs.to(z.dtype))
+        return divergence(log_p, log_q, self.divergence, self.beta), ids[:, 0]
+
+    def _sorted(self, z: Tensor, states: Tensor, place: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        paired = place >= 0
+        found, best = z.new_zeros(len(z)), torch.full_like(place, -1)
+        if bool(paired.any()):
+            p = (teacher.logits(states[place[paired]]).to(z.dtype) / self.temperature).softmax(-1)
+            found = found.masked_scatter(paired, sorted_distance(p, z[paired].softmax(-1)))
+        return found, best
+
+
+class _Lazy:
+    """A teacher that is opened when the first sequence is not known."""
+
+    def __init__(self, opened: Callable[[], TopTeacher]):
+        self.opened = opened
+
+    def top(self, sequences: Sequence[Targets], count: int, temperature: float) -> list[TopTokens]:
+        """Return the likeliest tokens at the targets of each sequence."""
+        return self.opened().top(sequences, count, temperature)
