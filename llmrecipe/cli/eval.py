@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,14 @@ def verb(
     by: Annotated[
         str | None, typer.Option("--by", metavar="COLUMN", help="Several runs: score each row by the run this column names.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,...", help="Score these tasks of lm-evaluation-harness instead.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="With --tasks: examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --tasks: documents of each task.")] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include", metavar="FOLDER", help="With --tasks: a folder of your own tasks (YAML).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]').
@@ -34,6 +43,14 @@ def verb(
     """
     from llmrecipe.core.errors import UserError, did_you_mean
 
+    if tasks is not None:
+        more, overrides = runs_and_overrides(words)
+        rows = score_harness([path, *more], overrides, [t for t in tasks.split(",") if t], shots, limit, include)
+        print_json(rows) if as_json else show_scores(rows)
+        return
+    for name, given in (("--shots", shots), ("--limit", limit), ("--include", include)):
+        if given is not None:
+            raise UserError(f"{name}: belongs to --tasks NAME,...")
     splits = ("train", "validation", "test")
     if split not in splits:
         raise UserError(f"--split: there is no split '{split}'{did_you_mean(split, splits)} (allowed: {', '.join(splits)})")
@@ -71,6 +88,27 @@ def verb(
     for name, (value, ends) in with_ends(metrics).items():
         table.add_row(name, f"{value:.6g}", "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}")
     console().print(table)
+
+
+def score_harness(
+    paths: list[str], overrides: list[str], tasks: list[str], shots: int | None, limit: int | None, include: Path | None
+) -> list[dict[str, Any]]:
+    """Score runs, folders of runs or models on tasks of lm-evaluation-harness; one line a run, task and metric."""
+    from llmrecipe.cli.early_checks import subject
+    from llmrecipe.core.errors import UserError
+    from llmrecipe.evaluation.evaluate_runs import finished_runs, is_folder_of_runs
+    from llmrecipe.evaluation.harness import check_library, rows_of_scores, score_tasks
+
+    check_library()
+    if include is not None and not include.is_dir():
+        raise UserError(f"--include: {include} is no folder")
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        for one in map(str, finished_runs(Path(path))) if is_folder_of_runs(path) else [path]:
+            subject(one, overrides)
+            scores = score_tasks(one, overrides, tasks, shots, limit, include)
+            found += [{"run": one, **row} for row in rows_of_scores(scores)]
+    return found
 
 
 def show_scores(rows: list[dict[str, Any]]) -> None:

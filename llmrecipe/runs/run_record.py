@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from llmrecipe.runs.run_dir import RunDir
 
 SILENT = ("run", "log")
 """Recipe keys of folders and displays, which do not affect training."""
+
+
+TASK_SCORES = "tasks.json"
+"""File of a run with its scores on tasks of lm-evaluation-harness."""
 
 
 @dataclass
@@ -53,8 +58,26 @@ class Record:
             "loss": self.last("loss"),
         }
         facts |= {m: self.last(m) for m in self.metrics() if "/" in m}
+        for task, scores in read_task_scores(self.path).items():
+            facts |= {f"{task}/{metric}": value for metric, value in scores["metrics"].items()}
         facts |= {"tokens": self.last("tokens"), "tokens_per_s": speeds[len(speeds) // 2] if speeds else None}
         return facts | {"peak_mem_mb": max((v for _, v in self.curve("peak_mem_mb")), default=None)}
+
+
+def read_task_scores(run: Path) -> dict[str, dict[str, Any]]:
+    """Return a run's scores on tasks of lm-evaluation-harness by task; nothing where none were computed.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    file = run / TASK_SCORES
+    if not file.is_file():
+        return {}
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file}: damaged ({error}); remove it and score the tasks again") from error
+    return found
 
 
 def read_run(path: str | Path) -> Record:
