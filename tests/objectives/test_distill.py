@@ -16,13 +16,14 @@ from llmrecipe.engine import logprob
 from llmrecipe.engine.teacher import Teacher, TopCache, TopTokens, aligned, same_vocabulary
 from llmrecipe.engine.teacher_server import TeacherServer
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models.tiny import FOLDER
 from llmrecipe.objectives.divergences import divergence, generalised_jsd, kl, on_top_tokens, sorted_distance
 from llmrecipe.objectives.finetuning.distill import Distill
 from tests.objectives.harness import rows_of
 from tests.objectives.parity import word_tokenizer
 from tests.servers import server
 from tests.tiny import roles_for, tiny_model
-from tests.trainings import train_recipe
+from tests.trainings import curve, train_recipe
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
@@ -242,3 +243,32 @@ def test_no_targets_are_nothing() -> None:
     roles = two_models()
     loss = Distill(top_k=3).loss(pack([]), roles)
     assert float(loss.total.detach()) == 0.0 and loss.total.requires_grad
+
+
+def test_a_server_and_a_folder_with_the_same_weights_teach_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole runs; what is stored is read by `eval` and by a second run, without the teacher."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("LLMRECIPE_CACHE", str(tmp_path / "cache"))
+    taught = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        with torch.no_grad():
+            top = taught(torch.tensor([body["prompt"]])).logits[0, :-1].log_softmax(-1).topk(body["prompt_logprobs"])
+        listed = [
+            {str(int(i)): {"logprob": float(v)} for i, v in zip(*row, strict=True)}
+            for row in zip(top.indices, top.values, strict=True)
+        ]
+        return {"choices": [{"prompt_logprobs": [None, *listed]}]}
+
+    words = ["steps=2", "data.limit=4", "batch.size=2", "eval.batches=1", "model.config.num_hidden_layers=1", "eval.test=false"]
+    words += ["objective.top_k=6"]
+    with server((200, answer)) as (url, requests):
+        train_recipe(tmp_path / "server", "distill", *words, f"objective.teacher={url}", "objective.teacher_model=large")
+        assert len(requests) == 4 + 70, "each row of training and validation once"
+    train_recipe(tmp_path / "folder", "distill", *words)
+    one, two = (curve(tmp_path / name) for name in ("server", "folder"))
+    assert [c[1:3] for c in one] == [pytest.approx(c[1:3], rel=1e-4) for c in two]
+    monkeypatch.setattr(Teacher, "top", lambda *_: pytest.fail("all rows are stored"))
+    train_recipe(tmp_path / "again", "distill", *words)
+    assert curve(tmp_path / "again") == two

@@ -275,8 +275,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # The same passages, with a head that marks the span.
     "extractive_qa": Learns("eval/exact_match", 0.95, 0.55, other_spans),
     # A student of fresh weights has the teacher alone to learn from: no token of the rows is in the loss.
-    "distill": Learns("eval/nll", 2.3, 4.0, fresh_teacher),
-    "gkd": Learns("eval/nll", 2.5, 4.0, fresh_teacher),
+    "distill": Learns("eval/nll", 1.6, 4.0, fresh_teacher),
+    "gkd": Learns("eval/nll", 2.8, 4.0, fresh_teacher),
     "search_lora": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_search_finds_a_rate_that_learns"),
     # additive
     "adapter": exact(0.85),
