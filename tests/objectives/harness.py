@@ -87,7 +87,14 @@ def passage(row: int, length: int) -> dict[str, Any]:
 def question(row: int, length: int) -> dict[str, Any]:
     choices = [[*ids(row, 1 + (length + i) % 4, 5 + i), 2] for i in range(1 + row % 3)]
     flat = [token for choice in choices for token in choice]
-    return {"row": row, "prompt_ids": ids(row, 2 + row % 4), "choice_ids": flat, "choice_lengths": [*map(len, choices)]}
+    sizes = {"choice_chars": [3 + i for i in range(len(choices))], "choice_bytes": [5 - i for i in range(len(choices))]}
+    return {
+        "row": row,
+        "prompt_ids": ids(row, 2 + row % 4),
+        "choice_ids": flat,
+        "choice_lengths": [*map(len, choices)],
+        **sizes,
+    }
 
 
 def prompt(row: int, length: int) -> dict[str, Any]:

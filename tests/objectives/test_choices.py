@@ -32,7 +32,14 @@ ROWS: list[tuple[list[int], list[list[int]]]] = [
 
 def token_rows(rows: list[tuple[list[int], list[list[int]]]] = ROWS) -> list[dict[str, Any]]:
     return [
-        {"row": i, "prompt_ids": p, "choice_ids": [t for c in choices for t in c], "choice_lengths": [len(c) for c in choices]}
+        {
+            "row": i,
+            "prompt_ids": p,
+            "choice_ids": [t for c in choices for t in c],
+            "choice_lengths": [len(c) for c in choices],
+            "choice_chars": [2 * len(c) for c in choices],
+            "choice_bytes": [3 * len(c) for c in choices],
+        }
         for i, (p, choices) in enumerate(rows)
     ]
 
@@ -113,11 +120,34 @@ def test_ranks_count_rows_that_have_a_choice_and_a_tie_is_no_answer() -> None:
     scores = torch.tensor([0.0, -1.0, -2.0, -2.0, -5.0])
     sums = torch.tensor([-3.0, -1.0, -2.0, -1.0, -5.0])
     row, right = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([True, False, True, False, True])
-    found = Choices()._ranks(scores, sums, row, right, 3)
+    found = Choices()._ranks({"rank_accuracy": scores, "rank_accuracy/sum": sums}, row, right, 3)
     assert {name: (int(n), count) for name, (n, count) in found.items()} == {
         "rank_accuracy": (1, 2.0),
         "rank_accuracy/sum": (0, 2.0),
     }
+
+
+def test_each_rank_divides_the_sum_by_its_own_size() -> None:
+    """Weights of zero give every token log p = -log 64: sums of -2 and -3 of it, over tokens, characters and bytes by hand."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    roles = roles_for(model)
+    row = {"row": 0, "prompt_ids": [5, 9], "choice_ids": [7, 2, 11, 12, 2], "choice_lengths": [2, 3]}
+    for sizes, wanted in (
+        ({"choice_chars": [2, 4], "choice_bytes": [2, 2]}, {"sum": 1, "characters": 0, "bytes": 1}),
+        ({"choice_chars": [4, 4], "choice_bytes": [2, 9]}, {"sum": 1, "characters": 1, "bytes": 0}),
+    ):
+        loss = Choices().loss(Choices().collate([{**row, **sizes}], roles), roles)
+        found = {name: int(loss.metrics[f"rank_accuracy/{name}"][0]) for name in wanted}
+        assert found == wanted and loss.metrics["rank_accuracy"] == (0, 1.0), "equal means are no answer"
+
+
+def test_characters_and_bytes_are_those_of_the_answers_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "which? ", "completion": " Köln", "options": [" Köln", "\u65e5\u672c", "a b"]}]
+    (found,) = read(tmp_path, rows)
+    assert (found["choice_chars"], found["choice_bytes"]) == ([4, 2, 3], [5, 6, 3])
 
 
 def test_no_rows_give_a_loss_of_zero() -> None:

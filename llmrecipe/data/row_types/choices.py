@@ -12,15 +12,27 @@ from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.row_type import RowType
 
 
+def said(answer: str | list[dict[str, Any]]) -> str:
+    """Return the text of an answer, plain or of its messages, without white space before it.
+
+    Examples:
+        >>> said(" Blue."), said([{"role": "assistant", "content": "Seven."}])
+        ('Blue.', 'Seven.')
+    """
+    text = answer if isinstance(answer, str) else "".join(str(turn.get("content") or "") for turn in answer)
+    return text.lstrip()
+
+
 @register
 class Choices(RowType):
     """A prompt with the answers to choose from, the right one first.
 
-    Canonical row: prompt, choices. Token row: prompt_ids, choice_ids (of all choices), choice_lengths.
+    Canonical row: prompt, choices. Token row: prompt_ids, choice_ids (of all choices), choice_lengths, and the characters and
+    UTF-8 bytes of each choice's text without white space before it (choice_chars, choice_bytes).
     """
 
-    lists: ClassVar[tuple[str, ...]] = ("prompt_ids", "choice_ids", "choice_lengths")
-    uncounted: ClassVar[tuple[str, ...]] = ("choice_lengths",)
+    lists: ClassVar[tuple[str, ...]] = ("prompt_ids", "choice_ids", "choice_lengths", "choice_chars", "choice_bytes")
+    uncounted: ClassVar[tuple[str, ...]] = ("choice_lengths", "choice_chars", "choice_bytes")
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
@@ -28,6 +40,8 @@ class Choices(RowType):
 
         def columns(row: dict[str, Any], answers: Sequence[list[int]]) -> dict[str, Any]:
             joined = [token for answer in answers for token in answer]
-            return {"choice_ids": joined, "choice_lengths": [*map(len, answers)]}
+            texts = [said(choice) for choice in row["choices"]]
+            sizes = {"choice_chars": [*map(len, texts)], "choice_bytes": [len(text.encode()) for text in texts]}
+            return {"choice_ids": joined, "choice_lengths": [*map(len, answers)], **sizes}
 
         encode_answers(encoder, items, report, [item.row["choices"] for item in items], columns)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.schema import Recipe
 
 
+SIZES = {"characters": "choice_chars", "bytes": "choice_bytes"}
+"""What a summed log-probability is divided by -> the column with its size for each choice."""
+
+
 def unlikelihood(logprobs: Tensor, floor: float = 0.0) -> Tensor:
     """Return -log(1 - p + floor) of each token, (N,), from its log p, (N,)."""
     return -torch.log1p(floor - logprobs.exp()) if floor else -log1mexp(logprobs)
@@ -57,7 +61,9 @@ class Choices(Objective):
     two); a row without wrong options has L_LM alone. A packed batch reads each prompt once; encoder-decoder models read it
     once a choice. L_UL is meant for short labels: tokens that a right answer shares with a wrong one are pushed down with it,
     so whole sentences that differ in a word want `unlikelihood_weight: 0`. `rank_accuracy` is the share of the rows with a
-    choice whose right answer has the largest b, `rank_accuracy/sum` by summed log-probability.
+    choice whose right answer has the largest b, `rank_accuracy/sum` by summed log-probability, `rank_accuracy/characters` and
+    `rank_accuracy/bytes` by that sum over the characters and UTF-8 bytes of the answer. These three are acc, acc_norm and
+    acc_bytes of lm-evaluation-harness, which leaves out the end token that is scored here.
 
     Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (arXiv 2205.05638). Its code
     adds 1e-2 inside the logarithm of L_UL: `unlikelihood_floor`.
@@ -107,11 +113,16 @@ class Choices(Objective):
         else:
             batch = roles.layout(sequences, [row["row"] for row in rows])
         columns = torch.tensor(places, dtype=torch.long, device=roles.device).view(len(places), 3).unbind(1)
-        return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool())
+        sizes = {
+            name: torch.tensor([size for row in rows for size in row[column]], dtype=torch.long, device=roles.device)
+            for name, column in SIZES.items()
+        }
+        return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool(), **sizes)
 
     def measures(self) -> Measures:
         """Return the parts of the loss, and how often the right answer ranks first."""
-        return {"nll": "min", "unlikelihood": "min", "ranking": "min", "rank_accuracy": "max", "rank_accuracy/sum": "max"}
+        ranks = ("rank_accuracy", *(f"rank_accuracy/{name}" for name in ("sum", *SIZES)))
+        return {"nll": "min", "unlikelihood": "min", "ranking": "min", **dict.fromkeys(ranks, "max")}
 
     def weight(self, batch: Batch) -> float:
         """Return the number of rows, the loss denominator."""
@@ -136,14 +147,17 @@ class Choices(Objective):
             "unlikelihood": (unlikely.detach().sum(), float(count)),
             "ranking": (ranked.detach().sum(), float(count)),
         }
-        return Loss(total.sum(), {**metrics, **self._ranks(scores.detach(), sums.detach(), row, right, count)})
+        ranked_by = {"rank_accuracy": scores.detach(), "rank_accuracy/sum": sums.detach()}
+        for name in SIZES:
+            ranked_by[f"rank_accuracy/{name}"] = sums.detach() / batch.extra[name].clamp_min(1)
+        return Loss(total.sum(), {**metrics, **self._ranks(ranked_by, row, right, count)})
 
-    def _ranks(self, scores: Tensor, sums: Tensor, row: Tensor, right: Tensor, count: int) -> dict[str, tuple[Any, float]]:
+    def _ranks(self, ranked_by: dict[str, Tensor], row: Tensor, right: Tensor, count: int) -> dict[str, tuple[Any, float]]:
         """Count how often the right answer is above every wrong one, of the rows that have a wrong one."""
         found = {}
         wrong = ~right
         compared = torch.zeros(count, dtype=torch.bool, device=row.device).index_fill(0, row[wrong], True)
-        for name, values in (("rank_accuracy", scores), ("rank_accuracy/sum", sums)):
+        for name, values in ranked_by.items():
             best = values.new_full((count,), float("-inf")).scatter_reduce(0, row[wrong], values[wrong], "amax")
             own = values.new_zeros(count).index_add(0, row[right], values[right])
             found[name] = (((own > best) & compared).sum(), float(compared.sum()))
