@@ -92,7 +92,9 @@ def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
         if scored.rows:
             scores.statistics[name], scores.totals[name] = np.array(scored.rows), scored.metric.total
     if evaluation.samples:
-        metrics |= scores.intervals(objective.finish_evaluation if objective.resampled else None)
+        found_ends = scores.intervals(objective.finish_evaluation if objective.resampled else None)
+        # What `finish_evaluation` took out was a sum on the way to a score, not a score.
+        metrics |= {name: end for name, end in found_ends.items() if name.rpartition("/")[0] in metrics}
     for name in ("nll", "nll/low", "nll/high"):
         if name in metrics:
             metrics[name.replace("nll", "perplexity")] = math.exp(min(metrics[name], 700.0))
