@@ -44,8 +44,13 @@ def verb(
     from llmrecipe.core.errors import UserError, did_you_mean
 
     if tasks is not None:
+        names = [name for name in tasks.split(",") if name]
+        if not names:
+            raise UserError("--tasks: name at least one task, such as --tasks hellaswag,arc_easy")
+        if by is not None or split != "validation":
+            raise UserError("--tasks: the rows and splits are the tasks' own; leave out --split and --by")
         more, overrides = runs_and_overrides(words)
-        rows = score_harness([path, *more], overrides, [t for t in tasks.split(",") if t], shots, limit, include)
+        rows = score_harness([path, *more], overrides, names, shots, limit, include)
         print_json(rows) if as_json else show_scores(rows)
         return
     for name, given in (("--shots", shots), ("--limit", limit), ("--include", include)):

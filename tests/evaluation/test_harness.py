@@ -122,3 +122,9 @@ def test_scores_of_several_calls_are_kept_and_compared(tmp_path: Path) -> None:
     (tmp_path / "a" / TASK_SCORES).write_text("{", encoding="utf-8")
     with pytest.raises(RunError, match="damaged"):
         read_task_scores(tmp_path / "a")
+
+
+@pytest.mark.parametrize("more", [{"tasks": ","}, {"tasks": "a", "by": "x"}, {"tasks": "a", "split": "test"}], ids=str)
+def test_tasks_without_a_name_or_with_rows_of_a_recipe_are_refused(more: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"--tasks: (name at least one|the rows and splits)"):
+        verb.verb("tiny", **more)  # type: ignore[arg-type]

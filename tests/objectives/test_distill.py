@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.objectives.harness import rows_of
 from tests.objectives.parity import word_tokenizer
 from tests.servers import server
 from tests.tiny import roles_for, tiny_model
-from tests.trainings import curve, train_recipe
+from tests.trainings import curve, resume, stop_after, train_recipe
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
@@ -272,3 +273,18 @@ def test_a_server_and_a_folder_with_the_same_weights_teach_the_same(tmp_path: Pa
     monkeypatch.setattr(Teacher, "top", lambda *_: pytest.fail("all rows are stored"))
     train_recipe(tmp_path / "again", "distill", *words)
     assert curve(tmp_path / "again") == two
+
+
+def test_a_run_is_not_resumed_under_other_weights_of_its_teacher(tmp_path: Path) -> None:
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    small = {"num_hidden_layers": 1, "vocab_size": 931, "hidden_size": 32}
+    shutil.copytree(FOLDER, teacher)
+    tiny_model(**small).save_pretrained(teacher)
+    few = ["data.limit=4", "batch.size=2", "eval.every=null", "eval.test=false", "model.config.num_hidden_layers=1", "steps=4"]
+    stop_after(2, run, "distill", *few, f"objective.teacher={teacher}")
+    tiny_model(seed=1, **small).save_pretrained(teacher)
+    with pytest.raises(RunError, match=r"teacher/model.safetensors has other content"):
+        resume(run)
+    tiny_model(**small).save_pretrained(teacher)
+    resume(run)
+    assert len(curve(run)) == 4
