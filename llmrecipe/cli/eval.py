@@ -35,6 +35,10 @@ def verb(
     include: Annotated[
         Path | None, typer.Option("--include", metavar="FOLDER", help="With --tasks: a folder of your own tasks (YAML).")
     ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", metavar="COLUMN", help="Also score the rows of each value of this column, and their gap."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]').
@@ -63,6 +67,8 @@ def verb(
     from llmrecipe.evaluation.evaluate_runs import is_folder_of_runs, score_runs, score_side_by_side
 
     more, overrides = runs_and_overrides(words)
+    if groups is not None and (more or is_folder_of_runs(path)):
+        raise UserError("--groups: the rows of one run or model are scored by group; name one")
     if more:
         from llmrecipe.evaluation.open_several import SCORED, share
 
@@ -79,6 +85,13 @@ def verb(
         print_json(scores) if as_json else show_scores(scores)
         return
     subject(path, overrides, split)
+    if groups is not None:
+        from llmrecipe.evaluation.score_groups import check_column, score_by_group
+
+        check_column(path, overrides, split, groups)
+        scores = score_by_group(path, overrides, split, groups)
+        print_json(scores) if as_json else show_scores(scores)
+        return
     from llmrecipe.evaluation.evaluate_model import evaluate_path
 
     metrics = evaluate_path(path, overrides, split)
