@@ -24,6 +24,7 @@ from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.engine.vector_decoder import causal_mask, decoding, encoder_rows, mount_decoder
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.task_heads import FEATURES
 
 if TYPE_CHECKING:
@@ -249,10 +250,12 @@ class Engine(nn.Module):
         # The batch's own rows are the decoder's; their masks and positions do not hold for the encoder's rows.
         own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
         with activate(own):
-            out = self.traced(model.get_encoder())(input_ids=batch.extra["encoder_ids"], attention_mask=mask)
-        decoder = self.traced(model.get_decoder())
-        answer = decoder(
-            input_ids=batch.input_ids,
+            encoder = model.get_encoder()
+            read = _noised(encoder, batch.extra["encoder_ids"], batch.extra.get("encoder_noise"))
+            out = self.traced(encoder)(**read, attention_mask=mask)
+        decoder = model.get_decoder()
+        answer = self.traced(decoder)(
+            **_noised(decoder, batch.input_ids, batch.extra.get("embedding_noise")),
             attention_mask=batch.attention_mask,
             encoder_hidden_states=out.last_hidden_state,
             encoder_attention_mask=mask,
@@ -298,11 +301,8 @@ class Engine(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if "token_type_ids" in batch.extra:
             inputs["token_type_ids"] = batch.extra["token_type_ids"]
-        if "embedding_noise" in batch.extra:
-            plain = self.model.get_input_embeddings()(batch.input_ids)
-            return inputs | {"inputs_embeds": plain + batch.extra["embedding_noise"].to(plain.dtype)}
         if batch.slots is None:
-            return inputs | {"input_ids": batch.input_ids}
+            return inputs | _noised(self.model, batch.input_ids, batch.extra.get("embedding_noise"))
         embedded = self.model.get_input_embeddings()(batch.input_ids)
         vectors = self.head_of(FEATURES)(batch.slots.values, batch.slots.place).to(embedded.dtype)
         return inputs | {"inputs_embeds": embedded.flatten(0, 1).index_copy(0, batch.slots.index, vectors).view_as(embedded)}
@@ -319,6 +319,14 @@ class Engine(nn.Module):
 def token_logits(out: Mapping[str, Tensor]) -> Tensor:
     """Return the logits (R, T, C) of a model's output; of a head of spans the start and the end."""
     return torch.stack((out["start_logits"], out["end_logits"]), -1) if "start_logits" in out else out["logits"]
+
+
+def _noised(part: nn.Module, ids: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+    """Return what a part of the model reads: token ids, or their embeddings with noise (R, T, D) on them."""
+    if noise is None:
+        return {"input_ids": ids}
+    plain = pretrained(part).get_input_embeddings()(ids)
+    return {"inputs_embeds": plain + noise.to(plain.dtype)}
 
 
 def _with(out: dict[str, Tensor], auxiliary: Tensor | None) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.objectives.pretraining._engines.masking import generator
 from llmrecipe.objectives.pretraining._engines.span_corruption import (
     corrupt_spans,
     noise_mask,
@@ -27,6 +26,7 @@ from llmrecipe.objectives.pretraining._engines.text_noise import (
     add_noise,
     span_lengths,
 )
+from llmrecipe.objectives.row_draws import generator
 
 MASK, POOL = 999, np.arange(500, 600)
 PLAIN = Vocabulary(MASK, POOL)

@@ -15,8 +15,9 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.objectives.pretraining._engines.masking import KEEP, MASK, RANDOM, MaskPlan, generator, hide
+from llmrecipe.objectives.pretraining._engines.masking import KEEP, MASK, RANDOM, MaskPlan, hide
 from llmrecipe.objectives.pretraining.mlm import Mlm
+from llmrecipe.objectives.row_draws import generator
 from tests.tiny import tiny_masked_model
 
 MASK_ID = 60

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, LossMaskName
+from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.embedding_noise import noise_draws, with_uniform_noise
 from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, token_loss
 
 
@@ -20,7 +21,12 @@ class Sft(Objective):
     a turn is always among them. N counts supervised tokens over all micro-batches and processes of an optimizer step.
     `loss_type: dft` weights each token by its own detached probability.
 
-    Papers: Training language models to follow instructions (arXiv 2203.02155); FLAN (arXiv 2109.01652); DFT (arXiv 2508.05629).
+    `neftune_alpha` (NEFTune) adds noise to the embeddings of training rows: U(-1, 1) alpha / sqrt(L D), L the tokens of the row
+    and D the width; an encoder's rows have their own. It depends on seed, epoch and row alone. Evaluations, calibration and
+    generation are without it. Departure: the reference code takes the padded length of the batch for L.
+
+    Papers: Training language models to follow instructions (arXiv 2203.02155); FLAN (arXiv 2109.01652); DFT (arXiv 2508.05629);
+    NEFTune (arXiv 2310.05914).
     """
 
     rows: ClassVar[str] = "dialogue"
@@ -31,6 +37,8 @@ class Sft(Objective):
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     loss_type: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or dynamic fine-tuning."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Size of NEFTune's noise, 5 to 15 in the paper; 0: none."""
 
     def loss_mask(self) -> str:
         """Train on what the option says."""
@@ -42,7 +50,14 @@ class Sft(Objective):
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay dialogues out for one forward pass."""
-        return collate_tokens(rows, roles)
+        batch = collate_tokens(rows, roles)
+        return batch.with_extra(noise_draws=noise_draws(rows)) if self.neftune_alpha else batch
+
+    def training_loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Return the loss of rows that are trained on, the only ones that are read with noise."""
+        if self.neftune_alpha:
+            batch = with_uniform_noise(batch, batch.extra["noise_draws"], roles, self.neftune_alpha)
+        return super().training_loss(batch, roles)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of the supervised tokens."""

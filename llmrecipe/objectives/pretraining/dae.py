@@ -23,9 +23,11 @@ from llmrecipe.models.load import load_config, skeleton
 from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.models.resolve_class import LANGUAGE, family_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.embedding_noise import noise_of_rows
 from llmrecipe.objectives.pretraining._engines import embedding_target
 from llmrecipe.objectives.pretraining._engines.denoising import FORMS, Denoising, NoisedRow
-from llmrecipe.objectives.pretraining._engines.masking import at_own_places, generator
+from llmrecipe.objectives.pretraining._engines.masking import at_own_places
+from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS, pair_batch
 from llmrecipe.objectives.unused_options import refuse_unused
 from llmrecipe.runs.open_model import resolve_section, tokenizer_of
@@ -241,7 +243,7 @@ class Dae(Denoising, Objective):
         for row in rows:
             draws = generator(roles.seed, row.get("epoch"), row["row"], 1)
             noises.append(torch.from_numpy(self.sigma * draws.standard_normal((len(row["ids"]), width))).float())
-        return embedding_target.noise_of_rows(batch, noises)
+        return noise_of_rows(batch, noises)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,9 @@ from llmrecipe.models import task_heads
 from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRICS, MaskedTokens, masked_metrics
-from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, generator, masked_targets
+from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, masked_targets
 from llmrecipe.objectives.pretraining._engines.sentence_pairs import Document, Pair, PairPlan, make_pairs
+from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import negative_log_likelihood
 from llmrecipe.objectives.unused_options import refuse_unused
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import Context, Layout, Segment, activate
 from llmrecipe.data.collate import Sequence
 from llmrecipe.methods._base.method import Probe
@@ -217,14 +217,14 @@ def test_starts(init: str) -> None:
         assert float(own.std()) == pytest.approx(1.0, abs=0.1)
 
 
-def test_the_reference_reads_no_prompt_and_embeddings_are_refused() -> None:
+def test_the_reference_reads_no_prompt_and_embeddings_get_one_as_ids_do() -> None:
     model = adapted(prompt())
     base = tiny_model()(input_ids=IDS).logits
     with activate(Context(role="reference")):
         assert torch.equal(model(input_ids=IDS).logits, base)
     assert not torch.allclose(model(input_ids=IDS).logits, base, atol=1e-2)
-    with pytest.raises(ModelError, match="input_ids"):
-        model(inputs_embeds=torch.zeros(1, 3, 32))
+    embedded = cast(Any, model).get_input_embeddings()(IDS)
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(input_ids=IDS).logits)
     with pytest.raises(RecipeError, match="at least one token"):
         prompt(init="text").calibrate(model, Probe(None, None, tokenizer=Letters()))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
-from llmrecipe.methods._engines.document_tokens import host_of
+from llmrecipe.methods._engines.document_tokens import host_of, stack_input
 from llmrecipe.methods.additive._engines.prefix_kv import cached, positions, takes_positions
 from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
 from llmrecipe.models.module_map import anatomy
@@ -147,6 +147,8 @@ class VirtualTokens(Hook):
 
     def __init__(self, virtual_tokens: int, behind: int, offset: int, reads_positions: bool, keep: bool):
         super().__init__()
+        self.rows: tuple[VirtualTokenRows, ...] = ()
+        """The hook at the embedding, which is not called where a pass reads embeddings; a tuple, so that it is no child."""
         self.virtual_tokens, self.behind, self.offset = virtual_tokens, behind, offset
         self.reads_positions = reads_positions
         """Whether the backbone takes position ids."""
@@ -155,16 +157,13 @@ class VirtualTokens(Hook):
 
     def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the backbone over rows with virtual tokens."""
-        ids = inputs.get("input_ids")
-        if ids is None:
-            raise ModelError(
-                f"stack.{self.owner}: prompt tuning opens its virtual tokens in input_ids; the model was given embeddings"
-            )
         if cached(inputs):
             return call(**self.later(inputs))
+        read = stack_input(inputs)
+        ids = read if read.dim() == 2 else read[..., 0]
         opened = self.open(inputs.get("attention_mask"), ids)
         with activate(self.context(opened, ids)):
-            out = call(**self.first(inputs, opened, ids))
+            out = call(**self.first(inputs, opened, read))
         return out if self.keep else _closed(out, opened)
 
     def open(self, mask: Tensor | None, ids: Tensor) -> Opening:
@@ -178,9 +177,17 @@ class VirtualTokens(Hook):
             layout.cache[key] = opening(starts, ids.shape[1], self.virtual_tokens, self.behind)
         return layout.cache[key]
 
-    def first(self, inputs: dict[str, Any], opened: Opening, ids: Tensor) -> dict[str, Any]:
-        """Return the inputs of a first pass; ids at the virtual tokens are a neighbour's and are never embedded."""
-        changed = {**inputs, "input_ids": _take(ids, opened.near)}
+    def first(self, inputs: dict[str, Any], opened: Opening, read: Tensor) -> dict[str, Any]:
+        """Return the inputs of a first pass; ids at the virtual tokens are a neighbour's and are never embedded.
+
+        Args:
+            read: ids (R, T), or embeddings (R, T, D), which get the trained rows here.
+        """
+        longer = _take(read, opened.near)
+        changed = {**inputs, "input_ids": longer}
+        if read.dim() > 2:
+            (rows,) = self.rows
+            changed |= {"input_ids": None, "inputs_embeds": rows.after(longer, longer)}
         mask = inputs.get("attention_mask")
         if mask is not None:
             changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.virtual_tokens))
@@ -266,11 +273,13 @@ def attach_virtual_tokens(model: nn.Module, name: str, virtual_tokens: int, behi
     pair = parts.encoder_decoder
     host = host_of(model, "encoder" if pair else next(s.side for s in parts.sites if s.role == "block"))
     embedding = pretrained(host).get_input_embeddings()
-    add_hook(host, name, VirtualTokens(virtual_tokens, behind, position_offset(host), takes_positions(host), pair), name)
     if pair:
         add_hook(host_of(model, "decoder"), name, VirtualTokenMask(virtual_tokens, behind), name)
     rows = VirtualTokenRows(torch.zeros(virtual_tokens, embedding.weight.shape[1], device=embedding.weight.device))
     add_hook(embedding, name, rows, name)
+    tokens = VirtualTokens(virtual_tokens, behind, position_offset(host), takes_positions(host), pair)
+    tokens.rows = (rows,)
+    add_hook(host, name, tokens, name)
     return rows
 
 

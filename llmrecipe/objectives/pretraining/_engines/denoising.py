@@ -13,9 +13,10 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.option_types import Field, Fraction, Literal, NonNegativeFloat, PositiveFloat
 from llmrecipe.core.registry import options
 from llmrecipe.engine.role_models import Roles
-from llmrecipe.objectives.pretraining._engines.masking import generator, mask_token, ordinary_tokens
+from llmrecipe.objectives.pretraining._engines.masking import mask_token, ordinary_tokens
 from llmrecipe.objectives.pretraining._engines.span_corruption import corrupt_spans, noise_mask, span_counts
 from llmrecipe.objectives.pretraining._engines.text_noise import NEW, NoisePlan, PlainText, Vocabulary, add_noise
+from llmrecipe.objectives.row_draws import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

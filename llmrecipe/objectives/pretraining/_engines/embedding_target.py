@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrecipe.data.collate import Batch
 from llmrecipe.engine.logprob import chunk_rows, upcast
 from llmrecipe.models import task_heads
 
@@ -71,12 +70,3 @@ def _stored(model: LanguageModel) -> Tensor:
 def store_targets(model: LanguageModel) -> None:
     """Keep the embeddings as they are; those of a run that is continued stay."""
     task_heads.add_table(model, HEAD, model.get_input_embeddings().weight)
-
-
-def noise_of_rows(batch: Batch, noises: list[Tensor]) -> Tensor:
-    """Lay the noise (T_i, D) of each row out as its tokens are, (R, T, D)."""
-    width = noises[0].shape[-1] if noises else 1
-    flat = torch.zeros(batch.input_ids.numel(), width)
-    for last, noise in zip(batch.last.tolist(), noises, strict=False):
-        flat[last - len(noise) + 1 : last + 1] = noise
-    return flat.view(*batch.input_ids.shape, width)

@@ -11,15 +11,8 @@ from llmrecipe.core.option_types import Fraction, Literal, PositiveFraction, Pos
 from llmrecipe.core.registry import options
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Measures
-from llmrecipe.objectives.pretraining._engines.masking import (
-    KINDS,
-    Hidden,
-    MaskPlan,
-    generator,
-    hide,
-    mask_token,
-    ordinary_tokens,
-)
+from llmrecipe.objectives.pretraining._engines.masking import KINDS, Hidden, MaskPlan, hide, mask_token, ordinary_tokens
+from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS
 
 MASKED_METRICS: Measures = {**TOKEN_METRICS, **{f"accuracy/{kind}": "max" for kind in KINDS}}

@@ -55,11 +55,6 @@ class Hidden:
     """The token id in the place of each."""
 
 
-def generator(seed: int, epoch: int | None, row: int, number: int = 0) -> np.random.Generator:
-    """Return the random numbers of a row's sequence; an epoch of None is evaluation, where they never change."""
-    return np.random.default_rng([seed, 0 if epoch is None else 1 + epoch, row, number])
-
-
 def hide(
     plan: MaskPlan, words: Sequence[int], ids: Sequence[int], draws: np.random.Generator, mask_id: int, pool: np.ndarray
 ) -> Hidden:
