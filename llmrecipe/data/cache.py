@@ -79,6 +79,7 @@ def schema_of(kind: RowType) -> pa.Schema:
     types = {"float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
     fields = [pa.field(name, pa.list_(pa.int32())) for name in kind.lists]
     fields += [pa.field(name, pa.list_(pa.uint8())) for name in kind.masks]
+    fields += [pa.field(name, pa.list_(pa.float64())) for name in kind.weights]
     fields += [pa.field(name, types[type_name]) for name, type_name in kind.scalars]
     return pa.schema([*fields, pa.field("source_row", pa.int64())])
 
@@ -109,7 +110,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    """Return the integers of an array without nulls, not copied; `to_numpy` would import pandas (0.3 s and 40 MB)."""
+    """Return the numbers of an array without nulls, not copied; `to_numpy` would import pandas (0.3 s and 40 MB)."""
     data, dtype = array.buffers()[1], np.dtype(str(array.type))
     if data is None:
         return np.zeros(len(array), dtype)

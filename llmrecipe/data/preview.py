@@ -54,7 +54,7 @@ def row_facts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
         name: [{"id": p.ids[0], "text": p.text, "trained": p.trained} for p in parts]
         for name, parts in pieces(row, tokenizer, each=True).items()
     }
-    rest = {k: v for k, v in row.items() if k not in PARTS and k not in ("trained", "type_ids")}
+    rest = {k: v for k, v in row.items() if k not in PARTS and k not in ("trained", "type_ids") and (k != "weights" or v)}
     if isinstance(rest.get("features"), Features):
         rest["features"] = {"file": rest["features"].path, "shape": [*rest["features"].shape]}
     return {**rest, "tokens": tokens}

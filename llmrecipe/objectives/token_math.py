@@ -16,27 +16,37 @@ from llmrecipe.objectives.base import Loss, Measures
 LOG_HALF = -math.log(2.0)
 
 
-def negative_log_likelihood(logprobs: Tensor, smoothing: float = 0.0, uniform: Tensor | None = None) -> Tensor:
-    """Return -sum_n [(1 - e) t_n + e u_n], a scalar.
+def negative_log_likelihood(
+    logprobs: Tensor, smoothing: float = 0.0, uniform: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Return -sum_n w_n [(1 - e) t_n + e u_n], a scalar.
 
     Args:
         logprobs: (N,) t_n = log p(y_n).
         smoothing: e.
         uniform: (N,) u_n, the mean log-probability over the vocabulary; needed where e is above 0.
+        weights: (N,) w_n; default 1.
     """
     if not smoothing:
-        return -logprobs.sum()
+        return -_weighted(logprobs, weights).sum()
     if uniform is None:
         raise ValueError("label smoothing needs the mean log-probability over the vocabulary")
-    return -((1.0 - smoothing) * logprobs + smoothing * uniform).sum()
+    return -_weighted((1.0 - smoothing) * logprobs + smoothing * uniform, weights).sum()
 
 
-def dynamic_fine_tuning(logprobs: Tensor) -> Tensor:
-    """Return -sum_n sg(p_n) t_n, a scalar, from (N,) t_n = log p_n: tokens weighted by their own detached probability.
+def dynamic_fine_tuning(logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return -sum_n w_n sg(p_n) t_n, a scalar, from (N,) t_n = log p_n: tokens weighted by their own detached probability.
+
+    Args:
+        weights: (N,) w_n; default 1.
 
     Source: dynamic fine-tuning (DFT, arXiv 2508.05629).
     """
-    return -(logprobs.detach().exp() * logprobs).sum()
+    return -_weighted(logprobs.detach().exp() * logprobs, weights).sum()
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else values * weights.to(values.dtype)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -103,11 +113,25 @@ TOKEN_METRICS: Measures = {"nll": "min", "accuracy": "max"}
 
 
 def token_loss(batch: Batch, roles: Roles, kind: str = "nll") -> Loss:
-    """Compute the summed loss of a batch's targets, with accuracy and the plain negative log-likelihood as metrics."""
+    """Compute the summed loss of a batch's targets, with accuracy and the plain negative log-likelihood as metrics.
+
+    Targets count by `extra["weights"]` (N,) where rows have weights; the metrics are of every target alike.
+    """
     out = roles.policy(batch)
-    logprobs = out["logprobs"]
-    total = dynamic_fine_tuning(logprobs) if kind == "dft" else negative_log_likelihood(logprobs)
-    return Loss(total, token_metrics(out))
+    logprobs, weights = out["logprobs"], batch.extra.get("weights")
+    of_kind = dynamic_fine_tuning if kind == "dft" else negative_log_likelihood
+    return Loss(of_kind(logprobs, weights=weights), token_metrics(out))
+
+
+def target_weights(rows: list[dict[str, Any]]) -> Tensor | None:
+    """Return the weights (N,) of the targets of token rows, 1 in rows without; None where no row has any."""
+    if not any(row.get("weights") for row in rows):
+        return None
+    found: list[float] = []
+    for row in rows:
+        weights = row.get("weights") or [1.0] * len(row["trained"])
+        found += [weight for weight, trained in zip(weights, row["trained"], strict=True) if trained]
+    return torch.tensor(found)
 
 
 def token_metrics(out: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:

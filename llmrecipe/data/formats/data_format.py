@@ -29,6 +29,8 @@ class Conversion:
     system: str | None = None
     base: Path | None = None
     """Folder that image paths refer to."""
+    weighted: bool = False
+    """Whether the row type takes weights of tokens."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)

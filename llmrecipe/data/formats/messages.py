@@ -33,7 +33,17 @@ ROLES = {
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-LIST_CELLS = ("messages", "conversations", "options", "input_ids", "labels", "label", "tools", "chat_template_kwargs")
+LIST_CELLS = (
+    "messages",
+    "conversations",
+    "options",
+    "input_ids",
+    "labels",
+    "weights",
+    "label",
+    "tools",
+    "chat_template_kwargs",
+)
 """Columns that contain lists or mappings wherever they contain more than one value."""
 SIDES = ("prompt", "completion", "chosen", "rejected")
 """Columns that contain text or messages."""

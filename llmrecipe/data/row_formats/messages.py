@@ -12,7 +12,10 @@ from llmrecipe.data.formats.messages import has_senders
 
 @register
 class Messages(DataFormat):
-    """A list of {role, content}."""
+    """A list of {role, content}.
+
+    An assistant message may have a `weight`, a number from 0 up: how much its tokens count in the loss of `sft`.
+    """
 
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("conversations",))
     becomes: ClassVar[dict[str, int]] = {"dialogue": 10, "prompt": 10}

@@ -12,7 +12,10 @@ from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 @register
 class TokenIds(DataFormat):
-    """Token ids, with or without labels."""
+    """Token ids, with or without labels.
+
+    `weights`, a number from 0 up for each id, is how much it counts in the loss of `sft`.
+    """
 
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("input_ids",),)
     becomes: ClassVar[dict[str, int]] = {"tokens": 10, "text": 20, "dialogue": 50}
@@ -27,4 +30,8 @@ class TokenIds(DataFormat):
             raise BadRow("'input_ids' is not a list of token ids", f"{ids!r:.80}")
         if labels is not None and len(labels) != len(ids):
             raise BadRow("'labels' and 'input_ids' differ in length", f"{len(labels)} and {len(ids)}")
-        return [{"input_ids": ids, "labels": labels}]
+        weights = row.get("weights") if conversion.weighted else None
+        if weights is not None and (not isinstance(weights, list) or len(weights) != len(ids)):
+            found = len(weights) if isinstance(weights, list) else repr(weights)
+            raise BadRow("'weights' is not a list with a number for each of 'input_ids'", f"{found} for {len(ids)} ids")
+        return [{"input_ids": ids, "labels": labels, **({} if weights is None else {"weights": weights})}]

@@ -16,11 +16,13 @@ from llmrecipe.data.tokenize.sequences import encode_sequences
 class Dialogue(RowType):
     """Conversations, or prompts with their answers; the mask says which tokens are targets.
 
-    Canonical row: messages, or prompt + completion, or text, or input_ids. Token row: ids, trained (+ task).
+    Canonical row: messages, or prompt + completion, or text, or input_ids. Token row: ids, trained (+ weights, task).
+    An assistant message may have a `weight`, a row of input_ids `weights`: how much the tokens count in the loss.
     """
 
     lists: ClassVar[tuple[str, ...]] = ("ids",)
     masks: ClassVar[tuple[str, ...]] = ("trained",)
+    weights: ClassVar[tuple[str, ...]] = ("weights",)
     scalars: ClassVar[tuple[tuple[str, str], ...]] = (("task", "string"),)
     prompted: ClassVar[bool] = True
 

@@ -69,7 +69,9 @@ class RowEncoder(Encoder):
         self.needs = dict(needs or {})
         self.dropped = data.drop_fields
         template = self.tokens.template
-        self.conversion = Conversion(rows, bool(template and template.named), template is not None, data.system, base)
+        self.conversion = Conversion(
+            rows, bool(template and template.named), template is not None, data.system, base, bool(self.kind.weights)
+        )
         self.format = data_format(format_name)
 
     def encode(self, raw: Iterable[tuple[int, dict[str, Any], str]]) -> tuple[dict[str, list[Any]], Report]:
@@ -98,7 +100,7 @@ class RowEncoder(Encoder):
                 report.drop(f"not a {self.format.name} row", where, f"{type(error).__name__}: {error}")
         if items:
             self.kind.encode(self, items, report)
-        names = [*self.kind.lists, *self.kind.masks, *(n for n, _ in self.kind.scalars), "source_row"]
+        names = [*self.kind.lists, *self.kind.masks, *self.kind.weights, *(n for n, _ in self.kind.scalars), "source_row"]
         counted = [name for name in self.kind.lists if name not in self.kind.uncounted]
         columns: dict[str, list[Any]] = {name: [] for name in names}
         lost: set[int] = set()

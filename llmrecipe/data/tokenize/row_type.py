@@ -8,7 +8,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 |---|---|---|
 | text | text, or input_ids (+ labels) | ids, trained, bytes, words |
 | structured_text | text (+ outlier) | ids, words, sentences, outlier |
-| dialogue | messages, or prompt + completion, or text, or input_ids | ids, trained |
+| dialogue | messages, or prompt + completion, or text, or input_ids (+ weights) | ids, trained (+ weights) |
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
 | unpaired | prompt, completion, label | prompt_ids, completion_ids, label |
@@ -26,6 +26,8 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
 dialogue rows of a recipe whose stack has per-task parameters have `task` too: stored by name, returned as its index. `features`
 is stored as a path and returned as `data.features.table.Features`.
+`weights` has a number per token, how much it counts in the loss; a token of weight 0 is no target. A row without weights has
+none or an empty list.
 `trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.
 """
 
@@ -52,6 +54,8 @@ class RowType:
     """Columns of token ids (or other whole numbers), stored as int32 lists."""
     masks: ClassVar[tuple[str, ...]] = ()
     """Columns of 0/1 per token."""
+    weights: ClassVar[tuple[str, ...]] = ()
+    """Columns of a number per token, empty for a row that has none."""
     scalars: ClassVar[tuple[tuple[str, str], ...]] = ()
     """(column, Arrow type: string, float64, int64 or bool)."""
     uncounted: ClassVar[tuple[str, ...]] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.assistant_turns import Conversation, Turns, common_prefix, find_turns, mask_bits
@@ -12,6 +13,7 @@ from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.loss_mask import Encoded, Span
 from llmrecipe.data.tokenize.text_size import TextSize
 from llmrecipe.data.tokenize.truncation import fit_sequence
+from llmrecipe.data.tokenize.turn_weights import checked_weight, turn_weights, weights_of_spans
 
 NO_TARGET = "no trained token"
 
@@ -36,7 +38,9 @@ def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report, me
     for item in groups["tokens"]:
         labels = item.row["labels"]
         trained = [1] * len(item.row["input_ids"]) if labels is None else [int(label != -100) for label in labels]
-        _finish(encoder, item, report, item.row["input_ids"], [0, *trained[1:]], plain=labels is None)
+        given = item.row.get("weights")
+        weights = given and [checked_weight(one, item.where, f"weights[{i}]") for i, one in enumerate(given)]
+        _finish(encoder, item, report, item.row["input_ids"], [0, *trained[1:]], plain=labels is None, weights=weights)
     if groups["strings"]:
         _strings(encoder, groups["strings"], report)
     for name in ("prompted", "talks"):
@@ -65,14 +69,20 @@ def _strings(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
 
 
 def _split_at_prompt(
-    encoder: Encoder, item: Item, report: Report, prompt: list[int], ids: list[int], turns: Sequence[Span] | None = None
+    encoder: Encoder,
+    item: Item,
+    report: Report,
+    prompt: list[int],
+    ids: list[int],
+    turns: Sequence[Span] | None = None,
+    weights: list[float] | None = None,
 ) -> None:
     """Find where the completion starts, and train what the mask selects; without `turns` the completion is one."""
     start = common_prefix(prompt, ids)
     report.prompts += 1
     report.moved += start < len(prompt)
     after = [(start, len(ids))] if turns is None else [(max(a, start), b) for a, b in turns if b > start]
-    _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, start, after))))
+    _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, start, after))), weights=weights)
 
 
 def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt: bool) -> str:
@@ -97,16 +107,18 @@ def _prompted(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     prompt_ids = encoder.tokens.rendered(prompts)
     if not by_turns:
         for item, prompt, ids in zip(kept, prompt_ids, encoder.tokens.rendered(wholes)):
-            _split_at_prompt(encoder, item, report, prompt, ids)
+            weight = _answer_weight(encoder, item)
+            weights = None if weight is None else [weight] * len(ids)
+            _split_at_prompt(encoder, item, report, prompt, ids, weights=weights)
         return
     batch = [_conversation(n, item, item.row["prompt"] + item.row["completion"]) for n, item in enumerate(kept)]
     turns = find_turns(encoder.tokens, batch, last_only=encoder.mask.last_only)
     for n, (item, prompt) in enumerate(zip(kept, prompt_ids)):
-        found = turns[n]
+        found = _weighted_turns(encoder, item, batch[n].messages, turns[n])
         if isinstance(found, BadRow):
             item.bad = found
         else:
-            _split_at_prompt(encoder, item, report, prompt, found.ids, found.spans)
+            _split_at_prompt(encoder, item, report, prompt, found[0].ids, found[0].spans, found[1])
 
 
 def _conversation(index: int, item: Item, messages: list[dict[str, Any]]) -> Conversation:
@@ -121,19 +133,56 @@ def _talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     batch = [_conversation(n, item, item.row["messages"]) for n, item in enumerate(items)]
     turns = find_turns(encoder.tokens, batch, last_only=encoder.mask.last_only)
     for n, item in enumerate(items):
-        found = turns[n]
-        if isinstance(found, Turns):
-            report.prompts += 1
-            report.moved += found.moved
-            spans = encoder.mask.spans(Encoded(found.ids, None, found.spans))
-            _finish(encoder, item, report, found.ids, mask_bits(len(found.ids), spans))
-        else:
+        found = _weighted_turns(encoder, item, batch[n].messages, turns[n])
+        if isinstance(found, BadRow):
             item.bad = found
+            continue
+        talk, weights = found
+        report.prompts += 1
+        report.moved += talk.moved
+        spans = encoder.mask.spans(Encoded(talk.ids, None, talk.spans))
+        _finish(encoder, item, report, talk.ids, mask_bits(len(talk.ids), spans), weights=weights)
+
+
+def _weighted_turns(
+    encoder: Encoder, item: Item, messages: list[dict[str, Any]], found: Turns | BadRow
+) -> tuple[Turns, list[float] | None] | BadRow:
+    """Return the turns of a conversation with the weights of its tokens, None where no message has one."""
+    if isinstance(found, BadRow):
+        return found
+    weights = turn_weights(messages, item.where)
+    if weights is None:
+        return found, None
+    try:
+        return found, weights_of_spans(len(found.ids), found.spans, weights[-1:] if encoder.mask.last_only else weights)
+    except BadRow as bad:
+        return bad
+
+
+def _answer_weight(encoder: Encoder, item: Item) -> float | None:
+    """Return the weight of a completion that is one span; None where it has none.
+
+    Raises:
+        DataError: the mask does not tell its turns apart.
+    """
+    weights = turn_weights(item.row["completion"], item.where)
+    if weights is not None and (len(weights) != 1 or not encoder.mask.reads_turns):
+        raise _apart(encoder, item)
+    return None if weights is None else weights[0]
+
+
+def _apart(encoder: Encoder, item: Item) -> DataError:
+    return DataError(
+        f"{item.where}: messages have a weight, and objective.mask={encoder.mask.name} does not tell turns apart; use "
+        "objective.mask=assistant, or data.drop_fields=[weight] to do without the weights"
+    )
 
 
 def _whole_talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     kept, texts = [], []
     for item in items:
+        if turn_weights(item.row["messages"], item.where) is not None:
+            raise _apart(encoder, item)
         try:
             texts.append(_render(encoder, item, item.row["messages"], False))
             kept.append(item)
@@ -151,28 +200,39 @@ def _finish(
     trained: list[int],
     plain: bool = False,
     size: TextSize | None = None,
+    weights: list[float] | None = None,
 ) -> None:
-    """Apply the length policy, count, and keep the row."""
+    """Apply the length policy, count, and keep the row.
+
+    Args:
+        weights: how much each token counts in the loss; one of weight 0 is no target.
+    """
+    flags = trained if weights is None else [i if flag and weights[i] else 0 for i, flag in enumerate(trained)]
     # A text whose rows are to be measured is cut by place rather than by token.
     tokens = ids if size is None else list(range(len(ids)))
     try:
-        pieces = fit_sequence(tokens, trained, encoder.truncation, encoder.limit, item.where, plain)
+        # Targets of a row with weights are numbered, so that a policy's pieces say which weights are theirs.
+        pieces = fit_sequence(tokens, flags, encoder.truncation, encoder.limit, item.where, plain)
     except BadRow as bad:
         item.bad = bad
         return
-    kept = [piece for piece in pieces if 1 in piece[1]]
+    kept = [(piece, [int(flag > 0) for flag in marks], marks) for piece, marks in pieces if any(marks)]
     if not kept:
-        why = "the part data.max_length leaves has none" if 1 in trained else f"mask '{encoder.mask.name}' selects nothing"
+        why = f"mask '{encoder.mask.name}' selects nothing"
+        if 1 in trained:
+            why = "the part data.max_length leaves has none" if any(flags) else "all its targets have weight 0"
         item.bad = BadRow(NO_TARGET, why, len(ids))
         return
     cut = len(ids) - sum(len(piece[0]) for piece in kept)
     report.truncated += cut > 0
     report.tokens_lost += max(cut, 0)
     report.longest = max(report.longest, *(len(piece[0]) for piece in kept))
-    for piece, piece_trained in kept:
+    for piece, piece_trained, marks in kept:
         report.tokens += len(piece)
         report.trained += sum(piece_trained)
-        row = {"ids": piece if size is None else [ids[i] for i in piece], "trained": piece_trained}
+        row: dict[str, Any] = {"ids": piece if size is None else [ids[i] for i in piece], "trained": piece_trained}
+        if weights is not None:
+            row["weights"] = [weights[mark] if mark else 0.0 for mark in marks]
         item.done.append({**row, "features": item.row.get("features"), **(size.of(piece, piece_trained) if size else {})})
     last_ids, last_trained = item.done[-1]["ids"], kept[-1][1]
     final = len(last_trained) - 1 - last_trained[::-1].index(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat
@@ -10,15 +11,18 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.embedding_noise import noise_draws, with_uniform_noise
-from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, token_loss
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, target_weights, token_loss
 
 
 @register
 class Sft(Objective):
-    """Supervised fine-tuning: L = -(1/N) sum over supervised tokens of log p(y_t | y_<t, x).
+    """Supervised fine-tuning: L = -(1/N) sum over supervised tokens of w_t log p(y_t | y_<t, x), N = sum of w_t.
 
     `mask` says which tokens are supervised: the completion, every assistant turn, the last turn, or all. The token that ends
-    a turn is always among them. N counts supervised tokens over all micro-batches and processes of an optimizer step.
+    a turn is always among them. N is summed over all micro-batches and processes of an optimizer step. w_t is 1 unless a row
+    says otherwise: an assistant message may have a `weight`, a row of token ids `weights`. What the mask leaves out has weight
+    0, and what has weight 0 is not supervised. `nll` and `accuracy` count every supervised token alike.
+
     `loss_type: dft` weights each token by its own detached probability.
 
     `neftune_alpha` (NEFTune) adds noise to the embeddings of training rows: U(-1, 1) alpha / sqrt(L D), L the tokens of the row
@@ -51,7 +55,14 @@ class Sft(Objective):
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay dialogues out for one forward pass."""
         batch = collate_tokens(rows, roles)
+        weights = target_weights(rows)
+        if weights is not None:
+            batch = batch.with_extra(weights=weights.to(roles.device))
         return batch.with_extra(noise_draws=noise_draws(rows)) if self.neftune_alpha else batch
+
+    def weight(self, batch: Batch) -> float:
+        """Return the sum of the weights of the supervised tokens: their number where no row has weights."""
+        return math.fsum(batch.extra["weights"].tolist()) if "weights" in batch.extra else super().weight(batch)
 
     def training_loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the loss of rows that are trained on, the only ones that are read with noise."""
