@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
+from llmrecipe.models.vocabulary import input_embedding
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -90,7 +91,7 @@ def fold_token_rows(model: LanguageModel) -> int:
 
     Runs that train every weight, merged exports and runs built on a finished one do this first.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (input_embedding(model), model.get_output_embeddings())
     found = [module for module in ends if module is not None and hasattr(module, NAME)]
     for module in found:
         getattr(module, NAME).merge(module)

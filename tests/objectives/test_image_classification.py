@@ -28,7 +28,7 @@ from llmrecipe.objectives.finetuning.image_classification import ImageClassifica
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import ModelSection, ProcessorSection
 from tests.pictures import held_picture, save_picture, save_rows
-from tests.trainings import curve, events, learned, resumes_to_the_bit, train_recipe
+from tests.trainings import curve, events, resumes_to_the_bit, train_recipe
 
 SHAPES: dict[str, Any] = {
     "vit": ViTConfig(
@@ -189,19 +189,35 @@ def test_a_vit_of_transformers_under_lora_merges_into_a_folder_with_its_processo
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil").image_mean) == [0.2] * 3
 
 
-def test_a_resnet_under_bitfit_trains_biases_and_head_alone(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    AutoModelForImageClassification.from_config(SHAPES["resnet"]).save_pretrained(base)
+TRAINS: dict[str, tuple[list[str], Any]] = {
+    "full": (["stack=[]"], lambda name: True),
+    "bitfit": (["stack=[bitfit]"], lambda name: name.startswith("classifier.") or "bias" in name),
+    "head": (["objective.head_only=true"], lambda name: name.startswith("classifier.")),
+}
+"""What trains -> words, and which of the model's parameters may have moved."""
+
+
+@pytest.mark.parametrize("way", TRAINS)
+def test_a_resnet_trains_what_the_recipe_names_and_goes_on_to_the_bit_with_its_statistics(way: str, tmp_path: Path) -> None:
+    """The run's model, read again, has the running statistics of the checkpoint, and moved what the recipe names alone."""
+    model_of("resnet").float().save_pretrained(tmp_path / "base")
     for i in range(8):
         save_picture(tmp_path / "data" / f"{i}.png", i)
-    rows = [{"image": f"{i}.png", "label": i % 2} for i in range(8)]
-    save_rows(tmp_path / "data", "train", rows)
-    words = [f"model={{path: {base}, init: pretrained, config: {{}}}}", f"data.path={tmp_path / 'data'}"]
-    size = "processor.config={size: {height: 8, width: 8}}"
-    run = train_recipe(tmp_path / "run", "image_classification", "steps=2", "batch.size=4", *words, size, "stack=[bitfit]")
-    moved = learned(tmp_path / "run")
-    assert moved and all(name.startswith("classifier.") or "bias" in name for name in moved)
+    save_rows(tmp_path / "data", "train", [{"image": f"{i}.png", "label": i % 2} for i in range(8)])
+    words = [f"model={{path: {tmp_path / 'base'}, init: pretrained, config: {{}}}}", f"data.path={tmp_path / 'data'}"]
+    size, (own, may_move) = "processor.config={size: {height: 8, width: 8}}", TRAINS[way]
+    run = resumes_to_the_bit(tmp_path, "image_classification", ["steps=4", "batch.size=4", *words, size, *own], 2)
     assert run.data[0]["features"].shape == (3, 8, 8)
+    found = open_run(str(tmp_path / "parts")).model
+    before = model_of("resnet").float()
+    old, statistics = dict(before.named_parameters()), dict(before.named_buffers())
+    buffers = {name: value for name, value in found.named_buffers() if name in statistics}
+    assert len(buffers) == len(statistics) > 8
+    assert all(torch.equal(value, statistics[name]) for name, value in buffers.items())
+    # The head is new: two classes where the checkpoint has three.
+    moved = {n for n, p in found.named_parameters() if n not in old or p.shape != old[n].shape or not torch.equal(p, old[n])}
+    assert {name for name in moved if name.startswith("classifier.")} and all(map(may_move, moved))
+    assert (len(moved) > 2) is (way != "head")
 
 
 def test_pictures_of_a_size_without_positions_are_refused_before_weights_load() -> None:
