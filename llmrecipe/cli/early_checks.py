@@ -27,6 +27,7 @@ def composed(recipe: str | Path, overrides: list[str]) -> Composition:
         UserError: what is wrong with the recipe; else which file is missing or cannot be what it should be.
     """
     from llmrecipe.recipe.compose import compose
+    from llmrecipe.runtime.accelerate_environment import check_environment
 
     composition = compose(recipe, overrides)
     if composition.recipe.stages:
@@ -34,6 +35,7 @@ def composed(recipe: str | Path, overrides: list[str]) -> Composition:
 
         plan(composition)
     else:
+        check_environment(composition.recipe)
         check_files(composition.recipe)
     return composition
 

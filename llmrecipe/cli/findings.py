@@ -31,6 +31,11 @@ def show_findings(found: Findings) -> None:
             table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
         out.print(table)
     out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
+    out.print("memory of a device (MB) when N devices divide the training (runtime.shard):")
+    table = Table(*found.devices_mb[0], box=None, header_style="bold")
+    for row in found.devices_mb:
+        table.add_row(*(f"{value:,g}" for value in row.values()))
+    out.print(table)
     out.print(f"saved: {found.delta_bytes / 2**20:.1f} MB of learned tensors a checkpoint")
     if found.seconds is None:
         out.print("time: unknown; it depends on rows or answers that do not exist yet")

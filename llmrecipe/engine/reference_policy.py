@@ -88,15 +88,28 @@ def prepare_reference(objective: ScoredObjective, stack: Stack, loaded: LoadedMo
         return
     if stack.reference_is_off() and loaded.continued is None:
         return
-    if objective.samples or stack.learns_init():
-        stack.snapshot_trained(model)
-        return
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    if trained <= SMALL * total:
+    if needs_snapshot(objective, stack, model, loaded.continued is not None):
         stack.snapshot_trained(model)
         return
     score_all(row_groups(objective, rows), objective, roles)
+
+
+def needs_snapshot(objective: ScoredObjective, stack: Stack, model: nn.Module, continued: bool) -> bool:
+    """Return whether the policy of step 0 is a copy of what trains; the model may be on the meta device.
+
+    Args:
+        continued: whether the stack starts from what another run has learned.
+    """
+    if objective.reference_of() not in NAMED or objective.reference_of() == "none":
+        return False
+    if objective.reference_moves():
+        return True
+    if stack.reference_is_off() and not continued:
+        return False
+    if objective.samples or stack.learns_init():
+        return True
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained <= SMALL * sum(p.numel() for p in model.parameters())
 
 
 def base_names(stack: Stack, loaded: LoadedModel) -> frozenset[str] | None:

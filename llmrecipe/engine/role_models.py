@@ -146,11 +146,17 @@ class Roles:
         if self.reference_moves:
             return batch.sum_by_sequence(self.reference_tokens(batch))
         known = self.cache.get(batch)
-        if known is not None:
+        if self._for_all(known is not None) and known is not None:
             return known.to(self.device)
         sums = batch.sum_by_sequence(self.reference_tokens(batch))
         self.cache.put(batch, sums)
         return sums
+
+    def _for_all(self, here: bool) -> bool:
+        """Return whether something holds on every process where each has to make the same passes, else whether it does here."""
+        if self.runtime is None or not self.runtime.in_step:
+            return here
+        return not float(self.runtime.maximum(torch.tensor([float(not here)])))
 
     @torch.no_grad()
     def reference_tokens(self, batch: Batch, temperature: float = 1.0) -> Tensor:

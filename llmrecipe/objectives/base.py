@@ -69,6 +69,11 @@ class Objective:
     samples: ClassVar[bool] = False
     """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
 
+    shards: ClassVar[tuple[str, ...]] = ()
+    """Values of `runtime.shard` under which it has been shown to train what one process trains."""
+    unsharded: ClassVar[str] = ""
+    """Why it is refused under others, as the end of a message."""
+
     def loss_mask(self) -> str:
         """Return the name of the loss mask: which tokens of a row the data layer marks as trained."""
         return "completion"

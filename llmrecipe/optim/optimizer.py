@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     from llmrecipe.methods._base.method import ParamGroup
 
+Build = Callable[[list[dict[str, Any]]], "torch.optim.Optimizer"]
+"""Builds an optimizer of some groups."""
+Divide = Callable[[Build, list[dict[str, Any]]], "torch.optim.Optimizer"]
+"""Builds an optimizer of which each process steps its own part."""
 KINDS = ("matrix", "embedding", "vector", "adapter")
 
 
@@ -40,6 +44,10 @@ class Optimizer:
     """Device types the optimizer supports."""
     entrywise: ClassVar[bool] = False
     """Whether the state has one number per entry of a parameter, so that rows can be dropped from both alike."""
+    shards: ClassVar[tuple[str, ...]] = ()
+    """Values of `runtime.shard` under which it makes the steps of one process."""
+    unsharded: ClassVar[str] = ""
+    """Why it is refused under others, as the end of a message."""
 
     def build(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Build the torch optimizer for parameter groups.
@@ -150,8 +158,15 @@ def _kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
-def build_optimizer(optimizer: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
+def build_optimizer(
+    optimizer: Optimizer,
+    groups: Sequence[Group],
+    divide: Divide | None = None,
+) -> torch.optim.Optimizer:
     """Build the torch optimizer for a list of groups.
+
+    Args:
+        divide: calls what builds an optimizer with the groups of one process; default: with all of them.
 
     Raises:
         RecipeError: the optimizer cannot step on the device the parameters are on.
@@ -163,19 +178,18 @@ def build_optimizer(optimizer: Optimizer, groups: Sequence[Group]) -> torch.opti
                 f"optim.kind: {kind} cannot step on the device '{device}' (it runs on {', '.join(optimizer.devices)}); "
                 f"use optim.kind=adamw"
             )
-    return optimizer.build(
-        [
-            {
-                "params": list(group.parameters),
-                "names": list(group.names),
-                "kind": group.kind,
-                "lr": group.lr,
-                "initial_lr": group.lr,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ]
-    )
+    listed: list[dict[str, Any]] = [
+        {
+            "params": list(group.parameters),
+            "names": list(group.names),
+            "kind": group.kind,
+            "lr": group.lr,
+            "initial_lr": group.lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
+    ]
+    return optimizer.build(listed) if divide is None else divide(optimizer.build, listed)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

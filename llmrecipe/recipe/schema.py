@@ -195,6 +195,20 @@ class RuntimeSection(Section):
     threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's own choice.")
     deterministic: bool = Field(False, description="Only deterministic kernels (GPU); the CPU always is.")
     processes: PositiveInt = Field(1, description="Processes this run expects; `launch --nproc N` sets it.")
+    shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
+        "none",
+        description="What the processes divide among themselves instead of each keeping it: the optimizer's state (zero1), "
+        "gradients too (zero2), parameters too (zero3).",
+    )
+    backend: Literal["torch", "deepspeed"] = Field("torch", description="Library that divides it.")
+    dp_replicate: PositiveInt = Field(
+        1, description="Groups of processes that each hold everything once (hybrid sharding with zero2 and zero3)."
+    )
+    dp_shard: PositiveInt | None = Field(
+        None, description="Processes of a group, which divide what `shard` names; default: all that are left."
+    )
+    tp: PositiveInt = Field(1, description="Processes that share each matrix product (tensor parallel).")
+    cp: PositiveInt = Field(1, description="Processes that share each row of tokens (context parallel).")
 
 
 class EvalSection(Section):

@@ -28,6 +28,7 @@ from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
+from llmrecipe.models.sharded import whole
 from llmrecipe.runs.checksums import verify
 
 DELTA_FILE = "delta.safetensors"
@@ -65,7 +66,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if id(parameter) in added or name.split(".")[0].endswith(task_heads.ATTRIBUTE):
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         stride = max(1, flat.numel() // SAMPLE)
         data = flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes()
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())

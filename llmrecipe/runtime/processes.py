@@ -13,9 +13,11 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
+from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
 
 T = TypeVar("T")
 
@@ -52,6 +55,17 @@ class Runtime:
     """Number of processes that train together."""
     rank: int
     accelerator: Any = None
+    shard: str = PLAIN
+    """What the processes divide among themselves (`runtime.shard`)."""
+    replicas: int = 1
+    """Groups of processes that each hold everything once."""
+    shards: int = 1
+    """Processes of a group."""
+
+    @property
+    def in_step(self) -> bool:
+        """Return whether every process has to make the same forward passes, because each of them gathers parameters."""
+        return self.shard in GATHERED
 
     @property
     def is_main(self) -> bool:
@@ -63,7 +77,8 @@ class Runtime:
         """Set threads, determinism and device, and join the other processes.
 
         Raises:
-            RecipeError: the device does not exist, or the processes started are not `runtime.processes`.
+            RecipeError: the device does not exist, the processes started are not `runtime.processes`, or one process is to
+                divide what it trains.
             LlmRecipeError: accelerate did not join the processes.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,6 +86,11 @@ class Runtime:
             raise RecipeError(
                 f"runtime.processes: the recipe expects {section.processes} and {started} were started; "
                 f"use `llmrecipe launch --nproc {section.processes if section.processes > 1 else started} ...`, which sets both"
+            )
+        if started == 1 and section.shard != PLAIN:
+            raise RecipeError(
+                f"runtime.shard: {section.shard} divides a training over processes and one was started; "
+                "use `llmrecipe launch --nproc N ...`, or runtime.shard=none"
             )
         if section.threads is not None:
             torch.set_num_threads(section.threads)
@@ -84,10 +104,10 @@ class Runtime:
         kind = pick_device(section.device)
         if started == 1:
             return cls(torch.device(kind, 0) if kind == "cuda" else torch.device(kind), 1, 0)
-        return cls._join(kind, started)
+        return cls._join(kind, started, section)
 
     @classmethod
-    def _join(cls, kind: str, started: int) -> Runtime:
+    def _join(cls, kind: str, started: int, section: RuntimeSection) -> Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         # Without cpu=True accelerate silently runs N separate training runs on a machine that has no GPU.
@@ -97,20 +117,27 @@ class Runtime:
         got = accelerator.num_processes
         if got != started or not dist.is_initialized() or dist.get_world_size() != started:
             raise LlmRecipeError(f"{started} processes were started and accelerate joined {got}; nothing would be synchronised")
-        return cls(accelerator.device, got, accelerator.process_index, accelerator)
+        place, rank = accelerator.device, accelerator.process_index
+        return cls(place, got, rank, accelerator, section.shard, section.dp_replicate, shard_size(section))
 
     # --- model ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, module: nn.Module, unused: bool = False) -> nn.Module:
+    def prepare(self, module: nn.Module, unused: bool = False, blocks: Sequence[nn.Module] = ()) -> nn.Module:
         """Return the module wrapped so that its backward pass averages gradients over processes; itself for one process.
 
-        A module that trains nothing by gradient is returned unchanged.
+        A module that trains nothing by gradient is returned unchanged, one that is divided already as well.
 
         Args:
             unused: whether a trained tensor may have no gradient on some process, or on any. Finding these costs a traversal
                 of the graph in every step.
+            blocks: modules that are computed one after the other; each is gathered by itself where parameters are divided.
         """
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        if self.in_step:
+            if not _sharding().groups_of(module):
+                mesh = _sharding().mesh_of(self.device.type, self.replicas, self.shards)
+                _sharding().shard_module(module, blocks, mesh, self.shard == "zero3", unused)
             return module
         ddp = nn.parallel.DistributedDataParallel
         # Buffers are equal by construction (the option that says so has another name since torch 2.13).
@@ -124,8 +151,48 @@ class Runtime:
             find_unused_parameters=unused,
         )
 
+    def optimizer(
+        self, build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], groups: list[dict[str, Any]]
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer of some groups of parameters, its states divided among the processes where that is wanted."""
+        if self.shard != "zero1":
+            return build(groups)
+        made: torch.optim.Optimizer = _sharding().Partitioned(groups, build)
+        return made
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """Clip the norm of the gradients of some parameters; return the norm before clipping."""
+        if self.in_step:
+            return _sharding().clip_norm(parameters, limit, self.sum, self.replicas)
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which this process may call the module, or a part of it, without the other processes."""
+        if not self.in_step or not _sharding().groups_of(module):
+            return contextlib.nullcontext()
+        return _sharding().gathered(module, self.shard == "zero3")
+
+    def whole(self, model: nn.Module, names: set[str], write: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which the parameters of some names are whole, on the CPU, where this process divides them.
+
+        Every process enters it, and none may run the model inside. Only the main process has the whole tensors.
+
+        Args:
+            write: every process has them, and what is written into them is divided again on exit.
+        """
+        if not self.in_step:
+            return contextlib.nullcontext()
+        return _sharding().whole_tensors(model, names, write or self.is_main, write)
+
+    def passes(self, own: int) -> int:
+        """Return how many forward passes this process has to make for `own` of its own: those of the process with most."""
+        return int(self.maximum(torch.tensor([own]))) if self.in_step else own
+
     def sync(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Return the context of one micro-batch: gradients are averaged over processes only in the last one of a step."""
+        """Return the context of one micro-batch: gradients are averaged over processes only in the last one of a step.
+
+        Divided gradients are averaged in each, since no process has room for those of all parameters.
+        """
         return contextlib.nullcontext() if last else self.no_sync(module)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
@@ -192,6 +259,15 @@ class Runtime:
         dist.broadcast(data, source)
         return bytes(data.cpu().numpy())
 
+    def sent(self, tensor: Tensor | None, source: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Return the tensor of process `source` on every process, where each knows its dtype and shape."""
+        value = torch.empty(shape, dtype=dtype, device=self.device)
+        if tensor is not None and source == self.rank:
+            value.copy_(tensor)
+        if self.world > 1 and value.numel():
+            dist.broadcast(value, source)
+        return value
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
@@ -240,6 +316,13 @@ class _Gathered(torch.autograd.Function):
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.own], None, None
+
+
+def _sharding() -> ModuleType:
+    """Return the module that divides a training; importing what it needs takes seconds."""
+    from llmrecipe.runtime import sharding
+
+    return sharding
 
 
 def pick_device(wanted: str) -> str:

@@ -28,14 +28,16 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import new_token_rows
 from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
+from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.models.resolve_class import HEAD_MODULES, NEW_HEADS
-from llmrecipe.optim.optimizer import Optimizer, build_optimizer, parameter_groups
+from llmrecipe.optim.optimizer import Divide, Optimizer, build_optimizer, parameter_groups
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import base_storage, delta, open_model
 from llmrecipe.runs.checkpoint_io import saved_structures
 from llmrecipe.runs.events import Events
 from llmrecipe.runs.run_dir import RunDir
+from llmrecipe.runtime.accelerate_environment import check_environment
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
@@ -99,6 +101,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     check_chain(recipe, parts.wrappers)
     check_attention(recipe, parts.objective, parts.wrappers, labels)
     check_model_fits(recipe, parts.objective, data, validation, labels)
+    check_environment(recipe)
     runtime = Runtime.start(recipe.runtime)
     with abandoned(None, runtime, resume):
         if recipe.model.compile:
@@ -123,15 +126,34 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         if identity is not None:
             identity.tokenizer = model.tokenizer
         optimizer = None
-        # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration.
-        if any(p.requires_grad for p in roles.model.parameters()):
-            roles.prepared = runtime.prepare(roles.engine, True)
-            optimizer = None if stack.rule() is not None else optimizer_for(roles.model, parts.optimizer, stack)
+        # Methods that choose what trains from data have opened nothing yet; `Run.rebuild` follows their calibration, which
+        # looks at the undivided model.
+        waits = runtime.in_step and resume is None and any(w.calibrates() for w in stack)
+        if not waits and any(p.requires_grad for p in roles.model.parameters()):
+            roles.prepared = prepared(runtime, roles, stack, True)
+            optimizer = (
+                None
+                if stack.rule() is not None
+                else optimizer_for(roles.model, parts.optimizer, stack, divide=runtime.optimizer)
+            )
         return RunState(
             composition, directory, runtime, events, parts.objective, stack, parts.optimizer, parts.schedule, model, data,
             validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)), Progress(),
             changes, identity, reads=reads,
         )  # fmt: skip
+
+
+def prepared(runtime: Runtime, roles: Roles, stack: Stack, unused: bool) -> nn.Module:
+    """Wrap the engine for the processes of the run.
+
+    Args:
+        unused: whether a trained tensor may have no gradient on some process.
+    """
+    if not runtime.in_step:
+        return runtime.prepare(roles.engine, unused)
+    parts = [site.module for site in anatomy(roles.model).sites if site.role == "block"]
+    blocks = list({id(part): part for part in parts}.values())
+    return runtime.prepare(roles.engine, any(type(w).may_skip is not Wrapper.may_skip for w in stack), blocks)
 
 
 def build_model(
@@ -386,10 +408,18 @@ def cut_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: i
 
 
 def optimizer_for(
-    model: nn.Module, optim: Optimizer, stack: Stack, keep: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    optim: Optimizer,
+    stack: Stack,
+    keep: torch.optim.Optimizer | None = None,
+    divide: Divide | None = None,
 ) -> torch.optim.Optimizer:
-    """Build the torch optimizer of what trains; states of parameters of `keep` are carried over, cut where these were cut."""
-    optimizer = build_optimizer(optim, parameter_groups(model, optim, stack.groups(model)))
+    """Build the torch optimizer of what trains; states of parameters of `keep` are carried over, cut where these were cut.
+
+    Args:
+        divide: see `build_optimizer`.
+    """
+    optimizer = build_optimizer(optim, parameter_groups(model, optim, stack.groups(model)), divide)
     if keep is not None:
         trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         for parameter, state in keep.state.items():

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.engine.packing import micro_tokens
+from llmrecipe.engine.reference_policy import needs_snapshot
 from llmrecipe.feedback.directions import direction
-from llmrecipe.methods._base.stack import Stack, base_parameters, kind_name
+from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, Stack, base_parameters, kind_name
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import refuse_stages
+from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
@@ -23,6 +26,7 @@ from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, we
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data
+from llmrecipe.training.shard_estimate import saving, shard_table
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -50,6 +54,8 @@ class Findings:
     tokens_per_step: int | None
     """None where it cannot be known: rows of a stream have not been read, answers have not been sampled."""
     memory_mb: dict[str, float]
+    devices_mb: list[dict[str, float]]
+    """Megabytes of a device under each value of `runtime.shard`, one row for each number of devices."""
     delta_bytes: int
     """Learned tensors of a checkpoint, without the optimizer's state."""
     seconds: float | None
@@ -121,11 +127,16 @@ def examine(composition: Composition) -> Findings:
         f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
         for w in later
     ]
+    shard = settings.runtime.shard
+    if shard in GATHERED and needs_snapshot(parts.objective, stack, model, settings.model.continue_):
+        raise RecipeError(DIVIDED_REFERENCE)
+    if shard != PLAIN:
+        notes.append(saving(memory, model, shard, max(2, shard_size(settings.runtime))))
     return Findings(
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),
         base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
-        _megabytes(memory), delta_bytes(model, stack),
+        _megabytes(memory), shard_table(memory, model), delta_bytes(model, stack),
         None if per_step is None else 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
         warnings,
     )  # fmt: skip

@@ -126,7 +126,8 @@ def generated(evaluation: Evaluation, data: Rows) -> dict[str, Scored]:
     if section.metrics and section.batches is not None:
         count = min(count, section.batches * evaluation.batch_size)
     own = list(range(count))[evaluation.runtime.rank :: evaluation.runtime.world]
-    rows = answer_rows(data, evaluation.roles, own, Sampling(max_new_tokens=section.max_new_tokens))
+    with evaluation.runtime.gathered(evaluation.roles.prepared):
+        rows = answer_rows(data, evaluation.roles, own, Sampling(max_new_tokens=section.max_new_tokens))
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
         evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])
@@ -153,6 +154,7 @@ def _batches(evaluation: Evaluation, data: Rows) -> Iterator[tuple[list[dict[str
     """
     indices = list(range(rows_read(evaluation, data)))[evaluation.runtime.rank :: evaluation.runtime.world]
     rows = evaluation.objective.evaluation_rows(data, indices)
-    parts = ([[row] for row in rows] or [[]]) if evaluation.row_by_row else evaluation.roles.split(rows)
-    for part in parts:
+    parts = ([[row] for row in rows] or [[]]) if evaluation.row_by_row else list(evaluation.roles.split(rows))
+    # Empty ones for a process that has fewer than another and has to make the same passes.
+    for part in [*parts, *([[]] * (evaluation.runtime.passes(len(parts)) - len(parts)))]:
         yield part, evaluation.objective.collate(part, evaluation.roles)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.models.sharded import local
+from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.training.optimizer_state import optimizer_state
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ def nonfinite_names(tensors: Mapping[str, Tensor], order: float = float("inf")) 
     """
     norms: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            value = tensor.detach()
+        value = local(tensor.detach())
+        if value.is_floating_point() and value.numel():
             value = value.float() if value.element_size() == 1 else value
             kind = torch.promote_types(value.dtype, torch.float32)
             norms[value.device].append((name, torch.linalg.vector_norm(value, order, dtype=kind).double()))
@@ -96,6 +98,9 @@ def check_updated(run: RunState) -> None:
 
 
 def _refuse(run: RunState, what: str, bad: list[str], count: int) -> None:
+    if run.runtime.shard != PLAIN:
+        # Each process has looked at its own part.
+        bad = list(dict.fromkeys(name for each in run.runtime.gather_json(bad) for name in each))
     if bad:
         named = ", ".join(bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
         raise RunError(

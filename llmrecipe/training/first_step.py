@@ -15,6 +15,7 @@ from llmrecipe.core.errors import ProofError
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import is_head, own_tensors
 from llmrecipe.models.hooks.hook import all_hooks, recorded_calls
+from llmrecipe.training import build_run
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -64,7 +65,7 @@ def finalize_first_step(run: RunState) -> None:
     if unfired := run.stack.unfired():
         raise ProofError(f"hooks that never ran in step 1: {', '.join(unfired)}; the method would silently do nothing")
     if not run.unused:
-        run.roles.prepared = run.runtime.prepare(run.roles.engine)
+        run.roles.prepared = build_run.prepared(run.runtime, run.roles, run.stack, False)
 
 
 def _nowhere(run: RunState, used: dict[str, bool]) -> list[str]:

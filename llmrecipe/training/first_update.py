@@ -18,7 +18,9 @@ from llmrecipe.core.key_reads import refuse_unread
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
-from llmrecipe.training import first_step
+from llmrecipe.models.sharded import is_sharded, local
+from llmrecipe.recipe.sharding_rules import PLAIN
+from llmrecipe.training import first_step, shard_proof
 from llmrecipe.training.checksum import named_checksums
 from llmrecipe.training.startup_report import record_proof
 
@@ -64,8 +66,9 @@ class FirstUpdate:
         after = named_checksums(tensors)
         names = sorted(self.before)
         known = dict(self.run.model.named_parameters())
-        moved = [n for n in names if (after[n] != self.before[n] if n in after else n not in known)]
-        self._refuse_unequal(sorted(after), after)
+        moved = self._anywhere([n for n in names if (after[n] != self.before[n] if n in after else n not in known)])
+        divided = {n for n, t in tensors.items() if is_sharded(t)}
+        self._refuse_unequal([n for n in sorted(after) if n not in divided], after)
         frozen = [n for n in names if n not in self.trained]
         own_writes = written_in_place(self.run.model)
         self._refuse(
@@ -85,6 +88,8 @@ class FirstUpdate:
             },
             "hooks": sum(1 for _ in all_hooks(self.run.model)),
         }
+        if self.run.runtime.shard != PLAIN:
+            self.facts["sharding"] = shard_proof.prove(self.run)
         self.before.clear()
         self.seconds += time.perf_counter() - started
 
@@ -105,6 +110,12 @@ class FirstUpdate:
         self.pending = False
         self.seconds += time.perf_counter() - started
         record_proof(self.run, {**self.facts, "seconds": round(self.seconds, 4)})
+
+    def _anywhere(self, names: list[str]) -> list[str]:
+        """Return the names that are in the list of any process, where each compares its own part of the tensors."""
+        if not self.run.runtime.in_step:
+            return names
+        return list(dict.fromkeys(name for each in self.run.runtime.gather_json(names) for name in each))
 
     # --- comparisons ----------------------------------------------------------------------------------------------
 
@@ -184,5 +195,7 @@ def _should_move(parameter: nn.Parameter, rate: float) -> bool:
     """
     if parameter.grad is None or not parameter.is_floating_point():
         return False
-    slope, size = float(parameter.grad.abs().max()), float(parameter.detach().abs().max())
+    if not local(parameter.grad).numel():
+        return False
+    slope, size = float(local(parameter.grad).abs().max()), float(local(parameter.detach()).abs().max())
     return rate * min(slope, 1.0) > torch.finfo(parameter.dtype).eps * size and slope > 1e-6

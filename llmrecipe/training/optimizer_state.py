@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.models.sharded import is_sharded, whole, write_whole
+
+if TYPE_CHECKING:
+    from llmrecipe.runtime.processes import Runtime
 
 SEPARATOR = "//"
 """Separates a parameter's name and the name of its state."""
@@ -34,6 +38,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
                 if not isinstance(value, Tensor):
                     values.setdefault(name, {})[key] = value
                     continue
+                if is_sharded(value):
+                    tensors[full] = value.detach()
+                    continue
                 place = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
                 first = seen.setdefault(place, full) if value.numel() else full
                 if first == full:
@@ -42,7 +49,33 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
                     shared[full] = first
     # Rates and decays are not state: the recipe and the schedule give them at any step.
     groups = [list(g["names"]) for g in optimizer.param_groups]
-    return tensors, {"class": type(optimizer).__name__, "groups": groups, "values": values, "shared": shared}
+    return tensors, {"class": class_of(optimizer), "groups": groups, "values": values, "shared": shared}
+
+
+def gathered_state(optimizer: torch.optim.Optimizer, runtime: Runtime) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return `optimizer_state` with what the processes divide joined; every process calls it.
+
+    Divided tensors are gathered on every process, one after the other; of states that belong to one process each, the main
+    process gets all.
+    """
+    tensors, facts = optimizer_state(optimizer)
+    if runtime.in_step:
+        tensors = {n: whole(t).cpu() if is_sharded(t) else t for n, t in tensors.items()}
+    if runtime.shard != "zero1":
+        return tensors, facts
+    layouts: list[dict[str, Any]] = runtime.gather_json(
+        {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()}
+    )
+    joined: dict[str, Tensor] = {}
+    for source, layout in enumerate(layouts):
+        for name, (dtype, shape) in layout.items():
+            value = runtime.sent(tensors.get(name), source, getattr(torch, dtype), tuple(shape))
+            if runtime.is_main:
+                joined[name] = value.cpu()
+    for other in runtime.gather_json({"values": facts["values"], "shared": facts["shared"]}):
+        facts["values"] |= other["values"]
+        facts["shared"] |= other["shared"]
+    return joined, facts
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -51,8 +84,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     Raises:
         RunError: the optimizer, its groups or its parameters are not the ones that were saved.
     """
-    if facts["class"] != type(optimizer).__name__:
-        raise RunError(f"the checkpoint holds the state of {facts['class']}, the recipe has {type(optimizer).__name__}")
+    if facts["class"] != class_of(optimizer):
+        raise RunError(f"the checkpoint holds the state of {facts['class']}, the recipe has {class_of(optimizer)}")
     ours, theirs = [list(g["names"]) for g in optimizer.param_groups], facts["groups"]
     if ours != theirs:
         differ = sorted({n for g in ours for n in g} ^ {n for g in theirs for n in g})
@@ -65,10 +98,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         by_name.setdefault(name, {})[key] = tensor
     for name, values in facts["values"].items():
         by_name.setdefault(name, {}).update(values)
-    for index, group in enumerate(optimizer.param_groups):
-        for position, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):
-            if name in by_name:
-                _restore_parameter(optimizer, index, position, parameter, by_name[name])
+    names = {id(p): name for g in optimizer.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
+    # Where each process steps some of the tensors, the one that steps its own has no others in its groups.
+    stepping = getattr(optimizer, "optim", optimizer)
+    for index, group in enumerate(stepping.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if names[id(parameter)] in by_name:
+                _restore_parameter(stepping, index, position, parameter, by_name[names[id(parameter)]])
+
+
+def class_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of the class that makes the steps."""
+    return type(getattr(optimizer, "optim", optimizer)).__name__
 
 
 def _restore_parameter(
@@ -81,6 +122,9 @@ def _restore_parameter(
     for key, value in saved.items():
         if not isinstance(value, Tensor):
             state[key] = value
+        elif is_sharded(parameter) and value.shape == parameter.shape:
+            state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            write_whole(state[key], value)
         elif isinstance(state.get(key), Tensor) and state[key].shape == value.shape and state[key].dtype == value.dtype:
             state[key].copy_(value)
         else:

@@ -19,6 +19,7 @@ from llmrecipe.engine.reference_policy import PlannedRows, prepare_reference
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
+from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.runs.open_model import original
 from llmrecipe.training import build_run, finite_check, resume_rules, save_run
 from llmrecipe.training.build_run import abandoned, build_parts
@@ -208,9 +209,14 @@ class Run(RunState):
 
     def rebuild(self) -> None:
         """Rebuild the optimizer after the set of trained tensors changed, keeping the state of those that remain."""
+        if self.progress.step and self.runtime.shard != PLAIN:
+            raise RunError(
+                f"runtime.shard={self.runtime.shard}: what trains changed at step {self.progress.step}, and the states of a "
+                "divided optimizer do not follow; use runtime.shard=none"
+            )
+        self.roles.prepared = build_run.prepared(self.runtime, self.roles, self.stack, self.unused)
         if self.stack.rule() is None:
-            self.optimizer = build_run.optimizer_for(self.model, self.optim, self.stack, keep=self.optimizer)
-        self.roles.prepared = self.runtime.prepare(self.roles.engine, self.unused)
+            self.optimizer = build_run.optimizer_for(self.model, self.optim, self.stack, self.optimizer, self.runtime.optimizer)
         if self.progress.step and self.stack.reshaped:
             # Weights saved as the best belong to another set of tensors and could not be restored.
             self.best = self.fresh_best()

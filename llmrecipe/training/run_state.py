@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -154,8 +156,21 @@ class RunState:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not parameters:
             return 0.0
-        limit = self.optim.clip or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return self.runtime.clip(parameters, self.optim.clip or float("inf"))
+
+    def whole(self, everything: bool = False, write: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which the main process has whole what the processes divide: what trains and what is saved.
+
+        Args:
+            everything: the frozen parameters too.
+            write: every process has it, and what is written into it is divided again on exit.
+        """
+        if not self.runtime.in_step:
+            return contextlib.nullcontext()
+        names = {n for n, p in self.model.named_parameters() if everything or p.requires_grad} | set(
+            self.stack.delta(self.model)
+        )
+        return self.runtime.whole(self.model, names, write)
 
     def evaluation(self) -> Evaluation:
         """Return what an evaluation needs of the run."""

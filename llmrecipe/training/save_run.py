@@ -35,7 +35,7 @@ from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tr
 from llmrecipe.runs.run_dir import BEST, IDENTITY
 from llmrecipe.training import build_run, finite_check, run_identity
 from llmrecipe.training.evaluate import evaluate
-from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
+from llmrecipe.training.optimizer_state import gathered_state, random_state, restore_optimizer, restore_random_state
 from llmrecipe.training.read_rows import test_rows
 from llmrecipe.training.resume_rules import goes_on
 
@@ -62,32 +62,43 @@ def save(run: RunState, end: bool = False) -> Path | None:
     """
     finite_check.check_finite(run)
     states = run.runtime.gather_json(random_state())
-    path = None
-    if run.runtime.is_main:
-        tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
-        documents: dict[str, Any] = {
-            "progress": asdict(run.progress),
-            "random": states,
-            "judge": run.best.state(),
-            "objective": run.objective.state(),
-            "wrappers": {w.name: w.state() for w in run.stack},
-            "structures": run.stack.structures(run.model),
-            "reference": run.roles.cache.name,
-            "events": {"lines": run.events.mark(), "end": end},
-            "identity": run_identity.kept(run),
-        }
-        if run.roles.reference_moves or run.stack.learns_init():
-            tensors["reference"] = run.stack.snapshot or {}
-        if run.optimizer is not None:
-            tensors["optimizer"], documents["optimizer_facts"] = optimizer_state(run.optimizer)
-        root = run.dir.path / "checkpoints"
-        path = save_checkpoint(root, run.progress.step, tensors, documents)
-        rotate(root, run.recipe.save.keep, run.best.best_step)
-        forget_worse(run)
-        if not end:
-            run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
-        run.dir.status("running", step=run.progress.step)
+    state = gathered_state(run.optimizer, run.runtime) if run.optimizer is not None else None
+    with run.whole():
+        path = _save(run, states, state, end) if run.runtime.is_main else None
     run.runtime.barrier()
+    return path
+
+
+def _save(run: RunState, states: list[Any], state: tuple[dict[str, Any], dict[str, Any]] | None, end: bool) -> Path:
+    """Write the checkpoint, on the main process.
+
+    Args:
+        states: the random generators of every process.
+        state: the optimizer's tensors and facts, those of all processes.
+    """
+    tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
+    documents: dict[str, Any] = {
+        "progress": asdict(run.progress),
+        "random": states,
+        "judge": run.best.state(),
+        "objective": run.objective.state(),
+        "wrappers": {w.name: w.state() for w in run.stack},
+        "structures": run.stack.structures(run.model),
+        "reference": run.roles.cache.name,
+        "events": {"lines": run.events.mark(), "end": end},
+        "identity": run_identity.kept(run),
+    }
+    if run.roles.reference_moves or run.stack.learns_init():
+        tensors["reference"] = run.stack.snapshot or {}
+    if state is not None:
+        tensors["optimizer"], documents["optimizer_facts"] = state
+    root = run.dir.path / "checkpoints"
+    path = save_checkpoint(root, run.progress.step, tensors, documents)
+    rotate(root, run.recipe.save.keep, run.best.best_step)
+    forget_worse(run)
+    if not end:
+        run.events.save(step=run.progress.step, path=str(path.relative_to(run.dir.path)))
+    run.dir.status("running", step=run.progress.step)
     return path
 
 
@@ -111,7 +122,8 @@ def restore(run: RunState) -> None:
         )
     if run.stack.snapshot is not None and saved.tensors.get("reference"):
         run.stack.snapshot = {n: v.to(run.roles.device) for n, v in saved.tensors["reference"].items()}
-    run.stack.restore(run.model, saved.tensors["delta"])
+    with run.whole(write=True):
+        run.stack.restore(run.model, saved.tensors["delta"])
     for name, value in saved.documents["progress"].items():
         setattr(run.progress, name, value)
     run.progress.ended = run.progress.ended and not goes_on(run.changes)
@@ -121,7 +133,7 @@ def restore(run: RunState) -> None:
         wrapper.load_state(saved.documents["wrappers"].get(wrapper.name, {}))
     run.stack.set_trainable(run.model)
     if run.optimizer is not None:
-        run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack)
+        run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack, divide=run.runtime.optimizer)
         restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"])
     if returns_to_best(run):
         best_weights(run)
@@ -143,11 +155,12 @@ def save_best(run: RunState) -> None:
         RunError: a weight or the optimizer's state is not finite, or the disk is full.
     """
     finite_check.check_finite(run)
-    if run.runtime.is_main:
-        tensors = {"delta": run.stack.delta(run.model)}
-        documents = {"judge": run.best.state(), "identity": {"run": run_identity.of(run).run}}
-        save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, documents)
-        forget_worse(run)
+    with run.whole():
+        if run.runtime.is_main:
+            tensors = {"delta": run.stack.delta(run.model)}
+            documents = {"judge": run.best.state(), "identity": {"run": run_identity.of(run).run}}
+            save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, documents)
+            forget_worse(run)
 
 
 def forget_worse(run: RunState) -> None:
@@ -192,7 +205,8 @@ def load_best(run: RunState) -> bool:
     run.runtime.barrier()
     saved = read_checkpoint(best_weights(run))
     run_identity.check_owner(run, saved)
-    run.stack.restore(run.model, saved.tensors["delta"])
+    with run.whole(write=True):
+        run.stack.restore(run.model, saved.tensors["delta"])
     return True
 
 
@@ -221,8 +235,9 @@ def finish(run: RunState) -> None:
     run.roles.cache.save()
     run.objective.finish(run.roles)
     finite_check.check_finite(run)
-    if run.runtime.is_main:
-        write_final(run, metrics)
+    with run.whole(everything=build_run.everything_trains(run.stack)):
+        if run.runtime.is_main:
+            write_final(run, metrics)
     run.runtime.barrier()
 
 

@@ -67,7 +67,9 @@ def measure(run: RunState) -> dict[str, float]:
     rows = [run.data[int(i)] for i in run.order(0)[:size]][rank::world]
     # In training mode: dropout that was left on must show here.
     with torch.no_grad():
-        for batch in next(iter(run.objective.batches(iter([rows]), run.roles))):
+        batches = next(iter(run.objective.batches(iter([rows]), run.roles)))
+        missing = run.runtime.passes(len(batches)) - len(batches)
+        for batch in [*batches, *(run.objective.collate([], run.roles) for _ in range(missing))]:
             loss = run.objective.loss(batch, run.roles)
             sums.add({"loss": (loss.total, run.objective.weight(batch)), **loss.metrics})
     run.objective.load_state(state)

@@ -1,6 +1,7 @@
 """Several runs in one process of a group: `worker.py CASES FOLDER`, started by `launch` or alone.
 
-CASES is a JSON file, name -> [recipe, overrides...]. Each process writes `FOLDER/<name>/rank<r>.safetensors` with what its own
+CASES is a JSON file, name -> [recipe, overrides...], or ["resume=RUN", overrides...] of a run that has begun. Each process
+writes `FOLDER/<name>/rank<r>.safetensors` with what its own
 model learned and `rank<r>.json` with what it saw, or the error that stopped the case on every process.
 """
 
@@ -43,12 +44,14 @@ def same_answers(model: Any, tokenizer: Any, prompts: list[list[int]], how: Samp
 def one(folder: Path, words: list[str], rank: int, world: int) -> dict[str, Any]:
     """One run, and what this process has to say of it."""
     started = time.perf_counter()
-    overrides = [*QUIET, *SHORT, f"run.dir={folder / 'run'}", f"runtime.processes={world}", *words[1:]]
+    begun = Path(words[0].removeprefix("resume=")) if words[0].startswith("resume=") else None
+    overrides = [*([] if begun else [*QUIET, *SHORT, f"run.dir={folder / 'run'}"]), f"runtime.processes={world}", *words[1:]]
     try:
-        run: Run = train(compose(words[0], overrides))
+        run: Run = train(compose(begun / "recipe.yaml" if begun else words[0], overrides), begun)
     except UserError as error:
         return {"error": str(error)}
-    tensors = {n: t.detach().contiguous().clone() for n, t in run.stack.delta(run.model).items()}
+    with run.whole(write=True):
+        tensors = {n: t.detach().contiguous().clone() for n, t in run.stack.delta(run.model).items()}
     save_file(tensors, str(folder / f"rank{rank}.safetensors"))
     return {"world": run.runtime.world, "rank": run.runtime.rank, "seconds": time.perf_counter() - started}
 

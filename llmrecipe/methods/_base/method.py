@@ -122,6 +122,10 @@ class Wrapper:
     """What the method does with gradients, such as `masks gradients`, where it cannot do without them."""
     gradient_free: ClassVar[bool] = False
     """Whether it is an update rule that makes no gradients."""
+    shards: ClassVar[tuple[str, ...]] = ()
+    """Values of `runtime.shard` under which it has been shown to train what one process trains."""
+    unsharded: ClassVar[str] = ""
+    """Why it is refused under others, as the end of a message."""
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ()
     """Lifecycle hooks the method depends on; the run stops when one has not fired by the end of step 1."""
 

@@ -21,12 +21,19 @@ from llmrecipe.models.hooks.fp32_master import raise_to_master
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
+from llmrecipe.models.sharded import is_sharded
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.recipe.stack_rules import Declared, refusals
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.update_rule import UpdateRule
+
+
+DIVIDED_REFERENCE = (
+    "runtime.shard: the policy of step 0 would be a copy of what trains, which cannot be exchanged with parameters that are "
+    "divided over processes; use runtime.shard=zero1, or a stack that can be disabled, such as lora"
+)
 
 
 class Stack:
@@ -254,8 +261,14 @@ class Stack:
             self.snapshot_trained(model)
 
     def snapshot_trained(self, model: nn.Module) -> None:
-        """Keep a copy of everything that trains: the reference from then on."""
+        """Keep a copy of everything that trains: the reference from then on.
+
+        Raises:
+            RecipeError: the tensors are divided over processes, which a copy cannot be exchanged with.
+        """
         names = self.trainable(model)
+        if any(is_sharded(p) for n, p in model.named_parameters() if n in names):
+            raise RecipeError(DIVIDED_REFERENCE)
         self.snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
 
     @torch.no_grad()

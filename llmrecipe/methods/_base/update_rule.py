@@ -33,6 +33,9 @@ class Processes(Protocol):
     def maximum(self, tensor: Tensor) -> Tensor:
         """Return the elementwise maximum of a tensor over all processes."""
 
+    def passes(self, own: int) -> int:
+        """Return how many forward passes this process has to make for `own` of its own."""
+
     def sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which gradients are reduced over processes only for the last micro-batch."""
 
@@ -168,16 +171,20 @@ def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
     weight = max(context.weight(micros), 1e-12)
     sums = MetricSums()
     total = torch.zeros((), dtype=torch.float64)
-    for index, micro in enumerate(micros):
-        last = index == len(micros) - 1
+    passes = context.runtime.passes(len(micros))
+    for index in range(passes):
+        # Where every process has to make the same passes, one with fewer micro-batches repeats its last one for nothing.
+        counts, last = index < len(micros), index == passes - 1
+        micro = micros[min(index, len(micros) - 1)]
         with context.runtime.sync(context.roles.prepared, last):
             loss = context.objective.training_loss(micro, context.roles)
-            value = (loss.total + loss.auxiliary) * (context.runtime.world / weight)
+            value = (loss.total + loss.auxiliary) * (context.runtime.world / weight if counts else 0.0)
             if last:
                 value = value + context.stack.penalty(context.model)
             value.backward()
-        total += loss.total.detach().double().cpu()
-        sums.add(loss.metrics)
+        if counts:
+            total += loss.total.detach().double().cpu()
+            sums.add(loss.metrics)
     mean = float(context.runtime.sum(total.reshape(1))) / weight
     norm = context.clip()
     metrics = sums.mean(context.runtime)

@@ -42,6 +42,7 @@ class Adapter(Wrapper):
     before the dropout of families that apply it outside the sublayer's last matrix (BERT, BART, T5), not after it.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = False
 

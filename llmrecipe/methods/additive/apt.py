@@ -32,6 +32,8 @@ class Apt(Wrapper):
     Paper: Towards Adaptive Prefix Tuning (arXiv 2305.15212); sigmoid, summary and start values are our reading of it.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "torch's fully_shard does not divide tensors without a dimension"
     stage: ClassVar[Stage] = Stage.INJECT
     modality: ClassVar[str] = "text"
     otherwise: ClassVar[str] = "use vpt or prefix_tuning"

@@ -222,6 +222,7 @@ class Coda(Wrapper):
     no conditional pre-training phase of its own: run the same stack on `clm` or masked rows first and continue.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     modality: ClassVar[str] = "text"
     otherwise: ClassVar[str] = "use vpt or lora"

@@ -25,6 +25,7 @@ class PTuningV2(Wrapper):
     Paper: P-Tuning v2 (arXiv 2110.07602).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its columns enter the softmax of attention; no weight holds them"

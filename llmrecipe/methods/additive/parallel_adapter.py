@@ -39,6 +39,7 @@ class ParallelAdapter(Wrapper):
     own with an extra norm; y is met before the dropout of families that apply it outside the sublayer's last matrix.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = False
 

@@ -31,6 +31,7 @@ class PrefixTuning(Wrapper):
     closes the joint softmax would leave the table without gradient. Gates: UniPELT (arXiv 2110.07577).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "its columns enter the softmax of attention; no weight holds them"

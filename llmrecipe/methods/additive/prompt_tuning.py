@@ -28,6 +28,7 @@ class PromptTuning(Wrapper):
     position read a virtual token there, as PEFT does; `position: after_bos` keeps the first token in front.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
     modality: ClassVar[str] = "text"

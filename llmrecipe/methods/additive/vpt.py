@@ -43,6 +43,7 @@ class Vpt(Wrapper):
     Paper: Visual Prompt Tuning (arXiv 2203.12119).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     identity: ClassVar[bool] = False
     modality: ClassVar[str] = "images"

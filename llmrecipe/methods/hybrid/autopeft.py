@@ -51,6 +51,7 @@ class Autopeft(Wrapper):
     biases and take the model's own d, where its code takes 768 for every model and no biases.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False

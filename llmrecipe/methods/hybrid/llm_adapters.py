@@ -36,6 +36,7 @@ class LlmAdapters(Wrapper):
     One parallel adapter a linear layer reproduces the paper's tables; `granularity: sublayer` is one around the feed-forward.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
 
     method: Literal["series", "parallel", "lora", "prefix"] = "series"

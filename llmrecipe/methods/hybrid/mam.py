@@ -34,6 +34,7 @@ class Mam(Wrapper):
     are options of that method: `scale: 1.0` (parallel), `form: multihead` (multi-head parallel), `sites: [attn]`.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False

@@ -40,6 +40,8 @@ class Unipelt(Wrapper):
     gate reads u / rms(u), for u grows with depth (`gate_input: raw` reads u).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "torch's fully_shard does not divide tensors without a dimension"
     stage: ClassVar[Stage] = Stage.INJECT
     modality: ClassVar[str] = "text"
     otherwise: ClassVar[str] = "use vpt or mam"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Wrapper
@@ -20,6 +22,8 @@ class Direft(StateEdits, Wrapper):
     Paper: ReFT: Representation Finetuning for Language Models (arXiv 2404.03592). Its code calls the form with an orthonormal
     W_2 DiReFT: that is `variant: direft_orth`. Departures: those of `loreft`.
     """
+
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
 
     variant: Literal["direft", "direft_orth", "offset"] = "direft"
     """direft_orth: W_2 has orthonormal rows; offset: a learned vector a position."""

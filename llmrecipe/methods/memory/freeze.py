@@ -36,6 +36,7 @@ class Freeze(Wrapper):
     norm and by cost; LISA keeps embedding and head in training.
     """
 
+    unsharded: ClassVar[str] = "it changes what trains during the run, and the states of a divided optimizer do not follow"
     stage: ClassVar[Stage] = Stage.FREEZE
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step",)

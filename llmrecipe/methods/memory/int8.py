@@ -28,6 +28,8 @@ class Int8(Wrapper):
     Paper: LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (arXiv 2208.07339).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "torch's fully_shard leaves 8-bit weights whole"
     stage: ClassVar[Stage] = Stage.BASE
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = False

@@ -40,6 +40,8 @@ class LoraFa(Wrapper):
     correction from its third version. Departures: dropout acts on A x by default (`dropout_on`).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "its corrected gradient reads tensors of which each process holds a part"
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal
@@ -29,6 +30,8 @@ class Loreft(StateEdits, Wrapper):
     and arithmetic tasks (lr 9e-4, no weight decay); instruction following takes r 4, f5+l5, four layers.
     Departures: dropout on the edit instead of the edited state (`dropout_on`), no dummy position edited in short prompts.
     """
+
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
 
     variant: Literal["loreft", "noreft", "consreft", "lobireft", "linear"] = "loreft"
     """noreft: R is free; consreft: R^T (b - R h); lobireft: R^T b; linear: h + U V h, a plain low-rank change of the state."""

@@ -56,6 +56,7 @@ class Mezo(Wrapper):
     the history instead of stored; gradient accumulation and data parallelism.
     """
 
+    unsharded: ClassVar[str] = "it makes no gradients, and keeps no state that could be divided"
     stage: ClassVar[Stage] = Stage.RULE
     mergeable: ClassVar[bool] = True
     masters: ClassVar[bool] = False

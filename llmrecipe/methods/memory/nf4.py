@@ -42,6 +42,8 @@ class Nf4(Wrapper):
     the families' own norms compute in float32 anyway.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "torch's fully_shard leaves 4-bit weights whole, or changes the codes of those stored as floats"
     stage: ClassVar[Stage] = Stage.BASE
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = False

@@ -49,6 +49,7 @@ class Smt(SparseMethod, Wrapper):
     moves rows); columns are copied (its views keep the whole input).
     """
 
+    unsharded: ClassVar[str] = "it changes what trains during the run, and the states of a divided optimizer do not follow"
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     needs_gradients: ClassVar[str] = "chooses and trains blocks by gradients"

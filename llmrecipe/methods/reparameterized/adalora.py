@@ -152,6 +152,7 @@ class Adalora(Wrapper):
     norms. Ties are kept in order instead of all being dropped.
     """
 
+    unsharded: ClassVar[str] = "it changes what trains during the run, and the states of a divided optimizer do not follow"
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("penalty", "after_step")

@@ -203,6 +203,7 @@ class Dora(Wrapper):
     its code.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
 

@@ -86,6 +86,8 @@ class Dylora(Wrapper):
     keeps them, their moments included, as they were.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "the ranks it trains in a step are entries of tensors of which each process holds a part"
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("before_step", "after_step")

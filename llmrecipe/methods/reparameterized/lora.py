@@ -69,6 +69,7 @@ class Lora(Wrapper):
 
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
 
     target: str = "attn.q|v"
     """Sites that get a low-rank branch."""

@@ -101,6 +101,7 @@ class Vera(Wrapper):
     Paper: VeRA: Vector-based Random Matrix Adaptation (arXiv 2310.11454).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
 

@@ -73,6 +73,7 @@ class Bitfit(Wrapper):
     Departures: names are matched by role, not by substring, and the pooler's bias is a choice of its own.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
 

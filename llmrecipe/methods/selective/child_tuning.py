@@ -49,6 +49,8 @@ class ChildTuning(SparseMethod, Wrapper):
     chosen where many are equal; masked entries of d do not decay.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "it writes into weights of which each process holds a part"
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ("after_backward", "after_step")

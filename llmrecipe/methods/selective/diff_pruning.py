@@ -43,6 +43,7 @@ class DiffPruning(GatePhase, Wrapper):
     keep ties; evaluation in phase 1 takes the gates at u = 1/2.
     """
 
+    unsharded: ClassVar[str] = "it changes what trains during the run, and the states of a divided optimizer do not follow"
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     needs_gradients: ClassVar[str] = "learns gates by gradients"

@@ -38,6 +38,8 @@ class Fishmask(SparseMethod, Wrapper):
     mode; log p(y|x) is summed over target tokens (`reduction: mean` would weigh an example of T targets by 1 / T^2).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "it writes into weights of which each process holds a part"
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     needs_gradients: ClassVar[str] = "chooses entries by squared gradients"

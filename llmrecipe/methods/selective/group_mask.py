@@ -52,6 +52,8 @@ class GroupMask(GatePhase, Wrapper):
     stay entry-wise in the end; the hard selection, with or without gates, is a product definition, no paper's method.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "it writes into weights of which each process holds a part"
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     needs_gradients: ClassVar[str] = "chooses groups by squared gradients, or learns gates by them"

@@ -47,6 +47,8 @@ class Spt(SparseMethod, Wrapper):
     a sweep, and the total never exceeds the budget; entries of norms really train; no drop path.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = "it writes into weights of which each process holds a part"
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
     needs_gradients: ClassVar[str] = "chooses entries and sites by gradients"

@@ -73,6 +73,7 @@ class Cpo(Objective):
     (arXiv 2310.12036).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
     head: ClassVar[str] = "causal"
     dropout: ClassVar[bool] = False

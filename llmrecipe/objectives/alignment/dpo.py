@@ -100,6 +100,7 @@ class Dpo(Objective):
     follows the conservative-DPO formula, which the reference trainer does not apply to its `sigmoid` loss.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("reference",)

@@ -42,6 +42,10 @@ class Grpo(Sampled, Objective):
     one ratio per answer (GSPO, arXiv 2507.18071). One batch of prompts is one rollout; `steps` counts its updates.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = (
+        "each process samples answers of its own, of lengths of their own, while parameters are gathered by all at once"
+    )
     rows: ClassVar[str] = "prompt"
     roles: ClassVar[tuple[str, ...]] = ("reference", "reward")
     dropout: ClassVar[bool] = False

@@ -63,6 +63,7 @@ class Ipo(Objective):
     Paper: A General Theoretical Paradigm to Understand Learning from Human Preferences (arXiv 2310.12036).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("reference",)

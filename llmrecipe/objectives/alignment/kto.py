@@ -72,6 +72,7 @@ class Kto(Objective):
     Papers: KTO (arXiv 2402.01306); apo_zero_unpaired: arXiv 2408.06266.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "unpaired"
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("reference",)

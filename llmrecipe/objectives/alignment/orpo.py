@@ -62,6 +62,7 @@ class Orpo(Objective):
     Paper: ORPO: Monolithic Preference Optimization without Reference Model (arXiv 2403.07691).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
     head: ClassVar[str] = "causal"
     dropout: ClassVar[bool] = False

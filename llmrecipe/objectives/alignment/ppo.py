@@ -73,6 +73,10 @@ class Ppo(Sampled, Objective):
     arXiv 2403.17031 (the whitening divides by n - 1).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = (
+        "each process samples answers of its own, of lengths of their own, while parameters are gathered by all at once"
+    )
     rows: ClassVar[str] = "prompt"
     roles: ClassVar[tuple[str, ...]] = ("reference", "reward", "value")
     dropout: ClassVar[bool] = False

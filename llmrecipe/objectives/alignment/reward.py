@@ -69,6 +69,7 @@ class Reward(Objective):
     margin: Llama 2 (arXiv 2307.09288); centering: arXiv 2312.09244.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
     head: ClassVar[str] = "causal"
     dropout: ClassVar[bool] = False

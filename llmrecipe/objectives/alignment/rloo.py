@@ -39,6 +39,10 @@ class Rloo(Sampled, Objective):
     `steps` counts its updates.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = (
+        "each process samples answers of its own, of lengths of their own, while parameters are gathered by all at once"
+    )
     rows: ClassVar[str] = "prompt"
     roles: ClassVar[tuple[str, ...]] = ("reference", "reward")
     dropout: ClassVar[bool] = False

@@ -50,6 +50,7 @@ class Simpo(Objective):
     Paper: SimPO: Simple Preference Optimization with a Reference-Free Reward (arXiv 2405.14734).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
     head: ClassVar[str] = "causal"
     dropout: ClassVar[bool] = False

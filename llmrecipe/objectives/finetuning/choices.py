@@ -69,6 +69,7 @@ class Choices(Objective):
     adds 1e-2 inside the logarithm of L_UL: `unlikelihood_floor`.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "choices"
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True

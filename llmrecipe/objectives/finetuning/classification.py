@@ -24,6 +24,7 @@ class Classification(LabelPrediction, Objective):
     Paper: BERT (arXiv 1810.04805); last-token pooling as in the transformers sequence-classification heads.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "labelled"
     head: ClassVar[str] = "classification"
     resampled: ClassVar[bool] = True

@@ -36,6 +36,7 @@ class ImageClassification(LabelPrediction, Objective):
     Papers: An Image is Worth 16x16 Words (arXiv 2010.11929); Deep Residual Learning (arXiv 1512.03385).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "labelled_images"
     head: ClassVar[str] = "image"
     resampled: ClassVar[bool] = True

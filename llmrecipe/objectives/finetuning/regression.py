@@ -26,6 +26,7 @@ class Regression(Objective):
     Source: the semantic similarity of pairs in BERT (arXiv 1810.04805), as in the transformers heads with one label.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "scored"
     head: ClassVar[str] = "classification"
     resampled: ClassVar[bool] = True

@@ -36,6 +36,7 @@ class Sft(Objective):
     rows: ClassVar[str] = "dialogue"
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
 
     mask: LossMaskName = "assistant"
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""

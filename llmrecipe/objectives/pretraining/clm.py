@@ -33,6 +33,7 @@ class Clm(Objective):
     Source: next-token prediction as in GPT-2; shift and counting as in the transformers loss for causal models.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "text"
     head: ClassVar[str] = "causal"
     special_tokens: ClassVar[tuple[str, ...]] = ("eos",)

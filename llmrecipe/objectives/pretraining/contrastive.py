@@ -66,6 +66,10 @@ class Contrastive(Objective):
     (arXiv 2101.06983); alignment and uniformity: arXiv 2005.10242.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1",)
+    unsharded: ClassVar[str] = (
+        "the number of passes over a batch differs between processes, while parameters are gathered by all at once"
+    )
     rows: ClassVar[str] = "pairs"
     head: ClassVar[str] = "states"
 

@@ -76,6 +76,7 @@ class Dae(Denoising, Objective):
     Papers: BART (arXiv 1910.13461) and fairseq's denoising_dataset.py; T5 (arXiv 1910.10683); TSDAE (arXiv 2104.06979).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "structured_text"
     head: ClassVar[str] = LANGUAGE
 

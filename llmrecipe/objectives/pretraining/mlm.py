@@ -36,6 +36,7 @@ class Mlm(MaskedTokens, Objective):
     (arXiv 1907.11692); spans: SpanBERT (arXiv 1907.10529), without its boundary objective.
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "words"
     head: ClassVar[str] = "masked"
     special_tokens: ClassVar[tuple[str, ...]] = ("mask",)

@@ -51,6 +51,7 @@ class Mmlm(MaskedTokens, Objective):
     Papers: UNITER (arXiv 1909.11740), VisualBERT (arXiv 1908.03557); patches as in ViLT (arXiv 2102.03334).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "pictured_words"
     head: ClassVar[str] = "masked"
 

@@ -61,6 +61,7 @@ class Nsp(MaskedTokens, Objective):
     Papers: BERT (arXiv 1810.04805); `negatives: swap` is the sentence order prediction of ALBERT (arXiv 1909.11942).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "sentences"
     head: ClassVar[str] = "masked"
     special_tokens: ClassVar[tuple[str, ...]] = ("sep",)

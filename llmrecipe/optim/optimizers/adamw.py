@@ -24,6 +24,7 @@ class AdamW(Optimizer):
     """
 
     entrywise: ClassVar[bool] = True
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
 
     lr: PositiveFloat = 2e-4
     """Learning rate at its peak."""

@@ -1,0 +1,162 @@
+"""`runtime.shard` on two processes: the losses and weights of one process, each with its part of the memory, and resumption."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.schema import RuntimeSection
+from llmrecipe.runtime.processes import Runtime
+from llmrecipe.training.train import train
+from tests.runtime.worker import SHORT
+from tests.support import ROOT
+from tests.trainings import QUIET, curve, learned
+
+WORKER = ROOT / "tests" / "runtime" / "worker.py"
+LAUNCH = (
+    "import sys; from llmrecipe.runtime.distributed_launch import launch; "
+    "sys.exit(launch(sys.argv[3:], int(sys.argv[1]), program=[sys.executable, sys.argv[2]]))"
+)
+STEADY = ["schedule=constant", "schedule.warmup=0"]
+"""Steps do not depend on the length of the run, so a longer one goes on as a shorter one."""
+
+
+def launched(folder: Path, cases: dict[str, list[str]], processes: int = 2) -> None:
+    """Run every case on some processes, each in `folder/NAME/run` (see worker.py)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = folder / "cases.json"
+    listed.write_text(json.dumps(cases), encoding="utf-8")
+    start = [sys.executable, "-c", LAUNCH, str(processes), str(WORKER), str(listed), str(folder)]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for name in cases:
+        for rank in range(processes):
+            said = json.loads((folder / name / f"rank{rank}.json").read_text(encoding="utf-8"))
+            assert "error" not in said, said
+
+
+def alone(folder: Path, recipe: str, *words: str) -> Path:
+    """The same run on one process."""
+    train(compose(recipe, [*QUIET, *SHORT, *STEADY, f"run.dir={folder}", *words]))
+    return folder
+
+
+def equal(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    """Losses, gradient norms and what was learned, up to the order of additions."""
+    ours, theirs = curve(one), curve(other)
+    assert [step for step, *_ in ours] == [step for step, *_ in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert b[1] == pytest.approx(a[1], abs=tolerance)
+        assert b[2] == pytest.approx(a[2], rel=1e-4)
+    left, right = learned(one), learned(other)
+    assert left and left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, atol=5e-4, rtol=1e-3)
+
+
+def proved(run: Path) -> dict[str, Any]:
+    """What the run has proved of its division."""
+    found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))["proved"]["sharding"]
+    return found
+
+
+CASES = {
+    "zero1": ["sft", "runtime=zero1", *STEADY],
+    "zero2": ["sft_lora", "runtime=zero2", *STEADY],
+    "zero3": ["sft", "runtime=zero3", *STEADY],
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case on two processes, in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    launched(folder, CASES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Full training and LoRA on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    alone(folder / "sft", "sft")
+    alone(folder / "sft_lora", "sft_lora")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_what_one_trains(name: str, one: Path, two: Path) -> None:
+    equal(one / CASES[name][0], two / name / "run")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_process_holds_its_part(name: str, two: Path) -> None:
+    facts = proved(two / name / "run")
+    whole, parts = facts["whole"], facts["processes"]
+    assert len(parts) == 2
+    for part in parts:
+        assert part["optimizer"] == pytest.approx(whole["optimizer"] / 2, rel=0.01)
+        for key in ("parameters", "gradients"):
+            divided = name != "zero1"
+            assert part[key] == pytest.approx(whole[key] / 2 if divided else whole[key], rel=0.01)
+    if name == "zero3":
+        assert max(sum(part.values()) for part in parts) < 0.6 * sum(whole.values())
+
+
+def test_both_processes_end_with_the_same_weights(two: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name in CASES:
+        ours, theirs = (load_file(str(two / name / f"rank{rank}.safetensors")) for rank in (0, 1))
+        assert ours and [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_a_divided_run_goes_on_undivided_on_one_process(tmp_path: Path, two: Path) -> None:
+    whole = alone(tmp_path / "whole", "sft_lora", "steps=3")
+    part = two / "zero2" / "run"
+    train(compose(part / "recipe.yaml", ["steps=3", "runtime.shard=none", "runtime.processes=1"]), part)
+    equal(whole, part)
+
+
+def test_one_process_has_nothing_to_divide() -> None:
+    with pytest.raises(RecipeError, match="zero3 divides a training over processes and one was started"):
+        Runtime.start(RuntimeSection(shard="zero3"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_goes_on_with_other_processes_and_another_division(tmp_path: Path) -> None:
+    """zero1 on 2, zero3 on 3, hybrid zero3 on 4 (2 groups of 2), zero2 on 2: the fifth step of one run of one process."""
+    whole = alone(tmp_path / "whole", "sft", "steps=5")
+    run = tmp_path / "a" / "parts" / "run"
+    launched(tmp_path / "a", {"parts": ["sft", "runtime=zero1", *STEADY]})
+    launched(tmp_path / "b", {"parts": [f"resume={run}", "steps=3", "runtime.shard=zero3"]}, 3)
+    launched(tmp_path / "c", {"parts": [f"resume={run}", "steps=4", "runtime.shard=zero3", "runtime.dp_replicate=2"]}, 4)
+    facts = proved(run)
+    assert len(facts["processes"]) == 4
+    assert max(sum(part.values()) for part in facts["processes"]) < 0.6 * sum(facts["whole"].values())
+    launched(tmp_path / "d", {"parts": [f"resume={run}", "steps=5", "runtime.shard=zero2", "runtime.dp_replicate=1"]}, 2)
+    equal(whole, run, 5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_what_trains_stays_float32_in_a_low_precision_model(dtype: str, tmp_path: Path) -> None:
+    words = [f"model.dtype={dtype}", *STEADY]
+    launched(tmp_path / "two", {"lora": ["sft_lora", "runtime=zero3", *words], "sft": ["sft", "runtime=zero3", *words]})
+    for name, recipe in (("lora", "sft_lora"), ("sft", "sft")):
+        one = alone(tmp_path / name, recipe, f"model.dtype={dtype}")
+        for a, b in zip(curve(one), curve(tmp_path / "two" / name / "run"), strict=True):
+            assert b[1] == pytest.approx(a[1], rel=2e-2)
+        facts = proved(tmp_path / "two" / name / "run")
+        # AdamW keeps two float32 averages an entry: eight bytes of state for four of gradient.
+        assert facts["whole"]["optimizer"] == pytest.approx(2 * facts["whole"]["gradients"], rel=0.01)
