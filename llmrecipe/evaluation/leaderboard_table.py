@@ -85,12 +85,15 @@ class LeaderboardRow:
     """Sample standard deviation over seeds; None for a single one."""
 
 
-def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") -> list[LeaderboardEntry]:
+def read_entries(
+    paths: Sequence[str], metric: str | None, where: str = "runs", more: Sequence[str] = ()
+) -> list[LeaderboardEntry]:
     """Read finished runs and name each by its distinguishing part: its stack, or its objective where that differs.
 
     Args:
         paths: run directories.
         metric: a name in their `final/metrics.json`, such as test/accuracy; None reads no score.
+        more: further names there, each a column of its own.
 
     Raises:
         RunError: a run is not finished, or has no such metric.
@@ -105,6 +108,7 @@ def read_entries(paths: Sequence[str], metric: str | None, where: str = "runs") 
         facts = cost_facts(record)
         if metric is not None:
             facts["score"] = _score(record, metric, where)
+        facts |= {name: _score(record, name, "columns") for name in more}
         entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
     return entries
 

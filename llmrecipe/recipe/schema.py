@@ -26,6 +26,20 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def one_folder(name: str) -> str:
+    """Return a name that can be that of one folder, and of no folder above.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not name.strip() or name in (".", "..") or len(name) > 200 or any(c in "/\\" or ord(c) < 32 for c in name):
+        raise ValueError("a name of one folder, without / and \\ (run.root says where it is)")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(one_folder)]
+
+
 class Section(BaseModel):
     """A section of a recipe: strict types, finite numbers, unknown keys forbidden."""
 
@@ -235,6 +249,11 @@ class EvalSection(Section):
         description="How often the rows of the test split, and of `llmrecipe eval`, are drawn again for the 95 % interval of "
         "each score; rows are then read one at a time. 0: no intervals.",
     )
+    forgetting: dict[FolderName, str] = Field(
+        default_factory=dict,
+        description="Held-out general sets, {name: file, folder or `builtin:NAME`}: their loss a token under the model the run "
+        "starts from and under the one it ends with; forget/NAME is how much it rose.",
+    )
     samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
     max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
 
@@ -264,20 +283,6 @@ class LogSection(Section):
         description="Trackers to mirror events to (`llmrecipe list tracker`; each an optional extra).",
         json_schema_extra=registered("tracker"),
     )
-
-
-def one_folder(name: str) -> str:
-    """Return a name that can be that of one folder, and of no folder above.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not name.strip() or name in (".", "..") or len(name) > 200 or any(c in "/\\" or ord(c) < 32 for c in name):
-        raise ValueError("a name of one folder, without / and \\ (run.root says where it is)")
-    return name
-
-
-FolderName = Annotated[str, AfterValidator(one_folder)]
 
 
 class RunSection(Section):

@@ -70,7 +70,7 @@ class Events:
         self._emit("step", step, values)
 
     def evaluation(self, step: int, **metrics: object) -> None:
-        """Report metrics of a split after `step` steps, named `eval/...` or `test/...`."""
+        """Report metrics of a split after `step` steps, named `eval/...`, `test/...`, `general/...` or `forget/...`."""
         self._emit("evaluation", step, metrics)
 
     def sample(self, step: int, prompt: str, answer: str, **facts: object) -> None:

@@ -55,7 +55,9 @@ BEST = "best"
 """Folder of the best weights, where a checkpoint holds trained tensors alone."""
 IDENTITY = "identity.json"
 """File of the run's own name and of the fingerprints of what it is trained on (see `runs.identity`)."""
-OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", IDENTITY, "events.jsonl", "status.json", "lock")
+FORGETTING = "forgetting.json"
+"""File of what the rows of `eval.forgetting` scored before the first step."""
+OWN_FILES = ("recipe.yaml", "command.txt", "environment.json", IDENTITY, FORGETTING, "events.jsonl", "status.json", "lock")
 
 
 class RunDir:

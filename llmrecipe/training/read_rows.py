@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.schema import Recipe
 
 
+GENERAL_ROWS, GENERAL_MASK = "dialogue", "assistant"
+"""Row type and loss mask of the general sets: of plain text every token is a target, of conversations the answers."""
+
+
 def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks | None:
     """Return the tasks that a stack, and the stacks of the runs below it, keep separate; None where no method does.
 
@@ -84,6 +88,7 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     )  # fmt: skip
     if isinstance(data, TokenData) and isinstance(validation, TokenData):
         data.report.overlap, data.report.compared = shared_rows(data, validation), len(validation)
+    general_rows(recipe, objective)
     return data, validation, labels
 
 
@@ -101,6 +106,36 @@ def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | 
         f"eval.monitor: eval/{metric} is computed from the column '{column}', which no row of {validation.report.source} has; "
         "add it to the validation rows, or watch another metric, such as eval.monitor=eval/loss"
     )
+
+
+def general_rows(recipe: Recipe, objective: Objective) -> dict[str, TokenData]:
+    """Return the rows of each set of `eval.forgetting`: the validation rows of a folder that has some, else all rows.
+
+    Raises:
+        RecipeError: the objective's model predicts no tokens.
+        DataError: a set has no rows, or they cannot be used.
+    """
+    sets = recipe.eval.forgetting
+    if sets and objective.head not in ("causal", "seq2seq"):
+        raise RecipeError(
+            f"eval.forgetting: it scores texts by their next tokens, and this objective trains a {objective.head} "
+            "head; use an objective such as sft, clm or dpo, or leave the key out"
+        )
+    found: dict[str, TokenData] = {}
+    for name, path in sets.items():
+        section = recipe.data.model_copy(
+            update={
+                "path": path, "format": "auto", "columns": {}, "validation": None, "test": None, "limit": None,
+                "streaming": False, "blocks": False, "system": None,
+            }
+        )  # fmt: skip
+        tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
+        for split in ("validation", "train"):
+            rows = prepare(section, tokenizer, GENERAL_ROWS, mask=GENERAL_MASK, split=split, seed=recipe.seed)
+            if isinstance(rows, TokenData):
+                found[name] = rows
+                break
+    return found
 
 
 def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: PreTrainedTokenizerBase) -> SplitRows | None:

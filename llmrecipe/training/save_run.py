@@ -33,7 +33,7 @@ from llmrecipe.runs.checkpoint_io import (
 from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tree
 from llmrecipe.runs.run_dir import BEST, IDENTITY
-from llmrecipe.training import build_run, finite_check, run_identity
+from llmrecipe.training import build_run, finite_check, forgetting, run_identity
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.optimizer_state import gathered_state, random_state, restore_optimizer, restore_random_state
 from llmrecipe.training.read_rows import test_rows
@@ -231,7 +231,7 @@ def finish(run: RunState) -> None:
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}
     if run.validation is not None and run.best.best is not None:
         metrics[run.recipe.eval.monitor] = run.best.best
-    metrics |= {f"test/{name}": value for name, value in score_test(run).items()}
+    metrics |= {f"test/{name}": value for name, value in score_test(run).items()} | forgetting.score_after(run)
     run.roles.cache.save()
     run.objective.finish(run.roles)
     finite_check.check_finite(run)

@@ -13,7 +13,7 @@ from llmrecipe.core.steady_output import steady_output
 from llmrecipe.engine.reference_policy import prepare_reference
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.runtime.caller_state import kept_for_caller, one_training
-from llmrecipe.training import step_zero_checks
+from llmrecipe.training import forgetting, step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.model_flops import model_flops
 from llmrecipe.training.run import Run
@@ -79,6 +79,7 @@ def before_first_step(run: Run) -> None:
     run.objective.start(run.roles)
     if run.first_step == 0:
         step_zero_checks.check_step_zero(run)
+        forgetting.score_before(run)
 
 
 def _signals(run: Run) -> contextlib.AbstractContextManager[None]:

@@ -55,6 +55,16 @@ def test_a_run_is_read_into_its_name_and_numbers(tmp_path: Path) -> None:
     assert full == LeaderboardEntry("full", "full", 3, {**numbers, "stored": 2000.0, "score": 0.5})
 
 
+def test_further_metrics_are_columns_of_their_own(tmp_path: Path) -> None:
+    path = finished(tmp_path / "a", SFT, 0.5)
+    file = tmp_path / "a" / "final" / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "forget/mean": 0.25}))
+    (entry,) = read_entries([path], "test/accuracy", more=["forget/mean"])
+    assert (entry.facts["score"], entry.facts["forget/mean"]) == (0.5, 0.25)
+    with pytest.raises(RunError, match=r"columns: .* has no metric 'forget/own'"):
+        read_entries([path], "test/accuracy", more=["forget/own"])
+
+
 def test_steps_logged_now_and_then_count_the_tokens_between_them() -> None:
     assert seconds_of([{"tokens": 50, "tokens_per_s": 25.0}, {"tokens": 150, "tokens_per_s": 50.0}]) == 4.0
 

@@ -54,6 +54,8 @@ class Leaderboard(Step):
     """Directories of finished runs; `${stage:x}` of a stage with `matrix` is all of its runs."""
     metric: str = "test/accuracy"
     """The score without `against`: a name in the runs' final/metrics.json."""
+    columns: list[str] = Field(default_factory=list)
+    """Further names in the runs' final/metrics.json, each a column: forget/mean of runs with `eval.forgetting`."""
     best: Literal["min", "max"] | None = None
     """Whether a large or a small score is good; default: as the metric declares."""
     against: str | None = None
@@ -100,7 +102,7 @@ class Leaderboard(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Read the runs (and sample their answers), write the files, print the table."""
-        entries = read_entries(self.runs, None if self.against else self.metric)
+        entries = read_entries(self.runs, None if self.against else self.metric, more=self.columns)
         if self.against is not None:
             entries = self._requested(work, entries)
         columns = self._columns()
@@ -118,10 +120,11 @@ class Leaderboard(Step):
         return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
 
     def _columns(self) -> list[Column]:
+        more = [Column(name, name, spread=True) for name in self.columns]
         if self.against is not None:
             shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
-            return [*shown, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
-        return [Column("score", self.metric, spread=True), *PLAIN]
+            return [*shown, *more, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
+        return [Column("score", self.metric, spread=True), *more, *PLAIN]
 
     def _requested(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         """Return the runs with the measurements of their answers, after the model they started from."""

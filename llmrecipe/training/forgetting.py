@@ -1,0 +1,130 @@
+"""Catastrophic forgetting: what held-out general sets lose between the model a run starts from and the one it ends with.
+
+    a_g = -(1/N) sum over the targets of set g of -log p(y_t | y_<t),   forget_g = a_g(before) - a_g(after)
+
+in nats per token, above 0 where something is forgotten. Both times the same rows are read under the same template and mask,
+without dropout, and before step 0 without the stack: that model is the base, quantized where the run's is. The interval is
+paired: each sample draws rows, and takes both scores of them. Source of the measure: arXiv 2308.08747, 2405.09673.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.data.overlap import shared_rows
+from llmrecipe.data.token_data import TokenData
+from llmrecipe.methods._base.method import Stage
+from llmrecipe.objectives.token_math import collate_tokens
+from llmrecipe.runs.durable import write_text
+from llmrecipe.runs.run_dir import FORGETTING
+from llmrecipe.training.intervals import ends
+from llmrecipe.training.read_rows import GENERAL_ROWS, general_rows
+
+if TYPE_CHECKING:
+    from llmrecipe.training.run_state import RunState
+
+Sums = list[list[float]]
+"""(R, 2): the summed negative log-likelihood of each row, and how many targets it has."""
+
+
+def score_before(run: RunState) -> None:
+    """Score the general sets under the model the run starts from, and keep the scores of every row in the run directory."""
+    before = {name: row_losses(run, rows, base=True) for name, rows in general_rows(run.recipe, run.objective).items()}
+    if not before:
+        return
+    run.events.evaluation(step=0, **{f"general/{name}": _mean(np.array(sums)) for name, sums in before.items()})
+    if run.runtime.is_main:
+        write_text(run.dir.path / FORGETTING, json.dumps(before) + "\n")
+    for name, rows in general_rows(run.recipe, run.objective).items():
+        shared = shared_rows(run.data, rows) if isinstance(run.data, TokenData) and run.objective.rows == GENERAL_ROWS else 0
+        if shared:
+            run.events.warning(
+                f"eval.forgetting.{name}: {shared} of its {len(rows)} rows are training rows, which a run does not forget"
+            )
+
+
+def score_after(run: RunState) -> dict[str, float]:
+    """Return what was forgotten of each general set, `forget/NAME` and their mean, with intervals, in nats per token.
+
+    Raises:
+        RunError: a set has other rows than before.
+    """
+    sets = general_rows(run.recipe, run.objective)
+    kept = run.dir.path / FORGETTING
+    run.runtime.barrier()
+    if not sets or not kept.is_file():
+        return {}
+    before = {name: np.array(sums) for name, sums in json.loads(kept.read_text(encoding="utf-8")).items()}
+    after = {name: np.array(row_losses(run, rows)) for name, rows in sets.items()}
+    changed = [n for n, sums in after.items() if n not in before or not np.array_equal(before[n][:, 1], sums[:, 1])]
+    if changed:
+        raise RunError(
+            f"eval.forgetting.{changed[0]}: its rows are not those that were scored before the first step; put them back, or "
+            "continue with eval.forgetting={}"
+        )
+    metrics = {f"general/{name}": _mean(sums) for name, sums in after.items()}
+    metrics |= forgotten(before, after, run.recipe.eval.bootstrap, run.recipe.seed)
+    run.events.evaluation(step=run.progress.step, **metrics)
+    return metrics
+
+
+def forgotten(before: dict[str, np.ndarray], after: dict[str, np.ndarray], samples: int, seed: int) -> dict[str, float]:
+    """Return the forgetting of each set and the mean over sets, each with the ends of its interval.
+
+    Args:
+        before: name -> (R, 2) sums and counts of rows.
+        after: the same rows later.
+        samples: how often rows are drawn again; 0: no intervals.
+
+    Examples:
+        >>> a, b = np.array([[2.0, 1], [4.0, 3]]), np.array([[6.0, 1], [4.0, 3]])
+        >>> forgotten({"x": a}, {"x": b}, 0, 0)
+        {'forget/x': 1.0, 'forget/mean': 1.0}
+    """
+    found: dict[str, float] = {}
+    drawn: list[np.ndarray] = []
+    for place, name in enumerate(after):
+        lost = _mean(after[name]) - _mean(before[name])
+        found[f"forget/{name}"] = lost
+        rows = len(after[name])
+        if samples and rows > 1:
+            rng = np.random.default_rng([seed, place])
+            counts = rng.multinomial(rows, np.full(rows, 1.0 / rows), size=samples)
+            sums, old = counts @ after[name], counts @ before[name]
+            drawn.append(sums[:, 0] / sums[:, 1] - old[:, 0] / old[:, 1])
+            found |= ends(f"forget/{name}", drawn[-1])
+    found["forget/mean"] = float(np.mean([found[f"forget/{name}"] for name in after]))
+    if len(drawn) == len(after):
+        found |= ends("forget/mean", np.mean(drawn, 0))
+    return found
+
+
+def _mean(sums: np.ndarray) -> float:
+    return float(sums[:, 0].sum() / sums[:, 1].sum())
+
+
+@torch.no_grad()
+def row_losses(run: RunState, rows: TokenData, base: bool = False) -> Sums:
+    """Return the summed negative log-likelihood and the number of targets of each row, in order, over all processes.
+
+    Args:
+        base: without what the stack adds.
+    """
+    rank, world = run.runtime.rank, run.runtime.world
+    off = frozenset(w.name for w in run.stack if w.stage in (Stage.INJECT, Stage.SELECT)) if base else frozenset()
+    own: Sums = []
+    indices = list(range(len(rows)))[rank::world]
+    with run.roles.evaluating():
+        for part in run.roles.split([rows[i] for i in indices]):
+            if not part:
+                continue
+            batch = collate_tokens(part, run.roles)
+            lost = -batch.sum_by_sequence(run.roles.engine(batch, off=off)["logprobs"].double())
+            own += [[float(value), float(count)] for value, count in zip(lost.tolist(), batch.counts().tolist(), strict=True)]
+    parts: list[Any] = run.runtime.gather_json(own)
+    return [part[i] for i in range(max(map(len, parts), default=0)) for part in parts if i < len(part)]
