@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Journal:
                 break
             try:
                 entry = json.loads(line)
-                self._values[entry["key"]] = entry["value"]
+                self._values.update(entry["values"] if "values" in entry else {entry["key"]: entry["value"]})
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
                     f"{path}: the line after byte {good} is damaged ({error}); delete the file to request the answers again"
@@ -64,13 +64,25 @@ class Journal:
         Raises:
             RunError: the disk refuses it.
         """
-        line = json.dumps({"key": key, "value": value}, ensure_ascii=False, default=str) + "\n"
+        self._write({"key": key, "value": value})
+        self._values[key] = json.loads(json.dumps(value, default=str))
+
+    def add_together(self, values: Mapping[str, object]) -> None:
+        """Keep several values in one line: after a kill all of them are there, or none.
+
+        Raises:
+            RunError: the disk refuses them.
+        """
+        self._write({"values": dict(values)})
+        self._values.update(json.loads(json.dumps(dict(values), default=str)))
+
+    def _write(self, entry: dict[str, object]) -> None:
+        line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
         try:
             self._file.write(line.encode())
             self._file.flush()
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error.strerror or error}; what was written before is kept") from error
-        self._values[key] = json.loads(line)["value"]
 
     def close(self) -> None:
         """Close the file."""

@@ -72,11 +72,16 @@ class Recorder:
             return
         with open(self.store / "states.jsonl", "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps({"call": f"{event} {os.path.relpath(path, self.work)}", "state": self.read()}) + "\n")
+            entry = {"call": f"{event} {os.path.relpath(path, self.work)}", "state": self.read(), "written": self.written()}
+            file.write(json.dumps(entry) + "\n")
 
     def read(self) -> State:
         """Return the folder's state, its contents kept in the store."""
         return {name: self._content(Path(path)) for name, path in _walk(self.work)}
+
+    def written(self) -> dict[str, int]:
+        """Return when each file was last written, in nanoseconds."""
+        return {name: os.stat(path).st_mtime_ns for name, path in _walk(self.work) if os.path.isfile(path)}
 
     def _content(self, path: Path) -> str:
         if path.is_symlink():
@@ -164,7 +169,10 @@ def points(store: Path, start: State) -> list[Point]:
 
 
 def _partial(before: State, entry: dict[str, Any], number: int, store: Path) -> Iterator[Point]:
-    """Yield the states between two calls: lines of a log there up to each one, and half of the last one; half of a new file."""
+    """Yield the states between two calls: lines of a log there up to each one, and half of the last one; half of a new file.
+
+    What was written to other files later than to this one, or in the same tick of the file system's clock, is not there yet.
+    """
     for name, content in entry["state"].items():
         # A content that was there under another name has been renamed, not written.
         if content in before.values() or content == "dir" or content.startswith("-> "):
@@ -178,4 +186,13 @@ def _partial(before: State, entry: dict[str, Any], number: int, store: Path) -> 
         for cut in (*ends, (last + len(new)) // 2):
             digest = hashlib.sha256(new[:cut]).hexdigest()
             (store / digest).write_bytes(new[:cut])
-            yield Point(entry["call"], number, {**entry["state"], name: digest}, torn=name)
+            earlier = {k: v for k, v in entry["state"].items() if not _later(k, name, before, entry)}
+            reverted = {k: before[k] for k in entry["state"] if k not in earlier and k in before}
+            yield Point(entry["call"], number, {**earlier, **reverted, name: digest}, torn=name)
+
+
+def _later(name: str, torn: str, before: State, entry: dict[str, Any]) -> bool:
+    """Return whether a file was written since the state before, and no earlier than the one that is there in part."""
+    written = entry["written"]
+    changed = name in written and before.get(name) != entry["state"][name]
+    return changed and name != torn and written[name] >= written[torn]

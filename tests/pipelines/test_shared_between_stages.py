@@ -14,7 +14,7 @@ from llmrecipe.core.journal import Journal
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.feedback.judges.feedback import judge_facts
 from llmrecipe.feedback.judges.http import Http
-from llmrecipe.feedback.judges.labeller import Ask
+from llmrecipe.feedback.judges.labeller import COUNT, Ask
 from llmrecipe.pipelines.run_stages import state_of
 from llmrecipe.pipelines.subprocesses import command_of
 from llmrecipe.recipe.compose import compose
@@ -146,6 +146,26 @@ def test_counts_of_a_judge_survive_a_resume(tmp_path: Path) -> None:
     facts = judge_facts(second)
     assert len(asked) == 15 == facts["asked"] == facts["by_logprobs"] == facts["logprob_requests"]
     assert facts["prompt_tokens"] == 150 and facts["completion_tokens"] == 15 and facts["cost"] == pytest.approx(150.0)
+
+
+def test_a_reply_and_its_count_are_kept_together(tmp_path: Path) -> None:
+    """Wherever the file of a killed process ends, it counts as many replies as it holds."""
+    with server((200, reply("A"))) as (url, _):
+        first = judge(url)
+        first.use_cache(Journal(tmp_path / "judge.jsonl"))
+        first.decide([question(i) for i in range(4)], ["A", "B"])
+    whole = (tmp_path / "judge.jsonl").read_bytes()
+    ends = [0, *(i + 1 for i, byte in enumerate(whole) if byte == ord("\n"))]
+    for place in sorted({*ends, *(e + 5 for e in ends[:-1])}):
+        (tmp_path / "cut.jsonl").write_bytes(whole[:place])
+        memory = Journal(tmp_path / "cut.jsonl")
+        replies = sum(key != COUNT for key in memory)
+        counted = memory[COUNT]["by_logprobs"] if COUNT in memory else 0  # type: ignore[index]
+        assert counted >= replies, "a request that was made may be known before its reply, never after"
+        again = judge(url)
+        again.use_cache(memory)
+        assert again.count.by_logprobs == counted
+        memory.close()
 
 
 def test_one_reply_without_log_probabilities_costs_one_vote() -> None:

@@ -88,6 +88,9 @@ class Memory(Protocol):
     def add(self, key: str, value: object) -> None:
         """Store a reply."""
 
+    def add_together(self, values: Mapping[str, object]) -> None:
+        """Store several values, all or none of them."""
+
 
 class Forgetful(dict[str, Any]):
     """A cache that lasts as long as its process."""
@@ -95,6 +98,10 @@ class Forgetful(dict[str, Any]):
     def add(self, key: str, value: object) -> None:
         """Store a reply."""
         self[key] = value
+
+    def add_together(self, values: Mapping[str, object]) -> None:
+        """Store several values."""
+        self.update(values)
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -169,10 +176,14 @@ class Judge:
 
     def keep_count(self) -> None:
         """Store the counts in a memory that outlasts the process; may be called from several threads."""
-        if isinstance(self._memory, Forgetful):
-            return
-        with self._lock:
-            self._memory.add(COUNT, asdict(self.count))
+        self._keep({})
+
+    def _keep(self, replies: Mapping[str, object]) -> None:
+        """Store replies with the counts that include them."""
+        counted = {} if isinstance(self._memory, Forgetful) else {COUNT: asdict(self.count)}
+        if replies or counted:
+            with self._lock:
+                self._memory.add_together({**replies, **counted})
 
     def generate(self, requests: Sequence[Ask]) -> list[str | None]:
         """Return the judge's text for each request; None where it failed.
@@ -224,11 +235,8 @@ class Judge:
         self.count.remembered += len(requests) - len(new)
         for index, reply in fresh([requests[first[key]] for key in new]) if new else ():
             self.count.requested += 1
-            if reply is None:
-                self.count.failures += 1
-            else:
-                self.cache_reply(new[index], reply)
-            self.keep_count()
+            self.count.failures += reply is None
+            self._keep({} if reply is None else {new[index]: reply})
         return [self.cached(key) for key in keys]
 
 
