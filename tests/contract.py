@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "autopeft": {"adapter": 3, "parallel_adapter": 2, "prefix_tuning": 3, "hidden": 8},
     "s4": {"budget": 4000.0},
     "unipelt": {"num_virtual_tokens": 4, "hidden": 8, "r": 4, "reduction": 4},
+    "hypertuning": {"r": 2, "depth": 1, "width": 16},
 }
 """Options a kind needs on a model this small."""
 BEFORE_MERGE: dict[str, dict[str, Any]] = {"diff_pruning": {"l0_steps": 2}}
@@ -78,6 +79,12 @@ ANY = [*CAUSAL, *IMAGES]
 """Kinds on the model each is made for."""
 READS_PROMPTS: dict[str, dict[str, Any]] = {"coda": {}, "apt": {"summary": "prompt_mean"}, "loreft": {}, "direft": {}}
 """Kinds whose output depends on where a prompt ends, and options under which it does."""
+WITH_EXAMPLES = ("hypertuning",)
+"""Kinds that make an adapter for each row from examples."""
+EXAMPLES = {
+    "example_ids": torch.tensor([[5, 9, 2, 0], [12, 13, 14, 2], [21, 2, 0, 0]]),
+    "example_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]),
+}
 ROWS = [
     {"row": 0, "ids": [1, 5, 6, 7, 8, 9, 2], "trained": [0, 0, 0, 1, 1, 1, 1]},
     {"row": 1, "ids": [1, 12, 13, 2], "trained": [0, 0, 1, 1]},
@@ -100,10 +107,17 @@ class Subject:
     objective: Any
 
     def batch(self) -> Batch:
-        return self.objective.collate(self.rows(), self.roles)
+        batch = self.objective.collate(self.rows(), self.roles)
+        return batch.with_extra(**EXAMPLES) if self.reads_examples else batch
+
+    @property
+    def reads_examples(self) -> bool:
+        return any(wrapper.name in WITH_EXAMPLES for wrapper in self.stack)
 
     def rows(self) -> list[dict[str, Any]]:
-        return PICTURES if isinstance(self.objective, ImageClassification) else ROWS
+        if isinstance(self.objective, ImageClassification):
+            return PICTURES
+        return [{**row, "task": row["row"]} for row in ROWS] if self.reads_examples else ROWS
 
     def loss(self) -> torch.Tensor:
         batch = self.batch()

@@ -8,7 +8,7 @@ did the first time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,10 @@ class Context:
     """(M,) sorted flat indices into R * T of the final states that are used; None when unknown, or when all are."""
     off: frozenset[str] = frozenset()
     """Names of wrappers whose hooks are disabled."""
+    examples: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Token ids (K, T') and mask (K, T') of the texts that K adapters are made from; `task_ids` says which adapts a token."""
+    computed: MutableMapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """What one forward pass computes once for all its parts (encoder and decoder), by wrapper name; None keeps nothing."""
     shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a `wrap_module` hook computed once for the hooks inside its host, by wrapper name."""
 

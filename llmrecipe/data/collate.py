@@ -130,7 +130,8 @@ class Batch:
         return replace(self, **moved, slots=slots, extra={k: v.to(device) for k, v in self.extra.items()})
 
     def context(self, role: str = "policy") -> Context:
-        """Return the context of a forward pass over this batch."""
+        """Return the context of a forward pass over this batch; `extra` may hold `example_ids` and `example_mask`, (K, T')."""
+        examples = (self.extra["example_ids"], self.extra["example_mask"]) if "example_ids" in self.extra else None
         return Context(
             role=role,
             layout=self.layout,
@@ -138,6 +139,8 @@ class Batch:
             positions=self.position_ids,
             task_ids=self.task_ids,
             prompt_lengths=self.prompt_lengths,
+            examples=examples,
+            computed={},
         )
 
     def with_extra(self, **tensors: Tensor) -> Batch:

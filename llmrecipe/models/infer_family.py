@@ -11,6 +11,7 @@ import re
 
 from torch import nn
 
+from llmrecipe.models.hooks.shared_module import base_modules
 from llmrecipe.models.part_names import PartNames
 from llmrecipe.models.pretrained import pretrained
 
@@ -87,7 +88,7 @@ def infer(model: nn.Module) -> PartNames | None:
 def _block_lists(model: nn.Module) -> dict[str, str]:
     """Return side -> path of its block list: outermost lists whose elements share a class and contain attention."""
     lists: list[tuple[str, nn.ModuleList]] = []
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         inside = any(path.startswith(outer + ".") for outer, _ in lists)
         if not isinstance(module, nn.ModuleList) or inside or not len(module) or SKIPPED.search(path):
             continue

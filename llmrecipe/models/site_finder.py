@@ -10,6 +10,7 @@ from torch import nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.family import part_names_of
+from llmrecipe.models.hooks.shared_module import base_modules
 from llmrecipe.models.infer_family import ATTENTION, infer, is_rotary
 from llmrecipe.models.part_names import PartNames
 from llmrecipe.models.pretrained import pretrained
@@ -115,7 +116,7 @@ def _interleave(sizes: tuple[int, ...], heads: int, width: int) -> list[tuple[in
 
 def _stacks(model: nn.Module, family: PartNames) -> dict[str, str]:
     """Return side -> full path of its block list; text stacks take precedence over image or audio stacks of that name."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [path for path, module in base_modules(model) if isinstance(module, nn.ModuleList)]
     found: dict[str, str] = {}
     for side, ending in family.stacks.items():
         fits = [path for path in lists if path == ending or path.endswith("." + ending)]

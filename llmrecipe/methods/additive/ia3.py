@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.forward_context import current
 from llmrecipe.core.option_types import Field, Literal
 from llmrecipe.core.registry import register
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
+from llmrecipe.methods._engines.task_ids import task_ids_for
 from llmrecipe.models.hooks.hook import SCALE, Hook, add_hook, device_of, merge_hooks, own_tensors, row_index
 from llmrecipe.models.module_map import anatomy
 
@@ -28,25 +28,10 @@ TERMS = {"key": ("attn.k", "cross.k"), "value": ("attn.v", "cross.v"), "ffn": ("
 def factors(table: Tensor, x: Tensor) -> Tensor:
     """Return rows of a table (n, D) for an activation (R, T, D): (D,) for one task, else (R, T | 1, D) by `Context.task_ids`.
 
-    Without task ids a pass belongs to the first task: probes of the bare model know no task. Rows longer or shorter than
-    the batch's (an encoder's, or one step of cached generation) take the task of their first token: a padded row belongs to
-    one task.
-
-    Raises:
-        ModelError: a batch names a task the table has no row for, or an unpadded one cannot be matched to its tokens.
+    Without task ids a pass belongs to the first task: probes of the bare model know no task.
     """
-    if table.shape[0] == 1:
-        return table[0]
-    tasks = current().task_ids
-    if tasks is None:
-        return table[0]
-    if tasks.shape[1] != x.shape[1]:
-        if current().layout is not None:
-            raise ModelError(f"task ids of shape {tuple(tasks.shape)} do not fit packed rows of {x.shape[1]} tokens")
-        tasks = tasks[:, :1]
-    if x.shape[0] != tasks.shape[0]:
-        raise ModelError(f"task ids of {tasks.shape[0]} rows do not fit a batch of {x.shape[0]}")
-    return table[tasks]
+    tasks = None if table.shape[0] == 1 else task_ids_for(x)
+    return table[0] if tasks is None else table[tasks]
 
 
 class Scale(Hook):

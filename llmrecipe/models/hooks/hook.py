@@ -390,7 +390,10 @@ def own_tensors(model: nn.Module, owner: str) -> list[str]:
         prefix = f"{path}.{name}" if path else name
         found += [f"{prefix}.{key}" for key in hook.state_dict()]
     for name, shared in shared_modules(model, owner):
-        found += [f"{name}.{key}" for key in shared.state_dict()]
+        state = shared.state_dict(keep_vars=True)
+        # Of names that are tied to one tensor the first stands for all, as in `named_parameters`.
+        first = {id(tensor): key for key, tensor in reversed(state.items())}
+        found += [f"{name}.{key}" for key, tensor in state.items() if first[id(tensor)] == key]
     return found
 
 

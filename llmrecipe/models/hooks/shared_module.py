@@ -55,3 +55,11 @@ def shared_modules(model: nn.Module, owner: str | None = None) -> Iterator[tuple
     for name, child in model.named_children():
         if isinstance(child, SharedModule) and owner in (None, child.owner):
             yield name, child
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) of everything in a model but the shared modules of wrappers."""
+    added = {name for name, _ in shared_modules(model)}
+    for path, module in model.named_modules():
+        if path.partition(".")[0] not in added:
+            yield path, module
