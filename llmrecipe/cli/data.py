@@ -78,7 +78,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.runs.open_model import own_tokenizer, resolve_section
-    from llmrecipe.training.read_rows import feature_reader, tasks_of
+    from llmrecipe.training.read_rows import feature_reader, other_tasks, tasks_of
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")
@@ -90,11 +90,11 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     whole = recipe.data.model_copy(update={"streaming": False})
     labels = None
     parts = instantiate(recipe)
-    tasks = tasks_of(parts.wrappers, saved)
+    tasks = tasks_of(parts.objective, parts.wrappers, saved)
     if split != "train" and (row_type(rows).numbered or (tasks is not None and tasks.names is None)):
         training = prepare(whole, tokenizer, rows, mask=mask, split="train", seed=recipe.seed, tasks=tasks)
         if training is not None:
-            labels, tasks = training.labels, training.tasks
+            labels, tasks = training.labels, other_tasks(training)
     data = prepare(
         whole, tokenizer, rows, mask=mask, split=split, seed=recipe.seed, label_map=labels, tasks=tasks,
         needs=parts.objective.columns(), reader=feature_reader(recipe, parts.objective),

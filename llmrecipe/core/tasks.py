@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmrecipe.core.errors import DataError, did_you_mean
 
@@ -20,6 +20,12 @@ class Tasks:
     """Task names; None reads them from the training rows, in natural order (`task 2` before `task 10`)."""
     field: str = "task"
     """Column that names a row's task: a name, or its number in the list of names."""
+    unseen: bool = False
+    """Whether the rows of other splits may belong to other tasks than the training rows."""
+
+    def of_other_split(self) -> Tasks:
+        """Return the tasks by which the rows of another split are read: the same, or those that its own rows name."""
+        return replace(self, names=None) if self.unseen else self
 
     def number(self, value: str | None, where: str) -> int:
         """Return the index of a row's task.
@@ -35,7 +41,7 @@ class Tasks:
         if value.isdigit() and int(value) < len(names):
             return int(value)
         raise DataError(
-            f"{where}: column '{self.field}' names task '{value}', which is not among the tasks of the stack"
+            f"{where}: column '{self.field}' names task '{value}', which is not among the tasks of the recipe"
             f"{did_you_mean(value, names)} (tasks: {', '.join(names[:SHOWN])})"
         )
 
@@ -49,10 +55,10 @@ class Tasks:
         named = sorted((v for v in found if v is not None), key=natural)
         if not named:
             raise DataError(
-                f"{where}: no row names its task; the stack has per-task parameters and reads the task from column "
+                f"{where}: no row names its task; the recipe keeps tasks apart and reads the task from column "
                 f"'{self.field}' (choose another column with task_field)"
             )
-        resolved = self if self.names is not None else Tasks(tuple(named), self.field)
+        resolved = self if self.names is not None else replace(self, names=tuple(named))
         for value in [*named, *([None] if None in found else [])]:
             resolved.number(value, where)
         return resolved

@@ -83,7 +83,7 @@ def prepare(
     if split == "test" and not unseal:
         raise DataError("the test split is sealed: it is scored once, after training; use the validation split to decide")
     if tasks is not None and "task" not in dict(row_type(rows).scalars):
-        raise DataError(f"the stack has per-task parameters, but {rows} rows have no task; train on prompts with answers")
+        raise DataError(f"the recipe keeps tasks apart, but {rows} rows have no task; train on prompts with answers")
     blocks = data.blocks and split == "train"
     if blocks:
         check_blocks(data, rows)

@@ -63,7 +63,7 @@ def build_table(
 
     Args:
         draw: (count, seed): keep `count` rows drawn with the seed instead of all.
-        task_field: column that names the task of a row, where the stack has per-task parameters.
+        task_field: column that names the task of a row, where the recipe keeps tasks apart.
         needs: column that every prompt row must have -> key path of what reads it.
         stride: tokens by which rows of a text that is cut up move on (see `Limit.stride`).
     """

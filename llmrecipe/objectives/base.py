@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+    from llmrecipe.core.tasks import Tasks
     from llmrecipe.data.collate import Batch
     from llmrecipe.data.prepare import Rows, SplitRows
     from llmrecipe.engine.reference_policy import PlannedRows
@@ -66,6 +67,8 @@ class Objective:
     resampled: ClassVar[bool] = False
     """Whether `finish_evaluation` gives estimates of a population, with one entry a row in the tensors of `collect`: an
     interval of them comes from rows drawn again."""
+    gives_examples: ClassVar[bool] = False
+    """Whether its batches hold the examples that a hypermodel makes adapters from: the stack needs one."""
     samples: ClassVar[bool] = False
     """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
 
@@ -83,6 +86,10 @@ class Objective:
 
         Labels that are whole numbers stand for these names.
         """
+        return None
+
+    def tasks(self) -> Tasks | None:
+        """Return which column names the task of a row, for an objective that needs it."""
         return None
 
     def columns(self) -> Mapping[str, str]:

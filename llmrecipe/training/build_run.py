@@ -194,11 +194,16 @@ def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, run
 
 
 def check_objective(objective: Objective, wrappers: list[Any]) -> None:
-    """Refuse an objective without gradients under a rule that needs them.
+    """Refuse an objective without gradients under a rule that needs them, and one whose examples nothing would read.
 
     Raises:
         RecipeError: no wrapper of the stack can train the objective.
     """
+    if objective.gives_examples and not any(w.reads_examples for w in wrappers):
+        raise RecipeError(
+            f"objective: {delta.kind_name(objective)} trains a hypermodel that reads examples, and the stack has none; add "
+            "stack=[hypertuning]"
+        )
     if not objective.differentiable and not any(w.stage is Stage.RULE for w in wrappers):
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
 

@@ -37,15 +37,15 @@ GENERAL_ROWS, GENERAL_MASK = "dialogue", "assistant"
 """Row type and loss mask of the general sets: of plain text every token is a target, of conversations the answers."""
 
 
-def tasks_of(wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks | None:
-    """Return the tasks that a stack, and the stacks of the runs below it, keep separate; None where no method does.
+def tasks_of(objective: Objective, wrappers: list[Wrapper], saved: delta.SavedStack | None) -> Tasks | None:
+    """Return the tasks that a stack, the stacks of the runs below it, or an objective keep separate; None where nothing does.
 
     Raises:
         DataError: two of them keep different tasks separate.
     """
     mounted = [delta.build_wrapper(n, m) for layer in (saved.layers if saved else []) for n, m in layer.wrappers.items()]
     named = [(f"{w.name} of model.path", w) for w in mounted] + [(w.name, w) for w in wrappers]
-    return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None])
+    return common([(name, tasks) for name, w in named if (tasks := w.mixes()) is not None]) or objective.tasks()
 
 
 def feature_reader(recipe: Recipe, objective: Objective) -> FeatureReader | None:
@@ -73,7 +73,7 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     """
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     mask = objective.loss_mask()
-    tasks = tasks_of(wrappers, open_model.resolve_section(recipe.model)[1])
+    tasks = tasks_of(objective, wrappers, open_model.resolve_section(recipe.model)[1])
     needs = objective.columns()
     reader = feature_reader(recipe, objective)
     data = prepare(
@@ -84,7 +84,7 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     labels = data.labels or objective.label_names()
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
-        tasks=data.tasks, needs=needs, reader=reader,
+        tasks=other_tasks(data), needs=needs, reader=reader,
     )  # fmt: skip
     if isinstance(data, TokenData) and isinstance(validation, TokenData):
         data.report.overlap, data.report.compared = shared_rows(data, validation), len(validation)
@@ -145,7 +145,7 @@ def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: 
     mask = objective.loss_mask()
     return prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="test", seed=recipe.seed,
-        label_map=getattr(data, "labels", None), unseal=True, tasks=data.tasks, needs=objective.columns(),
+        label_map=getattr(data, "labels", None), unseal=True, tasks=other_tasks(data), needs=objective.columns(),
         reader=data.reader,
     )  # fmt: skip
 
@@ -157,6 +157,11 @@ def check_sections(recipe: Recipe) -> None:
         ProofError: it holds a key.
     """
     refuse_unread(dotted(key) for key, _ in leaves({"roles": recipe.roles}) if len(key) > 1)
+
+
+def other_tasks(data: SplitRows) -> Tasks | None:
+    """Return the tasks by which the rows of other splits are read."""
+    return None if data.tasks is None else data.tasks.of_other_split()
 
 
 def check_family(recipe: Recipe, objective: Objective) -> None:

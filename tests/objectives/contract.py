@@ -111,7 +111,7 @@ def test_evaluation_does_not_know_its_batches(name: str) -> None:
     for packing, cuts in ((True, [8]), (False, [3, 5]), (True, [1, 6, 1])):
         case = Case(name, packing=packing)
         case.roles.engine.eval()
-        rows = case.objective.evaluation_rows(case.rows, list(range(len(case.rows))))
+        rows = case.objective.evaluation_rows(case.roles.data, list(range(len(case.rows))))
         sums: dict[str, list[float]] = {}
         tensors: dict[str, list[torch.Tensor]] = {}
         start = 0

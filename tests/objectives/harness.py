@@ -94,6 +94,7 @@ def question(row: int, length: int) -> dict[str, Any]:
         "choice_ids": flat,
         "choice_lengths": [*map(len, choices)],
         **sizes,
+        "task": row % 2,
     }
 
 
@@ -154,6 +155,7 @@ STACKS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"target": "attn.q|k|v|o + mlp.gate|up|down"},
     "prefix_tuning": {"num_virtual_tokens": 3, "hidden": 8},
+    "hypertuning": {"r": 2, "depth": 1, "width": 16, "head_init": "bias"},
 }
 """Wrapper -> options on the small model; `full` is none."""
 
@@ -186,6 +188,12 @@ def model_for(objective: Any) -> nn.Module:
     return model
 
 
+class Held(list[dict[str, Any]]):
+    """Rows of a data set, which what follows from them may be kept for."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
 @dataclass
 class Case:
     """An objective on a small model under one wrapper or none; the policy is its own reference."""
@@ -201,6 +209,8 @@ class Case:
     def __post_init__(self) -> None:
         self.objective = objective_of(self.name)
         model = model_for(self.objective)
+        if self.kind == "full" and self.objective.gives_examples:
+            self.kind = "hypertuning"
         own = [] if self.kind == "full" else [registry.load_class("stack", self.kind)(name=self.kind, **STACKS[self.kind])]
         stack = Stack([*own, *self.objective.role_wrappers(own)])
         torch.manual_seed(4)
@@ -213,7 +223,7 @@ class Case:
         if "teacher" in self.objective.roles:
             self.roles.others["teacher"] = Teacher(tiny_model(seed=9).double(), Numbers(), torch.device("cpu"))
         self.rows = rows_of(self.objective)
-        self.roles.data = self.rows
+        self.roles.data = Held(self.rows)
         self.objective.start(self.roles)
 
     @property

@@ -28,11 +28,12 @@ class Choices(RowType):
     """A prompt with the answers to choose from, the right one first.
 
     Canonical row: prompt, choices. Token row: prompt_ids, choice_ids (of all choices), choice_lengths, and the characters and
-    UTF-8 bytes of each choice's text without white space before it (choice_chars, choice_bytes).
+    UTF-8 bytes of each choice's text without white space before it (choice_chars, choice_bytes; + task).
     """
 
     lists: ClassVar[tuple[str, ...]] = ("prompt_ids", "choice_ids", "choice_lengths", "choice_chars", "choice_bytes")
     uncounted: ClassVar[tuple[str, ...]] = ("choice_lengths", "choice_chars", "choice_bytes")
+    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("task", "string"),)
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:

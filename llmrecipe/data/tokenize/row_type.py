@@ -24,7 +24,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | labelled_images | features (a path), label | features, label |
 
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
-dialogue rows of a recipe whose stack has per-task parameters have `task` too: stored by name, returned as its index. `features`
+dialogue and choices rows of a recipe that keeps tasks apart have `task` too: stored by name, returned as its index. `features`
 is stored as a path and returned as `data.features.table.Features`.
 `weights` has a number per token, how much it counts in the loss; a token of weight 0 is no target. A row without weights has
 none or an empty list.

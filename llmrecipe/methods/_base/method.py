@@ -126,6 +126,8 @@ class Wrapper:
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""
     """Why it is refused under others, as the end of a message."""
+    reads_examples: ClassVar[bool] = False
+    """Whether it makes adapters from the examples that an objective gives (`Objective.gives_examples`)."""
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ()
     """Lifecycle hooks the method depends on; the run stops when one has not fired by the end of step 1."""
 

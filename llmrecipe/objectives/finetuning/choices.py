@@ -49,6 +49,39 @@ def choice_scores(logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.sum_by_sequence(logprobs)[choices], batch.counts().to(logprobs)[choices]
 
 
+def lay_out_choices(rows: list[dict[str, Any]], roles: Roles) -> Batch:
+    """Lay out each prompt (once for decoders) and every choice that continues it.
+
+    `extra` says which sequence is a choice, of which row, and whether it is the right one: `choice`, `choice_row` and
+    `choice_right`, (C,) each.
+    """
+    sequences: list[Sequence] = []
+    whole: list[dict[str, Any]] = []
+    places: list[tuple[int, int, bool]] = []
+    for number, row in enumerate(rows):
+        prompt, at = list(row["prompt_ids"]), len(sequences)
+        task = int(row.get("task", 0))
+        sequences.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt), task=task))
+        start = 0
+        for i, length in enumerate(row["choice_lengths"]):
+            answer = list(row["choice_ids"][start : start + length])
+            start += length
+            places.append((len(whole) if roles.engine.is_pair_model else len(sequences), number, i == 0))
+            sequences.append(Sequence(answer, [1] * length, parent=at, task=task))
+            joined = {"ids": prompt + answer, "trained": [0] * len(prompt) + [1] * length}
+            whole.append({**joined, "row": row["row"], "task": task})
+    if roles.engine.is_pair_model:
+        batch = collate_tokens(whole, roles)
+    else:
+        batch = roles.layout(sequences, [row["row"] for row in rows])
+    columns = torch.tensor(places, dtype=torch.long, device=roles.device).view(len(places), 3).unbind(1)
+    sizes = {
+        name: torch.tensor([size for row in rows for size in row[column]], dtype=torch.long, device=roles.device)
+        for name, column in SIZES.items()
+    }
+    return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool(), **sizes)
+
+
 @register
 class Choices(Objective):
     """Answer choices (T-Few): L = L_LM + u L_UL + n L_LN, the mean over rows, for a right answer y and wrong ones y'.
@@ -96,29 +129,7 @@ class Choices(Objective):
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay out each prompt (once for decoders) and every choice that continues it; `extra` says which is which."""
-        sequences: list[Sequence] = []
-        whole: list[dict[str, Any]] = []
-        places: list[tuple[int, int, bool]] = []
-        for number, row in enumerate(rows):
-            prompt, at = list(row["prompt_ids"]), len(sequences)
-            sequences.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt)))
-            start = 0
-            for i, length in enumerate(row["choice_lengths"]):
-                answer = list(row["choice_ids"][start : start + length])
-                start += length
-                places.append((len(whole) if roles.engine.is_pair_model else len(sequences), number, i == 0))
-                sequences.append(Sequence(answer, [1] * length, parent=at))
-                whole.append({"ids": prompt + answer, "trained": [0] * len(prompt) + [1] * length, "row": row["row"]})
-        if roles.engine.is_pair_model:
-            batch = collate_tokens(whole, roles)
-        else:
-            batch = roles.layout(sequences, [row["row"] for row in rows])
-        columns = torch.tensor(places, dtype=torch.long, device=roles.device).view(len(places), 3).unbind(1)
-        sizes = {
-            name: torch.tensor([size for row in rows for size in row[column]], dtype=torch.long, device=roles.device)
-            for name, column in SIZES.items()
-        }
-        return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool(), **sizes)
+        return lay_out_choices(rows, roles)
 
     def measures(self) -> Measures:
         """Return the parts of the loss, and how often the right answer ranks first."""

@@ -1,0 +1,26 @@
+"""Texts that a hypermodel reads before a batch: padded, one row an adapter, in the order of the tasks of the batch's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from llmrecipe.data.collate import Batch
+from llmrecipe.engine.role_models import Roles
+
+
+def padded_texts(texts: Seq[list[int]], roles: Roles) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (K, T') of texts on the device; a row of padding alone where there are none."""
+    known = list(texts) or [[]]
+    width = max(1, *map(len, known))
+    ids = torch.tensor([text + [roles.pad_id] * (width - len(text)) for text in known])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in known])
+    return ids.to(roles.device), mask.to(roles.device)
+
+
+def with_examples(batch: Batch, texts: Seq[list[int]], roles: Roles) -> Batch:
+    """Return a batch whose adapters are made from these texts (see `Batch.context`)."""
+    ids, mask = padded_texts(texts, roles)
+    return batch.with_extra(example_ids=ids, example_mask=mask)

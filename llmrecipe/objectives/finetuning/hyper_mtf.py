@@ -1,0 +1,268 @@
+"""Multi-task fine-tuning of a hypermodel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Field, PositiveInt
+from llmrecipe.core.registry import register
+from llmrecipe.core.tasks import Tasks
+from llmrecipe.data.collate import Batch
+from llmrecipe.data.token_data import TokenData
+from llmrecipe.engine.role_models import Roles
+from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.examples import padded_texts, with_examples
+from llmrecipe.objectives.finetuning.choices import choice_scores, lay_out_choices
+from llmrecipe.objectives.token_math import TOKEN_METRICS
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.recipe.schema import Recipe
+
+SPLIT = "split"
+"""Key of an evaluated row: the rows of its split, among which its examples are."""
+FEWEST = 2
+"""Rows of a task: one to answer and one to show."""
+UNKNOWN = -1
+
+_members: WeakKeyDictionary[Any, dict[int, list[int]]] = WeakKeyDictionary()
+
+
+def rows_by_task(data: Rows) -> Mapping[int, list[int]]:
+    """Return task -> the indices of its rows, read once for each set of rows."""
+    if data not in _members:
+        found: dict[int, list[int]] = {}
+        for index in range(len(data)):
+            found.setdefault(int(data[index]["task"]), []).append(index)
+        _members[data] = found
+    return _members[data]
+
+
+def drawn(members: list[int], without: int | None, counts: tuple[int, int], draws: np.random.Generator) -> list[int]:
+    """Return the rows of an episode: k of the members in random order, k uniform in `counts`, never the row to be answered."""
+    others = [index for index in members if index != without]
+    k = int(draws.integers(counts[0], counts[1] + 1))
+    return [others[i] for i in draws.permutation(len(others))[:k]]
+
+
+def right_answer(row: dict[str, Any]) -> list[int]:
+    """Return the tokens of a row's right answer."""
+    return list(row["choice_ids"][: row["choice_lengths"][0]])
+
+
+@register
+class HyperMtf(Objective):
+    """Multi-task fine-tuning of a hypermodel: L = -(1/N) sum_t log P(y_t | x, y_<t; theta, phi = H(S)), S k rows of x's task.
+
+    Rows are a `prompt`, its `completion` (and the `options` to choose from) and the name of their `task`. In each step the
+    hypermodel of `stack.hypertuning` reads, for every row, `k_shot` other rows of the same task with their answers, drawn anew
+    from (seed, epoch, row); the row itself is never among them. The frozen model reads the prompt alone. N counts tokens of
+    right answers over the whole optimizer step. Rows of another split may belong to tasks that were never trained: their
+    examples come from that split.
+
+    Of rows with options `rank_accuracy` is the share whose right answer has the largest mean log-probability, and
+    `rank_accuracy/tasks` and `macro_f1` are means over tasks. Each is also computed with the examples of another task
+    (`nll/other_task`, ...): `task_gain` is what the right ones are worth, in nats a token: 0 where phi says nothing of its task.
+
+    Paper: HyperTuning (arXiv 2211.12485); rank classification as in T0 (arXiv 2110.08207), by the mean over tokens.
+    """
+
+    rows: ClassVar[str] = "choices"
+    head: ClassVar[str] = "causal"
+    encoder_decoders: ClassVar[bool] = True
+    gives_examples: ClassVar[bool] = True
+
+    k_shot: list[PositiveInt] = Field([2, 8], min_length=2, max_length=2)
+    """Fewest and most examples of a task."""
+    shot_tokens: PositiveInt = 512
+    """Most tokens of all examples; those that do not fit are left out, and a single one is cut."""
+    task_field: str = "task"
+    """Column that names the task of a row."""
+
+    def tasks(self) -> Tasks:
+        """Return where a row names its task; other splits may have other tasks."""
+        return Tasks(None, self.task_field, unseen=True)
+
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
+        """Refuse streamed rows, a task with a single row, and a range that is none.
+
+        Raises:
+            RecipeError: naming the task or the key.
+        """
+        if not isinstance(data, TokenData):
+            raise RecipeError("data.streaming: hyper_mtf draws examples from all rows of a task; set data.streaming=false")
+        if self.k_shot[0] > self.k_shot[1]:
+            raise RecipeError(f"objective.k_shot: {list(self.k_shot)} is no range; the fewest examples come first")
+        names = data.tasks.names if data.tasks is not None else None
+        alone = [task for task, members in rows_by_task(data).items() if len(members) < FEWEST]
+        if alone and names:
+            raise RecipeError(
+                f"{data.report.source}: task '{names[alone[0]]}' has one row, and a row needs another one of its task as an "
+                f"example ({len(alone)} such tasks)"
+            )
+
+    def measures(self) -> Measures:
+        """Return the metrics of answers, each also with the examples of another task."""
+        own: Measures = {
+            **TOKEN_METRICS,
+            "rank_accuracy": "max",
+            "nll/other_task": "min",
+            "rank_accuracy/other_task": None,
+            "task_gain": "max",
+            "rank_accuracy/tasks": "max",
+            "macro_f1": "max",
+        }
+        return own
+
+    # --- episodes -------------------------------------------------------------------------------------------------
+
+    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
+        """Return the rows with the split they belong to, in which their examples are."""
+        return [{**data[i], SPLIT: data} for i in indices]
+
+    def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
+        """Lay out prompts with their answers, wrong ones only in evaluation; every row has an adapter of its own."""
+        shown = [row if SPLIT in row else _without_options(row) for row in rows]
+        batch = lay_out_choices([{**row, "task": number} for number, row in enumerate(shown)], roles)
+        batch = with_examples(batch, [self._examples(row, roles, 0) for row in rows], roles)
+        if not any(SPLIT in row for row in rows):
+            return batch
+        ids, mask = padded_texts([self._examples(row, roles, 1) for row in rows], roles)
+        answers = [_digests(row) for row in rows]
+        return batch.with_extra(
+            other_ids=ids,
+            other_mask=mask,
+            task=torch.tensor([int(row["task"]) for row in rows], device=roles.device),
+            answer=torch.tensor([d for own in answers for d in own], device=roles.device),
+        )
+
+    def _examples(self, row: dict[str, Any], roles: Roles, shift: int) -> list[int]:
+        """Return the tokens of the examples of a row, or of another task's.
+
+        Args:
+            shift: 0 for the row's own task, 1 for the one after it.
+        """
+        data = row.get(SPLIT, roles.data)
+        members = rows_by_task(data)
+        tasks = sorted(members)
+        task = tasks[(tasks.index(int(row["task"])) + shift) % len(tasks)]
+        epoch = row.get("epoch")
+        draws = np.random.default_rng([roles.seed, 0 if epoch is None else 1 + epoch, row["row"], shift])
+        found: list[int] = []
+        for index in drawn(members[task], row["row"], (self.k_shot[0], self.k_shot[1]), draws):
+            other = data[index]
+            text = [*other["prompt_ids"], *right_answer(other)]
+            if len(found) + len(text) <= self.shot_tokens:
+                found += text
+            elif not found:
+                found = text[-self.shot_tokens :]
+        return found
+
+    # --- loss -----------------------------------------------------------------------------------------------------
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of tokens of right answers, the loss denominator."""
+        right = batch.extra["choice"][batch.extra["choice_right"]]
+        return float(batch.counts().to(right.device)[right].sum())
+
+    def loss(self, batch: Batch, roles: Roles) -> Loss:
+        """Return the summed negative log-likelihood of the right answers."""
+        return self._answers(batch, roles)[0]
+
+    def _answers(self, batch: Batch, roles: Roles) -> tuple[Loss, Tensor]:
+        """Return the loss of the right answers, and the place (R,) of the likeliest choice of each row, 0 the right one."""
+        out = roles.policy(batch)
+        sums, tokens = choice_scores(out["logprobs"], batch)
+        right, count = batch.extra["choice_right"], self.weight(batch)
+        correct, _ = choice_scores(out["correct"].to(sums.dtype), batch)
+        total = -sums[right].sum()
+        loss = Loss(total, {"nll": (total.detach(), count), "accuracy": (correct[right].sum(), count)})
+        return loss, likeliest((sums / tokens.clamp_min(1.0)).detach(), batch.extra["choice_row"])
+
+    def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
+        """Return loss and ranks, with the examples of the row's task and with those of another."""
+        loss, best = self._answers(batch, roles)
+        ranked = _has_wrong(batch)
+        share = float(ranked.sum())
+        found = {"loss": (loss.total, self.weight(batch)), **loss.metrics}
+        found["rank_accuracy"] = (((best == 0) & ranked).sum(), share)
+        if "other_ids" in batch.extra:
+            other = batch.with_extra(example_ids=batch.extra["other_ids"], example_mask=batch.extra["other_mask"])
+            loss, best = self._answers(other, roles)
+            found["nll/other_task"] = loss.metrics["nll"]
+            found["rank_accuracy/other_task"] = (((best == 0) & ranked).sum(), share)
+        return found
+
+    def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """Return the task, the right answer and the likeliest one of each row with a choice, as whole numbers, (R,) each."""
+        if "answer" not in batch.extra:
+            return {}
+        _, best = self._answers(batch, roles)
+        first = _firsts(batch.extra["choice_row"], len(best))
+        answers, ranked = batch.extra["answer"], _has_wrong(batch)
+        chosen = torch.where(ranked, answers[first + best], UNKNOWN)
+        return {"task": batch.extra["task"].cpu(), "gold": answers[first].cpu(), "chosen": chosen.cpu()}
+
+    def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
+        """Return what the right examples are worth, and means over tasks."""
+        found = {"task_gain": sums["nll/other_task"] - sums["nll"]} if "nll/other_task" in sums else {}
+        known = tensors["chosen"] != UNKNOWN if "chosen" in tensors else torch.zeros(0, dtype=torch.bool)
+        if not bool(known.any()):
+            return found
+        from sklearn.metrics import f1_score  # noqa: PLC0415 (a second that only an evaluation needs)
+
+        task, gold, chosen = (tensors[name][known].numpy() for name in ("task", "gold", "chosen"))
+        each = [(gold[task == t], chosen[task == t]) for t in np.unique(task)]
+        found["rank_accuracy/tasks"] = float(np.mean([np.mean(g == c) for g, c in each]))
+        found["macro_f1"] = float(np.mean([f1_score(g, c, average="macro", zero_division=0.0) for g, c in each]))
+        return found
+
+
+def likeliest(scores: Tensor, row: Tensor) -> Tensor:
+    """Return the place of the largest score of each row, (R,); the first choice, the right one, only where no other equals it.
+
+    Args:
+        scores: (C,) of the choices, row after row.
+        row: (C,) which row each belongs to.
+    """
+    rows = int(row[-1]) + 1 if len(row) else 0
+    places = torch.arange(len(row), device=row.device) - _firsts(row, rows)[row]
+    width = int(places.max()) + 1 if len(row) else 1
+    table = scores.new_full((rows, max(width, 2)), float("-inf"))
+    table[row, places] = scores
+    wrong = table[:, 1:].argmax(1) + 1
+    return torch.where(table[:, 0] > table.gather(1, wrong[:, None])[:, 0], 0, wrong)
+
+
+def _firsts(row: Tensor, rows: int) -> Tensor:
+    """Return the index of the first choice of each row, (R,)."""
+    counts = torch.bincount(row, minlength=rows)
+    return counts.cumsum(0) - counts
+
+
+def _has_wrong(batch: Batch) -> Tensor:
+    """Return whether a row has a wrong answer, (R,)."""
+    return torch.bincount(batch.extra["choice_row"]) > 1
+
+
+def _without_options(row: dict[str, Any]) -> dict[str, Any]:
+    answer = right_answer(row)
+    return {**row, "choice_ids": answer, "choice_lengths": [len(answer)]}
+
+
+def _digests(row: dict[str, Any]) -> list[int]:
+    """Return a number for each choice of a row, equal for equal tokens, in every process."""
+    found, start = [], 0
+    for length in row["choice_lengths"]:
+        tokens = np.asarray(row["choice_ids"][start : start + length], dtype=np.int64).tobytes()
+        found.append(int.from_bytes(hashlib.sha256(tokens).digest()[:7], "big"))
+        start += length
+    return found
