@@ -4,9 +4,10 @@ Letters: K adapters, T' tokens of the examples of one, Q queries, d width of the
 
     E = encoder(examples)          (K, 1 + T', d)
     Z = decoder(queries, E)        (K, Q, d)     a learned table of queries in the place of tokens, each seeing all others
-    row = W_2 norm(gelu(W_1 z)) + b_2            one pair W_1, W_2 for each kind of row, shared by all layers
+    row = W_2 norm(gelu(W_1 z)) / sqrt(h) + b_2  one pair W_1, W_2 for each kind of row, shared by all layers
 
-The norm, u / rms(u), makes the size of fresh rows known: entries of W_2 ~ N(0, s^2 / h) give rows of standard deviation s.
+The norm, u / rms(u) of h numbers, makes the size of fresh rows known: entries of W_2 ~ N(0, s^2) give rows of standard
+deviation s. Divided by sqrt(h), as in HINT (arXiv 2212.10315), a row moves no faster in a wide hypermodel than in a narrow one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class RowWriter(nn.Module):
         if plan.start == "bias" or not first.std:
             nn.init.zeros_(self.outer.weight)
         else:
-            nn.init.normal_(self.outer.weight, std=first.std / hidden**0.5)
+            nn.init.normal_(self.outer.weight, std=first.std)
         total = sum(block.rows for block in blocks)
         self.start = None
         if plan.start == "bias" and first.std:
@@ -82,7 +83,8 @@ class RowWriter(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Write rows (K, N, w) from the states (K, q, d) of this kind's queries; N counts the rows of all its blocks."""
         u = F.gelu(self.inner(states))
-        u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPSILON)
+        # u / rms(u) / sqrt(h)
+        u = u * torch.rsqrt(u.square().sum(-1, keepdim=True) + EPSILON)
         rows = self.outer(u).flatten(1).unflatten(1, (-1, self.width))
         if self.start is not None:
             rows = rows + self.start
