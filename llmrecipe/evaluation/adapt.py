@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import RunError, UserError
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.methods.additive._engines.prefix_kv import tables_of
+from llmrecipe.methods.memory._engines.generated_adapter import Generator
 from llmrecipe.methods.memory.hypertuning import TARGETS, Hypertuning
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.objectives.examples import padded_texts
 from llmrecipe.recipe.compose import Composition, compose
@@ -38,8 +40,8 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         words: `data.path=FILE` with the examples, and overrides of the new run's recipe (`run.dir=...`).
 
     Returns:
-        The folder of the new run, an ordinary run with a LoRA or a prefix, and what is known of it: `examples` read, `tokens` of
-        them, and the loss of their answers without (`loss/base`) and with the adapter (`loss`).
+        The folder of the new run, an ordinary run with a LoRA or a prefix, and its facts: `examples` read, `tokens` of them, and
+        the loss of their answers without (`loss/base`) and with the adapter (`loss`).
 
     Raises:
         UserError: no examples are given, or they cannot be read.
@@ -63,7 +65,7 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
             "tokens": len(texts),
             "loss/base": evaluate(run.evaluation(), run.data)["loss"],
         }
-        fill(run.model, writer, ADAPTER[writer.emit], written)
+        fill(run.model, writer, ADAPTER[writer.emit], written, gates_of(loaded.model, writer.name))
         facts["loss"] = evaluate(run.evaluation(), run.data)["loss"]
         run.events.evaluation(step=0, **facts)
         write_final(run, facts)
@@ -88,13 +90,12 @@ def _composition(path: str, writer: Hypertuning, words: Sequence[str]) -> Compos
         options |= {"num_virtual_tokens": writer.num_virtual_tokens, "reparam": "flat", "gate_init": gate}
     own = [f"stack.{kind}.{name}={_quoted(value)}" for name, value in options.items()]
     fixed = ["objective=sft", f"stack=[{kind}]", *own, "data.validation=null", "data.test=null", "eval.test=false"]
+    fixed += ["steps=1", "run.dir=null", "run.name=null"]
     given = {word.lstrip("+").partition("=")[0] for word in words}
-    return compose(
-        path, [*(w for w in [*fixed, "steps=1", "run.dir=null", "run.name=null"] if w.partition("=")[0] not in given), *words]
-    )
+    return compose(path, [*(word for word in fixed if word.partition("=")[0] not in given), *words])
 
 
-def _quoted(value: Any) -> str:
+def _quoted(value: object) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
 
 
@@ -107,7 +108,7 @@ def _most(source: Composition) -> int:
 
 
 def _joined(texts: Sequence[Sequence[int]], most: int) -> tuple[list[int], int]:
-    """Return the tokens of the first texts that fit, and how many these are; a single one that does not fit loses its beginning."""
+    """Return the tokens of the texts that fit, and how many these are; of a single one that does not fit the end is kept."""
     found: list[int] = []
     used = 0
     for text in texts:
@@ -120,12 +121,13 @@ def _joined(texts: Sequence[Sequence[int]], most: int) -> tuple[list[int], int]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, writer: Hypertuning, name: str, written: Sequence[Tensor]) -> None:
+def fill(model: nn.Module, writer: Hypertuning, name: str, written: Sequence[Tensor], gates: Sequence[Tensor] = ()) -> None:
     """Put what a hypermodel has written into an ordinary LoRA or flat prefix at the same sites.
 
     Args:
         name: of the LoRA or prefix in the model's stack.
         written: the blocks, (1, n, w) each.
+        gates: the factor of each layer, (L,), for each table of a prefix that has them.
     """
     if writer.emit == "lora":
         for index, site in enumerate(anatomy(model).at(writer.target or TARGETS["lora"])):
@@ -133,9 +135,16 @@ def fill(model: nn.Module, writer: Hypertuning, name: str, written: Sequence[Ten
             hook.A.copy_(written[2 * index][0])
             hook.B.copy_(written[2 * index + 1][0].T)
         return
-    blocks = iter(written)
+    blocks, factors = iter(written), iter(gates)
     for host in tables_of(model, name):
         for table in host.tables.values():
-            assert hasattr(table, "flat")
-            parts = [block[0] for block, _ in zip(blocks, range(2 * len(table.shapes)), strict=False)]
-            table.flat.copy_(torch.cat(parts, 1))
+            held: Any = table
+            held.flat.copy_(torch.cat([next(blocks)[0] for _ in range(2 * len(held.shapes))], 1))
+            if hasattr(held, "gate"):
+                held.gate.copy_(next(factors))
+
+
+def gates_of(model: nn.Module, name: str) -> list[Tensor]:
+    """Return the factors that a hypermodel's prefixes are multiplied by, for each table; none where they have no gate."""
+    hooks = [hook for _, _, _, hook in all_hooks(model, name) if isinstance(hook, Generator) and hasattr(hook, "gates")]
+    return [gate for hook in hooks for gate in hook.gates.values()]

@@ -69,8 +69,8 @@ class HyperMtf(Objective):
     examples come from that split.
 
     Of rows with options `rank_accuracy` is the share whose right answer has the largest mean log-probability, and
-    `rank_accuracy/tasks` and `macro_f1` are means over tasks. Each is also computed with the examples of another task
-    (`nll/other_task`, ...): `task_gain` is what the right ones are worth, in nats a token; 0 where phi tells nothing.
+    `rank_accuracy/tasks` and `macro_f1` are means over tasks. The loss is also computed with the examples of another task
+    (`nll/other_task`): `task_gain` is what the right ones are worth, in nats a token; 0 where phi tells nothing.
 
     Paper: HyperTuning (arXiv 2211.12485); rank classification as in T0 (arXiv 2110.08207), by the mean over tokens.
     """
