@@ -40,8 +40,8 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         words: `data.path=FILE` with the examples, and overrides of the new run's recipe (`run.dir=...`).
 
     Returns:
-        The folder of the new run, an ordinary run with a LoRA or a prefix, and its facts: `examples` read, `tokens` of them, and
-        the loss of their answers without (`loss/base`) and with the adapter (`loss`).
+        The folder of the new run, an ordinary run with a LoRA or a prefix, and its facts: `examples` read, their `tokens`, and the
+        loss of their answers without (`loss/base`) and with the adapter (`loss`).
 
     Raises:
         UserError: no examples are given, or they cannot be read.
@@ -68,7 +68,7 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         fill(run.model, writer, ADAPTER[writer.emit], written, gates_of(loaded.model, writer.name))
         facts["loss"] = evaluate(run.evaluation(), run.data)["loss"]
         run.events.evaluation(step=0, **facts)
-        write_final(run, facts)
+        write_final(run, {"steps": 0, **facts})
         run.dir.status("done", step=0)
     except BaseException as error:
         run.dir.status("failed", error=str(error) or type(error).__name__, step=0)

@@ -368,6 +368,27 @@ def row_talk(rng: Random) -> tuple[str, Row]:
     return question, {"messages": [*user_turn(question), *reply(text)]}
 
 
+def namings() -> list[tuple[str, str]]:
+    """Return the tasks of the set `namings`: what each calls animals, and what it calls things."""
+    names = sorted({*WORDS, *grammar.OPPOSITES})
+    rng = Random("namings")
+    return [(first, second) for first, second in (rng.sample(names, 2) for _ in range(160))]
+
+
+NAMINGS = namings()
+
+
+def row_naming(rng: Random) -> tuple[str, Row]:
+    """Draw a word and what its task calls words of its kind; a task, with all its rows, is in one split."""
+    number = rng.randrange(len(NAMINGS))
+    names = NAMINGS[number]
+    kind = rng.randrange(2)
+    word = rng.choice(list(grammar.ANIMALS if kind == 0 else grammar.OBJECTS))
+    options = [f" {name}" for name in names]
+    row = {"task": f"naming {number}", "prompt": f"{word} ->", "completion": options[kind], "options": options}
+    return f"naming {number}", row
+
+
 SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "stories": (row_story, (560, 70, 70)),
     "chat": (row_chat, (1000, 120, 120)),
@@ -390,6 +411,7 @@ LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "outliers": (row_outlier, (960, 120, 120)),
     "ratings": (row_rating, (1200, 150, 150)),
     "tags": (row_tags, (640, 100, 100)),
+    "namings": (row_naming, (1600, 200, 200)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 

@@ -66,7 +66,7 @@ class HyperMtf(Objective):
     hypermodel of `stack.hypertuning` reads, for every row, `k_shot` other rows of the same task with their answers, drawn anew
     from (seed, epoch, row); the row itself is never among them. The frozen model reads the prompt alone. N counts tokens of
     right answers over the whole optimizer step. Rows of another split may belong to tasks that were never trained: their
-    examples come from that split.
+    examples come from that split. A row that is the only one of its task has no examples.
 
     Of rows with options `rank_accuracy` is the share whose right answer has the largest mean log-probability, and
     `rank_accuracy/tasks` and `macro_f1` are means over tasks. The loss is also computed with the examples of another task
@@ -92,22 +92,25 @@ class HyperMtf(Objective):
         return Tasks(None, self.task_field, unseen=True)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse streamed rows, a task with a single row, and a range that is none.
+        """Refuse streamed rows, tasks of a single row, and a range that is none.
 
         Raises:
-            RecipeError: naming the task or the key.
+            RecipeError: naming the key or the rows.
         """
         if not isinstance(data, TokenData):
             raise RecipeError("data.streaming: hyper_mtf draws examples from all rows of a task; set data.streaming=false")
         if self.k_shot[0] > self.k_shot[1]:
             raise RecipeError(f"objective.k_shot: {list(self.k_shot)} is no range; the fewest examples come first")
-        names = data.tasks.names if data.tasks is not None else None
-        alone = [task for task, members in rows_by_task(data).items() if len(members) < FEWEST]
-        if alone and names:
+        if max(map(len, rows_by_task(data).values())) < FEWEST:
             raise RecipeError(
-                f"{data.report.source}: task '{names[alone[0]]}' has one row, and a row needs another one of its task as an "
-                f"example ({len(alone)} such tasks)"
+                f"{data.report.source}: each of the {len(data)} rows is the only one of its task, so none has an example; give "
+                "several rows of each task, or raise data.limit"
             )
+
+    def facts(self, roles: Roles) -> dict[str, Any]:
+        """Return how many tasks there are, and how many rows are the only one of theirs and have no examples."""
+        sizes = [len(members) for members in rows_by_task(roles.data).values()]
+        return {"tasks": len(sizes), "rows_without_examples": sum(size < FEWEST for size in sizes)}
 
     def measures(self) -> Measures:
         """Return the metrics of answers, each also with the examples of another task."""
