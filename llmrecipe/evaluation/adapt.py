@@ -40,8 +40,8 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         words: `data.path=FILE` with the examples, and overrides of the new run's recipe (`run.dir=...`).
 
     Returns:
-        The folder of the new run, an ordinary run with a LoRA or a prefix, and its facts: `examples` read, their `tokens`, and the
-        loss of their answers without (`loss/base`) and with the adapter (`loss`).
+        The folder of the new run, an ordinary run with a LoRA or a prefix, and its facts: `examples` read, their `tokens`, and
+        the loss of their answers without (`loss/base`) and with the adapter (`loss`).
 
     Raises:
         UserError: no examples are given, or they cannot be read.
@@ -65,7 +65,7 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
             "tokens": len(texts),
             "loss/base": evaluate(run.evaluation(), run.data)["loss"],
         }
-        fill(run.model, writer, ADAPTER[writer.emit], written, gates_of(loaded.model, writer.name))
+        fill_adapter(run.model, writer, ADAPTER[writer.emit], written, gates_of(loaded.model, writer.name))
         facts["loss"] = evaluate(run.evaluation(), run.data)["loss"]
         run.events.evaluation(step=0, **facts)
         write_final(run, {"steps": 0, **facts})
@@ -121,7 +121,9 @@ def _joined(texts: Sequence[Sequence[int]], most: int) -> tuple[list[int], int]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, writer: Hypertuning, name: str, written: Sequence[Tensor], gates: Sequence[Tensor] = ()) -> None:
+def fill_adapter(
+    model: nn.Module, writer: Hypertuning, name: str, written: Sequence[Tensor], gates: Sequence[Tensor] = ()
+) -> None:
     """Put what a hypermodel has written into an ordinary LoRA or flat prefix at the same sites.
 
     Args:

@@ -317,7 +317,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "loreft": copied(0.6),
     "direft": copied(0.77),
     # What examples say of a task that was never trained, in nats a token; those of other tasks say nothing in the control.
-    "hypertuning": Learns("eval/task_gain", 0.5, 0.1, permuted("namings", "task")),
+    "hypertuning": Learns("eval/task_gain", 0.5, 0.25, permuted("namings", "task")),
     # Forward passes alone learn how an answer goes, not yet which: their control has answers that go nowhere.
     "mezo": Learns("eval/loss", 2.7, 3.2, mixed_answers),
     "mezo_lora": Learns("eval/loss", 2.7, 3.2, mixed_answers),

@@ -18,7 +18,7 @@ from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods.additive._engines.prefix_kv import PrefixColumns, attention_sites, shape_of
 from llmrecipe.methods.memory._engines.generated_adapter import Columns, GeneratedLowRank, Generator
-from llmrecipe.methods.memory._engines.hypermodel import Block, Hypermodel, WritingPlan, native_config
+from llmrecipe.methods.memory._engines.hypermodel import Hypermodel, RowBlock, WritingPlan, native_config
 from llmrecipe.models.hooks.hook import add_hook, device_of, row_index
 from llmrecipe.models.hooks.shared_module import add_shared, shared_modules
 from llmrecipe.models.module_map import anatomy
@@ -44,13 +44,13 @@ class Hypertuning(Wrapper):
     writes key/value columns of every attention. Every row of a batch has the adapter of its own examples.
 
     The rows of B start at zero, so step 0 is the base model and B still has gradients; prefixes take their share of each
-    softmax, unless `prefix_gate` gives them one of their own, times a factor that starts at zero. H is as large as it is told:
-    the method saves when adapters are used, not when it is trained. Not merged itself: `llmrecipe adapt RUN data.path=FILE`
+    softmax, unless `prefix_gate` gives them one of their own, times a factor that starts at zero. H may be
+    larger than an adapter by far: the method saves when adapters are used, not when it is trained. Not merged itself: `llmrecipe adapt RUN data.path=FILE`
     writes the adapter of a file of examples as an ordinary run. Without examples H reads nothing and writes one adapter for
     all, so that any objective can train it; caclm and hyper_mtf give examples.
 
     Paper: HyperTuning: Toward Adapting Large Language Models without Back-propagation (arXiv 2211.12485), whose code is not
-    public. From designs that are: writers shared by layers (HINT, arXiv 2212.10315), a learned start for each row
+    public. From designs that are: writers shared by layers (HINT, arXiv 2212.10315), a learned table of rows
     (`head_init: bias`, Text-to-LoRA, arXiv 2506.06105). Departures: a hypermodel from nothing where `path` names none; a
     learned vector before the examples.
     """
@@ -155,19 +155,19 @@ class Hypertuning(Wrapper):
                 raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer of a block; hypertuning adapts those")
         return sites
 
-    def _factors(self, site: Site) -> list[Block]:
+    def _factors(self, site: Site) -> list[RowBlock]:
         """Return the blocks of A, whose rows have the size of an ordinary LoRA's, and of B."""
         kind = f"{site.side}.{site.role}"
         return [
-            Block(f"{kind}.A{site.width_in}", self.r, site.width_in, 1.0 / math.sqrt(3.0 * site.width_in)),
-            Block(f"{kind}.B{site.width_out}", self.r, site.width_out, 0.0),
+            RowBlock(f"{kind}.A{site.width_in}", self.r, site.width_in, 1.0 / math.sqrt(3.0 * site.width_in)),
+            RowBlock(f"{kind}.B{site.width_out}", self.r, site.width_out, 0.0),
         ]
 
     def _columns(
         self, model: nn.Module, modules: dict[str, dict[str, list[Site]]]
-    ) -> tuple[list[Block], dict[str, dict[str, list[Columns]]]]:
+    ) -> tuple[list[RowBlock], dict[str, dict[str, list[Columns]]]]:
         """Return the blocks of keys and values, and where the columns of each module are among them, by side and role."""
-        blocks: list[Block] = []
+        blocks: list[RowBlock] = []
         places: dict[str, dict[str, list[Columns]]] = {}
         for side, roles in modules.items():
             for role, sites in roles.items():
@@ -175,7 +175,7 @@ class Hypertuning(Wrapper):
                     shape = shape_of(site, model, self.num_virtual_tokens)
                     places.setdefault(side, {}).setdefault(role, []).append(Columns(len(blocks), shape))
                     for letter, width in (("K", shape.heads * shape.key), ("V", shape.heads * shape.value)):
-                        blocks.append(Block(f"{side}.{role}.{letter}{width}", self.num_virtual_tokens, width, 1.0))
+                        blocks.append(RowBlock(f"{side}.{role}.{letter}{width}", self.num_virtual_tokens, width, 1.0))
         return blocks, places
 
     def _trunk(self, model: nn.Module, config: dict[str, Any] | None, bare: bool) -> PreTrainedModel:
@@ -235,7 +235,7 @@ class Hypertuning(Wrapper):
         """
         if self.path is None:
             return
-        with reading(f"stack.{self.name}.path: {self.path}", "it needs its tokenizer beside it", ModelError):
+        with reading(f"stack.{self.name}.path: {self.path}", "its folder must hold its tokenizer", ModelError):
             theirs = AutoTokenizer.from_pretrained(self.path).get_vocab()
         own = probe.tokenizer.get_vocab()
         other = next((token for token, number in own.items() if theirs.get(token) != number), None)

@@ -63,7 +63,7 @@ class HyperMtf(Objective):
     """Multi-task fine-tuning of a hypermodel: L = -(1/N) sum_t log P(y_t | x, y_<t; theta, phi = H(S)), S k rows of x's task.
 
     Rows are a `prompt`, its `completion` (and the `options` to choose from) and the name of their `task`. In each step the
-    hypermodel of `stack.hypertuning` reads, for every row, `k_shot` other rows of the same task with their answers, drawn anew
+    hypermodel of `stack.hypertuning` reads, for every row, `k_shot` other rows of the same task with their answers, drawn
     from (seed, epoch, row); the row itself is never among them. The frozen model reads the prompt alone. N counts tokens of
     right answers over the whole optimizer step. Rows of another split may belong to tasks that were never trained: their
     examples come from that split. A row that is the only one of its task has no examples.

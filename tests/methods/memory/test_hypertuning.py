@@ -14,7 +14,7 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
-from llmrecipe.evaluation.adapt import fill, gates_of
+from llmrecipe.evaluation.adapt import fill_adapter, gates_of
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
@@ -74,7 +74,7 @@ def alone(family: str, wrapper: Hypertuning, written: list[torch.Tensor], gates:
     )
     Stack([own]).attach(model)
     model.double().eval()
-    fill(model, wrapper, "own", written, gates)
+    fill_adapter(model, wrapper, "own", written, gates)
     return model
 
 
@@ -92,7 +92,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "options"), CASES)
 @pytest.mark.parametrize("packed", [True, False])
 def test_each_row_has_the_adapter_of_its_examples_as_if_alone(family: str, options: dict[str, Any], packed: bool) -> None:
-    """Batched per-example adapters equal a loop over models with one ordinary adapter each, tasks in another order than rows."""
+    """Batched per-example adapters equal a loop over models with one ordinary adapter each; tasks and rows differ in order."""
     model, wrapper = hyper(family, **options)
     tasks = [2, 0, 1]
     batch = batch_of(tasks, packed, model).with_extra(**examples())

@@ -30,7 +30,7 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """A matrix of an adapter that is written row by row."""
 
     kind: str
@@ -52,7 +52,7 @@ class WritingPlan:
     hidden: int | None
     """h, width between W_1 and W_2; d where None."""
     start: str
-    """`normal`, or `bias`: W_2 = 0 and a learned start for each row."""
+    """`normal`, or `bias`: W_2 = 0, and each row is added to one of a learned table."""
     normed: bool
     """Scale rows that do not start at zero to the size they start with."""
     causal: bool
@@ -62,7 +62,7 @@ class WritingPlan:
 class RowWriter(nn.Module):
     """W_1, W_2 and b_2 of one kind of row."""
 
-    def __init__(self, width: int, blocks: Sequence[Block], plan: WritingPlan):
+    def __init__(self, width: int, blocks: Sequence[RowBlock], plan: WritingPlan):
         super().__init__()
         first = blocks[0]
         hidden = plan.hidden or width
@@ -96,7 +96,7 @@ class RowWriter(nn.Module):
 class Hypermodel(SharedModule):
     """Encoder-decoder, queries and writers; float32, whatever the model it adapts."""
 
-    def __init__(self, trunk: PreTrainedModel, blocks: Sequence[Block], plan: WritingPlan):
+    def __init__(self, trunk: PreTrainedModel, blocks: Sequence[RowBlock], plan: WritingPlan):
         super().__init__()
         self.trunk, self.blocks, self.plan = trunk, tuple(blocks), plan
         width = width_of(trunk.config)
