@@ -44,10 +44,10 @@ class Hypertuning(Wrapper):
     writes key/value columns of every attention. Every row of a batch has the adapter of its own examples.
 
     The rows of B start at zero, so step 0 is the base model and B still has gradients; prefixes take their share of each
-    softmax, unless `prefix_gate` gives them one of their own, times a factor that starts at zero. H may be
-    larger than an adapter by far: the method saves when adapters are used, not when it is trained. Not merged itself: `llmrecipe adapt RUN data.path=FILE`
-    writes the adapter of a file of examples as an ordinary run. Without examples H reads nothing and writes one adapter for
-    all, so that any objective can train it; caclm and hyper_mtf give examples.
+    softmax, unless `prefix_gate` gives them one of their own, times a factor that starts at zero. H may be larger than an
+    adapter by far: the method saves when adapters are used, not when it is trained. Not merged itself: `llmrecipe adapt RUN
+    data.path=FILE` writes the adapter of a file of examples as an ordinary run. Without examples H reads nothing and writes one
+    adapter for all, so that any objective can train it; caclm and hyper_mtf give examples.
 
     Paper: HyperTuning: Toward Adapting Large Language Models without Back-propagation (arXiv 2211.12485), whose code is not
     public. From designs that are: writers shared by layers (HINT, arXiv 2212.10315), a learned table of rows
@@ -187,7 +187,7 @@ class Hypertuning(Wrapper):
         if config is not None:
             return AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
         if self.path is not None:
-            return self._from_path(model, bare)
+            return self._from_path(self.path, model, bare)
         embedding: Any = input_embedding(model)
         whole = pretrained(model).config.get_text_config()
         width = self.width or whole.hidden_size
@@ -200,10 +200,10 @@ class Hypertuning(Wrapper):
                 table.copy_(embedding.weight)
         return made
 
-    def _from_path(self, model: nn.Module, bare: bool) -> PreTrainedModel:
-        key = f"stack.{self.name}.path: {self.path}"
+    def _from_path(self, path: str, model: nn.Module, bare: bool) -> PreTrainedModel:
+        key = f"stack.{self.name}.path: {path}"
         with reading(key, "name an encoder-decoder in safetensors", ModelError):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         if not config.is_encoder_decoder:
             raise ModelError(f"{key}: '{config.model_type}' is no encoder-decoder")
         embedding: Any = input_embedding(model)
@@ -215,7 +215,7 @@ class Hypertuning(Wrapper):
         if bare:
             return AutoModel.from_config(config, dtype=torch.float32)
         with reading(key, "name an encoder-decoder in safetensors", ModelError):
-            return AutoModel.from_pretrained(self.path, config=config, dtype=torch.float32, use_safetensors=True)
+            return AutoModel.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
 
     # --- life cycle -----------------------------------------------------------------------------------------------
 
