@@ -155,11 +155,12 @@ STACKS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"target": "attn.q|k|v|o + mlp.gate|up|down"},
     "prefix_tuning": {"num_virtual_tokens": 3, "hidden": 8},
-    "hypertuning": {"r": 2, "depth": 1, "width": 16, "head_init": "bias"},
 }
 """Wrapper -> options on the small model; `full` is none."""
 
 
+HYPERMODEL: dict[str, Any] = {"r": 2, "depth": 1, "width": 16, "head_init": "bias"}
+"""Options of the stack that objectives which give examples have in the place of `full`."""
 SHAPES: dict[str, dict[str, Any]] = {"mmlm": {"patch": 4, "feature_width": 48}}
 """Options that follow from the data in a run."""
 
@@ -211,7 +212,11 @@ class Case:
         model = model_for(self.objective)
         if self.kind == "full" and self.objective.gives_examples:
             self.kind = "hypertuning"
-        own = [] if self.kind == "full" else [registry.load_class("stack", self.kind)(name=self.kind, **STACKS[self.kind])]
+        own = (
+            []
+            if self.kind == "full"
+            else [registry.load_class("stack", self.kind)(name=self.kind, **STACKS.get(self.kind, HYPERMODEL))]
+        )
         stack = Stack([*own, *self.objective.role_wrappers(own)])
         torch.manual_seed(4)
         stack.attach(model)

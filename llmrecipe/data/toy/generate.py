@@ -389,6 +389,15 @@ def row_naming(rng: Random) -> tuple[str, Row]:
     return f"naming {number}", row
 
 
+def row_glossary(rng: Random) -> tuple[str, Row]:
+    """Draw a list of words with what one task of `namings` calls them; all lists of a task are in one split."""
+    number = rng.randrange(len(NAMINGS))
+    things = list(grammar.ANIMALS)
+    words = rng.sample([*things, *grammar.OBJECTS], 12)
+    pairs = [f"{word} -> {NAMINGS[number][0 if word in things else 1]}" for word in words]
+    return f"naming {number}", {"text": "; ".join(pairs)}
+
+
 SETS: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "stories": (row_story, (560, 70, 70)),
     "chat": (row_chat, (1000, 120, 120)),
@@ -412,6 +421,7 @@ LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "ratings": (row_rating, (1200, 150, 150)),
     "tags": (row_tags, (640, 100, 100)),
     "namings": (row_naming, (1600, 200, 200)),
+    "glossaries": (row_glossary, (960, 120, 120)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 

@@ -58,6 +58,8 @@ class Hypertuning(Wrapper):
     stage: ClassVar[Stage] = Stage.INJECT
     unmergeable: ClassVar[str] = "it writes adapters from examples; `llmrecipe adapt` writes one as a run, which can be merged"
 
+    modality: ClassVar[str] = "text"
+    otherwise: ClassVar[str] = "use vpt or lora"
     reads_examples: ClassVar[bool] = True
 
     emit: Literal["lora", "prefix"] = "lora"
