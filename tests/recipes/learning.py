@@ -81,6 +81,17 @@ def permuted(name: str, column: str) -> Spoil:
     return lambda folder: spoiled(folder, name, change)
 
 
+def mixed_glossaries(folder: Path) -> list[str]:
+    """The pairs of a list come from all lists, so that a text says nothing about its other parts."""
+
+    def change(rows: list[Row], chance: random.Random) -> list[Row]:
+        pairs = [pair for row in rows for pair in row["text"].split("; ")]
+        chance.shuffle(pairs)
+        return [{"text": "; ".join(pairs[12 * i : 12 * i + 12])} for i in range(len(rows))]
+
+    return spoiled(folder, "glossaries", change)
+
+
 def shuffled_pictures(column: str) -> Spoil:
     """Every training picture gets the column of another one."""
 
@@ -251,6 +262,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "nsp": Learns("eval/nsp/auc", 0.8, 0.6, mixed_sentences),
     "clm_from_nothing": Learns("eval/bits_per_byte", 0.7, 1.3, mixed_stories),
     "mlm": Learns("eval/loss", 2.6, 3.3, mixed_stories),
+    # What A and D say of C, in nats a token; in the control a list's words have the names of other lists.
+    "caclm": Learns("eval/context_gain", 0.1, 0.05, mixed_glossaries),
     # Words that only the picture decides: 0.35 by chance.
     "mmlm": Learns("eval/accuracy", 0.8, 0.45, shuffled_pictures("image")),
     # What the noise left is copied; where it leaves nothing, remarks are written by heart.
