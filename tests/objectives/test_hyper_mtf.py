@@ -17,7 +17,8 @@ from tests.objectives.harness import Case, Held
 def row(number: int, task: int) -> dict[str, Any]:
     """A row whose tokens name it: 1000 + its number, and 2000 + its number for the right answer."""
     choices = {"choice_ids": [2000 + number, 2, 3000, 2], "choice_lengths": [2, 2]}
-    return {"row": number, "prompt_ids": [1, 1000 + number], **choices, "task": task}
+    sizes = {"choice_chars": [4, 4], "choice_bytes": [4, 4]}
+    return {"row": number, "prompt_ids": [1, 1000 + number], **choices, **sizes, "task": task}
 
 
 def shown(batch: Any, index: int) -> list[int]:

@@ -20,7 +20,7 @@ from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.examples import padded_texts, with_examples
-from llmrecipe.objectives.finetuning.choices import choice_scores, lay_out_choices
+from llmrecipe.objectives.finetuning.choices import SIZES, choice_scores, lay_out_choices
 from llmrecipe.objectives.token_math import TOKEN_METRICS
 
 if TYPE_CHECKING:
@@ -257,8 +257,9 @@ def _has_wrong(batch: Batch) -> Tensor:
 
 
 def _without_options(row: dict[str, Any]) -> dict[str, Any]:
-    answer = right_answer(row)
-    return {**row, "choice_ids": answer, "choice_lengths": [len(answer)]}
+    """Return a row whose only choice is the right one."""
+    sizes = {name: row[name][:1] for name in SIZES.values()}
+    return {**row, **sizes, "choice_ids": right_answer(row), "choice_lengths": row["choice_lengths"][:1]}
 
 
 def _digests(row: dict[str, Any]) -> list[int]:
