@@ -21,6 +21,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.examples import padded_texts, with_examples
 from llmrecipe.objectives.finetuning.choices import SIZES, choice_scores, lay_out_choices
+from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS
 
 if TYPE_CHECKING:
@@ -157,8 +158,7 @@ class HyperMtf(Objective):
         members = rows_by_task(data)
         tasks = sorted(members)
         task = tasks[(tasks.index(int(row["task"])) + shift) % len(tasks)]
-        epoch = row.get("epoch")
-        draws = np.random.default_rng([roles.seed, 0 if epoch is None else 1 + epoch, row["row"], shift])
+        draws = generator(roles.seed, row.get("epoch"), row["row"], shift)
         found: list[int] = []
         for index in drawn(members[task], row["row"], (self.k_shot[0], self.k_shot[1]), draws):
             other = data[index]

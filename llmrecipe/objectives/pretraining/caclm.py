@@ -16,7 +16,7 @@ from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.examples import padded_texts, with_examples
-from llmrecipe.objectives.pretraining._engines.masking import generator
+from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS, pair_batch, token_loss
 
 if TYPE_CHECKING:
