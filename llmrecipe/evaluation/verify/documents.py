@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmrecipe.data.collate import Batch, Sequence
+from torch import Tensor
+
+from llmrecipe.data.collate import Batch, Sequence, pad
 
 
 @dataclass
@@ -19,6 +21,12 @@ class BatchText:
     """(index of a target in the batch, position of the token that predicts it)."""
     segments: list[int] | None = None
     """Segment of each token (0 or 1), where the batch says it."""
+    examples: dict[str, Tensor] = field(default_factory=dict)
+    """What the batch's adapters are made from, where a hypermodel makes them (see `Batch.context`)."""
+
+    def batch(self, pad_id: int) -> Batch:
+        """Return a batch of this document alone, under the adapter it has in its own batch."""
+        return pad([self.sequence()], pad_id, extra=dict(self.examples))
 
     def sequence(self) -> Sequence:
         """Return the document by itself; of its targets those that are next tokens are trained."""
@@ -32,6 +40,9 @@ class BatchText:
 def documents_of(batch: Batch) -> list[BatchText]:
     """Return the documents of a batch; a shared prompt stands at the beginning of each document that continues it."""
     found = _packed(batch) if batch.layout is not None else _padded(batch)
+    given = {name: batch.extra[name] for name in ("example_ids", "example_mask") if name in batch.extra}
+    for document in found:
+        document.examples = given
     return [document for document in found if document.places]
 
 

@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import pad
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.documents import documents_of
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
@@ -30,7 +29,7 @@ class SharedPrompt(Verification):
             for micro in shared:
                 together = run.roles.engine(micro)["logprobs"]
                 for document in documents_of(micro):
-                    alone = pad([document.sequence()], run.roles.pad_id).to(run.roles.device)
+                    alone = document.batch(run.roles.pad_id).to(run.roles.device)
                     places = [index for index, _ in document.places]
                     apart, _ = largest({"t": run.roles.engine(alone)["logprobs"]}, {"t": together[places]})
                     if not apart <= worst:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmrecipe.core.forward_context import activate
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import Batch, pad
+from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.pooling import real_tokens
 from llmrecipe.evaluation.verify.bench import Bench, largest
@@ -139,7 +139,7 @@ def _plain_scores(bench: Bench, pixels: Tensor) -> Tensor:
 def _plain_logits(bench: Bench, document: BatchText) -> Tensor:
     """Return the logits of Transformers' own forward on one document, without anything that makes it faster."""
     run = bench.run
-    batch = pad([document.sequence()], run.roles.pad_id).to(run.roles.device)
+    batch = document.batch(run.roles.pad_id).to(run.roles.device)
     model: Any = run.model
     engine = run.roles.engine
     autocast = torch.autocast(
