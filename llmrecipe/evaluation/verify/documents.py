@@ -40,7 +40,7 @@ class BatchText:
 def documents_of(batch: Batch) -> list[BatchText]:
     """Return the documents of a batch; a shared prompt stands at the beginning of each document that continues it."""
     found = _packed(batch) if batch.layout is not None else _padded(batch)
-    given = {name: batch.extra[name] for name in ("example_ids", "example_mask") if name in batch.extra}
+    given: dict[str, Tensor] = {n: batch.extra[n] for n in ("example_ids", "example_mask") if n in batch.extra}
     for document in found:
         document.examples = given
     return [document for document in found if document.places]
