@@ -20,11 +20,13 @@ from transformers.modeling_layers import GenericForQuestionAnswering
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
 from llmrecipe.data.collate import Batch, part_of_batch
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
+from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
-from llmrecipe.engine.vector_decoder import causal_mask, decoding, encoder_rows, mount_decoder
+from llmrecipe.engine.vector_decoder import decoding, encoder_rows, mount_decoder
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
 from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.resolve_class import language_head
 from llmrecipe.models.task_heads import FEATURES
 
 if TYPE_CHECKING:
@@ -70,8 +72,9 @@ class Engine(nn.Module):
         """Run the model once over a batch.
 
         Args:
-            want: `logprobs` (N,) of the batch's targets; `decoded` the same, the model decoding a vector that it
-                pools from the rows in `extra["encoder_ids"]`; `hidden` (S, D) the state of each sequence's last token; `states`
+            want: `logprobs` (N,) of the batch's targets; `continued` the same, where an encoder, too, sees of what follows the
+                prompt of a row only what stands before a token; `decoded` the same, the model decoding a vector that it pools
+                from the rows in `extra["encoder_ids"]`; `hidden` (S, D) the state of each sequence's last token; `states`
                 (R, T, D) those of all tokens; `pooled` (S, D) one vector a sequence (see `pool`); `values` (N,)
                 of the role's head before each target and `values_end` (S,) at the last token; `scores` (S, C) of a sequence
                 head; `token_scores` (R, T, C) of a head that reads every token; `reward` (S,) of the reward head at each
@@ -105,7 +108,10 @@ class Engine(nn.Module):
             if want == "pooled":
                 vectors, auxiliary = self.pooled(batch, pool or Pool(), role)
                 return _with({"pooled": vectors}, auxiliary)
-            hidden, auxiliary = self.decoded(batch, pool or Pool()) if want == "decoded" else self.states(batch)
+            if want == "decoded":
+                hidden, auxiliary = self.decoded(batch, pool or Pool())
+            else:
+                hidden, auxiliary = self.continued(batch) if want == "continued" else self.states(batch)
             if want == "states":
                 return _with({"states": hidden}, auxiliary)
             flat = hidden.reshape(-1, hidden.shape[-1])
@@ -159,6 +165,18 @@ class Engine(nn.Module):
         if self.is_pair_model:
             return self._pair_states(batch)
         layers, auxiliary = self._layers(batch, (-1,))
+        return layers[0], auxiliary
+
+    def continued(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the states (R, T, D) of rows that a model continues, and the loss the model itself adds, if any.
+
+        A decoder reads them as ever. An encoder sees the prompt (features included) whole and each later token what is before
+        it, as a prefix language model does; its rows are padded.
+        """
+        if self.is_pair_model or language_head(self.model.config) == "causal":
+            return self.states(batch)
+        assert batch.attention_mask is not None, "rows that an encoder continues are padded"
+        layers, auxiliary = self._layers(batch, (-1,), causal_mask(batch.attention_mask, batch.prompt_lengths))
         return layers[0], auxiliary
 
     def _layers(self, batch: Batch, places: tuple[int, ...], mask: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
@@ -344,5 +362,5 @@ def read_rows(batch: Batch, want: str, critic: Critic | None = None, heads: tupl
     sources = both if critic is not None and critic.trunk != "own" else batch.source
     if heads:
         sources = torch.cat([sources, pooled(batch)])
-    rows = {"logprobs": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)
+    rows = {"logprobs": sources, "continued": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)
     return None if rows is None else torch.unique(rows)

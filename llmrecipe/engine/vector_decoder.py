@@ -78,14 +78,6 @@ def encoder_rows(batch: Batch) -> Batch:
     )  # fmt: skip
 
 
-def causal_mask(mask: Tensor) -> Tensor:
-    """Return (R, 1, T, T), true where a token may see another: real tokens up to itself, and always itself."""
-    columns = mask.shape[1]
-    order = torch.arange(columns, device=mask.device)
-    seen = (order[None, :] <= order[:, None]) & mask.bool()[:, None, :]
-    return (seen | torch.eye(columns, dtype=torch.bool, device=mask.device))[:, None]
-
-
 def decoding(steps: Sequence[Callable[[Tensor], Tensor]]) -> Context:
     """Return the running context, for a pass whose layers take the steps."""
     return dataclasses.replace(current(), read=None, shared={**current().shared, OWNER: steps})

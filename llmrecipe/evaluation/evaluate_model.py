@@ -127,8 +127,7 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData |
         DataError: there is no such split.
     """
     recipe = subject.composition.recipe
-    labels = getattr(subject.loaded.model.config, "label2id", None) if subject.objective.head in CLASSIFIERS else None
-    names = sorted(labels, key=labels.get) if labels else None
+    names = _label_names(subject)
     mask = subject.objective.loss_mask()
     data = prepare(
         recipe.data, subject.loaded.tokenizer, subject.objective.rows, mask=mask, split=split, seed=recipe.seed,
@@ -138,6 +137,17 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData |
     if data is None:
         raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")
     return data
+
+
+def _label_names(subject: Subject) -> list[str] | None:
+    """Return the names of the labels a model was trained on, in the order of its outputs; None where it has none for them."""
+    objective, loaded = subject.objective, subject.loaded
+    if objective.answers_labels and loaded.labels:
+        return loaded.labels
+    if not (objective.answers_labels or objective.head in CLASSIFIERS):
+        return None
+    labels = getattr(loaded.model.config, "label2id", None) or {}
+    return sorted(labels, key=labels.__getitem__) or None
 
 
 def metrics_of(subject: Subject, data: Rows) -> dict[str, float]:

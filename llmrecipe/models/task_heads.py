@@ -76,13 +76,22 @@ class PooledHead(nn.Module):
 
 
 def add_pooled_head(model: LanguageModel, role: str, outputs: int, seed: int = 0) -> PooledHead:
-    """Add a trained head with a pooler and return it; an existing one (of the run that is continued) keeps its values."""
+    """Add a trained head with a pooler and return it; an existing one (of the run that is continued) keeps its values.
+
+    Raises:
+        ModelError: the existing one has another number of outputs.
+    """
     heads = _container(model)
     if role not in heads:
         width = int(model.config.get_text_config().hidden_size)
         heads[role] = PooledHead(width, outputs, seed).to(model.get_input_embeddings().weight.device)
     found = heads[role]
     assert isinstance(found, PooledHead)
+    if found.out.out_features != outputs:
+        raise ModelError(
+            f"model.path: the head '{role}' of the run has {found.out.out_features} outputs, and {outputs} are needed; train "
+            "on rows with the labels of the run"
+        )
     _set_frozen(found, False)
     return found
 

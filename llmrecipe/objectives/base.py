@@ -54,6 +54,9 @@ class Objective:
     language, for whichever of causal, masked and seq2seq the model has."""
     encoder_decoders: ClassVar[bool] = False
     """Whether it trains encoder-decoders in the place of decoders, too: the encoder reads the prompt, the decoder answers."""
+    answers_labels: ClassVar[bool] = False
+    """Whether it adds a head of its own with one output for each label of the training rows; the model's config keeps their
+    names, as it does for the heads of classification."""
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Roles of special tokens (eos, mask, sep, cls) that a tokenizer trained for it must have."""
     roles: ClassVar[tuple[str, ...]] = ()

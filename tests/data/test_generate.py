@@ -51,6 +51,7 @@ def test_committed_pictures_are_what_the_generator_draws():
             thing = (held != held[0, 0]).any(-1)
             colour = pictures.COLOURS[one["attributes"][1]]
             assert (held[thing] == colour).all() and all(word in one["text"] for word in one["attributes"])
+            assert one["answer"] == one["attributes"][pictures.QUESTIONS.index(one["question"])]
             assert (thing[:16].sum() > thing[16:].sum()) == (one["attributes"][3] == "high")
             assert places.setdefault((colour, thing.tobytes()), split) == split
 

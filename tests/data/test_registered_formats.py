@@ -38,6 +38,7 @@ ORDER = {
     "multimodal": ["image_text"],
     "pictured_words": ["image_text"],
     "labelled_images": ["image_label"],
+    "pictured_questions": ["image_question"],
 }
 """Row type -> formats in the order in which they are tried."""
 EVERY = [(rows, name) for rows, names in ORDER.items() for name in names]
@@ -65,10 +66,11 @@ def test_the_example_of_a_format_is_found_by_its_columns_and_becomes_every_row_t
 def test_what_a_row_type_says_of_itself() -> None:
     types = [row_type(name) for name in registry.names("row_type")]
     assert {t.name for t in types if t.prompted} == {"choices", "dialogue", "preference", "prompt", "unpaired"}
-    assert {t.name for t in types if t.numbered} == {"labelled", "labelled_images", "pairs", "tagged"}
+    assert {t.name for t in types if t.numbered} == {"labelled", "labelled_images", "pairs", "pictured_questions", "tagged"}
     uncounted = {t.name: t.uncounted for t in types if t.uncounted}
     assert uncounted == {
         "labelled": ("type_ids",),
+        "pictured_questions": ("type_ids",),
         "scored": ("type_ids",),
         "tagged": ("words",),
         "passages": ("type_ids", "windows", "begins", "ends", "starts", "stops", "nulls"),

@@ -19,7 +19,7 @@ from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.recipe_paths import all_recipes
 from tests.methods.kinds import wide_norms
 from tests.objectives.harness import OBJECTIVES, READ, STACKS, Case, update
-from tests.runtime.test_process_matrix import sampled
+from tests.runtime.test_process_matrix import LIMIT, sampled
 from tests.tiny import tiny_model
 from tests.trainings import curve, resumes_to_the_bit
 
@@ -167,9 +167,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(name: str, kind: str, tmp_pat
     """Two steps and two more are four, through the objective's own recipe."""
     recipe, options = recipe_of(name), STACKS[kind]
     stack = ["stack=[]"] if kind == "full" else [f"stack=[{kind}]", *(f"stack.{kind}.{k}={v}" for k, v in options.items())]
-    limit = "data.limit=34" if name.endswith("classification") else "data.limit=8"  # fewer rows miss a label
+    limit = LIMIT.get(name, ["data.limit=34"] if name == "token_classification" else ["data.limit=8"])
     small = ["steps=4", "batch.size=3", "batch.micro=2", "data.max_length=64", "eval.batches=1", "eval.every=null"]
-    words = [*small, limit, *stack, *sampled(name)]
+    words = [*small, *limit, *stack, *sampled(name)]
     resumes_to_the_bit(tmp_path, recipe, words, 2)
     assert len(curve(tmp_path / "whole")) == 4
 

@@ -128,6 +128,14 @@ def pictured(row: int, length: int) -> dict[str, Any]:
     return {**document(row, length), "features": held_picture(row), "attribute": [0, 1, *([0] * (length - 1)), 0]}
 
 
+def captioned(row: int, length: int) -> dict[str, Any]:
+    return {"row": row, "ids": [1, *ids(row, length), 2], "trained": [0, *([1] * (length + 1))], "features": held_picture(row)}
+
+
+def pictured_question(row: int, length: int) -> dict[str, Any]:
+    return {**labelled(row, length), "features": held_picture(row)}
+
+
 MAKERS = {
     "dialogue": dialogue,
     "text": dialogue,
@@ -142,6 +150,8 @@ MAKERS = {
     "tagged": tagged,
     "passages": passage,
     "pictured_words": pictured,
+    "pictured_questions": pictured_question,
+    "multimodal": captioned,
     "choices": question,
     "prompt": prompt,
     "pairs": triple,
@@ -161,7 +171,7 @@ STACKS: dict[str, dict[str, Any]] = {
 
 HYPERMODEL: dict[str, Any] = {"r": 2, "depth": 1, "width": 16, "head_init": "bias"}
 """Options of the stack that objectives which give examples have in the place of `full`."""
-SHAPES: dict[str, dict[str, Any]] = {"mmlm": {"patch": 4, "feature_width": 48}}
+SHAPES: dict[str, dict[str, Any]] = {name: {"patch": 4, "feature_width": 48} for name in ("mmlm", "caption", "vqa")}
 """Options that follow from the data in a run."""
 
 
@@ -185,6 +195,8 @@ def model_for(objective: Any) -> nn.Module:
     if objective.head in ("classification", "token_classification"):
         torch.manual_seed(3)
         model.score = nn.Linear(32, len(objective.label_names() or "abc"), bias=False)
+    if objective.answers_labels:
+        objective.answers[:] = "abc"
     objective.prepare_model(model, 5)
     return model
 

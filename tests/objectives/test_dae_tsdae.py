@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmrecipe.engine.vector_decoder import OWNER, causal_mask
+from llmrecipe.engine.masks import causal_mask
+from llmrecipe.engine.vector_decoder import OWNER
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.native import NativeConfig

@@ -21,7 +21,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import task_heads
 from llmrecipe.models.feature_head import FeatureHead
 from llmrecipe.models.sinusoids import sinusoids
-from llmrecipe.objectives.pretraining._engines.views import vectors_of, views_of
+from llmrecipe.objectives.feature_inputs import vectors_of, views_of
 from llmrecipe.objectives.pretraining.mmlm import Mmlm
 from tests.objectives.harness import document
 from tests.pictures import held_picture, held_vectors, save_rows

@@ -21,6 +21,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | pairs | texts (two or three), score, label; or text (+ label) | ids_a (+ ids_b, + ids_c), score, label |
 | multimodal | features (a path), text | ids, trained, features |
 | pictured_words | features (a path), text (+ attributes) | ids, words (+ attribute), features |
+| pictured_questions | features (a path), text, label | ids (+ type_ids), label, features |
 | labelled_images | features (a path), label | features, label |
 
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;

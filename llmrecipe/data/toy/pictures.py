@@ -1,4 +1,4 @@
-"""Seeded generator of the pictures inside the package: one coloured thing on grey, and a sentence about it.
+"""Seeded generator of the pictures inside the package: one coloured thing on grey, a sentence and a question about it.
 
     python -m llmrecipe.data.toy.pictures           rewrites llmrecipe/assets/data/pictures
 
@@ -42,6 +42,9 @@ FORMS = (
     "The {thing} is {size} and {colour}, and it is {height}.",
     "It is a {colour} {thing}, {size} and {height}.",
 )
+
+QUESTIONS = ("What is it?", "Which colour is it?", "How big is it?", "Is it high or low?")
+"""What a question is about: thing, colour, size, height."""
 
 
 def covers(thing: str, dx: int, dy: int, r: int) -> bool:
@@ -91,7 +94,7 @@ def png(pixels: list[tuple[int, int, int]]) -> bytes:
 
 def picture_rows(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of every split; no picture is in two of them, or twice in one."""
-    rng, seen = Random(f"{seed}/pictures"), set()
+    rng, asking, seen = Random(f"{seed}/pictures"), Random(f"{seed}/questions"), set()
     found: dict[str, list[dict[str, Any]]] = {}
     for split, count in SIZES.items():
         found[split] = []
@@ -99,7 +102,8 @@ def picture_rows(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
             key, row = draw_row(rng)
             if split_of(key) == split and row["image"] not in seen:
                 seen.add(row["image"])
-                found[split].append(row)
+                subject = asking.randrange(len(QUESTIONS))
+                found[split].append({**row, "question": QUESTIONS[subject], "answer": row["attributes"][subject]})
     return found
 
 
@@ -110,7 +114,8 @@ def write_pictures(out: Path, seed: int = 0) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for split, own in picture_rows(seed).items():
-        names = {"image": pa.binary(), "text": pa.string(), "attributes": pa.list_(pa.string()), "label": pa.string()}
+        texts = dict.fromkeys(("label", "question", "answer"), pa.string())
+        names = {"image": pa.binary(), "text": pa.string(), "attributes": pa.list_(pa.string()), **texts}
         table = pa.table({name: pa.array([row[name] for row in own], kind) for name, kind in names.items()})
         paths.append(out / f"{split}.arrow")
         with pa.ipc.new_file(str(paths[-1]), table.schema) as file:

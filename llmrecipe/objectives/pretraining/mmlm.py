@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import Literal, PositiveInt
+from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import Batch, FeatureVectors, Sequence
+from llmrecipe.data.collate import Batch
 from llmrecipe.data.tokenize.word_rows import SPECIAL
 from llmrecipe.engine.role_models import Roles
-from llmrecipe.models import task_heads
-from llmrecipe.models.feature_head import GEOMETRY, FeatureHead
 from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
+from llmrecipe.objectives.feature_inputs import OWN, VIEW, VIEWS, FeatureInputs, gains, measures_by_view
 from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRICS, MaskedTokens, masked_metrics
 from llmrecipe.objectives.pretraining._engines.masking import Hidden, corrupted, masked_targets
-from llmrecipe.objectives.pretraining._engines.views import OWN, REMOVED, SHUFFLED, VIEW, VIEWS, vectors_of, views_of
 from llmrecipe.objectives.token_math import negative_log_likelihood
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.data.prepare import SplitRows
     from llmrecipe.models.pretrained import LanguageModel
     from llmrecipe.recipe.schema import Recipe
 
@@ -35,7 +30,7 @@ ATTRIBUTE = "attribute"
 
 
 @register
-class Mmlm(MaskedTokens, Objective):
+class Mmlm(FeatureInputs, MaskedTokens, Objective):
     """Masked multimodal language modelling: L = -(1/|M|) sum_{i in M} log P(x_i | x with M hidden, y), y what a text is about.
 
     y are the patches of a picture, regions of it, or frames of sound or video: each becomes one input of the encoder, before
@@ -54,92 +49,40 @@ class Mmlm(MaskedTokens, Objective):
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "pictured_words"
     head: ClassVar[str] = "masked"
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
 
-    features: Literal["patch", "region", "frame"] = "patch"
-    """What the rows' files hold: pictures, cut into patches; vectors of regions with their boxes; or vectors in an order."""
-    patch: PositiveInt = 8
-    """Height and width of a patch, in pixels of the prepared picture."""
-    feature_width: PositiveInt | None = None
-    """Numbers of a vector (of a patch: channels x patch x patch; with 7 for a box); default: the data's."""
     target_words: Literal["any", "attribute"] = "any"
     """Hide any tokens of the text, or only those of the words that the rows name in `attributes`."""
-
-    @cached_property
-    def widths(self) -> set[int]:
-        """Hold the width of the data's vectors, once they are known."""
-        return set()
-
-    def slots(self, config: PreTrainedConfig, shape: tuple[int, ...]) -> int:
-        """Return the number of patches of a picture, or of vectors."""
-        return shape[0] if len(shape) == 2 else (shape[1] // self.patch) * (shape[2] // self.patch)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse shares that exceed one, features of another form, and rows without attributes where those are hidden."""
         self.check_shares()
-        widths = {self._width(shape) for shape in data.shapes()}
-        if len(widths | {self.feature_width or min(widths)}) > 1:
-            raise RecipeError(
-                f"objective.feature_width: the vectors of the data have the widths {', '.join(map(str, sorted(widths)))}; one "
-                "head reads them all, so they must have one width, and the recipe's where it names one"
-            )
-        self.widths.update(widths)
-        if self.features == "region" and min(widths) <= GEOMETRY:
-            raise RecipeError(
-                "objective.features: region needs vectors with their boxes (arrays 'features' and 'boxes' in a .npz)"
-            )
+        self.check_features(data)
         if self.target_words == ATTRIBUTE and not all(any(row.get(ATTRIBUTE) or ()) for row in data):
             raise RecipeError(
                 "objective.target_words: attribute hides the words that rows name in their column 'attributes', and there are "
                 "rows without any; add them, or set objective.target_words=any"
             )
 
-    def _width(self, shape: tuple[int, ...]) -> int:
-        is_picture = len(shape) == 3
-        if is_picture != (self.features == "patch"):
-            held = "pictures; set objective.features=patch" if is_picture else "vectors; set objective.features=region or frame"
-            raise RecipeError(f"objective.features: {self.features} does not fit rows whose files hold {held}")
-        if is_picture and (shape[1] % self.patch or shape[2] % self.patch):
-            raise RecipeError(
-                f"objective.patch: prepared pictures of {shape[1]} x {shape[2]} pixels cannot be cut into patches of "
-                f"{self.patch} x {self.patch}; change it, or the size of pictures (processor.config.size)"
-            )
-        return shape[0] * self.patch**2 if is_picture else shape[1]
-
     def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add the head that turns features into inputs; one that came with the model keeps its values."""
         check_masked_head(model)
-        task_heads.add_feature_head(model, self.features, self.feature_width or next(iter(self.widths), None), seed)
+        self.add_feature_head(model, seed)
 
     def measures(self) -> Measures:
         """Return the metrics of the hidden tokens, over all of them, by what stands in their place, and by view."""
-        views = {f"{name}/{view}": None for view in (REMOVED, SHUFFLED) for name in ("nll", "accuracy", "accuracy/attribute")}
-        gains: Measures = {f"gain/{view}": "max" for view in (REMOVED, SHUFFLED)}
-        return {**MASKED_METRICS, "accuracy/attribute": "max", **views, **gains}
+        return {**MASKED_METRICS, **measures_by_view({"nll": "min", "accuracy": "max", "accuracy/attribute": "max"})}
 
     # --- batches --------------------------------------------------------------------------------------------------
-
-    def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
-        """Return every view of each row."""
-        return [view for i in indices for view in views_of(data, i)]
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Hide tokens and lay the rows out behind their features; targets are the hidden tokens, at their own places."""
         hidden = [self._hidden(row, roles) for row in rows]
-        vectors = [self._vectors(row) for row in rows]
         sequences = [
-            replace(corrupted(row["ids"], found), features=own) for row, found, own in zip(rows, hidden, vectors, strict=True)
+            replace(corrupted(row["ids"], found), features=self.vectors(row)) for row, found in zip(rows, hidden, strict=True)
         ]
-        head = roles.engine.head_of(task_heads.FEATURES)
-        assert isinstance(head, FeatureHead), "made by `prepare_model`"
-        # A process without rows reads a filler that goes through the head too, or the others would wait for its gradient.
-        filler = Sequence([0], [0], features=FeatureVectors(torch.zeros(1, head.width), torch.zeros(1, 2, dtype=torch.long)))
-        batch = roles.layout(sequences or [filler], [row["row"] for row in rows])
-        batch = batch if rows else replace(batch, tokens=0)
+        batch = self.lay_out(sequences, rows, roles)
         batch = masked_targets(batch, [row["ids"] for row in rows], hidden)
-        if int(getattr(roles.model.config, "type_vocab_size", 0) or 0) > 1:
-            types = torch.zeros_like(batch.input_ids).flatten()
-            types = types if batch.slots is None else types.index_fill(0, batch.slots.index, 1)
-            batch = batch.with_extra(token_type_ids=types.view_as(batch.input_ids))
         return batch.with_extra(**self._kinds_of_target(rows, hidden, batch.last.device))
 
     def _hidden(self, row: dict[str, Any], roles: Roles) -> Hidden:
@@ -147,9 +90,6 @@ class Mmlm(MaskedTokens, Objective):
         if self.target_words == ATTRIBUTE:
             words = [word if mark else SPECIAL for word, mark in zip(words, row[ATTRIBUTE], strict=True)]
         return self.hide_tokens(row["ids"], words, row, roles)
-
-    def _vectors(self, row: dict[str, Any]) -> FeatureVectors | None:
-        return vectors_of(torch.from_numpy(row["features"].load()), self.patch) if "features" in row else None
 
     def _kinds_of_target(self, rows: list[dict[str, Any]], hidden: list[Hidden], device: torch.device) -> dict[str, Tensor]:
         """Return view -> which of the N targets are in a row of that view, and which are tokens of an attribute."""
@@ -195,4 +135,4 @@ class Mmlm(MaskedTokens, Objective):
 
     def finish_evaluation(self, sums: dict[str, float], tensors: dict[str, Tensor]) -> dict[str, float]:
         """Return the loss that a hidden token has more without its own features."""
-        return {f"gain/{view}": sums[f"nll/{view}"] - sums["nll"] for view in (REMOVED, SHUFFLED) if f"nll/{view}" in sums}
+        return gains(sums)

@@ -58,7 +58,7 @@ class Hidden:
 def hide(
     plan: MaskPlan, words: Sequence[int], ids: Sequence[int], draws: np.random.Generator, mask_id: int, pool: np.ndarray
 ) -> Hidden:
-    """Choose the hidden tokens of a row and what stands in their place.
+    """Choose the hidden tokens of a row and what stands in their place; none where all its tokens are special.
 
     Args:
         words: word of each token, -1 for special tokens, which are never hidden.
@@ -67,6 +67,8 @@ def hide(
         pool: (P,) the ids that a random token is drawn from.
     """
     groups = _groups(words) if plan.unit != "token" else [[i] for i, word in enumerate(words) if word >= 0]
+    if not groups:
+        return Hidden([], [], [])
     budget = max(1, round(plan.prob * len(ids)))
     if plan.most is not None:
         budget = min(budget, plan.most)
