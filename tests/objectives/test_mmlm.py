@@ -244,3 +244,13 @@ def test_files_of_frames_and_of_regions_train(tmp_path: Path) -> None:
         run = train_recipe(tmp_path / f"run_{form}", "mmlm", *SMALL[1:3], SMALL[-1], *words)
         assert run.model.task_head["features"].width == (5 if form == "frame" else 12)
         assert len(curve(tmp_path / f"run_{form}")) == 2
+
+
+def test_a_row_whose_tokens_are_all_special_has_nothing_to_predict() -> None:
+    """An attribute that the tokenizer does not know, in a row of an evaluation."""
+    objective = Mmlm(features="frame", feature_width=WIDTH, target_words="attribute", prob=1.0)
+    roles = roles_of(objective)
+    known = {**ROWS[0], "attribute": [0, 1, *[0] * (len(ROWS[0]["ids"]) - 2)]}
+    unknown = {**ROWS[1], "attribute": [1, *[0] * (len(ROWS[1]["ids"]) - 1)]}
+    batch = objective.collate([unknown, known], roles)
+    assert batch.target.tolist() == [known["ids"][1]] and batch.sequence.tolist() == [1]

@@ -277,6 +277,9 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "sft": exact(0.95),
     "classify": labelled(0.95),
     "image_classification": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
+    # A token of a caption: what the words before it give away is all that is left with pictures of other captions.
+    "caption": Learns("eval/loss", 0.4, 0.6, shuffled_pictures("image")),
+    "vqa": ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_with_pictures_helps_over_three_seeds"),
     # Tags out of order: what stays is how often each is.
     "token_classification": Learns("eval/f1", 0.95, 0.3, mixed_tags),
     # Numbers of other pairs leave nothing to rank by.
@@ -356,6 +359,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "sft_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_a_fine_tuned_model_learns_the_preferences"),
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
     "dae_sft": ShownBy("tests/recipes/test_pipelines_learn.py::test_denoising_first_helps_over_three_seeds"),
+    "mmlm_caption": ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_with_pictures_helps_over_three_seeds"),
+    "mmlm_vqa": ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_with_pictures_helps_over_three_seeds"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
     "s4_design": ShownBy("tests/pipelines/test_search_costs.py::test_the_design_space_procedure_of_s4_finds_a_planted_design"),
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
