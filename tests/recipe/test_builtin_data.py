@@ -18,7 +18,17 @@ from llmrecipe.recipe.recipe_paths import all_recipes
 
 Project = Callable[..., Path]
 OWN = "data.path=mine.jsonl"
-SAY_IT_TO_A_STAGE = {"sft_dpo", "searched_dpo", "rlhf", "rlaif", "rlaif_dpo", "alignment_leaderboard", "dae_sft", "mmlm_caption", "mmlm_vqa"}
+SAY_IT_TO_A_STAGE = {
+    "sft_dpo",
+    "searched_dpo",
+    "rlhf",
+    "rlaif",
+    "rlaif_dpo",
+    "alignment_leaderboard",
+    "dae_sft",
+    "mmlm_caption",
+    "mmlm_vqa",
+}
 """Pipelines whose stages read rows of different kinds: one path cannot be for all of them."""
 
 

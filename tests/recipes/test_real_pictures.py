@@ -1,4 +1,4 @@
-"""Pictures of real sets: what hidden words gain by them, and what pretraining with them gives captions and answers.
+"""Pictures of real sets: what hidden words gain by them.
 
 Word pieces of a small tokenizer trained on the captions, thumbnails of 8 x 8 pixels as one patch, a small encoder from nothing.
 """
@@ -10,7 +10,6 @@ import random
 import shutil
 import statistics
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,6 @@ def of_kind(row: Row) -> Row:
     """Add the kind to the caption, and hide it too."""
     kind = row["label"].lower()
     return {**row, "text": f"{row['text']}, one of {kind}", "attributes": [*named(row)["attributes"], *kind.split(" & ")]}
-
-
-def asked(row: Row) -> Row:
-    """Ask for the kind."""
-    return {"image": row["image"], "question": "what kind of thing is it", "answer": row["label"]}
 
 
 def copied(folder: Path, name: str, change: Callable[[Row], Row], shuffle: bool = False) -> str:
@@ -101,8 +95,8 @@ def gain(runs: list[Losses], others: list[Losses], view: str) -> tuple[float, fl
 def test_hidden_words_of_emoji_gain_by_the_picture(
     change: Callable[[Row], Row], pieces: int, epochs: int, removed: bool, tmp_path: Path
 ) -> None:
-    """More than two standard errors over 86 held-out rows: against the pictures of other rows in the same model, and against models
-    that learned from the pictures of other rows; where kinds are hidden too, also against no picture."""
+    """More than two standard errors over 86 held-out rows: against the pictures of other rows in the same model, and against
+    models that learned from the pictures of other rows; where kinds are hidden too, also against no picture."""
     words = [*MODEL, *MASKED, f"tokenizer.train={{vocab_size: {pieces}, algorithm: wordpiece}}", f"epochs={epochs}"]
     own = copied(tmp_path / "own", "image_emoji", change)
     others = copied(tmp_path / "others", "image_emoji", change, shuffle=True)
@@ -117,7 +111,6 @@ def test_hidden_words_of_emoji_gain_by_the_picture(
         "learned without": gain(runs[own], runs[others], "own"),
         **({"no picture": gain(runs[own], runs[own], "removed")} if removed else {}),
     }
-    print({name: f"{mean:.3f} +- {error:.3f}" for name, (mean, error) in seen.items()})
     assert all(mean > 2 * error for mean, error in seen.values()), seen
 
 
@@ -128,34 +121,4 @@ def test_digits_are_read_from_their_pictures(tmp_path: Path) -> None:
     train_recipe(tmp_path / "run", "mmlm", path, *words, "objective.unit=word")
     found = losses(tmp_path / "run")
     mean = {view: sum(nll for nll, _ in rows) / sum(n for _, n in rows) for view, rows in found.items()}
-    print(mean)
     assert mean["own"] < 0.5 * mean["removed"] and mean["own"] < 0.5 * mean["shuffled"]
-
-
-@pytest.mark.parametrize(
-    ("task", "change", "metric", "sign"),
-    [pytest.param("caption", of_kind, "loss", -1, id="caption"), pytest.param("vqa", asked, "loss", -1, id="vqa")],
-)
-def test_pretraining_with_pictures_helps_on_emoji(
-    task: str, change: Callable[[Row], Row], metric: str, sign: int, tmp_path: Path
-) -> None:
-    """Masked captions first, then the task, against fresh weights in the same steps of the task: over three seeds."""
-    pieces = "tokenizer.train={vocab_size: 400, algorithm: wordpiece, data: %s}"
-    texts = copied(tmp_path / "texts", "image_emoji", of_kind)
-    rows = copied(tmp_path / "rows", "image_emoji", change)
-    train = partial(train_recipe, tmp_path / "pretext", "mmlm", texts, *MODEL, *MASKED)
-    train("tokenizer.train={vocab_size: 400, algorithm: wordpiece}", "epochs=25")
-    own = [w for w in MODEL if not w.startswith(("+model", "tokenizer"))]
-    start = {
-        "pretrained": [f"model={{path: {tmp_path / 'pretext'}, init: pretrained, config: {{}}}}", "tokenizer.path=null"],
-        "fresh": [*MODEL[-4:-2], f"tokenizer.path={tmp_path / 'pretext'}"],
-    }
-    found: dict[str, list[float]] = {name: [] for name in start}
-    for seed in range(3):
-        for name, words in start.items():
-            folder = tmp_path / f"{name}{seed}"
-            train_recipe(folder, task, rows, *own, *words, "steps=60", f"seed={seed}", "eval.test=true", "eval.bootstrap=0")
-            found[name].append(float(json.loads((folder / "final" / "metrics.json").read_text(encoding="utf-8"))[f"test/{metric}"]))
-    gains = [sign * (b - a) for a, b in zip(found["fresh"], found["pretrained"], strict=True)]
-    print(found)
-    assert statistics.mean(gains) > 2 * statistics.stdev(gains) / 3**0.5
