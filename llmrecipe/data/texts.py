@@ -15,7 +15,7 @@ from llmrecipe.data.formats.sources import HubStream, NoSplitError, Part, open_s
 from llmrecipe.data.tokenize_split import source_layout
 from llmrecipe.recipe.schema import DataSection
 
-NO_TEXT = frozenset({"columns", "image", "kwargs", "label", "role", "score", "task", "tools", "type"})
+NO_TEXT = frozenset({"attributes", "columns", "features", "image", "kwargs", "label", "role", "score", "task", "tools", "type"})
 """Keys of canonical rows and of messages whose values are no text that is tokenized."""
 
 

@@ -24,6 +24,7 @@ from llmrecipe.core.cache_sweep import UNFINISHED, mark_used, sweep
 from llmrecipe.core.console import say_aside
 from llmrecipe.core.errors import DataError, ModelError
 from llmrecipe.core.paths import cache_root
+from llmrecipe.data import texts
 from llmrecipe.data.cache import table_key
 from llmrecipe.data.formats.sources import Part
 from llmrecipe.data.texts import parts_of, texts_of
@@ -100,7 +101,10 @@ def _key(train: TokenizerTrainingSection, data: DataSection, kind: str, splits: 
             "data": [[(part.reader.fingerprint(remember=True), part.keep) for part in parts] for parts in splits],
             "read": [kind, data.format, data.columns, data.drop_fields, data.system],
             "train": train.model_dump(mode="json", exclude={"replace"}),
-            "code": [tokenizers.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()],
+            "code": [
+                tokenizers.__version__,
+                *(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (__file__, texts.__file__)),
+            ],
         }
     )
 
