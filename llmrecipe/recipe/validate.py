@@ -303,7 +303,10 @@ def _unknown_key(model: type[BaseModel], at: KeyPath, key: KeyPath, owner: str, 
     known = [field.alias or n for n, field in model.model_fields.items()]
     meanings = {field.alias or n: field.description or "" for n, field in model.model_fields.items()}
     misplaced = component_as_section(name, recipe.get(name), recipe) if model is Recipe else ""
-    hint = misplaced or did_you_mean(name, known, meanings) or (elsewhere(name, place, recipe) if recipe else "")
+    other = elsewhere(name, place, recipe) if recipe else ""
+    # The very name in a component of this recipe comes before a name that is only like it.
+    here = other if other.startswith("; did you mean") else ""
+    hint = misplaced or here or did_you_mean(name, known, meanings) or other
     if model is Recipe:
         return f"a recipe has no key '{name}'{hint}" + ("" if hint else f" (keys: {', '.join(known)})")
     noun = "option" if not issubclass(model, Section) else "key"

@@ -155,7 +155,7 @@ def test_a_judge_labels_alike_and_is_asked_once(rows: str, person: Person) -> No
     assert [(r["chosen"], r["rejected"], r["judge"]) for r in read(name)] == [(GOOD, BAD, name)] * 2
     assert [r["p"] for r in read(name)] == pytest.approx([0.9, 0.9]) and facts["rows"] == 2
     asked = Path("labels", f"{name}.asked.jsonl").read_text()
-    replies = [line for line in asked.splitlines() if '"value": {"logprobs"' in line]
+    replies = [line for line in asked.splitlines() if '": {"logprobs"' in line]
     assert len(replies) == 4
     facts = person("", "--by", "{kind: rule}", "--constitution", "manners")
     assert facts["rows"] == 2 and Path("labels", f"{name}.asked.jsonl").read_text() == asked

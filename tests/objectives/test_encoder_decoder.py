@@ -190,7 +190,11 @@ def test_choices_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "more", "message"),
     [
-        ("clm", [], "'bart' is an encoder-decoder, and objective=clm trains decoders only; .*both: choices, sft"),
+        (
+            "clm",
+            [],
+            "'bart' is an encoder-decoder, and objective=clm trains decoders only; .*both: caclm, choices, hyper_mtf, sft",
+        ),
         ("dpo", [], "objective=dpo trains decoders only"),
         ("sft", ["objective.mask=all"], "leaves the encoder of 'bart' nothing to read"),
         ("sft", ["model.config.decoder_start_token_id=null"], "states no token that its decoder starts with"),

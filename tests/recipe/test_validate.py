@@ -243,7 +243,7 @@ def test_build_component_fills_defaults_and_names_the_path() -> None:
         ("r=8", "; did you mean 'stack.lora.r'?"),
         ("objective.alpha=2", "; did you mean 'stack.lora.alpha'?"),
         ("objective.label_smoothing=0.1", "; it is an option of the objective "),
-        ("objective.beta=1", "; it is an option of the objective cpo, dpo, "),
+        ("objective.beta=1", "; it is an option of the objective cpo, distill, dpo, "),
     ],
 )
 def test_a_key_at_the_wrong_place_is_answered_from_the_components_of_the_recipe(word: str, hint: str) -> None:
