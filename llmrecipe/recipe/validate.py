@@ -304,8 +304,8 @@ def _unknown_key(model: type[BaseModel], at: KeyPath, key: KeyPath, owner: str, 
     meanings = {field.alias or n: field.description or "" for n, field in model.model_fields.items()}
     misplaced = component_as_section(name, recipe.get(name), recipe) if model is Recipe else ""
     other = elsewhere(name, place, recipe) if recipe else ""
-    # The very name in a component of this recipe comes before a name that is only like it.
-    here = other if other.startswith("; did you mean") else ""
+    # The very name in a method of this recipe's stack comes before a name that is only like it.
+    here = other if other.startswith("; did you mean 'stack.") else ""
     hint = misplaced or here or did_you_mean(name, known, meanings) or other
     if model is Recipe:
         return f"a recipe has no key '{name}'{hint}" + ("" if hint else f" (keys: {', '.join(known)})")

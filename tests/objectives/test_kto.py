@@ -90,7 +90,7 @@ def test_no_process_keeps_an_answer_of_its_own_row(size: int, world: int) -> Non
 class TwoProcesses:
     """Reductions as the first of two processes sees them: the other one adds numbers of its own."""
 
-    rank, world, in_step = 0, 2, True
+    rank, world, in_step = 0, 2, False
 
     def __init__(self, total: float, count: float):
         self.others = torch.tensor([total, count], dtype=torch.float64)
