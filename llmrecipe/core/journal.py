@@ -64,8 +64,7 @@ class Journal:
         Raises:
             RunError: the disk refuses it.
         """
-        self._write({"key": key, "value": value})
-        self._values[key] = json.loads(json.dumps(value, default=str))
+        self._values[key] = self._write({"key": key, "value": value})["value"]
 
     def add_together(self, values: Mapping[str, object]) -> None:
         """Keep several values in one line: after a kill all of them are there, or none.
@@ -73,16 +72,18 @@ class Journal:
         Raises:
             RunError: the disk refuses them.
         """
-        self._write({"values": dict(values)})
-        self._values.update(json.loads(json.dumps(dict(values), default=str)))
+        self._values.update(self._write({"values": dict(values)})["values"])
 
-    def _write(self, entry: dict[str, object]) -> None:
+    def _write(self, entry: dict[str, object]) -> dict[str, Any]:
+        """Write a line and return it as it will be read."""
         line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
         try:
             self._file.write(line.encode())
             self._file.flush()
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error.strerror or error}; what was written before is kept") from error
+        written: dict[str, Any] = json.loads(line)
+        return written
 
     def close(self) -> None:
         """Close the file."""

@@ -20,7 +20,22 @@ def padded_texts(texts: Seq[list[int]], roles: Roles) -> tuple[Tensor, Tensor]:
     return ids.to(roles.device), mask.to(roles.device)
 
 
-def with_examples(batch: Batch, texts: Seq[list[int]], roles: Roles) -> Batch:
-    """Return a batch whose adapters are made from these texts (see `Batch.context`)."""
+def with_examples(batch: Batch, texts: Seq[list[int]], roles: Roles, others: Seq[list[int]] | None = None) -> Batch:
+    """Return a batch whose adapters are made from these texts (see `Batch.context`).
+
+    Args:
+        others: texts that say nothing about the rows, for comparison (see `under_others`).
+    """
     ids, mask = padded_texts(texts, roles)
-    return batch.with_extra(example_ids=ids, example_mask=mask)
+    batch = batch.with_extra(example_ids=ids, example_mask=mask)
+    if others is None:
+        return batch
+    ids, mask = padded_texts(others, roles)
+    return batch.with_extra(other_ids=ids, other_mask=mask)
+
+
+def under_others(batch: Batch) -> Batch | None:
+    """Return a batch whose adapters are made from its other texts; None where it has none."""
+    if "other_ids" not in batch.extra:
+        return None
+    return batch.with_extra(example_ids=batch.extra["other_ids"], example_mask=batch.extra["other_mask"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmrecipe.data.collate import Batch, Sequence, pad
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures
+from llmrecipe.objectives.examples import padded_texts
 
 LOG_HALF = -math.log(2.0)
 
@@ -101,9 +102,7 @@ def pair_batch(texts: Seq[list[int]], answers: Seq[Sequence], rows: Seq[int], ro
     start = int(roles.model.config.decoder_start_token_id)
     decoder = [Sequence([start, *s.ids], [0, *s.trained], task=s.task) for s in answers]
     encoder = [ids or [roles.pad_id] for ids in texts] or [[roles.pad_id]]
-    width = max(len(e) for e in encoder)
-    ids = torch.tensor([e + [roles.pad_id] * (width - len(e)) for e in encoder])
-    mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in encoder])
+    ids, mask = padded_texts(encoder, roles)
     batch = pad(decoder, roles.pad_id, rows=rows, extra={"encoder_ids": ids, "encoder_mask": mask})
     return batch.to(roles.device)
 

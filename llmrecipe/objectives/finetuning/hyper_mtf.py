@@ -19,7 +19,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
-from llmrecipe.objectives.examples import padded_texts, with_examples
+from llmrecipe.objectives.examples import under_others, with_examples
 from llmrecipe.objectives.finetuning.choices import SIZES, choice_scores, lay_out_choices
 from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS
@@ -38,12 +38,12 @@ _members: WeakKeyDictionary[Any, dict[int, list[int]]] = WeakKeyDictionary()
 
 
 def rows_by_task(data: Rows) -> Mapping[int, list[int]]:
-    """Return task -> the indices of its rows, read once for each set of rows."""
+    """Return task -> the indices of its rows, tasks in order, read once for each set of rows."""
     if data not in _members:
         found: dict[int, list[int]] = {}
         for index in range(len(data)):
             found.setdefault(int(data[index]["task"]), []).append(index)
-        _members[data] = found
+        _members[data] = dict(sorted(found.items()))
     return _members[data]
 
 
@@ -136,14 +136,11 @@ class HyperMtf(Objective):
         """Lay out prompts with their answers, wrong ones only in evaluation; every row has an adapter of its own."""
         shown = [row if SPLIT in row else _without_options(row) for row in rows]
         batch = lay_out_choices([{**row, "task": number} for number, row in enumerate(shown)], roles)
-        batch = with_examples(batch, [self._examples(row, roles, 0) for row in rows], roles)
+        own = [self._examples(row, roles, 0) for row in rows]
         if not any(SPLIT in row for row in rows):
-            return batch
-        ids, mask = padded_texts([self._examples(row, roles, 1) for row in rows], roles)
+            return with_examples(batch, own, roles)
         answers = [_digests(row) for row in rows]
-        return batch.with_extra(
-            other_ids=ids,
-            other_mask=mask,
+        return with_examples(batch, own, roles, [self._examples(row, roles, 1) for row in rows]).with_extra(
             task=torch.tensor([int(row["task"]) for row in rows], device=roles.device),
             answer=torch.tensor([d for own in answers for d in own], device=roles.device),
         )
@@ -156,7 +153,7 @@ class HyperMtf(Objective):
         """
         data = row.get(SPLIT, roles.data)
         members = rows_by_task(data)
-        tasks = sorted(members)
+        tasks = list(members)
         task = tasks[(tasks.index(int(row["task"])) + shift) % len(tasks)]
         draws = generator(roles.seed, row.get("epoch"), row["row"], shift)
         found: list[int] = []
@@ -197,8 +194,7 @@ class HyperMtf(Objective):
         share = float(ranked.sum())
         found = {"loss": (loss.total, self.weight(batch)), **loss.metrics}
         found["rank_accuracy"] = (((best == 0) & ranked).sum(), share)
-        if "other_ids" in batch.extra:
-            other = batch.with_extra(example_ids=batch.extra["other_ids"], example_mask=batch.extra["other_mask"])
+        if (other := under_others(batch)) is not None:
             loss, best = self._answers(other, roles)
             found["nll/other_task"] = loss.metrics["nll"]
             found["rank_accuracy/other_task"] = (((best == 0) & ranked).sum(), share)

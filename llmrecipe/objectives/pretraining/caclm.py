@@ -12,12 +12,12 @@ import torch
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import PositiveInt
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
-from llmrecipe.objectives.examples import padded_texts, with_examples
+from llmrecipe.objectives.examples import under_others, with_examples
 from llmrecipe.objectives.row_draws import generator
-from llmrecipe.objectives.token_math import TOKEN_METRICS, pair_batch, token_loss
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, token_loss
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows, SplitRows
@@ -101,22 +101,17 @@ class Caclm(Objective):
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Cut each row into segments; every row has an adapter of its own."""
         cuts = [self._segments(row, row["ids"], roles) for row in rows]
-        numbers = [row["row"] for row in rows]
-        if roles.engine.is_pair_model:
-            answers = [Sequence(c, [1] * len(c), task=number) for number, (_, _, c, _) in enumerate(cuts)]
-            batch = pair_batch([b for _, b, _, _ in cuts], answers, numbers, roles)
-        else:
-            sequences = [
-                Sequence([*b, *c], [0] * len(b) + [1] * len(c), prompt=len(b), task=number)
-                for number, (_, b, c, _) in enumerate(cuts)
-            ]
-            batch = roles.layout(sequences, numbers)
-        batch = with_examples(batch, [self._joined(a, d, roles) for a, _, _, d in cuts], roles)
-        if not any(OTHER in row for row in rows):
-            return batch
-        others = [self._segments(row, row[OTHER], roles) for row in rows]
-        ids, mask = padded_texts([self._joined(a, d, roles) for a, _, _, d in others], roles)
-        return batch.with_extra(other_ids=ids, other_mask=mask)
+        read = [
+            {"row": row["row"], "ids": [*b, *c], "trained": [0] * len(b) + [1] * len(c), "task": number}
+            for number, (row, (_, b, c, _)) in enumerate(zip(rows, cuts, strict=True))
+        ]
+        others = [self._segments(row, row[OTHER], roles) for row in rows if OTHER in row]
+        return with_examples(
+            collate_tokens(read, roles),
+            [self._joined(a, d, roles) for a, _, _, d in cuts],
+            roles,
+            [self._joined(a, d, roles) for a, _, _, d in others] or None,
+        )
 
     def _segments(self, row: dict[str, Any], ids: list[int], roles: Roles) -> tuple[list[int], list[int], list[int], list[int]]:
         """Return A, B, C and D of a text; B alone where it is too short."""
@@ -138,8 +133,7 @@ class Caclm(Objective):
         """Return loss and token metrics, with the right context and with another text's."""
         loss = self.loss(batch, roles)
         found = {"loss": (loss.total, self.weight(batch)), **loss.metrics}
-        if "other_ids" in batch.extra:
-            other = batch.with_extra(example_ids=batch.extra["other_ids"], example_mask=batch.extra["other_mask"])
+        if (other := under_others(batch)) is not None:
             found["nll/other_context"] = token_loss(other, roles).metrics["nll"]
         return found
 

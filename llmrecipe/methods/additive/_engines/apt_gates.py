@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._engines.document_tokens import stack_input, summarised
-from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix, shared_of
+from llmrecipe.methods._engines.handed_down import handed_down
+from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
 from llmrecipe.models.kv_cache import cached, carried
 from llmrecipe.models.module_map import anatomy
@@ -65,7 +66,7 @@ class ScoredTables(PrefixTables):
         facts: list[Facts] = []
 
         def noting(**changed: object) -> T:
-            facts.append(shared_of(self.owner).facts)
+            facts.append(handed_down(self.owner).facts)
             return call(**changed)
 
         out = super().wrap_module(noting, inputs)
@@ -90,7 +91,7 @@ class BlockScores(Hook):
 
     def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the block with its factor lambda alpha in the context."""
-        made = shared_of(self.owner)
+        made: Made = handed_down(self.owner)
         factor = self.token_scores(made.facts, stack_input(inputs))
         if hasattr(self, "scale"):
             factor = self.scale * factor
@@ -142,7 +143,7 @@ class ColumnsGate(Hook):
     def wrap_module(self, call: Callable[..., T], inputs: dict[str, Any]) -> T:
         """Run the attention module with its gate in the context."""
         x = stack_input(inputs)
-        made = shared_of(self.owner)
+        made: Made = handed_down(self.owner)
         g = torch.sigmoid(x.to(self.gate.dtype) @ self.gate + self.bias)
         self.last = g.detach().mean()
         if self.pool == "token":

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._engines.document_tokens import host_of, stack_input
+from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.models.attention import Prefix
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted, remove_hook
 from llmrecipe.models.kv_cache import cached
@@ -195,28 +196,13 @@ class PrefixColumns(Hook):
 
     def attention(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute attention (R, H, T, Ev) over the columns and everything else."""
-        made = shared_of(self.owner)
+        made: Made = handed_down(self.owner)
         keys, values = made.columns[self.role][self.index]
         if made.factor is not None:
             factor = made.factor[:, None, :, None]
             keys, values = keys * factor, values * factor
         gate = made.gates[self.role][self.index] if self.role in made.gates else None
         return attend(q, k, v, Prefix(keys, values, gate=gate, scale=made.scale))
-
-
-def shared_of(owner: str) -> Made:
-    """Return what the host's hook computed for this forward pass.
-
-    Raises:
-        ModelError: an attention module runs on its own, outside the forward pass of its stack.
-    """
-    made = current().shared.get(owner)
-    if made is None:
-        raise ModelError(
-            f"stack.{owner}: an attention module runs outside the forward pass of its model. With activation checkpointing, "
-            "pass context_fn=llmrecipe.core.forward_context.checkpoint_contexts, so that the replay sees the same prefix"
-        )
-    return made
 
 
 # --- positions and caches --------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate, current
+from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.methods._engines.low_rank import branch
 from llmrecipe.methods._engines.task_ids import task_ids_for
 from llmrecipe.methods.additive._engines.prefix_kv import KeyValueShape, Made
@@ -74,23 +74,8 @@ class GeneratedLowRank(Hook):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the changed output (R, T, out)."""
-        written = written_for(self.owner)
+        written: Sequence[Tensor] = handed_down(self.owner)
         return branches(x, written[self.first], written[self.first + 1].mT, self.scale, y, self.rows)
-
-
-def written_for(owner: str) -> Sequence[Tensor]:
-    """Return the blocks of this forward pass.
-
-    Raises:
-        ModelError: a module runs on its own, outside the forward pass of its stack.
-    """
-    found = current().shared.get(owner)
-    if found is None:
-        raise ModelError(
-            f"stack.{owner}: a module runs outside the forward pass of its model. With activation checkpointing, pass "
-            "context_fn=llmrecipe.core.forward_context.checkpoint_contexts, so that the replay sees the same adapter"
-        )
-    return found
 
 
 class Generator(Hook):

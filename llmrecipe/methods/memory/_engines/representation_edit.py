@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.forward_context import current
 from llmrecipe.core.option_types import Annotated, Field, Literal, OpenFraction, Rank
 from llmrecipe.core.registry import options
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
 from llmrecipe.methods._engines.document_tokens import host_of
+from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.methods._engines.low_rank import wide
 from llmrecipe.methods.memory._engines.prompt_ends import EditedTokens, PromptEnds, PromptEndsOfPass
 from llmrecipe.models.hooks.hook import EDIT, Hook, add_hook, all_hooks, device_of
@@ -178,13 +178,7 @@ class EditHook(Hook):
         Raises:
             ModelError: the block runs outside the forward pass of its stack.
         """
-        shared = current().shared
-        if self.owner not in shared:
-            raise ModelError(
-                f"stack.{self.owner}: a block runs outside the forward pass of its model. With activation checkpointing, pass "
-                "context_fn=llmrecipe.core.forward_context.checkpoint_contexts, so that the replay sees the same prompts"
-            )
-        ends: PromptEnds | None = shared[self.owner]
+        ends: PromptEnds | None = handed_down(self.owner)
         if ends is None:
             return y
         for side in self.plan.sides():
