@@ -47,16 +47,17 @@ def verb(
     """
     from llmrecipe.core.errors import UserError, did_you_mean
 
+    def show(scores: list[dict[str, Any]]) -> None:
+        print_json(scores) if as_json else show_scores(scores)
+
+    more, overrides = runs_and_overrides(words)
     if tasks is not None:
         names = [name for name in tasks.split(",") if name]
         if not names:
             raise UserError("--tasks: name at least one task, such as --tasks hellaswag,arc_easy")
         if by is not None or split != "validation":
             raise UserError("--tasks: the rows and splits are the tasks' own; leave out --split and --by")
-        more, overrides = runs_and_overrides(words)
-        rows = score_harness([path, *more], overrides, names, shots, limit, include)
-        print_json(rows) if as_json else show_scores(rows)
-        return
+        return show(score_harness([path, *more], overrides, names, shots, limit, include))
     for name, given in (("--shots", shots), ("--limit", limit), ("--include", include)):
         if given is not None:
             raise UserError(f"{name}: belongs to --tasks NAME,...")
@@ -66,7 +67,6 @@ def verb(
     from llmrecipe.cli.early_checks import subject
     from llmrecipe.evaluation.evaluate_runs import is_folder_of_runs, score_runs, score_side_by_side
 
-    more, overrides = runs_and_overrides(words)
     if groups is not None and (more or is_folder_of_runs(path)):
         raise UserError("--groups: the rows of one run or model are scored by group; name one")
     if more:
@@ -75,23 +75,17 @@ def verb(
         shared = share([path, *more], overrides, SCORED)
         for one in [path] if by else [path, *more]:
             subject(one, shared[one], split)
-        scores = score_side_by_side([path, *more], overrides, split, by)
-        print_json(scores) if as_json else show_scores(scores)
-        return
+        return show(score_side_by_side([path, *more], overrides, split, by))
     if by is not None:
         raise UserError("--by: rows can only be shared out over several runs; name more than one")
     if is_folder_of_runs(path):
-        scores = score_runs(path, overrides, split)
-        print_json(scores) if as_json else show_scores(scores)
-        return
+        return show(score_runs(path, overrides, split))
     subject(path, overrides, split)
     if groups is not None:
         from llmrecipe.evaluation.score_groups import check_column, score_by_group
 
         check_column(path, overrides, split, groups)
-        scores = score_by_group(path, overrides, split, groups)
-        print_json(scores) if as_json else show_scores(scores)
-        return
+        return show(score_by_group(path, overrides, split, groups))
     from llmrecipe.evaluation.evaluate_model import evaluate_path
 
     metrics = evaluate_path(path, overrides, split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from llmrecipe.core.option_types import Annotated, Field, Literal, LossMaskName, NonNegativeFloat, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.objectives.base import Objective
 from llmrecipe.objectives.finetuning._engines.distilled import Distilled
@@ -30,23 +30,7 @@ class Distill(Distilled, Objective):
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("teacher",)
 
-    teacher: str = ""
-    """Folder, hub name or run directory of the teacher, `tiny`, or the address of a server up to and without /completions."""
-    teacher_model: str = ""
-    """Name of the model on the teacher's server."""
-    key_env: str | None = None
-    """Name of the environment variable with the server's bearer token."""
-    mask: LossMaskName = "assistant"
-    """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "uld"] = "forward_kl"
     """Divergence of the student from the teacher."""
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Of `jsd`: weight of the teacher in the mixture; near 0 it goes as beta KL(P || Q), near 1 as (1 - beta) KL(Q || P)."""
-    temperature: PositiveFloat = 1.0
-    """T, divides the logits of both."""
-    squared: bool = True
-    """Multiply the divergence by T^2, so that its gradient keeps its size."""
-    nll_coef: NonNegativeFloat = 0.0
-    """Weight of the cross-entropy with the rows' own tokens."""
     top_k: PositiveInt | None = None
     """Keep the teacher's K likeliest tokens; null keeps the teacher in memory and compares all tokens."""

@@ -6,17 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import (
-    Annotated,
-    Field,
-    Fraction,
-    Literal,
-    LossMaskName,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from llmrecipe.core.option_types import Fraction, Literal, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.generation import decode_ids, generate
@@ -48,24 +38,8 @@ class Gkd(Distilled, Objective):
     samples: ClassVar[bool] = True
     dropout: ClassVar[bool] = False
 
-    teacher: str = ""
-    """Folder, hub name or run directory of the teacher, `tiny`, or the address of a server up to and without /completions."""
-    teacher_model: str = ""
-    """Name of the model on the teacher's server."""
-    key_env: str | None = None
-    """Name of the environment variable with the server's bearer token."""
-    mask: LossMaskName = "assistant"
-    """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """Divergence of the student from the teacher."""
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Of `jsd`: weight of the teacher in the mixture; near 0 it goes as beta KL(P || Q), near 1 as (1 - beta) KL(Q || P)."""
-    temperature: PositiveFloat = 1.0
-    """T, divides the logits of both."""
-    squared: bool = True
-    """Multiply the divergence by T^2, so that its gradient keeps its size."""
-    nll_coef: NonNegativeFloat = 0.0
-    """Weight of the cross-entropy with the rows' own tokens."""
     top_k: PositiveInt | None = None
     """Compare over the teacher's K likeliest tokens, all that a server gives; null compares all tokens."""
     on_policy: Fraction = 0.5

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.http_client import check_address
+from llmrecipe.core.option_types import Annotated, Field, LossMaskName, NonNegativeFloat, PositiveFloat
+from llmrecipe.core.registry import options
 from llmrecipe.data.collate import Batch, sequences_in
 from llmrecipe.data.collate import Sequence as Targets
 from llmrecipe.engine.logprob import NOTHING, Comparison
@@ -38,19 +40,32 @@ NAMES = ("divergence", "nll", "correct", "agreement")
 """Values of every target."""
 
 
+@options
 class Distilled:
-    """Mixin for an `Objective` that compares a student's distributions with a teacher's; it defines its own options."""
+    """Mixin for an `Objective` that compares a student's distributions with a teacher's.
+
+    The objective adds `divergence`, whose choices and default are its own, and `top_k`.
+    """
+
+    teacher: str = ""
+    """Folder, hub name or run directory of the teacher, `tiny`, or the address of a server up to and without /completions."""
+    teacher_model: str = ""
+    """Name of the model on the teacher's server."""
+    key_env: str | None = None
+    """Name of the environment variable with the server's bearer token."""
+    mask: LossMaskName = "assistant"
+    """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Of `jsd`: weight of the teacher in the mixture; near 0 it goes as beta KL(P || Q), near 1 as (1 - beta) KL(Q || P)."""
+    temperature: PositiveFloat = 1.0
+    """T, divides the logits of both."""
+    squared: bool = True
+    """Multiply the divergence by T^2, so that its gradient keeps its size."""
+    nll_coef: NonNegativeFloat = 0.0
+    """Weight of the cross-entropy with the rows' own tokens."""
 
     if TYPE_CHECKING:
-        teacher: str
-        teacher_model: str
-        key_env: str | None
-        mask: str
         divergence: str
-        beta: float
-        temperature: float
-        squared: bool
-        nll_coef: float
         top_k: int | None
         samples: ClassVar[bool]
         pairs_rows: ClassVar[bool]
