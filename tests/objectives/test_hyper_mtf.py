@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmrecipe.cli.app import run_command
+from llmrecipe.evaluation.evaluate_runs import TaskRows
 from llmrecipe.objectives.finetuning.hyper_mtf import HyperMtf, drawn, likeliest, rows_by_task
 from tests.objectives.harness import Case, Held
 
@@ -54,6 +55,16 @@ def test_evaluated_rows_are_shown_rows_of_their_own_split() -> None:
         other = batch.extra["other_ids"][index].tolist()
         assert {(t - 1500) % 2 for t in other if 1500 <= t < 2000} == {1 - index}
     assert batch.extra["choice"].shape == (4,), "and all answers are ranked"
+
+
+def test_a_row_of_a_part_of_a_split_is_not_shown_to_itself() -> None:
+    """Row 4 of a file is the second of three; its number in the file says nothing about its place among them."""
+    case = Case("hyper_mtf")
+    part = TaskRows(Held([row(i, 0) for i in range(6)]), [1, 4, 5], [0, 0, 0])
+    objective = HyperMtf(k_shot=[2, 2])
+    batch = objective.collate(objective.evaluation_rows(part, [0, 1, 2]), case.roles)
+    for index, own in enumerate((1, 4, 5)):
+        assert {t - 1000 for t in shown(batch, index) if 1000 <= t < 2000} == {1, 4, 5} - {own}
 
 
 def test_examples_that_do_not_fit_are_left_out_and_a_single_one_is_cut() -> None:

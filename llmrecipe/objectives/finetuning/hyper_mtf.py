@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SPLIT = "split"
 """Key of an evaluated row: the rows of its split, among which its examples are."""
+PLACE = "place"
+"""Key of an evaluated row: its index among them, which in a part of a split is not that in its file."""
 FEWEST = 2
 """Rows of a task: one to answer and one to show."""
 UNKNOWN = -1
@@ -130,7 +132,7 @@ class HyperMtf(Objective):
 
     def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows with the split they belong to, in which their examples are."""
-        return [{**data[i], SPLIT: data} for i in indices]
+        return [{**data[i], SPLIT: data, PLACE: i} for i in indices]
 
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay out prompts with their answers, wrong ones only in evaluation; every row has an adapter of its own."""
@@ -157,7 +159,7 @@ class HyperMtf(Objective):
         task = tasks[(tasks.index(int(row["task"])) + shift) % len(tasks)]
         draws = generator(roles.seed, row.get("epoch"), row["row"], shift)
         found: list[int] = []
-        for index in drawn(members[task], row["row"], (self.k_shot[0], self.k_shot[1]), draws):
+        for index in drawn(members[task], row.get(PLACE, row["row"]), (self.k_shot[0], self.k_shot[1]), draws):
             other = data[index]
             text = [*other["prompt_ids"], *right_answer(other)]
             if len(found) + len(text) <= self.shot_tokens:
