@@ -117,10 +117,10 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
 
 def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:
     """Compute metrics of a loaded run or model; see `evaluate_path`."""
-    return metrics_of(subject, token_rows(subject, split, tasks_of(subject)))
+    return metrics_of(subject, token_rows(subject, split, subject_tasks(subject)))
 
 
-def tasks_of(subject: Subject) -> Tasks | None:
+def subject_tasks(subject: Subject) -> Tasks | None:
     """Return the tasks that what is mounted on a model, or its objective, keeps apart; None where neither does."""
     return mounted_tasks(subject.loaded.mounted) or subject.objective.tasks()
 

@@ -11,7 +11,7 @@ from llmrecipe.core.tasks import natural
 from llmrecipe.data.formats.sources import open_split
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.evaluation.eval_recipe import recipe_of
-from llmrecipe.evaluation.evaluate_model import metrics_of, open_subject, tasks_of, token_rows
+from llmrecipe.evaluation.evaluate_model import metrics_of, open_subject, subject_tasks, token_rows
 from llmrecipe.evaluation.evaluate_runs import TaskRows
 from llmrecipe.recipe.schema import DataSection
 
@@ -67,7 +67,7 @@ def score_by_group(path: str, overrides: list[str], split: str, column: str) -> 
         UserError: as `evaluate_path`; no such column, or one with too many values.
     """
     subject = open_subject(path, overrides)
-    data = token_rows(subject, split, tasks_of(subject))
+    data = token_rows(subject, split, subject_tasks(subject))
     if type(data) is not TokenData:
         raise DataError("--groups: rows that are streamed or cut into blocks of several documents belong to no group")
     values = values_of(subject.composition.recipe.data, split, column, [table.column("source_row") for table in data.tables])
