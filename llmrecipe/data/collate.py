@@ -9,6 +9,7 @@ depend on the layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 
@@ -333,8 +334,7 @@ def picture_batch(
 def part_of_batch(batch: Batch, first: int, last: int) -> Batch:
     """Return the sequences first <= s < last of a batch whose sequences have no parents, in the layout of the batch.
 
-    Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept. The
-    batch has no features.
+    Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept.
     """
     width = batch.input_ids.shape[1]
     prompts = batch.prompt_lengths
@@ -371,8 +371,17 @@ def part_of_batch(batch: Batch, first: int, last: int) -> Batch:
         task_ids=shown(batch.task_ids),
         prompt_lengths=None if prompts is None or layout is not None else prompts[rows],
         tokens=right - left if mask is None else int(mask.sum()),
+        slots=None if batch.slots is None else _part_of_slots(batch.slots, first, last, moved),
         extra=types,
     )
+
+
+def _part_of_slots(slots: Slots, first: int, last: int, moved: Callable[[Tensor], Tensor]) -> Slots | None:
+    """Return the places of features that sequences first <= s < last have, moved to where these are; None without any."""
+    own = (slots.sequence >= first) & (slots.sequence < last)
+    if not bool(own.any()):
+        return None
+    return Slots(slots.values[own], moved(slots.index[own]), slots.place[own], slots.sequence[own] - first)
 
 
 def sequences_in(batch: Batch) -> list[Sequence]:

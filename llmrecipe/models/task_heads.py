@@ -20,6 +20,7 @@ from llmrecipe.models.feature_head import FORMS, GEOMETRY, FeatureHead
 from llmrecipe.models.masked_heads import head_chain
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.projection_head import ProjectionHead
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -236,6 +237,32 @@ def add_feature_head(model: LanguageModel, form: str, width: int | None, seed: i
     return found
 
 
+def add_projection_head(model: LanguageModel, role: str, outputs: int | None, scale: float, seed: int = 0) -> ProjectionHead:
+    """Add the trained projection of pooled states and return it; an existing one keeps its values.
+
+    Args:
+        outputs: numbers of a vector; default those of the existing one, or the model's hidden width.
+        scale: see `ProjectionHead`.
+
+    Raises:
+        ModelError: the existing one has another width.
+    """
+    heads = _container(model)
+    if role not in heads:
+        width = int(model.config.get_text_config().hidden_size)
+        head = ProjectionHead(width, outputs or width, scale, width**-0.5, seed)
+        heads[role] = head.to(model.get_input_embeddings().weight.device)
+    found = heads[role]
+    assert isinstance(found, ProjectionHead)
+    if outputs not in (None, len(found.projection)):
+        raise ModelError(
+            f"model.path: the vectors of the run have {len(found.projection)} numbers, and objective.width is {outputs}; "
+            "set it to the run's, or leave it out"
+        )
+    _set_frozen(found, False)
+    return found
+
+
 def _norm_behind(model: nn.Module) -> nn.Module | None:
     """Return a norm behind the attention of a model; None where norms come before sublayers."""
     found = anatomy(model)
@@ -292,6 +319,9 @@ def _empty_head(tensors: Mapping[str, Tensor], role: str, model: nn.Module) -> n
     if "weight" in own:
         width = int(own["weight"].shape[1])
         return ScalarHead(width) if "gain" in own else DenseHead(width)
+    if "projection" in own:
+        outputs, width = own["projection"].shape
+        return ProjectionHead(int(width), int(outputs))
     if "table" in own:
         return TableHead(own["table"])
     if "value.0.weight" in own:

@@ -177,7 +177,13 @@ class Objective:
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each optimizer step from its rows. Objectives that sample do it here."""
         for rows in source:
-            yield [self.collate(part, roles) for part in roles.split(rows)]
+            parts = [rows] if self.whole_step else roles.split(rows)
+            yield [self.collate(part, roles) for part in parts]
+
+    @property
+    def whole_step(self) -> bool:
+        """Return whether a row is compared with the other rows of its step, which is then one batch."""
+        return False
 
     def updates(self) -> int:
         """Return the number of optimizer steps made from the rows of one batch."""

@@ -171,7 +171,7 @@ STACKS: dict[str, dict[str, Any]] = {
 
 HYPERMODEL: dict[str, Any] = {"r": 2, "depth": 1, "width": 16, "head_init": "bias"}
 """Options of the stack that objectives which give examples have in the place of `full`."""
-SHAPES: dict[str, dict[str, Any]] = {name: {"patch": 4, "feature_width": 48} for name in ("mmlm", "caption", "vqa")}
+SHAPES: dict[str, dict[str, Any]] = {name: {"patch": 4, "feature_width": 48} for name in ("mmlm", "clip", "caption", "vqa")}
 """Options that follow from the data in a run."""
 
 
@@ -293,6 +293,6 @@ def update(name: str, micro: int | None, count: int = len(LENGTHS)) -> tuple[Ste
         lambda micros: Run.total_weight(run, micros), lambda: Run.clip(run),
     )  # fmt: skip
     micros = case.micros(case.rows[:count])
-    assert micro is None or len(micros) >= count // micro
+    assert micro is None or objective.whole_step or len(micros) >= count // micro
     result = backprop(context, micros)
     return result, {n: p.detach() - before[n] for n, p in model.named_parameters()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data import prepare
-from llmrecipe.data.collate import Sequence, pack, pad, part_of_batch
+from llmrecipe.data.collate import FeatureVectors, Sequence, pack, pad, part_of_batch
 from llmrecipe.engine import forward
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.pooling import LAYERS, Pool, chunk_cuts
@@ -179,8 +181,14 @@ def test_the_layer_behind_cls_is_in_training_only() -> None:
 
 def test_a_part_of_a_batch_is_the_batch_of_its_sequences() -> None:
     sequences = [Sequence(row["ids_a"], [0, *[1] * (len(row["ids_a"]) - 1)], prompt=1) for row in ROWS]
-    for lay in (pack, lambda s: pad(s, 0), lambda s: pad(s, 0, "left")):
-        found, wanted = part_of_batch(lay(sequences), 1, 4), lay(sequences[1:4])
+    pictured = [replace(s, features=FeatureVectors(numbers(i, 5).detach(), torch.full((i, 2), i)) if i % 2 else None)
+                for i, s in enumerate(sequences)]  # fmt: skip
+    ways = (pack, lambda s: pad(s, 0), lambda s: pad(s, 0, "left"))
+    for lay, held, first in itertools.product(ways, (sequences, pictured), (1, 2)):
+        found, wanted = part_of_batch(lay(held), first, 4), lay(held[first:4])
+        assert (found.slots is None) == (wanted.slots is None) == (held is sequences)
+        for one, other in zip(*(astuple(b.slots) if b.slots else () for b in (found, wanted)), strict=True):
+            assert torch.equal(one, other)
         for name in ("input_ids", "position_ids", "attention_mask", "source", "target", "sequence", "last", "prompt_lengths"):
             one, other = getattr(found, name), getattr(wanted, name)
             assert (one is None and other is None) or torch.equal(one, other), name

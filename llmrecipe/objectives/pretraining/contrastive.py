@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -107,7 +107,7 @@ class Contrastive(Objective):
 
     @property
     def whole_step(self) -> bool:
-        """Whether a row is compared with the other rows of its step."""
+        """Return whether a row is compared with the other rows of its step."""
         return self.loss_type == "infonce" or self.mining is not None
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
@@ -213,14 +213,6 @@ class Contrastive(Objective):
         return {"spearman": "score", "v_measure": "label"}
 
     # --- batches --------------------------------------------------------------------------------------------------
-
-    def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each step; one, where its rows are compared with one another."""
-        if not self.whole_step:
-            yield from super().batches(source, roles)
-            return
-        for rows in source:
-            yield [self.collate(rows, roles)]
 
     def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a split; second texts are read in evaluation even where training makes its own positives."""
