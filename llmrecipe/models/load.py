@@ -92,6 +92,7 @@ def load_model(
     config = load_config(section)
     auto = model_class(config, rows_head)
     set_head_outputs(config, rows_head, labels)
+    _check_input(config, rows_head, _concrete(auto, config))
     backend = attention(section, _concrete(auto, config))
     dtype = resolve_dtype(section.dtype, config, device)
     stored = None
@@ -127,6 +128,7 @@ def skeleton(
     config = load_config(section)
     auto = model_class(config, rows_head)
     set_head_outputs(config, rows_head, labels)
+    _check_input(config, rows_head, _concrete(auto, config))
     backend = attention(section, _concrete(auto, config))
     with torch.device("meta"), quiet():
         model = _from_config(section, auto, config, resolve_dtype(section.dtype, config, device), backend)
@@ -148,15 +150,29 @@ def _from_config(
     """Build a model without its weights; whether its code may run is always passed, else Transformers prompts on the terminal.
 
     Raises:
-        ModelError: it needs code of its own, which is not allowed to run.
+        ModelError: it needs code of its own, which is not allowed to run, or its config has values that do not fit together.
     """
     trust = section.trust_remote_code
+    if config.architectures is None:
+        # Where a family has several classes for a head, Transformers looks for the one named here.
+        config.architectures = [_concrete(auto, config).__name__]
     try:
         return auto.from_config(config, dtype=dtype, attn_implementation=backend, trust_remote_code=trust)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise own_code(section) from error
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, AssertionError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code(section) from error
+        raise ModelError(f"model.config: no {config.model_type} can be built from it: {first_line(error)}") from error
+
+
+def _check_input(config: PreTrainedConfig, rows_head: str, concrete: type) -> None:
+    """Refuse a classifier of images that reads no pixels.
+
+    Raises:
+        ModelError: it reads something else, such as tokens of a palette.
+    """
+    reads = getattr(concrete, "main_input_name", "pixel_values")
+    if rows_head == "image" and reads != "pixel_values":
+        raise ModelError(f"model.path: '{config.model_type}' reads pictures as {reads}; the objective gives it pixel_values")
 
 
 def _concrete(auto: type[_BaseAutoModelClass], config: PreTrainedConfig) -> type:

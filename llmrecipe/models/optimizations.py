@@ -34,6 +34,7 @@ from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.models.hooks.hook import BELOW_OUTERMOST, Hook, hook_kind, hooks_of
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.vocabulary import input_embedding
 
 WORTH = 0.9
 """Rows are selected only where fewer than this share of them is used."""
@@ -164,8 +165,10 @@ def _rowwise(hook: Hook) -> bool:
 def _same_where_read(model: nn.Module) -> bool:
     """Return whether a short pass gives the same final states with and without skipping, at the rows that are used."""
     device = next(model.parameters()).device
-    vocabulary = int(pretrained(model).get_input_embeddings().num_embeddings)
-    ids = (torch.arange(3, 11, device=device) % vocabulary)[None]
+    embedding = input_embedding(pretrained(model))
+    if not isinstance(embedding, nn.Embedding):
+        return False
+    ids = (torch.arange(3, 11, device=device) % embedding.num_embeddings)[None]
     positions = torch.arange(ids.shape[1], device=device)[None]
     read = torch.tensor([1, 4, 6], device=device)
     training = model.training

@@ -43,6 +43,11 @@ def build_anatomy(model: nn.Module, by_hand: dict[str, str] | None = None) -> An
     stacks = _stacks(model, family) if family is not None else {}
     if family is None or not stacks:
         raise ModelError(_lost(model, "the list of its layers"))
+    if not _uniform(config):
+        raise ModelError(
+            f"{config.model_type}: its config gives no single width and number of heads for all layers, which this method "
+            "needs; stack=[] trains the whole model without"
+        )
     shape = _Shape(config)
     sites = list(_top_sites(model, family, stacks, shape))
     for side, path in stacks.items():
@@ -67,6 +72,12 @@ def _lost(model: nn.Module, what: str) -> str:
         "model:\n  anatomy: {layers: model.blocks, attn: attention, attn.q: attention.query, attn.v: attention.value, "
         "mlp: ffn, mlp.down: ffn.out}"
     )
+
+
+def _uniform(config: object) -> bool:
+    """Return whether a config gives one width and one number of heads, not one for each stage of a pyramid."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return isinstance(getattr(config, "hidden_size", None), int) and isinstance(heads, int)
 
 
 class _Sizes(Protocol):

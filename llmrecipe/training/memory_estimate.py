@@ -130,11 +130,15 @@ def weight_bytes(model: nn.Module, stack: Stack) -> int:
 
 
 def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
-    """Count the bytes of three float32 tensors per chunk of logits (values, probabilities, gradient) and of hidden states."""
+    """Count the bytes of three float32 tensors per chunk of logits (values, probabilities, gradient) and of hidden states.
+
+    A model of images has one logit a label; its states are of any width.
+    """
     config = pretrained(model).config.get_text_config()
-    vocabulary = int(config.vocab_size)
+    vocabulary = int(getattr(config, "vocab_size", None) or config.num_labels)
     chunk = min(targets, chunk_rows(vocabulary))
-    return 3 * 4 * chunk * vocabulary + targets * int(config.hidden_size) * activation_bytes
+    width = getattr(config, "hidden_size", 0)
+    return 3 * 4 * chunk * vocabulary + targets * (width if isinstance(width, int) else 0) * activation_bytes
 
 
 def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:

@@ -86,21 +86,29 @@ def model_flops(recipe: Recipe, objective: Objective, roles: Roles) -> ModelFlop
     """
     wanted, model = recipe.log.mfu, roles.model
     config = pretrained(model).config.get_text_config()
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-    experts = any(
-        isinstance(getattr(config, name, None), int) for name in ("num_local_experts", "num_experts", "n_routed_experts")
-    )
-    if wanted == "off" or not heads or not layers or experts or roles.engine.is_pair_model or roles.stack.rule() is not None:
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")]
+    # Pyramids of stages have a list of widths, or of heads.
+    hidden, heads, layers = (size if isinstance(size, int) else 0 for size in sizes)
+    experts = any(isinstance(getattr(config, name, None), int) for name in EXPERTS)
+    if (
+        wanted == "off"
+        or not hidden
+        or not heads
+        or not layers
+        or experts
+        or roles.engine.is_pair_model
+        or roles.stack.rule() is not None
+    ):
         return None
     found = peak_of(roles.device, recipe.model.dtype, wanted == "measure")
     if found is None:
         return None
-    width = int(heads) * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = heads * int(getattr(config, "head_dim", None) or hidden // heads)
     products = {id(w): w for module in model.modules() if (w := _product(module)) is not None}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - set(products)
     trained = [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in looked_up]
     weights, learned = (sum(w.numel() for w in group) for group in (products.values(), trained))
-    return ModelFlops(weights, learned, 4 * width * int(layers), objective.head == "causal", *found)
+    return ModelFlops(weights, learned, 4 * width * layers, objective.head == "causal", *found)
 
 
 def peak_of(device: torch.device, dtype: str, measure: bool) -> tuple[float, str] | None:
