@@ -28,6 +28,8 @@ from llmrecipe.core.steady_output import let_go, open_streams, steady_output
 PANELS = ("Train", "Look", "Use", "Tools")
 WORK = ("train", "launch", "search", "step", "generate", "label", "export", "new")
 """Verbs whose result is in files: it stands, whether or not the screen could be written."""
+PRINTED = {"launch": "--to"}
+"""Of these the option with which they print their result."""
 REPORT = (
     "Please report it where you got llmrecipe from, with that file (read it first: it holds your command and paths; the values "
     "of secrets are left out)."
@@ -81,7 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _works(arguments: list[str]) -> bool:
-    return bool(arguments) and arguments[0] in WORK
+    if not arguments or arguments[0] not in WORK:
+        return False
+    option = PRINTED.get(arguments[0])
+    return option is None or not any(word.partition("=")[0] == option for word in arguments)
 
 
 def _unwritten(error: OSError) -> int:

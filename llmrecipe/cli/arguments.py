@@ -51,6 +51,13 @@ StepWords = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
+AUTO = "auto"
+"""`resume=auto`: continue the run in `run.dir` where it has begun, else start it."""
+
+PROCESSES = 2
+"""Processes that `launch` starts where nothing names a number."""
+
+
 @dataclass(frozen=True)
 class VerbWords:
     """The words of a verb, sorted."""
@@ -79,6 +86,11 @@ def sort_words(words: list[str] | None) -> VerbWords:
             raise RecipeError(f"'{word}': {key}= needs a name or a path")
         taken[key] = value
     return VerbWords(taken.get("recipe"), taken.get("resume"), overrides)
+
+
+def processes_word(overrides: list[str], world: int) -> list[str]:
+    """Return the override that sets the number of processes, unless the user gave one."""
+    return [] if any(w.startswith("runtime.processes=") for w in overrides) else [f"runtime.processes={world}"]
 
 
 def runs_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -59,6 +59,33 @@ def resumed(run: str) -> tuple[str, str]:
     os.chdir(place)
     say(f"continuing in {place}, where the run was started")
     return str(path / "recipe.yaml"), str(path)
+
+
+def begun(composition: Composition) -> str:
+    """Return how far the run in `run.dir` is: `new`, `begun`, or `done` after a line that says so.
+
+    Raises:
+        RecipeError: the recipe has no `run.dir`.
+        RunError: the state of the run cannot be read, or it is done under another recipe.
+    """
+    from llmrecipe.core.console import say
+    from llmrecipe.runs.run_dir import RunDir, has_begun
+
+    place = composition.recipe.run.dir
+    if place is None:
+        raise RecipeError("resume=auto: needs run.dir=FOLDER, where the run is started and continued")
+    path = Path(place)
+    if not has_begun(path):
+        return "new"
+    directory = RunDir.open(path, write=False)
+    state = directory.read_status()
+    if state["status"] != "done":
+        return "begun"
+    from llmrecipe.training.resume_rules import allowed_changes
+
+    allowed_changes(directory, composition)
+    say(f"{path} is finished: it ended at step {state.get('step', 0)}; resume={path} steps=MORE continues it")
+    return "done"
 
 
 def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "<redacted>"
@@ -34,16 +34,23 @@ def variable_of(text: str | None) -> str | None:
     return found[1] if found else None
 
 
-def name_variables(value: object, key: str = "") -> None:
-    """Remember every environment variable a recipe names."""
+def variables_in(value: object, key: str = "") -> Iterator[str]:
+    """Yield every environment variable a recipe names."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            name_variables(inner, str(name))
+            yield from variables_in(inner, str(name))
     elif isinstance(value, list | tuple):
         for inner in value:
-            name_variables(inner, key)
+            yield from variables_in(inner, key)
     elif isinstance(value, str):
-        name_variable(value if key.endswith("_env") else variable_of(value) if key == SECRET else None)
+        found = value if key.endswith("_env") else variable_of(value) if key == SECRET else None
+        if found:
+            yield found
+
+
+def name_variables(value: object) -> None:
+    """Remember every environment variable a recipe names."""
+    _named.update(variables_in(value))
 
 
 def secrets() -> list[str]:

@@ -166,7 +166,7 @@ class RunDir:
             self._tidy_again()
             raise RunError(f"run.dir: {self.path} contains a finished run; choose another folder, or delete it")
         self.lock()
-        if self.path.joinpath("checkpoints").exists() or self.path.joinpath("final").exists():
+        if has_begun(self.path):
             raise RunError(
                 f"run.dir: {self.path} contains a run ({state}) with checkpoints; continue it with resume={self.path}, "
                 f"or choose another folder"
@@ -277,6 +277,11 @@ class RunDir:
             write_text(path, text)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def has_begun(path: Path) -> bool:
+    """Return whether a folder holds a run that has something to continue from; a run without is started again."""
+    return (path / "status.json").is_file() and any((path / name).exists() for name in ("checkpoints", "final"))
 
 
 def started_in(path: Path) -> Path | None:

@@ -11,8 +11,15 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmrecipe.core.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+PORT = 29400
+"""Port at which machine 0 listens, where nothing else names one; torchrun has the same."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Cluster:
     nodes: int = 1
     node: int = 0
     """This machine, from 0."""
-    master: str = "127.0.0.1:29400"
+    master: str = f"127.0.0.1:{PORT}"
     """HOST:PORT of machine 0; used when there are several."""
 
 
@@ -41,24 +48,9 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    if nproc < 1 or cluster.nodes < 1 or not 0 <= cluster.node < cluster.nodes:
-        raise UserError(f"launch: impossible: {nproc} processes on machine {cluster.node} of {cluster.nodes}")
-    one = cluster.nodes == 1
-    config = LaunchConfig(
-        min_nodes=cluster.nodes,
-        max_nodes=cluster.nodes,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex if one else "llmrecipe",
-        # A free port where there is one machine; with several, machine 0 listens at the given one.
-        rdzv_backend="c10d" if one else "static",
-        rdzv_endpoint="localhost:0" if one else cluster.master,
-        rdzv_configs={} if one else {"rank": cluster.node},
-        local_addr="localhost" if one else None,
-        max_restarts=0,
-        shutdown_timeout=300,
-    )
+    config = launch_config(nproc, cluster)
     _share_cores(nproc)
     command = list(program or (sys.executable, "-P", "-m", "llmrecipe"))
     try:
@@ -74,7 +66,34 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
     return 0
 
 
+def launch_config(nproc: int, cluster: Cluster) -> LaunchConfig:
+    """Return the settings of torch's launcher for one machine of a cluster: those that torchrun makes of its arguments.
+
+    Raises:
+        UserError: the numbers make no sense.
+    """
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if nproc < 1 or cluster.nodes < 1 or not 0 <= cluster.node < cluster.nodes:
+        raise UserError(f"launch: impossible: {nproc} processes on machine {cluster.node} of {cluster.nodes}")
+    one = cluster.nodes == 1
+    return LaunchConfig(
+        min_nodes=cluster.nodes,
+        max_nodes=cluster.nodes,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex if one else "llmrecipe",
+        # A free port where there is one machine; with several, machine 0 listens at the given one.
+        rdzv_backend="c10d" if one else "static",
+        rdzv_endpoint="localhost:0" if one else cluster.master,
+        rdzv_configs={} if one else {"rank": cluster.node},
+        local_addr="localhost" if one else None,
+        max_restarts=0,
+        shutdown_timeout=300,
+    )
+
+
 def _share_cores(nproc: int) -> None:
-    """Give each worker its share of the cores: workers that all use every core would wait for each other."""
+    """Give each worker its share of the cores this process may use: workers on the same cores would wait for each other."""
     if nproc > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))

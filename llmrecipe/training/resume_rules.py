@@ -44,6 +44,20 @@ def changes_of(before: Mapping[str, Any], composition: Composition) -> Changes:
     return found
 
 
+def allowed_changes(directory: RunDir, composition: Composition) -> Changes:
+    """Return the keys whose values differ between a run and a recipe it is to continue under.
+
+    Raises:
+        RunError: a key that a resumed run may not change is among them.
+    """
+    changes = changes_of(directory.recipe(), composition)
+    fixed = {key: change for key, change in changes.items() if key[0] in FIXED}
+    if fixed:
+        lines = "\n".join(f"  {line}" for line in lines_of(fixed))
+        raise RunError(f"resume: these keys cannot change in a resumed run:\n{lines}\nStart a new run instead.")
+    return changes
+
+
 def check_resume(directory: RunDir, composition: Composition, steps: int) -> Changes:
     """Return what a resume changes; nothing is loaded or written before this has passed.
 
@@ -54,11 +68,7 @@ def check_resume(directory: RunDir, composition: Composition, steps: int) -> Cha
         RunError: a fixed key differs, the run is finished and nothing is left to do, its end has no checkpoint, or it has
             already made more steps.
     """
-    changes = changes_of(directory.recipe(), composition)
-    fixed = {key: change for key, change in changes.items() if key[0] in FIXED}
-    if fixed:
-        lines = "\n".join(f"  {line}" for line in lines_of(fixed))
-        raise RunError(f"resume: these keys cannot change in a resumed run:\n{lines}\nStart a new run instead.")
+    changes = allowed_changes(directory, composition)
     newest = latest_checkpoint(directory.path / "checkpoints")
     progress = read_document(newest, "progress") if newest is not None else {}
     status = directory.read_status()
