@@ -9,7 +9,8 @@ For prompts x with answers y_1..y_n ~ pi(. | x) and z_1..z_n ~ pi_0(. | x), r th
                 of whole answers at temperature 1, unbiased and never negative
     length      mean tokens of y, its end included
 
-and on held-out pairs of a chosen answer c and a rejected one d:
+An answer of which no reward has an opinion is no part of the first three. On held-out pairs of a chosen answer c and a rejected
+one d:
 
     margin      mean [log pi(c) - log pi_0(c)] - [log pi(d) - log pi_0(d)], the implicit reward's margin without its factor beta
     preferred   share of pairs whose margin is positive
@@ -18,6 +19,7 @@ and on held-out pairs of a chosen answer c and a rejected one d:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +100,16 @@ class HeadToHead:
         ]  # fmt: skip
 
     def score(self, answers: Sequence[Answer]) -> Tensor:
-        """Compute the rewards, (prompts, n)."""
-        return torch.tensor(self.rewards.score(answers)[0], dtype=torch.float64).view(-1, self.config.n)
+        """Compute the rewards, (prompts, n), NaN where no reward has an opinion of an answer.
+
+        Raises:
+            RunError: no reward has an opinion of any of them.
+        """
+        scores = self.rewards.score(answers)[0]
+        if all(score is None for score in scores):
+            raise self.rewards.without_opinion(answers)
+        known = [math.nan if score is None else score for score in scores]
+        return torch.tensor(known, dtype=torch.float64).view(-1, self.config.n)
 
     def baseline(self) -> dict[str, float]:
         """Return the scores of pi_0 against itself."""
@@ -117,7 +127,8 @@ class HeadToHead:
 
     def _own(self, answers: Sequence[Answer], scores: Tensor) -> dict[str, float]:
         length = sum(len(a.ids) for a in answers) / len(answers)
-        return {"reward": float(scores.mean()), "gain": float(scores.mean() - self.scores.mean()), "length": length}
+        reward = float(scores.nanmean())
+        return {"reward": reward, "gain": reward - float(self.scores.nanmean()), "length": length}
 
     @torch.no_grad()
     def _kl(self, subject: Subject, answers: Sequence[Answer]) -> float:
@@ -145,9 +156,13 @@ class HeadToHead:
 
 
 def win_rate(own: Tensor, other: Tensor) -> float:
-    """Compute the mean over prompts, i and j of [own_i > other_j] + 1/2 [own_i = other_j]; both (prompts, n)."""
+    """Compute the mean over prompts, i and j of [own_i > other_j] + 1/2 [own_i = other_j]; both (prompts, n).
+
+    Pairs with a NaN are no part of it; NaN where no others are left.
+    """
     a, b = own[:, :, None], other[:, None, :]
-    return float((a > b).double().mean() + 0.5 * (a == b).double().mean())
+    known = ~(a.isnan() | b.isnan())
+    return float(((a > b).double() + 0.5 * (a == b).double())[known].mean())
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -144,13 +144,13 @@ class Rewards:
         measures = [f"{name}/{measure}" for name, (reward, _) in self.parts.items() for measure in reward.measures]
         return [*self.parts, *measures]
 
-    def score(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float | None]]]:
+    def score(self, answers: Sequence[Answer]) -> tuple[list[float | None], dict[str, list[float | None]]]:
         """Return the weighted sums, and the unweighted scores and measures of each reward by name.
 
-        A reward without an opinion of an answer (None) is left out of that answer's sum.
+        A reward without an opinion of an answer (None) is left out of that answer's sum, which is None where no reward has one.
 
         Raises:
-            RunError: a score is no finite number, no reward has an opinion of an answer, or there are too few scores.
+            RunError: a score is no finite number, or there are too few scores.
         """
         own: dict[str, list[float | None]] = {}
         for name, (reward, _) in self.parts.items():
@@ -158,21 +158,24 @@ class Rewards:
             if len(scores) != len(answers):
                 raise RunError(f"{self.where}.{name}: {len(scores)} scores for {len(answers)} answers")
             own[name] = [_number(score, a, f"{self.where}.{name}") for score, a in zip(scores, answers, strict=True)]
-        sums = [self._sum(answer, {name: own[name][i] for name in self.parts}) for i, answer in enumerate(answers)]
+        sums = [self._sum({name: own[name][i] for name in self.parts}) for i in range(len(answers))]
         for name, (reward, _) in self.parts.items():
             for measure in reward.measures:
                 own[f"{name}/{measure}"] = [*reward.measured[measure]] if answers else []
         return sums, own
 
-    def _sum(self, answer: Answer, scores: Mapping[str, float | None]) -> float:
-        """Return the weighted sum of the scores that are there."""
+    def _sum(self, scores: Mapping[str, float | None]) -> float | None:
+        """Return the weighted sum of the scores that are there; None where there is none."""
         given = [(weight, score) for name, (_, weight) in self.parts.items() if (score := scores[name]) is not None]
-        if not given:
-            raise RunError(
-                f"{self.where}: no reward has an opinion of the answer {answer.text!r:.300} to {answer.prompt!r:.300} (all are "
-                "None); add a reward that scores every answer, or leave such prompts out"
-            )
-        return sum(weight * score for weight, score in given)
+        return sum(weight * score for weight, score in given) if given else None
+
+    def without_opinion(self, answers: Sequence[Answer]) -> RunError:
+        """Return the error for answers of which no reward has an opinion, showing the first."""
+        shown = "".join(f", such as {a.text!r:.300} to {a.prompt!r:.300}" for a in answers[:1])
+        return RunError(
+            f"{self.where}: no reward has an opinion of any answer (all are None){shown}; add a reward that scores every "
+            "answer, or leave such prompts out"
+        )
 
 
 def _number(score: object, answer: Answer, where: str) -> float | None:

@@ -41,6 +41,24 @@ def test_four_tokens_by_hand() -> None:
     assert returns[0].tolist() == pytest.approx([a0 + 0.1, a1 + 0.2, a2 + 0.3, 1.0], abs=1e-15)
 
 
+def test_an_answer_without_a_score_is_no_part_of_its_group() -> None:
+    """Groups of three, two, one and no scores: mean and deviation are over those that are there, alone is 0."""
+    nan = math.nan
+    scores = torch.tensor([[1.0, 2.0, 6.0], [1.0, 3.0, nan], [5.0, nan, nan], [nan] * 3], dtype=torch.float64)
+    near = {"abs": 1e-12, "nan_ok": True}
+    assert leave_one_out(scores).flatten().tolist() == pytest.approx(
+        [1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5, -2.0, 2.0, nan, 0.0, nan, nan, nan, nan, nan], **near
+    )
+    centred = [-2.0, -1.0, 3.0, -1.0, 1.0, nan, 0.0, nan, nan, nan, nan, nan]
+    assert group_relative(scores, "none").flatten().tolist() == pytest.approx(centred, **near)
+    by_group = [7.0**0.5] * 3 + [2.0**0.5] * 3 + [1.0] * 6
+    wanted = [c / (s + 1e-4) if c else 0.0 for c, s in zip(centred, by_group, strict=True)]
+    assert group_relative(scores, "group").flatten().tolist() == pytest.approx(wanted, **near)
+    deviation = float(np.std([1, 2, 6, 1, 3, 5], ddof=1))
+    wanted = [c / (deviation + 1e-4) for c in centred]
+    assert group_relative(scores, "batch").flatten().tolist() == pytest.approx(wanted, **near)
+
+
 def test_undiscounted_returns_are_the_rewards_to_go() -> None:
     rewards = double(0.5, -1.0, 2.0)[None]
     _, returns = gae(rewards, torch.randn(1, 3, dtype=torch.float64), torch.tensor([3]), 1.0, 1.0)

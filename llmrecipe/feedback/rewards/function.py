@@ -23,8 +23,8 @@ def reward_function(function: F) -> F:
     """Register a function as a reward under its name.
 
     It is called once per answer with the answer's text, and by name with its other arguments: `prompt`, `answer` (the
-    whole `Answer`) or a column of the row. It returns a number, or None for no opinion. A parameter with a default takes rows
-    without its column too.
+    whole `Answer`) or a column of the row. It returns a number, or None for no opinion; an answer of which no
+    reward has an opinion is left out of the step. A parameter with a default takes rows without its column too.
     Packages named in `plugins` are searched for such functions.
     """
     FUNCTIONS[function.__name__] = function

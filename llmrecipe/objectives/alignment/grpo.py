@@ -17,9 +17,10 @@ from llmrecipe.objectives.alignment._engines.rollout import (
     RolloutPlan,
     Sample,
     answer_count,
+    by_prompt,
     ratio_metrics,
     rollout_metrics,
-    score_groups,
+    scores_of,
     sum_by_answer,
     with_metrics,
 )
@@ -104,8 +105,8 @@ class Grpo(Sampled, Objective):
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
         """Give every token of an answer the answer's advantage."""
-        scores = score_groups(samples, self.answers)
-        found = group_relative(scores, self.scale, total=roles.sum).flatten().float()
+        scores = by_prompt(samples, scores_of(samples), self.answers)
+        found = group_relative(scores, self.scale, total=roles.sum)[~scores.isnan()].float()
         for sample, value in zip(samples, found, strict=True):
             sample.tokens["advantages"] = value.expand(sample.length)
 

@@ -27,7 +27,14 @@ from llmrecipe.objectives.alignment._engines.advantages import (
     whiten,
 )
 from llmrecipe.objectives.alignment._engines.kl import KlController, kl_estimate
-from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Sample, ratio_metrics, rollout_metrics, with_metrics
+from llmrecipe.objectives.alignment._engines.rollout import (
+    RolloutPlan,
+    Sample,
+    ratio_metrics,
+    rollout_metrics,
+    scores_of,
+    with_metrics,
+)
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
 
@@ -231,7 +238,7 @@ class Ppo(Sampled, Objective):
 
     def scores_of(self, samples: list[Sample], roles: Roles) -> list[float]:
         """Return the scores as they enter the rewards: normalised over the rollout, then clipped."""
-        scores = torch.tensor([s.score for s in samples], dtype=torch.float64)
+        scores = torch.tensor(scores_of(samples), dtype=torch.float64)
         if self.score_norm:
             scores = whiten(scores, roles.sum)
         return scores.tolist() if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip).tolist()

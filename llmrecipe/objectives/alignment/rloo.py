@@ -14,9 +14,10 @@ from llmrecipe.objectives.alignment._engines.rollout import (
     RolloutPlan,
     Sample,
     answer_count,
+    by_prompt,
     ratio_metrics,
     rollout_metrics,
-    score_groups,
+    scores_of,
     sum_by_answer,
     with_metrics,
 )
@@ -91,10 +92,10 @@ class Rloo(Sampled, Objective):
 
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
         """Give every answer its advantage."""
-        rewards = score_groups(samples, self.answers)
+        rewards = scores = by_prompt(samples, scores_of(samples), self.answers)
         if self.beta:
-            rewards = rewards - self.beta * rewards.new_tensor([s.numbers["kl"] for s in samples]).view_as(rewards)
-        found = leave_one_out(rewards).flatten()
+            rewards = scores - self.beta * by_prompt(samples, [s.numbers["kl"] for s in samples], self.answers)
+        found = leave_one_out(rewards)[~scores.isnan()]
         if self.normalise:
             mean, variance = moments(found, roles.sum)
             found = (found - mean) / (variance**0.5 + 1e-4)

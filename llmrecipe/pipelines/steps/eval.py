@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core import registry
-from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.objectives.reward_interface import Answer, Rewards
@@ -130,5 +130,7 @@ class Eval(Step):
         values = work.each(requested, ask, batch=self.batch, name="rewards")
         for prompt, value in list(zip(prompts, values, strict=True))[:3]:
             work.events.sample(0, prompt.turns[-1]["content"], value["answer"], reward=value["reward"])
+        if values and all(value["reward"] is None for value in values):
+            raise RunError(f"reward: no reward has an opinion of any of the {len(values)} answers (all are None)")
         known = {name: [v[name] for v in values if v[name] is not None] for name in values[0] if name != "answer"}
         return {name: sum(scores) / len(scores) for name, scores in known.items() if scores}

@@ -23,22 +23,34 @@ def one_process(values: list[float]) -> list[float]:
 def group_relative(scores: Tensor, scale: str = "group", eps: float = 1e-4, total: Sum = one_process) -> Tensor:
     """Compute (s - mean of its group) / (std + eps): (P, G) scores -> (P, G) advantages (GRPO, arXiv 2402.03300).
 
+    A score that is NaN belongs to an answer that was left out: it stays NaN and is no part of its group. An answer that is
+    alone in its group has an advantage of 0.
+
     Args:
         scale: `group` divides by the group's standard deviation, `batch` by that of all scores, `none` not at all
             (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n - 1.
     """
-    centred = scores - scores.mean(1, keepdim=True)
+    centred, count = _centred(scores)
     if scale == "none":
         return centred
     if scale == "group":
-        return centred / ((centred**2).sum(1, keepdim=True).div(scores.shape[1] - 1).sqrt() + eps)
-    return centred / (float(moments(scores.flatten(), total)[1] ** 0.5) + eps)
+        return centred / ((centred**2).nan_to_num(0.0).sum(1, keepdim=True).div((count - 1).clamp(min=1)).sqrt() + eps)
+    return centred / (float(moments(scores[~scores.isnan()], total)[1] ** 0.5) + eps)
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
-    """Compute s_i - mean of the other answers' scores: (P, G) scores -> (P, G) advantages (RLOO, arXiv 2402.14740)."""
-    group = scores.shape[1]
-    return (scores - scores.mean(1, keepdim=True)) * (group / (group - 1))
+    """Compute s_i - mean of the other answers' scores: (P, G) scores -> (P, G) advantages (RLOO, arXiv 2402.14740).
+
+    NaN and single answers are as in `group_relative`.
+    """
+    centred, count = _centred(scores)
+    return centred * (count / (count - 1).clamp(min=1))
+
+
+def _centred(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores minus the mean of their group, (P, G), and the number of scores of each group, (P, 1); NaN is no score."""
+    count = (~scores.isnan()).sum(1, keepdim=True).to(scores.dtype)
+    return scores - scores.nan_to_num(0.0).sum(1, keepdim=True) / count, count
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,14 @@ class Sample:
 
     row: int
     answer: Answer
-    score: float = 0.0
+    score: float | None = 0.0
+    """None where no reward has an opinion of the answer."""
     tokens: dict[str, Tensor] = field(default_factory=dict)
     """name -> (n,) one number for each token of the answer: old and reference log-probabilities, advantages, ..."""
     numbers: dict[str, float] = field(default_factory=dict)
     """name -> one number for the whole answer."""
+    place: int = 0
+    """Place of its prompt in the rollout, which may hold one row twice."""
 
     @property
     def length(self) -> int:
@@ -100,6 +103,8 @@ class Rollouts:
         """Whether the last rollout is over: all its updates have been made, or the rest is skipped."""
         self.count = 0
         """Number of rollouts sampled."""
+        self.no_opinion = 0.0
+        """Share of the last rollout's answers, over all processes, that were left out: no reward has an opinion of them."""
         self.pace = 0.0
         """Seconds per token that sampling and scoring the last rollout took on this process."""
 
@@ -116,11 +121,12 @@ class Rollouts:
         answers = generate(roles.model, roles.tokenizer, prompts, self._sampling(held_out, roles), keys=keys)
         ends = set(end_tokens(roles.model, roles.tokenizer))
         samples = []
-        for row, (prompt, ids) in zip(_repeat(rows, repeats), zip(prompts, answers, strict=True), strict=True):
+        for index, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
+            row = rows[index // repeats]
             columns = json.loads(row.get("columns") or "{}")
             texts = decode_ids(roles.tokenizer, prompt), decode_ids(roles.tokenizer, ids)
             answer = Answer(*texts, columns, prompt, ids, bool(ids) and ids[-1] in ends)
-            samples.append(Sample(row["row"], answer))
+            samples.append(Sample(row["row"], answer, place=index // repeats))
         self._score(samples, roles)
         if not held_out:
             self._show(samples, roles)
@@ -143,7 +149,7 @@ class Rollouts:
         scores, own = self.rewards.score([s.answer for s in samples])
         for index, sample in enumerate(samples):
             missing = self.plan.missing_end is not None and not sample.answer.finished
-            sample.score = float(self.plan.missing_end) if missing else float(scores[index])  # type: ignore[arg-type]
+            sample.score = self.plan.missing_end if missing else scores[index]
             sample.numbers = {f"rewards/{name}": _or_nan(values[index]) for name, values in own.items()}
 
     def _show(self, samples: list[Sample], roles: Roles) -> None:
@@ -166,6 +172,7 @@ class Rollouts:
         samples = self.draw(rows, roles)
         self.pace = (time.perf_counter() - started) / max(sum(s.length for s in samples), 1)
         self.count += 1
+        samples = self._scored(samples, roles)
         parts = self.deal(samples, roles)
         for micro in itertools.chain.from_iterable(parts):
             self.measure(micro, roles)
@@ -180,15 +187,29 @@ class Rollouts:
                 if self.boundary:
                     return
 
+    def _scored(self, samples: list[Sample], roles: Roles) -> list[Sample]:
+        """Return the answers that have a score; the others take no part in the updates.
+
+        Raises:
+            RunError: no answer of any process has one.
+        """
+        kept = [s for s in samples if s.score is not None]
+        left_out, total = roles.sum([float(len(samples) - len(kept)), float(len(samples))])
+        if total and left_out == total:
+            raise self.rewards.without_opinion([s.answer for s in samples])
+        self.no_opinion = left_out / total if total else 0.0
+        return kept
+
     def stop(self) -> None:
         """Skip the rest of the rollout's updates."""
         self.boundary = True
 
     def whole(self, rows: list[dict[str, Any]], roles: Roles, value: Callable[[list[Sample]], None]) -> Batch:
         """Sample fresh answers to the rows as one batch: for evaluation, and for methods that use gradients before step 0."""
-        samples = self.draw(rows, roles)
+        held_out = bool(rows) and bool(rows[0].get(HELD_OUT))
+        samples = [s for s in self.draw(rows, roles) if held_out or s.score is not None]
         self.measure(samples, roles)
-        if not (rows and rows[0].get(HELD_OUT)):
+        if not held_out:
             value(samples)
         return self.lay_out(samples, roles)
 
@@ -230,16 +251,18 @@ class Rollouts:
         """Lay samples out as a batch whose targets are the answers' N tokens, in order; `extra` holds the samples' numbers.
 
         Per token, (N,): the entries of `Sample.tokens`, and `answer`, the index of the token's answer. Per answer, (B,):
-        `score`, `length`, `finished` and the entries of `Sample.numbers`. Answers to one prompt share it where rows are packed.
+        `score` (NaN where no reward has an opinion), `length`, `finished` and the entries of `Sample.numbers`. Answers to one
+        prompt share it where rows are packed.
         A batch without answers has the same names, so that every process reports the same metrics.
         """
         lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
         extra: dict[str, Tensor] = {
             "answer": torch.repeat_interleave(torch.arange(len(samples)), lengths),
-            "score": torch.tensor([s.score for s in samples]),
+            "score": torch.tensor([_or_nan(s.score) for s in samples]),
             "length": lengths.float(),
             "finished": torch.tensor([float(s.answer.finished) for s in samples]),
             "pace": torch.tensor(self.pace),
+            "no_opinion": torch.tensor(self.no_opinion),
         }
         plan = self.plan
         tokens = list(samples[0].tokens if samples else ("old", *(("reference",) if plan.reference else ()), *plan.token_names))
@@ -268,10 +291,6 @@ class Rollouts:
         self.count, self.boundary = int(state["rollouts"]), True
 
 
-def _repeat(rows: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
-    return [row for row in rows for _ in range(times)]
-
-
 def _or_nan(score: float | None) -> float:
     return math.nan if score is None else score
 
@@ -290,9 +309,22 @@ def check_rewards(rewards: Rewards, data: SplitRows) -> None:
     rewards.check(sorted(json.loads(data[0].get("columns") or "{}")) if len(data) else [])
 
 
-def score_groups(samples: list[Sample], answers: int) -> Tensor:
-    """Return the scores in float64, (P, G), one row per prompt."""
-    return torch.tensor([s.score for s in samples], dtype=torch.float64).view(-1, answers)
+def by_prompt(samples: list[Sample], values: list[float], answers: int) -> Tensor:
+    """Return numbers of answers in float64, (P, G), one row per prompt, with NaN at its end for answers that were left out.
+
+    The other entries are, row by row, those of `samples` in order.
+    """
+    rows: list[list[float]] = []
+    pairs = zip(samples, values, strict=True)
+    for _, group in itertools.groupby(pairs, key=lambda pair: (pair[0].place, pair[0].row)):
+        own = [value for _, value in group]
+        rows.append(own + [math.nan] * (answers - len(own)))
+    return torch.tensor(rows, dtype=torch.float64).view(-1, answers)
+
+
+def scores_of(samples: list[Sample]) -> list[float]:
+    """Return the scores of answers that have one."""
+    return [s.score for s in samples if s.score is not None]
 
 
 def _trained(sample: Sample) -> list[int]:
@@ -348,22 +380,29 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
     # Seconds are split in proportion to tokens, so that any part of a rollout shows the rate of the whole.
     metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
+    metrics["response/no_opinion"] = (extra["no_opinion"] * count, count)
     return metrics
 
 
-HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None}
+HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None, "no_opinion": None}
 """Metrics that `held_out_metrics` reports besides the single rewards, and whether less or more of each is better."""
 
 
 def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
-    """Return metrics of held-out prompts; `loss` is the negative score, so that less is better as everywhere else."""
+    """Return metrics of held-out prompts; `loss` is the negative score, so that less is better as everywhere else.
+
+    The score is the mean over the answers of which a reward has an opinion.
+    """
     extra, count = batch.extra, float(answer_count(batch))
-    metrics: dict[str, tuple[Any, float]] = {"loss": (-extra["score"].sum(), count), "score": (extra["score"].sum(), count)}
+    known = ~extra["score"].isnan()
+    total, scored = extra["score"][known].sum(), float(known.sum())
+    metrics: dict[str, tuple[Any, float]] = {"loss": (-total, scored), "score": (total, scored)}
     metrics |= reward_metrics(batch)
     if "reference" in extra:
         metrics["kl"] = (extra["kl"].sum(), count)
     metrics["length"] = (extra["length"].sum(), count)
     metrics["eos_rate"] = (extra["finished"].sum(), count)
+    metrics["no_opinion"] = (count - scored, count)
     return metrics
 
 
