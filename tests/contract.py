@@ -36,6 +36,7 @@ from tests.pictures import held_picture
 from tests.tiny import Tokenizer, tiny_model, tiny_vision_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "noah": {"depths": [2]},
     "bitfit": {"missing": "add_zero"},
     "fishmask": {"density": 0.05, "num_samples": 4},
     "child_tuning": {"variant": "d"},

@@ -83,6 +83,16 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def reads_images(model: nn.Module) -> bool:
+    """Return whether a model reads images alone.
+
+    A model that answers questions about images may name them as its main input; it embeds tokens all the same.
+    """
+    from torch import nn
+
+    return getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(input_embedding(model), nn.Embedding)
+
+
 def fit(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Grow the embedding (and head) to the tokenizer's vocabulary; return the number of new rows.
 

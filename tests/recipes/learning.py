@@ -326,6 +326,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "unipelt": labelled(0.85),
     "s4": labelled(0.85),
     "autopeft": labelled(0.8),
+    "noah": Learns("eval/accuracy", 0.85, 0.45, shuffled_pictures("label")),
     # memory
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),
@@ -365,6 +366,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "mmlm_caption": ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_with_pictures_helps_over_three_seeds"),
     "mmlm_vqa": ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_with_pictures_helps_over_three_seeds"),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
+    "noah_search": ShownBy("tests/recipes/test_pipelines_learn.py::test_sub_networks_that_were_found_learn_from_the_start"),
     "s4_design": ShownBy("tests/pipelines/test_search_costs.py::test_the_design_space_procedure_of_s4_finds_a_planted_design"),
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_preference_model_teaches_what_its_labels_say"),

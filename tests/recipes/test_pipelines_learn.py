@@ -127,6 +127,18 @@ def test_the_search_finds_a_rate_that_learns(place: Path) -> None:
     assert metrics(Path("control"))["eval/loss"] >= 1.0
 
 
+@inside
+def test_sub_networks_that_were_found_learn_from_the_start(place: Path) -> None:
+    """Four labels; the control has pictures of other labels, on which the same search ends near what is most frequent."""
+    found = stages("noah_search")["search"]
+    control = stages("noah_search", *shuffled_pictures("label")(place / "shuffled"))["search"]
+    own, other = metrics(found), metrics(control)
+    assert own["eval/loss"] <= 0.3 and other["eval/loss"] >= 1.0
+    assert own["retrained/evolution"] <= 0.3 and own["parameters"] <= 5000 + 4 * 128 + 4
+    plain = compose(found / "searched.yaml")
+    assert sorted(plain.recipe.stack) == ["adapter", "lora", "vpt"] and plain.recipe.search is None
+
+
 def scores(folder: Path) -> dict[str, dict[str, float]]:
     """Method -> means of its row on a board."""
     board = json.loads((folder / "leaderboard.json").read_text(encoding="utf-8"))

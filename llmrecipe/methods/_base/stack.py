@@ -23,7 +23,7 @@ from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.sharded import is_sharded
 from llmrecipe.models.task_heads import is_head
-from llmrecipe.models.vocabulary import input_embedding
+from llmrecipe.models.vocabulary import reads_images
 from llmrecipe.recipe.stack_rules import Declared, refusals
 
 if TYPE_CHECKING:
@@ -315,9 +315,7 @@ def _refuse_modality(model: nn.Module, wrapper: Wrapper) -> None:
     Raises:
         ModelError: naming both, and what to use instead.
     """
-    # A model that answers questions about images may name them first; it embeds tokens all the same.
-    pictures = getattr(model, "main_input_name", "") == "pixel_values" and not isinstance(input_embedding(model), nn.Embedding)
-    reads = "images" if pictures else "text"
+    reads = "images" if reads_images(model) else "text"
     if wrapper.modality and wrapper.modality != reads:
         kind = registry.name_of(type(wrapper))
         raise ModelError(

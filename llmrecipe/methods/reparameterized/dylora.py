@@ -16,6 +16,7 @@ from llmrecipe.core.option_types import Literal, NonNegativeInt, OpenFraction, P
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
+from llmrecipe.methods._engines.kept_entries import entries_kept
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
 from llmrecipe.models.module_map import anatomy
 
@@ -180,26 +181,16 @@ class Dylora(Wrapper):
         for hook in self._hooks(model):
             hook.use(self.rank or self.r)
 
-    @contextlib.contextmanager
-    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Put the ranks that do not learn back as they were, with their moments, under `freeze: strict`."""
-        kept = list(self._kept(model, optimizer)) if self.freeze == "strict" else []
-        yield
-        for current, before, still in kept:
-            current.copy_(torch.where(still, before, current))
+    def stepping(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+        """Keep the ranks that do not learn as they were, with their moments, under `freeze: strict`."""
+        return entries_kept(optimizer, self._still(model) if self.freeze == "strict" else ())
 
-    @torch.no_grad()
-    def _kept(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Return (live tensor, copy, what of it stays) for A and B and every state tensor of their shape."""
+    def _still(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield A and B with what of them stays."""
         for hook in self._hooks(model):
             active = hook.learns & (hook.gain > 0)
-            for parameter, still in ((hook.A, ~active[:, None]), (hook.B, ~active)):
-                state = optimizer.state.get(parameter, {})
-                for tensor in (
-                    parameter.data,
-                    *(v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape),
-                ):
-                    yield tensor, tensor.clone(), still
+            yield hook.A, ~active[:, None]
+            yield hook.B, ~active
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return the rank drawn for the last step."""

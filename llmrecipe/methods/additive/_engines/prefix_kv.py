@@ -198,6 +198,8 @@ class PrefixColumns(Hook):
         """Compute attention (R, H, T, Ev) over the columns and everything else."""
         made: Made = handed_down(self.owner)
         keys, values = made.columns[self.role][self.index]
+        if not keys.shape[2]:
+            return attend(q, k, v)
         if made.factor is not None:
             factor = made.factor[:, None, :, None]
             keys, values = keys * factor, values * factor
