@@ -83,5 +83,8 @@ def test_a_kill_in_a_step_loses_nothing(tmp_path: Path) -> None:
     assert begin(tmp_path / "killed").wait() == 0 == begin(tmp_path / "whole").wait()
     rows = [(tmp_path / name / "train.jsonl").read_text() for name in ("killed", "whole")]
     assert rows[0] == rows[1] and len(rows[0].splitlines()) == 160
-    keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+    # A line is a reply with the count that includes it.
+    entries = [json.loads(line)["values"] for line in journal.read_text().splitlines()]
+    assert all("count" in entry and len(entry) == 2 for entry in entries)
+    keys = [key for entry in entries for key in entry if key != "count"]
     assert journal.read_bytes().startswith(before) and len(keys) == len(set(keys))
