@@ -55,7 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mam": {"num_virtual_tokens": 4, "hidden": 8, "r": 8},
     "llm_adapters": {"r": 8},
     "autopeft": {"adapter": 3, "parallel_adapter": 2, "prefix_tuning": 3, "hidden": 8},
-    "s4": {"budget": 4000.0},
+    "s4": {"budget": 13000.0},
     "unipelt": {"num_virtual_tokens": 4, "hidden": 8, "r": 4, "reduction": 4},
     "hypertuning": {"r": 2, "depth": 1, "width": 16},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
@@ -91,13 +92,36 @@ class S4(Wrapper):
             raise RecipeError(f"stack.{self.name}.assign: no group of this model has a strategy")
         limits = dict(zip(trained, design_space.shares(len(trained), budget, self.allocation), strict=True))
         costs = self._costs(model)
+        self._refuse_too_little(limits, budget, letters, costs)
         found: dict[str, dict[int, dict[str, int]]] = {side: {} for side in sides}
         for side, layer in letters:
             strategies = letters[side, layer]
-            where = f"stack.{self.name}.budget"
-            sizes = design_space.solve(strategies, limits[side, layer], costs[side, layer], where) if strategies else {}
+            sizes = design_space.solve(strategies, limits[side, layer], costs[side, layer]) if strategies else {}
             found[side][layer] = sizes | ({"B": 1} if "B" in strategies else {})
         return found
+
+    def _refuse_too_little(
+        self,
+        limits: dict[tuple[str, int], int],
+        budget: int,
+        letters: dict[tuple[str, int], list[str]],
+        costs: dict[tuple[str, int], LayerCosts],
+    ) -> None:
+        """Refuse a budget whose share of a layer does not pay for the layer's strategies, and name one that pays for all.
+
+        Args:
+            limits: numbers that each trained layer may train, in the order of the layers.
+        """
+        least = {place: design_space.least(letters[place], costs[place]) for place in limits}
+        short = next((place for place in limits if limits[place] < least[place]), None)
+        if short is None:
+            return
+        weights = design_space.weights(len(limits), self.allocation)
+        enough = max(math.ceil(n * sum(weights) / w) for n, w in zip(least.values(), weights, strict=True))
+        raise RecipeError(
+            f"stack.{self.name}.budget: {budget} numbers leave {limits[short]} for layer {short[1]}, too few for "
+            f"{', '.join(letters[short])}, which need at least {least[short]} there; give {enough} or more"
+        )
 
     def _strategies(self) -> dict[str, list[str]]:
         table: Any = design_space.PRESETS[self.assign] if isinstance(self.assign, str) else self.assign

@@ -14,7 +14,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.methods._base.stack import Stack, base_parameters
 from llmrecipe.methods.additive.p_tuning_v2 import PTuningV2
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
-from llmrecipe.methods.hybrid._engines.design_space import PRESETS, LayerCosts, group_sizes, shares, solve
+from llmrecipe.methods.hybrid._engines.design_space import PRESETS, LayerCosts, group_sizes, least, shares, solve
 from llmrecipe.methods.hybrid.s4 import S4
 from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.models.hooks.hook import all_hooks
@@ -49,14 +49,13 @@ def test_groups_partition_the_layers_of_any_model(shape: str) -> None:
 def test_a_budget_is_solved_by_hand() -> None:
     costs = LayerCosts({"A": 65, "P": 32, "L": 112}, {"A": 32, "B": 224})
     # 1000 - 224 leaves 388 each: b = (388 - 32) // 65 = 5, P = 388 // 32 = 12; 776 - 357 - 384 = 35 is one more column.
-    assert solve(["A", "P", "B"], 1000, costs, "x") == {"A": 5, "P": 13}
+    assert solve(["A", "P", "B"], 1000, costs) == {"A": 5, "P": 13}
     # 500 each: b = 7 (487), r = 4 (448); 65 left is one more unit of b.
-    assert solve(["A", "L"], 1000, costs, "x") == {"A": 8, "L": 4}
-    assert solve(["B"], 224, costs, "x") == {}
-    for letters, least in ((["A", "L"], 224), (["P", "B", "L"], 448)):
-        with pytest.raises(RecipeError, match=f"x: {least - 1} numbers .* at least {least};"):
-            solve(letters, least - 1, costs, "x")
-        assert min(solve(letters, least, costs, "x").values()) >= 1
+    assert solve(["A", "L"], 1000, costs) == {"A": 8, "L": 4}
+    assert solve(["B"], 224, costs) == {}
+    for letters, needed in ((["A", "L"], 224), (["P", "B", "L"], 448), (["B"], 224)):
+        assert least(letters, costs) == needed
+        assert min(solve(letters, needed, costs).values(), default=1) >= 1
     assert shares(4, 100, "uniform") == [25] * 4 and shares(4, 100, "increasing") == [10, 20, 30, 40]
 
 
@@ -125,10 +124,21 @@ def test_options_of_the_space() -> None:
         ({"assign": {"G2": ["A"]}}, "assign: no group of this model has a strategy"),
         ({"tuned": []}, "tuned: no group is named"),
         ({"tuned": ["G2"]}, "tuned: G2 has no layer of this model"),
-        ({"budget": 300.0}, r"budget: 150 numbers a layer are too few for A, L"),
+        ({"budget": 300.0}, r"budget: 300 numbers leave 150 for layer 0, too few for A, L, which need at least 224 there"),
     ):
         with pytest.raises(RecipeError, match=rf"stack\.s4\.{told}"):
             on("llama", [S4(name="s4", **{"budget": 1100.0, **options})])
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "increasing", "decreasing"])
+def test_a_budget_that_is_too_small_names_one_that_is_enough(allocation: Any) -> None:
+    """One number less than it says is too few again: it is the smallest budget that pays for every layer."""
+    with pytest.raises(RecipeError, match=r"stack\.s4\.budget: 300 numbers leave .*; give \d+ or more") as told:
+        on("llama", [S4(name="s4", budget=300.0, allocation=allocation)])
+    enough = int(str(told.value).split("give ")[1].split()[0])
+    on("llama", [S4(name="s4", budget=float(enough), allocation=allocation)])
+    with pytest.raises(RecipeError, match=f"give {enough} or more"):
+        on("llama", [S4(name="s4", budget=float(enough - 1), allocation=allocation)])
 
 
 @pytest.mark.parametrize("scope", ["per_stack", "concat"])

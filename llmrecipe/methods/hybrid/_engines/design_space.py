@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmrecipe.core.errors import RecipeError
-
 GROUPS = ("G1", "G2", "G3", "G4")
 
 PRESETS: dict[str, dict[str, list[str]]] = {
@@ -51,12 +49,16 @@ def group_sizes(layers: int, shape: str) -> list[int]:
 
 def shares(layers: int, budget: int, allocation: str) -> list[int]:
     """Return how many numbers each layer may train: equal, or rising or falling linearly from first to last."""
+    found = weights(layers, allocation)
+    return [int(budget * w / sum(found)) for w in found]
+
+
+def weights(layers: int, allocation: str) -> list[float]:
+    """Return the weight of each layer in the budget."""
     if allocation == "uniform":
-        weights = [1.0] * layers
-    else:
-        weights = [float(i + 1) for i in range(layers)]
-        weights = weights if allocation == "increasing" else weights[::-1]
-    return [int(budget * w / sum(weights)) for w in weights]
+        return [1.0] * layers
+    rising = [float(i + 1) for i in range(layers)]
+    return rising if allocation == "increasing" else rising[::-1]
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,19 @@ class LayerCosts:
     """A, B -> numbers that do not depend on a size."""
 
 
-def solve(letters: Sequence[str], budget: int, costs: LayerCosts, where: str) -> dict[str, int]:
-    """Return the sizes that spend a layer's budget: fixed costs first, the rest shared equally, leftovers greedily.
-
-    Raises:
-        RecipeError: the budget does not pay for one unit of each strategy.
-    """
+def least(letters: Sequence[str], costs: LayerCosts) -> int:
+    """Return the smallest budget of a layer that pays for one unit of each strategy, its rest shared equally."""
     sized = [letter for letter in letters if letter in costs.units]
-    biases = costs.fixed["B"] if "B" in letters else 0
-    rest = budget - biases
+    dearest = max((costs.units[a] + costs.fixed.get(a, 0) for a in sized), default=0)
+    return (costs.fixed["B"] if "B" in letters else 0) + len(sized) * dearest
+
+
+def solve(letters: Sequence[str], budget: int, costs: LayerCosts) -> dict[str, int]:
+    """Return the sizes that spend a layer's budget, `least` of it or more: fixed costs first, the rest shared equally,
+    leftovers greedily."""
+    sized = [letter for letter in letters if letter in costs.units]
+    rest = budget - (costs.fixed["B"] if "B" in letters else 0)
     sizes = {a: (rest // len(sized) - costs.fixed.get(a, 0)) // costs.units[a] for a in sized}
-    if rest < 0 or any(size < 1 for size in sizes.values()):
-        least = biases + len(sized) * max((costs.units[a] + costs.fixed.get(a, 0) for a in sized), default=0)
-        raise RecipeError(
-            f"{where}: {budget} numbers a layer are too few for {', '.join(letters)}, which need at least {least}; raise it"
-        )
     left = rest - sum(costs.fixed.get(a, 0) + costs.units[a] * n for a, n in sizes.items())
     for letter in sorted(sized, key=lambda a: -costs.units[a]):
         sizes[letter] += left // costs.units[letter]
