@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmrecipe.engine.reference_policy import PlannedRows
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.models.pretrained import LanguageModel
-    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.recipe.schema import ModelSection, Recipe
     from llmrecipe.runs.open_model import LoadedModel
 
 
@@ -128,6 +128,14 @@ class Objective:
         Args:
             frozen: whether the stack leaves the weights of the base as they are.
         """
+
+    def held_models(self, recipe: Recipe, frozen: bool) -> list[ModelSection]:
+        """Return the models that a run holds in memory in addition to the policy while it trains, for the memory estimate.
+
+        Args:
+            frozen: whether the stack leaves the weights of the base as they are.
+        """
+        return []
 
     def role_wrappers(self, stack: list[Any]) -> list[Any]:
         """Return the adapters of other roles on the same base (`Wrapper.role`), trained together with the policy's stack."""

@@ -19,6 +19,7 @@ from llmrecipe.recipe.validate import build_component
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
+    from llmrecipe.recipe.schema import ModelSection
     from llmrecipe.runs.open_model import LoadedModel
 
 
@@ -76,6 +77,14 @@ class Reward:
             frozen: whether the policy leaves the weights of its base as they are.
         """
 
+    def held_models(self, policy: ModelSection, frozen: bool) -> list[ModelSection]:
+        """Return the models that scoring holds in memory in addition to the policy, for the memory estimate.
+
+        Args:
+            frozen: whether the policy leaves the weights of its base as they are.
+        """
+        return []
+
     def open(self, roles: Roles) -> None:
         """Load what scoring needs; called once, before the first answer."""
 
@@ -130,6 +139,10 @@ class Rewards:
         """Run the preparation of every reward."""
         for reward, _ in self.parts.values():
             reward.prepare(loaded, frozen)
+
+    def held_models(self, policy: ModelSection, frozen: bool) -> list[ModelSection]:
+        """Return the models that all rewards hold in memory in addition to the policy."""
+        return [section for reward, _ in self.parts.values() for section in reward.held_models(policy, frozen)]
 
     def open(self, roles: Roles) -> None:
         """Load what every reward needs, once."""

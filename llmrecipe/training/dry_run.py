@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
+from llmrecipe.training.auxiliary_memory import auxiliary_bytes, copied_bytes
 from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
@@ -115,6 +116,9 @@ def examine(composition: Composition) -> Findings:
         activation_bytes=pretrained(model).dtype.itemsize,
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
+    held, unread = auxiliary_bytes(parts.objective.held_models(settings, build_run.base_is_frozen(stack)), device)
+    copied = needs_snapshot(parts.objective, stack, model, settings.model.continue_)
+    memory = replace(memory, auxiliary=held + (copied_bytes(model) if copied else 0))
     total = sum(p.numel() for p in model.parameters())
     base = base_parameters(model)
     warnings = [
@@ -127,8 +131,9 @@ def examine(composition: Composition) -> Findings:
         f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
         for w in later
     ]
+    notes += unread
     shard = settings.runtime.shard
-    if shard in GATHERED and needs_snapshot(parts.objective, stack, model, settings.model.continue_):
+    if shard in GATHERED and copied:
         raise RecipeError(DIVIDED_REFERENCE)
     if shard != PLAIN:
         notes.append(saving(memory, model, shard, max(2, shard_size(settings.runtime))))

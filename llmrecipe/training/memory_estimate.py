@@ -62,18 +62,19 @@ class Estimate:
     """Kept for the backward pass of one micro-batch."""
     logits: int
     """One chunk of logits with its float32 copy and gradient, and the states of the scored positions."""
+    auxiliary: int = 0
+    """Weights of other models (teacher, reward model, judge), and a copy of what trains as it was at step 0."""
 
     @property
     def total(self) -> int:
         """Return the sum of all bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.auxiliary
 
     def rows(self) -> list[tuple[str, int]]:
-        """Return (name, bytes) lines for a table, the total last."""
+        """Return (name, bytes) lines for a table, the total last; auxiliary models where there are some."""
         values = asdict(self)
-        return [(k, values[k]) for k in ("weights", "gradients", "optimizer", "activations", "logits")] + [
-            ("total", self.total)
-        ]
+        names = ["weights", "gradients", "optimizer", "activations", "logits", *(["auxiliary"] if self.auxiliary else [])]
+        return [*((name, values[name]) for name in names), ("total", self.total)]
 
 
 def estimate_memory(

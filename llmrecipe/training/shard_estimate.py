@@ -1,7 +1,7 @@
 """What a device would hold under each value of `runtime.shard`, on any number of devices; works on the meta device.
 
 With W bytes of weights, G of gradients, S of the optimizer's state, all of one process, N devices, and what a pass needs
-whatever the stage, A (activations, logits):
+whatever the stage, A (activations, logits, auxiliary models):
 
     none    W + G + S + A
     zero1   W + G + S / N + A
@@ -37,7 +37,7 @@ def device_bytes(memory: Estimate, gathered: int, devices: int) -> dict[str, int
         gathered: the largest group of parameters that is gathered at one time.
     """
     whole, grads, state = memory.weights, memory.gradients, memory.optimizer
-    held = memory.activations + memory.logits
+    held = memory.activations + memory.logits + memory.auxiliary
     divided = {
         "none": whole + grads + state,
         "zero1": whole + grads + _part(state, devices),

@@ -24,6 +24,7 @@ from llmrecipe.feedback.judges.chosen import LEAST, Choice
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
+    from llmrecipe.recipe.schema import ModelSection
 
 Turn = Mapping[str, str]
 Logprobs = list[float]
@@ -124,6 +125,10 @@ class Judge:
 
     def open(self, roles: Roles | None = None) -> None:
         """Prepare for requests; `roles` is the model in training, where there is one."""
+
+    def held_models(self) -> list[ModelSection]:
+        """Return the models that it holds in memory in addition to the model in training, for the memory estimate."""
+        return []
 
     @property
     def shares(self) -> bool:

@@ -82,6 +82,16 @@ class Local(Judge):
             except UserError as error:
                 raise RecipeError(f"{where}.path: {str(error).removeprefix('model.path: ')}") from error
 
+    def held_models(self) -> list[ModelSection]:
+        """Return its own model, where it has one."""
+        if not self.path or REFERENCE.search(self.path):
+            return []
+        return [section_of(self.path, self.base, self.dtype, self._rights)]
+
+    @property
+    def _rights(self) -> dict[str, bool]:
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+
     @functools.cached_property
     def place(self) -> JudgeModel:
         """Hold the model, once the judge has been used."""
@@ -115,8 +125,7 @@ class Local(Judge):
     def roles(self) -> Roles:
         """Return the model, loaded on first use."""
         if self.place.roles is None:
-            rights = {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
-            self.place.roles = loaded_roles(self.path, self.base, self.dtype, rights)
+            self.place.roles = loaded_roles(self.path, self.base, self.dtype, self._rights)
         return self.place.roles
 
     def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
@@ -168,6 +177,18 @@ class Local(Judge):
             yield roles.reference_off if self.place.shared else frozenset()
 
 
+def section_of(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) -> ModelSection:
+    """Return the section of a judge's model; with `base` that of the base of a run.
+
+    Args:
+        rights: what the recipe allows the model (see `recipe.rights`).
+    """
+    from llmrecipe.runs.open_model import resolve_section
+
+    section = ModelSection.model_validate({"path": path, "dtype": dtype, **rights})
+    return resolve_section(section)[0].model_copy(update={"adapters": {}}) if base else section
+
+
 def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) -> Roles:
     """Load a separate model, with the log-probability engine around it.
 
@@ -180,12 +201,10 @@ def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) 
     from llmrecipe.engine.packing import packing_for
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.methods._base.stack import Stack
-    from llmrecipe.runs.open_model import open_model, resolve_section
+    from llmrecipe.runs.open_model import open_model
 
-    section = ModelSection.model_validate({"path": path, "dtype": dtype, **rights})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    named = resolve_section(section)[0].model_copy(update={"adapters": {}}) if base else section
-    loaded = open_model(named, TokenizerSection(), device=device.type)
+    loaded = open_model(section_of(path, base, dtype, rights), TokenizerSection(), device=device.type)
     loaded.model.to(device).requires_grad_(False)
     engine = Engine(loaded.model).eval()
     return Roles(engine, Stack([]), loaded.tokenizer, device, packing_for("auto", engine, device))

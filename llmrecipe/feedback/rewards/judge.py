@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmrecipe.feedback.judges.chosen import Choice
     from llmrecipe.feedback.judges.constitution import Constitution, Principle
     from llmrecipe.feedback.judges.labeller import Judge
+    from llmrecipe.recipe.schema import ModelSection
 
 
 @register
@@ -66,6 +67,10 @@ class JudgeReward(Reward):
         build_judge(self.judge, f"{where}.judge").check(f"{where}.judge")
         made = read_constitution(self.constitution, f"{where}.constitution")
         made.choose(self.principles, ["rating"], f"{where}.principles")
+
+    def held_models(self, policy: ModelSection, frozen: bool) -> list[ModelSection]:
+        """Return the model of a judge that has one of its own."""
+        return self.labeller.held_models()
 
     def open(self, roles: Roles) -> None:
         """Prepare the judge; a local one without a path is the policy of step 0."""

@@ -14,6 +14,7 @@ from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.objectives.reward_interface import Answer, Reward
 from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.recipe.rights import rights_of
+from llmrecipe.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -79,6 +80,18 @@ class Model(Reward):
         except (ModelError, RunError):
             if self.share == "on":
                 raise
+
+    def held_models(self, policy: ModelSection, frozen: bool) -> list[ModelSection]:
+        """Return the run's model, unless its adapters can stand on the policy's base."""
+        from llmrecipe.runs.open_model import resolve_section
+
+        if REFERENCE.search(self.path):
+            return []
+        own = ModelSection(path=self.path, **rights_of(policy))
+        if self.share == "off" or not frozen:
+            return [own]
+        base, saved, _ = resolve_section(own, tensors=False)
+        return [] if saved is not None and base.path == resolve_section(policy, tensors=False)[0].path else [own]
 
     def open(self, roles: Roles) -> None:
         """Load the run as a separate model, unless it is mounted on the policy's base."""

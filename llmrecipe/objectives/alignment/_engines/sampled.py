@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
     from llmrecipe.data.prepare import Rows, SplitRows
     from llmrecipe.engine.role_models import Roles
-    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.recipe.schema import ModelSection, Recipe
     from llmrecipe.runs.open_model import LoadedModel
 
 
@@ -75,6 +75,10 @@ class Sampled:
     def prepare_roles(self, loaded: LoadedModel, frozen: bool) -> None:
         """Mount reward models on the policy's base."""
         self.live.rewards.prepare(loaded, frozen)
+
+    def held_models(self, recipe: Recipe, frozen: bool) -> list[ModelSection]:
+        """Return the models of the rewards that are not on the policy's base."""
+        return self.live.rewards.held_models(recipe.model, frozen)
 
     def reference_of(self) -> str:
         """Return `initial`, the policy of step 0, or `none` where no reference is needed."""

@@ -169,6 +169,11 @@ class Distilled:
         """Keep the rights that the recipe gives to the models it opens."""
         self.live["rights"] = rights_of(loaded.section)
 
+    def held_models(self, recipe: Recipe, frozen: bool) -> list[ModelSection]:
+        """Return the teacher where it computes next to the student: neither a server nor stored before the student is read."""
+        stored = self.top_k is not None and not self.samples
+        return [] if self.served or stored or REFERENCE.search(self.teacher) else [self._section()]
+
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay dialogues out for one forward pass."""
         return collate_tokens(rows, roles)
