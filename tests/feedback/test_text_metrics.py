@@ -32,6 +32,19 @@ def test_corpus_scores_are_sacrebleus_on_the_same_predictions() -> None:
     assert abs(mean - found["bleu"].value) > 1
 
 
+def test_rouge_l_is_the_librarys_on_the_same_predictions() -> None:
+    """The F measure of rouge-score without stemming, row by row; its mean is the score of the rows."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    chance = random.Random(1)
+    words = ["The", "red", "hen", "sat", "in", "a", "barn,", "3.5", "hen's", "re-read", "Köln", "日本", "-", "and"]
+    pairs = [(" ".join(chance.choices(words, k=chance.randint(1, 9))), " ".join(chance.choices(words, k=6))) for _ in range(60)]
+    pairs += [("", "nothing"), ("nothing", ""), ("", ""), ("日本", "日本"), ("a a b", "b a a")]
+    wanted = [scorer.score(theirs, ours)["rougeL"].fmeasure for ours, theirs in pairs]
+    (found,) = score_answers(answered(pairs), ["rouge_l"]).values()
+    assert [found.metric.score(*pair) for pair in pairs] == pytest.approx(wanted, abs=1e-12)
+    assert found.value == pytest.approx(sum(wanted) / len(wanted))
+
+
 def test_json_is_compared_as_values() -> None:
     assert equal_values({"a": [1, {"b": None}]}, {"a": [1.0, {"b": None}]})
     assert not equal_values({"a": True}, {"a": 1}) and not equal_values([1, 2], [2, 1]) and not equal_values({"a": 1}, {})

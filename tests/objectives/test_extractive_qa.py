@@ -98,6 +98,34 @@ def test_windows_of_a_large_passage_are_shared_out_without_changing_the_step() -
     assert totals[0] == pytest.approx(totals[1] + totals[2], rel=1e-9)
 
 
+@pytest.mark.parametrize(("family", "packing"), [("llama", True), ("llama", False), ("bert", False)])
+def test_an_evaluation_reads_no_more_tokens_at_once_than_a_micro_batch(family: str, packing: bool) -> None:
+    """A question of many windows is scored over all of them, two by two, with the numbers of one pass over them all."""
+    model: Any = tiny_span_model(family).double()
+    rows = [passage(0, 4), passage(1, 17), passage(2, 9)]
+    if family == "bert":
+        rows = [{**row, "type_ids": [int(a >= 0) for a in row["begins"]]} for row in rows]
+    longest = max(len(w["ids"]) for row in rows for w in windows_of(row))
+    objective, most = ExtractiveQa(null_threshold=0.0), 2 * longest
+    sizes: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, given, named: sizes.append((given[0] if given else named["input_ids"]).numel()), with_kwargs=True
+    )
+
+    def scored(tokens: int | None) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+        sizes.clear()
+        roles = roles_of(model, packing, tokens)
+        batch = objective.collate(rows, roles)
+        with roles.evaluating(), torch.no_grad():
+            return objective.evaluate(batch, roles), objective.collect(batch, roles), max(sizes)
+
+    (values, tensors, whole), (found, gathered, part) = scored(None), scored(most)
+    assert part <= most < whole
+    assert {n: float(a) / b for n, (a, b) in found.items()} == pytest.approx({n: float(a) / b for n, (a, b) in values.items()})
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(gathered[name], tensor, atol=1e-9, rtol=1e-6)
+
+
 # --- windows and characters -------------------------------------------------------------------------------------------
 
 

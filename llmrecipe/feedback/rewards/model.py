@@ -87,7 +87,7 @@ class Model(Reward):
 
         if REFERENCE.search(self.path):
             return []
-        own = ModelSection(path=self.path, **rights_of(policy))
+        own = ModelSection.model_validate({"path": self.path, **rights_of(policy)})
         if self.share == "off" or not frozen:
             return [own]
         base, saved, _ = resolve_section(own, tensors=False)

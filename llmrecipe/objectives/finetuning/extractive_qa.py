@@ -13,8 +13,10 @@ from torch import Tensor
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import PositiveInt
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.data.collate import Batch, Sequence, part_of_batch
 from llmrecipe.engine.logprob import upcast
+from llmrecipe.engine.packing import micro_tokens
+from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.finetuning._engines.answer_spans import (
@@ -99,13 +101,12 @@ class ExtractiveQa(Objective):
         lengths = torch.tensor([len(s.ids) for s in sequences], dtype=torch.long, device=roles.device)
         columns = torch.arange(int(lengths.max()) if windows else 0, device=roles.device)
         real = columns < lengths[:, None]
-        firsts = batch.last[: len(windows)] - lengths + 1
         spans = {n: _table([w[n] for _, w in windows], len(columns)) for n in ("begins", "ends")}
         singles = {n: torch.tensor([w[n] for _, w in windows], dtype=torch.long) for n in ("starts", "stops", "nulls")}
         owner = torch.tensor([number for number, _ in windows], dtype=torch.long)
         moved = {n: t.to(roles.device) for n, t in {**spans, **singles, "owner": owner}.items()}
         texts = tuple((row["context"], *json.loads(row["answers"])) for row in rows)
-        return batch.with_texts(texts).with_extra(place=(firsts[:, None] + columns).where(real, 0), real=real, **moved)
+        return batch.with_texts(texts).with_extra(place=_places(batch.last[: len(windows)], real), real=real, **moved)
 
     def measures(self) -> Measures:
         """Return the accuracy of windows, exact match and F1 of answers, and both for questions with and without one."""
@@ -125,6 +126,24 @@ class ExtractiveQa(Objective):
         scores = roles.policy(batch, want="token_scores")["token_scores"]
         return upcast(scores.reshape(-1, 2)[batch.extra["place"]])
 
+    def _scores_in_parts(self, batch: Batch, roles: Roles) -> Tensor:
+        """Return the same without a gradient, from passes over at most the tokens of a micro-batch, or a single window.
+
+        A question is answered from all its windows, so its row is whole, and how many passes it takes is its process's own
+        matter: none of them waits for another process.
+        """
+        real = batch.extra["real"]
+        lengths = real.sum(1)
+        cuts = chunk_cuts(lengths.tolist(), None, roles.micro_tokens or micro_tokens(roles.device))
+        with torch.no_grad(), roles.alone():
+            if not cuts:
+                return self._scores(batch, roles)
+            found = []
+            for first, last in Pool(cuts=cuts).chunks(len(lengths)):
+                part = part_of_batch(batch, first, last)
+                found.append(self._scores(part.with_extra(place=_places(part.last, real[first:last])), roles))
+            return torch.cat(found)
+
     def _loss(self, batch: Batch, scores: Tensor) -> Loss:
         real, starts, stops = (batch.extra[n] for n in ("real", "starts", "stops"))
         total = span_loss(scores, real, starts, stops).sum()
@@ -135,7 +154,7 @@ class ExtractiveQa(Objective):
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return the loss, and exact match and F1 of the best answers of all windows of each question."""
-        scores = self._scores(batch, roles)
+        scores = self._scores_in_parts(batch, roles)
         loss = self._loss(batch, scores)
         answers = self.answers(batch, scores)
         found = [answer_scores(a.given(self.null_threshold), texts[1:]) for a, texts in zip(answers, batch.texts, strict=True)]
@@ -163,7 +182,7 @@ class ExtractiveQa(Objective):
         if self.null_threshold is None:
             return {}
         rows = []
-        for found, (_, *known) in zip(self.answers(batch, self._scores(batch, roles)), batch.texts, strict=True):
+        for found, (_, *known) in zip(self.answers(batch, self._scores_in_parts(batch, roles)), batch.texts, strict=True):
             pairs = [answer_scores(text, known) for text in (found.given(self.null_threshold), found.text, "")]
             rows.append([found.odds, float(bool(known)), *pairs[0], pairs[1][1], pairs[2][1]])
         names = ("odds", "answerable", "exact_match", "f1", "span", "none")
@@ -181,6 +200,17 @@ class ExtractiveQa(Objective):
                 found |= {f"{kind}/{name}": float(tensors[name][rows].mean()) for name in names}
         best, threshold = best_threshold(tensors["odds"], tensors["span"], tensors["none"])
         return {**found, "best_f1": best, "best_f1/threshold": threshold}
+
+
+def _places(last: Tensor, real: Tensor) -> Tensor:
+    """Return where the tokens of each window are in the flattened states, (W, L), 0 where there is none.
+
+    Args:
+        last: (W,) the place of each window's last token.
+        real: (W, L) whether a window has so many tokens.
+    """
+    columns = torch.arange(real.shape[1], device=real.device)
+    return (last[:, None] - real.sum(1, keepdim=True) + 1 + columns).where(real, 0)
 
 
 def windows_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
