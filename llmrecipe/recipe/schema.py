@@ -215,6 +215,11 @@ class RuntimeSection(Section):
         "gradients too (zero2), parameters too (zero3).",
     )
     backend: Literal["torch", "deepspeed"] = Field("torch", description="Library that divides it.")
+    state_dict: Literal["full", "sharded"] = Field(
+        "full",
+        description="How a checkpoint holds what zero2 and zero3 divide of the optimizer's state: gathered by the main "
+        "process, or each process's part in a file of its own, on one file system. Any number of processes reads both.",
+    )
     dp_replicate: PositiveInt = Field(
         1, description="Groups of processes that each hold everything once (hybrid sharding with zero2 and zero3)."
     )

@@ -87,6 +87,12 @@ def mesh_mistakes(section: RuntimeSection) -> Iterator[Found]:
             f"groups that each hold everything are for runtime.shard=zero2 or zero3; got {replicas} with "
             f"runtime.shard={section.shard}",
         )
+    if section.shard not in GATHERED and section.state_dict == "sharded":
+        yield (
+            ("runtime", "state_dict"),
+            "sharded is for runtime.shard=zero2 or zero3, under which each process holds a part of every tensor; got "
+            f"sharded with runtime.shard={section.shard}",
+        )
     if section.shard == PLAIN and size is not None and size > 1:
         yield ("runtime", "dp_shard"), "nothing is divided under runtime.shard=none; set runtime.shard, or leave it out"
 

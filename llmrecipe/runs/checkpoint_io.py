@@ -2,6 +2,7 @@
 
     checkpoints/step-000200/
         delta.safetensors  optimizer.safetensors  ...   tensors
+        optimizer.parts/                                tensors that each process wrote its part of
         progress.json  ...                              everything else
         checksums.json                                  SHA-256 and size of each file, written last
 
@@ -19,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.file_hashes import digest as file_digest
 from llmrecipe.runs.checksums import FILE as CHECKSUMS
 from llmrecipe.runs.checksums import file_fault, read_checksums
-from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync
+from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync, sync_tree
 
 NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
+PARTS = "optimizer.parts"
+"""Folder of the optimizer's state where each process writes its own part."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers for an exhausted disk, quota or file size limit."""
 
@@ -76,13 +80,20 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> Path:
-    """Write one checkpoint durably and return its folder. Only one process writes.
+def save_checkpoint(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    write_parts: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write one checkpoint durably and return its folder. Only one process calls it.
 
     Args:
         root: the `checkpoints` folder of a run.
         tensors: file stem -> tensors by name, any dtype and shape.
         documents: file stem -> JSON value.
+        write_parts: writes files into the folder it is given, together with the other processes.
 
     Raises:
         RunError: the disk is full; the earlier checkpoints are untouched.
@@ -95,6 +106,11 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Te
         aside.mkdir()
         sums = {f"{stem}.safetensors": _write(aside / f"{stem}.safetensors", _safetensors(t)) for stem, t in tensors.items()}
         sums |= {f"{stem}.json": _write(aside / f"{stem}.json", _json(value)) for stem, value in documents.items()}
+        if write_parts is not None:
+            write_parts(aside / PARTS)
+            sync_tree(aside / PARTS)
+            for path in sorted((aside / PARTS).iterdir()):
+                sums[f"{PARTS}/{path.name}"] = {"sha256": file_digest(path, "hashing"), "bytes": path.stat().st_size}
         _write(aside / CHECKSUMS, _json({"step": step, "files": sums}))
         sync(aside)
         put_in_place(aside, target)
@@ -215,7 +231,7 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     if wrong is not None:
         raise RunError(f"the checkpoint {path} cannot be used: {wrong}")
     files = read_checksums(path)
-    tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors")}
+    tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors") and "/" not in f}
     documents = {Path(f).stem: json.loads((path / f).read_text(encoding="utf-8")) for f in files if f.endswith(".json")}
     return SavedCheckpoint(path, int(match[2]), tensors, documents)
 

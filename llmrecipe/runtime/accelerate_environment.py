@@ -51,7 +51,6 @@ FIXED = {
     "ACCELERATE_DYNAMO_MODE": ({"default"}, "use model.compile"),
     "FSDP_VERSION": ({"2"}, "set fsdp_version to 2"),
     "FSDP_AUTO_WRAP_POLICY": ({"transformer_based_wrap"}, "the blocks of the model are the groups"),
-    "FSDP_STATE_DICT_TYPE": ({"full_state_dict"}, "checkpoints are read by any number of processes; leave it out"),
     "FSDP_USE_ORIG_PARAMS": (YES, "names of parameters stay as they are"),
     "FSDP_SYNC_MODULE_STATES": (YES, "every process starts from the same weights"),
     "FSDP_BACKWARD_PREFETCH": ({"backward_pre", "no_prefetch"}, "torch decides what is gathered ahead"),
@@ -163,6 +162,13 @@ def _shards(text: str, recipe: Recipe) -> str | None:
     return None if text == str(shard_size(recipe.runtime)) else f"set runtime.dp_shard={text}"
 
 
+def _state_dict(text: str, recipe: Recipe) -> str | None:
+    kinds = {"full_state_dict": "full", "sharded_state_dict": "sharded"}
+    if not text or kinds.get(text) == recipe.runtime.state_dict:
+        return None
+    return f"set runtime.state_dict={kinds[text]}" if text in kinds else "runtime.state_dict is full or sharded"
+
+
 def _unset(text: str, recipe: Recipe) -> str | None:
     return None if not text else "the blocks of the model are the groups; leave it out"
 
@@ -178,6 +184,7 @@ SETTINGS: dict[str, "Callable[[str, Recipe], str | None]"] = {
     "FSDP_ACTIVATION_CHECKPOINTING": _checkpointing,
     "FSDP_TRANSFORMER_CLS_TO_WRAP": _unset,
     "FSDP_IGNORED_MODULES": _unset,
+    "FSDP_STATE_DICT_TYPE": _state_dict,
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": _replicas,
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": _shards,
 }

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -183,6 +184,21 @@ class Runtime:
         if not self.in_step:
             return contextlib.nullcontext()
         return _sharding().whole_tensors(model, names, write or self.is_main, write)
+
+    def write_parts(self, folder: Path | None, tensors: dict[str, Tensor]) -> None:
+        """Write divided tensors to a folder, each process its own parts; every process calls it.
+
+        Args:
+            folder: the main process names it.
+        """
+        place = self.broadcast_json(str(folder))
+        _sharding().write_parts(Path(place), tensors)
+        self.barrier()
+
+    def read_parts(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Read what any number of processes wrote by `write_parts` into tensors of this process, whole or divided."""
+        if tensors:
+            _sharding().read_parts(folder, tensors)
 
     def passes(self, own: int) -> int:
         """Return how many forward passes this process has to make for `own` of its own: those of the process with most."""

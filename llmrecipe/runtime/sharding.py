@@ -12,16 +12,21 @@ the groups. Gradients are reduced in float32.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.models.sharded import is_sharded, local, whole, write_whole
 
 
@@ -157,6 +162,43 @@ def clip_norm(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable
         for grad in (*parts, *plain):
             grad.mul_(limit / (norm + 1e-6))
     return norm
+
+
+def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write divided tensors, each process its own parts in a safetensors file of its own; every process calls it.
+
+    Raises:
+        OSError: a process cannot write.
+        RunError: something else is wrong on a process.
+    """
+    with _first_failure("written"):
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read what `write_parts` wrote into tensors that are whole or divided in any way; no other process takes part.
+
+    Raises:
+        OSError: a file cannot be read.
+        RunError: the files hold other tensors.
+    """
+    with _first_failure("read"), warnings.catch_warnings():
+        # That one process reads alone is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextlib.contextmanager
+def _first_failure(done: str) -> Iterator[None]:
+    """Raise the error of the process that failed first in place of torch's collection, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+        cause = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise RunError(f"the divided state of the optimizer cannot be {done}: {cause}") from error
 
 
 class Partitioned(ZeroRedundancyOptimizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def gathered_state(optimizer: torch.optim.Optimizer, runtime: Runtime) -> tuple[
     """
     tensors, facts = optimizer_state(optimizer)
     if runtime.in_step:
-        tensors = {n: whole(t).cpu() if is_sharded(t) else t for n, t in tensors.items()}
+        tensors = _gathered(tensors, runtime.is_main)
     if runtime.shard != "zero1":
         return tensors, facts
     layouts: list[dict[str, Any]] = runtime.gather_json(
@@ -78,8 +78,38 @@ def gathered_state(optimizer: torch.optim.Optimizer, runtime: Runtime) -> tuple[
     return joined, facts
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Join divided tensors one after the other; the processes that do not keep them hold one at a time."""
+    joined = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if keep:
+            joined[name] = value.cpu() if is_sharded(tensor) else tensor
+    return joined
+
+
+def divided_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Return `optimizer_state` with the divided tensors, and their dtypes in the facts, apart from the others.
+
+    Returns:
+        The tensors of which this process holds a part, all others, the facts.
+    """
+    tensors, facts = optimizer_state(optimizer)
+    parts = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+    facts["parts"] = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in parts.items()}
+    return parts, {name: tensor for name, tensor in tensors.items() if name not in parts}, facts
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    read_parts: Callable[[dict[str, Tensor]], None] | None = None,
+) -> None:
     """Load a saved state into a freshly built optimizer, bit for bit, on the devices of its parameters.
+
+    Args:
+        read_parts: reads the tensors of `facts["parts"]` into those it is given, by name.
 
     Raises:
         RunError: the optimizer, its groups or its parameters are not the ones that were saved.
@@ -98,13 +128,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         by_name.setdefault(name, {})[key] = tensor
     for name, values in facts["values"].items():
         by_name.setdefault(name, {}).update(values)
+    wanted: dict[str, dict[str, str]] = {}
+    for full, dtype in facts.get("parts", {}).items():
+        name, _, key = full.rpartition(SEPARATOR)
+        wanted.setdefault(name, {})[key] = dtype
     names = {id(p): name for g in optimizer.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
     # Where each process steps some of the tensors, the one that steps its own has no others in its groups.
     stepping = getattr(optimizer, "optim", optimizer)
+    parts: dict[str, Tensor] = {}
     for index, group in enumerate(stepping.param_groups):
         for position, parameter in enumerate(group["params"]):
-            if names[id(parameter)] in by_name:
-                _restore_parameter(stepping, index, position, parameter, by_name[names[id(parameter)]])
+            name = names[id(parameter)]
+            if name in by_name:
+                _restore_parameter(stepping, index, position, parameter, by_name[name])
+            for key, dtype in wanted.get(name, {}).items():
+                part = torch.empty_like(parameter, dtype=getattr(torch, dtype), requires_grad=False)
+                stepping.state[parameter][key] = parts[f"{name}{SEPARATOR}{key}"] = part
+    if read_parts is not None:
+        read_parts(parts)
 
 
 def class_of(optimizer: torch.optim.Optimizer) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from llmrecipe.models.checkpoint_path import describe_base
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checkpoint_io import (
+    PARTS,
     checkpoint_of,
     folder_name,
     keep_only,
@@ -35,7 +38,13 @@ from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tr
 from llmrecipe.runs.run_dir import BEST, IDENTITY
 from llmrecipe.training import build_run, finite_check, forgetting, run_identity
 from llmrecipe.training.evaluate import evaluate
-from llmrecipe.training.optimizer_state import gathered_state, random_state, restore_optimizer, restore_random_state
+from llmrecipe.training.optimizer_state import (
+    divided_state,
+    gathered_state,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+)
 from llmrecipe.training.read_rows import test_rows
 from llmrecipe.training.resume_rules import goes_on
 
@@ -52,7 +61,9 @@ def peak_memory_mb() -> float:
 
 
 def save(run: RunState, end: bool = False) -> Path | None:
-    """Write a checkpoint: what was learned, optimizer, progress and every random state. Only the main process writes.
+    """Write a checkpoint: what was learned, optimizer, progress and every random state.
+
+    The main process writes it; of the optimizer's state each process its own part where `runtime.state_dict` says so.
 
     Args:
         end: the run ends here; the checkpoint is part of its end and no event of its own.
@@ -62,19 +73,29 @@ def save(run: RunState, end: bool = False) -> Path | None:
     """
     finite_check.check_finite(run)
     states = run.runtime.gather_json(random_state())
-    state = gathered_state(run.optimizer, run.runtime) if run.optimizer is not None else None
+    parts: dict[str, Any] | None = None
+    state: Sequence[dict[str, Any]] | None = None
+    if run.optimizer is not None and run.recipe.runtime.state_dict == "sharded":
+        parts, *state = divided_state(run.optimizer)
+    elif run.optimizer is not None:
+        state = gathered_state(run.optimizer, run.runtime)
     with run.whole():
-        path = _save(run, states, state, end) if run.runtime.is_main else None
+        path = _save(run, states, state, parts, end) if run.runtime.is_main else None
+        if parts and not run.runtime.is_main:
+            run.runtime.write_parts(None, parts)
     run.runtime.barrier()
     return path
 
 
-def _save(run: RunState, states: list[Any], state: tuple[dict[str, Any], dict[str, Any]] | None, end: bool) -> Path:
+def _save(
+    run: RunState, states: list[Any], state: Sequence[dict[str, Any]] | None, parts: dict[str, Any] | None, end: bool
+) -> Path:
     """Write the checkpoint, on the main process.
 
     Args:
         states: the random generators of every process.
         state: the optimizer's tensors and facts, those of all processes.
+        parts: tensors of which each process writes its part.
     """
     tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
     documents: dict[str, Any] = {
@@ -93,7 +114,8 @@ def _save(run: RunState, states: list[Any], state: tuple[dict[str, Any], dict[st
     if state is not None:
         tensors["optimizer"], documents["optimizer_facts"] = state
     root = run.dir.path / "checkpoints"
-    path = save_checkpoint(root, run.progress.step, tensors, documents)
+    write = functools.partial(run.runtime.write_parts, tensors=parts) if parts else None
+    path = save_checkpoint(root, run.progress.step, tensors, documents, write)
     rotate(root, run.recipe.save.keep, run.best.best_step)
     forget_worse(run)
     if not end:
@@ -134,7 +156,8 @@ def restore(run: RunState) -> None:
     run.stack.set_trainable(run.model)
     if run.optimizer is not None:
         run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack, divide=run.runtime.optimizer)
-        restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"])
+        read = functools.partial(run.runtime.read_parts, path / PARTS)
+        restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"], read)
     if returns_to_best(run):
         best_weights(run)
     states = saved.documents["random"]

@@ -35,6 +35,9 @@ def wrong(**keys: object) -> list[str]:
         ({"processes": 4, "dp_replicate": 2}, ["runtime.dp_replicate"]),
         ({"processes": 4, "shard": "zero1", "dp_replicate": 2}, ["runtime.dp_replicate"]),
         ({"processes": 4, "dp_shard": 4}, ["runtime.dp_shard"]),
+        ({"shard": "zero2", "processes": 4, "state_dict": "sharded"}, []),
+        ({"shard": "zero1", "processes": 4, "state_dict": "sharded"}, ["runtime.state_dict"]),
+        ({"state_dict": "sharded"}, ["runtime.state_dict"]),
         ({"processes": 2, "shard": "zero3", "backend": "deepspeed"}, ["runtime.backend"]),
     ],
 )

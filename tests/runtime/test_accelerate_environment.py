@@ -34,6 +34,7 @@ FSDP = {
         (["model.dtype=bfloat16"], {"ACCELERATE_MIXED_PRECISION": "bf16"}),
         (["runtime=zero3"], {**PLAIN, **FSDP}),
         (["runtime=zero2"], {**PLAIN, **FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}),
+        (["runtime=zero3", "runtime.state_dict=sharded"], {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
         (["runtime=zero3", "model.gradient_checkpointing=true"], {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}),
         ([], {"FSDP_OFFLOAD_PARAMS": "true", "PARALLELISM_CONFIG_TP_SIZE": "2", "MEGATRON_LM_TP_DEGREE": "2"}),
         (
@@ -57,6 +58,9 @@ def test_what_agrees_with_the_recipe_is_obeyed(words: list[str], given: dict[str
         ([], {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true: set runtime.shard"),
         (["runtime=zero2"], FSDP, "FSDP_RESHARD_AFTER_FORWARD=true: set runtime.shard=zero3"),
         (["runtime=zero3"], {**FSDP, "FSDP_VERSION": "1"}, "FSDP_VERSION=1"),
+        (["runtime=zero3"], {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "set runtime.state_dict=sharded"),
+        (["runtime=zero3", "runtime.state_dict=sharded"], FSDP, "set runtime.state_dict=full"),
+        (["runtime=zero3"], {**FSDP, "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"}, "runtime.state_dict is full or sharded"),
         (["runtime=zero3"], {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true"),
         (["runtime=zero3"], {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "FSDP_CPU_RAM_EFFICIENT_LOADING=true"),
         (["runtime=zero3"], {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}, "FSDP_TRANSFORMER_CLS_TO_WRAP=Block"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import RuntimeSection
+from llmrecipe.runs.checkpoint_io import PARTS, fault
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.train import train
 from tests.runtime.worker import SHORT
@@ -70,7 +73,7 @@ def proved(run: Path) -> dict[str, Any]:
 
 CASES = {
     "zero1": ["sft", "runtime=zero1", *STEADY],
-    "zero2": ["sft_lora", "runtime=zero2", *STEADY],
+    "zero2": ["sft_lora", "runtime=zero2", "runtime.state_dict=sharded", *STEADY],
     "zero3": ["sft", "runtime=zero3", *STEADY],
 }
 
@@ -119,10 +122,39 @@ def test_both_processes_end_with_the_same_weights(two: Path) -> None:
         assert ours and [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
+def test_each_process_writes_its_part_of_the_state(two: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    kept = {name: two / name / "run" / "checkpoints" / "step-000002" for name in ("zero2", "zero3")}
+    assert not (kept["zero3"] / PARTS).exists()
+    with (
+        safe_open(kept["zero2"] / "optimizer.safetensors", "pt") as whole,
+        safe_open(kept["zero2"] / "delta.safetensors", "pt") as delta,
+    ):
+        assert {name.rpartition("//")[2] for name in whole.keys()} == {"step"}  # noqa: SIM118
+        trained = {name: delta.get_slice(name).get_shape() for name in delta.keys()}  # noqa: SIM118
+    rows: dict[str, int] = dict.fromkeys(trained, 0)
+    files = sorted((kept["zero2"] / PARTS).iterdir())
+    assert len(files) == 2 and {file.suffix for file in files} == {".safetensors"}
+    for file in files:
+        with safe_open(file, "pt") as part:
+            for name in part.keys():  # noqa: SIM118
+                rows[name.rpartition("//")[0]] += part.get_slice(name).get_shape()[0]
+    # Two averages of AdamW: each row is there once for each.
+    assert rows == {name: 2 * shape[0] for name, shape in trained.items()}
+    copy = tmp_path / "checkpoints" / "step-000002"
+    shutil.copytree(kept["zero2"], copy)
+    assert fault(copy) is None
+    damaged = copy / PARTS / files[1].name
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert fault(copy) == f"{files[1].name} has changed since it was written"
+
+
 def test_a_divided_run_goes_on_undivided_on_one_process(tmp_path: Path, two: Path) -> None:
     whole = alone(tmp_path / "whole", "sft_lora", "steps=3")
     part = two / "zero2" / "run"
-    train(compose(part / "recipe.yaml", ["steps=3", "runtime.shard=none", "runtime.processes=1"]), part)
+    undivided = ["steps=3", "runtime.shard=none", "runtime.processes=1", "runtime.state_dict=full"]
+    train(compose(part / "recipe.yaml", undivided), part)
     equal(whole, part)
 
 
@@ -134,16 +166,23 @@ def test_one_process_has_nothing_to_divide() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_goes_on_with_other_processes_and_another_division(tmp_path: Path) -> None:
-    """zero1 on 2, zero3 on 3, hybrid zero3 on 4 (2 groups of 2), zero2 on 2: the fifth step of one run of one process."""
+    """zero1 on 2, zero3 on 3, hybrid zero3 on 4 (2 groups of 2), zero2 on 2: the fifth step of one run of one process.
+
+    The first and the last write whole states, the others their parts.
+    """
     whole = alone(tmp_path / "whole", "sft", "steps=5")
     run = tmp_path / "a" / "parts" / "run"
     launched(tmp_path / "a", {"parts": ["sft", "runtime=zero1", *STEADY]})
-    launched(tmp_path / "b", {"parts": [f"resume={run}", "steps=3", "runtime.shard=zero3"]}, 3)
+    launched(tmp_path / "b", {"parts": [f"resume={run}", "steps=3", "runtime.shard=zero3", "runtime.state_dict=sharded"]}, 3)
     launched(tmp_path / "c", {"parts": [f"resume={run}", "steps=4", "runtime.shard=zero3", "runtime.dp_replicate=2"]}, 4)
     facts = proved(run)
     assert len(facts["processes"]) == 4
     assert max(sum(part.values()) for part in facts["processes"]) < 0.6 * sum(facts["whole"].values())
-    launched(tmp_path / "d", {"parts": [f"resume={run}", "steps=5", "runtime.shard=zero2", "runtime.dp_replicate=1"]}, 2)
+    launched(
+        tmp_path / "d",
+        {"parts": [f"resume={run}", "steps=5", "runtime.shard=zero2", "runtime.dp_replicate=1", "runtime.state_dict=full"]},
+        2,
+    )
     equal(whole, run, 5e-5)
 
 
@@ -160,3 +199,19 @@ def test_what_trains_stays_float32_in_a_low_precision_model(dtype: str, tmp_path
         facts = proved(tmp_path / "two" / name / "run")
         # AdamW keeps two float32 averages an entry: eight bytes of state for four of gradient.
         assert facts["whole"]["optimizer"] == pytest.approx(2 * facts["whole"]["gradients"], rel=0.01)
+
+
+def test_parts_that_cannot_be_written_or_read_are_an_error_of_the_disk_or_the_run(tmp_path: Path) -> None:
+    from llmrecipe.runtime.sharding import read_parts, write_parts
+
+    state = {"a//exp_avg": torch.arange(12.0).reshape(4, 3)}
+    with warnings.catch_warnings(action="ignore"):  # of one process that writes alone
+        write_parts(tmp_path / "parts", state)
+    found = {"a//exp_avg": torch.zeros(4, 3)}
+    read_parts(tmp_path / "parts", found)
+    assert torch.equal(found["a//exp_avg"], state["a//exp_avg"])
+    with pytest.raises(RunError, match=r"cannot be read.*b//exp_avg"):
+        read_parts(tmp_path / "parts", {"b//exp_avg": torch.zeros(4, 3)})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_parts(tmp_path / "file" / "parts", state)
