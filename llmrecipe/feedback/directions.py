@@ -15,7 +15,6 @@ from llmrecipe.core.lazy import is_installed
 from llmrecipe.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.schema import EvalSection
 
 Direction = Literal["min", "max"]

@@ -27,6 +27,8 @@ SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 STACK_FILE = "stack.yaml"
 """File that identifies the `final` folder of a run that trained a stack (see `runs.delta`)."""
+DELTA_FILE = "delta.safetensors"
+"""File of the tensors that such a run learned."""
 
 
 def locate(path: str, key: str = "model.path") -> tuple[str, bool]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmrecipe.core.apart import apart
 from llmrecipe.core.console import number, say
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, ProofError, RunError, UserError
 from llmrecipe.core.signals import handled_by
@@ -78,10 +79,10 @@ def run_all_stages(composition: Composition, recipe: str | None = None) -> list[
     """
     made = plan(composition)
     words = ["llmrecipe", "train", f"recipe={recipe or composition.path}", *composition.overrides]
-    pipeline = Pipeline(made, shlex.join(words), Children(Machine.here(composition.recipe.run.parallel)))
     for note in made.notes:
         say(note)
-    check_stages(made)
+    machine = apart(lambda: _checked(made, composition.recipe.run.parallel), "the check of the stages")
+    pipeline = Pipeline(made, shlex.join(words), Children(machine))
     with handled_by(pipeline.children.forward):
         _run_all(pipeline)
     order = [s.name for s in made.stages]
@@ -141,6 +142,12 @@ def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:
             waiting.remove(planned)
             return _started(pipeline, planned, child)
     return None
+
+
+def _checked(made: Plan, slots: int) -> Machine:
+    """Check the stages; return the machine they run on."""
+    check_stages(made)
+    return Machine.here(slots)
 
 
 def check_stages(made: Plan) -> dict[str, Findings | StepComposition]:

@@ -25,13 +25,12 @@ from llmrecipe.core.foreign import reading
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack, kind_name
 from llmrecipe.models import task_heads
-from llmrecipe.models.checkpoint_path import STACK_FILE
+from llmrecipe.models.checkpoint_path import DELTA_FILE, STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
 from llmrecipe.models.sharded import whole
 from llmrecipe.runs.checksums import verify
 
-DELTA_FILE = "delta.safetensors"
 SAMPLE = 4096
 
 

@@ -19,7 +19,7 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.collate import Batch
 from llmrecipe.models import task_heads
-from llmrecipe.models.checkpoint_path import describe_base
+from llmrecipe.models.checkpoint_path import DELTA_FILE, describe_base
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checkpoint_io import (
@@ -351,7 +351,7 @@ def saved_of(run: RunState) -> delta.SavedStack:
     own = delta.Layer(
         {w.name: delta.wrapper_mapping(w) for w in run.stack if not w.role},
         {n: s for n, s in run.stack.structures(run.model).items() if n not in {w.name for w in others.values()}},
-        delta.DELTA_FILE,
+        DELTA_FILE,
         tensors,
     )
     section = run.loaded.section

@@ -12,7 +12,7 @@ from torch import nn
 
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models.checkpoint_path import TINY
+from llmrecipe.models.checkpoint_path import DELTA_FILE, TINY
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
@@ -79,7 +79,7 @@ def saved_run(
     own = delta.Layer(
         {w.name: delta.wrapper_mapping(w) for w in stack},
         stack.structures(loaded.model),
-        delta.DELTA_FILE,
+        DELTA_FILE,
         stack.delta(loaded.model),
     )
     layers = [delta.Layer(x.wrappers, x.structures, f"parent-{i}.safetensors", x.tensors) for i, x in enumerate(loaded.layers)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +230,29 @@ def test_a_real_search_leaves_a_recipe_that_trains(tmp_path: Path, monkeypatch: 
     assert app.run_command(["train", f"recipe={folder}/searched.yaml", "run.dir=best", "log.live=off"]) == 0
     final = json.loads(Path("best/final/metrics.json").read_text())
     assert final["eval/loss"] == pytest.approx(values[5e-3], abs=1e-6)
+
+
+LITTLE = "steps: 1, data: {limit: 8}, batch: {size: 2}, eval: {every: 1, batches: 1, test: false}"
+SPACE_OF_ONE = "search: {space: {optim.lr: [1e-5]}, sampler: grid, prune: off}"
+SUPERVISED = {
+    "search": (["search"], f"{{defaults: [/sft_lora, _self_], {LITTLE}, {SPACE_OF_ONE}}}"),
+    "step": (["step", "search"], f"{{defaults: [/sft_lora, _self_], {LITTLE}, {SPACE_OF_ONE}}}"),
+    "pipeline": (["train"], f"stages: {{sft: {{recipe: sft_lora, {LITTLE}}}}}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SUPERVISED)
+def test_what_supervises_stays_small(kind: str, tmp_path: Path) -> None:
+    """A process that only starts trainings and waits loads no torch: it takes a fraction of what each training takes."""
+    words, text = SUPERVISED[kind]
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    code = (
+        "import resource, sys\n"
+        "from llmrecipe.cli.app import run_command\n"
+        f"assert run_command({[*words, 'recipe=r.yaml', 'log.live=off']!r}) == 0\n"
+        "peak = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "assert 'torch' not in sys.modules and peak[0] < 0.4 * peak[1], peak\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

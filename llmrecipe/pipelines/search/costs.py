@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from llmrecipe.core.errors import RunError
 from llmrecipe.evaluation.leaderboard_table import seconds_of
+from llmrecipe.models.checkpoint_path import DELTA_FILE
+from llmrecipe.models.weight_headers import read_header
 from llmrecipe.pipelines.search.trial import Trial
-from llmrecipe.runs.delta import DELTA_FILE
 from llmrecipe.runs.run_record import read_run
 
 Losses = Callable[[Trial], tuple[float, ...]]
@@ -52,8 +51,7 @@ def _left(folder: Path) -> int:
     """Return how many numbers a run leaves."""
     delta = folder / "final" / DELTA_FILE
     if delta.is_file():
-        with safe_open(str(delta), "pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        return sum(math.prod(tensor["shape"]) for tensor in read_header(delta).values())
     report = folder / "report.json"
     if not report.is_file():
         raise RunError(f"search.against: {folder} has no report of what trained")

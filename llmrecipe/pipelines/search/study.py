@@ -25,11 +25,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.core.apart import apart
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
-from llmrecipe.feedback.directions import Direction, direction
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
 from llmrecipe.pipelines.search.trial import Trial
@@ -42,7 +42,6 @@ from llmrecipe.recipe.pipeline_spec import WrittenStage
 from llmrecipe.recipe.renames import first_words, new_path
 from llmrecipe.recipe.rights import rights_of
 from llmrecipe.recipe.schema import SearchSection
-from llmrecipe.recipe.validate import build_object
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir
@@ -50,6 +49,8 @@ from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
     import optuna
+
+    from llmrecipe.feedback.directions import Direction
 
 OWN_WORDS = ("search=null", "eval.test=false", "save.end=false")
 """Overrides of every trial besides its point: it is no search, does not evaluate the test split, and is not continued."""
@@ -79,19 +80,26 @@ class Search:
         Raises:
             UserError: a value of the space, the pruner, or what a dry run finds.
         """
-        from llmrecipe.training.dry_run import examine
-
         if self.section.prune != "off" and self.section.against:
             raise RecipeError("search.prune: a trial that is behind in score may be ahead in cost; set search.prune=off")
         if self.section.prune != "off" and self.evaluation.every is None:
             raise RecipeError("search.prune: compares trials at their evaluations; set eval.every, or search.prune=off")
         space.check_space(self.recipe, [*self.base, *OWN_WORDS], self.section)
-        point = {key: space.first(value) for key, value in self.section.space.items()}
-        examine(self._compose(point, self.seeds[0]))
+        self.mode = apart(self._examined, "search: the check of its first trial")
+
+    def _examined(self) -> Direction:
+        """Dry-run the first point; return the better direction of what is monitored."""
+        from llmrecipe.training.dry_run import examine
+
+        examine(self._compose({key: space.first(value) for key, value in self.section.space.items()}, self.seeds[0]))
+        return self.mode
 
     @functools.cached_property
     def mode(self) -> Direction:
         """Return whether a small or a large value of a trial is better."""
+        from llmrecipe.feedback.directions import direction
+        from llmrecipe.recipe.validate import build_object
+
         return direction(self.evaluation, build_object("objective", self.composition.recipe.objective, "objective"))
 
     @property

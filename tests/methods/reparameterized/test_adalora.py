@@ -15,6 +15,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.adalora import Adalora, SvdLowRank, budget, keep_best
+from llmrecipe.models.checkpoint_path import DELTA_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.optim.optimizers.adamw import AdamW
 from llmrecipe.optim.optimizers.adamw_8bit import AdamW8bit
@@ -285,9 +286,7 @@ def test_peft_loads_the_pattern_and_gives_the_same_logits(tmp_path: Path, as_lor
         assert stack.before_step(model, 7)
     for hook in hooks(model).values():
         hook.E.data *= 30
-    layer = delta.Layer(
-        {"adalora": delta.wrapper_mapping(wrapper)}, stack.structures(model), delta.DELTA_FILE, stack.delta(model)
-    )
+    layer = delta.Layer({"adalora": delta.wrapper_mapping(wrapper)}, stack.structures(model), DELTA_FILE, stack.delta(model))
     facts = {"path": str(base), "fingerprint": loaded.base_fingerprint, "section": {}}
     delta.write_stack(tmp_path / "run" / "final", delta.SavedStack(facts, [layer]))
     wanted = model(input_ids=IDS).logits
