@@ -4,19 +4,22 @@
 
 The N x V logits never exist at once. Letters: N scored positions, D hidden width, V vocabulary.
 
-Two implementations give the same numbers:
+Three implementations give the same numbers:
 
 - a frozen plain head: d t_n / d h_n = (onehot(y_n) - softmax(z_n)) post'(z_n) W is formed in the forward pass, chunk by
   chunk, and only that (N, D) tensor is kept; the backward pass multiplies it by the incoming gradient. Exact for any loss.
-- any other head (trained, adapted, quantized): the head module is called on each chunk, and of several chunks each is
-  recomputed in the backward pass.
+- a plain head that trains: with g_n the incoming gradient, d z_n = g_n (onehot(y_n) - softmax(z_n))
+  gives the gradients of states and weights; the softmax of the first chunks is kept for it, `KEPT_CHUNKS` of them, that of the
+  others computed again.
+- any other head (adapted, quantized, sharded, capped): the head module is called on each chunk, and of several chunks each
+  is recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 """Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
+
+
+KEPT_CHUNKS = 4
+"""How many chunks of float32 probabilities a head that trains keeps for its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,9 @@ class Post:
 
 
 def token_logprobs(
-    hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False, entropy_graph: bool = False
-) -> dict[str, Tensor]:
+    hidden: Tensor, target: Tensor, head: nn.Module, post: Post = Post(), entropy: bool = False, entropy_graph: bool = False,
+    normalizer: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Compute log-probabilities of targets.
 
     Args:
@@ -82,27 +90,34 @@ def token_logprobs(
         head: module (N, D) -> (N, V).
         entropy: also return the detached entropy of each distribution (costs one more pass over the logits).
         entropy_graph: give the entropy its graph, for losses it is part of.
+        normalizer: also return log sum_v exp(z_v), with graph.
 
     Returns:
-        `logprobs` (N,) float32 with graph, `correct` (N,) whether the target is the most likely token, `entropy` (N,).
+        `logprobs` (N,) float32 with graph, `correct` (N,) whether the target is the most likely token, `entropy` (N,), and
+        `normalizer` (N,) where it was requested.
     """
     if hidden.shape[0] == 0:
         # A micro-batch without targets still takes part in the backward pass of every rank.
         zero = upcast(hidden.sum()) * 0.0
-        return {"logprobs": zero.expand(0), "correct": hidden.new_zeros(0), "entropy": hidden.new_zeros(0)}
-    if _is_plain_frozen(head) and not entropy_graph:
+        found = {"logprobs": zero.expand(0), "correct": hidden.new_zeros(0), "entropy": hidden.new_zeros(0)}
+        return found | ({"normalizer": zero.expand(0)} if normalizer else {})
+    if _is_plain_frozen(head) and not (entropy_graph or normalizer):
         t, correct, ent = _FrozenHead.apply(hidden, target, head.weight, head.bias, post, entropy)
         return {"logprobs": t, "correct": correct, "entropy": ent}
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = chunk_rows(head_width(head))
+    if not entropy_graph and _is_plain_trained(head, post, hidden):
+        kept = KEPT_CHUNKS if torch.is_grad_enabled() else 0
+        t, correct, ent, norm = _TrainedHead.apply(hidden, target, head.weight, head.bias, post, entropy, kept)
+        return {"logprobs": t, "correct": correct, "entropy": ent} | ({"normalizer": norm} if normalizer else {})
+    parts: list[tuple[Tensor, ...]] = []
     for h, y in zip(hidden.split(size), target.split(size), strict=True):
         # The logits of a single chunk exist at once either way, so computing them twice would save nothing.
         if torch.is_grad_enabled() and hidden.shape[0] > size:
             parts.append(checkpoint(_chunk, h, y, head, post, entropy, entropy_graph, use_reentrant=False))
         else:
             parts.append(_chunk(h, y, head, post, entropy, entropy_graph))
-    t, correct, ent = (torch.cat(p) for p in zip(*parts, strict=True))
-    return {"logprobs": t, "correct": correct, "entropy": ent}
+    t, correct, ent, norm = (torch.cat(p) for p in zip(*parts, strict=True))
+    return {"logprobs": t, "correct": correct, "entropy": ent} | ({"normalizer": norm} if normalizer else {})
 
 
 Comparison = Callable[[Tensor, slice], dict[str, Tensor]]
@@ -165,7 +180,20 @@ def _is_plain_frozen(head: nn.Module) -> bool:
     )
 
 
-def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _is_plain_trained(head: nn.Module, post: Post, hidden: Tensor) -> bool:
+    """Return whether gradients go to a linear head in one piece, without a cap, computed in the precision of the states."""
+    return (
+        type(head) is nn.Linear
+        and not hooks_of(head)
+        and type(head.weight) is nn.Parameter
+        and head.weight.requires_grad
+        and (head.bias is None or head.bias.requires_grad)
+        and post.cap is None
+        and not torch.is_autocast_enabled(hidden.device.type)
+    )
+
+
+def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool, graph: bool) -> tuple[Tensor, ...]:
     z = post(upcast(head(h)))
     lse = torch.logsumexp(z, -1)
     t = z.gather(-1, y[:, None]).squeeze(-1) - lse
@@ -173,7 +201,21 @@ def _chunk(h: Tensor, y: Tensor, head: nn.Module, post: Post, entropy: bool, gra
         correct = (z.argmax(-1) == y).float()
     with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
         ent = lse - (z.softmax(-1) * z).sum(-1) if entropy else torch.zeros_like(lse)
-    return t, correct, ent
+    return t, correct, ent, lse
+
+
+def _softmax(z: Tensor, zy: Tensor, top: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return e = exp(z - top) (n, V), its sums (n, 1), log-probabilities of the targets (n,), and entropies (n,) or zeros.
+
+    e overwrites the logits: one buffer of chunk x V is all that exists, and one exp is all it costs.
+    """
+    shifted = z.sub_(top)
+    e = shifted.exp() if entropy else shifted.exp_()
+    total = e.sum(-1, keepdim=True)
+    t = (zy - top - total.log()).squeeze(-1)
+    if not entropy:
+        return e, total, t, torch.zeros_like(t)
+    return e, total, t, (total.log() - (e * shifted).sum(-1, keepdim=True) / total).squeeze(-1)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -195,13 +237,9 @@ class _FrozenHead(torch.autograd.Function):
             zy = z.gather(-1, y)
             hits.append((zy == top).float().squeeze(-1))
             derivative = post.derivative(z) if slope is not None else None
-            # exp(z - max) overwrites the logits: one buffer of chunk x V is all that exists, and one exp is all it costs.
-            shifted = z.sub_(top)
-            e = shifted.exp() if entropy else shifted.exp_()
-            total = e.sum(-1, keepdim=True)
-            out.append((zy - top - total.log()).squeeze(-1))
-            if entropy:
-                ents.append((total.log() - (e * shifted).sum(-1, keepdim=True) / total).squeeze(-1))
+            e, total, t, ent = _softmax(z, zy, top, entropy)
+            out.append(t)
+            ents.append(ent)
             if slope is None:
                 continue
             # d t / d h = post'(z_y) W_y - (sum_v e_v post'(z_v) W_v) / sum_v e_v
@@ -211,12 +249,81 @@ class _FrozenHead(torch.autograd.Function):
             part.div_(-total).add_(own if derivative is None else own * derivative.gather(-1, y).to(own.dtype))
         if slope is not None:
             ctx.save_for_backward(slope)
-        t, correct = torch.cat(out), torch.cat(hits)
-        ent = torch.cat(ents) if entropy else torch.zeros_like(t)
+        correct, ent = torch.cat(hits), torch.cat(ents)
         ctx.mark_non_differentiable(correct, ent)
-        return t, correct, ent
+        return torch.cat(out), correct, ent
 
     @staticmethod
     def backward(ctx: AutogradContext, grad: Tensor, *_: object) -> tuple[Any, ...]:
         (slope,) = ctx.saved_tensors
         return grad[:, None].to(slope.dtype) * slope, None, None, None, None, None
+
+
+class HeadContext(AutogradContext, Protocol):
+    """The context of a head that trains."""
+
+    post: Post
+
+
+class _TrainedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: HeadContext, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, post: Post, entropy: bool,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        out: list[Tensor] = []
+        hits: list[Tensor] = []
+        ents: list[Tensor] = []
+        kept: list[Tensor] = []
+        norms: list[Tensor] = []
+        for h, y in _chunks(hidden, target, weight):
+            z = post(upcast(_logits(h, weight, bias)))
+            top, zy = z.amax(-1, keepdim=True), z.gather(-1, y)
+            hits.append((zy == top).float().squeeze(-1))
+            e, total, t, ent = _softmax(z, zy, top, entropy)
+            out.append(t)
+            ents.append(ent)
+            norms.append(zy - t[:, None])
+            if len(kept) < keep:
+                kept.append(e.div_(total))
+        normalizer = torch.cat(norms)
+        ctx.post = post
+        ctx.save_for_backward(hidden, target, weight, bias, normalizer, *kept)
+        correct, ent = torch.cat(hits), torch.cat(ents)
+        ctx.mark_non_differentiable(correct, ent)
+        return torch.cat(out), correct, ent, normalizer.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: HeadContext, grad: Tensor, _: Tensor, __: Tensor, grad_normalizer: Tensor) -> tuple[Any, ...]:
+        post, (hidden, target, weight, bias, norms, *kept) = ctx.post, ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=hidden.dtype)
+        to_bias = torch.zeros_like(bias, dtype=hidden.dtype) if bias is not None else None
+        W, factor, first = weight.to(hidden.dtype), post.scale / post.temperature, 0
+        for index, (h, y) in enumerate(_chunks(hidden, target, weight)):
+            part = slice(first, first + len(h))
+            first += len(h)
+            g = grad[part, None] * factor
+            to_p = grad_normalizer[part, None] * factor - g
+            # d z = g onehot(y) + (g' - g) p, g' that of the normalizer; what is kept stays as it is, for a second pass.
+            if index < len(kept):
+                slope = kept[index] * to_p
+            else:
+                slope = post(upcast(_logits(h, weight, bias))).sub_(norms[part]).exp_().mul_(to_p)
+            slope = slope.scatter_add_(-1, y, g).to(h.dtype)
+            torch.mm(slope, W, out=to_hidden[part])
+            to_weight.addmm_(slope.T, h)
+            if to_bias is not None:
+                to_bias += slope.sum(0)
+        own_bias = None if bias is None or to_bias is None else to_bias.to(bias.dtype)
+        return to_hidden, None, to_weight.to(weight.dtype), own_bias, None, None, None
+
+
+def _chunks(hidden: Tensor, target: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (states (n, D), targets (n, 1)) of each chunk."""
+    size = chunk_rows(weight.shape[0])
+    yield from zip(hidden.split(size), target[:, None].split(size), strict=True)
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))

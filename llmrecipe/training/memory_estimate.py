@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.engine.logprob import chunk_rows
+from llmrecipe.engine.logprob import KEPT_CHUNKS, chunk_rows
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.hooks.hook import hooks_of
 from llmrecipe.models.module_map import anatomy
@@ -133,13 +133,17 @@ def weight_bytes(model: nn.Module, stack: Stack) -> int:
 def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
     """Count the bytes of three float32 tensors per chunk of logits (values, probabilities, gradient) and of hidden states.
 
-    A model of images has one logit a label; its states are of any width.
+    A model of images has one logit a label; its states are of any width. A head of tokens that trains keeps the probabilities
+    of more than one chunk.
     """
     config = pretrained(model).config.get_text_config()
-    vocabulary = int(getattr(config, "vocab_size", None) or config.num_labels)
+    tokens = getattr(config, "vocab_size", None)
+    vocabulary, head = int(tokens or config.num_labels), pretrained(model).get_output_embeddings() if tokens else None
+    trained = head is not None and any(p.requires_grad for p in head.parameters(recurse=False))
     chunk = min(targets, chunk_rows(vocabulary))
+    kept = min(targets, KEPT_CHUNKS * chunk_rows(vocabulary)) if trained else chunk
     width = getattr(config, "hidden_size", 0)
-    return 3 * 4 * chunk * vocabulary + targets * (width if isinstance(width, int) else 0) * activation_bytes
+    return 4 * (kept + 2 * chunk) * vocabulary + targets * (width if isinstance(width, int) else 0) * activation_bytes
 
 
 def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:

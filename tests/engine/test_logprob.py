@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +47,54 @@ def test_value_and_gradient_equal_float64(trained: bool, bias: bool, post: Post,
     torch.testing.assert_close(own, hidden.grad, atol=1e-5, rtol=1e-4)
     if trained:
         torch.testing.assert_close(own_head, head.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4])
+@pytest.mark.parametrize("post", [Post(), Post(0.5, temperature=0.7), Post(cap=3.0)], ids=str)
+@pytest.mark.parametrize(("trained", "rows"), [(True, 41), (True, 9), (False, 41)])
+def test_the_normalizer_has_its_gradient(
+    trained: bool, rows: int, post: Post, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * 50 * 16)
+    monkeypatch.setattr(logprob, "KEPT_CHUNKS", kept)
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50).double().requires_grad_(trained)
+    hidden = torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
+    target, weights = torch.randint(0, 50, (rows,)), torch.randn(2, rows, dtype=torch.float64)
+    inputs = [hidden, *(head.parameters() if trained else ())]
+    out = token_logprobs(hidden, target, head, post, entropy=True, normalizer=True)
+    z = post(head(hidden))
+    wanted = {"logprobs": z.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1), "normalizer": z.logsumexp(-1)}
+    wanted["entropy"] = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    for name, value in wanted.items():
+        torch.testing.assert_close(out[name], value, check_dtype=False)
+    sums = [(weights[0] * found["logprobs"] + weights[1] * found["normalizer"] ** 2).sum() for found in (out, wanted)]
+    for own, other in zip(*(torch.autograd.grad(total, inputs, retain_graph=True) for total in sums), strict=True):
+        torch.testing.assert_close(own, other)
+    # A second pass over the same graph finds what the first left.
+    for own, other in zip(*(torch.autograd.grad(total, inputs) for total in sums), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_left_of_a_probability_near_one_is_exact(trained: bool, grad: bool) -> None:
+    # log p = -log(1 + sum_v exp(z_v - z_y)) = -log(1 + 9 e^-12) = -5.53e-5, where numbers near 300 are 3.05e-5 apart.
+    head = nn.Linear(1, 10, bias=False).requires_grad_(trained)
+    head.weight.data.copy_(torch.tensor([[301.0], *[[289.0]] * 9]))
+    with torch.set_grad_enabled(grad):
+        found = token_logprobs(torch.ones(1, 1), torch.tensor([0]), head)["logprobs"]
+    assert found.item() == pytest.approx(-math.log1p(9 * math.exp(-12.0)), rel=0.02)
+
+
+def test_without_gradients_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * 50 * 16)
+    torch.manual_seed(0)
+    head, hidden, target = nn.Linear(12, 50), torch.randn(41, 12), torch.randint(0, 50, (41,))
+    with_graph = token_logprobs(hidden, target, head)
+    with torch.no_grad():
+        without = token_logprobs(hidden, target, head)
+    assert torch.equal(with_graph["logprobs"], without["logprobs"]) and without["logprobs"].grad_fn is None
 
 
 def test_frozen_and_trained_heads_give_the_same_numbers() -> None:
