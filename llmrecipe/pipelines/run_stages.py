@@ -270,7 +270,7 @@ def _started(pipeline: Pipeline, planned: Planned, child: Child) -> Started:
 
 
 def run_stage(pipeline: Pipeline, planned: Planned, enough: Callable[[], bool] | None = None) -> Result:
-    """Run, continue or reuse one stage by itself.
+    """Run, continue or reuse one stage by itself; several threads may do so at once, each with a stage of its own.
 
     Args:
         enough: see `execute`; a stage ended by it is no error, and its result is reported as `stopped`.
@@ -281,7 +281,8 @@ def run_stage(pipeline: Pipeline, planned: Planned, enough: Callable[[], bool] |
     if state_of(planned) == "done":
         _tidy(planned)
         return _result(planned, "reused", 0.0)
-    started = _started(pipeline, planned, Child())
+    with pipeline.children.lock:
+        started = _started(pipeline, planned, pipeline.children.place(planned) or Child())
     try:
         code = execute(started.child, planned, started.continued, enough)
     finally:

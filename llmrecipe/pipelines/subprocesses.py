@@ -46,6 +46,8 @@ class Children:
     running: dict[str, Child] = field(default_factory=dict)
     signal: int | None = None
     """The signal that stops the pipeline."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while slots are reserved by one of several threads that each run stages."""
 
     def forward(self, number: int, frame: FrameType | None) -> None:
         """Forward a signal to the stages; a second Ctrl-C stops them at once, as it does in a single run."""

@@ -349,6 +349,10 @@ class SearchSection(Section):
         4, description="Trials stepwise makes for each value of a key, with the keys after it drawn by chance."
     )
     trials: PositiveInt = Field(20, description="Trials; grid and stepwise have as many as they need.")
+    parallel: PositiveInt = Field(
+        1,
+        description="Trials that run at once; a trial is chosen by what the rounds of that many before its own have shown.",
+    )
     seeds: list[NonNegativeInt] = Field(
         default_factory=list, description="Seeds each trial is run with; its value is their mean. Default: the recipe's seed."
     )

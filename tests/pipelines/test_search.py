@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +258,96 @@ def test_what_supervises_stays_small(kind: str, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+class Crowd(Lab):
+    """A lab whose runs, up to the `last`, wait for two others; counts how many go on at once, and can stop one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.started = self.broken_at = -1
+        self.last = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, pipeline: Pipeline, planned: Planned, enough: Any = None) -> Result:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.started += 1
+            place = self.started
+        waited = time.monotonic() + 10.0
+        while self.now < 3 and place < self.last and time.monotonic() < waited:
+            time.sleep(0.01)
+        try:
+            if place == self.broken_at:
+                raise Interrupted("stopped")
+            with self.lock:
+                return super().__call__(pipeline, planned, enough)
+        finally:
+            with self.lock:
+                self.now -= 1
+
+
+@pytest.fixture
+def crowd(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    found = Crowd()
+    monkeypatch.setattr(study, "run_stage", found)
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_trials_that_run_at_once_are_those_of_a_search_that_was_stopped(crowd: Crowd, sampler: str) -> None:
+    words = ["search.parallel=3", "search.trials=7", f"search.sampler={sampler}"]
+    crowd.last = 6
+    _, whole = searched("run.dir=whole", *words)
+    assert crowd.most == 3 and [t.number for t in whole] == list(range(7)) and len(crowd.runs) == 7
+    crowd.runs.clear()
+    crowd.started, crowd.broken_at, crowd.last = -1, 4, 0
+    with pytest.raises(Interrupted):
+        searched("run.dir=stopped", *words)
+    kept = len(Path("stopped/trials.jsonl").read_text().splitlines()) - 1
+    assert kept in (3, 4, 5)
+    crowd.broken_at = -1
+    _, again = searched("run.dir=stopped", *words)
+    assert [(t.point, t.values) for t in again] == [(t.point, t.values) for t in whole] and len(crowd.runs) == 7
+    with pytest.raises(RunError, match="another space"):
+        searched("run.dir=stopped", *words, "search.parallel=2")
+
+
+def test_a_round_knows_earlier_rounds_and_not_its_own(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TPE follows results from its eleventh trial on: those of a trial change what comes after its round, not its round."""
+    words = ["search.parallel=4", "search.trials=20", "search.sampler=tpe"]
+    _, one = searched("run.dir=one", *words)
+    original = study.Search._value
+
+    def other(found: Search, planned: Planned) -> float:
+        return original(found, planned) - (50.0 if planned.name == "12" else 0.0)
+
+    monkeypatch.setattr(study.Search, "_value", other)
+    _, two = searched("run.dir=two", *words)
+    points = [[t.point for t in trials] for trials in (one, two)]
+    assert points[0][:16] == points[1][:16] and points[0][16:] != points[1][16:]
+
+
+def test_the_same_point_twice_in_a_round_is_one_run(crowd: Crowd) -> None:
+    point = {"optim.lr": 1e-3, "batch.size": 2}
+    space = "{optim.lr: [1e-3, 1e-2], batch.size: [2]}"
+    start = "[{optim.lr: 1e-3, batch.size: 2}, {optim.lr: 1e-3, batch.size: 2}]"
+    words = [f"search.space={space}", f"search.start={start}", "search.trials=2", "search.parallel=2", "search.sampler=random"]
+    _, trials = searched("run.dir=twice", *words)
+    assert [t.point for t in trials] == [point, point] and len(crowd.runs) == 1
+    assert trials[0].dirs == trials[1].dirs and trials[0].values == trials[1].values
+
+
+def test_a_stepwise_search_decides_a_key_before_the_next_one(crowd: Crowd) -> None:
+    words = ["search.sampler=stepwise", "search.samples=2", "search.space={batch.size: [2, 4], optim.lr: [1e-3, 1e-2, 1e-4]}"]
+    _, one = searched("run.dir=one", *words)
+    _, at_once = searched("run.dir=many", *words, "search.parallel=3")
+    assert [t.point for t in at_once] == [t.point for t in one]
+
+
+def test_trials_of_several_processes_run_one_by_one(lab: Lab) -> None:
+    words = ["search.parallel=2", "runtime.processes=2"]
+    with pytest.raises(RecipeError, match=r"search\.parallel: each trial has several processes"):
+        Search("mine", words, compose("mine", words)).check()

@@ -8,9 +8,10 @@
         search.png          values over trials and over each key of the space, and the front
 
 The sampler of trial k is seeded by (seed, k) and knows the trials before it, so a resumed search samples the same points as an
-uninterrupted one. The value of a trial is the best value of `eval.monitor` on the validation split, or the last one where
-`eval.load_best` is off, averaged over `seeds`. Trials never read the test split. Costs (`against`) are made small at the same
-time: then the result is a front, and `pick` and `limits` choose one of it.
+uninterrupted one. With `parallel` trials run at once, in rounds: a sampler knows what earlier rounds have shown, and of its own
+round only which points it tries. The value of a trial is the best value of `eval.monitor` on the validation split, or the last
+one where `eval.load_best` is off, averaged over `seeds`. Trials never read the test split. Costs (`against`) are made small at
+the same time: then the result is a front, and `pick` and `limits` choose one of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import json
 import os
 import shlex
 import statistics
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +35,7 @@ from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
+from llmrecipe.pipelines.search.sampling import new_study, sample_trial
 from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.pipelines.subprocesses import Children, Machine
 from llmrecipe.recipe.code_key import code_of
@@ -41,7 +45,6 @@ from llmrecipe.recipe.pipeline_plan import Plan, Planned
 from llmrecipe.recipe.pipeline_spec import WrittenStage
 from llmrecipe.recipe.renames import first_words, new_path
 from llmrecipe.recipe.rights import rights_of
-from llmrecipe.recipe.schema import SearchSection
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir
@@ -69,7 +72,11 @@ class Search:
         run = composition.recipe.run
         self.folder = Path(run.dir) if run.dir is not None else Path(run.root) / f"{run.name or composition.name}-search"
         command = shlex.join(["llmrecipe", "search", f"recipe={recipe}", *words])
-        self.pipeline = Pipeline(Plan(composition.name, self.folder), command, Children(Machine(1, (), 1)))
+        parallel = self.section.parallel
+        machine = Machine(1, (), 1) if parallel == 1 else apart(lambda: Machine.here(parallel), "search.parallel")
+        self.pipeline = Pipeline(Plan(composition.name, self.folder), command, Children(machine))
+        self.lock, self.busy = threading.Lock(), dict[str, threading.Lock]()
+        self.folders: dict[str, Path] = {}
         self.one_came_to_an_end, self.not_begun = False, 0
         own = ("run", "search")
         self.base = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] not in own]
@@ -84,6 +91,10 @@ class Search:
             raise RecipeError("search.prune: a trial that is behind in score may be ahead in cost; set search.prune=off")
         if self.section.prune != "off" and self.evaluation.every is None:
             raise RecipeError("search.prune: compares trials at their evaluations; set eval.every, or search.prune=off")
+        if self.section.parallel > 1 and self.composition.recipe.runtime.processes > 1:
+            raise RecipeError(
+                "search.parallel: each trial has several processes here; set search.parallel=1 or runtime.processes=1"
+            )
         space.check_space(self.recipe, [*self.base, *OWN_WORDS], self.section)
         self.mode = apart(self._examined, "search: the check of its first trial")
 
@@ -115,33 +126,78 @@ class Search:
             Interrupted: a signal arrived; the running trial has written a checkpoint.
             RunError: no trial completed.
         """
-        study = new_study(self.section, self.mode)
         points = space.grid_points(self.section) if self.section.sampler == "grid" else None
         stepped = self.section.sampler == "stepwise"
         count = stepwise.size(self.section) if stepped else len(points) if points is not None else self.section.trials
         trials = self._journal()
         self.one_came_to_an_end = any(trial.state == "done" for trial in trials)
-        for trial in trials:
-            study.add_trial(self._known(trial))
-        with handled_by(self.pipeline.children.forward):
-            for number in range(len(trials), count):
-                if points is None and number < len(self.section.start):
-                    study.enqueue_trial(space.drawn_of(self.section, self.section.start[number]))
-                drawn = sample_trial(study, self.section, number)
-                point = points[number] if points is not None else space.point_of(self.section, drawn.params)
-                if stepped:
-                    point = stepwise.point(self.section, trials, number, self._losses)
-                say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
-                trial = self._try(number, point, drawn)
-                noted = study.trials[drawn.number].system_attrs
-                trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
-                trials.append(trial)
-                self.one_came_to_an_end |= trial.state == "done"
-                self._write(trial)
-                study = self._reported(study, trial)
+        with handled_by(self.pipeline.children.forward), ThreadPoolExecutor(self.section.parallel) as pool:
+            for numbers in self._rounds(count):
+                if numbers.stop > len(trials):
+                    proposed = self._round(trials[: numbers.start], numbers, points)
+                    self._run_round(pool, proposed[len(trials) - numbers.start :], trials)
         if all(trial.value is None for trial in trials):
             raise RunError(f"search: none of {len(trials)} trials came to an end; their messages stand above")
         return trials
+
+    def _rounds(self, count: int) -> Iterator[range]:
+        """Yield the numbers of the trials that run at once; a stepwise search decides a key before it goes on to the next."""
+        stepped = self.section.sampler == "stepwise"
+        ends = [block.last for block in stepwise.blocks(self.section)] if stepped else [count]
+        for start, end in zip((0, *ends), ends, strict=False):
+            for first in range(start, end, self.section.parallel):
+                yield range(first, min(first + self.section.parallel, end))
+
+    def _round(
+        self, known: list[Trial], numbers: range, points: list[dict[str, Any]] | None
+    ) -> list[tuple[int, dict[str, Any], optuna.Trial]]:
+        """Choose the points of a round, each by what earlier rounds have shown and what its own tries already."""
+        from optuna.trial import TrialState, create_trial
+
+        chosen: list[tuple[int, dict[str, Any], optuna.Trial]] = []
+        finished = [self._known(trial) for trial in known]
+        axes = space.distributions(self.section)
+        for number in numbers:
+            study = new_study(self.section, self.mode)
+            study.add_trials(finished)
+            for _, point, _ in chosen:
+                running = space.drawn_of(self.section, point)
+                study.add_trial(create_trial(state=TrialState.RUNNING, params=running, distributions=axes))
+            if points is None and number < len(self.section.start):
+                study.enqueue_trial(space.drawn_of(self.section, self.section.start[number]))
+            drawn = sample_trial(study, self.section, number)
+            point = points[number] if points is not None else space.point_of(self.section, drawn.params)
+            if self.section.sampler == "stepwise":
+                point = stepwise.point(self.section, known, number, self._losses)
+            chosen.append((number, point, drawn))
+        return chosen
+
+    def _run_round(
+        self, pool: ThreadPoolExecutor, proposed: list[tuple[int, dict[str, Any], optuna.Trial]], trials: list[Trial]
+    ) -> None:
+        """Run trials at once and record them in order; after a stop, those before the first that did not end.
+
+        Raises:
+            LlmRecipeError: the first failure, once the others have ended.
+        """
+        for number, point, _ in proposed:
+            say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
+        running = [pool.submit(self._try, *trial) for trial in proposed]
+        intact: set[Future[Trial]] | None = None
+        # A signal may reach any thread; Python handles it in this one, as soon as it wakes up.
+        while not all(future.done() for future in running):
+            if intact is None and any(future.done() and future.exception() for future in running):
+                intact = {future for future in running if future.done()}
+                self.pipeline.children.stop()
+            wait(running, timeout=0.2)
+        failed = next((future for future in running if future.exception()), None)
+        for future in running:
+            if failed is not None and (future is failed or (intact is not None and future not in intact)):
+                failed.result()  # raises
+            trial = future.result()
+            trials.append(trial)
+            self.one_came_to_an_end |= trial.state == "done"
+            self._write(trial)
 
     # --- one trial ------------------------------------------------------------------------------------------------
 
@@ -150,11 +206,14 @@ class Search:
         trial = Trial(number, point)
         spent: list[dict[str, float]] = []
         for seed in self.seeds:
-            planned = self._planned(number, point, seed)
+            with self.lock:  # composing is not for several threads at once
+                planned = self._planned(number, point, seed)
+                busy = self.busy.setdefault(planned.key, threading.Lock())
             trial.dirs.append(str(planned.dir))
             enough = self._pruner(planned, drawn, trial) if seed == self.seeds[0] and self.section.prune != "off" else None
             try:
-                how = run_stage(self.pipeline, planned, enough).how
+                with busy:  # the same point twice in a round is one run
+                    how = run_stage(self.pipeline, planned, enough).how
             except RunError as error:
                 # A point whose run cannot begin fails alone; where nothing else has run either, the cause is not the point.
                 self.not_begun += state_of(planned) != "failed"
@@ -167,10 +226,13 @@ class Search:
                 how = "stopped"  # a finished run of an earlier start that would have been stopped
             if how == "stopped":
                 trial.state, trial.values = "pruned", [list(trial.reports.values())[-1]]
-                return trial
+                break
             trial.values.append(self._value(planned))
             spent.append(costs.costs_of(planned.dir, self.section.against))
-        trial.costs = {key: statistics.fmean(cost[key] for cost in spent) for key in self.section.against}
+        else:
+            trial.costs = {key: statistics.fmean(cost[key] for cost in spent) for key in self.section.against}
+        noted = drawn.study.trials[drawn.number].system_attrs
+        trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
         return trial
 
     def _planned(self, number: int, point: dict[str, Any], seed: int) -> Planned:
@@ -178,7 +240,7 @@ class Search:
         key = content_key(composition.mapping, {})
         stage = WrittenStage(f"{number}", ("search",), self.recipe, tuple(composition.overrides))
         known = sorted(self.folder.glob(f"*-{key}"))  # the same point drawn again is the same run
-        folder = known[0] if known else self.folder / f"{number}-{key}"
+        folder = self.folders.setdefault(key, known[0] if known else self.folder / f"{number}-{key}")
         code = code_of(composition.mapping)
         return Planned(stage, composition.overrides, composition.mapping, composition, key, folder, code)
 
@@ -248,6 +310,8 @@ class Search:
         """Return what the trials of a journal have in common; the number of trials may grow."""
         section = self.section.model_dump(mode="json", exclude={"trials", "pick", "limits"})
         section = {key: value for key, value in section.items() if value or key not in ("against", "start")}
+        if section["parallel"] == 1:
+            del section["parallel"]
         if self.section.sampler != "stepwise":
             del section["samples"]
         first = first_words({**self.composition.mapping, "search": section})["search"]
@@ -273,14 +337,6 @@ class Search:
             params=drawn, distributions=space.distributions(self.section), state=states[trial.state], values=values,
             intermediate_values=trial.reports, system_attrs=trial.rungs,
         )  # fmt: skip
-
-    def _reported(self, study: optuna.Study, trial: Trial) -> optuna.Study:
-        """Add a trial to the study, as when it is rebuilt from the journal."""
-        fresh = new_study(self.section, self.mode)
-        for known in [t for t in study.trials if t.state.is_finished()]:
-            fresh.add_trial(known)
-        fresh.add_trial(self._known(trial))
-        return fresh
 
     def front(self, trials: list[Trial]) -> list[Trial]:
         """Return the trials that no other beats in score and in every cost, the cheapest first."""
@@ -334,42 +390,6 @@ class Search:
             f"#   {', '.join(f'{k}={v}' for k, v in trial.point.items())}\n"
         )
         write_text(path, head + to_yaml(composition.mapping))
-
-
-def new_study(section: SearchSection, mode: str) -> optuna.Study:
-    """Create an empty study.
-
-    Raises:
-        RunError: Optuna is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise RunError("search needs Optuna: install llmrecipe[search]") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "off": optuna.pruners.NopPruner,
-        "halving": optuna.pruners.SuccessiveHalvingPruner,
-        "median": optuna.pruners.MedianPruner,
-    }
-    better = optuna.study.StudyDirection
-    directions = [better.MINIMIZE if mode == "min" else better.MAXIMIZE, *(better.MINIMIZE for _ in section.against)]
-    return optuna.create_study(directions=directions, pruner=pruners[section.prune]())
-
-
-def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
-    """Sample the next trial with a sampler seeded by (seed, number)."""
-    import numpy as np
-    import optuna
-
-    seed = int(np.random.SeedSequence([section.seed, number]).generate_state(1)[0])
-    samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
-        "tpe": optuna.samplers.TPESampler,
-        "gp": optuna.samplers.GPSampler,
-        "nsga2": optuna.samplers.NSGAIISampler,
-    }
-    study.sampler = samplers.get(section.sampler, optuna.samplers.RandomSampler)(seed=seed)
-    return study.ask(space.distributions(section))
 
 
 def search(recipe: str, words: list[str]) -> tuple[Search, list[Trial]]:

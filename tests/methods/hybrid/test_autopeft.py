@@ -15,6 +15,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.hybrid.autopeft import Autopeft, size_at
 from llmrecipe.pipelines.run_stages import Pipeline, Result
 from llmrecipe.pipelines.search import study
+from llmrecipe.pipelines.search.sampling import new_study, sample_trial
 from llmrecipe.pipelines.search.costs import hypervolume
 from llmrecipe.pipelines.search.space import distributions, point_of, point_words
 from llmrecipe.pipelines.search.study import Search
@@ -159,13 +160,13 @@ def sampled(sampler: str, seed: int, trials: int) -> list[tuple[float, int]]:
     keys: dict[str, Any] = {f"stack.autopeft.{part}": {"low": 0, "high": 10} for part in PARTS}
     keys |= {f"stack.autopeft.layers.{i}": [True, False] for i in range(LAYERS)}
     section = SearchSection(space=keys, sampler=sampler, against=["parameters"], seed=seed)
-    known, found = study.new_study(section, "max"), []
+    known, found = new_study(section, "max"), []
     for number in range(trials):
-        drawn = study.sample_trial(known, section, number)
+        drawn = sample_trial(known, section, number)
         point = {key.removeprefix("stack.autopeft."): value for key, value in point_of(section, drawn.params).items()}
         on = {str(i): point[f"layers.{i}"] for i in range(LAYERS)}
         about = {"params": drawn.params, "distributions": distributions(section)}
-        fresh = study.new_study(section, "max")
+        fresh = new_study(section, "max")
         fresh.add_trials([trial for trial in known.trials if trial.state.is_finished()])
         if any(on.values()) and any(point[part] != 10 for part in PARTS):
             found.append(planted({**point, "layers": on}))

@@ -1,0 +1,49 @@
+"""Optuna's studies and samplers, as a search uses them: each trial has a study and a sampler of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from llmrecipe.core.errors import RunError
+from llmrecipe.pipelines.search import space
+from llmrecipe.recipe.schema import SearchSection
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def new_study(section: SearchSection, mode: str) -> optuna.Study:
+    """Create an empty study.
+
+    Raises:
+        RunError: Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise RunError("search needs Optuna: install llmrecipe[search]") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+        "off": optuna.pruners.NopPruner,
+        "halving": optuna.pruners.SuccessiveHalvingPruner,
+        "median": optuna.pruners.MedianPruner,
+    }
+    better = optuna.study.StudyDirection
+    directions = [better.MINIMIZE if mode == "min" else better.MAXIMIZE, *(better.MINIMIZE for _ in section.against)]
+    return optuna.create_study(directions=directions, pruner=pruners[section.prune]())
+
+
+def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> optuna.Trial:
+    """Sample the next trial with a sampler seeded by (seed, number)."""
+    import numpy as np
+    import optuna
+
+    seed = int(np.random.SeedSequence([section.seed, number]).generate_state(1)[0])
+    samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+        "tpe": optuna.samplers.TPESampler,
+        "gp": optuna.samplers.GPSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+    }
+    study.sampler = samplers.get(section.sampler, optuna.samplers.RandomSampler)(seed=seed)
+    return study.ask(space.distributions(section))
