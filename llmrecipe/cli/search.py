@@ -28,7 +28,7 @@ def verb(words: Words = None, as_json: Json = False) -> None:
     recipe = need_recipe(request, "search")
     # Mistakes in the recipe come first, before anything about the machine or the model.
     compose(recipe, request.overrides)
-    from llmrecipe.pipelines.search.display import picture
+    from llmrecipe.pipelines.search.display import importances, picture
     from llmrecipe.pipelines.search.study import search
 
     found, trials = search(recipe, request.overrides)
@@ -37,7 +37,8 @@ def verb(words: Words = None, as_json: Json = False) -> None:
     if as_json:
         from dataclasses import asdict
 
-        print_json({"best": asdict(best), "recipe": str(path), "trials": [asdict(t) for t in trials]})
+        shares = importances(found, trials)
+        print_json({"best": asdict(best), "recipe": str(path), "importance": shares, "trials": [asdict(t) for t in trials]})
         return
     show_trials(found, trials)
     if image is not None:
@@ -49,7 +50,7 @@ def show_trials(search: Search, trials: list[Trial]) -> None:
     """Print the trials, the best first."""
     from rich.table import Table
 
-    from llmrecipe.pipelines.search.display import ranked
+    from llmrecipe.pipelines.search.display import importances, ranked
 
     keys, against = list(search.section.space), search.section.against
     front = {trial.number for trial in search.front(trials)} if against else set()
@@ -65,3 +66,7 @@ def show_trials(search: Search, trials: list[Trial]) -> None:
     out = console()
     out.print(f"{search.composition.name}: {len(trials)} trials in {search.folder}", soft_wrap=True)
     out.print(shown)
+    shares = importances(search, trials)
+    if shares:
+        named = ", ".join(f"{key} {share:.2f}" for key, share in sorted(shares.items(), key=lambda entry: -entry[1]))
+        out.print(f"importance: {named}", soft_wrap=True)

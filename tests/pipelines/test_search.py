@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from llmrecipe.cli import app
 from llmrecipe.core.errors import Interrupted, RecipeError, RunError
 from llmrecipe.pipelines.run_stages import Pipeline, Result
 from llmrecipe.pipelines.search import study
+from llmrecipe.pipelines.search.display import importances
 from llmrecipe.pipelines.search.space import grid_points, point_of, point_words
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.pipelines.search.trial import Trial
@@ -351,3 +353,20 @@ def test_trials_of_several_processes_run_one_by_one(lab: Lab) -> None:
     words = ["search.parallel=2", "runtime.processes=2"]
     with pytest.raises(RecipeError, match=r"search\.parallel: each trial has several processes"):
         Search("mine", words, compose("mine", words)).check()
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_key_that_decides_is_the_important_one(lab: Lab, mode: str) -> None:
+    """A planted score: the rate decides, the batch does not."""
+    words = ["search.sampler=random", "search.trials=30", f"eval.mode={mode}"]
+    found = Search("mine", words, compose("mine", words))
+    chance = random.Random(0)
+    trials = []
+    for number in range(30):
+        point = {"optim.lr": 10 ** chance.uniform(-4, -1), "batch.size": chance.choice([2, 4, 8])}
+        loss = abs(math.log10(point["optim.lr"]) + 2.5)
+        trials.append(Trial(number, point, [loss if mode == "min" else -loss]))
+    shares = importances(found, trials)
+    assert list(shares) == ["optim.lr", "batch.size"] and sum(shares.values()) == pytest.approx(1.0)
+    assert shares["optim.lr"] > 0.8
+    assert importances(found, trials[:9]) == {}
