@@ -215,3 +215,16 @@ def test_parts_that_cannot_be_written_or_read_are_an_error_of_the_disk_or_the_ru
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_parts(tmp_path / "file" / "parts", state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["full", "sharded"])
+def test_a_divided_run_goes_on_to_the_bit(kept: str, tmp_path: Path) -> None:
+    words = ["sft", "runtime=zero3", f"runtime.state_dict={kept}", *STEADY]
+    parts = tmp_path / "parts" / "run"
+    cases = {"whole": [*words, "steps=3"], "parts": words, "again": [f"resume={parts}", "steps=3"]}
+    launched(tmp_path, cases)
+    assert curve(parts) == curve(tmp_path / "whole" / "run") and len(curve(parts)) == 3
+    ours, theirs = learned(parts), learned(tmp_path / "whole" / "run")
+    assert ours and ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -207,7 +207,7 @@ def _places(last: Tensor, real: Tensor) -> Tensor:
 
     Args:
         last: (W,) the place of each window's last token.
-        real: (W, L) whether a window has so many tokens.
+        real: (W, L) whether a window has that many tokens.
     """
     columns = torch.arange(real.shape[1], device=real.device)
     return (last[:, None] - real.sum(1, keepdim=True) + 1 + columns).where(real, 0)
