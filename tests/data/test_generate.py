@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from random import Random
 
 import numpy as np
@@ -159,3 +160,21 @@ def test_every_answer_to_a_passage_is_the_one_sentence_of_it_about_what_is_asked
             assert [s for s in row["context"].removesuffix(".").split(". ") if mark in f"{s} "] == [text]
             assert row["context"][start:].startswith(f"{text}.")
             assert any(word in text.split() for word in row["question"].rstrip("?").split()[-2:])
+
+
+def test_answers_of_the_written_out_tasks_are_right():
+    """Each answer is worked out again from its prompt."""
+    for split in generate.SPLITS:
+        for row in read("problems", split):
+            a, b = [int(word) for word in re.findall(r"\d+", row["prompt"])]
+            less = ("gives" in row["prompt"] and "of them" in row["prompt"]) or "takes" in row["prompt"]
+            number = a - b if less else a + b
+            assert row["completion"] == f"{a} {'-' if less else '+'} {b} = {number}\n#### {number}"
+            assert row["answer"] == str(number) and number >= 0
+        for row in read("summaries", split):
+            friend, colour, thing, hero, here, there = re.fullmatch(
+                r"(\w+) moved the (\w+) (\w+) of (\w+) from the (\w+) to the (\w+)\.", row["completion"]
+            ).groups()
+            for sentence in (f"a {colour} {thing}.", f"{hero} put the {thing} in the {here}."):
+                assert sentence in row["prompt"]
+            assert f"Then {friend} took the {thing} to the {there}." in row["prompt"]

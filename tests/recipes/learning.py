@@ -293,6 +293,10 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "squad": Learns("eval/exact_match", 0.95, 0.55, other_spans),
     # The same passages, with a head that marks the span.
     "extractive_qa": Learns("eval/exact_match", 0.95, 0.55, other_spans),
+    # Numbers of other problems: the most frequent answer is right for one problem in seven.
+    "arithmetic": Learns("eval/last_number", 0.5, 0.3, permuted("problems", "completion")),
+    # All summaries have one form, which a control learns as well.
+    "summaries": Learns("eval/rouge_l", 0.9, 0.7, permuted("summaries", "completion")),
     # A student of fresh weights has the teacher alone to learn from: no token of the rows is in the loss.
     "distill": Learns("eval/nll", 1.6, 4.0, fresh_teacher),
     "gkd": Learns("eval/nll", 2.8, 4.0, fresh_teacher),
