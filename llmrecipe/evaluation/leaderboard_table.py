@@ -24,6 +24,10 @@ NOT_A_WAY = ("run", "log", "save", "seed")
 """Recipe keys in which two runs of one row may differ."""
 FULL = "full"
 """Name of the row in which every weight was trained."""
+FRESH = "fresh"
+"""Name of the row of a model that no run made, among rows named by the run they go on from."""
+START = "start"
+"""Section of keys that are those of the run below, in the name of a row."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def read_entries(
     for record in records:
         if record.status.get("status") != "done":
             raise RunError(f"{where}: {record.path} is {record.status.get('status')}; a leaderboard compares finished runs")
-    labels = labels_of([record.recipe for record in records])
+    labels = labels_of([record.recipe for record in records], [_start(record.recipe) for record in records])
     entries = []
     for record, (label, family) in zip(records, labels, strict=True):
         facts = cost_facts(record)
@@ -113,20 +117,54 @@ def read_entries(
     return entries
 
 
-def labels_of(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def labels_of(recipes: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any] | None] = ()) -> list[tuple[str, str]]:
     """Return (name, family) of each recipe: its stack or, where objectives differ, its objective; `full` for an empty stack.
 
-    Recipes that would share a name though they differ in more than the seed get the differing values appended.
+    Where all share both and they go on from runs of several objectives, that of the run below is the name; `fresh` of a model
+    that no run made. Recipes that would share a name though they differ in more than the seed get the differing values
+    appended: those of the objective below alone, where these tell them apart.
+
+    Args:
+        starts: the recipe of the run that each goes on from; None where there is none.
     """
+    by_start = len({_name(recipe) for recipe in recipes}) == 1 and len({_objective_of(start) for start in starts}) > 1
     by_objective = len({recipe["objective"]["kind"] for recipe in recipes}) > 1
-    names = [_objective(recipe) if by_objective else _stack(recipe) for recipe in recipes]
-    ways = [flat({k: v for k, v in recipe.items() if k not in NOT_A_WAY}) for recipe in recipes]
+    if by_start:
+        names = [(FRESH, FRESH) if start is None else _objective(start) for start in starts]
+        ways = [_way(recipe, start) for recipe, start in zip(recipes, starts, strict=True)]
+    else:
+        names = [_objective(recipe) if by_objective else _stack(recipe) for recipe in recipes]
+        ways = [_way(recipe) for recipe in recipes]
     found = []
     for (name, family), own in zip(names, ways, strict=True):
         others = [way for (other, _), way in zip(names, ways, strict=True) if other == name]
         keys = sorted(k for k in {k for way in others for k in way} if any(way.get(k) != own.get(k) for way in others))
+        keys = [k for k in keys if k.startswith(f"{START}.objective.")] or keys
         found.append((f"{name} ({', '.join(f'{k}={own.get(k)}' for k in keys)})" if keys else name, family))
     return found
+
+
+def _way(recipe: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return key path -> value of a recipe in what sets it apart; the run below by its own recipe rather than by its path."""
+    own = flat({k: v for k, v in recipe.items() if k not in NOT_A_WAY})
+    if start is None:
+        return own
+    below = flat({k: v for k, v in start.items() if k not in NOT_A_WAY})
+    return {k: v for k, v in own.items() if not k.startswith("model.")} | {f"{START}.{k}": v for k, v in below.items()}
+
+
+def _name(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    return _objective(recipe)[0], _stack(recipe)[0]
+
+
+def _objective_of(recipe: Mapping[str, Any] | None) -> str | None:
+    return None if recipe is None else str(recipe["objective"]["kind"])
+
+
+def _start(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the recipe of the run that a run goes on from; None for any other model."""
+    path = str(recipe.get("model", {}).get("path"))
+    return read_run(path).recipe if (Path(path) / "recipe.yaml").is_file() else None
 
 
 def _objective(recipe: Mapping[str, Any]) -> tuple[str, str]:

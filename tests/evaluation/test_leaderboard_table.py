@@ -97,6 +97,38 @@ def test_a_row_is_named_by_what_sets_it_apart(recipes: list[dict[str, Any]], nam
     assert [name for name, _ in labels_of(recipes)] == names
 
 
+MLM: dict[str, Any] = {"objective": {"kind": "mlm", "prob": 0.15}, "data": {"path": "a"}, "seed": 0}
+DAE: dict[str, Any] = {"objective": {"kind": "dae", "form": "mse"}, "data": {"path": "a"}, "optim": {"lr": 1.0}, "seed": 0}
+
+
+def test_rows_of_one_task_are_named_by_the_runs_they_go_on_from(tmp_path: Path) -> None:
+    """The objective below; its options where two share it, or what else differs; `fresh` of a model that is no run."""
+    below = [
+        MLM,
+        MLM | {"seed": 1},
+        MLM | {"data": {"path": "b"}},
+        DAE,
+        DAE | {"objective": {"kind": "dae", "form": "tsdae"}, "optim": {"lr": 2.0}},
+    ]
+    paths = []
+    for number, recipe in enumerate(below):
+        start = finished(tmp_path / f"below{number}", recipe, 0.0)
+        paths.append(finished(tmp_path / f"run{number}", SFT | {"model": {"path": start}}, 0.5))
+    paths += [finished(tmp_path / "none", SFT | {"model": {"path": "tiny"}}, 0.5)]
+    labels = [(entry.label, entry.family) for entry in read_entries(paths, "test/accuracy")]
+    assert labels == [
+        ("mlm (start.data.path=a)", "pretraining"),
+        ("mlm (start.data.path=a)", "pretraining"),
+        ("mlm (start.data.path=b)", "pretraining"),
+        ("dae (start.objective.form=mse)", "pretraining"),
+        ("dae (start.objective.form=tsdae)", "pretraining"),
+        ("fresh", "fresh"),
+    ]
+    assert [entry.label for entry in read_entries(paths[:2], "test/accuracy")] != ["mlm", "mlm"], (
+        "one objective below is no name"
+    )
+
+
 def test_the_table_shows_spread_where_there_are_seeds_and_a_dash_where_there_is_no_number() -> None:
     rows = rank(
         [
