@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.forward_context import Context, activate
-from llmrecipe.engine.sampling import Picker, Sampling
+from llmrecipe.engine.sampling import NextTokens, Sampling
 from llmrecipe.models import kv_cache
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class RunningBatch:
         model: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
-        picker: Picker,
+        picker: NextTokens,
         ends: Sequence[int],
         context: Context,
     ):
@@ -160,7 +160,8 @@ class RunningBatch:
         mask = own.attention_mask
         assert mask is not None, "rows of one batch are padded"
         if self.reads_positions:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            inputs["position_ids"] = places + getattr(self.model, "position_offset", 0)
         # As in Transformers' own loop: without padding there is no mask, which leaves the faster kernels open.
         inputs["attention_mask"] = mask if any(starts) else None
         with activate(own):

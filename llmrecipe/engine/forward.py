@@ -6,9 +6,10 @@ model, so every rank's gradients are synchronised.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GenericForQuestionAnswering
 
+from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
 from llmrecipe.data.collate import Batch, part_of_batch
+from llmrecipe.data.row_groups import by_groups
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
 from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
+from llmrecipe.engine.row_reading import RowReading, measure, obeys
 from llmrecipe.engine.vector_decoder import decoding, encoder_rows, mount_decoder
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
-from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.pretrained import backbone_of, pretrained
 from llmrecipe.models.resolve_class import language_head
 from llmrecipe.models.task_heads import FEATURES
 
@@ -160,11 +164,52 @@ class Engine(nn.Module):
         """Return the last hidden states (R, T, D) of the backbone."""
         return self.states(batch)[0]
 
+    @property
+    def reading(self) -> RowReading:
+        """Return how the model reads rows, measured at the first call and kept with the model."""
+        if "row_reading" not in self.model.__dict__:
+            with self._uncompiled():
+                self.model.row_reading = measure(self.model, self._read_together)
+        return self.model.row_reading
+
+    def _read_together(self, batch: Batch) -> Tensor:
+        """Return the last hidden states (R, T, D) of rows that share a pass whatever the model reads of the padding."""
+        with activate(batch.context()):
+            return (self._pair_pass(batch) if self.is_pair_model else self._pass(batch, (-1,)))[0][0]
+
+    @contextlib.contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Compile nothing inside: probes have shapes that no batch has."""
+        kept, self.compile_trunk = self.compile_trunk, False
+        try:
+            yield
+        finally:
+            self.compile_trunk = kept
+
+    def _by_length(
+        self, batch: Batch, compute: Callable[[Batch], tuple[list[Tensor], Tensor | None]], whole: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Compute tensors of a batch: in one pass, or one for each length of its rows where the model reads the padding.
+
+        Args:
+            whole: the tensors are (R, ...), one entry a row, and not (R, T, ...).
+        """
+        if batch.attention_mask is None or batch.pixels is not None or not self.reading.apart:
+            return compute(batch)
+
+        def part(own: Batch) -> tuple[list[Tensor], Tensor | None]:
+            around = current()
+            with activate(dataclasses.replace(own.context(around.role), off=around.off, examples=around.examples)):
+                return compute(own)
+
+        return by_groups(batch, part, self.reading.alone, whole)
+
     def states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the last hidden states (R, T, D) of the backbone, and the loss the model itself adds, if any."""
         if self.is_pair_model:
-            return self._pair_states(batch)
-        layers, auxiliary = self._layers(batch, (-1,))
+            layers, auxiliary = self._by_length(batch, self._pair_pass)
+        else:
+            layers, auxiliary = self._layers(batch, (-1,))
         return layers[0], auxiliary
 
     def continued(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -175,20 +220,45 @@ class Engine(nn.Module):
         """
         if self.is_pair_model or language_head(self.model.config) == "causal":
             return self.states(batch)
-        assert batch.attention_mask is not None, "rows that an encoder continues are padded"
-        layers, auxiliary = self._layers(batch, (-1,), causal_mask(batch.attention_mask, batch.prompt_lengths))
+        self.check_masking()
+        layers, auxiliary = self._layers(batch, (-1,), ordered=True)
         return layers[0], auxiliary
 
-    def _layers(self, batch: Batch, places: tuple[int, ...], mask: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+    def check_masking(self) -> None:
+        """Refuse an encoder that cannot be kept from later tokens: one that mixes tokens elsewhere than in attention.
+
+        Raises:
+            ModelError: with a causal mask its states still depend on what follows.
+        """
+        if "obeys_causal_mask" not in self.model.__dict__:
+
+            def ordered(batch: Batch) -> Tensor:
+                with activate(batch.context()):
+                    return self._pass(batch, (-1,), ordered=True)[0][0]
+
+            with self._uncompiled():
+                self.model.obeys_causal_mask = obeys(self.model, ordered)
+        if not self.model.obeys_causal_mask:
+            raise ModelError(
+                f"model.path: '{self.model.config.model_type}' mixes tokens elsewhere than in attention, so no mask keeps it "
+                "from the tokens it is to predict; use an encoder such as bert or roberta, or a decoder"
+            )
+
+    def _layers(self, batch: Batch, places: tuple[int, ...], ordered: bool = False) -> tuple[list[Tensor], Tensor | None]:
         """Return the states of some layers, -1 the last with its norm, and the loss the model itself adds, if any.
 
         Args:
-            mask: which tokens attend to which, (R, 1, T, T); default: as the model has it.
+            ordered: a token sees the prompt and what is before it; default: as the model has it.
         """
-        backbone = self.model.base_model
+        return self._by_length(batch, lambda part: self._pass(part, places, ordered))
+
+    def _pass(self, batch: Batch, places: tuple[int, ...], ordered: bool = False) -> tuple[list[Tensor], Tensor | None]:
+        """Return `_layers` of rows that share a pass."""
+        backbone = backbone_of(self.model)
         inputs = self._inputs(batch)
-        if mask is not None:
-            inputs["attention_mask"] = mask
+        if ordered:
+            assert batch.attention_mask is not None, "rows with a mask of their own are padded"
+            inputs["attention_mask"] = causal_mask(batch.attention_mask, batch.prompt_lengths)
         inputs["position_ids"] = batch.position_ids + getattr(self.model, "position_offset", 0)
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs["use_cache"] = False
@@ -235,6 +305,7 @@ class Engine(nn.Module):
         The vector is pooled from its states of other rows; the same layers then read the batch's rows, each token those before
         it, with the cross-attention of the head that `pool` names.
         """
+        self.check_masking()
         rows = encoder_rows(batch)
         with activate(
             dataclasses.replace(current(), attention_mask=rows.attention_mask, positions=rows.position_ids, read=None)
@@ -244,9 +315,9 @@ class Engine(nn.Module):
         mount_decoder(self.model)
         added = head(pool_states(rows, layers, pool.kind))
         steps = [functools.partial(head.add, layer, c=c) for layer, c in enumerate(added)]
-        assert batch.attention_mask is not None, "rows that are decoded are padded"
+        # What a layer adds belongs to the rows of the whole batch, which a model that obeys a causal mask can read together.
         with activate(decoding(steps)):
-            states, auxiliary = self._layers(batch, (-1,), causal_mask(batch.attention_mask))
+            states, auxiliary = self._pass(dataclasses.replace(batch, prompt_lengths=None), (-1,), ordered=True)
         return states[0], auxiliary if own is None or auxiliary is None else own + auxiliary
 
     def traced(self, trunk: nn.Module) -> Callable[..., Any]:
@@ -262,8 +333,8 @@ class Engine(nn.Module):
             found[id(trunk)] = torch.compile(trunk, dynamic=True)
         return found[id(trunk)]
 
-    def _pair_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return `states` of the decoder; the encoder reads `encoder_ids`, the decoder the batch's rows."""
+    def _pair_pass(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """Return the last states of the decoder; the encoder reads `encoder_ids`, the decoder the batch's rows."""
         model, mask = self.model, batch.extra["encoder_mask"]
         # The batch's own rows are the decoder's; their masks and positions do not hold for the encoder's rows.
         own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
@@ -281,7 +352,8 @@ class Engine(nn.Module):
         )
         own_loss = auxiliary_loss(model.config, answer, batch.attention_mask)
         read_loss = auxiliary_loss(model.config, out, mask)
-        return answer.last_hidden_state, own_loss if read_loss is None or own_loss is None else own_loss + read_loss
+        both = own_loss if read_loss is None or own_loss is None else own_loss + read_loss
+        return [answer.last_hidden_state], both
 
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return a sequence head's logits (S, C), and the loss the model itself adds, if any.
@@ -294,7 +366,11 @@ class Engine(nn.Module):
             pooled = hidden.reshape(-1, hidden.shape[-1])[batch.last]
             weight: Any = head.weight
             return upcast(head(pooled.to(weight.dtype))), auxiliary
-        return upcast(self.traced(self.model)(**self._inputs(batch)).logits), None
+
+        def scored(rows: Batch) -> tuple[list[Tensor], Tensor | None]:
+            return [self.traced(self.model)(**self._inputs(rows)).logits], None
+
+        return upcast(self._by_length(batch, scored, whole=True)[0][0]), None
 
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return a token head's logits (R, T, C), and the loss the model itself adds, if any.
@@ -309,8 +385,12 @@ class Engine(nn.Module):
             dropped = hidden if dropout is None else dropout(hidden)
             weight: Any = head.weight
             return upcast(head(dropped.to(weight.dtype))), auxiliary
-        places = batch.position_ids + getattr(self.model, "position_offset", 0)
-        return upcast(token_logits(self.traced(self.model)(**self._inputs(batch), position_ids=places))), None
+
+        def scored(rows: Batch) -> tuple[list[Tensor], Tensor | None]:
+            places = rows.position_ids + getattr(self.model, "position_offset", 0)
+            return [token_logits(self.traced(self.model)(**self._inputs(rows), position_ids=places))], None
+
+        return upcast(self._by_length(batch, scored)[0][0]), None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the model reads: pictures, or tokens with features in some of their places."""

@@ -1,8 +1,8 @@
 """Generation: answers to prompts, decoded with a key/value cache under the hooks of the stack.
 
 A fixed number of answers is decoded at once, and a row whose answer has ended is replaced by the next prompt (continuous
-batching). Models whose cache has no rows that could leave and join (see `models.kv_cache`) decode padded batches with their own
-`generate`. Either way an answer is the same, up to the rounding of its logits, whatever else is in the batch.
+batching). Models for which that is not right, or whose cache has no rows that could leave and join, are decoded in another way
+(see `engine.decoders`). In each an answer is the same, up to the rounding of its logits, whatever else is in the batch.
 
 The checkpoint's generation settings are overridden, not merged: without a temperature, decoding is greedy.
 """
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig
 
-from llmrecipe.core.forward_context import Context, activate, current
-from llmrecipe.engine.continuous_batching import PendingPrompt, RunningBatch, decode_continuously, open_prompts, pad_token
-from llmrecipe.engine.sampling import Picker, PickerProcessor, Sampling
-from llmrecipe.models import kv_cache
+from llmrecipe.core.forward_context import Context, current
+from llmrecipe.engine.continuous_batching import PendingPrompt
+from llmrecipe.engine.decoders import Decoding, decoder_of, equal, padded
+from llmrecipe.engine.sampling import Picker, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +65,7 @@ _recording: list[RecordedAnswer] | None = None
 
 @contextlib.contextmanager
 def recorded_answers() -> Iterator[list[RecordedAnswer]]:
-    """Collect, in the list that is yielded, every answer generated inside the context by the cached decoder."""
+    """Collect, in the list that is yielded, every answer generated inside the context by a decoder that sees its scores."""
     global _recording
     found: list[RecordedAnswer] = []
     _recording = found
@@ -100,54 +99,16 @@ def answered(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     requests = [PendingPrompt(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
     try:
-        if kv_cache.fresh(model) is not None:
-            picker.seen = None if _recording is None else {}
-            for i, tokens in decode_continuously(RunningBatch(model, tokenizer, sampling, picker, ends, context), requests):
-                if _recording is not None and picker.seen is not None:
-                    task = None if tasks is None else tasks[i]
-                    _recording.append(RecordedAnswer(list(prompts[i]), list(tokens), picker.seen[i], task))
-                yield i, tokens
-            return
-        for first in range(0, len(requests), sampling.batch):
-            part = requests[first : first + sampling.batch]
-            new = _batch(model, tokenizer, part, sampling, picker, ends, context)
-            yield from zip([a.index for a in part], new, strict=True)
+        job = Decoding(model, tokenizer, sampling, picker, ends, context)
+        decoder = decoder_of(job, requests[0].task)
+        picker.seen = {} if _recording is not None and decoder is not padded and decoder is not equal else None
+        for i, tokens in decoder(job, requests):
+            if _recording is not None and picker.seen is not None:
+                task = None if tasks is None else tasks[i]
+                _recording.append(RecordedAnswer(list(prompts[i]), list(tokens), picker.seen[i], task))
+            yield i, tokens
     finally:
         model.train(was_training)
-
-
-def _batch(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[PendingPrompt],
-    sampling: Sampling,
-    picker: Picker,
-    ends: Sequence[int],
-    context: Context,
-) -> list[list[int]]:
-    """Decode one padded batch with the model's own `generate`, which runs until the longest answer ends."""
-    ids, own = open_prompts(model, tokenizer, requests, context)
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(ends),
-        pad_token_id=pad_token(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-    )
-    more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [PickerProcessor(picker, [a.index for a in requests])]}
-    if kv_cache.sharded(model):
-        more["synced_gpus"] = True
-    # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
-    kept = getattr(model, "generation_config", None)
-    try:
-        model.generation_config = GenerationConfig()
-        with activate(own):
-            out = model.generate(input_ids=ids, attention_mask=own.attention_mask, generation_config=config, **more)
-    finally:
-        model.generation_config = kept
-    new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, ids.shape[1] :]
-    return [_cut(row, ends) for row in new.tolist()]
 
 
 def end_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -155,13 +116,6 @@ def end_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({int(t) for t in found if t is not None})
-
-
-def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[: i + 1]
-    return ids
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 16 << 20
 """Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configs call the cap of the logits."""
+
 
 KEPT_CHUNKS = 4
 """How many chunks of float32 probabilities a head that trains keeps for its backward pass."""
@@ -67,15 +70,18 @@ class Post:
     def of(config: PreTrainedConfig) -> Post:
         """Read a family's logit scaling from its config."""
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-        scale = 1.0
-        if getattr(text, "logit_scale", None) and getattr(text, "model_type", "") in ("cohere", "cohere2"):
+        family, scale = getattr(text, "model_type", ""), 1.0
+        if getattr(text, "logit_scale", None) and family.startswith("cohere"):
             scale = float(text.logit_scale)
         if getattr(text, "logits_scaling", None):
-            scale = 1.0 / float(text.logits_scaling)
+            scale = float(text.logits_scaling) if family.startswith("hyperclovax") else 1.0 / float(text.logits_scaling)
+        if getattr(text, "logits_mup_width_multiplier", None):
+            scale = 1.0 / float(text.logits_mup_width_multiplier)
+        scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
         # T5 ties its head whatever `tie_word_embeddings` of a checkpoint says; that value became this one.
         if getattr(text, "scale_decoder_outputs", False):
             scale = float(text.d_model) ** -0.5
-        return Post(scale, getattr(text, "final_logit_softcapping", None))
+        return Post(scale, next((cap for name in CAPS if (cap := getattr(text, name, None))), None))
 
 
 def token_logprobs(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ class Sampling:
     """Answers generated at once."""
     seed: int | None = None
     """Seed of the sampling; None draws one from the running random state."""
+
+
+class NextTokens(Protocol):
+    """What decides the next tokens of rows."""
+
+    greedy: bool
+    """Whether each is the likeliest."""
+
+    def pick(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
+        """Return the next token of each row, (R,), from scores (R, V); see `Picker.pick`."""
 
 
 class Picker:
@@ -95,7 +106,7 @@ class PickerProcessor:
         answers: which answer each row of the batch is.
     """
 
-    def __init__(self, picker: Picker, answers: Sequence[int]):
+    def __init__(self, picker: NextTokens, answers: Sequence[int]):
         self.picker, self.answers, self.at = picker, answers, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

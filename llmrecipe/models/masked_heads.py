@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmrecipe.core.errors import ModelError
 
@@ -22,15 +23,18 @@ CHAINS: tuple[tuple[str, ...], ...] = (
     ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
     ("generator_predictions", "generator_lm_head"),
     ("head", "decoder"),
+    ("lm_head", "decoder"),
 )
 """Children of a language model that lead from states (..., D) to logits (..., V), in the order they are called."""
 
 
 def head_chain(model: nn.Module) -> nn.Module | None:
     """Return a head made of known children of a model, one module (..., D) -> (..., V); None where it has no such children."""
-    for chain in CHAINS:
+    # Longer chains first: a child that is a head of its own in one family is the first step of two in another.
+    for chain in sorted(CHAINS, key=len, reverse=True):
         parts = [part for name in chain if isinstance(part := getattr(model, name, None), nn.Module)]
-        if len(parts) == len(chain):
+        # The decoder of an encoder-decoder is a model, which its head follows.
+        if len(parts) == len(chain) and not isinstance(parts[-1], PreTrainedModel):
             return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     return None
 

@@ -33,7 +33,7 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.models.hooks.hook import BELOW_OUTERMOST, Hook, hook_kind, hooks_of
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.pretrained import backbone_of, pretrained
 from llmrecipe.models.vocabulary import input_embedding
 
 WORTH = 0.9
@@ -177,7 +177,7 @@ def _same_where_read(model: nn.Module) -> bool:
         states = []
         for rows in (None, read):
             with activate(dataclasses.replace(Context(), positions=positions, read=rows)):
-                out = pretrained(model).base_model(input_ids=ids, position_ids=positions + getattr(model, "position_offset", 0))
+                out = backbone_of(model)(input_ids=ids, position_ids=positions + getattr(model, "position_offset", 0))
             states.append(out.last_hidden_state[0, read])
         return same(*states)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):

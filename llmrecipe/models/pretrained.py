@@ -22,6 +22,12 @@ if TYPE_CHECKING:
         """Dtype of the checkpoint the weights were read from; that of the model where they are random."""
         new_heads: tuple[str, ...]
         """Paths of modules whose weights no checkpoint held."""
+        row_reading: Any
+        """How the model reads the rows of a batch, once it has been measured (see `engine.row_reading`)."""
+        decoders_tried: dict[str, bool]
+        """Which ways to decode are right, of those that have been tried (see `engine.decoders`)."""
+        obeys_causal_mask: bool
+        """Whether a mask keeps an encoder from later tokens, once it has been measured."""
 
         def to(self, *args: object, **kwargs: object) -> Self:  # type: ignore[override]
             """Move or cast the model in place."""
@@ -46,3 +52,12 @@ def pretrained(model: nn.Module) -> LanguageModel:
     config or the embeddings, it goes through here.
     """
     return cast("LanguageModel", model)
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Return the part of a language model that gives its last hidden states.
+
+    That is its `base_model`; a text model that was cut out of a larger one may still name the larger one's (Llama 4).
+    """
+    base: Any = pretrained(model).base_model
+    return getattr(model, "model", base) if base is model and hasattr(model, "lm_head") else base

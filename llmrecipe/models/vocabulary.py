@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 """Tokens that serve as padding in known vocabularies, in order of preference."""
+READ = ("input_ids", "inputs_embeds")
+"""What embeddings that count positions from their padding make them from."""
 BRACKETED = re.compile(r"<[^<>\s]+>|\[[A-Z_0-9]+\]")
 
 
@@ -122,9 +124,15 @@ def fit(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def position_offset(model: nn.Module) -> int:
-    """Return the offset RoBERTa-like families add to a position: they count from padding_idx + 1."""
+    """Return the offset that RoBERTa-like families add to a position.
+
+    Most count from padding_idx + 1; others keep a list of positions that begins later than 0.
+    """
     for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
-            start: Any = module.padding_idx
+        start: Any = getattr(module, "padding_idx", None)
+        if start is not None and any(hasattr(module, f"create_position_ids_from_{what}") for what in READ):
             return int(start) + 1
+        places = module._buffers.get("position_ids")
+        if places is not None and places.numel() and places.device.type != "meta":
+            return int(places.flatten()[0])
     return 0

@@ -37,7 +37,7 @@ from llmrecipe.models.attention import Prefix
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted, remove_hook
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.pretrained import backbone_of
 from llmrecipe.models.site import Site
 from llmrecipe.models.vocabulary import position_offset
 
@@ -384,7 +384,7 @@ def start_from_text(model: nn.Module, name: str, plan: ColumnPlan, tokenizer: Pr
             place = torch.arange(start, start + plan.virtual_tokens, device=device)[None]
             host = host_of(model, sites[0].side)
             inputs = {"position_ids": place + position_offset(host)} if takes_positions(host) else {}
-            pretrained(model).base_model(input_ids=torch.tensor([ids], device=device), **inputs)
+            backbone_of(model)(input_ids=torch.tensor([ids], device=device), **inputs)
         (hook,) = tables_of(model, name)
         (table,) = hook.tables.values()
         seen = [r.seen for r in recorders if isinstance(r, Recorder) and r.seen is not None]
