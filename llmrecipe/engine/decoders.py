@@ -6,8 +6,8 @@
     uncached     one prompt at a time, every token from a pass over everything before it
 
 The last is right for every model that can read a text, and slow. A state that reads the padding, positions counted from the
-first column, and a cache that is not kept make the others wrong without a word, so each is tried on a few made-up prompts first:
-the scores of three tokens must be those of the uncached way.
+first column, and a cache that is not kept make the others wrong without a word, so each is tried on a few made-up prompts: the
+scores of three tokens must be those of the uncached way.
 """
 
 from __future__ import annotations
