@@ -5,6 +5,7 @@ Nothing of it can be seen in a loss: a model that sees the token it is to predic
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,11 +65,12 @@ def check_scores(roles: Roles) -> None:
     batch = pad([Sequence(ids, [0] + [1] * (SHORT - 1))], roles.pad_id).to(roles.device)
     cast = torch.autocast(roles.device.type, dtype=engine.autocast or torch.bfloat16, enabled=engine.autocast is not None)
     plain: Any = model
+    more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         with roles.evaluating():
             own = engine(batch)["logprobs"]
             with activate(batch.context()), cast:
-                logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0]
+                logits = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits[0]
     except Exception:  # families raise whatever their own code leads to; an inspection stops no run
         return
     stock = logits.float().log_softmax(-1)[: SHORT - 1].gather(-1, batch.target[:, None]).squeeze(-1)
