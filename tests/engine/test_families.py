@@ -21,7 +21,7 @@ from tests.models.small_families import families, small_model
 from tests.tiny import Tokenizer
 
 ROWS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 12, 14], [11, 12, 13, 14, 15]]
-READS_PADDING = {"fnet", "convbert", "funnel", "yoso", "mobilebert"}
+READS_PADDING = {"fnet", "convbert", "funnel", "yoso", "mobilebert", "nystromformer"}
 SEES_THE_FUTURE = {"xlnet"}
 QUICK = {"masked": ("bert", "fnet", "convbert", "mpnet"), "causal": ("llama", "rwkv", "openai-gpt", "recurrent_gemma")}
 
