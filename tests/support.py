@@ -28,6 +28,8 @@ def shared(*parts: str) -> Path:
 class PeakBytes(TorchDispatchMode):
     """Inside, every storage an operation makes counts until it is freed; `peak` is the most that lived at one time.
 
+    Storages on the meta device hold nothing and do not count.
+
     Args:
         exclude: tensors that are there anyway, such as parameters.
     """
@@ -41,7 +43,7 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._count(tensor.untyped_storage())
         return result
 
