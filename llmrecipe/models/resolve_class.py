@@ -112,8 +112,9 @@ def _check_keys(changes: dict[str, Any], config: PreTrainedConfig) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first non-empty line of an error, with the next one where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def own_code(section: ModelSection) -> ModelError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.data.validation import warnings as data_warnings
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.reference_policy import needs_snapshot
 from llmrecipe.feedback.directions import direction
@@ -122,11 +123,13 @@ def examine(composition: Composition) -> Findings:
     total = sum(p.numel() for p in model.parameters())
     base = base_parameters(model)
     warnings = [
+        *data_warnings(data.report),
         *rank_warnings(model),
         *memory_warnings(memory.total, device),
         *weight_warnings(settings.model, model, parts.objective.head),
     ]
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
+    notes += [f"columns not used: {', '.join(data.report.unused)}"] if data.report.unused else []
     notes += [
         f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
         for w in later

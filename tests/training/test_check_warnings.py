@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmrecipe.cli.findings import show_findings
+from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.stack import Stack, base_parameters
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.recipe.schema import ModelSection
@@ -114,3 +116,26 @@ def test_eight_rows_are_not_sixteen(capsys: pytest.CaptureFixture[str]) -> None:
     show_findings(check("sft_lora", ["data.limit=8", "stack.lora.r=4000"]))
     text = capsys.readouterr().out
     assert "warning: stack.lora: rank 4000" in text and f"parameters: {few.parameters:,}, added: " in text
+
+
+def rows_of(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_what_the_run_says_of_its_rows_is_said_before(tmp_path: Path) -> None:
+    """One class, rows of the validation file among the training rows, and columns that nothing reads."""
+    liked = [{"prompt": f"Say {i}.", "completion": "Yes.", "label": True} for i in range(4)]
+    found = check("kto", [f"data.path={rows_of(tmp_path / 'liked.jsonl', liked)}"])
+    assert found.warnings == ["all rows have the label 'true': there is nothing to tell apart"]
+    rows = [{"prompt": f"Say {i}.", "completion": "Yes.", "page": i} for i in range(6)]
+    words = [f"data.path={rows_of(tmp_path / 'rows.jsonl', rows)}"]
+    seen = rows_of(tmp_path / "seen.jsonl", [*rows[:2], {**rows[0], "prompt": "New."}])
+    found = check("sft", [*words, f"data.validation={seen}"])
+    assert found.warnings == ["2 of 3 validation rows are also training rows, so they measure what was memorised"]
+    assert found.notes == ["columns not used: page"]
+
+
+def test_sizes_that_do_not_fit_together_are_said_with_their_numbers() -> None:
+    with pytest.raises(ModelError, match=r"model\.config: .*hidden size \(100\) is not a multiple of .*heads \(3\)"):
+        check("sft", ["data.limit=4", "model.config.hidden_size=100", "model.config.num_attention_heads=3"])
