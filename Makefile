@@ -19,7 +19,7 @@ test-all: $(READY)  ## everything: parity with trl and peft, whole recipes, two 
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)  ## runs and pipelines killed at every stage and moment: what goes on equals what ran through
-	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -m faults -n 2 --dist worksteal
 
 golden: $(READY)  ## whether small trainings, counters and imports are what they were (tests/golden)
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/golden

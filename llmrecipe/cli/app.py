@@ -133,7 +133,13 @@ def _other(error: Exception, arguments: list[str]) -> int:
     if callable(show):
         context = getattr(error, "ctx", None)
         where = getattr(context, "command_path", "llmrecipe")
-        hint = _as_word(str(getattr(error, "option_name", "") or ""))
+        hint = ""
+        if name := str(getattr(error, "option_name", "") or ""):
+            from llmrecipe.recipe.key_hints import flag_as_word
+
+            hint = flag_as_word(name)
+        if hint:
+            error.possibilities = None  # type: ignore[attr-defined]  # an option that is only like it
         complain(f"{show()}{hint}\nTry '{where} --help' for help.")
         return UserError.exit_code
     code = getattr(error, "exit_code", None)
@@ -150,31 +156,6 @@ def _other(error: Exception, arguments: list[str]) -> int:
     saved = f"\nThe traceback is in {path}\n{REPORT}" if path else "\n" + "".join(traceback.format_exception(error))
     complain(f"This is a bug of llmrecipe, not of your input: {type(error).__name__}: {error}{saved}", title="Bug")
     return LlmRecipeError.exit_code
-
-
-FLAGS = {
-    "learning_rate": "optim.lr",
-    "lr": "optim.lr",
-    "batch_size": "batch.size",
-    "per_device_train_batch_size": "batch.micro",
-    "num_train_epochs": "epochs",
-    "max_steps": "steps",
-    "output_dir": "run.dir",
-    "model": "model.path",
-    "model_name_or_path": "model.path",
-}
-"""Flags of other trainers -> the key of a recipe."""
-
-
-def _as_word(flag: str) -> str:
-    """Return how a recipe's key that was given as a flag is written, or an empty string for any other flag."""
-    from llmrecipe.recipe.compose import section_defaults
-
-    name = flag.lstrip("-").replace("-", "_").partition("=")[0]
-    sections = section_defaults()
-    known = {key: key for key, value in sections.items() if not isinstance(value, dict)}
-    key = FLAGS.get(name) or known.get(name) or (name if name.partition(".")[0] in sections and "." in name else None)
-    return f"\nKeys of a recipe are words without dashes: {key}=VALUE" if key else ""
 
 
 def _save_traceback(error: Exception, arguments: list[str]) -> Path | None:

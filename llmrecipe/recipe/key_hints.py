@@ -13,6 +13,47 @@ from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS
 from llmrecipe.recipe.schema import Recipe, Section
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
+OTHER_TRAINERS = {
+    "learning_rate": "optim.lr",
+    "batch_size": "batch.size",
+    "per_device_train_batch_size": "batch.micro",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "output_dir": "run.dir",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "train_file": "data.path",
+    "max_seq_length": "data.max_length",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "lora_r": "stack.lora.r",
+    "lora_alpha": "stack.lora.alpha",
+    "lora_dropout": "stack.lora.dropout",
+    "target_modules": "stack.lora.target",
+    "warmup_steps": "schedule.warmup",
+    "warmup_ratio": "schedule.warmup",
+    "eval_steps": "eval.every",
+    "save_steps": "save.every",
+    "save_total_limit": "save.keep",
+    "logging_steps": "log.every",
+}
+"""Names that other trainers give to an option -> the key of a recipe."""
+FLAGS = {**OTHER_TRAINERS, "lr": "optim.lr", "model": "model.path", "recipe": "recipe", "resume": "resume"}
+"""Names given as a flag, `--NAME` -> the word before the `=`."""
+WHICH = ("name", "type", "algorithm")
+"""Options that other trainers choose a component by."""
+
+
+def flag_as_word(flag: str) -> str:
+    """Return how a recipe's key that was given as a flag is written, or an empty string for any other flag."""
+    name = flag.lstrip("-").replace("-", "_").partition("=")[0]
+    section, dot, _ = name.partition(".")
+    key = FLAGS.get(name) or (name if dot and section in Recipe.model_fields else _homes().get(name))
+    return f"\nKeys of a recipe are words without dashes: {key}=VALUE" if key else ""
+
 
 def component_as_section(name: str, value: object, recipe: Mapping[str, Any]) -> str:
     """Return the hint for a component's name used as a section, as in `lora.r=8`; an empty string for any other name."""
@@ -37,6 +78,8 @@ def elsewhere(name: str, at: KeyPath, recipe: Mapping[str, Any]) -> str:
     Args:
         at: where the option was given; it is never suggested.
     """
+    if name in WHICH and len(at) == 2 and at[0] in COMPONENT_GROUPS:
+        return f"; which {at[0]} it is comes before its options: {at[0]}=NAME"
     kinds = {place: registry.spec(place[0], kind) for place, kind in _components(recipe).items()}
     places = [_homes()[name]] if name in _homes() else []
     places += [dotted((*place, name)) for place, spec in kinds.items() if name in spec.options]

@@ -38,6 +38,8 @@ def one_folder(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(one_folder)]
+Place = Annotated[str, Field(min_length=1)]
+"""A file, a folder or a name; empty text, as of a shell variable that is not set, would be the working folder."""
 
 
 class Section(BaseModel):
@@ -49,7 +51,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model is trained, and how it is loaded."""
 
-    path: str = Field("tiny", description="Folder, hub name, run directory, or `tiny` (the model inside the package).")
+    path: Place = Field("tiny", description="Folder, hub name, run directory, or `tiny` (the model inside the package).")
     init: Literal["pretrained", "random"] = Field("pretrained", description="Trained weights, or fresh ones from the config.")
     config: dict[str, Any] = Field(
         default_factory=dict, description="Config values to set (with init=random: `model_type` and sizes, no path needed)."
@@ -121,7 +123,7 @@ class TokenizerTrainingSection(Section):
 class TokenizerSection(Section):
     """The tokenizer, by default the model's own."""
 
-    path: str | None = Field(None, description="Folder or hub name; default: the model's.")
+    path: Place | None = Field(None, description="Folder or hub name; default: the model's.")
     chat_template: str | None = Field(
         None,
         description="Name of a built-in template (`llmrecipe list chat_template`), a file, or the Jinja text itself.",
@@ -138,7 +140,7 @@ class TokenizerSection(Section):
 class ProcessorSection(Section):
     """The image processor of objectives that read pictures, by default the model's own."""
 
-    path: str | None = Field(None, description="Folder or hub name with a preprocessor_config.json; default: the model's.")
+    path: Place | None = Field(None, description="Folder or hub name with a preprocessor_config.json; default: the model's.")
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="Values to set, such as size or image_mean; with `image_processor_type` (ViTImageProcessor) a new one.",
@@ -148,7 +150,7 @@ class ProcessorSection(Section):
 class DataSection(Section):
     """Where rows come from and how they become tokens."""
 
-    path: str | list[str] | dict[str, float] | None = Field(
+    path: Place | list[Place] | dict[Place, float] | None = Field(
         None,
         description="File, folder with train/valid/test files, hub name, `builtin:NAME`, list, or {path: weight}.",
     )
@@ -293,8 +295,8 @@ class LogSection(Section):
 class RunSection(Section):
     """Where the run directory is."""
 
-    dir: str | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
-    root: str = Field("runs", description="Folder that contains run directories.")
+    dir: Place | None = Field(None, description="Run directory; default: runs/<recipe>/<time>-<key>.")
+    root: Place = Field("runs", description="Folder that contains run directories.")
     name: FolderName | None = Field(None, description="Name used in the path; default: the recipe's.")
     parallel: PositiveInt = Field(1, description="Stages of a pipeline that may run at once, GPUs and cores divided.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")

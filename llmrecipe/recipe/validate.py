@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
 from llmrecipe.recipe import sharding_rules, trained_tokenizer
-from llmrecipe.recipe.key_hints import component_as_section, elsewhere
+from llmrecipe.recipe.key_hints import OTHER_TRAINERS, component_as_section, elsewhere
 from llmrecipe.recipe.provenance import Origin, leaves, origin_of
 from llmrecipe.recipe.registered_names import unknown_names
 from llmrecipe.recipe.schema import Recipe, Section
@@ -306,6 +306,8 @@ def _unknown_key(model: type[BaseModel], at: KeyPath, key: KeyPath, owner: str, 
     other = elsewhere(name, place, recipe) if recipe else ""
     # The very name in a method of this recipe's stack comes before a name that is only like it.
     here = other if other.startswith("; did you mean 'stack.") else ""
+    if model is Recipe and not misplaced and name in OTHER_TRAINERS:
+        here = f"; did you mean '{OTHER_TRAINERS[name]}'?"
     hint = misplaced or here or did_you_mean(name, known, meanings) or other
     if model is Recipe:
         return f"a recipe has no key '{name}'{hint}" + ("" if hint else f" (keys: {', '.join(known)})")
@@ -378,7 +380,7 @@ def _hint(details: list[ErrorDetails], value: object) -> str:
             return "; write it without quotes and leading zeros"
     if isinstance(value, bool) and "literal_error" in kinds:
         return f"; write {'on' if value else 'off'}" if "'on'" in str(details[0].get("ctx")) else ""
-    if isinstance(value, float) and kinds & {"int_type", "int_from_float"} and value.is_integer():
+    if isinstance(value, float) and kinds & {"int_type", "int_from_float"} and value.is_integer() and abs(value) < 1e15:
         return f"; write {int(value)}"
     if isinstance(value, int | float) and kinds == {"string_type"}:
         return "; put it in quotes: '\"...\"' on the command line"

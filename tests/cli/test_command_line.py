@@ -36,6 +36,18 @@ def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[
         (["train", "recipe=dpo_lora", "--steps", "10"], "words without dashes: steps=VALUE"),
         (["train", "recipe=dpo_lora", "--learning_rate", "1e-4"], "words without dashes: optim.lr=VALUE"),
         (["train", "recipe=dpo_lora", "--optim.lr=1"], "words without dashes: optim.lr=VALUE"),
+        (["train", "recipe=dpo_lora", "--recipe", "sft"], "words without dashes: recipe=VALUE"),
+        (["train", "recipe=dpo_lora", "--lora_r=8"], "words without dashes: stack.lora.r=VALUE"),
+        (["train", "recipe=dpo_lora", "--warmup"], "No such option: --warmup\nTry"),
+        (["train", "recipe=dpo_lora", "--bf16"], "No such option: --bf16\nKeys of a recipe"),
+        (["train", "recipe=dpo_lora", "--steps"], "No such option: --steps\nKeys of a recipe"),
+        (["train", "recipe=dpo_lora", "learning_rate=1e-4"], "did you mean 'optim.lr'?"),
+        (["train", "recipe=dpo_lora", "batch_size=4"], "did you mean 'batch.size'?"),
+        (["train", "recipe=dpo_lora", "optim.name=adamw"], "which optim it is comes before its options: optim=NAME"),
+        (["train", "recipe=dpo_lora", "run.dir="], "run.dir: must be text of length at least 1"),
+        (["train", "recipe=dpo_lora", "data.path="], "data.path: must be text of length at least 1"),
+        (["train", "recipe=dpo_lora", "model.path="], "model.path: must be text of length at least 1"),
+        (["train", "recipe=dpo_lora", "steps=1e30"], "got 1e+30 ["),
         (["trian", "recipe=dpo_lora"], "did you mean 'train'?"),
         (["explain", "recipe=sft", "recipe=dpo"], "given twice"),
         (["explain", "recipe="], "needs a name"),
@@ -51,6 +63,15 @@ def test_input_mistakes_are_exit_code_two(
     assert run_command(arguments) == 2
     err = capsys.readouterr().err
     assert expected.lower() in err.lower() and "Traceback" not in err
+
+
+def test_what_other_trainers_call_an_option_is_a_key_of_a_recipe() -> None:
+    from llmrecipe.recipe.compose import compose
+    from llmrecipe.recipe.key_hints import OTHER_TRAINERS
+    from llmrecipe.recipe.provenance import leaves
+
+    known = {".".join(map(str, path)) for path, _ in leaves(compose("sft_lora", []).mapping)}
+    assert set(OTHER_TRAINERS.values()) <= known
 
 
 def fake_train(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None = None) -> list[Any]:

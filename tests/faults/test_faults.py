@@ -51,17 +51,23 @@ GROUPS = {
 COMMANDS = {**{name: (words, {}) for name, words in RUNS.items()}, **GROUPS}
 
 
-def faults(sweep: Sweep, every: int = 1) -> list[str]:
-    """Return what went wrong at each of the sweep's states, or at every so-manieth of them."""
-    return [wrong for point in sweep.points[::every] if (wrong := sweep.wrong(point)) is not None]
+PARTS = 2
+"""Each sweep is this many tests, so that as many processes share it."""
+
+
+def faults(sweep: Sweep, part: int = 0, parts: int = 1) -> list[str]:
+    """Return what went wrong at each of the sweep's states, or at those of one of several parts in a row."""
+    first, end = (len(sweep.points) * n // parts for n in (part, part + 1))
+    return [wrong for point in sweep.points[first:end] if (wrong := sweep.wrong(point)) is not None]
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_killed_at_any_call(name: str, tmp_path: Path) -> None:
+def test_a_command_killed_at_any_call(name: str, part: int, tmp_path: Path) -> None:
     words, files = COMMANDS[name]
-    assert faults(Sweep(words, tmp_path, files)) == []
+    assert faults(Sweep(words, tmp_path, files), part, PARTS) == []
 
 
 def test_a_run_killed_where_states_change_hands(tmp_path: Path) -> None:
