@@ -8,11 +8,11 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
@@ -24,10 +24,6 @@ from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.models.weight_headers import headers
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.open_model import resolve_section
-
-if TYPE_CHECKING:
-    pass
-
 
 SHOWN = 3
 """Names in a warning."""
@@ -108,7 +104,12 @@ def weight_warnings(section: ModelSection, model: nn.Module, rows_head: str) -> 
         head = rows_head in NEW_HEADS and (not name.startswith(prefix) or ".pooler." in name)
         return head or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*LEGACY, *section.allow_mismatch))
 
-    other = [n for n, s in stored.items() if n in wanted and wanted[n] != s and n not in skipped and not allowed(n)]
+    packed = {f"{path}.weight" for path, _ in quantized(model)}  # a checkpoint has it whole, and either way up
+
+    def fits(name: str) -> bool:
+        return stored[name] == wanted[name] or (name in packed and stored[name] == wanted[name][::-1])
+
+    other = [n for n in stored if n in wanted and not fits(n) and n not in skipped and not allowed(n)]
     if other:
         name = other[0]
         yield (
@@ -128,7 +129,10 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     added = {id(t) for _, _, _, hook in all_hooks(model) for t in (*hook.parameters(), *hook.buffers())}
     added |= {id(t) for _, shared in shared_modules(model) for t in (*shared.parameters(), *shared.buffers())}
     state = model.state_dict(keep_vars=True)
-    return {n: tuple(t.shape) for n, t in state.items() if id(t) not in added and not n.startswith(f"{ATTRIBUTE}.")}
+    shapes = {n: tuple(t.shape) for n, t in state.items() if id(t) not in added and not n.startswith(f"{ATTRIBUTE}.")}
+    for path, layer in quantized(model):
+        shapes[f"{path}.weight"] = (int(layer.out_features), int(layer.in_features))  # type: ignore[arg-type]
+    return shapes
 
 
 def _own_name(name: str, wanted: dict[str, tuple[int, ...]], prefix: str, renamed: dict[str, str]) -> str:

@@ -84,6 +84,20 @@ def test_missing_tensors_and_other_shapes_are_named(tmp_path: Path) -> None:
     assert list(weight_warnings(section.model_copy(update={"init": "random"}), meta(section), "causal")) == []
 
 
+@pytest.mark.parametrize("stack", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_base_that_is_packed_is_compared_by_the_shapes_it_is_read_with(tmp_path: Path, family: str, stack: str) -> None:
+    """GPT-2 keeps its matrices transposed, and packing turns them."""
+    pytest.importorskip("bitsandbytes")
+    folder = base_folder(tmp_path, family)
+    words = [f"model.path={folder}", f"stack=[{stack},lora]", "stack.lora.target=attn.q", "data.limit=4", "objective.mask=all"]
+    assert not [w for w in check("sft_lora", words).warnings if "loading will stop" in w]
+    name = next(n for n, t in load_file(str(folder / "model.safetensors")).items() if t.dim() == 2 and ".mlp." in n)
+    changed(folder, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    (told,) = [w for w in check("sft_lora", words).warnings if "loading will stop" in w]
+    assert f"1 tensors of {folder} have another shape than this model: {name}" in told
+
+
 def test_a_checkpoint_under_other_names_is_not_accused(tmp_path: Path) -> None:
     def rename(tensors: dict[str, torch.Tensor]) -> None:
         tensors["experts.0.w1"] = tensors.pop("model.norm.weight")
