@@ -38,6 +38,7 @@ from tests.tiny import Tokenizer, tiny_model, tiny_vision_model
 OPTIONS: dict[str, dict[str, Any]] = {
     "noah": {"depths": [2]},
     "bitfit": {"missing": "add_zero"},
+    "ewc": {"num_samples": 4},
     "fishmask": {"density": 0.05, "num_samples": 4},
     "child_tuning": {"variant": "d"},
     "spt": {"num_batches": 2},

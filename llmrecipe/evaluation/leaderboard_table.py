@@ -146,11 +146,20 @@ def labels_of(recipes: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str
 
 def _way(recipe: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return key path -> value of a recipe in what sets it apart; the run below by its own recipe rather than by its path."""
-    own = flat({k: v for k, v in recipe.items() if k not in NOT_A_WAY})
+    own = _flat(recipe)
     if start is None:
         return own
-    below = flat({k: v for k, v in start.items() if k not in NOT_A_WAY})
+    below = _flat(start)
     return {k: v for k, v in own.items() if not k.startswith("model.")} | {f"{START}.{k}": v for k, v in below.items()}
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return key path -> value of what decides what is learned; sources with weights are one value."""
+    own = {k: v for k, v in recipe.items() if k not in NOT_A_WAY}
+    path = (own.get("data") or {}).get("path")
+    if isinstance(path, Mapping):
+        own["data"] = {**own["data"], "path": " + ".join(f"{weight:g} {source}" for source, weight in path.items())}
+    return flat(own)
 
 
 def _name(recipe: Mapping[str, Any]) -> tuple[str, str]:

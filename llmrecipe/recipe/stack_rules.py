@@ -20,6 +20,10 @@ class Built(Protocol):
     def name(self) -> str:
         """Return its key in the stack."""
 
+    @property
+    def role(self) -> str:
+        """Return the one role it serves; empty for the policy's own methods."""
+
     @classmethod
     def reads_gradients(cls) -> bool:
         """Return whether the method acts on gradients."""
@@ -44,6 +48,10 @@ class Declared:
     """What a model must read for it; empty where anything will do."""
     requires: Sequence[str] = ()
     """Kinds that must be in the stack too."""
+    needs_base: str = ""
+    """What it does with the base's weights, where that is nothing unless they train."""
+    freezes: bool = False
+    """Whether it freezes the base."""
 
     @classmethod
     def of_spec(cls, name: str, spec: Spec) -> Declared:
@@ -57,20 +65,22 @@ class Declared:
         found = {key: getattr(kind, key, None) for key in FACTS}
         if not found["needs_gradients"] and wrapper.reads_gradients():
             found["needs_gradients"] = "works on gradients"
-        return cls._of(wrapper.name, name_of(kind), found)
+        return cls._of(wrapper.name, name_of(kind), found, wrapper.role)
 
     @classmethod
-    def _of(cls, name: str, kind: str, facts: Mapping[str, Any]) -> Declared:
-        stage = getattr(facts["stage"], "name", facts["stage"])
+    def _of(cls, name: str, kind: str, facts: Mapping[str, Any], role: str = "") -> Declared:
+        stage = str(getattr(facts["stage"], "name", facts["stage"] or DEFAULT_STAGE)).removeprefix("Stage.")
         return cls(
             name,
             kind,
-            str(stage).endswith("RULE"),
+            stage == "RULE",
             bool(facts["gradient_free"]),
             str(facts["needs_gradients"] or ""),
             facts["conflicts"] if isinstance(facts["conflicts"], Mapping) else {},
             str(facts["modality"] or ""),
             tuple(facts["requires"] or ()),
+            str(facts["needs_base"] or ""),
+            stage in FREEZING and not role,
         )
 
     def refuses(self, other: Declared) -> str | None:
@@ -81,11 +91,17 @@ class Declared:
             return f"{self.kind} is for models that read {self.modality}, {other.kind} for models that read {other.modality}"
         if self.needs_gradients and other.gradient_free:
             return f"{self.kind} {self.needs_gradients}, and {other.kind} makes none"
+        if self.needs_base and other.freezes:
+            return f"{self.kind} {self.needs_base}, and {other.kind} freezes it; without {other.kind} all of it trains"
         return None
 
 
-FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "modality", "requires")
+FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "modality", "requires", "needs_base")
 """Class attributes that are read."""
+DEFAULT_STAGE = "INJECT"
+"""The stage of a method whose source names none."""
+FREEZING = ("INJECT", "SELECT")
+"""Stages whose methods freeze the base."""
 
 
 @dataclass(frozen=True)

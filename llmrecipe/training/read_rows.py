@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.core.key_reads import refuse_unread
 from llmrecipe.core.registry import names, spec
 from llmrecipe.core.tasks import Tasks, common
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.objectives.base import Objective
-    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.recipe.schema import DataSection, Recipe
 
 
 GENERAL_ROWS, GENERAL_MASK = "dialogue", "assistant"
@@ -89,6 +91,10 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     if isinstance(data, TokenData) and isinstance(validation, TokenData):
         data.report.overlap, data.report.compared = shared_rows(data, validation), len(validation)
     general_rows(recipe, objective)
+    for wrapper in wrappers:
+        if (path := wrapper.calibration_data()) is not None:
+            with _of_key(f"stack.{wrapper.name}.data"):
+                other_rows(recipe, objective, path, labels)
     return data, validation, labels
 
 
@@ -123,12 +129,7 @@ def general_rows(recipe: Recipe, objective: Objective) -> dict[str, TokenData]:
         )
     found: dict[str, TokenData] = {}
     for name, path in sets.items():
-        section = recipe.data.model_copy(
-            update={
-                "path": path, "format": "auto", "columns": {}, "validation": None, "test": None, "limit": None,
-                "streaming": False, "blocks": False, "system": None,
-            }
-        )  # fmt: skip
+        section = _section_of(recipe, path)
         tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
         for split in ("validation", "train"):
             rows = prepare(section, tokenizer, GENERAL_ROWS, mask=GENERAL_MASK, split=split, seed=recipe.seed)
@@ -136,6 +137,40 @@ def general_rows(recipe: Recipe, objective: Objective) -> dict[str, TokenData]:
                 found[name] = rows
                 break
     return found
+
+
+def _section_of(recipe: Recipe, path: str) -> DataSection:
+    """Return the recipe's section for all rows of another place, in whatever format they are."""
+    return recipe.data.model_copy(
+        update={
+            "path": path, "format": "auto", "columns": {}, "validation": None, "test": None, "limit": None,
+            "streaming": False, "blocks": False, "system": None,
+        }
+    )  # fmt: skip
+
+
+def other_rows(recipe: Recipe, objective: Objective, path: str, labels: list[str] | None) -> SplitRows:
+    """Return the training rows of another place, read as the objective reads the run's own.
+
+    Raises:
+        DataError: there are none, or they cannot be used.
+    """
+    rows = prepare(
+        _section_of(recipe, path), open_model.tokenizer_of(recipe.model, recipe.tokenizer), objective.rows,
+        mask=objective.loss_mask(), split="train", seed=recipe.seed, label_map=labels, needs=objective.columns(),
+        reader=feature_reader(recipe, objective),
+    )  # fmt: skip
+    assert rows is not None, "only validation and test rows may be absent"
+    return rows
+
+
+@contextlib.contextmanager
+def _of_key(key: str) -> Iterator[None]:
+    """Begin errors of data with the key that names them."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def test_rows(recipe: Recipe, objective: Objective, data: SplitRows, tokenizer: PreTrainedTokenizerBase) -> SplitRows | None:

@@ -24,9 +24,11 @@ from llmrecipe.runs.open_model import original
 from llmrecipe.training import build_run, finite_check, resume_rules, save_run
 from llmrecipe.training.build_run import abandoned, build_parts
 from llmrecipe.training.evaluate import evaluate
+from llmrecipe.training.read_rows import other_rows
 from llmrecipe.training.run_state import RunState
 
 if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
     from llmrecipe.recipe.compose import Composition
 
 
@@ -79,19 +81,24 @@ class Run(RunState):
             self.progress.drawn += 1
             yield [{**self.data[int(i)], "epoch": epoch} for i in rows[self.runtime.rank :: self.runtime.world]]
 
-    def probe(self) -> Probe:
-        """Return what `calibrate` may use: training rows in a separate order, each at most once in a pass."""
+    def probe(self, data: SplitRows | None = None) -> Probe:
+        """Return what `calibrate` may use: rows in an order that training does not share, each at most once in a pass.
+
+        Args:
+            data: the rows; None for the training rows.
+        """
+        source = self.data if data is None else data
 
         def capped(n: int, rows: int | None = None) -> int:
-            return min(n, math.ceil(len(self.data) / (rows or self.recipe.batch.size)))
+            return min(n, math.ceil(len(source) / (rows or self.recipe.batch.size)))
 
         def picked(n: int, rows: int | None = None) -> Iterator[list[dict[str, Any]]]:
             size, count = rows or self.recipe.batch.size, capped(n, rows)
-            indices = order(self.data, self.recipe.seed + 1_000_003, 0)
+            indices = order(source, self.recipe.seed + 1_000_003, 0)
             if count < n and self.runtime.is_main:
                 say(f"calibration: {n} batches of {size} rows were requested and the data fill {count}; no row is read twice")
             for i in counted(range(count), "calibration", count if self.runtime.is_main else 0):
-                yield [self.data[int(j)] for j in indices[i * size : (i + 1) * size]]
+                yield [source[int(j)] for j in indices[i * size : (i + 1) * size]]
 
         def batches(n: int, rows: int | None = None) -> Iterator[Batch]:
             for own in picked(n, rows):
@@ -106,10 +113,14 @@ class Run(RunState):
             with self.roles.alone():
                 return self.objective.loss(batch, self.roles).total / max(self.objective.weight(batch), 1e-12)
 
+        def elsewhere(path: str) -> Probe:
+            labels = getattr(self.data, "labels", None) or self.objective.label_names()
+            return self.probe(other_rows(self.recipe, self.objective, path, labels))
+
         return Probe(
-            batches, loss, self.runtime, self.objective.weight, len(self.data), tokenizer=self.tokenizer, steps=self.steps,
+            batches, loss, self.runtime, self.objective.weight, len(source), tokenizer=self.tokenizer, steps=self.steps,
             engine=Engine(self.model), original=lambda: original(self.loaded, self.recipe.seed),
-            micros=micros, capped=capped,
+            micros=micros, capped=capped, of=elsewhere,
         )  # fmt: skip
 
     # --- one step -------------------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ def _save(
     }
     if run.roles.reference_moves or run.stack.learns_init():
         tensors["reference"] = run.stack.snapshot or {}
+    if kept := run.stack.training_tensors(run.model):
+        tensors["wrappers"] = kept
     if state is not None:
         tensors["optimizer"], documents["optimizer_facts"] = state
     root = run.dir.path / "checkpoints"
@@ -146,6 +148,7 @@ def restore(run: RunState) -> None:
         run.stack.snapshot = {n: v.to(run.roles.device) for n, v in saved.tensors["reference"].items()}
     with run.whole(write=True):
         run.stack.restore(run.model, saved.tensors["delta"])
+    run.stack.load_training_tensors(run.model, saved.tensors.get("wrappers", {}))
     for name, value in saved.documents["progress"].items():
         setattr(run.progress, name, value)
     run.progress.ended = run.progress.ended and not goes_on(run.changes)

@@ -10,7 +10,7 @@ import pytest
 from tests.benchmarks import stamp
 from tests.benchmarks.stamp import RESULTS, declared, judge, line, read, source_hash, writer_of
 
-ELSEWHERE = ("parity", "alignment_leaderboard", "peft_leaderboard", "real-models")
+ELSEWHERE = ("parity", "alignment_leaderboard", "peft_leaderboard", "forgetting_leaderboard", "real-models")
 """Results that no script of this folder writes: `make parity`, two recipes, and runs of the command line."""
 
 

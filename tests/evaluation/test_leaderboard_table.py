@@ -90,6 +90,10 @@ def test_rows_are_means_and_sample_deviations_over_seeds_best_first() -> None:
         ([LORA, {**LORA, "stack": {"lora": {"kind": "lora", "r": 8}}}], ["lora (stack.lora.r=4)", "lora (stack.lora.r=8)"]),
         ([LORA, {**LORA, "objective": {"kind": "dpo"}}], ["sft", "dpo"]),
         ([{**SFT, "stack": {"n": {"kind": "nf4"}, "l": {"kind": "lora"}}}], ["nf4+lora"]),
+        (
+            [{**SFT, "data": {"path": "a"}}, {**SFT, "data": {"path": {"a": 0.8, "b": 0.25}}}],
+            ["full (data.path=a)", "full (data.path=0.8 a + 0.25 b)"],
+        ),
         ([{**SFT, "run": {"dir": "x"}}, {**SFT, "run": {"dir": "y"}, "log": {"every": 2}}], ["full", "full"]),
     ],
 )

@@ -90,6 +90,7 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
         ),
         (["best=most"], "must be one of 'min', 'max'"),
         (["metric=test/acuracy"], "did you mean 'test/accuracy'"),
+        (["across=test/loss"], "across: 'test/loss' is not a column of the table; "),
     ],
 )
 def test_a_mistake_is_one_clear_message(runs: str, tmp_path: Path, words: list[str], told: str) -> None:

@@ -16,7 +16,7 @@ from llmrecipe.recipe.stack_rules import Declared, refusals
 from llmrecipe.recipe.validate import check_stack
 
 KINDS = registry.names("stack")
-GREEDY = ["adalora", "child_tuning", "diff_pruning", "fishmask", "group_mask", "smt", "spt"]
+GREEDY = ["adalora", "child_tuning", "diff_pruning", "ewc", "fishmask", "group_mask", "smt", "spt"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -375,6 +375,11 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "rlhf": ShownBy("tests/feedback/test_reward_model.py::test_a_learned_reward_teaches_manners"),
     "rlaif": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_preference_model_teaches_what_its_labels_say"),
     "rlaif_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_labels_of_a_judge_teach_its_preferences"),
+    # regularization
+    **dict.fromkeys(
+        ("l2sp", "ewc", "sft_replay", "forgetting_leaderboard"),
+        ShownBy("tests/recipes/test_pipelines_learn.py::test_what_is_done_against_forgetting_keeps_the_old_task"),
+    ),
     # leaderboards
     "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
     "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),

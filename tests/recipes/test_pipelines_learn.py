@@ -159,6 +159,18 @@ def test_every_method_of_the_board_learns(place: Path) -> None:
 
 
 @inside
+def test_what_is_done_against_forgetting_keeps_the_old_task(place: Path) -> None:
+    """All learn the lists alike; what the conversations of the old task lose is what sets them apart."""
+    made = scores(stages("forgetting_leaderboard", "stages.board.plot=false")["board"])
+    rows = {"sft_replay" if " + " in name else name.partition(" ")[0]: row for name, row in made.items()}
+    assert rows.keys() == {"full", "lora", "l2sp", "ewc", "sft_replay"}
+    assert max(row["score"] for row in rows.values()) <= 0.25, "forgetting_leaderboard: not all learn the new task"
+    lost = {name: row["forget/chat"] for name, row in rows.items()}
+    assert lost["full"] >= 0.5
+    assert all(lost[name] <= 0.5 * lost["full"] for name in ("l2sp", "ewc", "sft_replay"))
+
+
+@inside
 def test_objectives_of_the_board_learn(place: Path) -> None:
     """Two of the pair objectives, at their full length, from one fine-tuned model, and the same on swapped pairs."""
     every = compose("alignment_leaderboard").recipe.stages["aligned"]["matrix"]["objective"]

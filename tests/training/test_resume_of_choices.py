@@ -38,6 +38,7 @@ CASES = {
     "dylora": "dylora dylora.target=all-linear dylora.r=4 dylora.dropout=0.2",
     "prompt_tuning": f"lora,prompt_tuning {LORA} prompt_tuning.init=vocab",
     "prefix_tuning": f"lora,prefix_tuning {LORA}",
+    "ewc": "ewc ewc.num_samples=2 ewc.strength=100",
     "dora": "dora dora.target=all-linear dora.r=4 dora.dropout=0.2",
 }
 

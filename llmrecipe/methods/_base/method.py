@@ -34,7 +34,9 @@ class Stage(enum.IntEnum):
     """Opens base parameters, or entries of them."""
     FREEZE = 3
     """Lets part of what the others train rest."""
-    RULE = 4
+    ANCHOR = 4
+    """Adds a term to the loss, and changes neither what trains nor how."""
+    RULE = 5
     """Replaces how one update is made."""
 
 
@@ -76,6 +78,8 @@ class Probe:
     """`micros(n, rows) -> Iterator[list[Batch]]`: the same batches, each cut into micro-batches as a training step is."""
     capped: Any = field(default=None)
     """`capped(n, rows) -> int`: how many of n batches there are when no row is read twice."""
+    of: Any = field(default=None)
+    """`of(path) -> Probe`: the same over the rows of another place (see `Wrapper.calibration_data`)."""
 
     def groups(self, n: int, rows: int | None = None) -> Iterator[list[Any]]:
         """Yield at most n batches as lists of micro-batches.
@@ -122,6 +126,8 @@ class Wrapper:
     """What the method does with gradients, such as `masks gradients`, where it cannot do without them."""
     gradient_free: ClassVar[bool] = False
     """Whether it is an update rule that makes no gradients."""
+    needs_base: ClassVar[str] = ""
+    """What the method does with the weights of the base, as `anchors the base`, where that is nothing unless they train."""
     shards: ClassVar[tuple[str, ...]] = ()
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""
@@ -171,6 +177,10 @@ class Wrapper:
     def calibrates(self) -> bool:
         """Return whether `calibrate` chooses or initializes something from data; where an option decides, it decides here."""
         return type(self).calibrate is not Wrapper.calibrate
+
+    def calibration_data(self) -> str | None:
+        """Return a data path, where `calibrate` looks at other rows than the run's own; they are read before any weight."""
+        return None
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Return a term added to the mean loss of every optimizer step, a scalar."""
@@ -287,6 +297,10 @@ class Wrapper:
             for name, value in delta.items():
                 state[name].copy_(value)
 
+    def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return live tensors that training alone needs and `attach` cannot rebuild: checkpoints hold them, results do not."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Return JSON facts of a running method that tensors do not hold."""
         return {}
@@ -303,7 +317,10 @@ class Wrapper:
         return {}
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Return closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
+        """Return closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes.
+
+        `kept_bytes` counts tensors that the method keeps apart from the model.
+        """
         return {}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:

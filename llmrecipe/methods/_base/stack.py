@@ -243,6 +243,16 @@ class Stack:
             for name, value in left.items():
                 state[name].copy_(value)
 
+    def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what the wrappers need to go on training and did not learn, by `<wrapper>.<name>`."""
+        return {f"{w.name}.{key}": t for w in self.wrappers for key, t in w.training_tensors(model).items()}
+
+    @torch.no_grad()
+    def load_training_tensors(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+        """Put back what `training_tensors` returned."""
+        for name, tensor in self.training_tensors(model).items():
+            tensor.copy_(saved[name])
+
     # --- the policy of step 0 -------------------------------------------------------------------------------------
 
     def reference_is_off(self) -> bool:

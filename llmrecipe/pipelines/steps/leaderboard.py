@@ -56,6 +56,8 @@ class Leaderboard(Step):
     """The score without `against`: a name in the runs' final/metrics.json."""
     columns: list[str] = Field(default_factory=list)
     """Further names in the runs' final/metrics.json, each a column: forget/mean of runs with `eval.forgetting`."""
+    across: str | None = None
+    """What the plot shows the score over: one of `columns`; default: trained parameters, or KL with `against`."""
     best: Literal["min", "max"] | None = None
     """Whether a large or a small score is good; default: as the metric declares."""
     against: str | None = None
@@ -91,6 +93,9 @@ class Leaderboard(Step):
                     f"{where}.prompts: no prompts are given for the models to answer; name a file or folder of prompts"
                 )
             Rewards(self.reward, f"{where}.reward")
+        if self.across is not None and self.across not in self.columns:
+            named = ", ".join(self.columns) or "none"
+            raise RecipeError(f"{where}.across: '{self.across}' is not a column of the table; {where}.columns has {named}")
         if self.plot:
             from llmrecipe.core.lazy import is_installed
 
@@ -114,8 +119,9 @@ class Leaderboard(Step):
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
         if self.plot:
-            x = next(c for c in columns if c.key == ("kl" if self.against else "trained"))
-            draw_plot(rows, x, score, work.path / "leaderboard.png", log=self.against is None)
+            key = self.across or ("kl" if self.against else "trained")
+            x = next(c for c in columns if c.key == key)
+            draw_plot(rows, x, score, work.path / "leaderboard.png", log=key == "trained")
         self._page(work, rows, columns)
         return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
 
