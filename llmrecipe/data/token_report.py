@@ -127,7 +127,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; empty values are left out."""
-        values = {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
+        # Keys of JSON are texts, which sort otherwise than numbers: a checksum has to be that of what is read back.
+        values = {k: {str(key): n for key, n in v.items()} if isinstance(v, Counter) else v for k, v in vars(self).items()}
         values = {k: v for k, v in values.items() if v not in ({}, "")}
         return {**values, "ended_share": self.ended_share, "dropped_share": self.dropped_share}
 

@@ -107,6 +107,17 @@ def test_rows_from_the_file_equal_rows_from_memory(tmp_path: Path) -> None:
         assert [row["row"] for row in kept] == list(range(6))
 
 
+def test_counts_of_nine_and_of_ten_are_read_back(tmp_path: Path, encodings: list[str]) -> None:
+    """Numbers that are counted sort otherwise as the texts they are in a file: ends a row, and lengths of rows left out."""
+    rows = [{"messages": [turn(r, "x") for _ in range(n) for r in ("user", "assistant")]} for n in (1, 4, 5, 10, 12, 45)]
+    section = DataSection(path=str(write(tmp_path / "a.jsonl", rows)), max_length=240, max_dropped=0.9)
+    first, again = (prepare(section, byte_tokenizer(), "dialogue", seed=0) for _ in range(2))
+    assert len(encodings) == 1 and list(first) == list(again)
+    assert again.report == first.report
+    for counted in (again.report.eos, again.report.too_long):
+        assert sorted(counted) != sorted(counted, key=str), "one digit and two, or three and four"
+
+
 def test_nothing_is_written_without_the_cache(tmp_path: Path, own_cache: Path) -> None:
     prepare(DataSection(path=str(write(tmp_path / "a.jsonl", TALKS)), cache=False), byte_tokenizer(), "dialogue", seed=0)
     assert not list(own_cache.iterdir())
