@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from llmrecipe.objectives.alignment.ppo import Ppo
 from llmrecipe.objectives.alignment.rloo import Rloo
 from llmrecipe.objectives.reward_interface import Answer
 from tests.objectives.rollouts import ROWS, gradients, mean_loss, samples_of, setting, updates
+from tests.support import shared
 from tests.trainings import events, train_recipe
 
 REWARD = {"score": {"kind": "function", "function": "of_some"}}
@@ -156,3 +161,29 @@ def test_a_lone_reward_may_have_no_opinion(recipe: str, tmp_path: Path) -> None:
     shares = [event["response/no_opinion"] for event in events(tmp_path)]
     assert len(shares) == 2 and 0 < max(shares) < 1
     assert all(0 < event["objective/scores"] < 5 for event in events(tmp_path))
+
+
+@pytest.mark.parametrize("function", ["skip", pytest.param("np32", marks=pytest.mark.slow)])
+def test_a_function_given_as_a_case(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None leaves an answer out, float32 of numpy is a number; both train."""
+    case = shared("cases", "reward-none-and-numpy")
+    monkeypatch.syspath_prepend(str(case / "plug"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    # The case imports the decorator from where it lay when the case was written.
+    monkeypatch.setitem(sys.modules, "llmrecipe.rewards", types.ModuleType("llmrecipe.rewards"))
+    monkeypatch.setitem(sys.modules, "llmrecipe.rewards.function", sys.modules[reward_function.__module__])
+    before = set(FUNCTIONS)
+    importlib.import_module("myrewards")
+    words = [f"data.path={case / 'pr.jsonl'}", "~objective.reward.rule"]
+    words += [f"+objective.reward.function={{function: {function}}}", "batch.size=4", "objective.answers=2"]
+    try:
+        train_recipe(
+            tmp_path, "grpo", *words, "objective.max_new_tokens=4", "steps=2", "eval.at_start=false", "eval.test=false"
+        )
+    finally:
+        sys.modules.pop("myrewards", None)
+        for name in set(FUNCTIONS) - before:
+            FUNCTIONS.pop(name)
+    steps = events(tmp_path)
+    assert [event["step"] for event in steps] == [1, 2]
+    assert all(0 <= event["response/no_opinion"] < 1 and math.isfinite(event["objective/scores"]) for event in steps)
