@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -387,10 +388,13 @@ class Answering(Protocol):
 
 
 def sampled_targets(engine: Answering, draws: int, seed: int) -> Callable[[Batch], Iterator[tuple[Batch, float]]]:
-    """Sample y from the model instead of the data: tokens from language models, all classes of classifiers by probability."""
-    generator = torch.Generator().manual_seed(seed)
+    """Sample y from the model instead of the data: tokens from language models, all classes of classifiers by probability.
+
+    What is drawn for a batch depends on the seed and its rows alone, so any number of processes draws the same.
+    """
 
     def variants(batch: Batch) -> Iterator[tuple[Batch, float]]:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{list(batch.rows)}".encode()))
         labels = batch.extra.get("labels")
         if labels is not None and not batch.target.numel():
             with torch.no_grad():
