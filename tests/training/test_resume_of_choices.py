@@ -36,6 +36,7 @@ CASES = {
     "lora_ga": f"lora {LORA} lora.init=lora_ga",
     "adalora": "adalora adalora.init_r=3 adalora.target_r=1 adalora.tinit=0 adalora.tfinal=1 adalora.dropout=0.2",
     "dylora": "dylora dylora.target=all-linear dylora.r=4 dylora.dropout=0.2",
+    "noah": "noah noah.lora=[1,2,4] noah.adapter=[1,2,4] noah.prompt=[1,2,4]",
     "prompt_tuning": f"lora,prompt_tuning {LORA} prompt_tuning.init=vocab",
     "prefix_tuning": f"lora,prefix_tuning {LORA}",
     "ewc": "ewc ewc.num_samples=2 ewc.strength=100",
