@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine import role_models
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.checks import cached_generation
+from llmrecipe.evaluation.verify.checks.update_proof import UpdateProof
 from llmrecipe.evaluation.verify.documents import documents_of
 from llmrecipe.evaluation.verify.verify_subject import CheckResult, bench_of, judged, verifications, verify_subject
 from llmrecipe.interop.merged import export_merged
@@ -241,3 +243,12 @@ def test_an_export_whose_run_is_unknown_asks_for_it(bench: Bench, tmp_path: Path
     export_merged(str(bench.run.dir.path), tmp_path / "merged")
     assert command(["verify", str(tmp_path / "merged")]) == 2
     assert "--run RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changed", "status"), [(0, "not applicable"), (3, "ok")])
+def test_an_update_in_which_nothing_that_trains_moved_proves_nothing(tmp_path: Path, changed: int, status: str) -> None:
+    facts = {"frozen": {"unchanged": 5, "tensors": 5}, "trained": {"changed": changed, "tensors": 4}, "keys": {"set": 9}}
+    (tmp_path / "report.json").write_text(json.dumps({"proved": {**facts, "hooks": 4}}), encoding="utf-8")
+    bench: Any = SimpleNamespace(run=SimpleNamespace(dir=SimpleNamespace(path=tmp_path)))
+    result = judged("update_proof", lambda: UpdateProof().measure(bench))
+    assert result.status == status and (status == "ok" or "had no gradient" in result.reason)

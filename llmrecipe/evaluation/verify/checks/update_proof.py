@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from llmrecipe.core.registry import register
 from llmrecipe.evaluation.verify.bench import Bench
-from llmrecipe.evaluation.verify.verification import Measured, Verification
+from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
 
 
 @register
@@ -17,7 +17,11 @@ class UpdateProof(Verification):
     order: ClassVar[int] = 0
 
     def measure(self, bench: Bench) -> Measured:
-        """Train a few steps; the training itself refuses what is wrong."""
+        """Train a few steps; the training itself refuses what is wrong.
+
+        Raises:
+            NotApplicable: no trained tensor moved, since there was nothing to learn from the first update.
+        """
         path = bench.run.dir.path / "report.json"
         proved = json.loads(path.read_text(encoding="utf-8"))["proved"]
         frozen, trained, keys = proved["frozen"], proved["trained"], proved["keys"]
@@ -27,4 +31,6 @@ class UpdateProof(Verification):
         )
         if "step_zero" in proved:
             text += f", {len(proved['step_zero'])} values of step 0"
+        if trained["tensors"] and not trained["changed"]:
+            raise NotApplicable(f"{text}: the first update had no gradient, as when all rewards of a group are equal")
         return Measured(text, 0.0, 0.0)
