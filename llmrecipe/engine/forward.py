@@ -72,6 +72,7 @@ class Engine(nn.Module):
         heads: tuple[str, ...] = (),
         pool: Pool | None = None,
         compare: Comparison | None = None,
+        normalizer: bool = False,
     ) -> dict[str, Tensor]:
         """Run the model once over a batch.
 
@@ -91,6 +92,7 @@ class Engine(nn.Module):
                 is pooled by (`extra["pool"]`, or the last token).
             pool: with `pooled` and `decoded`, from which states and through which head; default the last token's.
             compare: with `logprobs`, return what it makes of the logits of the targets, chunk by chunk, instead.
+            normalizer: with `logprobs`, also return log Z (N,), Z the sum of exp over the logits of a target's place.
             critic: with `logprobs`, also return `values` (N,) and `values_end` (S,), the value of each sequence's last state.
 
         Returns:
@@ -128,7 +130,7 @@ class Engine(nn.Module):
             post = dataclasses.replace(self.post, temperature=temperature)
             if compare is not None:
                 return _with(compared(flat[batch.source], self.head, post, compare), auxiliary)
-            out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph)
+            out = token_logprobs(flat[batch.source], batch.target, self.head, post, entropy, entropy_graph, normalizer)
             out |= {name: self.head_of(name)(flat[pooled(batch)]) for name in heads}
             if critic is not None and critic.trunk == "own":
                 # The critic's pass is the second over the same tokens: the policy's loss of its own is the one that counts.

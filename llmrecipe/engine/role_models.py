@@ -118,11 +118,12 @@ class Roles:
         heads: tuple[str, ...] = (),
         pool: Pool | None = None,
         compare: Comparison | None = None,
+        normalizer: bool = False,
     ) -> dict[str, Tensor]:
         """Run the trained model through the prepared module, so that ranks synchronise."""
         out = self.prepared(
             batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph,
-            heads=heads, pool=pool, compare=compare,
+            heads=heads, pool=pool, compare=compare, normalizer=normalizer,
         )  # fmt: skip
         own = out.pop("auxiliary", None)
         if own is not None and self.auxiliary is not None:

@@ -39,7 +39,7 @@ class Loss:
     metrics: dict[str, tuple[Any, float]] = field(default_factory=dict)
     """name -> (sum, count), reduced over micro-batches and ranks, then divided once; or a `Largest` or `Smallest` value."""
     auxiliary: Tensor | float = 0.0
-    """What the model itself adds while training, in the unit of `total`; no part of the reported loss."""
+    """What the model itself and penalties add while training, in the unit of `total`; no part of the reported loss."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
@@ -238,7 +238,9 @@ class Objective:
             return loss
         weight = self.weight(batch)
         added = sum(found[1:], found[0]) / len(found) * weight
-        return replace(loss, auxiliary=added, metrics={**loss.metrics, "auxiliary_loss": (added.detach(), weight)})
+        return replace(
+            loss, auxiliary=loss.auxiliary + added, metrics={**loss.metrics, "auxiliary_loss": (added.detach(), weight)}
+        )
 
     def evaluation_rows(self, data: Rows, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a split that one process evaluates."""

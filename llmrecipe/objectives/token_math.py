@@ -111,15 +111,23 @@ TOKEN_METRICS: Measures = {"nll": "min", "accuracy": "max"}
 """Metrics that `token_loss` reports, and whether less or more of each is better."""
 
 
-def token_loss(batch: Batch, roles: Roles, kind: str = "nll") -> Loss:
+def token_loss(batch: Batch, roles: Roles, kind: str = "nll", z_loss: float = 0.0) -> Loss:
     """Compute the summed loss of a batch's targets, with accuracy and the plain negative log-likelihood as metrics.
 
     Targets count by `extra["weights"]` (N,) where rows have weights; the metrics are of every target alike.
+
+    Args:
+        z_loss: weight of the penalty sum_n (log Z_n)^2, which is added while training and reported by itself.
     """
-    out = roles.policy(batch)
+    out = roles.policy(batch, normalizer=True) if z_loss else roles.policy(batch)
     logprobs, weights = out["logprobs"], batch.extra.get("weights")
     of_kind = dynamic_fine_tuning if kind == "dft" else negative_log_likelihood
-    return Loss(of_kind(logprobs, weights=weights), token_metrics(out))
+    loss = Loss(of_kind(logprobs, weights=weights), token_metrics(out))
+    if not z_loss:
+        return loss
+    penalty = out["normalizer"].square().sum()
+    squares = {"log_z_squared": (penalty.detach(), float(logprobs.numel()))}
+    return Loss(loss.total, loss.metrics | squares, auxiliary=z_loss * penalty)
 
 
 def target_weights(rows: list[dict[str, Any]]) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from llmrecipe.core.option_types import NonNegativeFloat
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
@@ -30,13 +31,20 @@ class Clm(Objective):
     -(1/B) sum_t log2 P(x_t | x_<t), B the bytes in UTF-8; byte and word perplexity are exp of the sum over bytes and over the
     words between white space. A document longer than a row is read in windows that predict each token once (`data.stride`).
 
-    Source: next-token prediction as in GPT-2; shift and counting as in the transformers loss for causal models.
+    `z_loss` adds z_loss (1/N) sum_t (log Z_t)^2 while training, Z_t = sum_v exp(z_tv) the denominator of the softmax of logits
+    z: logits do not drift to where bfloat16 is coarse. `loss` is without it; `log_z_squared` is the mean of (log Z_t)^2.
+
+    Source: next-token prediction as in GPT-2; shift and counting as in the transformers loss for causal models; z-loss as in
+    PaLM (arXiv 2204.02311).
     """
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "text"
     head: ClassVar[str] = "causal"
     special_tokens: ClassVar[tuple[str, ...]] = ("eos",)
+
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, 1e-4 in PaLM; 0: none."""
 
     def loss_mask(self) -> str:
         """Train on every token."""
@@ -52,8 +60,8 @@ class Clm(Objective):
         return collate_tokens(rows, roles).with_extra(**sizes)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Return the summed negative log-likelihood."""
-        return token_loss(batch, roles)
+        """Return the summed negative log-likelihood, and the penalty on the denominators."""
+        return token_loss(batch, roles, z_loss=self.z_loss)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return loss and token metrics, and the negative log-likelihood over the bytes and words of rows of known size."""
