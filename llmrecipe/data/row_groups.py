@@ -41,7 +41,7 @@ class RowGroup:
         return torch.cat([F.pad(s, (*tail, a, columns - length - a)) for s, a in zip(states.split(1), firsts, strict=True)])
 
 
-def row_groups(batch: Batch, alone: bool = False) -> list[RowGroup]:
+def groups_by_length(batch: Batch, alone: bool = False) -> list[RowGroup]:
     """Return the rows of a padded batch by length (of an encoder-decoder: by both lengths), or each as a group of its own."""
     assert batch.attention_mask is not None, "rows that are not packed have a mask"
     mask = batch.attention_mask
@@ -68,7 +68,7 @@ def by_groups(
     Returns:
         The tensors of all rows, (R, T, ...) or (R, ...), and the mean of the losses over the tokens.
     """
-    groups = row_groups(batch, alone)
+    groups = groups_by_length(batch, alone)
     parts: list[list[Tensor]] = []
     total: Tensor | None = None
     for group in groups:

@@ -71,7 +71,7 @@ def continuous(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tup
     yield from decode_continuously(batch, requests)
 
 
-def padded(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
+def left_padded(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
     """Decode padded batches with the model's own `generate`."""
     for first in range(0, len(requests), job.sampling.batch):
         part = requests[first : first + job.sampling.batch]
@@ -83,7 +83,7 @@ def equal(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[in
     # Processes that share the weights make the same passes whatever the lengths of their prompts are.
     size = 1 if kv_cache.sharded(job.model) else job.sampling.batch
     for _, alike in groupby(requests, key=lambda a: len(a.ids)):
-        yield from padded(replace(job, sampling=replace(job.sampling, batch=size)), list(alike))
+        yield from left_padded(replace(job, sampling=replace(job.sampling, batch=size)), list(alike))
 
 
 def uncached(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
@@ -104,7 +104,7 @@ def uncached(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple
         yield request.index, new
 
 
-WAYS: dict[str, Decoder] = {"continuous": continuous, "padded": padded, "equal": equal}
+WAYS: dict[str, Decoder] = {"continuous": continuous, "padded": left_padded, "equal": equal}
 
 
 def decoder_of(job: Decoding, task: int | None) -> Decoder:

@@ -25,8 +25,9 @@ from llmrecipe.data.row_groups import by_groups
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
 from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
-from llmrecipe.engine.row_reading import RowReading, measure, obeys
+from llmrecipe.engine.row_reading import RowReading, measure_reading, obeys
 from llmrecipe.engine.vector_decoder import decoding, encoder_rows, mount_decoder
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
 from llmrecipe.models.pretrained import backbone_of, pretrained
@@ -58,6 +59,9 @@ class Engine(nn.Module):
         self.compile_trunk = compile
         self.post = Post.of(model.config)
         self.is_pair_model = bool(getattr(model.config, "is_encoder_decoder", False))
+        if not any(p.is_meta for p in model.parameters()):
+            # Before anybody counts or records passes of this model.
+            _ = self.reading
 
     def forward(
         self,
@@ -168,15 +172,16 @@ class Engine(nn.Module):
 
     @property
     def reading(self) -> RowReading:
-        """Return how the model reads rows, measured at the first call and kept with the model."""
+        """Return how the model reads rows, measured once, without what is injected into it, and kept with the model."""
         if "row_reading" not in self.model.__dict__:
             with self._uncompiled():
-                self.model.row_reading = measure(self.model, self._read_together)
+                self.model.row_reading = measure_reading(self.model, self._read_together)
         return self.model.row_reading
 
     def _read_together(self, batch: Batch) -> Tensor:
-        """Return the last hidden states (R, T, D) of rows that share a pass whatever the model reads of the padding."""
-        with activate(batch.context()):
+        """Return the base's last hidden states (R, T, D) of rows that share a pass whatever it reads of the padding."""
+        injected = frozenset(hook.owner for _, _, _, hook in all_hooks(self.model))
+        with activate(dataclasses.replace(batch.context(), off=injected)):
             return (self._pair_pass(batch) if self.is_pair_model else self._pass(batch, (-1,)))[0][0]
 
     @contextlib.contextmanager

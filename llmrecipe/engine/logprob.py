@@ -99,7 +99,7 @@ def token_logprobs(
         normalizer: also return log sum_v exp(z_v), with graph.
 
     Returns:
-        `logprobs` (N,) float32 with graph, `correct` (N,) whether the target is the most likely token, `entropy` (N,), and
+        `logprobs` (N,) float32 with graph, `correct` (N,) whether no token is more likely than the target, `entropy` (N,), and
         `normalizer` (N,) where it was requested.
     """
     if hidden.shape[0] == 0:

@@ -37,7 +37,7 @@ class RowReading:
     """No state depends on a later token."""
 
 
-def measure(model: nn.Module, states: Callable[[Batch], Tensor]) -> RowReading:
+def measure_reading(model: nn.Module, states: Callable[[Batch], Tensor]) -> RowReading:
     """Measure how a model reads rows; what cannot be measured (a model that reads no tokens) is taken to be in order.
 
     Args:

@@ -50,8 +50,10 @@ class Declared:
     """Kinds that must be in the stack too."""
     needs_base: str = ""
     """What it does with the base's weights, where that is nothing unless they train."""
+    alone: str = ""
+    """What it does that leaves no place for another method that trains."""
     freezes: bool = False
-    """Whether it freezes the base."""
+    """Whether it trains something of its own and freezes the base."""
 
     @classmethod
     def of_spec(cls, name: str, spec: Spec) -> Declared:
@@ -80,6 +82,7 @@ class Declared:
             str(facts["modality"] or ""),
             tuple(facts["requires"] or ()),
             str(facts["needs_base"] or ""),
+            str(facts["alone"] or ""),
             stage in FREEZING and not role,
         )
 
@@ -93,10 +96,12 @@ class Declared:
             return f"{self.kind} {self.needs_gradients}, and {other.kind} makes none"
         if self.needs_base and other.freezes:
             return f"{self.kind} {self.needs_base}, and {other.kind} freezes it; without {other.kind} all of it trains"
+        if self.alone and other.freezes:
+            return f"{self.kind} {self.alone}"
         return None
 
 
-FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "modality", "requires", "needs_base")
+FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "modality", "requires", "needs_base", "alone")
 """Class attributes that are read."""
 DEFAULT_STAGE = "INJECT"
 """The stage of a method whose source names none."""

@@ -41,7 +41,7 @@ from llmrecipe.runtime.accelerate_environment import check_environment
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
-from llmrecipe.training.model_checks import check_model
+from llmrecipe.training.model_checks import check_forward_pass
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data, test_rows
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_state import Progress, RunState
@@ -123,7 +123,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         if parts.objective.head in ("causal", "seq2seq"):
             keep_trained_template(model.tokenizer, data.report.template, data.report.format)
         roles = build_roles(recipe, stack, model, runtime, scores)
-        check_model(recipe, parts.objective, roles)
+        check_forward_pass(recipe, parts.objective, roles)
         roles.data, roles.events = data, events
         if identity is not None:
             identity.tokenizer = model.tokenizer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.schema import Recipe
 
 
-def check_model(recipe: Recipe, objective: Objective, roles: Roles) -> None:
+def check_forward_pass(recipe: Recipe, objective: Objective, roles: Roles) -> None:
     """Refuse a model whose forward pass is not what the objective takes it for.
 
     Raises:

@@ -16,7 +16,7 @@ from llmrecipe.engine.generation import generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.training.model_checks import check_model
+from llmrecipe.training.model_checks import check_forward_pass
 from tests.models.small_families import families, small_model
 from tests.tiny import Tokenizer
 
@@ -37,7 +37,7 @@ def laid_out(rows: list[list[int]], side: str = "right") -> Batch:
 def checked(model: Any, head: str, shard: str = "none") -> None:
     roles = Roles(Engine(model).eval(), Stack([]), Tokenizer(), torch.device("cpu"), False)  # type: ignore[arg-type]
     recipe, objective = SimpleNamespace(runtime=SimpleNamespace(shard=shard)), SimpleNamespace(head=head)
-    check_model(recipe, objective, roles)  # type: ignore[arg-type]
+    check_forward_pass(recipe, objective, roles)  # type: ignore[arg-type]
 
 
 def readable(model: Any) -> None:
@@ -135,13 +135,13 @@ def test_a_classifier_of_such_a_family_scores_a_row_as_alone() -> None:
 def test_features_stay_in_their_rows_where_rows_are_read_apart() -> None:
     """Of two rows of one length and one that is longer, each with features of its own."""
     from llmrecipe.data.collate import FeatureVectors
-    from llmrecipe.data.row_groups import row_groups
+    from llmrecipe.data.row_groups import groups_by_length
 
     def row(ids: list[int], count: int, value: float) -> Sequence:
         return Sequence(ids, [0] * len(ids), features=FeatureVectors(torch.full((count, 2), value), torch.zeros(count, 2)))
 
     batch = pad([row([5, 6], 2, 1.0), row([7, 8, 9, 10], 3, 2.0), row([3], 3, 3.0)], 0)
-    groups = row_groups(batch)
+    groups = groups_by_length(batch)
     assert [group.rows for group in groups] == [[0, 2], [1]]
     first, second = groups[0].batch, groups[1].batch
     assert first.input_ids.tolist() == [[0, 0, 5, 6], [0, 0, 0, 3]] and second.input_ids.tolist() == [[0, 0, 0, 7, 8, 9, 10]]

@@ -165,13 +165,16 @@ def test_metrics_are_counts_of_the_targets(form: str) -> None:
     roles = roles_of(model)
     rows = [row(number, 40) for number in range(8)]
     with torch.no_grad():
-        model.get_output_embeddings().weight.zero_()
+        head = model.get_output_embeddings()
+        head.weight.zero_()
+        head.bias = torch.nn.Parameter(torch.zeros(len(head.weight), dtype=torch.float64))
+        head.bias[7] = 1.0
     found = objective.loss(objective.collate(rows, roles), roles).metrics
     noised = [objective.noised_row(one, roles, "seq2seq") for one in rows]
     pairs = [pair for one in noised for pair in zip(one.target, one.copied, strict=True)]
     for name, kind in (("corrupted", False), ("copied", True)):
         own = [token for token, copied in pairs if copied is kind]
-        assert found[f"accuracy/{name}"] == (sum(token == 0 for token in own), len(own))
+        assert found[f"accuracy/{name}"] == (sum(token == 7 for token in own), len(own))
     assert found["noised"] == (sum(one.noised for one in noised), 8 * 38)
     assert 0.1 < found["noised"][0] / found["noised"][1] < 0.5
     assert found["nll"][1] == len(pairs) and found["exact"] == (0, 8)

@@ -25,6 +25,7 @@ SAY_IT_TO_A_STAGE = {
     "rlaif",
     "rlaif_dpo",
     "alignment_leaderboard",
+    "forgetting_leaderboard",
     "dae_sft",
     "mmlm_caption",
     "mmlm_vqa",

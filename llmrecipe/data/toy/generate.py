@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 from llmrecipe.core.paths import ASSETS
-from llmrecipe.data.toy import grammar, tasks
+from llmrecipe.data.toy import grammar, written_tasks
 
 Row = dict[str, Any]
 Maker = Callable[[Random], tuple[str, Row]]
@@ -422,8 +422,8 @@ LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "tags": (row_tags, (640, 100, 100)),
     "namings": (row_naming, (1600, 200, 200)),
     "glossaries": (row_glossary, (960, 120, 120)),
-    "problems": (tasks.row_problem, (960, 120, 120)),
-    "summaries": (tasks.row_summary, (960, 120, 120)),
+    "problems": (written_tasks.row_problem, (960, 120, 120)),
+    "summaries": (written_tasks.row_summary, (960, 120, 120)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 

@@ -126,6 +126,8 @@ class Wrapper:
     """What the method does with gradients, such as `masks gradients`, where it cannot do without them."""
     gradient_free: ClassVar[bool] = False
     """Whether it is an update rule that makes no gradients."""
+    alone: ClassVar[str] = ""
+    """What the method does that leaves no place for another one that trains something of the policy, as `writes ...`."""
     needs_base: ClassVar[str] = ""
     """What the method does with the weights of the base, as `anchors the base`, where that is nothing unless they train."""
     shards: ClassVar[tuple[str, ...]] = ()

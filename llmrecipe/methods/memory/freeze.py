@@ -47,6 +47,9 @@ class Freeze(Wrapper):
         "apt": "its table feeds every block, so no block can rest on its own",
         "mam": "its table feeds every block, so no block can rest on its own",
         "unipelt": "its table feeds every block, so no block can rest on its own",
+        "s4": "its table feeds every block, so no block can rest on its own",
+        "autopeft": "its table feeds every block, so no block can rest on its own",
+        "noah": "its table feeds every block, so no block can rest on its own",
         "prompt_tuning": "its tokens stand below every block, so no block could rest without cutting them off",
         "adalora": "it moves ranks between blocks by their gradients, and blocks at rest have none",
     }

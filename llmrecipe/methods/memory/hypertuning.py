@@ -55,6 +55,10 @@ class Hypertuning(Wrapper):
     learned vector before the examples.
     """
 
+    alone: ClassVar[str] = (
+        "writes the adapter of a frozen model, and a second method would train too; adapt first (`llmrecipe adapt`), then "
+        "train on the run that gives"
+    )
     stage: ClassVar[Stage] = Stage.INJECT
     unmergeable: ClassVar[str] = "it writes adapters from examples; `llmrecipe adapt` writes one as a run, which can be merged"
 
@@ -96,17 +100,11 @@ class Hypertuning(Wrapper):
         return self.emit == "lora" or self.prefix_gate
 
     def check_stack(self, wrappers: Sequence[Wrapper]) -> None:
-        """Refuse a second method that trains, and options of the other kind of adapter.
+        """Refuse options of the other kind of adapter.
 
         Raises:
-            RecipeError: naming the wrapper or the option.
+            RecipeError: naming the option.
         """
-        others = [w.name for w in wrappers if w is not self and w.stage in (Stage.INJECT, Stage.SELECT) and not w.role]
-        if others:
-            raise RecipeError(
-                f"stack.{self.name}: it writes the adapter of a frozen model, and {', '.join(others)} would train too; adapt "
-                "first (`llmrecipe adapt`), then train on the run that gives"
-            )
         if self.prefix_gate and self.emit == "lora":
             raise RecipeError(f"stack.{self.name}.prefix_gate: only a prefix has a gate; set emit: prefix")
         if self.width is not None and self.path is not None:

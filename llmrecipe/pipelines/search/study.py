@@ -35,7 +35,7 @@ from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
-from llmrecipe.pipelines.search.sampling import new_study, sample_trial
+from llmrecipe.pipelines.search.samplers import new_study, sample_trial
 from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.pipelines.subprocesses import Children, Machine
 from llmrecipe.recipe.code_key import code_of

@@ -16,7 +16,7 @@ from llmrecipe.methods.hybrid.autopeft import Autopeft, size_at
 from llmrecipe.pipelines.run_stages import Pipeline, Result
 from llmrecipe.pipelines.search import study
 from llmrecipe.pipelines.search.costs import hypervolume
-from llmrecipe.pipelines.search.sampling import new_study, sample_trial
+from llmrecipe.pipelines.search.samplers import new_study, sample_trial
 from llmrecipe.pipelines.search.space import distributions, point_of, point_words
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.recipe.compose import compose
