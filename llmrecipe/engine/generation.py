@@ -101,7 +101,7 @@ def answered(
     try:
         job = Decoding(model, tokenizer, sampling, picker, ends, context)
         decoder = decoder_of(job, requests[0].task)
-        picker.seen = {} if _recording is not None and decoder is not padded and decoder is not equal else None
+        picker.seen = {} if _recording is not None and decoder is not left_padded and decoder is not equal else None
         for i, tokens in decoder(job, requests):
             if _recording is not None and picker.seen is not None:
                 task = None if tasks is None else tasks[i]

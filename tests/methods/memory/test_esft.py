@@ -111,13 +111,14 @@ def test_scores_are_means_over_samples_of_what_was_applied(score: str, packing: 
                     wanted[path][index[token, place]] += value / len(row) / len(rows)
     for handle in handles:
         handle.remove()
+    engine = roles_for(model).engine
     sums = RoutingScores(paths, 8)
     for path in paths:
         model.get_submodule(path).register_forward_pre_hook(lambda _, a, p=path: sums.see(p, a[1], a[2]))
     from llmrecipe.data.collate import Sequence, pack, pad
 
     sequences = [Sequence(row, [1] * len(row)) for row in rows]
-    roles_for(model).engine(pack(sequences) if packing else pad(sequences, 0))
+    engine(pack(sequences) if packing else pad(sequences, 0))
     assert (sums.samples, sums.tokens) == (3, 15)
     for path in paths:
         got = (sums.gate if score == "gate" else sums.selected)[path] / 3
