@@ -18,7 +18,7 @@ import torch
 
 from llmrecipe.core.forward_context import Context, current
 from llmrecipe.engine.continuous_batching import PendingPrompt
-from llmrecipe.engine.decoders import Decoding, decoder_of, equal
+from llmrecipe.engine.decoders import Decoding, decoder_of, equal, left_padded
 from llmrecipe.engine.sampling import Picker, Sampling
 
 if TYPE_CHECKING:
