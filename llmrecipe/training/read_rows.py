@@ -98,6 +98,10 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     return data, validation, labels
 
 
+TOKEN_COLUMNS = {"ids_b": "a second text"}
+"""Column of token rows -> what rows of a file have in its place."""
+
+
 def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | None) -> None:
     """Refuse to watch a metric that is computed from a column which no validation row has.
 
@@ -106,10 +110,13 @@ def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | 
     """
     metric = recipe.eval.monitor.removeprefix("eval/")
     column = objective.measured_columns().get(metric)
-    if column is None or not isinstance(validation, TokenData) or any(value is not None for value in validation.column(column)):
+    if column is None or not isinstance(validation, TokenData):
         return
+    if any(value is not None and value != [] for value in validation.column(column)):
+        return
+    what = TOKEN_COLUMNS.get(column, f"the column '{column}'")
     raise RecipeError(
-        f"eval.monitor: eval/{metric} is computed from the column '{column}', which no row of {validation.report.source} has; "
+        f"eval.monitor: eval/{metric} is computed from {what}, which no row of {validation.report.source} has; "
         "add it to the validation rows, or watch another metric, such as eval.monitor=eval/loss"
     )
 

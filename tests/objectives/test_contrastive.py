@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import astuple, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,10 @@ from llmrecipe.objectives.correlations import rank_correlation
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, Comparison, Vectors, compare
 from llmrecipe.objectives.pretraining.contrastive import Contrastive
+from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import tokenizer_of
+from llmrecipe.training.dry_run import examine
 from tests.objectives.harness import triple
 from tests.objectives.rollouts import Numbers
 from tests.tiny import tiny_masked_model, tiny_model
@@ -410,3 +413,13 @@ def test_chunks_hold_so_many_texts_and_tokens() -> None:
     assert chunk_cuts([4, 4, 4, 9, 2], 2, 10) == (2, 3, 4)
     assert chunk_cuts([4, 4, 4], None, None) == () == chunk_cuts([], 2, 2)
     assert chunk_cuts([50, 50], None, 10) == (1,), "a text that is longer than a chunk has one of its own"
+
+
+def test_a_metric_of_second_texts_is_not_watched_where_rows_have_one(tmp_path: Path) -> None:
+    """Texts alone are learned from under dropout, and nothing is there to be found again; it is said before training."""
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(f'{{"text": "The cat sits on mat {i}."}}\n' for i in range(40)), encoding="utf-8")
+    words = [f"data.path={rows}", "data.validation=0.2", "objective.positives=dropout", "model.config.dropout=0.1"]
+    with pytest.raises(RecipeError, match=r"eval\.monitor: eval/recall@1 is computed from a second text, which no row of"):
+        examine(compose("contrastive", words))
+    examine(compose("contrastive", [*words, "eval.monitor=eval/loss", "eval.mode=min"]))

@@ -209,8 +209,9 @@ class Contrastive(Objective):
         return {**found, **lie, "accuracy": "max", "active": "min"}
 
     def measured_columns(self) -> dict[str, str]:
-        """Return that people's scores and labels are compared with where rows have them."""
-        return {"spearman": "score", "v_measure": "label"}
+        """Return that second texts are looked for, and people's scores and labels compared with, where rows have them."""
+        found = dict.fromkeys(("mrr", *(f"recall@{k}" for k in embedding_metrics.RECALLS)), "ids_b")
+        return {**found, "spearman": "score", "v_measure": "label"}
 
     # --- batches --------------------------------------------------------------------------------------------------
 
