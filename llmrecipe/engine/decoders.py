@@ -27,6 +27,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import reason_of
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.engine.continuous_batching import PendingPrompt, RunningBatch, decode_continuously, open_prompts, pad_token
+from llmrecipe.engine.row_reading import in_full_precision
 from llmrecipe.engine.sampling import NextTokens, PickerProcessor, Sampling
 from llmrecipe.models import kv_cache
 from llmrecipe.models.vocabulary import input_embedding
@@ -169,7 +170,7 @@ def _right(model: nn.Module, found: Scores | Exception, wanted: Scores | Excepti
         return not isinstance(found, Exception)
     if found.keys() != wanted.keys():
         return False
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    exact = in_full_precision(model)
     for key, right in wanted.items():
         centred = right - right.mean()
         apart = (found[key] - found[key].mean()) - centred

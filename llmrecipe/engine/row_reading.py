@@ -79,13 +79,18 @@ def obeys(model: nn.Module, states: Callable[[Batch], Tensor]) -> bool:
     return both is not None and probe.equal(both[1, :KEPT], both[0, :KEPT])
 
 
+def in_full_precision(model: nn.Module) -> bool:
+    """Return whether all weights are float32 or float64, so that what differs by more than their rounding is different."""
+    return all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+
+
 def same_states(model: nn.Module, found: Tensor, wanted: Tensor, coarse: bool = False) -> bool:
     """Return whether states of two passes are equal but for rounding.
 
     Args:
         coarse: a pass computed in lower precision than the weights have.
     """
-    exact = not coarse and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    exact = not coarse and in_full_precision(model)
     scale = wanted.float().abs().max().clamp_min(1e-6)
     return bool((found.float() - wanted.float()).abs().max() <= (FINE if exact else COARSE) * scale)
 

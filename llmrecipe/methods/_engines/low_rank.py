@@ -221,6 +221,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def is_linear_site(site: Site) -> bool:
+    """Return whether a site is a linear layer, or some rows of one: no embedding, no fused experts."""
+    return site.tensor is None and site.role not in ("embed", "embed.position") and hasattr(site.module, "weight")
+
+
 def low_rank_hook(site: Site, r: int, scale: float, dropout: float = 0.0, bias: bool = False) -> Hook:
     """Build the low-rank hook that fits a site: linear, fused rows, embedding or 3-D experts.
 

@@ -127,7 +127,7 @@ class Noah(Wrapper):
 
     def _attach_lora(self, model: nn.Module) -> None:
         for site in anatomy(model).at(self.target):
-            if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
+            if not low_rank.is_linear_site(site):
                 raise ModelError(f"stack.{self.name}.target: {site.path} is not a linear layer")
             with torch.device(device_of(site.module)):
                 hook = ElasticLowRank(site.width_in, site.width_out, max(self.lora), row_index(site))
@@ -152,7 +152,7 @@ class Noah(Wrapper):
 
     # --- sub-networks ---------------------------------------------------------------------------------------------
 
-    def space(self, model: nn.Module) -> dict[str, list[int]]:
+    def space(self) -> dict[str, list[int]]:
         """Return the sizes of each kind that has any."""
         return {kind: sorted(set(getattr(self, kind))) for kind in KINDS if getattr(self, kind)}
 
@@ -167,7 +167,7 @@ class Noah(Wrapper):
 
     def _every(self, model: nn.Module, deep: Any, wide: Any) -> Design:  # noqa: ANN401
         depth = deep(self.choices(model))
-        return {kind: dict.fromkeys(map(str, range(depth)), wide(sizes)) for kind, sizes in self.space(model).items()}
+        return {kind: dict.fromkeys(map(str, range(depth)), wide(sizes)) for kind, sizes in self.space().items()}
 
     def draw(self, model: nn.Module, step: int) -> Design:
         """Draw the sub-network of a step, a function of seed and step alone."""
@@ -177,7 +177,7 @@ class Noah(Wrapper):
         depths = self.choices(model)
         return {
             kind: {str(layer): chance.choice(sizes) for layer in range(chance.choice(depths))}
-            for kind, sizes in self.space(model).items()
+            for kind, sizes in self.space().items()
         }
 
     def use(self, model: nn.Module, design: Design) -> None:

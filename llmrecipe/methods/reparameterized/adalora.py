@@ -202,7 +202,7 @@ class Adalora(Wrapper):
             )
         sites = anatomy(model).at(self.target)
         for site in sites:
-            if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
+            if not low_rank.is_linear_site(site):
                 raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer; adalora ranks linear layers")
             with torch.device(device_of(site.module)):
                 scored = bool((structure or {}).get("scored", True))

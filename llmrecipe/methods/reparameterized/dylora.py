@@ -136,7 +136,7 @@ class Dylora(Wrapper):
                 f"differ in size; take a divisor of r"
             )
         for site in anatomy(model).at(self.target):
-            if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
+            if not low_rank.is_linear_site(site):
                 raise ModelError(
                     f"stack.{self.name}: {site.path} is not a linear layer; dylora nests the ranks of linear layers"
                 )

@@ -124,7 +124,7 @@ class Vera(Wrapper):
         """
         sites = anatomy(model).at(self.target)
         for site in sites:
-            if site.tensor is not None or site.role in ("embed", "embed.position") or not hasattr(site.module, "weight"):
+            if not low_rank.is_linear_site(site):
                 raise ModelError(f"stack.{self.name}: {site.path} is not a linear layer; vera adapts linear layers")
         place = device_of(model)
         wide_in, wide_out = max(s.width_in for s in sites), max(s.width_out for s in sites)

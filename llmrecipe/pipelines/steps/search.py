@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.option_types import ClassVar, Field
 from llmrecipe.core.registry import register
 from llmrecipe.pipelines.step import Step
+from llmrecipe.pipelines.steps.searched_recipe import SearchedRecipe
 from llmrecipe.recipe.step_spec import unfinished
 
 if TYPE_CHECKING:
     from llmrecipe.pipelines.steps.workspace import Work
-    from llmrecipe.recipe.compose import Composition
 
 
 @register
-class Search(Step):
+class Search(SearchedRecipe, Step):
     """best = argmin over trials t of eval.monitor(run of recipe with the values of t), as `llmrecipe search` finds it.
 
     The recipe's own `search` says what is tried; `${stage:x}` is the run directory of the best trial (of its first seed), so
@@ -32,25 +30,6 @@ class Search(Step):
     """Name or file of a recipe with a `search` section."""
     words: list[str] = Field(default_factory=list)
     """Words for that recipe, such as steps=40, search.trials=6 or model.path=${stage:sft}."""
-
-    def composed(self) -> Composition:
-        """Return the composed recipe with its overrides.
-
-        Raises:
-            RecipeError: it does not exist, or is wrong.
-        """
-        from llmrecipe.recipe.compose import compose
-
-        return compose(self.recipe, self.words)
-
-    def stands_on(self) -> Mapping[str, Any]:
-        """Return the composed recipe."""
-        mapping = self.composed().mapping
-        return {"composed": {k: v for k, v in mapping.items() if k not in ("run", "log")}}
-
-    def model_section(self) -> Mapping[str, Any]:
-        """Return the recipe's `model` section."""
-        return self.composed().mapping["model"]
 
     def check(self, where: str) -> None:
         """Compose every end of the space; where no other stage has to run first, dry-run the first point without weights."""
@@ -70,8 +49,6 @@ class Search(Step):
         found.write_best(best, trials)
         for trial in trials:
             work.events.step(trial.number + 1, **({} if trial.value is None else {found.evaluation.monitor: trial.value}))
-        link = work.path / self.result
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(best.dirs[0], work.path), target_is_directory=True)
+        self.link_best(work.path, best.dirs[0])
         point = {f"best/{key}": value for key, value in best.point.items()}
         return {found.evaluation.monitor: best.value, "trials": len(trials), **point}

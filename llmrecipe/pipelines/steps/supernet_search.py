@@ -6,7 +6,7 @@ import json
 import os
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from llmrecipe.core.option_types import (
 from llmrecipe.core.registry import register
 from llmrecipe.pipelines.search.evolution import Candidate, Evolution, Settings, Space
 from llmrecipe.pipelines.step import Step
+from llmrecipe.pipelines.steps.searched_recipe import SearchedRecipe
 from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.step_spec import unfinished
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from llmrecipe.pipelines.search.study import Search
     from llmrecipe.pipelines.search.trial import Trial
     from llmrecipe.pipelines.steps.workspace import Work
-    from llmrecipe.recipe.compose import Composition
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ScoredDesign:
 
 
 @register
-class SupernetSearch(Step):
+class SupernetSearch(SearchedRecipe, Step):
     """best = argmin over sub-networks a of eval.monitor(a trained from the start), for a among the best within the supernet.
 
     Sub-networks of a finished run of `noah` are scored on the validation split with the weights they share, without training:
@@ -100,24 +100,6 @@ class SupernetSearch(Step):
     """How many of the best are trained from the start; as many of the control."""
     seeds: list[NonNegativeInt] = Field(default_factory=list)
     """Seeds each of them is trained with; default the step's own."""
-
-    def composed(self) -> Composition:
-        """Return the composed recipe.
-
-        Raises:
-            RecipeError: it does not exist, or is wrong.
-        """
-        from llmrecipe.recipe.compose import compose
-
-        return compose(self.recipe, self.words)
-
-    def stands_on(self) -> Mapping[str, Any]:
-        """Return the composed recipe."""
-        return {"composed": {k: v for k, v in self.composed().mapping.items() if k not in ("run", "log")}}
-
-    def model_section(self) -> Mapping[str, Any]:
-        """Return the recipe's `model` section."""
-        return self.composed().mapping["model"]
 
     def check(self, where: str) -> None:
         """Refuse a recipe that is wrong, a population without parents, and a run without a supernet."""
@@ -169,7 +151,7 @@ class SupernetSearch(Step):
         model = subject.loaded.model
         rows = token_rows(subject, "validation", subject_tasks(subject))
         limit = int(self.limit * base_parameters(model)) if self.limit <= 1 else int(self.limit)
-        space = Space(noah.space(model), noah.choices(model), lambda c: noah.cost(model, design_of(c)), limit)
+        space = Space(noah.space(), noah.choices(model), lambda c: noah.cost(model, design_of(c)), limit)
         space.check("limit")
         journal = work.journal("scores")
         metric = subject.composition.recipe.eval.monitor.removeprefix("eval/")
@@ -248,15 +230,12 @@ class SupernetSearch(Step):
         if not own:
             raise RecipeError("none of the sub-networks that were trained from the start came to an end; see trials/")
         best = min(own, key=lambda trial: sign * float(trial.value or 0.0))
-        (work.path / "trials" / "searched.yaml").unlink(missing_ok=True)
         path = search.write_best(best, trials)
         os.replace(path, work.path / "searched.yaml")
         table = self._table(done, search.evaluation.monitor)
         say(table)
         work.dir.write("table.md", table + "\n")
-        link = work.path / self.result
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(best.dirs[0], work.path), target_is_directory=True)
+        self.link_best(work.path, best.dirs[0])
         means = {
             origin: statistics.fmean(float(t.value or 0.0) for entry, t in done if entry.origin == origin)
             for origin in ("evolution", "random")
