@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data import order
+from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
 from llmrecipe.methods._base.method import Stage
 from llmrecipe.recipe.code_key import code_behind
@@ -60,7 +60,8 @@ class PlannedRows:
     others: Callable[[], list[SplitRows | None]]
     """Prepares the other splits that will be scored; None among them where there is none."""
     steps: int
-    batch_size: int
+    plan: BatchPlan
+    """Which of them each batch has."""
     seed: int
 
 
@@ -150,14 +151,12 @@ def row_groups(objective: ScoredObjective, rows: PlannedRows) -> Iterator[list[d
     for split in rows.others():
         if split is not None:
             yield objective.evaluation_rows(split, list(range(len(split))))
-    data, size = rows.train, rows.batch_size
-    per_epoch = max(1, math.ceil(len(data) / size))
-    last = rows.steps if objective.pairs_rows else min(rows.steps, per_epoch)
+    data = rows.train
+    last = rows.steps if objective.pairs_rows else min(rows.steps, rows.plan.batches(1))
     indices: np.ndarray | range = range(0)
-    for step in range(last):
-        epoch, at = divmod(step, per_epoch)
-        indices = order(data, rows.seed, epoch) if at == 0 else indices
-        yield [data[int(i)] for i in indices[at * size : (at + 1) * size]]
+    for epoch, first, end in rows.plan.spans(last):
+        indices = order(data, rows.seed, epoch) if first == 0 else indices
+        yield [data[int(i)] for i in indices[first:end]]
 
 
 def cache_path(stack: Stack, loaded: LoadedModel, roles: Roles, rows: PlannedRows, base: bool = False) -> Path:
@@ -190,4 +189,4 @@ def start_of(stack: Stack, model: nn.Module, rows: PlannedRows) -> str | dict[st
     if not learned:
         return digest
     options = [delta.wrapper_mapping(w) for w in learned]
-    return {"tensors": digest, "learned": options, "seed": rows.seed, "batch": rows.batch_size}
+    return {"tensors": digest, "learned": options, "seed": rows.seed, "batch": rows.plan.size}

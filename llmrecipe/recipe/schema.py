@@ -196,12 +196,38 @@ class DataSection(Section):
     )
 
 
+class BatchWarmupSection(Section):
+    """Smaller batches at the start of a run, growing to `batch.size`."""
+
+    start: PositiveInt = Field(description="Rows of the first batch.")
+    batches: PositiveInt = Field(description="Batches until `size` is reached; the size grows evenly over them.")
+    increment: PositiveInt = Field(1, description="Rows by which a batch grows at a time; it divides size - start.")
+
+
 class BatchSection(Section):
     """How much one optimizer step sees."""
 
     size: PositiveInt = Field(8, description="Rows (or pairs) in one optimizer step, over all processes.")
+    warmup: BatchWarmupSection | None = Field(
+        None,
+        description="Begin with smaller batches, {start: 8, batches: 1000, increment: 8}: early gradients agree, so few rows "
+        "are enough. The learning rate follows its own schedule.",
+    )
     micro: PositiveInt | None = Field(None, description="Rows put through the model at once; default: as many as fit `size`.")
     tokens: PositiveInt | None = Field(None, description="Cut micro-batches so that none has more tokens than this.")
+
+    @model_validator(mode="after")
+    def _growth(self) -> BatchSection:
+        warm = self.warmup
+        if warm is not None and warm.start >= self.size:
+            raise ValueError(f"a warmup.start ({warm.start}) below size ({self.size})")
+        if warm is not None and (self.size - warm.start) % warm.increment:
+            raise ValueError(f"a warmup.increment ({warm.increment}) that divides size - start ({self.size - warm.start})")
+        return self
+
+    def smallest(self) -> tuple[str, int]:
+        """Return the rows of the smallest batch, where the data fill it, and the key that says so."""
+        return ("batch.size", self.size) if self.warmup is None else ("batch.warmup.start", self.warmup.start)
 
 
 class RuntimeSection(Section):

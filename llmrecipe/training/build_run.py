@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from transformers.utils import logging
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.key_reads import KeyReads
+from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.tokenize.chat_templates import keep_trained_template
 from llmrecipe.engine import packing, reference_model
 from llmrecipe.engine.forward import Engine
@@ -291,15 +291,14 @@ def planned_rows(
         # The test split's rows are scored under the untrained policy only; no metric of them is computed before the end.
         return [validation, test_rows(recipe, objective, data, open_model.tokenizer_of(recipe.model, recipe.tokenizer))]
 
-    return PlannedRows(data, others, steps, recipe.batch.size, recipe.seed)
+    return PlannedRows(data, others, steps, BatchPlan.of(recipe.batch, len(data)), recipe.seed)
 
 
 def step_count(recipe: Recipe, rows: int, updates: int = 1) -> int:
     """Return the optimizer steps of the run: `steps`, or those of the passes over the rows, `updates` for each batch."""
     if recipe.steps is not None:
         return recipe.steps
-    per_epoch = math.ceil(rows / recipe.batch.size)
-    return max(1, math.ceil((recipe.epochs or 1.0) * per_epoch)) * updates
+    return BatchPlan.of(recipe.batch, rows).batches(recipe.epochs or 1.0) * updates
 
 
 def open_for(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.validation import warnings as data_warnings
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.reference_policy import needs_snapshot
@@ -107,6 +108,7 @@ def examine(composition: Composition) -> Findings:
     groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
     # A pass over fewer rows than `batch.size`, or one that leaves a rest, reads fewer rows in a step.
     rows = len(data) / max(1, math.ceil(len(data) / settings.batch.size))
+    plan = BatchPlan.of(settings.batch, len(data))
     known = not (settings.data.streaming or parts.objective.samples)
     per_step = round(data.report.tokens / max(len(data), 1) * rows) if known else None
     most = settings.batch.tokens or micro_tokens(torch.device(device))
@@ -135,6 +137,8 @@ def examine(composition: Composition) -> Findings:
         for w in later
     ]
     notes += unread
+    if (warm := settings.batch.warmup) is not None:
+        notes.append(f"batches grow from {warm.start} rows to {settings.batch.size} over the first {warm.batches}")
     shard = settings.runtime.shard
     if shard in GATHERED and copied:
         raise RecipeError(DIVIDED_REFERENCE)
@@ -145,7 +149,8 @@ def examine(composition: Composition) -> Findings:
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),
         base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
         _megabytes(memory), shard_table(memory, model), delta_bytes(model, stack),
-        None if per_step is None else 6.0 * total * per_step * steps / matmul_rate(device), data.report.to_dict(), notes,
+        None if per_step is None else 6.0 * total * per_step * (steps - plan.saved(steps) / settings.batch.size)
+        / matmul_rate(device), data.report.to_dict(), notes,
         warnings,
     )  # fmt: skip
 

@@ -74,10 +74,9 @@ class Run(RunState):
 
     def source(self) -> Iterator[list[dict[str, Any]]]:
         """Yield this process's rows of each step: a pure function of seed, epoch and position, so resume needs no state."""
-        size = self.recipe.batch.size
         while True:
-            epoch, at = divmod(self.progress.drawn, self.steps_per_epoch)
-            rows = self.order(epoch)[at * size : (at + 1) * size]
+            epoch, first, end = self.plan.place(self.progress.drawn)
+            rows = self.order(epoch)[first:end]
             self.progress.drawn += 1
             yield [{**self.data[int(i)], "epoch": epoch} for i in rows[self.runtime.rank :: self.runtime.world]]
 
@@ -168,10 +167,18 @@ class Run(RunState):
             tokens=int(total),
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             peak_mem_mb=save_run.peak_memory_mb(),
+            **self.batch_rows(),
             **self.utilisation(work, seconds),
             **result.metrics,
             **self.stack.metrics(self.model),
         )
+
+    def batch_rows(self) -> dict[str, int]:
+        """Return the rows of the newest batch over all processes, where batches grow."""
+        if self.recipe.batch.warmup is None:
+            return {}
+        _, first, end = self.plan.place(self.progress.drawn - 1)
+        return {"rows": end - first}
 
     def utilisation(self, work: float, seconds: float) -> dict[str, float]:
         """Return the share of the devices' peak that a step's work, in FLOP over all processes, makes of its time.

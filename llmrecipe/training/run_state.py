@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data import order
+from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.collate import Batch
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack
@@ -128,10 +129,10 @@ class RunState:
         """Return the tokenizer."""
         return self.loaded.tokenizer
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of row batches in one pass; the last one may be short."""
-        return max(1, math.ceil(len(self.data) / self.recipe.batch.size))
+    @cached_property
+    def plan(self) -> BatchPlan:
+        """Return which training rows each batch has."""
+        return BatchPlan.of(self.recipe.batch, len(self.data))
 
     def order(self, epoch: int) -> np.ndarray | range:
         """Return the row indices of an epoch in training order."""

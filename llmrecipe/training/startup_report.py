@@ -12,6 +12,7 @@ from llmrecipe.methods._base.stack import base_parameters, kind_name
 from llmrecipe.models.tokenizer_training import training_facts
 
 if TYPE_CHECKING:
+    from llmrecipe.recipe.schema import BatchSection
     from llmrecipe.training.run_state import RunState
 
 
@@ -34,7 +35,7 @@ def announce(run: RunState) -> None:
         *([tokenizer_text(tokenizer)] if tokenizer is not None else []),
         f"model: {run.loaded.section.path}, {facts['base_parameters']:,} parameters; trained: {trained['parameters']:,} "
         f"in {trained['tensors']} tensors ({', '.join(f'{k} x{v}' for k, v in list(trained['kinds'].items())[:8])})",
-        f"run: {run.steps} steps of {rows_text(len(run.data), run.recipe.batch.size)}, "
+        f"run: {run.steps} steps of {rows_text(len(run.data), run.recipe.batch.size)}{warmup_text(run.recipe.batch)}, "
         f"{'packed' if run.roles.packing else 'padded'}, "
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
     ]
@@ -49,6 +50,12 @@ def rows_text(rows: int, size: int) -> str:
     count = min(rows, size)
     text = f"{count} row{'s' if count != 1 else ''}"
     return f"at most {text}" if rows > size and rows % size else text
+
+
+def warmup_text(batch: BatchSection) -> str:
+    """Return how batches grow to their size, or nothing where they do not."""
+    warm = batch.warmup
+    return f" ({warm.start} at first, growing over {warm.batches} batches)" if warm is not None else ""
 
 
 def tokenizer_text(facts: dict[str, Any]) -> str:

@@ -63,8 +63,8 @@ def measure(run: RunState) -> dict[str, float]:
     """Compute mean loss and metrics of the first step's rows, over all processes, without metrics that no row has."""
     sums = MetricSums()
     state = run.objective.state()
-    size, rank, world = run.recipe.batch.size, run.runtime.rank, run.runtime.world
-    rows = [run.data[int(i)] for i in run.order(0)[:size]][rank::world]
+    _, first, end = run.plan.place(0)
+    rows = [run.data[int(i)] for i in run.order(0)[first:end]][run.runtime.rank :: run.runtime.world]
     # In training mode: dropout that was left on must show here.
     with torch.no_grad():
         batches = next(iter(run.objective.batches(iter([rows]), run.roles)))

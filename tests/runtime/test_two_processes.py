@@ -58,6 +58,7 @@ def test_sft_lora(tmp_path: Path) -> None:
         ["recipe=kto", "optim.lr=1e-3"],
         ["recipe=classify", "data.limit=34"],
         ["recipe=clm"],
+        ["recipe=clm", "batch.warmup.start=1", "batch.warmup.batches=3"],
         ["recipe=mezo_lora"],
         ["recipe=sft", "stack=[bitfit]", "stack.bitfit.missing=add_zero"],
     ],

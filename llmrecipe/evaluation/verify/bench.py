@@ -116,6 +116,10 @@ def short_words(composition: Composition, folder: Path) -> list[str]:
         "eval.at_start=false", "eval.every=null", "eval.batches=1", "eval.load_best=false", "eval.patience=null",
         "eval.test=false", "eval.samples=0", "eval.metrics=[]", "log.live=off", "log.trackers=[]",
     ]  # fmt: skip
+    if recipe.batch.warmup is not None:
+        # One that ends after the checkpoint from which the bench resumes.
+        start = min(recipe.batch.warmup.start, size - 1)
+        words += [f"batch.warmup.start={start}", f"batch.warmup.batches={STEPS}", "batch.warmup.increment=1"]
     if not recipe.data.streaming:
         words.append(f"data.limit={min(recipe.data.limit or 256, 256)}")
     longest = recipe.objective.get("max_new_tokens")

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.option_types import Literal, PositiveFloat, RefSync
 from llmrecipe.core.registry import register
+from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.collate import Batch, Sequence, row_key
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.mismatched import (
@@ -102,8 +103,13 @@ class Kto(Objective):
         """
         check_reference(recipe, self.reference, self.ref_sync, ("initial", "base"))
         size = recipe.batch.size
-        if self.loss_type != "kto" or not (size == 1 or len(data) % size == 1):
+        if self.loss_type != "kto" or BatchPlan.of(recipe.batch, len(data)).fewest() > 1:
             return
+        if recipe.batch.warmup is not None:
+            raise RecipeError(
+                "batch.warmup: a batch of the warm-up, or the last of an epoch, has one row, and KTO compares with answers of "
+                "other rows; use another batch.warmup.start or batch.warmup.batches"
+            )
         why = "each step has one row" if size == 1 else f"{len(data)} rows leave one row for the last step of an epoch"
         better = next(s for s in range(max(size, 2), len(data) + 4) if len(data) % s != 1)
         raise RecipeError(f"batch.size: {size}: {why}, and KTO compares with answers of other rows; use batch.size={better}")

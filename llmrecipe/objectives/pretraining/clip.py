@@ -78,8 +78,9 @@ class Clip(FeatureInputs, Objective):
                 f"objective.temperature: {self.temperature} is outside of 1/max_scale = {1 / self.max_scale:g} to 1; "
                 "change one of the two"
             )
-        if recipe is not None and recipe.batch.size < 2:
-            raise RecipeError("batch.size: 1: negatives are the other rows of a step; use at least 2")
+        key, size = recipe.batch.smallest() if recipe is not None else ("", 2)
+        if size < 2:
+            raise RecipeError(f"{key}: 1: negatives are the other rows of a step; use at least 2")
 
     def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add the head of features and the projection; the head of the language model gets no gradient and is not trained."""

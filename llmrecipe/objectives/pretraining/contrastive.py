@@ -119,8 +119,9 @@ class Contrastive(Objective):
             raise RecipeError("objective.mining: chooses negatives of the triplet loss; infonce compares with all of them")
         refuse_unused(self, "loss_type", LOSSES)
         refuse_unused(self, "positives", {"min_score": ("pairs",), "hard_negative_weight": ("pairs",)})
-        if recipe is not None and self.whole_step and recipe.batch.size < 2:
-            raise RecipeError("batch.size: 1: negatives are the other texts of a step; use at least 2")
+        key, size = recipe.batch.smallest() if recipe is not None else ("", 2)
+        if self.whole_step and size < 2:
+            raise RecipeError(f"{key}: 1: negatives are the other texts of a step; use at least 2")
         if isinstance(data, TokenData) and len(data):
             self._check_rows(data)
 
