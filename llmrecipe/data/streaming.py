@@ -118,7 +118,8 @@ class TokenStream:
         self._rows, self._within = [], 0
         for source in sorted({s for s, _, _ in raw}):
             encoder, part = self.encoders[source], self.parts[source]
-            own = [(i, row, f"{part.reader.name} row {i + 1}") for s, i, row in raw if s == source]
+            named = ((i, encoder.with_task(row, part.reader, i)) for s, i, row in raw if s == source)
+            own = [(i, row, f"{part.reader.name} row {i + 1}") for i, row in named]
             columns, report = encoder.encode(own)
             report.template = encoder.describe()
             self.report.merge(report)

@@ -76,6 +76,13 @@ class TokenData(Sequence[Row]):
         """Return a whole stored column of texts, numbers or lists of numbers; None where a row has no value."""
         return [value for table in self.tables for value in table.column(name)]
 
+    def task_numbers(self) -> list[int]:
+        """Return the index of each row's task, read from their column alone."""
+        assert self.tasks is not None, "only rows of tasks are numbered"
+        names = self.column("task")
+        numbers = {name: self.tasks.number(name, self.report.source) for name in dict.fromkeys(names)}
+        return [numbers[name] for name in names]
+
     def shapes(self) -> set[tuple[int, ...]]:
         """Return the shapes of the arrays that the files of the rows hold."""
         return {shape for table in self.tables if table.features is not None for shape in table.features.shapes}

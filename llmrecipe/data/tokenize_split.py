@@ -80,7 +80,8 @@ def build_table(
             "folder": str(part.reader.base) if kind.reads_files else None,
             "code": code_version(),
             **({"dropped": data.drop_fields} if data.drop_fields else {}),
-            **({"task": task_field} if task_field else {}),
+            # A row may have the task that its file is named after.
+            **({"task": [task_field, part.reader.sources()]} if task_field else {}),
             **({"plugins": plugged} if plugged else {}),
             **({"needs": dict(needs)} if needs else {}),
         }
@@ -206,7 +207,9 @@ def _drawn(encoder: RowEncoder, part: Part, draw: Draw) -> Iterator[Encoded]:
 
 def encode_range(encoder: RowEncoder, part: Part, indices: Sequence[int] | range) -> Encoded:
     """Encode the rows at these indices that belong to the split."""
-    raw = ((i, row, part.reader.where(i)) for i, row in zip(indices, part.reader.rows(indices)) if part.chosen(row))
+    reader = part.reader
+    chosen = ((i, row) for i, row in zip(indices, reader.rows(indices)) if part.chosen(row))
+    raw = ((i, encoder.with_task(row, reader, i), reader.where(i)) for i, row in chosen)
     columns, report = encoder.encode(raw)
     report.template = encoder.describe()
     return to_batch(columns, schema_of(encoder.kind)), report

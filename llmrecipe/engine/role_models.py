@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.core.forward_context import current
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Critic, Engine
 from llmrecipe.engine.logprob import Comparison
@@ -65,6 +66,8 @@ class Roles:
         """Where samples are shown; None without a run."""
         self.auxiliary: list[Tensor] | None = None
         """Losses of the model's own from the policy's passes, while they are collected."""
+        self.passes: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor]]] | None = None
+        """What the policy's passes gave, while the same one is not made twice."""
         self.others: dict[str, Any] = {}
         """Separate models by role name (a reward model, a judge); filled by the run."""
 
@@ -121,10 +124,20 @@ class Roles:
         normalizer: bool = False,
     ) -> dict[str, Tensor]:
         """Run the trained model through the prepared module, so that ranks synchronise."""
-        out = self.prepared(
-            batch, want=want, entropy=entropy, temperature=temperature, critic=critic, entropy_graph=entropy_graph,
-            heads=heads, pool=pool, compare=compare, normalizer=normalizer,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "want": want, "entropy": entropy, "temperature": temperature, "critic": critic, "entropy_graph": entropy_graph,
+            "heads": heads, "pool": pool, "compare": compare, "normalizer": normalizer,
+        }  # fmt: skip
+        if self.passes is None:
+            return self._pass(batch, options)
+        wanted = (current().off, *({**options, "compare": id(compare)}.values()))
+        if (id(batch), wanted) not in self.passes:
+            # With the objects whose places in memory name it.
+            self.passes[id(batch), wanted] = (batch, compare), self._pass(batch, options)
+        return dict(self.passes[id(batch), wanted][1])
+
+    def _pass(self, batch: Batch, options: dict[str, Any]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = self.prepared(batch, **options)
         own = out.pop("auxiliary", None)
         if own is not None and self.auxiliary is not None:
             self.auxiliary.append(own)
@@ -138,6 +151,15 @@ class Roles:
             yield self.auxiliary
         finally:
             self.auxiliary = None
+
+    @contextlib.contextmanager
+    def each_pass_once(self) -> Iterator[None]:
+        """Make no pass of the policy twice inside the context, in which its weights stay as they are."""
+        self.passes = {}
+        try:
+            yield
+        finally:
+            self.passes = None
 
     def reference(self, batch: Batch) -> Tensor:
         """Return the summed log-probabilities (S,) of each sequence's targets under the reference.

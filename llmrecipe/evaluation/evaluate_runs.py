@@ -95,3 +95,8 @@ class TaskRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = {k: v for k, v in self.data[self.indices[index]].items() if k != "task"}
         return row if self.tasks is None else {**row, "task": self.tasks[index]}
+
+    def task_numbers(self) -> list[int]:
+        """Return the number of each row's task."""
+        assert self.tasks is not None, "only rows of tasks are numbered"
+        return self.tasks

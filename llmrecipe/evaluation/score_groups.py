@@ -73,9 +73,10 @@ def score_by_group(path: str, overrides: list[str], split: str, column: str) -> 
     values = values_of(subject.composition.recipe.data, split, column, [table.column("source_row") for table in data.tables])
     scored: list[dict[str, Any]] = [{"group": "all", **metrics_of(subject, data)}]
     groups = []
+    numbers = None if data.tasks is None else data.task_numbers()
     for value in sorted({*values}, key=natural):
         rows = [i for i, own in enumerate(values) if own == value]
-        tasks = None if data.tasks is None else [int(data[i]["task"]) for i in rows]
+        tasks = None if numbers is None else [numbers[i] for i in rows]
         groups.append({"group": f"{column}={value}", **metrics_of(subject, TaskRows(data, rows, tasks))})
     return [*scored, *groups, {"group": GAP, **largest_gaps(groups)}]
 

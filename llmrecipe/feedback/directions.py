@@ -48,6 +48,8 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
                 "pip install 'llmrecipe[metrics]'"
             )
         found[name] = metric.direction
+        if objective.tasks() is not None:
+            found[f"{name}/tasks"] = metric.direction
     return found
 
 

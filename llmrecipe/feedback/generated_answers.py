@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from llmrecipe.core import registry
+from llmrecipe.core.forward_context import current
 from llmrecipe.engine.generation import decode_ids, generate, prompt_and_reference
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
@@ -15,19 +19,48 @@ if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows
 
 
-def answer_rows(data: Rows, roles: Roles, indices: list[int], sampling: Sampling) -> list[dict[str, str]]:
-    """Generate answers and return prompt, reference and generated answer of some rows."""
+Examples = tuple[Tensor, Tensor]
+"""Token ids and mask, (K, T') each, of the texts that K adapters are made from."""
+
+
+def answer_rows(
+    data: Rows, roles: Roles, indices: list[int], sampling: Sampling, examples: Callable[[list[int]], Examples] | None = None
+) -> list[dict[str, Any]]:
+    """Generate answers and return prompt, reference, generated answer and task (None where rows have none) of some rows.
+
+    Args:
+        examples: returns the texts from which the adapter of each of some rows is made (see `Objective.examples_of`).
+    """
+    if examples is None:
+        return _answered(data, roles, indices, sampling)
+    # The adapters of one batch of answers are in memory at a time.
+    parts = [indices[i : i + sampling.batch] for i in range(0, len(indices), sampling.batch)]
+    return [row for part in parts for row in _answered(data, roles, part, sampling, examples(part))]
+
+
+def _answered(
+    data: Rows, roles: Roles, indices: list[int], sampling: Sampling, examples: Examples | None = None
+) -> list[dict[str, Any]]:
     rows = [data[i] for i in indices]
     pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]
-    tasks = [row["task"] for row in rows] if getattr(data, "tasks", None) is not None else None
-    answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling, tasks=tasks)
+    tasks = [int(row["task"]) for row in rows] if getattr(data, "tasks", None) is not None else None
+    context, adapters = current(), tasks
+    if examples is not None:
+        # What a hypermodel writes serves every token of these answers.
+        context, adapters = replace(context, examples=examples, computed={}), list(range(len(rows)))
+    answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling, context, adapters)
     return [
-        {"prompt": decode_ids(roles.tokenizer, prompt), "reference": reference, "answer": decode_ids(roles.tokenizer, answer)}
-        for (prompt, reference), answer in zip(pairs, answers, strict=True)
+        {
+            "prompt": decode_ids(roles.tokenizer, prompt),
+            "reference": reference,
+            "answer": decode_ids(roles.tokenizer, answer),
+            "task": None if tasks is None else tasks[i],
+        }
+        for i, ((prompt, reference), answer) in enumerate(zip(pairs, answers, strict=True))
     ]
 
 
-def score_answers(rows: list[dict[str, str]], names: list[str]) -> dict[str, Scored]:
+def score_answers(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Scored]:
     """Score answered rows by each named metric.
 
     Raises:
@@ -52,3 +85,14 @@ class Scored:
     def value(self) -> float:
         """Return the score of all rows together; 0 where there are none."""
         return self.metric.total([sum(column) for column in zip(*self.rows, strict=True)]) if self.rows else 0.0
+
+    def task_mean(self, tasks: Sequence[int]) -> float:
+        """Return the mean over tasks of the score of each task's rows; 0 where there are none.
+
+        Args:
+            tasks: of each row.
+        """
+        found: dict[int, list[list[float]]] = {}
+        for task, row in zip(tasks, self.rows, strict=True):
+            found.setdefault(task, []).append(row)
+        return sum(Scored(self.metric, rows).value for rows in found.values()) / max(1, len(found))

@@ -246,6 +246,13 @@ class Objective:
         """Return the rows of a split that one process evaluates."""
         return [data[i] for i in indices]
 
+    def examples_of(self, data: Rows, indices: list[int], roles: Roles) -> tuple[Tensor, Tensor]:
+        """Return ids and mask (K, T') of the texts from which the adapter of each of K rows is made before it is answered.
+
+        Needed where `gives_examples` and rows have prompts.
+        """
+        raise NotImplementedError
+
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return name -> (sum, count) for one evaluation batch; `loss` by default."""
         loss = self.loss(batch, roles)
@@ -256,7 +263,10 @@ class Objective:
         return {}
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        """Return per-row tensors (R, ...) to be gathered over the whole evaluation set for `finish_evaluation`."""
+        """Return per-row tensors (R, ...) to be gathered over the whole evaluation set for `finish_evaluation`.
+
+        It may make the passes of `evaluate` again: each is made once.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:

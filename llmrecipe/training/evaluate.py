@@ -70,25 +70,29 @@ def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
     try:
         with roles.evaluating(), torch.no_grad():
             for part, batch in _batches(evaluation, data):
-                found = objective.evaluate(batch, roles)
+                with roles.each_pass_once():
+                    found, tensors = objective.evaluate(batch, roles), objective.collect(batch, roles)
                 sums.add(found)
                 if evaluation.row_by_row and part:
                     plain = {n: e for n, e in found.items() if not isinstance(e, Largest | Smallest)}
                     single.append({n: [float(value), float(count)] for n, (value, count) in plain.items()})
-                for name, tensor in objective.collect(batch, roles).items():
+                for name, tensor in tensors.items():
                     gathered[name].append(tensor)
     finally:
         torch.set_rng_state(state)
     metrics = sums.mean(evaluation.runtime)
-    tensors = {n: _gathered(evaluation, torch.cat(gathered[n])) for n in sorted(gathered)}
+    joined = {n: _gathered(evaluation, torch.cat(gathered[n])) for n in sorted(gathered)}
     scores = RowScores(evaluation.samples, roles.seed)
     if evaluation.row_by_row:
         rows = _in_order(evaluation.runtime.gather_json(single))
         scores.statistics = {n: np.array([row[n] for row in rows]) for n in metrics if rows and all(n in row for row in rows)}
-        scores.tensors = {n: _rows_in_order(t, evaluation.runtime.world) for n, t in tensors.items()}
-    metrics |= objective.finish_evaluation(metrics, tensors)
-    for name, scored in generated(evaluation, data).items():
+        scores.tensors = {n: _rows_in_order(t, evaluation.runtime.world) for n, t in joined.items()}
+    metrics |= objective.finish_evaluation(metrics, joined)
+    answers, scored_answers = generated(evaluation, data)
+    for name, scored in scored_answers.items():
         metrics[name] = scored.value
+        if objective.tasks() is not None:
+            metrics[f"{name}/tasks"] = scored.task_mean([row["task"] for row in answers])
         if scored.rows:
             scores.statistics[name], scores.totals[name] = np.array(scored.rows), scored.metric.total
     if evaluation.samples:
@@ -114,24 +118,25 @@ def _rows_in_order(joined: torch.Tensor, world: int) -> torch.Tensor:
     return joined[torch.argsort(places)]
 
 
-def generated(evaluation: Evaluation, data: Rows) -> dict[str, Scored]:
-    """Compute text metrics of greedily generated answers (`eval.metrics`), and record a few as samples (`eval.samples`).
+def generated(evaluation: Evaluation, data: Rows) -> tuple[list[dict[str, Any]], dict[str, Scored]]:
+    """Return greedily generated answers and their text metrics (`eval.metrics`); record a few as samples (`eval.samples`).
 
     The rows are divided among the processes; every process generates its own share.
     """
-    section = evaluation.section
-    if not (section.metrics or section.samples) or not row_type(evaluation.objective.rows).prompted or not len(data):
-        return {}
+    section, objective, roles = evaluation.section, evaluation.objective, evaluation.roles
+    if not (section.metrics or section.samples) or not row_type(objective.rows).prompted or not len(data):
+        return [], {}
     count = len(data) if section.metrics else min(section.samples, len(data))
     if section.metrics and section.batches is not None:
         count = min(count, section.batches * evaluation.batch_size)
     own = list(range(count))[evaluation.runtime.rank :: evaluation.runtime.world]
-    with evaluation.runtime.gathered(evaluation.roles.prepared):
-        rows = answer_rows(data, evaluation.roles, own, Sampling(max_new_tokens=section.max_new_tokens))
+    examples = (lambda indices: objective.examples_of(data, indices, roles)) if objective.gives_examples else None
+    with evaluation.runtime.gathered(roles.prepared):
+        rows = answer_rows(data, roles, own, Sampling(max_new_tokens=section.max_new_tokens), examples)
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
         evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])
-    return score_answers(rows, section.metrics)
+    return rows, score_answers(rows, section.metrics)
 
 
 def _gathered(evaluation: Evaluation, own: torch.Tensor) -> torch.Tensor:

@@ -27,11 +27,11 @@ from tests.data.toys import byte_tokenizer, turn
 ORDER = {
     "text": ["text", "tokens"],
     "structured_text": ["outliers", "text"],
-    "dialogue": ["messages", "sharegpt", "prompt_completion", "alpaca", "tokens", "text"],
+    "dialogue": ["messages", "sharegpt", "p3", "natural_instructions", "prompt_completion", "alpaca", "tokens", "text"],
     "tokens": ["tokens"],
     "preference": ["preference", "preference_implicit"],
     "unpaired": ["unpaired", "unpaired_messages", "unpaired_alpaca", "preference", "preference_implicit"],
-    "choices": ["choices", "preference", "preference_implicit"],
+    "choices": ["choices", "p3", "natural_instructions", "preference", "preference_implicit"],
     "prompt": ["messages", "sharegpt", "alpaca", "preference_implicit", "prompt"],
     "labelled": ["labelled", "labelled_pair"],
     "pairs": ["triples", "pairs", "labelled", "text"],

@@ -206,6 +206,10 @@ class Held(list[dict[str, Any]]):
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
+    def task_numbers(self) -> list[int]:
+        """The number of each row's task."""
+        return [int(row["task"]) for row in self]
+
 
 @dataclass
 class Case:

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from llmrecipe.cli.app import run_command
+from llmrecipe.core.forward_context import Context
+from llmrecipe.data import prepare
+from llmrecipe.engine.generation import decode_ids, generate
+from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_runs import TaskRows
+from llmrecipe.feedback.directions import measured
+from llmrecipe.feedback.generated_answers import answer_rows, score_answers
 from llmrecipe.objectives.finetuning.hyper_mtf import HyperMtf, drawn, likeliest, rows_by_task
+from llmrecipe.recipe.compose import compose
+from llmrecipe.runs.open_model import tokenizer_of
 from tests.objectives.harness import Case, Held
 
 
@@ -117,13 +125,54 @@ def test_rows_by_task_are_read_once() -> None:
         reads = 0
 
         def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("the column of tasks says it")
+
+        def task_numbers(self) -> list[int]:
             Counted.reads += 1
-            return super().__getitem__(index)
+            return super().task_numbers()
 
     held = Counted([row(i, i % 2) for i in range(4)])
     assert rows_by_task(held) == {0: [0, 2], 1: [1, 3]}
     assert rows_by_task(held) is rows_by_task(held)
-    assert Counted.reads == 4
+    assert Counted.reads == 1
+
+
+def test_numbers_of_tasks_are_those_of_the_rows() -> None:
+    recipe = compose("hypertuning", ["data.limit=60", "data.cache=false"]).recipe
+    data: Any = prepare(recipe.data, tokenizer_of(recipe.model, recipe.tokenizer), "choices", seed=0, tasks=HyperMtf().tasks())
+    assert data.task_numbers() == [row["task"] for row in data] and len(set(data.task_numbers())) > 1
+
+
+def test_answers_are_generated_under_the_adapter_of_their_examples() -> None:
+    """Each answer, decoded with all others, is that of a pass over its own row with the adapter of its own examples."""
+    case = Case("hyper_mtf")
+    with torch.no_grad():
+        for name, parameter in case.model.named_parameters():
+            if "hypertuning" in name:
+                parameter.add_(torch.randn_like(parameter))
+    rows = [row(i, i % 3) | {"prompt_ids": [1, 5 + i], "choice_ids": [9 + i, 2, 4, 2]} for i in range(6)]
+    case.roles.data = Held(rows)
+    objective, roles = HyperMtf(k_shot=[1, 1]), case.roles
+    how, every = Sampling(max_new_tokens=3, batch=4), list(range(6))
+    found = answer_rows(roles.data, roles, every, how, lambda part: objective.examples_of(roles.data, part, roles))
+    alone = []
+    for index in every:
+        context = Context(examples=objective.examples_of(roles.data, [index], roles), computed={})
+        answer = generate(roles.model, roles.tokenizer, [rows[index]["prompt_ids"]], how, context, [0])[0]
+        alone.append(decode_ids(roles.tokenizer, answer))
+    assert [one["answer"] for one in found] == alone
+    plain = [one["answer"] for one in answer_rows(roles.data, roles, every, how)]
+    assert plain != alone and len(set(alone)) > 2, "examples must matter for this test to say anything"
+
+
+def test_a_text_metric_is_also_a_mean_over_tasks() -> None:
+    """Two tasks: scores 1, 0.5 and 0.5 of one, 0 of the other."""
+    answers = [("a b", "a b"), ("a c", "a b"), ("c a", "a b"), ("x", "y")]
+    rows = [{"prompt": "", "answer": a, "reference": r} for a, r in answers]
+    (scored,) = score_answers(rows, ["rouge_l"]).values()
+    assert scored.value == pytest.approx(0.5)
+    assert scored.task_mean([3, 3, 3, 7]) == pytest.approx((2 / 3 + 0) / 2)
+    assert "rouge_l/tasks" in measured(HyperMtf(), ["rouge_l"])
 
 
 @pytest.mark.parametrize(

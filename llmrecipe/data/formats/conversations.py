@@ -57,6 +57,23 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
     return {**out, **template_extras(row)}
 
 
+def with_choices(row: Row, conversion: Conversion) -> Row:
+    """Return the prompt of a row with its completion, and as a row of choices with its other options, each once.
+
+    Raises:
+        BadRow: the options are no list.
+    """
+    if conversion.rows != "choices":
+        return prompt_answers(row, ("completion",), conversion)
+    others = [] if row.get("options") is None else row["options"]
+    if not isinstance(others, list):
+        raise BadRow("'options' is not a list", f"{others!r:.80}")
+    every = {"completion": row["completion"]}
+    every |= {f"options[{i}]": o for i, o in enumerate(others) if o != row["completion"] and o not in others[:i]}
+    found = prompt_answers({**row, **every}, tuple(every), conversion)
+    return {**{k: v for k, v in found.items() if k not in every}, "choices": [found[name] for name in every]}
+
+
 def template_extras(row: Row) -> Row:
     """Return what a chat template reads in addition to messages."""
     tools, kwargs = tools_of(row), row.get("chat_template_kwargs")

@@ -46,6 +46,8 @@ class DataFormat:
     """Row type it can become -> place in detection: of several formats that fit a row, the one with the smallest is taken."""
     example: ClassVar[str]
     """A row, as a line of JSON."""
+    file_is_task: ClassVar[bool] = False
+    """Whether all rows of a file belong to one task, which has the file's name where no column names it."""
     aliases: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Column -> names that other data sets have for it, besides those of `data.formats.aliases`."""
 

@@ -52,6 +52,14 @@ class Reader:
         """Return the location of a row, for messages."""
         return f"{self.name} row {index + 1}"
 
+    def source(self, index: int) -> str:
+        """Return the file or hub data set of a row."""
+        return self.name
+
+    def sources(self) -> list[str]:
+        """Return the files or the hub data set of all rows."""
+        return [self.name]
+
     def fingerprint(self, remember: bool = False) -> str:
         """Return a hash of the content.
 
@@ -86,7 +94,7 @@ def open_file(path: Path, bounds: Bounds = BOUNDS) -> Reader:
             f"{path}: cannot read '{kind or 'no extension'}' files; known: {', '.join(EXTENSIONS)} (also .gz, .zip)"
         )
     if kind in (".jsonl", ".ndjson", ".json"):
-        if kind == ".json" and bytes(data[:64]).lstrip()[:1] == b"[":
+        if kind == ".json" and (bytes(data[:64]).lstrip()[:1] == b"[" or _spread(data)):
             return ListFile(path, data)
         return LinesFile(path, data, bounds)
     if kind in (".txt", ".text"):
@@ -112,6 +120,12 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         raise DataError(
             f"{path}:{line}: not UTF-8 text (byte {error.start}: {error.reason}); convert the file to UTF-8"
         ) from error
+
+
+def _spread(data: bytes | mmap.mmap) -> bool:
+    """Return whether the first line with a text begins an object that does not end in it."""
+    head = bytes(data[:4096]).lstrip()
+    return head[:1] == b"{" and b"\n" in head and not head.partition(b"\n")[0].rstrip().endswith(b"}")
 
 
 class LinesFile(Reader):
@@ -182,19 +196,20 @@ class LinesFile(Reader):
 
 
 class ListFile(Reader):
-    """A JSON file with one array of objects."""
+    """A JSON file with one array of objects, or with one object over several lines."""
 
     def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
         raw = bytes(data)
         self._hash = hashlib.sha256(raw).hexdigest()
         try:
-            self._rows: list[Row] = parse_json(raw, unique=True)
+            found = parse_json(raw, unique=True)
         except DuplicateKey as error:
             raise DataError(f"{path}:{_line_of_duplicate(raw)}: {error}; keep one, or rename the others") from error
         except ValueError as error:
             line = getattr(error, "lineno", 1)
             raise DataError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})") from error
+        self._rows: list[Row] = found if isinstance(found, list) else [found]
         bad = next((i for i, row in enumerate(self._rows) if not isinstance(row, dict)), None)
         if bad is not None:
             raise DataError(f"{path} row {bad + 1}: a row must be an object, this is a {type(self._rows[bad]).__name__}")
@@ -214,6 +229,8 @@ class ListFile(Reader):
 def _line_of_duplicate(raw: bytes) -> int:
     """Return the line at which the first row of a JSON array begins in which a key is repeated."""
     text = raw.decode("utf-8-sig")
+    if not text.lstrip().startswith("["):
+        return 1
     decoder = json.JSONDecoder(object_pairs_hook=once)
     at = text.index("[") + 1
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ class JoinedReader(Reader):
         """Return the location of a row in its own file."""
         reader, local = self._find(index)
         return reader.where(local)
+
+    def source(self, index: int) -> str:
+        """Return the file of a row."""
+        reader, local = self._find(index)
+        return reader.source(local)
+
+    def sources(self) -> list[str]:
+        """Return the files of all rows."""
+        return [name for reader in self.readers for name in reader.sources()]
 
     def rows(self, indices: Sequence[int] | range) -> list[Row]:
         """Return rows from any shard."""
@@ -270,6 +280,20 @@ def _split_of(path: Path) -> str | None:
     """Return the split of a file name: `train.jsonl`, `train-00000-of-00002.parquet`, `dev_1.csv`."""
     stem = path.name.lower().split(".")[0].replace("_", "-").split("-")[0]
     return next((split for split, names in ALIASES.items() if stem in names), None)
+
+
+def task_of_source(name: str) -> str:
+    """Return the task that a file or hub data set is named after; a file named after a split has that of its folder.
+
+    Examples:
+        >>> task_of_source("tasks/task001_quoref.json"), task_of_source("p3/ag_news_classify/train.jsonl.gz")
+        ('task001_quoref', 'ag_news_classify')
+        >>> task_of_source("bigscience/P3:ag_news_classify[train]")
+        'ag_news_classify'
+    """
+    path = Path(re.sub(r"\[\w+\]$", "", name))
+    own = path.parent.name if _split_of(path) is not None and path.parent.name else path.name.split(".")[0]
+    return own.rpartition(":")[2]
 
 
 def _open_saved(folder: Path, split: str, alone: bool) -> Reader | None:

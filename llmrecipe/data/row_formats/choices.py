@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.conversations import prompt_answers
+from llmrecipe.data.formats.conversations import with_choices
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 
@@ -20,12 +19,4 @@ class Choices(DataFormat):
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the right answer and the other options, each once; a row without options has one choice."""
-        others = row.get("options")
-        if others is None:
-            others = []
-        if not isinstance(others, list):
-            raise BadRow("'options' is not a list", f"{others!r:.80}")
-        every = {"completion": row["completion"]}
-        every |= {f"options[{i}]": o for i, o in enumerate(others) if o != row["completion"] and o not in others[:i]}
-        found = prompt_answers({**row, **every}, tuple(every), conversion)
-        return [{**{k: v for k, v in found.items() if k not in every}, "choices": [found[name] for name in every]}]
+        return [with_choices(row, conversion)]

@@ -18,6 +18,7 @@ from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import map_columns
 from llmrecipe.data.formats.messages import MEDIA, drop_fields, held_fields
+from llmrecipe.data.formats.sources import task_of_source
 from llmrecipe.data.token_report import HIGHEST, Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.lost_fields import UNLISTED, conversations, lost_fields
@@ -27,6 +28,7 @@ from llmrecipe.data.tokenize.truncation import TOO_LONG
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llmrecipe.data.formats.readers import Reader
     from llmrecipe.recipe.schema import DataSection
 
 DECIDING = ("formats", "masks", "row_formats", "row_types", "templates", "tokenize", "truncations")
@@ -164,6 +166,12 @@ class RowEncoder(Encoder):
         if any(self.only_ends(answer) for done in item.done for answer in _answers(done)):
             report.silent += 1
             report.first.setdefault("silent", item.where)
+
+    def with_task(self, row: dict[str, Any], reader: Reader, index: int) -> dict[str, Any]:
+        """Return a row that names its task, where its format says that a file is one."""
+        if self.task_field is None or not self.format.file_is_task or self.task_field in row:
+            return row
+        return {**row, self.task_field: task_of_source(reader.source(index))}
 
     def _task(self, named: dict[str, Any], row: dict[str, Any]) -> str | None:
         """Return the name (or number) of a row's task; None where it has none or no method needs it."""

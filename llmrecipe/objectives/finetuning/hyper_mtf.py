@@ -19,7 +19,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
-from llmrecipe.objectives.examples import under_others, with_examples
+from llmrecipe.objectives.examples import padded_texts, under_others, with_examples
 from llmrecipe.objectives.finetuning.choices import SIZES, choice_scores, lay_out_choices
 from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS
@@ -39,12 +39,12 @@ UNKNOWN = -1
 _members: WeakKeyDictionary[Any, dict[int, list[int]]] = WeakKeyDictionary()
 
 
-def rows_by_task(data: Rows) -> Mapping[int, list[int]]:
-    """Return task -> the indices of its rows, tasks in order, read once for each set of rows."""
+def rows_by_task(data: Any) -> Mapping[int, list[int]]:  # noqa: ANN401 (rows of a split, or of a part of one)
+    """Return task -> the indices of its rows, tasks in order, from the column of tasks alone, once for each set of rows."""
     if data not in _members:
         found: dict[int, list[int]] = {}
-        for index in range(len(data)):
-            found.setdefault(int(data[index]["task"]), []).append(index)
+        for index, task in enumerate(data.task_numbers()):
+            found.setdefault(task, []).append(index)
         _members[data] = dict(sorted(found.items()))
     return _members[data]
 
@@ -73,7 +73,8 @@ class HyperMtf(Objective):
 
     Of rows with options `rank_accuracy` is the share whose right answer has the largest mean log-probability, and
     `rank_accuracy/tasks` and `macro_f1` are means over tasks. The loss is also computed with the examples of another task
-    (`nll/other_task`): `task_gain` is what the right ones are worth, in nats a token; 0 where phi tells nothing.
+    (`nll/other_task`): `task_gain` is what the right ones are worth, in nats a token; 0 where phi tells nothing. Text metrics
+    (`eval.metrics`, rouge_l) score answers generated with the examples of each row, and NAME/tasks is their mean over tasks.
 
     Paper: HyperTuning (arXiv 2211.12485); rank classification as in T0 (arXiv 2110.08207), by the mean over tokens.
     """
@@ -146,6 +147,10 @@ class HyperMtf(Objective):
             task=torch.tensor([int(row["task"]) for row in rows], device=roles.device),
             answer=torch.tensor([d for own in answers for d in own], device=roles.device),
         )
+
+    def examples_of(self, data: Rows, indices: list[int], roles: Roles) -> tuple[Tensor, Tensor]:
+        """Return the examples of rows that are answered, those with which they are evaluated."""
+        return padded_texts([self._examples(row, roles, 0) for row in self.evaluation_rows(data, indices)], roles)
 
     def _examples(self, row: dict[str, Any], roles: Roles, shift: int) -> list[int]:
         """Return the tokens of the examples of a row, or of another task's.
