@@ -75,15 +75,11 @@ def draw_panels(records: list[Record], metrics: list[str], path: Path) -> None:
         RunError: matplotlib is not installed, or the file's kind is unknown to it.
     """
     from llmrecipe.core.errors import RunError
+    from llmrecipe.core.figures import new_figure
 
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RunError("--plot needs matplotlib: pip install 'llmrecipe[plots]'; without it the table is complete") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, max(1, len(metrics)), figsize=(5 * max(1, len(metrics)), 3.6), squeeze=False)
+    panels = max(1, len(metrics))
+    figure = new_figure(5 * panels, 3.6, "the table is complete without --plot")
+    axes = figure.subplots(1, panels, squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=False):
         for record in records:
             curve = record.curve(metric)
@@ -92,10 +88,7 @@ def draw_panels(records: list[Record], metrics: list[str], path: Path) -> None:
         axis.set_title(metric)
         axis.set_xlabel("step")
         axis.legend(fontsize=7)
-    figure.tight_layout()
     try:
         figure.savefig(path)
     except (ValueError, OSError) as error:
         raise RunError(f"--plot: cannot write {path}: {error}") from error
-    finally:
-        pyplot.close(figure)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.figures import new_figure
 from llmrecipe.evaluation.leaderboard_table import FULL, Column, LeaderboardRow
 
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a")
@@ -30,14 +31,8 @@ def draw_plot(
     Raises:
         RunError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RunError("plot: needs matplotlib: pip install 'llmrecipe[plots]'; plot: false leaves the picture out") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 5.6))
+    figure = new_figure(9, 5.6, "plot: false leaves the picture out")
+    axis = figure.subplots()
     try:
         for colour, family in zip(COLOURS, dict.fromkeys(r.family for r in rows), strict=False):
             own = [r for r in rows if r.family == family]
@@ -55,12 +50,9 @@ def draw_plot(
         axis.set_ylabel(y.title)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, loc="best")
-        figure.tight_layout()
         figure.savefig(path, dpi=110)
     except (ValueError, OSError) as error:
         raise RunError(f"plot: cannot write {path}: {error}") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _label(axis: Axes, points: list[tuple[str, float, float]]) -> None:

@@ -94,7 +94,8 @@ def test_compare_draws_curves(two, tmp_path, capsys):
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert run_command(["compare", *two, "--plot", str(tmp_path / "x.png")]) == 2
     assert "pip install 'llmrecipe[plots]'" in capsys.readouterr().err
     assert run_command(["compare", *two]) == 0

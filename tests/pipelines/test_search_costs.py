@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmrecipe.core.errors import Interrupted, RecipeError, RunError
-from llmrecipe.pipelines.search import costs, study
+from llmrecipe.pipelines.search import costs, samplers, study
 from llmrecipe.pipelines.search.costs import costs_of, hypervolume
 from llmrecipe.pipelines.search.display import picture
 from llmrecipe.pipelines.search.study import Search
@@ -133,10 +133,27 @@ def test_a_stopped_search_goes_on_to_the_same_trials_and_runs_nothing_twice(lab:
     assert len(lab.runs) == 6
 
 
+def test_nsga2_breeds_its_second_generation_from_the_first_also_after_a_stop(
+    lab: Costly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "POPULATION", 4)
+    words = ["search.sampler=nsga2", "search.trials=6"]
+    _, whole = searched("run.dir=whole", *words)
+    assert [t.generations["NSGAIISampler:generation"] for t in whole] == [0, 0, 0, 0, 1, 1]
+    _, chance = searched("run.dir=chance", "search.sampler=random", "search.trials=6")
+    assert [t.point for t in whole[:4]] == [t.point for t in chance[:4]]
+    assert [t.point for t in whole[4:]] != [t.point for t in chance[4:]]
+    lab.stop_at = len(lab.runs) + 4
+    with pytest.raises(Interrupted):
+        searched("run.dir=stopped", *words)
+    _, again = searched("run.dir=stopped", *words)
+    assert [(t.point, t.generations) for t in again] == [(t.point, t.generations) for t in whole]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "trials"),
-    [("gp", 16), ("tpe", 40), ("nsga2", 60)],
+    [("gp", 16), ("tpe", 40), ("nsga2", 40)],
 )
 def test_a_sampler_of_score_and_cost_beats_chance_on_the_planted_front(lab: Costly, sampler: str, trials: int) -> None:
     """Area dominated, mean over seeds, at as many trials."""

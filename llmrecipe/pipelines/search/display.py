@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from llmrecipe.core.figures import new_figure
+from llmrecipe.core.lazy import is_installed
 from llmrecipe.pipelines.search import space
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.pipelines.search.trial import Trial
@@ -46,23 +49,19 @@ def importances(search: Search, trials: list[Trial]) -> dict[str, float]:
 
 def picture(search: Search, trials: list[Trial]) -> Path | None:
     """Draw `search.png`: values in the order they were tried with the best so far, over each key, and importances."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not is_installed("matplotlib"):
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     done = [t for t in trials if t.value is not None and t.state == "done"]
     keys = list(search.section.space)
     against = search.section.against
     shares = importances(search, trials)
     count = len(keys) + 1 + len(against) + bool(shares)
-    figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 3.2), squeeze=False, layout="constrained")
+    figure = new_figure(4 * count, 3.2)
+    axes = figure.subplots(1, count, squeeze=False)
     choose = min if search.mode == "min" else max
     values: list[Any] = [t.value for t in done]
     axes[0][0].plot([t.number for t in done], values, "o")
-    axes[0][0].step([t.number for t in done], [choose(values[: i + 1]) for i in range(len(values))], where="post")
+    axes[0][0].step([t.number for t in done], list(accumulate(values, choose)), where="post")
     axes[0][0].set(xlabel="trial", ylabel=search.evaluation.monitor)
     front = search.front(trials)
     for axis, cost in zip(axes[0][1:], against, strict=False):
@@ -81,5 +80,4 @@ def picture(search: Search, trials: list[Trial]) -> Path | None:
         axes[0][-1].set(xlabel="importance", xlim=(0, 1))
     path = search.folder / "search.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from llmrecipe.recipe.schema import SearchSection
 
 if TYPE_CHECKING:
     import optuna
+
+POPULATION = 10
+"""Trials of one generation of NSGA-II. The first generation is random, and few searches train much more than 50 models."""
 
 
 def new_study(section: SearchSection, mode: str) -> optuna.Study:
@@ -43,7 +47,7 @@ def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> op
     samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
         "tpe": optuna.samplers.TPESampler,
         "gp": optuna.samplers.GPSampler,
-        "nsga2": optuna.samplers.NSGAIISampler,
+        "nsga2": functools.partial(optuna.samplers.NSGAIISampler, population_size=POPULATION),
     }
     study.sampler = samplers.get(section.sampler, optuna.samplers.RandomSampler)(seed=seed)
     return study.ask(space.distributions(section))

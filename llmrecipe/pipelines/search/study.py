@@ -233,6 +233,7 @@ class Search:
             trial.costs = {key: statistics.fmean(cost[key] for cost in spent) for key in self.section.against}
         noted = drawn.study.trials[drawn.number].system_attrs
         trial.rungs = {k: v for k, v in noted.items() if isinstance(v, float)}
+        trial.generations = {k: v for k, v in noted.items() if isinstance(v, int)}
         return trial
 
     def _planned(self, number: int, point: dict[str, Any], seed: int) -> Planned:
@@ -335,7 +336,7 @@ class Search:
         values = [trial.value or 0.0, *(trial.costs[key] for key in self.section.against)] if trial.state == "done" else None
         return create_trial(
             params=drawn, distributions=space.distributions(self.section), state=states[trial.state], values=values,
-            intermediate_values=trial.reports, system_attrs=trial.rungs,
+            intermediate_values=trial.reports, system_attrs={**trial.rungs, **trial.generations},
         )  # fmt: skip
 
     def front(self, trials: list[Trial]) -> list[Trial]:

@@ -24,6 +24,8 @@ class Trial:
     """Step -> the monitored metric of the first seed, as the pruner saw it."""
     rungs: dict[str, float] = field(default_factory=dict)
     """Record of the pruner: the value with which the trial passed each rung."""
+    generations: dict[str, int] = field(default_factory=dict)
+    """Record of the sampler: the generation in which the trial was chosen, under Optuna's key."""
 
     @property
     def value(self) -> float | None:

@@ -8,12 +8,15 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.figures import new_figure
 from llmrecipe.core.journal import json_hash
+from llmrecipe.core.lazy import is_installed
 from llmrecipe.core.option_types import (
     ClassVar,
     Field,
@@ -263,23 +266,18 @@ def design_of(candidate: Candidate) -> dict[str, dict[str, int]]:
 
 def draw_search(scored: list[ScoredDesign], monitor: str, sign: float, path: Path) -> None:
     """Draw the scores of all sub-networks in the order they were scored, with the best so far; needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not is_installed("matplotlib"):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (order, cost) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    figure = new_figure(8, 3.2)
+    order, cost = figure.subplots(1, 2, sharey=True)
     for origin in ("evolution", "random"):
         own = [entry for entry in scored if entry.origin == origin]
         values = [entry.score for entry in own]
         (points,) = order.plot(values, "o", alpha=0.4)
-        best = [sign * min(sign * value for value in values[: i + 1]) for i in range(len(values))]
+        best = list(accumulate(values, min if sign > 0 else max))
         order.step(range(len(best)), best, where="post", color=points.get_color(), label=origin)
         cost.plot([entry.parameters for entry in own], values, "o", alpha=0.4)
     order.set(xlabel="sub-network", ylabel=f"{monitor} of the supernet's weights")
     order.legend()
     cost.set(xlabel="parameters")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
