@@ -41,7 +41,7 @@ def texts_of(parts: Sequence[Part], data: DataSection, kind: str, rows: int | No
     """
     for part in parts:
         layout = source_layout(part, data, kind)
-        conversion = Conversion(kind, template=True, system=data.system, base=part.reader.base)
+        conversion = Conversion(kind, template=True, spoken=True, system=data.system, base=part.reader.base)
         for row in _rows(part, rows):
             try:
                 named = drop_fields(map_columns(row, data.columns), data.drop_fields)

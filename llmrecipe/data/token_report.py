@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HIGHEST = "highest token id"
+TEXT_RULE = (
+    "prompts given as text (prompt/completion, pairs, alpaca): rendered where tokenizer.chat_template names a template (own, "
+    "chatml, ...), raw text otherwise, alpaca's in Stanford's form"
+)
+"""How rows without messages become tokens."""
 
 
 @dataclass
@@ -69,6 +74,10 @@ class Report:
     """Rows whose tool calls the template renders, but not their list of tools."""
     silent: int = 0
     """Rows with such fields that train an answer of nothing but its end token."""
+    repeated: int = 0
+    """Rows whose answers began with their prompt, which was removed from them."""
+    given_as_text: int = 0
+    """Rows that give prompt and answers as text, which only a named template renders."""
 
     def drop(self, reason: str, where: str, detail: str = "", tokens: int = 0) -> None:
         """Count a dropped row."""
@@ -92,6 +101,8 @@ class Report:
             "equal",
             "silent",
             "unlisted",
+            "repeated",
+            "given_as_text",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("dropped", "bos", "eos", "labels", "unrendered", "too_long"):
@@ -152,6 +163,12 @@ class Report:
             f"format: {self.format}" + (f" (columns: {mapping})" if mapping else ""),
             *([f"columns not used: {', '.join(self.unused)}"] if self.unused else []),
             f"template: {self.template}",
+            *([TEXT_RULE] if self.given_as_text else []),
+            *(
+                [f"answers that began with their prompt: it was removed from those of {self.repeated} rows"]
+                if self.repeated
+                else []
+            ),
             f"rows: {self.read} read, {self.kept} kept, {self.lost} dropped ({self.dropped_share:.1%})",
             *(f"  {count} x {reason}, first at {self.first.get(reason, '?')}" for reason, count in self.dropped.most_common()),
             f"tokens: {self.tokens}, longest row {self.longest}, trained {self.trained} ({share}), lost {self.tokens_lost}",

@@ -139,7 +139,9 @@ def make_encoder(
         DataError: no rows, or columns that fit no format.
     """
     found = source_layout(part, data, rows)
-    return RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases, needs, stride)
+    encoder = RowEncoder(tokenizer, rows, mask, data, found.name, part.reader.base, task_field, found.aliases, needs, stride)
+    encoder.look_for_repeats(row for _, row in islice(part.reader.stream(), SAMPLE))
+    return encoder
 
 
 def source_layout(part: Part, data: DataSection, rows: str) -> detect.DetectedFormat:

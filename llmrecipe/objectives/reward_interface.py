@@ -51,8 +51,8 @@ class Reward:
     """Whether it scores only sentences of the built-in sets; a recipe that names it drops it when the rows are other ones."""
 
     @functools.cached_property
-    def measured(self) -> dict[str, list[float]]:
-        """Hold measure -> one number for each answer of the last call of `score`."""
+    def measured(self) -> dict[str, Sequence[float | None]]:
+        """Hold measure -> one number for each answer of the last call of `score`, None where the answer has none."""
         return {}
 
     def needs(self) -> Sequence[str]:

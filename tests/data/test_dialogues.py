@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion, data_format
@@ -115,6 +116,59 @@ def test_text_answers_that_both_repeat_the_prompt_lose_it() -> None:
     assert pair("one and one is", "one and one is two", "no")["chosen"] == "one and one is two"
     talk = ["\n\nHuman: hi\n\nAssistant: " + word for word in ("good", "gone")]
     assert pair("hi", *talk)["prompt"] == "\n\nHuman: hi\n\nAssistant:" and pair("hi", *talk)["chosen"] == " good"
+
+
+SHORT = [
+    ("Hi", "Hi there", "Hi. What?"),
+    ("Sum?", "Sum? 2", "Sum? 6"),
+    ("Go", "Go on", "Go\nout"),
+    ("Who", "Who? Me", "Who, you"),
+    ("a b", "a b c", "a b!"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "repeats"),
+    [
+        (SHORT, True),
+        (SHORT[:3], False),
+        (SHORT[:1] * 20, False),
+        ([*SHORT, *[(p, "Yes.", "No.") for p, *_ in SHORT[:1]]], False),
+        ([*SHORT * 2, ("Yes", "Yesterday", "No")], True),
+        ([(p, c + "x" if p == "Go" else c[: len(p)] + "x" + c[len(p) :], r) for p, c, r in SHORT], False),
+    ],
+    ids=["all", "too few prompts", "one prompt", "one in six does not", "one in eleven does not", "the word goes on"],
+)
+@pytest.mark.parametrize("kind", ["preference", "unpaired", "dialogue"])
+def test_a_file_whose_answers_repeat_short_prompts_trains_none_of_them(
+    tmp_path: Path, rows: list[tuple[str, str, str]], repeats: bool, kind: str
+) -> None:
+    """The file is the evidence: an answer may begin with a short prompt by chance, those of every row do not."""
+    name = "chosen" if kind == "preference" else "completion"
+    lines = [{"prompt": p, name: c, **({"rejected": r} if kind == "preference" else {"label": True})} for p, c, r in rows]
+    if kind == "dialogue":
+        lines = [{k: v for k, v in line.items() if k != "label"} for line in lines]
+    found = prepare(DataSection(path=str(save(tmp_path / "a.jsonl", lines)), cache=False), byte_tokenizer(), kind, seed=0)
+    assert found is not None
+    answers = [
+        byte_tokenizer()
+        .decode([i for i, t in zip(row["ids"], row["trained"], strict=True) if t] if kind == "dialogue" else row[f"{name}_ids"])
+        .removesuffix("</s>")
+        for row in found
+    ]
+    begun = [p for p, c, _ in rows if c.startswith(p) and not c[len(p)].isalnum()]
+    assert found.report.repeated == (len(begun) if repeats else 0)
+    wanted = [c[len(p) :] if repeats and p in begun else c for p, c, _ in rows]
+    assert answers == wanted
+    said = f"answers that began with their prompt: it was removed from those of {len(begun)} rows"
+    assert (said in found.report.lines()) is repeats
+
+
+def test_an_answer_that_is_only_its_prompt_is_empty_where_the_file_repeats_prompts(tmp_path: Path) -> None:
+    lines = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in [*SHORT, ("Wind", "Wind.", "Wind")]]
+    path = save(tmp_path / "a.jsonl", lines)
+    with pytest.raises(DataError, match=r"1 x 'rejected' is empty, first at .*a.jsonl:6"):
+        prepare(DataSection(path=str(path), cache=False), byte_tokenizer(), "preference", seed=0)
 
 
 def ids(path: Path) -> list[tuple[list[int], ...]]:

@@ -70,14 +70,16 @@ def test_transcripts_stay_text_without_a_template() -> None:
     assert (row["chosen"], row["rejected"]) == (" good", " gone")
 
 
-def test_alpaca_has_two_forms_and_becomes_a_conversation_where_there_is_a_template() -> None:
+def test_alpaca_has_two_forms_and_becomes_a_conversation_where_a_template_is_named() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
     (plain,) = data_format("alpaca").convert(row, Conversion("dialogue"))
+    assert [plain] == data_format("alpaca").convert(row, Conversion("dialogue", template=True))
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n" in plain["prompt"] and plain["completion"] == "3"
     (short,) = data_format("alpaca").convert({**row, "input": ""}, Conversion("dialogue"))
     assert "### Input" not in short["prompt"] and short["prompt"].endswith("### Instruction:\nAdd.\n\n### Response:\n")
-    (talk,) = data_format("alpaca").convert(row, Conversion("dialogue", template=True))
-    assert talk["prompt"][0]["content"] == "Add.\n\n1 2" and talk["completion"] == [turn("assistant", "3")]
+    for options in ({"wrap": True}, {"spoken": True}):
+        (talk,) = data_format("alpaca").convert(row, Conversion("dialogue", template=True, **options))
+        assert talk["prompt"][0]["content"] == "Add.\n\n1 2" and talk["completion"] == [turn("assistant", "3")]
 
 
 def test_a_named_template_wraps_strings_and_system_goes_first() -> None:

@@ -13,6 +13,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.token_data import TokenData
+from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, set_template
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
@@ -32,7 +33,7 @@ U, A, U2, B = turn("user", "hi"), turn("assistant", "yo"), turn("user", "more"),
     ],
 )  # fmt: skip
 def test_the_last_turn_is_judged(row: dict[str, Any], prompt: Any, answer: Any, liked: bool) -> None:
-    found = detect([row], "unpaired", "auto", "f").convert(row, Conversion("unpaired", template=True))
+    found = detect([row], "unpaired", "auto", "f").convert(row, Conversion("unpaired", wrap=True, template=True))
     assert found == [{"prompt": prompt, "completion": [answer], "label": liked}]
 
 
@@ -43,8 +44,9 @@ def test_a_conversation_without_a_last_answer_is_a_bad_row() -> None:
             detect([row], "unpaired", "auto", "f").convert(row, Conversion("unpaired", template=True))
 
 
-def tokens(path: Path) -> list[tuple[str, str, bool]]:
+def tokens(path: Path, named: str | None = "own") -> list[tuple[str, str, bool]]:
     tokenizer = byte_tokenizer()
+    set_template(tokenizer, named)
     found = prepare(DataSection(path=str(path), cache=False), tokenizer, "unpaired", seed=0)
     assert isinstance(found, TokenData)
     return [(tokenizer.decode(r["prompt_ids"]), tokenizer.decode(r["completion_ids"]), r["label"]) for r in found]
@@ -52,14 +54,19 @@ def tokens(path: Path) -> list[tuple[str, str, bool]]:
 
 @pytest.mark.parametrize("name", ["c08.jsonl", "c08b.jsonl", "c08c.jsonl"])
 def test_kto_messages_label(name: str) -> None:
-    found = tokens(shared("cases", "kto-messages-label", name))
+    path = shared("cases", "kto-messages-label", name)
+    found = tokens(path)
     assert len(found) == 16 and sum(liked for *_, liked in found) == 8
     for number, (prompt, answer, liked) in enumerate(found):
         assert prompt == f"<|im_start|>user\nCount to {number}<|im_end|>\n<|im_start|>assistant\n"
         assert answer == "one two three<|im_end|>\n" and liked == (number % 2 == 0)
+    unnamed = [(prompt, answer.removesuffix("</s>"), liked) for prompt, answer, liked in tokens(path, None)]
+    raw = [ALPACA_PROMPT.format(instruction=f"Count to {number}") for number in range(16)]
+    assert unnamed == (found if name == "c08.jsonl" else [(p, "one two three", row[2]) for p, row in zip(raw, found)])
 
 
 def test_conversations_and_alpaca_rows_give_the_tokens_of_prompt_and_completion(tmp_path: Path) -> None:
+    """Alpaca rows are text, so they are conversations where the recipe names a template."""
     rows = {
         "messages": {"messages": [U, A], "label": True},
         "alpaca": {"instruction": "hi", "input": "", "output": "yo", "label": True},

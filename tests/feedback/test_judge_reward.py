@@ -23,7 +23,7 @@ def answer(text: str) -> Answer:
     return Answer(QUESTION, text, {"topic": "owl"}, [1], [2], True)
 
 
-def scores(*answers: Answer, **options: Any) -> list[float]:
+def scores(*answers: Answer, **options: Any) -> list[float | None]:
     reward = Rewards({"judge": options})
     reward.check([])
     reward.open(None)  # type: ignore[arg-type]
@@ -49,16 +49,24 @@ def test_the_rule_rates() -> None:
     assert scores(polite, judge={"kind": "rule", "sure": 1.0}, constitution="manners", scale=5) == [1.0]
 
 
-def test_principles_are_averaged_and_failures_are_the_middle(own_rules: None) -> None:
+def test_principles_are_averaged_over_those_rated_by_and_none_is_no_opinion(own_rules: None) -> None:
+    """10 of 10 for politeness and 1 of 10 for the topic average to the middle; without the topic's rating, 10 of 10 is left."""
+
     def rating(ask: Any, options: Any) -> Any:
-        if ask.parts["answer"] == "?":
+        if ask.parts["answer"] == "?" or (ask.parts["answer"] == "half" and ask.parts["principle"] == "topic"):
             return None
         best = {"polite": len(options) - 1, "topic": 0}[ask.parts["principle"]]
         return [float(i == best) for i in range(len(options))]
 
     judge = {"kind": "rule", "rule": judge_rule(rating).__name__, "sure": 1.0}
-    assert scores(answer("a"), answer("?"), judge=judge, constitution="manners") == [0.0, 0.0]
-    assert scores(answer("a"), answer("?"), judge=judge, constitution="manners", principles=["polite"]) == [1.0, 0.0]
+    reward = Rewards(
+        {"judge": {"judge": judge, "constitution": "manners"}, "length": {"kind": "length", "least": 1, "weight": 0.0}}
+    )
+    reward.open(None)  # type: ignore[arg-type]
+    total, own = reward.score([answer("a"), answer("half"), answer("?")])
+    assert own["judge"] == [0.0, 1.0, None] and total == [0.0, 1.0, 0.0]
+    assert own["judge/unrated"] == [0.0, 0.5, 1.0] and own["judge/mass"] == [1.0, 1.0, None] == own["judge/mass"]
+    assert scores(answer("a"), answer("?"), judge=judge, constitution="manners", principles=["polite"]) == [1.0, None]
     with pytest.raises(RunError, match="could rate none of 1 answers"):
         scores(answer("?"), judge=judge, constitution="manners")
 

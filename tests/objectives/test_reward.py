@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmrecipe import load
-from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.core.errors import DataError, ModelError, RunError
 from llmrecipe.data import prepare
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
@@ -113,11 +113,29 @@ def test_other_pooling_takes_the_token_before_padding_ids(packing: bool) -> None
 
 def test_margins_of_rows_are_subtracted() -> None:
     _, roles, objective = reward_model()
-    rows = [{**r, "margin": m} for r, m in zip(PAIRS, (0.5, None, 2.0), strict=True)]
+    rows = [{**r, "margin": m} for r, m in zip(PAIRS, (0.5, 0.0, 2.0), strict=True)]
     with torch.no_grad():
         d = roles.engine(objective.collate(rows, roles), want="reward")["reward"].view(-1, 3)
         wanted = sum(math.log1p(math.exp(-(float(w - l) - m))) for (_, w, l), m in zip(d, (0.5, 0.0, 2.0), strict=True)) / 3
     assert float(mean_loss(objective, roles, rows).detach()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_row_without_a_margin_among_rows_with_one_is_named(tmp_path: Path) -> None:
+    """Before training for the rows of a file, at its batch for those of a stream."""
+    lines = [{"prompt": "q", "chosen": "yes", "rejected": "no", "margin": m} for m in (0.5, None, 2.0)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    data = prepare(DataSection(path=str(path), cache=False), byte_tokenizer(), "preference", seed=0)
+    message = r"row 1 has no margin, and other rows have one: .*objective\.margin=false"
+    with pytest.raises(DataError, match=message):
+        Reward().check(None, data)  # type: ignore[arg-type]
+    Reward(margin=False).check(None, data)  # type: ignore[arg-type]
+    _, roles, objective = reward_model()
+    rows = [{**r, "margin": m} for r, m in zip(PAIRS, (0.5, None, 2.0), strict=True)]
+    with pytest.raises(DataError, match=message):
+        objective.collate([{**r, "row": i} for i, r in enumerate(rows)], roles)
+    assert "margin" not in Reward(margin=False).collate(rows, roles).extra
+    assert "margin" not in objective.collate([{**r, "margin": None} for r in PAIRS], roles).extra
 
 
 def test_soft_labels_reach_the_loss_from_the_file(tmp_path: Path) -> None:

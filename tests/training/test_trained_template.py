@@ -11,7 +11,15 @@ import pytest
 from llmrecipe import load
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
-from llmrecipe.data.tokenize.chat_templates import is_prompted_raw, keep_trained_template, prompt_ids, set_template, template_of
+from llmrecipe.data.token_report import TEXT_RULE
+from llmrecipe.data.tokenize.chat_templates import (
+    ALPACA_PROMPT,
+    is_prompted_raw,
+    keep_trained_template,
+    prompt_ids,
+    set_template,
+    template_of,
+)
 from llmrecipe.engine import generation
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
@@ -30,6 +38,7 @@ TEXT = "Name a colour."
 ROWS: dict[str, dict[str, Any]] = {
     "strings": {"prompt": TEXT, "completion": " Blue."},
     "alpaca": {"instruction": TEXT, "output": "Blue."},
+    "unpaired_alpaca": {"instruction": TEXT, "output": "Blue.", "label": True},
     "messages": {"messages": [turn("user", TEXT), turn("assistant", "Blue.")]},
 }
 
@@ -40,23 +49,31 @@ def write(folder: Path, row: dict[str, Any]) -> Path:
     return path
 
 
-def prepared(path: Path, tokenizer: Any) -> TokenData:
-    found = prepare(DataSection(path=str(path), cache=False), tokenizer, "dialogue", seed=0)
+def prepared(path: Path, tokenizer: Any, rows: str = "dialogue") -> TokenData:
+    found = prepare(DataSection(path=str(path), cache=False), tokenizer, rows, seed=0)
     assert isinstance(found, TokenData)
     return found
 
 
 def prompt_of(row: dict[str, Any]) -> list[int]:
+    if "prompt_ids" in row:
+        return [*row["prompt_ids"]]
     return [i for i, trained in zip(row["ids"], row["trained"]) if not trained]
 
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_the_tokens_of_a_prompt_in_training_are_those_of_the_saved_tokenizer(tmp_path: Path, kind: str, adds_bos: bool) -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_tokens_of_a_prompt_in_training_are_those_of_the_saved_tokenizer(
+    tmp_path: Path, kind: str, adds_bos: bool, bare: bool
+) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = byte_tokenizer(adds_bos=adds_bos, **({"template": None} if kind == "alpaca" else {}))
-    data = prepared(write(tmp_path, ROWS[kind]), tokenizer)
+    if bare and "alpaca" not in kind:
+        pytest.skip("a tokenizer without a template renders no conversation, and text is the same with one")
+    tokenizer = byte_tokenizer(adds_bos=adds_bos, **({"template": None} if bare else {}))
+    own = template_of(tokenizer)
+    data = prepared(write(tmp_path, ROWS[kind]), tokenizer, "unpaired" if kind == "unpaired_alpaca" else "dialogue")
     keep_trained_template(tokenizer, data.report.template, data.report.format)
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -64,6 +81,9 @@ def test_the_tokens_of_a_prompt_in_training_are_those_of_the_saved_tokenizer(tmp
     assert served == prompt_ids(saved, [turn("user", TEXT)]) == prompt_of(data[0])[: len(served)]
     assert len(prompt_of(data[0])) - len(served) in (0, 1)  # a template may write a line break after the last turn
     assert is_prompted_raw(saved) is (kind == "strings")
+    if own is not None:
+        again = set_template(saved, "own")
+        assert again is not None and again.text == own.text
 
 
 def test_conversations_after_raw_text_are_rendered_by_the_model_s_own_template(tmp_path: Path) -> None:
@@ -79,16 +99,23 @@ def test_conversations_after_raw_text_are_rendered_by_the_model_s_own_template(t
     assert not is_prompted_raw(tokenizer) and template_of(tokenizer) == own
 
 
-def test_a_named_template_makes_alpaca_and_prompt_completion_one_and_the_rule_is_printed(
-    tmp_path: Path,
-) -> None:
-    strings = {**ROWS["strings"], "completion": "Blue."}
-    raw = prepared(write(tmp_path, strings), byte_tokenizer()).report
-    assert any("are rendered where tokenizer.chat_template names a template, such as own" in line for line in raw.lines())
-    tokenizer = byte_tokenizer()
-    set_template(tokenizer, "own")
-    first, second = (prepared(write(tmp_path, row), tokenizer) for row in (ROWS["alpaca"], strings))
-    assert first[0]["ids"] == second[0]["ids"] and first.report.template.startswith("own")
+@pytest.mark.parametrize("named", [None, "own", "chatml", "alpaca"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_alpaca_and_prompt_completion_follow_one_rule_that_is_printed(tmp_path: Path, named: str | None, bare: bool) -> None:
+    """Both rendered by the template that is named, both raw text where none is, whatever the tokenizer has of its own."""
+    if bare and named is not None:
+        pytest.skip("a named template does not depend on the tokenizer's own")
+    tokenizer = byte_tokenizer(**({"template": None} if bare else {}))
+    set_template(tokenizer, named)
+    said = TEXT if named is not None else ALPACA_PROMPT.format(instruction=TEXT)
+    rows = (ROWS["alpaca"], {"prompt": said, "completion": "Blue."})
+    first, second = (prepared(write(tmp_path, row), tokenizer) for row in rows)
+    assert first[0]["ids"] == second[0]["ids"] and first[0]["trained"] == second[0]["trained"]
+    for report in (first.report, second.report):
+        assert report.lines().count(TEXT_RULE) == 1 and "tokenizer.chat_template names a template" in TEXT_RULE
+        assert report.template.split(" (")[0] == (named or "none")
+    talk = prepared(write(tmp_path, ROWS["messages"]), byte_tokenizer()).report
+    assert TEXT_RULE not in talk.lines()
 
 
 def test_chat_load_and_export_of_a_run_on_raw_text(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.cells import filled_text, text_of
 from llmrecipe.data.formats.data_format import Conversion, Row
-from llmrecipe.data.formats.dialogues import separate
+from llmrecipe.data.formats.dialogues import separate, without_prompt
 from llmrecipe.data.formats.messages import Message, is_messages, messages_of, says_nothing, tools_of
 from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_INPUT
 
@@ -39,7 +39,16 @@ def with_system(messages: list[Message], conversion: Conversion) -> list[Message
 
 
 def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -> Row:
-    """Return prompt and answers in one form: all strings, or all messages."""
+    """Return prompt and answers in one form: all strings, or all messages.
+
+    Text answers lose the prompt where they repeat it; the row then has `repeated`.
+    """
+    texts = [text for name in ("prompt", *answers) if isinstance(text := row.get(name), str)]
+    repeated = False
+    if answers and len(texts) == 1 + len(answers):
+        rest = without_prompt(texts[0], texts[1:], conversion.repeats)
+        repeated = rest != texts[1:]
+        row = {**row, **dict(zip(answers, rest))}
     spoken = conversion.wrap or any(is_messages(row.get(c)) for c in ("prompt", *answers))
     prompt = _side(row, "prompt", "user", spoken)
     given: list[Any] = [_answer(row, name, spoken) for name in answers]
@@ -54,7 +63,7 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
             "data.system is set, but prompts here are plain text that no chat template renders; "
             "set tokenizer.chat_template=own (or a built-in one) or remove data.system"
         )
-    return {**out, **template_extras(row)}
+    return {**out, **template_extras(row), **({"repeated": True} if repeated else {})}
 
 
 def with_choices(row: Row, conversion: Conversion) -> Row:
@@ -105,13 +114,13 @@ def from_messages(row: Row, conversion: Conversion) -> list[Row]:
 
 
 def from_alpaca(row: Row, conversion: Conversion) -> list[Row]:
-    """Return the prompt and the answer of an instruction with its input.
+    """Return the prompt and the answer of an instruction with its input: messages, or text in the form of Stanford Alpaca.
 
     Raises:
         BadRow: the instruction or the answer is empty.
     """
     instruction, given = filled_text(row, "instruction"), (row.get("input") or "")
-    if conversion.wrap or conversion.template:
+    if conversion.wrap or conversion.spoken:
         content = f"{instruction}\n\n{given}" if given else instruction
         message = {"role": "user", "content": content, "instruction": instruction, "input": given}
         prompt: Any = with_system([message], conversion)

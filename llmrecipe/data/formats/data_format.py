@@ -31,6 +31,10 @@ class Conversion:
     """Folder that image paths refer to."""
     weighted: bool = False
     """Whether the row type takes weights of tokens."""
+    spoken: bool = False
+    """Instructions become messages without a named template, because who reads them renders them."""
+    repeats: bool = False
+    """The source writes its text prompts at the beginning of the answers too (`dialogues.repeats_prompts`)."""
 
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)

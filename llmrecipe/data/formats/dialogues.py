@@ -7,13 +7,20 @@ the answers share are the prompt, as in TRL's `maybe_extract_prompt`; what the `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.messages import Message
+from llmrecipe.data.formats.messages import Message, is_transcript
 
 REPEATED_WORDS = 3
-"""Least number of words of a text prompt that is removed from the beginning of both answers of a pair."""
+"""Least number of words of a text prompt that is removed from the beginning of both answers of a pair by itself."""
+REPEATED_PROMPTS = 4
+"""Least number of different prompts that a source's answers must repeat for it to be the way its rows are written."""
+REPEATED_SHARE = 0.9
+"""Least share of the rows that repeat their prompts in such a source."""
+TEXTS = ("prompt", "instruction", "input", "completion", "output", "chosen", "rejected")
+"""Columns of prompts and answers that may be text."""
 
 
 def shared_turns(dialogues: Sequence[Sequence[Message]]) -> int:
@@ -51,10 +58,50 @@ def separate(
     return prompt, answers
 
 
-def without_prompt(prompt: str, answers: list[str]) -> list[str]:
-    """Remove a text prompt from the beginning of the answers of a pair where both repeat it."""
-    repeated = len(prompt.split()) >= REPEATED_WORDS and all(a.startswith(prompt) and a[len(prompt) :].strip() for a in answers)
-    return [answer[len(prompt) :] for answer in answers] if repeated else answers
+def is_text(row: Mapping[str, Any]) -> bool:
+    """Return whether a row gives its prompt and its answers as plain text, neither as messages nor as a transcript."""
+    given = [row[name] for name in TEXTS if row.get(name) is not None]
+    return bool(given) and all(isinstance(value, str) and not is_transcript(value) for value in given)
+
+
+def repeats_prompts(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether a source is written with its text prompts at the beginning of the answers too, from some of its rows."""
+    repeated: list[str] = []
+    count = 0
+    for row in rows:
+        answers = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
+        if not answers or not row.get("prompt") or not is_text(row):
+            continue
+        count += 1
+        if all(_after(row["prompt"], answer) is not None for answer in answers):
+            repeated.append(row["prompt"])
+    return len(set(repeated)) >= REPEATED_PROMPTS and len(repeated) >= REPEATED_SHARE * count
+
+
+def without_prompt(prompt: str, answers: list[str], repeats: bool = False) -> list[str]:
+    """Remove a text prompt from the beginning of its answers.
+
+    Args:
+        repeats: the source is written that way, so that each answer loses it. Otherwise both answers of a pair do where they
+            begin with a prompt that is too long for that to be chance.
+    """
+    if not prompt.strip():
+        return answers
+    rest = [_after(prompt, answer) for answer in answers]
+    if repeats:
+        return [answer if left is None else left for answer, left in zip(answers, rest, strict=True)]
+    every = [left for left in rest if left is not None and left.strip()]
+    long = len(prompt.split()) >= REPEATED_WORDS
+    return every if long and len(answers) > 1 and len(every) == len(answers) else answers
+
+
+def _after(prompt: str, answer: str) -> str | None:
+    """Return what follows the prompt in an answer that begins with it; None where none does, or a word of it goes on."""
+    for begin, text in ((prompt, answer), (prompt.strip(), answer.lstrip())):
+        rest = text[len(begin) :]
+        if text.startswith(begin) and not (begin[-1:].isalnum() and rest[:1].isalnum()):
+            return rest
+    return None
 
 
 def _answers(turn: Message) -> bool:

@@ -7,7 +7,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.cells import number_of
 from llmrecipe.data.formats.conversations import prompt_answers
 from llmrecipe.data.formats.data_format import Conversion, Row
-from llmrecipe.data.formats.dialogues import shared_turns, without_prompt
+from llmrecipe.data.formats.dialogues import shared_turns
 from llmrecipe.data.formats.messages import is_messages, is_transcript, messages_of, parse_transcript, shared_text
 
 
@@ -23,11 +23,7 @@ def _paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
     if conversion.rows == "prompt":
         rest = {k: v for k, v in row.items() if k != "prompt"}
         return [{**prompt_answers(prompt_row, (), conversion), "columns": rest}]
-    sides = ("chosen", "rejected")
-    if all(isinstance(prompt_row.get(name), str) for name in ("prompt", *sides)):
-        texts = without_prompt(prompt_row["prompt"], [prompt_row[name] for name in sides])
-        prompt_row = {**prompt_row, **dict(zip(sides, texts))}
-    pair = prompt_answers(prompt_row, sides, conversion)
+    pair = prompt_answers(prompt_row, ("chosen", "rejected"), conversion)
     soft = row.get("p")
     if conversion.rows in ("unpaired", "choices"):
         if soft not in (None, 1):

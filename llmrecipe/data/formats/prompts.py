@@ -66,7 +66,7 @@ def read_prompts(
             try:
                 row = detect.map_columns(row, data.columns)
                 shape = shape or detect.detect([row], "prompt", "auto", f"{where}: {part.reader.name}")
-                made = [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True))]
+                made = [_prompt(one) for one in shape.convert(row, Conversion("prompt", template=True, spoken=True))]
                 for one in made:
                     need_columns(one.columns, needs or {})
                 found += made

@@ -1,9 +1,9 @@
 """Chat templates: which one is used, and rendering with it.
 
 A template comes from the tokenizer itself, from a name below, from a file, or as Jinja text in the recipe
-(`tokenizer.chat_template`). Naming one (`own` is the tokenizer's) also wraps plain prompt and completion strings into
-messages; without it such strings stay raw text. The choice is stored in the tokenizer, so the saved folder serves the
-template that was trained.
+(`tokenizer.chat_template`). Naming one (`own` is the tokenizer's) also wraps prompts and answers that are given as text, those
+of Alpaca rows too, into messages; without it they stay raw text. The choice is stored in the tokenizer, so the saved folder
+serves the template that was trained.
 """
 
 from __future__ import annotations
@@ -235,7 +235,11 @@ def set_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> Templ
             names = ", ".join(registry.names("chat_template"))
             raise DataError(f"tokenizer.chat_template: this tokenizer has no template of its own; use one of {names}")
         name = "own"
-        tokenizer.chat_template = kept.text if (kept := template_of(tokenizer)) is not None else tokenizer.chat_template
+        kept, used = tokenizer.chat_template, template_of(tokenizer)
+        if isinstance(kept, dict) and "own" in kept:
+            tokenizer.chat_template = kept["own"]
+        elif used is not None:
+            tokenizer.chat_template = used.text
     elif value in registry.names("chat_template"):
         name, tokenizer.chat_template = value, _fit(tokenizer, value)
     elif "{" in value:
@@ -261,7 +265,7 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
     """Store in a tokenizer how the rows of a run were rendered, so that everything that prompts the run prompts it alike.
 
     Raw text replaces the template by `RAW` and keeps the tokenizer's own under that name, for later training on conversations.
-    Rows in the form of Stanford Alpaca get the built-in template that writes it.
+    Rows in the form of Stanford Alpaca get the built-in template that writes it, and keep the other one likewise.
 
     Args:
         trained: `Report.template` of the training rows.
@@ -273,8 +277,10 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
             tokenizer.chat_template = template.text
             tokenizer.init_kwargs.pop(KEY, None)
         return
-    if formats == "alpaca" and tokenizer.eos_token is not None:
-        set_template(tokenizer, "alpaca")
+    if formats in ("alpaca", "unpaired_alpaca") and tokenizer.eos_token is not None:
+        written = set_template(tokenizer, "alpaca")
+        if template is not None and written is not None:
+            tokenizer.chat_template = {"default": written.text, "own": template.text}
     elif template is not None and formats != "tokens":
         adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = {"default": RAW if adds else RAW.removeprefix(BOS), "own": template.text}

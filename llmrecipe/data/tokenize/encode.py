@@ -6,6 +6,7 @@ counted by reason in the report; what is wrong with the recipe or the template r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import map_columns
+from llmrecipe.data.formats.dialogues import is_text, repeats_prompts
 from llmrecipe.data.formats.messages import MEDIA, drop_fields, held_fields
 from llmrecipe.data.formats.sources import task_of_source
 from llmrecipe.data.token_report import HIGHEST, Report
@@ -93,6 +95,8 @@ class RowEncoder(Encoder):
                 named = drop_fields(map_columns(row, self.columns), self.dropped)
                 task = self._task(named, row)
                 made = [Item(index, where, one, task=task) for one in self.format.convert(named, self.conversion)]
+                report.repeated += sum(item.row.pop("repeated", False) for item in made) > 0
+                report.given_as_text += is_text(named) and any("prompt" in item.row for item in made)
                 for item in made:
                     need_columns(item.row.get("columns", {}), self.needs)
                 items += made
@@ -124,6 +128,11 @@ class RowEncoder(Encoder):
                 for name in names:
                     columns[name].append(done.get(name))
         return columns, report
+
+    def look_for_repeats(self, sample: Iterable[dict[str, Any]]) -> None:
+        """Find out from some raw rows whether the source writes its prompts at the beginning of the answers too."""
+        named = (map_columns(row, self.columns, sample=True) for row in sample)
+        self.conversion = dataclasses.replace(self.conversion, repeats=repeats_prompts(named))
 
     def unused(self, sample: Iterable[dict[str, Any]]) -> list[str]:
         """Return the columns of some raw rows that change nothing in their canonical rows."""

@@ -81,9 +81,7 @@ class Encoder:
         if self._talks and template is not None:
             how = "{% generation %} marks" if self._turns and template.marks and self.tokens.fast else "token prefixes"
             return f"{template.name} (boundaries from {how})"
-        if template is None:
-            return "none (raw text)"
-        return "none (raw text: prompt and completion are rendered where tokenizer.chat_template names a template, such as own)"
+        return "none (raw text)"
 
     def note(self, report: Report, ids: Sequence[int], where: str, answers: Sequence[Sequence[int]] = ()) -> None:
         """Count the start and the end tokens of one sequence and whether its answers end."""

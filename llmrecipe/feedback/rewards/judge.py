@@ -27,10 +27,11 @@ class JudgeReward(Reward):
     """Direct feedback (d-RLAIF): a judge rates answers from 1 to S; score = sum_i i P(i) / sum_i P(i), rescaled to [-1, 1].
 
     P(i) is the judge's probability of the number i as its reply, so no preference model is trained and none grows stale. With
-    several principles the score is the mean over them. The judge is `{kind: rule | local | http, ...}`; `{kind: local}` without
-    a path is the policy's own model as it was at step 0. An answer the judge refused to rate scores 0, the middle, and counts
-    in `unrated`; where it refuses all, or a reply has less than `min_mass` on the numbers, the run stops. Up to a scale of 9 no
-    number begins another, so that a server needs one request for each rating.
+    several principles the score is the mean over those it rated by. The judge is `{kind: rule | local | http, ...}`;
+    `{kind: local}` without a path is the policy's own model as it was at step 0. Of an answer it rated by no principle it has
+    no opinion; `unrated` is the share of the principles by which an answer was not rated. Where it rates none, or a reply has
+    less than `min_mass` on the numbers, the run stops. Up to a scale of 9 no number begins another, so that a server needs one
+    request for each rating.
 
     Paper: RLAIF vs. RLHF: Scaling Reinforcement Learning from Human Feedback with AI Feedback (arXiv 2309.00267).
     """
@@ -76,8 +77,8 @@ class JudgeReward(Reward):
         """Prepare the judge; a local one without a path is the policy of step 0."""
         self.labeller.open(roles)
 
-    def score(self, answers: Sequence[Answer]) -> list[float]:
-        """Rate answers, in [-1, 1].
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        """Rate answers, in [-1, 1]; None where the judge rated one by no principle.
 
         Raises:
             RunError: the judge could rate none of the answers, or said something else than a number.
@@ -92,14 +93,16 @@ class JudgeReward(Reward):
                 raise thin("objective.reward", self.labeller, ask, reply, "min_mass of the judge", self.min_mass)
         width = len(principles)
 
-        def mean(of: Callable[[Choice | None], float]) -> list[float]:
-            values = [of(reply) for reply in replies]
-            return [math.fsum(values[i : i + width]) / width for i in range(0, len(values), width)]
+        by_answer = [replies[i : i + width] for i in range(0, len(replies), width)]
+        rated = [[reply for reply in own if reply is not None] for own in by_answer]
 
-        self.measured["mass"] = mean(lambda reply: 0.0 if reply is None else reply.mass)
-        self.measured["unrated"] = mean(lambda reply: float(reply is None))
-        self.measured["votes"] = mean(lambda reply: float(reply is not None and reply.how == "votes"))
-        return mean(lambda reply: 0.0 if reply is None else expected_rating(reply.logprobs))
+        def mean(of: Callable[[Choice], float]) -> list[float | None]:
+            return [math.fsum(map(of, own)) / len(own) if own else None for own in rated]
+
+        self.measured["mass"] = mean(lambda reply: reply.mass)
+        self.measured["unrated"] = [1.0 - len(own) / width for own in rated]
+        self.measured["votes"] = mean(lambda reply: float(reply.how == "votes"))
+        return mean(lambda reply: expected_rating(reply.logprobs))
 
 
 def expected_rating(logprobs: Sequence[float]) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.core.option_types import Literal, NonNegativeFloat
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
@@ -19,7 +21,9 @@ from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import correlation
 
 if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
     from llmrecipe.models.pretrained import LanguageModel
+    from llmrecipe.recipe.schema import Recipe
 
 
 SAMPLE = 512
@@ -58,9 +62,9 @@ class Reward(Objective):
     A linear head without bias, in float32, on the policy's own backbone (`task_head.reward`), so reward, policy and value
     adapters can share one base. Only differences of scores are learned: `center` holds their mean near 0, and
     `normalise` stores a gain and a bias that the finished run applies (`zscore`: mean 0, deviation 1 over training answers;
-    `demo_bias`: chosen answers score 0 on average). `margin` reads the rows' margins, and a row's `p` is the
-    probability that its chosen answer is the better one (soft labels of `label_ai`; 1 where a row has none): the loss is then
-    -(1/P) sum [p log sigma(d) + (1 - p) log sigma(-d)]. One pass over the data is usual.
+    `demo_bias`: chosen answers score 0 on average). `margin` reads the rows' margins, which all rows have or none, and a row's
+    `p` is the probability that its chosen answer is the better one (soft labels of `label_ai`; 1 where a row has none): the
+    loss is then -(1/P) sum [p log sigma(d) + (1 - p) log sigma(-d)]. One pass over the data is usual.
 
     `pooling: last_non_pad_id` takes the last token that is not the padding token, which is the token before the end where
     one token serves as both; it is there for comparisons with models trained that way.
@@ -75,7 +79,7 @@ class Reward(Objective):
     dropout: ClassVar[bool] = False
 
     margin: bool = True
-    """Subtract the rows' margins, where rows have them."""
+    """Subtract the rows' margins, where the data have them: of all rows or of none."""
     center: NonNegativeFloat = 0.0
     """Weight of the squared sum of both scores."""
     pooling: Literal["last_token", "last_non_pad_id"] = "last_token"
@@ -90,9 +94,24 @@ class Reward(Objective):
         task_heads.add_head(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
         task_heads.without_language_head(model)
 
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
+        """Refuse rows of which some have a margin and some have none.
+
+        Raises:
+            DataError: naming the first row without one.
+        """
+        if self.margin:
+            margins_of([{"row": i, "margin": margin} for i, margin in enumerate(data.column("margin"))])
+
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
-        """Lay out pairs that share their prompt; no token is a target."""
+        """Lay out pairs that share their prompt; no token is a target.
+
+        Raises:
+            DataError: some of the rows have a margin and some have none.
+        """
         batch = collate_pairs(rows, roles, soft=None)
+        if self.margin and (margins := margins_of(rows)) is not None:
+            batch = batch.with_extra(margin=torch.tensor(margins, device=roles.device))
         lengths = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
         extra = {"lengths": torch.tensor(lengths, dtype=torch.float32, device=roles.device).reshape(-1, 2)}
         if self.pooling == "last_non_pad_id" and rows:
@@ -173,8 +192,25 @@ class Reward(Objective):
         return split_pairs(roles.policy(batch, want="reward")["reward"])
 
     def _losses(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> Tensor:
-        margin = batch.extra["margin"] if self.margin and "margin" in batch.extra else 0.0
-        return reward_loss(chosen, rejected, margin, batch.extra.get("p", 1.0), self.center)
+        return reward_loss(chosen, rejected, batch.extra.get("margin", 0.0), batch.extra.get("p", 1.0), self.center)
+
+
+def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Return the margins of rows; None where none of them has one.
+
+    Raises:
+        DataError: some rows have one and some have none; the message names the first without.
+    """
+    given = [row.get("margin") for row in rows]
+    if all(margin is None for margin in given):
+        return None
+    without = next((row["row"] for row, margin in zip(rows, given, strict=True) if margin is None), None)
+    if without is not None:
+        raise DataError(
+            f"row {without} has no margin, and other rows have one: give every row its own (0 subtracts nothing), or set "
+            "objective.margin=false"
+        )
+    return [float(margin) for margin in given if margin is not None]
 
 
 def normalisation(chosen: Tensor, rejected: Tensor, kind: str) -> tuple[float, float]:

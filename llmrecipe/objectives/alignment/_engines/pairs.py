@@ -80,8 +80,6 @@ def collate_pairs(
         for answer in (row["chosen_ids"], row["rejected_ids"]):
             sequences.append(Sequence(answer, [1] * len(answer), parent=at))
     extra: dict[str, Tensor] = {}
-    if any(r.get("margin") is not None for r in rows):
-        extra["margin"] = torch.tensor([float(r.get("margin") or 0.0) for r in rows])
     labels = [1.0 if r.get("p") is None else float(r["p"]) for r in rows]
     if soft is None:
         if any(p != 1.0 for p in labels):
