@@ -62,7 +62,7 @@ def scored(recipe: Recipe, objective: ScoredObjective, rows: PlannedRows, device
     tokenizer = tokenizer_of(recipe.model, recipe.tokenizer)
     section = recipe.model.model_copy(update={"path": path, "adapters": {}, "continue_": False, "init": "pretrained"})
     # Options of the policy's own tokenizer (a template, added tokens) say nothing about the tokens this model was trained on.
-    model = open_model(section, type(recipe.tokenizer)(), head=objective.head, device=device.type)
+    model = open_model(section, type(recipe.tokenizer)(), head=objective.model_head(), device=device.type)
     if model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ModelError(f"objective.reference: {path} reads other tokens than the policy; take a model of the same vocabulary")
     cache = _score(model, row_groups(objective, rows), recipe, objective, rows.train.key, device)

@@ -34,9 +34,11 @@ SMALL = 0.1
 class ScoredObjective(Protocol):
     """What the engine needs of an objective whose rows a reference scores (see the interface `Objective`)."""
 
-    head: ClassVar[str]
     pairs_rows: ClassVar[bool]
     samples: ClassVar[bool]
+
+    def model_head(self) -> str:
+        """Return the head that the model is loaded with."""
 
     def reference_of(self) -> str:
         """Return which policy the reference is."""

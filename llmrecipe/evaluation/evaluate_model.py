@@ -54,9 +54,12 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     composition = recipe_of(path, overrides)
     options = chosen_again(composition) if run_folder(path) is not None else {}
     recipe = composition.recipe
-    head = registry.load_class("objective", str(recipe.objective["kind"])).head
+    objective = instantiate(recipe).objective
+    objective.read_folder(recipe.model)
     device = pick_device(recipe.runtime.device)
-    model = open_model(recipe.model, recipe.tokenizer, head=head, seed=recipe.seed, options=options, device=device)
+    model = open_model(
+        recipe.model, recipe.tokenizer, head=objective.model_head(), seed=recipe.seed, options=options, device=device
+    )
     return subject_of(composition, model)
 
 
@@ -66,6 +69,7 @@ def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
     composition = dataclasses.replace(composition, recipe=composition.recipe.model_copy(update={"stack": {}}))
     recipe = composition.recipe
     parts = instantiate(recipe)
+    parts.objective.read_folder(recipe.model)
     runtime = Runtime.start(recipe.runtime)
     loaded.model.to(runtime.device)
     stack = Stack([])
@@ -149,7 +153,7 @@ def _label_names(subject: Subject) -> list[str] | None:
     objective, loaded = subject.objective, subject.loaded
     if objective.answers_labels and loaded.labels:
         return loaded.labels
-    if not (objective.answers_labels or objective.head in CLASSIFIERS):
+    if not (objective.answers_labels or objective.model_head() in CLASSIFIERS):
         return None
     labels = getattr(loaded.model.config, "label2id", None) or {}
     return sorted(labels, key=labels.__getitem__) or None

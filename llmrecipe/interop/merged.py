@@ -25,6 +25,7 @@ from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.models import task_heads
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
@@ -78,6 +79,7 @@ def export_merged(
     """
     target = target_folder(run, out, "merged")
     loaded = loaded or open_run(str(run), options=options, rights=rights)
+    refuse_label_head(loaded, "merged")
     for wrapper in loaded.mounted:
         if not wrapper.merges() and wrapper.as_tokens(loaded.model) is None:
             raise ModelError(
@@ -109,6 +111,20 @@ def export_merged(
         verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
         verify_logits.write_golden(folder, verify_logits.golden(plain, loaded.tokenizer, front))
     return Exported(target, difference, notes)
+
+
+def refuse_label_head(loaded: LoadedModel, name: str) -> None:
+    """Refuse a format without a place for the layer that reads the pooled states of a text.
+
+    Raises:
+        ModelError: it names the format that has one.
+    """
+    heads = getattr(loaded.model, task_heads.ATTRIBUTE, None)
+    if isinstance(heads, torch.nn.ModuleDict) and any(isinstance(head, LabelHead) for head in heads.values()):
+        raise ModelError(
+            f"export --to {name}: the run scores pooled states (objective.pooling), for which Transformers has no class; "
+            "export --to sentence_transformers writes pooling and scores"
+        )
 
 
 def reason(wrapper: Wrapper) -> str:

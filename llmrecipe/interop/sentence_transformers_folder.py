@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,11 @@ from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason, target_folder, widen, writing
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.checkpoint_path import run_folder
+from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
-from llmrecipe.models.task_heads import ATTRIBUTE, POOLING_FILE, DenseHead
+from llmrecipe.models.task_heads import ATTRIBUTE, POOLING_FILE
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -38,6 +40,17 @@ MODES = {"cls": "pooling_mode_cls_token", "avg": "pooling_mode_mean_tokens", "la
 """Pooling -> its switch in `1_Pooling/config.json`."""
 OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 HEAD = "pool"
+"""Role of the head behind the pooled states of `contrastive`; another role is named with the pooling."""
+TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
+
+
+@dataclass(frozen=True)
+class DenseStep:
+    """The layer behind the pooled states: activation(W h + b), W (P, D)."""
+
+    weight: Tensor
+    bias: Tensor
+    activation: str
 
 
 def export_sentence_transformers(
@@ -48,7 +61,7 @@ def export_sentence_transformers(
     bound: float | None = None,
     rights: Mapping[str, bool] | None = None,
 ) -> Exported:
-    """Write a run of `contrastive` as a sentence-transformers folder; arguments as in `merged.export_merged`.
+    """Write a run that pools the states of a text as a sentence-transformers folder; arguments as in `merged.export_merged`.
 
     Raises:
         ModelError: the library has no such pooling, a method cannot be folded, or the vectors moved.
@@ -66,21 +79,20 @@ def export_sentence_transformers(
     if not any(quantized(model)):
         widen(model, wide)
     ids = verify_logits.probe_inputs(model, loaded.tokenizer)
-    head = getattr(model, ATTRIBUTE)[HEAD] if pooling["mlp"] else None
-    wanted = _vectors(pretrained(model.base_model), ids, pooling, None if head is None else (head.weight, head.bias))
+    dense = _dense_step(model, pooling)
+    wanted = _vectors(pretrained(model.base_model), ids, pooling, dense)
     notes = fold_mounted(loaded, wide)
     if model.config.model_type == NativeConfig.model_type:
         notes.append("a native transformer: the folder loads after `import llmrecipe.models.native`")
     with writing(target) as folder:
         _write_backbone(loaded.model, folder, wide)
         loaded.tokenizer.save_pretrained(folder)
-        _write_pipeline(folder, pooling, int(model.config.get_text_config().hidden_size), head)
+        _write_pipeline(folder, pooling, int(model.config.get_text_config().hidden_size), dense)
         with quiet():
             plain = AutoModel.from_pretrained(folder, dtype=wide)
-        dense = None
-        if head is not None:
+        if dense is not None:
             saved = load_file(folder / "2_Dense" / "model.safetensors")
-            dense = (saved["linear.weight"], saved["linear.bias"])
+            dense = DenseStep(saved["linear.weight"], saved["linear.bias"], dense.activation)
         difference = verify_logits.compare_logits(wanted, _vectors(plain, ids, pooling, dense), wide, bound)
         verify_logits.demand(difference, "the exported encoder", "dtype=float32 rounds less; --bound allows more.")
     return Exported(target, difference, notes)
@@ -95,7 +107,10 @@ def pooling_of(run: str | Path) -> dict[str, Any]:
     """
     folder = run_folder(str(run))
     if folder is None or not (folder / POOLING_FILE).is_file():
-        raise RunError(f"export --to {NAME}: {run} does not pool its states; runs of objective=contrastive do")
+        raise RunError(
+            f"export --to {NAME}: {run} does not pool its states; runs of objective=contrastive, "
+            "and of classification and regression with objective.pooling, do"
+        )
     found: dict[str, Any] = json.loads((folder / POOLING_FILE).read_text(encoding="utf-8"))
     if found["pool"] not in MODES:
         raise ModelError(
@@ -105,8 +120,19 @@ def pooling_of(run: str | Path) -> dict[str, Any]:
     return found
 
 
+def _dense_step(model: LanguageModel, pooling: Mapping[str, Any]) -> DenseStep | None:
+    """Return the layer behind the pooled states of a run: the tanh layer of `contrastive`, or one output a label."""
+    role = pooling.get("head", HEAD if pooling["mlp"] else None)
+    if role is None:
+        return None
+    head = getattr(model, ATTRIBUTE)[role]
+    if isinstance(head, LabelHead):
+        return DenseStep(head.out.weight, head.out.bias, IDENTITY)
+    return DenseStep(head.weight, head.bias, TANH)
+
+
 @torch.no_grad()
-def _vectors(backbone: LanguageModel, ids: Tensor, pooling: Mapping[str, Any], dense: tuple[Tensor, Tensor] | None) -> Tensor:
+def _vectors(backbone: LanguageModel, ids: Tensor, pooling: Mapping[str, Any], dense: DenseStep | None) -> Tensor:
     """Return what the pipeline computes, (R, D), text by text and without dropout, from ids (R, T)."""
     backbone.eval()
     rows = []
@@ -115,7 +141,8 @@ def _vectors(backbone: LanguageModel, ids: Tensor, pooling: Mapping[str, Any], d
         rows.append({"cls": h[0], "last": h[-1]}.get(pooling["pool"], h.mean(0)))
     z = torch.stack(rows)
     if dense is not None:
-        z = torch.tanh(F.linear(z, dense[0].float(), dense[1].float()))
+        z = F.linear(z, dense.weight.float(), dense.bias.float())
+        z = torch.tanh(z) if dense.activation == TANH else z
     return F.normalize(z, dim=-1) if pooling["normalize"] else z
 
 
@@ -130,15 +157,16 @@ def _write_backbone(model: LanguageModel, folder: Path, dtype: torch.dtype) -> N
         backbone.save_pretrained(folder)
 
 
-def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: DenseHead | None) -> None:
+def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, dense: DenseStep | None) -> None:
     modes = {name: name == MODES[pooling["pool"]] for name in (*MODES.values(), *OTHER_MODES)}
     steps: list[tuple[str, dict[str, Any] | None]] = [
         ("Transformer", None),
         ("Pooling", {"word_embedding_dimension": width, **modes, "include_prompt": True}),
     ]
-    if head is not None:
-        tanh = "torch.nn.modules.activation.Tanh"
-        steps.append(("Dense", {"in_features": width, "out_features": width, "bias": True, "activation_function": tanh}))
+    if dense is not None:
+        outputs = len(dense.weight)
+        kind = {"in_features": width, "out_features": outputs, "bias": True, "activation_function": dense.activation}
+        steps.append(("Dense", kind))
     if pooling["normalize"]:
         steps.append(("Normalize", None))
     modules = []
@@ -149,8 +177,8 @@ def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, head: 
             (folder / path).mkdir()
         if config is not None:
             _write_json(folder / path / "config.json", config)
-        if name == "Dense" and head is not None:
-            tensors = {"linear.weight": head.weight, "linear.bias": head.bias}
+        if name == "Dense" and dense is not None:
+            tensors = {"linear.weight": dense.weight, "linear.bias": dense.bias}
             save_file({k: v.detach().float().contiguous() for k, v in tensors.items()}, folder / path / "model.safetensors")
     _write_json(folder / "modules.json", modules)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": pooling["max_length"], "do_lower_case": False})

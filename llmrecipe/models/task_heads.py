@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.feature_head import FORMS, GEOMETRY, FeatureHead
+from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.masked_heads import head_chain
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
@@ -88,11 +89,7 @@ def add_pooled_head(model: LanguageModel, role: str, outputs: int, seed: int = 0
         heads[role] = PooledHead(width, outputs, seed).to(model.get_input_embeddings().weight.device)
     found = heads[role]
     assert isinstance(found, PooledHead)
-    if found.out.out_features != outputs:
-        raise ModelError(
-            f"model.path: the head '{role}' of the run has {found.out.out_features} outputs, and {outputs} are needed; train "
-            "on rows with the labels of the run"
-        )
+    _refuse_outputs(role, found.out.out_features, outputs)
     _set_frozen(found, False)
     return found
 
@@ -308,6 +305,35 @@ def mount_heads(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         _set_frozen(head, True)
 
 
+def add_label_head(model: LanguageModel, role: str, outputs: int, seed: int = 0) -> LabelHead:
+    """Add a trained linear layer with one output a label; an existing one (of the run that is continued) keeps its values.
+
+    W is drawn with the deviation of the family's own layers (`initializer_range`, 0.02 where it has none).
+
+    Raises:
+        ModelError: the existing one has another number of outputs.
+    """
+    heads = _container(model)
+    if role not in heads:
+        config = model.config.get_text_config()
+        std = float(getattr(config, "initializer_range", None) or 0.02)
+        head = LabelHead(int(config.hidden_size), outputs, std, seed)
+        heads[role] = head.to(model.get_input_embeddings().weight.device)
+    found = heads[role]
+    assert isinstance(found, LabelHead)
+    _refuse_outputs(role, found.out.out_features, outputs)
+    _set_frozen(found, False)
+    return found
+
+
+def _refuse_outputs(role: str, held: int, wanted: int) -> None:
+    if held != wanted:
+        raise ModelError(
+            f"model.path: the head '{role}' of the run has {held} outputs, and {wanted} are needed; train on rows with the "
+            "labels of the run"
+        )
+
+
 def _empty_head(tensors: Mapping[str, Tensor], role: str, model: nn.Module) -> nn.Module:
     """Return a head of the kind and the size that a role's saved tensors have; only a scalar head has a gain."""
     inside = f"{ATTRIBUTE}.{role}."
@@ -327,6 +353,9 @@ def _empty_head(tensors: Mapping[str, Tensor], role: str, model: nn.Module) -> n
     if "value.0.weight" in own:
         layers = sum(name.startswith("value.") and name.endswith(".weight") for name in own)
         return CrossAttentionHead(int(own["value.0.weight"].shape[1]), layers, _norm_behind(model))
+    if "dense.weight" not in own:
+        outputs, width = own["out.weight"].shape
+        return LabelHead(int(width), int(outputs))
     return PooledHead(int(own["dense.weight"].shape[1]), int(own["out.weight"].shape[0]))
 
 

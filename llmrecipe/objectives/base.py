@@ -91,6 +91,13 @@ class Objective:
         """
         return None
 
+    def model_head(self) -> str:
+        """Return the head that the model is loaded with: `head`, unless options choose another."""
+        return self.head
+
+    def read_folder(self, section: ModelSection) -> None:
+        """Take from the folder of a model what options leave open, before the head is chosen."""
+
     def tasks(self) -> Tasks | None:
         """Return which column names the task of a row, for an objective that needs it."""
         return None

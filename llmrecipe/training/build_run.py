@@ -87,6 +87,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     for group, part in (("objective", parts.objective), ("optim", parts.optimizer), ("schedule", parts.schedule)):
         reads.watch(part, group)
     check_sections(recipe)
+    parts.objective.read_folder(recipe.model)
     check_objective(parts.objective, parts.wrappers)
     direction(recipe.eval, parts.objective)
     check_cuts(parts.optimizer, parts.wrappers)
@@ -120,7 +121,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         seed_everything(recipe.seed)
         stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
         model = build_model(recipe, parts.objective, stack, labels, resume, runtime.device.type)
-        if parts.objective.head in ("causal", "seq2seq"):
+        if parts.objective.model_head() in ("causal", "seq2seq"):
             keep_trained_template(model.tokenizer, data.report.template, data.report.format)
         roles = build_roles(recipe, stack, model, runtime, scores)
         check_forward_pass(recipe, parts.objective, roles)
@@ -218,7 +219,7 @@ def on_meta(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str
     """
     base, saved, _ = open_model.resolve_section(recipe.model)
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
-    model = skeleton(base, rows_head=objective.head, labels=labels, tokenizer=tokenizer, device=device)
+    model = skeleton(base, rows_head=objective.model_head(), labels=labels, tokenizer=tokenizer, device=device)
     layers = saved.layers if saved else []
     if not everything_trains(stack):
         for wrapper in base_storage.storage_below(layers, stack.wrappers):
@@ -278,7 +279,7 @@ def check_attention(recipe: Recipe, objective: Objective, wrappers: list[Wrapper
         ModelError: it names the wrapper and the class of attention (see `models.hooks.hook.refuse_unrouted`).
     """
     base, _, _ = open_model.resolve_section(recipe.model)
-    if may_bypass_attention(base, objective.head):
+    if may_bypass_attention(base, objective.model_head()):
         on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
 
 
@@ -313,9 +314,15 @@ def open_for(
         if section.dtype in ("bfloat16", "float16"):
             section = section.model_copy(update={"dtype": "float32"})
     model = open_model.open_model(
-        section, recipe.tokenizer, head=objective.head, labels=labels, own=stack.wrappers, seed=recipe.seed, device=device
+        section,
+        recipe.tokenizer,
+        head=objective.model_head(),
+        labels=labels,
+        own=stack.wrappers,
+        seed=recipe.seed,
+        device=device,
     )
-    if objective.head in NEW_HEADS and recipe.model.init == "random":
+    if objective.model_head() in NEW_HEADS and recipe.model.init == "random":
         model.model.new_heads = tuple(n for n in HEAD_MODULES if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
     return model

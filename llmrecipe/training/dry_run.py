@@ -87,6 +87,7 @@ def examine(composition: Composition) -> Findings:
     parts = instantiate(settings)
     check_sections(settings)
     check_trackers(settings.log.trackers)
+    parts.objective.read_folder(settings.model)
     build_run.check_objective(parts.objective, parts.wrappers)
     direction(settings.eval, parts.objective)
     build_run.check_cuts(parts.optimizer, parts.wrappers)
@@ -128,7 +129,7 @@ def examine(composition: Composition) -> Findings:
         *data_warnings(data.report),
         *rank_warnings(model),
         *memory_warnings(memory.total, device),
-        *weight_warnings(settings.model, model, parts.objective.head),
+        *weight_warnings(settings.model, model, parts.objective.model_head()),
     ]
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
     notes += [f"columns not used: {', '.join(data.report.unused)}"] if data.report.unused else []

@@ -34,7 +34,7 @@ def check_forward_pass(recipe: Recipe, objective: Objective, roles: Roles) -> No
     engine = roles.engine
     family = engine.model.config.model_type
     reading = engine.reading
-    if objective.head == "causal" and not engine.is_pair_model and not reading.causal:
+    if objective.model_head() == "causal" and not engine.is_pair_model and not reading.causal:
         encoder = getattr(engine.model.config, "is_decoder", True) is False
         remedy = "set model.config.is_decoder=true, or" if encoder else "take a decoder, or"
         raise ModelError(
@@ -46,7 +46,7 @@ def check_forward_pass(recipe: Recipe, objective: Objective, roles: Roles) -> No
             f"runtime.shard={recipe.runtime.shard}: the states of '{family}' depend on the padding of a batch, so rows of "
             "different lengths are read in passes of their own, whose number differs between processes; use runtime.shard=none"
         )
-    if objective.head in ("causal", "masked") and not engine.is_pair_model:
+    if objective.model_head() in ("causal", "masked") and not engine.is_pair_model:
         check_scores(roles)
 
 

@@ -108,7 +108,7 @@ def model_flops(recipe: Recipe, objective: Objective, roles: Roles) -> ModelFlop
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - set(products)
     trained = [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in looked_up]
     weights, learned = (sum(w.numel() for w in group) for group in (products.values(), trained))
-    return ModelFlops(weights, learned, 4 * width * layers, objective.head == "causal", *found)
+    return ModelFlops(weights, learned, 4 * width * layers, objective.model_head() == "causal", *found)
 
 
 def peak_of(device: torch.device, dtype: str, measure: bool) -> tuple[float, str] | None:

@@ -129,9 +129,9 @@ def general_rows(recipe: Recipe, objective: Objective) -> dict[str, TokenData]:
         DataError: a set has no rows, or they cannot be used.
     """
     sets = recipe.eval.forgetting
-    if sets and objective.head not in ("causal", "seq2seq"):
+    if sets and objective.model_head() not in ("causal", "seq2seq"):
         raise RecipeError(
-            f"eval.forgetting: it scores texts by their next tokens, and this objective trains a {objective.head} "
+            f"eval.forgetting: it scores texts by their next tokens, and this objective trains a {objective.model_head()} "
             "head; use an objective such as sft, clm or dpo, or leave the key out"
         )
     found: dict[str, TokenData] = {}
@@ -213,10 +213,10 @@ def check_family(recipe: Recipe, objective: Objective) -> None:
         RecipeError: it trains decoders only, or leaves the encoder nothing to read; or the model has no first decoder token.
     """
     config = load_config(open_model.resolve_section(recipe.model)[0])
-    if not config.is_encoder_decoder or objective.head not in ("causal", "seq2seq", LANGUAGE):
+    if not config.is_encoder_decoder or objective.model_head() not in ("causal", "seq2seq", LANGUAGE):
         return
     kind = delta.kind_name(objective)
-    if objective.head == "causal" and not objective.encoder_decoders:
+    if objective.model_head() == "causal" and not objective.encoder_decoders:
         able = ", ".join(name for name in names("objective") if spec("objective", name).facts.get("encoder_decoders"))
         raise RecipeError(
             f"model.path: '{config.model_type}' is an encoder-decoder, and objective={kind} trains decoders only; "
@@ -315,7 +315,7 @@ def check_positions(recipe: Recipe, objective: Objective, data: SplitRows, valid
     longest = max(rows.report.longest if isinstance(rows, TokenData) else recipe.data.max_length for rows in splits)
     if longest + sampled <= stated:
         return
-    room = positions.learned(skeleton(base, rows_head=objective.head))
+    room = positions.learned(skeleton(base, rows_head=objective.model_head()))
     if room is not None and longest + sampled > room:
         answer = f" less the {sampled} of objective.max_new_tokens" if sampled else ""
         raise RecipeError(

@@ -46,8 +46,10 @@ def pipeline(folder: Path, text: str) -> torch.Tensor:
             z = {"pooling_mode_cls_token": z[0], "pooling_mode_lasttoken": z[-1], "pooling_mode_mean_tokens": z.mean(0)}[mode]
         elif name == "Dense":
             linear = load_file(place / "model.safetensors")
-            assert config["activation_function"] == "torch.nn.modules.activation.Tanh"
-            z = torch.tanh(linear["linear.weight"] @ z + linear["linear.bias"])
+            z = linear["linear.weight"] @ z + linear["linear.bias"]
+            assert config["out_features"] == len(z)
+            kind = config["activation_function"].rpartition(".")[2]
+            z = {"Tanh": torch.tanh, "Identity": torch.nn.Identity()}[kind](z)
         else:
             z = z / z.norm()
     return z
@@ -84,11 +86,27 @@ def test_the_folder_alone_gives_the_vectors_of_the_run(
     assert (plain - h).abs().max().item() > 1e-3, "the run has learned something"
 
 
+def test_the_folder_of_a_classifier_gives_its_scores(tmp_path: Path) -> None:
+    """The dense step has one output a label and no activation."""
+    folder, run = base(tmp_path / "base"), tmp_path / "run"
+    words = ["model.config={}", "model.init=pretrained", f"model.path={folder}", "tokenizer.path=null", "stack=[lora]"]
+    train_recipe(run, "classify", *words, *SMALL, "data.limit=32", "objective.pooling=mean")
+    done = export_sentence_transformers(run)
+    text = "The blue spoon was put in the shop by Ida."
+    loaded = open_run(str(run))
+    model: Any = loaded.model.eval()
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+    h = model.base_model(ids, torch.ones_like(ids)).last_hidden_state[0]
+    scores = model.task_head["label"](h.mean(0, keepdim=True))[0]
+    assert len(scores) == 4
+    torch.testing.assert_close(pipeline(done.path, text), scores, rtol=1e-4, atol=1e-5)
+
+
 def test_what_has_no_pooling_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     final = tmp_path / "run" / "final"
     (final / "model").mkdir(parents=True)
     (final / "model" / "config.json").write_text("{}")
-    with pytest.raises(RunError, match=r"does not pool its states; runs of objective=contrastive do"):
+    with pytest.raises(RunError, match=r"does not pool its states; runs of objective=contrastive, and of .*, do"):
         pooling_of(tmp_path / "run")
     (final / "pooling.json").write_text(json.dumps({"pool": "avg_top2", "mlp": False, "normalize": True, "max_length": 8}))
     with pytest.raises(ModelError, match=r"objective\.pool=avg_top2 has no counterpart"):

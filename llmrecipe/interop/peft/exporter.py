@@ -17,7 +17,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.adapter_hub import hub_adapters
 from llmrecipe.interop.load_run import open_run
-from llmrecipe.interop.merged import Exported, dtype_of, target_folder, writing
+from llmrecipe.interop.merged import Exported, dtype_of, refuse_label_head, target_folder, writing
 from llmrecipe.interop.peft import bias_adapters, layout
 from llmrecipe.interop.peft.converters import native_adapter
 from llmrecipe.interop.peft.layout import Adapter, Branch
@@ -72,6 +72,7 @@ def export_peft(
     """
     target = target_folder(run, out, "peft")
     loaded = loaded or open_run(str(run), options=options, rights=rights)
+    refuse_label_head(loaded, "peft")
     if not loaded.mounted:
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(loaded)
@@ -129,6 +130,7 @@ def export_adapter_hub(
     """
     target = target_folder(run, out, "adapter_hub")
     loaded = loaded or open_run(str(run), rights=rights)
+    refuse_label_head(loaded, "adapter_hub")
     made = hub_adapters.hub_files(loaded)
     heads = head_tensors(loaded)
     about = hub_adapters.head_config(loaded) if heads else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import correlation, rank_correlation
-from llmrecipe.objectives.finetuning._engines.text_rows import text_batch
+from llmrecipe.objectives.finetuning._engines.pooled_scores import PooledScores
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
 
 
 @register
-class Regression(Objective):
+class Regression(PooledScores, Objective):
     """Regression: L = (1/n) sum_i (w . h_i + b - y_i)^2, y_i the number that belongs to a text or a pair of texts.
 
     The state h_i is pooled as in `classification`, from a head with one output, which is new, always trained and stored with
@@ -28,18 +31,20 @@ class Regression(Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "scored"
-    head: ClassVar[str] = "classification"
     resampled: ClassVar[bool] = True
 
     def label_names(self) -> list[str]:
         """Name the one output."""
         return ["score"]
 
+    def prepare_model(self, model: LanguageModel, seed: int) -> None:
+        """Add the output that reads pooled states, where states are pooled here."""
+        self.add_label_head(model, 1, seed)
+
     def collate(self, rows: list[dict[str, Any]], roles: Roles) -> Batch:
         """Lay sequences out with their numbers, (S,)."""
         scores = torch.tensor([r["score"] for r in rows], dtype=torch.float32)
-        # Encoders pool inside their own head, which takes the first token of each row.
-        return text_batch(rows, roles, {"scores": scores}, packed=hasattr(roles.model, "score"))
+        return self.lay_out(rows, roles, {"scores": scores})
 
     def measures(self) -> Measures:
         """Return the mean absolute error and both correlations."""
@@ -57,8 +62,7 @@ class Regression(Objective):
 
     def _predicted(self, batch: Batch, roles: Roles) -> Tensor:
         """Return the predictions (S,); a micro-batch without rows has none, and still a graph."""
-        scores = roles.policy(batch, want="scores")["scores"].squeeze(-1)
-        return scores[: batch.extra["scores"].shape[0]]
+        return self.scores(batch, roles).squeeze(-1)[: batch.extra["scores"].shape[0]]
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         """Return predictions (S,) and numbers (S,)."""

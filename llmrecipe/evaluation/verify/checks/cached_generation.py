@@ -29,8 +29,8 @@ class CachedGeneration(Verification):
     def measure(self, bench: Bench) -> Measured:
         """Compare the log-probabilities of both."""
         run = bench.run
-        if run.objective.head != "causal" or run.roles.engine.is_pair_model or not run.model.can_generate():
-            raise NotApplicable(f"a model with a {run.objective.head} head does not continue its own text")
+        if run.objective.model_head() != "causal" or run.roles.engine.is_pair_model or not run.model.can_generate():
+            raise NotApplicable(f"a model with a {run.objective.model_head()} head does not continue its own text")
         with bench.probing() as run, torch.no_grad(), recorded_answers() as answers:
             if run.objective.samples:
                 bench.micros(run)

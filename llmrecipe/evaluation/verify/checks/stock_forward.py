@@ -31,7 +31,7 @@ class StockForward(Verification):
             if run.roles.engine.is_pair_model:
                 raise NotApplicable("an encoder-decoder reads two texts a row; its layouts are compared above")
             micros = bench.micros(run)
-            if bench.run.objective.head in NEW_HEADS:
+            if bench.run.objective.model_head() in NEW_HEADS:
                 return self._scores(bench, micros)
             if any(m.slots is not None for m in micros):
                 raise NotApplicable("features enter through a head of their own; the layouts are compared above")
@@ -94,7 +94,7 @@ class StockForward(Verification):
     def _engine_scores(self, bench: Bench, micro: Batch) -> Tensor:
         """Return the engine's scores (S, C), or (M, C) of every real token where the head reads them all."""
         roles = bench.run.roles
-        if bench.run.objective.head not in ("token_classification", SPANS):
+        if bench.run.objective.model_head() not in ("token_classification", SPANS):
             return roles.engine(micro, want="scores")["scores"]
         values = roles.engine(micro, want="token_scores")["token_scores"]
         return values.reshape(-1, values.shape[-1])[real_tokens(micro)[0]]

@@ -93,13 +93,17 @@ class LabelPrediction:
         """Return the accuracy and macro F1."""
         return {"accuracy": "max", "macro_f1": "max"}
 
+    def scores(self, batch: Batch, roles: Roles) -> Tensor:
+        """Return the scores (S, C) of the rows of a batch."""
+        return roles.policy(batch, want="scores")["scores"]
+
     def weight(self, batch: Batch) -> float:
         """Return the number of sequences, the loss denominator."""
         return float(batch.extra["labels"].shape[0])
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of the labels."""
-        scores = roles.policy(batch, want="scores")["scores"]
+        scores = self.scores(batch, roles)
         labels = batch.extra["labels"]
         count = float(labels.shape[0])
         if not count:
@@ -115,7 +119,7 @@ class LabelPrediction:
         """Return predictions and gold labels, both (S,), or a 0 or 1 for each class, (S, C), for metrics of the whole set."""
         labels = batch.extra["labels"]
         with torch.no_grad():
-            scores = roles.policy(batch, want="scores")["scores"][: labels.shape[0]]
+            scores = self.scores(batch, roles)[: labels.shape[0]]
         predicted = scores.argmax(-1) if self.problem == "single_label" else (scores > 0).long()
         return {"predicted": predicted.cpu(), "gold": labels.long().cpu()}
 
