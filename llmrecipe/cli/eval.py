@@ -39,6 +39,14 @@ def verb(
         str | None,
         typer.Option("--groups", metavar="COLUMN", help="Also score the rows of each value of this column, and their gap."),
     ] = None,
+    stereotypes: Annotated[
+        str | None,
+        typer.Option(
+            "--stereotypes",
+            metavar="FILE",
+            help="Score pairs of sentences in the form of CrowS-Pairs instead; `builtin` is a tiny set.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]').
@@ -51,6 +59,13 @@ def verb(
         print_json(scores) if as_json else show_scores(scores)
 
     more, overrides = runs_and_overrides(words)
+    if stereotypes is not None:
+        if more or tasks is not None or by is not None or groups is not None or split != "validation":
+            raise UserError("--stereotypes: scores the pairs of a file with one run or model; leave the other options out")
+        from llmrecipe.evaluation.stereotype_pairs import read_pairs, score_stereotypes
+
+        read_pairs(stereotypes)
+        return show(score_stereotypes(path, overrides, stereotypes))
     if tasks is not None:
         names = [name for name in tasks.split(",") if name]
         if not names:
