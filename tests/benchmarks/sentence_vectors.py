@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SETS = ("agnews", "sst2", "trec")
 LENGTH = 128
 SETTINGS = [
-    "objective.pooling=mean", "stack=[lora]", "stack.lora.rank=16", "stack.lora.alpha=32", "optim.lr=1e-3", "epochs=3",
+    "objective.pooling=mean", "stack=[lora]", "stack.lora.r=16", "stack.lora.alpha=32", "optim.lr=1e-3", "epochs=3",
     "data.validation=0.1", f"data.max_length={LENGTH}",
 ]  # fmt: skip
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +69,34 @@ def test_sft_lora(tmp_path: Path) -> None:
 )
 def test_every_corner(words: list[str], tmp_path: Path) -> None:
     compare(tmp_path, *words)
+
+
+def weighted_talk(i: int) -> dict[str, Any]:
+    """Answers whose weights differ within a conversation and between rows, one of them 0."""
+    turns = [
+        {"role": "user", "content": f"Say {i}."},
+        {"role": "assistant", "content": f"{i} it is.", "weight": 0.25 * (i % 4)},
+    ]
+    return {
+        "messages": [*turns, {"role": "user", "content": "And then?"}, {"role": "assistant", "content": f"{i + 1} and {i}."}]
+    }
+
+
+def weighted_tokens(i: int) -> dict[str, Any]:
+    """Token ids with a weight each."""
+    ids = [5 + (3 * i + j) % 90 for j in range(4 + i % 3)]
+    return {"input_ids": ids, "labels": [-100, *ids[1:]], "weights": [0.5 * ((i + j) % 4) for j in range(len(ids))]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [weighted_talk, weighted_tokens])
+def test_weights_count_over_the_step_of_both_processes(row: Callable[[int], dict[str, Any]], tmp_path: Path) -> None:
+    """The processes' rows weigh differently: dividing by a process's own weights, or by its tokens, gives other losses."""
+    for split, first, last in (("train", 0, 10), ("valid", 10, 14)):
+        lines = [json.dumps(row(i)) + "\n" for i in range(first, last)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    mask = ["objective.mask=assistant"] if row is weighted_talk else []
+    compare(tmp_path, "recipe=sft_lora", f"data.path={tmp_path}", *mask)
 
 
 @pytest.mark.slow
