@@ -178,7 +178,7 @@ def probe_of(subject: Subject) -> Probe:
     def loss(batch: Batch) -> torch.Tensor:
         return subject.objective.loss(batch, subject.roles).total / max(subject.objective.weight(batch), 1e-12)
 
-    return Probe(batches, loss, rows=len(ROWS), engine=subject.roles.engine)
+    return Probe(batches, loss, None, subject.objective.weight, rows=len(ROWS), engine=subject.roles.engine)
 
 
 def optimizer_of(subject: Subject, decay: float = 0.1) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.objectives.alignment.dpo import Dpo
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.recipe.compatibility import pairs
-from tests.contract import FAMILY, IMAGES, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
+from tests.contract import FAMILY, IMAGES, MIXTURES, OPTIONS, PAIRS, Subject, optimizer_of, probe_of
 from tests.methods.additive.harness import fill, model_of
 from tests.methods.kinds import probe_of as probe_of_model
 from tests.methods.kinds import put, refresh, slopes, wide_norms, wrapper_of
@@ -134,6 +134,8 @@ def test_gradients_of_a_pair_equal_float64(first: str, second: str, monkeypatch:
     assert slope == pytest.approx(float(norm), rel=2e-3)
 
 
+WITH_EXPERTS = {"ia3": {"scaled": ["key", "value"]}}
+"""Options under which a method leaves the experts to one that trains copies of them; by default the run refuses both."""
 ENCODED = [(a, b) for a, b in LEGAL if {a, b} & set(FAMILY) and not {a, b} & RULES]
 """Pairs with a method that is made for encoders."""
 
@@ -145,8 +147,10 @@ def test_both_parts_of_a_pair_on_an_encoder(first: str, second: str, order: str,
     """Both have gradients, and those are the slope of the loss in float64."""
     if order == "reversed":
         first, second = second, first
-    family = next(FAMILY[k] for k in (first, second) if k in FAMILY)
-    wrappers = [wrapper_of(k, n, **EXACT.get(k, {})) for k, n in ((first, "one"), (second, "two"))]
+    kinds = (first, second)
+    family = next((FAMILY[k] for k in kinds if k in MIXTURES), None) or next(FAMILY[k] for k in kinds if k in FAMILY)
+    options = {**EXACT, **(WITH_EXPERTS if {*kinds} & {*MIXTURES} else {})}
+    wrappers = [wrapper_of(k, n, **options.get(k, {})) for k, n in ((first, "one"), (second, "two"))]
     made = put(model_of(family), *wrappers)
     made.stack.before_step(made.model, 0)
     fill(made.model)

@@ -154,6 +154,13 @@ class Wrapper:
             RecipeError: naming the option.
         """
 
+    def check_attached(self, model: nn.Module) -> None:
+        """Refuse what other wrappers changed in the model, once all of them are attached; `check` and a run both get here.
+
+        Raises:
+            ModelError: naming the other one.
+        """
+
     def expand(self, model: nn.Module) -> list[Wrapper]:
         """Return the wrappers this one stands for; a hybrid returns others, with placements and gates."""
         return [self]

@@ -87,6 +87,9 @@ class Stack:
             if wrapper.role:
                 for _, _, _, hook in all_hooks(model, wrapper.name):
                     hook.roles = frozenset({wrapper.role})
+        for wrapper in self.wrappers:
+            with _named(wrapper):
+                wrapper.check_attached(model)
         self.set_trainable(model)
 
     def written_out(self) -> list[str]:

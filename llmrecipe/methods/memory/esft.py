@@ -77,10 +77,13 @@ class Esft(Wrapper):
         if structure is not None:
             add_chosen(model, self.name, {path: structure["experts"].get(path, []) for path in found})
 
+    def check_attached(self, model: nn.Module) -> None:
+        """Refuse another method on the expert tensors."""
+        refuse_changed(model, self.name)
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Score the experts and add copies of the chosen ones."""
         found = mixtures(model)
-        refuse_changed(model, self.name)
         scores = self._scores(model, probe)
         p = self.p if self.p is not None else {"token": 0.2, "gate": 0.1}[self.score]
         add_chosen(model, self.name, {path: smallest_set(scores[path], p, self.min_per_layer) for path in found})

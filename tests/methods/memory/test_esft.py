@@ -12,6 +12,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.forward_context import Context, Layout, Segment, activate
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.additive.ia3 import Ia3
 from llmrecipe.methods.memory._engines.expert_copies import (
     ChosenExperts,
     RoutingScores,
@@ -224,11 +225,12 @@ def test_what_cannot_be_is_refused() -> None:
         Stack([Esft(name="esft")]).attach(tiny_model())
     with pytest.raises(UserError, match=r"stack\.esft\.min_per_layer: must be <= \d+, the experts of a layer; got 99"):
         Stack([Esft(name="esft", min_per_layer=99)]).attach(mixture("olmoe"))
-    model = mixture("olmoe")
-    stack = Stack([Lora(name="lora", target="experts"), Esft(name="esft")])
-    stack.attach(model)
-    with pytest.raises(UserError, match="lora changes the experts of"):
-        stack.calibrate(model, language_probe(model, stack=stack))
+    esft = Esft(name="esft")
+    for other in (Lora(name="other", target="experts"), Ia3(name="other")):
+        for stack in ([other, esft], [esft, other]):
+            with pytest.raises(UserError, match=r"stack\.esft: other changes the experts of .*other\.scaled=\[key,value\]"):
+                Stack(stack).attach(mixture("olmoe"))
+    Stack([Ia3(name="other", scaled=["key", "value"]), esft]).attach(mixture("olmoe"))
 
 
 def test_the_picture_shows_every_expert_and_frames_the_chosen_ones() -> None:

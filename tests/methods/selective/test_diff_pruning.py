@@ -155,6 +155,33 @@ def test_starts_at_the_base_and_evaluates_without_noise():
     assert noisy[0] == noisy[2] != noisy[1]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gates_are_formed_once_a_step_whatever_the_micro_batches(monkeypatch: pytest.MonkeyPatch, checkpointing: bool):
+    """Drawn and stretched once for each tensor, tied ones too; the next step forms them again."""
+    from llmrecipe.methods.selective._engines import hard_concrete
+
+    model = tiny_model("llama", tie_word_embeddings=True).train()
+    _, stack = pruned(model, mode="unstructured")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    drawn: list[str] = []
+
+    def counted(address: str, first: int, count: int, device: Any = None) -> torch.Tensor:
+        drawn.append(f"{address}:{first}")
+        return uniform(address, first, count, device)
+
+    monkeypatch.setattr(hard_concrete, "uniform", counted)
+    probe = language_probe(model)
+    for step in range(2):
+        stack.before_step(model, step)
+        for batch in probe.batches(4, 1):
+            probe.loss(batch).backward()
+        stack.after_step(model, step)
+        assert {address.rsplit(":", 1)[0] for address in drawn} >= {f"0:{step}:{name}" for name in gates(model)}
+        assert len(drawn) == len(set(drawn)), "a draw was repeated"
+        drawn.clear()
+
+
 def test_checkpointing_sees_the_same_gates():
     grads = []
     for checkpointing in (False, True):

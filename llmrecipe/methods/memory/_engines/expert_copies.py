@@ -123,7 +123,10 @@ def refuse_changed(model: nn.Module, owner: str) -> None:
     for path, sites in mixtures(model).items():
         other = next((h.owner for h in hooks_of(sites[0].module, "weight")), None)
         if other is not None:
-            raise ModelError(f"stack.{owner}: {other} changes the experts of {path} as well; leave experts out of its target")
+            raise ModelError(
+                f"stack.{owner}: {other} changes the experts of {path} as well; leave them out of stack.{other}.target "
+                f"(of ia3: stack.{other}.scaled=[key,value])"
+            )
 
 
 class RoutingScores:
