@@ -11,7 +11,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.load import skeleton
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs import base_storage, delta
-from llmrecipe.runs.open_model import resolve_section
+from llmrecipe.runs.open_model import imported, resolve_section
 from llmrecipe.training.memory_estimate import weight_bytes
 
 
@@ -37,7 +37,7 @@ def _bytes(section: ModelSection, device: str) -> int:
     base, saved, _ = resolve_section(section)
     head, labels = (saved.head, saved.labels) if saved else ("causal", None)
     model = skeleton(base, rows_head=head, labels=labels, device=device)
-    layers = saved.layers if saved else []
+    layers = [*(saved.layers if saved else []), *imported(base, model)]
     storage = (base_storage.storages(layers) or [[]])[-1]
     for wrapper in storage:
         wrapper.attach(model)

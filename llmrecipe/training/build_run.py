@@ -220,7 +220,7 @@ def on_meta(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str
     base, saved, _ = open_model.resolve_section(recipe.model)
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     model = skeleton(base, rows_head=objective.model_head(), labels=labels, tokenizer=tokenizer, device=device)
-    layers = saved.layers if saved else []
+    layers = [*(saved.layers if saved else []), *open_model.imported(base, model)]
     if not everything_trains(stack):
         for wrapper in base_storage.storage_below(layers, stack.wrappers):
             wrapper.attach(model)

@@ -9,10 +9,12 @@ from torch import nn
 
 from llmrecipe.core import registry
 from llmrecipe.interop.load_run import load
+from llmrecipe.interop.peft.exporter import export_peft
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.load import load_model
 from llmrecipe.models.tiny import FOLDER
-from llmrecipe.recipe.schema import ModelSection
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
+from llmrecipe.runs.open_model import open_model
 from llmrecipe.training.auxiliary_memory import auxiliary_bytes
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.memory_estimate import estimate_memory
@@ -54,6 +56,23 @@ def test_a_model_is_counted_to_the_byte_without_its_weights(tmp_path: Path) -> N
     shared = f"+objective.reward={{model: {{path: {run}}}}}"
     assert held("grpo", *reward, shared) == 0.0
     assert held("grpo", *reward, shared, "stack=[]") == own, "a base that trains is not shared"
+
+
+def test_adapter_folders_on_a_base_are_counted(tmp_path: Path) -> None:
+    """A PEFT adapter that `model.adapters` names: of a held model to the byte, of the policy in the frozen weights."""
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    words = ["steps=1", "data.limit=40", "batch.size=2", "eval.at_start=false", "eval.batches=1", "stack.lora.r=64"]
+    train_recipe(run, "sft_lora", *words)
+    export_peft(run, adapter)
+    section = ModelSection(path=str(FOLDER), adapters={str(adapter): 1.0})
+    loaded = open_model(section, TokenizerSection())
+    assert auxiliary_bytes([section], "cpu") == (size(loaded.model), [])
+    added = size(loaded.model) - size(load_model(TINY))
+    recipe = ["model.path=tiny", *SHORT]
+    bare, mounted = (check("sft_lora", [*recipe, *more]) for more in ([], [f"+model.adapters={{{adapter}: 1.0}}"]))
+    apart = mounted.memory_mb["weights"] - bare.memory_mb["weights"]
+    assert apart == pytest.approx(added / 2**20, abs=0.11) and added > 2**20
+    assert mounted.groups == bare.groups, "what is mounted does not train"
 
 
 def test_a_teacher_counts_unless_its_tokens_are_stored_before_or_a_server_has_it() -> None:
