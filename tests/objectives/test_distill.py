@@ -203,6 +203,26 @@ def test_uld_of_one_tokenizer_is_the_distance_of_the_same_positions() -> None:
     torch.testing.assert_close(loss, sorted_distance(p, q).mean(), rtol=1e-9, atol=1e-12)
 
 
+def test_agreement_counts_equal_best_tokens_and_uld_has_none() -> None:
+    roles = two_models()
+    roles.tokenizer = word_tokenizer()
+    objective = Distill()
+    batch = objective.collate(rows_of(objective), roles)
+    plain = pad([Sequence(r["ids"], r["trained"]) for r in rows_of(objective)], 0)
+    with torch.no_grad():
+        guesses = [
+            m(plain.input_ids, attention_mask=plain.attention_mask).logits.flatten(0, 1)[plain.source].argmax(-1)
+            for m in (roles.model, roles.others["teacher"].model)
+        ]
+        equal = float((guesses[0] == guesses[1]).sum())
+        loss = objective.loss(batch, roles)
+    total, count = loss.metrics["agreement"]
+    assert (float(total), count) == (equal, float(batch.target.numel())) and loss.metrics.keys() == objective.measures().keys()
+    other = Distill(divergence="uld")
+    found = other.loss(other.collate(rows_of(other), roles), roles).metrics
+    assert found.keys() == other.measures().keys() == {"divergence", "nll", "accuracy"}
+
+
 def test_uld_pairs_tokens_of_two_tokenizers_run_by_run() -> None:
     """The teacher splits each word into letters: w05 is w, 0, 5, so the two words of a run meet the first two of six tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from llmrecipe.runs.open_model import LoadedModel
 
 ROLE = "teacher"
-NAMES = ("divergence", "nll", "correct", "agreement")
-"""Values of every target."""
 
 
 @options
@@ -92,8 +90,12 @@ class Distilled:
         return self.mask
 
     def measures(self) -> Measures:
-        """Return the divergence, the metrics of the supervised tokens, and how often both models find one token likeliest."""
-        return {**TOKEN_METRICS, "divergence": "min", "agreement": "max"}
+        """Return the divergence, the metrics of the supervised tokens, and how often both models find one token likeliest.
+
+        The tokens of two tokenizers are never the same ones: `uld` has no agreement.
+        """
+        found: Measures = {**TOKEN_METRICS, "divergence": "min"}
+        return found if self.divergence == "uld" else {**found, "agreement": "max"}
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse a teacher that is missing, or whose distributions cannot be compared with the student's.
@@ -182,14 +184,12 @@ class Distilled:
         """Return the summed divergence of the supervised tokens, with the cross-entropy in its weight."""
         out = roles.policy(batch, compare=self.comparison(batch, roles))
         if NOTHING in out:
-            return Loss(out[NOTHING].sum(), dict.fromkeys(("divergence", "nll", "accuracy", "agreement"), (0.0, 0.0)))
+            return Loss(out[NOTHING].sum(), dict.fromkeys(self.measures(), (0.0, 0.0)))
         count = float(out["nll"].numel())
         total = out["divergence"].sum()
         if self.nll_coef:
             total = total + self.nll_coef * out["nll"].sum()
-        sums = {name: out[name].detach().sum() for name in NAMES}
-        sums["accuracy"] = sums.pop("correct")
-        return Loss(total, {name: (value, count) for name, value in sums.items()})
+        return Loss(total, {name: (out[name].detach().sum(), count) for name in self.measures()})
 
     def comparison(self, batch: Batch, roles: Roles) -> Comparison:
         """Return what compares the student's logits of a micro-batch with the teacher's, chunk by chunk."""
@@ -202,17 +202,17 @@ class Distilled:
             log_q = z.log_softmax(-1)
             with torch.no_grad():
                 guess = z.argmax(-1)
-            return {
-                "divergence": factor * found,
-                "nll": -log_q.gather(-1, y[:, None]).squeeze(-1),
-                "correct": (guess == y).float(),
-                "agreement": (guess == best).float(),
-            }
+            nll = -log_q.gather(-1, y[:, None]).squeeze(-1)
+            measured = {"divergence": factor * found, "nll": nll, "accuracy": (guess == y).float()}
+            return measured if best is None else {**measured, "agreement": (guess == best).float()}
 
         return compare
 
-    def _against(self, batch: Batch, roles: Roles) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
-        """Return what makes of tempered logits (n, V) and their rows the divergence and the teacher's best token, (n,)."""
+    def _against(self, batch: Batch, roles: Roles) -> Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]:
+        """Return what makes of tempered logits (n, V) and their rows the divergence and the teacher's best token, (n,).
+
+        There is no best token where the teacher has other tokens.
+        """
         if self.top_k is not None:
             top = self._top(batch, roles)
             return lambda z, rows: self._to_top(z, top.ids[rows], top.logprobs[rows])
@@ -220,7 +220,7 @@ class Distilled:
         assert isinstance(teacher, Teacher), "a server needs top_k"
         if self.divergence == "uld":
             states, place = aligned(batch, teacher, roles.tokenizer)
-            return lambda z, rows: self._sorted(z, states, place[rows], teacher)
+            return lambda z, rows: (self._sorted(z, states, place[rows], teacher), None)
         own = teacher.states(batch)
         return lambda z, rows: self._to_all(z, teacher.logits(own[rows]).to(z.dtype) / self.temperature)
 
@@ -241,13 +241,13 @@ class Distilled:
         log_p, log_q = on_top_tokens(z.log_softmax(-1), ids, logprobs.to(z.dtype))
         return divergence(log_p, log_q, self.divergence, self.beta), ids[:, 0]
 
-    def _sorted(self, z: Tensor, states: Tensor, place: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def _sorted(self, z: Tensor, states: Tensor, place: Tensor, teacher: Teacher) -> Tensor:
         paired = place >= 0
-        found, best = z.new_zeros(len(z)), torch.full_like(place, -1)
+        found = z.new_zeros(len(z))
         if bool(paired.any()):
             p = (teacher.logits(states[place[paired]]).to(z.dtype) / self.temperature).softmax(-1)
             found = found.masked_scatter(paired, sorted_distance(p, z[paired].softmax(-1)))
-        return found, best
+        return found
 
 
 class _Lazy:
