@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmrecipe.cli.arguments import Json
-from llmrecipe.core.console import print_json
+from llmrecipe.core.console import lasting, print_json
 
 PANEL = "Use"
 ORDER = 4
@@ -83,26 +83,27 @@ def verb(
         from llmrecipe.interop.merge_adapters import open_combination
 
         loaded = open_combination([(str(run), weight), *map(_weighted, add or [])], config, rights)
-    if to == "merged":
-        from llmrecipe.interop.merged import export_merged
+    with lasting(f"exporting {run}"):
+        if to == "merged":
+            from llmrecipe.interop.merged import export_merged
 
-        done = export_merged(run, out, dtype=dtype, bound=bound, options=options, loaded=loaded, rights=rights)
-    elif to == "sentence_transformers":
-        from llmrecipe.interop.sentence_transformers_folder import export_sentence_transformers
+            done = export_merged(run, out, dtype=dtype, bound=bound, options=options, loaded=loaded, rights=rights)
+        elif to == "sentence_transformers":
+            from llmrecipe.interop.sentence_transformers_folder import export_sentence_transformers
 
-        if loaded is not None:
-            raise UserError("--add: a text encoder is exported alone; --to merged takes several runs")
-        done = export_sentence_transformers(run, out, dtype=dtype, bound=bound, rights=rights)
-    elif to == "adapter_hub":
-        from llmrecipe.interop.peft.exporter import export_adapter_hub
+            if loaded is not None:
+                raise UserError("--add: a text encoder is exported alone; --to merged takes several runs")
+            done = export_sentence_transformers(run, out, dtype=dtype, bound=bound, rights=rights)
+        elif to == "adapter_hub":
+            from llmrecipe.interop.peft.exporter import export_adapter_hub
 
-        done = export_adapter_hub(run, out, bound=bound, loaded=loaded, rights=rights)
-    else:
-        from llmrecipe.interop.peft.exporter import export_peft
+            done = export_adapter_hub(run, out, bound=bound, loaded=loaded, rights=rights)
+        else:
+            from llmrecipe.interop.peft.exporter import export_peft
 
-        done = export_peft(
-            run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, loaded=loaded, rights=rights
-        )
+            done = export_peft(
+                run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, loaded=loaded, rights=rights
+            )
     share_as_folder(done.path)
     if as_json:
         print_json(done.facts())

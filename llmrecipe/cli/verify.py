@@ -10,6 +10,8 @@ from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
 from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from llmrecipe.evaluation.verify.verify_subject import CheckResult
 
 PANEL = "Train"
@@ -32,17 +34,16 @@ def verb(
 ) -> None:
     """Prove a recipe, a run or an export: layouts, stock forward, files, merging, generation, template, resume.
 
-    Trains four steps in a temporary folder. Exit code 3 where a comparison fails.
+    Trains four steps in a temporary folder; of a pipeline, every stage. Exit code 3 where a comparison fails.
     """
     from llmrecipe.core.errors import RecipeError
 
     more, overrides = runs_and_overrides(words)
     if more:
         raise RecipeError(f"llmrecipe verify: one subject at a time; '{more[0]}' is another")
-    from llmrecipe.evaluation.verify.verify_subject import verify_subject
 
     lines = []
-    for line in verify_subject(subject.removeprefix("recipe="), overrides, run):
+    for line in check_results(subject.removeprefix("recipe="), overrides, run):
         lines.append(line)
         if not as_json:
             print(f"{line.check}: {line.result}", flush=True)
@@ -53,6 +54,22 @@ def verb(
         show_lines(lines)
     if failed:
         raise typer.Exit(3)
+
+
+def check_results(subject: str, overrides: list[str], run: str | None) -> Iterator[CheckResult]:
+    """Return the lines of a recipe, of the stages of a pipeline, of a run or of an exported folder."""
+    from llmrecipe.evaluation.verify.exported import is_export
+    from llmrecipe.evaluation.verify.verify_subject import verify_subject
+    from llmrecipe.models.checkpoint_path import run_folder
+    from llmrecipe.recipe.compose import compose
+
+    if not is_export(subject) and run_folder(subject) is None:
+        composition = compose(subject, overrides)
+        if composition.recipe.stages:
+            from llmrecipe.pipelines.verify_stages import verify_stages
+
+            return verify_stages(composition)
+    return verify_subject(subject, overrides, run)
 
 
 def show_lines(lines: list[CheckResult]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.printable import printable
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BARS = "▁▂▃▄▅▆▇█"
+EVERY = 5.0
+"""Seconds between two lines of something that lasts."""
 
 
 def console(stderr: bool = False) -> Console:
@@ -96,6 +100,30 @@ class Pace:
         if time.monotonic() - self._last >= self.every:
             say_aside(f"{self.what}: {done:,} of {self.total:,}")
             self._last = time.monotonic()
+
+
+@contextlib.contextmanager
+def lasting(what: str, so_far: Callable[[], str] | None = None) -> Iterator[None]:
+    """Say on stderr that something long goes on, whenever `EVERY` seconds have passed inside the context.
+
+    Args:
+        so_far: called for how far it has come: `what: 10 s so far, 3 of 8 rows`.
+    """
+    over = threading.Event()
+    started = time.monotonic()
+
+    def repeat() -> None:
+        while not over.wait(EVERY):
+            more = f", {so_far()}" if so_far is not None else ""
+            say_aside(f"{what}: {time.monotonic() - started:.0f} s so far{more}")
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def say(line: str) -> None:

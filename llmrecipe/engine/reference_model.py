@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import micro_tokens, packing_for
@@ -81,7 +82,8 @@ def _score(
     rows: str,
     device: torch.device,
 ) -> ReferenceCache:
-    weights = weights_digest({**dict(model.model.named_parameters()), **dict(model.model.named_buffers())})
+    with lasting("hashing the weights of the reference"):
+        weights = weights_digest({**dict(model.model.named_parameters()), **dict(model.model.named_buffers())})
     cache = ReferenceCache(cache_file({"model": weights, "data": rows}))
     model.model.to(device)
     engine = Engine(model.model).eval()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data import order
 from llmrecipe.data.batch_plan import BatchPlan
@@ -85,7 +86,8 @@ def prepare_reference(objective: ScoredObjective, stack: Stack, loaded: LoadedMo
         stack.snapshot_trained(model)
         return
     off = base_names(stack, loaded) if which == "base" else None
-    roles.cache = ReferenceCache(cache_path(stack, loaded, roles, rows, off is not None))
+    with lasting("hashing the weights of the reference"):
+        roles.cache = ReferenceCache(cache_path(stack, loaded, roles, rows, off is not None))
     if off is not None:
         roles.reference_off = off
         return
@@ -139,7 +141,7 @@ def base_names(stack: Stack, loaded: LoadedModel) -> frozenset[str] | None:
 def score_all(groups: Iterable[list[dict[str, Any]]], objective: ScoredObjective, roles: Roles) -> None:
     """Score all rows of some groups into the roles' cache, save it, and use it in place of the model from then on."""
     cache = roles.cache
-    with roles.evaluating():
+    with roles.evaluating(), lasting("scoring rows under the reference", lambda: f"{cache.misses:,} rows"):
         for rows in groups:
             for batch in objective.reference_batches(rows, roles):
                 if batch.keys and cache.get(batch) is None:

@@ -6,6 +6,7 @@ is set, and even then only tensors are unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import ModelError, RunError, did_you_mean
 from llmrecipe.core.foreign import read_json
 from llmrecipe.core.paths import ASSETS
@@ -156,6 +158,21 @@ def offline() -> str | None:
     except OSError:
         return f"{host} cannot be reached from here"
     return None
+
+
+def shown_reading(name: str, local: bool) -> contextlib.AbstractContextManager[None]:
+    """Say every few seconds that something of a model is read; of a hub name, how much of it has been downloaded."""
+
+    def downloaded() -> str:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        size = 0
+        for blob in Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "blobs").glob("*"):
+            with contextlib.suppress(OSError):  # it was renamed meanwhile: the download of this file ended
+                size += blob.stat().st_size
+        return f"{size >> 20:,} MB of it in the hub cache"
+
+    return lasting(f"reading {name}", None if local else downloaded)
 
 
 def unreachable(name: str, reason: str, key: str = "model.path") -> ModelError:

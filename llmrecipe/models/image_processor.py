@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError, did_you_mean
-from llmrecipe.models.checkpoint_path import locate, offline, unreachable
+from llmrecipe.models.checkpoint_path import locate, offline, shown_reading, unreachable
 from llmrecipe.models.resolve_class import first_line, quiet
 from llmrecipe.recipe.schema import ModelSection, ProcessorSection
 
@@ -106,7 +106,7 @@ def _loaded(path: str, trust: bool) -> BaseImageProcessor:
     if local and not (Path(place) / FILE).is_file():
         raise ModelError(f"processor.path: {path} has no {FILE}; name a folder or hub model that has one")
     try:
-        with quiet():
+        with quiet(), shown_reading(path, local):
             return AutoImageProcessor.from_pretrained(
                 place, backend="pil", trust_remote_code=trust, local_files_only=local or reason is not None
             )

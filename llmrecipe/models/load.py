@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.models import vocabulary
-from llmrecipe.models.checkpoint_path import locate, offline, unreachable
+from llmrecipe.models.checkpoint_path import locate, offline, shown_reading, unreachable
 from llmrecipe.models.resolve_class import (
     HEAD_MODULES,
     NEW_HEADS,
@@ -352,7 +352,7 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
         raise ModelError(f"tokenizer.path: {path} has no tokenizer; name a folder or hub model that does (tokenizer.path=...)")
     reason = None if local else offline()
     try:
-        with quiet():
+        with quiet(), shown_reading(path, local):
             found = AutoTokenizer.from_pretrained(
                 place,
                 trust_remote_code=section.trust_remote_code,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.errors import ModelError, did_you_mean
 from llmrecipe.core.lazy import is_installed
-from llmrecipe.models.checkpoint_path import check_folder, locate, offline, unreachable
+from llmrecipe.models.checkpoint_path import check_folder, locate, offline, shown_reading, unreachable
 from llmrecipe.recipe.rights import how_to_give
 from llmrecipe.recipe.schema import ModelSection
 
@@ -135,7 +135,7 @@ def with_code(section: ModelSection, load: Callable[..., T], what: str) -> T:
     if not local:
         kwargs |= {"revision": section.revision, "local_files_only": reason is not None}
     try:
-        with quiet():
+        with quiet(), shown_reading(section.path, local):
             return load(**kwargs)
     except pickle.UnpicklingError as error:
         raise ModelError(f"model.path: {section.path}: its pickle contains more than tensors, so it is not read") from error

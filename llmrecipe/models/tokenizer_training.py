@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from llmrecipe.core.cache_sweep import UNFINISHED, mark_used, sweep
-from llmrecipe.core.console import say_aside
+from llmrecipe.core.console import lasting, say_aside
 from llmrecipe.core.errors import DataError, ModelError
 from llmrecipe.core.paths import cache_root
 from llmrecipe.data import texts
@@ -58,7 +58,8 @@ def trained_tokenizer(train: TokenizerTrainingSection) -> Path:
         return folder
     names = ", ".join(part.reader.name for part in parts)
     say_aside(f"training a tokenizer of {train.vocab_size:,} tokens on {names}")
-    made, read = _train(train, lambda: texts_of(parts, data, kind, train.rows))
+    with lasting("training the tokenizer"):
+        made, read = _train(train, lambda: texts_of(parts, data, kind, train.rows))
     # Without a validation split the training texts are what there is to try it on.
     tried = texts_of(held_out or parts, data, kind, TRIED)
     facts = {

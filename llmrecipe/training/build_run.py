@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data.batch_plan import BatchPlan
@@ -173,7 +174,8 @@ def build_model(
     objective.prepare_roles(model, base_is_frozen(stack))
     objective.prepare_model(model.model, recipe.seed)
     seed_everything(recipe.seed)
-    attach_stack(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
+    with lasting(f"attaching {', '.join(w.name for w in stack) or 'nothing'}"):
+        attach_stack(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
     return model
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from llmrecipe.core.console import Pace, lasting
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.generated_answers import Scored, answer_rows, score_answers
@@ -131,7 +132,7 @@ def generated(evaluation: Evaluation, data: Rows) -> tuple[list[dict[str, Any]],
         count = min(count, section.batches * evaluation.batch_size)
     own = list(range(count))[evaluation.runtime.rank :: evaluation.runtime.world]
     examples = (lambda indices: objective.examples_of(data, indices, roles)) if objective.gives_examples else None
-    with evaluation.runtime.gathered(roles.prepared):
+    with evaluation.runtime.gathered(roles.prepared), lasting(f"generating answers to {len(own):,} rows"):
         rows = answer_rows(data, roles, own, Sampling(max_new_tokens=section.max_new_tokens), examples)
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
@@ -160,6 +161,9 @@ def _batches(evaluation: Evaluation, data: Rows) -> Iterator[tuple[list[dict[str
     indices = list(range(rows_read(evaluation, data)))[evaluation.runtime.rank :: evaluation.runtime.world]
     rows = evaluation.objective.evaluation_rows(data, indices)
     parts = ([[row] for row in rows] or [[]]) if evaluation.row_by_row else list(evaluation.roles.split(rows))
+    pace, read = Pace("evaluating, rows", len(rows)), 0
     # Empty ones for a process that has fewer than another and has to make the same passes.
     for part in [*parts, *([[]] * (evaluation.runtime.passes(len(parts)) - len(parts)))]:
+        pace.at(read)
+        read += len(part)
         yield part, evaluation.objective.collate(part, evaluation.roles)

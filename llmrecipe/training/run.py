@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.core.console import counted, say
+from llmrecipe.core.console import counted, lasting, say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
@@ -242,7 +242,8 @@ class Run(RunState):
     def save(self) -> Path | None:
         """Write a checkpoint."""
         started = time.monotonic()
-        path = save_run.save(self)
+        with lasting(f"writing the checkpoint of step {self.progress.step}"):
+            path = save_run.save(self)
         self.saved_at = time.monotonic()
         self.save_cost = self.saved_at - started
         return path
@@ -250,7 +251,8 @@ class Run(RunState):
     def save_end(self) -> None:
         """Write the checkpoint of the end, from which a finished run can be continued; a run resumed at its end has it."""
         if self.recipe.save.end and self.progress.step != self.first_step:
-            save_run.save(self, end=True)
+            with lasting("writing the checkpoint of the end"):
+                save_run.save(self, end=True)
 
     def finish(self) -> None:
         """Finish the run: best weights, test split, final folder, model card."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import lasting, say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.collate import Batch
 from llmrecipe.models import task_heads
@@ -261,7 +261,7 @@ def finish(run: RunState) -> None:
     run.roles.cache.save()
     run.objective.finish(run.roles)
     finite_check.check_finite(run)
-    with run.whole(everything=build_run.everything_trains(run.stack)):
+    with run.whole(everything=build_run.everything_trains(run.stack)), lasting("writing what the run leaves"):
         if run.runtime.is_main:
             write_final(run, metrics)
     run.runtime.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 
 from llmrecipe.core import file_lock
 from llmrecipe.core.background import Background
-from llmrecipe.core.console import console
+from llmrecipe.core.console import console, lasting
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import as_user_error, parse_json, read_json, reading
 from llmrecipe.core.printable import LONGEST_LINE, UNPRINTABLE, message_text, printable
@@ -213,3 +215,25 @@ def test_waiting_for_a_background_thread_is_said_on_stderr_and_only_where_it_las
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("hashing the weights: 0 s so far\n")
     assert Background(lambda: 3).value("hashing the weights") == 3 and capsys.readouterr().err == ""
+
+
+def test_something_that_lasts_is_said_on_stderr_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [0]
+    with lasting("scoring", lambda: f"{rows[0]} rows"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("llmrecipe.core.console.EVERY", 0.05)
+    with contextlib.suppress(RunError), lasting("scoring", lambda: f"{rows[0]} rows"):
+        rows[0] = 3
+        time.sleep(0.12)
+        raise RunError("it ended")
+    shown = capsys.readouterr()
+    assert shown.out == "" and set(shown.err.splitlines()) == {"scoring: 0 s so far, 3 rows"}
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")
+    with lasting("scoring"):
+        time.sleep(0.12)
+    assert capsys.readouterr().err == ""

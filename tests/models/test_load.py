@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import is_progress_bar_enabled
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate, current
@@ -461,3 +462,25 @@ def test_positions_of_roberta_start_behind_its_padding(tmp_path: Path) -> None:
 
 def _plain() -> dict[str, Any]:
     return {key: value for key, value in GROUPED.items() if key != "num_key_value_heads"}
+
+
+def test_a_download_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bars of the libraries are off, so a line of our own stands for them, also where no terminal is."""
+    blobs = tmp_path / "models--someone--large" / "blobs"
+    blobs.mkdir(parents=True)
+
+    def slow(**place: Any) -> Any:
+        assert place["local_files_only"] is False and not is_progress_bar_enabled()
+        (blobs / "ab12.incomplete").write_bytes(bytes(3 << 20))
+        time.sleep(0.12)
+        return LlamaConfig()
+
+    monkeypatch.setattr("llmrecipe.core.console.EVERY", 0.05)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("llmrecipe.models.resolve_class.offline", lambda: None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", slow)
+    load_config(ModelSection(path="someone/large"))
+    shown = capsys.readouterr()
+    assert shown.out == "" and set(shown.err.splitlines()) == {"reading someone/large: 0 s so far, 3 MB of it in the hub cache"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llmrecipe.core.console import Pace
 from llmrecipe.engine.forward import Engine
 from tests.objectives.harness import update
 from tests.trainings import events, train_recipe
@@ -45,3 +47,13 @@ def test_evaluation_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     assert {k: v for k, v in found[0].items() if k.startswith("eval/")} == {
         k: pytest.approx(v, rel=1e-5) for k, v in found[1].items() if k.startswith("eval/")
     }
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmrecipe.training.evaluate.Pace", functools.partial(Pace, every=0.0))
+    words = ["steps=1", "eval.batches=2", "eval.test=false", "batch.size=3", "batch.micro=2", "data.packing=off"]
+    train_recipe(tmp_path / "run", "sft_lora", *words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluating")]
+    assert lines[:3] == [f"evaluating, rows: {n} of 6" for n in (0, 2, 4)]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.foreign import reading
 from llmrecipe.core.paths import ASSETS
@@ -321,7 +322,8 @@ def _open_hub(name: str, split: str, streaming: bool, alone: bool) -> Reader | N
             if split == "train":
                 raise DataError(f"data.path: {name} has the splits {', '.join(splits)} and no train split")
             return None
-        data = load_dataset(path, config or None, split=found, streaming=streaming)
+        with lasting(f"downloading or opening {name}"):
+            data = load_dataset(path, config or None, split=found, streaming=streaming)
     except DataError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated classes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core import registry
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import ProofError, RunError
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.evaluation.verify.bench import Bench, short_words
@@ -53,15 +54,19 @@ def verify_subject(subject: str, overrides: list[str], run: str | None = None) -
         return
     folder = Path(tempfile.mkdtemp(prefix="llmrecipe-verify-"))
     try:
-        bench = bench_of(subject, overrides, folder)
-        for name, verification in verifications():
-            line = judged(name, lambda v=verification: v.measure(bench))  # type: ignore[misc]
-            yield line
-            if line.result == "failed" and "run" not in vars(bench):
-                # Without a finished short training there is nothing to compare.
-                return
+        yield from verify_bench(bench_of(subject, overrides, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def verify_bench(bench: Bench) -> Iterator[CheckResult]:
+    """Yield a line per verification of a short training, which the first of them begins."""
+    for name, verification in verifications():
+        line = judged(name, lambda v=verification: v.measure(bench))  # type: ignore[misc]
+        yield line
+        if line.result == "failed" and "run" not in vars(bench):
+            # Without a finished short training there is nothing to compare.
+            return
 
 
 def verifications() -> list[tuple[str, Verification]]:
@@ -74,7 +79,8 @@ def judged(name: str, measure: Callable[[], Measured]) -> CheckResult:
     """Run a verification and return its line."""
     about = registry.spec("verification", name).summary if name in registry.names("verification") else ""
     try:
-        found = measure()
+        with lasting(f"verifying: {name}"):
+            found = measure()
     except NotApplicable as why:
         return CheckResult(name, "not applicable", about, reason=str(why))
     except (ProofError, RunError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.http_client import check_address
 from llmrecipe.core.option_types import Annotated, Field, LossMaskName, NonNegativeFloat, PositiveFloat
@@ -158,9 +159,10 @@ class Distilled:
         path = cache_file({**facts, "data": rows.train.key, "top": self.top_k, "temperature": self.temperature})
         self.live["cache"] = cache = TopCache(path)
         size = recipe.batch.micro or 16
-        for group in row_groups(self, rows):
-            for first in range(0, len(group), size):
-                cache.get(sequences_of(group[first : first + size], apart=True), teacher, self.top_k, self.temperature)
+        with lasting("storing the teacher's likeliest tokens", lambda: f"{len(cache.known):,} rows"):
+            for group in row_groups(self, rows):
+                for first in range(0, len(group), size):
+                    cache.get(sequences_of(group[first : first + size], apart=True), teacher, self.top_k, self.temperature)
         cache.save()
         del teacher
         gc.collect()
