@@ -19,6 +19,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import task_heads
 from llmrecipe.models.projection_head import ProjectionHead
 from llmrecipe.objectives.pretraining.clip import HEAD, Clip, same_rows
+from llmrecipe.recipe.schema import BatchSection
 from tests.objectives.harness import pictured
 from tests.objectives.rollouts import Numbers
 from tests.tiny import tiny_masked_model, tiny_model
@@ -163,7 +164,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     for options, words in (({"temperature": 2.0}, "0.01 to 1"), ({"max_scale": 5.0}, "0.07 is outside of 1/max_scale = 0.2")):
         with pytest.raises(RecipeError, match=words):
             Clip(patch=4, **options).check(None, data)  # type: ignore[arg-type]
-    recipe: Any = type("Recipe", (), {"batch": type("Batch", (), {"size": 1})})()
+    recipe: Any = type("Recipe", (), {"batch": BatchSection(size=1)})()
     with pytest.raises(RecipeError, match=r"batch\.size: 1"):
         Clip(patch=4).check(recipe, data)
     model = tiny_masked_model("bert")

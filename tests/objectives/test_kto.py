@@ -17,6 +17,7 @@ from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.alignment._engines.mismatched import others, reference_point, with_others
 from llmrecipe.objectives.alignment.kto import Kto, balance, kto_loss
+from llmrecipe.recipe.schema import BatchSection
 from tests.objectives.parity import arguments, assert_same, lora_config, mean_loss, ours, share_weights, word_tokenizer, words
 from tests.tiny import roles_for, tiny_model
 
@@ -200,13 +201,17 @@ def test_a_step_of_one_row_is_refused() -> None:
     roles = roles_for(tiny_model(), Stack([]))
     with pytest.raises(RunError, match=r"batch\.size above 1"):
         next(iter(Kto().batches(iter([ROWS[:1]]), roles)))
-    recipe = SimpleNamespace(batch=SimpleNamespace(size=1))
+    recipe = SimpleNamespace(batch=BatchSection(size=1))
     with pytest.raises(RecipeError, match=r"batch\.size=2"):
         Kto().check(recipe, range(8))
-    recipe.batch.size = 3
+    recipe.batch = BatchSection(size=3)
     with pytest.raises(RecipeError, match="leave one row"):
         Kto().check(recipe, range(7))
     Kto().check(recipe, range(8))
+    # Nine rows after a first batch of two: 2 3 3, and one is left.
+    recipe.batch = BatchSection(size=3, warmup={"start": 2, "batches": 1})
+    with pytest.raises(RecipeError, match=r"batch\.warmup: .* has one row"):
+        Kto().check(recipe, range(9))
     Kto(loss_type="apo_zero_unpaired").check(recipe, range(7))
 
 

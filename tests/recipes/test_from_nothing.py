@@ -72,6 +72,7 @@ def test_twice_the_tokens_are_better_than_once_and_than_a_trigram(seed: int, mea
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_seven_times_the_tokens_are_better_than_a_trigram_of_the_same_tokens(tmp_path: Path) -> None:
     data = shared("data", "text_shakespeare")
     longer = [
