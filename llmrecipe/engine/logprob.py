@@ -77,6 +77,8 @@ class Post:
             scale = float(text.logits_scaling) if family.startswith("hyperclovax") else 1.0 / float(text.logits_scaling)
         if getattr(text, "logits_mup_width_multiplier", None):
             scale = 1.0 / float(text.logits_mup_width_multiplier)
+        if getattr(text, "mup_base_width", None):
+            scale = float(text.mup_base_width) / float(text.hidden_size)
         scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
         # T5 ties its head whatever `tie_word_embeddings` of a checkpoint says; that value became this one.
         if getattr(text, "scale_decoder_outputs", False):

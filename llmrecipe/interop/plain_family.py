@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.native.parts.width_scaling import attention_scale
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmrecipe.models.pretrained import LanguageModel
 
 
@@ -46,8 +49,9 @@ def as_plain_family(model: LanguageModel) -> LanguageModel | None:
         return None
     cls = getattr(transformers, f"{family}{head}")
     plain = cls(getattr(transformers, f"{family}Config")(**_values(config))).to(model.dtype)
+    folded = _without_width_scaling(model, config) if config.mup_base_width is not None else model.state_dict()
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in folded.items():
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         state[name] = tensor
@@ -57,16 +61,29 @@ def as_plain_family(model: LanguageModel) -> LanguageModel | None:
     return plain.eval()
 
 
+def _without_width_scaling(model: LanguageModel, config: NativeConfig) -> dict[str, Tensor]:
+    """Return the state of a model that scores 1 / sqrt(E) and has its logits unscaled: both factors go into the weights."""
+    state = dict(model.state_dict())
+    share = attention_scale(config) * config.sizes()[0] ** 0.5
+    for name in [n for n in state if ".q_norm." in n or (".q_proj." in n and not config.qk_norm)]:
+        state[name] = state[name] * share
+    if "lm_head.weight" in state:
+        state["lm_head.weight"] = state["lm_head.weight"] / config.width_ratio()
+    return state
+
+
 def _values(config: NativeConfig) -> dict[str, Any]:
     """Return the config values of the plain family; those that a family lacks have no effect in it."""
     size, groups, width = config.sizes()
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "hidden_act",
-        "initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
+        "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "id2label",
         "label2id",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names} | {
         "num_key_value_heads": groups,
+        # A head whose scale goes into its weights is no longer the embedding.
+        "tie_word_embeddings": config.tie_word_embeddings and config.mup_base_width is None,
         "head_dim": size,
         "intermediate_size": config.expert_width() if config.num_experts else width,
         "rms_norm_eps": config.norm_eps,

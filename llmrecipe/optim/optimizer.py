@@ -46,6 +46,9 @@ class Optimizer:
     """Whether the state has one number per entry of a parameter, so that rows can be dropped from both alike."""
     shards: ClassVar[tuple[str, ...]] = ()
     """Values of `runtime.shard` under which it makes the steps of one process."""
+    unscaled: ClassVar[bool] = True
+    """Whether its steps have the same size for gradients of any scale, entry by entry, and its decay is apart from them: what
+    the learning rates of a model with muP are made for."""
     unsharded: ClassVar[str] = ""
     """Why it is refused under others, as the end of a message."""
 
@@ -98,11 +101,12 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer, stack_groups: Itera
         stack_groups: the groups the wrappers declare (`Stack.groups`); they take precedence over the rule above.
 
     Raises:
-        RecipeError: nothing trains.
+        RecipeError: nothing trains, or the model scales learning rates that this optimizer would not scale so.
         LlmRecipeError: a wrapper names a parameter the model does not have, or two wrappers claim the same one.
     """
     declared = _declared_groups(model, stack_groups)
     kinds = _kinds(model)
+    scales = _model_scales(model, optimizer)
     lr, decay = float(optimizer.lr), float(optimizer.weight_decay)  # type: ignore[attr-defined]
     decay_adapters = bool(getattr(optimizer, "decay_adapters", False))
     found: dict[tuple[str, float, float], list[tuple[str, Tensor]]] = {}
@@ -113,13 +117,32 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer, stack_groups: Itera
         own = declared.get(name)
         decays = kind in ("matrix", "embedding") or (kind == "adapter" and decay_adapters and parameter.ndim > 1)
         wanted = own.weight_decay if own is not None and own.weight_decay is not None else (decay if decays else 0.0)
-        found.setdefault((kind, own.lr_scale if own else 1.0, wanted), []).append((name, parameter))
+        scale = scales.get(name, 1.0) if kind == "matrix" else 1.0
+        # Of a product of rate and decay the scale leaves what it was.
+        wanted = wanted if own is not None and own.weight_decay is not None else wanted / scale
+        found.setdefault((kind, scale * (own.lr_scale if own else 1.0), wanted), []).append((name, parameter))
     if not found:
         raise RecipeError("stack: nothing is left to train; every parameter is frozen")
     return [
         Group(kind, lr * scale, wanted, scale, tuple(n for n, _ in members), tuple(p for _, p in members))
         for (kind, scale, wanted), members in found.items()
     ]
+
+
+def _model_scales(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+    """Return what a model multiplies the learning rates of its parameters by.
+
+    Raises:
+        RecipeError: it does so for optimizers of another kind than this one.
+    """
+    scales: dict[str, float] = getattr(model, "learning_rate_scales", dict)()
+    if scales and not optimizer.unscaled:
+        kind = type(optimizer).__module__.rsplit(".", 1)[-1]
+        raise RecipeError(
+            f"optim.kind: {kind} makes steps of another size than Adam's, and model.config.mup_base_width scales the learning "
+            "rates of Adam; use optim.kind=adamw, or leave mup_base_width out"
+        )
+    return scales
 
 
 def _declared_groups(model: nn.Module, stack_groups: Iterable[ParamGroup]) -> dict[str, ParamGroup]:

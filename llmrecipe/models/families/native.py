@@ -33,6 +33,7 @@ class Native(Family):
         "../native/parts/mixture_of_experts.py",
         "../native/parts/layer_norm.py",
         "../native/parts/add_norm.py",
+        "../native/parts/width_scaling.py",
     )
     parts: ClassVar[PartNames] = PartNames(
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},

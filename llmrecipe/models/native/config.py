@@ -81,6 +81,10 @@ class NativeConfig(PreTrainedConfig):
     num_channels: int = 3
     dropout: float = 0.0
     initializer_range: float = 0.02
+    mup_base_width: int | None = None
+    """Width at which the learning rate was chosen: scale the start, the rates and the outputs of this one to it (muP)."""
+    mup_base_head_dim: int | None = None
+    """Size of a head at that width; default: with as many heads as here."""
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -110,6 +114,7 @@ class NativeConfig(PreTrainedConfig):
             wide = 8 * self.hidden_size / 3 if self.gated else 4 * self.hidden_size
             self.intermediate_size = 8 * round(wide / 8)
         self._check_mixture()
+        self._check_width_scaling()
         if self.kind == "vision":
             if self.image_size % self.patch_size:
                 raise ValueError(f"image_size ({self.image_size}) is no multiple of patch_size ({self.patch_size})")
@@ -129,6 +134,19 @@ class NativeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: only a mixture has shared experts; set num_experts")
         if self.shared_expert_gate and not self.num_shared_experts:
             raise ValueError("shared_expert_gate: there are no shared experts; set num_shared_experts")
+
+    def _check_width_scaling(self) -> None:
+        for name in ("mup_base_width", "mup_base_head_dim"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if self.mup_base_head_dim is not None and self.mup_base_width is None:
+            raise ValueError("mup_base_head_dim: only with mup_base_width")
+        if self.mup_base_width is not None and self.scale_embedding:
+            raise ValueError("scale_embedding: multiplies embeddings by more in wider models, which mup_base_width keeps alike")
+
+    def width_ratio(self) -> float:
+        """Return m, hidden_size over `mup_base_width`; 1 without it."""
+        return 1.0 if self.mup_base_width is None else self.hidden_size / self.mup_base_width
 
     def sizes(self) -> tuple[int, int, int]:
         """Return (E size of a head, G heads that hold keys and values, F width of the feed-forward), defaults filled in."""

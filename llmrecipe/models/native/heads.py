@@ -27,6 +27,7 @@ from llmrecipe.models.load_balance import auxiliary_loss, load_balancing_loss
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.native.model import NativeModel, NativePreTrainedModel
 from llmrecipe.models.native.parts.layer_norm import make_norm
+from llmrecipe.models.native.parts.width_scaling import scaled_logits
 
 
 def _expect(config: NativeConfig, kind: str, name: str) -> None:
@@ -81,7 +82,7 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
+        logits = scaled_logits(self.lm_head(_kept(out.last_hidden_state, logits_to_keep)), self.config)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         shown = (logits, out.past_key_values, out.hidden_states, out.attentions)
         router_logits = getattr(out, "router_logits", None)
@@ -132,7 +133,7 @@ class NativeForMaskedLM(NativePreTrainedModel):
     def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: object) -> MaskedLMOutput:
         """Return logits (B, T, V) for ids (B, T), and the mean loss over labels other than -100."""
         out = self.model(input_ids, **kwargs)
-        logits = self.lm_head(out.last_hidden_state)
+        logits = scaled_logits(self.lm_head(out.last_hidden_state), self.config)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
@@ -187,7 +188,7 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         out = self.model(input_ids, decoder_input_ids=decoder_input_ids, **kwargs)
-        logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
+        logits = scaled_logits(self.lm_head(_kept(out.last_hidden_state, logits_to_keep)), self.config)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

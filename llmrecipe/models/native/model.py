@@ -24,6 +24,7 @@ from llmrecipe.models.native.parts.mixture_of_experts import GatedExperts, Nativ
 from llmrecipe.models.native.parts.multi_head_attention import NativeAttention
 from llmrecipe.models.native.parts.patch_embedding import PatchEmbedding
 from llmrecipe.models.native.parts.positional_encoding import NativeRotary, RelativeBias, learned_positions
+from llmrecipe.models.native.parts.width_scaling import matrix_rates, start_divisor
 from llmrecipe.models.sinusoids import sinusoids
 
 
@@ -46,6 +47,10 @@ class NativePreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(NativeRouter, index=0),
     }
 
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Map parameter name -> multiplier of the learning rate (see `parts.width_scaling`)."""
+        return matrix_rates(self, self.config)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Return that the kernel of the experts may be chosen; Transformers would look for them in this file."""
@@ -53,8 +58,11 @@ class NativePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights with N(0, std); with pre-norm, scale residual projections by 1/sqrt(2 L) against depth."""
-        std = self.config.initializer_range
+        """Initialize weights with N(0, std); with pre-norm, scale residual projections by 1/sqrt(2 L) against depth.
+
+        Widths other than `mup_base_width` change std as `parts.width_scaling` says.
+        """
+        std = self.config.initializer_range / start_divisor(module, self, self.config)
         shrink = math.sqrt(2 * self.config.num_hidden_layers) if self.config.pre_norm else 1.0
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std / shrink if isinstance(module, IntoResidual) else std)

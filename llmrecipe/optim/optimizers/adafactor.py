@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import register
@@ -21,6 +21,8 @@ class Adafactor(Optimizer):
     Transformers' implementation with a given learning rate.
     "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235.
     """
+
+    unscaled: ClassVar[bool] = False
 
     lr: PositiveFloat = 1e-3
     """Learning rate at its peak."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
@@ -22,6 +22,8 @@ class Muon(Optimizer):
     AdamW with the same rate. torch's implementation of K. Jordan's Muon (2024); the size matching is that of
     "Muon is Scalable for LLM Training", arXiv 2502.16982.
     """
+
+    unscaled: ClassVar[bool] = False
 
     lr: PositiveFloat = 2e-4
     """Learning rate at its peak, of both parts."""

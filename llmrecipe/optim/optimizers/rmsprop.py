@@ -22,6 +22,7 @@ class RMSprop(Optimizer):
     """
 
     entrywise: ClassVar[bool] = True
+    unscaled: ClassVar[bool] = False
 
     lr: PositiveFloat = 1e-6
     """Learning rate at its peak."""

@@ -22,6 +22,7 @@ class RMSprop8bit(Optimizer):
     """
 
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
+    unscaled: ClassVar[bool] = False
 
     lr: PositiveFloat = 1e-6
     """Learning rate at its peak."""

@@ -23,6 +23,7 @@ class SGD(Optimizer):
     """
 
     entrywise: ClassVar[bool] = True
+    unscaled: ClassVar[bool] = False
 
     lr: PositiveFloat = 1e-2
     """Learning rate at its peak."""

@@ -45,6 +45,13 @@ class NativeRouter(nn.Module):
         return logits, weights.to(x.dtype), chosen
 
 
+class ShareOfToken(nn.Linear):
+    """w_s: one number for each token."""
+
+    def __init__(self, config: NativeConfig):
+        super().__init__(config.hidden_size, 1, bias=False)
+
+
 class _Experts(nn.Module):
     """All experts in 3-D tensors, (N, out, in), which kernels take whole and this loop takes expert by expert."""
 
@@ -105,7 +112,7 @@ class NativeMixture(nn.Module):
         shared = config.num_shared_experts
         self.shared_expert = NativeFeedForward(config, shared * config.expert_width()) if shared else None
         gate = shared and config.shared_expert_gate
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gate else None
+        self.shared_expert_gate = ShareOfToken(config) if gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, T, D) -> (B, T, D)."""

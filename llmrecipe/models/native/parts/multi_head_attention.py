@@ -21,6 +21,7 @@ from llmrecipe.models.native.parts.add_norm import IntoResidual
 from llmrecipe.models.native.parts.layer_norm import make_norm
 from llmrecipe.models.native.parts.positional_encoding import turn
 from llmrecipe.models.native.parts.self_attention import eager_attention_forward
+from llmrecipe.models.native.parts.width_scaling import attention_scale
 
 
 class NativeAttention(nn.Module):
@@ -32,7 +33,7 @@ class NativeAttention(nn.Module):
         size, groups, _ = config.sizes()
         own, shared = config.num_attention_heads * size, groups * size
         self.num_key_value_groups = config.num_attention_heads // groups
-        self.scaling = 1.0 if config.positions == "relative" else size**-0.5
+        self.scaling = attention_scale(config)
         self.q_proj = nn.Linear(config.hidden_size, own, bias=config.bias)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.bias)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.bias)
