@@ -102,12 +102,30 @@ def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:
 
     check_trackers(recipe.log.trackers)
     check_model(recipe.model)
+    refuse_unread_run(recipe)
     if recipe.tokenizer.path is not None:
         from llmrecipe.models.checkpoint_path import locate
 
         locate(recipe.tokenizer.path, "tokenizer.path")
     rows = registry.spec("objective", str(recipe.objective["kind"])).facts.get("rows")
     check_data(recipe.data, rows, splits)
+
+
+def refuse_unread_run(recipe: Recipe) -> None:
+    """Refuse a run as `model.path` of which nothing would be read.
+
+    Raises:
+        RecipeError: fresh weights of a shape of their own are drawn, and the tokenizer comes from elsewhere.
+    """
+    from llmrecipe.models.checkpoint_path import run_folder
+
+    model, tokenizer = recipe.model, recipe.tokenizer
+    is_unread = model.init == "random" and "model_type" in model.config and (tokenizer.path or tokenizer.train)
+    if is_unread and run_folder(model.path) is not None:
+        raise RecipeError(
+            f"model.path: nothing of the run {model.path} would be read: model.init=random makes fresh weights, "
+            "and the tokenizer is another; to go on from it set model.init=pretrained model.config={} tokenizer.path=null"
+        )
 
 
 def check_model(section: ModelSection) -> None:

@@ -7,7 +7,8 @@
 
 makes the stages method-lora-0, method-lora-1, method-bitfit-0 and method-bitfit-1. An axis is a list of values, or a mapping of
 values to keys of a stage that are added for that value. `${matrix:axis}` is the value; where it is the whole text the value
-keeps its type. A list item `${stage:method}` becomes one item for each of these stages.
+keeps its type. A list item `${stage:method}` becomes one item for each of these stages; in any other text it is the one with
+the values of the stage that names it, which has the same axes and may have more.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from llmrecipe.recipe.yaml_file import KeyPath, dotted
 AXIS = re.compile(r"\$\{\s*matrix:\s*([A-Za-z_][\w-]*)\s*\}")
 """How a stage names its value on an axis: `${matrix:x}`."""
 Mistake = tuple[KeyPath, str]
+Values = dict[str, str]
+"""Axis -> value of one stage, as text."""
 
 
 @dataclass
@@ -45,26 +48,30 @@ def expand(section: Mapping[str, Any]) -> Expanded:
         section: the recipe's `stages`.
     """
     found = Expanded()
-    members: dict[str, list[str]] = {}
+    members: dict[str, dict[str, Values]] = {}
+    values: dict[str, Values] = {}
     for key, body in section.items():
         name, at = str(key), ("stages", str(key))
-        made: dict[str, Any]
+        made: dict[str, tuple[Any, Values]]
         if not isinstance(body, Mapping) or "matrix" not in body:
-            made = {name: body}
+            made = {name: (body, {})}
         else:
             wrong = _wrong(body["matrix"], (*at, "matrix"))
             found.mistakes += wrong
             made = {} if wrong else _combinations(name, body)
-            members[name] = list(made)
+            members[name] = {stage: chosen for stage, (_, chosen) in made.items()}
             if len(made) < (0 if wrong else _size(body["matrix"])):
                 text = f"{dotted((*at, 'matrix'))}: two of its values make the same name; names keep letters, digits, _ and -"
                 found.mistakes.append(((*at, "matrix"), text))
-        for stage, single in made.items():
+        for stage, (single, chosen) in made.items():
             axes = list(body["matrix"]) if isinstance(body, Mapping) and "matrix" in body else []
             found.mistakes += _unknown(single, axes, at)
             found.bodies[stage] = single
             found.written[stage] = name
-    found.bodies = {stage: _gathered(body, members) for stage, body in found.bodies.items()}
+            values[stage] = chosen
+    for stage, body in found.bodies.items():
+        found.bodies[stage] = _gathered(body, members, values[stage])
+        found.mistakes += _several(found.bodies[stage], members, ("stages", found.written[stage]))
     return found
 
 
@@ -95,7 +102,7 @@ def _size(matrix: Mapping[str, Any]) -> int:
     return size
 
 
-def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], Values]]:
     matrix = body["matrix"]
     made = {}
     for values in itertools.product(*matrix.values()):
@@ -105,7 +112,7 @@ def _combinations(name: str, body: Mapping[str, Any]) -> dict[str, dict[str, Any
             if isinstance(matrix[axis], Mapping):
                 single = _merged(single, matrix[axis][value])
         label = "-".join(re.sub(r"[^\w-]", "_", str(v)) for v in values)
-        made[f"{name}-{label}"] = _filled(single, chosen)
+        made[f"{name}-{label}"] = _filled(single, chosen), {axis: str(value) for axis, value in chosen.items()}
     return made
 
 
@@ -149,10 +156,12 @@ def _unknown(value: object, axes: list[str], at: KeyPath) -> list[Mistake]:
     return [(at, f"{dotted(at)}: ${{matrix:{n}}}: there is no axis '{n}'{did_you_mean(n, axes)}; {has}") for n in named]
 
 
-def _gathered(value: object, members: Mapping[str, list[str]]) -> object:
-    """Return a body in which a list item `${stage:x}` is replaced by all stages that x was expanded to."""
+def _gathered(value: object, members: Mapping[str, Mapping[str, Values]], chosen: Values) -> object:
+    """Return a body in which `${stage:x}` of an expanded stage x is all its stages (a list item), or one of them."""
     if isinstance(value, Mapping):
-        return {k: _gathered(v, members) for k, v in value.items()}
+        return {k: _gathered(v, members, chosen) for k, v in value.items()}
+    if isinstance(value, str):
+        return REFERENCE.sub(lambda m: f"${{stage:{_alike(members.get(m[1], {}), chosen) or m[1]}}}", value)
     if not isinstance(value, list):
         return value
     items: list[object] = []
@@ -161,5 +170,27 @@ def _gathered(value: object, members: Mapping[str, list[str]]) -> object:
         if whole and whole[1] in members:
             items += [f"${{stage:{stage}}}" for stage in members[whole[1]]]
         else:
-            items.append(_gathered(item, members))
+            items.append(_gathered(item, members, chosen))
     return items
+
+
+def _alike(members: Mapping[str, Values], chosen: Values) -> str | None:
+    """Return the stage that has the given values on all of its axes."""
+    return next((stage for stage, values in members.items() if values.items() <= chosen.items()), None)
+
+
+def _several(value: object, members: Mapping[str, Mapping[str, Values]], at: KeyPath) -> list[Mistake]:
+    """Return a mistake for each text that names an expanded stage and not one of its stages."""
+    if isinstance(value, Mapping):
+        return [m for k, v in value.items() for m in _several(v, members, (*at, str(k)))]
+    if isinstance(value, list):
+        return [m for v in value for m in _several(v, members, at)]
+    named = [n for n in REFERENCE.findall(value) if members.get(n)] if isinstance(value, str) else []
+    return [
+        (
+            at,
+            f"{dotted(at)}: ${{stage:{n}}} is one of {len(members[n])} stages here; name one ({next(iter(members[n]))}, ...), "
+            f"or give this stage the axes of '{n}' ({', '.join(next(iter(members[n].values())))}) and a value of it on each",
+        )
+        for n in named
+    ]

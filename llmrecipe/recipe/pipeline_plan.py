@@ -129,7 +129,7 @@ def plan(pipeline: Composition) -> Plan:
             keys[stage.name] = ""
             continue
         made.notes.extend(f"{stage.name}: {note}" for note in composition.notes)
-        wrong = _wrong_inputs(stage, composition, made)
+        wrong = _wrong_inputs(stage, composition, made) + _lost_weights(stage, composition)
         mistakes += [text + origin_text(pipeline, stage.at) for text in wrong]
         filled = functools.partial(REFERENCE.sub, lambda m: str(results[m[1]]))
         mapping = each_text(composition.mapping, filled)
@@ -218,6 +218,20 @@ def _wrong_inputs(stage: WrittenStage, composition: Composition | StepCompositio
     return found
 
 
+def _lost_weights(stage: WrittenStage, composition: Composition | StepComposition) -> list[str]:
+    """Return a message where a stage draws fresh weights in place of those that another stage has trained."""
+    if isinstance(composition, StepComposition):
+        return []
+    model = composition.recipe.model
+    below = REFERENCE.fullmatch(str(model.path))
+    if below is None or model.init != "random":
+        return []
+    return [
+        f"{dotted((*stage.at, 'model', 'init'))}: random draws fresh weights, and what ${{stage:{below[1]}}} has learned would "
+        f"be lost; set {dotted(stage.at)}.model.init=pretrained, and model.config={{}} under its `with`"
+    ]
+
+
 def revalidated(composition: Composition, mapping: dict[str, Any]) -> Composition:
     """Return the same recipe with other values, validated."""
     from llmrecipe.recipe.validate import validate
@@ -237,6 +251,7 @@ def for_check(
         example: unfinished step -> a folder with rows like those it will write.
     """
     bases: dict[str, dict[str, Any]] = {}
+    tokenizers: dict[str, dict[str, Any]] = {}
     found: dict[str, Composition | StepComposition] = {}
     for planned in made.stages:
         if isinstance(planned.composition, StepComposition):
@@ -245,14 +260,26 @@ def for_check(
             if planned.gives == "model":
                 bases[planned.name] = _based(dict(step.build().model_section()), bases)
             continue
+        below = REFERENCE.fullmatch(str(planned.mapping["model"]["path"]))
+        tokenizer = tokenizers[planned.name] = _with_tokenizer(
+            planned.mapping["tokenizer"], tokenizers.get(below[1] if below else "")
+        )
         if all(name in done for name in planned.stage.inputs):
             bases[planned.name] = planned.composition.mapping["model"]
             found[planned.name] = planned.composition
             continue
         model = bases[planned.name] = _based(planned.mapping["model"], bases)
-        mapping = {**planned.mapping, "model": model, "data": _with_examples(planned.mapping["data"], made, done, example)}
+        data = _with_examples(planned.mapping["data"], made, done, example)
+        mapping = {**planned.mapping, "model": model, "tokenizer": tokenizer, "data": data}
         found[planned.name] = revalidated(planned.composition, mapping)
     return found
+
+
+def _with_tokenizer(own: dict[str, Any], below: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a tokenizer section that reads the tokenizer of the stage a model comes from, unless it names or makes another."""
+    if below is None or own["path"] is not None or own["train"] is not None or below["train"] is not None:
+        return own
+    return {**below, **{k: v for k, v in own.items() if v}}
 
 
 def _based(model: dict[str, Any], bases: dict[str, dict[str, Any]]) -> dict[str, Any]:

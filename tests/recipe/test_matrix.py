@@ -74,6 +74,26 @@ def test_a_list_item_stands_for_all_stages_written_out(project: Project) -> None
     assert made.bodies["board"]["runs"] == ["${stage:s-1}", "${stage:s-2}", "${stage:x}"]
 
 
+def test_a_text_names_the_stage_of_the_same_values() -> None:
+    """The axes may be in another order, a value a number here and a key there, and more axes do not matter."""
+    first = {"matrix": {"n": [1, 2], "m": {"a": {}, "b": {}}}}
+    after = {"matrix": {"m": ["a", "b"], "k": [7], "n": [1, 2]}, "model": {"path": "${stage:s}"}, "with": ["x=[${stage:s}]"]}
+    made = expand({"s": first, "t": after}).bodies
+    assert made["t-b-7-1"] == {"model": {"path": "${stage:s-1-b}"}, "with": ["x=[${stage:s-1-b}]"]}
+    assert made["t-a-7-2"]["model"] == {"path": "${stage:s-2-a}"}
+
+
+def test_a_text_that_names_several_stages_is_refused(project: Project) -> None:
+    """A stage without the axis, and one whose values are others."""
+    after = {"recipe": "sft", "model": {"path": "${stage:s}"}}
+    for body in (after, {**after, "matrix": {"n": [3]}}):
+        (mistake,) = expand({"s": {"matrix": {"n": [1, 2]}}, "t": body}).mistakes
+        assert mistake[0] == ("stages", "t", "model", "path") and mistake[1] == (
+            "stages.t.model.path: ${stage:s} is one of 2 stages here; name one (s-1, ...), or give this stage the axes of 's' "
+            "(n) and a value of it on each"
+        )
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [

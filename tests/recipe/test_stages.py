@@ -292,11 +292,37 @@ def test_files_of_folders_mixtures_and_built_in_sets_are_found(project: Project)
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_stage_that_would_draw_fresh_weights_over_trained_ones_is_refused(project: Project) -> None:
+    """As a recipe of fresh weights does unless the stage says otherwise; a path of no stage stays the user's matter."""
+    text = """
+stages:
+  mlm: {recipe: mlm, steps: 1}
+  vqa: {recipe: vqa, model: {path: "${stage:mlm}"}}
+"""
+    told = "stages.vqa.model.init: random draws fresh weights, and what ${stage:mlm} has learned would be lost"
+    assert told in refusal(project, text)
+    kept = planned(project, text, "stages.vqa.model.init=pretrained", "+stages.vqa.with=['model.config={}']")
+    assert kept["vqa"].composition.recipe.model.config == {}
+    assert planned(project, text, "stages.vqa.model.path=other")["vqa"].composition.recipe.model.init == "random"
+
+
 def test_a_check_builds_on_the_model_the_stages_above_start_from(project: Project) -> None:
     made = planned(project, PAIR, "model.path=some/model", "stages.sft.model.dtype=bfloat16")
     assert for_check(made, set())["dpo"].recipe.model.path == "some/model"
     assert for_check(made, set())["dpo"].recipe.model.dtype == "bfloat16"
     assert for_check(made, {"sft"})["dpo"].recipe.model.path == str(made["sft"].dir)
+
+
+def test_a_check_reads_the_tokenizer_of_the_stages_above(project: Project) -> None:
+    """As the run of such a stage will: its own vocabulary, under what a stage sets itself; one it names is read instead."""
+    below = ("+stages.sft.tokenizer.path=own", "+stages.sft.tokenizer.mask_token=m")
+    made = planned(project, PAIR, *below, "+stages.dpo.tokenizer.pad_token=p")
+    tokenizer = for_check(made, set())["dpo"].recipe.tokenizer  # type: ignore[union-attr]
+    assert (tokenizer.path, tokenizer.mask_token, tokenizer.pad_token) == ("own", "m", "p")
+    assert for_check(made, {"sft"})["dpo"].recipe.tokenizer.path is None  # type: ignore[union-attr]
+    other = planned(project, PAIR, *below, "+stages.dpo.tokenizer.path=other")
+    tokenizer = for_check(other, set())["dpo"].recipe.tokenizer  # type: ignore[union-attr]
+    assert (tokenizer.path, tokenizer.mask_token) == ("other", None)
 
 
 def test_the_result_of_a_stage_means_nothing_outside_a_pipeline() -> None:
