@@ -224,7 +224,8 @@ def _fitting_heads(config: PreTrainedConfig) -> dict[str, bool]:
         heads = {
             "decoder": ("causal", "classification", "token_classification", SPANS),
             "encoder": ("masked", "classification", "token_classification", SPANS),
-            "encoder_decoder": ("seq2seq",),
+            # The loss that balances experts is added to what a head reads of one stack.
+            "encoder_decoder": ("seq2seq",) if config.num_experts else ("seq2seq", "classification"),
             "vision": ("image",),
         }[config.kind]
         fits = {head: head in heads for head in AUTO}

@@ -213,7 +213,7 @@ def check_family(recipe: Recipe, objective: Objective) -> None:
         RecipeError: it trains decoders only, or leaves the encoder nothing to read; or the model has no first decoder token.
     """
     config = load_config(open_model.resolve_section(recipe.model)[0])
-    if not config.is_encoder_decoder or objective.model_head() not in ("causal", "seq2seq", LANGUAGE):
+    if not config.is_encoder_decoder or objective.model_head() not in ("causal", "seq2seq", "classification", LANGUAGE):
         return
     kind = delta.kind_name(objective)
     if objective.model_head() == "causal" and not objective.encoder_decoders:
@@ -222,7 +222,7 @@ def check_family(recipe: Recipe, objective: Objective) -> None:
             f"model.path: '{config.model_type}' is an encoder-decoder, and objective={kind} trains decoders only; "
             f"objectives that train both: {able}"
         )
-    if objective.loss_mask() == "all":
+    if objective.loss_mask() == "all" and objective.model_head() != "classification":
         raise RecipeError(
             f"objective.mask: all leaves the encoder of '{config.model_type}' nothing to read; use assistant or completion"
         )

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     Seq2SeqLMOutput,
     Seq2SeqMoEModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutputWithPast,
 )
 
 from llmrecipe.models.load_balance import auxiliary_loss, load_balancing_loss
@@ -204,7 +206,69 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
 
 
 class NativeForSequenceClassification(GenericForSequenceClassification, NativePreTrainedModel):
-    """A linear classifier on the state of the last real token."""
+    """A linear classifier on the state of the last real token.
+
+    Of an encoder-decoder, as BART and T5 do, both sides read the text: the encoder whole, and the decoder behind the start
+    token, so that its state at the last real token has read all tokens before it there and every one by the encoder.
+    """
+
+    def __init__(self, config: NativeConfig):
+        super().__init__(config)
+        if config.is_encoder_decoder:
+            del self.score
+            self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}), bias=False)
+            self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: object,
+    ) -> SequenceClassifierOutputWithPast | Seq2SeqSequenceClassifierOutput:
+        """Return logits (B, classes) for texts (B, T), and the loss where labels (B,) are given.
+
+        Raises:
+            ValueError: the config of an encoder-decoder has no decoder_start_token_id.
+        """
+        if not self.config.is_encoder_decoder:
+            return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, labels=labels, **kwargs)
+        if self.config.decoder_start_token_id is None:
+            raise ValueError("decoder_start_token_id must be set")
+        read = cast("Tensor", input_ids if inputs_embeds is None else inputs_embeds)
+        pad = self.config.pad_token_id
+        if attention_mask is None:
+            attention_mask = read.new_ones(read.shape[:2], dtype=torch.long)
+            if inputs_embeds is None and pad is not None:
+                attention_mask = (read != pad).long()
+        start = torch.tensor(self.config.decoder_start_token_id, device=read.device)
+        if inputs_embeds is not None:
+            start = self.get_input_embeddings()(start).to(read.dtype)
+        decoder = "decoder_input_ids" if inputs_embeds is None else "decoder_inputs_embeds"
+        out = self.model(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, decoder_attention_mask=attention_mask,
+            use_cache=False, **{decoder: _behind_start(read, attention_mask, start)}, **kwargs,
+        )  # fmt: skip
+        places = torch.arange(read.shape[1], device=read.device)
+        last = (places * attention_mask).argmax(-1)
+        logits = self.classifier(out.last_hidden_state[torch.arange(len(last), device=read.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return Seq2SeqSequenceClassifierOutput(
+            loss,
+            logits,
+            encoder_last_hidden_state=out.encoder_last_hidden_state,
+            decoder_hidden_states=out.decoder_hidden_states,
+        )
+
+
+def _behind_start(read: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    """Return ids (B, T) or embeddings (B, T, D) one place to the right, the start token before the first real one."""
+    shifted = torch.cat((read[:, :1], read[:, :-1]), 1)
+    first = (mask == 1) & (mask.cumsum(-1) == 1)
+    return torch.where(first if read.dim() == 2 else first[..., None], start, shifted)
 
 
 class NativeForTokenClassification(GenericForTokenClassification, NativePreTrainedModel):
