@@ -34,10 +34,16 @@ class TokenData(Sequence[Row]):
         tasks: Tasks | None = None,
     ) -> None:
         self.tables, self.weights, self.key, self.report = list(tables), weights, key, report
-        self.labels = None if labels is None else list(labels)
+        self.labels: list[str] | None = None
+        self._numbers: dict[str, int] = {}
+        if labels is not None:
+            self.number_labels(labels)
         self.tasks = tasks
-        self._numbers = {name: i for i, name in enumerate(labels or ())}
         self.starts = np.cumsum([0, *map(len, self.tables)])
+
+    def number_labels(self, names: Sequence[str]) -> None:
+        """Give labels the numbers of their places in a list."""
+        self.labels, self._numbers = list(names), {name: i for i, name in enumerate(names)}
 
     def __len__(self) -> int:
         return int(self.starts[-1])

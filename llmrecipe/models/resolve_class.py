@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -266,12 +266,17 @@ def set_head_outputs(config: PreTrainedConfig, rows_head: str, labels: list[str]
         config.num_labels = 2
 
 
+def own_order(config: PreTrainedConfig, labels: Iterable[str]) -> list[str] | None:
+    """Return labels in the order of a checkpoint that has the same ones; None where it has others."""
+    names: dict[Any, str] = config.id2label or {}
+    known = [names[i] for i in sorted(names)]
+    return known if set(map(str, labels)) == set(known) else None
+
+
 def label_config(config: PreTrainedConfig, labels: list[str] | None) -> None:
     """Write the labels into the config; a checkpoint that already has the same set keeps its own order."""
     if labels is None:
         return
-    names: dict[Any, str] = config.id2label or {}
-    known = [names[i] for i in sorted(names)]
-    if set(map(str, labels)) != set(known):
+    if own_order(config, labels) is None:
         config.id2label = dict(enumerate(map(str, labels)))
         config.label2id = {name: index for index, name in config.id2label.items()}

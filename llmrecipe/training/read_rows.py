@@ -22,7 +22,7 @@ from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.models import positions
 from llmrecipe.models.image_processor import load_processor
 from llmrecipe.models.load import load_config, skeleton
-from llmrecipe.models.resolve_class import LANGUAGE
+from llmrecipe.models.resolve_class import CLASSIFIERS, LANGUAGE, own_order
 from llmrecipe.models.vocabulary import vocabulary_size
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.yaml_file import dotted
@@ -83,7 +83,12 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
         label_map=objective.label_names(), tasks=tasks, needs=needs, reader=reader,
     )  # fmt: skip
     assert data is not None, "only validation and test rows may be absent"
-    labels = data.labels or objective.label_names()
+    names = objective.label_names()
+    if isinstance(data, TokenData) and data.labels and names is None and _has_outputs(objective):
+        # A checkpoint that has these labels has learned them under its own numbers.
+        base, _, _ = open_model.resolve_section(recipe.model, tensors=False)
+        data.number_labels(own_order(load_config(base), data.labels) or data.labels)
+    labels = data.labels or names
     validation = prepare(
         recipe.data, tokenizer, objective.rows, mask=mask, split="validation", seed=recipe.seed, label_map=labels,
         tasks=other_tasks(data), needs=needs, reader=reader,
@@ -96,6 +101,11 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
             with _of_key(f"stack.{wrapper.name}.data"):
                 other_rows(recipe, objective, path, labels)
     return data, validation, labels
+
+
+def _has_outputs(objective: Objective) -> bool:
+    """Return whether the model has an output for each label of the rows."""
+    return objective.answers_labels or objective.model_head() in CLASSIFIERS
 
 
 TOKEN_COLUMNS = {"ids_b": "a second text"}
