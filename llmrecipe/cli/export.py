@@ -13,8 +13,6 @@ from llmrecipe.core.console import lasting, print_json
 PANEL = "Use"
 ORDER = 4
 
-FORMATS = ("merged", "peft", "adapter_hub", "sentence_transformers")
-
 
 def verb(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
@@ -59,6 +57,7 @@ def verb(
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.early_checks import finished
     from llmrecipe.core.errors import UserError, did_you_mean
+    from llmrecipe.interop.export_options import FORMATS, ExportOptions
     from llmrecipe.interop.merge_options import MergeConfig
     from llmrecipe.interop.run_plugins import open_plugins_of
     from llmrecipe.runs.durable import share_as_folder
@@ -77,33 +76,12 @@ def verb(
     config.check()
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         finished(name)
-    options = _rank_options(run, rank) if rank is not None else None
-    loaded = None
-    if add or weight != 1.0:
-        from llmrecipe.interop.merge_adapters import open_combination
+    others = {str(Path(path).resolve()): share for path, share in map(_weighted, add or [])}
+    options = ExportOptions(to, dtype, rank, as_ == "lora", uniform, weight, others, config)
+    from llmrecipe.interop.export_run import export_run
 
-        loaded = open_combination([(str(run), weight), *map(_weighted, add or [])], config, rights)
     with lasting(f"exporting {run}"):
-        if to == "merged":
-            from llmrecipe.interop.merged import export_merged
-
-            done = export_merged(run, out, dtype=dtype, bound=bound, options=options, loaded=loaded, rights=rights)
-        elif to == "sentence_transformers":
-            from llmrecipe.interop.sentence_transformers_folder import export_sentence_transformers
-
-            if loaded is not None:
-                raise UserError("--add: a text encoder is exported alone; --to merged takes several runs")
-            done = export_sentence_transformers(run, out, dtype=dtype, bound=bound, rights=rights)
-        elif to == "adapter_hub":
-            from llmrecipe.interop.peft.exporter import export_adapter_hub
-
-            done = export_adapter_hub(run, out, bound=bound, loaded=loaded, rights=rights)
-        else:
-            from llmrecipe.interop.peft.exporter import export_peft
-
-            done = export_peft(
-                run, out, bound=bound, uniform=uniform, as_lora=as_ == "lora", options=options, loaded=loaded, rights=rights
-            )
+        done = export_run(run, options, out, bound, rights)
     share_as_folder(done.path)
     if as_json:
         print_json(done.facts())
@@ -155,29 +133,3 @@ def _weighted(text: str) -> tuple[str, float]:
     if value is None:
         raise UserError(f"--add {text}: write RUN=WEIGHT, for example --add runs/other=0.5")
     return path, value
-
-
-def _rank_options(run: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Return the option of `--rank` for every wrapper of the run that was trained for several ranks.
-
-    Raises:
-        UserError: the run has none.
-    """
-    from llmrecipe.core import registry
-    from llmrecipe.core.errors import UserError
-    from llmrecipe.models.checkpoint_path import run_folder
-    from llmrecipe.runs import delta
-
-    folder = run_folder(str(run))
-    layers = delta.read_stack(folder).layers if folder is not None and (folder / delta.STACK_FILE).is_file() else []
-    found = {
-        name: {"rank": rank}
-        for layer in layers
-        for name, mapping in layer.wrappers.items()
-        if "rank" in registry.load_class("stack", mapping["kind"]).adjustable
-    }
-    if not found:
-        raise UserError(
-            f"--rank: nothing in {run} was trained for several ranks; dylora is the method that can be cut afterwards"
-        )
-    return found

@@ -24,6 +24,7 @@ from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.checks import cached_generation
 from llmrecipe.evaluation.verify.checks.update_proof import UpdateProof
 from llmrecipe.evaluation.verify.documents import documents_of
+from llmrecipe.evaluation.verify.exported import value_difference
 from llmrecipe.evaluation.verify.verify_subject import CheckResult, bench_of, judged, verifications, verify_subject
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
@@ -33,6 +34,7 @@ from llmrecipe.recipe.recipe_paths import all_recipes
 from llmrecipe.training import save_run
 from tests.training.test_first_step import Spare, aside
 from tests.training.test_first_update import NORM, after_step, nudge
+from tests.trainings import train_recipe
 
 CHECKS = dict(verifications())
 SEVERAL = ("pipelines", "leaderboards")
@@ -237,6 +239,51 @@ def test_a_merged_export_with_one_tensor_off(bench: Bench, tmp_path: Path, capsy
     assert command(["verify", str(folder), "--run", run, "--json"]) == 3
     given = json.loads(capsys.readouterr().out)["lines"][0]
     assert (given["result"], given["reason"]) == ("failed", name) and given["difference"] > given["bound"]
+
+
+def test_a_small_value_that_is_off_is_not_excused_by_a_large_one(bench: Bench, tmp_path: Path) -> None:
+    folder, run = tmp_path / "merged", str(bench.run.dir.path)
+    export_merged(run, folder, dtype="bfloat16")
+    weights = folder / "model.safetensors"
+    tensors = load_file(str(weights))
+    w = tensors["model.layers.1.mlp.up_proj.weight"]
+    at = (w.abs() - w.abs().max() * 4e-3).abs().argmin()  # half of it is 0.2 % of the largest, below the rounding of bfloat16
+    w.view(-1)[at] *= 1.5
+    save_file(tensors, str(weights), {"format": "pt"})
+    lines = list(verify_subject(str(folder), [], run))
+    assert [one.reason for one in lines if one.result == "failed"] == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "rounding", "share"),
+    [([2.0, 1.0], [2.0, 1.5], 1e-6, 0.5 / 3), ([4.0, 0.0], [4.0, 1e-3], 0.5, 1e-3 / 8e-6), ([0.0], [0.0], 1e-6, 0.0)],
+)
+def test_apart_by_hand(wanted: list[float], found: list[float], rounding: float, share: float) -> None:
+    assert value_difference(torch.tensor(wanted), torch.tensor(found), rounding) == pytest.approx(share, rel=1e-5)
+
+
+def test_an_export_is_made_again_with_its_own_options(bench: Bench, tmp_path: Path) -> None:
+    """Options that change every value: half of the run, one rank for all, another dtype."""
+    run = str(bench.run.dir.path)
+    for number, words in enumerate(
+        (["--to", "merged", "--weight", "0.5", "--dtype", "float32"], ["--to", "peft", "--uniform"])
+    ):
+        folder = tmp_path / str(number)
+        assert command(["export", run, *words, "--out", str(folder)]) == 0
+        assert {one.result for one in verify_subject(str(folder), [], run)} == {"ok"}
+        (folder / "export.json").unlink()
+        assert "failed" in {one.result for one in verify_subject(str(folder), [], run)}
+
+
+def test_an_exported_encoder_and_its_pooling(tmp_path: Path) -> None:
+    words = ["steps=1", "batch.size=2", "data.limit=6", "eval.at_start=false", "eval.batches=1", "save.end=false"]
+    train_recipe(tmp_path / "run", "contrastive", *words)
+    folder = tmp_path / "run" / "sentence_transformers"
+    assert command(["export", str(tmp_path / "run"), "--to", "sentence_transformers"]) == 0
+    assert [one.result for one in verify_subject(str(folder), [])] == ["ok", "ok", "ok"]
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(pooling.read_text().replace("true", "TRUE").replace("false", "true").replace("TRUE", "false"))
+    assert "1_Pooling/config.json" in failed(verify_subject(str(folder), [])).reason
 
 
 def test_an_export_whose_run_is_unknown_asks_for_it(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,27 +9,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from llmrecipe.core.errors import ProofError, RunError
-from llmrecipe.evaluation.verify.bench import largest
 from llmrecipe.evaluation.verify.verification import Measured
-from llmrecipe.interop.merged import export_merged
-from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
+from llmrecipe.interop.export_options import OPTIONS_FILE, ExportOptions
+from llmrecipe.interop.export_run import export_run
 from llmrecipe.interop.verify_logits import GOLDEN_FILE
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 
 ROUNDING = {"F64": 1e-6, "F32": 1e-6, "BF16": 2.0**-7, "F16": 2.0**-9}
-"""Dtype in a safetensors file -> largest difference of a tensor that passes, as a share of its largest value."""
+"""Dtype in a safetensors file -> largest difference of a value that passes, as a share of it (see `value_difference`)."""
+FLOOR = 1e-6
+"""Difference that passes whatever the value, as a share of the tensor's largest value: the rounding of a float32 sum."""
+PIPELINE = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json")
+"""Files of a sentence-transformers folder that say how the states of a text become a vector."""
 
 
 def is_export(subject: str) -> bool:
-    """Return whether a path is a folder that `export` writes: an adapter, or a model with its golden answer."""
+    """Return whether a path is a folder that `export` writes: an adapter, an encoder, or a model with its golden answer."""
     folder = Path(subject)
     if run_folder(subject) is not None:
         return False
-    return is_adapter(subject) or ((folder / "config.json").is_file() and (folder / GOLDEN_FILE).is_file())
+    known = ((folder / name).is_file() for name in (OPTIONS_FILE, GOLDEN_FILE, PIPELINE[0]))
+    return is_adapter(subject) or ((folder / "config.json").is_file() and any(known))
 
 
 def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[Callable[[], Measured]]:
@@ -48,22 +53,28 @@ def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[
         export_again(folder, source, aside / "again")
         yield lambda: compare_tensors(aside / "again", folder)
         yield lambda: compare_template(aside / "again", folder)
+        if (folder / PIPELINE[0]).is_file():
+            yield lambda: compare_pipeline(aside / "again", folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def export_again(folder: Path, run: str, out: Path) -> None:
-    """Export a run in the format and dtype of a folder."""
-    if is_adapter(str(folder)):
+    """Export a run with the options that a folder keeps; without them, in its format and dtype."""
+    if (folder / OPTIONS_FILE).is_file():
+        options = ExportOptions.read(folder)
+    elif is_adapter(str(folder)):
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        (export_peft if "peft_type" in config else export_adapter_hub)(run, out)
-        return
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
-    export_merged(run, out, dtype=str(kind).removeprefix("torch."))
+        options = ExportOptions("peft" if "peft_type" in config else "adapter_hub")
+    else:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
+        to = "sentence_transformers" if (folder / PIPELINE[0]).is_file() else "merged"
+        options = ExportOptions(to, str(kind).removeprefix("torch."))
+    export_run(run, options, out)
 
 
 def compare_tensors(wanted: Path, found: Path) -> Measured:
-    """Compare the tensors of two folders, each with its own largest value.
+    """Compare the tensors of two folders, value by value.
 
     Raises:
         ProofError: one holds other tensors, or other shapes.
@@ -78,19 +89,37 @@ def compare_tensors(wanted: Path, found: Path) -> Measured:
         other_value = theirs[name][0]
         if value.shape != other_value.shape:
             raise ProofError(f"{text}: {name} is {tuple(other_value.shape)} in the folder and {tuple(value.shape)} in its run")
-        apart, _ = largest({name: value}, {name: other_value})
         bound = ROUNDING.get(kind, 0.0)
-        if not apart <= bound and not apart <= worst:
-            worst, culprit, limit = apart, name, bound
+        share = value_difference(value, other_value, bound)
+        if not share <= bound and not share <= worst:
+            worst, culprit, limit = share, name, bound
     return Measured(text, worst, limit, culprit)
+
+
+def value_difference(wanted: Tensor, found: Tensor, rounding: float) -> float:
+    """Return max_i |w_i - f_i| / (|w_i| + FLOOR / rounding max_j |w_j|), so that at most `rounding` is what rounding explains.
+
+    A value is compared with itself: that it is small beside the largest of its tensor excuses no other value.
+    """
+    if not wanted.numel():
+        return 0.0
+    ours, theirs = wanted.double(), found.double()
+    if rounding == 0.0:
+        return 0.0 if torch.equal(ours, theirs) else float("inf")
+    scale = ours.abs() + FLOOR / rounding * ours.abs().max()
+    differences = (ours - theirs).abs()
+    # Where all is zero nothing may differ; 0 / 0 is no difference.
+    return float(torch.where(differences == 0, 0.0, differences / scale).max())
 
 
 def tensors_in(folder: Path) -> Iterator[tuple[str, tuple[Tensor, str]]]:
     """Yield (name, (tensor, dtype in the file)) of every safetensors file of a folder."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
+        inside = path.parent.relative_to(folder).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                yield name, (file.get_tensor(name), str(file.get_slice(name).get_dtype()))
+                yield f"{prefix}{name}", (file.get_tensor(name), str(file.get_slice(name).get_dtype()))
 
 
 def compare_template(wanted: Path, found: Path) -> Measured:
@@ -108,4 +137,18 @@ def compare_template(wanted: Path, found: Path) -> Measured:
     templates = [t.read_text(encoding="utf-8") if (t := f / "chat_template.jinja").is_file() else "" for f in (wanted, found)]
     if templates[0] != templates[1]:
         raise ProofError(f"{text}: the folder's chat template is not the one of its run")
+    return Measured(text, 0.0, 0.0)
+
+
+def compare_pipeline(wanted: Path, found: Path) -> Measured:
+    """Compare how two encoders make a vector of the states of a text.
+
+    Raises:
+        ProofError: they differ.
+    """
+    text = "pooling of the folder = that of its run"
+    for name in PIPELINE:
+        ours, theirs = ((f / name).read_text(encoding="utf-8") if (f / name).is_file() else "" for f in (wanted, found))
+        if ours != theirs:
+            raise ProofError(f"{text}: {name} is not what the run exports")
     return Measured(text, 0.0, 0.0)
