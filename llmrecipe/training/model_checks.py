@@ -52,7 +52,7 @@ def check_forward_pass(recipe: Recipe, objective: Objective, roles: Roles) -> No
 
 @torch.no_grad()
 def check_scores(roles: Roles) -> None:
-    """Refuse a model whose own log-probabilities differ from those of the engine: other positions, another head or scale.
+    """Refuse a model whose own log-probabilities are not finite, or not those of the engine: other positions, head or scale.
 
     Raises:
         ModelError: it says by how much.
@@ -74,6 +74,12 @@ def check_scores(roles: Roles) -> None:
     except Exception:  # families raise whatever their own code leads to; an inspection stops no run
         return
     stock = logits.float().log_softmax(-1)[: SHORT - 1].gather(-1, batch.target[:, None]).squeeze(-1)
+    if not bool(stock.isfinite().all()):
+        raise ModelError(
+            f"model.path: '{model.config.model_type}' gives a few probe tokens log-probabilities that are not finite, before "
+            "anything is trained: weights of the checkpoint are damaged, or its numbers overflow in "
+            f"{engine.autocast or next(model.parameters()).dtype}"
+        )
     if not same_states(model, own, stock, coarse=engine.autocast is not None):
         apart = float((own.float() - stock).abs().max())
         raise ModelError(

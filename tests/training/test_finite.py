@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from llmrecipe.cli.app import run_command as command
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.training import run as run_module
@@ -17,6 +19,7 @@ from llmrecipe.training import save_run
 from llmrecipe.training.finite_check import WINDOW, nonfinite_names, skip
 from llmrecipe.training.run import Run
 from llmrecipe.training.run_state import Progress
+from tests.interop.saved_runs import base_folder
 from tests.trainings import resume, train_recipe
 
 ONE = ["steps=1", "batch.size=1", "data.limit=3", "data.packing=off", "eval.batches=1", "eval.at_start=false"]
@@ -151,6 +154,35 @@ def test_a_run_that_does_not_recover_stops_and_a_resume_knows_what_it_skipped(
     assert state(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run" / "final").exists()
     with pytest.raises(RunError, match=r"step 5: .*skipped step 4 of the last 5"):
         resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "A lower optim.lr often helps; run.on_nan=skip leaves such steps out"),
+        (["run.on_nan=skip"], "skipped step 4 of the last 4, and run.max_skipped=0.1 allows 3 of 30"),
+        (["run.on_nan=skip", "run.max_skipped=1.0", "steps=3"], "all 3 steps had a loss or a gradient that was not finite"),
+    ],
+)
+def test_the_command_line_ends_with_code_two_and_the_run_failed(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Run, "clip", lambda run: float("nan"))
+    assert command(["train", "recipe=sft_lora", *ONE, "steps=30", f"run.dir={tmp_path / 'run'}", *words]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    found = state(tmp_path / "run")
+    assert message in shown and "Traceback" not in shown
+    assert found["status"] == "failed" and message in found["error"]
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_model_that_is_not_finite_itself_is_said_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = base_folder(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[5] = float("inf")
+    model.save_pretrained(folder)
+    assert command(["train", "recipe=sft_lora", f"model.path={folder}", *ONE, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "log-probabilities that are not finite, before anything is trained" in " ".join(capsys.readouterr().err.split())
 
 
 def test_no_step_at_all_is_no_run(tmp_path: Path) -> None:
