@@ -36,7 +36,7 @@ def laid_out(rows: list[list[int]], side: str = "right") -> Batch:
 
 def checked(model: Any, head: str, shard: str = "none") -> None:
     roles = Roles(Engine(model).eval(), Stack([]), Tokenizer(), torch.device("cpu"), False)  # type: ignore[arg-type]
-    recipe, objective = SimpleNamespace(runtime=SimpleNamespace(shard=shard)), SimpleNamespace(head=head)
+    recipe, objective = SimpleNamespace(runtime=SimpleNamespace(shard=shard)), SimpleNamespace(model_head=lambda: head)
     check_forward_pass(recipe, objective, roles)  # type: ignore[arg-type]
 
 
