@@ -149,42 +149,6 @@ def test_every_objective_that_aligns_is_on_the_board() -> None:
     assert trained["ppo"].inputs == ("reward", "sft")
 
 
-def test_every_pretraining_objective_of_texts_is_on_the_board() -> None:
-    """With one number of steps and three seeds, its task from it alone; those of pictures and of hypermodels are not."""
-    stages = stages_of("pretraining_leaderboard")
-    pretexts = {n: s for n, s in stages.items() if n.startswith("pretext-")}
-    known = {n for n in registry.names("objective") if registry.spec("objective", n).family == "pretraining"}
-    assert {chosen(s.what, "objective") for s in pretexts.values()} == known - {"caclm", "mmlm", "clip"}
-    assert all("steps=100" in s.words for s in pretexts.values()) and len(pretexts) == 21
-    tasks = {n: s for n, s in stages.items() if n.startswith("task-")}
-    assert all(s.inputs == (n.replace("task", "pretext"),) for n, s in tasks.items()) and len(tasks) == 21
-    assert all("steps=60" in s.words for n, s in stages.items() if n.startswith(("task-", "fresh-")))
-
-
-@pytest.mark.parametrize("recipe", ["pretraining_leaderboard", "dae_sft", "mmlm_caption", "mmlm_vqa"])
-def test_fresh_weights_are_drawn_as_those_that_were_pretrained(recipe: str) -> None:
-    """The model of the pretext and that of the runs from scratch are one, a decoder next to a decoder."""
-    models = {s.name: {**s.mapping["model"], "name": None} for s in plan(compose(recipe)).stages if not s.stage.step}
-    shapes = [models[n] for n in models if n.partition("-")[0] in ("pretext", "fresh")]
-    kinds = {m["config"]["kind"] for m in shapes}
-    assert all(len({json.dumps(m, sort_keys=True) for m in shapes if m["config"]["kind"] == kind}) == 1 for kind in kinds)
-
-
-def test_rows_of_the_pretraining_board_are_what_was_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step of each: hidden words, the control, and fresh weights."""
-    monkeypatch.chdir(tmp_path)
-    names = [n for n in plan_names("pretraining_leaderboard", "pretext") if n not in ("mlm", "hidden")]
-    words = [f"~stages.pretext.matrix.pretext.{n}" for n in names] + ["stages.task.matrix.pretext=[mlm,hidden]"]
-    words += [f"stages.{stage}.matrix.seed=[0]" for stage in ("pretext", "task", "fresh")]
-    words += [f"+stages.{stage}.data.limit=8" for stage in ("pretext", "task", "fresh")]
-    words += ["stages.pretext.steps=1", "steps=1", "stages.fresh.matrix.kind=[encoder]", "stages.board.plot=false"]
-    words += ["stages.pretext.batch.size=4", *(f"+stages.{stage}.batch.size=4" for stage in ("task", "fresh"))]
-    last = run_stages.run_all_stages(compose("pretraining_leaderboard", words))[-1]
-    rows = json.loads((Path(last.dir) / "leaderboard.json").read_text())["rows"]
-    hidden, learned, fresh = sorted((r["method"] for r in rows), key=lambda name: ("prob=1" not in name, name == "fresh"))
-    assert fresh == "fresh" and "start.objective.prob=1.0" in hidden and "start.objective.prob=0.15" in learned
-
-
 @pytest.mark.slow
 def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods on one board, two objectives on the other: trained, read, asked, and reused as a whole."""

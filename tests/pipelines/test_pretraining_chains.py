@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,16 @@ from torch import Tensor
 
 from llmrecipe.pipelines import run_stages
 from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.pipeline_plan import plan
+
+PIPELINES = ("dae_sft", "mmlm_caption", "mmlm_vqa")
+
+
+@pytest.mark.parametrize("recipe", PIPELINES)
+def test_fresh_weights_are_drawn_as_those_that_were_pretrained(recipe: str) -> None:
+    models = {s.name: s.mapping["model"] for s in plan(compose(recipe)).stages if not s.stage.step}
+    shapes = [json.dumps(models[n], sort_keys=True) for n in models if n.partition("-")[0] in ("pretext", "fresh")]
+    assert len(shapes) == 4 and len(set(shapes)) == 1
 
 
 def weights(folder: str) -> dict[str, Tensor]:
@@ -18,7 +29,7 @@ def weights(folder: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dae_sft", "mmlm_caption", "mmlm_vqa"])
+@pytest.mark.parametrize("recipe", PIPELINES)
 def test_a_task_goes_on_from_what_was_pretrained(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step at a vanishing rate leaves every matrix where the pretext had it, far from where another seed draws it."""
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,6 @@ SAY_IT_TO_A_STAGE = {
     "rlaif_dpo",
     "alignment_leaderboard",
     "forgetting_leaderboard",
-    "pretraining_leaderboard",
     "dae_sft",
     "mmlm_caption",
     "mmlm_vqa",

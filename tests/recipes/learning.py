@@ -382,7 +382,6 @@ LEARNING: dict[str, Learns | ShownBy] = {
     ),
     # leaderboards
     "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
-    "pretraining_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_pretraining_board_help"),
     "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),
 }
 """Recipe -> what its run learns."""

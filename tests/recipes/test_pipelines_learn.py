@@ -219,15 +219,3 @@ def test_denoising_first_helps_over_three_seeds(place: Path) -> None:
     assert mean - 4.3 * error > 0.0  # the 95 % interval of three pairs
     control = stages("dae_sft", "~stages.after_pretext", "~stages.from_scratch", "stages.pretext.objective.delete=1.0")
     assert statistics.mean(losses("pretrained", control)) > statistics.mean(pretrained) + 0.1
-
-
-@inside
-def test_objectives_of_the_pretraining_board_help(place: Path) -> None:
-    """After hidden words that can be read around the task is learned better than after words that are all hidden."""
-    every = compose("pretraining_leaderboard").recipe.stages["task"]["matrix"]["pretext"]
-    dropped = [f"~stages.pretext.matrix.pretext.{name}" for name in every if name not in ("mlm", "hidden")]
-    words = ["stages.task.matrix.pretext=[mlm,hidden]", "stages.fresh.matrix.kind=[encoder]", "stages.board.plot=false"]
-    rows = scores(stages("pretraining_leaderboard", *dropped, *words)["board"])
-    (hidden,) = (row["score"] for name, row in rows.items() if "prob=1.0" in name)
-    (learned,) = (row["score"] for name, row in rows.items() if "prob=0.15" in name)
-    assert learned > max(rows["fresh"]["score"], hidden) + 0.05
