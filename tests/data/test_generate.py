@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from llmrecipe.data.row_formats.squad import spans_of
-from llmrecipe.data.toy import generate, grammar, pictures
+from llmrecipe.data.toy import generate, grammar, pictures, written_tasks
 
 
 def read(name: str, split: str) -> list[dict]:
@@ -178,3 +178,17 @@ def test_answers_of_the_written_out_tasks_are_right():
             for sentence in (f"a {colour} {thing}.", f"{hero} put the {thing} in the {here}."):
                 assert sentence in row["prompt"]
             assert f"Then {friend} took the {thing} to the {there}." in row["prompt"]
+        for row in read("intents", split):
+            value = json.loads(row["completion"])
+            words = {word for name, text in value.items() if name != "intent" for word in text.split()} - {"the"}
+            assert tuple(value)[1:] == tuple(written_tasks.VALUES[value["intent"]]) and all(w in row["prompt"] for w in words)
+        back = {made: word for word, made in written_tasks.DICTIONARY.items()}
+        for row in read("translations", split):
+            words = re.findall(r"\w+", row["completion"])
+            known = {back.get(word, word) for word in words} - {"Est", "Put", "Hat", "Mi", "est", "ke"}
+            assert known == set(re.findall(r"\w+", row["prompt"])) - {"The", "the", "is", "in", "Is", "put", "has", "a"}
+
+
+def test_no_two_words_have_one_translation():
+    made = list(written_tasks.DICTIONARY.values())
+    assert len(set(made)) == len(made) == 36 and not set(made) & set(written_tasks.DICTIONARY)

@@ -297,6 +297,9 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "arithmetic": Learns("eval/last_number", 0.5, 0.3, permuted("problems", "completion")),
     # All summaries have one form, which a control learns as well.
     "summaries": Learns("eval/rouge_l", 0.9, 0.7, permuted("summaries", "completion")),
+    # The same JSON with other values is no answer, and a control learns the form alone.
+    "intents": Learns("eval/json_equal", 0.7, 0.2, permuted("intents", "completion")),
+    "translation": Learns("eval/chrf", 90.0, 40.0, permuted("translations", "completion")),
     # A student of fresh weights has the teacher alone to learn from: no token of the rows is in the loss.
     "distill": Learns("eval/nll", 1.6, 4.0, fresh_teacher),
     "gkd": Learns("eval/nll", 2.8, 4.0, fresh_teacher),

@@ -424,6 +424,8 @@ LATER: dict[str, tuple[Maker, tuple[int, int, int]]] = {
     "glossaries": (row_glossary, (960, 120, 120)),
     "problems": (written_tasks.row_problem, (960, 120, 120)),
     "summaries": (written_tasks.row_summary, (960, 120, 120)),
+    "intents": (written_tasks.row_intent, (960, 120, 120)),
+    "translations": (written_tasks.row_translation, (960, 120, 120)),
 }
 """Committed sets that the embedded model's tokenizer has not read."""
 
