@@ -24,9 +24,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, gathered from the processes that hold its parts."""
+    """Return all of a tensor, gathered from the processes that hold its parts; the parts travel between the devices."""
     divided: Any = tensor
-    return divided.full_tensor() if is_sharded(tensor) else tensor
+    return divided.to(divided.device_mesh.device_type).full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()

@@ -245,8 +245,14 @@ class RuntimeSection(Section):
     backend: Literal["torch", "deepspeed"] = Field("torch", description="Library that divides it.")
     state_dict: Literal["full", "sharded"] = Field(
         "full",
-        description="How a checkpoint holds what zero2 and zero3 divide of the optimizer's state: gathered by the main "
-        "process, or each process's part in a file of its own, on one file system. Any number of processes reads both.",
+        description="How a checkpoint holds what zero2 and zero3 divide of what was learned and of the optimizer's state: "
+        "gathered by the main process, or each process's part in a file of its own, on one file system. Any number of "
+        "processes reads both; the finished model is whole.",
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="Where the parts of zero2 and zero3 rest: on the device, or in the memory of the machine (parameters, "
+        "gradients and the optimizer's state, which steps there).",
     )
     dp_replicate: PositiveInt = Field(
         1, description="Groups of processes that each hold everything once (hybrid sharding with zero2 and zero3)."

@@ -93,6 +93,13 @@ def mesh_mistakes(section: RuntimeSection) -> Iterator[Found]:
             "sharded is for runtime.shard=zero2 or zero3, under which each process holds a part of every tensor; got "
             f"sharded with runtime.shard={section.shard}",
         )
+    if section.shard not in GATHERED and section.offload != "none":
+        yield (
+            ("runtime", "offload"),
+            "parts of parameters, gradients and states rest in the machine's memory under runtime.shard=zero2 or zero3, all of "
+            f"them or none; got {section.offload} with runtime.shard={section.shard} (stack=[nf4, lora] with "
+            "optim=paged_adamw_32bit moves the optimizer's state alone)",
+        )
     if section.shard == PLAIN and size is not None and size > 1:
         yield ("runtime", "dp_shard"), "nothing is divided under runtime.shard=none; set runtime.shard, or leave it out"
 

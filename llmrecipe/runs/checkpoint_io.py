@@ -2,7 +2,7 @@
 
     checkpoints/step-000200/
         delta.safetensors  optimizer.safetensors  ...   tensors
-        optimizer.parts/                                tensors that each process wrote its part of
+        optimizer.parts/  delta.parts/                  tensors that each process wrote its part of
         progress.json  ...                              everything else
         checksums.json                                  SHA-256 and size of each file, written last
 
@@ -36,8 +36,10 @@ from llmrecipe.runs.checksums import file_fault, read_checksums
 from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync, sync_tree
 
 NAME = re.compile(rf"^({re.escape(REPLACED)})?step-(\d+)$")
-PARTS = "optimizer.parts"
-"""Folder of the optimizer's state where each process writes its own part."""
+PARTS = ".parts"
+"""Ending of a folder of tensors of which each process writes its own part."""
+DIVIDED = "delta_parts"
+"""Document with the dtype and the shape of each tensor in `delta.parts`."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers for an exhausted disk, quota or file size limit."""
 
@@ -85,7 +87,7 @@ def save_checkpoint(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     documents: Mapping[str, Any],
-    write_parts: Callable[[Path], None] | None = None,
+    write_parts: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> Path:
     """Write one checkpoint durably and return its folder. Only one process calls it.
 
@@ -93,7 +95,7 @@ def save_checkpoint(
         root: the `checkpoints` folder of a run.
         tensors: file stem -> tensors by name, any dtype and shape.
         documents: file stem -> JSON value.
-        write_parts: writes files into the folder it is given, together with the other processes.
+        write_parts: folder stem -> what writes files into the folder it is given, together with the other processes.
 
     Raises:
         RunError: the disk is full; the earlier checkpoints are untouched.
@@ -106,11 +108,12 @@ def save_checkpoint(
         aside.mkdir()
         sums = {f"{stem}.safetensors": _write(aside / f"{stem}.safetensors", _safetensors(t)) for stem, t in tensors.items()}
         sums |= {f"{stem}.json": _write(aside / f"{stem}.json", _json(value)) for stem, value in documents.items()}
-        if write_parts is not None:
-            write_parts(aside / PARTS)
-            sync_tree(aside / PARTS)
-            for path in sorted((aside / PARTS).iterdir()):
-                sums[f"{PARTS}/{path.name}"] = {"sha256": file_digest(path, "hashing"), "bytes": path.stat().st_size}
+        for stem, write in (write_parts or {}).items():
+            folder = aside / f"{stem}{PARTS}"
+            write(folder)
+            sync_tree(folder)
+            for path in sorted(folder.iterdir()):
+                sums[f"{folder.name}/{path.name}"] = {"sha256": file_digest(path, "hashing"), "bytes": path.stat().st_size}
         _write(aside / CHECKSUMS, _json({"step": step, "files": sums}))
         sync(aside)
         put_in_place(aside, target)
@@ -233,7 +236,18 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     files = read_checksums(path)
     tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors") and "/" not in f}
     documents = {Path(f).stem: json.loads((path / f).read_text(encoding="utf-8")) for f in files if f.endswith(".json")}
+    if DIVIDED in documents:
+        tensors["delta"] |= _joined(path / f"delta{PARTS}", documents[DIVIDED])
     return SavedCheckpoint(path, int(match[2]), tensors, documents)
+
+
+def _joined(folder: Path, layout: Mapping[str, tuple[str, list[int]]]) -> dict[str, Tensor]:
+    """Return the whole tensors whose parts the processes wrote, by name."""
+    from llmrecipe.runtime.sharding import read_parts  # noqa: PLC0415 (seconds of imports that few checkpoints need)
+
+    found = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
+    read_parts(folder, found)
+    return found
 
 
 def read_document(path: Path, stem: str) -> dict[str, Any]:

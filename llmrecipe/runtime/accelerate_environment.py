@@ -38,7 +38,6 @@ OFF = {
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": "use model.compile",
     "ACCELERATE_DYNAMO_USE_DYNAMIC": "use model.compile",
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "use model.compile",
-    "FSDP_OFFLOAD_PARAMS": "parameters stay on the device",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process reads the weights; set fsdp_cpu_ram_efficient_loading to false",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "use model.gradient_checkpointing",
     "FSDP_FLOAT8_ALL_GATHER": "parameters travel in the dtype they are stored in",
@@ -162,6 +161,11 @@ def _shards(text: str, recipe: Recipe) -> str | None:
     return None if text == str(shard_size(recipe.runtime)) else f"set runtime.dp_shard={text}"
 
 
+def _offload(text: str, recipe: Recipe) -> str | None:
+    wanted = "cpu" if text in YES else "none"
+    return None if recipe.runtime.offload == wanted and text in YES | NO else f"set runtime.offload={wanted}"
+
+
 def _state_dict(text: str, recipe: Recipe) -> str | None:
     kinds = {"full_state_dict": "full", "sharded_state_dict": "sharded"}
     if not text or kinds.get(text) == recipe.runtime.state_dict:
@@ -181,6 +185,7 @@ SETTINGS: dict[str, "Callable[[str, Recipe], str | None]"] = {
     "ACCELERATE_USE_FSDP": _fsdp,
     "ACCELERATE_USE_PARALLELISM_CONFIG": lambda text, recipe: None,
     "FSDP_RESHARD_AFTER_FORWARD": _reshard,
+    "FSDP_OFFLOAD_PARAMS": _offload,
     "FSDP_ACTIVATION_CHECKPOINTING": _checkpointing,
     "FSDP_TRANSFORMER_CLS_TO_WRAP": _unset,
     "FSDP_IGNORED_MODULES": _unset,

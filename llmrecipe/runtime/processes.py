@@ -62,6 +62,8 @@ class Runtime:
     """Groups of processes that each hold everything once."""
     shards: int = 1
     """Processes of a group."""
+    offload: bool = False
+    """Whether the parts of a process rest in the memory of the machine."""
 
     @property
     def in_step(self) -> bool:
@@ -119,7 +121,8 @@ class Runtime:
         if got != started or not dist.is_initialized() or dist.get_world_size() != started:
             raise LlmRecipeError(f"{started} processes were started and accelerate joined {got}; nothing would be synchronised")
         place, rank = accelerator.device, accelerator.process_index
-        return cls(place, got, rank, accelerator, section.shard, section.dp_replicate, shard_size(section))
+        offload = section.offload == "cpu"
+        return cls(place, got, rank, accelerator, section.shard, section.dp_replicate, shard_size(section), offload)
 
     # --- model ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class Runtime:
         if self.in_step:
             if not _sharding().groups_of(module):
                 mesh = _sharding().mesh_of(self.device.type, self.replicas, self.shards)
-                _sharding().shard_module(module, blocks, mesh, self.shard == "zero3", unused)
+                _sharding().shard_module(module, blocks, mesh, self.shard == "zero3", unused, self.offload)
             return module
         ddp = nn.parallel.DistributedDataParallel
         # Buffers are equal by construction (the option that says so has another name since torch 2.13).

@@ -6,7 +6,8 @@ ZeroRedundancyOptimizer.
     zero3   the same, and gathered parameters are freed after each block's forward pass
 
 With `dp_replicate` groups, each group of `dp_shard` processes divides everything among its own, and gradients are averaged over
-the groups. Gradients are reduced in float32.
+the groups. Gradients are reduced in float32. With `offload` the parts rest in the memory of the machine, where the optimizer's
+states are and its step is made; blocks are gathered on the device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from llmrecipe.core.errors import RecipeError, RunError
@@ -37,13 +38,16 @@ def mesh_of(device: str, replicas: int, size: int) -> DeviceMesh:
     return init_device_mesh(device, (replicas, size), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
-def shard_module(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, free: bool, unused: bool) -> None:
+def shard_module(
+    module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, free: bool, unused: bool, offload: bool = False
+) -> None:
     """Divide the parameters of a module in place, those of each block as one group and the rest as another.
 
     Args:
         blocks: modules that are computed one after the other.
         free: whether gathered parameters are freed after the forward pass, to be gathered again for the backward pass.
         unused: whether a trained tensor may have no gradient on some process; it then counts as zero there.
+        offload: whether each process keeps its parts of parameters and gradients in the machine's memory, and steps them there.
 
     Raises:
         RecipeError: trained tensors are not all float32.
@@ -56,8 +60,9 @@ def shard_module(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMes
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for part in [*blocks, module]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=free, mp_policy=policy)
+        fully_shard(part, mesh=mesh, reshard_after_forward=free, mp_policy=policy, offload_policy=place)
     root: Any = module
     # The first forward pass would make the module it starts at the root; a part may be called before the whole.
     root._get_fsdp_state()._lazy_init()

@@ -29,7 +29,7 @@ from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, we
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data
-from llmrecipe.training.shard_estimate import saving, shard_table
+from llmrecipe.training.shard_estimate import resting, saving, shard_table
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -144,7 +144,10 @@ def examine(composition: Composition) -> Findings:
     if shard in GATHERED and copied:
         raise RecipeError(DIVIDED_REFERENCE)
     if shard != PLAIN:
-        notes.append(saving(memory, model, shard, max(2, shard_size(settings.runtime))))
+        devices = max(2, shard_size(settings.runtime))
+        notes.append(saving(memory, model, shard, devices))
+        if settings.runtime.offload != "none":
+            notes.append(resting(memory, devices))
     return Findings(
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data import order
@@ -18,6 +20,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import StepContext
+from llmrecipe.models.sharded import is_sharded, local
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
 
@@ -159,19 +162,31 @@ class RunState:
             return 0.0
         return self.runtime.clip(parameters, self.optim.clip or float("inf"))
 
-    def whole(self, everything: bool = False, write: bool = False) -> AbstractContextManager[None]:
+    def divided_weights(self) -> dict[str, Tensor]:
+        """Return what was learned of which each process may write its own part (`runtime.state_dict=sharded`), by name.
+
+        Nothing where a method computes what it saves: that takes whole tensors.
+        """
+        if self.recipe.runtime.state_dict != "sharded":
+            return {}
+        delta, held = self.stack.delta(self.model), {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        plain = all(n in held and local(t).data_ptr() == local(held[n]).data_ptr() for n, t in delta.items())
+        return {n: t for n, t in delta.items() if is_sharded(t)} if plain else {}
+
+    def whole(self, everything: bool = False, write: bool = False, leave: Collection[str] = ()) -> AbstractContextManager[None]:
         """Return a context in which the main process has whole what the processes divide: what trains and what is saved.
 
         Args:
             everything: the frozen parameters too.
             write: every process has it, and what is written into it is divided again on exit.
+            leave: names of what stays divided.
         """
         if not self.runtime.in_step:
             return contextlib.nullcontext()
         names = {n for n, p in self.model.named_parameters() if everything or p.requires_grad} | set(
             self.stack.delta(self.model)
         )
-        return self.runtime.whole(self.model, names, write)
+        return self.runtime.whole(self.model, names - set(leave), write)
 
     def evaluation(self) -> Evaluation:
         """Return what an evaluation needs of the run."""

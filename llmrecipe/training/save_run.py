@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from llmrecipe.core.console import lasting, say
 from llmrecipe.core.errors import RunError
@@ -23,6 +24,7 @@ from llmrecipe.models.checkpoint_path import DELTA_FILE, describe_base
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checkpoint_io import (
+    DIVIDED,
     PARTS,
     checkpoint_of,
     folder_name,
@@ -63,7 +65,8 @@ def peak_memory_mb() -> float:
 def save(run: RunState, end: bool = False) -> Path | None:
     """Write a checkpoint: what was learned, optimizer, progress and every random state.
 
-    The main process writes it; of the optimizer's state each process its own part where `runtime.state_dict` says so.
+    The main process writes it; of the optimizer's state and of what was learned each process its own part where
+    `runtime.state_dict` says so.
 
     Args:
         end: the run ends here; the checkpoint is part of its end and no event of its own.
@@ -73,32 +76,52 @@ def save(run: RunState, end: bool = False) -> Path | None:
     """
     finite_check.check_finite(run)
     states = run.runtime.gather_json(random_state())
-    parts: dict[str, Any] | None = None
+    parts: dict[str, dict[str, Tensor]] = {"delta": run.divided_weights()}
     state: Sequence[dict[str, Any]] | None = None
     if run.optimizer is not None and run.recipe.runtime.state_dict == "sharded":
-        parts, *state = divided_state(run.optimizer)
+        parts["optimizer"], *state = divided_state(run.optimizer)
     elif run.optimizer is not None:
         state = gathered_state(run.optimizer, run.runtime)
-    with run.whole():
+    with run.whole(leave=parts["delta"]):
         path = _save(run, states, state, parts, end) if run.runtime.is_main else None
-        if parts and not run.runtime.is_main:
-            run.runtime.write_parts(None, parts)
+        _write_own(run, parts)
     run.runtime.barrier()
     return path
 
 
+def _write_own(run: RunState, parts: dict[str, dict[str, Tensor]]) -> None:
+    """Write this process's parts where the main process writes the checkpoint."""
+    for tensors in parts.values():
+        if tensors and not run.runtime.is_main:
+            run.runtime.write_parts(None, tensors)
+
+
+def _delta(run: RunState, parts: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return what was learned and is not divided, the layout of what is as documents, and what writes the parts, by folder."""
+    learned = {n: t for n, t in run.stack.delta(run.model).items() if n not in parts["delta"]}
+    layout = {n: (str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in parts["delta"].items()}
+    writes = {stem: functools.partial(run.runtime.write_parts, tensors=tensors) for stem, tensors in parts.items() if tensors}
+    return learned, {DIVIDED: layout} if layout else {}, writes
+
+
 def _save(
-    run: RunState, states: list[Any], state: Sequence[dict[str, Any]] | None, parts: dict[str, Any] | None, end: bool
+    run: RunState,
+    states: list[Any],
+    state: Sequence[dict[str, Any]] | None,
+    parts: dict[str, dict[str, Tensor]],
+    end: bool,
 ) -> Path:
     """Write the checkpoint, on the main process.
 
     Args:
         states: the random generators of every process.
         state: the optimizer's tensors and facts, those of all processes.
-        parts: tensors of which each process writes its part.
+        parts: tensors of which each process writes its part, by folder.
     """
-    tensors: dict[str, dict[str, Any]] = {"delta": run.stack.delta(run.model)}
+    learned, layout, writes = _delta(run, parts)
+    tensors: dict[str, dict[str, Any]] = {"delta": learned}
     documents: dict[str, Any] = {
+        **layout,
         "progress": asdict(run.progress),
         "random": states,
         "judge": run.best.state(),
@@ -116,8 +139,7 @@ def _save(
     if state is not None:
         tensors["optimizer"], documents["optimizer_facts"] = state
     root = run.dir.path / "checkpoints"
-    write = functools.partial(run.runtime.write_parts, tensors=parts) if parts else None
-    path = save_checkpoint(root, run.progress.step, tensors, documents, write)
+    path = save_checkpoint(root, run.progress.step, tensors, documents, writes)
     rotate(root, run.recipe.save.keep, run.best.best_step)
     forget_worse(run)
     if not end:
@@ -159,7 +181,7 @@ def restore(run: RunState) -> None:
     run.stack.set_trainable(run.model)
     if run.optimizer is not None:
         run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack, divide=run.runtime.optimizer)
-        read = functools.partial(run.runtime.read_parts, path / PARTS)
+        read = functools.partial(run.runtime.read_parts, path / f"optimizer{PARTS}")
         restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"], read)
     if returns_to_best(run):
         best_weights(run)
@@ -181,12 +203,14 @@ def save_best(run: RunState) -> None:
         RunError: a weight or the optimizer's state is not finite, or the disk is full.
     """
     finite_check.check_finite(run)
-    with run.whole():
+    parts = {"delta": run.divided_weights()}
+    with run.whole(leave=parts["delta"]):
         if run.runtime.is_main:
-            tensors = {"delta": run.stack.delta(run.model)}
-            documents = {"judge": run.best.state(), "identity": {"run": run_identity.of(run).run}}
-            save_checkpoint(run.dir.path / BEST, run.progress.step, tensors, documents)
+            learned, layout, writes = _delta(run, parts)
+            documents = {"judge": run.best.state(), "identity": {"run": run_identity.of(run).run}, **layout}
+            save_checkpoint(run.dir.path / BEST, run.progress.step, {"delta": learned}, documents, writes)
             forget_worse(run)
+        _write_own(run, parts)
 
 
 def forget_worse(run: RunState) -> None:

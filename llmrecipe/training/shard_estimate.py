@@ -77,6 +77,12 @@ def shard_table(memory: Estimate, model: nn.Module) -> list[dict[str, float]]:
     return rows
 
 
+def resting(memory: Estimate, devices: int) -> str:
+    """Return what `runtime.offload=cpu` moves off a device of several, as a sentence."""
+    parts = _part(memory.weights + memory.gradients + memory.optimizer, devices)
+    return f"runtime.offload=cpu keeps {parts / 2**20:.1f} MB of each process in the memory of its machine, not on its device"
+
+
 def saving(memory: Estimate, model: nn.Module, shard: str, devices: int) -> str:
     """Return what a stage saves on some devices, as a sentence."""
     sizes = device_bytes(memory, gathered_bytes(model), devices)

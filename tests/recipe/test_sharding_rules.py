@@ -38,6 +38,9 @@ def wrong(**keys: object) -> list[str]:
         ({"shard": "zero2", "processes": 4, "state_dict": "sharded"}, []),
         ({"shard": "zero1", "processes": 4, "state_dict": "sharded"}, ["runtime.state_dict"]),
         ({"state_dict": "sharded"}, ["runtime.state_dict"]),
+        ({"shard": "zero3", "processes": 4, "offload": "cpu"}, []),
+        ({"shard": "zero1", "processes": 4, "offload": "cpu"}, ["runtime.offload"]),
+        ({"offload": "cpu"}, ["runtime.offload"]),
         ({"processes": 2, "shard": "zero3", "backend": "deepspeed"}, ["runtime.backend"]),
     ],
 )
@@ -83,6 +86,16 @@ def test_whatever_declares_nothing_is_refused_with_the_reason() -> None:
             assert (text is None) == (shard in known)
             assert text is None or str(spec.facts.get("unsharded") or UNPROVED) in text
         assert refusal(spec, "none") is None
+
+
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("kind", "why"), [("nf4", "leaves 4-bit weights whole, or changes the codes"), ("int8", "leaves 8-bit")]
+)
+def test_quantized_bases_are_refused_where_parameters_are_divided(kind: str, why: str, shard: str) -> None:
+    compose("sft", [f"stack=[{kind},lora]", "runtime=zero1"])
+    with pytest.raises(RecipeError, match=rf"stack\.{kind}: {kind} is refused under runtime\.shard={shard}: .*{why}"):
+        compose("sft", [f"stack=[{kind},lora]", f"runtime={shard}"])
 
 
 def test_a_compiled_model_is_refused_where_parameters_are_gathered() -> None:

@@ -36,6 +36,7 @@ FSDP = {
         (["runtime=zero2"], {**PLAIN, **FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}),
         (["runtime=zero3", "runtime.state_dict=sharded"], {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
         (["runtime=zero3", "model.gradient_checkpointing=true"], {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        (["runtime=zero3", "runtime.offload=cpu"], {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}),
         ([], {"FSDP_OFFLOAD_PARAMS": "true", "PARALLELISM_CONFIG_TP_SIZE": "2", "MEGATRON_LM_TP_DEGREE": "2"}),
         (
             ["runtime=hsdp", "runtime.processes=4"],
@@ -61,7 +62,8 @@ def test_what_agrees_with_the_recipe_is_obeyed(words: list[str], given: dict[str
         (["runtime=zero3"], {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "set runtime.state_dict=sharded"),
         (["runtime=zero3", "runtime.state_dict=sharded"], FSDP, "set runtime.state_dict=full"),
         (["runtime=zero3"], {**FSDP, "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"}, "runtime.state_dict is full or sharded"),
-        (["runtime=zero3"], {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true"),
+        (["runtime=zero3"], {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true: set runtime.offload=cpu"),
+        (["runtime=zero3", "runtime.offload=cpu"], FSDP, "FSDP_OFFLOAD_PARAMS=false: set runtime.offload=none"),
         (["runtime=zero3"], {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "FSDP_CPU_RAM_EFFICIENT_LOADING=true"),
         (["runtime=zero3"], {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}, "FSDP_TRANSFORMER_CLS_TO_WRAP=Block"),
         (["runtime=zero3"], {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "model.gradient_checkpointing=true"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import torch
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import RuntimeSection
-from llmrecipe.runs.checkpoint_io import PARTS, fault
+from llmrecipe.runs.checkpoint_io import PARTS, fault, read_checkpoint
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.train import train
 from tests.runtime.worker import SHORT
 from tests.support import ROOT
 from tests.trainings import QUIET, curve, learned
 
+pytestmark = pytest.mark.timeout(1800)
 WORKER = ROOT / "tests" / "runtime" / "worker.py"
 LAUNCH = (
     "import sys; from llmrecipe.runtime.distributed_launch import launch; "
@@ -71,11 +73,24 @@ def proved(run: Path) -> dict[str, Any]:
     return found
 
 
-CASES = {
+DIVIDED = {
     "zero1": ["sft", "runtime=zero1", *STEADY],
     "zero2": ["sft_lora", "runtime=zero2", "runtime.state_dict=sharded", *STEADY],
-    "zero3": ["sft", "runtime=zero3", *STEADY],
+    "zero3": ["sft", "runtime=zero3", "runtime.offload=cpu", *STEADY],
 }
+"""Cases that are compared with the same run on one process."""
+SMALL = ["steps=1", "data.limit=4", "batch.size=4", "data.validation=null", "save.every=null", *STEADY]
+OTHERS = {
+    "zero2_full": ["sft", "runtime=zero2"],
+    "zero1_lora": ["sft_lora", "runtime=zero1"],
+    "zero3_lora": ["sft_lora", "model.gradient_checkpointing=true", "runtime=zero3"],
+    "zero1_micro": ["sft_lora", "batch.micro=1", "runtime=zero1"],
+    "zero2_offload": ["sft", "runtime=zero2", "runtime.offload=cpu"],
+    "zero3_dpo": ["dpo_lora", "runtime=zero3"],
+    **{f"{shard}_ia3": ["sft", "stack=[ia3]", f"runtime={shard}"] for shard in ("zero1", "zero2", "zero3")},
+}
+"""Cases of one step, whose losses and held bytes are compared; a recipe has one run on one process."""
+CASES = {**DIVIDED, **{name: [*words, *SMALL] for name, words in OTHERS.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +107,39 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     alone(folder / "sft", "sft")
     alone(folder / "sft_lora", "sft_lora")
+    for words in dict.fromkeys(map(undivided, OTHERS)):
+        alone(folder / short(words), words[0], *SMALL, *words[1:])
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+def short(words: tuple[str, ...]) -> str:
+    """The folder of a small case."""
+    return "small-" + re.sub(r"\W+", "-", "-".join(words)).strip("-")
+
+
+def undivided(name: str) -> tuple[str, ...]:
+    """The words of a case on one process, without those that change nothing in its losses."""
+    same = ("runtime", "batch.micro", "model.gradient_checkpointing")
+    return tuple(word for word in OTHERS[name] if not word.startswith(same))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_methods_and_objectives_train_divided_what_they_train_whole(name: str, one: Path, two: Path) -> None:
+    equal(one / short(undivided(name)), two / name / "run")
+    facts = proved(two / name / "run")
+    assert name[:5] == facts["shard"]
+    # Each number once, on one of the two; a vector, which has one row, is whole on the first.
+    held = [part["optimizer"] for part in facts["processes"]]
+    assert sum(held) == pytest.approx(facts["whole"]["optimizer"], rel=0.01)
+    assert name.endswith("ia3") or max(held) < 0.6 * sum(held)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
 def test_two_processes_train_what_one_trains(name: str, one: Path, two: Path) -> None:
     equal(one / CASES[name][0], two / name / "run")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DIVIDED)
 def test_each_process_holds_its_part(name: str, two: Path) -> None:
     facts = proved(two / name / "run")
     whole, parts = facts["whole"], facts["processes"]
@@ -117,35 +156,44 @@ def test_each_process_holds_its_part(name: str, two: Path) -> None:
 def test_both_processes_end_with_the_same_weights(two: Path) -> None:
     from safetensors.torch import load_file
 
-    for name in CASES:
+    for name in DIVIDED:
         ours, theirs = (load_file(str(two / name / f"rank{rank}.safetensors")) for rank in (0, 1))
         assert ours and [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
-def test_each_process_writes_its_part_of_the_state(two: Path, tmp_path: Path) -> None:
+def rows_in(folder: Path) -> dict[str, int]:
+    """Tensor -> its rows in the files of a folder, which are two, one of each process."""
     from safetensors import safe_open
 
-    kept = {name: two / name / "run" / "checkpoints" / "step-000002" for name in ("zero2", "zero3")}
-    assert not (kept["zero3"] / PARTS).exists()
-    with (
-        safe_open(kept["zero2"] / "optimizer.safetensors", "pt") as whole,
-        safe_open(kept["zero2"] / "delta.safetensors", "pt") as delta,
-    ):
-        assert {name.rpartition("//")[2] for name in whole.keys()} == {"step"}  # noqa: SIM118
-        trained = {name: delta.get_slice(name).get_shape() for name in delta.keys()}  # noqa: SIM118
-    rows: dict[str, int] = dict.fromkeys(trained, 0)
-    files = sorted((kept["zero2"] / PARTS).iterdir())
+    rows: dict[str, int] = {}
+    files = sorted(folder.iterdir())
     assert len(files) == 2 and {file.suffix for file in files} == {".safetensors"}
     for file in files:
         with safe_open(file, "pt") as part:
             for name in part.keys():  # noqa: SIM118
-                rows[name.rpartition("//")[0]] += part.get_slice(name).get_shape()[0]
+                rows[name] = rows.get(name, 0) + part.get_slice(name).get_shape()[0]
+    return rows
+
+
+def test_each_process_writes_its_part_of_the_state(two: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    kept = {name: two / name / "run" / "checkpoints" / "step-000002" for name in ("zero2", "zero3")}
+    assert [path.name for path in kept["zero3"].iterdir() if path.is_dir()] == []
+    assert load_file(kept["zero2"] / "delta.safetensors") == {}
+    assert {name.rpartition("//")[2] for name in load_file(kept["zero2"] / "optimizer.safetensors")} == {"step"}
+    trained = learned(two / "zero2" / "run")
+    assert trained and rows_in(kept["zero2"] / f"delta{PARTS}") == {name: len(value) for name, value in trained.items()}
     # Two averages of AdamW: each row is there once for each.
-    assert rows == {name: 2 * shape[0] for name, shape in trained.items()}
+    averages = {f"{name}//{key}": len(value) for name, value in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+    assert rows_in(kept["zero2"] / f"optimizer{PARTS}") == averages
+    whole = read_checkpoint(kept["zero2"]).tensors["delta"]
+    assert whole.keys() == trained.keys() and all(torch.equal(whole[name], trained[name]) for name in trained)
     copy = tmp_path / "checkpoints" / "step-000002"
     shutil.copytree(kept["zero2"], copy)
     assert fault(copy) is None
-    damaged = copy / PARTS / files[1].name
+    files = sorted((copy / f"delta{PARTS}").iterdir())
+    damaged = files[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert fault(copy) == f"{files[1].name} has changed since it was written"
 

@@ -11,7 +11,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe import sharding_rules
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.memory_estimate import Estimate
-from llmrecipe.training.shard_estimate import device_bytes, gathered_bytes, saving
+from llmrecipe.training.shard_estimate import device_bytes, gathered_bytes, resting, saving
 from tests.tiny import tiny_model
 
 PSI = 7_500_000_000
@@ -47,6 +47,13 @@ def test_frozen_weights_are_named_where_a_stage_does_not_divide_them() -> None:
     assert "zero2 on 2 devices saves 1.5 MB of 1027.0 MB" in saving(memory, model, "zero2", 2)
     assert "frozen weights" in saving(memory, model, "zero2", 2)
     assert "frozen weights" not in saving(memory, model, "zero3", 2)
+
+
+def test_what_rests_in_the_memory_of_the_machine() -> None:
+    memory = Estimate(weights=2**30, trained=0, gradients=2**21, optimizer=2**20, activations=0, logits=0)
+    assert "keeps 513.5 MB of each process" in resting(memory, 2)
+    found = check("sft", ["runtime=zero3", "runtime.offload=cpu", "data.limit=8", "data.cache=false"])
+    assert any("runtime.offload=cpu keeps" in note for note in found.notes)
 
 
 def test_check_prints_the_table() -> None:
