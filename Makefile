@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-all test-faults golden golden-renew parity check format readme tiny-model bench clean
+.PHONY: demo test test-all test-faults golden golden-renew parity check format docs tiny-model bench clean
 
 demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it something
 	dir=runs/demo-$$(date +%Y%m%d-%H%M%S) && $(BIN)/llmrecipe train recipe=dpo_lora run.dir=$$dir && \
@@ -41,8 +41,8 @@ format: $(READY)  ## put the code into shape
 	$(BIN)/ruff check --fix llmrecipe tests
 	$(BIN)/ruff format llmrecipe tests
 
-readme: $(READY)  ## refresh the table of methods in the README
-	$(BIN)/python -m llmrecipe.recipe.methods_table
+docs: $(READY)  ## refresh the tables of the documentation that are generated
+	$(BIN)/python -m llmrecipe.cli.doc_tables
 
 bench: $(READY)  ## the same work here and in TRL + PEFT, in turn; prints ratios
 	$(BIN)/python tests/benchmarks/harness.py

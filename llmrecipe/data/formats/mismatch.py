@@ -8,7 +8,7 @@ from typing import Any
 from llmrecipe.core import registry
 from llmrecipe.core.errors import did_you_mean
 from llmrecipe.data.formats.aliases import names_of
-from llmrecipe.data.formats.data_format import DataFormat, data_format
+from llmrecipe.data.formats.data_format import DataFormat, data_format, formats_of
 from llmrecipe.data.tokenize.row_type import row_type
 
 Row = dict[str, Any]
@@ -55,9 +55,16 @@ def another_type(row: Row, rows: str) -> DataFormat | None:
     return next((one for one in every if one.claims(row) and rows not in one.becomes), None)
 
 
+def objectives_for(name: str) -> list[str]:
+    """Return the objectives whose rows can be made of a format."""
+    rows = {objective: registry.spec("objective", objective).facts.get("rows") for objective in registry.names("objective")}
+    taken = {kind: name in formats_of(kind) for kind in set(rows.values()) if kind}
+    return [objective for objective, kind in rows.items() if kind and taken[kind]]
+
+
 def takers_of(found: DataFormat) -> str:
     """Say which objectives take the rows of a format; empty where none does."""
-    names = [n for n in registry.names("objective") if registry.spec("objective", n).facts.get("rows") in found.becomes]
+    names = objectives_for(registry.name_of(type(found)))
     if not names:
         return ""
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
