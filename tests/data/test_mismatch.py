@@ -33,7 +33,7 @@ def test_every_impossible_pair_says_what_the_rows_are_or_makes_what_they_also_ho
         said = str(error)
         # A row may have the columns of several formats: it is called one of them, with who takes that.
         fits = {
-            f: {o for o, rows in NEEDS.items() if rows in data_format(f).becomes}
+            f: {o for o, rows in NEEDS.items() if f in formats_of(rows)}
             for f in REGISTERED
             if data_format(f).matches(row)
         }

@@ -24,6 +24,7 @@ FORMULAS = {
     "mixture_of_experts": "L = N sum_e c_e m_e",
     "layer_norm": "x / sqrt(mean(x^2) + eps) * g",
     "add_norm": "y = norm(x + dropout(f(x)))",
+    "width_scaling": "s / sqrt(m)",
 }
 
 

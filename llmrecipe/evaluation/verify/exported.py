@@ -99,7 +99,7 @@ def compare_tensors(wanted: Path, found: Path) -> Measured:
 def value_difference(wanted: Tensor, found: Tensor, rounding: float) -> float:
     """Return max_i |w_i - f_i| / (|w_i| + FLOOR / rounding max_j |w_j|), so that at most `rounding` is what rounding explains.
 
-    A value is compared with itself: that it is small beside the largest of its tensor excuses no other value.
+    A value is compared with itself: that it is small next to the largest of its tensor excuses no other value.
     """
     if not wanted.numel():
         return 0.0
