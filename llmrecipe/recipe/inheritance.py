@@ -46,7 +46,7 @@ class DefaultsChain:
         self.links: dict[str, Link] = {}
         self.notes: list[str] = []
         self._foreign = {primary.resolve()} if foreign or is_artefact(primary) else set()
-        self.folders = [primary.resolve().parent, *roots()]
+        self.folder = primary.resolve().parent
         self.primary = self._add(primary.resolve(), ())
 
     def _add(self, path: Path, under: tuple[Path, ...]) -> Link:
@@ -146,12 +146,14 @@ class DefaultsChain:
         return link.source.path.stem == "base" or any(self._stands_on_base(i) for i in link.extends)
 
     def _resolve(self, name: str, source: Path, where: str) -> Path:
-        if name.endswith((".yaml", ".yml")):
-            adjacent = (source.parent / name).resolve()
-            if adjacent.is_file():
-                return adjacent
-        folders = [source.parent, *self.folders]
-        found = lookup(name, list(dict.fromkeys(folders)), exclude=source)
+        # Next to the file and to the recipe that is run, and not below them: they may be in somebody's home folder.
+        bare = name.removeprefix("/")
+        for folder in dict.fromkeys((source.parent, self.folder)):
+            for spelling in [bare] if bare.endswith((".yaml", ".yml")) else [f"{bare}.yaml", f"{bare}.yml"]:
+                adjacent = (folder / spelling).resolve()
+                if adjacent.is_file() and adjacent != source:
+                    return adjacent
+        found = lookup(bare, roots(), exclude=source)
         if found is None:
             word = name.strip("/")
             raise RecipeError(f"{where}: there is no recipe '{word}' to extend{did_you_mean(word, ['base', *all_recipes()])}")

@@ -32,11 +32,7 @@ def test_every_impossible_pair_says_what_the_rows_are_or_makes_what_they_also_ho
     except DataError as error:
         said = str(error)
         # A row may have the columns of several formats: it is called one of them, with who takes that.
-        fits = {
-            f: {o for o, rows in NEEDS.items() if f in formats_of(rows)}
-            for f in REGISTERED
-            if data_format(f).matches(row)
-        }
+        fits = {f: {o for o, rows in NEEDS.items() if f in formats_of(rows)} for f in REGISTERED if data_format(f).matches(row)}
         named = [takers for f, takers in fits.items() if f"{data_format(f).summary}; objective=" in said]
         assert said.startswith("f.jsonl:1: ")
         if "could be any of the columns" in said:

@@ -87,6 +87,18 @@ def test_every_packaged_recipe_composes() -> None:
 # --- extension --------------------------------------------------------------------------------------------------------
 
 
+def test_a_recipe_outside_extends_its_neighbours_and_packaged_ones_but_nothing_below(project: Project, tmp_path: Path) -> None:
+    """Such a file may be in somebody's home folder, with other projects and their recipes below."""
+    home = tmp_path / "home"
+    for folder in ("one", "two"):
+        (home / folder / "recipes").mkdir(parents=True)
+        (home / folder / "recipes" / "base.yaml").write_text("seed: 5\n")
+    (home / "house.yaml").write_text("defaults: [/base, _self_]\nseed: 3\n")
+    (home / "mine.yaml").write_text("defaults: [/house, _self_]\nsteps: 2\n")
+    made = compose(str(home / "mine.yaml"), ["data.path=builtin:sft"]).recipe
+    assert (made.seed, made.steps, made.objective["kind"]) == (3, 2, "sft")
+
+
 def test_a_recipe_extends_another_and_the_outer_one_wins(project: Project) -> None:
     project(
         "recipes/family/parent.yaml", "defaults: [/base, override /objective: dpo]\nobjective: {beta: 0.3}\nseed: 1\nsteps: 5\n"
