@@ -78,7 +78,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.recipe.validate import instantiate
     from llmrecipe.runs.open_model import own_tokenizer, resolve_section
-    from llmrecipe.training.read_rows import feature_reader, other_tasks, tasks_of
+    from llmrecipe.training.read_rows import feature_reader, note_unread, other_tasks, tasks_of
 
     kind = str(recipe.objective["kind"])
     spec = registry.spec("objective", kind, "objective.kind")
@@ -101,6 +101,7 @@ def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     )  # fmt: skip
     if not isinstance(data, TokenData):
         raise DataError(f"this recipe has no {split} split; set data.{split} to a file or a share")
+    note_unread(data, parts.objective)
     return data, tokenizer, mask
 
 

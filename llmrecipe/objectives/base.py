@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -105,6 +105,10 @@ class Objective:
     def columns(self) -> Mapping[str, str]:
         """Column that every prompt row must hold besides its prompt -> key path of what reads it."""
         return {}
+
+    def unread(self) -> Sequence[str]:
+        """Return the columns of its row type that it does not read; a run names those that its rows have."""
+        return ()
 
     def slots(self, config: PreTrainedConfig, shape: tuple[int, ...]) -> int:
         """Return how many places of the model's input the features of a row take, where rows name pictures or feature files.

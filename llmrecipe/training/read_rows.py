@@ -83,6 +83,7 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
         label_map=objective.label_names(), tasks=tasks, needs=needs, reader=reader,
     )  # fmt: skip
     assert data is not None, "only validation and test rows may be absent"
+    note_unread(data, objective)
     names = objective.label_names()
     if isinstance(data, TokenData) and data.labels and names is None and _has_outputs(objective):
         # A checkpoint that has these labels has learned them under its own numbers.
@@ -101,6 +102,12 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
             with _of_key(f"stack.{wrapper.name}.data"):
                 other_rows(recipe, objective, path, labels)
     return data, validation, labels
+
+
+def note_unread(data: SplitRows, objective: Objective) -> None:
+    """Add the columns that the rows have and the objective does not read to those of the report that nothing reads."""
+    held = [name for name in objective.unread() if any(value is not None for value in data.column(name))]
+    data.report.unused += [data.report.mapping.get(name, name) for name in held]
 
 
 def _has_outputs(objective: Objective) -> bool:

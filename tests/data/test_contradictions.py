@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.validation import warnings
 from llmrecipe.recipe.schema import DataSection
 from llmrecipe.training.dry_run import check
+from llmrecipe.training.read_rows import note_unread
 from tests.data.toys import byte_tokenizer
 
 
@@ -38,6 +40,23 @@ def test_columns_that_change_nothing_are_named_in_one_line(tmp_path: Path) -> No
     )
     assert again.report.unused == ["task"]
     assert read(write(tmp_path / "c.jsonl", [{"prompt": "p", "answer": "c"}]), "prompt").report.unused == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "unused"),
+    [("dpo", {}, ["id", "gap"]), ("ipo", {}, ["id", "gap"]), ("cpo", {}, ["id", "gap"]), ("orpo", {}, ["id", "gap"]),
+     ("simpo", {}, ["id", "gap"]), ("reward", {}, ["id"]), ("reward", {"margin": False}, ["id", "gap"])],
+)  # fmt: skip
+def test_a_column_that_only_another_objective_reads_is_named(
+    tmp_path: Path, objective: str, options: dict[str, Any], unused: list[str]
+) -> None:
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "gap": 1.0, "id": 7}
+    data = read(write(tmp_path / "a.jsonl", [row, {**row, "id": 8}]), "preference", columns={"margin": "gap"})
+    note_unread(data, registry.load_class("objective", objective)(**options))
+    assert f"columns not used: {', '.join(unused)}" in data.report.lines()
+    bare = read(write(tmp_path / "b.jsonl", [{k: v for k, v in row.items() if k not in ("gap", "id")}]), "preference")
+    note_unread(bare, registry.load_class("objective", objective)(**options))
+    assert bare.report.unused == []
 
 
 @pytest.mark.parametrize("kind", ["text", "labelled", "prompt"])

@@ -15,8 +15,9 @@ class NativeConfig(PreTrainedConfig):
     """Configuration of a native transformer.
 
     The defaults are those of a Llama; `norm: layernorm, positions: learned, gated: false, bias: true, hidden_act: gelu_new`
-    is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative` a T5;
-    `qk_norm: true` a Qwen3; `num_experts: 8` a Mixtral; `kind: vision` with GPT-2's norm, positions and feed-forward a ViT.
+    is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative` a T5
+    (1.1: neither scores nor logits are scaled); `qk_norm: true` a Qwen3; `num_experts: 8` a Mixtral;
+    `kind: vision` with GPT-2's norm, positions and feed-forward a ViT.
 
     Raises:
         ValueError: sizes or names that do not fit together.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -86,6 +86,10 @@ class Cpo(Objective):
     """Shape of the preference loss."""
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels, for `sigmoid`."""
+
+    def unread(self) -> Sequence[str]:
+        """Return the margin, which is a reward model's."""
+        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -120,6 +120,10 @@ class Dpo(Objective):
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
     nll_coef: NonNegativeFloat = 0.0
     """Weight of the token-mean negative log-likelihood of the chosen answers."""
+
+    def unread(self) -> Sequence[str]:
+        """Return the margin, which is a reward model's."""
+        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse a label smoothing for which the loss is not defined, and invalid references.

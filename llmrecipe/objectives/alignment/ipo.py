@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -83,6 +84,10 @@ class Ipo(Objective):
     """The policy of step 0, the model without any stack, no reference at all, or the folder of a model or finished run."""
     ref_sync: RefSync | None = None
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
+
+    def unread(self) -> Sequence[str]:
+        """Return the margin, which is a reward model's."""
+        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse invalid references and rows with soft labels.

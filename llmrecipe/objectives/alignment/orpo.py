@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -71,6 +71,10 @@ class Orpo(Objective):
     """Weight of the odds-ratio term (the paper's lambda)."""
     nll_on: Literal["all", "completion"] = "all"
     """Tokens of the likelihood term: prompt and chosen answer, or the chosen answer."""
+
+    def unread(self) -> Sequence[str]:
+        """Return the margin, which is a reward model's."""
+        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.

@@ -94,6 +94,10 @@ class Reward(Objective):
         task_heads.add_head(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
         task_heads.without_language_head(model)
 
+    def unread(self) -> Sequence[str]:
+        """Return the margin where the option leaves it out."""
+        return () if self.margin else ("margin",)
+
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse rows of which some have a margin and some have none.
 

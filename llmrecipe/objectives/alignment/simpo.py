@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -61,6 +62,10 @@ class Simpo(Objective):
     """Target margin between the rewards (the paper's gamma; its ratio to beta is 0.3 to 0.5 in most of its runs)."""
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels."""
+
+    def unread(self) -> Sequence[str]:
+        """Return the margin, which is a reward model's."""
+        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.
