@@ -33,6 +33,7 @@ OTHER_TRAINERS = {
     "lora_alpha": "stack.lora.alpha",
     "lora_dropout": "stack.lora.dropout",
     "target_modules": "stack.lora.target",
+    "warmup": "schedule.warmup",
     "warmup_steps": "schedule.warmup",
     "warmup_ratio": "schedule.warmup",
     "eval_steps": "eval.every",
@@ -81,7 +82,7 @@ def elsewhere(name: str, at: KeyPath, recipe: Mapping[str, Any]) -> str:
     if name in WHICH and len(at) == 2 and at[0] in COMPONENT_GROUPS:
         return f"; which {at[0]} it is comes before its options: {at[0]}=NAME"
     kinds = {place: registry.spec(place[0], kind) for place, kind in _components(recipe).items()}
-    places = [_homes()[name]] if name in _homes() else []
+    places = [home for home in (FLAGS.get(name), _homes().get(name)) if home is not None]
     places += [dotted((*place, name)) for place, spec in kinds.items() if name in spec.options]
     places = [place for place in places if place != dotted(at)]
     if places:

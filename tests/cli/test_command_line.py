@@ -38,7 +38,7 @@ def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[
         (["train", "recipe=dpo_lora", "--optim.lr=1"], "words without dashes: optim.lr=VALUE"),
         (["train", "recipe=dpo_lora", "--recipe", "sft"], "words without dashes: recipe=VALUE"),
         (["train", "recipe=dpo_lora", "--lora_r=8"], "words without dashes: stack.lora.r=VALUE"),
-        (["train", "recipe=dpo_lora", "--warmup"], "No such option: --warmup\nTry"),
+        (["train", "recipe=dpo_lora", "--warmup"], "words without dashes: schedule.warmup=VALUE"),
         (["train", "recipe=dpo_lora", "--bf16"], "No such option: --bf16\nKeys of a recipe"),
         (["train", "recipe=dpo_lora", "--steps"], "No such option: --steps\nKeys of a recipe"),
         (["train", "recipe=dpo_lora", "learning_rate=1e-4"], "did you mean 'optim.lr'?"),

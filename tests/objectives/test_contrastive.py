@@ -29,7 +29,7 @@ from llmrecipe.objectives.pretraining._engines import contrast, embedding_metric
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, Comparison, Vectors, compare
 from llmrecipe.objectives.pretraining.contrastive import Contrastive
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
+from llmrecipe.recipe.schema import BatchSection, DataSection, ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import tokenizer_of
 from llmrecipe.training.dry_run import examine
 from tests.objectives.harness import triple
@@ -378,7 +378,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         with pytest.raises(RecipeError, match=words):
             Contrastive(**options).check(None, None)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"batch\.size: 1"):
-        Contrastive(loss_type="infonce").check(SimpleNamespace(batch=SimpleNamespace(size=1)), None)
+        Contrastive(loss_type="infonce").check(SimpleNamespace(batch=BatchSection(size=1)), None)
     with pytest.raises(RecipeError, match=r"objective\.pool: cls.*decoder"):
         Contrastive(pool="cls").prepare_model(tiny_model(), 0)
     roles = roles_for(tiny_model())

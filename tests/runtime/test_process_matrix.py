@@ -111,12 +111,19 @@ def sampled(name: str) -> list[str]:
     return [w for w in SAMPLED if w.partition("=")[0].partition(".")[2] in options]
 
 
+RECIPES = {"classification": "classify", "hyper_mtf": "hypertuning"}
+"""Recipes of objectives that have another name."""
+HYPERMODEL = ("caclm", "hyper_mtf")
+"""Objectives that train a hypermodel, with which no other wrapper shares a stack."""
+
+
 def objectives() -> dict[str, list[str]]:
-    """Each objective's own recipe, under LoRA."""
+    """Each objective's own recipe, under LoRA or the hypermodel that it trains."""
     stems = {path.stem for path in (ROOT / "recipes").rglob("*.yaml")}
-    names = {name: "classify" if name == "classification" else name for name in registry.names("objective")}
+    names = {name: RECIPES.get(name, name) for name in registry.names("objective")}
+    stacks = {name: [] if name in HYPERMODEL else LORA for name in names}
     return {
-        name: [f"{stem}_lora" if f"{stem}_lora" in stems else stem, *LORA, *LIMIT.get(name, []), *sampled(name)]
+        name: [f"{stem}_lora" if f"{stem}_lora" in stems else stem, *stacks[name], *LIMIT.get(name, []), *sampled(name)]
         for name, stem in names.items()
     }
 

@@ -10,7 +10,7 @@ import pytest
 
 from llmrecipe.core import registry
 from tests.contract import IMAGES, KINDS
-from tests.runtime.test_process_matrix import LIMIT, OBJECTIVES, sampled, words_of
+from tests.runtime.test_process_matrix import HYPERMODEL, LIMIT, OBJECTIVES, sampled, words_of
 from tests.trainings import curve, events, resumes_to_the_bit
 
 SHORT = ["steps=2", "batch.size=3", "batch.micro=2", "data.limit=6", "data.max_length=64", "eval.batches=1", "eval.every=null"]
@@ -30,6 +30,7 @@ CELLS = [
     for name in OBJECTIVES
     for kind in KINDS
     if kind not in IMAGES or registry.spec("objective", name).facts.get("head") == "image"
+    if name not in HYPERMODEL or kind == "hypertuning"
 ]
 
 

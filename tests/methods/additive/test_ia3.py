@@ -394,7 +394,7 @@ def test_the_task_of_a_row_travels_from_the_file_to_the_vectors(tmp_path, monkey
             "stack.ia3.tasks=[yes,no]", "steps=1",
         )  # fmt: skip
     seen: list[list[int]] = []
-    monkeypatch.setattr(generated_answers, "generate", lambda *a, tasks, **k: seen.append(tasks) or [[5]] * len(tasks))
+    monkeypatch.setattr(generated_answers, "generate", lambda *a: seen.append(a[5]) or [[5]] * len(a[5]))
     generated_answers.answer_rows(run.data, run.roles, [0, 1, 2, 3], Sampling(6))
     assert seen == [[run.data[i]["task"] for i in range(4)]]
     gaps = [(hook.l[0] - hook.l[1]).detach().abs().max() for _, _, _, hook in all_hooks(run.model)]
