@@ -160,6 +160,7 @@ class SupernetSearch(SearchedRecipe, Step):
         metric = subject.composition.recipe.eval.monitor.removeprefix("eval/")
         sign = self._sign(subject)
         scored: list[ScoredDesign] = []
+        best: dict[str, float] = {}
         work.events.expect(2 * self.population * self.generations)
 
         def score(candidates: Sequence[Candidate], origin: str, generation: int) -> list[float]:
@@ -171,8 +172,8 @@ class SupernetSearch(SearchedRecipe, Step):
                     journal.add(key, metrics_of(subject, rows)[metric])
                 value = float(journal[key])  # type: ignore[arg-type]
                 scored.append(ScoredDesign(origin, generation, design, noah.cost(model, design), value))
-                best = min((s.score for s in scored if s.origin == origin), key=lambda v: sign * v)
-                work.events.step(len(scored), generation=generation, score=value, **{f"best/{origin}": best})
+                best[origin] = min(best.get(origin, value), value, key=lambda v: sign * v)
+                work.events.step(len(scored), generation=generation, score=value, **{f"best/{origin}": best[origin]})
             return [sign * s.score for s in scored[len(scored) - len(candidates) :]]
 
         settings = Settings(self.population, self.parents, self.crossover, self.mutation, self.m_prob, self.s_prob, self.mutate)
