@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,46 +14,60 @@ from llmrecipe.core.errors import RunError
 from llmrecipe.core.figures import new_figure
 from llmrecipe.evaluation.leaderboard_table import FULL, Column, LeaderboardRow
 
-COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a")
+COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#0598bc", "#bf3989")
 STACKED = 0.035
 """Minimum distance between two labels, as a share of the plot's height."""
 
 
+LOGARITHMIC = ("trained",)
+"""Costs that spread over orders of magnitude."""
+
+
 def draw_plot(
-    rows: Sequence[LeaderboardRow], x: Column, y: Column, path: Path, log: bool = False, line: str | None = FULL
+    rows: Sequence[LeaderboardRow], costs: Column | Sequence[Column], y: Column, path: Path, line: str | None = FULL
 ) -> None:
-    """Draw the plot into a file.
+    """Draw the plot into a file, a panel for each cost; rows without a run are left out.
 
     Args:
-        x: cost, y: score.
-        log: a logarithmic cost axis.
+        costs: what the score is drawn over.
+        y: score.
         line: name of the row whose score is drawn as a line across.
 
     Raises:
         RunError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = new_figure(9, 5.6, "plot: false leaves the picture out")
-    axis = figure.subplots()
+    panels = [costs] if isinstance(costs, Column) else list(costs)
+    across = min(len(panels), 2)
+    down = -(-len(panels) // across)
+    figure = new_figure(9 * across, 5.6 * down, "plot: false leaves the picture out")
+    made = [row for row in rows if row.seeds]
     try:
-        for colour, family in zip(COLOURS, dict.fromkeys(r.family for r in rows), strict=False):
-            own = [r for r in rows if r.family == family]
-            across, up = [r.mean[x.key] * x.scale for r in own], [r.mean[y.key] * y.scale for r in own]
-            bars = [(r.spread[y.key] or 0.0) * y.scale for r in own]
-            axis.errorbar(across, up, yerr=bars, fmt="o", color=colour, capsize=3, label=family)
-        if log:
-            axis.set_xscale("log")
-        axis.margins(x=0.14, y=0.08)
-        for r in rows:
-            if r.label == line:
-                axis.axhline(r.mean[y.key] * y.scale, color="#57606a", linewidth=0.8, linestyle="--")
-        _label(axis, [(r.label, r.mean[x.key] * x.scale, r.mean[y.key] * y.scale) for r in rows])
-        axis.set_xlabel(x.title)
-        axis.set_ylabel(y.title)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, loc="best")
+        for number, cost in enumerate(panels, 1):
+            _panel(figure.add_subplot(down, across, number), made, cost, y, line)
         figure.savefig(path, dpi=110)
     except (ValueError, OSError) as error:
         raise RunError(f"plot: cannot write {path}: {error}") from error
+
+
+def _panel(axis: Axes, rows: Sequence[LeaderboardRow], x: Column, y: Column, line: str | None) -> None:
+    """Draw the score over one cost."""
+    for colour, family in zip(cycle(COLOURS), dict.fromkeys(r.family for r in rows), strict=False):
+        own = [r for r in rows if r.family == family]
+        across, up = [r.mean[x.key] * x.scale for r in own], [r.mean[y.key] * y.scale for r in own]
+        bars = [(r.spread[y.key] or 0.0) * y.scale for r in own]
+        axis.errorbar(across, up, yerr=bars, fmt="o", color=colour, capsize=3, label=family)
+    if x.key in LOGARITHMIC:
+        axis.set_xscale("log")
+    axis.margins(x=0.14, y=0.08)
+    for r in rows:
+        if r.label == line:
+            axis.axhline(r.mean[y.key] * y.scale, color="#57606a", linewidth=0.8, linestyle="--")
+    _label(axis, [(r.label, r.mean[x.key] * x.scale, r.mean[y.key] * y.scale) for r in rows])
+    axis.set_xlabel(x.title)
+    axis.set_ylabel(y.title)
+    axis.grid(alpha=0.25)
+    if rows:
+        axis.legend(fontsize=8, loc="best")
 
 
 def _label(axis: Axes, points: list[tuple[str, float, float]]) -> None:

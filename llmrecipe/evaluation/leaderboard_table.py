@@ -66,6 +66,15 @@ PLAIN = (
 )
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A key whose value is chosen for each row by what its runs score on the validation split."""
+
+    key: str
+    by: str
+    """A name in the runs' final/metrics.json."""
+
+
 @dataclass
 class LeaderboardEntry:
     """One finished run."""
@@ -90,7 +99,12 @@ class LeaderboardRow:
 
 
 def read_entries(
-    paths: Sequence[str], metric: str | None, where: str = "runs", more: Sequence[str] = ()
+    paths: Sequence[str],
+    metric: str | None,
+    where: str = "runs",
+    more: Sequence[str] = (),
+    tuned: Tuned | None = None,
+    labels: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[LeaderboardEntry]:
     """Read finished runs and name each by its distinguishing part: its stack, or its objective where that differs.
 
@@ -98,6 +112,8 @@ def read_entries(
         paths: run directories.
         metric: a name in their `final/metrics.json`, such as test/accuracy; None reads no score.
         more: further names there, each a column of its own.
+        tuned: the key in which runs of one row may differ.
+        labels: path -> (name, family), where these are known.
 
     Raises:
         RunError: a run is not finished, or has no such metric.
@@ -106,18 +122,44 @@ def read_entries(
     for record in records:
         if record.status.get("status") != "done":
             raise RunError(f"{where}: {record.path} is {record.status.get('status')}; a leaderboard compares finished runs")
-    labels = labels_of([record.recipe for record in records], [_start(record.recipe) for record in records])
+    starts = [_start(record.recipe) for record in records]
+    tuned_keys = () if tuned is None else (tuned.key,)
+    found = (
+        labels_of([record.recipe for record in records], starts, tuned_keys) if labels is None else [labels[p] for p in paths]
+    )
     entries = []
-    for record, (label, family) in zip(records, labels, strict=True):
+    for record, (label, family) in zip(records, found, strict=True):
         facts = cost_facts(record)
         if metric is not None:
             facts["score"] = _score(record, metric, where)
         facts |= {name: _score(record, name, "columns") for name in more}
+        if tuned is not None:
+            facts |= {"tuned": flat(record.recipe)[tuned.key], "by": _score(record, tuned.by, "by")}
         entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
     return entries
 
 
-def labels_of(recipes: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any] | None] = ()) -> list[tuple[str, str]]:
+def chosen_values(entries: Sequence[LeaderboardEntry], best: Direction) -> list[LeaderboardEntry]:
+    """Return the entries of each row that have the value of the tuned key which is best on the validation split.
+
+    Values are compared by the mean of `by` over the seeds that all of them have, so that none wins by the seeds it was given;
+    while they have none in common, by the mean over their own. Test scores are not looked at.
+    """
+    sign = -1.0 if best == "max" else 1.0
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for entry in entries:
+        found.setdefault(entry.label, {}).setdefault(entry.facts["tuned"], {})[entry.seed] = entry.facts["by"]
+    winners = {}
+    for label, values in found.items():
+        common = set.intersection(*(set(seeds) for seeds in values.values()))
+        means = {v: statistics.fmean(by for s, by in seeds.items() if s in common or not common) for v, seeds in values.items()}
+        winners[label] = min(means, key=lambda value: sign * means[value])
+    return [entry for entry in entries if entry.facts["tuned"] == winners[entry.label]]
+
+
+def labels_of(
+    recipes: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any] | None] = (), apart_from: Sequence[str] = ()
+) -> list[tuple[str, str]]:
     """Return (name, family) of each recipe: its stack or, where objectives differ, its objective; `full` for an empty stack.
 
     Where all share both and they go on from runs of several objectives, that of the run below is the name; `fresh` of a model
@@ -126,6 +168,7 @@ def labels_of(recipes: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str
 
     Args:
         starts: the recipe of the run that each goes on from; None where there is none.
+        apart_from: keys in which recipes of one name may differ.
     """
     by_start = len({_name(recipe) for recipe in recipes}) == 1 and len({_objective_of(start) for start in starts}) > 1
     by_objective = len({recipe["objective"]["kind"] for recipe in recipes}) > 1
@@ -135,6 +178,7 @@ def labels_of(recipes: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str
     else:
         names = [_objective(recipe) if by_objective else _stack(recipe) for recipe in recipes]
         ways = [_way(recipe) for recipe in recipes]
+    ways = [{key: value for key, value in way.items() if key not in apart_from} for way in ways]
     found = []
     for (name, family), own in zip(names, ways, strict=True):
         others = [way for (other, _), way in zip(names, ways, strict=True) if other == name]
@@ -251,8 +295,14 @@ def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
     return better
 
 
-def rank(entries: Sequence[LeaderboardEntry], best: str = "max", by: str = "score") -> list[LeaderboardRow]:
-    """Rank rows over seeds, the best mean first; rows of equal mean keep the order of the runs."""
+def rank(
+    entries: Sequence[LeaderboardEntry], best: str = "max", by: str = "score", empty: Sequence[tuple[str, str]] = ()
+) -> list[LeaderboardRow]:
+    """Rank rows over seeds, the best mean first; rows of equal mean keep the order of the runs.
+
+    Args:
+        empty: (name, family) of rows that have no run yet; they come last.
+    """
     groups: dict[str, list[LeaderboardEntry]] = {}
     for entry in entries:
         groups.setdefault(entry.label, []).append(entry)
@@ -265,14 +315,15 @@ def rank(entries: Sequence[LeaderboardEntry], best: str = "max", by: str = "scor
             row.spread[key] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
     sign = -1.0 if best == "max" else 1.0
-    return sorted(rows, key=lambda row: sign * row.mean[by])
+    waiting = [LeaderboardRow(label, family, [], {}) for label, family in dict.fromkeys(empty) if label not in groups]
+    return [*sorted(rows, key=lambda row: sign * row.mean[by]), *waiting]
 
 
 def cells(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> list[list[str]]:
     """Format head and body of the table as text; mean ± standard deviation where a column has one, over several seeds."""
     head = ["", "method", "family", *(c.title for c in columns), "seeds"]
     body = [
-        [str(place), row.label, row.family, *(_cell(row, c) for c in columns), str(len(row.seeds))]
+        [str(place) if row.seeds else "", row.label, row.family, *(_cell(row, c) for c in columns), str(len(row.seeds))]
         for place, row in enumerate(rows, 1)
     ]
     return [head, *body]
@@ -287,7 +338,7 @@ def markdown(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> tuple
 
 def _cell(row: LeaderboardRow, column: Column) -> str:
     if column.key not in row.mean:
-        return "-"
+        return "-" if row.seeds else ""
     text = number(_rounded(row.mean[column.key] * column.scale))
     sd = row.spread.get(column.key)
     return text if not column.spread or sd is None else f"{text} ± {sd * column.scale:.2g}"

@@ -14,7 +14,9 @@ from llmrecipe.evaluation.leaderboard_table import (
     PLAIN,
     Column,
     LeaderboardEntry,
+    Tuned,
     cells,
+    chosen_values,
     labels_of,
     markdown,
     rank,
@@ -163,8 +165,57 @@ def test_the_picture_has_a_point_and_a_name_for_every_row(tmp_path: Path) -> Non
         for i, n in enumerate(names)
         for s in (0, 1)
     ]
-    draw_plot(rank(entries), PLAIN[0], SCORE, tmp_path / "board.svg", log=True)
+    draw_plot(rank(entries), PLAIN[0], SCORE, tmp_path / "board.svg")
     text = (tmp_path / "board.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in names)
     with pytest.raises(RunError, match="cannot write"):
         draw_plot(rank(entries), PLAIN[0], SCORE, tmp_path / "missing" / "board.png")
+
+
+def tried(label: str, rate: float, seed: int, by: float, score: float = 0.0) -> LeaderboardEntry:
+    return LeaderboardEntry(label, "x", seed, {"tuned": rate, "by": by, "score": score})
+
+
+def test_a_row_has_the_rate_that_is_best_on_the_validation_split_whatever_the_test_split_says() -> None:
+    entries = [
+        tried("a", 0.1, 0, by=1.0, score=0.5),
+        tried("a", 0.1, 1, by=3.0, score=0.5),
+        tried("a", 0.2, 0, by=1.5, score=0.9),
+        tried("a", 0.2, 1, by=1.5, score=0.9),
+        tried("b", 0.1, 0, by=1.0, score=0.1),
+        tried("b", 0.2, 0, by=1.25, score=0.9),
+    ]
+    # a: means 2 and 1.5; b: 1 and 1.25, though 0.2 is better on the test split.
+    assert [(e.label, e.facts["tuned"], e.seed) for e in chosen_values(entries, "min")] == [
+        ("a", 0.2, 0),
+        ("a", 0.2, 1),
+        ("b", 0.1, 0),
+    ]
+    assert [(e.label, e.facts["tuned"]) for e in chosen_values(entries, "max")] == [("a", 0.1), ("a", 0.1), ("b", 0.2)]
+
+
+def test_rates_with_other_seeds_are_compared_by_those_they_share() -> None:
+    """Seed 1 is hard: 0.1, which alone has run it, is better on seed 0."""
+    entries = [tried("a", 0.1, 0, by=1.0), tried("a", 0.1, 1, by=9.0), tried("a", 0.2, 0, by=2.0)]
+    assert [(e.facts["tuned"], e.seed) for e in chosen_values(entries, "min")] == [(0.1, 0), (0.1, 1)]
+    apart = [tried("a", 0.1, 1, by=9.0), tried("a", 0.2, 0, by=2.0)]
+    assert [e.facts["tuned"] for e in chosen_values(apart, "min")] == [0.2]
+
+
+def test_runs_of_a_row_may_differ_in_the_key_that_is_tuned(tmp_path: Path) -> None:
+    recipes = [{**LORA, "optim": {"lr": rate}} for rate in (0.1, 0.2)]
+    paths = [finished(tmp_path / str(i), recipe, 0.5) for i, recipe in enumerate(recipes)]
+    entries = read_entries(paths, "test/accuracy", tuned=Tuned("optim.lr", "test/accuracy"))
+    assert [(e.label, e.facts["tuned"], e.facts["by"]) for e in entries] == [("lora", 0.1, 0.5), ("lora", 0.2, 0.5)]
+    assert [e.label for e in read_entries(paths, "test/accuracy")] == ["lora (optim.lr=0.1)", "lora (optim.lr=0.2)"]
+
+
+def test_rows_without_a_run_come_last_and_are_empty_in_table_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    entries = [LeaderboardEntry("a", "x", 0, {"score": 0.5, "trained": 10.0})]
+    rows = rank(entries, empty=[("b", "y"), ("a", "x"), ("b", "y")])
+    assert cells(rows, [SCORE, PLAIN[0]])[1:] == [["1", "a", "x", "0.5", "10", "1"], ["", "b", "y", "", "", "0"]]
+    draw_plot(rows, [PLAIN[0], SCORE], SCORE, tmp_path / "board.svg")
+    text = (tmp_path / "board.svg").read_text()
+    # A panel for each cost, each with the name of the one run.
+    assert text.count("<!-- a -->") == 2 and "<!-- b -->" not in text

@@ -91,6 +91,9 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
         (["best=most"], "must be one of 'min', 'max'"),
         (["metric=test/acuracy"], "did you mean 'test/accuracy'"),
         (["across=test/loss"], "across: 'test/loss' is not a column of the table; "),
+        (["across=[trained,secnds]"], "did you mean 'seconds'?"),
+        (["tuned=optim.lr", "by=test/loss"], "by: 'test/loss' is not measured on the validation split"),
+        (["of=[sft]"], "of: no stage of sft is a leaderboard"),
     ],
 )
 def test_a_mistake_is_one_clear_message(runs: str, tmp_path: Path, words: list[str], told: str) -> None:
@@ -149,6 +152,51 @@ def test_every_objective_that_aligns_is_on_the_board() -> None:
     assert trained["ppo"].inputs == ("reward", "sft")
 
 
+def test_every_method_of_the_survey_is_on_its_board_with_one_rule_and_one_budget() -> None:
+    """No rate of a recipe's own is left, and nothing else a run is given differs between methods."""
+    stages = [s for n, s in stages_of("survey_leaderboard").items() if n.startswith("method-")]
+    known = {n for n in registry.names("stack") if registry.spec("stack", n).family != "alignment"}
+    shown = {kind for s in stages for kind in compose(s.what, list(s.words)).recipe.stack}
+    assert shown == known - {"vpt", "esft", "hypertuning"}
+    assert len(stages) == 9 * len({s.name.split("-", 3)[-1] for s in stages}) <= 400
+    budget = {"steps=30", 'data.path="builtin:sft"', "objective=sft", 'model.path="tiny"'}
+    assert all(budget < set(s.words) for s in stages)
+    assert {w for s in stages for w in s.words if w.startswith("optim.lr=")} == {
+        f"optim.lr={r}" for r in (0.003, 0.0006, 0.015)
+    }
+
+
+SOME_OF_IT = ["steps=2", "batch.size=2", "data.limit=6", "data.max_length=64", "eval.forgetting={}", "stages.board.columns=[]",
+              "stages.board.across=[trained,memory,seconds]", "stages.method.matrix.seed=[0]"]  # fmt: skip
+
+
+def test_a_survey_shows_what_has_run_and_leaves_the_rest_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    """Two methods at two rates; the table is asked for after one method has run, and again by the pipeline itself."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    drop = [f"~stages.method.matrix.method.{n}" for n in plan_names("survey_leaderboard") if n not in ("ia3", "bitfit")]
+    words = [*SOME_OF_IT, *drop, "stages.method.matrix.rate=[1e-3,1e-2]"]
+    first = ["~stages.method.matrix.method.bitfit", *words]
+    of = "of=" + json.dumps(["survey_leaderboard", *words])
+    nothing = json.loads((step(tmp_path / "nothing", of) / "leaderboard.json").read_text())["rows"]
+    assert [(r["method"], r["seeds"]) for r in nothing] == [("bitfit", []), ("ia3", [])]
+    run_stages.run_all_stages(compose("survey_leaderboard", first))
+    ran = list(started)
+    assert len(ran) == 3 and ran[-1] == "board"
+    some = step(tmp_path / "some", of)
+    rows = json.loads((some / "leaderboard.json").read_text())["rows"]
+    assert [(r["method"], r["seeds"]) for r in rows] == [("ia3", [0]), ("bitfit", [])]
+    by = {r["seed"]: r for r in json.loads((some / "leaderboard.json").read_text())["runs"]}
+    assert by[0]["tuned"] in (1e-3, 1e-2) and rows[0]["mean"]["score"] == by[0]["score"]
+    assert (some / "leaderboard.md").read_text().splitlines()[3].startswith("|  | bitfit | selective |  |  |")
+    last = run_stages.run_all_stages(compose("survey_leaderboard", words))
+    assert started[len(ran) :] == ["method-0-0_001-bitfit", "method-0-0_01-bitfit", "board"]
+    whole = json.loads((Path(last[-1].dir) / "leaderboard.json").read_text())["rows"]
+    assert {r["method"]: r["seeds"] for r in whole} == {"ia3": [0], "bitfit": [0]}
+
+
 @pytest.mark.slow
 def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods on one board, two objectives on the other: trained, read, asked, and reused as a whole."""
@@ -176,6 +224,7 @@ def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert app.run_command(["compare", first[0].dir, first[1].dir]) == 0
 
 
-def plan_names(recipe: str, stage: str) -> list[str]:
-    """Names on the first axis of a stage."""
-    return list(next(iter(compose(recipe).recipe.stages[stage]["matrix"].values())))
+def plan_names(recipe: str, stage: str = "method") -> list[str]:
+    """Names on the axis of a stage that is written as a mapping."""
+    axes = compose(recipe).recipe.stages[stage]["matrix"].values()
+    return list(next(axis for axis in axes if isinstance(axis, dict)))

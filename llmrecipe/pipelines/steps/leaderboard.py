@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
-from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.evaluation.leaderboard_plot import draw_plot
@@ -16,23 +19,28 @@ from llmrecipe.evaluation.leaderboard_table import (
     REQUESTED,
     Column,
     LeaderboardEntry,
+    Tuned,
     as_json,
     better_of,
     cells,
+    chosen_values,
+    labels_of,
     markdown,
     rank,
     read_entries,
     start_label,
 )
 from llmrecipe.objectives.reward_interface import Rewards
+from llmrecipe.pipelines.run_stages import state_of
 from llmrecipe.pipelines.step import Step
-from llmrecipe.recipe.step_spec import unfinished
+from llmrecipe.recipe.step_spec import StepComposition, unfinished
 from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
     from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardEntry, LeaderboardRow
     from llmrecipe.evaluation.win_rate import HeadToHead
     from llmrecipe.pipelines.steps.workspace import Work
+    from llmrecipe.recipe.pipeline_plan import Plan
 
 
 @register
@@ -44,20 +52,32 @@ class Leaderboard(Step):
     table holds win rate, reward, margin on held-out pairs, divergence KL(pi || pi_0) and length, with formulas in
     `llmrecipe.evaluation.win_rate`; the score is then the win rate. A run that was measured is not measured again.
 
+    With `tuned` the runs of a row may differ in one key, and those with the value that is best on the validation split are its
+    result. With `of` the step shows a pipeline as far as it has run: rows without a finished run are empty.
+
     Left in the folder: leaderboard.md, leaderboard.json, leaderboard.png (with matplotlib), leaderboard.html.
     """
 
     gives: ClassVar[str] = "metrics"
     needs: ClassVar[dict[str, str]] = {"against": "model"}
 
-    runs: list[str]
+    runs: list[str] = Field(default_factory=list)
     """Directories of finished runs; `${stage:x}` of a stage with `matrix` is all of its runs."""
+    of: list[str] = Field(default_factory=list)
+    """Instead of `runs`: a recipe with a leaderboard among its stages, and its words; all other options are that stage's."""
     metric: str = "test/accuracy"
     """The score without `against`: a name in the runs' final/metrics.json."""
     columns: list[str] = Field(default_factory=list)
     """Further names in the runs' final/metrics.json, each a column: forget/mean of runs with `eval.forgetting`."""
-    across: str | None = None
-    """What the plot shows the score over: one of `columns`; default: trained parameters, or KL with `against`."""
+    tuned: str | None = None
+    """Key of the recipes, such as optim.lr, whose value is chosen for each row."""
+    by: str = "eval/loss"
+    """With `tuned`: what chooses it, a name in the runs' final/metrics.json measured on the validation split."""
+    across: str | list[str] | None = None
+    """What the plot shows the score over, a panel for each: `columns`, trained, share, stored, memory or seconds.
+
+    Default: trained parameters, or KL with `against`.
+    """
     best: Literal["min", "max"] | None = None
     """Whether a large or a small score is good; default: as the metric declares."""
     against: str | None = None
@@ -85,6 +105,9 @@ class Leaderboard(Step):
 
     def check(self, where: str) -> None:
         """Refuse an empty list, a comparison without prompts or reward, and a plot without matplotlib."""
+        if self.of:
+            self._board(where)
+            return
         if not self.runs:
             raise RecipeError(f'{where}.runs: names no run; write ["${{stage:x}}"]')
         if self.against is not None:
@@ -93,9 +116,18 @@ class Leaderboard(Step):
                     f"{where}.prompts: no prompts are given for the models to answer; name a file or folder of prompts"
                 )
             Rewards(self.reward, f"{where}.reward")
-        if self.across is not None and self.across not in self.columns:
-            named = ", ".join(self.columns) or "none"
-            raise RecipeError(f"{where}.across: '{self.across}' is not a column of the table; {where}.columns has {named}")
+        if self.tuned is not None and not self.by.startswith("eval/"):
+            raise RecipeError(
+                f"{where}.by: '{self.by}' is not measured on the validation split, and a value chosen on the test split makes "
+                "its score too good; name a metric that begins with eval/"
+            )
+        known = [column.key for column in self._columns()]
+        for name in self._across():
+            if name not in known:
+                raise RecipeError(
+                    f"{where}.across: '{name}' is not a column of the table{did_you_mean(name, known)}; it has "
+                    f"{', '.join(known)}, and {where}.columns adds others"
+                )
         if self.plot:
             from llmrecipe.core.lazy import is_installed
 
@@ -107,30 +139,82 @@ class Leaderboard(Step):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Read the runs (and sample their answers), write the files, print the table."""
-        entries = read_entries(self.runs, None if self.against else self.metric, more=self.columns)
+        if not self.of:
+            return self._written(work, self.runs)
+        planned, board = self._board("leaderboard")
+        names = {stage.result: stage for stage in planned.stages}
+        asked = [names[Path(path)] for path in board.runs]
+        labels = labels_of([stage.mapping for stage in asked], apart_from=board.tuned_keys())
+        made = {str(stage.result): label for stage, label in zip(asked, labels, strict=True) if state_of(stage) == "done"}
+        return board._written(work, list(made), made, labels)
+
+    def stands_on(self) -> Mapping[str, Any]:
+        """Return the finished runs of the pipeline that `of` names: the table changes with them."""
+        if not self.of:
+            return {}
+        planned, board = self._board("leaderboard")
+        done = [stage.key for stage in planned.stages if str(stage.result) in board.runs and state_of(stage) == "done"]
+        return {"done": done, "board": asdict(board)}
+
+    def tuned_keys(self) -> tuple[str, ...]:
+        """Return the keys in which runs of one row may differ."""
+        return () if self.tuned is None else (self.tuned,)
+
+    def _board(self, where: str) -> tuple[Plan, Leaderboard]:
+        """Plan the pipeline that `of` names; return its plan and its leaderboard, whose runs need not exist."""
+        from llmrecipe.recipe.compose import compose
+        from llmrecipe.recipe.pipeline_plan import plan
+
+        planned = plan(compose(self.of[0], self.of[1:]))
+        boards = [s.composition for s in planned.stages if isinstance(s.composition, StepComposition)]
+        found = [board for board in (made.build() for made in boards) if isinstance(board, Leaderboard)]
+        if not found:
+            raise RecipeError(f"{where}.of: no stage of {self.of[0]} is a leaderboard")
+        if found[-1].against is not None:
+            raise RecipeError(f"{where}.of: the runs of {self.of[0]} answer prompts, which takes all of them; run the pipeline")
+        return planned, found[-1]
+
+    def _written(
+        self,
+        work: Work,
+        paths: list[str],
+        labels: Mapping[str, tuple[str, str]] | None = None,
+        rows_wanted: Sequence[tuple[str, str]] = (),
+    ) -> dict[str, Any]:
+        """Write the files from finished runs; rows that have none are empty."""
+        tuned = Tuned(self.tuned, self.by) if self.tuned is not None else None
+        entries = read_entries(paths, None if self.against else self.metric, more=self.columns, tuned=tuned, labels=labels)
         if self.against is not None:
             entries = self._requested(work, entries)
         columns = self._columns()
         score = columns[0]
-        best = self.best or ("max" if self.against else better_of(self.metric, self.runs, "best"))
-        rows = rank(entries, best, score.key)
+        best = self.best or ("max" if self.against else better_of(self.metric, paths, "best") if paths else "max")
+        if tuned is not None and entries:
+            entries = chosen_values(entries, better_of(self.by, paths, "by"))
+        rows = rank(entries, best, score.key, rows_wanted)
         table, notes = markdown(rows, columns)
         say(table)
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
         if self.plot:
-            key = self.across or ("kl" if self.against else "trained")
-            x = next(c for c in columns if c.key == key)
-            draw_plot(rows, x, score, work.path / "leaderboard.png", log=key == "trained")
+            draw_plot(rows, [c for c in columns if c.key in self._across()], score, work.path / "leaderboard.png")
         self._page(work, rows, columns)
-        return {"runs": len(entries), "methods": len(rows), "best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]}
+        top = {"best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]} if entries else {}
+        return {"runs": len(entries), "methods": len(rows), **top}
+
+    def _across(self) -> list[str]:
+        """Return what the plot shows the score over."""
+        if self.across is None:
+            return ["kl" if self.against else "trained"]
+        return [self.across] if isinstance(self.across, str) else self.across
 
     def _columns(self) -> list[Column]:
         more = [Column(name, name, spread=True) for name in self.columns]
         if self.against is not None:
             shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
             return [*shown, *more, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
-        return [Column("score", self.metric, spread=True), *more, *PLAIN]
+        value = [Column("tuned", self.tuned, means=f"the value that is best in {self.by}")] if self.tuned else []
+        return [Column("score", self.metric, spread=True), *more, *value, *PLAIN]
 
     def _requested(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         """Return the runs with the measurements of their answers, after the model they started from."""
