@@ -174,12 +174,12 @@ def test_what_is_done_against_forgetting_keeps_the_old_task(place: Path) -> None
 def test_methods_of_the_survey_learn(place: Path) -> None:
     """A full, a reparameterized and a hybrid method; the control learns from lists whose answers are those of others."""
     every = compose("survey_leaderboard").recipe.stages["method"]["matrix"]["method"]
-    dropped = [f"~stages.method.matrix.method.{name}" for name in every if name not in ("sft", "sft_lora", "mam")]
+    dropped = [f"~stages.method.matrix.method.{name}" for name in every if name not in ("sft", "sft_lora", "s4")]
     words = ["stages.method.matrix.seed=[0]", "stages.method.matrix.rate=[3e-3]", "stages.board.plot=false", *dropped]
     made = scores(stages("survey_leaderboard", *words)["board"])
     control = scores(stages("survey_leaderboard", *words, *LISTS(place / "lists"))["board"])
-    assert made.keys() == control.keys() == {"full", "lora", "mam"}
-    assert max(row["score"] for row in made.values()) <= 0.6 and min(row["score"] for row in control.values()) >= 1.0
+    assert made.keys() == control.keys() == {"full", "lora", "s4"}
+    assert max(row["score"] for row in made.values()) <= 0.7 and min(row["score"] for row in control.values()) >= 1.0
 
 
 @inside
