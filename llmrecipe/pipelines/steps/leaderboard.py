@@ -143,9 +143,9 @@ class Leaderboard(Step):
             return self._written(work, self.runs)
         planned, board = self._board("leaderboard")
         names = {stage.result: stage for stage in planned.stages}
-        asked = [names[Path(path)] for path in board.runs]
-        labels = labels_of([stage.mapping for stage in asked], apart_from=board.tuned_keys())
-        made = {str(stage.result): label for stage, label in zip(asked, labels, strict=True) if state_of(stage) == "done"}
+        wanted = [names[Path(path)] for path in board.runs]
+        labels = labels_of([stage.mapping for stage in wanted], apart_from=board.tuned_keys())
+        made = {str(stage.result): label for stage, label in zip(wanted, labels, strict=True) if state_of(stage) == "done"}
         return board._written(work, list(made), made, labels)
 
     def stands_on(self) -> Mapping[str, Any]:
@@ -226,7 +226,7 @@ class Leaderboard(Step):
                 referee.append(self._head_to_head(work.seed))
             return [self._facts(referee[0], path) for path in part]
 
-        values = work.each([self.against, *self.runs], ask, name="asked", count=lambda facts: facts[0])
+        values = work.each([self.against, *self.runs], ask, name="wanted", count=lambda facts: facts[0])
         start = LeaderboardEntry(start_label(self.against), "start", work.seed, values[0])
         return [
             start,
