@@ -191,9 +191,10 @@ def _labels(tables: Sequence[TokenTable], given: Sequence[str] | None, split: st
 def order(data: SplitRows, seed: int, epoch: int) -> np.ndarray | range:
     """Return row indices of one epoch, shuffled by (seed, epoch); a stream shuffles itself, so its order is kept.
 
-    Without weights it is a permutation. With weights it has as many entries as there are rows; each is drawn from source i
-    with probability weight_i / sum(weights), and within a source rows come in a shuffled order that starts over when it is
-    used up, so no row of a source is seen n + 1 times before all were seen n times.
+    Without weights it is a permutation. With weights it has as many entries as there are rows, and every stretch from the start
+    of L entries has L weight_i / sum(weights) of source i, give or take fewer rows than there are sources: entry j of source i
+    has place (j + u_i) / weight_i, u_i in [0, 1) by (seed, epoch), and places are sorted. Within a source rows come in a
+    shuffled order that starts over when it is used up, so no row is seen n + 1 times before all were seen n times.
     """
     if isinstance(data, StreamedRows):
         return data.order(epoch)
@@ -201,13 +202,15 @@ def order(data: SplitRows, seed: int, epoch: int) -> np.ndarray | range:
     if data.weights is None:
         return rng.permutation(len(data))
     shares = np.array(data.weights) / np.sum(data.weights)
-    sources = rng.choice(len(shares), size=len(data), p=shares)
+    most = [int(np.ceil(len(data) * share)) + len(shares) for share in shares]
+    places = [(np.arange(count) + rng.random()) / share for count, share in zip(most, shares, strict=True)]
+    sources = np.repeat(np.arange(len(shares)), most)[np.argsort(np.concatenate(places), kind="stable")[: len(data)]]
     drawn = np.empty(len(data), dtype=np.int64)
     for i, (start, end) in enumerate(zip(data.starts[:-1], data.starts[1:])):
-        places = np.flatnonzero(sources == i)
-        rounds = -(-len(places) // int(end - start))
+        own = np.flatnonzero(sources == i)
+        rounds = -(-len(own) // int(end - start))
         rows = [rng.permutation(np.arange(start, end)) for _ in range(rounds)]
-        drawn[places] = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])[: len(places)]
+        drawn[own] = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])[: len(own)]
     return drawn
 
 

@@ -40,8 +40,9 @@ ENDLESS = 1 << 40
 class TokenStream:
     """An endless iterator of token rows over the training split.
 
-    A pass over the data ends when every source has been read once. In a weighted mixture each row is drawn from source i
-    with probability weight_i / sum(weights), and a source that ends before the others starts over.
+    A pass over the data ends when every source has been read once. In a weighted mixture each stretch from its start of L rows
+    has L weight_i / sum(weights) of source i, give or take fewer rows than there are sources, before the buffer shuffles them;
+    a source that ends before the others starts over.
 
     Args:
         buffer: rows the shuffle holds; 1 keeps the order of the files.
@@ -149,16 +150,18 @@ class TokenStream:
         yield from held
 
     def _mixed(self, epoch: int) -> Iterator[Raw]:
-        weights = [part.weight for part in self.parts]
-        if any(weight is None for weight in weights):
+        weights = [part.weight for part in self.parts if part.weight is not None]
+        if len(weights) < len(self.parts):
             for source in range(len(self.parts)):
                 yield from self._read(source)
             return
         rng = Random(f"{self.seed} {epoch} mixture")
         readers = [self._read(source) for source in range(len(self.parts))]
         ended: set[int] = set()
+        places = [rng.random() / weight for weight in weights]
         while True:
-            source = rng.choices(range(len(readers)), weights=[w or 0.0 for w in weights])[0]
+            source = places.index(min(places))
+            places[source] += 1.0 / weights[source]
             raw = next(readers[source], None)
             if raw is None:
                 ended.add(source)

@@ -31,13 +31,27 @@ def words(data: TokenData) -> list[str]:
     return [tokenizer.decode(row["ids"], skip_special_tokens=True) for row in data]
 
 
-def test_weights_hold_per_example(tmp_path: Path) -> None:
+def test_weights_hold_for_every_stretch_from_the_start(tmp_path: Path) -> None:
     a, b = texts(tmp_path / "a.jsonl", "a", 900), texts(tmp_path / "b.jsonl", "b", 100)
     data = read(path={a: 1.0, b: 3.0})
-    drawn = np.concatenate([order(data, 0, epoch) for epoch in range(4)])
-    share = float((drawn >= 900).mean())
-    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / len(drawn)) ** 0.5
+    for epoch in range(4):
+        drawn = order(data, 0, epoch)
+        assert len(drawn) == 1000
+        # Two sources: a count is never two rows from its share.
+        assert np.abs((drawn >= 900).cumsum() - 0.75 * np.arange(1, 1001)).max() < 2
+    np.testing.assert_array_equal(order(data, 0, 1), order(data, 0, 1))
+    assert not np.array_equal(order(data, 0, 0) >= 900, order(data, 1, 0) >= 900), "the seed decides where each source begins"
     assert all(word[0] == "b" for word in (words(data)[i] for i in drawn[drawn >= 900][:5]))
+
+
+def test_shares_of_three_sources_are_exact_to_a_few_rows(tmp_path: Path) -> None:
+    counts, weights = (50, 300, 7), np.array([0.07, 2.0, 0.5])
+    paths = [texts(tmp_path / f"{name}.jsonl", name, count) for name, count in zip("abc", counts, strict=True)]
+    data = read(path=dict(zip(paths, weights.tolist(), strict=True)))
+    drawn = order(data, 3, 2)
+    for low, high, share in zip((0, 50, 350), (50, 350, 357), weights / weights.sum(), strict=True):
+        seen = ((drawn >= low) & (drawn < high)).cumsum()
+        assert np.abs(seen - share * np.arange(1, len(drawn) + 1)).max() < 3
 
 
 def test_a_source_is_used_up_before_it_repeats(tmp_path: Path) -> None:

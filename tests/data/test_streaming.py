@@ -63,8 +63,9 @@ def test_weighted_mixture_and_its_resume(tmp_path: Path) -> None:
     path = {texts(tmp_path / "a.jsonl", "a", 400): 1.0, texts(tmp_path / "b.jsonl", "b", 400): 3.0}
     letter = byte_tokenizer().convert_tokens_to_ids("b")
     rows = list(islice(stream(path), 500))
-    share = sum(r["ids"][0] == letter for r in rows) / 500
-    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 500) ** 0.5
+    # Rows are encoded 64 at a time; without a buffer each such batch ends a stretch that has its exact share.
+    plain = [r["ids"][0] == letter for r in islice(stream(path, buffer=1), 384)]
+    assert all(abs(sum(plain[:end]) - 0.75 * end) < 2 for end in range(64, 385, 64))
     one, two = stream(path), stream(path)
     list(islice(one, 123))
     two.load_state(one.state())
