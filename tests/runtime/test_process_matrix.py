@@ -25,7 +25,12 @@ LAUNCH = (
 )
 SECONDS = 60
 """A run of two steps with two saves that takes longer on one core each hangs somewhere."""
-LIMIT = {"classification": ["data.limit=34"], "image_classification": ["data.limit=34"], "vqa": ["data.limit=120"]}
+LIMIT = {
+    "classification": ["data.limit=34"],
+    "hyper_mtf": ["data.limit=48"],
+    "image_classification": ["data.limit=34"],
+    "vqa": ["data.limit=120"],
+}
 """Rows without which a label would be missing."""
 
 
