@@ -14,6 +14,7 @@ from llmrecipe.cli.app import run_command
 from llmrecipe.cli.doc_pages import FOLDER, ORDER, find_sections, page_sections, page_text, page_title
 from llmrecipe.cli.doc_tables import TABLES
 from llmrecipe.core import registry
+from llmrecipe.core.paths import PACKAGE
 from llmrecipe.data.formats.mismatch import objectives_for
 from tests.support import ROOT
 
@@ -54,6 +55,14 @@ def test_a_format_names_every_objective_that_reads_it() -> None:
     assert {"clm", "mlm", "nsp", "dae", "sft"} <= set(objectives_for("text"))
     assert objectives_for("unpaired") == ["kto"] and "dpo" in objectives_for("preference")
     assert "mlm" not in objectives_for("preference")
+
+
+def test_messages_that_are_explained_are_messages_that_are_said() -> None:
+    """A phrase of the tables of troubleshooting stands in the source, whole or with the next line of its text."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    phrases = re.findall(r"^\| `([^`]+)` \|", page_text("troubleshooting"), re.MULTILINE)
+    assert len(phrases) > 12 and [phrase for phrase in phrases if phrase not in joined] == []
 
 
 def run_page(topic: str, folder: Path) -> None:
