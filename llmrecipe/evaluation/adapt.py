@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import RunError, UserError
+from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.methods.additive._engines.prefix_kv import tables_of
 from llmrecipe.methods.memory._engines.generated_adapter import Generator
@@ -60,11 +61,10 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         with torch.no_grad():
             hypermodel = writer.hypermodel(loaded.model).eval()
             written = hypermodel(padded_texts([texts], run.roles))
-        facts: dict[str, Any] = {
-            "examples": used,
-            "tokens": len(texts),
-            "loss/base": evaluate(run.evaluation(), run.data)["loss"],
-        }
+        # A LoRA does nothing before it is filled, but a prefix that holds its random start does.
+        with activate(Context(off=frozenset(wrapper.name for wrapper in run.stack))):
+            base = evaluate(run.evaluation(), run.data)["loss"]
+        facts: dict[str, Any] = {"examples": used, "tokens": len(texts), "loss/base": base}
         fill_adapter(run.model, writer, ADAPTER[writer.emit], written, gates_of(loaded.model, writer.name))
         facts["loss"] = evaluate(run.evaluation(), run.data)["loss"]
         run.events.evaluation(step=0, **facts)

@@ -56,7 +56,16 @@ def test_what_it_writes_is_an_ordinary_run_and_the_same_model(trained: Path, sho
             live = loaded.model(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, live, atol=1e-5, rtol=1e-5)
     assert float((live - plain).abs().max()) > 1e-6, "with and without examples must differ for this test to say anything"
-    assert facts["loss/base"] > 0 and facts["loss"] > 0
+    assert facts["loss/base"] == pytest.approx(loss_without(tmp_path / "plain", shots), rel=1e-5)
+    assert facts["loss"] != facts["loss/base"]
+
+
+def loss_without(folder: Path, shots: Path) -> float:
+    """The loss of the examples' answers under the model alone, as an evaluation before the first step has it."""
+    train_recipe(folder, "sft", f"data.path={shots}", f"data.validation={shots}", "steps=1", "data.max_length=64")
+    first = next(json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if '"eval/loss"' in line)
+    assert first["step"] == 0
+    return float(first["eval/loss"])
 
 
 def tokens_of(trained: Path, shots: Path) -> list[int]:
