@@ -100,6 +100,13 @@ def test_the_commands_of_a_page_run(topic: str, tmp_path: Path) -> None:
     run_page(topic, tmp_path)
 
 
+@pytest.mark.slow
+def test_the_python_of_its_page_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page_text("python"), re.MULTILINE | re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
 def test_sections_end_at_headings_and_not_at_comments_of_code() -> None:
     tutorial = [section.heading for section in page_sections("start")]
     assert "4. Train" in tutorial and not any(heading.startswith("Answers of the zoo") for heading in tutorial)
