@@ -96,7 +96,7 @@ TOKENS = {
     ],
     "a stale token cache is read": ["data/test_cache.py::test_each_ingredient_misses_and_nothing_else_does"],
     "mixture weights, shuffles and limits do not do what they say": [
-        "data/test_mixture.py::test_weights_hold_per_example",
+        "data/test_mixture.py::test_weights_hold_for_every_stretch_from_the_start",
         "data/test_mixture.py::test_order_is_a_permutation_that_depends_on_seed_and_epoch",
         "data/test_mixture.py::test_limit_is_a_seeded_draw_not_the_first_rows",
     ],
