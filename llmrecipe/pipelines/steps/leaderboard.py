@@ -226,7 +226,7 @@ class Leaderboard(Step):
                 referee.append(self._head_to_head(work.seed))
             return [self._facts(referee[0], path) for path in part]
 
-        values = work.each([self.against, *self.runs], ask, name="wanted", count=lambda facts: facts[0])
+        values = work.each([self.against, *self.runs], ask, name="asked", count=lambda facts: facts[0])
         start = LeaderboardEntry(start_label(self.against), "start", work.seed, values[0])
         return [
             start,
