@@ -57,7 +57,7 @@ def page_title(topic: str) -> str:
 def page_sections(topic: str) -> list[PageSection]:
     """Cut a page at its headings; lines inside a code block are no headings."""
     found: list[PageSection] = []
-    heading, lines, code = page_title(topic), list[str](), False
+    heading, lines, code = "", list[str](), False
     for line in page_text(topic).splitlines():
         code ^= line.startswith("```")
         if line.startswith("#") and not code:

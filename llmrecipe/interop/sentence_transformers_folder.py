@@ -24,6 +24,7 @@ from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason, target_folder, widen, writing
 from llmrecipe.methods._engines.quantized import quantized
+from llmrecipe.models import folder_pooling
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.native.config import NativeConfig
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
 
 
 NAME = "sentence_transformers"
-MODES = {"cls": "pooling_mode_cls_token", "avg": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+MODES = {"cls": folder_pooling.MODES["cls"], "avg": folder_pooling.MODES["mean"], "last": folder_pooling.MODES["last"]}
 """Pooling -> its switch in `1_Pooling/config.json`."""
-OTHER_MODES = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 HEAD = "pool"
 """Role of the head behind the pooled states of `contrastive`; another role is named with the pooling."""
 TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
@@ -158,7 +158,8 @@ def _write_backbone(model: LanguageModel, folder: Path, dtype: torch.dtype) -> N
 
 
 def _write_pipeline(folder: Path, pooling: Mapping[str, Any], width: int, dense: DenseStep | None) -> None:
-    modes = {name: name == MODES[pooling["pool"]] for name in (*MODES.values(), *OTHER_MODES)}
+    switches = dict.fromkeys((*MODES.values(), *folder_pooling.MODES.values()))
+    modes = {switch: switch == MODES[pooling["pool"]] for switch in switches}
     steps: list[tuple[str, dict[str, Any] | None]] = [
         ("Transformer", None),
         ("Pooling", {"word_embedding_dimension": width, **modes, "include_prompt": True}),

@@ -79,7 +79,6 @@ def run_page(topic: str, folder: Path) -> None:
         ["bash", "-c", script], cwd=folder, env={**os.environ, **set_here}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
 
 
 def test_the_tutorial_leads_to_a_model_that_answers_as_it_was_taught(tmp_path: Path) -> None:

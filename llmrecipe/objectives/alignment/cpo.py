@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
+    WithoutMargin,
     answer_nll,
     collate_pairs,
     implicit_reward_metrics,
@@ -61,7 +62,7 @@ def cpo_loss(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str = "si
 
 
 @register
-class Cpo(Objective):
+class Cpo(WithoutMargin, Objective):
     """CPO: L = (1/P) sum -log sigma(beta (S_w - S_l)) + bc_weight NLL(chosen), S the summed log-probability of an answer.
 
     DPO with a uniform reference, whose log-ratios cancel, so one model is in memory; the behaviour-cloning term keeps the
@@ -86,10 +87,6 @@ class Cpo(Objective):
     """Shape of the preference loss."""
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels, for `sigmoid`."""
-
-    def unread(self) -> Sequence[str]:
-        """Return the margin, which is a reward model's."""
-        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
+    WithoutMargin,
     answer_nll,
     collate_pairs,
     implicit_reward_metrics,
@@ -79,7 +80,7 @@ def separate_loss(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str)
 
 
 @register
-class Dpo(Objective):
+class Dpo(WithoutMargin, Objective):
     """DPO: L = -(1/P) sum log sigma(beta (r_w - r_l)), r = log pi(y|x) - log pi_ref(y|x), w the chosen answer, l the rejected.
 
     Log-probabilities are summed over answer tokens. The reference is the policy of step 0, whatever the stack: adapters are
@@ -120,10 +121,6 @@ class Dpo(Objective):
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
     nll_coef: NonNegativeFloat = 0.0
     """Weight of the token-mean negative log-likelihood of the chosen answers."""
-
-    def unread(self) -> Sequence[str]:
-        """Return the margin, which is a reward model's."""
-        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse a label smoothing for which the loss is not defined, and invalid references.

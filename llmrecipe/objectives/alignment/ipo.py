@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
     PairScores,
+    WithoutMargin,
     collate_pairs,
     implicit_reward_metrics,
     log_ratios,
@@ -51,7 +51,7 @@ def regulariser(chosen: Tensor, rejected: Tensor, chosen_mean: Tensor, kind: str
 
 
 @register
-class Ipo(Objective):
+class Ipo(WithoutMargin, Objective):
     """IPO: L = (1/P) sum (rho_w - rho_l - 1/(2 beta))^2, rho = log pi(y|x) - log pi_ref(y|x), beta the paper's tau.
 
     The target is a margin of 1/(2 beta), not infinity: certain preferences do not pull the policy away without bound, and the
@@ -84,10 +84,6 @@ class Ipo(Objective):
     """The policy of step 0, the model without any stack, no reference at all, or the folder of a model or finished run."""
     ref_sync: RefSync | None = None
     """{alpha, steps}: the reference follows the policy (TR-DPO); for stacks that train the base's own weights."""
-
-    def unread(self) -> Sequence[str]:
-        """Return the margin, which is a reward model's."""
-        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse invalid references and rows with soft labels.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
+    WithoutMargin,
     answer_nll,
     collate_pairs,
     implicit_reward_metrics,
@@ -52,7 +53,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 @register
-class Orpo(Objective):
+class Orpo(WithoutMargin, Objective):
     """ORPO: L = NLL(chosen) + odds_weight (1/P) sum -log sigma(log odds_w - log odds_l), odds = p / (1 - p).
 
     p is the length-averaged likelihood of an answer, exp(S/n). One model, no reference. The likelihood is a mean over tokens:
@@ -71,10 +72,6 @@ class Orpo(Objective):
     """Weight of the odds-ratio term (the paper's lambda)."""
     nll_on: Literal["all", "completion"] = "all"
     """Tokens of the likelihood term: prompt and chosen answer, or the chosen answer."""
-
-    def unread(self) -> Sequence[str]:
-        """Return the margin, which is a reward model's."""
-        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.

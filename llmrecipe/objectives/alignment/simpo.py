@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.pairs import (
     PAIR_METRICS,
+    WithoutMargin,
     collate_pairs,
     implicit_reward_metrics,
     logp_metrics,
@@ -42,7 +42,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float, smoo
 
 
 @register
-class Simpo(Objective):
+class Simpo(WithoutMargin, Objective):
     """SimPO: L = -(1/P) sum log sigma(beta (S_w/n_w - S_l/n_l) - gamma), S the summed log-probability of an answer.
 
     The reward is what generation maximises, the length-averaged log-probability, so there is no reference model; gamma is the
@@ -62,10 +62,6 @@ class Simpo(Objective):
     """Target margin between the rewards (the paper's gamma; its ratio to beta is 0.3 to 0.5 in most of its runs)."""
     label_smoothing: OpenFraction = 0.0
     """Assumed share of flipped labels."""
-
-    def unread(self) -> Sequence[str]:
-        """Return the margin, which is a reward model's."""
-        return ("margin",)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse soft labels.

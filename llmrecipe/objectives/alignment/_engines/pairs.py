@@ -35,6 +35,14 @@ class PairScores:
         return self.chosen / self.chosen_tokens.clamp_min(1.0), self.rejected / self.rejected_tokens.clamp_min(1.0)
 
 
+class WithoutMargin:
+    """Mixin for an `Objective` on pairs that does not read their margins, which are a reward model's."""
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the column of the margins."""
+        return ("margin",)
+
+
 def refuse_soft(data: SplitRows, why: str) -> None:
     """Refuse rows whose `p` is a soft label.
 
