@@ -16,6 +16,7 @@ from llmrecipe.core.errors import ModelError, RecipeError, RunError
 from llmrecipe.core.registry import PACKAGE
 from llmrecipe.engine import reference_model
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.runs import open_model
 from llmrecipe.training import build_run
 from tests.tiny import tiny_model
@@ -36,19 +37,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_mixture_is_that_of_the_reference_trainer() -> None:
-    """Three moves of random weights, bit for bit; entries that do not train are left alone."""
+    """Three moves of random weights, bit for bit; entries that do not train have no copy."""
     from trl.trainer.callbacks import SyncRefModelCallback
 
-    policy, theirs = tiny_model(seed=1), tiny_model(seed=1)
-    policy.lm_head.requires_grad_(False)
-    stack = Stack([])
+    policy, theirs = tiny_model("gpt2", seed=1), tiny_model("gpt2", seed=1)
+    stack = Stack([Bitfit(name="bitfit")])
+    stack.attach(policy)
     stack.snapshot_trained(policy)
-    assert stack.snapshot is not None and "lm_head.weight" not in stack.snapshot
+    assert stack.snapshot and all(name.endswith(".bias") for name in stack.snapshot)
     for move in range(3):
         torch.manual_seed(move)
         with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+            for name, parameter in policy.named_parameters():
+                if name in stack.snapshot:
+                    parameter.add_(torch.randn_like(parameter))
         stack.mix_reference(policy, 0.6)
         SyncRefModelCallback._sync_target_model(policy, theirs, 0.6)
     wanted = dict(theirs.named_parameters())
