@@ -43,6 +43,7 @@ def test_the_mixture_is_that_of_the_reference_trainer() -> None:
     policy, theirs = tiny_model("gpt2", seed=1), tiny_model("gpt2", seed=1)
     stack = Stack([Bitfit(name="bitfit")])
     stack.attach(policy)
+    Stack([Bitfit(name="bitfit")]).attach(theirs)
     stack.snapshot_trained(policy)
     assert stack.snapshot and all(name.endswith(".bias") for name in stack.snapshot)
     for move in range(3):
