@@ -90,17 +90,7 @@ def prepare(
     if data.streaming and row_type(rows).reads_files:
         raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
     if data.streaming and split == "train":
-        ingredients = [
-            data.model_dump(mode="json"),
-            tokenizer_fingerprint(tokenizer),
-            rows,
-            mask,
-            seed,
-            *([dict(needs)] if needs else []),
-            *([{"plugins": plugged}] if (plugged := plugin_code()) else []),
-        ]
-        stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks, needs=needs)
-        return StreamedRows(stream, table_key({"stream": ingredients}))
+        return _streamed(data, tokenizer, rows, mask, seed, tasks, needs)
     try:
         parts = open_split(data, split)
     except NoSplitError:
@@ -119,11 +109,7 @@ def prepare(
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
     validation.check_report(report, data, split)
-    empty = next((p for p, t in zip(parts, tables) if p.weight is not None and not len(t)), None)
-    if empty is not None:
-        raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")
-    weights = [part.weight for part in parts]
-    weighted = None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
+    weighted = _weights(parts, tables)
     files = [t.features.key for t in tables if t.features is not None]
     joined = "".join([*(t.facts["key"] for t in tables), *files, json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
@@ -133,6 +119,42 @@ def prepare(
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
+
+
+def _streamed(
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: str,
+    mask: str,
+    seed: int,
+    tasks: Tasks | None,
+    needs: Mapping[str, str] | None,
+) -> StreamedRows:
+    """Return training rows that are read and tokenized as they are asked for; their key names everything they depend on."""
+    ingredients = [
+        data.model_dump(mode="json"),
+        tokenizer_fingerprint(tokenizer),
+        rows,
+        mask,
+        seed,
+        *([dict(needs)] if needs else []),
+        *([{"plugins": plugged}] if (plugged := plugin_code()) else []),
+    ]
+    stream = TokenStream(data, tokenizer, rows, mask=mask, seed=seed, tasks=tasks, needs=needs)
+    return StreamedRows(stream, table_key({"stream": ingredients}))
+
+
+def _weights(parts: Sequence[Part], tables: Sequence[TokenTable]) -> list[float] | None:
+    """Return the weight of each part of the data, or None where the recipe gives none.
+
+    Raises:
+        DataError: a part with a weight has no rows.
+    """
+    empty = next((p for p, t in zip(parts, tables) if p.weight is not None and not len(t)), None)
+    if empty is not None:
+        raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")
+    weights = [part.weight for part in parts]
+    return None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
 
 
 def _stride(data: DataSection, rows: str, split: str) -> int | None:
