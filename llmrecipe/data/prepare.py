@@ -130,7 +130,7 @@ def _streamed(
     tasks: Tasks | None,
     needs: Mapping[str, str] | None,
 ) -> StreamedRows:
-    """Return training rows that are read and tokenized as they are asked for; their key names everything they depend on."""
+    """Return training rows that are read and tokenized on demand; their key names everything they depend on."""
     ingredients = [
         data.model_dump(mode="json"),
         tokenizer_fingerprint(tokenizer),
