@@ -18,7 +18,7 @@ from llmrecipe.core.console import number
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.feedback.directions import Direction, direction_of
 from llmrecipe.recipe.validate import build_object
-from llmrecipe.runs.run_record import Record, flat, read_run
+from llmrecipe.runs.run_record import Record, flat, read_run, seconds_of
 
 NOT_A_WAY = ("run", "log", "save", "seed")
 """Recipe keys in which two runs of one row may differ."""
@@ -251,16 +251,6 @@ def cost_facts(record: Record) -> dict[str, float]:
         "memory": max((v for _, v in record.curve("peak_mem_mb")), default=0.0),
         "seconds": seconds_of(record.steps),
     }
-
-
-def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
-    """Compute the sum over steps of tokens / (tokens per second); `tokens` in the events counts from the start."""
-    total, before = 0.0, 0.0
-    for step in steps:
-        if step.get("tokens_per_s"):
-            total += (float(step["tokens"]) - before) / float(step["tokens_per_s"])
-        before = float(step["tokens"])
-    return total
 
 
 def _score(record: Record, metric: str, where: str) -> float:

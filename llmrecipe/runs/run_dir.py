@@ -196,7 +196,7 @@ class RunDir:
         self.write("command.txt", redact_text(shlex.join(sys.argv)) + "\n")
         here, run = Path.cwd(), self.path.absolute()
         folder = {"absolute": str(here), "relative": os.path.relpath(here, run), "run": str(run)}
-        self.write("environment.json", json.dumps({**environment(), "folder": folder}, indent=1) + "\n")
+        self.write("environment.json", json.dumps({**environment(), "started": now(), "folder": folder}, indent=1) + "\n")
 
     def redescribe(self, composition: Composition) -> None:
         """Replace the recipe by the one the run continues under, and add the command that continues it to those before it."""
@@ -236,7 +236,7 @@ class RunDir:
         if not self.main:
             return
         assert state in STATES, state
-        value = {"status": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "process": os.getpid(), **facts}
+        value = {"status": state, "time": now(), "process": os.getpid(), **facts}
         if error is not None:
             value["error"] = redact_text(error)
         self.write("status.json", json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -359,6 +359,11 @@ def _tell(runtime: Runtime | None, value: dict[str, str]) -> None:
 def _near(path: Path) -> str:
     parent = path.parent
     return did_you_mean(path.name, (p.name for p in parent.iterdir() if p.is_dir())) if parent.is_dir() else ""
+
+
+def now() -> str:
+    """Return the time in ISO format, to the second, with the offset from UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def environment() -> dict[str, Any]:

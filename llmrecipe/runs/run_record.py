@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ class Record:
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Return (step, value) of a metric of steps or evaluations; steps without a number are left out."""
-        source = self.evaluations if "/" in metric else self.steps
-        return [(e["step"], float(e[metric])) for e in source if isinstance(e.get(metric), int | float)]
+        events = (*self.steps, *self.evaluations)
+        return [(e["step"], float(e[metric])) for e in events if isinstance(e.get(metric), int | float)]
 
     def metrics(self) -> list[str]:
         """Return the names with a curve, in the order of their first appearance."""
@@ -62,6 +63,16 @@ class Record:
             facts |= {f"{task}/{metric}": value for metric, value in scores["metrics"].items()}
         facts |= {"tokens": self.last("tokens"), "tokens_per_s": speeds[len(speeds) // 2] if speeds else None}
         return facts | {"peak_mem_mb": max((v for _, v in self.curve("peak_mem_mb")), default=None)}
+
+
+def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
+    """Compute the sum over steps of tokens / (tokens per second); `tokens` in the events counts from the start."""
+    total, before = 0.0, 0.0
+    for step in steps:
+        if step.get("tokens_per_s"):
+            total += (float(step["tokens"]) - before) / float(step["tokens_per_s"])
+        before = float(step["tokens"])
+    return total
 
 
 def read_task_scores(run: Path) -> dict[str, dict[str, Any]]:

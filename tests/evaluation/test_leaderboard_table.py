@@ -21,8 +21,8 @@ from llmrecipe.evaluation.leaderboard_table import (
     markdown,
     rank,
     read_entries,
-    seconds_of,
 )
+from llmrecipe.runs.run_record import seconds_of
 
 SFT: dict[str, Any] = {"objective": {"kind": "sft"}, "stack": {}, "seed": 0, "optim": {"lr": 0.1}}
 LORA: dict[str, Any] = {**SFT, "stack": {"lora": {"kind": "lora", "r": 4}}}

@@ -21,6 +21,7 @@ from llmrecipe.recipe.pipeline_spec import WrittenStage, parse_stages
 from llmrecipe.recipe.recipe_paths import find_recipe
 from llmrecipe.recipe.step_spec import compose_step
 from tests.evaluation.test_leaderboard_table import LORA, SFT, finished
+from tests.pages import checked
 
 
 def step(folder: Path, *words: str) -> Path:
@@ -50,8 +51,8 @@ def test_files_hold_the_ranked_table_and_the_runs(runs: str, tmp_path: Path, cap
         ("full", 0, 0.875),
     ]
     assert (folder / "leaderboard.png").read_bytes()[1:4] == b"PNG"
-    page = (folder / "leaderboard.html").read_text()
-    assert "<td>0.625 ± 0.18</td>" in page and "data:image/png;base64," in page
+    page = checked((folder / "leaderboard.html").read_text(), ["Ranking", "Columns"])
+    assert "0.625 ± 0.18" in [cell.text() for cell in page.one("table").all("td")]
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
     assert metrics == {"runs": 3, "methods": 2, "best": "full", "best/score": 0.875}
 

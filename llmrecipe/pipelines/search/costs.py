@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.evaluation.leaderboard_table import seconds_of
 from llmrecipe.models.checkpoint_path import DELTA_FILE
 from llmrecipe.models.weight_headers import read_header
 from llmrecipe.pipelines.search.trial import Trial
-from llmrecipe.runs.run_record import read_run
+from llmrecipe.runs.run_record import read_run, seconds_of
 
 Losses = Callable[[Trial], tuple[float, ...]]
 """Score and costs of a trial as numbers that are to be small."""

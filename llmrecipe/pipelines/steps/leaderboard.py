@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.evaluation.leaderboard_page import leaderboard_page
 from llmrecipe.evaluation.leaderboard_plot import draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
     PLAIN,
@@ -22,7 +22,6 @@ from llmrecipe.evaluation.leaderboard_table import (
     Tuned,
     as_json,
     better_of,
-    cells,
     chosen_values,
     labels_of,
     markdown,
@@ -37,7 +36,7 @@ from llmrecipe.recipe.step_spec import StepComposition, unfinished
 from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
-    from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardEntry, LeaderboardRow
+    from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardEntry
     from llmrecipe.evaluation.win_rate import HeadToHead
     from llmrecipe.pipelines.steps.workspace import Work
     from llmrecipe.recipe.pipeline_plan import Plan
@@ -198,7 +197,7 @@ class Leaderboard(Step):
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
         if self.plot:
             draw_plot(rows, [c for c in columns if c.key in self._across()], score, work.path / "leaderboard.png")
-        self._page(work, rows, columns)
+        work.dir.write("leaderboard.html", leaderboard_page(rows, columns))
         top = {"best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]} if entries else {}
         return {"runs": len(entries), "methods": len(rows), **top}
 
@@ -247,15 +246,3 @@ class Leaderboard(Step):
         from llmrecipe.evaluation.evaluate_model import open_subject
 
         return referee.baseline() if path == self.against else referee.measure(open_subject(path, self.words))
-
-    def _page(self, work: Work, rows: list[LeaderboardRow], columns: list[Column]) -> None:
-        """Write the same as one self-contained page."""
-        from llmrecipe.runs.html_report import document, table
-
-        picture = work.path / "leaderboard.png"
-        parts = ["<h1>Leaderboard</h1>", table(cells(rows, columns))]
-        if self.plot:
-            data = base64.b64encode(picture.read_bytes()).decode()
-            parts.append(f'<img alt="score over cost" style="max-width:100%" src="data:image/png;base64,{data}">')
-        parts += ["<h2>Columns</h2>", table([["column", "meaning"], *([c.title, c.means] for c in columns if c.means)])]
-        work.dir.write("leaderboard.html", document("Leaderboard", parts))

@@ -234,23 +234,22 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_the_picture_shows_every_expert_and_frames_the_chosen_ones() -> None:
-    from llmrecipe.runs.html_report import grid_svg
+    from llmrecipe.runs.report.maps import grid_map
 
     model, _, wrapper = tuned(score="gate")
     (title, made), *_ = wrapper.grids(model).items()
     assert title == "gate score" and [len(row) for row in made["values"]] == [8, 8]
     assert made["marked"] == [hook.chosen.tolist() for hook in hooks(model).values()]
-    text = grid_svg("esft: gate score", made)
-    assert text.count("<rect") == 16 and text.count("stroke=") == sum(map(len, made["marked"]))
-    assert "layer 1, expert 7" in text
+    drawn = grid_map("esft: gate score", made)
+    assert [[j for j, cell in enumerate(row.cells) if cell.chosen] for row in drawn.rows] == made["marked"]
+    assert drawn.rows[1].cells[7].where.startswith("layer 1, expert 7: ")
     assert next(d for d, _ in wrapper.describe(model)).startswith("model.layers.0.mlp.experts: experts ")
 
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_whole_run_and_its_report_has_the_picture(tmp_path: Path) -> None:
-    from llmrecipe.runs.html_report import page
-    from llmrecipe.runs.run_record import read_run
+    from llmrecipe.runs.report.page import run_page
 
     words = ["steps=6", "epochs=null", "batch.size=4", "stack.esft.n_tokens=500", "eval.at_start=false", "save.every=3"]
     resumes_to_the_bit(tmp_path, "esft", words, 4)
-    assert "layer 3, expert 7" in page(read_run(tmp_path / "whole"), {}, "", "")
+    assert "layer 3, expert 7" in run_page(tmp_path / "whole")
