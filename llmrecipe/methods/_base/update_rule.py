@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from llmrecipe.data.collate import Batch
+from llmrecipe.models.hooks.shared_weights import shared_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,25 +167,28 @@ def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
     """Update theta <- optimizer(gradient of sum(loss + auxiliary) / sum(weight) + penalty).
 
     One denominator for the whole step: it is counted over all micro-batches and ranks before the first forward pass.
-    Data-parallel wrappers average gradients over ranks, hence the factor `world`.
+    Data-parallel wrappers average gradients over ranks, hence the factor `world`. What depends on weights alone is computed
+    once for all micro-batches (see `shared_weights`).
     """
     weight = max(context.weight(micros), 1e-12)
     sums = MetricSums()
     total = torch.zeros((), dtype=torch.float64)
     passes = context.runtime.passes(len(micros))
-    for index in range(passes):
-        # Where every process has to make the same passes, one with fewer micro-batches repeats its last one for nothing.
-        counts, last = index < len(micros), index == passes - 1
-        micro = micros[min(index, len(micros) - 1)]
-        with context.runtime.sync(context.roles.prepared, last):
-            loss = context.objective.training_loss(micro, context.roles)
-            value = (loss.total + loss.auxiliary) * (context.runtime.world / weight if counts else 0.0)
-            if last:
-                value = value + context.stack.penalty(context.model)
-            value.backward()
-        if counts:
-            total += loss.total.detach().double().cpu()
-            sums.add(loss.metrics)
+    with shared_weights(context.model, passes) as finish_micro:
+        for index in range(passes):
+            # Where every process has to make the same passes, one with fewer micro-batches repeats its last one for nothing.
+            counts, last = index < len(micros), index == passes - 1
+            micro = micros[min(index, len(micros) - 1)]
+            with context.runtime.sync(context.roles.prepared, last):
+                loss = context.objective.training_loss(micro, context.roles)
+                value = (loss.total + loss.auxiliary) * (context.runtime.world / weight if counts else 0.0)
+                if last:
+                    value = value + context.stack.penalty(context.model)
+                value.backward()
+                finish_micro()
+            if counts:
+                total += loss.total.detach().double().cpu()
+                sums.add(loss.metrics)
     mean = float(context.runtime.sum(total.reshape(1))) / weight
     norm = context.clip()
     metrics = sums.mean(context.runtime)

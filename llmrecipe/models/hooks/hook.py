@@ -26,7 +26,7 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -74,6 +74,11 @@ class Hook(nn.Module):
     """For a weight hook: the attribute of the host it changes."""
     in_place: bool = False
     """Whether it writes what it has learned into that tensor of the host, which is frozen itself."""
+    once_a_step: ClassVar[bool] = False
+    """For a weight hook: whether W' depends on W and trained tensors alone, the same for every user of W. Micro-batches then
+    share one W' (see `shared_weights`), which takes a gradient as large as W: only where as much is trained as well."""
+    sharing: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
+    """What gives the W' of the running step, by whose it is; None forms it in every call."""
 
     def active(self) -> bool:
         """Return whether the hook takes part in the forward pass that is running."""
@@ -330,13 +335,21 @@ def _replaced_tensors(module: nn.Module, hooks: list[Hook]) -> Iterator[None]:
         for hook in hooks:
             kept.setdefault(hook.tensor, module._parameters[hook.tensor])
             # The entry keeps its place in the dictionary, so the order of parameters never changes.
-            module._parameters[hook.tensor] = hook.weight(getattr(module, hook.tensor))  # type: ignore[assignment]
+            alone = sum(other.tensor == hook.tensor for other in hooks) == 1
+            module._parameters[hook.tensor] = _replaced(hook, getattr(module, hook.tensor), alone)  # type: ignore[assignment]
         if kept:
             module.__dict__["_kept_tensors"] = kept
         yield
     finally:
         module.__dict__.pop("_kept_tensors", None)
         module._parameters.update(kept)
+
+
+def _replaced(hook: Hook, value: Tensor, alone: bool) -> Tensor:
+    """Return the W' of a weight hook; `alone`: no other one changes that tensor, so that W is the stored one."""
+    if hook.sharing is None or not alone or value.requires_grad or not torch.is_grad_enabled():
+        return hook.weight(value)
+    return hook.sharing((hook.owner, id(value)), lambda: hook.weight(value))
 
 
 @contextlib.contextmanager
@@ -353,20 +366,6 @@ def plain_tensors(module: nn.Module) -> Iterator[None]:
 
 def _bind(hook: Hook, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: hook.wrap_forward(call, x)
-
-
-@contextlib.contextmanager
-def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Run `enter(module)` before and `leave(module)` after every forward of the modules, also after one that raises."""
-    handles: list[Any] = []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(lambda m, _: enter(m), prepend=True))
-            handles.append(module.register_forward_hook(lambda m, *_: leave(m), always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

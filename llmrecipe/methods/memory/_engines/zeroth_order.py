@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.models.hooks.hook import all_hooks, bracket
+from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
 
 CHUNK = 1 << 24
@@ -383,3 +383,17 @@ def values_digest(trained: Iterable[Trained]) -> str:
         sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
         digest.update(item.name.encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def bracket(modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Run `enter(module)` before and `leave(module)` after every forward of the modules, also after one that raises."""
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(lambda m, _: enter(m), prepend=True))
+            handles.append(module.register_forward_hook(lambda m, *_: leave(m), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

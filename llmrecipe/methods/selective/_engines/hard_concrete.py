@@ -6,7 +6,7 @@
     W'_i = W_i + z_j(i) w_i  with one gate for every group j of weights,  E ||delta||_0 = sum_j |j| P(z_j > 0)
 
 u is drawn by address (seed, step, tensor, position): the same in forward, recomputation and backward pass, on every process
-and for every micro-batch of a step. The gates of entries and their slopes are formed once a step and kept until its update.
+and for every micro-batch of a step, which share one W'. The gates of entries and their slopes are kept until its update.
 Without gradients z is the gate at u = 1/2.
 """
 
@@ -46,6 +46,7 @@ class Gated(Hook):
 
     # After selections that are written into W itself (order -1): they must be handed the stored tensor, not a sum.
     order = DELTA
+    once_a_step = True
 
     def __init__(self, weight: Weight, low: float, high: float):
         super().__init__()
@@ -193,6 +194,7 @@ class GateTied(Hook):
     """A second user of a gated tensor."""
 
     order = DELTA
+    once_a_step = True
 
     def __init__(self, first: Gated, tensor: str):
         super().__init__()
