@@ -82,7 +82,7 @@ class Post:
         scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
         # T5 ties its head whatever `tie_word_embeddings` of a checkpoint says; that value became this one.
         if getattr(text, "scale_decoder_outputs", False):
-            scale = float(text.d_model) ** -0.5
+            scale *= float(getattr(text, "mup_base_width", None) or text.hidden_size) ** -0.5
         return Post(scale, next((cap for name in CAPS if (cap := getattr(text, name, None))), None))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from llmrecipe.engine.logprob import Post
 from llmrecipe.models.native import (
     NativeConfig,
     NativeForCausalLM,
@@ -152,15 +155,19 @@ def bert() -> Pair:
     return mine, theirs, renamed(mine, names), call
 
 
-def t5() -> Pair:
-    """Transformers ties the head of every T5; this config value alone says that logits are not scaled."""
-    mine = ours(NativeForSeq2SeqLM, kind="encoder_decoder", positions="relative", gated=False, hidden_act="relu")
-    theirs = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **UNTIED)
-    )
+T5_SHAPE = {"kind": "encoder_decoder", "positions": "relative", "gated": False, "hidden_act": "relu"}
+
+
+def t5(config: dict[str, Any] | None = None, **theirs_config: Any) -> Pair:
+    """The head is the embedding, and the decoder's states are scaled before it."""
+    mine = ours(NativeForSeq2SeqLM, **T5_SHAPE, **(config or {}))
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    theirs = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **theirs_config))
 
     def links() -> Links:
         yield "model.encoder.embed_tokens.weight", "shared.weight", same
+        if not mine.config.tie_word_embeddings:
+            yield "lm_head.weight", "lm_head.weight", same
         for side, last in (("encoder", 1), ("decoder", 2)):
             home = f"model.{side}"
             yield f"{home}.norm.weight", f"{side}.final_layer_norm.weight", same
@@ -179,6 +186,18 @@ def t5() -> Pair:
                 yield f"{here}.mlp.down_proj.weight", f"{there}.{last}.DenseReluDense.wo.weight", same
 
     return mine, theirs, links(), pair
+
+
+def t5_1_1() -> Pair:
+    """In Transformers this config value says of a T5 that it does not scale; its head is the embedding all the same."""
+    return t5({"scale_decoder_outputs": False}, **UNTIED)
+
+
+def t5_untied() -> Pair:
+    """A head of its own reads the states as they are."""
+    mine, theirs, links, call = t5(UNTIED, **UNTIED)
+    theirs.lm_head.weight = nn.Parameter(torch.zeros(64, 32))
+    return mine, theirs, links, call
 
 
 def pair(model: nn.Module) -> Tensor:
@@ -271,7 +290,7 @@ def vit() -> Pair:
     return mine, ViTForImageClassification(ViTConfig(**sizes, **image, num_labels=3)), links(), lambda m: m(pixels).logits
 
 
-FAMILIES = {f.__name__: f for f in (llama, qwen3, gpt2, bert, t5, original, mixtral, qwen2_moe, vit)}
+FAMILIES = {f.__name__: f for f in (llama, qwen3, gpt2, bert, t5, t5_1_1, t5_untied, original, mixtral, qwen2_moe, vit)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -321,3 +340,42 @@ def test_the_loss_of_a_mixture_includes_its_balance(family: str) -> None:
     wanted = theirs(ids(), attention_mask=MASK, labels=labels, output_router_logits=True)
     assert found.loss.item() == pytest.approx(wanted.loss.item(), abs=1e-6)
     assert found.aux_loss.item() == pytest.approx(wanted.aux_loss.item(), abs=1e-6) and found.aux_loss > 1.9
+
+
+@pytest.mark.parametrize(
+    ("config", "divisor"),
+    [
+        ({}, math.sqrt(32)),
+        (UNTIED, 1.0),
+        ({"scale_decoder_outputs": False}, 1.0),
+        ({**UNTIED, "scale_decoder_outputs": True}, math.sqrt(32)),
+        ({"positions": "learned"}, 1.0),
+        ({"mup_base_width": 32}, math.sqrt(32)),
+        ({"mup_base_width": 8}, 4 * math.sqrt(8)),  # as wide as four bases, whose own outputs are scaled to their width
+    ],
+)
+def test_decoder_outputs_are_scaled_as_stated_before_and_after_a_folder(
+    tmp_path: Path, config: dict[str, Any], divisor: float
+) -> None:
+    model = ours(NativeForSeq2SeqLM, **{**T5_SHAPE, **config}).eval()
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": ids(), "decoder_input_ids": ids(2, 7)}
+    for each in (model, NativeForSeq2SeqLM.from_pretrained(tmp_path).eval()):
+        states = each.model(**inputs).last_hidden_state
+        torch.testing.assert_close(each(**inputs).logits, states @ each.lm_head.weight.T / divisor)
+        assert Post.of(each.config).scale == pytest.approx(1 / divisor, rel=1e-12)
+
+
+def test_a_saved_model_without_the_key_divides_by_nothing(tmp_path: Path) -> None:
+    """Its weights were trained so."""
+    ours(NativeForSeq2SeqLM, **T5_SHAPE, scale_decoder_outputs=False).save_pretrained(tmp_path)
+    saved = tmp_path / "config.json"
+    text = {k: v for k, v in json.loads(saved.read_text(encoding="utf-8")).items() if k != "scale_decoder_outputs"}
+    saved.write_text(json.dumps(text), encoding="utf-8")
+    assert NativeConfig.from_pretrained(tmp_path).logit_divisor() == 1.0
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_outputs_of_a_decoder_that_is_not_there_are_refused(kind: str) -> None:
+    with pytest.raises(Exception, match="scale_decoder_outputs: only kind: encoder_decoder has them"):
+        NativeConfig(**{**SHAPE, "kind": kind, "scale_decoder_outputs": True})

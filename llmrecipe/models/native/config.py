@@ -15,9 +15,9 @@ class NativeConfig(PreTrainedConfig):
     """Configuration of a native transformer.
 
     The defaults are those of a Llama; `norm: layernorm, positions: learned, gated: false, bias: true, hidden_act: gelu_new`
-    is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative` a T5
-    (1.1: neither scores nor logits are scaled); `qk_norm: true` a Qwen3; `num_experts: 8` a Mixtral;
-    `kind: vision` with GPT-2's norm, positions and feed-forward a ViT.
+    is a GPT-2; `kind: encoder, pre_norm: false, embed_norm: true` a BERT; `kind: encoder_decoder, positions: relative,
+    gated: false, hidden_act: relu` a T5, and with `scale_decoder_outputs: false, gated: true, hidden_act: gelu_new` a T5 1.1;
+    `qk_norm: true` a Qwen3; `num_experts: 8` a Mixtral; `kind: vision` with GPT-2's norm, positions and feed-forward a ViT.
 
     Raises:
         ValueError: sizes or names that do not fit together.
@@ -54,6 +54,9 @@ class NativeConfig(PreTrainedConfig):
     """Norm the sum of embeddings."""
     scale_embedding: bool = False
     """Multiply token embeddings by sqrt(hidden_size), as the original transformer does."""
+    scale_decoder_outputs: bool | None = None
+    """Divide the decoder's states by sqrt(hidden_size) before the output head; default: as T5 does, with relative positions and
+    a tied head."""
     type_vocab_size: int = 0
     """Segment embeddings, for sentence pairs."""
     hidden_act: str = "silu"
@@ -116,6 +119,7 @@ class NativeConfig(PreTrainedConfig):
             self.intermediate_size = 8 * round(wide / 8)
         self._check_mixture()
         self._check_width_scaling()
+        self._fill_in_output_scale()
         if self.kind == "vision":
             if self.image_size % self.patch_size:
                 raise ValueError(f"image_size ({self.image_size}) is no multiple of patch_size ({self.patch_size})")
@@ -144,6 +148,19 @@ class NativeConfig(PreTrainedConfig):
             raise ValueError("mup_base_head_dim: only with mup_base_width")
         if self.mup_base_width is not None and self.scale_embedding:
             raise ValueError("scale_embedding: multiplies embeddings by more in wider models, which mup_base_width keeps alike")
+
+    def _fill_in_output_scale(self) -> None:
+        if self.scale_decoder_outputs and self.kind != "encoder_decoder":
+            raise ValueError("scale_decoder_outputs: only kind: encoder_decoder has them")
+        if self.scale_decoder_outputs is None:
+            # A saved config leaves out what a plain decoder has: where it lacks the key, its model divides by nothing.
+            relative = self.kind == "encoder_decoder" and self.positions == "relative"
+            self.scale_decoder_outputs = relative and self.tie_word_embeddings and self.transformers_version is None
+
+    def logit_divisor(self) -> float:
+        """Return what logits are divided by: m, and where outputs are scaled sqrt(D_0), D_0 = D without a base."""
+        base = self.mup_base_width or self.hidden_size
+        return self.width_ratio() * (base**0.5 if self.scale_decoder_outputs else 1.0)
 
     def width_ratio(self) -> float:
         """Return m, hidden_size over `mup_base_width`; 1 without it."""

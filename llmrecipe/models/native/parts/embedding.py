@@ -2,10 +2,11 @@
 
 M in R^(V, D) has one row a token; the row of the padding token starts at zero. Positions are added here where they are
 `sinusoidal` or `learned`, segments (sentence A or B) where `type_vocab_size` is above 0; `embed_norm` norms the sum.
-With `tie_word_embeddings` the output head is M itself: logits = h M^T; an encoder-decoder shares M between its two sides.
+With `tie_word_embeddings` the output head is M itself: logits = h M^T; an encoder-decoder shares M between its two sides, and
+with `scale_decoder_outputs` (T5's) has logits = h M^T / sqrt(D).
 
-Config: vocab_size, scale_embedding, type_vocab_size, embed_norm, tie_word_embeddings.
-Paper: Attention Is All You Need (arXiv 1706.03762), section 3.4.
+Config: vocab_size, scale_embedding, type_vocab_size, embed_norm, tie_word_embeddings, scale_decoder_outputs.
+Papers: Attention Is All You Need (arXiv 1706.03762), section 3.4; T5 (1910.10683).
 """
 
 from __future__ import annotations

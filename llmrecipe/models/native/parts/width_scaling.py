@@ -44,8 +44,9 @@ def attention_scale(config: NativeConfig) -> float:
 
 
 def scaled_logits(logits: Tensor, config: NativeConfig) -> Tensor:
-    """Return logits (..., V) divided by the width ratio."""
-    return logits if config.mup_base_width is None else logits / config.width_ratio()
+    """Return logits (..., V) in the scale that the config states."""
+    divisor = config.logit_divisor()
+    return logits if divisor == 1.0 else logits / divisor
 
 
 def start_divisor(module: nn.Module, model: nn.Module, config: NativeConfig) -> float:
