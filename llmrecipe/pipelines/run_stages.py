@@ -84,25 +84,29 @@ def run_all_stages(composition: Composition, recipe: str | None = None) -> list[
     machine = apart(lambda: _checked(made, composition.recipe.run.parallel), "the check of the stages")
     pipeline = Pipeline(made, shlex.join(words), Children(machine))
     with handled_by(pipeline.children.forward):
-        _run_all(pipeline)
+        _run_all(pipeline, composition.recipe.run.keep_going)
     order = [s.name for s in made.stages]
     pipeline.results.sort(key=lambda result: order.index(result.stage))
     return pipeline.results
 
 
-def _run_all(pipeline: Pipeline) -> None:
+def _run_all(pipeline: Pipeline, keep_going: bool) -> None:
     """Start stages as soon as their inputs exist, `run.parallel` of them at once.
 
+    Args:
+        keep_going: a stage that fails does not end those that can run without it.
+
     Raises:
-        LlmRecipeError: the first failure, once the other running stages have written checkpoints and ended.
+        LlmRecipeError: what failed, once the other running stages have ended: with checkpoints where they were stopped.
     """
     waiting = list(pipeline.plan.stages)
     running: dict[Future[int], Started] = {}
-    first: Exception | None = None
+    failures: list[Exception] = []
+    stopping = False
     with ThreadPoolExecutor(pipeline.children.machine.slots) as pool:
         while waiting or running:
             try:
-                while first is None and (started := _next(pipeline, waiting)) is not None:
+                while not stopping and (started := _next(pipeline, waiting)) is not None:
                     running[pool.submit(execute, started.child, started.planned, started.continued)] = started
                 if not running:
                     break
@@ -112,11 +116,27 @@ def _run_all(pipeline: Pipeline) -> None:
                     del pipeline.children.running[started.planned.name]
                     pipeline.results.append(_ended(pipeline, started, future.result()))
             except Exception as error:  # whatever it is, the other stages are ended in order before it is raised
-                if first is None:
-                    first = error
+                if stopping:
+                    continue
+                failures.append(error)
+                if keep_going and isinstance(error, LlmRecipeError) and not isinstance(error, Interrupted):
+                    say(f"{_first_line(error)} (stages that do not need it go on)")
+                else:
+                    stopping = True
                     pipeline.children.stop()
-    if first is not None:
-        raise first
+    if stopping or len(failures) == 1:
+        raise failures[-1]
+    if failures:
+        lines = [
+            f"{len(failures)} stages failed; {len(waiting)} need them and did not run:",
+            *map(_first_line, failures),
+            f"finished stages are reused by the same command:\n  {pipeline.command}",
+        ]
+        raise RunError("\n".join(lines))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _next(pipeline: Pipeline, waiting: list[Planned]) -> Started | None:

@@ -331,6 +331,7 @@ class RunSection(Section):
     root: Place = Field("runs", description="Folder that contains run directories.")
     name: FolderName | None = Field(None, description="Name used in the path; default: the recipe's.")
     parallel: PositiveInt = Field(1, description="Stages of a pipeline that may run at once, GPUs and cores divided.")
+    keep_going: bool = Field(False, description="A stage that fails does not end the stages that can run without it.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite loss does; the batch is saved.")
     max_skipped: Fraction = Field(
         0.1,

@@ -214,6 +214,39 @@ def test_what_stops_one_stage_stops_those_beside_it(three: str, monkeypatch: pyt
     assert sorted(asked) == [(name, number) for name in (["one", "two"] if by_user else ["two"])]
 
 
+@pytest.mark.parametrize(("wrong", "ran", "message"), [
+    (["one"], ["one", "two"], "stage one stopped"),
+    (["one", "two"], ["one", "two"], "2 stages failed; 1 need them"),
+])  # fmt: skip
+def test_what_does_not_need_a_failed_stage_goes_on(
+    three: str, monkeypatch: pytest.MonkeyPatch, wrong: list[str], ran: list[str], message: str
+) -> None:
+    """The stage that needs both never starts; the same command runs only what is left."""
+    started: list[str] = []
+
+    def execute(child: Child, planned: Planned, continued: bool) -> int:
+        started.append(planned.name)
+        if planned.name in wrong:
+            return 2
+        finish(planned)
+        return 0
+
+    monkeypatch.setattr(run_stages, "execute", execute)
+    with pytest.raises(RunError, match=message) as error:
+        run(three, "run.keep_going=true")
+    assert started == ran and "run.keep_going=true" in str(error.value)
+    wrong.clear()
+    started.clear()
+    how = {r.stage: r.how for r in run(three, "run.keep_going=true")}
+    assert [name for name, word in how.items() if word != "reused"] == started and started[-1] == "last"
+
+
+def test_a_stop_ends_all_whatever_goes_on(three: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_stages, "execute", lambda child, planned, continued: 130)
+    with pytest.raises(Interrupted, match="stopped in stage one"):
+        run(three, "run.keep_going=true")
+
+
 @pytest.mark.parametrize(
     ("slots", "devices", "cores", "taken", "wanted"),
     [
