@@ -110,7 +110,7 @@ def _policy_names_its_own_texts(page: Element) -> None:
 
 
 def _has_a_clear_order(page: Element, headings: list[str]) -> None:
-    assert page.one("html").attributes["lang"] == "en" and page.one("title").text() == page.one("h1").text()
+    assert page.one("html").attributes["lang"] == "en" and page.one("head").one("title").text() == page.one("h1").text()
     viewport = [m for m in page.all("meta") if m.attributes.get("name") == "viewport"]
     assert "width=device-width" in str(viewport[0].attributes["content"]), "a phone shows it in its own width"
     assert [h.text() for h in page.one("main").all("h2")] == headings

@@ -23,6 +23,7 @@ def verb(
         list[str] | None, typer.Option("--metric", "-m", help="Curves to show; default: loss, eval/loss.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves into this file (.png, .svg, .pdf).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write one self-contained HTML page.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs: what differs in their recipes, where they ended, how their curves went."""
@@ -34,6 +35,8 @@ def verb(
     wanted = metric or [m for m in ("loss", "eval/loss") if any(r.curve(m) for r in records)]
     if plot is not None:
         draw_panels(records, wanted, plot)
+    if out is not None:
+        _write_page(records, metric or [], out)
     if as_json:
         curves = {r.name: {m: r.curve(m) for m in wanted} for r in records}
         facts = {r.name: r.facts() for r in records}
@@ -42,6 +45,24 @@ def verb(
     _show(records, differences(records), wanted)
     if plot is not None:
         print(f"curves: {plot}")
+    if out is not None:
+        print(f"report: {out}")
+
+
+def _write_page(records: list[Record], metrics: list[str], path: Path) -> None:
+    """Write the comparison as a page.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    from llmrecipe.core.errors import RunError
+    from llmrecipe.runs.report.several import several_page
+
+    text = several_page(records, metrics)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"compare: cannot write {path}: {error.strerror or error}") from error
 
 
 def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str]) -> None:

@@ -17,9 +17,17 @@ ORDER = 31
 def verb(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: RUN/report.html.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Serve the page on this machine, where it follows the run.")] = False,
+    port: Annotated[int, typer.Option("--port", help="With --live: the port; 0 takes a free one.", min=0, max=65535)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: outcome, curves, samples, recipe, warnings, environment."""
+    """Write one self-contained HTML page about a run: outcome, curves, samples, recipe, data, warnings, environment.
+
+    With --live the page is served at 127.0.0.1 instead, until Ctrl-C, and shows a running training as it goes on.
+    """
+    if live:
+        _serve(run, out, port, as_json)
+        return
     from llmrecipe.core.errors import RunError
     from llmrecipe.runs.report.page import run_page
     from llmrecipe.runs.run_record import read_run
@@ -34,3 +42,27 @@ def verb(
         print_json({"report": str(target), **read_run(run).facts()})
     else:
         print(f"report: {target}")
+
+
+def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        RunError: there is no run, the port is in use, or a file was also requested.
+    """
+    import contextlib
+    import sys
+
+    from llmrecipe.core.errors import RunError
+    from llmrecipe.runs.report.serve import ReportServer
+
+    if out is not None:
+        raise RunError("report: --out writes a file and --live serves a page; give one of them")
+    with ReportServer(run, port) as server:
+        if as_json:
+            print_json({"report": server.address})
+            sys.stdout.flush()
+        else:
+            print(f"report: {server.address} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.cli.arguments import Json, Words, runs_and_overrides, tell
 from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def verb(
     """Prove a recipe, a run or an export: layouts, stock forward, files, merging, generation, template, resume.
 
     Trains four steps in a temporary folder; of a pipeline, every stage. Exit code 3 where a comparison fails.
+    What it found of a run is kept in RUN/verify.json, and the run's report shows it.
     """
     from llmrecipe.core.errors import RecipeError
 
@@ -47,6 +49,8 @@ def verb(
         lines.append(line)
         if not as_json:
             print(f"{line.check}: {line.result}", flush=True)
+    if not overrides and (Path(subject) / "status.json").is_file():
+        keep(Path(subject), lines)
     failed = [line for line in lines if line.result == "failed"]
     if as_json:
         print_json({"subject": subject, "passed": not failed, "lines": [line.facts() for line in lines]})
@@ -54,6 +58,17 @@ def verb(
         show_lines(lines)
     if failed:
         raise typer.Exit(3)
+
+
+def keep(run: Path, lines: list[CheckResult]) -> None:
+    """Write what was found into the run's folder, where it may be written."""
+    from llmrecipe.core.errors import RunError
+    from llmrecipe.runs.verified import keep_verified
+
+    try:
+        keep_verified(run, [line.facts() for line in lines])
+    except RunError as error:
+        tell([str(error)])
 
 
 def check_results(subject: str, overrides: list[str], run: str | None) -> Iterator[CheckResult]:

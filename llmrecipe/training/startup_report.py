@@ -7,9 +7,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
+from llmrecipe.core.redact import redact_text
 from llmrecipe.data import validation
 from llmrecipe.methods._base.stack import base_parameters, kind_name
 from llmrecipe.models.tokenizer_training import training_facts
+from llmrecipe.recipe.explain import explain
+from llmrecipe.recipe.yaml_file import dotted
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.schema import BatchSection
@@ -20,7 +23,7 @@ def announce(run: RunState) -> None:
     """Print the facts of the run (main process only) and write them to `report.json`."""
     if not run.runtime.is_main:
         return
-    facts = run_facts(run)
+    facts = {**run_facts(run), "recipe": recipe_facts(run)}
     (run.dir.path / "report.json").write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
     report = run.data.report
     trained = facts["trained"]
@@ -87,6 +90,21 @@ def run_facts(run: RunState) -> dict[str, Any]:
         "packed": run.roles.packing,
         "steps": run.steps,
     }
+
+
+def recipe_facts(run: RunState) -> dict[str, Any]:
+    """Return the recipe's name, and what set each value that it does not inherit: its own file, or the command line.
+
+    A resume composes the recipe in the run's folder, so what is known of the start stays, and only its overrides are new.
+    """
+    found, file = {}, run.composition.path
+    for line in explain(run.composition):
+        own = line.origin.kind == "file" and line.origin.file == file and run.first_step == 0
+        if own or line.origin.kind == "override":
+            found[dotted(line.key)] = redact_text(str(line.origin))
+    path = run.dir.path / "report.json"
+    known = json.loads(path.read_text(encoding="utf-8")).get("recipe", {}) if run.first_step and path.is_file() else {}
+    return {"name": run.composition.name, **known, "set": {**known.get("set", {}), **found}}
 
 
 def record_proof(run: RunState, facts: dict[str, Any]) -> None:

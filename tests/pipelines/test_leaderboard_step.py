@@ -11,6 +11,7 @@ import pytest
 from llmrecipe.cli import app
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.evaluation.leaderboard_page import LEADERBOARD_SECTIONS
 from llmrecipe.pipelines import run_stages
 from llmrecipe.pipelines.steps.leaderboard import Leaderboard
 from llmrecipe.pipelines.steps.run_step import run_step
@@ -51,8 +52,14 @@ def test_files_hold_the_ranked_table_and_the_runs(runs: str, tmp_path: Path, cap
         ("full", 0, 0.875),
     ]
     assert (folder / "leaderboard.png").read_bytes()[1:4] == b"PNG"
-    page = checked((folder / "leaderboard.html").read_text(), ["Ranking", "Columns"])
+    page = checked((folder / "leaderboard.html").read_text(), [heading for _, heading in LEADERBOARD_SECTIONS])
     assert "0.625 ± 0.18" in [cell.text() for cell in page.one("table").all("td")]
+    outcome = " ".join(e.text() for e in page.one("section", id="outcome").all() if e.tag in ("dt", "dd"))
+    assert "full, 0.875 over 1 seed Second" in outcome and "lora, 0.625 ± 0.18 over 2 seeds, 0.25 behind" in outcome
+    assert [t.text() for t in page.all("title")[1:]] == [
+        "1. full: trained 100, test/accuracy 0.875 over 1 seed",
+        "2. lora: trained 100, test/accuracy 0.625 ± 0.18 over 2 seeds",
+    ]
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
     assert metrics == {"runs": 3, "methods": 2, "best": "full", "best/score": 0.875}
 

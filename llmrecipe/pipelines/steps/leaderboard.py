@@ -195,9 +195,10 @@ class Leaderboard(Step):
         say(table)
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
         work.dir.write("leaderboard.json", json.dumps(as_json(rows, entries), indent=1, ensure_ascii=False) + "\n")
+        across = [c for c in columns if c.key in self._across()]
         if self.plot:
-            draw_plot(rows, [c for c in columns if c.key in self._across()], score, work.path / "leaderboard.png")
-        work.dir.write("leaderboard.html", leaderboard_page(rows, columns))
+            draw_plot(rows, across, score, work.path / "leaderboard.png")
+        work.dir.write("leaderboard.html", leaderboard_page(rows, columns, across))
         top = {"best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]} if entries else {}
         return {"runs": len(entries), "methods": len(rows), **top}
 

@@ -80,21 +80,16 @@ class Chart:
     notes: list[str]
 
 
-def chart(metric: MetricCurves, colours: Sequence[tuple[int, bool]] = ()) -> Chart:
-    """Draw a metric.
-
-    Args:
-        colours: colour (from 0) and whether it is dashed, of each series; default: training solid, everything else dashed.
-    """
+def chart(metric: MetricCurves) -> Chart:
+    """Draw a metric: training solid, everything else dashed."""
     every = [series for series in metric.series.values() if series.points]
-    styles = list(colours) or [(i, series.name != TRAIN) for i, series in enumerate(every)]
     shown = {series.name: thinned(series.points) for series in every}
     values = [value for points in shown.values() for _, value in points]
     steps = sorted({step for points in shown.values() for step, _ in points})
     up, first, last = axis(values), steps[0], steps[-1]
     lines = [
-        _line(series, shown[series.name], colour, dashed, _placer(up, first, last))
-        for series, (colour, dashed) in zip(every, styles, strict=True)
+        _line(series, shown[series.name], place if series.colour is None else series.colour, _placer(up, first, last))
+        for place, series in enumerate(every)
     ]
     data = {"x": [first, last], "series": [[series.name, shown[series.name]] for series in every]}
     return Chart(
@@ -145,13 +140,11 @@ def _placer(up: Axis, first: int, last: int) -> Callable[[Point], tuple[float, f
     return place
 
 
-def _line(
-    series: Series, points: list[Point], colour: int, dashed: bool, place: Callable[[Point], tuple[float, float]]
-) -> DrawnLine:
+def _line(series: Series, points: list[Point], colour: int, place: Callable[[Point], tuple[float, float]]) -> DrawnLine:
     places = [place(point) for point in points]
     path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
     marks = "".join(f"M{x:g} {y:g}h0" for x, y in places) if len(points) <= MARKED else ""
-    return DrawnLine(series.name, colour % COLOURS + 1, dashed, path, marks, series_text(series))
+    return DrawnLine(series.name, colour % COLOURS + 1, series.split != TRAIN, path, marks, series_text(series))
 
 
 def _columns(first: int, last: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmrecipe.core.score_intervals import LEVEL
 from llmrecipe.runs.report.series import TRAIN, MetricCurves, Series, evaluated_name
 from llmrecipe.runs.run_dir import BEST, read_metrics
 from llmrecipe.runs.run_record import Record, seconds_of
+from llmrecipe.runs.verified import read_verified
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Outcome:
     error: str = ""
     headline: Score | None = None
     headline_name: str = ""
+    best_step: str = ""
     verdict: str = ""
     """`better by 0.62` or `worse by ...`, where it is known what is better."""
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -71,6 +74,7 @@ def outcome(record: Record, metrics: list[MetricCurves], report: dict[str, Any])
     found = Outcome(str(status.get("status")), f"step {step:,} of {steps:,}" if steps else f"step {step:,}")
     found.error = str(status.get("error") or "")
     judged = judge(record, metrics)
+    found.best_step = f"{judged.step:,}" if judged.step is not None else ""
     found.scores = [_score(metric, judged.step) for metric in metrics if set(metric.series) - {TRAIN}]
     base = evaluated_name(judged.monitor)[1]
     found.scores.sort(key=lambda score: score.name != base)
@@ -158,6 +162,7 @@ def _facts(record: Record, report: dict[str, Any], judged: Judged, step: int) ->
     tokens, memory = record.last("tokens"), max((v for _, v in record.curve("peak_mem_mb")), default=None)
     cost = [f"{tokens:,.0f} tokens" if tokens else "", f"{number(memory)} MB at the peak" if memory is not None else ""]
     best = f"{judged.step:,} of {step:,}" if judged.step is not None else ""
+    interval = any(name.endswith("/low") for event in record.evaluations for name in event)
     return [
         ("Best step", best),
         ("Duration", _duration(record)),
@@ -166,7 +171,8 @@ def _facts(record: Record, report: dict[str, Any], judged: Judged, step: int) ->
         ("Data", data_line(record, report)),
         ("Objective", str((record.recipe.get("objective") or {}).get("kind") or "")),
         *proofs(report),
-        ("Intervals", f"{LEVEL:.0%}, from resampled rows" if any("/low" in k for e in record.evaluations for k in e) else ""),
+        ("Verified", verified_line(record)),
+        ("Intervals", f"{LEVEL:.0%}, from resampled rows" if interval else ""),
         ("Warnings", f"{len(record.warnings)}, below" if record.warnings else "none"),
     ]
 
@@ -208,6 +214,16 @@ def proofs(report: dict[str, Any]) -> list[tuple[str, str]]:
         text += f", {keys['read']} of {keys['set']} recipe keys read" if keys else ""
         lines.append((f"Proved at step {proved['step']}", text))
     return lines
+
+
+def verified_line(record: Record) -> str:
+    """Return what `llmrecipe verify` found, in one line; empty for a run that cannot be verified yet."""
+    found = read_verified(record.path)
+    if not found:
+        return f"not yet: llmrecipe verify {record.path}" if (record.path / "final").is_dir() else ""
+    results = Counter(str(line["result"]) for line in found["lines"])
+    counts = ", ".join(f"{count} {result}" for result, count in sorted(results.items(), key=lambda item: item[0] != "failed"))
+    return f"{counts}; at step {found['step']}, {found['time']}"
 
 
 def _duration(record: Record) -> str:

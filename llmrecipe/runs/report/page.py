@@ -8,15 +8,18 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrecipe.core.console import number
+from llmrecipe.core.console import number, value_text
 from llmrecipe.core.foreign import read_json
-from llmrecipe.core.score_intervals import shown
+from llmrecipe.data.token_report import Report
 from llmrecipe.runs.report.charts import Chart, chart, series_text
 from llmrecipe.runs.report.maps import grid_map
 from llmrecipe.runs.report.outcome import judge, outcome
+from llmrecipe.runs.report.recipe_view import recipe_view
 from llmrecipe.runs.report.render import render
+from llmrecipe.runs.report.samples import sampled_prompts
 from llmrecipe.runs.report.series import REST, MetricCurves, evaluated_name, grouped, metric_curves
 from llmrecipe.runs.run_record import flat, read_run
+from llmrecipe.runs.verified import read_verified
 
 SECTIONS = [
     ("outcome", "Outcome"),
@@ -24,6 +27,7 @@ SECTIONS = [
     ("samples", "Samples"),
     ("choices", "Where the method trained"),
     ("recipe", "Recipe"),
+    ("data", "Data"),
     ("warnings", "Warnings"),
     ("environment", "Environment"),
 ]
@@ -55,16 +59,18 @@ def run_page(path: Path, live: bool = False) -> str:
         RunError: there is no run at the path, or one of its files is damaged.
     """
     record = read_run(path)
-    report = _document(path, "report.json")
+    report = run_document(path, "report.json")
     metrics = metric_curves(record)
     monitored = evaluated_name(judge(record, metrics).monitor)[1]
     found = outcome(record, metrics, report)
+    command = _text(path, "command.txt")
     scores = [["metric", "before", "best step", "last step", "other splits"], *(list(astuple(s)) for s in found.scores)]
     return render(
         "run.html", record.name, live, sections=SECTIONS, outcome=found, scores=scores, main=monitored,
-        groups=chart_groups(metrics, monitored), samples=_events(record.samples),
+        groups=chart_groups(metrics, monitored), samples=sampled_prompts(record.samples), verified=_verified(path),
         maps=[grid_map(title, made) for title, made in report.get("grids", {}).items()],
-        recipe=_text(path, "recipe.yaml"), command=_text(path, "command.txt"), environment=_environment(path),
+        recipe=recipe_view(record, report, _text(path, "recipe.yaml"), command), data=audit_facts(report), command=command,
+        environment=_environment(path),
         warnings=[["step", "warning"], *([f"{w['step']:,}", w["message"]] for w in record.warnings)] if record.warnings else [],
     )  # fmt: skip
 
@@ -91,18 +97,38 @@ def _numbers(metric: MetricCurves) -> str:
     return ", ".join(f"{series.name} {series_text(series)}" for series in found) + at
 
 
-def _events(events: Sequence[dict[str, Any]]) -> list[list[str]]:
-    texts = [shown({k: v for k, v in e.items() if k != "event"}, number) for e in events]
-    columns = list(dict.fromkeys(k for row in texts for k in row))
-    return [columns, *([row.get(c, "") for c in columns] for row in texts)] if texts else []
+def audit_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what was read of the data, what was dropped and why, as at the start of the run."""
+    if not report.get("data"):
+        return []
+    facts: list[tuple[str, str]] = []
+    for line in Report.from_dict(report["data"]).lines():
+        name, _, text = line.partition(": ")
+        facts.append(("dropped", line.strip()) if line.startswith(" ") else (name, text))
+    return facts + [(f"tokenizer {name}", value_text(value)) for name, value in (report.get("tokenizer") or {}).items()]
+
+
+def _verified(path: Path) -> list[list[str]]:
+    """Return the comparisons of `llmrecipe verify` with a header; empty where there are none."""
+    lines = read_verified(path).get("lines", [])
+    rows = []
+    for x in lines:
+        text = ": ".join(part for part in (x["compared"], x["reason"]) if part)
+        rows.append([x["check"], x["result"], number(x["difference"]), number(x["bound"]), text])
+    return [["check", "result", "difference", "bound", "compared"], *rows] if rows else []
 
 
 def _environment(path: Path) -> list[tuple[str, str]]:
-    values = flat(_document(path, "environment.json"))
+    values = flat(run_document(path, "environment.json"))
     return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in values.items() if name]
 
 
-def _document(path: Path, name: str) -> dict[str, Any]:
+def run_document(path: Path, name: str) -> dict[str, Any]:
+    """Return a JSON file of a run; empty where there is none.
+
+    Raises:
+        RunError: it is damaged.
+    """
     return dict(read_json(path / name, "a part of the report cannot be read")) if (path / name).is_file() else {}
 
 

@@ -37,6 +37,13 @@ class Series:
     """Step -> ends of the value's confidence interval, where one was computed."""
     missing: int = 0
     """Steps whose value was not a finite number."""
+    split: str = ""
+    """`train`, or a value of `SPLITS`; the name where it is empty."""
+    colour: int | None = None
+    """Number of its colour from 0; by its place in the chart where it is None."""
+
+    def __post_init__(self) -> None:
+        self.split = self.split or self.name
 
 
 @dataclass
@@ -60,7 +67,7 @@ class MetricCurves:
             return LOSS
         if first.startswith("reward"):
             return REWARDS
-        evaluated = any(name != TRAIN for name in self.series)
+        evaluated = any(series.split != TRAIN for series in self.series.values())
         return SCORES if evaluated and first != "logps" else REST
 
     @property
