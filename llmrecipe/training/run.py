@@ -57,6 +57,7 @@ class Run(RunState):
             if resume is not None:
                 # The freshly built model is the policy of step 0: score it before the learned weights are restored.
                 prepare_reference(run.objective, run.stack, run.loaded, run.roles, run.planned_rows())
+                run.keep_start(own=False)
                 save_run.restore(run)
                 resume_rules.record(run.dir, composition, run.changes)
         run.first_step = run.progress.step

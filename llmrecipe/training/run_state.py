@@ -21,8 +21,10 @@ from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import StepContext
 from llmrecipe.models.sharded import is_sharded, local
+from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
+from llmrecipe.training.weight_changes import StartValues
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,6 +116,8 @@ class RunState:
     """Seconds that the newest checkpoint took."""
     flops: ModelFlops | None = None
     """What utilisation is computed from; None where it is not known."""
+    start: StartValues | None = None
+    """What the weights were before the first step; None where they are divided, and on processes that do not report."""
     signal: int | None = None
     """The signal that stops the run."""
 
@@ -193,6 +197,15 @@ class RunState:
         return Evaluation(
             self.recipe.eval, self.recipe.batch.size, self.objective, self.roles, self.runtime, self.events, self.progress.step
         )
+
+    def keep_start(self, own: bool) -> None:
+        """Keep a sample of the weights, to show in the end how far training moved them.
+
+        Args:
+            own: also of what the methods added; False where training began with other values.
+        """
+        if self.runtime.is_main and self.runtime.shard == PLAIN:
+            self.start = StartValues(self.model, own)
 
     def fresh_best(self) -> BestTracker:
         """Return a tracker that has seen nothing."""

@@ -49,6 +49,7 @@ from llmrecipe.training.optimizer_state import (
 )
 from llmrecipe.training.read_rows import test_rows
 from llmrecipe.training.resume_rules import goes_on
+from llmrecipe.training.startup_report import record_changes
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
@@ -287,6 +288,7 @@ def finish(run: RunState) -> None:
     finite_check.check_finite(run)
     with run.whole(everything=build_run.everything_trains(run.stack)), lasting("writing what the run leaves"):
         if run.runtime.is_main:
+            record_changes(run)
             write_final(run, metrics)
     run.runtime.barrier()
 

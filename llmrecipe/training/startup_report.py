@@ -13,6 +13,7 @@ from llmrecipe.methods._base.stack import base_parameters, kind_name
 from llmrecipe.models.tokenizer_training import training_facts
 from llmrecipe.recipe.explain import explain
 from llmrecipe.recipe.yaml_file import dotted
+from llmrecipe.training.weight_changes import change_tables
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.schema import BatchSection
@@ -109,9 +110,24 @@ def recipe_facts(run: RunState) -> dict[str, Any]:
 
 def record_proof(run: RunState, facts: dict[str, Any]) -> None:
     """Add what the run has proved of itself to `report.json`, under `proved` (main process only)."""
+    add_to_report(run, "proved", facts)
+
+
+def add_to_report(run: RunState, part: str, facts: dict[str, Any]) -> None:
+    """Add facts to a part of `report.json` (main process only)."""
     path = run.dir.path / "report.json"
     if not run.runtime.is_main or not path.is_file():
         return
     known = json.loads(path.read_text(encoding="utf-8"))
-    known["proved"] = {**known.get("proved", {}), **facts}
+    known[part] = {**known.get(part, {}), **facts}
     path.write_text(json.dumps(known, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def record_changes(run: RunState) -> None:
+    """Add how far training moved the weights to `report.json`; a run that has trained does not fail for a picture."""
+    if run.start is None:
+        return
+    try:
+        add_to_report(run, "changes", change_tables(run.model, run.stack, run.start))
+    except (RuntimeError, ValueError, OSError) as error:
+        run.events.warning(f"how far the weights moved was not measured: {error}")

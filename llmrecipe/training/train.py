@@ -73,6 +73,7 @@ def before_first_step(run: Run) -> None:
     if run.first_step == 0:
         run.stack.calibrate(run.model, run.probe())
         run.rebuild()
+        run.keep_start(own=True)
         prepare_reference(run.objective, run.stack, run.loaded, run.roles, run.planned_rows())
     run.flops = model_flops(run.recipe, run.objective, run.roles)
     announce(run)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from llmrecipe.core.console import number
@@ -40,6 +41,8 @@ class Map:
     note: str
     columns: list[str]
     rows: list[Row]
+    outside: list[tuple[str, str]]
+    """Name and number of what is in no row."""
 
 
 def grid_map(title: str, made: dict[str, Any]) -> Map:
@@ -57,7 +60,8 @@ def number_map(
     axes: tuple[str, str],
     columns: Sequence[str],
     rows: dict[str, dict[str, float]],
-    chosen: set[tuple[str, str]] = frozenset(),  # type: ignore[assignment]
+    chosen: Collection[tuple[str, str]] = (),
+    outside: Mapping[str, float] = MappingProxyType({}),
 ) -> Map:
     """Return a table of numbers.
 
@@ -66,6 +70,7 @@ def number_map(
         axes: what rows and columns are called.
         rows: row -> column -> number; columns without a number are empty.
         chosen: places that are framed.
+        outside: numbers of what is in no row.
     """
     high = max((value for row in rows.values() for value in row.values()), default=0.0)
 
@@ -77,4 +82,4 @@ def number_map(
         return Cell(number(value), level, f"{axes[0]} {row}, {axes[1]} {column}: {number(value)}", (row, column) in chosen)
 
     made = [Row(f"{axes[0]} {row}", [cell(row, column) for column in columns]) for row in rows]
-    return Map(title, note, list(columns), made)
+    return Map(title, note, list(columns), made, [(name, number(value)) for name, value in outside.items()])

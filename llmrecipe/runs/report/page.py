@@ -12,12 +12,12 @@ from llmrecipe.core.console import number, value_text
 from llmrecipe.core.foreign import read_json
 from llmrecipe.data.token_report import Report
 from llmrecipe.runs.report.charts import Chart, chart, series_text
-from llmrecipe.runs.report.maps import grid_map
 from llmrecipe.runs.report.outcome import judge, outcome
 from llmrecipe.runs.report.recipe_view import recipe_view
 from llmrecipe.runs.report.render import render
 from llmrecipe.runs.report.samples import sampled_prompts
 from llmrecipe.runs.report.series import REST, MetricCurves, evaluated_name, grouped, metric_curves
+from llmrecipe.runs.report.where_trained import where_trained
 from llmrecipe.runs.run_record import flat, read_run
 from llmrecipe.runs.verified import read_verified
 
@@ -68,7 +68,7 @@ def run_page(path: Path, live: bool = False) -> str:
     return render(
         "run.html", record.name, live, sections=SECTIONS, outcome=found, scores=scores, main=monitored,
         groups=chart_groups(metrics, monitored), samples=sampled_prompts(record.samples), verified=_verified(path),
-        maps=[grid_map(title, made) for title, made in report.get("grids", {}).items()],
+        maps=where_trained(path, report),
         recipe=recipe_view(record, report, _text(path, "recipe.yaml"), command), data=audit_facts(report), command=command,
         environment=_environment(path),
         warnings=[["step", "warning"], *([f"{w['step']:,}", w["message"]] for w in record.warnings)] if record.warnings else [],
