@@ -81,9 +81,9 @@ def change_tables(model: nn.Module, stack: Stack, start: StartValues) -> dict[st
         for place, size in (merged or {}).items():
             weights[place] = math.hypot(size, weights.get(place, 0.0))
         if merged is None and start.own:
-            size = _own_change(f"{path}.{name}" if path else name, hook, start)
-            if size is not None:
-                own[hook.owner][f"{path}{name.removeprefix(hook.owner)}"] = size
+            change = _own_change(f"{path}.{name}" if path else name, hook, start)
+            if change is not None:
+                own[hook.owner][f"{path}{name.removeprefix(hook.owner)}"] = change
     tables = {WEIGHTS: place_table(weights, WEIGHTS_NOTE)} if weights else {}
     return tables | {f"{owner}: change": place_table(places, OWN_NOTE) for owner, places in own.items()}
 
