@@ -69,9 +69,10 @@ def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
     """Compute the sum over steps of tokens / (tokens per second); `tokens` in the events counts from the start."""
     total, before = 0.0, 0.0
     for step in steps:
+        tokens = float(step.get("tokens") or before)
         if step.get("tokens_per_s"):
-            total += (float(step["tokens"]) - before) / float(step["tokens_per_s"])
-        before = float(step["tokens"])
+            total += (tokens - before) / float(step["tokens_per_s"])
+        before = tokens
     return total
 
 

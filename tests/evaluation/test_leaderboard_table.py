@@ -69,6 +69,7 @@ def test_further_metrics_are_columns_of_their_own(tmp_path: Path) -> None:
 
 def test_steps_logged_now_and_then_count_the_tokens_between_them() -> None:
     assert seconds_of([{"tokens": 50, "tokens_per_s": 25.0}, {"tokens": 150, "tokens_per_s": 50.0}]) == 4.0
+    assert seconds_of([{"rows": 3}, {"tokens": 50, "tokens_per_s": 25.0}]) == 2.0, "steps of other work count no tokens"
 
 
 def test_rows_are_means_and_sample_deviations_over_seeds_best_first() -> None:

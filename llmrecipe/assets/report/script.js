@@ -25,7 +25,15 @@
       cursor.setAttribute("x2", across);
     };
     slider.max = steps.length - 1;
-    slider.addEventListener("input", () => { cursor.removeAttribute("visibility"); show(+slider.value); });
+    slider.addEventListener("input", () => {
+      cursor.removeAttribute("visibility");
+      show(+slider.value);
+      slider.dataset.step = steps[+slider.value];
+    });
+    slider.read = (step) => {
+      slider.value = steps.indexOf(nearest(steps.map((s) => [s]), step)[0]);
+      slider.dispatchEvent(new Event("input"));
+    };
     area.addEventListener("pointermove", (event) => {
       const edges = area.getBoundingClientRect();
       const wanted = first + ((event.clientX - edges.left) / edges.width) * (last - first);
@@ -48,7 +56,7 @@
   });
   addEventListener("afterprint", () => opened.forEach((d) => (d.open = false)));
 
-  // A served page reads itself again; what the reader has unfolded, and where the focus is, stays.
+  // A served page reads itself again; what the reader has unfolded, the steps read, and where the focus is, stay.
   if (document.body.hasAttribute("data-live")) {
     const state = document.querySelector("#live");
     let version = null;
@@ -60,10 +68,12 @@
           version = reply.headers.get("ETag");
           const page = new DOMParser().parseFromString(await reply.text(), "text/html");
           const open = new Set([...document.querySelectorAll("details[open]")].map((d) => d.dataset.name));
+          const held = new Map([...document.querySelectorAll(".read input[data-step]")].map((e) => [e.dataset.focus, +e.dataset.step]));
           const focus = document.activeElement && document.activeElement.dataset.focus;
           document.querySelector("main").replaceWith(page.querySelector("main"));
           document.querySelectorAll("details").forEach((d) => { if (open.has(d.dataset.name)) d.open = true; });
           start();
+          document.querySelectorAll(".read input").forEach((e) => { if (held.has(e.dataset.focus)) e.read(held.get(e.dataset.focus)); });
           if (focus) [...document.querySelectorAll("[data-focus]")].find((e) => e.dataset.focus === focus)?.focus();
         }
       } catch {

@@ -186,7 +186,9 @@ def model_line(record: Record, report: dict[str, Any]) -> str:
     if not report.get("parameters"):
         return f"{path}, {stack}"
     trained, whole = report["trained"]["parameters"], report["parameters"]
-    return f"{path}, {report['base_parameters']:,} parameters; {stack} trains {trained:,} ({trained / whole:.2%})"
+    # Reports of earlier versions do not have the base's own count.
+    base = report.get("base_parameters", whole)
+    return f"{path}, {base:,} parameters; {stack} trains {trained:,} ({trained / whole:.2%})"
 
 
 def data_line(record: Record, report: dict[str, Any]) -> str:

@@ -127,6 +127,18 @@ def test_groups_stand_in_order_and_what_is_no_curve_is_a_number(run: Path) -> No
     }
 
 
+def test_runs_of_earlier_versions_and_of_steps_have_a_page(tmp_path: Path) -> None:
+    """Their reports and events lack what is newer, or what only a training has."""
+    old = checked(run_page(Path(__file__).parents[2] / "fixtures" / "old_run"), HEADINGS)
+    assert "done" in old.one("section", id="outcome").text()
+    made = make_run(tmp_path / "run", {"kind": "sample", "n": 3})
+    (made / "recipe.yaml").rename(made / "step.yaml")
+    (made / "report.json").unlink()
+    (made / "events.jsonl").write_text('{"event": "step", "step": 1, "rows": 3}\n{"event": "step", "step": 2, "rows": 5}\n')
+    page = checked(run_page(made), HEADINGS)
+    assert charts(page) == {"rows": {"train": [[1, 3], [2, 5]]}} and "Nothing was measured yet." in page.text()
+
+
 def test_a_table_of_choices_says_every_number_and_which_were_chosen(run: Path) -> None:
     table = read_page(run_page(run)).one("table", class_="map")
     cells = [(td.text(), td.attributes.get("class"), td.attributes.get("title")) for td in table.one("tbody").all("td")]
@@ -243,18 +255,21 @@ const fs = require("fs"), vm = require("vm");
 const [script, charts] = [fs.readFileSync(process.argv[1], "utf8"), JSON.parse(process.argv[2])];
 class Node { constructor() { this.set = {}; this.on = {}; this.children = {}; this.dataset = {}; this.hidden = true; }
   setAttribute(n, v) { this.set[n] = v; } removeAttribute(n) { delete this.set[n]; } hasAttribute(n) { return n in this.set; }
-  addEventListener(n, f) { this.on[n] = f; } querySelector(n) { return (this.children[n] ??= new Node()); }
+  addEventListener(n, f) { this.on[n] = f; }
+  dispatchEvent(e) { this.on[e.type](e); } querySelector(n) { return (this.children[n] ??= new Node()); }
   getBoundingClientRect() { return { left: 10, width: 200 }; } }
 const figures = charts.map((data) => { const f = new Node(); f.dataset.chart = data; return f; });
 const folded = [new Node(), new Node()], on = {};
 const document = { body: new Node(), querySelectorAll: (q) => (q.startsWith("figure") ? figures : folded) };
-vm.runInNewContext(script, { document, addEventListener: (n, f) => (on[n] = f), JSON, Math, Set, String });
+class Event { constructor(type) { this.type = type; } }
+vm.runInNewContext(script, { document, Event, addEventListener: (n, f) => (on[n] = f), JSON, Math, Set, String });
 const said = figures.map((f) => {
   const box = f.querySelector(".read"), input = box.querySelector("input"), output = box.querySelector("output");
   const lines = [output.value];
   f.querySelector(".plot svg").on.pointermove({ clientX: 10 + 200 * 0.3 }); lines.push(output.value);
   input.value = "0"; input.on.input(); lines.push(input.set["aria-valuetext"]);
-  return { lines, shown: !box.hidden, max: input.max, cursor: f.querySelector(".cursor").set };
+  const moved = input.dataset.step; input.read(2.2); lines.push(output.value);
+  return { lines, shown: !box.hidden, moved, max: input.max, cursor: f.querySelector(".cursor").set };
 });
 on.beforeprint(); const printed = folded.map((d) => d.open); on.afterprint();
 console.log(JSON.stringify({ said, printed, after: folded.map((d) => d.open) }));
@@ -279,6 +294,8 @@ def test_the_script_reads_values_under_the_pointer_and_the_slider(run: Path) -> 
         "step 4: train 0.25, evaluation 0.3, test 0.31",
         "step 1: train 0.69, evaluation 0.7 (step 0), test 0.31 (step 4)",
         "step 0: train 0.69 (step 1), evaluation 0.7, test 0.31 (step 4)",
+        "step 3: train 0.5, evaluation 0.3 (step 4), test 0.31 (step 4)",
     ]
-    assert chart_said["shown"] and chart_said["max"] == 3 and chart_said["cursor"] == {"x1": 0, "x2": 0}
+    assert chart_said["moved"] == 0, "a page that is read again returns to the step that was read"
+    assert chart_said["shown"] and chart_said["max"] == 3 and chart_said["cursor"] == {"x1": 750, "x2": 750}
     assert said["printed"] == [True, True] and said["after"] == [False, False]
