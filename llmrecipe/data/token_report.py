@@ -56,6 +56,8 @@ class Report:
     labels: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
     """Columns of the source that nothing reads."""
+    media: list[str] = field(default_factory=list)
+    """Those of `unrendered` that are columns of pictures, sound or video."""
     ignored: list[str] = field(default_factory=list)
     """Files in the folder of the source that were not read."""
     blocks: int = 0
@@ -113,6 +115,7 @@ class Report:
             self.highest, self.first[HIGHEST] = other.highest, other.first.get(HIGHEST, other.source)
         self.ignored += [name for name in other.ignored if name not in self.ignored]
         self.unused += [name for name in other.unused if name not in self.unused]
+        self.media += [name for name in other.media if name not in self.media]
         self.longest = max(self.longest, other.longest)
         for name in ("source", "format", "template", "mask"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -161,7 +164,7 @@ class Report:
         out = [
             f"source: {self.source}" + (f" (not read: {', '.join(self.ignored[:8])})" if self.ignored else ""),
             f"format: {self.format}" + (f" (columns: {mapping})" if mapping else ""),
-            *([f"columns not used: {', '.join(self.unused)}"] if self.unused else []),
+            *([f"columns not used: {', '.join(name or '(no name)' for name in self.unused)}"] if self.unused else []),
             f"template: {self.template}",
             *([TEXT_RULE] if self.given_as_text else []),
             *(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.conversations import UNTRAINED
 from llmrecipe.data.formats.messages import MEDIA
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import TWO_BOS
@@ -15,6 +16,7 @@ FIXES = {
     TOO_LONG: "raise data.max_length, or set data.truncation (split for plain text, keep_start, truncate_prompt_left)",
     NO_ROOM: "raise data.max_length, or set data.truncation=truncate_prompt_left",
     NO_PASSAGE: "raise data.max_length, or shorten the questions",
+    UNTRAINED: "write weight: 0 in such a turn, or leave the mark out with data.drop_fields=[NAME]",
     NO_TARGET: "check objective.mask and the roles of the rows, or raise data.max_length",
     "the chat template refuses the conversation": "fix the rows, or set tokenizer.chat_template to one that accepts them",
 }
@@ -75,7 +77,7 @@ def _check_fields(report: Report) -> None:
         where = report.first.get(f"unrendered {name}", report.source)
         fields, template = ", ".join(report.unrendered), report.template.split(" (")[0]
         who = "plain text, which no template renders," if template == "none" else f"the chat template '{template}'"
-        if name.lower() in MEDIA:
+        if name in report.media or name in MEDIA:
             raise DataError(
                 f"{where}: {count} of {report.read} rows have something under '{name}', and this objective reads text alone, "
                 "so it would be lost. Use an objective that reads it (`llmrecipe list objective`), or leave it out on purpose: "

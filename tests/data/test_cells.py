@@ -15,7 +15,7 @@ from llmrecipe.data import prepare
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import detect, map_columns
-from llmrecipe.data.formats.messages import messages_of
+from llmrecipe.data.formats.messages import messages_of, tools_of
 from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.recipe.schema import DataSection
@@ -114,3 +114,73 @@ def test_parquet_tool_args_null() -> None:
     assert tokens(folder / "c03.parquet") == tokens(folder / "c03.jsonl")
     text = byte_tokenizer().decode(tokens(folder / "c03.parquet")[0]["ids"])
     assert '{"name": "get_weather", "arguments": {"city": "Oslo"}}' in text
+
+
+@pytest.mark.parametrize(("rows", "row"), [
+    ("passages", {"context": "Oslo is in Norway.", "question": "Why?", "answers": {"text": ["Norway"], "answer_start": [11]}}),
+    ("tagged", {"tokens": ["Ann", "sings"], "ner_tags": ["B-PER", "O"]}), ("tagged", {"words": ["Ann"], "tags": [1]}),
+    ("choices", {"inputs_pretokenized": "Is it?", "targets_pretokenized": "Yes", "answer_choices": ["Yes", "No"]}),
+    ("dialogue", {"Definition": ["Name it."], "Instances": [{"id": "1", "input": "hot", "output": ["cold"]}]}),
+    ("preference", {"prompt": "A colour?", "chosen": A, "rejected": {"from": "gpt", "value": "5"}}),
+])  # fmt: skip
+def test_lists_and_mappings_of_every_format_may_be_json_text(rows: str, row: dict[str, Any]) -> None:
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()}
+    assert map_columns(texts, {}) == row
+    found = detect([map_columns(texts, {})], rows, "auto", "f")
+    assert found.convert(map_columns(texts, {}), Conversion(rows)) == found.convert(row, Conversion(rows)) != []
+
+
+def test_an_answer_that_is_an_object_with_a_role_of_its_own_stays_text() -> None:
+    for text in ('{"role": "admin", "rights": []}', '[{"from": "Oslo", "to": "Rome"}]', "[]", "{}"):
+        assert map_columns({"prompt": "p", "completion": text}, {})["completion"] == text
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("calls", [
+    json.dumps([CALL]), [json.dumps(CALL)], CALL, json.dumps(CALL), [{**CALL, "function": json.dumps(CALL["function"])}],
+])  # fmt: skip
+def test_tool_calls_may_be_json_text_at_any_level(calls: Any) -> None:
+    (message,) = messages_of([{"role": "assistant", "tool_calls": calls}], "messages")
+    assert message["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize("tools", [
+    json.dumps([TOOL]), [json.dumps(TOOL)], TOOL, json.dumps(TOOL), [{**TOOL, "function": json.dumps(TOOL["function"])}],
+    [{**TOOL, "function": {**TOOL["function"], "parameters": json.dumps(TOOL["function"]["parameters"])}}],
+])  # fmt: skip
+def test_tools_may_be_json_text_at_any_level(tools: Any) -> None:
+    assert tools_of({"tools": tools}) == [TOOL]
+
+
+@pytest.mark.parametrize(("message", "reason"), [
+    ({"role": "user", "content": True}, "the content of a message in 'messages' is not text"),
+    ({"role": "user", "content": float("nan")}, "the content of a message in 'messages' is not text"),
+    ({"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}, "the text of a part of a message in 'messages' is not"),
+    ({"role": ["user"], "content": "a"}, "unknown role"), ({"role": "narrator", "content": "a"}, "unknown role 'narrator'"),
+    ({"role": "assistant", "tool_calls": ["add(2)"]}, "'tool_calls' holds something that is no mapping"),
+])  # fmt: skip
+def test_content_that_is_no_text_is_not_spelled_out_as_python(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        messages_of([message], "messages")
+
+
+def test_what_is_text_in_another_form_is_read_as_that_text() -> None:
+    parts = [{"type": "text", "text": {"value": "Hi", "annotations": []}}, {"text": " there"}]
+    given = [{"role": "User", "content": parts}, {"role": "ASSISTANT", "content": 7}]
+    assert messages_of(given, "messages") == [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "7"}]
+    (seen,) = messages_of([{"role": "user", "content": [{"image": "a.png"}, {"text": "What?"}]}], "messages")
+    assert seen == {"role": "user", "content": "What?", "images": [{"image": "a.png"}]}
+
+
+def test_a_null_of_a_table_of_numbers_is_no_text() -> None:
+    nan = float("nan")
+    with pytest.raises(BadRow, match="'prompt' is not text"):
+        detect([{"prompt": "p", "completion": "c"}], "dialogue", "auto", "f").convert(
+            {"prompt": nan, "completion": "c"}, Conversion("dialogue")
+        )
+    with_null, without = ({"instruction": "i", "input": v, "output": "o"} for v in (nan, ""))
+    found = detect([without], "dialogue", "auto", "f")
+    assert found.convert(with_null, Conversion("dialogue")) == found.convert(without, Conversion("dialogue"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, RecipeError
@@ -130,3 +133,65 @@ def test_what_is_declared_and_contradicted_stops(
 def test_tokens_added_on_purpose_are_not_beyond_the_vocabulary(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "Snow <new>."}])
     assert check("clm", [f"data.path={path}", "tokenizer.add_tokens=['<new>']"]).data["highest"] == 931
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("photo", "a.png"), ("image_path", "a.png"), ("Screenshots", ["a.png"]), ("audio_file", "a.wav"),
+    ("pic", {"bytes": b"\x89PNG", "path": None}), ("pages", [{"bytes": b"\x89PNG", "path": None}]), ("raw", b"\x89PNG"),
+])  # fmt: skip
+def test_what_is_no_text_is_told_by_other_names_and_by_its_content(tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"text": "a", name: None}, {"text": "b", name: value}]), path)
+    with pytest.raises(DataError, match=rf"row 2: 1 of 2 rows have something under '{name}', and this objective reads text"):
+        read(path, "text")
+    assert len(read(path, "text", drop_fields=[name])) == 2
+
+
+def test_a_column_that_comes_late_is_named_too(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(40)]
+    path = write(tmp_path / "a.jsonl", [*rows, {**rows[0], "system_prompt": "Be brief."}, {**rows[1], "tools": None}])
+    assert read(path, "dialogue").report.unused == ["system_prompt"]
+
+
+def test_fields_of_messages_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a", "id": 1}, {"role": "assistant", "content": "b", "train": True, "weight": 1}]
+    path = write(tmp_path / "a.jsonl", [{"messages": talk}, {"messages": talk[:0] + [{**t, "id": None} for t in talk]}])
+    report = read(path, "dialogue").report
+    assert "columns not used: messages[].id, messages[].train" in report.lines()
+    pairs = [{"prompt": talk[:1], "chosen": talk[1:], "rejected": [{"role": "assistant", "content": "c"}]}]
+    named = ["messages[].id", "messages[].train", "messages[].weight"]
+    assert read(write(tmp_path / "b.jsonl", pairs), "preference").report.unused == named
+    assert read(path, "dialogue", drop_fields=["id", "train"]).report.unused == []
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"training": 0}, {"loss": False}, {"trainable": None, "loss": 0.0}])
+def test_an_answer_that_is_marked_as_not_to_be_trained_is_not_trained_in_silence(tmp_path: Path, mark: dict[str, Any]) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **mark}]
+    path = write(tmp_path / "a.jsonl", [{"messages": talk}])
+    with pytest.raises(DataError, match=r"a.jsonl:1: \w+: (False|0|0.0): write weight: 0 .* data.drop_fields=\[NAME\]"):
+        read(path, "dialogue")
+    assert len(read(path, "dialogue", drop_fields=list(mark))) == 1
+    two = [*talk[:1], {**talk[1], "weight": 0}, talk[0], {"role": "assistant", "content": "c"}]
+    assert len(read(write(tmp_path / "b.jsonl", [{"messages": two}]), "dialogue")) == 1
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(("kind", "row", "message"), [
+    ("pairs", {"text_a": "a", "text_b": "b", "score": HUGE}, "'score' is not a finite number"),
+    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r", "margin": HUGE}, "'margin' is not a finite number"),
+    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r", "p": HUGE}, "'p' is not a finite number"),
+    ("scored", {"text": "a", "label": HUGE}, "'label' is not a number"),
+    ("dialogue", {"input_ids": [5, 6], "weights": [1, HUGE]}, r"weights\[1\] is 1000.*a weight is a finite number"),
+    ("dialogue", {"input_ids": [5, HUGE]}, "token id 1000.* is beyond any vocabulary"),
+    ("text", {"input_ids": [5, 3_000_000_000]}, "token id 3000000000 is beyond any vocabulary"),
+    ("dialogue", {"input_ids": [5, 6], "labels": [-100, 7]}, "'labels' are neither -100 nor the token ids themselves"),
+    ("dialogue", {"input_ids": [5, 6], "labels": [-100, float("nan")]}, "'labels' are neither -100 nor the token ids"),
+])  # fmt: skip
+def test_numbers_that_fit_into_nothing_are_named_with_their_row(
+    tmp_path: Path, kind: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"a.jsonl:1|{message}") as error:
+        read(write(tmp_path / "a.jsonl", [row]), kind)
+    assert re.search(message, str(error.value)) and "a.jsonl:1" in str(error.value)

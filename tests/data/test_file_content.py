@@ -160,3 +160,65 @@ def test_a_length_that_drops_too_much_proposes_those_that_do_not(tmp_path: Path)
     assert len(read(path, "dialogue", max_length=10, max_dropped=0.1)) == 18
     with pytest.raises(DataError, match=r"\n  data.max_length=22 none\n"):
         read(path, "dialogue", max_length=6, max_dropped=0.04)
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".txt", ""])
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("before", [BOM, b"\n" * 100, BOM + b"\r\n"])
+def test_a_byte_order_mark_or_empty_lines_before_an_array_change_nothing(
+    tmp_path: Path, suffix: str, indent: int | None, before: bytes
+) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(before + json.dumps(ROWS, indent=indent).encode())
+    assert open_file(tmp_path / f"a{suffix}").rows([0, 1]) == ROWS
+
+
+@pytest.mark.parametrize("content", [gzip.compress(gzip.compress(LINES)), zip_bytes("rows.jsonl.gz", gzip.compress(LINES))])
+def test_a_file_packed_twice_is_unpacked_twice(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert open_file(tmp_path / "a.jsonl").rows([0, 1]) == ROWS
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a"])
+def test_a_file_that_was_not_downloaded_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(DataError, match=r"a pointer of Git LFS, its content was not downloaded"):
+        open_file(tmp_path / name)
+
+
+def test_text_with_the_line_ends_of_old_systems_is_split_at_its_blank_lines(tmp_path: Path) -> None:
+    for name, end in (("a.txt", "\r"), ("b.txt", "\r\n"), ("c.txt", "\n")):
+        (tmp_path / name).write_bytes("a\nb\n\nc\n".replace("\n", end).encode())
+        assert open_file(tmp_path / name).rows([0, 1]) == [{"text": "a\nb"}, {"text": "c"}]
+
+
+def test_folders_inside_a_folder_are_not_read_and_said_so(tmp_path: Path) -> None:
+    for place in ("one", "pictures", "two"):
+        (tmp_path / place).mkdir()
+    for name in ("a.jsonl", "_b.jsonl", "one/c.jsonl", "two/d.csv"):
+        (tmp_path / name).write_bytes(LINES)
+    for name in ("_SUCCESS", "pictures/e.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG")
+    (part,) = open_split(DataSection(path=str(tmp_path)), "train")
+    assert list(part.reader.ignored) == ["_b.jsonl", "one/", "two/"] and len(part.reader) == 2
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no training file.* and rows in its folders one, two: name one of those"):
+        open_split(DataSection(path=str(tmp_path)), "train")
+
+
+def test_a_source_that_is_listed_twice_is_not_read_once_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    path = str(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"data.path: .*a.jsonl is listed 2 times; name it once, and give weights"):
+        open_split(DataSection(path=[path, path]), "train")
+
+
+def test_rows_inside_an_object_are_pointed_out(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    with pytest.raises(DataError, match=r"'data' holds a list of objects: if they are the rows, write that list to a file"):
+        read(tmp_path / "a.json", "labelled")

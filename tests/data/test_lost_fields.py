@@ -148,3 +148,16 @@ def test_reasoning_content_dropped(file: str, name: str) -> None:
     assert isinstance(data, TokenData) and len(data) == 4
     text = trained_text(tokenizer, data[0]["ids"], data[0]["trained"])
     assert text.startswith("<think>\ntwo and two make four\n</think>\n\n")
+
+
+def test_a_refusal_is_a_field_of_its_own(tmp_path: Path) -> None:
+    """A template that has no place for it would train an empty answer, or none of its words."""
+    for content in (None, [{"type": "refusal", "refusal": "I cannot."}]):
+        talk = [turn("user", "Do it."), {"role": "assistant", "content": content}]
+        talk[1] |= {} if content else {"refusal": "I cannot."}
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+        data = DataSection(path=str(tmp_path / "a.jsonl"), cache=False)
+        with pytest.raises(DataError, match=r"has no place for 'refusal', so 1 of 1 rows would lose it"):
+            prepare(data, byte_tokenizer(), "dialogue", seed=0)
+        reads = byte_tokenizer(template="{% for m in messages %}{{ m.content }}{{ m.refusal }}{{ eos_token }}{% endfor %}")
+        assert prepare(data, reads, "dialogue", mask="all", seed=0) is not None

@@ -29,17 +29,23 @@ ORDER = {
     "structured_text": ["outliers", "text"],
     "dialogue": ["messages", "sharegpt", "p3", "natural_instructions", "prompt_completion", "alpaca", "tokens", "text"],
     "tokens": ["tokens"],
-    "preference": ["preference", "preference_implicit"],
-    "unpaired": ["unpaired", "unpaired_messages", "unpaired_alpaca", "preference", "preference_implicit"],
-    "choices": ["choices", "p3", "natural_instructions", "preference", "preference_implicit"],
-    "prompt": ["messages", "sharegpt", "alpaca", "preference_implicit", "prompt"],
+    "preference": ["preference", "preference_messages", "preference_alpaca", "preference_implicit"],
+    "unpaired": [
+        "unpaired", "unpaired_messages", "unpaired_alpaca",
+        "preference", "preference_messages", "preference_alpaca", "preference_implicit",
+    ],
+    "choices": [
+        "choices", "p3", "natural_instructions",
+        "preference", "preference_messages", "preference_alpaca", "preference_implicit",
+    ],
+    "prompt": ["messages", "sharegpt", "alpaca", "preference_alpaca", "preference_implicit", "prompt"],
     "labelled": ["labelled", "labelled_pair"],
     "pairs": ["triples", "pairs", "labelled", "text"],
     "multimodal": ["image_text"],
     "pictured_words": ["image_text"],
     "labelled_images": ["image_label"],
     "pictured_questions": ["image_question"],
-}
+}  # fmt: skip
 """Row type -> formats in the order in which they are tried."""
 EVERY = [(rows, name) for rows, names in ORDER.items() for name in names]
 

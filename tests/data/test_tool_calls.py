@@ -11,8 +11,9 @@ import pytest
 from llmrecipe.core import registry
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.prompts import read_prompts
 from llmrecipe.data.token_data import TokenData
-from llmrecipe.data.tokenize.chat_templates import Template
+from llmrecipe.data.tokenize.chat_templates import Template, prompt_ids
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
@@ -71,3 +72,18 @@ def test_tool_args_json_text() -> None:
 
     assert rows("c01.jsonl") == rows("c01d.jsonl") and len(rows("c01.jsonl")) == 4
     assert '"arguments": {"city": "Oslo"}}' in tokenizer.decode(rows("c01.jsonl")[0]["ids"])
+
+
+def test_a_prompt_to_answer_has_the_tokens_of_training_tools_and_calls_included(tmp_path: Path) -> None:
+    """What generation and evaluation ask a model is what training showed it: tools listed, arguments as JSON."""
+    call = {"name": "weather", "arguments": WANTED}
+    talk = [turn("user", "?"), {**turn("assistant", ""), "tool_calls": [call]}, turn("tool", "3"), turn("assistant", "Cold.")]
+    row = {"messages": talk, "tools": json.dumps([{"name": "weather", "parameters": {}}])}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = byte_tokenizer()
+    data = prepare(DataSection(path=str(tmp_path / "a.jsonl"), cache=False), tokenizer, "dialogue", mask="last", seed=0)
+    assert isinstance(data, TokenData)
+    trained = data[0]["ids"][: data[0]["trained"].index(1)]
+    (prompt,) = read_prompts(str(tmp_path / "a.jsonl"))
+    found = prompt_ids(tokenizer, prompt.turns, prompt.tools, prompt.kwargs)
+    assert found == trained and WANTED in tokenizer.decode(found) and '"parameters"' in tokenizer.decode(found)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+from llmrecipe.data.formats.aliases import names_of, normal_name
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.data_format import Row
+from llmrecipe.data.formats.data_format import DataFormat, Row
 
 
 def text_of(row: Row, column: str) -> str:
@@ -17,7 +17,7 @@ def text_of(row: Row, column: str) -> str:
         BadRow: it is neither.
     """
     value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
         raise BadRow(f"'{column}' is not text", f"{value!r:.80}")
@@ -34,6 +34,16 @@ def filled_text(row: Row, column: str) -> str:
     if not value.strip():
         raise BadRow(f"'{column}' is empty")
     return value
+
+
+def optional_text(row: Row, column: str) -> str:
+    """Return a cell as text, empty where it is missing or null (NaN, as tables of numbers write it).
+
+    Raises:
+        BadRow: it is neither text nor a number.
+    """
+    value = row.get(column)
+    return "" if value is None or value != value else text_of(row, column)
 
 
 TRUTHS: dict[Any, bool] = {1: True, 0: False, "true": True, "false": False, "1": True, "0": False, "good": True, "bad": False}
@@ -61,21 +71,35 @@ def number_of(row: Row, column: str) -> float:
     value = row[column]
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or isinstance(value, bool):
         raise BadRow(f"'{column}' is not a finite number", f"{value!r:.80}")
     return number
 
 
-def is_judged(row: Row, others: Sequence[Sequence[str]]) -> bool:
+JUDGEMENTS = ("kto_tag", "liked", "desirable", "is_desirable", "thumbs_up")
+"""Columns whose names say that they hold a judgement, which a `label` may or may not be."""
+
+
+def is_judged(row: Row, found: DataFormat) -> bool:
     """Tell whether a row says with true or false whether its answer is liked.
 
     Args:
-        others: alternatives of the other columns that it must have.
+        found: the format of such rows, of whose other columns the row must have one alternative under any of their names.
     """
-    judged = any(isinstance(row.get(name), bool) for name in ("label", "kto_tag"))
-    return judged and any(all(name in row for name in names if name != "label") for names in others)
+    held = {normal_name(name) for name in row}
+    judged = any(_judges(normal_name(name), value) for name, value in row.items())
+    return judged and any(
+        all(name in row or held & {*names_of(name, found)} for name in names if name != "label") for names in found.columns
+    )
+
+
+def _judges(name: str, value: object) -> bool:
+    text = value.strip().lower() if isinstance(value, str) else value
+    if name == "label":
+        return text in ("true", "false") or isinstance(value, bool)
+    return name in JUDGEMENTS and isinstance(text, bool | int | str) and text in TRUTHS
 
 
 def label_of(row: Row) -> int | float | str | list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.cells import filled_text, text_of
+from llmrecipe.data.formats.cells import filled_text, optional_text, text_of
 from llmrecipe.data.formats.data_format import Conversion, Row
 from llmrecipe.data.formats.dialogues import separate, without_prompt
 from llmrecipe.data.formats.messages import Message, is_messages, messages_of, says_nothing, tools_of
@@ -16,12 +16,17 @@ from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_
 def _side(row: Row, column: str, role: str, wrap: bool) -> str | list[Message]:
     """Return a prompt or an answer: messages, or a string (with `wrap`, one message)."""
     value = row.get(column)
-    if isinstance(value, dict) and ("role" in value or "from" in value):
+    if isinstance(value, dict) and is_spoken(value):
         value = [value]
     if isinstance(value, list):
         return messages_of(value, column)
     text = text_of(row, column)
     return [{"role": role, "content": text}] if wrap else text
+
+
+def is_spoken(value: object) -> bool:
+    """Return whether a prompt or an answer is given as messages, or as one message."""
+    return is_messages([value] if isinstance(value, dict) else value)
 
 
 def _answer(row: Row, column: str, wrap: bool) -> str | list[Message]:
@@ -49,7 +54,7 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
         rest = without_prompt(texts[0], texts[1:], conversion.repeats)
         repeated = rest != texts[1:]
         row = {**row, **dict(zip(answers, rest))}
-    spoken = conversion.wrap or any(is_messages(row.get(c)) for c in ("prompt", *answers))
+    spoken = conversion.wrap or any(is_spoken(row.get(c)) for c in ("prompt", *answers))
     prompt = _side(row, "prompt", "user", spoken)
     given: list[Any] = [_answer(row, name, spoken) for name in answers]
     if isinstance(prompt, list) and given:
@@ -89,16 +94,22 @@ def template_extras(row: Row) -> Row:
     return {**({"tools": tools} if tools else {}), **({"kwargs": kwargs} if kwargs else {})}
 
 
+def conversation_of(row: Row) -> tuple[str, list[Message]]:
+    """Return the column of a row's conversation and its messages, after the system message of its own column if any."""
+    column = "messages" if "messages" in row else "conversations"
+    messages = messages_of(row[column], column)
+    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    return column, messages
+
+
 def from_messages(row: Row, conversion: Conversion) -> list[Row]:
     """Return the row of a conversation: its messages, or for rows of prompts what precedes the last answer.
 
     Raises:
         BadRow: there is nothing to answer, or an answer is empty.
     """
-    column = "messages" if "messages" in row else "conversations"
-    messages = messages_of(row[column], column)
-    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": row["system"]}, *messages]
+    column, messages = conversation_of(row)
     messages = with_system(messages, conversion)
     if conversion.rows == "prompt":
         last = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
@@ -110,7 +121,35 @@ def from_messages(row: Row, conversion: Conversion) -> list[Row]:
         return [{"prompt": messages[: last + 1], "columns": rest, **template_extras(row)}]
     if any(m["role"] == "assistant" and says_nothing(m) for m in messages):
         raise BadRow("an assistant turn is empty")
+    if conversion.weighted:
+        _check_marks(messages)
     return [{"messages": messages, **template_extras(row)}]
+
+
+UNTRAINED = "an answer is marked as one that is not to be trained, in a field that is not read"
+MARKS = ("train", "training", "trainable", "loss")
+"""Fields by which other trainers take a turn out of the loss."""
+
+
+def _check_marks(messages: list[Message]) -> None:
+    for message in messages:
+        marked = next((name for name in MARKS if name in message and not message[name]), None)
+        if marked is not None and message["role"] == "assistant" and message.get("weight") != 0:
+            raise BadRow(UNTRAINED, f"{marked}: {message[marked]!r}")
+
+
+def alpaca_prompt(row: Row, conversion: Conversion) -> str | list[Message]:
+    """Return an instruction with its input as a prompt: messages, or text in the form of Stanford Alpaca.
+
+    Raises:
+        BadRow: the instruction is empty.
+    """
+    instruction, given = filled_text(row, "instruction"), optional_text(row, "input")
+    if not (conversion.wrap or conversion.spoken):
+        form = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
+        return form.format(instruction=instruction, input=given)
+    content = f"{instruction}\n\n{given}" if given else instruction
+    return with_system([{"role": "user", "content": content, "instruction": instruction, "input": given}], conversion)
 
 
 def from_alpaca(row: Row, conversion: Conversion) -> list[Row]:
@@ -119,18 +158,11 @@ def from_alpaca(row: Row, conversion: Conversion) -> list[Row]:
     Raises:
         BadRow: the instruction or the answer is empty.
     """
-    instruction, given = filled_text(row, "instruction"), (row.get("input") or "")
-    if conversion.wrap or conversion.spoken:
-        content = f"{instruction}\n\n{given}" if given else instruction
-        message = {"role": "user", "content": content, "instruction": instruction, "input": given}
-        prompt: Any = with_system([message], conversion)
-        answer: Any = [{"role": "assistant", "content": text_of(row, "output")}]
-    else:
-        form = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
-        prompt, answer = form.format(instruction=instruction, input=given), text_of(row, "output")
+    prompt, answer = alpaca_prompt(row, conversion), text_of(row, "output")
     if conversion.rows == "prompt":
         rest = {k: v for k, v in row.items() if k not in ("instruction", "input")}
         return [{"prompt": prompt, "columns": {"completion": row["output"], **rest}}]
     if not str(row["output"]).strip():
         raise BadRow("'output' is empty")
-    return [{"prompt": prompt, "completion": answer}]
+    spoken = isinstance(prompt, list)
+    return [{"prompt": prompt, "completion": [{"role": "assistant", "content": answer}] if spoken else answer}]

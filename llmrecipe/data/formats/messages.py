@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -34,16 +35,10 @@ TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 LIST_CELLS = (
-    "messages",
-    "conversations",
-    "options",
-    "input_ids",
-    "labels",
-    "weights",
-    "label",
-    "tools",
-    "chat_template_kwargs",
-)
+    "messages", "conversations", "options", "input_ids", "labels", "weights", "label", "tools", "chat_template_kwargs",
+    "answers", "tokens", "words", "tags", "ner_tags", "pos_tags", "attributes", "answer_choices", "Definition", "Instances",
+    "targets",
+)  # fmt: skip
 """Columns that contain lists or mappings wherever they contain more than one value."""
 SIDES = ("prompt", "completion", "chosen", "rejected")
 """Columns that contain text or messages."""
@@ -61,17 +56,39 @@ def read_cells(row: dict[str, Any], sample: bool = False) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for name in (*LIST_CELLS, *SIDES):
         text = row.get(name)
-        if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
-            continue
-        try:
-            value = parse_json(text, unique=not sample)
-        except DuplicateKey as error:
-            raise BadRow(f"'{name}' is JSON text in which a key is repeated", str(error)) from error
-        except ValueError:
-            continue
-        if isinstance(value, list | dict) if name in LIST_CELLS else is_messages(value):
+        value = parsed(text, name, unique=not sample)
+        if value is not text and (name in LIST_CELLS or (value and all(map(_speaks, _listed(value))))):
             read[name] = value
     return {**row, **read} if read else row
+
+
+def parsed(text: object, name: str, unique: bool = True) -> object:
+    """Return the list or mapping that a value gives as JSON text; any other value as it is.
+
+    Raises:
+        BadRow: an object in the text repeats a key.
+    """
+    if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
+        return text
+    try:
+        value = parse_json(text, unique=unique)
+    except DuplicateKey as error:
+        raise BadRow(f"'{name}' is JSON text in which a key is repeated", str(error)) from error
+    except ValueError:
+        return text
+    return value if isinstance(value, list | dict) else text
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _speaks(value: object) -> bool:
+    """Return whether an object in JSON text is a message rather than an object that has a `role` or a `from` of its own."""
+    if not isinstance(value, dict):
+        return False
+    said = any(name in value for name in ("content", "tool_calls", "function_call"))
+    return ("role" in value and said) or ("from" in value and "value" in value)
 
 
 def messages_of(value: object, column: str) -> list[Message]:
@@ -91,33 +108,78 @@ def _message(entry: object, column: str) -> Message:
     if not isinstance(entry, dict):
         raise BadRow(f"'{column}' holds something that is not a message", f"{entry!r:.80}")
     role = entry.get("role", entry.get("from"))
-    if role not in ROLES:
-        raise BadRow(f"unknown role {role!r}", f"known roles: {', '.join(ROLES)}")
+    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise BadRow(f"unknown role {role!r:.40}", f"known roles: {', '.join(ROLES)}")
     message = {k: v for k, v in entry.items() if k not in ("role", "from", "value") and v is not None}
-    if isinstance(call := message.pop("function_call", None), dict):
+    if isinstance(call := parsed(message.pop("function_call", None), "function_call"), dict):
         message["tool_calls"] = [{"type": "function", "function": call}]
+    elif message.get("tool_calls"):
+        message["tool_calls"] = _calls(message["tool_calls"])
     content = entry.get("content", entry.get("value"))
     if isinstance(content, list | dict):
-        content, more = join_parts(content if isinstance(content, list) else [content], column)
+        content, more = join_parts(_listed(content), column)
         message |= {k: v for k, v in more.items() if k not in message}
-    return {**message, "role": ROLES[role], "content": "" if content is None else content}
+    return {**message, "role": known, "content": _spelled(content, f"the content of a message in '{column}'")}
+
+
+def _spelled(value: object, what: str) -> str:
+    """Return a text as it is, a number spelled out, nothing for null.
+
+    Raises:
+        BadRow: it is anything else.
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"{what} is not text", f"{value!r:.80}")
+    return str(value)
+
+
+def _calls(value: object) -> list[Any]:
+    """Return the tool calls of a message as a list of mappings, of which each may be given as JSON text.
+
+    Raises:
+        BadRow: one is no mapping.
+    """
+    calls = [parsed(call, "tool_calls") for call in _listed(parsed(value, "tool_calls"))]
+    if (bad := next((call for call in calls if not isinstance(call, dict)), None)) is not None:
+        raise BadRow("'tool_calls' holds something that is no mapping", f"{bad!r:.80}")
+    return [{**call, "function": parsed(call["function"], "function")} if "function" in call else call for call in calls]
 
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Names under which data sets and templates hold what a model thought before it answered."""
-FIELDS = ("tool_calls", *THOUGHTS, "name", "images", "audio", "videos")
+FIELDS = ("tool_calls", *THOUGHTS, "refusal", "name", "images", "audio", "videos")
 """What a message may hold besides its role and content, and a template may leave out."""
-MEDIA = ("image", "images", "picture", "pictures", "audio", "audios", "video", "videos")
-"""Columns of what is no text."""
+MEDIA = frozenset(
+    ("image", "images", "picture", "pictures", "photo", "photos", "img", "imgs", "screenshot", "screenshots", "pixel_values",
+     "audio", "audios", "video", "videos")
+)  # fmt: skip
+"""Columns of what is no text, also with `_path` or `_file` after the name."""
 PARTS = {
     "text": "text", "input_text": "text", "output_text": "text",
-    "thinking": "reasoning_content", "reasoning": "reasoning_content",
+    "thinking": "reasoning_content", "reasoning": "reasoning_content", "refusal": "refusal",
     "image": "images", "image_url": "images", "input_image": "images",
     "audio": "audio", "audio_url": "audio", "input_audio": "audio",
     "video": "videos", "video_url": "videos",
     "tool_use": "tool_calls", "tool_call": "tool_calls", "function": "tool_calls",
 }  # fmt: skip
 """Type of a part of a message -> the field of the message that it is."""
+
+
+def is_media(name: str, value: object) -> bool:
+    """Tell whether a column holds pictures, sound or video: by its name, or because its cells are bytes.
+
+    Examples:
+        >>> is_media("image_path", "a.png"), is_media("pic", {"bytes": b"x", "path": None}), is_media("source", "a.png")
+        (True, True, False)
+    """
+    words = name.lower().replace("-", "_")
+    if any(words.removesuffix(end) in MEDIA for end in ("_path", "_paths", "_file", "_files")):
+        return bool(value)
+    one = value[0] if isinstance(value, list) and value else value
+    return isinstance(one.get("bytes") if isinstance(one, dict) else one, bytes | bytearray)
 
 
 def join_parts(parts: list[Any], column: str) -> tuple[str, dict[str, Any]]:
@@ -138,13 +200,16 @@ def join_parts(parts: list[Any], column: str) -> tuple[str, dict[str, Any]]:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+        kind = part.get("type", next((key for key in PARTS if key in part), None)) if isinstance(part, dict) else None
         field = PARTS.get(kind) if isinstance(kind, str) else None
         if field is None:
             raise BadRow(f"'{column}' holds a part of a message of unknown type", f"{part!r:.80}; known: {', '.join(PARTS)}")
         if field == "text":
-            texts.append(str(part.get("text") or ""))
-        elif field == "reasoning_content":
+            text = part.get("text")
+            if isinstance(text, dict) and "value" in text:  # text with annotations, as in the threads of assistants
+                text = text["value"]
+            texts.append(_spelled(text, f"the text of a part of a message in '{column}'"))
+        elif field in ("reasoning_content", "refusal"):
             found = next((part[k] for k in (str(kind), "text", "content") if isinstance(part.get(k), str)), "")
             fields[field] = fields.get(field, "") + found
         else:
@@ -205,14 +270,29 @@ def says_nothing(message: Message) -> bool:
 
 
 def tools_of(row: dict[str, Any]) -> list[Any] | None:
-    """Return the row's tool descriptions; a JSON string is parsed."""
+    """Return the row's tool descriptions: a list of mappings, whole or in parts given as JSON text.
+
+    Raises:
+        BadRow: they are something else.
+    """
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
             tools = parse_json(tools, unique=True) if tools.strip() else None
         except ValueError as error:
             raise BadRow("'tools' is not valid JSON", str(error)) from error
-    return tools or None
+    every = [parsed(tool, "tools") for tool in _listed(tools or [])]
+    if (bad := next((tool for tool in every if not isinstance(tool, dict)), None)) is not None:
+        raise BadRow("'tools' holds something that is no description of a tool", f"{bad!r:.80}")
+    return [_described(tool) for tool in every] or None
+
+
+def _described(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool with those of its parts as mappings that are given as JSON text."""
+    parts = {name: parsed(tool[name], "tools") for name in ("function", "parameters") if isinstance(tool.get(name), str)}
+    found = {**tool, **parts} if parts else tool
+    inner = found.get("function")
+    return {**found, "function": _described(inner)} if isinstance(inner, dict) else found
 
 
 def is_transcript(text: object) -> TypeGuard[str]:

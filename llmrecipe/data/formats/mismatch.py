@@ -9,6 +9,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import did_you_mean
 from llmrecipe.data.formats.aliases import names_of
 from llmrecipe.data.formats.data_format import DataFormat, data_format, formats_of
+from llmrecipe.data.formats.messages import is_messages
 from llmrecipe.data.tokenize.row_type import row_type
 
 Row = dict[str, Any]
@@ -32,6 +33,10 @@ def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, oth
     known = [one for one in _most_specific(row) if takers_of(one)]
     if known and (not mapping or len(known[0].matches(row) or ()) > 1):
         lines.append("They are " + ", or ".join(f"{one.summary}; {takers_of(one)}" for one in known) + ".")
+    if inner := next(
+        (c for c, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict) and not is_messages(v)), None
+    ):
+        lines.append(f"'{inner}' holds a list of objects: if they are the rows, write that list to a file of its own.")
     for found in formats:
         lines.append(f"  {found.name:<20} needs {' or '.join('+'.join(c) for c in found.columns[:3])}  ({found.summary})")
     lines.append(
@@ -42,17 +47,26 @@ def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, oth
     return "\n".join(lines)
 
 
+def _holds_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not is_messages(value)
+
+
 def mapping_text(mapping: Mapping[str, str]) -> str:
     """Return a mapping of columns as a word of the command line."""
     return "data.columns='{" + ", ".join(f"{wanted}: {column}" for wanted, column in mapping.items()) + "}'"
 
 
-def another_type(row: Row, rows: str) -> DataFormat | None:
-    """Return the format that claims a row, where it cannot become this row type and the row type would lose the column."""
-    if row_type(rows).keeps_columns:
+def another_type(row: Row, rows: str, formats: Sequence[DataFormat]) -> DataFormat | None:
+    """Return the format that claims a row, where it cannot become this row type and the row type would lose the column.
+
+    Args:
+        formats: those that can become the row type; one that reads the row's label loses nothing.
+    """
+    if row_type(rows).keeps_columns or any("label" in (one.matches(row) or ()) for one in formats):
         return None
     every = [data_format(name) for name in registry.names("format")]
-    return next((one for one in every if one.claims(row) and rows not in one.becomes), None)
+    claiming = [one for one in every if one.claims(row) and rows not in one.becomes]
+    return next((one for one in claiming if one.matches(row) is not None), claiming[0] if claiming else None)
 
 
 def objectives_for(name: str) -> list[str]:

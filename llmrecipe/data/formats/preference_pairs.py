@@ -8,7 +8,7 @@ from llmrecipe.data.formats.cells import number_of
 from llmrecipe.data.formats.conversations import prompt_answers
 from llmrecipe.data.formats.data_format import Conversion, Row
 from llmrecipe.data.formats.dialogues import shared_turns
-from llmrecipe.data.formats.messages import is_messages, is_transcript, messages_of, parse_transcript, shared_text
+from llmrecipe.data.formats.messages import ROLES, is_messages, is_transcript, messages_of, parse_transcript, shared_text
 
 
 def from_preference(row: Row, conversion: Conversion) -> list[Row]:
@@ -16,10 +16,32 @@ def from_preference(row: Row, conversion: Conversion) -> list[Row]:
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is None or (is_transcript(chosen) and is_transcript(rejected)):
         return _from_dialogues(row, chosen, rejected, conversion)
-    return _paired(row, row, conversion)
+    return paired(row, row, conversion)
 
 
-def _paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
+def answers_alone(row: Row) -> bool:
+    """Tell whether the two answers of a pair begin with the answer, so that their prompt must be in another column."""
+    return not any(_is_whole(row[name]) for name in ("chosen", "rejected"))
+
+
+def _is_whole(side: object) -> bool:
+    """Return whether an answer holds the dialogue before it: a transcript, or messages of which the first is no answer."""
+    if is_messages(side):
+        return str(side[0].get("role", side[0].get("from"))).lower() not in ANSWERING
+    return is_transcript(side)
+
+
+def paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
+    """Return the rows of a pair: itself, its prompt, or its two answers as rows or choices of their own.
+
+    Args:
+        prompt_row: has the prompt and both answers, of which the prompt may be messages and the answers text.
+        row: the raw row.
+
+    Raises:
+        BadRow: prompt, answers or numbers that cannot be used.
+        DataError: what the recipe wants cannot be made of pairs with probabilities.
+    """
     if conversion.rows == "prompt":
         rest = {k: v for k, v in row.items() if k != "prompt"}
         return [{**prompt_answers(prompt_row, (), conversion), "columns": rest}]
@@ -48,6 +70,10 @@ def _paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
     return [pair]
 
 
+ANSWERING = frozenset(name for name, role in ROLES.items() if role in ("assistant", "tool"))
+"""Roles, as written, of the turns that an answer consists of."""
+
+
 def _from_dialogues(row: Row, chosen: object, rejected: object, conversion: Conversion) -> list[Row]:
     if is_transcript(chosen) and is_transcript(rejected):
         if conversion.template:
@@ -55,7 +81,7 @@ def _from_dialogues(row: Row, chosen: object, rejected: object, conversion: Conv
         else:
             cut = shared_text(chosen, rejected)
             cut = chosen.rfind("Assistant:", 0, cut + 1) + len("Assistant:")
-            return _paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, conversion)
+            return paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, conversion)
     if is_messages(chosen) and is_messages(rejected):
         chosen, rejected = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
         cut = shared_turns([chosen, rejected])
@@ -65,4 +91,4 @@ def _from_dialogues(row: Row, chosen: object, rejected: object, conversion: Conv
         cut = shared_text(chosen, rejected)
     else:
         raise BadRow("chosen and rejected are of different kinds", f"{type(chosen).__name__}, {type(rejected).__name__}")
-    return _paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, conversion)
+    return paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, conversion)

@@ -25,6 +25,10 @@ class Prompt:
     """Text, or messages that end before the answer."""
     columns: dict[str, Any]
     """The row's other columns; an existing answer is named `reference`."""
+    tools: list[Any] | None = None
+    """The tools that the answer may call."""
+    kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template."""
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -84,4 +88,4 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     kept = {k: v for k, v in columns.items() if k not in ANSWERS}
     if isinstance(columns.get("completion"), str | list):
         kept.setdefault("reference", columns["completion"])
-    return Prompt(row["prompt"], kept)
+    return Prompt(row["prompt"], kept, row.get("tools"), row.get("kwargs"))

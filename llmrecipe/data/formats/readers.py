@@ -6,7 +6,6 @@ an error that names file and line; nothing is skipped silently.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -21,15 +20,13 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.core.file_hashes import file_hash
 from llmrecipe.core.foreign import DuplicateKey, once, parse_json, reason_of
 from llmrecipe.data.formats.bounds import BOUNDS, Bounds
-from llmrecipe.data.formats.file_content import EXTENSIONS, content_kind, content_of, suffix_kind
+from llmrecipe.data.formats.file_content import BOM, EXTENSIONS, content_kind, content_of, first_sign, suffix_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow.parquet import FileMetaData
 
 Row = dict[str, Any]
-NUMERIC = frozenset({"label", "labels", "score", "margin", "input_ids"})
-"""CSV columns whose type is inferred; every other column stays text, so that '007' keeps its zeros."""
 
 
 class Reader:
@@ -94,7 +91,7 @@ def open_file(path: Path, bounds: Bounds = BOUNDS) -> Reader:
             f"{path}: cannot read '{kind or 'no extension'}' files; known: {', '.join(EXTENSIONS)} (also .gz, .zip)"
         )
     if kind in (".jsonl", ".ndjson", ".json"):
-        if kind == ".json" and (bytes(data[:64]).lstrip()[:1] == b"[" or _spread(data)):
+        if kind == ".json" and (first_sign(data) == b"[" or _spread(data)):
             return ListFile(path, data)
         return LinesFile(path, data, bounds)
     if kind in (".txt", ".text"):
@@ -124,7 +121,7 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 
 def _spread(data: bytes | mmap.mmap) -> bool:
     """Return whether the first line with a text begins an object that does not end in it."""
-    head = bytes(data[:4096]).lstrip()
+    head = bytes(data[:4096]).removeprefix(BOM).lstrip()
     return head[:1] == b"{" and b"\n" in head and not head.partition(b"\n")[0].rstrip().endswith(b"}")
 
 
@@ -166,7 +163,8 @@ class LinesFile(Reader):
         try:
             row = parse_json(text, unique=True)
         except json.JSONDecodeError as error:
-            hint = "; the line was cut off, the file is incomplete" if error.pos >= len(text.rstrip()) else ""
+            cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+            hint = "; the line was cut off, the file is incomplete" if cut else ""
             raise DataError(f"{self.path}:{line}: not valid JSON ({error.msg}, column {error.colno}){hint}") from error
         except DuplicateKey as error:
             raise DataError(f"{self.path}:{line}: {error}; keep one, or rename the others") from error
@@ -250,7 +248,9 @@ class TextFile(Reader):
         self._blocks: list[tuple[int, str]] = []
         block: list[str] = []
         first = 1
-        for number, line in enumerate([*io.BytesIO(data), b"\n"], start=1):
+        # Line ends of old systems are a carriage return alone.
+        lines = bytes(data).replace(b"\r", b"\n") if data.find(b"\n") < 0 else data
+        for number, line in enumerate([*io.BytesIO(lines), b"\n"], start=1):
             bounds.check_line(len(line), f"{path}:{number}")
             text = _decode(line, path, number).rstrip("\r\n")
             if text.strip():
@@ -343,6 +343,8 @@ def _read_table(path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds) 
     import pyarrow as pa
     from pyarrow import parquet
 
+    from llmrecipe.data.formats.csv_file import read_csv
+
     try:
         if kind == ".parquet":
             place = pa.BufferReader(data) if isinstance(data, bytes) else path
@@ -355,7 +357,7 @@ def _read_table(path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds) 
             except pa.ArrowInvalid:
                 source.seek(0)
                 return pa.ipc.open_stream(source).read_all()
-        return _read_csv(path, bytes(data), kind)
+        return read_csv(path, bytes(data), kind)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({reason_of(error)}); write it again") from error
 
@@ -364,34 +366,3 @@ def _unpacked(facts: FileMetaData) -> int:
     """Return the bytes of a Parquet file's values in memory, at least: repeated values are stored once."""
     groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
     return max(sum(int(group.total_byte_size) for group in groups), int(facts.num_rows) * int(facts.num_columns))
-
-
-def _read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
-    """Read CSV with a header line, which tells the delimiter; pyarrow's number of a damaged row becomes file:line."""
-    import pyarrow as pa
-    from pyarrow import csv as arrow_csv
-
-    first = _decode(content.split(b"\n", 1)[0], path, 1).rstrip("\r")
-    known = "\t" if kind == ".tsv" else ","
-    delimiter = next((mark for mark in (known, "\t", ";") if mark in first), known)
-    header = next(csv.reader([first], delimiter=delimiter))
-    if twice := next((name for name in header if header.count(name) > 1), None):
-        raise DataError(f"{path}:1: the column '{twice}' is there {header.count(twice)} times; rename or remove all but one")
-    damaged: list[tuple[int, int, int]] = []
-
-    def note(row: arrow_csv.InvalidRow) -> str:
-        damaged.append((row.number or 0, row.expected_columns, row.actual_columns))
-        return "skip"
-
-    table = arrow_csv.read_csv(
-        io.BytesIO(content),
-        read_options=arrow_csv.ReadOptions(use_threads=False),
-        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
-        convert_options=arrow_csv.ConvertOptions(column_types={n: pa.string() for n in header if n not in NUMERIC}),
-    )
-    if damaged:
-        number, expected, found = damaged[0]
-        raise DataError(
-            f"{path}:{number}: {found} columns where the header has {expected}; quote commas and line breaks in values"
-        )
-    return table

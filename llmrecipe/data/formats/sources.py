@@ -23,7 +23,7 @@ from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.foreign import reading
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.data.formats.bounds import Bounds
-from llmrecipe.data.formats.file_content import is_data_file
+from llmrecipe.data.formats.file_content import EXTENSIONS, is_data_file, suffix_kind
 from llmrecipe.data.formats.readers import Reader, Row, open_file, without_fillers
 from llmrecipe.recipe.schema import DataSection
 
@@ -148,6 +148,11 @@ def paths_of(data: DataSection) -> dict[str, float | None]:
     if not data.path:
         raise DataError("data.path: the list of sources is empty")
     if isinstance(data.path, list):
+        if twice := next((name for name in data.path if data.path.count(name) > 1), None):
+            raise DataError(
+                f"data.path: {twice} is listed {data.path.count(twice)} times; name it once, and give weights "
+                "({file: weight}) where one source is to be read more often than another"
+            )
         return dict.fromkeys(data.path)
     bad = [name for name, weight in data.path.items() if weight <= 0]
     if bad:
@@ -254,7 +259,9 @@ def _near_file(path: Path) -> str:
 def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reader | None:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, split, alone)
-    every = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir() if p.is_file())
+    held = sorted(p for place in (folder, folder / "data") if place.is_dir() for p in place.iterdir())
+    every = [p for p in held if p.is_file()]
+    deeper = [p for p in held if p.is_dir() and p != folder / "data" and not p.name.startswith(".") and _has_data(p)]
     files = [path for path in every if is_data_file(path)]
     found = {name: [p for p in files if _split_of(p) == name] for name in ALIASES}
     chosen = found[split]
@@ -265,7 +272,10 @@ def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reade
     if not chosen:
         if split == "train":
             names = ", ".join(p.name for p in files) or "nothing that can be read"
-            raise DataError(f"{folder}: no training file (train.jsonl, .csv, .parquet, ...); the folder contains {names}")
+            inner = f", and rows in its folders {', '.join(p.name for p in deeper)}: name one of those" if deeper else ""
+            raise DataError(
+                f"{folder}: no training file (train.jsonl, .csv, .parquet, ...); the folder contains {names}{inner}"
+            )
         return None
     chosen = [p for p in chosen if p.stat().st_size] or chosen
     readers = [open_file(p, bounds) for p in chosen if p.stat().st_size]
@@ -273,8 +283,21 @@ def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reade
         return None if split != "train" else open_file(chosen[0], bounds)
     reader = readers[0] if len(readers) == 1 else JoinedReader(str(folder), readers)
     splits = {path for paths in found.values() for path in paths}
-    reader.ignored = [p.name for p in every if p not in {*chosen, *splits} and not p.name.startswith((".", "_"))]
+    reader.ignored = [p.name for p in every if p not in {*chosen, *splits} and not _is_hidden(p)]
+    reader.ignored += [f"{p.name}/" for p in deeper]
     return reader
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a file is one that programs leave behind (`.DS_Store`, `_SUCCESS`), which nobody misses."""
+    return path.name.startswith(".") or (path.name.startswith("_") and suffix_kind(path.name) not in EXTENSIONS)
+
+
+def _has_data(folder: Path) -> bool:
+    try:
+        return any(is_data_file(path) for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 def _split_of(path: Path) -> str | None:

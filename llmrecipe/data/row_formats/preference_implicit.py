@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
+from llmrecipe.data.formats.aliases import ALIASES, normal_name
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
-from llmrecipe.data.formats.preference_pairs import from_preference
+from llmrecipe.data.formats.preference_pairs import answers_alone, from_preference
+
+ASKING = {"messages", "conversations", *ALIASES["messages"], *ALIASES["prompt"]} - {"source", "user"}
+"""Columns that hold what two answers without a dialogue answer; `source` and `user` more often say where a row comes from."""
 
 
 @register
@@ -21,8 +25,8 @@ class PreferenceImplicit(DataFormat):
     )
 
     def fits(self, row: Row) -> bool:
-        """Leave rows that have a prompt of their own to the other formats."""
-        return "prompt" not in row
+        """Leave rows that have a prompt of their own, under any name, to the other formats."""
+        return "prompt" not in row and not (answers_alone(row) and any(normal_name(n) in ASKING for n, v in row.items() if v))
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the pair after the turns that both dialogues share."""

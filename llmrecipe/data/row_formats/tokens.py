@@ -9,11 +9,15 @@ from llmrecipe.core.registry import register
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
+IGNORED = -100
+"""Label of a token that is no target."""
+
 
 @register
 class TokenIds(DataFormat):
     """Token ids, with or without labels.
 
+    `labels` say which ids are targets: the id itself, or -100 for one that is none. They are not shifted.
     `weights`, a number from 0 up for each id, is how much it counts in the loss of `sft`.
     """
 
@@ -30,8 +34,12 @@ class TokenIds(DataFormat):
             raise BadRow("'input_ids' is not a list of token ids", f"{ids!r:.80}")
         if labels is not None and len(labels) != len(ids):
             raise BadRow("'labels' and 'input_ids' differ in length", f"{len(labels)} and {len(ids)}")
+        others = [i for i, label in enumerate(labels or ()) if label not in (IGNORED, ids[i])]
+        if others:
+            found = f"{labels[others[0]]!r} for {ids[others[0]]} at {others[0]}"
+            raise BadRow(f"'labels' are neither {IGNORED} nor the token ids themselves", found)
         weights = row.get("weights") if conversion.weighted else None
         if weights is not None and (not isinstance(weights, list) or len(weights) != len(ids)):
-            found = len(weights) if isinstance(weights, list) else repr(weights)
-            raise BadRow("'weights' is not a list with a number for each of 'input_ids'", f"{found} for {len(ids)} ids")
+            size = len(weights) if isinstance(weights, list) else repr(weights)
+            raise BadRow("'weights' is not a list with a number for each of 'input_ids'", f"{size} for {len(ids)} ids")
         return [{"input_ids": ids, "labels": labels, **({} if weights is None else {"weights": weights})}]

@@ -20,7 +20,7 @@ class Unpaired(DataFormat):
 
     def claims(self, row: Row) -> bool:
         """Claim rows with a true or false: an answer that is disliked must not be learned."""
-        return is_judged(row, self.columns)
+        return is_judged(row, self)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return prompt, answer and label."""

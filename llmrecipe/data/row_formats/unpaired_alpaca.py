@@ -21,7 +21,7 @@ class UnpairedAlpaca(DataFormat):
 
     def claims(self, row: Row) -> bool:
         """Claim rows with a true or false: an answer that is disliked must not be learned."""
-        return is_judged(row, self.columns)
+        return is_judged(row, self)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the instruction as the prompt, the output as the answer that is judged."""

@@ -23,7 +23,7 @@ class UnpairedMessages(DataFormat):
 
     def claims(self, row: Row) -> bool:
         """Claim rows with a true or false: an answer that is disliked must not be learned."""
-        return is_judged(row, self.columns)
+        return is_judged(row, self)
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the last turn as the answer that is judged, the others as its prompt."""

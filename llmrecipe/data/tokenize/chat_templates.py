@@ -277,7 +277,7 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
             tokenizer.chat_template = template.text
             tokenizer.init_kwargs.pop(KEY, None)
         return
-    if formats in ("alpaca", "unpaired_alpaca") and tokenizer.eos_token is not None:
+    if formats in ("alpaca", "unpaired_alpaca", "preference_alpaca") and tokenizer.eos_token is not None:
         written = set_template(tokenizer, "alpaca")
         if template is not None and written is not None:
             tokenizer.chat_template = {"default": written.text, "own": template.text}
@@ -332,10 +332,24 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    """Return the token ids of a conversation up to the next answer; plain text where the tokenizer has no template."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], tools: Tools = None, kwargs: Variables = None
+) -> list[int]:
+    """Return the token ids of a conversation up to the next answer; plain text where the tokenizer has no template.
+
+    Args:
+        tools: the tools it may call, and `kwargs` further variables of the template.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
-    with reading("the chat template refuses the conversation", error=DataError), bounded():
-        text = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=True)
+    given: Any = tokenizer.chat_template
+    served = given.get("default") if isinstance(given, dict) else given
+    template = Template("served", served, named=True, variables=dict(tokenizer.special_tokens_map))
+    try:
+        text = template.render([dict(turn) for turn in turns], True, tools, kwargs)
+    except BadRow as bad:
+        raise DataError(f"{bad.reason}: {bad.detail}") from bad
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,14 @@ from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import map_columns
 from llmrecipe.data.formats.dialogues import is_text, repeats_prompts
-from llmrecipe.data.formats.messages import MEDIA, drop_fields, held_fields
+from llmrecipe.data.formats.messages import drop_fields, held_fields, is_media
 from llmrecipe.data.formats.sources import task_of_source
 from llmrecipe.data.token_report import HIGHEST, Report
 from llmrecipe.data.tokenize.encoder import Encoder, Item
-from llmrecipe.data.tokenize.lost_fields import UNLISTED, conversations, lost_fields
+from llmrecipe.data.tokenize.lost_fields import READ_FIELDS, UNLISTED, conversations, is_lost, lost_fields
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize.truncation import TOO_LONG
+from llmrecipe.data.tokenize.turn_weights import KEY as WEIGHT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,8 @@ class RowEncoder(Encoder):
         self.columns = {**data.columns, **(aliases or {})}
         self.task_field = task_field
         self.needs = dict(needs or {})
+        self.known: set[str] = set()
+        """Columns that the first rows have: of others it is found out when they come whether they are read."""
         self.dropped = data.drop_fields
         template = self.tokens.template
         self.conversion = Conversion(
@@ -86,10 +89,14 @@ class RowEncoder(Encoder):
         """
         report = Report()
         items: list[Item] = []
+        late: dict[str, dict[str, Any]] = {}
         for index, row, where in raw:
             report.read += 1
+            if not self.known.issuperset(row):
+                late |= {name: row for name in row if name not in self.known and name not in late and row[name] is not None}
             try:
                 for name in self._media(row):
+                    report.media += [name] if name not in report.media else []
                     report.unrendered[name] += 1
                     report.first.setdefault(f"unrendered {name}", where)
                 named = drop_fields(map_columns(row, self.columns), self.dropped)
@@ -104,6 +111,7 @@ class RowEncoder(Encoder):
                 report.drop(bad.reason, where, bad.detail)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 report.drop(f"not a {self.format.name} row", where, f"{type(error).__name__}: {error}")
+        report.unused += [name for name, row in late.items() if self._is_unused(name, [row])]
         if items:
             self.kind.encode(self, items, report)
         names = [*self.kind.lists, *self.kind.masks, *self.kind.weights, *(n for n, _ in self.kind.scalars), "source_row"]
@@ -135,18 +143,36 @@ class RowEncoder(Encoder):
         self.conversion = dataclasses.replace(self.conversion, repeats=repeats_prompts(named))
 
     def unused(self, sample: Iterable[dict[str, Any]]) -> list[str]:
-        """Return the columns of some raw rows that change nothing in their canonical rows."""
-        if self.kind.keeps_columns:
-            return []
-        reads = {*self.columns.values(), *self.dropped, *self.needs, self.task_field}
-        same: dict[str, bool] = {}
-        for row in sample:
+        """Return the columns of the first raw rows that change nothing in their canonical rows, and such fields of messages."""
+        rows = list(sample)
+        self.known = {name for row in rows for name in row}
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        return [name for name in columns if self._is_unused(name, rows)] + self._unused_fields(rows)
+
+    def _is_unused(self, name: str, rows: Sequence[dict[str, Any]]) -> bool:
+        """Return whether a column is in some of these rows and changes nothing in the canonical rows of any."""
+        if self.kind.keeps_columns or name in {*self.columns.values(), *self.dropped, *self.needs, self.task_field}:
+            return False
+        found = False
+        for row in (row for row in rows if name in row):
             named = drop_fields(map_columns(row, self.columns, sample=True), self.dropped)
             whole = self._converted(named)
-            for name in row if whole is not None else ():
-                if name not in reads and same.get(name, True):
-                    same[name] = self._converted({k: v for k, v in named.items() if k != name}) == whole
-        return [name for name, unread in same.items() if unread]
+            if whole is not None:
+                found = True
+                if self._converted({k: v for k, v in named.items() if k != name}) != whole:
+                    return False
+        return found
+
+    def _unused_fields(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the fields of messages that neither the template renders nor the loss reads, as `messages[].NAME`."""
+        read = {*READ_FIELDS, *self.dropped, *([WEIGHT] if self.conversion.weighted else [])}
+        unread: dict[str, bool] = {}
+        for row in rows:
+            named = drop_fields(map_columns(row, self.columns, sample=True), self.dropped)
+            for made in self._converted(named) or ():
+                for name in {n for talk in conversations(made) for turn in talk for n in turn} - read:
+                    unread[name] = unread.get(name, True) and is_lost(self.tokens.template, made, name)
+        return [f"messages[].{name}" for name in sorted(unread) if unread[name]]
 
     def _converted(self, named: dict[str, Any]) -> list[dict[str, Any]] | None:
         """Return the canonical rows of a row, or None where it has none."""
@@ -160,7 +186,7 @@ class RowEncoder(Encoder):
         if self.kind.reads_files:
             return []
         known = {*self.columns.values(), *self.dropped}
-        return [name for name in row if name.lower() in MEDIA and name not in known and row[name]]
+        return [name for name, value in row.items() if name not in known and is_media(name, value)]
 
     def _note_fields(self, item: Item, report: Report) -> None:
         """Count the fields that the template does not render, and answers of nothing but an end token in rows that have any."""

@@ -56,7 +56,7 @@ def encode_scored(encoder: Encoder, items: Sequence[Item], report: Report) -> No
 def _number(value: str | float) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.messages import Message, held_fields, without_field
+from llmrecipe.data.formats.messages import FIELDS, Message, held_fields, without_field
 from llmrecipe.data.tokenize.chat_templates import Template
 
 UNLISTED = "list of tools"
 """What is reported of a row whose tool calls are rendered and whose tools are not."""
 ANSWERS = ("completion", "chosen", "rejected")
+READ_FIELDS = ("role", "content", "instruction", "input", *FIELDS)
+"""Fields of messages that are read, or whose loss stops a run; `instruction` and `input` are those of Alpaca rows."""
 
 
 def conversations(row: dict[str, Any]) -> list[list[Message]]:
@@ -43,15 +45,22 @@ def lost_fields(template: Template | None, row: dict[str, Any]) -> list[str]:
     if not talks or template is None:
         return ["tools"] if tools else []
     kwargs = row.get("kwargs")
-    lost: list[str] = []
-    for talk in talks:
-        for name in held_fields(talk):
-            if name not in lost and _equal(template, (talk, tools), (without_field(talk, name), tools), kwargs):
-                lost.append(name)
+    held = dict.fromkeys(name for talk in talks for name in held_fields(talk))
+    lost = [name for name in held if is_lost(template, row, name)]
     if tools and any(_equal(template, (talk, tools), (talk, None), kwargs) for talk in talks):
         called = any("tool_calls" in held_fields(talk) for talk in talks) and "tool_calls" not in lost
         lost.append(UNLISTED if called else "tools")
     return lost
+
+
+def is_lost(template: Template | None, row: dict[str, Any], name: str) -> bool:
+    """Return whether some conversation of a canonical row has a field of messages that the template does not render."""
+    talks, tools = conversations(row), row.get("tools")
+    return any(
+        template is None or _equal(template, (talk, tools), (without_field(talk, name), tools), row.get("kwargs"))
+        for talk in talks
+        if any(message.get(name) for message in talk)
+    )
 
 
 def _equal(template: Template, first: tuple[Any, Any], second: tuple[Any, Any], kwargs: Mapping[str, Any] | None) -> bool:

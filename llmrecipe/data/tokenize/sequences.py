@@ -16,6 +16,8 @@ from llmrecipe.data.tokenize.truncation import fit_sequence
 from llmrecipe.data.tokenize.turn_weights import checked_weight, turn_weights, weights_of_spans
 
 NO_TARGET = "no trained token"
+LARGEST = (1 << 31) - 1
+"""Largest token id that a table of tokens can hold."""
 
 
 def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report, measured: bool = False) -> None:
@@ -37,6 +39,8 @@ def encode_sequences(encoder: Encoder, items: Sequence[Item], report: Report, me
             _finish(encoder, item, report, ids, mask_bits(len(ids), whole), plain=True, size=size)
     for item in groups["tokens"]:
         labels = item.row["labels"]
+        if (most := max(item.row["input_ids"])) > LARGEST:
+            raise DataError(f"{item.where}: token id {most!s:.24} is beyond any vocabulary; ids go up to {LARGEST}")
         trained = [1] * len(item.row["input_ids"]) if labels is None else [int(label != -100) for label in labels]
         given = item.row.get("weights")
         weights = given and [checked_weight(one, item.where, f"weights[{i}]") for i, one in enumerate(given)]

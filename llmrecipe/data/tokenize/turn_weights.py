@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,8 +25,9 @@ def checked_weight(value: object, where: str, what: str) -> float:
     Raises:
         DataError: it is no finite number from 0 up.
     """
-    if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
-        return float(value)
+    with contextlib.suppress(OverflowError):
+        if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+            return float(value)
     raise DataError(f"{where}: {what} is {value!r}; a weight is a finite number from 0 up (0: the tokens are no targets)")
 
 

@@ -108,7 +108,9 @@ class Eval(Step):
         tokenizer, model = subject.loaded.tokenizer, subject.roles.model
         ends = end_tokens(model, tokenizer)
         prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit, rewards.needs())
-        requested: list[dict[str, Any]] = [{"ids": prompt_ids(tokenizer, p.turns), "columns": p.columns} for p in prompts]
+        requested: list[dict[str, Any]] = [
+            {"ids": prompt_ids(tokenizer, p.turns, p.tools, p.kwargs), "columns": p.columns} for p in prompts
+        ]
 
         def answer(part: list[list[int]], keys: list[str]) -> Iterator[tuple[int, list[int]]]:
             return answered(model, tokenizer, part, Sampling(self.max_new_tokens, batch=self.batch))

@@ -143,7 +143,7 @@ class Generate(Step):
         prompts = self._prompts(split)
         for prompt in prompts:
             turns = self._turns(subject, prompt)
-            ids = prompt_ids(tokenizer, turns if isinstance(turns, list) else prompt.turns)
+            ids = prompt_ids(tokenizer, turns if isinstance(turns, list) else prompt.turns, prompt.tools, prompt.kwargs)
             if room is None or len(ids) + self.max_new_tokens <= room:
                 requested.append((prompt, ids))
         if not requested:
@@ -171,4 +171,5 @@ class Generate(Step):
 
     def _row(self, prompt: Prompt, turns: object, answers: list[str]) -> Row:
         answer = {"completion": answers[0]} if self.n == 1 else {"completions": answers}
-        return {"prompt": turns, **answer, **prompt.columns}
+        extras = {"tools": prompt.tools, "chat_template_kwargs": prompt.kwargs}
+        return {"prompt": turns, **{name: value for name, value in extras.items() if value}, **answer, **prompt.columns}
