@@ -3,10 +3,11 @@ r"""The number an answer states, read as a careful person reads it.
 Where the text marks its answer, only that is read: the last `\boxed{...}`, else what follows the last `####`. Of several
 numbers the last one counts.
 
-    signs        -5, −5, = - 5, -$5, $-5; not the hyphen of 3-5 or COVID-19, nor the bullet of a list
+    signs        -5, −5, = - 5, -$5, $-5, is minus 5, negative 5; not the hyphen of 3-5 or COVID-19, nor the bullet of a list
     separators   1,234.5  1.234,5  1 234,5  1'234  12,34,567  1{,}234  3,5 (a decimal comma); (3,5) and 1,2,3 are lists
     fractions    3/4, 1 1/2, ½, \frac{3}{4}, \frac34; not a date such as 3/4/2024
     powers       1.5e3, 3 \times 10^{5}, 2^{10}; the exponent of cm^2 is no number, and neither is the 2 of H2O
+    roots        \sqrt{2}, √2, 5\pi and fractions of them are no numbers; such answers are the same where they are written alike
     units        $5, 5 EUR, 12kg, 90°, 5k, 2.5 million; 50% equals 50 and 0.5, whichever the other side writes
 """
 
@@ -32,7 +33,21 @@ LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}"), r"\1/\2 "),
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\1/\2 "),
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
+    (re.compile(r"\\sqrt\s*(?:\[[^\[\]{}]*\])?\s*(?:\{[^{}]*\}|\d)?|√\s*(?:\([^()]*\)|\d[\d.,]*)?|\\pi(?![A-Za-z])|π"), "\x00"),
+    (re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"), "\x00"),
 )
+"""Pattern -> plain text; a quantity that is no fraction of whole numbers becomes `NO_NUMBER`."""
+NO_NUMBER = "\x00"
+PART = re.compile(rf"\s*[*/]?\s*{NO_NUMBER}")
+"""What follows a number that is a part of such a quantity."""
+SIGN_WORDS = (
+    re.compile(r"(?i)\bnegative\s+(?=[$€£]?\.?\d)"),
+    re.compile(
+        r"(?i)(?:^|(?<=[=:(])|(?<=\bis)|(?<=\bbe)|(?<=\bwas)|(?<=\bto)|(?<=\bof)|(?<=\bequals))\s*\bminus\s+(?=[$€£]?\.?\d)"
+    ),
+)
+"""Words before a negative number; `10 minus 3` subtracts."""
+EMPHASIS = re.compile(r"(?<!\w)_+(?=\S)|(?<=\S)_+(?![\w{])")
 GAP = " \u00a0\u2009\u202f'\u2019_"
 """What may stand between groups of three digits besides commas and points."""
 INTEGER = rf"""(?:
@@ -48,7 +63,8 @@ SCALES = {
 NUMBER = re.compile(
     rf"""
     (?P<minus> (?:(?<![\w)\]}}%.°$€£])-|(?<==)\s*-[ ]?|(?<==\s)-[ ]?|(?<=:\s)-[ ])? )
-    (?: (?P<currency>{CURRENCY})[ ]? (?P<second>-)? | (?<![A-Za-z0-9_^])(?<!\^\{{)(?<!\^-)(?<!\^\{{-)(?<!\d\.)(?<![A-Za-z]-) )
+    (?: (?P<currency>{CURRENCY})[ ]? (?P<second>-)?
+      | (?<![A-Za-z0-9_^])(?<!\^\{{)(?<!\^-)(?<!\^\{{-)(?<!_\{{)(?<!\d\.)(?<![A-Za-z]-) )
     (?P<body> (?P<whole>\d+)[ ](?P<top>\d+)/(?P<bottom>\d+)(?![\d/])
       | (?<!\d/)(?P<over>{INTEGER}{DECIMALS})\s?/\s?(?P<under>\d+(?:\.\d+)?)(?![\d/])
       | (?P<plain>{INTEGER}{DECIMALS} | \.\d+) )
@@ -56,7 +72,8 @@ NUMBER = re.compile(
     (?P<e>[eE][+-]?\d{{1,3}}(?![A-Za-z0-9]))?
     (?: \^\{{?(?P<power>-?\d{{1,3}})\}}? )?
     (?: \s?(?:\*|x)\s?10\^\{{?(?P<ten>-?\d{{1,3}})\}}? )?
-    (?P<scale> (?:k|K|M|B|bn)(?![A-Za-z]) | \s?(?i:hundred|thousand|million|billion|trillion)s?(?![A-Za-z]) | [\u4e07\u4ebf] )?
+    (?P<scale> (?:k|K|M|B|bn|(?(currency)m|(?!)))(?![A-Za-z])
+      | \s?(?i:hundred|thousand|million|billion|trillion)s?(?![A-Za-z]) | [\u4e07\u4ebf] )?
     (?P<percent> \s?(?:%|(?i:percent|per\ cent)) )?
     """,
     re.VERBOSE,
@@ -83,15 +100,24 @@ class Number:
 
 def extract_number(text: str) -> Number | None:
     """Return the number an answer states; None where it states none."""
-    found = None
-    for match in NUMBER.finditer(_clean(stated_answer(text))):
-        found = _read(match) or found
-    return found
+    found, end = None, 0
+    plain = _clean(stated_answer(text))
+    for match in NUMBER.finditer(plain):
+        if PART.match(plain, match.end()) or PART.fullmatch(plain[max(match.start() - 4, 0) : match.start()][::-1].strip()):
+            continue
+        found, end = _read(match) or found, match.end()
+    return None if plain.rfind(NO_NUMBER) >= end and NO_NUMBER in plain else found
 
 
 def same_number(one: str, other: str) -> bool:
-    """Return whether two texts state the same number; False where one states none."""
+    """Return whether two texts state the same number; False where one states none.
+
+    Roots and multiples of pi are the same where the stated answers are, but for white space, dollar signs and full stops.
+    """
     first, second = extract_number(one), extract_number(other)
+    if first is None and second is None:
+        stated = ["".join(stated_answer(text).split()).strip("$.") for text in (one, other)]
+        return stated[0] == stated[1] and NO_NUMBER in _clean(stated[0])
     return first is not None and second is not None and first.same(second)
 
 
@@ -116,7 +142,16 @@ def _clean(text: str) -> str:
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
     text = SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text.translate(HYPHENS))
-    return "".join(f" {_vulgar(c)}" if unicodedata.category(c) == "No" and _vulgar(c) else c for c in text)
+    text = EMPHASIS.sub("", re.sub(r"(\w)?([\u00bc-\u00be\u2150-\u215f\u2189])", _spelled_fraction, text))
+    for words in SIGN_WORDS:
+        text = words.sub(" -", text)
+    return text
+
+
+def _spelled_fraction(match: re.Match[str]) -> str:
+    """Return a fraction of one character as `1/2`, apart from the digit or letter before it."""
+    before = f"{match[1]} " if match[1] else ""
+    return f"{before}{_vulgar(match[2]) or match[2]}"
 
 
 def _vulgar(character: str) -> str:

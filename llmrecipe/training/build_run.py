@@ -98,7 +98,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     for wrapper in parts.wrappers:
         reads.watch(wrapper, "stack", wrapper.name)
     parts.objective.check(recipe, data)
-    check_monitor(recipe, parts.objective, validation)
+    check_monitor(recipe, parts.objective, validation, composition.origins)
     steps = step_count(recipe, len(data), parts.objective.updates())
     parts.schedule.check(steps)
     check_chain(recipe, parts.wrappers)

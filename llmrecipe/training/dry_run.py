@@ -98,7 +98,7 @@ def examine(composition: Composition) -> Findings:
     stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
     build_run.check_chain(settings, parts.wrappers)
     parts.objective.check(settings, data)
-    check_monitor(settings, parts.objective, validation)
+    check_monitor(settings, parts.objective, validation, composition.origins)
     model = build_run.on_meta(settings, parts.objective, stack, labels, device)
     check_model_fits(settings, parts.objective, data, validation, labels)
     steps = build_run.step_count(settings, len(data), parts.objective.updates())
@@ -132,6 +132,8 @@ def examine(composition: Composition) -> Findings:
         *weight_warnings(settings.model, model, parts.objective.model_head()),
     ]
     notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
+    if validation is not None and settings.data.streaming:
+        notes.append("rows that are in training and validation: unknown, the training rows are streamed")
     notes += [f"columns not used: {', '.join(data.report.unused)}"] if data.report.unused else []
     notes += [
         f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"

@@ -24,7 +24,8 @@ from llmrecipe.models.image_processor import load_processor
 from llmrecipe.models.load import load_config, skeleton
 from llmrecipe.models.resolve_class import CLASSIFIERS, LANGUAGE, own_order
 from llmrecipe.models.vocabulary import vocabulary_size
-from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.provenance import Origins, leaves
+from llmrecipe.recipe.schema import DataSection, EvalSection, Recipe
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs import delta, open_model
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.objectives.base import Objective
-    from llmrecipe.recipe.schema import DataSection, Recipe
 
 
 GENERAL_ROWS, GENERAL_MASK = "dialogue", "assistant"
@@ -119,12 +119,27 @@ TOKEN_COLUMNS = {"ids_b": "a second text"}
 """Column of token rows -> what rows of a file have in its place."""
 
 
-def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | None) -> None:
-    """Refuse to watch a metric that is computed from a column which no validation row has.
+def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | None, origins: Origins) -> None:
+    """Refuse to watch what no evaluation computes: without validation rows, between evaluations, or from a column they lack.
+
+    Args:
+        origins: what set each value; a recipe may name a metric for validation rows that the user's own data do not have.
 
     Raises:
-        RecipeError: it names `eval.monitor` and the column.
+        RecipeError: it names the key.
     """
+    origin = origins.get(("eval", "monitor"))
+    chosen = origin is not None and origin.kind == "override" and recipe.eval.monitor != EvalSection().monitor
+    wanted = [name for name, is_given in (("patience", recipe.eval.patience is not None), ("monitor", chosen)) if is_given]
+    if validation is None and wanted:
+        raise RecipeError(
+            f"eval.{wanted[0]}: there are no validation rows, so that nothing is ever evaluated; set data.validation=FILE or a "
+            "share such as data.validation=0.1, or leave the key out"
+        )
+    if recipe.eval.patience is not None and recipe.eval.every is None:
+        raise RecipeError(
+            "eval.patience: evaluations are at the start and the end alone, so that none can stop the run; set eval.every=STEPS"
+        )
     metric = recipe.eval.monitor.removeprefix("eval/")
     column = objective.measured_columns().get(metric)
     if column is None or not isinstance(validation, TokenData):

@@ -126,6 +126,22 @@ def test_a_metric_that_is_never_reported_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["eval.patience=2", "eval.every=1"], "eval.patience: there are no validation rows, so that nothing is ever evaluated"),
+    (["eval.monitor=eval/accuracy"], "eval.monitor: there are no validation rows"),
+    (["data.validation=0.5", "eval.patience=2"], "eval.patience: evaluations are at the start and the end alone"),
+    (["data.validation=0.5", "eval.patience=2", "eval.every=1", "eval.monitor=eval/accuracy"], None),
+    (["eval.monitor=eval/loss"], None),
+])  # fmt: skip
+def test_what_no_evaluation_computes_is_refused_before_training(
+    words: list[str], message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "Say {i}", "completion": "It is {i}"}}\n' for i in range(8)))
+    assert command(["check", "recipe=sft_lora", f"data.path={rows}", *words]) == (2 if message else 0)
+    assert (message or "") in " ".join(capsys.readouterr().err.split())
+
+
 def test_text_metrics_need_rows_that_can_be_answered() -> None:
     clm = build_object("objective", {"kind": "clm"}, "objective")
     with pytest.raises(RecipeError, match=r"eval\.metrics: rouge_l scores generated answers, and rows of type text"):

@@ -23,11 +23,12 @@ READ: dict[str, dict[str, Any]] = {
     "signs": {
         "-5": -5, "+5": 5, "\u22125": -5, "\u20135": -5, "(-3)": -3, "x = -5": -5, "= - 5": -5, "Total: -7": -7,
         "answer:-7": -7, "10 - 5": 5, "3-5": 5, "- 5 apples": 5, "a 3-year-old": 3, "COVID-19": None, "GPT-4": None,
-        "-1 1/2": Q(-3, 2),
+        "-1 1/2": Q(-3, 2), "\u2212\u00bd": Q(-1, 2), "negative 3": -3, "is minus 3": -3, "10 minus 3": 3, "(minus 3)": -3,
     },
     "currency": {
         "$5.50": Q(11, 2), "$ 5": 5, "-$5": -5, "$-5": -5, "\u20ac12": 12, "12 \u20ac": 12, "USD42": 42, "USD 42": 42,
         "US$3,000": 3000, "Rs. 500": 500, "\u20ac1.234,56": Q(123456, 100), "$3 billion": 3 * 10**9,
+        "\u00a31.5m": 1500000, "$2m": 2 * 10**6,
     },
     "separators": {
         "1,042.": 1042, "1,234,567": 1234567, "1,000.50": Q(2001, 2), "1.234.567": 1234567, "1.234,56": Q(123456, 100),
@@ -35,7 +36,8 @@ READ: dict[str, dict[str, Any]] = {
         "12,34,567": 1234567, "3,5": Q(7, 2), "12,5 kg": Q(25, 2), "(3,5)": 5, "1,2,3": 3, "v1.2.3": None, "12.05.2024": None,
     },
     "fractions": {
-        "3/4": Q(3, 4), "1 1/2": Q(3, 2), "\u00bd": Q(1, 2), "2\u00bd": Q(5, 2), "3\u20444": Q(3, 4), "5/0": None,
+        "3/4": Q(3, 4), "1 1/2": Q(3, 2), "\u00bd": Q(1, 2), "2\u00bd": Q(5, 2),
+        "1 \u00be": Q(7, 4), "\u2212 \u00bd": Q(1, 2), "3\u20444": Q(3, 4), "5/0": None,
         "on 3/4/2024": 2024,
     },
     "powers": {
@@ -51,6 +53,12 @@ READ: dict[str, dict[str, Any]] = {
         r"2\frac{1}{2}": Q(5, 2), r"1{,}234": 1234, r"1\,234": 1234, r"3 \times 10^{5}": 300000, r"90^\circ": 90, r"\$5": 5,
         r"25\text{ cm}^2": 25, r"50\%": 50,
     },
+    "roots": {
+        r"\sqrt{2}": None, r"\boxed{3\sqrt{2}}": None, r"\frac{\sqrt{3}}{2}": None, r"5\pi": None, "2\u221a3": None,
+        r"\frac{3}{4}\pi": None, r"r = 5, so the side is \sqrt{2}": None, r"1/\sqrt{2}": None, "\u03c0/2": None,
+        r"2\pi \approx 6.28": Q(628, 100), r"\sqrt[3]{8} = 2": 2, r"\sqrt{\frac{1}{4}} = 0.5": Q(1, 2),
+    },
+    "emphasis": {"_5_": 5, "__5__": 5, "x_5": None, "a_{10}": None, "Answer: _5_.": 5},
     "marked": {
         r"\boxed{42}": 42, r"so 3 + 4 = \boxed{7}. Done in 2 steps": 7, r"\boxed{\$1{,}000}": 1000,
         r"\boxed{\frac{1}{2}}": Q(1, 2), r"\boxed{12 \text{ cm}^2}": 12, r"\boxed{x = -3}": -3, r"$\boxed{42}$.": 42,
@@ -80,6 +88,18 @@ def test_percentages_equal_their_share_of_one_and_their_bare_number() -> None:
     other = [("50%", "5"), ("50%", "0.5%"), ("1/3", "0.333"), ("7", "-7"), ("7", "seven")]
     assert all(same_number(a, b) and same_number(b, a) for a, b in same)
     assert not any(same_number(a, b) or same_number(b, a) for a, b in other)
+
+
+def test_roots_are_the_same_where_they_are_written_alike() -> None:
+    assert same_number(r"The side is $\boxed{\sqrt{2}}$.", r"\boxed{ \sqrt{2} }")
+    for one, other in ((r"\sqrt{2}", "2"), (r"5\pi", "5"), (r"\sqrt{2}", r"\sqrt{3}"), ("no", "no"), ("", "")):
+        assert not same_number(one, other) and not same_number(other, one)
+
+
+@pytest.mark.parametrize(("value", "text"), [(42.0, "42"), (42, "42"), ([1, "a"], '[1, "a"]'), (True, "true"), (0.5, "0.5")])
+def test_a_cell_is_compared_as_it_stands_in_its_file(value: Any, text: str) -> None:
+    """A table of numbers with a gap holds floats, whose `42.0` no answer says."""
+    assert scores("exact_match", answer(f" {text} ", answer=value)) == [1.0]
 
 
 def test_braces_inside_a_box() -> None:

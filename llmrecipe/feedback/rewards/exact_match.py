@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from llmrecipe.core.option_types import Literal
@@ -9,6 +10,15 @@ from llmrecipe.core.registry import register
 from llmrecipe.core.time_limit import compiled, matches
 from llmrecipe.feedback.numbers import same_number
 from llmrecipe.objectives.reward_interface import Answer, Reward
+
+
+def _written(value: object) -> str:
+    """Return a cell as it stands in a file: lists and truth values as JSON, a whole number without the `.0` of a table."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 @register
@@ -38,7 +48,7 @@ class ExactMatch(Reward):
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
         """Return 1 for each right answer, else 0."""
-        return [float(self._right(a.text, str(a.columns[self.column]))) for a in answers]
+        return [float(self._right(a.text, _written(a.columns[self.column]))) for a in answers]
 
     def _right(self, text: str, wanted: str) -> bool:
         if self.extract is not None:
