@@ -297,3 +297,29 @@ def test_pictures(tmp_path: Path) -> None:
     held = save(tmp_path, "parquet", [{"image": {"bytes": b"held", "path": None}, "text": "a cat"}])
     found = prepare(DataSection(path=str(held)), byte_tokenizer(), "multimodal", seed=0)
     assert found is not None and Path(found[0]["features"]).read_bytes() == b"held"
+
+
+@pytest.mark.parametrize(("rows", "row"), [
+    ("dialogue", {"prompt": "p", "completion": "c"}), ("dialogue", {"instruction": "p", "output": "c"}),
+    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}), ("preference", {"chosen": [U, A], "rejected": [U, B]}),
+    ("preference", {"messages": [U], "chosen": "c", "rejected": "r"}),
+    ("unpaired", {"prompt": [U], "completion": "c", "label": 1}),
+    ("preference", {"instruction": "p", "chosen": "c", "rejected": "r"}), ("prompt", {"prompt": "p", "answer": "c"}),
+    ("choices", {"prompt": "p", "completion": "c", "options": ["d"]}), ("dialogue", {"messages": [U, A]}),
+])  # fmt: skip
+def test_the_system_message_of_a_row_is_the_first_of_its_conversation(rows: str, row: dict[str, Any]) -> None:
+    """A column `system` next to a prompt is as much a part of it as next to messages; it comes before the recipe's."""
+    given = {**row, "system": "Be brief."}
+    for one in detect([given], rows, "auto", "f").convert(given, Conversion(rows, wrap=True, template=True, system="S")):
+        said = one.get("messages", one.get("prompt"))
+        assert said[0] == turn("system", "Be brief.") and [m["role"] for m in said].count("system") == 1
+
+
+def test_rows_of_another_layout_are_named_by_the_columns_they_have(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"messages": [U, A]}) + "\n" + json.dumps({"prompt": "p", "completion": "c"}) + "\n"
+    )
+    with pytest.raises(
+        DataError, match=r"1 x not a messages row, first at .*a.jsonl:2: it has no column .*, but prompt, completion"
+    ):
+        prepare(DataSection(path=str(tmp_path / "a.jsonl"), cache=False), byte_tokenizer(), "dialogue", seed=0)

@@ -39,8 +39,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "strings": {"prompt": TEXT, "completion": " Blue."},
     "alpaca": {"instruction": TEXT, "output": "Blue."},
     "unpaired_alpaca": {"instruction": TEXT, "output": "Blue.", "label": True},
+    "preference_alpaca": {"instruction": TEXT, "chosen": "Blue.", "rejected": "Seven."},
     "messages": {"messages": [turn("user", TEXT), turn("assistant", "Blue.")]},
 }
+ROW_TYPES = {"unpaired_alpaca": "unpaired", "preference_alpaca": "preference"}
+"""Row types of those that are no dialogues."""
 
 
 def write(folder: Path, row: dict[str, Any]) -> Path:
@@ -73,7 +76,7 @@ def test_the_tokens_of_a_prompt_in_training_are_those_of_the_saved_tokenizer(
         pytest.skip("a tokenizer without a template renders no conversation, and text is the same with one")
     tokenizer = byte_tokenizer(adds_bos=adds_bos, **({"template": None} if bare else {}))
     own = template_of(tokenizer)
-    data = prepared(write(tmp_path, ROWS[kind]), tokenizer, "unpaired" if kind == "unpaired_alpaca" else "dialogue")
+    data = prepared(write(tmp_path, ROWS[kind]), tokenizer, ROW_TYPES.get(kind, "dialogue"))
     keep_trained_template(tokenizer, data.report.template, data.report.format)
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")

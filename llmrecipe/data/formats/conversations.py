@@ -36,11 +36,13 @@ def _answer(row: Row, column: str, wrap: bool) -> str | list[Message]:
     return value
 
 
-def with_system(messages: list[Message], conversion: Conversion) -> list[Message]:
-    """Prepend the recipe's system message, unless the conversation has one."""
-    if conversion.system is None or messages[0]["role"] in ("system", "developer"):
+def with_system(messages: list[Message], conversion: Conversion, row: Row) -> list[Message]:
+    """Prepend the system message of the row's column `system`, else the recipe's, unless the conversation has one."""
+    own = row.get("system")
+    text = own if isinstance(own, str) and own.strip() else conversion.system
+    if text is None or messages[0]["role"] in ("system", "developer"):
         return messages
-    return [{"role": "system", "content": conversion.system}, *messages]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -> Row:
@@ -62,7 +64,7 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
         prompt, given = separate(prompt, given, text)
     out: Row = {"prompt": prompt, **dict(zip(answers, given))}
     if isinstance(prompt, list):
-        out["prompt"] = with_system(prompt, conversion)
+        out["prompt"] = with_system(prompt, conversion, row)
     elif conversion.system is not None:
         raise DataError(
             "data.system is set, but prompts here are plain text that no chat template renders; "
@@ -95,12 +97,9 @@ def template_extras(row: Row) -> Row:
 
 
 def conversation_of(row: Row) -> tuple[str, list[Message]]:
-    """Return the column of a row's conversation and its messages, after the system message of its own column if any."""
+    """Return the column of a row's conversation and its messages."""
     column = "messages" if "messages" in row else "conversations"
-    messages = messages_of(row[column], column)
-    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": row["system"]}, *messages]
-    return column, messages
+    return column, messages_of(row[column], column)
 
 
 def from_messages(row: Row, conversion: Conversion) -> list[Row]:
@@ -110,7 +109,7 @@ def from_messages(row: Row, conversion: Conversion) -> list[Row]:
         BadRow: there is nothing to answer, or an answer is empty.
     """
     column, messages = conversation_of(row)
-    messages = with_system(messages, conversion)
+    messages = with_system(messages, conversion, row)
     if conversion.rows == "prompt":
         last = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
         if last < 0 or messages[last]["role"] == "system":
@@ -149,7 +148,7 @@ def alpaca_prompt(row: Row, conversion: Conversion) -> str | list[Message]:
         form = ALPACA_PROMPT_INPUT if given else ALPACA_PROMPT
         return form.format(instruction=instruction, input=given)
     content = f"{instruction}\n\n{given}" if given else instruction
-    return with_system([{"role": "user", "content": content, "instruction": instruction, "input": given}], conversion)
+    return with_system([{"role": "user", "content": content, "instruction": instruction, "input": given}], conversion, row)
 
 
 def from_alpaca(row: Row, conversion: Conversion) -> list[Row]:

@@ -110,7 +110,10 @@ class RowEncoder(Encoder):
             except BadRow as bad:
                 report.drop(bad.reason, where, bad.detail)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                report.drop(f"not a {self.format.name} row", where, f"{type(error).__name__}: {error}")
+                found = f"{type(error).__name__}: {error}"
+                if isinstance(error, KeyError):
+                    found = f"it has no column {error}, but {', '.join(row)}"
+                report.drop(f"not a {self.format.name} row", where, found)
         report.unused += [name for name, row in late.items() if self._is_unused(name, [row])]
         if items:
             self.kind.encode(self, items, report)
