@@ -78,16 +78,15 @@ def _check_encoding(content: bytes, path: Path) -> None:
         ) from error
 
 
-def _rows(content: bytes, delimiter: str, strict: bool = False) -> csv._reader:
-    return csv.reader(
-        io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=strict
-    )
+def _lines(content: bytes) -> io.TextIOWrapper:
+    """Return the lines of some content with their line ends, whichever they are."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
 
 
 def _header(content: bytes, delimiter: str) -> list[str]:
     """Return the names of the first line that is not empty; one name where it cannot be read."""
     try:
-        return next((row for row in _rows(content, delimiter) if row), [""])
+        return next((row for row in csv.reader(_lines(content), delimiter=delimiter) if row), [""])
     except csv.Error:
         return [""]
 
@@ -112,7 +111,7 @@ def _check_quotes(content: bytes, delimiter: str, path: Path) -> None:
         return
     # Quotes inside of values without quotes are text: what decides is a reader that keeps to the rules.
     limit = csv.field_size_limit(sys.maxsize)
-    rows = _rows(content, delimiter, strict=True)
+    rows = csv.reader(_lines(content), delimiter=delimiter, strict=True)
     try:
         for _ in rows:
             pass

@@ -142,7 +142,7 @@ def _calls(value: object) -> list[Any]:
     Raises:
         BadRow: one is no mapping.
     """
-    calls = [parsed(call, "tool_calls") for call in _listed(parsed(value, "tool_calls"))]
+    calls: list[Any] = [parsed(call, "tool_calls") for call in _listed(parsed(value, "tool_calls"))]
     if (bad := next((call for call in calls if not isinstance(call, dict)), None)) is not None:
         raise BadRow("'tool_calls' holds something that is no mapping", f"{bad!r:.80}")
     return [{**call, "function": parsed(call["function"], "function")} if "function" in call else call for call in calls]
@@ -281,7 +281,7 @@ def tools_of(row: dict[str, Any]) -> list[Any] | None:
             tools = parse_json(tools, unique=True) if tools.strip() else None
         except ValueError as error:
             raise BadRow("'tools' is not valid JSON", str(error)) from error
-    every = [parsed(tool, "tools") for tool in _listed(tools or [])]
+    every: list[Any] = [parsed(tool, "tools") for tool in _listed(tools or [])]
     if (bad := next((tool for tool in every if not isinstance(tool, dict)), None)) is not None:
         raise BadRow("'tools' holds something that is no description of a tool", f"{bad!r:.80}")
     return [_described(tool) for tool in every] or None

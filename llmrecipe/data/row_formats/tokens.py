@@ -35,7 +35,7 @@ class TokenIds(DataFormat):
         if labels is not None and len(labels) != len(ids):
             raise BadRow("'labels' and 'input_ids' differ in length", f"{len(labels)} and {len(ids)}")
         others = [i for i, label in enumerate(labels or ()) if label not in (IGNORED, ids[i])]
-        if others:
+        if labels is not None and others:
             found = f"{labels[others[0]]!r} for {ids[others[0]]} at {others[0]}"
             raise BadRow(f"'labels' are neither {IGNORED} nor the token ids themselves", found)
         weights = row.get("weights") if conversion.weighted else None

@@ -346,7 +346,7 @@ def prompt_ids(
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
     given: Any = tokenizer.chat_template
-    served = given.get("default") if isinstance(given, dict) else given
+    served: Any = given.get("default") if isinstance(given, dict) else given
     template = Template("served", served, named=True, variables=dict(tokenizer.special_tokens_map))
     try:
         text = template.render([dict(turn) for turn in turns], True, tools, kwargs)
